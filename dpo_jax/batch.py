@@ -1,0 +1,61 @@
+"""What a step is fed and what it is judged by: packed rows of tokens, and log-probs of answers.
+
+Shape letters, the same in every file: B pairs, R rows, T tokens in a row, M targets in a row, K answers of a prompt
+(2: chosen, rejected; 1 when fine-tuning), A answer slots in a row, V vocabulary, D model width.
+"""
+
+import jax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+CHOSEN, REJECTED = 0, 1  # places on the K axis
+
+
+@struct.dataclass
+class PreferenceBatch:
+    """Pairs of one step, packed into rows; a row holds whole units ``[prompt][chosen][rejected]``, one after another.
+
+    A token sees a key when both lie in one segment, the key is not later, and the key is in the prompt (branch 0) or
+    in the token's own branch. So both answers follow one stored copy of their prompt, and labels are no plain shift:
+    every target names the token whose hidden state predicts it (the last prompt token predicts both first tokens).
+    """
+
+    tokens: Int[Array, "*a R T"]
+    positions: Int[Array, "*a R T"]  # for the rotary embedding; `rejected` restarts where the prompt ends
+    segments: Int[Array, "*a R T"]  # 0: padding; else one more than the unit's place in its row
+    branches: Int[Array, "*a R T"]  # 0: prompt; 1: chosen; 2: rejected
+    target_tokens: Int[Array, "*a R M"]  # the token to be predicted
+    target_sources: Int[Array, "*a R M"]  # index, in the row, of the token that predicts it
+    target_answers: Int[Array, "*a R M"]  # answer slot, in the row, that the target belongs to
+    target_offsets: Int[Array, "*a R M"]  # place of the target in its answer, from 0
+    target_mask: Bool[Array, "*a R M"]  # False: an unused target
+    answer_slots: Int[Array, "*a B K"]  # where answer (pair, branch) was laid: row * answers_per_row + slot
+    weight: Float[Array, "*a B"]  # weight of the pair in the loss
+    valid: Bool[Array, "*a B"]  # False: an empty slot of a ragged last step
+    key_blocks: Int[Array, "*a R NB 2"]  # (query block, key block) that hold something to attend to; -1: unused
+    answers_per_row: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class TokenStats:
+    """Sums over answer tokens that only metrics need, each [B, K] float32; divide by ``PairLogps.count``."""
+
+    entropy: Float[Array, "B K"]  # nats
+    mean_logit: Float[Array, "B K"]  # mean over the vocabulary, summed over tokens
+    top1: Float[Array, "B K"]  # tokens that were the model's first choice
+
+
+@struct.dataclass
+class PairLogps:
+    """Log-probabilities of the answers of each pair, in nats, float32."""
+
+    sum: Float[Array, "B K"]  # log pi(y | x): summed over the answer's tokens
+    count: Float[Array, "B K"]  # |y|: tokens of the answer
+    weight: Float[Array, " B"]
+    valid: Bool[Array, " B"]
+    stats: TokenStats | None = None
+
+
+def stop_gradient(logps: PairLogps) -> PairLogps:
+    """The same numbers, through which no gradient flows."""
+    return jax.tree.map(jax.lax.stop_gradient, logps)

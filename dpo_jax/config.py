@@ -1,0 +1,365 @@
+"""Every option of a run, in one place: its name, type, default and meaning. Standard library only.
+
+A config is a tree of frozen dataclasses. The text under a field is its ``--help``. A section checks itself when it is
+made; what concerns two sections is checked by the config that holds both.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dpo_jax.errors import UserError
+
+
+def require(condition: bool, field_name: str, value: object, remedy: str) -> None:
+    """Raise one line that names the field, its value and the remedy."""
+    if not condition:
+        raise UserError(f"{field_name}: {value!r} cannot be used: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy: where its weights come from and how it computes."""
+
+    path: str
+    """Hugging Face directory, run directory of this program, hub name, or builtin:tiny."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """Which step to take when path is a run directory."""
+    tokenizer: str | None = None
+    """Directory or hub name of the tokenizer, when it is not beside the weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the arithmetic; auto: bfloat16 on TPU and GPU, float32 on CPU. Log-probs are float32 always."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the trained weights; small learning rates vanish in bfloat16."""
+    attention: Literal["auto", "blocks", "xla"] = "auto"
+    """blocks: only the blocks of the row that hold a pair's own keys; xla: the whole row under a mask, for checks."""
+    matmul_precision: Literal["default", "high", "highest"] = "default"
+    """Precision of float32 matrix products on TPU and GPU; highest to compare figures with a CPU."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again, layer by layer: nothing, all but matrix products, or everything."""
+    scan: bool = True
+    """Compile one layer and loop over it; False unrolls the layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The frozen model that the policy is held to."""
+
+    mode: Literal["live", "cached"] = "live"
+    """live: its forward pass runs in every step; cached: its log-probs are computed once and kept on disk."""
+    path: str | None = None
+    """Another model than the policy's own start, with the same vocabulary."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type in which a live reference is held; auto: the type of the policy's weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One set of examples."""
+
+    path: str
+    """File (.json, .jsonl, .parquet), folder of datasets.save_to_disk, hub name, or tfds:NAME."""
+    split: str = "train"
+    """Split of a hub, disk or TFDS set."""
+    name: str | None = None
+    """Configuration name of a hub set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub set."""
+    data_dir: str | None = None
+    """Directory in which a prepared TFDS set lies."""
+    schema: Literal[
+        "auto", "preference", "transcripts", "sharegpt", "alpaca", "openai", "prompt_answer", "messages", "text"
+    ] = "auto"
+    """Layout of the rows; auto tells it from the columns."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Renames, this program's column name to the file's: {prompt: question}."""
+    weight: float | None = None
+    """Share of the pairs drawn from this set; give it to every set or to none."""
+    limit: int | None = None
+    """Take only the first rows."""
+
+    def __post_init__(self):
+        require(self.weight is None or self.weight > 0, "weight", self.weight, "a positive number is needed")
+        require(self.limit is None or self.limit > 0, "limit", self.limit, "a positive number is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FatesConfig:
+    """What becomes of a row that is not right. Every such row is counted by its cause."""
+
+    missing_field: Literal["drop", "error"] = "error"
+    """A field is absent, null or not text."""
+    empty_answer: Literal["drop", "error"] = "drop"
+    """An answer without a token."""
+    empty_prompt: Literal["drop", "error"] = "drop"
+    """A prompt without a token, from a tokenizer that adds none."""
+    equal_answers: Literal["drop", "keep", "error"] = "drop"
+    """Both answers are the same tokens: the pair says nothing."""
+    prompts_differ: Literal["drop", "error"] = "drop"
+    """Chosen and rejected are whole conversations with different prompts."""
+    template_not_prefix: Literal["repair", "drop", "error"] = "repair"
+    """The rendered prompt is no prefix of the rendered conversation; repair: the answer starts where they part."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """Prompt and answer are longer than max_length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is learned from."""
+
+    train: tuple[SourceConfig, ...]
+    """Sets to train on."""
+    eval: dict[str, SourceConfig] = field(default_factory=dict)
+    """Sets to evaluate on, by name."""
+    eval_fraction: float = 0.0
+    """Share of the training rows held out as the evaluation set `held_out`."""
+    max_length: int = 1024
+    """Most tokens of a prompt and one of its answers."""
+    truncation: Literal["keep_start", "keep_end"] = "keep_start"
+    """keep_start cuts the answer's end (a prompt that leaves it no room is dropped); keep_end cuts the prompt's start."""
+    shuffle: bool = True
+    """Draw in an order made from run.seed; False: in file order."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, in place of the tokenizer's own."""
+    append_eos: bool = True
+    """End each plain-text answer with the end-of-sequence token; chat templates say it themselves."""
+    fates: FatesConfig = field(default_factory=FatesConfig)
+    """What becomes of rows that are not right."""
+    store: str | None = None
+    """Folder for tokenised data and cached log-probs; default: `store` in the run's parent folder."""
+    workers: int | None = None
+    """Processes that tokenise; default: one a core."""
+
+    def __post_init__(self):
+        require(len(self.train) > 0, "data.train", self.train, "name at least one set")
+        weighted = [source.weight is not None for source in self.train]
+        require(all(weighted) or not any(weighted), "data.train", [source.weight for source in self.train],
+                "give every set a weight, or none")  # fmt: skip
+        require(0 <= self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "it lies in [0, 1)")
+        require(self.max_length >= 2, "data.max_length", self.max_length, "a prompt and an answer need 2 tokens")
+        require("held_out" not in self.eval or self.eval_fraction == 0, "data.eval", "held_out",
+                "that is the name of the rows that eval_fraction holds out; choose another")  # fmt: skip
+        require(self.workers is None or self.workers > 0, "data.workers", self.workers, "a positive number is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objective; see docs/objectives.md for equations and papers."""
+
+    type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """sigmoid: DPO, and cDPO with label_smoothing; hinge: SLiC; ipo: squared distance of the mean margin to 1/(2 beta)."""
+    beta: float = 0.1
+    """Weight of the KL term; larger keeps the policy closer to the reference."""
+    label_smoothing: float = 0.0
+    """Chance that a label is wrong, for sigmoid (cDPO)."""
+
+    def __post_init__(self):
+        require(self.beta > 0, "loss.beta", self.beta, "it must be positive")
+        require(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", self.label_smoothing, "it lies in [0, 0.5)")
+        require(self.label_smoothing == 0 or self.type == "sigmoid", "loss.label_smoothing", self.label_smoothing,
+                f"loss.type {self.type} has no label smoothing; set it to 0")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The update."""
+
+    name: Literal["adamw", "lion", "adafactor", "rmsprop"] = "adamw"
+    """rmsprop is the DPO paper's own."""
+    learning_rate: float = 5e-7
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    """Shape after the warm-up; wsd stays at the peak, then falls over decay_steps."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises from 0 to its peak."""
+    decay_steps: int | None = None
+    """Steps of wsd's fall; default: a tenth of the run."""
+    final_fraction: float = 0.0
+    """Rate at the end as a share of the peak, for linear, cosine and wsd."""
+    b1: float = 0.9
+    """Decay of the first moment (adamw, lion)."""
+    b2: float = 0.999
+    """Decay of the second moment (adamw, lion, adafactor, rmsprop)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment (adamw, rmsprop)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    decay_mask: Literal["matrices", "all"] = "matrices"
+    """What weight decay acts on: matrices leaves out norms and biases."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the first moment."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this global norm; null: never."""
+
+    def __post_init__(self):
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "it must be positive")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "it cannot be negative")
+        require(self.decay_steps is None or self.schedule == "wsd", "optimizer.decay_steps", self.decay_steps,
+                f"only schedule wsd has it, this is {self.schedule}")  # fmt: skip
+        require(self.final_fraction == 0 or self.schedule != "constant", "optimizer.final_fraction",
+                self.final_fraction, "schedule constant does not fall; set it to 0")  # fmt: skip
+        require(0 <= self.final_fraction <= 1, "optimizer.final_fraction", self.final_fraction, "it lies in [0, 1]")
+        require(0 <= self.b1 < 1, "optimizer.b1", self.b1, "it lies in [0, 1)")
+        require(0 <= self.b2 < 1, "optimizer.b2", self.b2, "it lies in [0, 1)")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "it cannot be negative")
+        require(self.max_grad_norm is None or self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm,
+                "it must be positive, or null for no clipping")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig:
+    """How a step's examples are laid in rows of tokens."""
+
+    row_length: Literal["auto"] | int = "auto"
+    """Tokens in a row; auto: one row for each data-parallel device, in the few lengths that the data asks for."""
+    accumulation: int = 1
+    """Parts in which the step is computed, one after another; the result does not depend on it."""
+    target_chunk: int = 512
+    """Answer tokens of a row whose vocabulary scores exist at one time."""
+
+    def __post_init__(self):
+        require(self.row_length == "auto" or self.row_length >= 64, "batch.row_length", self.row_length,
+                "at least 64, or auto")  # fmt: skip
+        require(self.accumulation > 0, "batch.accumulation", self.accumulation, "a positive number is needed")
+        require(self.target_chunk > 0, "batch.target_chunk", self.target_chunk, "a positive number is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig(RowsConfig):
+    """How a step's pairs are laid in rows of tokens."""
+
+    pairs: int = 64
+    """Pairs in a step, over all devices and hosts."""
+    layout: Literal["shared", "repeated", "padded"] = "shared"
+    """shared: a prompt stored and computed once for its two answers; repeated: twice; padded: one sequence a row."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.pairs > 0, "batch.pairs", self.pairs, "a positive number is needed")
+        require(self.pairs % self.accumulation == 0, "batch.accumulation", self.accumulation,
+                f"it must divide batch.pairs, {self.pairs}")  # fmt: skip
+        require(self.layout != "padded" or self.row_length == "auto", "batch.row_length", self.row_length,
+                "layout padded takes its length from the data; use auto")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTBatchConfig(RowsConfig):
+    """How a step's examples are laid in rows of tokens."""
+
+    examples: int = 64
+    """Examples in a step, over all devices and hosts."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.examples > 0, "batch.examples", self.examples, "a positive number is needed")
+        require(self.examples % self.accumulation == 0, "batch.accumulation", self.accumulation,
+                f"it must divide batch.examples, {self.examples}")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one of them may be -1: the rest."""
+
+    data: int = 1
+    """Copies of the model, each with its own rows."""
+    fsdp: int = -1
+    """Devices over which weights, optimizer state and rows are spread."""
+    tensor: int = 1
+    """Devices over which each layer's heads and features are spread."""
+
+    def __post_init__(self):
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            require(size == -1 or size > 0, f"mesh.{name}", size, "a positive number, or -1 for the rest")
+        require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis can be -1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run itself."""
+
+    dir: str
+    """Run directory; starting again with the same one continues the run."""
+    steps: int | None = None
+    """Length in steps; or give epochs."""
+    epochs: float | None = None
+    """Length in passes over the training data; or give steps. Neither: 1 epoch."""
+    seed: int = 0
+    """Decides the order of the data."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    token_stats: bool = True
+    """Also log entropy, mean logits and token accuracy."""
+    export: bool = False
+    """Write the Hugging Face directory `export` at the end."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go besides metrics.jsonl."""
+    progress: bool = True
+    """Show a live progress line."""
+
+    def __post_init__(self):
+        require(self.steps is None or self.epochs is None, "run.steps", self.steps,
+                f"run.epochs {self.epochs} is given too; keep one")  # fmt: skip
+        require(self.steps is None or self.steps > 0, "run.steps", self.steps, "a positive number is needed")
+        require(self.epochs is None or self.epochs > 0, "run.epochs", self.epochs, "a positive number is needed")
+        require(self.log_every > 0, "run.log_every", self.log_every, "a positive number is needed")
+        require(self.eval_every >= 0, "run.eval_every", self.eval_every, "it cannot be negative")
+        require(0 <= self.seed < 2**63, "run.seed", self.seed, "it lies in [0, 2**63)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept, and when."""
+
+    every: int = 0
+    """Steps between saves; 0: a tenth of the run. The last step is saved always."""
+    keep: int = 2
+    """Newest saves kept."""
+    keep_best: int = 0
+    """Best saves kept besides, by best_metric."""
+    best_metric: str | None = None
+    """Evaluation metric that tells the best, such as eval_held_out_rewards/accuracies."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether more or less of it is better."""
+
+    def __post_init__(self):
+        require(self.every >= 0, "checkpoint.every", self.every, "it cannot be negative")
+        require(self.keep > 0, "checkpoint.keep", self.keep, "at least one save is needed to go on from")
+        require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "it cannot be negative")
+        require((self.keep_best > 0) == (self.best_metric is not None), "checkpoint.best_metric", self.best_metric,
+                f"keep_best is {self.keep_best}; give both or neither")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What both stages have in common."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    run: RunConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(TrainConfig):
+    """A run of Direct Preference Optimization."""
+
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+    def __post_init__(self):
+        require(self.reference.dtype == "auto" or self.reference.mode == "live", "reference.dtype",
+                self.reference.dtype, "a cached reference is computed as the policy is; use auto")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainConfig):
+    """A run of supervised fine-tuning."""
+
+    batch: SFTBatchConfig = field(default_factory=SFTBatchConfig)

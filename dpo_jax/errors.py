@@ -1,0 +1,19 @@
+"""What can go wrong for a user, and the exit code each kind carries."""
+
+
+class UserError(Exception):
+    """Wrong usage, config, data, model or run directory: one line that names the thing, the value and the remedy."""
+
+    exit_code = 2
+
+
+class Preempted(UserError):
+    """The run was asked to stop and saved its state; running the same command again continues it."""
+
+    exit_code = 42
+
+
+class RunStopped(UserError):
+    """The run met something that a restart will not cure, such as a loss that is not finite."""
+
+    exit_code = 43
