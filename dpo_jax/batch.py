@@ -9,6 +9,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 CHOSEN, REJECTED = 0, 1  # places on the K axis
+BLOCK = 64  # tokens in a block: rows are whole blocks, and attention visits only the pairs of blocks it needs
 
 
 @struct.dataclass
@@ -32,7 +33,7 @@ class PreferenceBatch:
     answer_slots: Int[Array, "*a B K"]  # where answer (pair, branch) was laid: row * answers_per_row + slot
     weight: Float[Array, "*a B"]  # weight of the pair in the loss
     valid: Bool[Array, "*a B"]  # False: an empty slot of a ragged last step
-    key_blocks: Int[Array, "*a R NB 2"]  # (query block, key block) that hold something to attend to; -1: unused
+    blocks: Int[Array, "*a R J 2"]  # (query block, key block) between which something is seen, sorted; -1: unused
     answers_per_row: int = struct.field(pytree_node=False)
 
 

@@ -1,0 +1,263 @@
+"""Pairs of a step -> packed rows of a fixed shape.
+
+A *unit* is what lies in one piece in a row: ``[prompt][chosen][rejected]`` in layout ``shared``; ``[prompt][answer]``,
+twice a pair, in ``repeated`` and ``padded``. Every step holds exactly its own pairs: packing decides only where they lie.
+Shape letters as in batch.py; J pairs of blocks that attention visits in a row.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from dpo_jax.batch import BLOCK, PreferenceBatch
+from dpo_jax.errors import UserError
+
+Layout = Literal["shared", "repeated", "padded"]
+
+
+class Unit(NamedTuple):
+    """A piece of a row: the prompt of a pair and some of its answers."""
+
+    pair: int
+    branches: tuple[int, ...]  # places on the K axis
+    prompt: int  # tokens
+    answers: tuple[int, ...]  # tokens of each branch
+    targets: int  # answer tokens that are predicted
+
+    @property
+    def size(self) -> int:
+        """Tokens of the unit."""
+        return self.prompt + sum(self.answers)
+
+
+@dataclass(frozen=True, order=True)
+class BatchShape:
+    """The static sizes of a packed batch: one compilation each."""
+
+    rows: int  # R
+    length: int  # T
+    targets: int  # M
+    answers: int  # A
+    blocks: int  # J
+
+    def holds(self, other: "BatchShape") -> bool:
+        """Whether a batch that needs ``other`` fits."""
+        return all(getattr(self, f.name) >= getattr(other, f.name) for f in fields(self))
+
+    def union(self, other: "BatchShape") -> "BatchShape":
+        """The smallest shape that holds both."""
+        return BatchShape(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+def _up(n: int, multiple: int) -> int:
+    return max(multiple, -(-n // multiple) * multiple)
+
+
+def make_units(lengths: np.ndarray, num_targets: np.ndarray, layout: Layout) -> list[Unit]:
+    """Units of a step. ``lengths`` [B, 1 + K]: tokens of prompt and answers (all 0: empty slot); ``num_targets`` [B, K]."""
+    units = []
+    for pair, (prompt, *answers) in enumerate(lengths.tolist()):
+        if prompt == 0:
+            continue
+        targets = num_targets[pair].tolist()
+        if layout == "shared":
+            units.append(Unit(pair, tuple(range(len(answers))), prompt, tuple(answers), sum(targets)))
+        else:
+            units += [Unit(pair, (k,), prompt, (answer,), targets[k]) for k, answer in enumerate(answers)]
+    return units
+
+
+def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_length: int | None) -> list[list[Unit]]:
+    """Rows of units; their number is a multiple of ``multiple``, the devices that rows are spread over.
+
+    ``row_length`` None: ``multiple`` rows of near equal load (longest unit first, into the shortest row). Else rows of
+    that length, as many as it takes (longest unit first, into the fullest row that has room).
+    """
+    longest_first = sorted(units, key=lambda unit: -unit.size)  # stable: equal sizes keep their order
+    rows: list[list[Unit]]
+    if layout == "padded":
+        rows = [[unit] for unit in units]
+    elif row_length is None:
+        rows = [[] for _ in range(multiple)]
+        loads = [(0, row) for row in range(multiple)]
+        for unit in longest_first:
+            load, row = heapq.heappop(loads)
+            rows[row].append(unit)
+            heapq.heappush(loads, (load + unit.size, row))
+    else:
+        rows, room = [], []
+        for unit in longest_first:
+            fitting = [row for row, left in enumerate(room) if left >= unit.size]
+            if not fitting:
+                if unit.size > row_length:
+                    raise UserError(
+                        f"batch.row_length: {row_length} is shorter than a pair of {unit.size} tokens; "
+                        "raise it, or lower data.max_length"
+                    )
+                rows.append([])
+                room.append(row_length)
+                fitting = [len(rows) - 1]
+            row = min(fitting, key=room.__getitem__)
+            rows[row].append(unit)
+            room[row] -= unit.size
+    rows += [[] for _ in range(_up(len(rows), multiple) - len(rows))]
+    return [sorted(row) for row in rows]
+
+
+def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
+    """[J, 2]: the (query block, key block) between which some token sees another, sorted."""
+    num_blocks = _up(sum(unit.size for unit in row), BLOCK) // BLOCK
+    seen = np.zeros((num_blocks, num_blocks), bool)
+    start = 0
+    for unit in row:
+        answer = start + unit.prompt
+        prompt = slice(start // BLOCK, (answer - 1) // BLOCK + 1)
+        seen[prompt, prompt] = True
+        for size in unit.answers:
+            own = slice(answer // BLOCK, (answer + size - 1) // BLOCK + 1)
+            seen[own, prompt] = seen[own, own] = True
+            answer += size
+        start = answer
+    return np.argwhere(np.tril(seen))
+
+
+def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
+    """The smallest shape that holds these rows, in whole blocks."""
+    most = lambda of: max((of(row) for row in rows), default=0)  # noqa: E731
+    return BatchShape(
+        rows=len(rows),
+        length=_up(most(lambda row: sum(unit.size for unit in row)), BLOCK),
+        targets=_up(most(lambda row: sum(unit.targets for unit in row)), BLOCK),
+        answers=max(1, most(lambda row: sum(len(unit.answers) for unit in row))),
+        blocks=_up(most(lambda row: len(seen_blocks(row)) if row else 0), 16),
+    )
+
+
+def choose_shapes(needed: Sequence[BatchShape], most: int, worth: float = 0.05) -> tuple[BatchShape, ...]:
+    """At most ``most`` shapes, smallest first, that hold all of ``needed`` with the fewest token slots.
+
+    Another shape is taken only when it saves the share ``worth`` of the slots: each costs a compilation.
+    """
+    slots = lambda shape: shape.rows * shape.length  # noqa: E731
+    sizes = sorted({slots(shape) for shape in needed})
+    if len(sizes) > 24:  # enough candidates to choose from
+        sizes = sorted({sizes[round(i * (len(sizes) - 1) / 23)] for i in range(24)})
+    count = np.array([sum(low < slots(s) <= high for s in needed) for low, high in zip([0, *sizes], sizes, strict=False)])
+    best, best_cost = (sizes[-1],), int(count.sum() * sizes[-1])
+    for number in range(2, min(most, len(sizes)) + 1):
+        costs = {}
+        for chosen in combinations(sizes[:-1], number - 1):
+            bounds = (*chosen, sizes[-1])
+            costs[bounds] = int(count @ np.array(bounds)[np.searchsorted(bounds, sizes)])
+        bounds, cost = min(costs.items(), key=lambda item: item[1])
+        if cost > best_cost * (1 - worth):
+            break
+        best, best_cost = bounds, cost
+    shapes: list[BatchShape] = []
+    for low, high in zip((0, *best), best, strict=False):
+        members = [shape for shape in needed if low < slots(shape) <= high]
+        shape = members[0]
+        for member in members[1:]:
+            shape = shape.union(member)
+        shapes.append(shape.union(shapes[-1]) if shapes else shape)
+    return tuple(shapes)
+
+
+@dataclass(frozen=True)
+class Packer:
+    """How the pairs of a step become rows; ``shapes`` are the compiled sizes, smallest first."""
+
+    layout: Layout
+    multiple: int  # devices over which rows are spread
+    row_length: int | None  # None: auto
+    accumulation: int
+    shapes: tuple[BatchShape, ...] = ()
+
+    def rows(self, lengths: np.ndarray, num_targets: np.ndarray) -> list[list[list[Unit]]]:
+        """Rows of each of the ``accumulation`` parts of a step; part k holds the k-th run of pairs."""
+        size = len(lengths) // self.accumulation
+        parts = []
+        for start in range(0, len(lengths), size):
+            part = slice(start, start + size)
+            units = make_units(lengths[part], num_targets[part], self.layout)
+            parts.append(
+                assign_rows(units, layout=self.layout, multiple=self.multiple, row_length=self.row_length)
+            )  # fmt: skip
+        most = max(len(rows) for rows in parts)
+        return [rows + [[] for _ in range(most - len(rows))] for rows in parts]
+
+    def shape(self, parts: Sequence[Sequence[Sequence[Unit]]]) -> BatchShape:
+        """The smallest of ``shapes`` that holds the step; beyond them, a rounded-up one that may compile anew."""
+        needed = shape_needed(parts[0])
+        for rows in parts[1:]:
+            needed = needed.union(shape_needed(rows))
+        for shape in self.shapes:
+            if shape.holds(needed):
+                return shape
+        if not self.shapes:
+            return needed
+        grown = needed.union(self.shapes[-1])
+        return BatchShape(grown.rows, _up(grown.length, 4 * BLOCK), _up(grown.targets, 4 * BLOCK),
+                          _up(grown.answers, 8), _up(grown.blocks, 128))  # fmt: skip
+
+
+def pack_rows(
+    rows: Sequence[Sequence[Unit]],
+    shape: BatchShape,
+    examples: Sequence[tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None] | None],
+    weight: np.ndarray,
+    num_answers: int,
+) -> PreferenceBatch:
+    """Lay tokens in rows. ``examples[b]``: (prompt, answers, learned tokens or None for all), None in an empty slot."""
+    num_pairs, num_rows = len(examples), shape.rows
+    grid = {name: np.zeros((num_rows, shape.length), np.int32) for name in ("tokens", "positions", "segments", "branches")}
+    targets = {name: np.zeros((num_rows, shape.targets), np.int32) for name in ("tokens", "sources", "answers", "offsets")}
+    mask = np.zeros((num_rows, shape.targets), bool)
+    blocks = np.full((num_rows, shape.blocks, 2), -1, np.int32)
+    answer_slots = np.zeros((num_pairs, num_answers), np.int32)
+
+    def lay(row, start, tokens, position, segment, branch):
+        here = (row, slice(start, start + len(tokens)))
+        grid["tokens"][here] = tokens
+        grid["positions"][here] = position + np.arange(len(tokens))
+        grid["segments"][here] = segment
+        grid["branches"][here] = branch
+
+    for row, units in enumerate(rows):
+        start = used = slot = 0
+        for segment, unit in enumerate(units, start=1):
+            prompt, answers, learned = examples[unit.pair]
+            lay(row, start, prompt, 0, segment, 0)
+            answer = start + len(prompt)
+            for branch in unit.branches:
+                tokens = answers[branch]
+                lay(row, answer, tokens, len(prompt), segment, branch + 1)
+                sources = np.arange(answer - 1, answer + len(tokens) - 1)
+                sources[0] = start + len(prompt) - 1  # the prompt's last token predicts each answer's first
+                chosen = np.arange(len(tokens)) if learned is None else np.flatnonzero(learned)
+                here = (row, slice(used, used + len(chosen)))
+                targets["tokens"][here] = tokens[chosen]
+                targets["sources"][here] = sources[chosen]
+                targets["answers"][here] = slot
+                targets["offsets"][here] = chosen
+                mask[here] = True
+                answer_slots[unit.pair, branch] = row * shape.answers + slot
+                used, slot, answer = used + len(chosen), slot + 1, answer + len(tokens)
+            start = answer
+        if units:
+            pairs = seen_blocks(units)
+            blocks[row, : len(pairs)] = pairs
+    return PreferenceBatch(
+        **grid,
+        **{f"target_{name}": value for name, value in targets.items()},
+        target_mask=mask,
+        answer_slots=answer_slots,
+        weight=weight.astype(np.float32),
+        valid=np.array([example is not None for example in examples]),
+        blocks=blocks,
+        answers_per_row=shape.answers,
+    )  # type: ignore[arg-type]  # numpy here, device arrays once the step has them
