@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dpo_jax.batch import BLOCK, PreferenceBatch
 
 
-def sees(query: Int[Array, "3 *q"], key: Int[Array, "3 *s"], window: int | None) -> Bool[Array, "*q *s"]:
+def sees(query: Int[Array, "3 *j q"], key: Int[Array, "3 *j s"], window: int | None) -> Bool[Array, "*j q s"]:
     """Which query sees which key, of the (segment, branch, position) of each; order in the row is the caller's part.
 
     Within a branch positions rise by one, so "not later" is a comparison of positions there; a prompt key is never
