@@ -4,7 +4,10 @@ Shape letters, the same in every file: B pairs, R rows, T tokens in a row, M tar
 (2: chosen, rejected; 1 when fine-tuning), A answer slots in a row, V vocabulary, D model width.
 """
 
+from collections.abc import Sequence
+
 import jax
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -60,3 +63,27 @@ class PairLogps:
 def stop_gradient(logps: PairLogps) -> PairLogps:
     """The same numbers, through which no gradient flows."""
     return jax.tree.map(jax.lax.stop_gradient, logps)
+
+
+@struct.dataclass
+class PaddedBatch:
+    """Pairs for a model that takes plain tokens: every prompt with each of its answers, padded on the right."""
+
+    tokens: Int[Array, "*a B K T"]
+    mask: Bool[Array, "*a B K T"]  # True: an answer token, whose log-prob counts
+    weight: Float[Array, "*a B"]
+    valid: Bool[Array, "*a B"]
+
+
+def pad_pairs(prompts: Sequence[Sequence[int]], *answers: Sequence[Sequence[int]], pad_id: int = 0) -> PaddedBatch:
+    """Token lists -> ``PaddedBatch``: ``pad_pairs(prompts, chosen, rejected)``, each a list of B lists of token ids."""
+    length = max(len(prompt) + len(own[i]) for own in answers for i, prompt in enumerate(prompts))
+    tokens = np.full((len(prompts), len(answers), length), pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for i, prompt in enumerate(prompts):
+        for k, own in enumerate(answers):
+            end = len(prompt) + len(own[i])
+            tokens[i, k, :end] = [*prompt, *own[i]]
+            mask[i, k, len(prompt) : end] = True
+    ones = np.ones(len(prompts), np.float32)
+    return PaddedBatch(tokens=tokens, mask=mask, weight=ones, valid=ones > 0)  # type: ignore[arg-type]

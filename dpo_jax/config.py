@@ -147,8 +147,9 @@ class DataConfig:
 class LossConfig:
     """The objective; see docs/objectives.md for equations and papers."""
 
-    type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """sigmoid: DPO, and cDPO with label_smoothing; hinge: SLiC; ipo: squared distance of the mean margin to 1/(2 beta)."""
+    type: Literal["sigmoid", "hinge", "ipo", "sft"] = "sigmoid"
+    """sigmoid: DPO, and cDPO with label_smoothing; hinge: SLiC; ipo: squared distance of the mean margin to 1/(2 beta);
+    sft: the chosen answer's tokens alone."""
     beta: float = 0.1
     """Weight of the KL term; larger keeps the policy closer to the reference."""
     label_smoothing: float = 0.0
@@ -159,6 +160,14 @@ class LossConfig:
         require(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", self.label_smoothing, "it lies in [0, 0.5)")
         require(self.label_smoothing == 0 or self.type == "sigmoid", "loss.label_smoothing", self.label_smoothing,
                 f"loss.type {self.type} has no label smoothing; set it to 0")  # fmt: skip
+
+
+OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {  # also says which of these an optimizer has
+    "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+    "lion": {"b1": 0.9, "b2": 0.99},
+    "adafactor": {},
+    "rmsprop": {"b2": 0.99, "eps": 1e-8},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,12 +186,12 @@ class OptimizerConfig:
     """Steps of wsd's fall; default: a tenth of the run."""
     final_fraction: float = 0.0
     """Rate at the end as a share of the peak, for linear, cosine and wsd."""
-    b1: float = 0.9
-    """Decay of the first moment (adamw, lion)."""
-    b2: float = 0.999
-    """Decay of the second moment (adamw, lion, adafactor, rmsprop)."""
-    eps: float = 1e-8
-    """Added to the root of the second moment (adamw, rmsprop)."""
+    b1: float | None = None
+    """Decay of the first moment; default: 0.9 (adamw, lion)."""
+    b2: float | None = None
+    """Decay of the second moment; default: 0.999 (adamw), 0.99 (lion, rmsprop)."""
+    eps: float | None = None
+    """Added to the root of the second moment; default: 1e-8 (adamw, rmsprop)."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     decay_mask: Literal["matrices", "all"] = "matrices"
@@ -200,8 +209,13 @@ class OptimizerConfig:
         require(self.final_fraction == 0 or self.schedule != "constant", "optimizer.final_fraction",
                 self.final_fraction, "schedule constant does not fall; set it to 0")  # fmt: skip
         require(0 <= self.final_fraction <= 1, "optimizer.final_fraction", self.final_fraction, "it lies in [0, 1]")
-        require(0 <= self.b1 < 1, "optimizer.b1", self.b1, "it lies in [0, 1)")
-        require(0 <= self.b2 < 1, "optimizer.b2", self.b2, "it lies in [0, 1)")
+        for option in ("b1", "b2", "eps"):
+            value = getattr(self, option)
+            require(value is None or option in OPTIMIZER_DEFAULTS[self.name], f"optimizer.{option}", value,
+                    f"{self.name} has no {option}; leave it out")  # fmt: skip
+            require(value is None or 0 <= value < 1, f"optimizer.{option}", value, "it lies in [0, 1)")
+        require(self.moment_dtype == "float32" or self.name in ("adamw", "lion"), "optimizer.moment_dtype",
+                self.moment_dtype, f"{self.name} has no first moment; use float32")  # fmt: skip
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "it cannot be negative")
         require(self.max_grad_norm is None or self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm,
                 "it must be positive, or null for no clipping")  # fmt: skip
@@ -213,6 +227,8 @@ class RowsConfig:
 
     row_length: Literal["auto"] | int = "auto"
     """Tokens in a row; auto: one row for each data-parallel device, in the few lengths that the data asks for."""
+    max_shapes: int = 4
+    """Most row shapes that the run compiles; each is taken only where it saves token slots."""
     accumulation: int = 1
     """Parts in which the step is computed, one after another; the result does not depend on it."""
     target_chunk: int = 512
@@ -221,6 +237,9 @@ class RowsConfig:
     def __post_init__(self):
         require(self.row_length == "auto" or self.row_length >= 64, "batch.row_length", self.row_length,
                 "at least 64, or auto")  # fmt: skip
+        require(self.row_length == "auto" or self.row_length % 64 == 0, "batch.row_length", self.row_length,
+                "it must be a multiple of 64")  # fmt: skip
+        require(self.max_shapes > 0, "batch.max_shapes", self.max_shapes, "a positive number is needed")
         require(self.accumulation > 0, "batch.accumulation", self.accumulation, "a positive number is needed")
         require(self.target_chunk > 0, "batch.target_chunk", self.target_chunk, "a positive number is needed")
 
