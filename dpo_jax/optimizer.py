@@ -1,0 +1,62 @@
+"""Optimizer and learning-rate schedule, from optax."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax.config import OPTIMIZER_DEFAULTS, OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate of each update, counted from 0: a linear rise over ``warmup_steps``, then the schedule's shape."""
+    peak, end = config.learning_rate, config.learning_rate * config.final_fraction
+    rest = max(num_steps - config.warmup_steps, 1)
+    match config.schedule:
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "linear":
+            after = optax.linear_schedule(peak, end, rest)
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
+        case "wsd":
+            fall = min(config.decay_steps or max(num_steps // 10, 1), rest)
+            after = optax.linear_schedule(peak, end, fall, transition_begin=rest - fall)
+    if config.warmup_steps == 0:
+        return after
+    rise = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([rise, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then the update at the scheduled rate."""
+    rate = make_schedule(config, num_steps)
+    options = {
+        name: default if getattr(config, name) is None else getattr(config, name)
+        for name, default in OPTIMIZER_DEFAULTS[config.name].items()
+    }
+    mask = None if config.decay_mask == "all" else _matrices
+    decay = {"weight_decay": config.weight_decay, "mask": mask}
+    moment = jnp.dtype(config.moment_dtype)
+    match config.name:
+        case "adamw":
+            update = optax.adamw(rate, **options, mu_dtype=moment, **decay)
+        case "lion":
+            update = optax.lion(rate, **options, mu_dtype=moment, **decay)
+        case "adafactor":
+            update = optax.adafactor(
+                rate, weight_decay_rate=config.weight_decay or None, weight_decay_mask=True if mask is None else mask
+            )
+        case "rmsprop":
+            update = optax.chain(
+                optax.scale_by_rms(decay=options["b2"], eps=options["eps"], eps_in_sqrt=False),
+                optax.add_decayed_weights(**decay),
+                optax.scale_by_learning_rate(rate),
+            )
+    if config.max_grad_norm is None:
+        return update
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
+
+
+def _matrices(params):
+    """True at weights of two or more dims in one layer; norms and biases (one dim, or two when layers are stacked) not."""
+    return jax.tree.map_with_path(lambda path, x: path[-1].key in ("kernel", "embedding"), params)

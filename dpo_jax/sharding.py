@@ -1,0 +1,89 @@
+"""Where arrays lie: one table from logical axes to mesh axes, and the shardings that follow from it.
+
+`axis` is an axis of the mesh, `dim` a dimension of an array. Mesh axes: `data` holds copies of the model, `fsdp`
+spreads weights and rows, `tensor` spreads each layer's heads and features.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dpo_jax.config import MeshConfig
+from dpo_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # rows of a batch are spread over both
+
+# logical axis of a weight -> (mesh axis, whether a size that the axis does not divide is stored whole instead)
+RULES: dict[str, tuple[str | None, bool]] = {
+    "layers": (None, False),
+    "vocab": ("tensor", False),
+    "embed": ("fsdp", False),
+    "heads": ("tensor", False),
+    "kv_heads": ("tensor", True),  # fewer key/value heads than devices: each holds them all
+    "head_dim": (None, False),
+    "ffn": ("tensor", False),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh of all devices (or those given) in the shape of the config; -1 takes what the others leave."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {name: getattr(config, name) for name in AXES}
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        raise UserError(f"mesh: {sizes} does not use {len(devices)} devices; set one axis to -1, or change the sizes")
+    return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def row_devices(mesh: Mesh) -> int:
+    """Devices over which rows are spread: the number of rows is a multiple of it."""
+    return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+
+
+def weight_spec(dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str) -> PartitionSpec:
+    """The table applied to one weight; two dims on one mesh axis, or a size that does not divide, are refused."""
+    spec: list[str | None] = []
+    for dim, size in zip(dims, shape, strict=True):
+        axis, may_be_whole = RULES[dim] if dim is not None else (None, False)
+        if axis is not None and size % mesh.shape[axis]:
+            if not may_be_whole:
+                raise UserError(
+                    f"mesh.{axis}: {mesh.shape[axis]} does not divide the {dim} size {size} of {name}; choose a divisor"
+                )
+            axis = None
+        if axis is not None and axis in spec:
+            raise ValueError(f"{name}: dims {tuple(dims)} put the mesh axis {axis!r} twice")
+        spec.append(axis)
+    return PartitionSpec(*spec)
+
+
+def weight_shardings(shapes: Any, dims: Any, mesh: Mesh) -> Any:
+    """Sharding of each weight, of trees of shapes and of logical axes."""
+    return jax.tree.map_with_path(
+        lambda path, shape, own: NamedSharding(mesh, weight_spec(own, shape.shape, mesh, jax.tree_util.keystr(path))),
+        shapes,
+        dims,
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def row_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Rows over their devices; ``leading`` dims before the rows stay whole."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Keep the first dim of an activation spread as rows are, under the mesh in force (``jax.set_mesh``), if any."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(ROWS) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))

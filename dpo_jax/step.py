@@ -1,0 +1,166 @@
+"""One DPO step: a pure function from state, reference and batch to the next state and the step's metrics."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+from dpo_jax.batch import PairLogps, stop_gradient
+from dpo_jax.config import LossConfig
+from dpo_jax.logprobs import LogpsFn, Params
+from dpo_jax.losses import COUPLED, mean_loss, preference_loss, preference_metrics
+
+
+@struct.dataclass
+class TrainState:
+    """What a step changes. ``params`` are the trainable parameters only."""
+
+    step: Int[Array, ""]  # updates made
+    params: Params
+    opt_state: optax.OptState
+    healthy: Bool[Array, ""]  # False from the first loss or gradient that is not finite; the state then stays as it was
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.ones((), bool))
+
+
+def reference_logps(reference: Params | PairLogps | None, batch: Any, logps_fn: LogpsFn) -> PairLogps | None:
+    """The reference's log-probs of the batch: computed from its parameters, or as they were cached."""
+    if reference is None or isinstance(reference, PairLogps):
+        return reference
+    return stop_gradient(logps_fn(jax.lax.stop_gradient(reference), batch))
+
+
+def _whole_step(params, reference, batch, logps_fn: LogpsFn, loss: LossConfig):
+    """Gradient of the mean loss with all pairs at once."""
+
+    def objective(params):
+        policy = logps_fn(params, batch)
+        return mean_loss(preference_loss(policy, fixed, loss), policy), policy
+
+    fixed = reference_logps(reference, batch, logps_fn)
+    (_, policy), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    return grads, policy, fixed
+
+
+def _join(parts: PairLogps) -> PairLogps:
+    """[parts, pairs of a part, ...] -> [B, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
+
+
+def _accumulated_step(params, reference, batch, logps_fn: LogpsFn, loss: LossConfig):
+    """The same gradient, the parts of the batch (its leading dim) one after another.
+
+    The chain rule through the pair log-probs: d loss / d params = sum over parts of (d loss / d logps) (d logps / d
+    params). Where the loss couples the pairs of a step, a first pass computes all log-probs without gradient, so that
+    d loss / d logps is the whole step's; else each part gives its own.
+    """
+
+    def cotangent(policy: PairLogps, fixed: PairLogps | None):
+        def total(logp_sum):
+            here = policy.replace(sum=logp_sum)
+            return (preference_loss(here, fixed, loss) * here.weight).sum()
+
+        return jax.grad(total)(policy.sum)
+
+    def reference_of(part):
+        own = reference if not isinstance(reference, PairLogps) else part["reference"]
+        return reference_logps(own, part["batch"], logps_fn)
+
+    parts = {"batch": batch}
+    if isinstance(reference, PairLogps):
+        parts["reference"] = reference
+    if loss.type in COUPLED:
+        _, (policy, fixed) = jax.lax.scan(
+            lambda _, part: (None, (logps_fn(params, part["batch"]), reference_of(part))), None, parts
+        )
+        parts["cotangent"] = cotangent(_join(policy), None if fixed is None else _join(fixed)).reshape(policy.sum.shape)
+
+    def add_part(grads, part):
+        fixed = reference_of(part) if "cotangent" not in part else None
+
+        def pulled(params):
+            policy = logps_fn(params, part["batch"])
+            pull = part["cotangent"] if "cotangent" in part else cotangent(stop_gradient(policy), fixed)
+            return (jax.lax.stop_gradient(pull) * policy.sum).sum(), policy
+
+        (_, policy), own = jax.value_and_grad(pulled, has_aux=True)(params)
+        return jax.tree.map(jnp.add, grads, own), (policy, fixed)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    grads, (policy, own_fixed) = jax.lax.scan(add_part, zeros, parts)
+    fixed = fixed if loss.type in COUPLED else own_fixed
+    policy, fixed = _join(policy), None if fixed is None else _join(fixed)
+    return jax.tree.map(lambda x: x / jnp.maximum(policy.valid.sum(), 1), grads), policy, fixed
+
+
+def train_step(
+    state: TrainState,
+    reference: Params | PairLogps | None,
+    batch: Any,
+    *,
+    logps_fn: LogpsFn,
+    loss: LossConfig,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Make one update; pure, not jitted.
+
+    ``batch`` is whatever ``logps_fn(params, batch) -> PairLogps`` takes; with ``accumulation`` > 1 its leaves (and those
+    of a cached ``reference``) have a leading dim of that size, and the result is that of the whole batch.
+    ``reference``: a parameter tree of the same model, its ``PairLogps`` of this batch, or None. No gradient reaches it.
+
+    Metrics are float32 scalars named as TRL's: loss, rewards/*, logps/*, grad_norm (before clipping), and token
+    statistics where ``logps_fn`` gives them. A loss or gradient that is not finite leaves the state as it was and
+    clears ``state.healthy``, which then holds all further updates.
+    """
+    compute = _whole_step if accumulation == 1 else _accumulated_step
+    grads, policy, fixed = compute(state.params, reference, batch, logps_fn, loss)
+    metrics = preference_metrics(policy, fixed, loss) | {"grad_norm": optax.global_norm(grads)}
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    healthy = state.healthy & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, healthy)
+    before = state.replace(healthy=healthy)
+    return jax.tree.map(lambda new, old: jnp.where(healthy, new, old), after, before), metrics
+
+
+def state_shardings(state: TrainState, param_shardings: Any, whole: Any, optimizer: optax.GradientTransformation) -> Any:
+    """Sharding of every leaf of the state: moments lie as their weights do, the rest is ``whole``.
+
+    ``state`` may be shapes (``jax.eval_shape``). A factored moment, of another shape than its weight, is ``whole``.
+    """
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda moment, weight, sharding: sharding if moment.shape == weight.shape else whole,
+        state.opt_state,
+        state.params,
+        param_shardings,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(whole, param_shardings, opt_state, whole)
+
+
+def make_train_step(
+    *,
+    logps_fn: LogpsFn,
+    loss: LossConfig,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+    shardings: TrainState | None = None,
+    metrics_sharding: Any = None,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]:
+    """``train_step`` compiled: ``step(state, reference, batch) -> (state, metrics)``, the old state donated.
+
+    ``shardings``: of the state, from ``state_shardings``; the new state comes back in the very same ones.
+    """
+    step = partial(train_step, logps_fn=logps_fn, loss=loss, optimizer=optimizer, accumulation=accumulation)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics_sharding))
