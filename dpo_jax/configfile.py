@@ -1,0 +1,297 @@
+"""Configs as text: YAML in, checked against the types of config.py; YAML out, every default spelled out.
+
+YAML is read by the rules of version 1.2: ``5e-7`` is a number, ``yes`` and ``012`` are text, a name given twice is an
+error. Types are strict: ``"8"`` is no number, ``1.0`` no whole number, ``1`` no truth value.
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig, TrainConfig, require
+from dpo_jax.errors import UserError
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+COMMAND_OF = {DPOConfig: "train", SFTConfig: "sft"}
+SHORTHAND = {SourceConfig: "path"}  # text in place of one of these is its field
+SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}
+SCALAR_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+
+
+class CommandLineText(str):
+    """Text of an override whose type is decided by the field that it is for."""
+
+
+def parse_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any], kind: type[Config]) -> Config:
+    """Read a config and check it wholly.
+
+    Args:
+        source: path of a YAML file, or what such a file would hold.
+        overrides: value by dotted name, into lists too: ``{"run.steps": 5, "data.train.0.limit": 100}``; put on top of
+            the source in their order. `CommandLineText` values are read as the field's type asks.
+        kind: DPOConfig or SFTConfig.
+
+    Raises:
+        UserError: the file cannot be read, or a name, type or value is wrong; names the field, value and remedy.
+    """
+    tree = _copy(source) if isinstance(source, Mapping) else load_yaml(Path(source))
+    for name, value in overrides.items():
+        _set(tree, name, value)
+    return _read(kind, tree, "", kind)
+
+
+def config_to_yaml(config: TrainConfig) -> str:
+    """The config with every default spelled out; `parse_config` gives back an equal one."""
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**16)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds."""
+    if path.is_dir():
+        raise UserError(f"{path}: this is a directory: give a config file, such as {path / 'config.yaml'}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such config file: check the path, seen from {Path.cwd()}") from None
+    except OSError as error:
+        raise UserError(f"{path}: the config file cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8: save the config file as UTF-8 text") from None
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: it holds {_words(tree)}, not sections: write `section: {{key: value}}`, as in configs/")
+    return tree
+
+
+def type_words(kind: Any) -> str:
+    """What a value of this type is, in words."""
+    options = _options(kind)
+    origin = get_origin(kind)
+    if origin is tuple:
+        return f"a list, each {type_words(get_args(kind)[0])}"
+    if origin is dict:
+        return f"names, each with {type_words(get_args(kind)[1])}"
+    if dataclasses.is_dataclass(kind):
+        return f"a mapping with {', '.join(field.name for field in dataclasses.fields(kind))}"
+    return ", ".join(options[:-1]) + " or " * (len(options) > 1) + options[-1]
+
+
+def field_names(kind: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all sections and fields, in order."""
+    for name, field_type in get_type_hints(kind).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(field_type):
+            yield from field_names(field_type, f"{prefix}{name}.")
+
+
+# Reading a tree of plain values as typed dataclasses. `name` is the dotted name of the value, `root` the whole config's
+# class, which the nearest name is looked for in.
+
+
+def _read(kind: Any, value: Any, name: str, root: type) -> Any:
+    if isinstance(value, CommandLineText):
+        value = _from_command_line(kind, value, name)
+    if dataclasses.is_dataclass(kind):
+        return _read_section(kind, value, name, root)
+    if get_origin(kind) is tuple:
+        element = get_args(kind)[0]
+        if not isinstance(value, list | tuple):  # one element may stand for a list of it
+            return (_read(element, value, name, root),)
+        return tuple(_read(element, part, f"{name}.{index}", root) for index, part in enumerate(value))
+    if get_origin(kind) is dict:
+        if not isinstance(value, Mapping):
+            _refuse(name, value, f"write names with their values, such as {{name: {value}}}")
+        element = get_args(kind)[1]
+        return {key: _read(element, part, f"{name}.{key}", root) for key, part in value.items()}
+    if not _accepts(kind, value):
+        _refuse(name, value, _remedy(kind, value))
+    return float(value) if type(value) is int and not _accepts_type(kind, int) else value
+
+
+def _read_section(kind: Any, value: Any, name: str, root: type) -> Any:
+    if kind in SHORTHAND and isinstance(value, str):
+        value = {SHORTHAND[kind]: str(value)}
+    hints = get_type_hints(kind)
+    if not isinstance(value, Mapping):
+        _refuse(name, value, f"this is a section; set its options by name, such as {name}.{next(iter(hints))}")
+    dotted = f"{name}." if name else ""
+    for key in value:
+        if key not in hints:
+            raise UserError(f"{dotted}{key}: {_unknown(dotted, str(key), list(hints), root)}")
+    arguments = {}
+    for field in dataclasses.fields(kind):
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        field_type = hints[field.name]
+        if field.name in value:
+            arguments[field.name] = _read(field_type, value[field.name], dotted + field.name, root)
+        elif needed and dataclasses.is_dataclass(field_type):
+            arguments[field.name] = _read(field_type, {}, dotted + field.name, root)
+        elif needed:
+            raise UserError(f"{dotted}{field.name}: missing: set it in the config or with --{dotted}{field.name}")
+    try:
+        return kind(**arguments)
+    except UserError as error:  # a section names its own fields in full, an element of a list cannot
+        section = name.split(".")[0]
+        whole = not name or str(error).startswith((f"{section}.", f"{section}:"))
+        raise UserError(str(error) if whole else dotted + str(error)) from None
+
+
+def _from_command_line(kind: Any, text: CommandLineText, name: str) -> Any:
+    """Text for a text field as it stands; else YAML. A list or mapping is told by its bracket."""
+    plain = str(text)
+    if plain == "null" and _accepts(kind, None):
+        return None
+    if dataclasses.is_dataclass(kind) and kind not in SHORTHAND:
+        return text  # a whole section would drop what the file says in it
+    if dataclasses.is_dataclass(kind) or get_origin(kind) in (tuple, dict):
+        return _parse_yaml(plain, name) if plain.startswith(("[", "{")) else text
+    return plain if _accepts(kind, plain) else _parse_yaml(plain, name)
+
+
+def _accepts(kind: Any, value: Any) -> bool:
+    if get_origin(kind) in (Union, UnionType):
+        return any(_accepts(option, value) for option in get_args(kind))
+    if get_origin(kind) is Literal:
+        return type(value) is str and value in get_args(kind)
+    finite = type(value) not in (int, float) or kind is int or abs(value) <= sys.float_info.max
+    return type(value) in SCALARS.get(kind, ()) and finite
+
+
+def _accepts_type(kind: Any, scalar: type) -> bool:
+    return kind is scalar or scalar in get_args(kind)
+
+
+def _options(kind: Any) -> list[str]:
+    """The words for each alternative of a scalar type."""
+    if get_origin(kind) in (Union, UnionType):
+        return [word for option in get_args(kind) for word in _options(option)]
+    if get_origin(kind) is Literal:
+        return [str(choice) for choice in get_args(kind)]
+    return [SCALAR_WORDS.get(kind, "")]
+
+
+def _remedy(kind: Any, value: Any) -> str:
+    wanted = f"{type_words(kind)} is needed"
+    if isinstance(value, str):
+        near = difflib.get_close_matches(value, _options(kind), 1)
+        if near:
+            return f"{wanted}; did you mean {near[0]}?"
+        if _accepts(kind, _parse_scalar(value)):
+            return f"{wanted}; take away the quotes"
+    if _accepts(kind, str(value)):
+        return f"{wanted}; put it in quotes"
+    return wanted
+
+
+def _unknown(dotted: str, key: str, siblings: list[str], root: type) -> str:
+    """Why this name is refused, and which was probably meant."""
+    for other, command in COMMAND_OF.items():
+        if other is not root and dotted + key in field_names(other):
+            return f"this belongs to `dpo-jax {command}`, not to `dpo-jax {COMMAND_OF[root]}`: remove it"
+    names = list(field_names(root))
+    near = [dotted + match for match in difflib.get_close_matches(key, siblings, 1)]
+    near += [name for name in names if name.split(".")[-1] == key]
+    near += [name for name in difflib.get_close_matches(dotted + key, names, 1, cutoff=0.8) if "." in name]
+    return f"unknown option: did you mean {near[0]}?" if near else f"unknown option: choose from {', '.join(siblings)}"
+
+
+def _refuse(name: str, value: Any, remedy: str) -> NoReturn:
+    require(False, name or "the config", value, remedy)
+    raise AssertionError  # not reached: require raised
+
+
+def _words(value: Any) -> str:
+    return {dict: "a mapping", list: "a list", NoneType: "nothing"}.get(type(value), repr(value))
+
+
+# Overrides: a value put into a tree by its dotted name.
+
+
+def _copy(tree: Any) -> Any:
+    """Mappings and lists that overrides can be put into, without changing the caller's."""
+    if isinstance(tree, Mapping):
+        return {key: _copy(value) for key, value in tree.items()}
+    return [_copy(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _set(tree: dict[str, Any], name: str, value: Any) -> None:
+    parts = name.split(".")
+    node: Any = tree
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not (part.isdecimal() and int(part) < len(node)):
+                where = ".".join(parts[:depth])
+                raise UserError(f"{name}: {where} has {len(node)} entries, numbered from 0: {part!r} is none of them")
+            key: Any = int(part)
+        elif isinstance(node, dict):
+            key = part
+        else:
+            where = ".".join(parts[:depth])
+            raise UserError(f"{name}: {where} is {node!r}, which has no parts: give {where} as a list or mapping first")
+        if last:
+            node[key] = value
+        elif isinstance(node, dict):
+            node = node.setdefault(key, {})
+        else:
+            node = node[key]
+
+
+# YAML 1.2's core schema, on PyYAML, which follows 1.1 by itself.
+
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
+_FLOAT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
+_BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
+_NULL = re.compile(r"(~|null|Null|NULL|)$")
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"the name {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would not read as text."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", ""])
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+        raise UserError(f"{origin}: {where}: this is not YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: this is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _parse_scalar(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError:
+        return None
