@@ -1,0 +1,236 @@
+"""The decoder of the Llama line: Llama, Mistral, Qwen2, Qwen3 by the options of one config.
+
+Shape letters: R rows, T tokens in a row, D model, F feed-forward, N query heads, K key/value heads, H head,
+V vocabulary, L layers.
+
+A parameter tree is a plain nested dictionary. Matrices keep the orientation of the Hugging Face files, outputs first
+([N, H, D] of a query projection), so that loading is stacking and exporting is slicing; no layout of the program or of
+the mesh changes the tree.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dpo_jax.batch import PreferenceBatch
+from dpo_jax.models.attention import attend
+from dpo_jax.models.families import DecoderConfig, LinearScaling, Llama3Scaling
+
+Params = dict[str, Any]
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+# What is kept of a layer's forward pass for its backward pass; None: no rematerialisation.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Rows(NamedTuple):
+    """What the decoder reads of a batch; a `PreferenceBatch` has these, and the blocks of its rows besides."""
+
+    tokens: Int[Array, "R T"]
+    positions: Int[Array, "R T"]
+    segments: Int[Array, "R T"]
+    branches: Int[Array, "R T"]
+
+
+def rotary_frequencies(config: DecoderConfig) -> Float[np.ndarray, "H/2"]:
+    """Radians a position of each rotated pair; see `families` for the scalings."""
+    frequency = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    match config.rope_scaling:
+        case LinearScaling(factor=factor):
+            frequency = frequency / factor
+        case Llama3Scaling() as scaling:
+            turns = scaling.original_max_position_embeddings * frequency / (2 * np.pi)  # in the original context
+            fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+            fast = np.clip(fast, 0, 1)
+            frequency = fast * frequency + (1 - fast) * frequency / scaling.factor
+    return frequency.astype(np.float32)
+
+
+def rotate(x: Float[Array, "R T N H"], angles: Float[Array, "R T H/2"]) -> Float[Array, "R T N H"]:
+    """Rotary embedding in float32; the first half of a head is paired with its second half."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class _Part(nn.Module):
+    """A module whose parameters are declared by the names of their axes; the config knows each axis's size."""
+
+    config: DecoderConfig
+    param_dtype: Any
+
+    def weight(self, name: str, axes: tuple[str, ...], init: nn.initializers.Initializer) -> Array:
+        c = self.config
+        sizes = {"vocab": c.vocab, "embed": c.hidden, "heads": c.heads, "kv_heads": c.kv_heads,
+                 "head_dim": c.head_dim, "ffn": c.ffn}  # fmt: skip
+        shape = tuple(sizes[axis] for axis in axes)
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype)
+
+    def matrix(self, name: str, *axes: str) -> Array:
+        return self.weight(name, axes, nn.initializers.normal(self.config.init_std))
+
+    def linear(self, name: str, spec: str, x: Array, out_axes: tuple[str, ...], in_axes: tuple[str, ...],
+               bias: bool) -> Array:  # fmt: skip
+        y = jnp.einsum(spec, x, self.matrix(name, *out_axes, *in_axes).astype(x.dtype))
+        if bias:
+            y += self.weight(f"{name}_bias", out_axes, nn.initializers.zeros).astype(x.dtype)
+        return y
+
+    def rms_norm(self, name: str, x: Array, axis: str) -> Array:
+        """x / sqrt(mean(x^2) + eps) * scale over the last dim, in float32 (arXiv 1910.07467)."""
+        scale = self.weight(f"{name}_norm", (axis,), nn.initializers.ones).astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_eps)
+        return (x32 * scale).astype(x.dtype)
+
+
+class Layer(_Part):
+    """Attention, then feed-forward, each on the normalised residual stream."""
+
+    attention: Literal["blocks", "xla"]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "R T D"], angles: Float[Array, "R T H/2"], batch: PreferenceBatch | Rows):
+        c = self.config
+        y = self.rms_norm("attention", x, "embed")
+        q = self.linear("query", "RTD,NHD->RTNH", y, ("heads", "head_dim"), ("embed",), c.qkv_bias)
+        k = self.linear("key", "RTD,KHD->RTKH", y, ("kv_heads", "head_dim"), ("embed",), c.qkv_bias)
+        v = self.linear("value", "RTD,KHD->RTKH", y, ("kv_heads", "head_dim"), ("embed",), c.qkv_bias)
+        if c.qk_norm:
+            q, k = self.rms_norm("query", q, "head_dim"), self.rms_norm("key", k, "head_dim")
+        q, k = rotate(q, angles), rotate(k, angles)
+        y = attend(q, k, v, batch, implementation=self.attention, scale=c.head_dim**-0.5, window=c.window)
+        x += self.linear("out", "RTNH,DNH->RTD", y, ("embed",), ("heads", "head_dim"), c.out_bias)
+
+        y = self.rms_norm("ffn", x, "embed")
+        gate = self.linear("gate", "RTD,FD->RTF", y, ("ffn",), ("embed",), c.mlp_bias)
+        up = self.linear("up", "RTD,FD->RTF", y, ("ffn",), ("embed",), c.mlp_bias)
+        y = ACTIVATIONS[c.activation](gate) * up
+        x += self.linear("down", "RTF,DF->RTD", y, ("embed",), ("ffn",), c.mlp_bias)
+        return x, None
+
+
+class Decoder(_Part):
+    """Token ids to normalised hidden states."""
+
+    dtype: Any
+    attention: Literal["blocks", "xla"]
+    remat: Literal["none", "dots", "full"]
+    scan: bool
+
+    @nn.compact
+    def __call__(self, batch: PreferenceBatch | Rows) -> Float[Array, "R T D"]:
+        c = self.config
+        if not c.tied:
+            self.matrix("unembed", "vocab", "embed")
+        x = self.matrix("embed", "vocab", "embed")[batch.tokens].astype(self.dtype)
+        angles = batch.positions[..., None].astype(jnp.float32) * rotary_frequencies(c)
+        layer = Layer
+        if REMAT[self.remat] is not None:
+            # a scan's own loop keeps XLA from merging the second forward pass with the first; unrolled, it might
+            layer = nn.remat(Layer, policy=REMAT[self.remat], prevent_cse=not self.scan)
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.layers,
+            unroll=1 if self.scan else c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = layers(c, self.param_dtype, self.attention, name="layers")(x, angles, batch)
+        return self.rms_norm("final", x, "embed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A decoder as pure functions of its parameters: hashable, without arrays. Options as in `config.ModelConfig`."""
+
+    config: DecoderConfig
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["blocks", "xla"] = "blocks"
+    remat: Literal["none", "dots", "full"] = "none"
+    scan: bool = True
+    matmul_precision: Literal["default", "high", "highest"] = "default"
+
+    def hidden(self, params: Params, batch: PreferenceBatch | Rows) -> Float[Array, "R T D"]:
+        """Hidden states after the final norm, in the compute dtype."""
+        with self._precision():
+            return self._module().apply({"params": params}, batch)
+
+    def unembedding(self, params: Params) -> Float[Array, "V D"]:
+        """The matrix whose rows score the vocabulary: logits = hidden @ unembedding.T."""
+        return params["embed" if self.config.tied else "unembed"]
+
+    def init(self, key: Array) -> Params:
+        """Untrained parameters: matrices normal with the config's deviation, biases 0, norms 1."""
+        return nn.unbox(self._boxed(key))
+
+    def param_shapes(self) -> Params:
+        """The parameter tree with a `jax.ShapeDtypeStruct` at each leaf."""
+        return nn.unbox(jax.eval_shape(self._boxed, jax.random.key(0)))
+
+    def param_axes(self) -> Params:
+        """The parameter tree with the logical axis names, a tuple, at each leaf."""
+        boxed = jax.eval_shape(self._boxed, jax.random.key(0))
+        return jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+    def _module(self) -> Decoder:
+        return Decoder(self.config, jnp.dtype(self.param_dtype), jnp.dtype(self.dtype), self.attention, self.remat,
+                       self.scan)  # fmt: skip
+
+    def _boxed(self, key: Array) -> Params:
+        row = jnp.zeros((1, 1), jnp.int32)
+        module = self._module().clone(attention="xla")  # the parameters do not depend on it, and it needs no blocks
+        return module.init(key, Rows(row, row, row, row))["params"]
+
+    def _precision(self) -> AbstractContextManager:
+        # in force while tracing, so it reaches attention too, and the backward pass takes it from the forward pass
+        return jax.default_matmul_precision(None if self.matmul_precision == "default" else self.matmul_precision)
+
+
+def make_model(
+    config: DecoderConfig,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"],
+    param_dtype: Literal["float32", "bfloat16"],
+    attention: Literal["auto", "blocks", "xla"],
+    remat: Literal["none", "dots", "full"],
+    scan: bool,
+    matmul_precision: Literal["default", "high", "highest"],
+) -> Model:
+    """The model, with each ``auto`` settled for the devices of this process; options as in `config.ModelConfig`."""
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return Model(
+        config=config,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        attention="blocks" if attention == "auto" else attention,
+        remat=remat,
+        scan=scan,
+        matmul_precision=matmul_precision,
+    )
+
+
+def count_params(model: Model) -> int:
+    """Number of parameters; tied embeddings count once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model.param_shapes()))

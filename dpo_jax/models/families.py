@@ -1,0 +1,260 @@
+"""Which decoders exist, and how a Hugging Face ``config.json`` becomes the typed options of one.
+
+Every key of the file is either read here, known to leave the computation as it is, or refused by name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from dpo_jax.errors import UserError
+
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Rotary positions divided by ``factor`` (arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1: slow rotations are divided by ``factor``, fast ones kept, those between are blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Everything that decides what the decoder computes; sizes by the shape letters of ``decoder.py``."""
+
+    vocab: int  # V
+    hidden: int  # D
+    layers: int  # L
+    heads: int  # N
+    kv_heads: int  # K
+    head_dim: int  # H
+    ffn: int  # F
+    rms_eps: float
+    rope_theta: float
+    rope_scaling: LinearScaling | Llama3Scaling | None = None
+    activation: Activation = "silu"
+    qkv_bias: bool = False
+    out_bias: bool = False  # of the projection after attention
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each query and key head
+    window: int | None = None  # a token sees keys at most window - 1 positions back
+    tied: bool = False  # the unembedding is the embedding
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Family:
+    """What one ``model_type`` means where its config.json is silent."""
+
+    architecture: str
+    keys: frozenset[str]  # keys of its own, beside those that all have
+    kv_heads: int | None  # default; None: as many as query heads
+    head_dim: int | None = None  # default; None: hidden / heads
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+_LAYER_TYPES = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+
+FAMILIES = {
+    "llama": _Family(architecture="LlamaForCausalLM", kv_heads=None, keys=frozenset({"attention_bias", "mlp_bias"})),
+    "mistral": _Family(architecture="MistralForCausalLM", kv_heads=8, keys=frozenset({"sliding_window"})),
+    "qwen2": _Family(architecture="Qwen2ForCausalLM", kv_heads=32, keys=_LAYER_TYPES, qkv_bias=True),
+    "qwen3": _Family(
+        architecture="Qwen3ForCausalLM", kv_heads=32, keys=_LAYER_TYPES | {"attention_bias"}, head_dim=128, qk_norm=True
+    ),
+}
+
+_SHARED_KEYS = frozenset("""
+    architectures model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    intermediate_size hidden_act rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings
+    tie_word_embeddings initializer_range
+""".split())
+
+# Dropout belongs here: this program trains without any. The rest concerns storage, generation, tokens and tools.
+_HARMLESS_KEYS = frozenset("""
+    attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
+    use_cache pretraining_tp torch_dtype dtype transformers_version id2label label2id num_labels return_dict
+    chunk_size_feed_forward problem_type tokenizer_class task_specific_params name_or_path model_max_length
+    bos_token eos_token pad_token max_length min_length do_sample temperature top_k top_p typical_p
+    repetition_penalty length_penalty diversity_penalty num_beams num_beam_groups num_return_sequences
+    encoder_no_repeat_ngram_size no_repeat_ngram_size max_window_layers unsloth_version unsloth_fixed
+    transformers.js_config
+""".split())  # fmt: skip
+_EMPTY = (None, False, 0, "", [], {})
+_HARMLESS_VALUES = {"partial_rotary_factor": 1}
+
+
+def _refuse(key: str, value: object, why: str) -> UserError:
+    return UserError(f"config.json: {key}: {value!r} cannot be used: {why}")
+
+
+def _number(hf: Mapping[str, Any], key: str, default: float | None = None) -> Any:
+    """A positive number; an absent or null key takes the default."""
+    value = hf.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        raise _refuse(key, value, "a positive number is needed")
+    return value
+
+
+def _size(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = _number(hf, key, default)
+    if not isinstance(value, int):
+        raise _refuse(key, value, "a whole number is needed")
+    return value
+
+
+def _flag(hf: Mapping[str, Any], key: str) -> bool:
+    value = hf.get(key, False)
+    if not isinstance(value, bool):
+        raise _refuse(key, value, "true or false is needed")
+    return value
+
+
+def _rope(hf: Mapping[str, Any]) -> tuple[float, LinearScaling | Llama3Scaling | None]:
+    """Base and scaling, as transformers 5 writes them (``rope_parameters``) or as older ones do."""
+    key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    rope = hf.get(key) or {}
+    if not isinstance(rope, dict):
+        raise _refuse(key, rope, "a dictionary is needed")
+    theta = float(_number(rope, "rope_theta", hf.get("rope_theta") or 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    known = {
+        "default": set(),
+        "linear": {"factor"},
+        "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    }
+    if kind not in known:
+        raise _refuse(key, rope, f"rope scaling can be one of {', '.join(known)}")
+    for name in rope.keys() - known[kind] - {"rope_theta", "rope_type", "type"}:
+        if rope[name] != _HARMLESS_VALUES.get(name) and rope[name] is not None:
+            raise _refuse(f"{key}.{name}", rope[name], f"rope scaling {kind} has no such option here")
+    if kind == "linear":
+        return theta, LinearScaling(factor=float(_number(rope, "factor")))
+    if kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=float(_number(rope, "factor")),
+            low_freq_factor=float(_number(rope, "low_freq_factor")),
+            high_freq_factor=float(_number(rope, "high_freq_factor")),
+            original_max_position_embeddings=_size(
+                rope, "original_max_position_embeddings", hf.get("max_position_embeddings")
+            ),
+        )
+        if scaling.high_freq_factor <= scaling.low_freq_factor:
+            raise _refuse(f"{key}.high_freq_factor", scaling.high_freq_factor, "it must exceed low_freq_factor")
+        return theta, scaling
+    return theta, None
+
+
+def _window(hf: Mapping[str, Any], family: _Family, layers: int) -> int | None:
+    """The sliding window that all layers have; a mixture of layers is refused."""
+    if "sliding_window" not in family.keys:
+        return None
+    if "use_sliding_window" not in family.keys:  # Mistral: the number alone decides
+        return None if "sliding_window" in hf and hf["sliding_window"] is None else _size(hf, "sliding_window", 4096)
+    window = _size(hf, "sliding_window", 4096) if _flag(hf, "use_sliding_window") else None
+    full_layers = layers if window is None else min(hf.get("max_window_layers", 28), layers)
+    types = hf.get("layer_types") or ["full_attention"] * full_layers + ["sliding_attention"] * (layers - full_layers)
+    if set(types) == {"full_attention"}:
+        return None
+    if set(types) == {"sliding_attention"} and window is not None:
+        return window
+    key = "layer_types" if hf.get("layer_types") else "max_window_layers"
+    raise _refuse(key, hf.get(key, 28), "here all layers have the same sliding window, or none has one")
+
+
+def _check_keys(hf: Mapping[str, Any], model_type: str, family: _Family) -> None:
+    architectures = hf.get("architectures") or [family.architecture]
+    if architectures != [family.architecture]:
+        raise _refuse("architectures", architectures, f"for {model_type} it has to be [{family.architecture!r}]")
+    for key, value in hf.items():
+        known = key in _SHARED_KEYS or key in _HARMLESS_KEYS or key in family.keys or key.startswith("_")
+        # `value in _EMPTY` would also ask arrays and other odd things for their truth
+        if not known and not any(value is empty or value == empty for empty in (*_EMPTY, _HARMLESS_VALUES.get(key))):
+            remedy = f"the {model_type} decoder has no such option; if it changes nothing, remove it from the file"
+            raise _refuse(key, value, remedy)
+
+
+def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
+    """Typed options out of a parsed Hugging Face ``config.json``.
+
+    Raises:
+        UserError: unknown ``model_type``, or a key whose value asks for what the decoder does not compute.
+    """
+    model_type = hf.get("model_type")
+    if model_type not in FAMILIES:
+        raise _refuse("model_type", model_type, f"it can be one of {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    _check_keys(hf, model_type, family)
+    hidden, heads, layers = (_size(hf, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    kv_heads = _size(hf, "num_key_value_heads", family.kv_heads or heads)
+    if heads % kv_heads:
+        raise _refuse("num_key_value_heads", kv_heads, f"it must divide num_attention_heads, {heads}")
+    if hf.get("head_dim") is None and family.head_dim is None and hidden % heads:
+        raise _refuse("num_attention_heads", heads, f"it must divide hidden_size, {hidden}, or head_dim must be given")
+    head_dim = _size(hf, "head_dim", family.head_dim or hidden // heads)
+    if head_dim % 2:
+        raise _refuse("head_dim", head_dim, "rotary embeddings need an even number")
+    activation = hf.get("hidden_act", "silu")
+    if activation not in get_args(Activation):
+        raise _refuse("hidden_act", activation, f"it can be one of {', '.join(get_args(Activation))}")
+    rope_theta, rope_scaling = _rope(hf)
+    return DecoderConfig(
+        vocab=_size(hf, "vocab_size"),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=_size(hf, "intermediate_size"),
+        rms_eps=float(_number(hf, "rms_norm_eps", 1e-6)),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        activation=activation,
+        qkv_bias=family.qkv_bias or _flag(hf, "attention_bias"),
+        out_bias=_flag(hf, "attention_bias"),
+        mlp_bias=_flag(hf, "mlp_bias"),
+        qk_norm=family.qk_norm,
+        window=_window(hf, family, layers),
+        tied=_flag(hf, "tie_word_embeddings"),
+        init_std=float(_number(hf, "initializer_range", 0.02)),
+    )
+
+
+_BUILTIN: dict[str, dict[str, Any]] = {
+    "builtin:tiny": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
+    }
+}
+
+
+def builtin_model(name: str) -> dict[str, Any]:
+    """The ``config.json`` of an untrained model that comes with the program, as a new dictionary."""
+    if name not in _BUILTIN:
+        raise UserError(f"model.path: {name!r} cannot be used: the built-in models are {', '.join(_BUILTIN)}")
+    return dict(_BUILTIN[name])

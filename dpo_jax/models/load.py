@@ -1,0 +1,75 @@
+"""From what the user calls a model to a directory on disk, and what its ``config.json`` says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.errors import UserError
+from dpo_jax.models.families import DecoderConfig
+
+# Of a hub repository, only what is read here: never PyTorch pickles, other formats' copies, or code.
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja", "additional_chat_templates/*"]
+_HUB_IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
+
+
+def resolve_model(path: str, revision: str | None) -> Path:
+    """The local directory of a Hugging Face model: ``path`` itself, or a snapshot of the hub model of that name.
+
+    Raises:
+        UserError: there is no such directory or hub model, it holds no model, or the hub cannot be reached.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if revision is not None:
+            raise UserError(f"model.revision: {revision!r} cannot be used: {path} is a local directory; leave it out")
+        if not (local / "config.json").is_file():
+            raise UserError(f"model.path: {path} holds neither config.json nor checkpoints/; "
+                            "give a Hugging Face model directory or a run directory")  # fmt: skip
+        return local
+    if local.exists():
+        raise UserError(f"model.path: {path} is a file; give the directory that holds config.json and the weights")
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):
+        raise UserError(f"model.path: {path} does not exist; give a directory, a hub name or builtin:tiny")
+    return _download(path, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    # here, because importing it costs a quarter second that local models need not pay
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        at = "" if revision is None else f" at revision {revision}"
+        raise UserError(f"model.path: {name} is no local directory, and the Hugging Face hub gave no model of that name{at}: "
+                        f"{type(error).__name__}: {reason}") from error  # fmt: skip
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"model.path: hub model {name} has no config.json; give one in the transformers format")
+    return Path(folder)
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a model directory.
+
+    Raises:
+        UserError: it is missing or is no JSON object.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: config.json is missing; give a Hugging Face model directory")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: this is not JSON: {error}; copy or download it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: a JSON object is needed, this is {type(config).__name__}; copy or download it again")
+    return config
+
+
+def check_vocabulary(num_tokens: int, config: DecoderConfig, tokenizer: str) -> None:
+    """Refuse a tokenizer with more tokens (its largest id + 1) than the model has embeddings."""
+    if num_tokens > config.vocab:
+        raise UserError(f"{tokenizer}: the tokenizer has {num_tokens} tokens and the model {config.vocab} embeddings; "
+                        "give the model's own tokenizer, or resize the model's embeddings first")  # fmt: skip

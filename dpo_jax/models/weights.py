@@ -1,0 +1,298 @@
+"""Weights from and to Hugging Face directories, tensor by tensor, and their hash.
+
+Shape letters as in ``decoder.py``. A layer's tensors are the slices [L] of one parameter; a parameter is built in host
+buffers that hold only what this process's devices own of it, and is handed over before the next is begun.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.errors import UserError
+from dpo_jax.models.decoder import Model, Params
+from dpo_jax.models.safetensors import INDEX, SINGLE, Tensor, find_tensors, write_file
+
+# Parameter -> tensor of the file. Biases are named after their matrix.
+TENSORS = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "unembed": "lm_head.weight",
+    "layers/attention_norm": "model.layers.{}.input_layernorm.weight",
+    "layers/query": "model.layers.{}.self_attn.q_proj.weight",
+    "layers/query_bias": "model.layers.{}.self_attn.q_proj.bias",
+    "layers/query_norm": "model.layers.{}.self_attn.q_norm.weight",
+    "layers/key": "model.layers.{}.self_attn.k_proj.weight",
+    "layers/key_bias": "model.layers.{}.self_attn.k_proj.bias",
+    "layers/key_norm": "model.layers.{}.self_attn.k_norm.weight",
+    "layers/value": "model.layers.{}.self_attn.v_proj.weight",
+    "layers/value_bias": "model.layers.{}.self_attn.v_proj.bias",
+    "layers/out": "model.layers.{}.self_attn.o_proj.weight",
+    "layers/out_bias": "model.layers.{}.self_attn.o_proj.bias",
+    "layers/ffn_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/gate": "model.layers.{}.mlp.gate_proj.weight",
+    "layers/gate_bias": "model.layers.{}.mlp.gate_proj.bias",
+    "layers/up": "model.layers.{}.mlp.up_proj.weight",
+    "layers/up_bias": "model.layers.{}.mlp.up_proj.bias",
+    "layers/down": "model.layers.{}.mlp.down_proj.weight",
+    "layers/down_bias": "model.layers.{}.mlp.down_proj.bias",
+}
+# Files of old models hold what is computed here from the config.
+_COMPUTED = "rotary_emb.inv_freq"
+# What a directory has beside weights and config.json, for tokenizers, chat templates and generation.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
+    "generation_config.json",
+)  # fmt: skip
+_HASH_CHUNK = 256 * 2**20  # bytes
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return "/".join(part.key for part in path)
+
+
+def _is_stacked(leaf: str) -> bool:
+    """Whether the parameter has a layer dim, the first."""
+    return "{}" in TENSORS[leaf]
+
+
+def _tensor_names(leaf: str, layers: int) -> list[str]:
+    """Names of the tensors that make up a parameter: one, or one a layer."""
+    name = TENSORS[leaf]
+    return [name.format(layer) for layer in range(layers)] if _is_stacked(leaf) else [name]
+
+
+def _tensor_shape(leaf: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The file's shape of one tensor: heads and their dims are one dim there, and a layer stands alone."""
+    sizes = list(zip(axes, shape, strict=True))
+    if axes[0] == "layers":
+        sizes = sizes[1:]
+    merged: list[int] = []
+    for place, (axis, size) in enumerate(sizes):
+        if axis == "head_dim" and place > 0:
+            merged[-1] *= size
+        else:
+            merged.append(size)
+    return tuple(merged)
+
+
+def _expected(model: Model) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every tensor that the model's directory must hold -> (its parameter, its shape there)."""
+    axes = dict(_leaves(model.param_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple)))
+    return {
+        name: (leaf, _tensor_shape(leaf, axes[leaf], struct.shape))
+        for leaf, struct in _leaves(model.param_shapes())
+        for name in _tensor_names(leaf, model.config.layers)
+    }
+
+
+def _leaves(tree: Params, is_leaf: Any = None) -> list[tuple[str, Any]]:
+    return [(_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
+
+
+def _check_tensors(folder: Path, found: Mapping[str, Tensor], model: Model) -> None:
+    expected = _expected(model)
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise UserError(f"{folder}: {_list(missing)} missing from the weights; config.json asks for {len(expected)} tensors")
+    allowed = {"lm_head.weight"} if model.config.tied else set()
+    extra = [name for name in found if name not in expected and name not in allowed and not name.endswith(_COMPUTED)]
+    if extra:
+        raise UserError(f"{folder}: {_list(extra)} unknown to the decoder that config.json describes; check that it belongs to these weights")  # noqa: E501
+    for name, (_, shape) in expected.items():
+        if found[name].shape != shape:
+            raise UserError(f"{folder}: tensor {name} has shape {list(found[name].shape)}, config.json makes it {list(shape)}; "
+                            "check that they belong together")  # fmt: skip
+    if model.config.tied and "lm_head.weight" in found:
+        _check_tied(folder, found["lm_head.weight"], found[TENSORS["embed"]])
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown} are"
+
+
+def _check_tied(folder: Path, unembed: Tensor, embed: Tensor) -> None:
+    same = unembed.shape == embed.shape and unembed.code == embed.code
+    chunk = 4096  # rows
+    for start in range(0, embed.shape[0], chunk) if same else ():
+        rows = slice(start, start + chunk)
+        same = same and np.array_equal(unembed.read(rows), embed.read(rows), equal_nan=False)
+    if not same:
+        raise UserError(f"{folder}: config.json: tie_word_embeddings: True cannot be used: lm_head.weight differs from "
+                        f"{TENSORS['embed']}; set it to false")  # fmt: skip
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that a CPU device takes over without a copy, which asks for a 64-byte boundary."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _load_leaf(
+    tensors: list[Tensor], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, *, stacked: bool
+) -> jax.Array:
+    """One parameter, of which only the slices of this process's devices are held; each tensor is read once."""
+    owned = sharding.addressable_devices_indices_map(struct.shape)
+    spans = {device: tuple(s.indices(n)[:2] for s, n in zip(index, struct.shape, strict=True))
+             for device, index in owned.items()}  # fmt: skip
+    buffers = {span: _aligned(tuple(stop - start for start, stop in span), np.dtype(struct.dtype))
+               for span in set(spans.values())}  # fmt: skip
+    for layer, tensor in enumerate(tensors):
+        needed = {span: buffer for span, buffer in buffers.items() if not stacked or span[0][0] <= layer < span[0][1]}
+        if not needed:
+            continue
+        value = tensor.read().reshape(struct.shape[1:] if stacked else struct.shape)
+        for span, buffer in needed.items():
+            if stacked:
+                buffer[layer - span[0][0]] = value[tuple(slice(*s) for s in span[1:])]
+            else:
+                buffer[...] = value[tuple(slice(*s) for s in span)]
+    shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
+    return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
+
+
+def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) -> Params:
+    """Weights of a Hugging Face directory as the model's parameter tree, each shard straight to its device.
+
+    Args:
+        path: directory with ``model.safetensors``, or its index and files.
+        model: whose parameters they are.
+        shardings: a `jax.sharding.Sharding` for each parameter; None: all on the first device.
+        dtype: of the parameters, whatever the files hold.
+
+    Raises:
+        UserError: tensors are missing, unknown, of a wrong shape, quantised, cut short, or tied though they differ.
+    """
+    path = Path(path)
+    found = find_tensors(path)
+    _check_tensors(path, found, model)
+    structs = model.param_shapes()
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), structs)
+
+    def load(key, struct, sharding):
+        tensors = [found[name] for name in _tensor_names(_path(key), model.config.layers)]
+        struct = jax.ShapeDtypeStruct(struct.shape, dtype)
+        leaf = _load_leaf(tensors, struct, sharding, stacked=_is_stacked(_path(key)))
+        return jax.block_until_ready(leaf)  # the next buffers are made when these are the device's
+
+    return jax.tree_util.tree_map_with_path(load, structs, shardings)
+
+
+@jax.jit
+def _take(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)  # the index is traced: one compilation a shape
+
+
+def _fetch(params: Params, names: Mapping[str, tuple[str, tuple[int, ...]]], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """The file's tensors, in the order of ``names``, each fetched from the devices when it is asked for."""
+    leaves = dict(_leaves(params))
+    for name, (leaf, shape) in names.items():
+        value = leaves[leaf]
+        if _is_stacked(leaf):
+            value = _take(value, int(name.split(".")[2]))
+        yield name, np.asarray(value).astype(dtype, copy=False).reshape(shape)
+
+
+def _split(shapes: Mapping[str, tuple[str, tuple[int, ...]]], itemsize: int, max_shard_bytes: int) -> list[list[str]]:
+    """Tensor names of each file: in order, a new file when the next tensor would not fit."""
+    files, room = [[]], max_shard_bytes
+    for name, (_, shape) in shapes.items():
+        size = int(np.prod(shape)) * itemsize
+        if files[-1] and size > room:
+            files.append([])
+            room = max_shard_bytes
+        files[-1].append(name)
+        room -= size
+    return files
+
+
+def export_params(
+    params: Params,
+    model: Model,
+    *,
+    hf_config: Mapping[str, Any],
+    out_dir: Path,
+    dtype: Any,
+    source_dir: Path | None,
+    max_shard_bytes: int,
+    overwrite: bool,
+) -> None:
+    """Write a directory that `transformers` and inference servers load.
+
+    It is written beside ``out_dir`` and takes its name when it is whole.
+
+    Args:
+        params: the model's parameter tree, on any devices of this process.
+        model: whose parameters they are.
+        hf_config: the ``config.json`` that the model was made from.
+        out_dir: directory to make.
+        dtype: of the tensors in the files: float32, bfloat16 or float16.
+        source_dir: directory to copy tokenizer, chat template and generation config from; None: copy nothing.
+        max_shard_bytes: size of a file at which the next one begins; a file holds at least one tensor.
+        overwrite: replace what ``out_dir`` holds.
+
+    Raises:
+        UserError: ``out_dir`` holds something and ``overwrite`` is false.
+    """
+    out_dir, dtype = Path(out_dir), np.dtype(dtype)
+    if not overwrite and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UserError(f"{out_dir}: it is not empty; name another directory to export to, or empty this one")
+    partial = out_dir.parent / f".{out_dir.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write_tensors(params, model, partial, dtype, max_shard_bytes)
+    dtype_keys = {"dtype", "torch_dtype"} & hf_config.keys() or {"torch_dtype"}
+    config = {**hf_config, **dict.fromkeys(dtype_keys, dtype.name)}
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in COMPANIONS if source_dir is not None else ():
+        source = Path(source_dir) / name
+        if source.is_dir():
+            shutil.copytree(source, partial / name)
+        elif source.is_file():
+            shutil.copyfile(source, partial / name)
+    if out_dir.exists():
+        shutil.rmtree(out_dir)
+    os.rename(partial, out_dir)
+
+
+def _write_tensors(params: Params, model: Model, folder: Path, dtype: np.dtype, max_shard_bytes: int) -> None:
+    expected = _expected(model)
+    files = _split(expected, dtype.itemsize, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for place, names in enumerate(files, start=1):
+        file = SINGLE if len(files) == 1 else f"model-{place:05d}-of-{len(files):05d}.safetensors"
+        chosen = {name: expected[name] for name in names}
+        write_file(folder / file, {name: shape for name, (_, shape) in chosen.items()}, dtype,
+                   _fetch(params, chosen, dtype))  # fmt: skip
+        weight_map |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        total = sum(int(np.prod(shape)) for _, shape in expected.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def tree_hash(params: Any) -> str:
+    """SHA-256 (hex) of a tree of arrays: paths, shapes, types and bytes; how it lies on devices does not matter.
+
+    A leaf comes to the host in chunks of its first dim.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)):
+        digest.update(json.dumps([path, list(leaf.shape), leaf.dtype.name]).encode())
+        rows = leaf.shape[0] if leaf.ndim else 1
+        chunk = max(1, _HASH_CHUNK * rows // max(1, leaf.nbytes))
+        for start in range(0, rows, chunk):
+            part = leaf if chunk >= rows else leaf[start : start + chunk]
+            digest.update(np.ascontiguousarray(np.asarray(part)).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
