@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -22,6 +22,7 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 COMMAND_OF = {DPOConfig: "train", SFTConfig: "sft"}
 SHORTHAND = {SourceConfig: "path"}  # text in place of one of these is its field
+CLASS_WORDS = {SourceConfig: "a set"}
 SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}
 SCALAR_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
@@ -67,7 +68,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: byte {error.start} is not UTF-8: save the config file as UTF-8 text") from None
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: it holds {_words(tree)}, not sections: write `section: {{key: value}}`, as in configs/")
+        raise UserError(f"{path}: it holds {_words(tree)}, not sections: see docs/configuration.md")
     return tree
 
 
@@ -76,11 +77,11 @@ def type_words(kind: Any) -> str:
     options = _options(kind)
     origin = get_origin(kind)
     if origin is tuple:
-        return f"a list, each {type_words(get_args(kind)[0])}"
+        return f"a list of which each is {type_words(get_args(kind)[0])}"
     if origin is dict:
         return f"names, each with {type_words(get_args(kind)[1])}"
     if dataclasses.is_dataclass(kind):
-        return f"a mapping with {', '.join(field.name for field in dataclasses.fields(kind))}"
+        return CLASS_WORDS[kind]
     return ", ".join(options[:-1]) + " or " * (len(options) > 1) + options[-1]
 
 
@@ -254,16 +255,15 @@ _NULL = re.compile(r"(~|null|Null|NULL|)$")
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # none of version 1.1's
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"the name {key!r} is not text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            if not isinstance(key, str) or key in seen:
+                problem = f"{key!r} is given twice" if isinstance(key, str) else f"the name {key!r} is not text"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -281,7 +281,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
@@ -292,6 +292,6 @@ def _parse_yaml(text: str, origin: str) -> Any:
 
 def _parse_scalar(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return None

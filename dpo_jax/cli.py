@@ -1,0 +1,184 @@
+"""The commands. Each reads its config wholly, and refuses what is wrong, before anything heavy is imported."""
+
+import json
+import sys
+from argparse import SUPPRESS
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+from jsonargparse.typing import NonNegativeInt
+
+import dpo_jax
+from dpo_jax.config import DPOConfig, SFTConfig, TrainConfig
+from dpo_jax.configdocs import help_sections
+from dpo_jax.configfile import CommandLineText, parse_config, type_words
+from dpo_jax.errors import UserError
+
+INTERRUPTED = 130  # the shell's code for control-C
+
+
+def _train(config: TrainConfig) -> None:
+    from dpo_jax.train import train
+
+    train(config)
+
+
+def _eval(config: DPOConfig, output: str) -> None:
+    from dpo_jax.evaluate import evaluate
+
+    print(json.dumps(evaluate(config, Path(output)), indent=2))
+
+
+def _export(run_dir: str, out_dir: str, which: str) -> None:
+    from dpo_jax.evaluate import export
+
+    export(Path(run_dir), Path(out_dir), which)
+
+
+def _data(config: TrainConfig, step: int | None) -> None:
+    from dpo_jax.data import audit
+
+    print(audit.render(audit.audit_config(config)) if step is None else audit.show_step(config, step))
+
+
+def _quickstart(dir: str) -> None:
+    from dpo_jax.quickstart import quickstart
+
+    quickstart(Path(dir))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command; `config` is the class of the config that it reads, None if it reads none."""
+
+    summary: str
+    run: Callable[..., None]
+    config: type[TrainConfig] | None = None
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+COMMANDS = {
+    "train": Command(summary="Direct Preference Optimization.", run=_train, config=DPOConfig),
+    "sft": Command(summary="Supervised fine-tuning, to make the model that train starts from.", run=_train,
+                   config=SFTConfig),  # fmt: skip
+    "eval": Command(
+        summary="Log-probs and rewards of the evaluation sets, pair by pair; a summary to stdout, as JSON.",
+        run=_eval,
+        config=DPOConfig,
+        arguments={"--output": {"type": str, "required": True, "help": "JSON lines, one a pair, are written here."}},
+    ),
+    "export": Command(
+        summary="Write a run's model as a Hugging Face directory.",
+        run=_export,
+        arguments={
+            "run_dir": {"type": str, "help": "Run directory."},
+            "out_dir": {"type": str, "help": "Directory to be made."},
+            "--which": {"choices": ["newest", "best"], "default": "newest", "help": "Which saved step to take."},
+        },
+    ),
+    "data": Command(
+        summary="What the data holds: counts, lengths, problems, one pair as the model sees it.",
+        run=_data,
+        config=DPOConfig,
+        arguments={"--step": {"type": NonNegativeInt, "default": None, "help": "Print the pairs of this step instead."}},
+    ),
+    "quickstart": Command(
+        summary="Both stages on a built-in task, without network, in about two minutes; with a report.",
+        run=_quickstart,
+        arguments={"--dir": {"type": str, "default": "runs/quickstart", "help": "Where the runs and the report go."}},
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code. A cause that the user can mend is one line on stderr."""
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print("dpo-jax: error:", " ".join(str(error).split()), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("dpo-jax: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _run(argv: list[str]) -> None:
+    name = argv[0] if argv else ""
+    if name not in COMMANDS:
+        if name.startswith("-"):
+            _parser("").parse_args(argv)  # --help and --version end here
+        near = get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
+        raise UserError(f"{name or 'COMMAND'}: there is no such command: {hint}" if name else f"which command? {hint}")
+    command, rest = COMMANDS[name], argv[1:]
+    overrides: dict[str, CommandLineText] = {}
+    if command.config is not None:
+        rest, overrides = split_overrides(rest, own={"--help", *command.arguments})
+    given = _parser(name).parse_args([name, *rest])[name]
+    arguments = {option.lstrip("-"): given[option.lstrip("-")] for option in command.arguments}
+    if command.config is not None:
+        arguments["config"] = parse_config(given["config"], overrides, command.config)
+    command.run(**arguments)
+
+
+def split_overrides(args: list[str], own: Collection[str]) -> tuple[list[str], dict[str, CommandLineText]]:
+    """Take ``--section.key value`` and ``--section.key=value`` out of the arguments; of two alike the last counts."""
+    rest: list[str] = []
+    overrides: dict[str, CommandLineText] = {}
+    words = iter(args)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not word.startswith("--") or option in own:
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "--")
+        if value.startswith("--") and not equals:
+            raise UserError(f"{option}: it has no value: write {option} VALUE")
+        overrides.pop(option[2:], None)
+        overrides[option[2:]] = CommandLineText(value)
+    return rest, overrides
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Raises what is wrong as one line, for `main` to print."""
+
+    called = ""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        plain = message.replace(f" {self.called}.", " ")  # the library puts the command's name before its arguments
+        raise UserError(f"{plain}: see {' '.join(['dpo-jax', self.called]).rstrip()} --help") from ex
+
+
+def _parser(called: str) -> jsonargparse.ArgumentParser:
+    """The parser of all commands; the one that is called also explains its config's fields."""
+    parser = _Parser(prog="dpo-jax", version=dpo_jax.__version__, allow_abbrev=False,
+                     description="Align a language model with preferences, in JAX.")  # fmt: skip
+    parser.called = called
+    subcommands = parser.add_subcommands(dest="command", metavar="COMMAND", title="commands", description=None, help="")
+    for name, command in COMMANDS.items():
+        inner = _Parser(description=command.summary, allow_abbrev=False)
+        inner.called = name
+        if command.config is not None:
+            inner.usage = f"dpo-jax {name} CONFIG.yaml [--section.key VALUE ...]"
+            inner.add_argument("config", type=str, metavar="CONFIG.yaml", help="See docs/configuration.md.")
+        for option, settings in command.arguments.items():
+            inner.add_argument(option, **settings)
+        if command.config is not None and name == called:
+            _explain_fields(inner, command.config)
+        subcommands.add_subcommand(name, inner, help=command.summary)
+    return parser
+
+
+def _explain_fields(parser: jsonargparse.ArgumentParser, config: type[TrainConfig]) -> None:
+    """For --help only: overrides never reach the parser, they are read by `parse_config`."""
+    for section in help_sections(config):
+        group = parser.add_argument_group(f"{section.name}: {section.meaning.rstrip('.')}")
+        for entry in section.fields:
+            default = "must be given" if entry.default is None else f"default: {entry.default}"
+            text = f"{entry.meaning} ({type_words(entry.type)}; {default})".replace("%", "%%")
+            group.add_argument(f"--{entry.name}", metavar="VALUE", default=SUPPRESS, help=text)
