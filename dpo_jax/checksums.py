@@ -1,0 +1,45 @@
+"""What arrays a tree holds, and a checksum of each, by its path in the tree."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def describe_leaves(tree: Any) -> dict[str, dict]:
+    """Shape and dtype of every array, by its path in the tree, such as ``params/layers/w``."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"):
+            {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in paths}  # fmt: skip
+
+
+def leaf_checksums(tree: Any) -> dict[str, int]:
+    """A 32-bit checksum of the bits of every array, computed where the arrays lie, one read of each.
+
+    It is a sum modulo 2**32 of a mix of each element's bits and its place, so it is the same for every sharding and
+    number of devices, and any change to a single element changes it.
+    """
+    return dict(zip(describe_leaves(tree), map(int, jax.device_get(_checksums(jax.tree.leaves(tree)))), strict=True))
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_checksum(leaf) for leaf in leaves]
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]  # 8: two words, a new dim
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for dim, size in enumerate(bits.shape):  # row-major index modulo 2**32
+        place = place * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
+    return jnp.sum(_mix(bits ^ _mix(place)), dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """MurmurHash3's 32-bit finalizer: a bijection, so that different bits at one place never mix to the same."""
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> jnp.uint32(16))

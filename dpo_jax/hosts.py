@@ -1,0 +1,285 @@
+"""Processes of one run: starting them together, agreeing between them, stopping them at the same step.
+
+In one process everything here is immediate: nothing is started, agreed or waited for.
+"""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax._src import distributed  # the only way to the coordination service's client; jax.experimental uses it so
+from jax.experimental import multihost_utils
+
+from dpo_jax import errors
+from dpo_jax.errors import UserError
+
+COORDINATOR, NUM_PROCESSES, PROCESS_ID = "DPO_JAX_COORDINATOR", "DPO_JAX_NUM_PROCESSES", "DPO_JAX_PROCESS_ID"
+START_TIMEOUT = "DPO_JAX_START_TIMEOUT"
+TIMEOUT = 600  # seconds that processes wait for each other, if nothing else is said
+SEEN_WITHIN = 10.0  # seconds in which a shared file system shows one host's file to the others
+
+_turns = itertools.count()  # every process makes the same exchanges in the same order, so this numbers them alike
+
+
+class HostsMissing(UserError):
+    """Some processes of the run did not come in time; starting all of them again may cure it."""
+
+    exit_code = 1
+
+
+def start_hosts(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int | None = None,
+) -> None:
+    """Join the processes of this run; call it before anything else touches jax. A no-op when there is one process.
+
+    What is not given is taken from the environment: ``DPO_JAX_COORDINATOR``, ``DPO_JAX_NUM_PROCESSES``,
+    ``DPO_JAX_PROCESS_ID``, ``DPO_JAX_START_TIMEOUT``.
+
+    Args:
+        coordinator: ``host:port`` of process 0, the port free there and open to the others; or ``auto``: jax asks the
+            TPU's or the cluster's own services for all three.
+        timeout: seconds until every process must have come.
+
+    Raises:
+        HostsMissing: naming the processes that did not come. (jax alone would abort the process without saying who.)
+        UserError: a setting is missing or wrong, or two processes have the same id.
+    """
+    coordinator = coordinator or os.environ.get(COORDINATOR)
+    num_processes = _number(num_processes, NUM_PROCESSES)
+    process_id = _number(process_id, PROCESS_ID)
+    timeout = _number(timeout, START_TIMEOUT) or TIMEOUT
+    if coordinator == "auto":
+        jax.distributed.initialize(initialization_timeout=timeout)
+        return
+    if coordinator is None and num_processes is None and process_id is None:
+        return
+    if coordinator is None or num_processes is None or process_id is None:
+        settings = {COORDINATOR: coordinator, NUM_PROCESSES: num_processes, PROCESS_ID: process_id}
+        missing = [name for name, value in settings.items() if value is None]
+        raise UserError(f"{', '.join(missing)}: not set, while the other host settings are: give all three, or none")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"{COORDINATOR}: {coordinator!r} is no address: write host:port, such as 10.0.0.2:8476")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"{PROCESS_ID}: {process_id} is none of the {num_processes} processes: count from 0")
+    if num_processes == 1:
+        return
+    if process_id == 0:
+        _call_roll(int(port), num_processes, timeout)
+    else:
+        _answer_roll(host, int(port), num_processes, process_id, timeout)
+    jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout,
+                               cluster_detection_method="deactivate")  # fmt: skip
+
+
+def _number(value: int | None, name: str) -> int | None:
+    text = os.environ.get(name)
+    if value is not None or not text:
+        return value
+    if not text.isdigit():
+        raise UserError(f"{name}: {text!r} is no whole number: set it to one")
+    return int(text)
+
+
+def _call_roll(port: int, num_processes: int, timeout: int) -> None:
+    """Hold the coordinator's port until every process has said its id there, and tell all what came of it."""
+    deadline = time.monotonic() + timeout
+    try:
+        server = socket.create_server(("", port), backlog=max(num_processes, 128))
+    except OSError as error:
+        raise UserError(f"{COORDINATOR}: port {port} cannot be opened ({error.strerror}): free it, or choose another"
+                        ) from error  # fmt: skip
+    present: dict[int, socket.socket] = {}
+    verdict = ""
+    with server:
+        while not verdict and len(present) < num_processes - 1:
+            server.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                caller, _ = server.accept()
+            except TimeoutError:
+                break
+            process_id, verdict = _hear(caller, num_processes, present)
+            if process_id is not None:
+                present[process_id] = caller
+        absent = sorted(set(range(1, num_processes)) - set(present))
+        if absent and not verdict:
+            verdict = (f"process {_listed(absent)} of {num_processes} did not come to {socket.gethostname()}:{port} "
+                       f"within {timeout:g} s: start every process, and open that port between the hosts")  # fmt: skip
+        for caller in present.values():
+            _tell(caller, verdict or "all here")
+    if verdict:
+        raise HostsMissing(verdict)
+
+
+def _hear(caller: socket.socket, num_processes: int, present: dict) -> tuple[int | None, str]:
+    """The id that a caller says, and what is wrong with it for all ("": nothing); strangers are hung up on."""
+    try:
+        caller.settimeout(2.0)
+        word, size, process_id = caller.makefile("r").readline().split()
+        size, process_id = int(size), int(process_id)
+    except (OSError, ValueError):
+        word, size, process_id = "", 0, -1
+    if word != "dpo_jax" or process_id < 0:
+        caller.close()
+        return None, ""
+    if size != num_processes:
+        verdict = f"process {process_id} counts {size} processes and process 0 counts {num_processes}: "
+        return process_id, verdict + f"give every process the same {NUM_PROCESSES}"
+    if process_id == 0 or process_id in present:
+        caller.close()
+        return None, f"process id {process_id} was given to two processes: give each its own {PROCESS_ID}"
+    return process_id, ""
+
+
+def _tell(caller: socket.socket, verdict: str) -> None:
+    """Answer, and let the caller hang up first, so that the port is free at once for jax's own service."""
+    with caller:
+        try:
+            caller.sendall((verdict + "\n").encode())
+            caller.settimeout(1.0)
+            caller.recv(1)
+        except OSError:
+            pass  # that process died while it waited; jax's own start will miss it
+
+
+def _answer_roll(host: str, port: int, num_processes: int, process_id: int, timeout: int) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=5.0) as call:
+                call.sendall(f"dpo_jax {num_processes} {process_id}\n".encode())
+                call.settimeout(max(deadline - time.monotonic(), 0) + 10.0)  # process 0 may have started later
+                verdict = call.makefile("r").readline().strip()
+                if verdict == "all here":
+                    return
+                if verdict:
+                    raise HostsMissing(verdict)
+        except OSError:
+            pass  # process 0 is not there yet
+        if time.monotonic() > deadline:
+            raise HostsMissing(f"process 0 of {num_processes} did not answer process {process_id} at {host}:{port} "
+                               f"within {timeout:g} s: start it, and open that port between the hosts")  # fmt: skip
+        time.sleep(0.2)
+
+
+def _listed(processes: list[int]) -> str:
+    shown = ", ".join(map(str, processes[:16]))
+    return shown if len(processes) <= 16 else f"{shown} and {len(processes) - 16} more"
+
+
+def is_writer() -> bool:
+    """Whether this process writes what is written once: logs, config, exports."""
+    return jax.process_index() == 0
+
+
+def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
+    """Every process's JSON value, by process id. All processes call it, in the same order.
+
+    Args:
+        what: names the exchange in errors.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        HostsMissing: naming the processes that sent nothing in time.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    client = distributed.global_state.client
+    assert client is not None, "several processes are joined by start_hosts only"
+    room = f"dpo_jax/{next(_turns)}/{what.replace('/', '_')}/"
+    client.key_value_set(f"{room}{jax.process_index()}", json.dumps(value))
+    deadline = time.monotonic() + timeout
+    values = []
+    for process in range(jax.process_count()):
+        left = max(int(1000 * (deadline - time.monotonic())), 1)
+        try:
+            values.append(json.loads(client.blocking_key_value_get(f"{room}{process}", left)))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(room)}
+            absent = sorted(set(range(jax.process_count())) - came)
+            raise HostsMissing(f"{what}: process {_listed(absent)} of {jax.process_count()} did not come within "
+                               f"{timeout:g} s: read its log, then start all processes again") from error  # fmt: skip
+    return values
+
+
+def barrier(what: str, timeout: int = TIMEOUT) -> None:
+    """Wait until every process is here; raises ``HostsMissing`` naming those that are not."""
+    gather(None, what, timeout)
+
+
+def make_shared(directory, what: str) -> None:
+    """Make a directory (an ``epath.Path`` or ``pathlib.Path``), and make sure that all processes mean the same one.
+
+    Raises:
+        UserError: it cannot be made, or what process 0 writes there does not appear to another process.
+    """
+    error, probe = None, directory / f".seen-by-all-{time.time_ns()}"
+    several = jax.process_count() > 1
+    if is_writer():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if several:
+                probe.touch()
+        except OSError as cause:
+            error = UserError(f"{what}: {directory} cannot be written ({cause.strerror}): choose another run.dir")
+    agree(error, what)
+    if not several:
+        return
+    probe = directory / gather(probe.name, what)[0]
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not (seen := probe.exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [process for process, sees in enumerate(gather(seen, what)) if not sees]
+    if is_writer():
+        probe.unlink()
+    if blind:
+        raise UserError(f"{what}: {directory} is not shared: process {_listed(blind)} does not see what process 0 wrote "
+                        "there: use a run.dir on a file system that all hosts mount")  # fmt: skip
+
+
+def agree(error: UserError | None, what: str, timeout: int = TIMEOUT) -> None:
+    """Raise on every process the error of the lowest process that has one, so that all of them stop alike."""
+    report = None if error is None else [type(error).__name__, str(error)]
+    for kind, text in filter(None, gather(report, what, timeout)):
+        raise getattr(errors, kind, UserError)(text) from error
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Inside, a request to stop waits for the end of a step; gives ``stop_requested(step) -> bool``.
+
+    ``stop_requested`` is called by every process after every step. It becomes true at the same step in all of them,
+    whichever was asked. The request is SIGTERM. With several processes jax's own handler, set when they were
+    started, takes it and agrees on a step that none has passed. In one process Ctrl-C asks too; the second
+    Ctrl-C interrupts at once.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    requested = False
+
+    def request(number, frame):
+        nonlocal requested
+        requested = True
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        print(f"\n{signal.Signals(number).name}: stopping after this step; Ctrl-C stops at once", file=sys.stderr)
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda step: requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,169 @@
+"""What a checkpoint says about the run that wrote it, and which differences to the run that reads it matter.
+
+Plain data, without jax. A manifest is a dictionary of JSON values:
+
+    format      version of this layout
+    config      the resolved options
+    identity    what the options only point to, by name: the store's key, hashes of weights, tokenizer, template, ...
+    place       versions, XLA flags, devices, processes: the same bits come back only where these are the same
+    step, leaves, metrics       written by checkpoint.py: the step, its arrays with their checksums, its evaluation
+    offsets, extras             lengths of the logs, counters of the trainer
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from dpo_jax.errors import UserError
+
+FORMAT = 1
+PACKAGES = ("dpo-jax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
+
+# What becomes of a changed option when a run goes on. The longest prefix that fits decides; no prefix: it matters.
+#   free       the arithmetic does not see it
+#   rounding   equal within the layout tolerance: allowed, so that a run can go on with other hardware, but mentioned
+#   NAME       it points to something that identity NAME stands for: a moved directory is the same model, and a
+#              changed one is refused under that name
+#   length     see _length_matters
+FATES = {
+    "model.path": "weights",
+    "model.revision": "weights",
+    "model.checkpoint": "weights",
+    "model.tokenizer": "tokenizer",
+    "model.attention": "rounding",
+    "model.remat": "rounding",
+    "model.scan": "rounding",
+    "reference.path": "reference",
+    "reference.mode": "rounding",
+    "data.train": "store",
+    "data.chat_template": "template",
+    "data.eval": "free",  # what is measured, not what is learned
+    "data.store": "free",
+    "data.workers": "free",
+    "batch.row_length": "rounding",
+    "batch.accumulation": "rounding",
+    "batch.target_chunk": "rounding",
+    "batch.layout": "rounding",
+    "mesh": "rounding",
+    "run.dir": "free",
+    "run.steps": "length",
+    "run.epochs": "length",
+    "run.log_every": "free",
+    "run.eval_every": "free",
+    "run.token_stats": "free",
+    "run.export": "free",
+    "run.trackers": "free",
+    "run.progress": "free",
+    "checkpoint": "free",
+}
+# The order in which sets are mixed is no part of the store.
+MATTERS = ("weight",)
+
+
+def make_manifest(config: Mapping[str, Any], identity: Mapping[str, str | None], place: Mapping[str, Any]) -> dict:
+    """The part of a manifest that stays the same for a whole run.
+
+    Args:
+        config: the resolved options, as nested dictionaries.
+        identity: names and hashes, with the names of ``FATES``: weights, tokenizer, template, reference, store; more
+            may be given, such as the compute dtype that ``auto`` became, and are compared too.
+        place: devices, processes and the like; versions and XLA flags are added.
+    """
+    versions = {name: _version(name) for name in PACKAGES}
+    flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    return json.loads(json.dumps({"format": FORMAT, "config": config, "identity": identity,
+                                  "place": {**place, **flags, **versions}}))  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source checkout
+        return None
+
+
+def compare_manifest(old: Mapping, new: Mapping) -> list[str]:
+    """Differences that matter: going on would not be the run that was begun. Each as ``field: was X, now Y``."""
+    return [line for line, fate in _differences(old, new) if fate == "matters"]
+
+
+def rounding_changes(old: Mapping, new: Mapping) -> list[str]:
+    """Differences after which the run goes on within rounding, but no longer bit for bit."""
+    lines = [line for line, fate in _differences(old, new) if fate == "rounding"]
+    return lines + [_line(name, a, b) for name, a, b in _changed(old["place"], new["place"])]
+
+
+def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
+    """Raise one line with every difference that matters.
+
+    Args:
+        old: manifest of the checkpoint.
+        new: manifest of this run.
+        where: the run directory, for the message.
+
+    Raises:
+        UserError: there are such differences, or the checkpoint's layout is of another version.
+    """
+    if old["format"] != new["format"]:
+        raise UserError(f"run.dir: {where} was written in checkpoint format {old['format']}, this version reads "
+                        f"{new['format']}: go on with the version that wrote it")  # fmt: skip
+    lines = compare_manifest(old, new)
+    if lines:
+        raise UserError(f"run.dir: {where} was begun with other options, which would change its result: "
+                        f"{'; '.join(lines)}: put them back, or choose a new run.dir")  # fmt: skip
+
+
+def _differences(old: Mapping, new: Mapping) -> list[tuple[str, str]]:
+    """Changed identities and options with their fates: matters, rounding or free."""
+    changed = {name for name, _, _ in _changed(old["identity"], new["identity"])}
+    found = [(_line(name, a, b), "matters") for name, a, b in _changed(old["identity"], new["identity"])]
+    for name, a, b in _changed(old["config"], new["config"]):
+        fate = _fate(name)
+        if fate == "length":
+            fate = "matters" if _length_matters(old["config"], new["config"]) else "free"
+        elif fate not in ("free", "rounding", "matters"):
+            known = new["identity"].get(fate) is not None and old["identity"].get(fate) is not None
+            fate = "free" if known and fate not in changed else "matters"
+        found.append((_line(name, a, b), fate))
+    return found
+
+
+def _fate(name: str) -> str:
+    if name.rpartition(".")[2] in MATTERS:
+        return "matters"
+    fits = [prefix for prefix in FATES if name == prefix or name.startswith(prefix + ".")]
+    return FATES[max(fits, key=len)] if fits else "matters"
+
+
+def _length_matters(old: Mapping, new: Mapping) -> bool:
+    """Whether another length of the run changes its steps.
+
+    Schedules other than constant spread over the whole length, and a run counted in epochs may end in a step with
+    empty slots, which a longer one would have filled.
+    """
+    counted = old["run"]["steps"] is not None and new["run"]["steps"] is not None
+    return not counted or new["optimizer"]["schedule"] != "constant"
+
+
+def _changed(old: Mapping, new: Mapping) -> list[tuple[str, Any, Any]]:
+    """Dotted names whose values differ; a name that one side lacks has the value None there."""
+    old, new = _flat(old), _flat(new)
+    return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    leaves = {}
+    for name, value in tree.items():
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            leaves.update(_flat(dict(enumerate(value)), f"{prefix}{name}."))
+        elif isinstance(value, Mapping):
+            leaves.update(_flat(value, f"{prefix}{name}."))
+        else:
+            leaves[prefix + str(name)] = value
+    return leaves
+
+
+def _line(name: str, old: Any, new: Any) -> str:
+    return f"{name}: was {json.dumps(old)}, now {json.dumps(new)}"

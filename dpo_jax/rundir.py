@@ -1,0 +1,215 @@
+"""What lies in a run directory, and how its files are written so that a run can be cut off anywhere.
+
+Standard library only. Logs are append-only JSON lines; a checkpoint records how long they were, and continuing from
+it cuts them back to that, so that they read as if the run had never stopped.
+"""
+
+import fcntl
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo_jax.errors import UserError
+
+Event = Literal["start", "restore", "save", "preempt", "end"]
+LOCK, EVENTS = "run.lock", "events.jsonl"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved options, every default spelled out."""
+        return self.root / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Saved steps, each with its manifest."""
+        return self.root / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The model as a Hugging Face directory."""
+        return self.root / "export"
+
+    @property
+    def metrics(self) -> Path:
+        """One object a logged step: functions of data, seed and step only."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def timings(self) -> Path:
+        """Clocks, throughput and memory of the same steps."""
+        return self.root / "timings.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """What happened to the run: never cut back."""
+        return self.root / EVENTS
+
+    @property
+    def report(self) -> Path:
+        """What a person looks at."""
+        return self.root / "report.html"
+
+
+def is_run_dir(path: str | Path) -> bool:
+    """Whether a run of this program was ever started in the directory."""
+    return (Path(path) / EVENTS).is_file() or (Path(path) / LOCK).is_file()
+
+
+def find_run(path: str | Path) -> RunDir:
+    """An existing run, to read from it.
+
+    Raises:
+        UserError: the path is no run directory.
+    """
+    root = _local(path)
+    if not root.exists():
+        raise UserError(f"run directory {path}: does not exist: check the path")
+    if not is_run_dir(root):
+        raise UserError(f"run directory {path}: holds no {EVENTS}, so it is no run of this program: check the path")
+    return RunDir(root)
+
+
+@contextmanager
+def hold_run(path: str | Path) -> Iterator[RunDir]:
+    """Make or reopen a run directory and keep it to this process; with several processes, the writer alone does so.
+
+    The lock is the operating system's and goes with its process, however that ends.
+
+    Raises:
+        UserError: another process trains there, the directory is something else, or it cannot be written. Nothing
+            was touched then.
+    """
+    root = _local(path)
+    try:
+        if root.is_dir() and any(root.iterdir()) and not is_run_dir(root):
+            raise UserError(f"run.dir: {path} holds other files and no run of this program: choose an empty directory")
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / LOCK, "a+")
+    except OSError as error:
+        raise UserError(f"run.dir: {path} cannot be written ({error.strerror}): choose another directory") from error
+    with lock:
+        _take(lock, path)
+        run = RunDir(root)
+        _mend(run.events)
+        yield run
+
+
+def _local(path: str | Path) -> Path:
+    if "://" in str(path):
+        raise UserError(f"run.dir: {path} is not a local path, and logs can be written to local paths only: "
+                        "mount the bucket, or copy the directory afterwards")  # fmt: skip
+    return Path(path).expanduser().absolute()
+
+
+def _take(lock, path) -> None:
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked workers
+    except (BlockingIOError, PermissionError) as error:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        raise UserError(f"run.dir: {path} is in use by {owner}: wait for it, stop it, or choose another directory"
+                        ) from error  # fmt: skip
+    except OSError as error:
+        raise UserError(f"run.dir: {path} cannot be locked ({error.strerror}): use a file system with locks") from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+
+
+def append_json(path: Path, values: dict[str, Any]) -> None:
+    """Append one line, in one write. Equal values always give equal bytes.
+
+    Numbers may be numpy or jax scalars; floats are written by ``repr``, the shortest text that reads back to the same
+    float64. JSON has no infinities or NaN: they become the texts "Infinity", "-Infinity", "NaN", which ``float`` reads.
+    """
+    line = json.dumps(_plain(values), allow_nan=False, ensure_ascii=False) + "\n"
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        data = line.encode()
+        written = os.write(file, data)
+        if written != len(data):
+            raise OSError(f"{path}: only {written} of {len(data)} bytes could be written")
+    finally:
+        os.close(file)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if not isinstance(value, str | int | float | None):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a log; a last line that was cut off while written is left out. No file: no lines."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+
+
+def log_event(run: RunDir, event: Event, **facts: Any) -> None:
+    """Append what happened, with the time (seconds since 1970, UTC) and this process's id."""
+    append_json(run.events, {"event": event, "time": time.time(), "pid": os.getpid(), **facts})
+
+
+def log_offsets(run: RunDir) -> dict[str, int]:
+    """Lengths in bytes of the logs that are cut back, for a checkpoint; what they count is on the disk by then."""
+    offsets = {}
+    for path in (run.metrics, run.timings):
+        if path.exists():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        offsets[path.name] = path.stat().st_size if path.exists() else 0
+    return offsets
+
+
+def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
+    """Shorten the logs to what they were when ``log_offsets`` gave these.
+
+    Raises:
+        UserError: a log is shorter than that, or was changed; neither is touched then.
+    """
+    for name, offset in offsets.items():
+        path = run.root / name
+        size = path.stat().st_size if path.exists() else 0
+        if size < offset:
+            raise UserError(f"{path}: holds {size} bytes, {offset} were there at the step to go on from: put the whole "
+                            "file back, or start in a new run.dir")  # fmt: skip
+        if offset and _byte(path, offset - 1) != b"\n":
+            raise UserError(f"{path}: byte {offset} ends no line, though one ended there at the step to go on from: "
+                            "put the unchanged file back, or start in a new run.dir")  # fmt: skip
+    for name, offset in offsets.items():
+        if (run.root / name).exists():
+            os.truncate(run.root / name, offset)
+
+
+def _byte(path: Path, offset: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(1)
+
+
+def _mend(path: Path) -> None:
+    """Drop a last line that was cut off while it was written, so that the next one starts on its own line."""
+    if path.exists() and (size := path.stat().st_size) and _byte(path, size - 1) != b"\n":
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
