@@ -100,6 +100,8 @@ class FatesConfig:
     """Chosen and rejected are whole conversations with different prompts."""
     template_not_prefix: Literal["repair", "drop", "error"] = "repair"
     """The rendered prompt is no prefix of the rendered conversation; repair: the answer starts where they part."""
+    template_refused: Literal["drop", "error"] = "error"
+    """The chat template raises an error, as some do at a system turn."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     """Prompt and answer are longer than max_length."""
 

@@ -289,9 +289,10 @@ def _weight(row: Mapping) -> float:
 
 
 def _tools(row: Mapping) -> list | None:
-    given = row.get("input")
-    tools = given.get("tools") if isinstance(given, Mapping) else None
-    return _parsed("tools", row.get("tools") if tools is None else tools, list)
+    tools = row.get("tools")
+    if tools is None and "preferred_output" in row:
+        tools = _openai_input(row).get("tools")
+    return _parsed("tools", tools, list)
 
 
 def _template_kwargs(row: Mapping) -> dict | None:
@@ -376,7 +377,7 @@ def detect_schema(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage)
     name = next((name for name, needed in _COLUMNS[stage] if needed <= set(columns)), None)
     if name is None:
         known = "; ".join(f"{name} ({', '.join(sorted(needed))})" for name, needed in _COLUMNS[stage])
-        raise UserError(f"columns {sorted(columns)} fit no layout known to {stage}: {known}; rename them with `columns`")
+        raise UserError(f"columns {sorted(columns)} fit no layout of {stage}: {known}; rename them with `columns`")
     if name == "preference" and "prompt" not in columns and any(isinstance(row.get("chosen"), str) for row in rows):
         return "transcripts"
     return name

@@ -216,7 +216,7 @@ class _Parquet(Sequence):
         return self.table.slice(index - start, 1).to_pylist()[0]
 
 
-# ------------------------------------------------------------------------------------------------- Hugging Face datasets
+# ------------------------------------------------------------------------------------------- Hugging Face datasets
 
 
 def _first_line(error: BaseException) -> str:
@@ -228,7 +228,8 @@ def _plain_dataset(rows: object) -> "datasets.Dataset":
     import datasets
 
     if not isinstance(rows, datasets.Dataset):
-        raise UserError(f"data: {type(rows).__name__}: give a SourceConfig or a datasets.Dataset (one split, not streamed)")
+        kind = type(rows).__name__
+        raise UserError(f"data: {kind} cannot be used: give a SourceConfig or one split as a datasets.Dataset")
     if len(rows) == 0:
         raise UserError("data: the datasets.Dataset holds no rows; give one that has some")
     return rows if rows.format["type"] in (None, "custom") else rows.with_format(None)

@@ -1,16 +1,34 @@
-"""Examples -> token ids: chat template, boundary of prompt and answer, special tokens, truncation."""
+"""Examples -> token ids: chat template, boundary of prompt and answer, special tokens, truncation.
 
-from dataclasses import dataclass
+The prompt ends where the encoding of the prompt alone and those of prompt + answer part; what straddles belongs to the
+answer. Special tokens come once: BOS as the tokenizer or the template writes it, EOS after plain-text answers.
+"""
 
-from dpo_jax.data.records import Problem
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_jax.config import DataConfig
+from dpo_jax.data.records import Example, Messages, Problem, Stage, common_prefix
+from dpo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NOTES = {"straddling_token": "A token holds the end of the prompt and the start of an answer; it counts to the answer."}
+"""Causes that are counted only: nothing is wrong with the row."""
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """One example in tokens; `prompt + answers[k]` is what the model reads.
+    """One example in tokens; `prompt + answers[k]` is what the model reads, and `prompt` is never empty.
 
     `targets` tells which tokens of `answers[0]` are learned (SFT on conversations; None: all). `notes` are repairs,
-    truncations and the like, to be counted.
+    truncations and the like, to be counted: causes as in ``FatesConfig``, or of ``NOTES``.
     """
 
     row: int
@@ -19,3 +37,306 @@ class TokenizedExample:
     targets: list[bool] | None
     weight: float
     notes: tuple[Problem, ...] = ()
+
+
+Tokenize = Callable[[Example], TokenizedExample | Problem]
+
+
+def make_tokenize(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", stage: Stage) -> Tokenize:
+    """A picklable function from examples to tokens, by the rules and fates of `data`.
+
+    A row whose fate is `drop` or `error` comes back as its ``Problem``; whoever knows the source's name raises.
+
+    Raises:
+        UserError: the tokenizer lacks what a row needs: a chat template, an EOS token.
+    """
+    return partial(_tokenize, _Coder(data, tokenizer, *_added_around(tokenizer)), {"dpo": 2, "sft": 1}[stage])
+
+
+def load_tokenizer(path: str, revision: str | None, chat_template_file: str | None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a directory or hub name, with the chat template of a file in place of its own if one is given.
+
+    Raises:
+        UserError: there is no such tokenizer or template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: no tokenizer can be loaded: {reason}; set model.tokenizer to one") from None
+    if chat_template_file is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template_file).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"data.chat_template: {chat_template_file!r} cannot be read: {error}") from None
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Identity of all that decides token ids: vocabulary, merges, added and special tokens, chat template."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state.pop("truncation"), state.pop("padding")  # left by the latest call
+    else:
+        state = sorted(tokenizer.get_vocab().items())
+    added = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]
+    probe = tokenizer("Probe  text,\n\nwith spaces 12345 and é.")["input_ids"]  # what no file states
+    parts = [state, added, special, tokenizer.chat_template, probe]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------- text <-> tokens
+
+
+@dataclass(frozen=True)
+class _Coder:
+    """The tokenizer, and what it puts before and after a text by itself."""
+
+    data: DataConfig
+    tokenizer: "PreTrainedTokenizerBase"
+    before: list[int]
+    after: list[int]
+
+
+def _added_around(tokenizer) -> tuple[list[int], list[int]]:
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    start = next(n for n in range(len(full)) if full[n : n + len(bare)] == bare)
+    return full[:start], full[start + len(bare) :]
+
+
+def _encode(coder: _Coder, texts: Sequence[str], special: bool) -> list[list[int]]:
+    """Ids of texts, with one BOS at most at the start, and none of what the tokenizer itself puts at the end."""
+    encoded = coder.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
+    bos, num_after = coder.tokenizer.bos_token_id, len(coder.after) if special else 0
+    return [_one_bos(ids[: len(ids) - num_after], bos) for ids in encoded["input_ids"]]
+
+
+def _one_bos(ids: list[int], bos: int | None) -> list[int]:
+    """A text that begins with a written BOS gets a second one from the tokenizer."""
+    extra = 0
+    while bos is not None and ids[extra : extra + 2] == [bos, bos]:
+        extra += 1
+    return ids[extra:]
+
+
+def _with_eos(coder: _Coder, ids: list[int], row: int) -> list[int]:
+    """Ids of a plain text, ended by one EOS if the config asks for it."""
+    eos = coder.tokenizer.eos_token_id
+    if not coder.data.append_eos:
+        return ids
+    if eos is None:
+        raise UserError(f"row {row}: the tokenizer has no EOS token to end answers with; set data.append_eos to false")
+    return ids if ids[-1:] == [eos] else [*ids, eos]
+
+
+class _Refused(Exception):
+    """The chat template does not take this conversation."""
+
+
+def _render(coder: _Coder, example: Example, messages: Messages, prompt: bool = False) -> str:
+    """Text of a conversation; `prompt` adds what the template writes before an answer."""
+    import jinja2
+
+    if coder.tokenizer.chat_template is None:
+        raise UserError(f"row {example.row}: it holds messages, and the tokenizer has no chat template; "
+                        "give a file with one as data.chat_template")  # fmt: skip
+    kwargs = example.template_kwargs or {}
+    try:
+        return coder.tokenizer.apply_chat_template(
+            messages, tools=example.tools, add_generation_prompt=prompt, tokenize=False, **kwargs
+        )
+    except jinja2.TemplateError as error:
+        raise _Refused(str(error)) from None
+
+
+# ----------------------------------------------------------------------------------------------- one example
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Tokens of an example before truncation."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+    learned: list[bool] | None = None  # of prompt + answers[0], for examples that are one piece
+    notes: tuple[Problem, ...] = ()
+
+
+def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExample | Problem:
+    assert len(example.answers) == num_answers, f"{len(example.answers)} answers, the stage has {num_answers}"
+    try:
+        pieces = _whole(coder, example) if example.prompt is None else _prompted(coder, example)
+    except _Refused as refused:
+        return Problem(example.row, "template_refused", str(refused))
+    if isinstance(pieces, Problem):
+        return pieces
+    pieces = _truncated(coder, example, pieces)
+    if isinstance(pieces, Problem):
+        return pieces
+    notes = pieces.notes
+    if num_answers == 2 and pieces.answers[0] == pieces.answers[1]:
+        equal = Problem(example.row, "equal_answers", f"both answers are the same {len(pieces.answers[0])} tokens")
+        if coder.data.fates.equal_answers != "keep":
+            return equal
+        notes += (equal,)
+    prompt, answers, targets = pieces.prompt, tuple(pieces.answers), None
+    if pieces.learned is not None:
+        targets = pieces.learned[len(prompt) :]
+        targets = None if all(targets) else targets
+    return TokenizedExample(example.row, prompt, answers, targets, example.weight, notes)
+
+
+def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
+    """Prompt and answers, parted at the longest common token prefix of the prompt alone and all of prompt + answer."""
+    row, prompt, notes = example.row, example.prompt, ()
+    if isinstance(prompt, str):
+        texts = [prompt, *(prompt + answer for answer in example.answers)]
+        prompt_ids, *full = _encode(coder, texts, special=True)
+        ended = [_with_eos(coder, ids, row) for ids in full]
+    else:
+        texts = [_render(coder, example, prompt, prompt=True)]
+        texts += [_render(coder, example, prompt + answer) for answer in example.answers]
+        if not all(text.startswith(texts[0]) for text in texts[1:]):
+            tail = texts[0][min(_common_text(texts[0], text) for text in texts[1:]) :]
+            notes = (_not_prefix(row, f"{tail[:40]!r} of the rendered prompt is not in the rendered conversation"),)
+            if coder.data.fates.template_not_prefix != "repair":
+                return notes[0]
+        prompt_ids, *full = _encode(coder, texts, special=False)
+        ended = full
+    size = min(common_prefix(prompt_ids, ids) for ids in full)
+    if size == 0:
+        return Problem(row, "empty_prompt", "no token comes before the answers")
+    if size == min(map(len, full)):
+        return Problem(row, "empty_answer", "an answer adds no token to the prompt")
+    if size < len(prompt_ids) and not notes:
+        merged = coder.tokenizer.decode(prompt_ids[size:])
+        notes = (Problem(row, "straddling_token", f"the end of the prompt, {merged!r}, merges with an answer"),)
+    return _Pieces(prompt_ids[:size], [ids[size:] for ids in ended], notes=notes)
+
+
+def _whole(coder: _Coder, example: Example) -> _Pieces | Problem:
+    """A text, learned but for its first token; or a conversation, of which the assistant's turns are learned."""
+    (answer,) = example.answers
+    if isinstance(answer, str):
+        (ids,) = _encode(coder, [answer], special=True)
+        ids = _with_eos(coder, ids, example.row)
+        return _parted(ids, [True] * len(ids)) or Problem(example.row, "empty_answer", "the text is a single token")
+    text = _render(coder, example, answer)
+    turns = _assistant_turns(coder, example, text)
+    if isinstance(turns, Problem):
+        return turns
+    spans, notes = turns
+    if notes and coder.data.fates.template_not_prefix != "repair":
+        return notes[0]
+    ids, *heads = _encode(coder, [text, *(text[:place] for span in spans for place in span)], special=False)
+    places = [common_prefix(head, ids) for head in heads]
+    learned = [False] * len(ids)
+    for start, end in zip(places[::2], places[1::2], strict=True):
+        learned[start:end] = [True] * (end - start)
+    pieces = _parted(ids, learned)
+    if pieces is None:
+        return Problem(example.row, "empty_answer", "no assistant message follows another message")
+    return replace(pieces, notes=notes)
+
+
+def _parted(ids: list[int], learned: list[bool]) -> _Pieces | None:
+    """The prompt up to the first learned token, the answer up to the last one; None when there is none.
+
+    The first token is never learned: nothing comes before it.
+    """
+    places = [place for place, flag in enumerate(learned) if flag and place > 0]
+    if not places:
+        return None
+    first, end = places[0], places[-1] + 1
+    return _Pieces(ids[:first], [ids[first:end]], [False] * first + learned[first:end])
+
+
+def _not_prefix(row: int, detail: str) -> Problem:
+    return Problem(row, "template_not_prefix", detail)
+
+
+def _common_text(first: str, second: str) -> int:
+    return len(first) if second.startswith(first) else common_prefix(first, second)
+
+
+def _assistant_turns(coder: _Coder, example: Example, text: str):
+    """([start, end) in `text` of each assistant turn that has a message before it, notes); or the problem.
+
+    A turn starts where the conversation before it, ready for an answer, ends. Templates may render a turn otherwise
+    when others follow (Qwen3 takes out thoughts): then it is the longest tail of its own rendering that stands there.
+    """
+    (messages,) = example.answers
+    spans, changed = [], None
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant" or place == 0:
+            continue
+        before = _render(coder, example, messages[:place], prompt=True)
+        through = _render(coder, example, messages[: place + 1])
+        start = _common_text(before, text)
+        end = len(through)
+        if start < len(before) or not text.startswith(through):
+            changed = place
+            turn = through[_common_text(before, through) :]
+            tails = (turn[cut:] for cut in range(len(turn)))
+            tail = next((tail for tail in tails if tail.strip() and text.startswith(tail, start)), None)
+            if tail is None or (spans and start < spans[-1][1]):
+                return _not_prefix(example.row, f"message {place} cannot be found in the rendered conversation")
+            end = start + len(tail)
+        spans.append((start, end))
+    detail = f"message {changed} is rendered otherwise when messages follow it"
+    return spans, () if changed is None else (_not_prefix(example.row, detail),)
+
+
+# ----------------------------------------------------------------------------------------------- truncation
+
+
+def _truncated(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Problem:
+    """At most max_length tokens of prompt and answer; the answers share one prompt, so the larger excess is cut."""
+    limit, fates = coder.data.max_length, coder.data.fates
+    length = len(pieces.prompt) + max(map(len, pieces.answers))
+    if length <= limit:
+        return pieces
+    too_long = Problem(example.row, "too_long", f"{length} tokens, max_length is {limit}")
+    if fates.too_long != "truncate":
+        return too_long
+    cut = _CUTS[coder.data.truncation, pieces.learned is not None](pieces, limit, coder.tokenizer.bos_token_id)
+    if cut is None:
+        left = "the prompt fills it" if coder.data.truncation == "keep_start" else "the answer fills it"
+        return replace(too_long, detail=f"{too_long.detail}, and {left}")
+    return replace(cut, notes=(*pieces.notes, too_long))
+
+
+def _cut_answers(pieces: _Pieces, limit: int, bos: int | None) -> _Pieces | None:
+    room = limit - len(pieces.prompt)
+    return replace(pieces, answers=[answer[:room] for answer in pieces.answers]) if room > 0 else None
+
+
+def _cut_prompt(pieces: _Pieces, limit: int, bos: int | None) -> _Pieces | None:
+    """A BOS at the start stays there: models lean on it."""
+    room = limit - max(map(len, pieces.answers))
+    return replace(pieces, prompt=_tail(pieces.prompt, pieces.prompt, room, bos)) if room > 0 else None
+
+
+def _tail(items: list, ids: list[int], size: int, bos: int | None) -> list:
+    """The last `size` items, the first of which is the one that belongs to a leading BOS, if there is one."""
+    head = 1 if ids[0] == bos else 0
+    return items[:head] + items[len(items) - (size - head) :]
+
+
+def _cut_end(pieces: _Pieces, limit: int, bos: int | None) -> _Pieces | None:
+    return _parted((pieces.prompt + pieces.answers[0])[:limit], pieces.learned[:limit])
+
+
+def _cut_start(pieces: _Pieces, limit: int, bos: int | None) -> _Pieces | None:
+    ids = pieces.prompt + pieces.answers[0]
+    return _parted(_tail(ids, ids, limit, bos), _tail(pieces.learned, ids, limit, bos))
+
+
+_CUTS = {  # (truncation, the example is one piece)
+    ("keep_start", False): _cut_answers, ("keep_end", False): _cut_prompt,
+    ("keep_start", True): _cut_end, ("keep_end", True): _cut_start,
+}  # fmt: skip
