@@ -1,0 +1,166 @@
+"""Rows -> chunks of token arrays, in the order of the rows, by as many processes as it pays for.
+
+Processes are started afresh (never forked from this one: it may hold JAX's threads), so a script that calls this for
+more than a few thousand rows needs the usual ``if __name__ == "__main__":`` guard.
+"""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.config import DataConfig
+from dpo_jax.data.records import Parser, Problem, Stage
+from dpo_jax.data.tokenize import TokenizedExample, make_tokenize
+from dpo_jax.errors import UserError
+
+CHUNK_ROWS = 256
+CHUNKS_AHEAD = 4  # for each process, handed out before their results are taken: bounds memory
+MIN_ROWS_A_PROCESS = 2000  # a process takes seconds to start; with fewer rows for each it does not pay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """What a run of rows came to: n examples, tokens laid end to end, and what was wrong with rows."""
+
+    tokens: np.ndarray  # int32: prompt and answers of each example
+    lengths: np.ndarray  # int32 [n, 1 + K]: tokens of the prompt and of each answer
+    rows: np.ndarray  # int64 [n]
+    weights: np.ndarray  # float32 [n]
+    targets: np.ndarray | None  # bool, as tokens: answer tokens that are learned; None: all of them
+    dropped: list[Problem]  # the rows that gave no example
+    notes: list[Problem]  # what was changed in the others
+
+
+def _chunk(made: Sequence[TokenizedExample | Problem], num_answers: int, with_targets: bool) -> Chunk:
+    examples = [one for one in made if not isinstance(one, Problem)]
+    tokens: list[int] = []
+    targets: list[bool] = []
+    for example in examples:
+        tokens += example.prompt
+        targets += [False] * len(example.prompt)
+        for answer in example.answers:
+            tokens += answer
+            targets += [True] * len(answer) if example.targets is None else example.targets
+    lengths = [[len(example.prompt), *map(len, example.answers)] for example in examples]
+    return Chunk(
+        tokens=np.array(tokens, np.int32),
+        lengths=np.array(lengths, np.int32).reshape(-1, 1 + num_answers),
+        rows=np.array([example.row for example in examples], np.int64),
+        weights=np.array([example.weight for example in examples], np.float32),
+        targets=np.array(targets, bool) if with_targets else None,
+        dropped=[one for one in made if isinstance(one, Problem)],
+        notes=[note for example in examples for note in example.notes],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A set as conversion needs it; travels to other processes, its rows chunk by chunk."""
+
+    label: str  # as messages name it
+    rows: Sequence[Mapping[str, Any]]
+    parse: Parser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all rows have in common; travels to each process once."""
+
+    data: DataConfig
+    tokenizer: Any
+    stage: Stage
+
+    @property
+    def num_answers(self) -> int:
+        """K."""
+        return 2 if self.stage == "dpo" else 1
+
+
+ConvertRows = Callable[[str, Parser, int, Sequence[Mapping]], Chunk]
+
+
+def make_convert_rows(job: Job) -> ConvertRows:
+    """The function (label, parser, number of the first row, rows) -> chunk; a row whose fate is `error` raises."""
+    tokenize = make_tokenize(job.data, job.tokenizer, job.stage)
+
+    def convert(label: str, parse: Parser, row: int, values: Mapping) -> TokenizedExample | Problem:
+        example = parse(row, values)
+        try:
+            made = example if isinstance(example, Problem) else tokenize(example)
+        except UserError as error:
+            raise UserError(f"{label}, {error}") from None
+        if isinstance(made, Problem) and getattr(job.data.fates, made.cause) == "error":
+            raise UserError(
+                f"{label}, row {row}: {made.cause}: {made.detail}; mend the row, or set data.fates.{made.cause} to drop"
+            )
+        return made
+
+    def convert_rows(label: str, parse: Parser, first: int, rows: Sequence[Mapping]) -> Chunk:
+        made = [convert(label, parse, row, values) for row, values in enumerate(rows, start=first)]
+        return _chunk(made, job.num_answers, with_targets=job.stage == "sft")
+
+    return convert_rows
+
+
+_convert_rows: ConvertRows  # of a worker process
+
+
+def _start_worker(job: Job) -> None:
+    global _convert_rows
+    _convert_rows = make_convert_rows(job)
+
+
+def _work(label: str, parse: Parser, first: int, rows: Sequence[Mapping]) -> Chunk:
+    return _convert_rows(label, parse, first, rows)
+
+
+def _row_chunks(source: Source) -> Iterator[tuple[str, Parser, int, list[Mapping]]]:
+    for first in range(0, len(source.rows), CHUNK_ROWS):
+        last = min(first + CHUNK_ROWS, len(source.rows))
+        yield source.label, source.parse, first, [source.rows[row] for row in range(first, last)]
+
+
+def num_processes(num_rows: int, workers: int | None) -> int:
+    """Processes worth starting: ``workers`` or one a core at most, and enough rows for each."""
+    most = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return max(1, min(most, num_rows // MIN_ROWS_A_PROCESS))
+
+
+def converted_chunks(sources: Sequence[Source], job: Job, workers: int | None) -> Iterator[tuple[int, Chunk]]:
+    """(number of the source, chunk) for all rows of all sources, in their order whatever the number of processes.
+
+    Raises:
+        UserError: a row whose fate is `error`, or a process that ended early.
+    """
+    chunks = ((number, chunk) for number, source in enumerate(sources) for chunk in _row_chunks(source))
+    processes = num_processes(sum(len(source.rows) for source in sources), workers)
+    if processes == 1:
+        convert_rows = make_convert_rows(job)
+        for number, chunk in chunks:
+            yield number, convert_rows(*chunk)
+        return
+    context = multiprocessing.get_context("spawn")
+    coming: deque[tuple[int, Future[Chunk]]] = deque()
+    with ProcessPoolExecutor(processes, context, _start_worker, (job,)) as pool:
+        try:
+            for number, chunk in chunks:
+                coming.append((number, pool.submit(_work, *chunk)))
+                if len(coming) == CHUNKS_AHEAD * processes:
+                    first, future = coming.popleft()
+                    yield first, future.result()
+            for first, future in coming:
+                yield first, future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"data.workers: a process that tokenised ended early, one of {processes}: memory may have run out "
+                'or the script lacks `if __name__ == "__main__":`; set data.workers to 1'
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,344 @@
+"""Examples tokenised once: flat token files, memory-mapped, in a folder named by everything that made them.
+
+A store is a folder ``<key>/`` of plain little-endian arrays, ``problems.jsonl`` (every row that was dropped or changed)
+and ``manifest.json`` (written last: sizes, checksums, counts). It is built beside its place and renamed into it, so what
+lies under a key is whole; if its checksums say otherwise it is built again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from dpo_jax.config import DataConfig, SourceConfig
+from dpo_jax.data import sources as data_sources
+from dpo_jax.data.convert import Chunk, Job, Source, converted_chunks
+from dpo_jax.data.records import Problem, Stage, parser_of
+from dpo_jax.data.tokenize import tokenizer_hash
+from dpo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the files; raise it too whenever the same rows would give other tokens
+DTYPES = {
+    "tokens": "<i4", "lengths": "<i4", "num_targets": "<i4", "rows": "<i8", "sources": "<i2", "weights": "<f4",
+    "targets": "|b1",
+}  # fmt: skip
+ROWS_NAMED = 10  # rows of each cause that a report names; problems.jsonl names all
+ROWS_LOOKED_AT = 100  # whose columns tell the layout
+KEY_DIGITS = 16  # of the key, in the name of its folder
+MANIFEST, PROBLEMS, TEMPORARY = "manifest.json", "problems.jsonl", ".building-"
+STALE_SECONDS = 24 * 3600  # after which what an interrupted build left behind is removed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """N tokenised examples of K answers each, opened by ``open_store``; arrays are read-only maps of files."""
+
+    path: Path
+    key: str  # sha256, hexadecimal, over everything that decides the content
+    tokens: np.ndarray  # int32: prompt and answers of every example, end to end
+    starts: np.ndarray  # int64 [N]: where each example begins in tokens
+    lengths: np.ndarray  # int32 [N, 1 + K]: tokens of the prompt and of each answer
+    num_targets: np.ndarray  # int32 [N, K]: answer tokens that are learned
+    rows: np.ndarray  # int64 [N]: row in its source
+    sources: np.ndarray  # int16 [N]: place of its source in `report`
+    weights: np.ndarray  # float32 [N]
+    targets: np.ndarray | None  # bool, as tokens: answer tokens that are learned; None: all of them
+    report: list[dict[str, Any]]  # of each source: label, rows, kept, dropped and notes by cause
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def example(self, i: int) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None]:
+        """(prompt, answers, which tokens of the one answer are learned or None for all) of example ``i``, as views."""
+        ends = self.starts[i] + np.cumsum(self.lengths[i], dtype=np.int64)
+        prompt = self.tokens[self.starts[i] : ends[0]]
+        answers = tuple(self.tokens[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True))
+        return prompt, answers, None if self.targets is None else self.targets[ends[0] : ends[1]]
+
+
+# ------------------------------------------------------------------------------------------------- key and sources
+
+SomeSource: TypeAlias = "SourceConfig | Dataset"
+
+
+def source_label(source: SomeSource, place: int) -> str:
+    """How messages and reports name a source."""
+    return source.path if isinstance(source, SourceConfig) else f"datasets.Dataset {place}"
+
+
+def _made_from(sources: Sequence[SomeSource], data: DataConfig, tokenizer: Any, stage: Stage) -> dict[str, Any]:
+    """Everything that decides what a store holds."""
+    return {
+        "format": FORMAT,
+        "stage": stage,
+        "sources": [data_sources.fingerprint(source) for source in sources],
+        "schemas": [source.schema if isinstance(source, SourceConfig) else "auto" for source in sources],
+        "tokenizer": tokenizer_hash(tokenizer),
+        "fates": asdict(data.fates),
+        "max_length": data.max_length,
+        "truncation": data.truncation,
+        "append_eos": data.append_eos,
+    }
+
+
+def _hash(made_from: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _open_source(source: SomeSource, place: int, stage: Stage) -> Source:
+    label = source_label(source, place)
+    rows = data_sources.load_rows(source)
+    first = [rows[row] for row in range(min(len(rows), ROWS_LOOKED_AT))]
+    columns = list(dict.fromkeys(name for row in first for name in row))
+    schema = source.schema if isinstance(source, SourceConfig) else "auto"
+    try:
+        return Source(label=label, rows=rows, parse=parser_of(schema, columns, first, stage))
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from None
+
+
+# ----------------------------------------------------------------------------------------------- writing and opening
+
+
+class DamagedStore(UserError):
+    """A store folder that is partial, or not what its manifest says."""
+
+
+class _File:
+    """A file written from start to end, with its size and checksum."""
+
+    def __init__(self, path: Path):
+        self.file, self.size, self.crc32 = open(path, "wb"), 0, 0
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.size += len(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+
+    def finish(self) -> dict[str, int]:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return {"size": self.size, "crc32": self.crc32}
+
+
+def _count(causes: dict[str, Any], problems: Iterable[Problem]) -> None:
+    for problem in problems:
+        cause = causes.setdefault(problem.cause, {"count": 0, "first": []})
+        cause["count"] += 1
+        if len(cause["first"]) < ROWS_NAMED:
+            cause["first"].append({"row": problem.row, "detail": problem.detail})
+
+
+def _arrays(chunk: Chunk, place: int) -> dict[str, np.ndarray]:
+    lengths = chunk.lengths
+    num_targets = lengths[:, 1:]
+    arrays = {"tokens": chunk.tokens, "rows": chunk.rows, "weights": chunk.weights, "lengths": lengths}
+    if chunk.targets is not None:
+        ends = np.cumsum(lengths.sum(1))
+        learned = np.concatenate([[0], np.cumsum(chunk.targets)])
+        num_targets = (learned[ends] - learned[ends - lengths.sum(1)])[:, None]
+        arrays["targets"] = chunk.targets
+    return arrays | {"num_targets": num_targets, "sources": np.full(len(lengths), place)}
+
+
+def _check_some_left(report: dict[str, Any]) -> None:
+    dropped = sum(cause["count"] for cause in report["dropped"].values())
+    assert report["kept"] + dropped == report["rows"], report
+    if report["kept"] == 0:
+        causes = "; ".join(
+            f"{name} {cause['count']} (row {cause['first'][0]['row']}: {cause['first'][0]['detail']})"
+            for name, cause in report["dropped"].items()
+        )
+        raise UserError(f"{report['source']}: none of its {report['rows']} rows can be used: {causes}; mend the data")
+
+
+def _write(folder: Path, sources: Sequence[Source], job: Job, workers: int | None, made_from: dict[str, Any]) -> None:
+    """Write all files of a store into an empty folder, the manifest last."""
+    reports = [
+        {"source": source.label, "rows": len(source.rows), "kept": 0, "dropped": {}, "notes": {}} for source in sources
+    ]
+    names = {name: f"{name}.bin" for name in DTYPES if name != "targets" or job.stage == "sft"}
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(_File(folder / file)) for name, file in names.items()}
+        problems = stack.enter_context(_File(folder / PROBLEMS))
+        for place, chunk in converted_chunks(sources, job, workers):
+            for name, array in _arrays(chunk, place).items():
+                files[name].write(np.ascontiguousarray(array, DTYPES[name]).tobytes())
+            report = reports[place]
+            report["kept"] += len(chunk.rows)
+            for kind, found in (("dropped", chunk.dropped), ("notes", chunk.notes)):
+                _count(report[kind], found)
+                for problem in found:
+                    line = {"source": report["source"], "kind": kind} | asdict(problem)
+                    problems.write(json.dumps(line).encode() + b"\n")
+        for report in reports:
+            _check_some_left(report)
+        sizes = {names[name]: file.finish() for name, file in files.items()} | {PROBLEMS: problems.finish()}
+    manifest = {"made_from": made_from, "num_answers": job.num_answers, "files": sizes, "report": reports}
+    with _File(folder / MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=1).encode())
+        file.finish()
+
+
+def _check_file(path: Path, size: int, crc32: int) -> None:
+    found, checksum = path.stat().st_size if path.is_file() else -1, 0
+    if found != size:
+        raise DamagedStore(f"{path}: it is {'missing' if found < 0 else f'{found} bytes'}, not {size} bytes")
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            checksum = zlib.crc32(block, checksum)
+    if checksum != crc32:
+        raise DamagedStore(f"{path}: its checksum is {checksum:08x}, not {crc32:08x}")
+
+
+def open_store(path: Path) -> Store:
+    """Open a store folder, every byte of it checked.
+
+    Raises:
+        DamagedStore: it is partial, or a file is not what the manifest says.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        raise DamagedStore(f"{path}: it has no readable {MANIFEST}: {error}") from None
+    key = _hash(manifest["made_from"])
+    if path.name != key[:KEY_DIGITS]:
+        raise DamagedStore(f"{path}: it holds the store {key[:KEY_DIGITS]}")
+    for name, sizes in manifest["files"].items():
+        _check_file(path / name, **sizes)
+    arrays: dict[str, Any] = {
+        name: np.asarray(np.memmap(path / f"{name}.bin", dtype, mode="r"))
+        if f"{name}.bin" in manifest["files"]
+        else None
+        for name, dtype in DTYPES.items()
+    }
+    num_answers = manifest["num_answers"]
+    arrays["lengths"] = arrays["lengths"].reshape(-1, 1 + num_answers)
+    arrays["num_targets"] = arrays["num_targets"].reshape(-1, num_answers)
+    sizes = arrays["lengths"].sum(1, dtype=np.int64)
+    return Store(path=path, key=key, starts=np.cumsum(sizes) - sizes, report=manifest["report"], **arrays)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What builds that were killed have left; a younger one may still be at work."""
+    for path in folder.glob(TEMPORARY + "*"):
+        newest = max((file.stat().st_mtime for file in path.glob("*/*")), default=path.stat().st_mtime)
+        if time.time() - newest > STALE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _put(built: Path, path: Path) -> None:
+    """Move a finished folder to its place, unless another process has put a whole one there meanwhile."""
+    try:
+        os.rename(built, path)
+    except OSError:  # something lies there
+        try:
+            open_store(path)
+        except DamagedStore:
+            with suppress(OSError):  # another process is just doing the same
+                os.rename(path, built.with_name("damaged"))
+                os.rename(built, path)
+
+
+def build_or_open_store(
+    folder: Path,
+    sources: Sequence[SomeSource],
+    data: DataConfig,
+    tokenizer: Any,
+    stage: Stage,
+    workers: int | None,
+) -> Store:
+    """The store of these sources under these options: opened if it is there and whole, else built with `workers`.
+
+    A second call only reads the sources through, to tell that they are the same, and tokenises nothing. Two processes
+    may build at once; of several hosts that share the folder let one come first.
+
+    Raises:
+        UserError: a source cannot be read, nothing of it is left, a row whose fate is `error`, or a folder or disk that
+            cannot be written.
+    """
+    made_from = _made_from(sources, data, tokenizer, stage)
+    path = folder / _hash(made_from)[:KEY_DIGITS]
+    if path.exists():
+        try:
+            return open_store(path)
+        except DamagedStore as damage:
+            log.warning("%s; tokenising again", damage)
+    opened = [_open_source(source, place, stage) for place, source in enumerate(sources)]
+    log.info("tokenising %d rows into %s", sum(len(source.rows) for source in opened), path)
+    job = Job(data=data, tokenizer=tokenizer, stage=stage)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder, ignore_cleanup_errors=True) as temporary:
+            built = Path(temporary) / "store"
+            built.mkdir()
+            _write(built, opened, job, workers, made_from)
+            _put(built, path)
+    except OSError as error:
+        raise UserError(f"data.store: {folder}: {error}; free some space, or name another folder") from None
+    return open_store(path)
+
+
+# --------------------------------------------------------------------------------------------------------- subsets
+
+
+def ids_by_source(store: Store, ids: np.ndarray) -> list[np.ndarray]:
+    """``ids`` (int64, any subset of the examples) of each source, in their order."""
+    return [ids[store.sources[ids] == place] for place in range(len(store.report))]
+
+
+def prompt_hash(store: Store, i: int) -> bytes:
+    """16 bytes that tell the prompt of example ``i``; of a text without a prompt (one token), the whole text."""
+    prompt, answers, _ = store.example(i)
+    of = [prompt, *answers] if len(answers) == 1 and len(prompt) == 1 else [prompt]
+    return hashlib.blake2b(b"".join(part.tobytes() for part in of), digest_size=16).digest()
+
+
+def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """(ids to train on, ids held out), int64 and rising: a function of the data alone, seed and order of rows apart.
+
+    All examples of one prompt fall on one side. Prompts are held out in the order of a hash of their tokens, those too
+    many for what is left to reach round(fraction * N) examples excepted.
+
+    Raises:
+        UserError: the fraction leaves either side empty.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for i in range(len(store) if fraction else 0):
+        groups.setdefault(prompt_hash(store, i), []).append(i)
+    wanted = round(fraction * len(store))
+    held: list[int] = []
+    for _, members in sorted(groups.items()):
+        if len(held) + len(members) <= wanted:
+            held += members
+    if fraction and not 0 < len(held) < len(store):
+        raise UserError(
+            f"data.eval_fraction: {fraction} of {len(store)} examples with {len(groups)} prompts holds out {len(held)}; "
+            "change it, or name an evaluation set in data.eval"
+        )
+    mask = np.zeros(len(store), bool)
+    mask[held] = True
+    return np.flatnonzero(~mask), np.flatnonzero(mask)
