@@ -5,6 +5,8 @@ Shape letters, the same in every file: B pairs, R rows, T tokens in a row, M tar
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,6 +40,13 @@ class PreferenceBatch:
     valid: Bool[Array, "*a B"]  # False: an empty slot of a ragged last step
     blocks: Int[Array, "*a R J 2"]  # (query block, key block) between which something is seen, sorted; -1: unused
     answers_per_row: int = struct.field(pytree_node=False)
+
+    def place(self, rows: Any, whole: Any) -> "PreferenceBatch":
+        """A batch that holds, in place of each array, ``rows`` where it has a dim R, else ``whole``: shardings, say."""
+        per_pair = {"answer_slots", "weight", "valid"}
+        return self.replace(**{
+            f.name: whole if f.name in per_pair else rows for f in fields(self) if f.name != "answers_per_row"
+        })  # fmt: skip
 
 
 @struct.dataclass

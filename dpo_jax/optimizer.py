@@ -58,5 +58,6 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def _matrices(params):
-    """True at weights of two or more dims in one layer; norms and biases (one dim, or two when layers are stacked) not."""
-    return jax.tree.map_with_path(lambda path, x: path[-1].key in ("kernel", "embedding"), params)
+    """True at matrices; the weights of norms and the biases are told by their names, as stacked layers hide their dims."""
+    whole = ("norm", "scale", "bias")
+    return jax.tree.map_with_path(lambda path, _: not jax.tree_util.keystr(path[-1:], simple=True).endswith(whole), params)

@@ -1,0 +1,101 @@
+"""Step number -> packed batch: a pure function of (data, seed, step), computed a few steps ahead in a thread."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from dpo_jax.batch import PreferenceBatch
+from dpo_jax.data.packing import Layout, Packer, choose_shapes, pack_rows, shape_needed
+from dpo_jax.data.sampling import Order
+from dpo_jax.data.store import Store
+
+SAMPLED_STEPS = 2048  # steps whose sizes decide the row shapes
+AHEAD = 2  # batches made before they are asked for
+STEPS_A_SHAPE = 100  # a run of fewer steps does not win back the compilation of another shape
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One step's pairs, packed; arrays are numpy's."""
+
+    step: int
+    ids: np.ndarray  # [B] example ids, -1 in empty slots
+    batch: PreferenceBatch  # leading dim: parts of the step, when it is accumulated
+    num_tokens: int  # tokens of each prompt with each of its answers, as TRL counts them
+    fill: float  # real tokens / token slots
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a run: ``batches(step)``, steps counted from 0."""
+
+    store: Store
+    order: Order
+    packer: Packer
+
+    def __call__(self, step: int) -> StepData:
+        """Pack step ``step``."""
+        ids = self.order.step_ids(step)
+        parts = self.packer.rows(*_sizes(self.store, ids))
+        shape = self.packer.shape(parts)
+        examples = [None if i < 0 else self.store.example(i) for i in ids]
+        weights = np.where(ids < 0, 0, self.store.weights[np.maximum(ids, 0)]).astype(np.float32)
+        size = len(ids) // self.packer.accumulation
+        num_answers = self.store.lengths.shape[1] - 1
+        packed = [
+            pack_rows(rows, shape, examples[start : start + size], weights[start : start + size], num_answers)
+            for rows, start in zip(parts, range(0, len(ids), size), strict=True)
+        ]
+        batch = packed[0] if len(packed) == 1 else jax.tree.map(lambda *arrays: np.stack(arrays), *packed)
+        lengths = self.store.lengths[ids[ids >= 0]].astype(np.int64)
+        used = sum(unit.size for rows in parts for row in rows for unit in row)
+        return StepData(
+            step=step,
+            ids=ids,
+            batch=batch,
+            num_tokens=int(lengths[:, 1:].sum() + num_answers * lengths[:, 0].sum()),
+            fill=used / batch.tokens.size,
+        )
+
+    def ahead(self, start: int, stop: int) -> Iterator[StepData]:
+        """Steps ``start`` to ``stop - 1`` in order, the next ones packed in a thread meanwhile."""
+        with ThreadPoolExecutor(1, thread_name_prefix="pack") as pool:
+            coming = [pool.submit(self, step) for step in range(start, min(start + AHEAD, stop))]
+            for step in range(start, stop):
+                if step + AHEAD < stop:
+                    coming.append(pool.submit(self, step + AHEAD))
+                yield coming.pop(0).result()
+
+
+def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths [B, 1 + K] and learned answer tokens [B, K] of a step; 0 in empty slots."""
+    real = (ids >= 0)[:, None]
+    held = np.maximum(ids, 0)
+    return np.where(real, store.lengths[held], 0), np.where(real, store.num_targets[held], 0)
+
+
+def make_batches(
+    store: Store,
+    order: Order,
+    *,
+    layout: Layout,
+    row_devices: int,
+    row_length: int | None,
+    accumulation: int,
+    max_shapes: int,
+) -> Batches:
+    """Batches with row shapes chosen from the sizes of the run's own steps."""
+    packer = Packer(layout, row_devices, row_length, accumulation)
+    step_size = max(1, order.num_steps // SAMPLED_STEPS)
+    needed = []
+    for step in range(0, order.num_steps, step_size):
+        parts = [shape_needed(rows) for rows in packer.rows(*_sizes(store, order.step_ids(step)))]
+        shape = parts[0]
+        for part in parts[1:]:
+            shape = shape.union(part)
+        needed.append(shape)
+    most = min(max_shapes, 1 + order.num_steps // STEPS_A_SHAPE)
+    return Batches(store, order, replace(packer, shapes=choose_shapes(needed, most)))
