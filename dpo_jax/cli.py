@@ -63,8 +63,9 @@ class Command:
 
 COMMANDS = {
     "train": Command(summary="Direct Preference Optimization.", run=_train, config=DPOConfig),
-    "sft": Command(summary="Supervised fine-tuning, to make the model that train starts from.", run=_train,
-                   config=SFTConfig),  # fmt: skip
+    "sft": Command(
+        summary="Supervised fine-tuning, to make the model that train starts from.", run=_train, config=SFTConfig
+    ),
     "eval": Command(
         summary="Log-probs and rewards of the evaluation sets, pair by pair; a summary to stdout, as JSON.",
         run=_eval,
@@ -84,7 +85,9 @@ COMMANDS = {
         summary="What the data holds: counts, lengths, problems, one pair as the model sees it.",
         run=_data,
         config=DPOConfig,
-        arguments={"--step": {"type": NonNegativeInt, "default": None, "help": "Print the pairs of this step instead."}},
+        arguments={
+            "--step": {"type": NonNegativeInt, "default": None, "help": "Print the pairs of this step instead."}
+        },
     ),
     "quickstart": Command(
         summary="Both stages on a built-in task, without network, in about two minutes; with a report.",

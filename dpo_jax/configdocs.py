@@ -79,8 +79,8 @@ def reference_page() -> str:
     parts = [(part, "" if both.get(part.name) is part.kind else " (`train`)") for part in help_sections(DPOConfig)]
     parts += [(part, " (`sft`)") for part in sections(SFTConfig) if (part, "") not in parts]
     lines = [PREFACE]
-    for part, note in parts:
-        note = " (one set; so too `data.eval.NAME`)" if part.kind is SourceConfig else note
+    for part, stage in parts:
+        note = " (one set; so too `data.eval.NAME`)" if part.kind is SourceConfig else stage
         lines += [f"\n## {part.name}{note}\n", f"{part.meaning}\n"]
         lines += ["| option | type | default | meaning |", "|---|---|---|---|"]
         lines += [_table_row(field) for field in part.fields]

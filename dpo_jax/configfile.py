@@ -8,10 +8,10 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -77,9 +77,9 @@ def type_words(kind: Any) -> str:
     options = _options(kind)
     origin = get_origin(kind)
     if origin is tuple:
-        return f"a list of which each is {type_words(get_args(kind)[0])}"
+        return f"{type_words(get_args(kind)[0])}, or a list of such"
     if origin is dict:
-        return f"names, each with {type_words(get_args(kind)[1])}"
+        return f"{type_words(get_args(kind)[1])} for each name"
     if dataclasses.is_dataclass(kind):
         return CLASS_WORDS[kind]
     return ", ".join(options[:-1]) + " or " * (len(options) > 1) + options[-1]
@@ -140,7 +140,7 @@ def _read_section(kind: Any, value: Any, name: str, root: type) -> Any:
     try:
         return kind(**arguments)
     except UserError as error:  # a section names its own fields in full, an element of a list cannot
-        section = name.split(".")[0]
+        section = name.partition(".")[0]
         whole = not name or str(error).startswith((f"{section}.", f"{section}:"))
         raise UserError(str(error) if whole else dotted + str(error)) from None
 
@@ -255,9 +255,9 @@ _NULL = re.compile(r"(~|null|Null|NULL|)$")
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # none of version 1.1's
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (none of version 1.1's; a class attribute there too)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)

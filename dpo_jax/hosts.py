@@ -246,8 +246,8 @@ def make_shared(directory, what: str) -> None:
     if is_writer():
         probe.unlink()
     if blind:
-        raise UserError(f"{what}: {directory} is not shared: process {_listed(blind)} does not see what process 0 wrote "
-                        "there: use a run.dir on a file system that all hosts mount")  # fmt: skip
+        raise UserError(f"{what}: {directory} is not shared: process {_listed(blind)} does not see what process 0 "
+                        "wrote there: use a run.dir on a file system that all hosts mount")  # fmt: skip
 
 
 def agree(error: UserError | None, what: str, timeout: int = TIMEOUT) -> None:

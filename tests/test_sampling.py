@@ -10,7 +10,7 @@ from dpo_jax.errors import UserError
 
 
 def order(groups, **options):
-    defaults = dict(weights=None, seed=3, shuffle=True, batch=4, steps=None, epochs=None)
+    defaults: dict = {"weights": None, "seed": 3, "shuffle": True, "batch": 4, "steps": None, "epochs": None}
     return make_order(groups=groups, **(defaults | options))
 
 
@@ -51,24 +51,29 @@ def test_permutation_is_one_and_looks_random():
 def test_every_example_once_an_epoch_and_the_last_step_is_ragged(batch):
     one = order([np.arange(10, 27), np.arange(40, 50)], batch=batch, epochs=2)
     ids = all_ids(one)
-    assert len(ids) == one.num_steps * batch and one.num_steps == -(-54 // batch)
-    assert (ids[:54] >= 0).all() and (ids[54:] == -1).all()
+    assert len(ids) == one.num_steps * batch
+    assert one.num_steps == -(-54 // batch)
+    assert (ids[:54] >= 0).all()
+    assert (ids[54:] == -1).all()
     examples = [*range(10, 27), *range(40, 50)]
-    assert sorted(ids[:27]) == examples and sorted(ids[27:54]) == examples
+    assert sorted(ids[:27]) == examples
+    assert sorted(ids[27:54]) == examples
     assert not np.array_equal(ids[:27], ids[27:54])
-    assert one.epoch(one.num_steps) == 2.0 and one.epoch(0) == 0.0
+    assert one.epoch(one.num_steps) == 2.0
+    assert one.epoch(0) == 0.0
 
 
 def test_steps_are_full_and_pass_over_epochs():
     run = order([np.arange(5)], batch=4, steps=10)
     ids = all_ids(run)
-    assert len(ids) == 40 and run.num_steps == 10
+    assert len(ids) == 40
+    assert run.num_steps == 10
     for start in range(0, 40, 5):
         assert sorted(ids[start : start + 5]) == list(range(5))
     assert run.epoch(5) == 4.0
 
 
-@pytest.mark.parametrize("epochs, draws", [(None, 30), (0.5, 15), (1.1, 33), (0.001, 1), (0.05, 2)])
+@pytest.mark.parametrize(("epochs", "draws"), [(None, 30), (0.5, 15), (1.1, 33), (0.001, 1), (0.05, 2)])
 def test_fractions_of_an_epoch(epochs, draws):
     assert order([np.arange(30)], epochs=epochs).num_draws == draws
 
@@ -79,9 +84,12 @@ def test_file_order():
 
 
 def test_the_examples_of_a_step_do_not_depend_on_the_batch_size():
-    run = lambda batch: all_ids(order([np.arange(50), np.arange(50, 70)], batch=batch, steps=240 // batch,
-                                      weights=[2, 1]))  # fmt: skip
-    assert np.array_equal(run(8), run(24)) and np.array_equal(run(8), run(1))
+    def run(batch):
+        groups = [np.arange(50), np.arange(50, 70)]
+        return all_ids(order(groups, weights=[2, 1], batch=batch, steps=240 // batch))
+
+    assert np.array_equal(run(8), run(24))
+    assert np.array_equal(run(8), run(1))
 
 
 def test_seeds_and_sources_have_orders_of_their_own():
@@ -123,7 +131,8 @@ def test_assignment_repeats_after_the_sum_of_the_shares():
     shares = integer_shares([0.5, 0.25, 0.2, 0.05])
     assert shares == [10, 5, 4, 1]
     twice = chairman_assignment(shares, 40)
-    assert np.array_equal(twice[:20], twice[20:]) and np.bincount(twice).tolist() == [20, 10, 8, 2]
+    assert np.array_equal(twice[:20], twice[20:])
+    assert np.bincount(twice).tolist() == [20, 10, 8, 2]
 
 
 def test_threads_and_order_of_calls_do_not_matter():

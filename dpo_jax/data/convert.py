@@ -17,6 +17,7 @@ import numpy as np
 
 from dpo_jax.config import DataConfig
 from dpo_jax.data.records import Parser, Problem, Stage
+from dpo_jax.data.sources import Rows
 from dpo_jax.data.tokenize import TokenizedExample, make_tokenize
 from dpo_jax.errors import UserError
 
@@ -65,7 +66,7 @@ class Source:
     """A set as conversion needs it; travels to other processes, its rows chunk by chunk."""
 
     label: str  # as messages name it
-    rows: Sequence[Mapping[str, Any]]
+    rows: Rows
     parse: Parser
 
 
@@ -113,7 +114,8 @@ _convert_rows: ConvertRows  # of a worker process
 
 
 def _start_worker(job: Job) -> None:
-    global _convert_rows
+    global _convert_rows  # noqa: PLW0603  a pool hands its workers nothing else
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
     _convert_rows = make_convert_rows(job)
 
 

@@ -186,7 +186,7 @@ def _text_and_conversations(prompt: str, chosen: Messages, rejected: Messages) -
 
 def _preference(row: Mapping):
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if "prompt" not in row:
+    if "prompt" not in row and _is_messages(chosen):
         return _split_conversations(_messages("chosen", chosen), _messages("rejected", rejected))
     if _is_messages(prompt):
         prompt = _messages("prompt", prompt)
@@ -305,10 +305,10 @@ def _template_kwargs(row: Mapping) -> dict | None:
 
 def _check_turns(prompt: Messages, answer: Messages) -> None:
     """Whatever is not said by the assistant belongs to the prompt, which both answers share."""
-    if not prompt:
-        raise _Bad("empty_prompt", "no message comes before the answer")
     if not answer or answer[-1]["role"] != "assistant":
         raise _Bad("empty_answer", "the conversation does not end with an assistant message")
+    if not prompt:
+        raise _Bad("empty_prompt", "no message comes before the answer")
     roles = [message["role"] for message in answer]
     if set(roles) != {"assistant"}:
         raise _Bad("prompts_differ", f"after the {len(prompt)} message(s) of the prompt an answer goes on with {roles}")

@@ -25,7 +25,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
-    """The rows of a source, by index; columns renamed and cut to `limit` as the source says. Picklable.
+    """The rows of a source, by index; columns renamed and cut to `limit` as the source says.
 
     Raises:
         UserError: the source is missing, empty or broken, or an option does not apply to it. A line that is not JSON is
@@ -192,9 +192,6 @@ class _Parquet(Sequence):
         self.ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
         self.group, self.table = -1, None
 
-    def __reduce__(self):
-        return _Parquet, (self.path,)
-
     @cached_property
     def file(self):
         import pyarrow
@@ -210,8 +207,8 @@ class _Parquet(Sequence):
 
     def __getitem__(self, index: int) -> Mapping:
         group = bisect_right(self.ends, _checked(index, len(self)))
-        if group != self.group:  # one thread: the rows may be read in forked processes
-            self.group, self.table = group, self.file.read_row_group(group, use_threads=False)
+        if group != self.group:
+            self.group, self.table = group, self.file.read_row_group(group)
         start = self.ends[group] - self.table.num_rows
         return self.table.slice(index - start, 1).to_pylist()[0]
 
@@ -311,12 +308,12 @@ def _tfds_builder(source: SourceConfig):
     try:
         if source.data_dir and (Path(source.data_dir) / "dataset_info.json").is_file():
             builder = tfds.builder_from_directory(source.data_dir)
+            if builder.info.name != re.split("[:/]", name)[0]:
+                raise ValueError(f"{source.data_dir} holds the set {builder.info.name!r}")
         else:
             builder = tfds.builder(name, data_dir=source.data_dir)
     except (ValueError, OSError, ImportError) as error:
-        raise UserError(f"{source.path}: TFDS cannot find it: {_first_line(error)}; give its data_dir") from None
-    if builder.info.name != name.split("/")[0].split(":")[0]:
-        raise UserError(f"{source.path}: data_dir: {source.data_dir} holds the set {builder.info.name!r}, not {name!r}")
+        raise UserError(f"{source.path}: TFDS cannot find it: {_first_line(error)}; give the name and the data_dir that it was prepared with") from None
     remedy = f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
     if not builder.is_prepared():
         raise UserError(f"{source.path}: not prepared in {builder.data_dir}; prepare it with {remedy}")

@@ -1,8 +1,8 @@
 """Examples tokenised once: flat token files, memory-mapped, in a folder named by everything that made them.
 
-A store is a folder ``<key>/`` of plain little-endian arrays, ``problems.jsonl`` (every row that was dropped or changed)
-and ``manifest.json`` (written last: sizes, checksums, counts). It is built beside its place and renamed into it, so what
-lies under a key is whole; if its checksums say otherwise it is built again.
+A store is a folder ``<key>/`` of plain little-endian arrays, ``problems.jsonl`` (every row that was dropped or
+changed) and ``manifest.json`` (written last: sizes, checksums, counts). It is built beside its place and renamed into
+it, so what lies under a key is whole; if its checksums say otherwise it is built again.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -64,11 +65,11 @@ class Store:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def example(self, i: int) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None]:
+    def example(self, i: int | np.integer) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None]:
         """(prompt, answers, which tokens of the one answer are learned or None for all) of example ``i``, as views."""
         ends = self.starts[i] + np.cumsum(self.lengths[i], dtype=np.int64)
         prompt = self.tokens[self.starts[i] : ends[0]]
-        answers = tuple(self.tokens[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True))
+        answers = tuple(self.tokens[start:end] for start, end in pairwise(ends))
         return prompt, answers, None if self.targets is None else self.targets[ends[0] : ends[1]]
 
 
@@ -124,7 +125,8 @@ class _File:
     """A file written from start to end, with its size and checksum."""
 
     def __init__(self, path: Path):
-        self.file, self.size, self.crc32 = open(path, "wb"), 0, 0
+        self.file = open(path, "wb")  # noqa: SIM115  closed by __exit__
+        self.size = self.crc32 = 0
 
     def __enter__(self) -> "_File":
         return self
@@ -310,7 +312,7 @@ def ids_by_source(store: Store, ids: np.ndarray) -> list[np.ndarray]:
     return [ids[store.sources[ids] == place] for place in range(len(store.report))]
 
 
-def prompt_hash(store: Store, i: int) -> bytes:
+def prompt_hash(store: Store, i: int | np.integer) -> bytes:
     """16 bytes that tell the prompt of example ``i``; of a text without a prompt (one token), the whole text."""
     prompt, answers, _ = store.example(i)
     of = [prompt, *answers] if len(answers) == 1 and len(prompt) == 1 else [prompt]
@@ -336,7 +338,7 @@ def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarra
             held += members
     if fraction and not 0 < len(held) < len(store):
         raise UserError(
-            f"data.eval_fraction: {fraction} of {len(store)} examples with {len(groups)} prompts holds out {len(held)}; "
+            f"data.eval_fraction: {fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held)}; "
             "change it, or name an evaluation set in data.eval"
         )
     mask = np.zeros(len(store), bool)

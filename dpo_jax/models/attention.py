@@ -1,7 +1,7 @@
 """Attention over packed rows: each token sees its own prompt and its own answer so far, and nothing else.
 
 Shape letters: R rows, T tokens in a row, N query heads, K key/value heads, G = N / K, H head, J pairs of blocks,
-q and s query and key places inside a block.
+q and s places of queries and keys.
 """
 
 from functools import partial
@@ -47,27 +47,35 @@ def _dense(q, k, v, tokens, *, scale, window, softcap):
 def _blocks(q, k, v, tokens, blocks, *, scale, window, softcap):
     """One row, visiting J pairs of blocks. The softmax of a query block is put together over its pairs.
 
-    Work and memory follow the tokens that are seen, not the square of the row: J * BLOCK^2 scores a head.
+    Work and memory follow the tokens that are seen, not the square of the row: J * BLOCK^2 scores a head. Heads stand
+    before places, and the queries of a group beside each other (X = G * BLOCK), so that each product is one plain
+    matrix product a key head: on a CPU that is several times faster than leaving the order to the compiler.
     """
-    num_blocks = q.shape[0] // BLOCK
+    length, num_kv_heads, group, head = q.shape
+    num_blocks = length // BLOCK
     query_block, key_block = blocks[:, 0], blocks[:, 1]
     used = query_block >= 0
-    parts = lambda x: x.reshape(num_blocks, BLOCK, *x.shape[1:])  # noqa: E731
+    segment = jnp.where(used, query_block, num_blocks)  # unused pairs fall into a block that is cut off
+
+    q = q.reshape(num_blocks, BLOCK, num_kv_heads, group, head).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(num_blocks, num_kv_heads, group * BLOCK, head)
+    k, v = (x.reshape(num_blocks, BLOCK, num_kv_heads, head).swapaxes(1, 2) for x in (k, v))
     tokens = tokens.reshape(3, num_blocks, BLOCK)
 
-    scores = _scores(parts(q)[query_block], parts(k)[key_block], "jqkgh,jskh->jkgqs", scale, softcap)
+    scores = _scores(q[query_block], k[key_block], "jkxh,jksh->jkxs", scale, softcap)
     seen = sees(tokens[:, query_block], tokens[:, key_block], window) & used[:, None, None]
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    seen = jnp.tile(seen, (1, group, 1))[:, None]  # [J, 1, X, s]
+    scores = jnp.where(seen, scores, -jnp.inf)
 
-    segment = jnp.where(used, query_block, num_blocks)  # unused pairs fall into a block that is cut off
     largest = jax.ops.segment_max(jax.lax.stop_gradient(scores.max(-1)), segment, num_blocks + 1)
     largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
     weights = jnp.exp(scores - largest[segment][..., None])
-    total = jax.ops.segment_sum(weights.sum(-1), segment, num_blocks + 1)[:num_blocks]
-    values = jnp.einsum("jkgqs,jskh->jqkgh", weights.astype(v.dtype), parts(v)[key_block])
+    total = jax.ops.segment_sum(weights.sum(-1), segment, num_blocks + 1)[:num_blocks, ..., None]
+    values = jnp.einsum("jkxs,jksh->jkxh", weights.astype(v.dtype), v[key_block])
     values = jax.ops.segment_sum(values, segment, num_blocks + 1)[:num_blocks]
-    total = jnp.moveaxis(total, -1, 1)[..., None]  # [blocks, q, K, G, 1]
-    return (values / jnp.where(total > 0, total, 1.0).astype(values.dtype)).reshape(q.shape)
+    out = values / jnp.where(total > 0, total, 1.0).astype(values.dtype)
+    out = out.reshape(num_blocks, num_kv_heads, group, BLOCK, head).transpose(0, 3, 1, 2, 4)
+    return out.reshape(length, num_kv_heads, group, head)
 
 
 def attend(

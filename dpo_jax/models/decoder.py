@@ -1,7 +1,7 @@
 """The decoder of the Llama line: Llama, Mistral, Qwen2, Qwen3 by the options of one config.
 
 Shape letters: R rows, T tokens in a row, D model, F feed-forward, N query heads, K key/value heads, H head,
-V vocabulary, L layers.
+C = H / 2 rotated pairs of a head, V vocabulary, L layers.
 
 A parameter tree is a plain nested dictionary. Matrices keep the orientation of the Hugging Face files, outputs first
 ([N, H, D] of a query projection), so that loading is stacking and exporting is slicing; no layout of the program or of
@@ -11,7 +11,7 @@ the mesh changes the tree.
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -39,16 +39,30 @@ REMAT = {
 }
 
 
-class Rows(NamedTuple):
-    """What the decoder reads of a batch; a `PreferenceBatch` has these, and the blocks of its rows besides."""
+def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> PreferenceBatch:
+    """Ordinary sequences, one a row, without targets; for ``attention="xla"``, since it lists no blocks."""
+    num_rows, length = tokens.shape
+    places = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    nothing = jnp.zeros((num_rows, 0), jnp.int32)
+    return PreferenceBatch(
+        tokens=tokens,
+        positions=places,
+        segments=(places < lengths[:, None]).astype(jnp.int32),
+        branches=jnp.zeros_like(places),
+        target_tokens=nothing,
+        target_sources=nothing,
+        target_answers=nothing,
+        target_offsets=nothing,
+        target_mask=nothing.astype(bool),
+        answer_slots=jnp.zeros((0, 1), jnp.int32),
+        weight=jnp.zeros(0),
+        valid=jnp.zeros(0, bool),
+        blocks=jnp.zeros((num_rows, 0, 2), jnp.int32),
+        answers_per_row=0,
+    )
 
-    tokens: Int[Array, "R T"]
-    positions: Int[Array, "R T"]
-    segments: Int[Array, "R T"]
-    branches: Int[Array, "R T"]
 
-
-def rotary_frequencies(config: DecoderConfig) -> Float[np.ndarray, "H/2"]:
+def rotary_frequencies(config: DecoderConfig) -> Float[np.ndarray, "C"]:
     """Radians a position of each rotated pair; see `families` for the scalings."""
     frequency = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     match config.rope_scaling:
@@ -62,7 +76,7 @@ def rotary_frequencies(config: DecoderConfig) -> Float[np.ndarray, "H/2"]:
     return frequency.astype(np.float32)
 
 
-def rotate(x: Float[Array, "R T N H"], angles: Float[Array, "R T H/2"]) -> Float[Array, "R T N H"]:
+def rotate(x: Float[Array, "R T N H"], angles: Float[Array, "R T C"]) -> Float[Array, "R T N H"]:
     """Rotary embedding in float32; the first half of a head is paired with its second half."""
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -107,7 +121,7 @@ class Layer(_Part):
     attention: Literal["blocks", "xla"]
 
     @nn.compact
-    def __call__(self, x: Float[Array, "R T D"], angles: Float[Array, "R T H/2"], batch: PreferenceBatch | Rows):
+    def __call__(self, x: Float[Array, "R T D"], angles: Float[Array, "R T C"], batch: PreferenceBatch):
         c = self.config
         y = self.rms_norm("attention", x, "embed")
         q = self.linear("query", "RTD,NHD->RTNH", y, ("heads", "head_dim"), ("embed",), c.qkv_bias)
@@ -136,7 +150,7 @@ class Decoder(_Part):
     scan: bool
 
     @nn.compact
-    def __call__(self, batch: PreferenceBatch | Rows) -> Float[Array, "R T D"]:
+    def __call__(self, batch: PreferenceBatch) -> Float[Array, "R T D"]:
         c = self.config
         if not c.tied:
             self.matrix("unembed", "vocab", "embed")
@@ -171,7 +185,7 @@ class Model:
     scan: bool = True
     matmul_precision: Literal["default", "high", "highest"] = "default"
 
-    def hidden(self, params: Params, batch: PreferenceBatch | Rows) -> Float[Array, "R T D"]:
+    def hidden(self, params: Params, batch: PreferenceBatch) -> Float[Array, "R T D"]:
         """Hidden states after the final norm, in the compute dtype."""
         with self._precision():
             return self._module().apply({"params": params}, batch)
@@ -191,16 +205,16 @@ class Model:
     def param_axes(self) -> Params:
         """The parameter tree with the logical axis names, a tuple, at each leaf."""
         boxed = jax.eval_shape(self._boxed, jax.random.key(0))
-        return jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+        is_box = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
+        return jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_box)
 
     def _module(self) -> Decoder:
         return Decoder(self.config, jnp.dtype(self.param_dtype), jnp.dtype(self.dtype), self.attention, self.remat,
                        self.scan)  # fmt: skip
 
     def _boxed(self, key: Array) -> Params:
-        row = jnp.zeros((1, 1), jnp.int32)
-        module = self._module().clone(attention="xla")  # the parameters do not depend on it, and it needs no blocks
-        return module.init(key, Rows(row, row, row, row))["params"]
+        batch = plain_batch(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))
+        return self._module().clone(attention="xla").init(key, batch)["params"]
 
     def _precision(self) -> AbstractContextManager:
         # in force while tracing, so it reaches attention too, and the backward pass takes it from the forward pass

@@ -76,11 +76,13 @@ FAMILIES = {
     ),
 }
 
-_SHARED_KEYS = frozenset("""
+_SHARED_KEYS = frozenset(
+    """
     architectures model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     intermediate_size hidden_act rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings
     tie_word_embeddings initializer_range
-""".split())
+""".split()
+)
 
 # Dropout belongs here: this program trains without any. The rest concerns storage, generation, tokens and tools.
 _HARMLESS_KEYS = frozenset("""

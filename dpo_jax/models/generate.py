@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from dpo_jax.models.decoder import Model, Params, Rows
+from dpo_jax.models.decoder import Model, Params, plain_batch
 
 
 @partial(jax.jit, static_argnums=0)
@@ -17,7 +17,7 @@ def _extend(
     model: Model, params: Params, tokens: Int[Array, "R T"], lengths: Int[Array, " R"], ends: Int[Array, " R"], eos_id
 ) -> tuple[Int[Array, "R T"], Int[Array, " R"]]:
     """Fill each row from its length up to its end or its end-of-sequence token; the filled rows and their lengths."""
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    places = jnp.arange(tokens.shape[1])
     unembedding = model.unembedding(params).astype(jnp.float32)
 
     def any_open(state):
@@ -26,8 +26,7 @@ def _extend(
 
     def add_token(state):
         tokens, lengths, ends = state
-        present = (places < lengths[:, None]).astype(jnp.int32)
-        hidden = model.hidden(params, Rows(tokens, places, present, jnp.zeros_like(tokens)))
+        hidden = model.hidden(params, plain_batch(tokens, lengths))
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         token = jnp.argmax(jnp.einsum("RD,VD->RV", last.astype(jnp.float32), unembedding), axis=-1)
         is_open = lengths < ends

@@ -43,8 +43,8 @@ def _download(name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
         at = "" if revision is None else f" at revision {revision}"
-        raise UserError(f"model.path: {name} is no local directory, and the Hugging Face hub gave no model of that name{at}: "
-                        f"{type(error).__name__}: {reason}") from error  # fmt: skip
+        raise UserError(f"model.path: {name} is no local directory, and the Hugging Face hub gave no model of that "
+                        f"name{at}: {type(error).__name__}: {reason}") from error  # fmt: skip
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"model.path: hub model {name} has no config.json; give one in the transformers format")
     return Path(folder)

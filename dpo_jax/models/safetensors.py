@@ -6,6 +6,7 @@ count as the process's memory until the whole file were closed.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,25 +70,30 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if not 2 <= length <= size - 8:
             raise UserError(f"{path}: this is no whole safetensors file ({size} bytes); copy or download it again")
         text = file.read(length)
+    again = "copy or download it again"
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        tensors = {
-            name: Tensor(path, name, entry["dtype"], tuple(entry["shape"]), *(8 + length + x for x in entry["data_offsets"]))
-            for name, entry in header.items()
-        }
+        tensors = {name: _tensor(path, name, 8 + length, **entry) for name, entry in header.items()}
+        wrong = [tensor for tensor in tensors.values() if not _fits(tensor)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: the safetensors header cannot be read ({error}); copy or download it again") from error
-    for tensor in tensors.values():
-        if tensor.end > size:
-            raise UserError(
-                f"{path}: tensor {tensor.name} ends at byte {tensor.end} but the file has {size}: "
-                "it was cut short; copy or download it again"
-            )
-        if tensor.code in DTYPES and tensor.end - tensor.start != int(np.prod(tensor.shape)) * DTYPES[tensor.code].itemsize:
-            raise UserError(f"{path}: tensor {tensor.name} of {tensor.shape} {tensor.code} has "
-                            f"{tensor.end - tensor.start} bytes; the file is damaged: copy or download it again")  # fmt: skip
+        raise UserError(f"{path}: the safetensors header cannot be read ({error!r}); {again}") from error
+    if wrong:
+        raise UserError(f"{path}: the size of tensor {wrong[0].name} is not that of its shape and type; {again}")
+    end = max((tensor.end for tensor in tensors.values()), default=0)
+    if end > size:
+        raise UserError(f"{path}: the file was cut short: its header speaks of {end} bytes and it has {size}; {again}")
     return tensors
+
+
+def _tensor(path: Path, name: str, base: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
+    start, end = data_offsets
+    return Tensor(path, name, dtype, tuple(shape), base + start, base + end)
+
+
+def _fits(tensor: Tensor) -> bool:
+    dtype = DTYPES.get(tensor.code)
+    return dtype is None or tensor.end - tensor.start == math.prod(tensor.shape) * dtype.itemsize
 
 
 def find_tensors(folder: Path) -> dict[str, Tensor]:
@@ -115,7 +121,7 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
     headers = {name: read_header(folder / name) for name in names}
     for tensor, name in files.items():
         if tensor not in headers[name]:
-            raise UserError(f"{folder}: tensor {tensor} is not in {name}, where {INDEX} says; copy or download both again")
+            raise UserError(f"{folder}: {INDEX} puts tensor {tensor} in {name}, which lacks it; download both again")
     return {tensor: headers[name][tensor] for tensor, name in files.items()}
 
 
@@ -126,7 +132,7 @@ def write_file(
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks which framework it is for
     start = 0
     for name, shape in shapes.items():
-        end = start + int(np.prod(shape)) * dtype.itemsize
+        end = start + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header).encode()

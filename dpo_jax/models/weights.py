@@ -6,9 +6,12 @@ buffers that hold only what this process's devices own of it, and is handed over
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,9 @@ COMPANIONS = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
     "generation_config.json",
 )  # fmt: skip
-_HASH_CHUNK = 256 * 2**20  # bytes
+_HASH_CHUNK = 32 * 2**20  # bytes
+
+_Tensors = dict[str, tuple[str, tuple[int, ...]]]  # tensor of a file -> (its parameter, its shape in the file)
 
 
 def _path(path: tuple[Any, ...]) -> str:
@@ -83,8 +88,8 @@ def _tensor_shape(leaf: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> t
     return tuple(merged)
 
 
-def _expected(model: Model) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every tensor that the model's directory must hold -> (its parameter, its shape there)."""
+def _expected(model: Model) -> _Tensors:
+    """Every tensor that the model's directory must hold."""
     axes = dict(_leaves(model.param_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple)))
     return {
         name: (leaf, _tensor_shape(leaf, axes[leaf], struct.shape))
@@ -101,38 +106,39 @@ def _check_tensors(folder: Path, found: Mapping[str, Tensor], model: Model) -> N
     expected = _expected(model)
     missing = [name for name in expected if name not in found]
     if missing:
-        raise UserError(f"{folder}: {_list(missing)} missing from the weights; config.json asks for {len(expected)} tensors")
+        raise UserError(f"{folder}: config.json asks for {_list(missing)}, which the weights do not hold; "
+                        "check that they belong together")  # fmt: skip
     allowed = {"lm_head.weight"} if model.config.tied else set()
     extra = [name for name in found if name not in expected and name not in allowed and not name.endswith(_COMPUTED)]
     if extra:
-        raise UserError(f"{folder}: {_list(extra)} unknown to the decoder that config.json describes; check that it belongs to these weights")  # noqa: E501
+        raise UserError(f"{folder}: the weights hold {_list(extra)}, of which config.json knows nothing; "
+                        "check that they belong together")  # fmt: skip
     for name, (_, shape) in expected.items():
         if found[name].shape != shape:
-            raise UserError(f"{folder}: tensor {name} has shape {list(found[name].shape)}, config.json makes it {list(shape)}; "
-                            "check that they belong together")  # fmt: skip
+            raise UserError(f"{folder}: tensor {name} has shape {list(found[name].shape)}, but config.json makes it "
+                            f"{list(shape)}; check that they belong together")  # fmt: skip
     if model.config.tied and "lm_head.weight" in found:
         _check_tied(folder, found["lm_head.weight"], found[TENSORS["embed"]])
 
 
 def _list(names: list[str]) -> str:
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown} are"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_tied(folder: Path, unembed: Tensor, embed: Tensor) -> None:
-    same = unembed.shape == embed.shape and unembed.code == embed.code
-    chunk = 4096  # rows
-    for start in range(0, embed.shape[0], chunk) if same else ():
-        rows = slice(start, start + chunk)
-        same = same and np.array_equal(unembed.read(rows), embed.read(rows), equal_nan=False)
+    chunk = 4096  # rows: the two are never in memory as a whole
+    same = unembed.shape == embed.shape and all(
+        np.array_equal(unembed.read(rows), embed.read(rows))
+        for rows in (slice(start, start + chunk) for start in range(0, embed.shape[0], chunk))
+    )
     if not same:
-        raise UserError(f"{folder}: config.json: tie_word_embeddings: True cannot be used: lm_head.weight differs from "
-                        f"{TENSORS['embed']}; set it to false")  # fmt: skip
+        raise UserError(f"{folder}: tie_word_embeddings: True cannot be used: lm_head.weight differs from "
+                        f"{TENSORS['embed']}; set it to false in config.json")  # fmt: skip
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An empty array that a CPU device takes over without a copy, which asks for a 64-byte boundary."""
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
@@ -189,30 +195,32 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
     return jax.tree_util.tree_map_with_path(load, structs, shardings)
 
 
-@jax.jit
-def _take(leaf: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)  # the index is traced: one compilation a shape
+@partial(jax.jit, static_argnums=2)
+def _rows(leaf: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    """``count`` slices of the first dim, as a new array: a host copy stays with the array it was made of."""
+    return jax.lax.dynamic_slice_in_dim(leaf, start, count)  # start is traced: one compilation a shape
 
 
-def _fetch(params: Params, names: Mapping[str, tuple[str, tuple[int, ...]]], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """The file's tensors, in the order of ``names``, each fetched from the devices when it is asked for."""
+def _fetch(params: Params, tensors: _Tensors, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """The file's tensors, in the order of ``tensors``, each fetched from the devices when it is asked for."""
     leaves = dict(_leaves(params))
-    for name, (leaf, shape) in names.items():
+    for name, (leaf, shape) in tensors.items():
         value = leaves[leaf]
-        if _is_stacked(leaf):
-            value = _take(value, int(name.split(".")[2]))
+        layer = int(name.split(".")[2]) if _is_stacked(leaf) else None
+        value = _rows(value, 0, len(value)) if layer is None else _rows(value, layer, 1)
         yield name, np.asarray(value).astype(dtype, copy=False).reshape(shape)
 
 
-def _split(shapes: Mapping[str, tuple[str, tuple[int, ...]]], itemsize: int, max_shard_bytes: int) -> list[list[str]]:
-    """Tensor names of each file: in order, a new file when the next tensor would not fit."""
-    files, room = [[]], max_shard_bytes
-    for name, (_, shape) in shapes.items():
-        size = int(np.prod(shape)) * itemsize
+def _split(tensors: _Tensors, itemsize: int, max_shard_bytes: int) -> list[_Tensors]:
+    """The tensors of each file: in order, a new file when the next tensor would not fit."""
+    files: list[_Tensors] = [{}]
+    room = max_shard_bytes
+    for name, (leaf, shape) in tensors.items():
+        size = math.prod(shape) * itemsize
         if files[-1] and size > room:
-            files.append([])
+            files.append({})
             room = max_shard_bytes
-        files[-1].append(name)
+        files[-1][name] = leaf, shape
         room -= size
     return files
 
@@ -270,14 +278,13 @@ def _write_tensors(params: Params, model: Model, folder: Path, dtype: np.dtype, 
     expected = _expected(model)
     files = _split(expected, dtype.itemsize, max_shard_bytes)
     weight_map: dict[str, str] = {}
-    for place, names in enumerate(files, start=1):
+    for place, tensors in enumerate(files, start=1):
         file = SINGLE if len(files) == 1 else f"model-{place:05d}-of-{len(files):05d}.safetensors"
-        chosen = {name: expected[name] for name in names}
-        write_file(folder / file, {name: shape for name, (_, shape) in chosen.items()}, dtype,
-                   _fetch(params, chosen, dtype))  # fmt: skip
-        weight_map |= dict.fromkeys(names, file)
+        shapes = {name: shape for name, (_, shape) in tensors.items()}
+        write_file(folder / file, shapes, dtype, _fetch(params, tensors, dtype))
+        weight_map |= dict.fromkeys(shapes, file)
     if len(files) > 1:
-        total = sum(int(np.prod(shape)) for _, shape in expected.values()) * dtype.itemsize
+        total = sum(math.prod(shape) for _, shape in expected.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -288,11 +295,13 @@ def tree_hash(params: Any) -> str:
     A leaf comes to the host in chunks of its first dim.
     """
     digest = hashlib.sha256()
-    for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)):
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    for path, leaf in sorted(leaves, key=itemgetter(0)):
         digest.update(json.dumps([path, list(leaf.shape), leaf.dtype.name]).encode())
-        rows = leaf.shape[0] if leaf.ndim else 1
-        chunk = max(1, _HASH_CHUNK * rows // max(1, leaf.nbytes))
-        for start in range(0, rows, chunk):
-            part = leaf if chunk >= rows else leaf[start : start + chunk]
-            digest.update(np.ascontiguousarray(np.asarray(part)).reshape(-1).view(np.uint8).data)
+        leaf = leaf if leaf.ndim else leaf.reshape(1)
+        count = len(leaf)
+        chunk = max(1, _HASH_CHUNK * count // max(1, leaf.nbytes))
+        for start in range(0, count, chunk):
+            part = np.asarray(_rows(leaf, start, min(chunk, count - start)))
+            digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
