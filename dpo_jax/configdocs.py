@@ -18,11 +18,12 @@ from dpo_jax.configfile import type_words
 PREFACE = """# Configuration
 
 A run is described by a YAML file. Any option can be set after it on the command line by its dotted name, also inside
-lists and mappings; the last one given counts:
+lists and mappings. The value takes the place of what the file says; of an option given twice the last counts:
 
     dpo-jax train configs/tiny_cpu.yaml --loss.beta 0.05 --data.train.0.limit 100 --data.eval.test held_out.jsonl
 
-- YAML is read by the rules of version 1.2: `5e-7` is a number, `yes` and `012` are text.
+- YAML is read by the rules of version 1.2: `5e-7` is a number, `yes` is text. What versions read differently, such as
+  `012`, is text.
 - Types are strict: `"8"` is no number, `1.0` no whole number, `1` no truth value. Unknown names are errors.
 - A path alone may stand for a set, `pairs.jsonl` for `{path: pairs.jsonl}`, and one entry alone for a list of it.
 - Relative paths are seen from the working directory.

@@ -1,7 +1,8 @@
 """Configs as text: YAML in, checked against the types of config.py; YAML out, every default spelled out.
 
-YAML is read by the rules of version 1.2: ``5e-7`` is a number, ``yes`` and ``012`` are text, a name given twice is an
-error. Types are strict: ``"8"`` is no number, ``1.0`` no whole number, ``1`` no truth value.
+YAML is read by the rules of version 1.2: ``5e-7`` is a number and ``yes`` is text. What versions read differently, such
+as ``012``, is text. A name given twice is an error. Types are strict: ``"8"`` is no number, ``1.0`` no whole number,
+``1`` no truth value.
 """
 
 import dataclasses
@@ -249,7 +250,9 @@ def _set(tree: dict[str, Any], name: str, value: Any) -> None:
 # YAML 1.2's core schema, on PyYAML, which follows 1.1 by itself.
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
-_FLOAT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
+_FLOAT = re.compile(
+    r"([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+)
 _BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
 _NULL = re.compile(r"(~|null|Null|NULL|)$")
 

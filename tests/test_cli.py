@@ -1,0 +1,155 @@
+"""The commands as a shell sees them: exit codes, one line on stderr, nothing lasting before the config is right."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_jax import __version__, cli
+from dpo_jax.errors import Preempted, RunStopped, UserError
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "model: {path: m}\ndata: {train: pairs.jsonl}\nrun: {dir: runs/x}\n"
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> str:
+    """A right config in an otherwise empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(CONFIG)
+    return "c.yaml"
+
+
+def outcome(capsys, *argv) -> tuple[int, str, str]:
+    code = cli.main(list(argv))
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+# (arguments, the line): each another way to be wrong
+WRONG = [
+    ("", "which command? choose from train, sft, eval, export, data, quickstart"),
+    ("trian c.yaml", "trian: there is no such command: did you mean train?"),
+    ("dance", "dance: there is no such command: choose from train, sft, eval, export, data, quickstart"),
+    ("--verbose", "unrecognized arguments: --verbose: see dpo-jax --help"),
+    ("train", "the following arguments are required: config: see dpo-jax train --help"),
+    ("train c.yaml more", "unrecognized arguments: more: see dpo-jax train --help"),
+    ("train nope.yaml", "nope.yaml: there is no such config file"),
+    ("train c.yaml --loss.beta", "--loss.beta: it has no value: write --loss.beta VALUE"),
+    ("train c.yaml --loss.beta --run.steps 3", "--loss.beta: it has no value: write --loss.beta VALUE"),
+    ("train c.yaml --run.stepz 3", "run.stepz: unknown option: did you mean run.steps?"),
+    ("train c.yaml --batch.pairs 1.5", "batch.pairs: 1.5 cannot be used: a whole number is needed"),
+    ("train c.yaml --beta=0.1", "beta: unknown option: did you mean loss.beta?"),
+    ("sft c.yaml --loss.beta 0.1", "loss: this belongs to `dpo-jax train`, not to `dpo-jax sft`: remove it"),
+    ("eval c.yaml", "the following arguments are required: output: see dpo-jax eval --help"),
+    ("export runs/x", "the following arguments are required: out_dir: see dpo-jax export --help"),
+    ("export runs/x out --which newst", "invalid choice: 'newst' (choose from 'newest', 'best')"),
+    ("data c.yaml --step -1", "-1 does not conform to restriction v>=0: see dpo-jax data --help"),
+    ("quickstart here", "unrecognized arguments: here: see dpo-jax quickstart --help"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "line"), WRONG, ids=[arguments or "nothing" for arguments, _ in WRONG])
+def test_wrong_usage_is_one_line(capsys, config, arguments, line):
+    code, out, err = outcome(capsys, *arguments.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("dpo-jax: error: ")
+    assert err.count("\n") == 1
+    assert line in err
+    assert [path.name for path in Path.cwd().iterdir()] == ["c.yaml"]
+
+
+def test_a_wrong_config_is_refused_before_jax_is_imported(config):
+    code = "import sys; from dpo_jax import cli; print(cli.main(sys.argv[1:]), 'jax' in sys.modules)"
+    command = [sys.executable, "-c", code, "train", config, "--loss.beta", "-1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout == "2 False\n"
+    assert done.stderr == "dpo-jax: error: loss.beta: -1.0 cannot be used: it must be positive\n"
+    assert [path.name for path in Path.cwd().iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize("error", [UserError, Preempted, RunStopped])
+def test_what_a_command_raises_is_its_line_and_exit_code(capsys, config, monkeypatch, error):
+    def run(**_):
+        raise error("the run: 3\ncannot go on")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(summary="", run=run, config=cli.DPOConfig))
+    assert outcome(capsys, "train", config) == (error.exit_code, "", "dpo-jax: error: the run: 3 cannot go on\n")
+    assert (UserError.exit_code, Preempted.exit_code, RunStopped.exit_code) == (2, 42, 43)
+
+
+def test_control_c_ends_with_130(capsys, config, monkeypatch):
+    def run(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(summary="", run=run, config=cli.DPOConfig))
+    assert outcome(capsys, "train", config) == (130, "", "dpo-jax: interrupted\n")
+
+
+def test_a_fault_of_the_program_is_not_hidden(config, monkeypatch):
+    def run(**_):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(summary="", run=run, config=cli.DPOConfig))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", config])
+
+
+@pytest.mark.parametrize("name", ["train", "sft", "eval", "data"])
+def test_arguments_and_overrides_reach_the_command(capsys, config, monkeypatch, name):
+    given = {}
+    command = cli.COMMANDS[name]
+    own = {"eval": ["--output", "o.jsonl"], "data": ["--step", "7"]}.get(name, [])
+    seen = cli.Command(
+        summary="", run=lambda **all: given.update(all), config=command.config, arguments=command.arguments
+    )
+    monkeypatch.setitem(cli.COMMANDS, name, seen)
+    overrides = ["--run.seed=3", "--mesh.fsdp", "-1", "--run.seed", "4", "--data.eval.x", "e.jsonl"]
+    assert outcome(capsys, name, *overrides, config, *own) == (0, "", "")
+    assert (given["config"].run.seed, given["config"].mesh.fsdp) == (4, -1)
+    assert given["config"].data.eval["x"].path == "e.jsonl"
+    assert isinstance(given["config"], command.config)
+    assert (given.get("output"), given.get("step")) == (
+        ("o.jsonl" if name == "eval" else None),
+        7 if name == "data" else None,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *[[name, "--help"] for name in cli.COMMANDS], ["train", "c.yaml", "-h"]]
+)
+def test_help_on_all_levels(capsys, config, arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    name = arguments[0]
+    if name == "--help":
+        assert all(command.summary in said for command in cli.COMMANDS.values())
+    else:
+        assert cli.COMMANDS[name].summary in said
+    if name == "train":
+        assert "--loss.beta VALUE Weight of the KL term; larger keeps the policy closer" in said
+        assert "(a number; default: 0.1)" in said
+        assert "--data.train.0.path" in said
+    if name == "sft":
+        assert "--batch.examples VALUE" in said
+        assert "--loss.beta" not in said
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"dpo-jax {__version__}\n"
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "dpo_jax", "nope"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith("dpo-jax: error: nope: there is no such command")
