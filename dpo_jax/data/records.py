@@ -307,11 +307,11 @@ def _check_turns(prompt: Messages, answer: Messages) -> None:
     """Whatever is not said by the assistant belongs to the prompt, which both answers share."""
     if not answer or answer[-1]["role"] != "assistant":
         raise _Bad("empty_answer", "the conversation does not end with an assistant message")
-    if not prompt:
-        raise _Bad("empty_prompt", "no message comes before the answer")
     roles = [message["role"] for message in answer]
     if set(roles) != {"assistant"}:
         raise _Bad("prompts_differ", f"after the {len(prompt)} message(s) of the prompt an answer goes on with {roles}")
+    if not prompt:
+        raise _Bad("empty_prompt", "no message comes before the answer")
 
 
 def _check_said(answer: str | Messages) -> None:

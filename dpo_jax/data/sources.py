@@ -21,7 +21,23 @@ from dpo_jax.errors import UserError
 if TYPE_CHECKING:
     import datasets
 
-Rows = Sequence[Mapping[str, Any]]
+
+class Rows(Sequence):
+    """The first `size` rows of a source, with columns renamed (our name -> theirs); each is read when asked for."""
+
+    def __init__(self, rows: Any, columns: Mapping[str, str], size: int):
+        self.rows, self.columns, self.size = rows, columns, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        row = self.rows[index]
+        theirs = set(self.columns.values())
+        kept = {name: value for name, value in row.items() if name not in theirs}
+        return kept | {ours: row[name] for ours, name in self.columns.items() if name in row}
 
 
 def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
@@ -32,18 +48,17 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
             found when it is read.
     """
     if not isinstance(source, SourceConfig):
-        return _plain_dataset(source)
+        dataset = _plain_dataset(source)
+        return Rows(dataset, {}, len(dataset))
     rows = _kind(source).load(source)
     if len(rows) == 0:
         raise UserError(f"{source.path}: it holds no rows; name a source that has some")
-    if not source.columns and source.limit is None:
-        return rows
-    selection = _Selection(rows, source.columns, min(len(rows), source.limit or len(rows)))
-    seen = {name: None for index in range(min(len(rows), 100)) for name in rows[index]}
-    for ours, theirs in source.columns.items():
-        if theirs not in seen:
-            raise UserError(f"{source.path}: columns: {ours}: there is no column {theirs!r}; there are {list(seen)}")
-    return selection
+    if source.columns:
+        seen = {name: None for index in range(min(len(rows), 100)) for name in rows[index]}
+        for ours, theirs in source.columns.items():
+            if theirs not in seen:
+                raise UserError(f"{source.path}: columns: {ours}: there is no {theirs!r}; there are {list(seen)}")
+    return Rows(rows, source.columns, min(len(rows), source.limit or len(rows)))
 
 
 def fingerprint(source: "SourceConfig | datasets.Dataset") -> str:
@@ -63,7 +78,7 @@ def fingerprint(source: "SourceConfig | datasets.Dataset") -> str:
 class _Kind:
     """One kind of source: how it is opened, what tells its content, which options it heeds."""
 
-    load: Callable[[SourceConfig], Rows]
+    load: Callable[[SourceConfig], Any]  # what has a length and gives rows by index
     identity: Callable[[SourceConfig], list]
     options: tuple[str, ...] = ()
 
@@ -97,30 +112,6 @@ def _kind_name(path: str) -> str:
     return "hub set"
 
 
-@dataclass(frozen=True)
-class _Selection(Sequence):
-    """The first `size` rows of a source, with columns renamed (our name -> theirs)."""
-
-    rows: Rows
-    columns: dict[str, str]
-    size: int
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Mapping:
-        row = self.rows[_checked(index, self.size)]
-        theirs = set(self.columns.values())
-        kept = {name: value for name, value in row.items() if name not in theirs}
-        return kept | {ours: row[name] for ours, name in self.columns.items() if name in row}
-
-
-def _checked(index: int, size: int) -> int:
-    if not 0 <= index < size:
-        raise IndexError(index)
-    return index
-
-
 # ------------------------------------------------------------------------------------------------------------ files
 
 
@@ -143,7 +134,7 @@ def _object(path: str, place: str, row: object) -> Mapping:
     return row
 
 
-class _JsonLines(Sequence):
+class _JsonLines:
     """One object a line; only the places of the lines are held, 8 bytes a row."""
 
     def __init__(self, path: str):
@@ -159,7 +150,7 @@ class _JsonLines(Sequence):
         return len(self.starts)
 
     def __getitem__(self, index: int) -> Mapping:
-        start = self.starts[_checked(index, len(self))]
+        start = self.starts[index]
         with open(self.path, "rb") as file:
             file.seek(start)
             line = file.readline()
@@ -171,7 +162,7 @@ class _JsonLines(Sequence):
                 return _row(self.path, f"line {number}", line)
 
 
-def _load_json(source: SourceConfig) -> Rows:
+def _load_json(source: SourceConfig) -> _JsonLines | list[Mapping]:
     with open(source.path, "rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     if start != b"[":
@@ -183,7 +174,7 @@ def _load_json(source: SourceConfig) -> Rows:
     return [_object(source.path, f"item {index} of its list", row) for index, row in enumerate(rows)]
 
 
-class _Parquet(Sequence):
+class _Parquet:
     """Rows of a parquet file; one row group at a time is held in memory."""
 
     def __init__(self, path: str):
@@ -194,19 +185,18 @@ class _Parquet(Sequence):
 
     @cached_property
     def file(self):
-        import pyarrow
-        import pyarrow.parquet
+        from pyarrow import ArrowInvalid, parquet
 
         try:
-            return pyarrow.parquet.ParquetFile(self.path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
+            return parquet.ParquetFile(self.path)
+        except (ArrowInvalid, OSError) as error:
             raise UserError(f"{self.path}: not a parquet file: {_first_line(error)}") from None
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> Mapping:
-        group = bisect_right(self.ends, _checked(index, len(self)))
+        group = bisect_right(self.ends, index)
         if group != self.group:
             self.group, self.table = group, self.file.read_row_group(group)
         start = self.ends[group] - self.table.num_rows
@@ -258,8 +248,9 @@ def _load_hub(source: SourceConfig) -> "datasets.Dataset":
     try:
         return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        where = "folder" if Path(source.path).is_dir() else "no file or folder here, and as a hub set"
-        raise UserError(f"{source.path}: {where} it cannot be loaded: {_first_line(error)}") from None
+        what = "this folder of files" if Path(source.path).is_dir() else "no such file or folder here, and the hub set"
+        raise UserError(f"{source.path}: {what} cannot be loaded: {_first_line(error)}; check path, name, split "
+                        f"{source.split!r} and revision") from None  # fmt: skip
 
 
 def _identity_of(load: Callable[[SourceConfig], "datasets.Dataset"], source: SourceConfig) -> list:
@@ -269,7 +260,7 @@ def _identity_of(load: Callable[[SourceConfig], "datasets.Dataset"], source: Sou
 # ------------------------------------------------------------------------------------------------------------ TFDS
 
 
-class _Tfds(Sequence):
+class _Tfds:
     """A TFDS split with bytes as text and a sequence of dicts as a list of dicts."""
 
     def __init__(self, rows: Sequence, features):
@@ -279,7 +270,7 @@ class _Tfds(Sequence):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Mapping:
-        return _unrolled(self.features, self.rows[_checked(index, len(self))])
+        return _unrolled(self.features, self.rows[index])
 
 
 def _unrolled(feature, value):
@@ -313,7 +304,8 @@ def _tfds_builder(source: SourceConfig):
         else:
             builder = tfds.builder(name, data_dir=source.data_dir)
     except (ValueError, OSError, ImportError) as error:
-        raise UserError(f"{source.path}: TFDS cannot find it: {_first_line(error)}; give the name and the data_dir that it was prepared with") from None
+        raise UserError(f"{source.path}: TFDS cannot open it: {_first_line(error)}; "
+                        f"check the name and data_dir {source.data_dir}") from None  # fmt: skip
     remedy = f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
     if not builder.is_prepared():
         raise UserError(f"{source.path}: not prepared in {builder.data_dir}; prepare it with {remedy}")
@@ -324,7 +316,7 @@ def _tfds_builder(source: SourceConfig):
     return builder
 
 
-def _load_tfds(source: SourceConfig) -> Rows:
+def _load_tfds(source: SourceConfig) -> _Tfds:
     builder = _tfds_builder(source)
     try:
         rows = builder.as_data_source(source.split, file_format="array_record")
