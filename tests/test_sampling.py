@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from dpo_jax.data.sampling import _GOLDEN, _mix, chairman_assignment, integer_shares, make_order, permutation
+from dpo_jax.data.sampling import _GOLDEN, mix_words, chairman_assignment, integer_shares, make_order, permutation
 from dpo_jax.errors import UserError
 
 
@@ -21,7 +21,7 @@ def all_ids(order):
 def test_hash_gives_the_published_stream():
     """The first five outputs of splitmix64 from seed 1234567."""
     words = np.array([(1234567 + i * _GOLDEN) % 2**64 for i in range(1, 6)], np.uint64)
-    assert _mix(words).tolist() == [
+    assert mix_words(words).tolist() == [
         6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
     ]  # fmt: skip
 

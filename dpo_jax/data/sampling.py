@@ -18,7 +18,7 @@ _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so i -> i * _GOLDEN hits every 64-bit word once
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix_words(x: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words, elementwise."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -28,7 +28,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def _fold(seed: int, value: int) -> int:
     """Another seed, made from a seed and a number."""
     word = (seed + (value + 1) * _GOLDEN) & _MASK
-    return int(_mix(np.array([word], np.uint64))[0])
+    return int(mix_words(np.array([word], np.uint64))[0])
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """
     start = _fold(_fold(0, seed), epoch)
     words = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(start)
-    return np.argsort(_mix(words), kind="stable").astype(np.int64)
+    return np.argsort(mix_words(words), kind="stable").astype(np.int64)
 
 
 def integer_shares(weights: Sequence[float]) -> list[int]:

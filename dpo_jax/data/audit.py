@@ -1,0 +1,277 @@
+"""What the data holds, and what in it spoils learning: as plain data, and as text for a terminal."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.config import TrainConfig
+from dpo_jax.data.duplicates import both_labels, exact_duplicates, near_duplicates, plain_words
+from dpo_jax.data.sets import HELD_OUT, DataSets, open_sets
+from dpo_jax.data.store import Store, prompt_hash
+from dpo_jax.data.tokenize import load_tokenizer
+from dpo_jax.errors import UserError
+
+NAMED = 10  # examples named for each finding
+MOST_COMPARED = 100_000  # examples among which near duplicates are looked for
+QUANTILES = {"min": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
+WHAT_WAS_DONE = {"too_long": "truncated", "template_not_prefix": "repaired", "equal_answers": "kept"}
+HEAD = 60  # characters of a text that --step shows
+
+
+def _name(store: Store, i: int) -> dict[str, Any]:
+    return {"source": store.report[store.sources[i]]["source"], "row": int(store.rows[i])}
+
+
+def _groups(store: Store, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """A finding: how many groups, how many examples they hold, and the first of them by name."""
+    return {
+        "groups": len(groups),
+        "examples": sum(map(len, groups)),
+        "first": [[_name(store, i) for i in group[:NAMED]] for group in groups[:NAMED]],
+    }
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, float]:
+    values = np.quantile(lengths, list(QUANTILES.values()), method="lower").tolist()
+    return dict(zip(QUANTILES, values, strict=True)) | {"mean": float(lengths.mean())}
+
+
+def _branches(num_answers: int) -> tuple[str, ...]:
+    return ("prompt", "chosen", "rejected") if num_answers == 2 else ("prompt", "answer")
+
+
+def _lengths(store: Store, ids: np.ndarray) -> dict[str, Any]:
+    """Tokens of each part: quantiles, and share of all tokens when a prompt is stored once for its answers."""
+    lengths = store.lengths[ids].astype(np.int64)
+    totals, num_answers = lengths.sum(0), lengths.shape[1] - 1
+    parts = _branches(num_answers)
+    return {
+        "tokens": {part: _quantiles(lengths[:, place]) for place, part in enumerate(parts)},
+        "share": {part: float(totals[place] / totals.sum()) for place, part in enumerate(parts)},
+        "sharing_saves": float((num_answers * totals[0] + totals[1:].sum()) / totals.sum()),
+    }
+
+
+def _length_bias(store: Store, ids: np.ndarray) -> dict[str, Any]:
+    """How often the longer answer is the chosen one, among pairs whose answers differ in length."""
+    chosen, rejected = store.lengths[ids, 1], store.lengths[ids, 2]
+    differ = int((chosen != rejected).sum())
+    return {
+        "pairs": differ,
+        "longer_wins": float((chosen > rejected).sum() / differ) if differ else None,
+        "mean_chosen": float(chosen.mean()),
+        "mean_rejected": float(rejected.mean()),
+    }
+
+
+def _set_audit(store: Store, ids: np.ndarray, tokenizer: Any, report: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    compared = ids[:MOST_COMPARED]
+    found = {
+        "sources": report,
+        "examples": len(ids),
+        "duplicates": _groups(store, exact_duplicates(store, ids)),
+        "near_duplicates": _groups(store, near_duplicates(store, compared, plain_words(tokenizer)))
+        | {"compared": len(compared)},
+        "lengths": _lengths(store, ids),
+    }
+    if store.lengths.shape[1] == 3:
+        found["both_labels"] = _groups(store, both_labels(store, ids))
+        found["length_bias"] = _length_bias(store, ids)
+    return found
+
+
+def _shared_prompts(sets: DataSets) -> dict[str, Any]:
+    """Of each evaluation set, the examples whose prompt is trained on."""
+    trained = {prompt_hash(sets.train, i): i for i in sets.train_ids[::-1].tolist()}
+    found = {}
+    for name, held in sets.evals.items():
+        shared = [(i, trained.get(prompt_hash(held.store, i))) for i in held.ids.tolist()]
+        shared = [(i, other) for i, other in shared if other is not None]
+        found[name] = {
+            "examples": len(shared),
+            "first": [[_name(held.store, i), _name(sets.train, other)] for i, other in shared[:NAMED]],
+        }
+    return found
+
+
+def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
+    """One example as the model sees it: decoded with special tokens, and the tokens on both sides of the boundary."""
+    prompt, answers, learned = store.example(i)
+    around = [tokenizer.convert_ids_to_tokens(part.tolist()) for part in (prompt[-4:], *(a[:4] for a in answers))]
+    found = _name(store, i) | {
+        "prompt": tokenizer.decode(prompt),
+        "answers": [tokenizer.decode(answer) for answer in answers],
+        "boundary": {"prompt_ends": around[0], "answers_begin": around[1:]},
+    }
+    if learned is not None and not learned.all():
+        edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
+        runs = [slice(start, end) for start, end in pairwise(edges)]
+        found["learned"] = [tokenizer.decode(answers[0][run]) for run in runs if learned[run][0]]
+    return found
+
+
+def audit(sets: DataSets, tokenizer: Any) -> dict[str, Any]:
+    """Counts, findings, lengths and one rendered example of all sets of a run, as plain data (JSON can hold it)."""
+    order = sets.order
+    return {
+        "stage": sets.stage,
+        "train": _set_audit(sets.train, sets.train_ids, tokenizer, sets.train.report),
+        "evals": {
+            name: _set_audit(held.store, held.ids, tokenizer, [] if name == HELD_OUT else held.store.report)
+            for name, held in sets.evals.items()
+        },
+        "shared_prompts": _shared_prompts(sets),
+        "run": {"steps": order.num_steps, "batch": order.batch, "epochs": order.epoch(order.num_steps)},
+        "example": _rendered(sets.train, int(order.step_ids(0)[0]), tokenizer),
+    }
+
+
+def _tokenizer(config: TrainConfig) -> Any:
+    model = config.model
+    return load_tokenizer(model.tokenizer or model.path, model.revision, config.data.chat_template)
+
+
+def audit_config(config: TrainConfig, tokenizer: Any = None) -> dict[str, Any]:
+    """``audit`` of the sets of a config; without ``tokenizer`` the one that the model section names.
+
+    Raises:
+        UserError: whatever keeps the tokenizer or a set from being read.
+    """
+    tokenizer = tokenizer or _tokenizer(config)
+    return audit(open_sets(config, tokenizer), tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------- as text
+
+
+def _table(rows: Iterable[Sequence[object]], indent: str = "  ") -> list[str]:
+    """Columns of equal width, the first to the left."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        indent + "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
+                           for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in cells
+    ]  # fmt: skip
+
+
+def _rows_text(names: Sequence[dict[str, Any]], with_source: bool) -> str:
+    return ", ".join(
+        f"{Path(name['source']).name}:{name['row']}" if with_source else str(name["row"]) for name in names
+    )
+
+
+def _cause_lines(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for kind in ("dropped", "notes"):
+        for cause, found in report[kind].items():
+            done = "dropped" if kind == "dropped" else WHAT_WAS_DONE.get(cause, "noted")
+            more = ", ..." if found["count"] > len(found["first"]) else ""
+            rows = ", ".join(str(one["row"]) for one in found["first"])
+            lines.append(f"    {done:9} {cause:20} {found['count']:7}  rows {rows}{more}")
+            lines.append(f"    {'':30} first: {found['first'][0]['detail']}")
+    return lines
+
+
+def _finding(text: str, found: dict[str, Any], with_source: bool) -> list[str]:
+    if not found["groups"]:
+        return [f"  {text}: none"]
+    shown = "; ".join(_rows_text(group, with_source) for group in found["first"][:5])
+    return [f"  {text}: {found['examples']} examples in {found['groups']} groups, the first: {shown}"]
+
+
+def _length_lines(found: dict[str, Any]) -> list[str]:
+    lengths = found["lengths"]
+    header = ["tokens", *QUANTILES, "mean", "share of all"]
+    body = [
+        [part, *(round(sizes[name]) for name in QUANTILES), f"{sizes['mean']:.1f}", f"{lengths['share'][part]:.1%}"]
+        for part, sizes in lengths["tokens"].items()
+    ]
+    lines = _table([header, *body])
+    if "length_bias" in found:
+        bias = found["length_bias"]
+        lines.append(f"  a prompt stored once for both answers saves {lengths['sharing_saves']:.2f}x of the tokens")
+        if bias["longer_wins"] is not None:
+            lines.append(
+                f"  length bias: the longer answer is chosen in {bias['longer_wins']:.1%} of {bias['pairs']} pairs "
+                f"(mean tokens: chosen {bias['mean_chosen']:.1f}, rejected {bias['mean_rejected']:.1f})"
+            )
+    return lines
+
+
+def _set_lines(name: str, found: dict[str, Any]) -> list[str]:
+    lines = [f"{name}: {found['examples']} examples{'' if found['sources'] else ' of the training sets'}"]
+    for report in found["sources"]:
+        lines.append(f"  {report['source']}: {report['rows']} rows, {report['kept']} kept")
+        lines += _cause_lines(report)
+    many = len(found["sources"]) != 1
+    near = found["near_duplicates"]
+    compared = "" if near["compared"] == found["examples"] else f" (among the first {near['compared']})"
+    lines += _finding("exact duplicates", found["duplicates"], many)
+    lines += _finding(f"near duplicates{compared}", near, many)
+    if "both_labels" in found:
+        lines += _finding("same pair with both labels", found["both_labels"], many)
+    return lines + _length_lines(found) + [""]
+
+
+def _example_lines(example: dict[str, Any], branches: Sequence[str]) -> list[str]:
+    lines = [f"first example of step 0: {example['source']}, row {example['row']}; | is the boundary"]
+    lines += [f"  prompt    {example['prompt']!r}"]
+    for branch, answer, begins in zip(branches, example["answers"], example["boundary"]["answers_begin"], strict=True):
+        lines.append(f"  {branch:9} {answer!r}")
+        lines.append(
+            f"  {'':9} {' '.join(map(repr, example['boundary']['prompt_ends']))} | {' '.join(map(repr, begins))}"
+        )
+    if "learned" in example:
+        lines.append(f"  learned   {' ... '.join(map(repr, example['learned']))}")
+    return lines
+
+
+def render(found: dict[str, Any]) -> str:
+    """The text of an audit for a terminal."""
+    lines = _set_lines("train", found["train"])
+    for name, held in found["evals"].items():
+        lines += _set_lines(f"eval {name}", held)
+        shared = found["shared_prompts"][name]
+        pairs = "; ".join(f"{_rows_text(pair, True)}" for pair in shared["first"][:5])
+        lines[-1:] = [
+            f"  prompts that are trained on too: {shared['examples'] or 'none'}{f', {pairs}' if pairs else ''}",
+            "",
+        ]
+    run = found["run"]
+    lines += [f"run: {run['steps']} steps of {run['batch']}, {run['epochs']:.2f} epochs", ""]
+    lines += _example_lines(found["example"], _branches(len(found["example"]["answers"]))[1:])
+    return "\n".join(lines)
+
+
+def _text_head(tokenizer: Any, tokens: np.ndarray, last: bool = False) -> str:
+    text = tokenizer.decode(tokens[-HEAD:] if last else tokens[:HEAD])
+    return repr(text[-HEAD:] if last else text[:HEAD])
+
+
+def show_step(config: TrainConfig, step: int, tokenizer: Any = None) -> str:
+    """The examples of step ``step``, counted from 0, a block each: slot, id, source, row, text heads.
+
+    Raises:
+        UserError: the run has no such step; whatever keeps the tokenizer or a set from being read.
+    """
+    tokenizer = tokenizer or _tokenizer(config)
+    sets = open_sets(config, tokenizer)
+    if not 0 <= step < sets.order.num_steps:
+        raise UserError(f"--step: {step} is not a step of this run, which has 0 to {sets.order.num_steps - 1}")
+    lines = [f"step {step} of 0 to {sets.order.num_steps - 1}, epoch {sets.order.epoch(step):.4f}"]
+    for slot, i in enumerate(sets.order.step_ids(step).tolist()):
+        if i < 0:
+            lines.append(f"slot {slot}: empty, the data ends here")
+            continue
+        prompt, answers, _ = sets.train.example(i)
+        name = _name(sets.train, i)
+        sizes = "+".join(map(str, sets.train.lengths[i].tolist()))
+        lines.append(f"slot {slot}: example {i}, {name['source']} row {name['row']}, {sizes} tokens")
+        lines.append(f"  prompt    ...{_text_head(tokenizer, prompt, last=True)}")
+        for branch, answer in zip(_branches(len(answers))[1:], answers, strict=True):
+            lines.append(f"  {branch:9} {_text_head(tokenizer, answer)}")
+    return "\n".join(lines)
