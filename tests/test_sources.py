@@ -64,7 +64,8 @@ def test_all_kinds_give_the_same_rows(tmp_path, kind):
     rows = load_rows(source)
     assert len(rows) == 7
     assert [rows[n] for n in (6, 0, 3)] == [ROWS[n] for n in (6, 0, 3)]
-    assert list(rows) == ROWS
+    assert list(rows) == rows[:] == ROWS
+    assert rows[-2:] == ROWS[-2:]
     assert load_rows(source)[1]["prompt"] == "q1 é"
     assert fingerprint(source) == fingerprint(source)
 

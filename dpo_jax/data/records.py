@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from dpo_jax.errors import UserError
 
@@ -75,14 +75,14 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= 60 else f"{type(value).__name__} {shown[:50]}..."
 
 
-def _without_nulls(value):
+def _without_nulls(value: Any) -> Any:
     """Arrow gives every dict of a column the same keys; those that a row did not have are null."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _parsed(name: str, value: object, kind: type):
+def _parsed(name: str, value: Any, kind: type) -> Any:
     """A value that columns often hold as JSON text, as the list or dict that it is; None when absent."""
     if isinstance(value, str):
         try:

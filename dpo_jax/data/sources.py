@@ -31,10 +31,11 @@ class Rows(Sequence):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        row = self.rows[index]
+    def __getitem__(self, index: Any) -> Any:
+        place = range(self.size)[index]
+        if isinstance(place, range):
+            return [self[index] for index in place]
+        row = self.rows[place]
         theirs = set(self.columns.values())
         kept = {name: value for name, value in row.items() if name not in theirs}
         return kept | {ours: row[name] for ours, name in self.columns.items() if name in row}
@@ -181,7 +182,8 @@ class _Parquet:
         self.path = path
         metadata = self.file.metadata
         self.ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
-        self.group, self.table = -1, None
+        self.group: int = -1
+        self.table: Any = None
 
     @cached_property
     def file(self):
@@ -244,10 +246,11 @@ def _load_saved(source: SourceConfig) -> "datasets.Dataset":
 
 def _load_hub(source: SourceConfig) -> "datasets.Dataset":
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         what = "this folder of files" if Path(source.path).is_dir() else "no such file or folder here, and the hub set"
         raise UserError(f"{source.path}: {what} cannot be loaded: {_first_line(error)}; check path, name, split "
                         f"{source.split!r} and revision") from None  # fmt: skip
@@ -273,7 +276,7 @@ class _Tfds:
         return _unrolled(self.features, self.rows[index])
 
 
-def _unrolled(feature, value):
+def _unrolled(feature: Any, value: Any) -> Any:
     """TFDS keeps a sequence of dicts as a dict of sequences."""
     import numpy as np
     import tensorflow_datasets as tfds
@@ -286,13 +289,13 @@ def _unrolled(feature, value):
     return _python(value.tolist() if isinstance(value, np.ndarray | np.generic) else value)
 
 
-def _python(value):
+def _python(value: Any) -> Any:
     if isinstance(value, list):
         return [_python(item) for item in value]
     return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
 
 
-def _tfds_builder(source: SourceConfig):
+def _tfds_builder(source: SourceConfig) -> Any:
     import tensorflow_datasets as tfds
 
     name = source.path.removeprefix("tfds:")
@@ -302,7 +305,7 @@ def _tfds_builder(source: SourceConfig):
             if builder.info.name != re.split("[:/]", name)[0]:
                 raise ValueError(f"{source.data_dir} holds the set {builder.info.name!r}")
         else:
-            builder = tfds.builder(name, data_dir=source.data_dir)
+            builder: Any = tfds.builder(name, data_dir=source.data_dir)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"{source.path}: TFDS cannot open it: {_first_line(error)}; "
                         f"check the name and data_dir {source.data_dir}") from None  # fmt: skip

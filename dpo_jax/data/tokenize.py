@@ -7,10 +7,10 @@ answer. Special tokens come once: BOS as the tokenizer or the template writes it
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpo_jax.config import DataConfig
 from dpo_jax.data.records import Example, Messages, Problem, Stage, common_prefix
@@ -62,7 +62,7 @@ def load_tokenizer(path: str, revision: str | None, chat_template_file: str | No
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: no tokenizer can be loaded: {reason}; set model.tokenizer to one") from None
@@ -74,11 +74,11 @@ def load_tokenizer(path: str, revision: str | None, chat_template_file: str | No
     return tokenizer
 
 
-def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
     """Identity of all that decides token ids: vocabulary, merges, added and special tokens, chat template."""
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state.pop("truncation"), state.pop("padding")  # left by the latest call
+        state |= {"truncation": None, "padding": None}  # left by the latest call
     else:
         state = sorted(tokenizer.get_vocab().items())
     added = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
@@ -96,12 +96,12 @@ class _Coder:
     """The tokenizer, and what it puts before and after a text by itself."""
 
     data: DataConfig
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: Any  # a PreTrainedTokenizerBase, whose types are too wide to be of use
     before: list[int]
     after: list[int]
 
 
-def _added_around(tokenizer) -> tuple[list[int], list[int]]:
+def _added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next(n for n in range(len(full)) if full[n : n + len(bare)] == bare)
@@ -162,7 +162,7 @@ class _Pieces:
 
     prompt: list[int]
     answers: list[list[int]]
-    learned: list[bool] | None = None  # of prompt + answers[0], for examples that are one piece
+    learned: list[bool] = field(default_factory=list)  # of prompt + answers[0]; empty unless the example is one piece
     notes: tuple[Problem, ...] = ()
 
 
@@ -184,28 +184,29 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
             return equal
         notes += (equal,)
     prompt, answers, targets = pieces.prompt, tuple(pieces.answers), None
-    if pieces.learned is not None:
+    if not all(pieces.learned[len(prompt) :]):
         targets = pieces.learned[len(prompt) :]
-        targets = None if all(targets) else targets
     return TokenizedExample(example.row, prompt, answers, targets, example.weight, notes)
 
 
 def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
     """Prompt and answers, parted at the longest common token prefix of the prompt alone and all of prompt + answer."""
-    row, prompt, notes = example.row, example.prompt, ()
+    row, notes = example.row, ()
+    prompt: Any = example.prompt
+    answers: Any = example.answers
     if isinstance(prompt, str):
-        texts = [prompt, *(prompt + answer for answer in example.answers)]
-        prompt_ids, *full = _encode(coder, texts, special=True)
+        prompt_ids, *full = _encode(coder, [prompt, *(prompt + answer for answer in answers)], special=True)
         ended = [_with_eos(coder, ids, row) for ids in full]
     else:
-        texts = [_render(coder, example, prompt, prompt=True)]
-        texts += [_render(coder, example, prompt + answer) for answer in example.answers]
-        if not all(text.startswith(texts[0]) for text in texts[1:]):
-            tail = texts[0][min(_common_text(texts[0], text) for text in texts[1:]) :]
-            notes = (_not_prefix(row, f"{tail[:40]!r} of the rendered prompt is not in the rendered conversation"),)
+        before = _render(coder, example, prompt, prompt=True)
+        texts = [_render(coder, example, prompt + answer) for answer in answers]
+        part_at = min(_common_text(before, text) for text in texts)
+        if part_at < len(before):
+            lost = before[part_at:][:40]
+            notes = (_not_prefix(row, f"{lost!r} of the rendered prompt is not in the rendered conversation"),)
             if coder.data.fates.template_not_prefix != "repair":
                 return notes[0]
-        prompt_ids, *full = _encode(coder, texts, special=False)
+        prompt_ids, *full = _encode(coder, [before, *texts], special=False)
         ended = full
     size = min(common_prefix(prompt_ids, ids) for ids in full)
     if size == 0:
@@ -220,13 +221,13 @@ def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
 
 def _whole(coder: _Coder, example: Example) -> _Pieces | Problem:
     """A text, learned but for its first token; or a conversation, of which the assistant's turns are learned."""
-    (answer,) = example.answers
+    answer: Any = example.answers[0]
     if isinstance(answer, str):
         (ids,) = _encode(coder, [answer], special=True)
         ids = _with_eos(coder, ids, example.row)
         return _parted(ids, [True] * len(ids)) or Problem(example.row, "empty_answer", "the text is a single token")
     text = _render(coder, example, answer)
-    turns = _assistant_turns(coder, example, text)
+    turns = _assistant_turns(coder, example, answer, text)
     if isinstance(turns, Problem):
         return turns
     spans, notes = turns
@@ -263,13 +264,12 @@ def _common_text(first: str, second: str) -> int:
     return len(first) if second.startswith(first) else common_prefix(first, second)
 
 
-def _assistant_turns(coder: _Coder, example: Example, text: str):
+def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: str):
     """([start, end) in `text` of each assistant turn that has a message before it, notes); or the problem.
 
     A turn starts where the conversation before it, ready for an answer, ends. Templates may render a turn otherwise
     when others follow (Qwen3 takes out thoughts): then it is the longest tail of its own rendering that stands there.
     """
-    (messages,) = example.answers
     spans, changed = [], None
     for place, message in enumerate(messages):
         if message["role"] != "assistant" or place == 0:
@@ -303,7 +303,7 @@ def _truncated(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Pr
     too_long = Problem(example.row, "too_long", f"{length} tokens, max_length is {limit}")
     if fates.too_long != "truncate":
         return too_long
-    cut = _CUTS[coder.data.truncation, pieces.learned is not None](pieces, limit, coder.tokenizer.bos_token_id)
+    cut = _CUTS[coder.data.truncation, bool(pieces.learned)](pieces, limit, coder.tokenizer.bos_token_id)
     if cut is None:
         left = "the prompt fills it" if coder.data.truncation == "keep_start" else "the answer fills it"
         return replace(too_long, detail=f"{too_long.detail}, and {left}")
