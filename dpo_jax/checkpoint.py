@@ -5,6 +5,7 @@ arrays, and ``manifest``, JSON (see manifest.py) with the shape, type and checks
 read is trusted before its checksums agree.
 """
 
+import asyncio
 import json
 import math
 import sys
@@ -23,7 +24,8 @@ from dpo_jax.errors import RunStopped, UserError
 from dpo_jax.manifest import FORMAT
 
 STATE, MANIFEST, DAMAGED = "state", "manifest", ".damaged"
-# Marks in the text of an error that tell of the storage's state and not of the checkpoint's.
+# Errors while reading that tell of the machine's or the storage's state and not of the checkpoint's: by type, by text.
+NOT_DAMAGE = (MemoryError, PermissionError, TimeoutError, ConnectionError, jax.errors.JaxRuntimeError)
 NOT_ITS_FAULT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
 
 
@@ -277,8 +279,11 @@ def _steps(directory: epath.Path) -> list[int]:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: stopping belongs to hosts.py. Orbax asks from its background thread about steps long past, which
-        would set jax's count of this process back, so that the processes agree on a step one of them has left."""
+        """Never: stopping belongs to hosts.py.
+
+        Orbax asks from its background thread about steps long past, which sets jax's count of this process back, so
+        that the processes agree on a step that one of them has left: it then never stops, and the others wait for it.
+        """
         return False
 
 
@@ -377,13 +382,26 @@ def _read_arrays(path: epath.Path, abstract: Any, saved: Mapping[str, dict], par
     item = jax.tree.unflatten(tree, as_saved)
     options = ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
                                      partial_restore=part)  # fmt: skip
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _PatientReader()))
     try:
         # The handler itself, not the manager: a process that fails must not leave the others at Orbax's barrier.
-        return ocp.PyTreeCheckpointHandler().restore(path, args=options)
-    except (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError) as error:
-        if any(mark in str(error) for mark in NOT_ITS_FAULT):
+        return ocp.PyTreeCheckpointHandler(type_handler_registry=registry).restore(path, args=options)
+    except Exception as error:  # Orbax raises a plain Exception for a chunk that cannot be decoded
+        told = f"{error} {error.__cause__ or ''}"
+        if isinstance(error, NOT_DAMAGE) or any(mark in told for mark in NOT_ITS_FAULT):
             raise
-        raise _Damaged(f"its arrays cannot be read: {_first_line(error)}") from error
+        raise _Damaged(f"its arrays cannot be read: {_first_line(error.__cause__ or error)}") from error
+
+
+class _PatientReader(ocp.type_handlers.ArrayHandler):
+    """Orbax's reader, which closes its event loop at the first error, while other reads still report to it."""
+
+    async def deserialize(self, infos, args=None):
+        before = asyncio.all_tasks()
+        try:
+            return await super().deserialize(infos, args)
+        finally:
+            await asyncio.gather(*asyncio.all_tasks() - before, return_exceptions=True)
 
 
 def _refuse_other_leaves(abstract: Any, saved: Mapping[str, dict], path: epath.Path, part: bool) -> None:

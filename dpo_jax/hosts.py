@@ -137,8 +137,9 @@ def _hear(caller: socket.socket, num_processes: int, present: dict) -> tuple[int
         verdict = f"process {process_id} counts {size} processes and process 0 counts {num_processes}: "
         return process_id, verdict + f"give every process the same {NUM_PROCESSES}"
     if process_id == 0 or process_id in present:
-        caller.close()
-        return None, f"process id {process_id} was given to two processes: give each its own {PROCESS_ID}"
+        verdict = f"process id {process_id} was given to two processes: give each its own {PROCESS_ID}"
+        _tell(caller, verdict)
+        return None, verdict
     return process_id, ""
 
 

@@ -98,7 +98,7 @@ def hold_run(path: str | Path) -> Iterator[RunDir]:
         if root.is_dir() and any(root.iterdir()) and not is_run_dir(root):
             raise UserError(f"run.dir: {path} holds other files and no run of this program: choose an empty directory")
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / LOCK, "a+")
+        lock = open(root / LOCK, "a+")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"run.dir: {path} cannot be written ({error.strerror}): choose another directory") from error
     with lock:
