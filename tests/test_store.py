@@ -124,9 +124,9 @@ def test_a_dataset_object_is_a_source(tmp_path):
 def test_a_second_start_tokenises_nothing(hh, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     source, data, tokenizer = hh
-    start = time.perf_counter()
+    start = time.process_time()
     built = build(tmp_path, source, data=data, tokenizer=tokenizer)
-    first = time.perf_counter() - start
+    first = time.process_time() - start
     assert "tokenising 1697 rows" in caplog.text
     caplog.clear()
 
@@ -134,9 +134,9 @@ def test_a_second_start_tokenises_nothing(hh, tmp_path, monkeypatch, caplog):
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(store, "converted_chunks", nothing_may_be_converted)
-    start = time.perf_counter()
+    start = time.process_time()
     again = build(tmp_path, source, data=data, tokenizer=tokenizer)
-    assert time.perf_counter() - start < first / 4
+    assert time.process_time() - start < first / 4
     assert again.key == built.key
     assert again.report == built.report
     assert not caplog.text
@@ -213,7 +213,7 @@ def test_a_store_of_another_key_is_not_used(tmp_path):
 
 def test_builders_at_once(tmp_path):
     """Whoever comes first wins; every one of them gets a whole store, over a damaged one too."""
-    source = write_rows(tmp_path / "a.jsonl", PAIRS * 20)
+    source = write_rows(tmp_path / "a.jsonl", PAIRS * 8)
     one = build(tmp_path / "one", source)
     tokenizers = [make_tokenizer() for _ in range(4)]
     for _ in range(2):
