@@ -15,9 +15,10 @@ from jsonargparse.typing import NonNegativeInt
 import dpo_jax
 from dpo_jax.config import DPOConfig, SFTConfig, TrainConfig
 from dpo_jax.configdocs import help_sections
-from dpo_jax.configfile import CommandLineText, parse_config, type_words
+from dpo_jax.configfile import COMMAND_OF, CommandLineText, parse_config, type_words
 from dpo_jax.errors import UserError
 
+CONFIG_OF = {command: config for config, command in COMMAND_OF.items()}
 INTERRUPTED = 130  # the shell's code for control-C
 
 
@@ -40,9 +41,12 @@ def _export(run_dir: str, out_dir: str, which: str) -> None:
 
 
 def _data(config: TrainConfig, step: int | None) -> None:
-    from dpo_jax.data import audit
+    from dpo_jax.data.audit import audit_config, render, show_step
+    from dpo_jax.policy import build_model, find_model, find_tokenizer
 
-    print(audit.render(audit.audit_config(config)) if step is None else audit.show_step(config, step))
+    source = find_model(config.model.path, config.model.revision)
+    tokenizer = find_tokenizer(source, build_model(source, config.model), config.model, config.data.chat_template)
+    print(render(audit_config(config, tokenizer)) if step is None else show_step(config, step, tokenizer))
 
 
 def _quickstart(dir: str) -> None:
@@ -86,7 +90,12 @@ COMMANDS = {
         run=_data,
         config=DPOConfig,
         arguments={
-            "--step": {"type": NonNegativeInt, "default": None, "help": "Print the pairs of this step instead."}
+            "--for": {"choices": list(CONFIG_OF), "default": "train", "help": "The command that the config is for."},
+            "--step": {
+                "type": NonNegativeInt,
+                "default": None,
+                "help": "Print the pairs of this step, from 0, instead.",
+            },
         },
     ),
     "quickstart": Command(
@@ -125,7 +134,8 @@ def _run(argv: list[str]) -> None:
     given = _parser(name).parse_args([name, *rest])[name]
     arguments = {option.lstrip("-"): given[option.lstrip("-")] for option in command.arguments}
     if command.config is not None:
-        arguments["config"] = parse_config(given["config"], overrides, command.config)
+        kind = CONFIG_OF[arguments.pop("for")] if "for" in arguments else command.config
+        arguments["config"] = parse_config(given["config"], overrides, kind)
     command.run(**arguments)
 
 

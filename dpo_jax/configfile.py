@@ -21,7 +21,7 @@ from dpo_jax.errors import UserError
 
 Config = TypeVar("Config", bound=TrainConfig)
 
-COMMAND_OF = {DPOConfig: "train", SFTConfig: "sft"}
+COMMAND_OF: dict[type[TrainConfig], str] = {DPOConfig: "train", SFTConfig: "sft"}
 SHORTHAND = {SourceConfig: "path"}  # text in place of one of these is its field
 CLASS_WORDS = {SourceConfig: "a set"}
 SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}
