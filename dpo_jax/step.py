@@ -113,8 +113,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Make one update; pure, not jitted.
 
-    ``batch`` is whatever ``logps_fn(params, batch) -> PairLogps`` takes; with ``accumulation`` > 1 its leaves (and those
-    of a cached ``reference``) have a leading dim of that size, and the result is that of the whole batch.
+    ``batch`` is whatever ``logps_fn(params, batch) -> PairLogps`` takes; with ``accumulation`` > 1 its leaves (and
+    those of a cached ``reference``) have a leading dim of that size, and the result is that of the whole batch.
     ``reference``: a parameter tree of the same model, its ``PairLogps`` of this batch, or None. No gradient reaches it.
 
     Metrics are float32 scalars named as TRL's: loss, rewards/*, logps/*, grad_norm (before clipping), and token
@@ -131,7 +131,9 @@ def train_step(
     return jax.tree.map(lambda new, old: jnp.where(healthy, new, old), after, before), metrics
 
 
-def state_shardings(state: TrainState, param_shardings: Any, whole: Any, optimizer: optax.GradientTransformation) -> Any:
+def state_shardings(
+    state: TrainState, param_shardings: Any, whole: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
     """Sharding of every leaf of the state: moments lie as their weights do, the rest is ``whole``.
 
     ``state`` may be shapes (``jax.eval_shape``). A factored moment, of another shape than its weight, is ``whole``.

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.data.packing import Layout, Packer, choose_shapes, pack_rows, shape_needed
-from dpo_jax.data.sampling import Order
+from dpo_jax.config import DPOConfig, SFTConfig
+from dpo_jax.data.packing import Layout, Packer, choose_shapes, pack_rows, step_shape
+from dpo_jax.data.sampling import Order, make_order
+from dpo_jax.data.sets import DataSets
 from dpo_jax.data.store import Store
 
 SAMPLED_STEPS = 2048  # steps whose sizes decide the row shapes
@@ -77,25 +79,28 @@ def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(real, store.lengths[held], 0), np.where(real, store.num_targets[held], 0)
 
 
-def make_batches(
-    store: Store,
-    order: Order,
-    *,
-    layout: Layout,
-    row_devices: int,
-    row_length: int | None,
-    accumulation: int,
-    max_shapes: int,
-) -> Batches:
+def make_batches(store: Store, order: Order, packer: Packer, max_shapes: int) -> Batches:
     """Batches with row shapes chosen from the sizes of the run's own steps."""
-    packer = Packer(layout, row_devices, row_length, accumulation)
-    step_size = max(1, order.num_steps // SAMPLED_STEPS)
-    needed = []
-    for step in range(0, order.num_steps, step_size):
-        parts = [shape_needed(rows) for rows in packer.rows(*_sizes(store, order.step_ids(step)))]
-        shape = parts[0]
-        for part in parts[1:]:
-            shape = shape.union(part)
-        needed.append(shape)
+    stride = max(1, order.num_steps // SAMPLED_STEPS)
+    needed = [step_shape(packer.rows(*_sizes(store, order.step_ids(step)))) for step in range(0, order.num_steps, stride)]
     most = min(max_shapes, 1 + order.num_steps // STEPS_A_SHAPE)
     return Batches(store, order, replace(packer, shapes=choose_shapes(needed, most)))
+
+
+def train_batches(config: DPOConfig | SFTConfig, sets: DataSets, row_devices: int) -> Batches:
+    """The batches of the run's steps; ``row_devices``: devices over which rows are spread."""
+    packer = _packer(config, row_devices, config.batch.accumulation)
+    return make_batches(sets.train, sets.order, packer, config.batch.max_shapes)
+
+
+def set_batches(config: DPOConfig | SFTConfig, store: Store, ids: np.ndarray, row_devices: int) -> Batches:
+    """Batches that hold each of ``ids`` once, in order; the last one is ragged."""
+    size = config.batch.pairs if isinstance(config, DPOConfig) else config.batch.examples
+    order = make_order(groups=[ids], weights=None, seed=0, shuffle=False, batch=size, steps=None, epochs=1)
+    return make_batches(store, order, _packer(config, row_devices, 1), config.batch.max_shapes)
+
+
+def _packer(config: DPOConfig | SFTConfig, row_devices: int, accumulation: int) -> Packer:
+    layout: Layout = config.batch.layout if isinstance(config, DPOConfig) else "shared"
+    row_length = None if config.batch.row_length == "auto" else config.batch.row_length
+    return Packer(layout, row_devices, row_length, accumulation)

@@ -8,6 +8,7 @@ Shape letters as in batch.py; J pairs of blocks that attention visits in a row.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from itertools import combinations
 from typing import Literal, NamedTuple
 
@@ -137,6 +138,11 @@ def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
     )
 
 
+def step_shape(parts: Sequence[Sequence[Sequence[Unit]]]) -> BatchShape:
+    """The smallest shape that holds every part of a step."""
+    return reduce(BatchShape.union, map(shape_needed, parts))
+
+
 def choose_shapes(needed: Sequence[BatchShape], most: int, worth: float = 0.05) -> tuple[BatchShape, ...]:
     """At most ``most`` shapes, smallest first, that hold all of ``needed`` with the fewest token slots.
 
@@ -159,10 +165,7 @@ def choose_shapes(needed: Sequence[BatchShape], most: int, worth: float = 0.05) 
         best, best_cost = bounds, cost
     shapes: list[BatchShape] = []
     for low, high in zip((0, *best), best, strict=False):
-        members = [shape for shape in needed if low < slots(shape) <= high]
-        shape = members[0]
-        for member in members[1:]:
-            shape = shape.union(member)
+        shape = reduce(BatchShape.union, (shape for shape in needed if low < slots(shape) <= high))
         shapes.append(shape.union(shapes[-1]) if shapes else shape)
     return tuple(shapes)
 
@@ -184,17 +187,13 @@ class Packer:
         for start in range(0, len(lengths), size):
             part = slice(start, start + size)
             units = make_units(lengths[part], num_targets[part], self.layout)
-            parts.append(
-                assign_rows(units, layout=self.layout, multiple=self.multiple, row_length=self.row_length)
-            )  # fmt: skip
+            parts.append(assign_rows(units, layout=self.layout, multiple=self.multiple, row_length=self.row_length))
         most = max(len(rows) for rows in parts)
         return [rows + [[] for _ in range(most - len(rows))] for rows in parts]
 
     def shape(self, parts: Sequence[Sequence[Sequence[Unit]]]) -> BatchShape:
         """The smallest of ``shapes`` that holds the step; beyond them, a rounded-up one that may compile anew."""
-        needed = shape_needed(parts[0])
-        for rows in parts[1:]:
-            needed = needed.union(shape_needed(rows))
+        needed = step_shape(parts)
         for shape in self.shapes:
             if shape.holds(needed):
                 return shape

@@ -1,0 +1,448 @@
+"""A run, from its config to an aligned model: the only place that wires one, for both stages.
+
+Read it top to bottom: ``train`` is the story, what it calls follows in the order of the calls.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import optax
+
+from dpo_jax import hosts
+from dpo_jax.assemble import Parts, assemble, evaluate_sets, make_reference, reference_weights
+from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.config import DPOConfig, SFTConfig
+from dpo_jax.configfile import config_to_yaml
+from dpo_jax.data.batches import StepData
+from dpo_jax.data.tokenize import tokenizer_hash
+from dpo_jax.errors import Preempted, RunStopped, UserError
+from dpo_jax.losses import loss_at_start
+from dpo_jax.manifest import make_manifest, refuse_changed, rounding_changes
+from dpo_jax.metrics import MetricsLog, all_finite, memory, plain, progress_line, say
+from dpo_jax.models.decoder import count_params
+from dpo_jax.optimizer import make_optimizer, make_schedule
+from dpo_jax.policy import export_run, keep_model_files, load_weights, param_shardings
+from dpo_jax.reference import LiveReference, Reference, weights_id
+from dpo_jax.report import write_report
+from dpo_jax.rundir import RunDir, cut_back, hold_run, log_event, log_offsets, read_json
+from dpo_jax.sharding import make_mesh, replicated
+from dpo_jax.step import TrainState, init_state, make_train_step, state_shardings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Largest difference of one model's log-probs between two compiled programs, as a share of the log-prob.
+AGREEMENT = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run's parts and what it writes to."""
+
+    run: RunDir
+    parts: Parts
+    reference: Reference | None
+    proven: bool  # the reference is the policy's own start, so the first step's values are known
+    step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
+    schedule: optax.Schedule
+    saves: Checkpoints
+    log: MetricsLog
+    manifest: dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """How far the run is."""
+
+    done: int  # steps
+    num_tokens: int
+
+
+def train(
+    config: DPOConfig | SFTConfig,
+    *,
+    train_set: "Dataset | None" = None,
+    eval_sets: "Mapping[str, Dataset] | None" = None,
+) -> dict[str, float]:
+    """Run DPO, or supervised fine-tuning, as the config says; a run that was begun before goes on where it was saved.
+
+    ``train_set`` and ``eval_sets`` stand in for those that the config names. Returns the last step's metrics and the
+    last evaluation.
+
+    Raises:
+        UserError: something in config, data, model or run directory is wrong.
+        Preempted: SIGTERM or Ctrl-C came; the state is saved.
+        RunStopped: loss or gradient became NaN or infinite; the state before that step is saved.
+    """
+    hosts.start_hosts()
+    keep_compilations()
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), held(config.run.dir) as run:
+        # Data and model
+        parts = assemble(config, mesh, train_set, eval_sets)
+        announce(parts)
+
+        # Weights: the start is loaded on resume too, because the reference is made of it, never of a restored policy
+        start = load_weights(parts.source, parts.model, config.model, mesh)
+        start_id = reference_id = weights_id(start)
+        reference = None
+        if isinstance(config, DPOConfig):
+            weights = reference_weights(parts, start)
+            reference_id = weights_id(weights)
+            reference = make_reference(parts, weights)
+            del weights
+
+        # State and step
+        num_steps = parts.batches.order.num_steps
+        optimizer = make_optimizer(config.optimizer, num_steps)
+        abstract = jax.eval_shape(lambda params: init_state(params, optimizer), start)
+        shardings = state_shardings(abstract, param_shardings(parts.model, mesh), replicated(mesh), optimizer)
+        step = make_train_step(
+            logps_fn=parts.logps_fn,
+            loss=parts.loss,
+            optimizer=optimizer,
+            accumulation=config.batch.accumulation,
+            shardings=shardings,
+            metrics_sharding=replicated(mesh),
+        )
+
+        with Checkpoints(run.checkpoints, config.checkpoint) as saves, hosts.stop_signals() as stop_requested:
+            job = Job(
+                run=run,
+                parts=parts,
+                reference=reference,
+                proven=isinstance(config, DPOConfig) and start_id == reference_id,
+                step=step,
+                schedule=make_schedule(config.optimizer, num_steps),
+                saves=saves,
+                log=MetricsLog(run, config.run, hosts.is_writer()),
+                manifest=describe(parts, start_id, reference_id),
+            )
+            restored = resume(job, with_shardings(abstract, shardings))
+            if restored is None:
+                fresh = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings, donate_argnums=0)
+                state = fresh(start)
+                progress = begin(job, state)
+            else:
+                state, progress = restored
+            del start
+            state = run_steps(job, state, progress, stop_requested)
+        finish(job, state)
+    return last_metrics(run)
+
+
+def keep_compilations() -> None:
+    """Keep compiled programs on disk, where the user has not chosen a place, so that a second start is quick."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dpo_jax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@contextmanager
+def held(directory: str) -> Iterator[RunDir]:
+    """The run directory, locked by the process that writes to it."""
+    if not hosts.is_writer():
+        yield RunDir(Path(directory).expanduser().absolute())
+        return
+    with hold_run(directory) as run:
+        log_event(run, "start", devices=jax.device_count(), processes=jax.process_count())
+        yield run
+
+
+def announce(parts: Parts) -> None:
+    """Tell what is about to run."""
+    config, batches = parts.config, parts.batches
+    order, shapes = batches.order, batches.packer.shapes
+    dropped = sum(cause["count"] for source in batches.store.report for cause in source["dropped"].values())
+    evals = "".join(f", {len(own.order.groups[0])} in {name}" for name, own in parts.evals.items())
+    rows = " or ".join(f"{shape.rows} x {shape.length}" for shape in shapes)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
+    say(config.run.progress, f"model: {count_params(parts.model):,} parameters, {parts.model.dtype}; mesh: {mesh}")
+    say(config.run.progress, f"data: {order.epoch_draws} to train on{evals}; {dropped} rows dropped")
+    say(config.run.progress, f"steps: {order.num_steps} of {order.batch}, in rows of {rows} tokens")
+
+
+def describe(parts: Parts, start_id: str, reference_id: str) -> dict[str, Any]:
+    """The manifest of this run."""
+    template = getattr(parts.tokenizer, "chat_template", None)
+    identity = {
+        "weights": start_id,
+        "reference": reference_id,
+        "tokenizer": tokenizer_hash(parts.tokenizer),
+        "template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
+        "store": parts.batches.store.key,
+        "dtype": parts.model.dtype,
+    }
+    place = {
+        "platform": jax.default_backend(),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cores": os.cpu_count(),
+    }
+    return make_manifest(asdict(parts.config), identity, place)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes that also say where the arrays shall lie."""
+    return jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, shardings)
+
+
+def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None:
+    """The newest good save, with the logs cut back to it; None: nothing was saved yet."""
+    show = job.parts.config.run.progress
+    old = job.saves.manifest()
+    if old is not None:
+        refuse_changed(old, job.manifest, str(job.run.root))
+    restored = job.saves.restore(abstract)
+    if restored is None:
+        return None
+    state, manifest = restored
+    if hosts.is_writer():
+        cut_back(job.run, manifest["offsets"])
+        log_event(job.run, "restore", step=manifest["step"])
+    say(show, f"going on from step {manifest['step']}")
+    for line in rounding_changes(manifest, job.manifest):
+        say(show, f"not bit for bit the same from here on: {line}")
+    if job.reference is not None:
+        say(show, f"mean margin of the first step's pairs: {start_margins(job, state)[0].mean():.6g} nats")
+    return state, Progress(manifest["step"], manifest["extras"]["num_tokens"])
+
+
+def begin(job: Job, state: TrainState) -> Progress:
+    """Start afresh: old logs emptied, config and model files kept, the start proven and evaluated."""
+    if hosts.is_writer():
+        cut_back(job.run, {job.run.metrics.name: 0, job.run.timings.name: 0})
+        keep_model_files(job.run, job.parts.source, job.parts.tokenizer)
+        job.run.config.write_text(config_to_yaml(job.parts.config))
+    if job.reference is not None:
+        prove_start(job, state)
+    if job.parts.evals:
+        job.log.metrics(0, evaluate_sets(job.parts, state.params, job.reference))
+    return Progress(0, 0)
+
+
+def start_margins(job: Job, state: TrainState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the first step's real pairs: margins [B], policy and reference log-probs [B, K], by one compiled function."""
+    assert job.reference is not None
+    data = job.parts.batches(0)
+    batch = data.batch
+    parts = [batch] if batch.valid.ndim == 1 else [jax.tree.map(lambda x: x[i], batch) for i in range(len(batch.valid))]  # noqa: B023
+    policy: list[np.ndarray] = []
+    reference: list[np.ndarray] = []
+    for part in map(job.parts.place, parts):
+        policy.append(np.asarray(job.parts.logps_step(state.params, part).sum))
+        if isinstance(job.reference, LiveReference):
+            reference.append(np.asarray(job.parts.logps_step(job.reference.params, part).sum))
+    if not isinstance(job.reference, LiveReference):
+        reference.append(np.asarray(job.reference.of(data, job.parts.batches.store).sum).reshape(len(data.ids), -1))
+    real = data.ids >= 0
+    ours, theirs = np.concatenate(policy)[real], np.concatenate(reference)[real]
+    margins = (ours - theirs) @ np.array([1.0, -1.0], np.float32)
+    return margins, ours, theirs
+
+
+def agreement(job: Job) -> float:
+    """The bound for this run's arithmetic; float32 products of an accelerator may be as coarse as bfloat16's."""
+    exact = jax.default_backend() == "cpu" or job.parts.model.matmul_precision == "highest"
+    return AGREEMENT["float32" if job.parts.model.dtype == "float32" and exact else "bfloat16"]
+
+
+def prove_start(job: Job, state: TrainState) -> None:
+    """Policy and reference give the first step's pairs equal log-probs when they are equal models.
+
+    Equal bit for bit where both run the same compiled function on weights of one type, else within ``AGREEMENT``.
+
+    Raises:
+        UserError: they do not.
+    """
+    margins, ours, theirs = start_margins(job, state)
+    if not job.proven:
+        say(job.parts.config.run.progress, f"mean margin at the start: {margins.mean():.6g} nats")
+        return
+    assert isinstance(job.parts.config, DPOConfig)
+    same_type = isinstance(job.reference, LiveReference) and job.parts.config.reference.dtype == "auto"
+    bound = 0.0 if same_type else agreement(job)
+    worst = float(np.max(np.abs(ours - theirs) / np.maximum(1, np.abs(ours))))
+    if not worst <= bound:
+        raise UserError(
+            f"step 0: policy and reference are the same weights, but their log-probs differ by {worst:.3g} of their "
+            f"size (allowed: {bound:g}): the cache in data.store may be stale (remove its reference-*.npz), or the "
+            "reference is another model"
+        )
+
+
+def check_first(job: Job, values: Mapping[str, float], data: StepData) -> None:
+    """The train step's own log-probs are those of evaluation, and the loss is that of margin 0.
+
+    Raises:
+        UserError: they are not, so the step does not compute what it should.
+    """
+    expected = loss_at_start(job.parts.loss)
+    if not job.proven or expected is None:
+        return
+    bound = agreement(job)
+    size = max(1.0, abs(values["logps/chosen"]), abs(values["logps/rejected"]))
+    allowed = 3e-6 + bound * size * job.parts.loss.beta * max(1.0, expected)
+    weights = job.parts.batches.store.weights[data.ids[data.ids >= 0]]
+    expected *= float(weights.mean())
+    if not abs(values["loss"] - expected) <= allowed:
+        raise UserError(
+            f"step 0: the loss is {values['loss']:.7g}, at margin 0 it is {expected:.7g} (allowed: {allowed:.2g} more "
+            "or less): a mask, the reference or a cached log-prob is wrong; compare with batch.layout padded and "
+            "reference.mode live"
+        )
+
+
+def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: Callable[[int], bool]) -> TrainState:
+    """Every step that is left. A step's metrics are read while the next one runs.
+
+    Order at a step's end: its metrics, evaluation, save, stop; so that a save holds all that came before it.
+    """
+    parts, config = job.parts, job.parts.config
+    num_steps = parts.batches.order.num_steps
+    save_every = config.checkpoint.every or max(1, num_steps // 10)
+    place = parts.place_parts
+    pending: _Pending | None = None
+    coming = parts.batches.ahead(progress.done, num_steps)
+    with progress_line(progress.done, num_steps, "step", config.run.progress and hosts.is_writer()) as line:
+        clock = time.perf_counter()
+        try:
+            for step in range(progress.done, num_steps):
+                asked = time.perf_counter()
+                data = next(coming)
+                batch = place(data.batch)
+                fixed = None if job.reference is None else job.reference.of(data, parts.batches.store)
+                waited = time.perf_counter() - asked
+                state, metrics = job.step(state, fixed, batch)
+                if pending is not None:
+                    clock = record(job, pending, progress, line, clock)
+                pending = _Pending(data, metrics, waited)
+
+                last = step + 1 == num_steps
+                evaluates = bool(parts.evals) and (last or _every(config.run.eval_every, step + 1))
+                stops = stop_requested(step + 1) and not last
+                saves = last or stops or _every(save_every, step + 1)
+                if evaluates or saves:
+                    clock, pending = record(job, pending, progress, line, clock), None
+                evaluation = None
+                if evaluates:
+                    evaluation = evaluate_sets(parts, state.params, job.reference)
+                    job.log.metrics(step + 1, evaluation)
+                if saves:
+                    save(job, state, progress, evaluation, wait=stops)
+                if stops:
+                    _preempt(job, progress, num_steps)
+                if evaluates or saves:
+                    clock = time.perf_counter()
+        except NotFinite as bad:
+            save(job, state.replace(healthy=np.ones((), bool)), progress, None, wait=True)
+            raise RunStopped(str(bad)) from bad
+    return state
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose metrics are still on the devices."""
+
+    data: StepData
+    metrics: dict[str, jax.Array]
+    waited: float  # seconds for its batch
+
+
+class NotFinite(Exception):
+    """Loss or gradient of a step is NaN or infinite."""
+
+
+def _every(interval: int, done: int) -> bool:
+    return interval > 0 and done % interval == 0
+
+
+def record(job: Job, pending: _Pending, progress: Progress, line: Any, clock: float) -> float:
+    """Wait for a step, check it, log it; the time at which it was done.
+
+    Raises:
+        NotFinite: naming step and rows; the progress stays before that step.
+    """
+    config, data, store = job.parts.config, pending.data, job.parts.batches.store
+    values = {name: plain(value) for name, value in jax.device_get(pending.metrics).items()}
+    now = time.perf_counter()
+    real = data.ids[data.ids >= 0]
+    if not all_finite(values):
+        rows = ", ".join(f"{job.parts.sets.train.report[store.sources[i]]['source']}:{store.rows[i]}" for i in real)
+        raise NotFinite(
+            f"step {data.step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: the run is stopped, "
+            f"the state after step {data.step} is saved; lower optimizer.learning_rate or look at rows {rows}"
+        )
+    if data.step == 0:
+        check_first(job, values, data)
+    progress.done = data.step + 1
+    progress.num_tokens += data.num_tokens
+    seconds = now - clock
+    if _every(config.run.log_every, progress.done) or progress.done == job.parts.batches.order.num_steps:
+        order = job.parts.batches.order
+        facts = {
+            "learning_rate": plain(np.float32(job.schedule(data.step))),
+            "epoch": order.epoch(progress.done),
+            "num_tokens": progress.num_tokens,
+            "pairs": len(real),
+            "fill": data.fill,
+        }
+        job.log.metrics(progress.done, values | facts)
+        rates = {
+            "step_seconds": seconds,
+            "pairs_per_second": len(real) / seconds,
+            "tokens_per_second": data.fill * data.batch.tokens.size / seconds,
+            "data_wait_seconds": pending.waited,
+        }
+        job.log.timings(progress.done, rates | memory())
+    shown = {"loss": f"{values['loss']:.4f}"}
+    if "rewards/accuracies" in values:
+        shown |= {"acc": f"{values['rewards/accuracies']:.2f}", "margin": f"{values['rewards/margins']:.3f}"}
+    line.set_postfix(shown | {"pairs/s": f"{len(real) / seconds:.1f}"}, refresh=False)
+    line.update(1)
+    return now
+
+
+def save(job: Job, state: TrainState, progress: Progress, evaluation: Mapping[str, float] | None, wait: bool) -> None:
+    """Begin to save the state after ``progress.done`` steps, with the lengths of the logs at this moment."""
+    started = time.perf_counter()
+    offsets = log_offsets(job.run) if hosts.is_writer() else {}
+    manifest = job.manifest | {"offsets": offsets, "extras": {"num_tokens": progress.num_tokens}}
+    job.saves.save(progress.done, state, manifest, evaluation, wait=wait)
+    if hosts.is_writer():
+        log_event(job.run, "save", step=progress.done, seconds=round(time.perf_counter() - started, 3))
+
+
+def _preempt(job: Job, progress: Progress, num_steps: int) -> None:
+    if hosts.is_writer():
+        log_event(job.run, "preempt", step=progress.done)
+    raise Preempted(f"{job.run.root}: stopped after step {progress.done} of {num_steps}, the state is saved: "
+                    "run the same command again to go on")  # fmt: skip
+
+
+def finish(job: Job, state: TrainState) -> None:
+    """Export, report, and say where they are."""
+    config = job.parts.config
+    if not hosts.is_writer():
+        return
+    if config.run.export:
+        export_run(job.run, job.run.export, job.parts.model, state.params, overwrite=True)
+    write_report(job.run.root)
+    log_event(job.run, "end", step=job.parts.batches.order.num_steps)
+    say(config.run.progress, f"done: {job.run.report}")
+
+
+def last_metrics(run: RunDir) -> dict[str, float]:
+    """The last step's metrics and the last evaluation, as they were logged."""
+    last: dict[str, float] = {}
+    for row in read_json(run.metrics):
+        last |= row
+    return last
