@@ -157,7 +157,7 @@ def loss_and_gradient(model: Model, params):
 
 
 def distance(tree, other) -> float:
-    """||tree - other|| / ||other||"""
+    """Norm of the difference, relative to the other's norm."""
     norm = lambda tree: np.sqrt(sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree)))  # noqa: E731
     return norm(jax.tree.map(lambda x, y: np.asarray(x, np.float64) - np.asarray(y), tree, other)) / norm(other)
 
@@ -209,8 +209,7 @@ def test_matmul_precision_reaches_every_product_forward_and_backward(tiny):
 
 
 def test_axes_and_shapes_describe_the_parameters(tiny):
-    for name in FAMILIES:
-        kind, options = FAMILIES[name]
+    for kind, options in FAMILIES.values():
         config = decoder_config(getattr(transformers, f"{kind}Config")(**(SIZES | options)).to_dict())
         model = Model(config=config)
         params = jax.eval_shape(model.init, jax.random.key(0))
@@ -290,7 +289,8 @@ REFUSED = [
 def test_what_the_decoder_does_not_compute_is_refused_by_name(model_type, key, value, why):
     with pytest.raises(UserError) as error:
         decoder_config(SIZES | {"model_type": model_type} | {key: value})
-    assert key in str(error.value) and why in str(error.value) and "\n" not in str(error.value)
+    assert all(part in str(error.value) for part in (key, why))
+    assert "\n" not in str(error.value)
 
 
 def test_mixed_windows_are_refused_and_a_window_of_no_layer_is_none():

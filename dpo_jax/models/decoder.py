@@ -11,7 +11,7 @@ the mesh changes the tree.
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -91,24 +91,27 @@ class _Part(nn.Module):
     param_dtype: Any
 
     def weight(self, name: str, axes: tuple[str, ...], init: nn.initializers.Initializer) -> Array:
+        """The parameter ``name``, each of whose dims is one of the axes."""
         c = self.config
         sizes = {"vocab": c.vocab, "embed": c.hidden, "heads": c.heads, "kv_heads": c.kv_heads,
                  "head_dim": c.head_dim, "ffn": c.ffn}  # fmt: skip
         shape = tuple(sizes[axis] for axis in axes)
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype)
+        return cast("Array", self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype))
 
     def matrix(self, name: str, *axes: str) -> Array:
+        """A matrix drawn from a normal distribution."""
         return self.weight(name, axes, nn.initializers.normal(self.config.init_std))
 
     def linear(self, name: str, spec: str, x: Array, out_axes: tuple[str, ...], in_axes: tuple[str, ...],
                bias: bool) -> Array:  # fmt: skip
+        """A matrix applied to x, and its bias where there is one."""
         y = jnp.einsum(spec, x, self.matrix(name, *out_axes, *in_axes).astype(x.dtype))
         if bias:
             y += self.weight(f"{name}_bias", out_axes, nn.initializers.zeros).astype(x.dtype)
         return y
 
     def rms_norm(self, name: str, x: Array, axis: str) -> Array:
-        """x / sqrt(mean(x^2) + eps) * scale over the last dim, in float32 (arXiv 1910.07467)."""
+        """Divide by sqrt(mean(x^2) + eps) over the last dim and scale, in float32 (arXiv 1910.07467)."""
         scale = self.weight(f"{name}_norm", (axis,), nn.initializers.ones).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_eps)
@@ -121,7 +124,10 @@ class Layer(_Part):
     attention: Literal["blocks", "xla"]
 
     @nn.compact
-    def __call__(self, x: Float[Array, "R T D"], angles: Float[Array, "R T C"], batch: PreferenceBatch):
+    def __call__(
+        self, x: Float[Array, "R T D"], angles: Float[Array, "R T C"], batch: PreferenceBatch
+    ) -> tuple[Float[Array, "R T D"], None]:
+        """The residual stream after the layer; `nn.scan` asks for a second result."""
         c = self.config
         y = self.rms_norm("attention", x, "embed")
         q = self.linear("query", "RTD,NHD->RTNH", y, ("heads", "head_dim"), ("embed",), c.qkv_bias)
@@ -151,6 +157,7 @@ class Decoder(_Part):
 
     @nn.compact
     def __call__(self, batch: PreferenceBatch) -> Float[Array, "R T D"]:
+        """Hidden states after the final norm."""
         c = self.config
         if not c.tied:
             self.matrix("unembed", "vocab", "embed")
@@ -188,7 +195,7 @@ class Model:
     def hidden(self, params: Params, batch: PreferenceBatch) -> Float[Array, "R T D"]:
         """Hidden states after the final norm, in the compute dtype."""
         with self._precision():
-            return self._module().apply({"params": params}, batch)
+            return cast("Array", self._module().apply({"params": params}, batch))
 
     def unembedding(self, params: Params) -> Float[Array, "V D"]:
         """The matrix whose rows score the vocabulary: logits = hidden @ unembedding.T."""
@@ -214,7 +221,7 @@ class Model:
 
     def _boxed(self, key: Array) -> Params:
         batch = plain_batch(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))
-        return self._module().clone(attention="xla").init(key, batch)["params"]
+        return dict(self._module().clone(attention="xla").init(key, batch)["params"])
 
     def _precision(self) -> AbstractContextManager:
         # in force while tracing, so it reaches attention too, and the backward pass takes it from the forward pass

@@ -76,24 +76,22 @@ FAMILIES = {
     ),
 }
 
-_SHARED_KEYS = frozenset(
-    """
-    architectures model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    intermediate_size hidden_act rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings
-    tie_word_embeddings initializer_range
-""".split()
-)
+_SHARED_KEYS = frozenset({
+    "architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "rope_parameters", "max_position_embeddings", "tie_word_embeddings", "initializer_range",
+})  # fmt: skip
 
 # Dropout belongs here: this program trains without any. The rest concerns storage, generation, tokens and tools.
-_HARMLESS_KEYS = frozenset("""
-    attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
-    use_cache pretraining_tp torch_dtype dtype transformers_version id2label label2id num_labels return_dict
-    chunk_size_feed_forward problem_type tokenizer_class task_specific_params name_or_path model_max_length
-    bos_token eos_token pad_token max_length min_length do_sample temperature top_k top_p typical_p
-    repetition_penalty length_penalty diversity_penalty num_beams num_beam_groups num_return_sequences
-    encoder_no_repeat_ngram_size no_repeat_ngram_size max_window_layers unsloth_version unsloth_fixed
-    transformers.js_config
-""".split())  # fmt: skip
+_HARMLESS_KEYS = frozenset({
+    "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+    "decoder_start_token_id", "use_cache", "pretraining_tp", "torch_dtype", "dtype", "transformers_version", "id2label",
+    "label2id", "num_labels", "return_dict", "chunk_size_feed_forward", "problem_type", "tokenizer_class",
+    "task_specific_params", "name_or_path", "model_max_length", "bos_token", "eos_token", "pad_token", "max_length",
+    "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "diversity_penalty", "num_beams", "num_beam_groups", "num_return_sequences", "encoder_no_repeat_ngram_size",
+    "no_repeat_ngram_size", "unsloth_version", "unsloth_fixed", "transformers.js_config",
+})  # fmt: skip
 _EMPTY = (None, False, 0, "", [], {})
 _HARMLESS_VALUES = {"partial_rotary_factor": 1}
 
@@ -235,7 +233,8 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-_BUILTIN: dict[str, dict[str, Any]] = {
+# Untrained models that come with the program, as config.json has them.
+BUILTIN: dict[str, dict[str, Any]] = {
     "builtin:tiny": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -256,7 +255,7 @@ _BUILTIN: dict[str, dict[str, Any]] = {
 
 
 def builtin_model(name: str) -> dict[str, Any]:
-    """The ``config.json`` of an untrained model that comes with the program, as a new dictionary."""
-    if name not in _BUILTIN:
-        raise UserError(f"model.path: {name!r} cannot be used: the built-in models are {', '.join(_BUILTIN)}")
-    return dict(_BUILTIN[name])
+    """The ``config.json`` of a built-in model, as a new dictionary."""
+    if name not in BUILTIN:
+        raise UserError(f"model.path: {name!r} cannot be used: the built-in models are {', '.join(BUILTIN)}")
+    return dict(BUILTIN[name])

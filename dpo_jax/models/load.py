@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import UserError
-from dpo_jax.models.families import DecoderConfig
+from dpo_jax.models.families import DecoderConfig, builtin_model
 
 # Of a hub repository, only what is read here: never PyTorch pickles, other formats' copies, or code.
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja", "additional_chat_templates/*"]
@@ -18,6 +18,9 @@ def resolve_model(path: str, revision: str | None) -> Path:
     Raises:
         UserError: there is no such directory or hub model, it holds no model, or the hub cannot be reached.
     """
+    if path.startswith("builtin:"):
+        builtin_model(path)  # says which there are
+        raise UserError(f"model.path: {path} is built in and has no directory; give a directory or a hub name")
     local = Path(path).expanduser()
     if local.is_dir():
         if revision is not None:

@@ -148,9 +148,10 @@ def _load_leaf(
     tensors: list[Tensor], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, *, stacked: bool
 ) -> jax.Array:
     """One parameter, of which only the slices of this process's devices are held; each tensor is read once."""
-    owned = sharding.addressable_devices_indices_map(struct.shape)
-    spans = {device: tuple(s.indices(n)[:2] for s, n in zip(index, struct.shape, strict=True))
-             for device, index in owned.items()}  # fmt: skip
+    spans = {
+        device: tuple(s.indices(n)[:2] for s, n in zip(index or (), struct.shape, strict=True))
+        for device, index in sharding.addressable_devices_indices_map(struct.shape).items()
+    }
     buffers = {span: _aligned(tuple(stop - start for start, stop in span), np.dtype(struct.dtype))
                for span in set(spans.values())}  # fmt: skip
     for layer, tensor in enumerate(tensors):
@@ -256,22 +257,27 @@ def export_params(
     out_dir, dtype = Path(out_dir), np.dtype(dtype)
     if not overwrite and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"{out_dir}: it is not empty; name another directory to export to, or empty this one")
-    partial = out_dir.parent / f".{out_dir.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_tensors(params, model, partial, dtype, max_shard_bytes)
+    unfinished = out_dir.parent / f".{out_dir.name}.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    _write_tensors(params, model, unfinished, dtype, max_shard_bytes)
     dtype_keys = {"dtype", "torch_dtype"} & hf_config.keys() or {"torch_dtype"}
     config = {**hf_config, **dict.fromkeys(dtype_keys, dtype.name)}
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in COMPANIONS if source_dir is not None else ():
-        source = Path(source_dir) / name
-        if source.is_dir():
-            shutil.copytree(source, partial / name)
-        elif source.is_file():
-            shutil.copyfile(source, partial / name)
+    (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if source_dir is not None:
+        _copy_companions(source_dir, unfinished)
     if out_dir.exists():
         shutil.rmtree(out_dir)
-    os.rename(partial, out_dir)
+    os.rename(unfinished, out_dir)
+
+
+def _copy_companions(source_dir: Path, folder: Path) -> None:
+    for name in COMPANIONS:
+        source = Path(source_dir) / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name)
+        elif source.is_file():
+            shutil.copyfile(source, folder / name)
 
 
 def _write_tensors(params: Params, model: Model, folder: Path, dtype: np.dtype, max_shard_bytes: int) -> None:
@@ -298,10 +304,10 @@ def tree_hash(params: Any) -> str:
     leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
     for path, leaf in sorted(leaves, key=itemgetter(0)):
         digest.update(json.dumps([path, list(leaf.shape), leaf.dtype.name]).encode())
-        leaf = leaf if leaf.ndim else leaf.reshape(1)
-        count = len(leaf)
+        slices = leaf if leaf.ndim else leaf.reshape(1)
+        count = len(slices)
         chunk = max(1, _HASH_CHUNK * count // max(1, leaf.nbytes))
         for start in range(0, count, chunk):
-            part = np.asarray(_rows(leaf, start, min(chunk, count - start)))
+            part = np.asarray(_rows(slices, start, min(chunk, count - start)))
             digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
