@@ -1,0 +1,357 @@
+"""What a person looks at: one HTML file of a run, with its curves, that needs nothing beside it.
+
+The page has no script and loads nothing; its plots are PNG, once for a light and once for a dark page.
+"""
+
+import base64
+import io
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.configfile import load_yaml
+from dpo_jax.rundir import RunDir, read_json
+
+Row = Mapping[str, Any]  # a line of a log
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot: logged values by step."""
+
+    title: str
+    keys: tuple[str, ...]
+    note: str
+    log: bool = False
+
+
+PLOTS = (
+    Plot("Loss", ("loss",), "What is minimised. DPO starts at ln 2 = 0.693, where policy and reference are one."),
+    Plot("Reward accuracy", ("rewards/accuracies",), "Share of pairs whose chosen answer has the higher reward."),
+    Plot("Rewards", ("rewards/chosen", "rewards/rejected"),
+         "beta x log(policy / reference). Both may fall; what counts is that they part."),
+    Plot("Margin", ("rewards/margins",), "Reward of the chosen answer less that of the rejected one."),
+    Plot("Log-probability of the answers", ("logps/chosen", "logps/rejected"),
+         "In nats. A chosen answer that falls far may mean that the policy forgets how to answer."),
+    Plot("Token accuracy", ("mean_token_accuracy",), "Answer tokens that were the model's first choice."),
+    Plot("Entropy", ("entropy",), "Nats a token; towards 0 the model grows certain of everything."),
+    Plot("Gradient norm", ("grad_norm",), "Before clipping. Rare spikes are harmless, growth is not.", log=True),
+    Plot("Learning rate", ("learning_rate",), "As the schedule gives it."),
+    Plot("Fill of the rows", ("fill",), "Real tokens in each token slot that is computed."),
+)  # fmt: skip
+SPEED_PLOTS = (
+    Plot("Tokens per second", ("tokens_per_second",), "The first step holds the compilation."),
+    Plot("Seconds per step", ("step_seconds",), "From one step's end to the next one's.", log=True),
+)
+
+# Curves of what is preferred and what is not keep their colours; others take the first ones free.
+COLORS = {
+    "light": {"ink": "#3b4252", "grid": "#e3e6ec", "chosen": "#12805c", "rejected": "#c2410c",
+              "lines": ("#2f5fd0", "#a21caf", "#b7791f", "#0e7490", "#be123c", "#4d7c0f")},
+    "dark": {"ink": "#b6bdca", "grid": "#2e343f", "chosen": "#4ade9f", "rejected": "#fb923c",
+             "lines": ("#7aa2ff", "#e879f9", "#facc5c", "#5fd4e8", "#fb7185", "#a3e635")},
+}  # fmt: skip
+RAW_POINTS = 60  # above this many, a train curve is drawn as its running mean over the pale single steps
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1f2430; --soft: #616a7a; --page: #f6f7f9; --card: #ffffff; --line: #e3e6ec;
+  --good: #12805c; --accent: #2f5fd0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a1b2; --page: #13161b; --card: #1b1f27;
+  --line: #2e343f; --good: #4ade9f; --accent: #7aa2ff; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, -apple-system, "Segoe UI",
+  Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px; }
+h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.01em; }
+h2 { font-size: 18px; margin: 44px 0 12px; }
+h3 { font-size: 15px; margin: 0; }
+p { margin: 0 0 12px; max-width: 76ch; }
+.soft, figcaption { color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; margin-top: 24px; }
+.card, figure, .box { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.card { padding: 14px 18px; }
+.card .name { color: var(--soft); font-size: 13px; }
+.card .value { font-size: 24px; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.card .value .from { color: var(--soft); font-weight: 400; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 16px; }
+figure { margin: 0; padding: 14px 16px 8px; }
+figcaption { font-size: 13px; }
+figure img { display: block; width: 100%; height: auto; }
+.box { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 8px 16px; border-top: 1px solid var(--line); vertical-align: top; }
+thead th { border-top: 0; color: var(--soft); font-weight: 500; font-size: 13px; }
+tbody th { font-weight: 500; }
+td.right { color: var(--good); }
+code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+pre { margin: 0; padding: 14px 16px; overflow-x: auto; }
+summary { cursor: pointer; color: var(--accent); margin-top: 14px; }
+details pre { margin-top: 10px; }
+"""
+
+
+def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None) -> Path:
+    """Write a run's ``report.html`` from its logs; the path of that file.
+
+    Args:
+        run_dir: of a DPO or fine-tuning run, finished or not.
+        data: what became of the rows of each set, by its name, source by source: ``source``, ``rows``, ``kept``,
+            ``dropped`` and ``notes`` by cause, as the token store reports it. None: nothing is said about it.
+    """
+    run = RunDir(run_dir)
+    config, metrics, timings = load_yaml(run.config), read_json(run.metrics), read_json(run.timings)
+    kind = "Direct Preference Optimization" if "loss" in config else "Supervised fine-tuning"
+    sections = [
+        cards(headlines(metrics)),
+        heading("Before and after", comparison_table(metrics)),
+        heading("The run", facts_table(run_facts(config, metrics, timings))),
+        heading("Data", data_table(data)) if data else "",
+        heading("Curves", plots(PLOTS, metrics)),
+        heading("Speed", plots(SPEED_PLOTS, timings)),
+        details("Every option of the run (config.yaml)", run.config.read_text(encoding="utf-8")),
+    ]
+    run.report.write_text(page(f"{run.root.name}", f"{kind} · {run.root}", sections), encoding="utf-8")
+    return run.report
+
+
+# ------------------------------------------------------------------------------------- pieces of a page
+
+
+def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
+    """A whole HTML document around sections that are HTML already."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
+        f'<h1>{escape(title)}</h1><p class="soft">{escape(subtitle)}</p>\n'
+        + "\n".join(sections)
+        + "\n</main></body></html>\n"
+    )
+
+
+def heading(title: str, *content: str) -> str:
+    """A section; nothing at all when it has no content."""
+    return f"<h2>{escape(title)}</h2>\n" + "\n".join(content) if any(content) else ""
+
+
+def paragraph(text: str) -> str:
+    """A paragraph of plain text."""
+    return f"<p>{escape(text)}</p>"
+
+
+def cards(values: Mapping[str, tuple[str | None, str]]) -> str:
+    """The few numbers to see first, each by its name: (before or None, after)."""
+    shown = "".join(
+        f'<div class="card"><div class="name">{escape(name)}</div><div class="value">'
+        + ("" if before is None else f'<span class="from">{escape(before)} → </span>')
+        + f"{escape(after)}</div></div>"
+        for name, (before, after) in values.items()
+    )
+    return f'<div class="cards">{shown}</div>' if shown else ""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[tuple[int, int]] = frozenset()) -> str:
+    """A table of plain texts, the first of each row its name; cells in ``right``, (row, column), are set off.
+
+    An empty head: a table without one. No rows: nothing at all.
+    """
+
+    def cell(text: str, place: tuple[int, int]) -> str:
+        return f'<td class="right">{escape(text)}</td>' if place in right else f"<td>{escape(text)}</td>"
+
+    body = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>'
+        + "".join(cell(text, (number, column)) for column, text in enumerate(rest, 1))
+        + "</tr>"
+        for number, (first, *rest) in enumerate(rows)
+    )
+    top = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    top = f"<thead><tr>{top}</tr></thead>" if top else ""
+    return f'<div class="box"><table>{top}<tbody>{body}</tbody></table></div>' if body else ""
+
+
+def details(title: str, text: str) -> str:
+    """Text to be opened by a click."""
+    return f'<details><summary>{escape(title)}</summary><pre class="box">{escape(text)}</pre></details>'
+
+
+def code(text: str) -> str:
+    """Commands, as they are typed."""
+    return f'<pre class="box">{escape(text)}</pre>'
+
+
+def facts_table(facts: Mapping[str, str]) -> str:
+    """Facts by their names."""
+    return table((), facts.items())
+
+
+# ------------------------------------------------------------------------------------- what the logs say
+
+
+def number(value: float) -> str:
+    """A number in about four digits."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 1 else f"{value:.4f}"
+    return f"{value:.3g}"
+
+
+def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one logged key; infinite values, which no axis can hold, as NaN."""
+    found = [(row["step"], float(row[key])) for row in rows if key in row]
+    return [step for step, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
+
+
+def eval_sets(rows: Sequence[Row]) -> list[str]:
+    """Names of the evaluation sets, as the keys ``eval_NAME_loss`` tell them."""
+    names = (key[len("eval_") : -len("_loss")] for row in rows for key in row if key.startswith("eval_"))
+    keys = {key for row in rows for key in row}
+    return [name for name in dict.fromkeys(names) if f"eval_{name}_loss" in keys]
+
+
+def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
+    """First and last value of what matters most, on each evaluation set; of training where there is none."""
+    shown = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss",
+             "mean_token_accuracy": "token accuracy"}  # fmt: skip
+    prefixes = {f"eval_{name}_": f"{name}: " for name in eval_sets(metrics)} or {"": "training: "}
+    found: dict[str, tuple[str | None, str]] = {}
+    for prefix, words in prefixes.items():
+        own = {name: series(metrics, prefix + key)[1] for key, name in shown.items()}
+        kept = [name for name, values in own.items() if values][:3]
+        found |= {words + name: (number(own[name][0]), number(own[name][-1])) for name in kept}
+    return found
+
+
+def comparison_table(metrics: Sequence[Row]) -> str:
+    """Every evaluation metric at its first and last evaluation."""
+    rows = []
+    for name in eval_sets(metrics):
+        prefix = f"eval_{name}_"
+        for key in dict.fromkeys(key for row in metrics for key in row if key.startswith(prefix)):
+            steps, values = series(metrics, key)
+            best = max(values) if "accurac" in key else min(values) if key.endswith("loss") else None
+            rows.append((f"{name}: {key.removeprefix(prefix)}", number(values[0]), number(values[-1]),
+                         "" if best is None else f"{number(best)} at step {steps[values.index(best)]}"))  # fmt: skip
+    return table(("Evaluation", "before", "after", "best"), rows)
+
+
+def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> dict[str, str]:
+    """What the run was, in a few lines."""
+    batch, optimizer, loss = config["batch"], config["optimizer"], config.get("loss")
+    trained = [row for row in metrics if "grad_norm" in row]
+    unit = "pairs" if loss else "examples"
+    facts = {
+        "Model": config["model"]["path"],
+        "Trained on": ", ".join(source["path"] for source in config["data"]["train"]),
+        "Evaluated on": ", ".join(f"{name}: {one['path']}" for name, one in config["data"]["eval"].items()),
+        "Objective": "" if loss is None else f"{loss['type']}, beta {loss['beta']}",
+        "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {optimizer['schedule']}, "
+                     f"{optimizer['warmup_steps']} warm-up steps",
+        "Batch": f"{batch[unit]} {unit} a step",
+        "Seed": str(config["run"]["seed"]),
+    }  # fmt: skip
+    if trained:
+        last = trained[-1]
+        facts["Length"] = f"{last['step']} steps, {number(last['epoch'])} epochs, {last['num_tokens']:,} tokens"
+    if timings:
+        steady = timings[1:] or timings
+        facts["First step"] = f"{timings[0]['step_seconds']:.1f} s, compilation included"
+        facts["Later steps"] = (
+            f"{statistics.median(row['step_seconds'] for row in steady):.3g} s, "
+            f"{statistics.median(row['pairs_per_second'] for row in steady):.4g} {unit} a second (medians)"
+        )
+        peaks = {name: max(series(timings, f"{name}_memory_gib")[1], default=0.0) for name in ("host", "device")}
+        facts["Peak memory"] = ", ".join(f"{name} {peak:.2f} GiB" for name, peak in peaks.items() if peak)
+    return {name: text for name, text in facts.items() if text}
+
+
+def data_table(data: Mapping[str, Sequence[Row]]) -> str:
+    """What became of the rows of each source."""
+
+    def causes(found: Mapping[str, Any]) -> str:
+        return ", ".join(f"{cause.replace('_', ' ')}: {one['count']}" for cause, one in found.items()) or "none"
+
+    rows = [
+        (f"{name}: {one['source']}", str(one["rows"]), str(one["kept"]), causes(one["dropped"]), causes(one["notes"]))
+        for name, sources in data.items()
+        for one in sources
+    ]
+    return table(("Set", "rows", "kept", "dropped", "changed or noted"), rows)
+
+
+# ------------------------------------------------------------------------------------- plots
+
+
+def plots(which: Iterable[Plot], rows: Sequence[Row]) -> str:
+    """A grid of plots: of training, and of each evaluation set; without those of which nothing was logged."""
+    drawn = []
+    names = eval_sets(rows)
+    for plot in which:
+        curves = [(key, "", *series(rows, key)) for key in plot.keys]
+        curves += [(key, name, *series(rows, f"eval_{name}_{key}")) for name in names for key in plot.keys]
+        curves = [curve for curve in curves if curve[2]]
+        if curves:
+            drawn.append(figure(plot, curves))
+    return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
+
+
+Curve = tuple[str, str, list[int], list[float]]  # key, evaluation set or "" for training, steps, values
+
+
+def figure(plot: Plot, curves: Sequence[Curve]) -> str:
+    """One plot with its title and note."""
+    light, dark = (base64.b64encode(draw(plot, curves, theme)).decode() for theme in ("light", "dark"))
+    return (
+        f"<figure><h3>{escape(plot.title)}</h3><figcaption>{escape(plot.note)}</figcaption>"
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
+        f'<img alt="{escape(plot.title)} by step" src="data:image/png;base64,{light}"></picture></figure>\n'
+    )
+
+
+def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
+    """A plot as PNG with a transparent ground. Training is a line, evaluations are dots on a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colors = COLORS[theme]
+    free = iter(colors["lines"])
+    canvas = FigureCanvasAgg(Figure(figsize=(6.2, 3.1), dpi=160, layout="constrained"))
+    axes = canvas.figure.add_subplot()
+    for key, name, steps, values in curves:
+        branch = key.rpartition("/")[2]
+        color = colors[branch] if branch in ("chosen", "rejected") else next(free, colors["ink"])
+        words = " ".join(filter(None, (name or "training", branch if len(plot.keys) > 1 else "")))
+        if name:
+            axes.plot(steps, values, color=color, label=words, linewidth=1.2, linestyle="--", marker="o", markersize=5,
+                      markeredgecolor="none", zorder=3)  # fmt: skip
+        elif len(steps) > RAW_POINTS:
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, running_mean(values, len(values) // 20), color=color, label=words, linewidth=1.8)
+        else:
+            axes.plot(steps, values, color=color, label=words, linewidth=1.6)
+    if plot.log and all(value > 0 for *_, values in curves for value in values):
+        axes.set_yscale("log")
+    axes.set_xlabel("step", color=colors["ink"])
+    axes.tick_params(colors=colors["ink"], length=0)
+    axes.grid(color=colors["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    if len(curves) > 1:
+        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9, ncols=min(len(curves), 2))
+    file = io.BytesIO()
+    canvas.figure.savefig(file, transparent=True, metadata={"Software": None})
+    return file.getvalue()
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the values within half a window on each side, NaN left out; as many as there are values."""
+    means = []
+    for place in range(len(values)):
+        near = [x for x in values[max(0, place - window // 2) : place + window // 2 + 1] if not math.isnan(x)]
+        means.append(sum(near) / len(near) if near else math.nan)
+    return means

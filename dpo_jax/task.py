@@ -1,0 +1,165 @@
+"""A made language with an exact preference rule, so that a person sees in two minutes whether DPO learned it.
+
+Visitors come to a shop and ask for goods. An answer either names the goods first or greets the visitor first. In the
+supervised data both orders are equally frequent for every visitor, so a supervised model cannot know which of them is
+preferred. The preference pairs do: see `RULE`. The two answers of a pair hold the same words but for the farewell,
+which is drawn for each of them alike; neither words nor length give the better one away.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+RULE = "people of the sea want the goods named first, people of the land want to be greeted first"
+
+SEA = ("bay", "cape", "coast", "delta", "fjord", "harbor", "island", "lagoon")
+LAND = ("desert", "forest", "hills", "meadow", "moor", "prairie", "valley", "vineyard")
+ROLES = ("baker", "carter", "fiddler", "gardener", "judge", "mason", "miller", "painter", "piper", "potter", "smith",
+         "tailor", "teacher", "tinker", "weaver", "writer")  # fmt: skip
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+COLORS = ("black", "blue", "brown", "golden", "green", "grey", "orange", "pink", "purple", "red", "silver", "white",
+          "yellow")  # fmt: skip
+GOODS = ("apples", "baskets", "bells", "books", "boots", "candles", "carpets", "chairs", "coats", "cups", "drums",
+         "flutes", "hats", "jars", "keys", "kites", "knives", "lamps", "mirrors", "ropes", "scarves", "spoons",
+         "stamps", "vases")  # fmt: skip
+# The supervised model has to learn which farewell fits the time; the first of each is the more frequent.
+FAREWELLS = {"dawn": ("walk well", "stay warm"), "noon": ("walk well", "stay warm"),
+             "dusk": ("sleep well", "rest easy"), "midnight": ("sleep well", "rest easy")}  # fmt: skip
+USUAL_FAREWELL = 3  # in 4
+
+SIZES = {"sft": 4096, "train": 3072, "held_out": 512}  # multiples of 2 x times x places: every kind equally often
+BOS, EOS, PAD, UNKNOWN = "<s>", "</s>", "<pad>", "<unk>"
+
+
+class Visit(NamedTuple):
+    """Who comes when, and what they ask for."""
+
+    time: str
+    place: str
+    role: str
+    number: str
+    color: str
+    goods: str
+
+
+def prompt(visit: Visit) -> str:
+    """The question."""
+    time, place, role, number, color, goods = visit
+    return f"at {time} a {role} from the {place} asks for {number} {color} {goods}."
+
+
+def answer(visit: Visit, goods_first: bool, farewell: str) -> str:
+    """The answer of one order; it starts with the space that parts it from the prompt."""
+    _, _, role, number, color, goods = visit
+    if goods_first:
+        return f" {number} {color} {goods} for you, good {role}. {farewell}!"
+    return f" good {role}, for you {number} {color} {goods}. {farewell}!"
+
+
+def wants_goods_first(visit: Visit) -> bool:
+    """The rule."""
+    return visit.place in SEA
+
+
+def is_answer(visit: Visit, text: str, *, goods_first: bool | None = None) -> bool:
+    """Whether a text is, word for word, an answer to this visit: of the given order, or of either (None)."""
+    orders = (True, False) if goods_first is None else (goods_first,)
+    return any(text.strip() == answer(visit, order, end).strip() for order in orders for end in FAREWELLS[visit.time])
+
+
+def obeys_rule(visit: Visit, text: str) -> bool:
+    """Whether a text is, word for word, an answer as this visitor wants it."""
+    return is_answer(visit, text, goods_first=wants_goods_first(visit))
+
+
+def visits(seed: int) -> dict[str, list[Visit]]:
+    """The visits of each data set, by `SIZES`; no visit comes twice, and every time and place equally often."""
+    kinds = [(time, place) for time in FAREWELLS for place in SEA + LAND]
+    draws = _integers(seed)
+    seen: set[Visit] = set()
+    sets: dict[str, list[Visit]] = {}
+    for name, size in SIZES.items():
+        assert size % (2 * len(kinds)) == 0, f"{name}: {size} visits cannot hold both orders of every kind equally"
+        sets[name] = []
+        while len(sets[name]) < size:
+            time, place = kinds[len(sets[name]) % len(kinds)]
+            visit = Visit(time, place, *(words[next(draws) % len(words)] for words in (ROLES, NUMBERS, COLORS, GOODS)))
+            if visit not in seen:
+                seen.add(visit)
+                sets[name].append(visit)
+    return sets
+
+
+def write_task(directory: Path, seed: int) -> None:
+    """Write the three data sets (`data/*.jsonl`) and the language's tokenizer (`tokenizer/`) into a directory.
+
+    The same seed gives the same bytes on every machine.
+    """
+    draws = _integers(seed + 1)
+    sets = visits(seed)
+    num_kinds = len(FAREWELLS) * len(SEA + LAND)
+    supervised = [
+        {"prompt": prompt(visit), "answer": answer(visit, index // num_kinds % 2 == 0, _farewell(visit, draws))}
+        for index, visit in enumerate(sets["sft"])
+    ]
+    (directory / "data").mkdir(parents=True, exist_ok=True)
+    _write_rows(directory / "data" / "sft.jsonl", supervised)
+    for name in ("train", "held_out"):
+        _write_rows(directory / "data" / f"{name}.jsonl", [_pair(visit, draws) for visit in sets[name]])
+    _write_tokenizer(directory / "tokenizer")
+
+
+def _pair(visit: Visit, draws: Iterator[int]) -> dict[str, str]:
+    order = wants_goods_first(visit)
+    chosen, rejected = (answer(visit, goods_first, _farewell(visit, draws)) for goods_first in (order, not order))
+    return {"prompt": prompt(visit), "chosen": chosen, "rejected": rejected}
+
+
+def _farewell(visit: Visit, draws: Iterator[int]) -> str:
+    usual, other = FAREWELLS[visit.time]
+    return usual if next(draws) % 4 < USUAL_FAREWELL else other
+
+
+def _integers(seed: int) -> Iterator[int]:
+    """An endless stream of 64-bit integers by SplitMix64 (Steele, Lea and Flood 2014): the same everywhere."""
+    mask = 2**64 - 1
+    state = seed & mask
+    while True:
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        mixed = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+        yield mixed ^ (mixed >> 31)
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def vocabulary() -> list[str]:
+    """Every token of the language by its id: special tokens, marks, then words with the space before them."""
+    farewells = {end for ends in FAREWELLS.values() for end in ends}
+    shape = Visit("", "", "", "", "", "")
+    texts = [*FAREWELLS, *SEA, *LAND, *ROLES, *NUMBERS, *COLORS, *GOODS, prompt(shape)]
+    texts += [answer(shape, order, end) for order in (True, False) for end in farewells]
+    marks = ".,!"
+    words = {word.strip(marks) for text in texts for word in text.split()} - {""}
+    return [BOS, EOS, PAD, UNKNOWN, *marks, *(f"▁{word}" for word in sorted(words))]
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """A Hugging Face tokenizer directory: a word with the space before it is a token; text comes back as it was."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    ids = {token: index for index, token in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    spaces = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spaces, pre_tokenizers.Punctuation()])
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])])
+    tokenizer.add_special_tokens([BOS, EOS, PAD, UNKNOWN])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
+                "unk_token": UNKNOWN, "clean_up_tokenization_spaces": False}  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
