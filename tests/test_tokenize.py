@@ -110,8 +110,11 @@ def test_bos_that_is_eos_too():
 
 def test_a_token_that_straddles_belongs_to_both_answers():
     tokenizer = make_tokenizer()
-    made = make_tokenize(config(), tokenizer, "dpo")(pair("What is the ", "capital", "2"))
+    tokenize = make_tokenize(config(), tokenizer, "dpo")
+    made = tokenize(pair("What is the ", "capital", "2"))
     assert texts(tokenizer, made) == ["<s>What is the", " capital</s>", " 2</s>"]
+    assert texts(tokenizer, tokenize(pair("What is the ", "2", "capital")))[1:] == [" 2</s>", " capital</s>"]
+    assert texts(tokenizer, tokenize(pair("What is the ", "2", "3")))[0] == "<s>What is the "
     (note,) = made.notes
     assert note.cause == "straddling_token"
     assert note.cause in NOTES
@@ -395,9 +398,9 @@ def test_no_tokenizer_there(tmp_path):
 # ------------------------------------------------------------------------------------------------------ real data
 
 
-def tokenized(path, tokenizer, stage="dpo", **options):
-    """(examples, counts by cause) of a whole file."""
-    rows = load_rows(SourceConfig(path=str(path)))
+def tokenized(path, tokenizer, stage="dpo", limit=None, **options):
+    """(examples, dropped by cause, notes by cause) of a file."""
+    rows = load_rows(SourceConfig(path=str(path), limit=limit))
     parse = parser_of("auto", list(rows[0]), rows[:3], stage)
     tokenize = make_tokenize(config(**options), tokenizer, stage)
     parsed = [parse(number, row) for number, row in enumerate(rows)]
@@ -420,8 +423,9 @@ def test_tokens_are_those_of_trl(shared):
     assert digest(examples) == "ef52e390bd25c22bae2860c73470edd7fc6312dff590dc971f5b6932a65c6015"
     template = str(shared / "chat_templates" / "qwen3.jinja")
     qwen = load_tokenizer(str(shared / "tokenizers" / "qwen3"), None, template)
-    examples, _, _ = tokenized(shared / "preference" / "dpo_en_sharegpt_form.json", qwen, max_length=100_000)
-    assert digest(examples[:100]) == "2355f85cc4967fdf4cc4187088a8675ce71fd0838da89879b9512be9296f3eeb"
+    conversations = shared / "preference" / "dpo_en_sharegpt_form.json"
+    examples, _, _ = tokenized(conversations, qwen, limit=100, max_length=100_000)
+    assert digest(examples) == "2355f85cc4967fdf4cc4187088a8675ce71fd0838da89879b9512be9296f3eeb"
 
 
 def test_every_row_of_real_data_is_accounted_for(shared):
