@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jsonargparse
 from jsonargparse.typing import NonNegativeInt
@@ -22,7 +22,7 @@ CONFIG_OF = {command: config for config, command in COMMAND_OF.items()}
 INTERRUPTED = 130  # the shell's code for control-C
 
 
-def _train(config: TrainConfig) -> None:
+def _train(config: DPOConfig | SFTConfig) -> None:
     from dpo_jax.train import train
 
     train(config)
@@ -34,7 +34,7 @@ def _eval(config: DPOConfig, output: str) -> None:
     print(json.dumps(evaluate(config, Path(output)), indent=2))
 
 
-def _export(run_dir: str, out_dir: str, which: str) -> None:
+def _export(run_dir: str, out_dir: str, which: Literal["newest", "best"]) -> None:
     from dpo_jax.evaluate import export
 
     export(Path(run_dir), Path(out_dir), which)
