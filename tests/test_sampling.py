@@ -104,7 +104,7 @@ def test_seeds_and_sources_have_orders_of_their_own():
 @pytest.mark.parametrize(
     "weights",
     [[0.7, 0.3], [1, 1, 1], [0.999, 0.001], [0.5, 0.25, 0.2, 0.05], [1e-4] * 5 + [1.0], [1 / 3, 0.123456789, 3.14159],
-     [0.9] + [0.01] * 10, [1e9, 1e-9], [5.0]],
+     [0.9] + [0.01] * 10, [1e9, 1e-9], [5.0], [100, 1, 1, 1, 20, 20, 100, 1]],
 )  # fmt: skip
 def test_shares_are_kept_within_one_pair_after_every_step(weights):
     sizes = [5 + 13 * i for i in range(len(weights))]
