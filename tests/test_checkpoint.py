@@ -22,7 +22,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.checkpoint import Checkpoints, rank_steps, restore_params
+from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.checksums import leaf_checksums
 from dpo_jax.config import (
     BatchConfig,
@@ -37,6 +37,7 @@ from dpo_jax.config import (
 )
 from dpo_jax.errors import RunStopped, UserError
 from dpo_jax.manifest import compare_manifest, make_manifest, refuse_changed, rounding_changes
+from dpo_jax.saved import rank_steps, restore_params
 
 KEEP = CheckpointConfig(keep=9)
 IDENTITY = {"weights": "w1", "tokenizer": "t1", "template": "c1", "reference": "w1", "store": "s1"}
@@ -353,19 +354,23 @@ def test_a_directory_that_cannot_be_made(tmp_path):
 
 def test_a_save_that_fails_in_the_background_is_an_error_and_costs_no_older_step(tmp_path):
     state = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
-    checkpoints.save(1, state, MANIFEST, wait=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # the arrays' file does not fit, like on a full disk
-    try:
-        checkpoints.save(2, state, MANIFEST)
-        with pytest.raises(RunStopped, match="checkpoint of step 2: could not be written") as stopped:
+
+    def train():
+        with Checkpoints(tmp_path, CheckpointConfig(keep=1)) as checkpoints:
+            checkpoints.save(1, state, MANIFEST, wait=True)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # the arrays do not fit, like on a full disk
+            assert checkpoints.save(2, state, MANIFEST)
             checkpoints.save(3, state, MANIFEST)
+
+    try:
+        with pytest.raises(RunStopped, match=r"checkpoint of step 2: could not be written") as stopped:
+            train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(stopped.value)
-    assert checkpoints.steps() == [1]
     with Checkpoints(tmp_path, KEEP) as again:
+        assert again.steps() == [1]
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         assert_equal(again.restore(target)[0], state)
         assert again.save(2, state, MANIFEST, wait=True)
