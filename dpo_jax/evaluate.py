@@ -10,7 +10,7 @@ import numpy as np
 from dpo_jax import hosts
 from dpo_jax.assemble import assemble, make_reference, reference_weights
 from dpo_jax.batch import CHOSEN, REJECTED
-from dpo_jax.checkpoint import restore_params
+from dpo_jax.saved import restore_params
 from dpo_jax.config import DPOConfig, MeshConfig, ModelConfig
 from dpo_jax.errors import UserError
 from dpo_jax.losses import preference_metrics

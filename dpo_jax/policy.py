@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dpo_jax.checkpoint import restore_params
+from dpo_jax.saved import restore_params
 from dpo_jax.config import ModelConfig
 from dpo_jax.data.tokenize import load_tokenizer
 from dpo_jax.errors import UserError

@@ -123,7 +123,7 @@ def train_step(
     """
     compute = _whole_step if accumulation == 1 else _accumulated_step
     grads, policy, fixed = compute(state.params, reference, batch, logps_fn, loss)
-    metrics = preference_metrics(policy, fixed, loss) | {"grad_norm": optax.global_norm(grads)}
+    metrics = preference_metrics(policy, fixed, loss) | {"grad_norm": optax.tree.norm(grads)}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     healthy = state.healthy & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, healthy)
@@ -138,7 +138,7 @@ def state_shardings(
 
     ``state`` may be shapes (``jax.eval_shape``). A factored moment, of another shape than its weight, is ``whole``.
     """
-    opt_state = optax.tree_utils.tree_map_params(
+    opt_state = optax.tree.map_params(
         optimizer,
         lambda moment, weight, sharding: sharding if moment.shape == weight.shape else whole,
         state.opt_state,

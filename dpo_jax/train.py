@@ -6,7 +6,7 @@ Read it top to bottom: ``train`` is the story, what it calls follows in the orde
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,10 +71,11 @@ def train(
     *,
     train_set: "Dataset | None" = None,
     eval_sets: "Mapping[str, Dataset] | None" = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, float]:
     """Run DPO, or supervised fine-tuning, as the config says; a run that was begun before goes on where it was saved.
 
-    ``train_set`` and ``eval_sets`` stand in for those that the config names. Returns the last step's metrics and the
+    ``train_set`` and ``eval_sets`` stand in for those that the config names, ``devices`` for all there are. Returns the last step's metrics and the
     last evaluation.
 
     Raises:
@@ -84,7 +85,7 @@ def train(
     """
     hosts.start_hosts()
     keep_compilations()
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh), held(config.run.dir) as run:
         # Data and model
         parts = assemble(config, mesh, train_set, eval_sets)

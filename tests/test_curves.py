@@ -1,0 +1,68 @@
+"""TRL's training curves, step by step: real pairs, a real trained model, through the whole of `train`."""
+
+import json
+
+import jax
+import pytest
+
+from dpo_jax.configfile import parse_config
+from dpo_jax.config import DPOConfig
+from dpo_jax.rundir import read_json
+from dpo_jax.train import train
+
+RUNS = {
+    "sigmoid": ("sigmoid", {}),
+    "sigmoid_beta05": ("sigmoid_beta05", {"loss.beta": 0.5}),
+    "hinge": ("hinge", {"loss.type": "hinge"}),
+    "ipo": ("ipo", {"loss.type": "ipo"}),
+    "sft": ("sft", {"loss.type": "sft"}),
+    "linear_warmup": ("sigmoid_linear_warmup", {"optimizer.schedule": "linear", "optimizer.warmup_steps": 4}),
+    "accumulated": ("sigmoid_accum2", {"batch.accumulation": 2}),
+    "accumulated_coupled": ("sft", {"loss.type": "sft", "batch.accumulation": 2}),
+    "padded": ("sigmoid", {"batch.layout": "padded"}),
+    "repeated": ("sigmoid", {"batch.layout": "repeated"}),
+    "cached": ("sigmoid", {"reference.mode": "cached"}),
+    "fsdp8": ("sigmoid", {"mesh.fsdp": 8}),
+    "fsdp4_tensor2": ("sigmoid", {"mesh.fsdp": 4, "mesh.tensor": 2}),
+}
+# Allowed difference for each unit of the value's size, and at least for this size.
+ALLOWED = {"loss": (1e-4, 1), "grad_norm": (1e-3, 0), "learning_rate": (1e-6, 0), "logps/chosen": (1e-5, 0),
+           "logps/rejected": (1e-5, 0), "rewards/chosen": (2e-4, 1), "rewards/rejected": (2e-4, 1),
+           "rewards/margins": (2e-4, 1), "rewards/accuracies": (0, 0), "entropy": (1e-5, 0), "logits/chosen": (1e-5, 0),
+           "logits/rejected": (1e-5, 0), "mean_token_accuracy": (1e-6, 0)}  # fmt: skip
+PER_MICROBATCH = {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}  # in TRL, when accumulated
+
+
+@pytest.fixture(scope="module")
+def curves(shared):
+    return json.loads((shared / "reference_curves" / "trl_stories260K.json").read_text())["curves"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_path):
+    curve, options = RUNS[name]
+    config = parse_config(
+        {
+            "model": {"path": str(shared / "models" / "stories260K")},
+            "data": {"train": str(shared / "reference_curves" / "pairs.jsonl"), "shuffle": False, "workers": 1,
+                     "store": str(tmp_path_factory.getbasetemp() / "store")},
+            "optimizer": {"learning_rate": 1e-4, "schedule": "constant"},
+            "batch": {"pairs": 8},
+            "run": {"dir": str(tmp_path / "run"), "steps": 20, "progress": False},
+            "checkpoint": {"every": 20},
+        },
+        options,
+        DPOConfig,
+    )  # fmt: skip
+    on_eight = any(option.startswith("mesh") for option in options)
+    train(config, devices=jax.devices() if on_eight else jax.devices()[:1])
+    ours = read_json(tmp_path / "run" / "metrics.jsonl")
+    theirs = curves[curve]["steps"]
+    assert [row["step"] for row in ours] == list(range(1, 21))
+    for step, (row, expected) in enumerate(zip(ours, theirs, strict=True), start=1):
+        for key, value in expected.items():
+            if step == 1 and key == "rewards/accuracies" or curve == "sigmoid_accum2" and key in PER_MICROBATCH:
+                continue  # a tie before the first update; means of means
+            share, least = ALLOWED[key]
+            allowed = share * max(abs(value), least)
+            assert abs(row[key] - value) <= allowed, f"step {step}: {key} is {row[key]}, TRL has {value}"
