@@ -80,7 +80,9 @@ class SourceConfig:
     """Take only the first rows."""
 
     def __post_init__(self):
-        require(self.weight is None or self.weight > 0, "weight", self.weight, "a positive number is needed")
+        require(
+            self.weight is None or 0 < self.weight < float("inf"), "weight", self.weight, "a positive number is needed"
+        )
         require(self.limit is None or self.limit > 0, "limit", self.limit, "a positive number is needed")
 
 

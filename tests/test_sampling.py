@@ -1,10 +1,12 @@
 """The order of the data: known answers, every example once an epoch, shares kept at every step."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from dpo_jax.config import SourceConfig
 from dpo_jax.data.sampling import _GOLDEN, mix_words, chairman_assignment, integer_shares, make_order, permutation
 from dpo_jax.errors import UserError
 
@@ -150,3 +152,9 @@ def test_nothing_to_draw_is_refused():
         order([np.arange(0)])
     with pytest.raises(UserError, match=r"data.train\[1\].*weight 0.5"):
         order([np.arange(3), np.arange(0)], weights=[0.5, 0.5])
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
+def test_a_weight_is_a_positive_number(weight):
+    with pytest.raises(UserError, match=f"weight: {weight} cannot be used"):
+        SourceConfig(path="a.jsonl", weight=weight)
