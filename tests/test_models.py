@@ -168,7 +168,7 @@ def test_scan_and_remat_change_only_what_is_recomputed(tiny):
         (scan, remat): jax.jit(partial(loss_and_gradient, replace(model, scan=scan, remat=remat)))
         .lower(params)
         .compile()
-        for scan, remat in [(True, "none"), (True, "dots"), (True, "full"), (False, "none"), (False, "full")]
+        for scan, remat in [(True, "none"), (True, "dots"), (True, "full"), (False, "none")]
     }
     want, want_gradient = compiled[True, "none"](params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(want_gradient))
@@ -179,7 +179,6 @@ def test_scan_and_remat_change_only_what_is_recomputed(tiny):
     # dots: attention's own products are computed again; full: all of them. And the compiler does not undo it.
     flops = {options: step.cost_analysis()["flops"] for options, step in compiled.items()}
     assert flops[True, "none"] < flops[True, "dots"] < flops[True, "full"]
-    assert flops[False, "none"] < flops[False, "full"]
 
 
 def test_bfloat16_computes_in_it_and_keeps_parameters_float32(tiny):
