@@ -75,12 +75,13 @@ def hf_logits(model, tokens: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Model, dict]:
     """A model with every option that changes the layer, and parameters that all matter."""
-    config = decoder_config(SIZES | {"model_type": "qwen3", "head_dim": 24, "attention_bias": True,
-                                     "initializer_range": 0.15})  # fmt: skip
+    config = decoder_config(SIZES | {"model_type": "qwen3", "head_dim": 24, "attention_bias": True})
     model = Model(config=config, attention="xla")
-    params = jax.jit(model.init)(jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    return model, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+    generator = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(generator.normal(0, 0.15, leaf.shape).astype(np.float32))  # noqa: E731
+    params = jax.tree.map(draw, model.param_shapes())
+    norms = lambda path, leaf: leaf + 1 if "norm" in path[-1].key else leaf  # noqa: E731
+    return model, jax.tree_util.tree_map_with_path(norms, params)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
