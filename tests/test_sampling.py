@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.config import SourceConfig
-from dpo_jax.data.sampling import _GOLDEN, mix_words, chairman_assignment, integer_shares, make_order, permutation
+from dpo_jax.data.sampling import _GOLDEN, chairman_assignment, integer_shares, make_order, mix_words, permutation
 from dpo_jax.errors import UserError
 
 

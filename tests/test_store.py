@@ -148,6 +148,7 @@ def test_a_second_start_tokenises_nothing(hh, tmp_path, monkeypatch, caplog):
 def test_workers_give_the_same_bytes(tmp_path, monkeypatch):
     """Two real processes against none, with chunks that end in several places, one without an example among them."""
     monkeypatch.setattr(convert, "MIN_ROWS_A_PROCESS", 100)
+    monkeypatch.setattr(convert, "CHUNK_ROWS", 50)  # more chunks than are handed out at a time
     many = [row | {"chosen": "" if 512 <= i < 800 else row["chosen"]} for i, row in enumerate(PAIRS * 30)]
     source, other = write_rows(tmp_path / "a.jsonl", many), write_rows(tmp_path / "b.jsonl", PAIRS)
     alone = build(tmp_path / "1", source, other, workers=1)
