@@ -5,14 +5,15 @@ Shape letters, the same in every file: B pairs, R rows, T tokens in a row, M tar
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+AnyArray = jax.Array | np.ndarray  # numpy's on the host, jax's on the devices
 CHOSEN, REJECTED = 0, 1  # places on the K axis
 BLOCK = 64  # tokens in a block: rows are whole blocks, and attention visits only the pairs of blocks it needs
 
@@ -26,46 +27,45 @@ class PreferenceBatch:
     every target names the token whose hidden state predicts it (the last prompt token predicts both first tokens).
     """
 
-    tokens: Int[Array, "*a R T"]
-    positions: Int[Array, "*a R T"]  # for the rotary embedding; `rejected` restarts where the prompt ends
-    segments: Int[Array, "*a R T"]  # 0: padding; else one more than the unit's place in its row
-    branches: Int[Array, "*a R T"]  # 0: prompt; 1: chosen; 2: rejected
-    target_tokens: Int[Array, "*a R M"]  # the token to be predicted
-    target_sources: Int[Array, "*a R M"]  # index, in the row, of the token that predicts it
-    target_answers: Int[Array, "*a R M"]  # answer slot, in the row, that the target belongs to
-    target_offsets: Int[Array, "*a R M"]  # place of the target in its answer, from 0
-    target_mask: Bool[Array, "*a R M"]  # False: an unused target
-    answer_slots: Int[Array, "*a B K"]  # where answer (pair, branch) was laid: row * answers_per_row + slot
-    weight: Float[Array, "*a B"]  # weight of the pair in the loss
-    valid: Bool[Array, "*a B"]  # False: an empty slot of a ragged last step
-    blocks: Int[Array, "*a R J 2"]  # (query block, key block) between which something is seen, sorted; -1: unused
+    tokens: Int[AnyArray, "*a R T"]
+    positions: Int[AnyArray, "*a R T"]  # for the rotary embedding; `rejected` restarts where the prompt ends
+    segments: Int[AnyArray, "*a R T"]  # 0: padding; else one more than the unit's place in its row
+    branches: Int[AnyArray, "*a R T"]  # 0: prompt; 1: chosen; 2: rejected
+    target_tokens: Int[AnyArray, "*a R M"]  # the token to be predicted
+    target_sources: Int[AnyArray, "*a R M"]  # index, in the row, of the token that predicts it
+    target_answers: Int[AnyArray, "*a R M"]  # answer slot, in the row, that the target belongs to
+    target_offsets: Int[AnyArray, "*a R M"]  # place of the target in its answer, from 0
+    target_mask: Bool[AnyArray, "*a R M"]  # False: an unused target
+    answer_slots: Int[AnyArray, "*a B K"]  # where answer (pair, branch) was laid: row * answers_per_row + slot
+    weight: Float[AnyArray, "*a B"]  # weight of the pair in the loss
+    valid: Bool[AnyArray, "*a B"]  # False: an empty slot of a ragged last step
+    blocks: Int[AnyArray, "*a R J 2"]  # (query block, key block) between which something is seen, sorted; -1: unused
     answers_per_row: int = struct.field(pytree_node=False)
 
     def place(self, rows: Any, whole: Any) -> "PreferenceBatch":
         """A batch that holds, in place of each array, ``rows`` where it has a dim R, else ``whole``: shardings, say."""
         per_pair = {"answer_slots", "weight", "valid"}
-        return self.replace(**{
-            f.name: whole if f.name in per_pair else rows for f in fields(self) if f.name != "answers_per_row"
-        })  # fmt: skip
+        arrays = (f.name for f in fields(self) if f.name != "answers_per_row")
+        return replace(self, **{name: whole if name in per_pair else rows for name in arrays})
 
 
 @struct.dataclass
 class TokenStats:
     """Sums over answer tokens that only metrics need, each [B, K] float32; divide by ``PairLogps.count``."""
 
-    entropy: Float[Array, "B K"]  # nats
-    mean_logit: Float[Array, "B K"]  # mean over the vocabulary, summed over tokens
-    top1: Float[Array, "B K"]  # tokens that were the model's first choice
+    entropy: Float[AnyArray, "B K"]  # nats
+    mean_logit: Float[AnyArray, "B K"]  # mean over the vocabulary, summed over tokens
+    top1: Float[AnyArray, "B K"]  # tokens that were the model's first choice
 
 
 @struct.dataclass
 class PairLogps:
     """Log-probabilities of the answers of each pair, in nats, float32."""
 
-    sum: Float[Array, "B K"]  # log pi(y | x): summed over the answer's tokens
-    count: Float[Array, "B K"]  # |y|: tokens of the answer
-    weight: Float[Array, " B"]
-    valid: Bool[Array, " B"]
+    sum: Float[AnyArray, "B K"]  # log pi(y | x): summed over the answer's tokens
+    count: Float[AnyArray, "B K"]  # |y|: tokens of the answer
+    weight: Float[AnyArray, " B"]
+    valid: Bool[AnyArray, " B"]
     stats: TokenStats | None = None
 
 
@@ -78,10 +78,10 @@ def stop_gradient(logps: PairLogps) -> PairLogps:
 class PaddedBatch:
     """Pairs for a model that takes plain tokens: every prompt with each of its answers, padded on the right."""
 
-    tokens: Int[Array, "*a B K T"]
-    mask: Bool[Array, "*a B K T"]  # True: an answer token, whose log-prob counts
-    weight: Float[Array, "*a B"]
-    valid: Bool[Array, "*a B"]
+    tokens: Int[AnyArray, "*a B K T"]
+    mask: Bool[AnyArray, "*a B K T"]  # True: an answer token, whose log-prob counts
+    weight: Float[AnyArray, "*a B"]
+    valid: Bool[AnyArray, "*a B"]
 
 
 def pad_pairs(prompts: Sequence[Sequence[int]], *answers: Sequence[Sequence[int]], pad_id: int = 0) -> PaddedBatch:
@@ -95,4 +95,4 @@ def pad_pairs(prompts: Sequence[Sequence[int]], *answers: Sequence[Sequence[int]
             tokens[i, k, :end] = [*prompt, *own[i]]
             mask[i, k, len(prompt) : end] = True
     ones = np.ones(len(prompts), np.float32)
-    return PaddedBatch(tokens=tokens, mask=mask, weight=ones, valid=ones > 0)  # type: ignore[arg-type]
+    return PaddedBatch(tokens=tokens, mask=mask, weight=ones, valid=ones > 0)

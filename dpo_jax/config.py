@@ -121,7 +121,7 @@ class DataConfig:
     max_length: int = 1024
     """Most tokens of a prompt and one of its answers."""
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
-    """keep_start cuts the answer's end (a prompt that leaves it no room is dropped); keep_end cuts the prompt's start."""
+    """keep_start cuts the answer's end (a prompt that leaves no room is dropped); keep_end cuts the prompt's start."""
     shuffle: bool = True
     """Draw in an order made from run.seed; False: in file order."""
     chat_template: str | None = None
@@ -153,7 +153,7 @@ class LossConfig:
 
     type: Literal["sigmoid", "hinge", "ipo", "sft"] = "sigmoid"
     """sigmoid: DPO, and cDPO with label_smoothing; hinge: SLiC; ipo: squared distance of the mean margin to 1/(2 beta);
-    sft: the chosen answer's tokens alone."""
+    sft: the tokens of the chosen answer."""
     beta: float = 0.1
     """Weight of the KL term; larger keeps the policy closer to the reference."""
     label_smoothing: float = 0.0
@@ -318,6 +318,8 @@ class RunConfig:
     """Also log entropy, mean logits and token accuracy."""
     export: bool = False
     """Write the Hugging Face directory `export` at the end."""
+    report: bool = True
+    """Write report.html at the end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
     progress: bool = True

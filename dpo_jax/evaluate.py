@@ -10,12 +10,12 @@ import numpy as np
 from dpo_jax import hosts
 from dpo_jax.assemble import assemble, make_reference, reference_weights
 from dpo_jax.batch import CHOSEN, REJECTED
-from dpo_jax.saved import restore_params
 from dpo_jax.config import DPOConfig, MeshConfig, ModelConfig
 from dpo_jax.errors import UserError
 from dpo_jax.losses import preference_metrics
 from dpo_jax.policy import build_model, export_run, find_model, load_weights, param_shardings
 from dpo_jax.rundir import RunDir, find_run, is_run_dir
+from dpo_jax.saved import restore_params
 from dpo_jax.scoring import dataset_logps
 from dpo_jax.sharding import make_mesh
 

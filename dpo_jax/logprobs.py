@@ -1,6 +1,7 @@
 """Token log-probs from hidden states, a chunk at a time, so that scores of all tokens over the vocabulary never exist.
 
-Shape letters: R rows, T tokens, M targets, C targets in a chunk, D model, V vocabulary, B pairs, K answers, A answer slots.
+Shape letters: R rows, T tokens, M targets, C targets in a chunk, D model, V vocabulary, B pairs, K answers of a prompt,
+A answer slots in a row.
 """
 
 from collections.abc import Callable
@@ -10,23 +11,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.batch import PaddedBatch, PairLogps, PreferenceBatch, TokenStats
+from dpo_jax.batch import AnyArray, PaddedBatch, PairLogps, PreferenceBatch, TokenStats
 
 Params = Any  # a tree of arrays
 LogpsFn = Callable[[Params, Any], PairLogps]
 
 
 class TokenLogps(NamedTuple):
-    """Of each target, [R, M] float32."""
+    """Of each target, float32."""
 
-    logp: Float[Array, "R M"]  # log pi(token | what it sees), nats
-    entropy: Float[Array, "R M"] | None = None
-    mean_logit: Float[Array, "R M"] | None = None
-    top1: Float[Array, "R M"] | None = None
+    logp: Float[Array, "*n"]  # log pi(token | what it sees), nats
+    stats: tuple[Float[Array, "*n"], Float[Array, "*n"], Float[Array, "*n"]] | None = None  # as in ``TokenStats``
 
 
-def logps_of_logits(logits: Float[Array, "*n V"], labels: Int[Array, "*n"], stats: bool) -> TokenLogps:
-    """Log-softmax at the labels, in float32; the label's score is picked by a masked sum, which a sharded V keeps local."""
+def logps_of_logits(logits: Float[Array, "*n V"], labels: Int[AnyArray, "*n"], stats: bool) -> TokenLogps:
+    """Log-softmax at the labels, in float32. A label's score is picked by a masked sum, local where V is sharded."""
     logits = logits.astype(jnp.float32)
     label = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], logits, 0.0).sum(-1)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
@@ -35,14 +34,16 @@ def logps_of_logits(logits: Float[Array, "*n V"], labels: Int[Array, "*n"], stat
     fixed, total = jax.lax.stop_gradient(logits), jax.lax.stop_gradient(normalizer)
     expected = (jnp.exp(fixed - total[..., None]) * fixed).sum(-1)
     top1 = (jax.lax.stop_gradient(label) >= fixed.max(-1)).astype(jnp.float32)
-    return TokenLogps(label - normalizer, total - expected, fixed.mean(-1), top1)
+    return TokenLogps(label - normalizer, (total - expected, fixed.mean(-1), top1))
 
 
 def target_logps(
     hidden: Float[Array, "R T D"], unembedding: Float[Array, "V D"], batch: PreferenceBatch, *, chunk: int, stats: bool
 ) -> TokenLogps:
-    """Log-probs of the batch's targets. At most ``chunk`` targets a row have scores at one time, backward included:
-    the backward pass computes each chunk's scores again."""
+    """Log-probs of the batch's targets.
+
+    At most ``chunk`` targets a row have scores at one time: the backward pass computes each chunk's scores again.
+    """
     num_targets = batch.target_tokens.shape[1]
     num_chunks = -(-num_targets // chunk)
     size = -(-num_targets // num_chunks)
@@ -72,8 +73,8 @@ def pair_logps(tokens: TokenLogps, batch: PreferenceBatch) -> PairLogps:
         return jnp.where(batch.valid[:, None], sums.reshape(-1)[batch.answer_slots], 0.0)
 
     stats = None
-    if tokens.entropy is not None:
-        stats = TokenStats(per_answer(tokens.entropy), per_answer(tokens.mean_logit), per_answer(tokens.top1))
+    if tokens.stats is not None:
+        stats = TokenStats(*map(per_answer, tokens.stats))
     return PairLogps(
         sum=per_answer(tokens.logp),
         count=per_answer(jnp.ones_like(tokens.logp)),
@@ -99,8 +100,8 @@ def make_logps_fn(
     return logps_fn
 
 
-def make_padded_logps_fn(apply: Callable[[Params, Int[Array, "n T"]], Float[Array, "n T V"]]) -> LogpsFn:
-    """``logps_fn`` of any model that maps tokens to next-token scores, over a ``PaddedBatch``; no packing, full scores."""
+def make_padded_logps_fn(apply: Callable[[Params, Int[AnyArray, "n T"]], Float[Array, "n T V"]]) -> LogpsFn:
+    """``logps_fn`` of any model from tokens to next-token scores, over a ``PaddedBatch``; no packing, full scores."""
 
     def logps_fn(params: Params, batch: PaddedBatch) -> PairLogps:
         num_pairs, num_answers, length = batch.tokens.shape

@@ -35,9 +35,9 @@ class LogRatios(NamedTuple):
 
 
 def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """-(1-e) log sigmoid(beta D) - e log sigmoid(-beta D); ln 2 at margin 0.
+    """-(1-e) log sigma(beta D) - e log sigma(-beta D); ln 2 at margin 0. DPO.
 
-    DPO: Rafailov et al. 2023, arXiv 2305.18290, eq. 7. With e = label_smoothing > 0, conservative DPO: Mitchell 2023,
+    Rafailov et al. 2023, arXiv 2305.18290, eq. 7. With e = label_smoothing > 0, conservative DPO: Mitchell 2023,
     "A note on DPO with noisy preferences", eq. 3.
     """
     z = c.beta * r.margin
@@ -45,14 +45,15 @@ def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 
 
 def hinge(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """max(0, 1 - beta D); 1 at margin 0. SLiC-HF's calibration: Zhao et al. 2023, arXiv 2305.10425, with the DPO reward."""
+    """relu(1 - beta D); 1 at margin 0. SLiC-HF's calibration (Zhao et al. 2023, arXiv 2305.10425) of DPO's reward."""
     return jax.nn.relu(1 - c.beta * r.margin)
 
 
 def ipo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """(s(y_w)/|y_w| - s(y_l)/|y_l| - 1/(2 beta))^2; 1/(4 beta^2) at margin 0. Azar et al. 2023, arXiv 2310.12036, eq. 17.
+    """(s(y_w)/|y_w| - s(y_l)/|y_l| - 1/(2 beta))^2; 1/(4 beta^2) at margin 0.
 
-    Log-ratios are means over tokens, as the paper's authors advise for answers of different lengths.
+    IPO: Azar et al. 2023, arXiv 2310.12036, eq. 17. Log-ratios are means over tokens, as the paper's authors advise
+    for answers of different lengths.
     """
     return (r.chosen / r.chosen_count - r.rejected / r.rejected_count - 1 / (2 * c.beta)) ** 2
 
@@ -77,11 +78,12 @@ COUPLED = frozenset({"sft"})  # the loss of a pair depends on the other pairs of
 
 def log_ratios(policy: PairLogps, reference: PairLogps | None) -> LogRatios:
     """s(y) of both answers; without a reference, log pi(y|x) itself. With one answer, y_l is y_w."""
-    ratio = policy.sum if reference is None else policy.sum - jax.lax.stop_gradient(reference.sum)
+    logps = jnp.asarray(policy.sum)
+    ratio = logps if reference is None else logps - jax.lax.stop_gradient(reference.sum)
     count = jnp.maximum(policy.count, 1.0)
-    last = min(REJECTED, policy.sum.shape[-1] - 1)
-    valid = policy.valid.astype(jnp.float32)
-    return LogRatios(ratio[:, CHOSEN], ratio[:, last], count[:, CHOSEN], count[:, last], policy.sum[:, CHOSEN], valid)
+    last = min(REJECTED, logps.shape[-1] - 1)
+    valid = jnp.asarray(policy.valid, jnp.float32)
+    return LogRatios(ratio[:, CHOSEN], ratio[:, last], count[:, CHOSEN], count[:, last], logps[:, CHOSEN], valid)
 
 
 def preference_loss(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Float[Array, " B"]:

@@ -54,6 +54,7 @@ FATES = {
     "run.eval_every": "free",
     "run.token_stats": "free",
     "run.export": "free",
+    "run.report": "free",
     "run.trackers": "free",
     "run.progress": "free",
     "checkpoint": "free",

@@ -28,7 +28,7 @@ class MetricsLog:
         self._trackers = [TRACKERS[name](run) for name in config.trackers] if writes else []
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl: functions of (data, seed, step) only. Numbers are kept as float32 gave them."""
+        """Append a line to metrics.jsonl: functions of (data, seed, step) only, as float32 gave them."""
         if self._writes:
             row = {name: plain(value) for name, value in values.items()}
             append_json(self._run.metrics, {"step": step, **row})

@@ -1,5 +1,7 @@
 """Optimizer and learning-rate schedule, from optax."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -30,26 +32,26 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then the update at the scheduled rate."""
     rate = make_schedule(config, num_steps)
-    options = {
+    settled = {
         name: default if getattr(config, name) is None else getattr(config, name)
         for name, default in OPTIMIZER_DEFAULTS[config.name].items()
     }
     mask = None if config.decay_mask == "all" else _matrices
-    decay = {"weight_decay": config.weight_decay, "mask": mask}
+    options: dict[str, Any] = settled | {"weight_decay": config.weight_decay, "mask": mask}
     moment = jnp.dtype(config.moment_dtype)
     match config.name:
         case "adamw":
-            update = optax.adamw(rate, **options, mu_dtype=moment, **decay)
+            update = optax.adamw(rate, mu_dtype=moment, **options)
         case "lion":
-            update = optax.lion(rate, **options, mu_dtype=moment, **decay)
+            update = optax.lion(rate, mu_dtype=moment, **options)
         case "adafactor":
             update = optax.adafactor(
                 rate, weight_decay_rate=config.weight_decay or None, weight_decay_mask=True if mask is None else mask
             )
         case "rmsprop":
             update = optax.chain(
-                optax.scale_by_rms(decay=options["b2"], eps=options["eps"], eps_in_sqrt=False),
-                optax.add_decayed_weights(**decay),
+                optax.scale_by_rms(decay=settled["b2"], eps=settled["eps"], eps_in_sqrt=False),
+                optax.add_decayed_weights(config.weight_decay, mask),
                 optax.scale_by_learning_rate(rate),
             )
     if config.max_grad_norm is None:
@@ -58,6 +60,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def _matrices(params):
-    """True at matrices; the weights of norms and the biases are told by their names, as stacked layers hide their dims."""
-    whole = ("norm", "scale", "bias")
-    return jax.tree.map_with_path(lambda path, _: not jax.tree_util.keystr(path[-1:], simple=True).endswith(whole), params)
+    """True at matrices. Norms and biases are told by their names, as the dims of stacked layers do not tell them."""
+    small = ("norm", "scale", "bias")
+    name = lambda path: jax.tree_util.keystr(path[-1:], simple=True)  # noqa: E731
+    return jax.tree.map_with_path(lambda path, _: not name(path).endswith(small), params)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dpo_jax.saved import restore_params
 from dpo_jax.config import ModelConfig
 from dpo_jax.data.tokenize import load_tokenizer
 from dpo_jax.errors import UserError
@@ -17,6 +16,7 @@ from dpo_jax.models.families import builtin_model, decoder_config
 from dpo_jax.models.load import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.models.weights import export_params, load_params
 from dpo_jax.rundir import RunDir, find_run, is_run_dir
+from dpo_jax.saved import restore_params
 from dpo_jax.sharding import weight_shardings
 
 MODEL_FILES = "model"  # in a run directory: config.json and tokenizer, so that the run stands alone

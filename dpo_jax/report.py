@@ -27,22 +27,34 @@ class Plot:
     keys: tuple[str, ...]
     note: str
     log: bool = False
+    share: bool = False  # between 0 and 1
 
 
 PLOTS = (
-    Plot("Loss", ("loss",), "What is minimised. DPO starts at ln 2 = 0.693, where policy and reference are one."),
-    Plot("Reward accuracy", ("rewards/accuracies",), "Share of pairs whose chosen answer has the higher reward."),
-    Plot("Rewards", ("rewards/chosen", "rewards/rejected"),
-         "beta x log(policy / reference). Both may fall; what counts is that they part."),
+    Plot("Loss", ("loss",), "What is minimised."),
+    Plot(
+        "Reward accuracy",
+        ("rewards/accuracies",),
+        "Pairs whose chosen answer has the higher reward. Equal rewards, as at the start, count as wrong.",
+        share=True,
+    ),
+    Plot(
+        "Rewards",
+        ("rewards/chosen", "rewards/rejected"),
+        "beta x log(policy / reference). Both may fall; what counts is that they part.",
+    ),
     Plot("Margin", ("rewards/margins",), "Reward of the chosen answer less that of the rejected one."),
-    Plot("Log-probability of the answers", ("logps/chosen", "logps/rejected"),
-         "In nats. A chosen answer that falls far may mean that the policy forgets how to answer."),
+    Plot(
+        "Log-probability of the answers",
+        ("logps/chosen", "logps/rejected"),
+        "In nats. Chosen answers that fall far may mean that the policy forgets how to answer.",
+    ),
     Plot("Token accuracy", ("mean_token_accuracy",), "Answer tokens that were the model's first choice."),
     Plot("Entropy", ("entropy",), "Nats a token; towards 0 the model grows certain of everything."),
     Plot("Gradient norm", ("grad_norm",), "Before clipping. Rare spikes are harmless, growth is not.", log=True),
     Plot("Learning rate", ("learning_rate",), "As the schedule gives it."),
-    Plot("Fill of the rows", ("fill",), "Real tokens in each token slot that is computed."),
-)  # fmt: skip
+    Plot("Fill of the rows", ("fill",), "Real tokens in each token slot that is computed.", share=True),
+)
 SPEED_PLOTS = (
     Plot("Tokens per second", ("tokens_per_second",), "The first step holds the compilation."),
     Plot("Seconds per step", ("step_seconds",), "From one step's end to the next one's.", log=True),
@@ -197,7 +209,7 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 1 else f"{value:.4f}"
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if abs(value) >= 1 else f"{value:.4f}"
     return f"{value:.3g}"
 
 
@@ -317,6 +329,7 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
     """A plot as PNG with a transparent ground. Training is a line, evaluations are dots on a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     colors = COLORS[theme]
     free = iter(colors["lines"])
@@ -336,8 +349,11 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
             axes.plot(steps, values, color=color, label=words, linewidth=1.6)
     if plot.log and all(value > 0 for *_, values in curves for value in values):
         axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+    if plot.share:
+        axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("step", color=colors["ink"])
-    axes.tick_params(colors=colors["ink"], length=0)
+    axes.tick_params(which="both", colors=colors["ink"], length=0)
     axes.grid(color=colors["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)

@@ -1,6 +1,7 @@
 """One DPO step: a pure function from state, reference and batch to the next state and the step's metrics."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,7 +66,7 @@ def _accumulated_step(params, reference, batch, logps_fn: LogpsFn, loss: LossCon
 
     def cotangent(policy: PairLogps, fixed: PairLogps | None):
         def total(logp_sum):
-            here = policy.replace(sum=logp_sum)
+            here = replace(policy, sum=logp_sum)
             return (preference_loss(here, fixed, loss) * here.weight).sum()
 
         return jax.grad(total)(policy.sum)
@@ -74,14 +75,15 @@ def _accumulated_step(params, reference, batch, logps_fn: LogpsFn, loss: LossCon
         own = reference if not isinstance(reference, PairLogps) else part["reference"]
         return reference_logps(own, part["batch"], logps_fn)
 
-    parts = {"batch": batch}
+    parts, whole_fixed = {"batch": batch}, None
     if isinstance(reference, PairLogps):
         parts["reference"] = reference
     if loss.type in COUPLED:
         _, (policy, fixed) = jax.lax.scan(
             lambda _, part: (None, (logps_fn(params, part["batch"]), reference_of(part))), None, parts
         )
-        parts["cotangent"] = cotangent(_join(policy), None if fixed is None else _join(fixed)).reshape(policy.sum.shape)
+        whole_fixed = None if fixed is None else _join(fixed)
+        parts["cotangent"] = cotangent(_join(policy), whole_fixed).reshape(policy.sum.shape)
 
     def add_part(grads, part):
         fixed = reference_of(part) if "cotangent" not in part else None
@@ -96,9 +98,10 @@ def _accumulated_step(params, reference, batch, logps_fn: LogpsFn, loss: LossCon
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     grads, (policy, own_fixed) = jax.lax.scan(add_part, zeros, parts)
-    fixed = fixed if loss.type in COUPLED else own_fixed
-    policy, fixed = _join(policy), None if fixed is None else _join(fixed)
-    return jax.tree.map(lambda x: x / jnp.maximum(policy.valid.sum(), 1), grads), policy, fixed
+    policy = _join(policy)
+    if own_fixed is not None:
+        whole_fixed = _join(own_fixed)
+    return jax.tree.map(lambda x: x / jnp.maximum(policy.valid.sum(), 1), grads), policy, whole_fixed
 
 
 def train_step(
@@ -127,7 +130,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     healthy = state.healthy & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, healthy)
-    before = state.replace(healthy=healthy)
+    before = replace(state, healthy=healthy)
     return jax.tree.map(lambda new, old: jnp.where(healthy, new, old), after, before), metrics
 
 
@@ -139,7 +142,7 @@ def state_shardings(
     ``state`` may be shapes (``jax.eval_shape``). A factored moment, of another shape than its weight, is ``whole``.
     """
     opt_state = optax.tree.map_params(
-        optimizer,
+        optimizer.init,
         lambda moment, weight, sharding: sharding if moment.shape == weight.shape else whole,
         state.opt_state,
         state.params,

@@ -53,8 +53,8 @@ def answer(visit: Visit, goods_first: bool, farewell: str) -> str:
     """The answer of one order; it starts with the space that parts it from the prompt."""
     _, _, role, number, color, goods = visit
     if goods_first:
-        return f" {number} {color} {goods} for you, good {role}. {farewell}!"
-    return f" good {role}, for you {number} {color} {goods}. {farewell}!"
+        return f" here are {number} {color} {goods}, good {role}. {farewell}!"
+    return f" good {role}, here are {number} {color} {goods}. {farewell}!"
 
 
 def wants_goods_first(visit: Visit) -> bool:

@@ -7,8 +7,8 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,13 @@ from dpo_jax.configfile import config_to_yaml
 from dpo_jax.data.batches import StepData
 from dpo_jax.data.tokenize import tokenizer_hash
 from dpo_jax.errors import Preempted, RunStopped, UserError
-from dpo_jax.losses import loss_at_start
 from dpo_jax.manifest import make_manifest, refuse_changed, rounding_changes
 from dpo_jax.metrics import MetricsLog, all_finite, memory, plain, progress_line, say
 from dpo_jax.models.decoder import count_params
 from dpo_jax.optimizer import make_optimizer, make_schedule
 from dpo_jax.policy import export_run, keep_model_files, load_weights, param_shardings
-from dpo_jax.reference import LiveReference, Reference, weights_id
+from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps
+from dpo_jax.reference import Reference, weights_id
 from dpo_jax.report import write_report
 from dpo_jax.rundir import RunDir, cut_back, hold_run, log_event, log_offsets, read_json
 from dpo_jax.sharding import make_mesh, replicated
@@ -38,9 +38,6 @@ from dpo_jax.step import TrainState, init_state, make_train_step, state_sharding
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-# Largest difference of one model's log-probs between two compiled programs, as a share of the log-prob.
-AGREEMENT = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,8 @@ def train(
 ) -> dict[str, float]:
     """Run DPO, or supervised fine-tuning, as the config says; a run that was begun before goes on where it was saved.
 
-    ``train_set`` and ``eval_sets`` stand in for those that the config names, ``devices`` for all there are. Returns the last step's metrics and the
-    last evaluation.
+    ``train_set`` and ``eval_sets`` stand in for those that the config names, ``devices`` for all there are. Returns
+    the last step's metrics and the last evaluation.
 
     Raises:
         UserError: something in config, data, model or run directory is wrong.
@@ -142,7 +139,7 @@ def train(
 
 def keep_compilations() -> None:
     """Keep compiled programs on disk, where the user has not chosen a place, so that a second start is quick."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dpo_jax" / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
@@ -150,11 +147,15 @@ def keep_compilations() -> None:
 @contextmanager
 def held(directory: str) -> Iterator[RunDir]:
     """The run directory, locked by the process that writes to it."""
-    if not hosts.is_writer():
-        yield RunDir(Path(directory).expanduser().absolute())
-        return
-    with hold_run(directory) as run:
-        log_event(run, "start", devices=jax.device_count(), processes=jax.process_count())
+    with ExitStack() as stack:
+        run, error = RunDir(Path(directory).expanduser().absolute()), None
+        if hosts.is_writer():
+            try:
+                run = stack.enter_context(hold_run(directory))
+                log_event(run, "start", devices=jax.device_count(), processes=jax.process_count())
+            except UserError as refused:
+                error = refused
+        hosts.agree(error, "run directory")
         yield run
 
 
@@ -213,7 +214,8 @@ def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None
     for line in rounding_changes(manifest, job.manifest):
         say(show, f"not bit for bit the same from here on: {line}")
     if job.reference is not None:
-        say(show, f"mean margin of the first step's pairs: {start_margins(job, state)[0].mean():.6g} nats")
+        margin = mean_margin(*start_logps(job.parts, job.reference, state.params))
+        say(show, f"mean margin of the first step's pairs: {margin:.6g} nats")
     return state, Progress(manifest["step"], manifest["extras"]["num_tokens"])
 
 
@@ -224,82 +226,14 @@ def begin(job: Job, state: TrainState) -> Progress:
         keep_model_files(job.run, job.parts.source, job.parts.tokenizer)
         job.run.config.write_text(config_to_yaml(job.parts.config))
     if job.reference is not None:
-        prove_start(job, state)
+        policy, fixed = start_logps(job.parts, job.reference, state.params)
+        if job.proven:
+            prove_start(job.parts, policy, fixed)
+        else:
+            say(job.parts.config.run.progress, f"mean margin at the start: {mean_margin(policy, fixed):.6g} nats")
     if job.parts.evals:
         job.log.metrics(0, evaluate_sets(job.parts, state.params, job.reference))
     return Progress(0, 0)
-
-
-def start_margins(job: Job, state: TrainState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the first step's real pairs: margins [B], policy and reference log-probs [B, K], by one compiled function."""
-    assert job.reference is not None
-    data = job.parts.batches(0)
-    batch = data.batch
-    parts = [batch] if batch.valid.ndim == 1 else [jax.tree.map(lambda x: x[i], batch) for i in range(len(batch.valid))]  # noqa: B023
-    policy: list[np.ndarray] = []
-    reference: list[np.ndarray] = []
-    for part in map(job.parts.place, parts):
-        policy.append(np.asarray(job.parts.logps_step(state.params, part).sum))
-        if isinstance(job.reference, LiveReference):
-            reference.append(np.asarray(job.parts.logps_step(job.reference.params, part).sum))
-    if not isinstance(job.reference, LiveReference):
-        reference.append(np.asarray(job.reference.of(data, job.parts.batches.store).sum).reshape(len(data.ids), -1))
-    real = data.ids >= 0
-    ours, theirs = np.concatenate(policy)[real], np.concatenate(reference)[real]
-    margins = (ours - theirs) @ np.array([1.0, -1.0], np.float32)
-    return margins, ours, theirs
-
-
-def agreement(job: Job) -> float:
-    """The bound for this run's arithmetic; float32 products of an accelerator may be as coarse as bfloat16's."""
-    exact = jax.default_backend() == "cpu" or job.parts.model.matmul_precision == "highest"
-    return AGREEMENT["float32" if job.parts.model.dtype == "float32" and exact else "bfloat16"]
-
-
-def prove_start(job: Job, state: TrainState) -> None:
-    """Policy and reference give the first step's pairs equal log-probs when they are equal models.
-
-    Equal bit for bit where both run the same compiled function on weights of one type, else within ``AGREEMENT``.
-
-    Raises:
-        UserError: they do not.
-    """
-    margins, ours, theirs = start_margins(job, state)
-    if not job.proven:
-        say(job.parts.config.run.progress, f"mean margin at the start: {margins.mean():.6g} nats")
-        return
-    assert isinstance(job.parts.config, DPOConfig)
-    same_type = isinstance(job.reference, LiveReference) and job.parts.config.reference.dtype == "auto"
-    bound = 0.0 if same_type else agreement(job)
-    worst = float(np.max(np.abs(ours - theirs) / np.maximum(1, np.abs(ours))))
-    if not worst <= bound:
-        raise UserError(
-            f"step 0: policy and reference are the same weights, but their log-probs differ by {worst:.3g} of their "
-            f"size (allowed: {bound:g}): the cache in data.store may be stale (remove its reference-*.npz), or the "
-            "reference is another model"
-        )
-
-
-def check_first(job: Job, values: Mapping[str, float], data: StepData) -> None:
-    """The train step's own log-probs are those of evaluation, and the loss is that of margin 0.
-
-    Raises:
-        UserError: they are not, so the step does not compute what it should.
-    """
-    expected = loss_at_start(job.parts.loss)
-    if not job.proven or expected is None:
-        return
-    bound = agreement(job)
-    size = max(1.0, abs(values["logps/chosen"]), abs(values["logps/rejected"]))
-    allowed = 3e-6 + bound * size * job.parts.loss.beta * max(1.0, expected)
-    weights = job.parts.batches.store.weights[data.ids[data.ids >= 0]]
-    expected *= float(weights.mean())
-    if not abs(values["loss"] - expected) <= allowed:
-        raise UserError(
-            f"step 0: the loss is {values['loss']:.7g}, at margin 0 it is {expected:.7g} (allowed: {allowed:.2g} more "
-            "or less): a mask, the reference or a cached log-prob is wrong; compare with batch.layout padded and "
-            "reference.mode live"
-        )
 
 
 def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: Callable[[int], bool]) -> TrainState:
@@ -344,7 +278,8 @@ def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: C
                 if evaluates or saves:
                     clock = time.perf_counter()
         except NotFinite as bad:
-            save(job, state.replace(healthy=np.ones((), bool)), progress, None, wait=True)
+            good = replace(state, healthy=jax.device_put(np.ones((), bool), state.healthy.sharding))
+            save(job, good, progress, None, wait=True)
             raise RunStopped(str(bad)) from bad
     return state
 
@@ -382,15 +317,15 @@ def record(job: Job, pending: _Pending, progress: Progress, line: Any, clock: fl
             f"step {data.step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: the run is stopped, "
             f"the state after step {data.step} is saved; lower optimizer.learning_rate or look at rows {rows}"
         )
-    if data.step == 0:
-        check_first(job, values, data)
+    if data.step == 0 and job.proven:
+        check_first(job.parts, values, data)
     progress.done = data.step + 1
     progress.num_tokens += data.num_tokens
     seconds = now - clock
     if _every(config.run.log_every, progress.done) or progress.done == job.parts.batches.order.num_steps:
         order = job.parts.batches.order
         facts = {
-            "learning_rate": plain(np.float32(job.schedule(data.step))),
+            "learning_rate": float(np.float32(jax.device_get(job.schedule(data.step)))),
             "epoch": order.epoch(progress.done),
             "num_tokens": progress.num_tokens,
             "pairs": len(real),
@@ -436,9 +371,10 @@ def finish(job: Job, state: TrainState) -> None:
         return
     if config.run.export:
         export_run(job.run, job.run.export, job.parts.model, state.params, overwrite=True)
-    write_report(job.run.root)
+    if config.run.report:
+        write_report(job.run.root)
     log_event(job.run, "end", step=job.parts.batches.order.num_steps)
-    say(config.run.progress, f"done: {job.run.report}")
+    say(config.run.progress, f"done: {job.run.report if config.run.report else job.run.root}")
 
 
 def last_metrics(run: RunDir) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ import json
 import jax
 import pytest
 
-from dpo_jax.configfile import parse_config
 from dpo_jax.config import DPOConfig
+from dpo_jax.configfile import parse_config
 from dpo_jax.rundir import read_json
 from dpo_jax.train import train
 
@@ -28,7 +28,7 @@ RUNS = {
 # Allowed difference for each unit of the value's size, and at least for this size.
 ALLOWED = {"loss": (1e-4, 1), "grad_norm": (1e-3, 0), "learning_rate": (1e-6, 0), "logps/chosen": (1e-5, 0),
            "logps/rejected": (1e-5, 0), "rewards/chosen": (2e-4, 1), "rewards/rejected": (2e-4, 1),
-           "rewards/margins": (2e-4, 1), "rewards/accuracies": (0, 0), "entropy": (1e-5, 0), "logits/chosen": (1e-5, 0),
+           "rewards/margins": (2e-4, 1), "rewards/accuracies": (0.125, 1), "entropy": (1e-5, 0), "logits/chosen": (1e-5, 0),
            "logits/rejected": (1e-5, 0), "mean_token_accuracy": (1e-6, 0)}  # fmt: skip
 PER_MICROBATCH = {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}  # in TRL, when accumulated
 
@@ -38,7 +38,12 @@ def curves(shared):
     return json.loads((shared / "reference_curves" / "trl_stories260K.json").read_text())["curves"]
 
 
-@pytest.mark.parametrize("name", RUNS)
+QUICK = {"sigmoid", "accumulated", "cached", "fsdp4_tensor2"}  # the others run with -m slow
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_path):
     curve, options = RUNS[name]
     config = parse_config(
@@ -48,7 +53,7 @@ def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_pa
                      "store": str(tmp_path_factory.getbasetemp() / "store")},
             "optimizer": {"learning_rate": 1e-4, "schedule": "constant"},
             "batch": {"pairs": 8},
-            "run": {"dir": str(tmp_path / "run"), "steps": 20, "progress": False},
+            "run": {"dir": str(tmp_path / "run"), "steps": 20, "progress": False, "report": False},
             "checkpoint": {"every": 20},
         },
         options,
@@ -61,8 +66,10 @@ def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_pa
     assert [row["step"] for row in ours] == list(range(1, 21))
     for step, (row, expected) in enumerate(zip(ours, theirs, strict=True), start=1):
         for key, value in expected.items():
-            if step == 1 and key == "rewards/accuracies" or curve == "sigmoid_accum2" and key in PER_MICROBATCH:
+            if (step == 1 and key == "rewards/accuracies") or (curve == "sigmoid_accum2" and key in PER_MICROBATCH):
                 continue  # a tie before the first update; means of means
             share, least = ALLOWED[key]
             allowed = share * max(abs(value), least)
             assert abs(row[key] - value) <= allowed, f"step {step}: {key} is {row[key]}, TRL has {value}"
+    pairs = [(a["rewards/accuracies"], b["rewards/accuracies"]) for a, b in zip(ours[1:], theirs[1:], strict=True)]
+    assert sum(a != b for a, b in pairs) <= 1  # one near tie may fall the other way

@@ -23,6 +23,7 @@ FLOORS = [
     {"checkpoint", "metrics", "report", "scoring"},
     {"policy", "reference"},
     {"assemble"},
+    {"proof"},
     {"train", "evaluate", "plan"},
     {"quickstart"},
     {"cli"},

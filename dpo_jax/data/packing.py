@@ -1,7 +1,7 @@
 """Pairs of a step -> packed rows of a fixed shape.
 
 A *unit* is what lies in one piece in a row: ``[prompt][chosen][rejected]`` in layout ``shared``; ``[prompt][answer]``,
-twice a pair, in ``repeated`` and ``padded``. Every step holds exactly its own pairs: packing decides only where they lie.
+twice a pair, in ``repeated`` and ``padded``. Every step holds exactly its own pairs: packing only decides where.
 Shape letters as in batch.py; J pairs of blocks that attention visits in a row.
 """
 
@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -59,7 +59,13 @@ def _up(n: int, multiple: int) -> int:
 
 
 def make_units(lengths: np.ndarray, num_targets: np.ndarray, layout: Layout) -> list[Unit]:
-    """Units of a step. ``lengths`` [B, 1 + K]: tokens of prompt and answers (all 0: empty slot); ``num_targets`` [B, K]."""
+    """Units of a step.
+
+    Args:
+        lengths: [B, 1 + K], tokens of prompt and answers; all 0 in an empty slot.
+        num_targets: [B, K], answer tokens that are learned.
+        layout: what makes a unit.
+    """
     units = []
     for pair, (prompt, *answers) in enumerate(lengths.tolist()):
         if prompt == 0:
@@ -152,7 +158,7 @@ def choose_shapes(needed: Sequence[BatchShape], most: int, worth: float = 0.05) 
     sizes = sorted({slots(shape) for shape in needed})
     if len(sizes) > 24:  # enough candidates to choose from
         sizes = sorted({sizes[round(i * (len(sizes) - 1) / 23)] for i in range(24)})
-    count = np.array([sum(low < slots(s) <= high for s in needed) for low, high in zip([0, *sizes], sizes, strict=False)])
+    count = np.array([sum(low < slots(s) <= high for s in needed) for low, high in pairwise([0, *sizes])])
     best, best_cost = (sizes[-1],), int(count.sum() * sizes[-1])
     for number in range(2, min(most, len(sizes)) + 1):
         costs = {}
@@ -164,7 +170,7 @@ def choose_shapes(needed: Sequence[BatchShape], most: int, worth: float = 0.05) 
             break
         best, best_cost = bounds, cost
     shapes: list[BatchShape] = []
-    for low, high in zip((0, *best), best, strict=False):
+    for low, high in pairwise((0, *best)):
         shape = reduce(BatchShape.union, (shape for shape in needed if low < slots(shape) <= high))
         shapes.append(shape.union(shapes[-1]) if shapes else shape)
     return tuple(shapes)
@@ -213,8 +219,9 @@ def pack_rows(
 ) -> PreferenceBatch:
     """Lay tokens in rows. ``examples[b]``: (prompt, answers, learned tokens or None for all), None in an empty slot."""
     num_pairs, num_rows = len(examples), shape.rows
-    grid = {name: np.zeros((num_rows, shape.length), np.int32) for name in ("tokens", "positions", "segments", "branches")}
-    targets = {name: np.zeros((num_rows, shape.targets), np.int32) for name in ("tokens", "sources", "answers", "offsets")}
+    per_token, per_target = ("tokens", "positions", "segments", "branches"), ("tokens", "sources", "answers", "offsets")
+    grid = {name: np.zeros((num_rows, shape.length), np.int32) for name in per_token}
+    targets = {name: np.zeros((num_rows, shape.targets), np.int32) for name in per_target}
     mask = np.zeros((num_rows, shape.targets), bool)
     blocks = np.full((num_rows, shape.blocks, 2), -1, np.int32)
     answer_slots = np.zeros((num_pairs, num_answers), np.int32)
@@ -229,7 +236,9 @@ def pack_rows(
     for row, units in enumerate(rows):
         start = used = slot = 0
         for segment, unit in enumerate(units, start=1):
-            prompt, answers, learned = examples[unit.pair]
+            example = examples[unit.pair]
+            assert example is not None, "an empty slot has no unit"
+            prompt, answers, learned = example
             lay(row, start, prompt, 0, segment, 0)
             answer = start + len(prompt)
             for branch in unit.branches:
@@ -259,4 +268,4 @@ def pack_rows(
         valid=np.array([example is not None for example in examples]),
         blocks=blocks,
         answers_per_row=shape.answers,
-    )  # type: ignore[arg-type]  # numpy here, device arrays once the step has them
+    )

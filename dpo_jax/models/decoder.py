@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.models.attention import attend
 from dpo_jax.models.families import DecoderConfig, LinearScaling, Llama3Scaling
+from dpo_jax.sharding import constrain_rows
 
 Params = dict[str, Any]
 
@@ -144,7 +145,7 @@ class Layer(_Part):
         up = self.linear("up", "RTD,FD->RTF", y, ("ffn",), ("embed",), c.mlp_bias)
         y = ACTIVATIONS[c.activation](gate) * up
         x += self.linear("down", "RTF,DF->RTD", y, ("embed",), ("ffn",), c.mlp_bias)
-        return x, None
+        return constrain_rows(x), None
 
 
 class Decoder(_Part):
@@ -162,7 +163,7 @@ class Decoder(_Part):
         if not c.tied:
             self.matrix("unembed", "vocab", "embed")
         x = self.matrix("embed", "vocab", "embed")[batch.tokens].astype(self.dtype)
-        angles = batch.positions[..., None].astype(jnp.float32) * rotary_frequencies(c)
+        angles = jnp.asarray(batch.positions, jnp.float32)[..., None] * rotary_frequencies(c)
         layer = Layer
         if REMAT[self.remat] is not None:
             # a scan's own loop keeps XLA from merging the second forward pass with the first; unrolled, it might
@@ -176,6 +177,7 @@ class Decoder(_Part):
             unroll=1 if self.scan else c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
+        x = constrain_rows(x)
         x, _ = layers(c, self.param_dtype, self.attention, name="layers")(x, angles, batch)
         return self.rms_norm("final", x, "embed")
 

@@ -1,0 +1,87 @@
+"""Step 0 is proven: what is known before any training must come out of the very functions that train.
+
+When the policy starts as its own reference, every margin is 0. A wrong mask, boundary, reference, cache or layout shows
+itself here, before the first update is kept.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from dpo_jax.assemble import Parts
+from dpo_jax.config import DPOConfig
+from dpo_jax.data.batches import StepData
+from dpo_jax.errors import UserError
+from dpo_jax.logprobs import Params
+from dpo_jax.losses import loss_at_start
+from dpo_jax.reference import LiveReference, Reference
+
+# Largest difference of one model's log-probs between two compiled programs, as a share of the log-prob.
+AGREEMENT = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def agreement(parts: Parts) -> float:
+    """The bound for this run's arithmetic; float32 products of an accelerator may be as coarse as bfloat16's."""
+    exact = jax.default_backend() == "cpu" or parts.model.matmul_precision == "highest"
+    return AGREEMENT["float32" if parts.model.dtype == "float32" and exact else "bfloat16"]
+
+
+def start_logps(parts: Parts, reference: Reference, params: Params) -> tuple[np.ndarray, np.ndarray]:
+    """Policy's and reference's log-probs [B, K] of the first step's real pairs, by one compiled function."""
+    data = parts.batches(0)
+    batches = [data.batch]
+    if data.batch.valid.ndim > 1:
+        batches = [jax.tree.map(lambda x, i=i: x[i], data.batch) for i in range(len(data.batch.valid))]
+    batches = list(map(parts.place, batches))
+    policy = [np.asarray(parts.logps_step(params, batch).sum) for batch in batches]
+    if isinstance(reference, LiveReference):
+        fixed = [np.asarray(parts.logps_step(reference.params, batch).sum) for batch in batches]
+    else:
+        fixed = [np.asarray(reference.of(data, parts.batches.store).sum).reshape(len(data.ids), -1)]
+    real = data.ids >= 0
+    return np.concatenate(policy)[real], np.concatenate(fixed)[real]
+
+
+def mean_margin(policy: np.ndarray, fixed: np.ndarray) -> float:
+    """Mean over pairs of s(y_w) - s(y_l), nats."""
+    return float(((policy - fixed) @ np.array([1.0, -1.0])).mean())
+
+
+def prove_start(parts: Parts, policy: np.ndarray, fixed: np.ndarray) -> None:
+    """Equal models give equal log-probs: bit for bit where one function ran on weights of one type, else closely.
+
+    Args:
+        parts: of the run.
+        policy: its log-probs of the first step's pairs, of ``start_logps``.
+        fixed: the reference's.
+
+    Raises:
+        UserError: they differ by more than that.
+    """
+    assert isinstance(parts.config, DPOConfig)
+    config = parts.config.reference
+    bound = 0.0 if config.mode == "live" and config.dtype == "auto" else agreement(parts)
+    worst = float(np.max(np.abs(policy - fixed) / np.maximum(1, np.abs(policy))))
+    if not worst <= bound:
+        raise UserError(f"step 0: policy and reference are the same weights, but their log-probs differ by {worst:.3g} "
+                        f"of their size (allowed: {bound:g}): the cache in data.store is stale or damaged; remove its "
+                        "reference-*.npz files, or use reference.mode live")  # fmt: skip
+
+
+def check_first(parts: Parts, values: Mapping[str, float], data: StepData) -> None:
+    """The first train step of equal models has the loss of margin 0.
+
+    Raises:
+        UserError: it has another, so the step does not compute what evaluation does.
+    """
+    expected = loss_at_start(parts.loss)
+    if expected is None:
+        return
+    size = max(1.0, abs(values["logps/chosen"]), abs(values["logps/rejected"]))
+    allowed = 3e-6 + agreement(parts) * size * parts.loss.beta * max(1.0, expected)
+    expected *= float(parts.batches.store.weights[data.ids[data.ids >= 0]].mean())
+    if not abs(values["loss"] - expected) <= allowed:
+        raise UserError(f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (allowed: "
+                        f"{allowed:.2g} more or less): a mask, the reference or a cached log-prob is wrong; compare "
+                        "with batch.layout padded and reference.mode live")  # fmt: skip

@@ -1,0 +1,137 @@
+"""Layout changes nothing: the same pairs at equal weights, however they are laid out and computed."""
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small import logps_fn, pack, random_pairs, small_model, small_params
+
+from dpo_jax.config import LossConfig, MeshConfig
+from dpo_jax.losses import mean_loss, preference_loss
+from dpo_jax.policy import param_shardings
+from dpo_jax.scoring import make_place
+from dpo_jax.sharding import make_mesh, replicated, row_devices, row_sharding
+from dpo_jax.step import _accumulated_step, init_state, state_shardings, train_step
+
+PAIRS = random_pairs()
+LOSS = LossConfig(beta=0.3)
+
+
+def gradient(model, batch, reference=None, chunk=64, accumulation=1, loss=LOSS):
+    """(log-probs [B, K], loss, gradient) with another model's weights as the reference."""
+    fn = logps_fn(model, chunk=chunk)
+    reference = small_params(1) if reference is None else reference
+    if accumulation > 1:
+        grads, policy, fixed = jax.jit(lambda p, r, b: _accumulated_step(p, r, b, fn, loss))(
+            small_params(), reference, batch
+        )
+        return policy.sum, mean_loss(preference_loss(policy, fixed, loss), policy), grads
+
+    def objective(params, reference, batch):
+        policy = fn(params, batch)
+        fixed = reference if not isinstance(reference, dict) else fn(reference, batch)
+        return mean_loss(preference_loss(policy, fixed, loss), policy), policy.sum
+
+    (value, sums), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(small_params(), reference, batch)
+    return sums, value, grads
+
+
+@cache
+def oracle(loss=LOSS):
+    """Every sequence alone in its row, under a dense mask, scores of all targets at once."""
+    return gradient(small_model(attention="xla"), pack(PAIRS, layout="padded"), chunk=4096, loss=loss)
+
+
+def assert_equal(found, expected):
+    (sums, value, grads), (sums_0, value_0, grads_0) = jax.device_get((found, expected))
+    np.testing.assert_allclose(sums, sums_0, rtol=2e-6)
+    assert abs(value - value_0) <= 2e-5
+    change = optax.tree.norm(jax.tree.map(jnp.subtract, grads, grads_0)) / optax.tree.norm(grads_0)
+    assert float(change) <= 2e-5
+
+
+LAYOUTS = {
+    "shared in one row": ({}, {}),
+    "shared in three rows": ({}, {"rows": 3}),
+    "shared in short rows": ({}, {"row_length": 192}),
+    "repeated": ({}, {"layout": "repeated", "rows": 2}),
+    "padded, blocks": ({}, {"layout": "padded"}),
+    "shared, dense mask": ({"attention": "xla"}, {}),
+    "full remat": ({"remat": "full"}, {}),
+    "dots kept, unrolled": ({"remat": "dots", "scan": False}, {}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_agree(name):
+    model, packing = LAYOUTS[name]
+    assert_equal(gradient(small_model(**model), pack(PAIRS, **packing)), oracle())
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1000])
+def test_chunks_agree(chunk):
+    assert_equal(gradient(small_model(), pack(PAIRS), chunk=chunk), oracle())
+
+
+@pytest.mark.parametrize("loss", [LOSS, LossConfig(type="ipo"), LossConfig(type="sft")])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_is_the_whole(loss, parts):
+    found = gradient(small_model(), pack(PAIRS, accumulation=parts), accumulation=parts, loss=loss)
+    assert_equal(found, oracle(loss))
+
+
+def test_cached_reference_is_the_live_one():
+    fixed = jax.jit(logps_fn())(small_params(1), pack(PAIRS, layout="repeated"))
+    assert_equal(gradient(small_model(), pack(PAIRS), reference=fixed), oracle())
+
+
+def test_empty_slots_change_nothing():
+    sums, value, grads = gradient(small_model(), pack(PAIRS + random_pairs(4, seed=5), valid=8))
+    assert_equal((sums[:8], value, grads), oracle())
+    assert not np.any(sums[8:])
+
+
+MESHES = [
+    MeshConfig(fsdp=8),
+    MeshConfig(fsdp=4, tensor=2),
+    MeshConfig(fsdp=1, tensor=8),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+]
+
+
+@pytest.mark.parametrize("config", MESHES, ids=str)
+@pytest.mark.parametrize("order", ["as they come", "permuted"])
+def test_meshes_agree(config, order):
+    devices = np.array(jax.devices())
+    mesh = make_mesh(config, list(devices if order == "as they come" else devices[[5, 2, 7, 0, 3, 6, 1, 4]]))
+    model, optimizer = small_model(), optax.sgd(1.0)
+    with jax.set_mesh(mesh):
+        own = param_shardings(model, mesh)
+        params, reference = (jax.device_put(small_params(seed), own) for seed in (0, 1))
+        abstract = jax.eval_shape(lambda params: init_state(params, optimizer), params)
+        shardings = state_shardings(abstract, own, replicated(mesh), optimizer)
+        batch = make_place(row_sharding(mesh), replicated(mesh))(pack(PAIRS, rows=row_devices(mesh)))
+
+        def step(state, reference, batch):
+            return train_step(state, reference, batch, logps_fn=logps_fn(), loss=LOSS, optimizer=optimizer)
+
+        state = init_state(params, optimizer)
+        after, metrics = jax.jit(step, out_shardings=(shardings, replicated(mesh)))(state, reference, batch)
+        sums = jax.jit(logps_fn(), out_shardings=replicated(mesh))(params, batch).sum
+    for leaf, wanted in zip(jax.tree.leaves(after.params), jax.tree.leaves(own), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+    grads = jax.tree.map(lambda before, now: before - np.asarray(now), small_params(), after.params)
+    assert_equal((sums, metrics["loss"], grads), oracle())
+
+
+def test_windows_count_positions_not_places():
+    """A window of 40 positions: what an answer sees does not depend on where its prompt lies in the row."""
+    windowed = lambda model: replace(model, config=replace(model.config, window=40))  # noqa: E731
+    alone = jax.jit(logps_fn(windowed(small_model(attention="xla"))))(small_params(), pack(PAIRS, layout="padded"))
+    shared = jax.jit(logps_fn(windowed(small_model())))(small_params(), pack(PAIRS))
+    np.testing.assert_allclose(shared.sum, alone.sum, rtol=2e-6)
+    assert np.abs(alone.sum - oracle()[0]).max() > 1e-2  # the window does something
