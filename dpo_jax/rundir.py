@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from dpo_jax.errors import UserError
 
-Event = Literal["start", "restore", "save", "preempt", "end"]
+Event = Literal["start", "data", "restore", "save", "preempt", "end"]
 LOCK, EVENTS = "run.lock", "events.jsonl"
 
 
@@ -201,6 +201,21 @@ def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
     for name, offset in offsets.items():
         if (run.root / name).exists():
             os.truncate(run.root / name, offset)
+
+
+def lost_saves(run: RunDir) -> UserError | None:
+    """What is wrong when no save is there though the events tell of one that was finished; None: it is a new run.
+
+    A save is finished when the same process began another, or said that it ended or was stopped.
+    """
+    begun = 0
+    for event in read_json(run.events):
+        kind = event["event"]
+        begun = 0 if kind == "start" else begun + (kind == "save")
+        if begun > 1 or kind in ("restore", "preempt", "end"):
+            return UserError(f"run.dir: {run.root} was saved before, and {run.checkpoints} holds no save any more: "
+                             "put them back, or choose a new run.dir, as starting over empties its logs")  # fmt: skip
+    return None
 
 
 def _byte(path: Path, offset: int) -> bytes:

@@ -6,6 +6,7 @@ Read it top to bottom: ``train`` is the story, what it calls follows in the orde
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +33,7 @@ from dpo_jax.policy import export_run, keep_model_files, load_weights, param_sha
 from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps
 from dpo_jax.reference import Reference, weights_id
 from dpo_jax.report import write_report
-from dpo_jax.rundir import RunDir, cut_back, hold_run, log_event, log_offsets, read_json
+from dpo_jax.rundir import RunDir, cut_back, hold_run, log_event, log_offsets, lost_saves, read_json
 from dpo_jax.sharding import make_mesh, replicated
 from dpo_jax.step import TrainState, init_state, make_train_step, state_shardings
 
@@ -86,7 +87,7 @@ def train(
     with jax.set_mesh(mesh), held(config.run.dir) as run:
         # Data and model
         parts = assemble(config, mesh, train_set, eval_sets)
-        announce(parts)
+        announce(parts, run)
 
         # Weights: the start is loaded on resume too, because the reference is made of it, never of a restored policy
         start = load_weights(parts.source, parts.model, config.model, mesh)
@@ -159,16 +160,23 @@ def held(directory: str) -> Iterator[RunDir]:
         yield run
 
 
-def announce(parts: Parts) -> None:
-    """Tell what is about to run."""
+def announce(parts: Parts, run: RunDir) -> None:
+    """Tell what is about to run; the events keep what became of every row."""
     config, batches = parts.config, parts.batches
     order, shapes = batches.order, batches.packer.shapes
-    dropped = sum(cause["count"] for source in batches.store.report for cause in source["dropped"].values())
-    evals = "".join(f", {len(own.order.groups[0])} in {name}" for name, own in parts.evals.items())
+    held = {name: len(own.order.groups[0]) for name, own in parts.evals.items()}
+    causes: Counter[str] = Counter()
+    for source in batches.store.report:
+        causes.update({cause: found["count"] for cause, found in source["dropped"].items()})
+    if hosts.is_writer():
+        num_rows = sum(source["rows"] for source in batches.store.report)
+        log_event(run, "data", rows=num_rows, train=order.epoch_draws, evals=held, dropped=dict(causes))
+    evals = "".join(f", {count} in {name}" for name, count in held.items())
+    dropped = ", ".join(f"{count} rows dropped: {cause}" for cause, count in causes.items()) or "no row dropped"
     rows = " or ".join(f"{shape.rows} x {shape.length}" for shape in shapes)
     mesh = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     say(config.run.progress, f"model: {count_params(parts.model):,} parameters, {parts.model.dtype}; mesh: {mesh}")
-    say(config.run.progress, f"data: {order.epoch_draws} to train on{evals}; {dropped} rows dropped")
+    say(config.run.progress, f"data: {order.epoch_draws} to train on{evals}; {dropped}")
     say(config.run.progress, f"steps: {order.num_steps} of {order.batch}, in rows of {rows} tokens")
 
 
@@ -205,6 +213,7 @@ def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None
         refuse_changed(old, job.manifest, str(job.run.root))
     restored = job.saves.restore(abstract)
     if restored is None:
+        hosts.agree(lost_saves(job.run) if hosts.is_writer() else None, "saved steps")
         return None
     state, manifest = restored
     if hosts.is_writer():
@@ -372,7 +381,9 @@ def finish(job: Job, state: TrainState) -> None:
     if config.run.export:
         export_run(job.run, job.run.export, job.parts.model, state.params, overwrite=True)
     if config.run.report:
-        write_report(job.run.root)
+        stores = {"train": job.parts.batches.store}
+        stores |= {name: own.store for name, own in job.parts.evals.items() if own.store is not stores["train"]}
+        write_report(job.run.root, {name: store.report for name, store in stores.items()})
     log_event(job.run, "end", step=job.parts.batches.order.num_steps)
     say(config.run.progress, f"done: {job.run.report if config.run.report else job.run.root}")
 
