@@ -85,7 +85,16 @@ class PaddedBatch:
 
 
 def pad_pairs(prompts: Sequence[Sequence[int]], *answers: Sequence[Sequence[int]], pad_id: int = 0) -> PaddedBatch:
-    """Token lists -> ``PaddedBatch``: ``pad_pairs(prompts, chosen, rejected)``, each a list of B lists of token ids."""
+    """Token lists -> ``PaddedBatch``: ``pad_pairs(prompts, chosen, rejected)``, each a list of B lists of token ids.
+
+    Raises:
+        ValueError: the lists differ in length, or one of the prompts or answers is empty.
+    """
+    if {len(own) for own in answers} != {len(prompts)}:
+        raise ValueError(f"{len(prompts)} prompts, but {[len(own) for own in answers]} answers")
+    for i, parts in enumerate(zip(prompts, *answers, strict=True)):
+        if not all(map(len, parts)):
+            raise ValueError(f"pair {i} has an empty prompt or answer: its log-prob is that of nothing")
     length = max(len(prompt) + len(own[i]) for own in answers for i, prompt in enumerate(prompts))
     tokens = np.full((len(prompts), len(answers), length), pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)

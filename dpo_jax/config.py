@@ -210,6 +210,8 @@ class OptimizerConfig:
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "it cannot be negative")
         require(self.decay_steps is None or self.schedule == "wsd", "optimizer.decay_steps", self.decay_steps,
                 f"only schedule wsd has it, this is {self.schedule}")  # fmt: skip
+        require(self.decay_steps is None or self.decay_steps > 0, "optimizer.decay_steps", self.decay_steps,
+                "a positive number is needed")  # fmt: skip
         require(self.final_fraction == 0 or self.schedule != "constant", "optimizer.final_fraction",
                 self.final_fraction, "schedule constant does not fall; set it to 0")  # fmt: skip
         require(0 <= self.final_fraction <= 1, "optimizer.final_fraction", self.final_fraction, "it lies in [0, 1]")

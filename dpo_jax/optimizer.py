@@ -7,12 +7,20 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax.config import OPTIMIZER_DEFAULTS, OptimizerConfig
+from dpo_jax.errors import UserError
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate of each update, counted from 0: a linear rise over ``warmup_steps``, then the schedule's shape."""
+    """Learning rate of each update, counted from 0: a linear rise over ``warmup_steps``, then the schedule's shape.
+
+    Raises:
+        UserError: decay_steps do not fit in the run.
+    """
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     rest = max(num_steps - config.warmup_steps, 1)
+    if (config.decay_steps or 0) > rest:
+        raise UserError(f"optimizer.decay_steps: {config.decay_steps} is more than the {rest} steps after the warm-up; "
+                        "lower it, or train for longer")  # fmt: skip
     match config.schedule:
         case "constant":
             after = optax.constant_schedule(peak)
@@ -21,7 +29,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
         case "cosine":
             after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
         case "wsd":
-            fall = min(config.decay_steps or max(num_steps // 10, 1), rest)
+            fall = config.decay_steps or min(max(num_steps // 10, 1), rest)
             after = optax.linear_schedule(peak, end, fall, transition_begin=rest - fall)
     if config.warmup_steps == 0:
         return after
@@ -45,18 +53,28 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         case "lion":
             update = optax.lion(rate, mu_dtype=moment, **options)
         case "adafactor":
-            update = optax.adafactor(
-                rate, weight_decay_rate=config.weight_decay or None, weight_decay_mask=True if mask is None else mask
-            )
+            # adafactor's own decay is not scaled by the rate, as the others' is
+            decay = (lambda count: config.weight_decay * rate(count)) if config.weight_decay else None
+            update = optax.adafactor(rate, weight_decay_rate=decay, weight_decay_mask=True if mask is None else mask)
         case "rmsprop":
             update = optax.chain(
                 optax.scale_by_rms(decay=settled["b2"], eps=settled["eps"], eps_in_sqrt=False),
                 optax.add_decayed_weights(config.weight_decay, mask),
                 optax.scale_by_learning_rate(rate),
             )
+    update = _in_float32(update)
     if config.max_grad_norm is None:
         return update
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
+
+
+def _in_float32(update: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The update of bfloat16 weights in float32, moments too: in bfloat16 a mean that moves by 0.1% never moves."""
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+    return optax.GradientTransformation(
+        lambda params: update.init(wide(params)),
+        lambda grads, state, params=None: update.update(wide(grads), state, wide(params)),
+    )
 
 
 def _matrices(params):

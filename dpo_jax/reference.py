@@ -6,6 +6,7 @@ Either way it is made of its own arrays: a copy of the policy's start, never an 
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def _read(path: Path, made_by: Mapping[str, Any], shape: tuple[int, ...]) -> np.
     try:
         with np.load(path, allow_pickle=False) as file:
             sums, about = file["sums"], json.loads(str(file["about"]))
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     good = about == {**made_by, "digest": _digest(sums)} and sums.shape == shape and np.isfinite(sums).all()
     return sums if good else None

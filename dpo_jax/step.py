@@ -126,12 +126,13 @@ def train_step(
     """
     compute = _whole_step if accumulation == 1 else _accumulated_step
     grads, policy, fixed = compute(state.params, reference, batch, logps_fn, loss)
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)  # norm and moments of bfloat16 weights, too
     metrics = preference_metrics(policy, fixed, loss) | {"grad_norm": optax.tree.norm(grads)}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     healthy = state.healthy & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, healthy)
     before = replace(state, healthy=healthy)
-    return jax.tree.map(lambda new, old: jnp.where(healthy, new, old), after, before), metrics
+    return jax.tree.map(lambda new, old: jnp.where(healthy, new, old).astype(old.dtype), after, before), metrics
 
 
 def state_shardings(
