@@ -1,0 +1,224 @@
+"""What vs_trl.py runs, each in a process of its own: ``python programs.py NAME FOLDER ARGUMENTS_AS_JSON``.
+
+Every program trains on the same pairs in the same order and returns the same figures: seconds of each step
+and of the reference pass, peak memory, what came before the first step, and the losses.
+"""
+
+import json
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+STARTED = time.perf_counter()
+WARM_UP = 2  # first steps that are never timed
+LEARNING_RATE = 1e-4  # constant: large enough that the losses show whether both do the same work
+
+
+def make_model(folder: Path, pairs_file: str) -> dict[str, Any]:
+    """A Llama of 15M parameters with random weights, and a tokenizer learned from the pairs."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    rows = read_rows(pairs_file)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=32000,
+        min_frequency=2,
+        special_tokens=["<pad>", "<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for row in rows for text in row.values()), trainer)
+    path = folder / "model"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=288,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(path)
+    return {"path": str(path), "tokens": tokenizer.get_vocab_size()}
+
+
+def run_dpo_jax(
+    folder: Path, model: str, pairs_file: str, max_length: int, batch: int, num_steps: int, reference: str
+) -> dict[str, Any]:
+    """This project's `train`."""
+    import jax
+
+    from dpo_jax.config import DPOConfig
+    from dpo_jax.configfile import parse_config
+    from dpo_jax.rundir import read_json
+    from dpo_jax.train import train
+
+    compiles: list[float] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiles.append(seconds) if name.endswith("backend_compile_duration") else None
+    )
+    run = folder / "run"
+    config = parse_config(
+        {
+            "model": {"path": model, "dtype": "float32"},
+            "reference": {"mode": reference},
+            "data": {"train": pairs_file, "shuffle": False, "max_length": max_length, "workers": 1},
+            "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
+            "batch": {"pairs": batch},
+            "run": {"dir": str(run), "steps": num_steps, "progress": False, "report": False},
+            "checkpoint": {"every": num_steps},
+        },
+        {},
+        DPOConfig,
+    )
+    train(config)
+    peak = peak_gib()
+    whole = time.perf_counter() - STARTED
+    compile_seconds = sum(compiles)
+    timings, metrics = read_json(run / "timings.jsonl"), read_json(run / "metrics.jsonl")
+    fill = [row["fill"] for row in metrics]
+    slots = [
+        round(row["tokens_per_second"] * row["step_seconds"] / own) for row, own in zip(timings, fill, strict=True)
+    ]
+    first = [step for step, size in enumerate(slots) if size not in slots[:step]]
+    seconds = [row["step_seconds"] for row in timings]
+    return {
+        "seconds": seconds,
+        # A step's program is compiled while the step before it is waited for, and counts in that one's seconds.
+        "compiled": sorted({step for own in first for step in (own - 1, own) if step >= 0}),
+        "reference_seconds_per_pair": 0.0 if reference == "live" else jax_reference_seconds(config),
+        "peak_gib": peak,
+        "start_seconds": whole - sum(seconds[1:]),
+        "compile_seconds": compile_seconds,
+        "losses": [row["loss"] for row in metrics],
+        "fill": fill,
+        "token_slots": slots,
+    }
+
+
+def jax_reference_seconds(config: Any) -> float:
+    """Seconds a pair to make the cached reference anew, once its program is compiled."""
+    import jax
+
+    from dpo_jax.assemble import assemble, make_reference
+    from dpo_jax.policy import load_weights
+    from dpo_jax.sharding import make_mesh
+
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        parts = assemble(config, mesh)
+        store = parts.batches.store
+        weights = load_weights(parts.source, parts.model, config.model, mesh)
+        seconds = 0.0
+        for _ in range(2):  # the first compiles
+            for old in store.path.glob("reference-*"):
+                old.unlink()
+            started = time.perf_counter()
+            make_reference(parts, weights)
+            seconds = time.perf_counter() - started
+    return seconds / len(store)
+
+
+def run_trl(
+    folder: Path, model: str, pairs_file: str, max_length: int, batch: int, num_steps: int, precompute: bool
+) -> dict[str, Any]:
+    """TRL's DPOTrainer as it comes, in float32, and in file order."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    clock: list[float] = []  # when training began, and when each step was done
+    passes: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            clock.append(time.perf_counter())
+
+        def on_step_end(self, args, state, control, **_):
+            clock.append(time.perf_counter())
+
+    class Timed(DPOTrainer):
+        def _precompute_ref_logps(self, *args, **kwargs):
+            began = time.perf_counter()
+            made = super()._precompute_ref_logps(*args, **kwargs)
+            passes.append(time.perf_counter() - began)
+            return made
+
+    rows = read_rows(pairs_file)
+    trainer = Timed(
+        model=model,
+        args=DPOConfig(
+            output_dir=str(folder / "run"),
+            max_length=max_length,
+            per_device_train_batch_size=batch,
+            max_steps=num_steps,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            precompute_ref_log_probs=precompute,
+            train_sampling_strategy="sequential",
+            model_init_kwargs={"dtype": "float32"},
+            bf16=False,
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    whole = time.perf_counter() - STARTED
+    seconds = [done - before for before, done in pairwise(clock)]
+    return {
+        "seconds": seconds,
+        "compiled": [],
+        "reference_seconds_per_pair": sum(passes) / len(rows),
+        "peak_gib": peak_gib(),
+        "start_seconds": whole - sum(seconds[1:]),
+        "compile_seconds": 0.0,
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+    }
+
+
+def read_rows(path: str) -> list[dict[str, str]]:
+    """What a file of JSON lines holds."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def peak_gib() -> float:
+    """Most memory that this process has held, GiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**20
+
+
+def timed_steps(run: dict[str, Any]) -> set[int]:
+    """Steps of a run, from 0, in which nothing is compiled or warmed up."""
+    return set(range(WARM_UP, len(run["seconds"]))) - set(run["compiled"])
+
+
+PROGRAMS = {  # in the order in which they take turns
+    "trl": (run_trl, {"precompute": False}),
+    "dpo_jax-cached": (run_dpo_jax, {"reference": "cached"}),
+    "trl-precomputed": (run_trl, {"precompute": True}),
+    "dpo_jax-live": (run_dpo_jax, {"reference": "live"}),
+}
+
+if __name__ == "__main__":
+    name, place, arguments = sys.argv[1:]
+    function, options = (PROGRAMS | {"model": (make_model, {})})[name]
+    found = function(Path(place), **options, **json.loads(arguments))
+    (Path(place) / "result.json").write_text(json.dumps(found))
