@@ -1,7 +1,7 @@
 """The parts of a run, made from its config: what training and evaluation both stand on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -92,8 +92,11 @@ def reference_weights(parts: Parts, start: Params) -> Params:
     path = parts.config.reference.path
     if path is None:
         return start
-    source = find_model(path, None)
-    model = build_model(source, parts.config.model)
+    try:
+        source = find_model(path, None)
+        model = build_model(source, parts.config.model)
+    except UserError as error:
+        raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
     if model != parts.model:
         raise UserError(f"reference.path: {path} has another architecture or vocabulary than model.path "
                         f"{parts.config.model.path}; choose a model of the same kind")  # fmt: skip
@@ -110,6 +113,7 @@ def make_reference(parts: Parts, weights: Params) -> Reference:
     made_by = {
         "format": 1,
         "weights": weights_id(weights),
+        "decoder": asdict(parts.model.config),
         "dtype": parts.model.dtype,
         "matmul_precision": parts.model.matmul_precision,
         "platform": jax.default_backend(),

@@ -14,7 +14,8 @@ from dpo_jax.config import DPOConfig, MeshConfig, ModelConfig
 from dpo_jax.errors import UserError
 from dpo_jax.losses import preference_metrics
 from dpo_jax.policy import build_model, export_run, find_model, load_weights, param_shardings
-from dpo_jax.rundir import RunDir, find_run, is_run_dir
+from dpo_jax.reference import weights_id
+from dpo_jax.rundir import find_run, is_run_dir
 from dpo_jax.saved import restore_params
 from dpo_jax.scoring import dataset_logps
 from dpo_jax.sharding import make_mesh
@@ -36,7 +37,7 @@ def evaluate(config: DPOConfig, output: Path) -> dict:
         if not parts.evals:
             raise UserError("data.eval: {} names nothing to evaluate on; name a set, or give data.eval_fraction")
         start = load_weights(parts.source, parts.model, config.model, mesh)
-        reference = make_reference(parts, reference_weights(parts, start))
+        weights = reference_weights(parts, start)
         policy_of, params = config.model.path, start
         if is_run_dir(config.run.dir):
             shapes = jax.tree.map(
@@ -44,9 +45,12 @@ def evaluate(config: DPOConfig, output: Path) -> dict:
                 parts.model.param_shapes(),
                 param_shardings(parts.model, mesh),
             )
-            saved = RunDir(Path(config.run.dir)).checkpoints
-            params, manifest = restore_params(saved, config.model.checkpoint, shapes)
+            params, manifest = restore_params(find_run(config.run.dir).checkpoints, config.model.checkpoint, shapes)
+            if manifest["identity"]["reference"] != weights_id(weights):
+                raise UserError(f"run.dir: {config.run.dir} was trained against another reference than this config's: "
+                                f"use {config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
             policy_of = f"{config.run.dir} step {manifest['step']}"
+        reference = make_reference(parts, weights)
         summary: dict = {"policy": policy_of, "sets": {}}
         lines = []
         for name, batches in parts.evals.items():

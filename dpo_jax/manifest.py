@@ -63,7 +63,7 @@ FATES = {
 MATTERS = ("weight",)
 
 
-def make_manifest(config: Mapping[str, Any], identity: Mapping[str, str | None], place: Mapping[str, Any]) -> dict:
+def make_manifest(config: Mapping[str, Any], identity: Mapping[str, Any], place: Mapping[str, Any]) -> dict:
     """The part of a manifest that stays the same for a whole run.
 
     Args:

@@ -185,6 +185,7 @@ def describe(parts: Parts, start_id: str, reference_id: str) -> dict[str, Any]:
     template = getattr(parts.tokenizer, "chat_template", None)
     identity = {
         "weights": start_id,
+        "decoder": asdict(parts.model.config),
         "reference": reference_id,
         "tokenizer": tokenizer_hash(parts.tokenizer),
         "template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),

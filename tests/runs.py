@@ -25,7 +25,7 @@ from dpo_jax.rundir import read_json
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["dpo_jax.train", "dpo_jax.evaluate", "transformers.models.auto.tokenization_auto"])
-PATIENCE = 240  # seconds for whatever is waited for
+PATIENCE = 1200  # seconds for whatever is waited for
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def ended(*argv: Any, output: Path, **settings: Any) -> tuple[int, str]:
 
 def _command(argv: list[str], output: str, settings: Mapping[str, str]) -> None:
     os.environ.update(settings)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
     from dpo_jax.cli import main

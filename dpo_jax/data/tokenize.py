@@ -149,6 +149,9 @@ def _render(coder: _Coder, example: Example, messages: Messages, prompt: bool = 
         return coder.tokenizer.apply_chat_template(
             messages, tools=example.tools, add_generation_prompt=prompt, tokenize=False, **kwargs
         )
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"row {example.row}: the chat template has a fault in line {error.lineno}: {error.message}; "
+                        "mend it, or give another file as data.chat_template") from None  # fmt: skip
     except jinja2.TemplateError as error:
         raise _Refused(str(error)) from None
 
