@@ -30,7 +30,7 @@ def small_model(**options) -> Model:
 @cache
 def small_params(seed: int = 0):
     """Random weights; ``seed`` 1 is another model, to be a reference."""
-    return small_model().init(jax.random.key(seed))
+    return jax.jit(small_model().init)(jax.random.key(seed))
 
 
 def random_pairs(count: int = 8, seed: int = 0) -> list[Pair]:
