@@ -71,9 +71,9 @@ def _blocks(q, k, v, tokens, blocks, *, scale, window, softcap):
     largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
     weights = jnp.exp(scores - largest[segment][..., None])
     total = jax.ops.segment_sum(weights.sum(-1), segment, num_blocks + 1)[:num_blocks, ..., None]
-    values = jnp.einsum("jkxs,jksh->jkxh", weights.astype(v.dtype), v[key_block])
+    values = jnp.einsum("jkxs,jksh->jkxh", weights.astype(v.dtype), v[key_block], preferred_element_type=jnp.float32)
     values = jax.ops.segment_sum(values, segment, num_blocks + 1)[:num_blocks]
-    out = values / jnp.where(total > 0, total, 1.0).astype(values.dtype)
+    out = (values / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
     out = out.reshape(num_blocks, num_kv_heads, group, BLOCK, head).transpose(0, 3, 1, 2, 4)
     return out.reshape(length, num_kv_heads, group, head)
 
@@ -102,5 +102,6 @@ def attend(
     if implementation == "xla":
         out = jax.vmap(partial(_dense, **options))(q, k, v, tokens)
     else:
-        out = jax.vmap(partial(_blocks, **options))(q, k, v, tokens, batch.blocks)
+        # The backward pass computes scores again: they are many times larger than q, k and v, which are kept.
+        out = jax.vmap(jax.checkpoint(partial(_blocks, **options)))(q, k, v, tokens, batch.blocks)
     return out.reshape(num_rows, length, num_heads, head)

@@ -46,6 +46,8 @@ TENSORS = {
     "layers/down": "model.layers.{}.mlp.down_proj.weight",
     "layers/down_bias": "model.layers.{}.mlp.down_proj.bias",
 }
+# Parameters whose matrices lie the other way round in the files; see decoder.py.
+TURNED = {"layers/gate", "layers/up"}
 # Files of old models hold what is computed here from the config.
 _COMPUTED = "rotary_emb.inv_freq"
 # What a directory has beside weights and config.json, for tokenizers, chat templates and generation.
@@ -85,7 +87,7 @@ def _tensor_shape(leaf: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> t
             merged[-1] *= size
         else:
             merged.append(size)
-    return tuple(merged)
+    return tuple(reversed(merged)) if leaf in TURNED else tuple(merged)
 
 
 def _expected(model: Model) -> _Tensors:
@@ -145,9 +147,10 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _load_leaf(
-    tensors: list[Tensor], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, *, stacked: bool
+    leaf: str, tensors: list[Tensor], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
     """One parameter, of which only the slices of this process's devices are held; each tensor is read once."""
+    stacked = _is_stacked(leaf)
     spans = {
         device: tuple(s.indices(n)[:2] for s, n in zip(index or (), struct.shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(struct.shape).items()
@@ -158,7 +161,8 @@ def _load_leaf(
         needed = {span: buffer for span, buffer in buffers.items() if not stacked or span[0][0] <= layer < span[0][1]}
         if not needed:
             continue
-        value = tensor.read().reshape(struct.shape[1:] if stacked else struct.shape)
+        value = tensor.read().T if leaf in TURNED else tensor.read()
+        value = value.reshape(struct.shape[1:] if stacked else struct.shape)
         for span, buffer in needed.items():
             if stacked:
                 buffer[layer - span[0][0]] = value[tuple(slice(*s) for s in span[1:])]
@@ -190,7 +194,7 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
     def load(key, struct, sharding):
         tensors = [found[name] for name in _tensor_names(_path(key), model.config.layers)]
         struct = jax.ShapeDtypeStruct(struct.shape, dtype)
-        leaf = _load_leaf(tensors, struct, sharding, stacked=_is_stacked(_path(key)))
+        leaf = _load_leaf(_path(key), tensors, struct, sharding)
         return jax.block_until_ready(leaf)  # the next buffers are made when these are the device's
 
     return jax.tree_util.tree_map_with_path(load, structs, shardings)
@@ -209,7 +213,8 @@ def _fetch(params: Params, tensors: _Tensors, dtype: np.dtype) -> Iterator[tuple
         value = leaves[leaf]
         layer = int(name.split(".")[2]) if _is_stacked(leaf) else None
         value = _rows(value, 0, len(value)) if layer is None else _rows(value, layer, 1)
-        yield name, np.asarray(value).astype(dtype, copy=False).reshape(shape)
+        value = np.asarray(value).astype(dtype, copy=False)
+        yield name, np.ascontiguousarray(value[0].T) if leaf in TURNED else value.reshape(shape)
 
 
 def _split(tensors: _Tensors, itemsize: int, max_shard_bytes: int) -> list[_Tensors]:
