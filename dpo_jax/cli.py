@@ -28,10 +28,13 @@ def _train(config: DPOConfig | SFTConfig) -> None:
     train(config)
 
 
-def _eval(config: DPOConfig, output: str) -> None:
+def _eval(config: DPOConfig, output: str, which: Literal["newest", "best"]) -> None:
     from dpo_jax.evaluate import evaluate
+    from dpo_jax.hosts import is_writer
 
-    print(json.dumps(evaluate(config, Path(output)), indent=2))
+    summary = evaluate(config, Path(output), which)
+    if is_writer():
+        print(json.dumps(summary, indent=2))
 
 
 def _export(run_dir: str, out_dir: str, which: Literal["newest", "best"]) -> None:
@@ -74,7 +77,14 @@ COMMANDS = {
         summary="Log-probs and rewards of the evaluation sets, pair by pair; a summary to stdout, as JSON.",
         run=_eval,
         config=DPOConfig,
-        arguments={"--output": {"type": str, "required": True, "help": "JSON lines, one a pair, are written here."}},
+        arguments={
+            "--output": {"type": str, "required": True, "help": "JSON lines, one a pair, are written here."},
+            "--which": {
+                "choices": ["newest", "best"],
+                "default": "newest",
+                "help": "Which saved step to judge.",
+            },
+        },
     ),
     "export": Command(
         summary="Write a run's model as a Hugging Face directory.",

@@ -21,11 +21,11 @@ from dpo_jax.scoring import dataset_logps
 from dpo_jax.sharding import make_mesh
 
 
-def evaluate(config: DPOConfig, output: Path) -> dict:
+def evaluate(config: DPOConfig, output: Path, which: Literal["newest", "best"] = "newest") -> dict:
     """Score every pair of the config's evaluation sets; one JSON line a pair in ``output``, the summary returned.
 
-    The policy is what the config's run has come to (its newest or best save, by ``model.checkpoint``) when ``run.dir``
-    holds one, else the model of ``model.path``; the reference is what the run trains against. Changes no run.
+    The policy is what the config's run has come to (its newest or best save, by ``which``) when ``run.dir`` holds one,
+    else the model of ``model.path``; the reference is what the run trains against. Changes no run.
 
     Raises:
         UserError: the config names no evaluation set, or something in it cannot be used.
@@ -45,7 +45,7 @@ def evaluate(config: DPOConfig, output: Path) -> dict:
                 parts.model.param_shapes(),
                 param_shardings(parts.model, mesh),
             )
-            params, manifest = restore_params(find_run(config.run.dir).checkpoints, config.model.checkpoint, shapes)
+            params, manifest = restore_params(find_run(config.run.dir).checkpoints, which, shapes)
             if manifest["identity"]["reference"] != weights_id(weights):
                 raise UserError(f"run.dir: {config.run.dir} was trained against another reference than this config's: "
                                 f"use {config.run.dir}/config.yaml, or another run.dir")  # fmt: skip

@@ -93,8 +93,6 @@ def _command(argv: list[str], output: str, settings: Mapping[str, str]) -> None:
     from dpo_jax.cli import main
 
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_compilation_cache_dir", str(Path(output).parent / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     code = main(argv)
     sys.stdout.flush()
     sys.exit(code)
@@ -110,13 +108,17 @@ def events(run: Path, kind: str) -> list[dict]:
     return [event for event in read_json(run / "events.jsonl") if event["event"] == kind]
 
 
-def saved_arrays(run: Path, step: int) -> dict[str, bytes]:
-    """Every array of a save, weights, moments and counters, as type and bytes, by its path."""
+def saved_arrays(run: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a save, weights, moments and counters, by its path."""
     path, handler = run / "checkpoints" / str(step) / "state", ocp.PyTreeCheckpointHandler()
     plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree)
     tree = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=plain))
-    flat = ocp.tree.to_flat_dict(tree, sep="/")
-    return {name: str(value.dtype).encode() + value.tobytes() for name, value in flat.items()}
+    return ocp.tree.to_flat_dict(tree, sep="/")
+
+
+def saved_bits(run: Path, step: int) -> dict[str, bytes]:
+    """The same as types and bytes, to be compared."""
+    return {name: f"{x.dtype}{x.shape} ".encode() + x.tobytes() for name, x in saved_arrays(run, step).items()}
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> Path:

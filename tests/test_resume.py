@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from runs import ended, events, num_lines, saved_arrays, started, write_config
+from runs import ended, events, num_lines, saved_bits, started, write_config
 
 from dpo_jax.config import FatesConfig
 from dpo_jax.rundir import read_json
@@ -74,7 +74,7 @@ def test_killed_and_stopped_anywhere_a_run_is_as_if_it_never_was(config, tmp_pat
     assert events(run, "restore")[-1]["step"] == stopped  # nothing that was done is done again
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert [row["step"] for row in read_json(run / "timings.jsonl")] == list(range(1, STEPS + 1))
-    assert saved_arrays(run, STEPS) == saved_arrays(whole, STEPS)
+    assert saved_bits(run, STEPS) == saved_bits(whole, STEPS)
 
 
 def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_step(config, tmp_path):
@@ -97,7 +97,7 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_step(config, t
     assert events(run, "restore")[-1]["step"] == good
     code, said = ended("train", config, *wild, "--run.dir", whole, "--run.steps", good, output=tmp_path / "said")
     assert (code, said) == (0, "")
-    assert saved_arrays(run, good) == saved_arrays(whole, good)
+    assert saved_bits(run, good) == saved_bits(whole, good)
 
 
 def test_a_stale_reference_cache_is_refused_at_step_0(config, tmp_path):
@@ -177,4 +177,4 @@ def test_an_epoch_killed_at_random_is_the_epoch(hh, tmp_path):
     print("restored at", [event["step"] for event in events(run, "restore")])
     assert len(events(run, "start")) == 4
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    assert saved_arrays(run, num_steps) == saved_arrays(whole, num_steps)
+    assert saved_bits(run, num_steps) == saved_bits(whole, num_steps)
