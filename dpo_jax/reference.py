@@ -6,11 +6,11 @@ Either way it is made of its own arrays: a copy of the policy's start, never an 
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -112,9 +112,9 @@ def _digest(sums: np.ndarray) -> str:
 
 def _read(path: Path, made_by: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             sums, about = file["sums"], json.loads(str(file["about"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
     good = about == {**made_by, "digest": _digest(sums)} and sums.shape == shape and np.isfinite(sums).all()
     return sums if good else None

@@ -14,6 +14,7 @@ from dpo_jax.losses import COUPLED, LOSSES, loss_at_start, mean_loss, preference
 
 SMOOTH = LossConfig(beta=0.3, label_smoothing=0.2)
 CONFIGS = [*(LossConfig(type=name, beta=0.3) for name in LOSSES), SMOOTH]
+each_loss = pytest.mark.parametrize("loss", CONFIGS, ids=[*LOSSES, "cDPO"])
 
 
 def logps(sums, counts=None, weight=None, valid=None, stats=None) -> PairLogps:
@@ -85,7 +86,7 @@ def test_beta_scales_the_margin_of_the_sigmoid():
     )
 
 
-@pytest.mark.parametrize("loss", CONFIGS, ids=str)
+@each_loss
 def test_swapped_answers_have_the_negative_margin(loss):
     """With z = beta D: L(z) - L(-z) = -(1 - 2e) z for the sigmoid; hinge and ipo by their squares and corners."""
     policy, reference = random_logps()
@@ -117,7 +118,7 @@ def test_smoothing_has_its_minimum_where_the_label_is_as_sure_as_the_model():
 # -------------------------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("loss", CONFIGS, ids=str)
+@each_loss
 def test_gradients_are_those_of_differences_in_float64(loss):
     with jax.enable_x64(True):
         policy, reference = random_logps()
@@ -127,7 +128,7 @@ def test_gradients_are_those_of_differences_in_float64(loss):
         check_grads(jax.jit(fn), (sums,), order=1, modes=["rev"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", CONFIGS, ids=str)
+@each_loss
 def test_no_gradient_reaches_the_reference(loss):
     policy, reference = random_logps()
     fn = lambda sums: preference_loss(policy, reference.replace(sum=sums), loss).sum()  # noqa: E731
@@ -137,7 +138,7 @@ def test_no_gradient_reaches_the_reference(loss):
 EXTREMES = np.array([[1e30, -1e30], [-1e30, 1e30], [-1e30, -1e30], [0, 0], [-1e30, 0], [0, -1e30]])
 
 
-@pytest.mark.parametrize("loss", CONFIGS, ids=str)
+@each_loss
 def test_extremes_are_finite(loss):
     """One-token answers at +-1e30 nats; the square of ipo leaves float32 there, so it is held at +-1e15."""
     sums = EXTREMES * (1e-15 if loss.type == "ipo" else 1)
@@ -156,7 +157,7 @@ def test_sigmoid_is_linear_far_out():
 # ------------------------------------------------------------------------------------------------------------ means
 
 
-@pytest.mark.parametrize("loss", CONFIGS, ids=str)
+@each_loss
 def test_empty_slots_count_for_nothing(loss):
     """Whatever stands in them; the mean is over real pairs, each by its weight."""
     policy, reference = random_logps(5)
@@ -185,14 +186,14 @@ def test_empty_slots_count_for_nothing(loss):
         np.testing.assert_allclose(metric, expected[name], rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("loss", CONFIGS, ids=str)
+@each_loss
 def test_a_step_of_empty_slots_is_zero(loss):
     nothing = logps(np.zeros((2, 2)), np.zeros((2, 2)), weight=[0, 0], valid=[0, 0])
     for value in preference_metrics(nothing, nothing, loss).values():
         assert float(value) == 0
 
 
-@pytest.mark.parametrize("loss", CONFIGS, ids=str)
+@each_loss
 def test_coupled_losses_are_marked_as_such(loss):
     policy, reference = random_logps()
     fewer = [jax.tree.map(lambda leaf: leaf[:3], x) for x in (policy, reference)]
@@ -259,7 +260,7 @@ def test_token_statistics_are_means_over_tokens():
 START = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (4 * 0.3**2), "sft": None}
 
 
-@pytest.mark.parametrize("loss", CONFIGS, ids=str)
+@each_loss
 def test_loss_at_the_start(loss):
     expected = START[loss.type]
     assert loss_at_start(loss) == (None if expected is None else pytest.approx(expected, rel=1e-6))

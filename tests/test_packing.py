@@ -176,9 +176,7 @@ def test_shapes_are_the_best_of_all_choices(seed):
         assert len(shapes) <= most
         assert list(shapes) == sorted(shapes)
         choices = [
-            [*chosen, lengths[-1]]
-            for number in range(most)
-            for chosen in itertools.combinations(lengths[:-1], number)
+            [*chosen, lengths[-1]] for number in range(most) for chosen in itertools.combinations(lengths[:-1], number)
         ]
         cost = lambda bounds: sum(2 * min(b for b in bounds if b >= one.length) for one in needed)  # noqa: E731
         assert slots(shapes, needed) == min(map(cost, choices))

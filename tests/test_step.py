@@ -78,7 +78,7 @@ def test_the_compiled_step_takes_the_old_state_and_never_the_reference():
         old = state
         state, _ = step(old, reference, BATCH)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.opt_state)))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((reference, state)))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((reference, state)))
     assert_equal(reference, before)
     moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), state.params, before)
     assert min(jax.tree.leaves(moved)) > 0.01
