@@ -1,5 +1,7 @@
 """The parts of a run, made from its config: what training and evaluation both stand on."""
 
+import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,9 +13,11 @@ from jax.sharding import Mesh
 from dpo_jax.config import DPOConfig, LossConfig, ModelConfig, SFTConfig
 from dpo_jax.data.batches import Batches, set_batches, train_batches
 from dpo_jax.data.sets import DataSets, open_sets
+from dpo_jax.data.tokenize import tokenizer_hash
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import LogpsFn, Params, make_logps_fn
 from dpo_jax.losses import preference_metrics
+from dpo_jax.manifest import make_manifest
 from dpo_jax.models.decoder import Model
 from dpo_jax.policy import ModelSource, build_model, find_model, find_tokenizer, load_weights
 from dpo_jax.reference import CachedReference, LiveReference, Reference, cached_sums, copy_weights, weights_id
@@ -80,6 +84,26 @@ def assemble(
         logps_step=make_logps_step(logps_fn, replicated(mesh)),
         place=make_place(row_sharding(mesh), replicated(mesh)),
     )
+
+
+def describe(parts: Parts, ids: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest of a run of these parts; ``ids`` are those of its weights and of its reference."""
+    template = getattr(parts.tokenizer, "chat_template", None)
+    identity = {
+        **ids,
+        "decoder": asdict(parts.model.config),
+        "tokenizer": tokenizer_hash(parts.tokenizer),
+        "template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
+        "store": parts.batches.store.key,
+        "dtype": parts.model.dtype,
+    }
+    place = {
+        "platform": jax.default_backend(),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cores": os.cpu_count(),
+    }
+    return make_manifest(asdict(parts.config), identity, place)
 
 
 def reference_weights(parts: Parts, start: Params) -> Params:

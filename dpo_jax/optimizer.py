@@ -73,7 +73,7 @@ def _in_float32(update: optax.GradientTransformation) -> optax.GradientTransform
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
     return optax.GradientTransformation(
         lambda params: update.init(wide(params)),
-        lambda grads, state, params=None: update.update(wide(grads), state, wide(params)),
+        lambda updates, state, params=None: update.update(wide(updates), state, wide(params)),
     )
 
 

@@ -3,13 +3,11 @@
 Read it top to bottom: ``train`` is the story, what it calls follows in the order of the calls.
 """
 
-import hashlib
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +16,14 @@ import numpy as np
 import optax
 
 from dpo_jax import hosts
-from dpo_jax.assemble import Parts, assemble, evaluate_sets, make_reference, reference_weights
+from dpo_jax.assemble import Parts, assemble, describe, evaluate_sets, make_reference, reference_weights
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.configfile import config_to_yaml
 from dpo_jax.data.batches import StepData
-from dpo_jax.data.tokenize import tokenizer_hash
 from dpo_jax.errors import Preempted, RunStopped, UserError
-from dpo_jax.manifest import make_manifest, refuse_changed, rounding_changes
+from dpo_jax.logprobs import Params
+from dpo_jax.manifest import refuse_changed, rounding_changes
 from dpo_jax.metrics import MetricsLog, all_finite, memory, plain, progress_line, say
 from dpo_jax.models.decoder import count_params
 from dpo_jax.optimizer import make_optimizer, make_schedule
@@ -91,25 +89,22 @@ def train(
 
         # Weights: the start is loaded on resume too, because the reference is made of it, never of a restored policy
         start = load_weights(parts.source, parts.model, config.model, mesh)
-        start_id = reference_id = weights_id(start)
-        reference = None
+        reference, ids = None, {"weights": weights_id(start)}
         if isinstance(config, DPOConfig):
             weights = reference_weights(parts, start)
-            reference_id = weights_id(weights)
-            reference = make_reference(parts, weights)
+            reference, ids["reference"] = make_reference(parts, weights), weights_id(weights)
             del weights
 
         # State and step
         num_steps = parts.batches.order.num_steps
         optimizer = make_optimizer(config.optimizer, num_steps)
-        abstract = jax.eval_shape(lambda params: init_state(params, optimizer), start)
-        shardings = state_shardings(abstract, param_shardings(parts.model, mesh), replicated(mesh), optimizer)
+        fresh, abstract = initial_state(parts, optimizer, start)
         step = make_train_step(
             logps_fn=parts.logps_fn,
             loss=parts.loss,
             optimizer=optimizer,
             accumulation=config.batch.accumulation,
-            shardings=shardings,
+            shardings=jax.tree.map(lambda x: x.sharding, abstract),
             metrics_sharding=replicated(mesh),
         )
 
@@ -118,16 +113,15 @@ def train(
                 run=run,
                 parts=parts,
                 reference=reference,
-                proven=isinstance(config, DPOConfig) and start_id == reference_id,
+                proven=ids["weights"] == ids.get("reference"),
                 step=step,
                 schedule=make_schedule(config.optimizer, num_steps),
                 saves=saves,
                 log=MetricsLog(run, config.run, hosts.is_writer()),
-                manifest=describe(parts, start_id, reference_id),
+                manifest=describe(parts, ids),
             )
-            restored = resume(job, with_shardings(abstract, shardings))
+            restored = resume(job, abstract)
             if restored is None:
-                fresh = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings, donate_argnums=0)
                 state = fresh(start)
                 progress = begin(job, state)
             else:
@@ -136,6 +130,16 @@ def train(
             state = run_steps(job, state, progress, stop_requested)
         finish(job, state)
     return last_metrics(run)
+
+
+def initial_state(
+    parts: Parts, optimizer: optax.GradientTransformation, start: Params
+) -> tuple[Callable[[Params], TrainState], TrainState]:
+    """A function from weights, which it takes over, to the first state; and that state's shapes and places."""
+    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), start)
+    own = state_shardings(shapes, param_shardings(parts.model, parts.mesh), replicated(parts.mesh), optimizer)
+    abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, own)
+    return jax.jit(lambda params: init_state(params, optimizer), out_shardings=own, donate_argnums=0), abstract
 
 
 def keep_compilations() -> None:
@@ -178,32 +182,6 @@ def announce(parts: Parts, run: RunDir) -> None:
     say(config.run.progress, f"model: {count_params(parts.model):,} parameters, {parts.model.dtype}; mesh: {mesh}")
     say(config.run.progress, f"data: {order.epoch_draws} to train on{evals}; {dropped}")
     say(config.run.progress, f"steps: {order.num_steps} of {order.batch}, in rows of {rows} tokens")
-
-
-def describe(parts: Parts, start_id: str, reference_id: str) -> dict[str, Any]:
-    """The manifest of this run."""
-    template = getattr(parts.tokenizer, "chat_template", None)
-    identity = {
-        "weights": start_id,
-        "decoder": asdict(parts.model.config),
-        "reference": reference_id,
-        "tokenizer": tokenizer_hash(parts.tokenizer),
-        "template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
-        "store": parts.batches.store.key,
-        "dtype": parts.model.dtype,
-    }
-    place = {
-        "platform": jax.default_backend(),
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
-        "cores": os.cpu_count(),
-    }
-    return make_manifest(asdict(parts.config), identity, place)
-
-
-def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Shapes that also say where the arrays shall lie."""
-    return jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, shardings)
 
 
 def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None:
