@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Delete the slice, with the disks of its workers, and list what is left in the zone. YES=1: without asking.
+# shellcheck source=lib.sh
+. "$(dirname "$0")/lib.sh"
+
+no_arguments "$@"
+if [[ ${YES:-} != 1 && ${DRY_RUN:-} != 1 ]]; then
+  printf 'This deletes %s in %s and its disks. A run there loses what it did since its last save.\n' "$NAME" "$ZONE" >&2
+  read -r -p "Type $NAME to delete it: " answer || true
+  [[ ${answer:-} == "$NAME" ]] || refuse NAME "${answer:-}" "nothing was deleted: type $NAME, or set YES=1"
+fi
+retry "${tpus[@]}" queued-resources delete "$NAME" "${where[@]}" --force --quiet
+printf 'Still there in %s, and billed where it is up:\n' "$ZONE"
+run "${tpus[@]}" queued-resources list "${where[@]}"
+run "${tpus[@]}" tpu-vm list "${where[@]}"

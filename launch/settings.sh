@@ -1,0 +1,41 @@
+# Sourced by lib.sh: reads the settings and refuses what is wrong, in one line.
+# shellcheck shell=bash
+
+settings=${LAUNCH_ENV:-$here/env.sh}
+
+refuse() { # NAME VALUE REMEDY
+  printf 'launch: %s: %q cannot be used: %s\n' "$1" "$2" "$3" >&2
+  exit 2
+}
+
+need() { # NAME PATTERN REMEDY
+  [[ ${!1:-} =~ ^($2)$ ]] || refuse "$1" "${!1:-}" "$3"
+}
+
+no_arguments() {
+  (($# == 0)) || refuse ARGUMENT "$1" "this script takes none"
+}
+
+[[ -f $settings ]] || refuse LAUNCH_ENV "$settings" "no such file: copy launch/env.example and fill it in"
+# shellcheck source=env.example
+. "$settings"
+
+: "${NFS:=}"
+for flag in DRY_RUN YES ALLOW_DIRTY FOLLOW; do
+  need "$flag" '[01]?' "1 for yes, 0 or nothing for no"
+done
+need PROJECT '[a-z][-a-z0-9.:]*' "the id of your Google Cloud project"
+need ZONE '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone such as us-west4-a"
+need NAME '[a-z]([-a-z0-9]*[a-z0-9])?' "lower-case letters, digits and dashes"
+need TYPE '(v4|v5litepod|v5p|v6e)-[0-9]+' "v4-N, v5litepod-N, v5p-N or v6e-N; this interface knows no newer TPUs"
+need RUNTIME '[a-z0-9][-a-z0-9.]*' "the image that belongs to TYPE, see launch/env.example"
+need CAPACITY 'spot|reserved|on-demand' "spot, reserved or on-demand"
+need NFS '([^:[:space:]]+:/[^[:space:]]*)?' "host:/share, or nothing"
+need MOUNT '/[^[:space:]]*' "an absolute path without spaces"
+need RUNS '/[^[:space:]]*' "an absolute path that every worker sees; gs:// is not one: mount storage there"
+[[ -z $NFS || $RUNS/ == "$MOUNT"/* ]] || refuse RUNS "$RUNS" "with NFS it lies under MOUNT, $MOUNT"
+need RUN_ID '[A-Za-z0-9][-A-Za-z0-9_.]*' "letters, digits, dashes, dots and underscores"
+need COMMAND 'train|sft' "train or sft"
+need PYTHON '3\.(1[1-9]|[2-9][0-9])' "3.11 or newer"
+need COORDINATOR_PORT '[1-9][0-9]{0,4}' "the number of a port"
+need STOP_SECONDS '[1-9][0-9]*' "a number of seconds"

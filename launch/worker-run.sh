@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# A worker's half of a run: the other scripts call it on every worker, in the tree that sync.sh sent.
+# shellcheck source=worker-lib.sh
+. "$(dirname "$0")/worker-lib.sh"
+
+start() { # RUN_ID COMMAND CONFIG OVERRIDES...
+  local run=$base/launched/$1 config=$base/tree/$3 line
+  [[ -f $config ]] || refuse "CONFIG: $3 is not in the tree that was sent: commit it, then launch/sync.sh"
+  [[ $(cat "$base/installed" 2>&1) == "$(readlink "$base/tree")" ]] ||
+    refuse "$base/tree: what was sent last is not installed: launch/setup.sh"
+  set -- "$2" "$(readlink -f "$config")" "${@:4}"
+  printf -v line '%q ' "$@"
+  if alive "$run"; then # ssh may have been lost and tried again
+    [[ $(<"$run/command") == "$line" ]] || refuse "RUN_ID: ${run##*/} runs with other settings: launch/stop.sh"
+    say "runs already, process $(<"$run/pid")"
+    return
+  fi
+  mkdir -p "$run"
+  rm -f "$run/pid" "$run/exit_code"
+  printf '%s' "$line" >"$run/command"
+  setsid nohup bash "$(readlink -f "$0")" supervise "$run" "$@" </dev/null >/dev/null 2>&1 &
+  for ((tenth = 0; tenth < 10 * ${WATCH_SECONDS:-5}; tenth++)); do
+    [[ ! -f $run/exit_code ]] || break
+    sleep 0.1
+  done
+  state "$run"
+  [[ ! -f $run/exit_code ]] || { tail -n 20 "$run/log" && exit "$(<"$run/exit_code")"; }
+}
+
+supervise() { # RUN_FOLDER WORD...: the trainer's parent; it outlives the ssh that started it
+  local run=$1 code=0
+  cd "$base"
+  set -a
+  # shellcheck source=/dev/null
+  [[ ! -f secrets.sh ]] || . ./secrets.sh
+  set +a
+  venv/bin/dpo-jax "${@:2}" >>"$run/log" 2>&1 &
+  echo $! >"$run/pid.new" && mv "$run/pid.new" "$run/pid"
+  wait $! || code=$?
+  echo "$code" >"$run/exit_code"
+}
+
+status() { # RUN_ID RUNS
+  state "$base/launched/$1"
+  [[ ! -f $2/$1/metrics.jsonl ]] || say "last logged: $(tail -n 1 "$2/$1/metrics.jsonl" | grep -o '"step": [0-9]*')"
+}
+
+logs() { # RUN_ID LINES FOLLOW
+  local log=$base/launched/$1/log
+  [[ -f $log ]] || refuse "RUN_ID: $1 has no log here: it was not started"
+  if (($3)); then tail -n "$2" -F "$log"; else tail -n "$2" "$log"; fi
+}
+
+stop() { # RUN_ID SECONDS
+  local run=$base/launched/$1 deadline=$((SECONDS + $2))
+  ! alive "$run" || kill -TERM "$(<"$run/pid")"
+  while alive "$run" && ((SECONDS < deadline)); do sleep 0.5; done
+  sleep 0.2 # until the parent has written the exit code
+  state "$run"
+  ! alive "$run"
+}
+
+"$@"

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# A worker's half of setup.sh: the other scripts call it on every worker, in the tree that sync.sh sent.
+# shellcheck source=worker-lib.sh
+. "$(dirname "$0")/worker-lib.sh"
+
+setup() { # PYTHON NFS MOUNT
+  idle
+  if [[ -n $2 ]] && ! mountpoint -q "$3"; then
+    sudo apt-get -o DPkg::Lock::Timeout=300 install -qq -y nfs-common # the image updates itself when it starts
+    sudo mkdir -p "$3"
+    sudo mount -t nfs "$2" "$3"
+    sudo chown "$USER" "$3"
+  fi
+  python3 -m pip install --quiet --user uv # the images bring Python 3.10, too old for JAX; uv fetches a newer one
+  python3 -m uv venv --quiet --clear --python "$1" "$base/venv"
+  python3 -m uv pip install --quiet --python "$base/venv/bin/python" "dpo_jax[tpu] @ file://$(readlink -f "$base/tree")"
+  readlink "$base/tree" >"$base/installed"
+}
+
+check() { # all workers together
+  timeout 900 "$base/venv/bin/python" -c 'import jax, dpo_jax.hosts as hosts; hosts.start_hosts()
+print(f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of {jax.device_count()} "
+      f"devices, {jax.devices()[0].device_kind}")'
+}
+
+"$@"
