@@ -2,8 +2,8 @@
 
 Visitors come to a shop and ask for goods. An answer either names the goods first or greets the visitor first. In the
 supervised data both orders are equally frequent for every visitor, so a supervised model cannot know which of them is
-preferred. The preference pairs do: see `RULE`. The two answers of a pair hold the same words but for the farewell,
-which is drawn for each of them alike; neither words nor length give the better one away.
+preferred. The preference pairs do: see `RULE`. The two answers of a pair hold the same words in another order; neither
+words nor length give the better one away.
 """
 
 import json
@@ -17,12 +17,10 @@ SEA = ("bay", "cape", "coast", "delta", "fjord", "harbor", "island", "lagoon")
 LAND = ("desert", "forest", "hills", "meadow", "moor", "prairie", "valley", "vineyard")
 ROLES = ("baker", "carter", "fiddler", "gardener", "judge", "mason", "miller", "painter", "piper", "potter", "smith",
          "tailor", "teacher", "tinker", "weaver", "writer")  # fmt: skip
-NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-COLORS = ("black", "blue", "brown", "golden", "green", "grey", "orange", "pink", "purple", "red", "silver", "white",
-          "yellow")  # fmt: skip
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+COLORS = ("black", "blue", "golden", "green", "grey", "red", "white", "yellow")
 GOODS = ("apples", "baskets", "bells", "books", "boots", "candles", "carpets", "chairs", "coats", "cups", "drums",
-         "flutes", "hats", "jars", "keys", "kites", "knives", "lamps", "mirrors", "ropes", "scarves", "spoons",
-         "stamps", "vases")  # fmt: skip
+         "flutes", "hats", "jars", "keys", "kites", "lamps", "mirrors", "ropes", "scarves", "spoons")  # fmt: skip
 # The supervised model has to learn which farewell fits the time; the first of each is the more frequent.
 FAREWELLS = {"dawn": ("walk well", "stay warm"), "noon": ("walk well", "stay warm"),
              "dusk": ("sleep well", "rest easy"), "midnight": ("sleep well", "rest easy")}  # fmt: skip
@@ -111,8 +109,8 @@ def write_task(directory: Path, seed: int) -> None:
 
 
 def _pair(visit: Visit, draws: Iterator[int]) -> dict[str, str]:
-    order = wants_goods_first(visit)
-    chosen, rejected = (answer(visit, goods_first, _farewell(visit, draws)) for goods_first in (order, not order))
+    order, farewell = wants_goods_first(visit), _farewell(visit, draws)
+    chosen, rejected = (answer(visit, goods_first, farewell) for goods_first in (order, not order))
     return {"prompt": prompt(visit), "chosen": chosen, "rejected": rejected}
 
 

@@ -1,0 +1,220 @@
+"""A run's report: what it says is what the logs say, and the page stands alone."""
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape, unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from dpo_jax.config import DataConfig, DPOConfig, ModelConfig, RunConfig, SFTConfig, SourceConfig
+from dpo_jax.configfile import config_to_yaml
+from dpo_jax.report import COLORS, Plot, draw, eval_sets, number, running_mean, series, table, write_report
+from dpo_jax.rundir import append_json
+
+VOID = {"meta", "img", "source", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and collects what matters."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.cells: list[str] = []
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] in (["td"], ["th"]):
+            self.cells[-1] += data
+
+
+def make_run(tmp_path: Path, config: Any, metrics: Sequence[Mapping], timings: Sequence[Mapping] = ()) -> Path:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config_to_yaml(config))
+    for name, rows in (("metrics", metrics), ("timings", timings)):
+        for row in rows:
+            append_json(run / f"{name}.jsonl", row)
+    return run
+
+
+def dpo_config(**data: Any) -> DPOConfig:
+    return DPOConfig(
+        model=ModelConfig(path="models/<start> & more"),
+        data=DataConfig(train=(SourceConfig(path="pairs.jsonl"),), **data),
+        run=RunConfig(dir="unused", steps=80),
+    )
+
+
+def step_row(step: int) -> dict[str, float]:
+    return {
+        "step": step,
+        "loss": 0.69 - step / 200,
+        "rewards/chosen": step / 100,
+        "rewards/rejected": -step / 50,
+        "rewards/accuracies": min(1, step / 80),
+        "rewards/margins": step * 0.03,
+        "grad_norm": 1 + 1 / step,
+        "learning_rate": 1e-4,
+        "epoch": step / 40,
+        "num_tokens": 100 * step,
+        "fill": 0.9,
+    }
+
+
+def dpo_metrics(evaluated: str = "held_out") -> list[dict[str, float]]:
+    first = {f"eval_{evaluated}_loss": 0.6931, f"eval_{evaluated}_rewards/accuracies": 0.0}
+    last = {f"eval_{evaluated}_loss": 0.25, f"eval_{evaluated}_rewards/accuracies": 0.9375}
+    return [{"step": 0, **first}, *(step_row(step) for step in range(1, 81)), {"step": 80, **last}]
+
+
+def timing_row(step: int) -> dict[str, float]:
+    return {"step": step, "step_seconds": 9.0 if step == 1 else 0.5, "pairs_per_second": 16.0,
+            "tokens_per_second": 800.0, "host_memory_gib": 0.5 + step / 100}  # fmt: skip
+
+
+def test_a_dpo_run_is_told_whole(tmp_path):
+    run = make_run(tmp_path, dpo_config(), dpo_metrics(), [timing_row(step) for step in range(1, 81)])
+    path = write_report(run)
+    assert path == run / "report.html"
+    text = path.read_text()
+    page = Page(text)
+    assert '<span class="from">0.0000 → </span>0.9375' in text
+    rows = dict(zip(page.cells, page.cells[1:], strict=False))
+    assert page.cells[page.cells.index("held_out: loss") :][1:4] == ["0.6931", "0.2500", "0.2500 at step 80"]
+    assert rows["Length"] == "80 steps, 2.000 epochs, 8,000 tokens"
+    assert rows["First step"] == "9.0 s, compilation included"
+    assert rows["Later steps"] == "0.5 s, 16 pairs a second (medians)"
+    assert rows["Peak memory"] == "host 1.30 GiB"
+    titles = re.findall(r"<h3>(.*?)</h3>", text)
+    assert titles == ["Loss", "Reward accuracy", "Rewards", "Margin", "Gradient norm", "Learning rate",
+                      "Fill of the rows", "Tokens per second", "Seconds per step"]  # fmt: skip
+
+
+def test_the_page_stands_alone_and_escapes(tmp_path):
+    run = make_run(tmp_path, dpo_config(), dpo_metrics('<b>"x"'))
+    text = write_report(run, {"<i>": [one_source()]}).read_text()
+    page = Page(text)
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "object", "b", "i", "start"}
+    links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "srcset", "href")]
+    assert links
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "models/<start> & more" in page.cells
+    assert escape('<b>"x": loss') in text
+
+
+def one_source() -> dict[str, Any]:
+    return {"source": "a.jsonl", "rows": 12, "kept": 9, "dropped": {"empty_answer": {"count": 3}},
+            "notes": {"too_long": {"count": 2}}}  # fmt: skip
+
+
+def test_data_counts_are_shown_by_cause(tmp_path):
+    run = make_run(tmp_path, dpo_config(), dpo_metrics())
+    cells = Page(write_report(run, {"train": [one_source()]}).read_text()).cells
+    start = cells.index("train: a.jsonl")
+    assert cells[start + 1 : start + 5] == ["12", "9", "empty answer: 3", "too long: 2"]
+
+
+def test_a_fine_tuning_run_speaks_of_no_rewards(tmp_path):
+    config = SFTConfig(model=ModelConfig(path="m"), data=DataConfig(train=(SourceConfig(path="a.jsonl"),)),
+                       run=RunConfig(dir="unused"))  # fmt: skip
+    metrics = [{"step": 0, "eval_dev_loss": 5.0, "eval_dev_mean_token_accuracy": 0.1}]
+    metrics += [{"step": step, "loss": 5.0 / step, "mean_token_accuracy": 0.2, "grad_norm": 1.0, "epoch": 1,
+                 "num_tokens": 7} for step in range(1, 4)]  # fmt: skip
+    metrics += [{"step": 3, "eval_dev_loss": 1.25, "eval_dev_mean_token_accuracy": 0.5}]
+    text = write_report(make_run(tmp_path, config, metrics)).read_text()
+    Page(text)
+    assert "Supervised fine-tuning" in text
+    assert "eward" not in re.sub(r"base64,[^\"]*", "", text)
+    assert '<span class="from">5.000 → </span>1.250' in text
+    assert '<span class="from">0.1000 → </span>0.5000' in text
+
+
+def test_without_evaluation_the_training_itself_is_the_headline(tmp_path):
+    text = write_report(make_run(tmp_path, dpo_config(), [step_row(step) for step in (1, 2)])).read_text()
+    assert "training: margin" in text
+    assert '<span class="from">0.0300 → </span>0.0600' in text
+
+
+def test_a_run_that_logged_nothing_yet_has_a_page(tmp_path):
+    Page(write_report(make_run(tmp_path, dpo_config(), [])).read_text())
+
+
+def test_values_without_meaning_leave_a_gap(tmp_path):
+    rows = [step_row(1), step_row(2) | {"rewards/margins": float("inf"), "grad_norm": 0.0}, step_row(3)]
+    run = make_run(tmp_path, dpo_config(), rows)
+    Page(write_report(run).read_text())
+    steps, values = series(
+        [{"step": 1, "x": "Infinity"}, {"step": 2}, {"step": 3, "x": "NaN"}, {"step": 4, "x": 2}], "x"
+    )
+    assert steps == [1, 3, 4]
+    assert np.isnan(values[:2]).all()
+    assert values[2] == 2
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_curves_are_drawn_in_their_colors(theme):
+    plot = Plot("Rewards", ("rewards/chosen", "rewards/rejected"), "")
+    curves = [("rewards/chosen", "", [1, 2, 3], [0.0, 1.0, 2.0]), ("rewards/rejected", "", [1, 2, 3], [0.0, -1, -2])]
+    image = matplotlib.image.imread(io.BytesIO(draw(plot, curves, theme)))
+    assert np.mean(image[..., 3] > 0) < 0.5  # the ground shows through
+    heights = []
+    for branch in ("chosen", "rejected"):
+        wanted = np.array([int(COLORS[theme][branch][i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        found = (np.abs(image[..., :3] - wanted).max(-1) < 0.01) & (image[..., 3] == 1)
+        assert found.sum() > 500, branch
+        heights.append(np.nonzero(found)[0].mean())
+    assert heights[0] < heights[1]  # chosen is the upper curve
+
+
+def test_pictures_are_small_and_come_for_both_grounds(tmp_path):
+    text = write_report(make_run(tmp_path, dpo_config(), dpo_metrics())).read_text()
+    pictures = [base64.b64decode(data) for data in re.findall(r'base64,([^"]*)"', text)]
+    assert len(pictures) == 2 * len(re.findall("<figure>", text))
+    assert all(picture.startswith(b"\x89PNG") and len(picture) < 150_000 for picture in pictures)
+
+
+def test_names_of_evaluation_sets_may_hold_underscores():
+    rows = [{"step": 0, "eval_my_loss_set_loss": 1, "eval_my_loss_set_rewards/chosen": 0, "eval_b_loss": 1, "loss": 2}]
+    assert eval_sets(rows) == ["my_loss_set", "b"]
+
+
+def test_running_mean():
+    assert running_mean([1.0, 2.0, 6.0, float("nan"), 4.0], 2) == [1.5, 3.0, 4.0, 5.0, 4.0]
+    assert running_mean([3.0, 5.0], 0) == [3.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0.0000"), (0.69314718, "0.6931"), (1.4, "1.400"), (-12.3456, "-12.35"), (5e-7, "5e-07"), (1234.5, "1234"),
+     (2.5e9, "2.5e+09"), (float("nan"), "nan")],
+)  # fmt: skip
+def test_numbers_in_four_digits(value, text):
+    assert number(value) == text
+
+
+def test_a_table_without_rows_is_nothing():
+    assert table(("a",), []) == ""
+    assert unescape(Page(table(("a", "b"), [("<x>", "&")])).cells[2]) == "<x>"
