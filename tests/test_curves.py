@@ -26,10 +26,21 @@ RUNS = {
     "fsdp4_tensor2": ("sigmoid", {"mesh.fsdp": 4, "mesh.tensor": 2}),
 }
 # Allowed difference for each unit of the value's size, and at least for this size.
-ALLOWED = {"loss": (1e-4, 1), "grad_norm": (1e-3, 0), "learning_rate": (1e-6, 0), "logps/chosen": (1e-5, 0),
-           "logps/rejected": (1e-5, 0), "rewards/chosen": (2e-4, 1), "rewards/rejected": (2e-4, 1),
-           "rewards/margins": (2e-4, 1), "rewards/accuracies": (0.125, 1), "entropy": (1e-5, 0), "logits/chosen": (1e-5, 0),
-           "logits/rejected": (1e-5, 0), "mean_token_accuracy": (1e-6, 0)}  # fmt: skip
+ALLOWED = {
+    "loss": (1e-4, 1),
+    "grad_norm": (1e-3, 0),
+    "learning_rate": (1e-6, 0),
+    "logps/chosen": (1e-5, 0),
+    "logps/rejected": (1e-5, 0),
+    "rewards/chosen": (2e-4, 1),
+    "rewards/rejected": (2e-4, 1),
+    "rewards/margins": (2e-4, 1),
+    "rewards/accuracies": (0.125, 1),
+    "entropy": (1e-5, 0),
+    "logits/chosen": (1e-5, 0),
+    "logits/rejected": (1e-5, 0),
+    "mean_token_accuracy": (1e-6, 0),
+}
 PER_MICROBATCH = {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}  # in TRL, when accumulated
 
 
