@@ -1,0 +1,233 @@
+"""The tests can fail: one line broken for each invariant, and exactly the tests named for it notice.
+
+Each row breaks one line of a copy of the program. Of the tests that any row names, those in the same files are run: the
+row's own must fail, by noticing it and not by some crash, and the others pass. The line must be found once, so that a
+row cannot fall silent when the code is changed. Run with ``pytest -m slow tests/test_breaks.py``.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+class Break(NamedTuple):
+    """One line gone wrong."""
+
+    invariant: int
+    what: str
+    file: str  # in the package
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+BREAKS = [
+    # 1: step 0 is proven
+    Break(1, "the proof of the start accepts any difference", "proof.py",
+          "if not worst <= bound:", "if worst < 0:",
+          ("test_reference::test_a_start_that_is_its_own_reference_is_proven_bit_for_bit",
+           "test_reference::test_a_cached_start_is_proven_within_a_bound")),
+    Break(1, "the first loss is not checked", "proof.py",
+          "if not abs(values[\"loss\"] - expected) <= allowed:", "if False:",
+          ("test_reference::test_the_first_step_has_the_loss_of_margin_0[hinge]",)),
+    Break(1, "a run begins without its proof", "train.py",
+          "prove_start(job.parts, policy, fixed)", "pass",
+          ("test_start::test_a_stale_cache_is_refused_before_the_first_step",)),
+    # 2: layout changes nothing
+    Break(2, "the rejected answer begins where the chosen ends", "data/packing.py",
+          "sources[0] = start + len(prompt) - 1", "pass",
+          ("test_packing::test_both_answers_begin_at_the_prompts_last_token",
+           "test_packing::test_every_token_is_laid_once_and_predicted_from_its_place[shared]",
+           "test_layout::test_layouts_agree[shared in one row]")),
+    Break(2, "the rejected answer sees the chosen one", "models/attention.py",
+          "seen &= (branch_s == 0) | (branch_s == branch_q)", "seen &= segment_s > 0",
+          ("test_attention::test_attention_is_the_rule[plain-blocks]",
+           "test_attention::test_attention_is_the_rule[grouped-xla]",
+           "test_layout::test_layouts_agree[shared in one row]")),
+    Break(2, "a token does not see itself", "models/attention.py",
+          "seen &= position_s <= position_q", "seen &= position_s < position_q",
+          ("test_attention::test_attention_is_the_rule[plain-blocks]",
+           "test_attention::test_attention_is_the_rule[grouped-xla]")),
+    Break(2, "a pair of blocks is left out", "data/packing.py",
+          "np.argwhere(np.tril(seen))", "np.argwhere(np.tril(seen))[:-1]",
+          ("test_packing::test_visited_blocks_are_those_in_which_something_is_seen[2]",
+           "test_layout::test_layouts_agree[shared in one row]")),
+    Break(2, "an accumulated gradient is divided by slots", "step.py",
+          "x / jnp.maximum(policy.valid.sum(), 1)", "x / policy.valid.size",
+          ("test_step::test_a_ragged_step_in_parts_is_the_whole[live-separable]",
+           "test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]")),
+    Break(2, "a loss that couples pairs is accumulated part by part", "step.py",
+          "if loss.type in COUPLED:", "if False:",
+          ("test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]",)),
+    # 3: a batch is a pure function of (data, seed, step)
+    Break(3, "the seed is not heeded", "data/sampling.py",
+          "_fold(seed, group)", "_fold(0, group)",
+          ("test_sampling::test_seeds_and_sources_have_orders_of_their_own",
+           "test_sampling::test_permutation_never_changes",
+           "test_batches::test_a_seed_changes_the_order")),
+    Break(3, "the last step is filled up", "data/sampling.py",
+          "min((step + 1) * self.batch, self.num_draws)", "(step + 1) * self.batch",
+          ("test_sampling::test_every_example_once_an_epoch_and_the_last_step_is_ragged[4]",
+           "test_batches::test_a_step_holds_its_pairs_in_every_layout[{}]")),
+    Break(3, "batches come in another order from ahead", "data/batches.py",
+          "coming.pop(0)", "coming.pop()",
+          ("test_batches::test_a_step_is_the_same_from_any_thread_in_any_order",)),
+    Break(3, "means are over slots", "losses.py",
+          "(losses * policy.weight).sum() / jnp.maximum(policy.valid.sum(), 1)",
+          "(losses * policy.weight).sum() / policy.valid.size",
+          ("test_losses::test_empty_slots_count_for_nothing[hinge]",
+           "test_step::test_the_gradient_is_the_weighted_sum_over_pairs_divided_by_their_number",
+           "test_step::test_a_ragged_step_in_parts_is_the_whole[live-separable]",
+           "test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]")),
+    Break(3, "the weights of pairs are dropped", "losses.py",
+          "(losses * policy.weight).sum()", "losses.sum()",
+          ("test_losses::test_empty_slots_count_for_nothing[hinge]",
+           "test_step::test_the_gradient_is_the_weighted_sum_over_pairs_divided_by_their_number",
+           "test_step::test_a_ragged_step_in_parts_is_the_whole[live-separable]",
+           "test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]",
+           "test_step::test_what_is_not_finite_leaves_the_state_and_holds_it[nan]")),
+    # 4: resume is exact
+    Break(4, "a resumed run keeps the lines after its save", "train.py",
+          "cut_back(job.run, manifest[\"offsets\"])", "pass",
+          ("test_start::test_the_steps_after_the_last_save_are_done_again_to_the_same_bytes",)),
+    Break(4, "logs are not cut", "rundir.py",
+          "os.truncate(run.root / name, offset)", "pass",
+          ("test_rundir::test_logs_are_cut_back_to_the_byte",)),
+    Break(4, "checksums of what is restored are not compared", "saved.py",
+          "if wrong:", "if False:",
+          ("test_checkpoint::test_a_damaged_step_is_set_aside_and_the_one_before_taken[flip_a_byte]",)),
+    Break(4, "a harmed step changes the state", "step.py",
+          "before = replace(state, healthy=healthy)", "before = replace(after, healthy=healthy)",
+          ("test_step::test_what_is_not_finite_leaves_the_state_and_holds_it[nan]",)),
+    # 5: nothing is silently changed or dropped
+    Break(5, "unknown options are passed over", "configfile.py",
+          "if key not in hints:", "if False:",
+          ("test_config::test_what_is_wrong_is_one_line[batch.pair: unknown option: did you mean]",)),
+    Break(5, "an option that would not be heeded is taken", "config.py",
+          "require(self.reference.dtype == \"auto\" or self.reference.mode == \"live\",", "require(True,",
+          ("test_config::test_what_is_wrong_is_one_line[reference.dtype: 'bfloat16' cannot be us]",)),
+    Break(5, "a truncated example is not counted", "data/tokenize.py",
+          "notes=(*pieces.notes, too_long)", "notes=pieces.notes",
+          ("test_tokenize::test_truncation[keep_start-9-True-expected1]",)),
+    # 6: the reference is never updated, donated or aliased
+    Break(6, "the reference is the policy's own arrays", "reference.py",
+          "jnp.copy(x if dtype is None else x.astype(dtype))", "(x if dtype is None else x.astype(dtype))",
+          ("test_reference::test_a_copy_shares_no_memory_and_outlives_what_it_copies[None]",
+           "test_reference::test_a_live_reference_is_a_copy_of_the_start")),
+    Break(6, "the reference is given away", "step.py",
+          "donate_argnums=0)", "donate_argnums=(0, 1))",
+          ("test_step::test_the_compiled_step_takes_the_old_state_and_never_the_reference",)),
+    Break(6, "a gradient flows into the reference", "losses.py",
+          "logps - jax.lax.stop_gradient(reference.sum)", "logps - reference.sum",
+          ("test_losses::test_no_gradient_reaches_the_reference[hinge]",)),
+    # 7: log-probs are float32
+    Break(7, "scores are normalised in bfloat16", "logprobs.py",
+          "logits = logits.astype(jnp.float32)", "logits = logits.astype(jnp.bfloat16)",
+          ("test_logprobs::test_targets_have_their_log_softmax_in_float32[7-bfloat16]",
+           "test_logprobs::test_the_mask_is_of_places_and_not_of_the_pad_id",
+           "test_logprobs::test_padded_is_packed")),
+    Break(7, "scores are rounded before they are normalised", "logprobs.py",
+          "states, unembedding, preferred_element_type=jnp.float32", "states, unembedding",
+          ("test_logprobs::test_targets_have_their_log_softmax_in_float32[7-bfloat16]",)),
+    Break(7, "answers are summed in bfloat16", "logprobs.py",
+          "sum=per_answer(tokens.logp),", "sum=per_answer(tokens.logp.astype(jnp.bfloat16)).astype(jnp.float32),",
+          ("test_logprobs::test_answers_are_summed_by_their_slots",
+           "test_logprobs::test_padded_is_packed")),
+    # 8: masks come from the boundary between prompt and answer
+    Break(8, "the boundary is that of the chosen answer alone", "data/tokenize.py",
+          "min(common_prefix(prompt_ids, ids) for ids in full)", "common_prefix(prompt_ids, full[0])",
+          ("test_tokenize::test_a_token_that_straddles_belongs_to_both_answers",)),
+    Break(8, "no answer ends with EOS", "data/tokenize.py",
+          "ended = [_with_eos(coder, ids, row) for ids in full]", "ended = full",
+          ("test_tokenize::test_bos_that_is_eos_too",
+           "test_tokenize::test_a_token_that_straddles_belongs_to_both_answers",
+           "test_tokenize::test_truncation[keep_start-9-True-expected1]")),
+    Break(8, "the mask is of the pad id", "batch.py",
+          "mask[i, k, len(prompt) : end] = True", "mask[i, k, len(prompt) :] = tokens[i, k, len(prompt) :] != pad_id",
+          ("test_logprobs::test_the_mask_is_of_places_and_not_of_the_pad_id",)),
+    Break(8, "the first answer token is not learned", "batch.py",
+          "mask[i, k, len(prompt) : end] = True", "mask[i, k, len(prompt) + 1 : end] = True",
+          ("test_logprobs::test_the_mask_is_of_places_and_not_of_the_pad_id",
+           "test_logprobs::test_padded_is_packed")),
+]  # fmt: skip
+
+NOTICED = (
+    "AssertionError",
+    "assert ",
+    "Failed: DID NOT RAISE",
+    "UserWarning: Some donated buffers were not usable",  # an error in these tests
+    "AttributeError: 'Problem' object has no attribute 'prompt'",  # a good pair was refused
+)
+NAMED = sorted({test for row in BREAKS for test in row.tests})
+
+
+@pytest.fixture(scope="module")
+def copy(shared, tmp_path_factory) -> Path:
+    """A checkout of its own, whose package stands before any installed one."""
+    copy = tmp_path_factory.mktemp("breaks") / "checkout"
+    for folder in ("dpo_jax", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    return copy
+
+
+def outcomes(copy: Path, tests: list[str], shared: Path) -> dict[str, str]:
+    """First line of why each test failed; the empty text where it passed."""
+    report = copy / "report.xml"
+    ids = [f"tests/{file}.py::{name}" for file, name in (test.split("::") for test in tests)]
+    environment = os.environ | {
+        "DPO_JAX_SHARED": str(shared),
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(copy / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", str(report), *ids]
+    ran = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode in (0, 1), ran.stdout + ran.stderr
+    found = {}
+    for case in ET.parse(report).iter("testcase"):
+        assert case.find("error") is None, ran.stdout
+        assert case.find("skipped") is None, ran.stdout
+        failure = case.find("failure")
+        name = f"{case.attrib['classname'].removeprefix('tests.')}::{case.attrib['name']}"
+        found[name] = "" if failure is None else failure.attrib["message"].splitlines()[0]
+    report.unlink()
+    assert set(found) == set(tests), ran.stdout
+    return found
+
+
+@pytest.mark.slow
+def test_nothing_is_broken_as_it_stands(copy, shared):
+    assert not any(outcomes(copy, NAMED, shared).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", BREAKS, ids=[f"{row.invariant}: {row.what}" for row in BREAKS])
+def test_a_broken_line_is_noticed_by_its_tests(row, copy, shared):
+    path = copy / "dpo_jax" / row.file
+    whole = path.read_text()
+    assert whole.count(row.old) == 1, f"{row.old!r} is to be found once in {row.file}"
+    files = {test.split("::")[0] for test in row.tests}
+    path.write_text(whole.replace(row.old, row.new))
+    try:
+        found = outcomes(copy, [test for test in NAMED if test.split("::")[0] in files], shared)
+    finally:
+        path.write_text(whole)
+    failed = {test: why for test, why in found.items() if why}
+    assert set(failed) == set(row.tests)
+    for why in failed.values():
+        assert why.startswith(NOTICED), failed
+
+
+def test_every_invariant_is_broken_at_least_twice():
+    for invariant in range(1, 9):
+        assert sum(row.invariant == invariant for row in BREAKS) >= 2
