@@ -85,7 +85,7 @@ def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"]) -> No
     """
     run = find_run(run_dir)
     source = find_model(str(run_dir), None)
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])  # weights pass through one device, whatever their sizes
     config = ModelConfig(path=str(run_dir), checkpoint=which)
     model = build_model(source, config)
     export_run(run, out_dir, model, load_weights(source, model, config, mesh), overwrite=False)

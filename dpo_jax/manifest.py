@@ -123,7 +123,8 @@ def _differences(old: Mapping, new: Mapping) -> list[tuple[str, str]]:
     for name, a, b in _changed(old["config"], new["config"]):
         fate = _fate(name)
         if fate == "length":
-            fate = "matters" if _length_matters(old["config"], new["config"]) else "free"
+            # row shapes are chosen from the run's own steps
+            fate = "matters" if _length_matters(old["config"], new["config"]) else "rounding"
         elif fate not in ("free", "rounding", "matters"):
             known = new["identity"].get(fate) is not None and old["identity"].get(fate) is not None
             fate = "free" if known and fate not in changed else "matters"

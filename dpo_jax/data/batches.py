@@ -83,7 +83,7 @@ def make_batches(store: Store, order: Order, packer: Packer, max_shapes: int) ->
     """Batches with row shapes chosen from the sizes of the run's own steps."""
     stride = max(1, order.num_steps // SAMPLED_STEPS)
     steps = range(0, order.num_steps, stride)
-    needed = [step_shape(packer.rows(*_sizes(store, order.step_ids(step)))) for step in steps]
+    needed = [step_shape(packer.rows(*_sizes(store, order.step_ids(step))), packer.row_length) for step in steps]
     most = min(max_shapes, 1 + order.num_steps // STEPS_A_SHAPE)
     return Batches(store, order, replace(packer, shapes=choose_shapes(needed, most)))
 

@@ -7,7 +7,7 @@ Shape letters as in batch.py; J pairs of blocks that attention visits in a row.
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from itertools import combinations, pairwise
 from typing import Literal, NamedTuple
@@ -144,9 +144,10 @@ def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
     )
 
 
-def step_shape(parts: Sequence[Sequence[Sequence[Unit]]]) -> BatchShape:
-    """The smallest shape that holds every part of a step."""
-    return reduce(BatchShape.union, map(shape_needed, parts))
+def step_shape(parts: Sequence[Sequence[Sequence[Unit]]], row_length: int | None) -> BatchShape:
+    """The smallest shape that holds every part of a step, in rows of ``row_length`` tokens where that is given."""
+    shape = reduce(BatchShape.union, map(shape_needed, parts))
+    return shape if row_length is None else replace(shape, length=row_length)
 
 
 def choose_shapes(needed: Sequence[BatchShape], most: int, worth: float = 0.05) -> tuple[BatchShape, ...]:
@@ -199,15 +200,16 @@ class Packer:
 
     def shape(self, parts: Sequence[Sequence[Sequence[Unit]]]) -> BatchShape:
         """The smallest of ``shapes`` that holds the step; beyond them, a rounded-up one that may compile anew."""
-        needed = step_shape(parts)
+        needed = step_shape(parts, self.row_length)
         for shape in self.shapes:
             if shape.holds(needed):
                 return shape
         if not self.shapes:
             return needed
         grown = needed.union(self.shapes[-1])
-        return BatchShape(grown.rows, _up(grown.length, 4 * BLOCK), _up(grown.targets, 4 * BLOCK),
-                          _up(grown.answers, 8), _up(grown.blocks, 128))  # fmt: skip
+        length = _up(grown.length, 4 * BLOCK) if self.row_length is None else grown.length
+        return BatchShape(grown.rows, length, _up(grown.targets, 4 * BLOCK), _up(grown.answers, 8),
+                          _up(grown.blocks, 128))  # fmt: skip
 
 
 def pack_rows(
