@@ -155,12 +155,12 @@ def test_gradients_are_clipped_by_their_global_norm():
 def test_decay_is_the_rate_times_the_weights_of_matrices(name, mask):
     """Without a gradient only the decay acts; of a real model, norms and biases are left out."""
     shapes = small_model().param_shapes()
-    ones = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
-    ones["layers"]["query_bias"] = jnp.ones((2, 8, 8))
+    ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+    ones["layers"]["query_bias"] = np.ones((2, 8, 8), np.float32)
     optimizer = make_optimizer(config(name, decay_mask=mask, schedule="linear"), 10)
-    state = optimizer.init(ones)
+    state, step, zeros = jax.jit(optimizer.init)(ones), jax.jit(optimizer.update), jax.tree.map(np.zeros_like, ones)
     for rate in (0.05, 0.045):  # it follows the schedule
-        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, ones), state, ones)
+        updates, state = step(zeros, state, ones)
         for path, update in jax.tree.leaves_with_path(updates):
             leaf = jax.tree_util.keystr(path, simple=True, separator="/")
             matrix = not leaf.endswith(("norm", "bias"))

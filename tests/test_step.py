@@ -103,10 +103,9 @@ def test_the_first_step_from_the_reference_is_at_margin_0():
 
 def test_a_cached_reference_is_the_live_one():
     cached = jax.jit(plain_logps_fn)(init(1), BATCH)
-    for loss in (LOSS, LossConfig(type="ipo")):
-        live, kept = (compiled(loss=loss)(start(), reference, BATCH) for reference in (init(1), cached))
-        assert_close(kept, live)
-        assert abs(float(live[1]["rewards/margins"])) > 0.01
+    live, kept = (STEP(start(), reference, BATCH) for reference in (init(1), cached))
+    assert_close(kept, live)
+    assert abs(float(live[1]["rewards/margins"])) > 0.01
 
 
 def test_the_gradient_is_the_weighted_sum_over_pairs_divided_by_their_number():
