@@ -76,7 +76,7 @@ def test_every_token_is_laid_once_and_predicted_from_its_place(name):
     rows, length = batch.tokens.shape
     assert rows % options.get("rows", 1) == 0
     assert length % BLOCK == 0
-    assert length <= options.get("row_length", length)
+    assert length == options.get("row_length", length)
     if options.get("layout") == "padded":
         assert (batch.segments <= 1).all()
 
