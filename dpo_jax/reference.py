@@ -20,7 +20,7 @@ from dpo_jax.batch import PairLogps, PreferenceBatch
 from dpo_jax.checksums import describe_leaves, leaf_checksums
 from dpo_jax.data.batches import Batches, StepData
 from dpo_jax.data.store import Store
-from dpo_jax.hosts import barrier, is_writer
+from dpo_jax.hosts import barrier, gather, is_writer
 from dpo_jax.scoring import LogpsStep, Place, dataset_logps
 
 
