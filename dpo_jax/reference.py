@@ -98,7 +98,8 @@ def cached_sums(batches: Batches, made_by: Mapping[str, Any], compute: Callable[
     name = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     path = store.path / f"reference-{name}.npz"
     sums = _read(path, made_by, (len(store), store.lengths.shape[1] - 1))
-    if sums is None:
+    found = gather(sums is not None, "reference cache")  # every process computes, or none: computing is collective
+    if sums is None or not all(found):
         sums = np.asarray(compute(batches).sum)
         if is_writer():
             _write(path, made_by, sums)
