@@ -46,7 +46,7 @@ def sft_config(directory: Path) -> SFTConfig:
         data=DataConfig(train=(_source(directory, "sft"),), eval_fraction=1 / 16, max_length=64, workers=1),
         optimizer=OptimizerConfig(learning_rate=4e-3, schedule="cosine", warmup_steps=20, b2=0.99),
         batch=SFTBatchConfig(examples=64),
-        run=RunConfig(dir=str(directory / STAGES["before"]), steps=200),
+        run=RunConfig(dir=str(directory / STAGES["before"]), steps=200, eval_every=50),
         checkpoint=CheckpointConfig(every=100),
     )
 
@@ -185,7 +185,7 @@ def write_page(
                 paragraph(f"The rule: {RULE}. Only the preference pairs know it.")),
         heading("Before and after", table(("Held-out visitors", "before DPO", "after DPO"), results)),
         heading("Greedy answers", table(("Asked", "before DPO", "after DPO"), rows, frozenset(right)),
-                paragraph("Green: word for word an answer as this visitor wants it.")),
+                paragraph("✓: word for word an answer as this visitor wants it.")),
         heading("Stage two: DPO", plots((by_title[title] for title in (
             "Loss", "Reward accuracy", "Rewards", "Log-probability of the answers")), logs["after"])),
         heading("Stage one: supervised fine-tuning",

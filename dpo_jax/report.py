@@ -83,7 +83,8 @@ h2 { font-size: 18px; margin: 44px 0 12px; }
 h3 { font-size: 15px; margin: 0; }
 p { margin: 0 0 12px; max-width: 76ch; }
 .soft, figcaption { color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; margin-top: 24px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); gap: 14px;
+  margin-top: 24px; }
 .card, figure, .box { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .card { padding: 14px 18px; }
 .card .name { color: var(--soft); font-size: 13px; }
@@ -99,6 +100,8 @@ th, td { text-align: left; padding: 8px 16px; border-top: 1px solid var(--line);
 thead th { border-top: 0; color: var(--soft); font-weight: 500; font-size: 13px; }
 tbody th { font-weight: 500; }
 td.right { color: var(--good); }
+td.right::after { content: " ✓"; white-space: nowrap; }
+.box + p { margin-top: 10px; }
 code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre { margin: 0; padding: 14px 16px; overflow-x: auto; }
 summary { cursor: pointer; color: var(--accent); margin-top: 14px; }

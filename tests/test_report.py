@@ -4,7 +4,7 @@ import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
-from html import escape, unescape
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -217,4 +217,9 @@ def test_numbers_in_four_digits(value, text):
 
 def test_a_table_without_rows_is_nothing():
     assert table(("a",), []) == ""
-    assert unescape(Page(table(("a", "b"), [("<x>", "&")])).cells[2]) == "<x>"
+
+
+def test_cells_are_escaped_and_the_right_ones_set_off():
+    page = Page(table(("a", "b", "c"), [("<x>", "<b>", "&"), ("1", "<i>", "3")], frozenset({(1, 1)})))
+    assert page.cells == ["a", "b", "c", "<x>", "<b>", "&", "1", "<i>", "3"]
+    assert [attrs.get("class") for tag, attrs in page.tags if tag == "td"] == [None, None, "right", None]
