@@ -65,7 +65,9 @@ def main() -> None:
             for name in options.programs:
                 num_steps = options.trl_steps if name.startswith("trl") else options.steps
                 print(f"round {number + 1} of {options.rounds}: {name}, {num_steps} steps", file=sys.stderr, flush=True)
-                runs.append({"program": name, "round": number + 1, **call(name, work, num_steps=num_steps, **job)})
+                python = sys.executable if name.startswith(BASELINE) else options.python
+                figures = call(name, work, python, num_steps=num_steps, **job)
+                runs.append({"program": name, "round": number + 1, **figures})
         lengths = mean_lengths(pairs, model)
     result = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
@@ -95,6 +97,8 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="runs of every program; figures are medians")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), metavar="NAME",
                         help=f"of {', '.join(PROGRAMS)}")  # fmt: skip
+    parser.add_argument("--python", default=sys.executable, metavar="PATH",
+                        help="interpreter for dpo_jax, of a default install without PyTorch; default: this one")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("vs_trl.json"))
     options = parser.parse_args(words)
     for name, value in SETTINGS[options.setting].items():
@@ -161,7 +165,7 @@ def write_pairs(path: Path, pairs: list[dict[str, str]]) -> Path:
     return path
 
 
-def call(name: str, work: Path, **arguments: Any) -> dict[str, Any]:
+def call(name: str, work: Path, python: str = sys.executable, **arguments: Any) -> dict[str, Any]:
     """Run a function of programs.py in a process of its own, with empty caches; what it returns."""
     folder = Path(tempfile.mkdtemp(prefix=f"{name}_", dir=work))
     settings = {
@@ -172,7 +176,7 @@ def call(name: str, work: Path, **arguments: Any) -> dict[str, Any]:
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
     }
-    words = [sys.executable, str(Path(__file__).with_name("programs.py")), name, str(folder), json.dumps(arguments)]
+    words = [python, str(Path(__file__).with_name("programs.py")), name, str(folder), json.dumps(arguments)]
     ended = subprocess.run(words, env=os.environ | settings, capture_output=True, text=True, check=False)
     if ended.returncode:
         sys.exit(f"{name} ended with {ended.returncode}:\n{ended.stderr[-4000:]}")

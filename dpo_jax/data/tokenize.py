@@ -6,6 +6,7 @@ answer. Special tokens come once: BOS as the tokenizer or the template writes it
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -59,6 +60,7 @@ def load_tokenizer(path: str, revision: str | None, chat_template_file: str | No
     Raises:
         UserError: there is no such tokenizer or template.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     from transformers import AutoTokenizer
 
     try:
