@@ -98,7 +98,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), metavar="NAME",
                         help=f"of {', '.join(PROGRAMS)}")  # fmt: skip
     parser.add_argument("--python", default=sys.executable, metavar="PATH",
-                        help="interpreter for dpo_jax, of a default install without PyTorch; default: this one")  # fmt: skip
+                        help="interpreter for dpo_jax, of an install without PyTorch; default: this one")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("vs_trl.json"))
     options = parser.parse_args(words)
     for name, value in SETTINGS[options.setting].items():
