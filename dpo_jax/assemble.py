@@ -142,11 +142,13 @@ def make_reference(parts: Parts, weights: Params) -> Reference:
         "matmul_precision": parts.model.matmul_precision,
         "platform": jax.default_backend(),
     }
+    logps_fn = make_logps_fn(parts.model.hidden, parts.model.unembedding, chunk=config.batch.target_chunk)
+    logps_step = make_logps_step(logps_fn, replicated(parts.mesh))  # without the statistics that metrics want
     sums = {}
     for store in {batches.store.key: batches.store for batches in (parts.batches, *parts.evals.values())}.values():
         every = set_batches(config, store, np.arange(len(store)), row_devices(parts.mesh))
         sums[store.key] = cached_sums(
-            every, made_by, lambda every: dataset_logps(parts.logps_step, weights, every, parts.place)[1]
+            every, made_by, lambda every: dataset_logps(logps_step, weights, every, parts.place)[1]
         )
     return CachedReference(sums)
 

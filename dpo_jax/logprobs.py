@@ -50,11 +50,19 @@ def target_logps(
     padding = ((0, 0), (0, num_chunks * size - num_targets))
     in_chunks = lambda x: jnp.pad(x, padding).reshape(x.shape[0], num_chunks, size).swapaxes(0, 1)  # noqa: E731
 
+    mean_row = jax.lax.stop_gradient(unembedding).mean(0, dtype=jnp.float32)
+
     @jax.checkpoint
     def one(sources, labels):
         states = jnp.take_along_axis(hidden, sources[..., None], axis=1)  # [R, C, D]
         logits = jnp.einsum("rcd,vd->rcv", states, unembedding, preferred_element_type=jnp.float32)
-        return logps_of_logits(logits, labels, stats)
+        tokens = logps_of_logits(logits, labels, stats)
+        if tokens.stats is None:
+            return tokens
+        entropy, _, top1 = tokens.stats  # the mean score is the score of the mean row, without another look at all V
+        fixed = jax.lax.stop_gradient(states).astype(jnp.float32)
+        mean_logit = jnp.einsum("rcd,d->rc", fixed, mean_row, precision=jax.lax.Precision.HIGHEST)
+        return TokenLogps(tokens.logp, (entropy, mean_logit, top1))
 
     _, chunks = jax.lax.scan(
         lambda _, part: (None, one(*part)), None, (in_chunks(batch.target_sources), in_chunks(batch.target_tokens))

@@ -16,7 +16,7 @@ from dpo_jax.data.store import Store
 
 SAMPLED_STEPS = 2048  # steps whose sizes decide the row shapes
 AHEAD = 2  # batches made before they are asked for
-STEPS_A_SHAPE = 50  # a run of fewer steps does not win back the compilation of another shape
+STEPS_A_SHAPE = 24  # a run of fewer steps does not win back the compilation of another shape
 
 
 @dataclass(frozen=True)
