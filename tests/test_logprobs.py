@@ -10,7 +10,7 @@ from small import HF_CONFIG, logps_fn, pack, random_pairs, small_model, small_pa
 
 from dpo_jax.batch import pad_pairs
 from dpo_jax.config import LossConfig
-from dpo_jax.logprobs import TokenLogps, make_logps_fn, make_padded_logps_fn, pair_logps, target_logps
+from dpo_jax.logprobs import TargetStats, TokenLogps, make_logps_fn, make_padded_logps_fn, pair_logps, target_logps
 from dpo_jax.losses import mean_loss, preference_loss
 from dpo_jax.models.decoder import plain_batch
 
@@ -78,7 +78,7 @@ def test_answers_are_summed_by_their_slots():
     values = (draw.normal(-50, 30, batch.target_mask.shape)).astype(np.float32)
     values[~batch.target_mask] = np.nan  # unused targets are not looked at
     on_device = jnp.asarray(values)
-    found = jax.jit(pair_logps)(TokenLogps(on_device, (on_device,) * 3), batch)
+    found = jax.jit(pair_logps)(TokenLogps(on_device, on_device, TargetStats(on_device, on_device, on_device)), batch)
     expected, counts = np.zeros((2, 7, 2))
     for row, target in np.argwhere(batch.target_mask):
         slot = row * batch.answers_per_row + batch.target_answers[row, target]

@@ -136,9 +136,10 @@ class _Part(nn.Module):
     def rms_norm(self, name: str, x: Array, axis: str) -> Array:
         """Divide by sqrt(mean(x^2) + eps) over the last dim and scale, in float32 (arXiv 1910.07467)."""
         scale = self.weight(f"{name}_norm", (axis,), nn.initializers.ones).astype(jnp.float32)
-        x32 = x.astype(jnp.float32)
+        # one dim of tokens: under a leading dim of one row, XLA's gradient is 8 times slower on a CPU
+        x32 = x.astype(jnp.float32).reshape(-1, x.shape[-1])
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_eps)
-        return (x32 * scale).astype(x.dtype)
+        return (x32 * scale).astype(x.dtype).reshape(x.shape)
 
 
 class Layer(_Part):
