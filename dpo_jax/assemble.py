@@ -2,17 +2,19 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.config import DPOConfig, LossConfig, ModelConfig, SFTConfig
+from dpo_jax.batch import PairLogps
+from dpo_jax.config import SORTED, DPOConfig, LossConfig, ModelConfig, SFTConfig
 from dpo_jax.data.batches import Batches, set_batches, train_batches
 from dpo_jax.data.sets import DataSets, open_sets
+from dpo_jax.data.store import Store
 from dpo_jax.data.tokenize import tokenizer_hash
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import LogpsFn, Params, make_logps_fn
@@ -20,7 +22,8 @@ from dpo_jax.losses import preference_metrics
 from dpo_jax.manifest import make_manifest
 from dpo_jax.models.decoder import Model
 from dpo_jax.policy import ModelSource, build_model, find_model, find_tokenizer, load_weights
-from dpo_jax.reference import CachedReference, LiveReference, Reference, cached_sums, copy_weights, weights_id
+from dpo_jax.refcache import cached_logps
+from dpo_jax.reference import CachedReference, LiveReference, Reference, copy_weights, weights_id
 from dpo_jax.scoring import LogpsStep, Place, dataset_logps, make_logps_step, make_place
 from dpo_jax.sharding import replicated, row_devices, row_sharding
 
@@ -46,14 +49,29 @@ class Parts:
 
     @property
     def loss(self) -> LossConfig:
-        """The objective; fine-tuning's is the token mean over the answer."""
-        return self.config.loss if isinstance(self.config, DPOConfig) else LossConfig(type="sft")
+        """The objective."""
+        return loss_of(self.config)
 
     @property
     def place_parts(self) -> Place:
         """As ``place``, for the train step: an accumulated batch has its parts before the rows."""
         leading = 0 if self.config.batch.accumulation == 1 else 1
         return make_place(row_sharding(self.mesh, leading), replicated(self.mesh))
+
+
+def loss_of(config: DPOConfig | SFTConfig) -> LossConfig:
+    """The objective; fine-tuning's is the token mean over the answer."""
+    return config.loss if isinstance(config, DPOConfig) else LossConfig(type="sft")
+
+
+def refuse_weights(loss: LossConfig, store: Store) -> None:
+    """A loss that sorts the pairs of a step has no loss of a pair that could be weighed."""
+    sorts = [name for name, _ in loss.terms if name in SORTED]
+    weighed = np.flatnonzero(store.weights != 1)
+    if sorts and len(weighed):
+        row, weight = store.rows[weighed[0]], store.weights[weighed[0]]
+        raise UserError(f"loss.type: {sorts[0]} sorts the pairs of a step, but row {row} of the data has weight "
+                        f"{weight:g}: remove the column weight, or choose another loss")  # fmt: skip
 
 
 def assemble(
@@ -67,9 +85,15 @@ def assemble(
     model = build_model(source, config.model)
     tokenizer = find_tokenizer(source, model, config.model, config.data.chat_template)
     sets = open_sets(config, tokenizer, train_set, eval_sets)
+    refuse_weights(loss_of(config), sets.train)
     devices = row_devices(mesh)
     logps_fn = make_logps_fn(
-        model.hidden, model.unembedding, chunk=config.batch.target_chunk, stats=config.run.token_stats
+        model.hidden,
+        model.unembedding,
+        chunk=config.batch.target_chunk,
+        stats=config.run.token_stats,
+        tail=loss_of(config).ld_alpha is not None,
+        squares=loss_of(config).weighting == "wpo",
     )
     return Parts(
         config=config,
@@ -127,38 +151,60 @@ def reference_weights(parts: Parts, start: Params) -> Params:
     return load_weights(source, model, ModelConfig(path=path, param_dtype=parts.config.model.param_dtype), parts.mesh)
 
 
-def make_reference(parts: Parts, weights: Params) -> Reference:
-    """The reference, of ``weights`` that stay the caller's."""
+def make_reference(parts: Parts, weights: Params) -> Reference | None:
+    """The reference, of ``weights`` that stay the caller's; None where the config wants none."""
     config = parts.config
     assert isinstance(config, DPOConfig)
-    if config.reference.mode == "live":
+    if config.reference_mode == "none":
+        return None
+    if config.reference_mode == "live":
         dtype = None if config.reference.dtype == "auto" else config.reference.dtype
         return LiveReference(copy_weights(weights, dtype))
+    tail = config.loss.ld_alpha is not None
     made_by = {
-        "format": 1,
+        "format": 2,
+        "tail": tail,
         "weights": weights_id(weights),
         "decoder": asdict(parts.model.config),
         "dtype": parts.model.dtype,
         "matmul_precision": parts.model.matmul_precision,
         "platform": jax.default_backend(),
     }
-    logps_fn = make_logps_fn(parts.model.hidden, parts.model.unembedding, chunk=config.batch.target_chunk)
+    logps_fn = make_logps_fn(parts.model.hidden, parts.model.unembedding, chunk=config.batch.target_chunk, tail=tail)
     logps_step = make_logps_step(logps_fn, replicated(parts.mesh))  # without the statistics that metrics want
-    sums = {}
-    for store in {batches.store.key: batches.store for batches in (parts.batches, *parts.evals.values())}.values():
-        every = set_batches(config, store, np.arange(len(store)), row_devices(parts.mesh))
-        sums[store.key] = cached_sums(
-            every, made_by, lambda every: dataset_logps(logps_step, weights, every, parts.place)[1]
-        )
-    return CachedReference(sums)
+
+    def compute(batches: Batches, steps: Sequence[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        ids, logps = dataset_logps(logps_step, weights, batches, parts.place, steps)
+        return ids, {name: getattr(logps, name) for name in ("sum", "tail_sum") if getattr(logps, name) is not None}
+
+    stores = {batches.store.key: batches.store for batches in (parts.batches, *parts.evals.values())}
+    devices = row_devices(parts.mesh)
+    every = {key: set_batches(config, store, np.arange(len(store)), devices) for key, store in stores.items()}
+    return CachedReference({key: cached_logps(batches, made_by, compute) for key, batches in every.items()})
+
+
+class Scored(NamedTuple):
+    """An evaluation set and its log-probs."""
+
+    name: str
+    store: Store
+    ids: np.ndarray  # [N] examples
+    policy: PairLogps  # of these N
+    fixed: PairLogps | None  # the reference's
+
+
+def score_sets(parts: Parts, params: Params, reference: Reference | None) -> Iterator[Scored]:
+    """Every evaluation set, scored, one after another."""
+    for name, batches in parts.evals.items():
+        ids, policy = dataset_logps(parts.logps_step, params, batches, parts.place)
+        fixed = None if reference is None else reference.dataset(parts.logps_step, batches, parts.place)
+        yield Scored(name, batches.store, ids, policy, fixed)
 
 
 def evaluate_sets(parts: Parts, params: Params, reference: Reference | None) -> dict[str, float]:
     """Metrics of every evaluation set, as ``eval_NAME_METRIC``: means over all its pairs, exact for any batch size."""
     metrics = {}
-    for name, batches in parts.evals.items():
-        policy = dataset_logps(parts.logps_step, params, batches, parts.place)[1]
-        fixed = None if reference is None else reference.dataset(parts.logps_step, batches, parts.place)
-        for key, value in jax.device_get(preference_metrics(policy, fixed, parts.loss)).items():
-            metrics[f"eval_{name}_{key}"] = float(value)
+    for scored in score_sets(parts, params, reference):
+        found = jax.device_get(preference_metrics(scored.policy, scored.fixed, parts.loss))
+        metrics |= {f"eval_{scored.name}_{key}": float(value) for key, value in found.items()}
     return metrics

@@ -66,6 +66,8 @@ class PairLogps:
     count: Float[AnyArray, "B K"]  # |y|: tokens of the answer
     weight: Float[AnyArray, " B"]
     valid: Bool[AnyArray, " B"]
+    tail_sum: Float[AnyArray, "B K"] | None = None  # of sum, the tokens beyond the pair's shorter answer (LD-DPO)
+    log_sum_sq: Float[AnyArray, "B K"] | None = None  # summed over tokens: log of the sum over V of p^2 (WPO)
     stats: TokenStats | None = None
 
 

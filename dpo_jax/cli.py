@@ -4,7 +4,7 @@ import json
 import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -50,6 +50,20 @@ def _data(config: TrainConfig, step: int | None) -> None:
     source = find_model(config.model.path, config.model.revision)
     tokenizer = find_tokenizer(source, build_model(source, config.model), config.model, config.data.chat_template)
     print(render(audit_config(config, tokenizer)) if step is None else show_step(config, step, tokenizer))
+
+
+def _sweep(config: DPOConfig, betas: str) -> None:
+    try:
+        values = [float(beta) for beta in betas.split(",")]
+    except ValueError:
+        raise UserError(f"--betas: {betas} cannot be read; write numbers with commas between, 0.05,0.1,0.5") from None
+    configs = [replace(config, loss=replace(config.loss, beta=value)) for value in values]  # refused before jax comes
+    from dpo_jax.hosts import is_writer
+    from dpo_jax.sweep import render, sweep
+
+    rows = sweep(config, [own.loss.beta for own in configs])
+    if is_writer():
+        print(render(rows))
 
 
 def _quickstart(dir: str) -> None:
@@ -107,6 +121,12 @@ COMMANDS = {
                 "help": "Print the pairs of this step, from 0, instead.",
             },
         },
+    ),
+    "sweep": Command(
+        summary="Train once for each of several betas; a table of accuracy, margin and KL.",
+        run=_sweep,
+        config=DPOConfig,
+        arguments={"--betas": {"type": str, "required": True, "help": "Numbers with commas between: 0.05,0.1,0.5"}},
     ),
     "quickstart": Command(
         summary="Both stages on a built-in task, without network, in about two minutes; with a report.",

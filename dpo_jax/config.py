@@ -47,12 +47,23 @@ class ModelConfig:
 class ReferenceConfig:
     """The frozen model that the policy is held to."""
 
-    mode: Literal["live", "cached"] = "live"
-    """live: its forward pass runs in every step; cached: its log-probs are computed once and kept on disk."""
+    mode: Literal["auto", "live", "cached", "none"] = "auto"
+    """live: its forward pass runs in every step; cached: its log-probs are computed once and kept on disk; none: there
+    is no reference; auto: live if the loss needs one, else none."""
     path: str | None = None
     """Another model than the policy's own start, with the same vocabulary."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type in which a live reference is held; auto: the type of the policy's weights."""
+    sync_every: int = 0
+    """Steps after which the policy is mixed into a live reference, again and again; 0: never."""
+    sync_mix: float = 0.6
+    """Share of the policy in that mixture; 1 copies the policy."""
+
+    def __post_init__(self):
+        require(self.sync_every >= 0, "reference.sync_every", self.sync_every, "it cannot be negative")
+        require(0 < self.sync_mix <= 1, "reference.sync_mix", self.sync_mix, "it lies in (0, 1]")
+        require(self.sync_mix == 0.6 or self.sync_every > 0, "reference.sync_mix", self.sync_mix,
+                "reference.sync_every is 0, so nothing is mixed; leave it at 0.6")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,23 +159,124 @@ class DataConfig:
         require(self.workers is None or self.workers > 0, "data.workers", self.workers, "a positive number is needed")
 
 
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sigmoid_norm", "dpop", "simpo", "orpo", "cpo", "sft",
+]  # fmt: skip
+NO_REFERENCE = frozenset({"simpo", "orpo", "cpo", "sft"})  # losses of the policy alone
+SORTED = frozenset({"aot", "aot_unpaired"})  # the pairs of a step are sorted
+COUPLED = SORTED | {"sft"}  # the loss of a pair depends on the other pairs of its step
+OF_MARGIN = frozenset({"sigmoid", "hinge", "exo_pair", "robust", "discopop"})  # of beta * (f(s_w) - f(s_l)) alone
+PER_TOKEN = frozenset({"sigmoid_norm", "simpo", "orpo", "cpo", "sft"})  # log-probs are divided by lengths; ipo may
+LOSS_OPTIONS: dict[str, frozenset[str]] = {  # losses that have an option; for all others it must keep its default
+    "label_smoothing": frozenset({"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"}),
+    "ipo_average": frozenset({"ipo"}),
+    "discopop_tau": frozenset({"discopop"}),
+    "dpop_lambda": frozenset({"dpop"}),
+    "simpo_gamma": frozenset({"simpo"}),
+    "cpo_weight": frozenset({"cpo"}),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The objective; see docs/objectives.md for equations and papers."""
+    """The objective; see docs/objectives.md for equations, papers and when to use which."""
 
-    type: Literal["sigmoid", "hinge", "ipo", "sft"] = "sigmoid"
-    """sigmoid: DPO, and cDPO with label_smoothing; hinge: SLiC; ipo: squared distance of the mean margin to 1/(2 beta);
-    sft: the tokens of the chosen answer."""
+    type: LossType | None = None
+    """The loss; default: sigmoid, which is DPO. Several at once: types."""
+    types: tuple[LossType, ...] = ()
+    """Several losses of the same pairs, added; [sigmoid, sft] is RPO, [sigmoid, bco_pair, sft] is MPO."""
+    weights: tuple[float, ...] = ()
+    """Weight of each of types; default: 1 each."""
     beta: float = 0.1
-    """Weight of the KL term; larger keeps the policy closer to the reference."""
+    """Weight of the KL term; larger keeps the policy closer to the reference. Of orpo: weight of the odds ratio."""
     label_smoothing: float = 0.0
-    """Chance that a label is wrong, for sigmoid (cDPO)."""
+    """Chance that a label is wrong: sigmoid (cDPO), robust, aot, aot_unpaired; exo_pair needs it above 0."""
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    """Divergence from the reference that the loss stands for; reverse_kl is DPO's own."""
+    f_alpha: float = 0.5
+    """Coefficient of f_divergence alpha; towards 1 it becomes reverse_kl."""
+    ld_alpha: float | None = None
+    """LD-DPO: weight of the tokens of the longer answer beyond the length of the shorter; null: 1, all count alike."""
+    weighting: Literal["none", "wpo"] = "none"
+    """wpo: each pair weighs as much as the policy would have written its answers."""
+    wpo_gradient: bool = False
+    """Let the gradient through the weights of wpo; False: they are constants, as in TRL 1.16."""
+    reference_free: bool = False
+    """Take the reference's log-probs as 0 in a loss that has one."""
+    ipo_average: bool = True
+    """Log-ratios of ipo are means over tokens; False: sums, as in the first code of its authors."""
+    discopop_tau: float = 0.05
+    """Temperature of discopop's mixture."""
+    dpop_lambda: float = 50.0
+    """Weight of dpop's penalty on a chosen answer that falls below the reference."""
+    simpo_gamma: float = 0.5
+    """Margin that simpo asks for, in units of its reward."""
+    cpo_weight: float = 1.0
+    """Weight of cpo's likelihood of the chosen answer, the mean over its tokens."""
 
     def __post_init__(self):
+        if self.type is None and not self.types:
+            object.__setattr__(self, "type", "sigmoid")
+        require(self.type is None or not self.types, "loss.types", self.types,
+                f"loss.type {self.type} is given too; keep one")  # fmt: skip
+        require(len(set(self.types)) == len(self.types), "loss.types", self.types, "name each loss once")
+        require(not self.weights or len(self.weights) == len(self.types), "loss.weights", self.weights,
+                f"give one for each of loss.types, {len(self.types)}")  # fmt: skip
+        require(all(0 < weight < float("inf") for weight in self.weights), "loss.weights", self.weights,
+                "positive numbers are needed")  # fmt: skip
         require(self.beta > 0, "loss.beta", self.beta, "it must be positive")
         require(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", self.label_smoothing, "it lies in [0, 0.5)")
-        require(self.label_smoothing == 0 or self.type == "sigmoid", "loss.label_smoothing", self.label_smoothing,
-                f"loss.type {self.type} has no label smoothing; set it to 0")  # fmt: skip
+        require(0 < self.discopop_tau < 1, "loss.discopop_tau", self.discopop_tau, "it lies in (0, 1)")
+        require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "loss.ld_alpha", self.ld_alpha, "it lies in [0, 1]")
+        require(self.dpop_lambda >= 0, "loss.dpop_lambda", self.dpop_lambda, "it cannot be negative")
+        require(self.simpo_gamma >= 0, "loss.simpo_gamma", self.simpo_gamma, "it cannot be negative")
+        require(self.cpo_weight >= 0, "loss.cpo_weight", self.cpo_weight, "it cannot be negative")
+        self._refuse_combinations()
+
+    def _refuse_combinations(self) -> None:
+        names = {name for name, _ in self.terms}
+        listed = ", ".join(sorted(names))
+        for option, owners in LOSS_OPTIONS.items():
+            value, default = getattr(self, option), type(self).__dataclass_fields__[option].default
+            require(value == default or bool(names & owners), f"loss.{option}", value,
+                    f"{listed} has no such option; leave it at {default}")  # fmt: skip
+        require("exo_pair" not in names or self.label_smoothing > 0, "loss.label_smoothing", self.label_smoothing,
+                "exo_pair is infinite at 0; try 0.001")  # fmt: skip
+        divergent = sorted(names - OF_MARGIN)
+        require(self.f_divergence == "reverse_kl" or not divergent, "loss.f_divergence", self.f_divergence,
+                f"it is defined for {', '.join(sorted(OF_MARGIN))}, not for {', '.join(divergent)}")  # fmt: skip
+        require(self.f_alpha == 0.5 or self.f_divergence == "alpha", "loss.f_alpha", self.f_alpha,
+                f"f_divergence {self.f_divergence} has no coefficient; leave it at 0.5")  # fmt: skip
+        divided = sorted(names & (PER_TOKEN | ({"ipo"} if self.ipo_average else set())))
+        require(self.ld_alpha is None or not divided, "loss.ld_alpha", self.ld_alpha,
+                f"{', '.join(divided)} divides by the lengths already; use null")  # fmt: skip
+        coupled = sorted(names & COUPLED)
+        require(self.weighting == "none" or not coupled, "loss.weighting", self.weighting,
+                f"{', '.join(coupled)} has no loss of a pair by itself; use none")  # fmt: skip
+        require(not self.wpo_gradient or self.weighting == "wpo", "loss.wpo_gradient", self.wpo_gradient,
+                f"weighting {self.weighting} has no weights; use false")  # fmt: skip
+        require(not self.reference_free or bool(names - NO_REFERENCE), "loss.reference_free", self.reference_free,
+                f"{listed} has no reference anyway; use false")  # fmt: skip
+        require(not self.reference_free or "dpop" not in names, "loss.reference_free", self.reference_free,
+                "dpop is a penalty on falling below the reference; use false")  # fmt: skip
+
+    @property
+    def terms(self) -> tuple[tuple[str, float], ...]:
+        """Name and weight of each loss that is added."""
+        if self.type is not None:
+            return ((self.type, 1.0),)
+        return tuple(zip(self.types, self.weights or (1.0,) * len(self.types), strict=True))
+
+    @property
+    def coupled(self) -> bool:
+        """The loss of a pair depends on the other pairs of its step."""
+        return any(name in COUPLED for name, _ in self.terms)
+
+    @property
+    def needs_reference(self) -> bool:
+        """One of the losses compares with a reference."""
+        return not self.reference_free and any(name not in NO_REFERENCE for name, _ in self.terms)
 
 
 OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {  # also says which of these an optimizer has
@@ -382,8 +494,25 @@ class DPOConfig(TrainConfig):
     batch: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self):
-        require(self.reference.dtype == "auto" or self.reference.mode == "live", "reference.dtype",
-                self.reference.dtype, "a cached reference is computed as the policy is; use auto")  # fmt: skip
+        mode, loss = self.reference_mode, self.loss
+        names = ", ".join(name for name, _ in loss.terms)
+        require(mode != "none" or not loss.needs_reference, "reference.mode", self.reference.mode,
+                f"loss {names} compares with a reference; use live or cached, or set loss.reference_free")  # fmt: skip
+        require(mode == "none" or not loss.reference_free, "reference.mode", self.reference.mode,
+                "loss.reference_free takes no reference; use none")  # fmt: skip
+        require(self.reference.dtype == "auto" or mode == "live", "reference.dtype", self.reference.dtype,
+                f"only a live reference is held in a type of its own, this one is {mode}; use auto")  # fmt: skip
+        require(self.reference.path is None or mode != "none", "reference.path", self.reference.path,
+                "reference.mode is none; leave it out, or use live or cached")  # fmt: skip
+        require(self.reference.sync_every == 0 or mode == "live", "reference.sync_every", self.reference.sync_every,
+                f"only a live reference can follow the policy, this one is {mode}; use 0")  # fmt: skip
+
+    @property
+    def reference_mode(self) -> Literal["live", "cached", "none"]:
+        """How the reference is held, with auto settled."""
+        if self.reference.mode != "auto":
+            return self.reference.mode
+        return "live" if self.loss.needs_reference else "none"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,22 +2,22 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from dpo_jax import hosts
-from dpo_jax.assemble import assemble, make_reference, reference_weights
+from dpo_jax.assemble import Parts, Scored, assemble, make_reference, reference_weights, score_sets
 from dpo_jax.batch import CHOSEN, REJECTED
-from dpo_jax.config import DPOConfig, MeshConfig, ModelConfig
+from dpo_jax.config import DPOConfig, LossConfig, MeshConfig, ModelConfig
 from dpo_jax.errors import UserError
-from dpo_jax.losses import preference_metrics
-from dpo_jax.policy import build_model, export_run, find_model, load_weights, param_shardings
-from dpo_jax.reference import weights_id
+from dpo_jax.logprobs import Params
+from dpo_jax.losses import preference_metrics, sequence_logps
+from dpo_jax.policy import build_model, export_run, find_model, load_weights, placed_shapes
+from dpo_jax.reference import LiveReference, Reference, weights_id
 from dpo_jax.rundir import find_run, is_run_dir
-from dpo_jax.saved import restore_params
-from dpo_jax.scoring import dataset_logps
+from dpo_jax.saved import restore_part
 from dpo_jax.sharding import make_mesh
 
 
@@ -36,38 +36,14 @@ def evaluate(config: DPOConfig, output: Path, which: Literal["newest", "best"] =
         parts = assemble(config, mesh)
         if not parts.evals:
             raise UserError("data.eval: {} names nothing to evaluate on; name a set, or give data.eval_fraction")
-        start = load_weights(parts.source, parts.model, config.model, mesh)
-        weights = reference_weights(parts, start)
-        policy_of, params = config.model.path, start
-        if is_run_dir(config.run.dir):
-            shapes = jax.tree.map(
-                lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
-                parts.model.param_shapes(),
-                param_shardings(parts.model, mesh),
-            )
-            params, manifest = restore_params(find_run(config.run.dir).checkpoints, which, shapes)
-            if manifest["identity"]["reference"] != weights_id(weights):
-                raise UserError(f"run.dir: {config.run.dir} was trained against another reference than this config's: "
-                                f"use {config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
-            policy_of = f"{config.run.dir} step {manifest['step']}"
-        reference = make_reference(parts, weights)
+        policy_of, params, reference = find_judged(parts, config, which)
         summary: dict = {"policy": policy_of, "sets": {}}
         lines = []
-        for name, batches in parts.evals.items():
-            ids, policy = dataset_logps(parts.logps_step, params, batches, parts.place)
-            fixed = reference.dataset(parts.logps_step, batches, parts.place)
-            values = jax.device_get(preference_metrics(policy, fixed, config.loss))
-            summary["sets"][name] = {"pairs": len(ids)} | {key: float(value) for key, value in values.items()}
-            rewards = config.loss.beta * (policy.sum - fixed.sum)
-            for place, i in enumerate(ids):
-                store = batches.store
-                line = {"set": name, "source": store.report[store.sources[i]]["source"], "row": int(store.rows[i])}
-                for answer, k in (("chosen", CHOSEN), ("rejected", REJECTED)):
-                    line[f"tokens/{answer}"] = int(policy.count[place, k])
-                    line[f"logps/{answer}"] = float(policy.sum[place, k])
-                    line[f"reference_logps/{answer}"] = float(np.asarray(fixed.sum)[place, k])
-                    line[f"rewards/{answer}"] = float(rewards[place, k])
-                lines.append(line | {"rewards/margin": float(rewards[place, CHOSEN] - rewards[place, REJECTED])})
+        for scored in score_sets(parts, params, reference):
+            values = jax.device_get(preference_metrics(scored.policy, scored.fixed, config.loss))
+            found = {key: float(value) for key, value in values.items()}
+            summary["sets"][scored.name] = {"pairs": len(scored.ids)} | found
+            lines += pair_lines(scored, config.loss)
     if hosts.is_writer():
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +51,46 @@ def evaluate(config: DPOConfig, output: Path, which: Literal["newest", "best"] =
         except OSError as error:
             raise UserError(f"--output: {output} cannot be written: {error.strerror}; choose another file") from error
     return summary
+
+
+def find_judged(
+    parts: Parts, config: DPOConfig, which: Literal["newest", "best"]
+) -> tuple[str, Params, Reference | None]:
+    """The policy's name and weights, and the reference: those of the run, or of ``model.path`` when there is none."""
+    start = load_weights(parts.source, parts.model, config.model, parts.mesh)
+    weights = reference_weights(parts, start)
+    if not is_run_dir(config.run.dir):
+        return config.model.path, start, make_reference(parts, weights)
+    shapes = {"params": placed_shapes(parts.model, parts.mesh)}
+    if config.reference.sync_every:
+        shapes["reference"] = shapes["params"]
+    saved, manifest = restore_part(find_run(config.run.dir).checkpoints, which, shapes)
+    if manifest["identity"]["reference"] != weights_id(weights):
+        raise UserError(f"run.dir: {config.run.dir} was trained against another reference than this config's: use "
+                        f"{config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
+    name = f"{config.run.dir} step {manifest['step']}"
+    if config.reference.sync_every:
+        return name, saved["params"], LiveReference(saved["reference"])
+    return name, saved["params"], make_reference(parts, weights)
+
+
+def pair_lines(scored: Scored, loss: LossConfig) -> list[dict[str, Any]]:
+    """One object a pair: where it comes from, tokens, log-probs and rewards of its answers."""
+    logps = np.asarray(sequence_logps(scored.policy, loss))
+    fixed = None if scored.fixed is None else np.asarray(sequence_logps(scored.fixed, loss))
+    rewards = loss.beta * (logps if fixed is None else logps - fixed)
+    lines = []
+    for place, i in enumerate(scored.ids):
+        source = scored.store.report[scored.store.sources[i]]["source"]
+        line: dict[str, Any] = {"set": scored.name, "source": source, "row": int(scored.store.rows[i])}
+        for answer, k in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            line[f"tokens/{answer}"] = int(scored.policy.count[place, k])
+            line[f"logps/{answer}"] = float(logps[place, k])
+            if fixed is not None:
+                line[f"reference_logps/{answer}"] = float(fixed[place, k])
+            line[f"rewards/{answer}"] = float(rewards[place, k])
+        lines.append(line | {"rewards/margin": float(rewards[place, CHOSEN] - rewards[place, REJECTED])})
+    return lines
 
 
 def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"]) -> None:

@@ -1,7 +1,7 @@
 """Token log-probs from hidden states, a chunk at a time, so that scores of all tokens over the vocabulary never exist.
 
-Shape letters: R rows, T tokens, M targets, C targets in a chunk, D model, V vocabulary, B pairs, K answers of a prompt,
-A answer slots in a row.
+Shape letters: R rows, T tokens, M targets, C chunks of n targets, D model, V vocabulary, B pairs, K answers of a
+prompt, A answer slots in a row.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from dpo_jax.batch import AnyArray, PaddedBatch, PairLogps, PreferenceBatch, TokenStats
 
 Params = Any  # a tree of arrays
-LogpsFn = Callable[[Params, Any], PairLogps]
+LogpsFn = Callable[..., PairLogps]  # (params, batch), or (adapters, batch, base)
 
 
 class TargetStats(NamedTuple):
@@ -31,71 +31,80 @@ class TokenLogps(NamedTuple):
 
     logp: Float[Array, "*n"]  # log pi(token | what it sees), nats
     normalizer: Float[Array, "*n"]  # logsumexp of the scores
+    log_sum_sq: Float[Array, "*n"] | None = None  # log of the sum over V of p^2
     stats: TargetStats | None = None
 
 
-def logps_of_logits(logits: Float[Array, "*n V"], labels: Int[AnyArray, "*n"], stats: bool) -> TokenLogps:
+def logps_of_logits(
+    logits: Float[Array, "*n V"], labels: Int[AnyArray, "*n"], *, stats: bool = False, squares: bool = False
+) -> TokenLogps:
     """Log-softmax at the labels, in float32. A label's score is picked by a masked sum, local where V is sharded."""
     logits = logits.astype(jnp.float32)
     label = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], logits, 0.0).sum(-1)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
-    if not stats:
-        return TokenLogps(label - normalizer, normalizer)
-    fixed, total = jax.lax.stop_gradient(logits), jax.lax.stop_gradient(normalizer)
-    expected = (jnp.exp(fixed - total[..., None]) * fixed).sum(-1)
-    top1 = (jax.lax.stop_gradient(label) >= fixed.max(-1)).astype(jnp.float32)
-    return TokenLogps(label - normalizer, normalizer, TargetStats(total - expected, fixed.mean(-1), top1))
+    tokens = TokenLogps(label - normalizer, normalizer)
+    if squares:
+        tokens = tokens._replace(log_sum_sq=jax.nn.logsumexp(2 * logits, axis=-1) - 2 * normalizer)
+    if stats:
+        fixed, total = jax.lax.stop_gradient(logits), jax.lax.stop_gradient(normalizer)
+        expected = (jnp.exp(fixed - total[..., None]) * fixed).sum(-1)
+        top1 = (jax.lax.stop_gradient(label) >= fixed.max(-1)).astype(jnp.float32)
+        tokens = tokens._replace(stats=TargetStats(total - expected, fixed.mean(-1), top1))
+    return tokens
 
 
 def _scores(states: Float[Array, "n D"], unembedding: Float[Array, "V D"]) -> Float[Array, "n V"]:
     return jnp.einsum("nd,vd->nv", states, unembedding, preferred_element_type=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _chunked(
     states: Float[Array, "C n D"], unembedding: Float[Array, "V D"], labels: Int[Array, "C n"], used: Int[Array, ""],
-    stats: bool,
+    stats: bool, squares: bool,
 ) -> TokenLogps:  # fmt: skip
     """Log-probs of the first ``used`` of C chunks of n targets, one chunk's scores at a time; 0 in the others.
 
-    Its gradient is written out, so that the backward pass, too, visits used chunks only and holds one chunk's scores:
-    d log p_label / d scores = onehot(label) - p.
+    Its gradient is written out, so that the backward pass, too, visits used chunks only and holds one chunk's scores z:
+    d log p_label / dz = onehot(label) - p, and d log sum p^2 / dz = 2 (p^2 / sum p^2 - p).
     """
-    return _chunked_forward(states, unembedding, labels, used, stats)[0]
+    return _chunked_forward(states, unembedding, labels, used, stats, squares)[0]
 
 
-def _chunked_forward(states, unembedding, labels, used, stats):
+def _chunked_forward(states, unembedding, labels, used, stats, squares):
     mean_row = unembedding.mean(0, dtype=jnp.float32)  # its score is a token's mean score, without a look at all V
 
-    def one(i, out):
-        tokens = logps_of_logits(_scores(states[i], unembedding), labels[i], stats)
-        if tokens.stats is not None:
-            mean_logit = jnp.dot(states[i].astype(jnp.float32), mean_row, precision=jax.lax.Precision.HIGHEST)
-            tokens = tokens._replace(stats=tokens.stats._replace(mean_logit=mean_logit))
-        return jax.tree.map(lambda all_chunks, own: all_chunks.at[i].set(own), out, tokens)
+    def chunk(i):
+        tokens = logps_of_logits(_scores(states[i], unembedding), labels[i], stats=stats, squares=squares)
+        if tokens.stats is None:
+            return tokens
+        mean_logit = jnp.dot(states[i].astype(jnp.float32), mean_row, precision=jax.lax.Precision.HIGHEST)
+        return tokens._replace(stats=tokens.stats._replace(mean_logit=mean_logit))
 
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(labels.shape, x.dtype),
-        jax.eval_shape(lambda: logps_of_logits(_scores(states[0], unembedding), labels[0], stats)),
-    )
-    tokens = jax.lax.fori_loop(0, used, one, zeros)
-    return tokens, (states, unembedding, labels, used, tokens.normalizer)
+    zeros = jax.tree.map(lambda x: jnp.zeros(labels.shape, x.dtype), jax.eval_shape(chunk, 0))
+    put = lambda i, out: jax.tree.map(lambda whole, own: whole.at[i].set(own), out, chunk(i))  # noqa: E731
+    tokens = jax.lax.fori_loop(0, used, put, zeros)
+    return tokens, (states, unembedding, labels, used, tokens.normalizer, tokens.log_sum_sq)
 
 
-def _chunked_backward(stats, kept, cotangents):
-    states, unembedding, labels, used, normalizer = kept
+def _chunked_backward(stats, squares, kept, cotangents):
+    states, unembedding, labels, used, normalizer, log_sum_sq = kept
 
-    def one(i, grads):
+    def add_chunk(i, grads):
         by_states, by_unembedding = grads
-        probs = jnp.exp(_scores(states[i], unembedding) - normalizer[i][:, None])
+        logps = _scores(states[i], unembedding) - normalizer[i][:, None]
+        probs = jnp.exp(logps)
         onehot = jnp.arange(unembedding.shape[0]) == labels[i][:, None]
-        by_scores = (cotangents.logp[i][:, None] * (onehot - probs)).astype(states.dtype)
+        by_scores = cotangents.logp[i][:, None] * (onehot - probs)
+        if squares:
+            shares = jnp.exp(2 * logps - log_sum_sq[i][:, None])
+            by_scores += 2 * cotangents.log_sum_sq[i][:, None] * (shares - probs)
+        by_scores = by_scores.astype(states.dtype)
         by_states = by_states.at[i].set(jnp.einsum("nv,vd->nd", by_scores, unembedding))
         own = jnp.einsum("nv,nd->vd", by_scores, states[i], preferred_element_type=jnp.float32)
         return by_states, by_unembedding + own
 
     zeros = jnp.zeros_like(states), jnp.zeros(unembedding.shape, jnp.float32)
-    by_states, by_unembedding = jax.lax.fori_loop(0, used, one, zeros)
+    by_states, by_unembedding = jax.lax.fori_loop(0, used, add_chunk, zeros)
     return by_states, by_unembedding.astype(unembedding.dtype), None, None
 
 
@@ -103,11 +112,18 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def target_logps(
-    hidden: Float[Array, "R T D"], unembedding: Float[Array, "V D"], batch: PreferenceBatch, *, chunk: int, stats: bool
+    hidden: Float[Array, "R T D"],
+    unembedding: Float[Array, "V D"],
+    batch: PreferenceBatch,
+    *,
+    chunk: int,
+    stats: bool = False,
+    squares: bool = False,
 ) -> TokenLogps:
-    """Log-probs of the batch's targets, 0 in unused ones beyond the last chunk; differentiable in ``logp`` only.
+    """Log-probs of the batch's targets [R, M]; differentiable in ``logp`` and ``log_sum_sq``.
 
-    At most ``chunk`` targets a row have scores at one time, in the backward pass, too.
+    At most ``chunk`` targets a row have scores at one time, in the backward pass, too. What stands in the place of an
+    unused target has no meaning.
     """
     num_rows, num_targets = batch.target_tokens.shape
     num_chunks = -(-num_targets // chunk)
@@ -120,14 +136,15 @@ def target_logps(
 
     states = jnp.take_along_axis(hidden, batch.target_sources[..., None], axis=1)
     used = (in_chunks(batch.target_mask).any(1) * jnp.arange(1, num_chunks + 1)).max()
-    tokens = _chunked(in_chunks(states), unembedding, in_chunks(batch.target_tokens), used, stats)
+    tokens = _chunked(in_chunks(states), unembedding, in_chunks(batch.target_tokens), used, stats, squares)
     in_rows = lambda x: x.reshape(num_chunks, num_rows, size).swapaxes(0, 1).reshape(num_rows, -1)  # noqa: E731
     return jax.tree.map(lambda x: in_rows(x)[:, :num_targets], tokens)
 
 
-def pair_logps(tokens: TokenLogps, batch: PreferenceBatch) -> PairLogps:
+def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False) -> PairLogps:
     """Sums over each answer's targets, gathered from the rows into [B, K]; 0 in empty slots."""
     mask = batch.target_mask
+    num_slots = mask.shape[0] * batch.answers_per_row
     member = jax.nn.one_hot(batch.target_answers, batch.answers_per_row) * mask[..., None]  # [R, M, A]
 
     def per_answer(values: Float[Array, "R M"]) -> Float[Array, "B K"]:
@@ -135,48 +152,75 @@ def pair_logps(tokens: TokenLogps, batch: PreferenceBatch) -> PairLogps:
         sums = jnp.einsum("rm,rma->ra", values, member, precision=jax.lax.Precision.HIGHEST)
         return jnp.where(batch.valid[:, None], sums.reshape(-1)[batch.answer_slots], 0.0)
 
-    stats = None
-    if tokens.stats is not None:
-        stats = TokenStats(*map(per_answer, tokens.stats))
+    count = per_answer(jnp.ones_like(tokens.logp))
+    tail_sum = None
+    if tail:
+        slots = jnp.where(batch.valid[:, None], batch.answer_slots, num_slots)  # empty ones are dropped
+        shorter = jnp.broadcast_to(count.min(1, keepdims=True), slots.shape)
+        shorter = jnp.zeros(num_slots).at[slots].set(shorter, mode="drop").reshape(mask.shape[0], -1)
+        in_tail = batch.target_offsets >= jnp.take_along_axis(shorter, batch.target_answers, axis=1)
+        tail_sum = per_answer(jnp.where(in_tail, tokens.logp, 0.0))
     return PairLogps(
         sum=per_answer(tokens.logp),
-        count=per_answer(jnp.ones_like(tokens.logp)),
+        count=count,
         weight=batch.weight,
         valid=batch.valid,
-        stats=stats,
+        tail_sum=tail_sum,
+        log_sum_sq=None if tokens.log_sum_sq is None else per_answer(tokens.log_sum_sq),
+        stats=None if tokens.stats is None else TokenStats(*map(per_answer, tokens.stats)),
     )
 
 
 def make_logps_fn(
-    hidden_fn: Callable[[Params, PreferenceBatch], Float[Array, "R T D"]],
-    unembedding_fn: Callable[[Params], Float[Array, "V D"]],
+    hidden_fn: Callable[..., Float[Array, "R T D"]],
+    unembedding_fn: Callable[..., Float[Array, "V D"]],
     *,
     chunk: int,
     stats: bool = False,
+    tail: bool = False,
+    squares: bool = False,
 ) -> LogpsFn:
-    """``logps_fn(params, batch) -> PairLogps`` of a model given as two pure functions, over packed rows."""
+    """``logps_fn(params, batch) -> PairLogps`` of a model given as two pure functions, over packed rows.
 
-    def logps_fn(params: Params, batch: PreferenceBatch) -> PairLogps:
-        hidden = hidden_fn(params, batch)
-        return pair_logps(target_logps(hidden, unembedding_fn(params), batch, chunk=chunk, stats=stats), batch)
+    Args:
+        hidden_fn: (params, batch) to normalised hidden states; of adapters (params, batch, base).
+        unembedding_fn: (params) to the matrix that scores the vocabulary; of adapters (params, base).
+        chunk: targets of a row whose scores exist at one time.
+        stats: also what only metrics want, `TokenStats`.
+        tail: also ``tail_sum``, which ``loss.ld_alpha`` asks for.
+        squares: also ``log_sum_sq``, which ``loss.weighting: wpo`` asks for.
+    """
+
+    def logps_fn(params: Params, batch: PreferenceBatch, *frozen: Params) -> PairLogps:
+        hidden, unembedding = hidden_fn(params, batch, *frozen), unembedding_fn(params, *frozen)
+        tokens = target_logps(hidden, unembedding, batch, chunk=chunk, stats=stats, squares=squares)
+        return pair_logps(tokens, batch, tail=tail)
 
     return logps_fn
 
 
-def make_padded_logps_fn(apply: Callable[[Params, Int[AnyArray, "n T"]], Float[Array, "n T V"]]) -> LogpsFn:
-    """``logps_fn`` of any model from tokens to next-token scores, over a ``PaddedBatch``; no packing, full scores."""
+def make_padded_logps_fn(
+    apply: Callable[[Params, Int[AnyArray, "n T"]], Float[Array, "n T V"]], *, tail: bool = False, squares: bool = False
+) -> LogpsFn:
+    """``logps_fn`` of any model from tokens to next-token scores, over a ``PaddedBatch``; no packing, full scores.
+
+    ``tail`` and ``squares`` as in ``make_logps_fn``.
+    """
 
     def logps_fn(params: Params, batch: PaddedBatch) -> PairLogps:
-        num_pairs, num_answers, length = batch.tokens.shape
-        logits = apply(params, batch.tokens.reshape(-1, length))[:, :-1]
-        labels = batch.tokens.reshape(-1, length)[:, 1:]
-        logp = logps_of_logits(logits, labels, stats=False).logp.reshape(num_pairs, num_answers, length - 1)
+        tokens = batch.tokens.reshape(-1, batch.tokens.shape[-1])
+        tokens = logps_of_logits(apply(params, tokens)[:, :-1], tokens[:, 1:], squares=squares)
         mask = batch.mask[:, :, 1:] & batch.valid[:, None, None]
+        per_answer = lambda x, mask: jnp.where(mask, x.reshape(mask.shape), 0.0).sum(-1)  # noqa: E731
+        count = mask.sum(-1)
+        in_tail = mask & (mask.cumsum(-1) > count.min(1)[:, None, None])
         return PairLogps(
-            sum=jnp.where(mask, logp, 0.0).sum(-1),
-            count=mask.sum(-1).astype(jnp.float32),
+            sum=per_answer(tokens.logp, mask),
+            count=count.astype(jnp.float32),
             weight=batch.weight,
             valid=batch.valid,
+            tail_sum=per_answer(tokens.logp, in_tail) if tail else None,
+            log_sum_sq=None if tokens.log_sum_sq is None else per_answer(tokens.log_sum_sq, mask),
         )
 
     return logps_fn

@@ -2,20 +2,27 @@
 
 With x a prompt, y_w its chosen and y_l its rejected answer, and the log-ratio s(y) = log pi(y|x) - log ref(y|x), an
 answer's implicit reward is beta * s(y) (Rafailov et al. 2023, arXiv 2305.18290, eq. 5) and the pair's margin is
-D = s(y_w) - s(y_l). beta weighs the KL term: a *larger* beta keeps the policy closer to the reference.
+D = s(y_w) - s(y_l). beta weighs the KL term: a *larger* beta keeps the policy closer to the reference. |y| is an
+answer's number of tokens, sigma the logistic function, e the label smoothing.
 
-Each loss is one line of a paper, per pair, float32, shape [B]; `LOSSES` names them for the config.
+Each loss is one line of a paper, per pair, float32, shape [B]; `LOSSES` names them for the config. "At margin 0" is the
+value where policy and reference are one.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.nn import log_sigmoid
+from jax.nn import sigmoid as logistic
 from jaxtyping import Array, Float
 
-from dpo_jax.batch import CHOSEN, REJECTED, PairLogps
-from dpo_jax.config import LossConfig
+from dpo_jax.batch import CHOSEN, REJECTED, AnyArray, PairLogps
+from dpo_jax.config import NO_REFERENCE, LossConfig
+
+LARGEST_EXPONENT = 80.0  # exp of more leaves float32
 
 
 class LogRatios(NamedTuple):
@@ -23,25 +30,21 @@ class LogRatios(NamedTuple):
 
     chosen: Float[Array, " B"]  # s(y_w)
     rejected: Float[Array, " B"]  # s(y_l)
+    margin: Float[Array, " B"]  # D = f(s(y_w)) - f(s(y_l)); f(s) = s unless another divergence is asked for
     chosen_count: Float[Array, " B"]  # |y_w|, at least 1
     rejected_count: Float[Array, " B"]
     chosen_logps: Float[Array, " B"]  # log pi(y_w|x)
+    rejected_logps: Float[Array, " B"]
     valid: Float[Array, " B"]  # 1: a pair; 0: an empty slot
-
-    @property
-    def margin(self) -> Float[Array, " B"]:
-        """D = s(y_w) - s(y_l)."""
-        return self.chosen - self.rejected
 
 
 def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     """-(1-e) log sigma(beta D) - e log sigma(-beta D); ln 2 at margin 0. DPO.
 
-    Rafailov et al. 2023, arXiv 2305.18290, eq. 7. With e = label_smoothing > 0, conservative DPO: Mitchell 2023,
-    "A note on DPO with noisy preferences", eq. 3.
+    Rafailov et al. 2023, arXiv 2305.18290, eq. 7. With e > 0, conservative DPO: Mitchell 2023, "A note on DPO with
+    noisy preferences & relationship to IPO".
     """
-    z = c.beta * r.margin
-    return -(1 - c.label_smoothing) * jax.nn.log_sigmoid(z) - c.label_smoothing * jax.nn.log_sigmoid(-z)
+    return _smoothed(c.beta * r.margin, c)
 
 
 def hinge(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
@@ -53,9 +56,149 @@ def ipo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     """(s(y_w)/|y_w| - s(y_l)/|y_l| - 1/(2 beta))^2; 1/(4 beta^2) at margin 0.
 
     IPO: Azar et al. 2023, arXiv 2310.12036, eq. 17. Log-ratios are means over tokens, as the paper's authors advise
-    for answers of different lengths.
+    for answers of different lengths; with ``ipo_average`` off they are the equation's sums.
     """
-    return (r.chosen / r.chosen_count - r.rejected / r.rejected_count - 1 / (2 * c.beta)) ** 2
+    margin = r.chosen / r.chosen_count - r.rejected / r.rejected_count if c.ipo_average else r.chosen - r.rejected
+    return (margin - 1 / (2 * c.beta)) ** 2
+
+
+def exo_pair(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """KL(p || q), p = (sigma(z), sigma(-z)), q = (1-e, e), z = beta D; -ln 2 - (log(1-e) + log e)/2 at margin 0.
+
+    The reverse KL of the model's preference to the smoothed label: EXO of pairs, Ji et al. 2024, arXiv 2402.00856.
+    """
+    z = c.beta * r.margin
+    yes = logistic(z) * (log_sigmoid(z) - jnp.log1p(-c.label_smoothing))
+    return yes + logistic(-z) * (log_sigmoid(-z) - jnp.log(c.label_smoothing))
+
+
+def nca_pair(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """-log sigma(beta s_w) - (log sigma(-beta s_w) + log sigma(-beta s_l))/2; 2 ln 2 at margin 0.
+
+    NCA of pairs: Chen et al. 2024, arXiv 2402.05369. Each reward is held by itself, so the chosen one cannot fall.
+    """
+    chosen, rejected = c.beta * r.chosen, c.beta * r.rejected
+    return -log_sigmoid(chosen) - 0.5 * log_sigmoid(-chosen) - 0.5 * log_sigmoid(-rejected)
+
+
+def robust(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """[-(1-e) log sigma(beta D) + e log sigma(-beta D)] / (1-2e); ln 2 at margin 0.
+
+    The unbiased estimate of DPO's loss where labels are flipped with chance e: Chowdhury et al. 2024, arXiv 2403.00409.
+    """
+    z, e = c.beta * r.margin, c.label_smoothing
+    return (-(1 - e) * log_sigmoid(z) + e * log_sigmoid(-z)) / (1 - 2 * e)
+
+
+def bco_pair(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """-log sigma(beta s_w) - log sigma(-beta s_l); 2 ln 2 at margin 0.
+
+    Binary classifier optimization: Jung et al. 2024, arXiv 2404.04656, without its moving reward shift.
+    """
+    return -log_sigmoid(c.beta * r.chosen) - log_sigmoid(-c.beta * r.rejected)
+
+
+def sppo_hard(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """(s_w - 1/(2 beta))^2 + (s_l + 1/(2 beta))^2; 1/(2 beta^2) at margin 0.
+
+    SPPO with the labels as certain wins: Wu et al. 2024, arXiv 2405.00675.
+    """
+    return (r.chosen - 1 / (2 * c.beta)) ** 2 + (r.rejected + 1 / (2 * c.beta)) ** 2
+
+
+def aot(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """As sigmoid of d = sort(log pi(y_w) - log pi(y_l)) - sort(log ref(y_w) - log ref(y_l)); ln 2 at margin 0.
+
+    Alignment via optimal transport, paired: Melnyk et al. 2024, arXiv 2406.05882. The sort is over the whole step. A
+    pair's loss is that of its own policy margin and the reference margin of the same rank.
+    """
+    policy = r.chosen_logps - r.rejected_logps
+    reference = (r.chosen_logps - r.chosen) - (r.rejected_logps - r.rejected)
+    return _smoothed(c.beta * (policy - _same_rank(policy, reference, r.valid)), c)
+
+
+def aot_unpaired(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """As sigmoid of d = sort(s(y_w)) - sort(s(y_l)); ln 2 at margin 0.
+
+    Alignment via optimal transport, unpaired: Melnyk et al. 2024, arXiv 2406.05882. The sort is over the whole step. A
+    pair's loss is that of its own chosen answer and the rejected answer of the same rank.
+    """
+    return _smoothed(c.beta * (r.chosen - _same_rank(r.chosen, r.rejected, r.valid)), c)
+
+
+def apo_zero(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """1 - sigma(beta s_w) + sigma(beta s_l); 1 at margin 0.
+
+    Anchored preference optimization, chosen up and rejected down: D'Oosterlinck et al. 2024, arXiv 2408.06266.
+    """
+    return logistic(-c.beta * r.chosen) + logistic(c.beta * r.rejected)
+
+
+def apo_down(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """sigma(beta s_w) + 1 - sigma(beta D); 1 at margin 0.
+
+    Anchored preference optimization, both down: D'Oosterlinck et al. 2024, arXiv 2408.06266.
+    """
+    return logistic(c.beta * r.chosen) + logistic(-c.beta * r.margin)
+
+
+def discopop(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """-(1-m) log sigma(z) + m exp(-z), m = sigma(z/tau), z = beta D; (ln 2 + 1)/2 at margin 0.
+
+    The log-ratio modulated loss found by search: Lu et al. 2024, arXiv 2406.08414.
+    """
+    z = c.beta * r.margin
+    product = jnp.exp(log_sigmoid(z / c.discopop_tau) - z)  # m exp(-z), of which exp(-z) alone may be infinite
+    return -logistic(-z / c.discopop_tau) * log_sigmoid(z) + product
+
+
+def sigmoid_norm(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """-log sigma(beta (s_w/|y_w| - s_l/|y_l|)); ln 2 at margin 0.
+
+    Length-normalised DPO: Tulu 3, Lambert et al. 2024, arXiv 2411.15124, eq. 6.
+    """
+    return -log_sigmoid(c.beta * (r.chosen / r.chosen_count - r.rejected / r.rejected_count))
+
+
+def dpop(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """-log sigma(beta (D - lambda max(0, -s_w))); ln 2 at margin 0.
+
+    DPO-Positive: Pal et al. 2024, arXiv 2402.13228, eq. 3. A chosen answer that falls below the reference costs.
+    """
+    return -log_sigmoid(c.beta * (r.margin - c.dpop_lambda * jax.nn.relu(-r.chosen)))
+
+
+def simpo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """-log sigma(beta log pi(y_w|x)/|y_w| - beta log pi(y_l|x)/|y_l| - gamma); needs no reference.
+
+    SimPO: Meng et al. 2024, arXiv 2405.14734, eq. 6.
+    """
+    margin = r.chosen_logps / r.chosen_count - r.rejected_logps / r.rejected_count
+    return -log_sigmoid(c.beta * margin - c.simpo_gamma)
+
+
+def orpo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """-l_w - beta log sigma(log odds(l_w) - log odds(l_l)), l = log pi(y|x)/|y|, odds = p/(1-p); needs no reference.
+
+    ORPO: Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7; beta is the paper's lambda.
+    """
+    chosen, rejected = r.chosen_logps / r.chosen_count, r.rejected_logps / r.rejected_count
+
+    def log_odds(logp):
+        logp = jnp.minimum(logp, -jnp.finfo(logp.dtype).tiny)  # certainty has no odds
+        return logp - jnp.log(-jnp.expm1(logp))
+
+    return -chosen - c.beta * log_sigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def cpo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    """-log sigma(beta (log pi(y_w|x) - log pi(y_l|x))) - w log pi(y_w|x)/|y_w|; needs no reference.
+
+    Contrastive preference optimization: Xu et al. 2024, arXiv 2401.08417, with the likelihood per token as in the
+    authors' code; w is ``cpo_weight``.
+    """
+    likelihood = r.chosen_logps / r.chosen_count
+    return -log_sigmoid(c.beta * (r.chosen_logps - r.rejected_logps)) - c.cpo_weight * likelihood
 
 
 def sft(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
@@ -67,31 +210,102 @@ def sft(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 
 
 LOSSES: dict[str, Callable[[LogRatios, LossConfig], Float[Array, " B"]]] = {
-    "sigmoid": sigmoid,
-    "hinge": hinge,
-    "ipo": ipo,
-    "sft": sft,
-}
+    loss.__name__: loss
+    for loss in (
+        sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down,
+        discopop, sigmoid_norm, dpop, simpo, orpo, cpo, sft,
+    )
+}  # fmt: skip
 
-COUPLED = frozenset({"sft"})  # the loss of a pair depends on the other pairs of its step
+
+def _smoothed(z: Float[Array, " B"], c: LossConfig) -> Float[Array, " B"]:
+    return -(1 - c.label_smoothing) * log_sigmoid(z) - c.label_smoothing * log_sigmoid(-z)
 
 
-def log_ratios(policy: PairLogps, reference: PairLogps | None) -> LogRatios:
-    """s(y) of both answers; without a reference, log pi(y|x) itself. With one answer, y_l is y_w."""
-    logps = jnp.asarray(policy.sum)
-    ratio = logps if reference is None else logps - jax.lax.stop_gradient(reference.sum)
+def _same_rank(x: Float[Array, " B"], other: Float[Array, " B"], valid: Float[Array, " B"]) -> Float[Array, " B"]:
+    """Of each x, the value of ``other`` that stands in the sorted order where x stands in its own; over real pairs."""
+    order = lambda values: jnp.argsort(jnp.where(valid > 0, jax.lax.stop_gradient(values), jnp.inf))  # noqa: E731
+    return other[order(other)][jnp.argsort(order(x))]
+
+
+def divergence_score(s: Float[Array, " B"], c: LossConfig) -> Float[Array, " B"]:
+    """f(s) of a log-ratio, f'(u) of the divergence at u = exp(s) up to a constant: f-DPO, Wang et al. 2023.
+
+    arXiv 2309.16240, table 1: reverse KL s, forward KL -1/u, Jensen-Shannon log(u / (1 + u)), alpha
+    u^(alpha-1) / (alpha-1). Exponents are held at 80, beyond which float32 ends.
+    """
+    match c.f_divergence:
+        case "reverse_kl":
+            return s
+        case "forward_kl":
+            return -jnp.exp(jnp.minimum(-s, LARGEST_EXPONENT))
+        case "js":
+            return log_sigmoid(s)
+    power = c.f_alpha - 1
+    return s if abs(power) < 1e-6 else jnp.exp(jnp.minimum(power * s, LARGEST_EXPONENT)) / power
+
+
+def sequence_logps(logps: PairLogps, loss: LossConfig) -> Float[AnyArray, "B K"]:
+    """Log pi(y|x) as the loss counts it.
+
+    With ``ld_alpha``, tokens beyond the length of the pair's shorter answer weigh that much: LD-DPO, Liu et al. 2024,
+    arXiv 2409.06411, for policy and reference alike.
+    """
+    if loss.ld_alpha is None:
+        return logps.sum
+    if logps.tail_sum is None:
+        raise ValueError("loss.ld_alpha: the log-probs have no tail_sum; make logps_fn with tail=True")
+    return logps.sum - (1 - loss.ld_alpha) * logps.tail_sum
+
+
+def log_ratios(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> LogRatios:
+    """s(y) of both answers; without a reference, or free of it, log pi(y|x) itself. With one answer, y_l is y_w."""
+    logps = jnp.asarray(sequence_logps(policy, loss))
+    ratio = (
+        logps
+        if reference is None or loss.reference_free
+        else logps - jax.lax.stop_gradient(sequence_logps(reference, loss))
+    )
     count = jnp.maximum(policy.count, 1.0)
     last = min(REJECTED, logps.shape[-1] - 1)
-    valid = jnp.asarray(policy.valid, jnp.float32)
-    return LogRatios(ratio[:, CHOSEN], ratio[:, last], count[:, CHOSEN], count[:, last], logps[:, CHOSEN], valid)
+    chosen, rejected = ratio[:, CHOSEN], ratio[:, last]
+    return LogRatios(
+        chosen=chosen,
+        rejected=rejected,
+        margin=divergence_score(chosen, loss) - divergence_score(rejected, loss),
+        chosen_count=count[:, CHOSEN],
+        rejected_count=count[:, last],
+        chosen_logps=logps[:, CHOSEN],
+        rejected_logps=logps[:, last],
+        valid=jnp.asarray(policy.valid, jnp.float32),
+    )
+
+
+def wpo_weight(policy: PairLogps, loss: LossConfig) -> Float[Array, " B"]:
+    """w(y_w) w(y_l), w(y) = exp of the mean over tokens of log(p_token / sum_v p_v^2): WPO, Zhou et al. 2024.
+
+    arXiv 2406.11827, the weights aligned by the expected probability of a sampled token. Constants, unless
+    ``wpo_gradient``.
+    """
+    if policy.log_sum_sq is None:
+        raise ValueError("loss.weighting wpo: the log-probs have no log_sum_sq; make logps_fn with squares=True")
+    log_weight = ((policy.sum - policy.log_sum_sq) / jnp.maximum(policy.count, 1.0)).sum(-1)
+    return jnp.exp(log_weight if loss.wpo_gradient else jax.lax.stop_gradient(log_weight))
 
 
 def preference_loss(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Float[Array, " B"]:
     """Loss of each pair, 0 in empty slots; no gradient flows into the reference.
 
     The step's loss is ``mean_loss`` of these: the weighted sum over pairs, divided by the number of pairs.
+
+    Raises:
+        ValueError: the log-probs lack what the loss asks for.
     """
-    return jnp.where(policy.valid, LOSSES[loss.type](log_ratios(policy, reference), loss), 0.0)
+    ratios = log_ratios(policy, reference, loss)
+    losses = sum(weight * LOSSES[name](ratios, loss) for name, weight in loss.terms)
+    if loss.weighting == "wpo":
+        losses = losses * wpo_weight(policy, loss)
+    return jnp.where(policy.valid, losses, 0.0)
 
 
 def mean_loss(losses: Float[Array, " B"], policy: PairLogps) -> Float[Array, ""]:
@@ -99,35 +313,56 @@ def mean_loss(losses: Float[Array, " B"], policy: PairLogps) -> Float[Array, ""]
     return (losses * policy.weight).sum() / jnp.maximum(policy.valid.sum(), 1)
 
 
-def loss_at_start(loss: LossConfig) -> float | None:
+class Start(NamedTuple):
+    """Of a loss when policy and reference are one."""
+
+    loss: float
+    slope: float  # how much the loss moves, at most, for each nat by which an answer's log-ratio is off
+
+
+def loss_at_start(loss: LossConfig) -> Start | None:
     """The loss when policy and reference are one (margin 0); None where it depends on the policy."""
-    zero, one = jnp.zeros(1), jnp.ones(1)
-    if loss.type == "sft":
+    if not loss.needs_reference or loss.weighting == "wpo" or any(name in NO_REFERENCE for name, _ in loss.terms):
         return None
-    return float(LOSSES[loss.type](LogRatios(zero, zero, one, one, zero, one), loss)[0])
+    one = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
+    plain = replace(loss, ld_alpha=None)  # log-ratios of 0 have tails of 0
+    of = lambda sums: preference_loss(replace(one, sum=sums), one, plain)[0]  # noqa: E731
+    value, slope = jax.value_and_grad(of)(one.sum)
+    return Start(float(value), float(jnp.abs(slope).sum()))
 
 
 def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Array]:
     """TRL's metrics of a set of pairs: means over real pairs, and over answer tokens for token statistics; scalars.
 
     Rewards are beta * log-ratio, whatever the loss; `rewards/accuracies` counts chosen > rejected strictly, so equal
-    rewards count as wrong. With one answer a prompt (fine-tuning), only the loss and the token statistics.
+    rewards count as wrong. Against a reference also ``displacement``, the share of pairs whose chosen answer has become
+    less likely; ``gradient_weight``, the mean of sigma(-margin of rewards), with which DPO weighs a pair's gradient
+    (Rafailov et al. 2023, eq. 7); and ``kl``, the mean over answers of s(y)^2 / 2: KL(policy || reference) to second
+    order, were the answers the policy's own. With one answer a prompt (fine-tuning), only the loss and the token
+    statistics.
     """
     num_pairs = jnp.maximum(policy.valid.sum(), 1)
     pair_mean = lambda x: (x * policy.valid).sum() / num_pairs  # noqa: E731
     metrics = {"loss": mean_loss(preference_loss(policy, reference, loss), policy)}
     if policy.sum.shape[-1] > 1:
-        ratios = log_ratios(policy, reference)
+        ratios = log_ratios(policy, reference, loss)
         chosen, rejected = loss.beta * ratios.chosen, loss.beta * ratios.rejected
+        logps = ratios.chosen_logps, ratios.rejected_logps
         metrics |= {
             "rewards/chosen": pair_mean(chosen),
             "rewards/rejected": pair_mean(rejected),
             "rewards/accuracies": pair_mean(chosen > rejected),
             "rewards/margins": pair_mean(chosen - rejected),
-            "logps/chosen": pair_mean(policy.sum[:, CHOSEN]),
-            "logps/rejected": pair_mean(policy.sum[:, REJECTED]),
-            "logps/accuracies": pair_mean(policy.sum[:, CHOSEN] > policy.sum[:, REJECTED]),
+            "logps/chosen": pair_mean(logps[CHOSEN]),
+            "logps/rejected": pair_mean(logps[REJECTED]),
+            "logps/accuracies": pair_mean(logps[CHOSEN] > logps[REJECTED]),
         }
+        if reference is not None:
+            metrics |= {
+                "displacement": pair_mean(ratios.chosen < 0),
+                "gradient_weight": pair_mean(logistic(rejected - chosen)),
+                "kl": pair_mean(ratios.chosen**2 + ratios.rejected**2) / 4,
+            }
     if policy.stats is not None:
         num_tokens = jnp.maximum(policy.count.sum(0), 1)
         token_mean = lambda x: x.sum(0) / num_tokens  # noqa: E731

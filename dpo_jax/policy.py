@@ -16,7 +16,7 @@ from dpo_jax.models.families import builtin_model, decoder_config
 from dpo_jax.models.load import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.models.weights import export_params, load_params
 from dpo_jax.rundir import RunDir, find_run, is_run_dir
-from dpo_jax.saved import restore_params
+from dpo_jax.saved import restore_part
 from dpo_jax.sharding import weight_shardings
 
 MODEL_FILES = "model"  # in a run directory: config.json and tokenizer, so that the run stands alone
@@ -65,11 +65,10 @@ def build_model(source: ModelSource, config: ModelConfig) -> Model:
 
 def load_weights(source: ModelSource, model: Model, config: ModelConfig, mesh: Mesh) -> Params:
     """The weights, each shard straight to its device. A built-in model's are drawn from a fixed seed."""
-    shapes = model.param_shapes()
-    shardings = param_shardings(model, mesh)
     if source.run is not None:
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        return restore_params(source.run.checkpoints, config.checkpoint, abstract)[0]
+        wanted = {"params": placed_shapes(model, mesh)}
+        return restore_part(source.run.checkpoints, config.checkpoint, wanted)[0]["params"]
+    shardings = param_shardings(model, mesh)
     if source.folder is not None:
         return load_params(source.folder, model, shardings=shardings, dtype=config.param_dtype)
     return jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
@@ -89,6 +88,15 @@ def find_tokenizer(source: ModelSource, model: Model, config: ModelConfig, chat_
     tokenizer = load_tokenizer(str(path), revision, chat_template)
     check_vocabulary(max(tokenizer.get_vocab().values(), default=-1) + 1, model.config, str(path))
     return tokenizer
+
+
+def placed_shapes(model: Model, mesh: Mesh) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
+    return jax.tree.map(
+        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
+        model.param_shapes(),
+        param_shardings(model, mesh),
+    )
 
 
 def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:

@@ -15,7 +15,7 @@ from dpo_jax.data.batches import StepData
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import Params
 from dpo_jax.losses import loss_at_start
-from dpo_jax.reference import LiveReference, Reference
+from dpo_jax.reference import Reference
 
 # Largest difference of one model's log-probs between two compiled programs, as a share of the log-prob.
 AGREEMENT = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -35,12 +35,9 @@ def start_logps(parts: Parts, reference: Reference, params: Params) -> tuple[np.
         batches = [jax.tree.map(lambda x, i=i: x[i], data.batch) for i in range(len(data.batch.valid))]
     batches = list(map(parts.place, batches))
     policy = [np.asarray(parts.logps_step(params, batch).sum) for batch in batches]
-    if isinstance(reference, LiveReference):
-        fixed = [np.asarray(parts.logps_step(reference.params, batch).sum) for batch in batches]
-    else:
-        fixed = [np.asarray(reference.of(data, parts.batches.store).sum).reshape(len(data.ids), -1)]
+    fixed = reference.sums(parts.logps_step, data, parts.batches.store, batches)
     real = data.ids >= 0
-    return np.concatenate(policy)[real], np.concatenate(fixed)[real]
+    return np.concatenate(policy)[real], fixed[real]
 
 
 def mean_margin(policy: np.ndarray, fixed: np.ndarray) -> float:
@@ -61,7 +58,7 @@ def prove_start(parts: Parts, policy: np.ndarray, fixed: np.ndarray) -> None:
     """
     assert isinstance(parts.config, DPOConfig)
     config = parts.config.reference
-    bound = 0.0 if config.mode == "live" and config.dtype == "auto" else agreement(parts)
+    bound = 0.0 if parts.config.reference_mode == "live" and config.dtype == "auto" else agreement(parts)
     worst = float(np.max(np.abs(policy - fixed) / np.maximum(1, np.abs(policy))))
     if not worst <= bound:
         raise UserError(f"step 0: policy and reference are the same weights, but their log-probs differ by {worst:.3g} "
@@ -75,12 +72,12 @@ def check_first(parts: Parts, values: Mapping[str, float], data: StepData) -> No
     Raises:
         UserError: it has another, so the step does not compute what evaluation does.
     """
-    expected = loss_at_start(parts.loss)
-    if expected is None:
+    start = loss_at_start(parts.loss)
+    if start is None:
         return
     size = max(1.0, abs(values["logps/chosen"]), abs(values["logps/rejected"]))
-    allowed = 3e-6 + agreement(parts) * size * parts.loss.beta * max(1.0, expected)
-    expected *= float(parts.batches.store.weights[data.ids[data.ids >= 0]].mean())
+    allowed = 3e-6 * max(1.0, abs(start.loss)) + agreement(parts) * size * start.slope
+    expected = start.loss * float(parts.batches.store.weights[data.ids[data.ids >= 0]].mean())
     if not abs(values["loss"] - expected) <= allowed:
         raise UserError(f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (allowed: "
                         f"{allowed:.2g} more or less): a mask, the reference or a cached log-prob is wrong; compare "

@@ -5,12 +5,10 @@ Either way it is made of its own arrays: a copy of the policy's start, never an 
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
-from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +18,8 @@ from dpo_jax.batch import PairLogps, PreferenceBatch
 from dpo_jax.checksums import describe_leaves, leaf_checksums
 from dpo_jax.data.batches import Batches, StepData
 from dpo_jax.data.store import Store
-from dpo_jax.hosts import barrier, gather, is_writer
 from dpo_jax.scoring import LogpsStep, Place, dataset_logps
+from dpo_jax.step import TrainState
 
 
 def weights_id(params: Any) -> str:
@@ -36,6 +34,17 @@ def copy_weights(params: Any, dtype: str | None) -> Any:
     return jax.tree.map(lambda x: jnp.copy(x if dtype is None else x.astype(dtype)), params)
 
 
+@partial(jax.jit, static_argnums=2)
+def mix_weights(reference: Any, policy: Any, share: float, healthy: Any) -> Any:
+    """New arrays of share * policy + (1 - share) * reference, in the reference's types; unhealthy: the reference."""
+
+    def mix(old, new):
+        mixed = share * new.astype(jnp.float32) + (1 - share) * old.astype(jnp.float32)
+        return jnp.where(healthy, mixed.astype(old.dtype), old)
+
+    return jax.tree.map(mix, reference, policy)
+
+
 @dataclass(frozen=True)
 class LiveReference:
     """A second tree of weights, whose forward pass runs in every step."""
@@ -46,27 +55,31 @@ class LiveReference:
         """The step's ``reference`` argument."""
         return self.params
 
-    def logps(self, logps_step: LogpsStep, data: StepData, store: Store, batch: PreferenceBatch) -> PairLogps:
-        """Log-probs of a batch."""
-        return logps_step(self.params, batch)
+    def sums(self, logps_step: LogpsStep, data: StepData, store: Store, parts: Sequence[PreferenceBatch]) -> np.ndarray:
+        """Log-probs [B, K] of a step, whose batch lies on the devices in ``parts``."""
+        return np.concatenate([np.asarray(logps_step(self.params, part).sum) for part in parts])
 
     def dataset(self, logps_step: LogpsStep, batches: Batches, place: Place) -> PairLogps:
         """Log-probs of a whole set."""
         return dataset_logps(logps_step, self.params, batches, place)[1]
+
+    def mixed(self, state: TrainState, share: float) -> "LiveReference":
+        """The reference that has moved towards the policy: share of it, the rest of this one."""
+        return LiveReference(mix_weights(self.params, state.params, share, state.healthy))
 
 
 @dataclass(frozen=True)
 class CachedReference:
     """Log-probs of every example of the run's stores, by store key; no weights."""
 
-    sums: Mapping[str, np.ndarray]  # [N, K] float32
+    logps: Mapping[str, Mapping[str, np.ndarray]]  # store key -> field of PairLogps -> [N, K] float32
 
     def _pairs(self, store: Store, ids: np.ndarray) -> PairLogps:
         real = ids >= 0
         held = np.maximum(ids, 0)
-        sums = np.where(real[:, None], self.sums[store.key][held], 0).astype(np.float32)
-        counts = np.where(real[:, None], store.num_targets[held], 0).astype(np.float32)
-        return PairLogps(sum=sums, count=counts, weight=real.astype(np.float32), valid=real)  # type: ignore[arg-type]
+        take = lambda values: np.where(real[:, None], values[held], 0).astype(np.float32)  # noqa: E731
+        kept = {name: take(values) for name, values in self.logps[store.key].items()}
+        return PairLogps(count=take(store.num_targets), weight=real.astype(np.float32), valid=real, **kept)  # type: ignore[arg-type]
 
     def of(self, data: StepData, store: Store) -> PairLogps:
         """The step's ``reference`` argument; leading dim: parts of an accumulated step."""
@@ -76,9 +89,9 @@ class CachedReference:
         num_parts = data.batch.valid.shape[0]
         return jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), pairs)
 
-    def logps(self, logps_step: LogpsStep, data: StepData, store: Store, batch: PreferenceBatch) -> PairLogps:
-        """Log-probs of a batch."""
-        return self._pairs(store, data.ids)
+    def sums(self, logps_step: LogpsStep, data: StepData, store: Store, parts: Sequence[PreferenceBatch]) -> np.ndarray:
+        """Log-probs [B, K] of a step."""
+        return np.asarray(self._pairs(store, data.ids).sum)
 
     def dataset(self, logps_step: LogpsStep, batches: Batches, place: Place) -> PairLogps:
         """Log-probs of a whole set."""
@@ -86,45 +99,3 @@ class CachedReference:
 
 
 Reference = LiveReference | CachedReference
-
-
-def cached_sums(batches: Batches, made_by: Mapping[str, Any], compute: Callable[[Batches], PairLogps]) -> np.ndarray:
-    """Reference log-probs [N, K] of a whole store, from its file, or computed and kept there.
-
-    ``made_by`` is what decides them besides the store; a file made by anything else has another name. One that is
-    damaged or of another size is computed again. ``batches`` hold every example of the store once, in order.
-    """
-    store = batches.store
-    name = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-    path = store.path / f"reference-{name}.npz"
-    sums = _read(path, made_by, (len(store), store.lengths.shape[1] - 1))
-    found = gather(sums is not None, "reference cache")  # every process computes, or none: computing is collective
-    if sums is None or not all(found):
-        sums = np.asarray(compute(batches).sum)
-        if is_writer():
-            _write(path, made_by, sums)
-        barrier("reference cache")
-    return sums
-
-
-def _digest(sums: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(sums).tobytes()).hexdigest()
-
-
-def _read(path: Path, made_by: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray | None:
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            sums, about = file["sums"], json.loads(str(file["about"]))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return None
-    good = about == {**made_by, "digest": _digest(sums)} and sums.shape == shape and np.isfinite(sums).all()
-    return sums if good else None
-
-
-def _write(path: Path, made_by: Mapping[str, Any], sums: np.ndarray) -> None:
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    with open(partial, "wb") as file:
-        np.savez(file, sums=sums, about=json.dumps({**made_by, "digest": _digest(sums)}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(partial, path)

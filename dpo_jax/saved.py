@@ -49,22 +49,22 @@ def rank_steps(metrics: Mapping[int, Mapping[str, float]], config: CheckpointCon
     return sorted(values, key=lambda step: (sign * values[step], -step))
 
 
-def restore_params(directory, which: Literal["newest", "best"], abstract_params: Any,
-                   notice: Callable[[str], None] = say) -> tuple[Any, dict]:  # fmt: skip
-    """Parameters of a finished or running run, without its optimizer; changes nothing there.
+def restore_part(directory, which: Literal["newest", "best"], abstract: Mapping[str, Any],
+                 notice: Callable[[str], None] = say) -> tuple[dict[str, Any], dict]:  # fmt: skip
+    """Some fields of the state of a finished or running run; changes nothing there.
 
     Args:
         directory: the run's checkpoints.
         which: newest, or best by the run's own ``checkpoint.best_metric``. A damaged step is passed over.
-        abstract_params: pytree of ``jax.ShapeDtypeStruct`` with shardings; another dtype than the saved one is
-            converted to, after the checksums have agreed.
+        abstract: field of the state, such as ``params``, to its pytree of ``jax.ShapeDtypeStruct`` with shardings;
+            another dtype than the saved one is converted to, after the checksums have agreed.
         notice: takes the one line that is said about each damaged step.
 
     Returns:
-        Parameters and manifest.
+        The fields, and the manifest.
 
     Raises:
-        UserError: no step is there or good, none is best, or the parameters have other shapes.
+        UserError: no step is there or good, none is best, or the fields have other shapes.
     """
     directory = epath.Path(directory)
     steps = saved_steps(directory)
@@ -75,8 +75,7 @@ def restore_params(directory, which: Literal["newest", "best"], abstract_params:
         order = _best_order(directory, order)
     for step in order:
         try:
-            state, manifest = read_step(directory, step, {"params": abstract_params}, part=True)
-            return state["params"], manifest
+            return read_step(directory, step, dict(abstract), part=True)
         except Damaged as damage:
             notice(f"checkpoint of step {step} in {directory} is damaged ({damage}): passed over")
     raise UserError(f"{directory}: none of its saved steps {steps} can be used: see the lines above")

@@ -1,6 +1,6 @@
 """Log-probs of whole sets of examples, for evaluation and for the reference's cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,10 +27,16 @@ def make_place(rows: Any, whole: Any) -> Place:
     return lambda batch: jax.tree.map(put, batch, batch.place(rows, whole))
 
 
-def dataset_logps(logps_step: LogpsStep, params: Any, batches: Batches, place: Place) -> tuple[np.ndarray, PairLogps]:
-    """Log-probs of every example of ``batches``, on the host: (example ids [N], PairLogps of N), in their order."""
+def dataset_logps(
+    logps_step: LogpsStep, params: Any, batches: Batches, place: Place, steps: Sequence[int] | None = None
+) -> tuple[np.ndarray, PairLogps]:
+    """Log-probs of every example of ``batches``, or of some of its steps, on the host, in their order.
+
+    Returns:
+        Example ids [N], and the PairLogps of these N.
+    """
     ids, parts = [], []
-    for data in batches.ahead(0, batches.order.num_steps):
+    for data in batches.ahead(range(batches.order.num_steps) if steps is None else steps):
         logps = logps_step(params, place(data.batch))
         real = data.ids >= 0
         ids.append(data.ids[real])

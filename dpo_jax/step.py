@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-from dpo_jax.batch import PairLogps, stop_gradient
+from dpo_jax.batch import AnyArray, PairLogps, stop_gradient
 from dpo_jax.config import LossConfig
 from dpo_jax.logprobs import LogpsFn, Params
-from dpo_jax.losses import COUPLED, mean_loss, preference_loss, preference_metrics
+from dpo_jax.losses import mean_loss, preference_loss, preference_metrics
 
 
 @struct.dataclass
@@ -32,21 +32,52 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.ones((), bool))
 
 
-def reference_logps(reference: Params | PairLogps | None, batch: Any, logps_fn: LogpsFn) -> PairLogps | None:
-    """The reference's log-probs of the batch: computed from its parameters, or as they were cached."""
+@struct.dataclass
+class Base:
+    """The ``reference`` argument where ``params`` are adapters: the frozen weights that they are applied beside.
+
+    The policy is base and adapters, ``logps_fn(params, batch, base)``; the reference is the base without adapters,
+    ``logps_fn(None, batch, base)``, and is computed if the loss compares with one.
+    """
+
+    params: Params
+    logps: PairLogps | None = None  # the reference's log-probs of the batch, where they are cached
+
+
+class _Scorers(NamedTuple):
+    """What gives a batch its log-probs."""
+
+    policy: LogpsFn
+    reference: Callable[[Any], PairLogps] | None  # None: cached, or there is no reference
+    cached: PairLogps | None
+
+    def fixed(self, batch: Any, cached: PairLogps | None) -> PairLogps | None:
+        """The reference's log-probs, through which no gradient flows."""
+        return cached if self.reference is None else stop_gradient(self.reference(batch))
+
+
+def _scorers(reference: Params | PairLogps | Base | None, logps_fn: LogpsFn, loss: LossConfig) -> _Scorers:
+    if isinstance(reference, Base):
+        base = jax.lax.stop_gradient(reference.params)
+        run = reference.logps is None and loss.needs_reference
+        return _Scorers(
+            lambda params, batch: logps_fn(params, batch, base),
+            (lambda batch: logps_fn(None, batch, base)) if run else None,
+            reference.logps,
+        )
     if reference is None or isinstance(reference, PairLogps):
-        return reference
-    return stop_gradient(logps_fn(jax.lax.stop_gradient(reference), batch))
+        return _Scorers(logps_fn, None, reference)
+    return _Scorers(logps_fn, lambda batch: logps_fn(jax.lax.stop_gradient(reference), batch), None)
 
 
-def _whole_step(params, reference, batch, logps_fn: LogpsFn, loss: LossConfig):
+def _whole_step(params, batch, scorers: _Scorers, loss: LossConfig):
     """Gradient of the mean loss with all pairs at once."""
 
     def objective(params):
-        policy = logps_fn(params, batch)
+        policy = scorers.policy(params, batch)
         return mean_loss(preference_loss(policy, fixed, loss), policy), policy
 
-    fixed = reference_logps(reference, batch, logps_fn)
+    fixed = scorers.fixed(batch, scorers.cached)
     (_, policy), grads = jax.value_and_grad(objective, has_aux=True)(params)
     return grads, policy, fixed
 
@@ -56,7 +87,13 @@ def _join(parts: PairLogps) -> PairLogps:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
 
 
-def _accumulated_step(params, reference, batch, logps_fn: LogpsFn, loss: LossConfig):
+def _sums(logps: PairLogps) -> dict[str, AnyArray]:
+    """What the loss is differentiated by."""
+    sums = {"sum": logps.sum, "tail_sum": logps.tail_sum, "log_sum_sq": logps.log_sum_sq}
+    return {name: values for name, values in sums.items() if values is not None}
+
+
+def _accumulated_step(params, batch, scorers: _Scorers, loss: LossConfig):
     """The same gradient, the parts of the batch (its leading dim) one after another.
 
     The chain rule through the pair log-probs: d loss / d params = sum over parts of (d loss / d logps) (d logps / d
@@ -65,33 +102,30 @@ def _accumulated_step(params, reference, batch, logps_fn: LogpsFn, loss: LossCon
     """
 
     def cotangent(policy: PairLogps, fixed: PairLogps | None):
-        def total(logp_sum):
-            here = replace(policy, sum=logp_sum)
+        def total(sums):
+            here = replace(policy, **sums)
             return (preference_loss(here, fixed, loss) * here.weight).sum()
 
-        return jax.grad(total)(policy.sum)
+        return jax.grad(total)(_sums(policy))
 
-    def reference_of(part):
-        own = reference if not isinstance(reference, PairLogps) else part["reference"]
-        return reference_logps(own, part["batch"], logps_fn)
-
-    parts, whole_fixed = {"batch": batch}, None
-    if isinstance(reference, PairLogps):
-        parts["reference"] = reference
-    if loss.type in COUPLED:
+    fixed_of = lambda part: scorers.fixed(part["batch"], part["cached"])  # noqa: E731
+    parts = {"batch": batch, "cached": scorers.cached, "cotangent": None}
+    whole_fixed = None
+    if loss.coupled:
         _, (policy, fixed) = jax.lax.scan(
-            lambda _, part: (None, (logps_fn(params, part["batch"]), reference_of(part))), None, parts
+            lambda _, part: (None, (scorers.policy(params, part["batch"]), fixed_of(part))), None, parts
         )
         whole_fixed = None if fixed is None else _join(fixed)
-        parts["cotangent"] = cotangent(_join(policy), whole_fixed).reshape(policy.sum.shape)
+        whole = cotangent(_join(policy), whole_fixed)
+        parts["cotangent"] = jax.tree.map(lambda x: x.reshape(policy.sum.shape), whole)
 
     def add_part(grads, part):
-        fixed = reference_of(part) if "cotangent" not in part else None
+        fixed = None if loss.coupled else fixed_of(part)
 
         def pulled(params):
-            policy = logps_fn(params, part["batch"])
-            pull = part["cotangent"] if "cotangent" in part else cotangent(stop_gradient(policy), fixed)
-            return (jax.lax.stop_gradient(pull) * policy.sum).sum(), policy
+            policy = scorers.policy(params, part["batch"])
+            pull = part["cotangent"] if loss.coupled else cotangent(stop_gradient(policy), fixed)
+            return optax.tree.vdot(jax.lax.stop_gradient(pull), _sums(policy)), policy
 
         (_, policy), own = jax.value_and_grad(pulled, has_aux=True)(params)
         return jax.tree.map(jnp.add, grads, own), (policy, fixed)
@@ -106,7 +140,7 @@ def _accumulated_step(params, reference, batch, logps_fn: LogpsFn, loss: LossCon
 
 def train_step(
     state: TrainState,
-    reference: Params | PairLogps | None,
+    reference: Params | PairLogps | Base | None,
     batch: Any,
     *,
     logps_fn: LogpsFn,
@@ -118,14 +152,15 @@ def train_step(
 
     ``batch`` is whatever ``logps_fn(params, batch) -> PairLogps`` takes; with ``accumulation`` > 1 its leaves (and
     those of a cached ``reference``) have a leading dim of that size, and the result is that of the whole batch.
-    ``reference``: a parameter tree of the same model, its ``PairLogps`` of this batch, or None. No gradient reaches it.
+    ``reference``: a parameter tree of the same model, its ``PairLogps`` of this batch, None, or the ``Base`` of
+    adapters. No gradient reaches it.
 
     Metrics are float32 scalars named as TRL's: loss, rewards/*, logps/*, grad_norm (before clipping), and token
     statistics where ``logps_fn`` gives them. A loss or gradient that is not finite leaves the state as it was and
     clears ``state.healthy``, which then holds all further updates.
     """
     compute = _whole_step if accumulation == 1 else _accumulated_step
-    grads, policy, fixed = compute(state.params, reference, batch, logps_fn, loss)
+    grads, policy, fixed = compute(state.params, batch, _scorers(reference, logps_fn, loss), loss)
     grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)  # norm and moments of bfloat16 weights, too
     metrics = preference_metrics(policy, fixed, loss) | {"grad_norm": optax.tree.norm(grads)}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

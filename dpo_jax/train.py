@@ -29,7 +29,7 @@ from dpo_jax.models.decoder import count_params
 from dpo_jax.optimizer import make_optimizer, make_schedule
 from dpo_jax.policy import export_run, keep_model_files, load_weights, param_shardings
 from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps
-from dpo_jax.reference import Reference, weights_id
+from dpo_jax.reference import LiveReference, Reference, weights_id
 from dpo_jax.report import write_report
 from dpo_jax.rundir import RunDir, cut_back, hold_run, log_event, log_offsets, lost_saves, read_json
 from dpo_jax.sharding import make_mesh, replicated
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """A run's parts and what it writes to."""
+    """A run's parts and what it writes to. Only the reference may change, where it follows the policy."""
 
     run: RunDir
     parts: Parts
@@ -52,6 +52,11 @@ class Job:
     saves: Checkpoints
     log: MetricsLog
     manifest: dict[str, Any]
+
+    @property
+    def syncs(self) -> bool:
+        """The reference follows the policy, so it is a part of what is saved."""
+        return isinstance(self.parts.config, DPOConfig) and self.parts.config.reference.sync_every > 0
 
 
 @dataclass
@@ -113,7 +118,7 @@ def train(
                 run=run,
                 parts=parts,
                 reference=reference,
-                proven=ids["weights"] == ids.get("reference"),
+                proven=reference is not None and ids["weights"] == ids["reference"],
                 step=step,
                 schedule=make_schedule(config.optimizer, num_steps),
                 saves=saves,
@@ -190,11 +195,14 @@ def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None
     old = job.saves.manifest()
     if old is not None:
         refuse_changed(old, job.manifest, str(job.run.root))
-    restored = job.saves.restore(abstract)
+    restored = job.saves.restore(to_save(job, abstract))
     if restored is None:
         hosts.agree(lost_saves(job.run) if hosts.is_writer() else None, "saved steps")
         return None
     state, manifest = restored
+    if job.syncs:
+        job.reference = LiveReference(state.pop("reference"))
+        state = TrainState(**state)
     if hosts.is_writer():
         cut_back(job.run, manifest["offsets"])
         log_event(job.run, "restore", step=manifest["step"])
@@ -205,6 +213,14 @@ def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None
         margin = mean_margin(*start_logps(job.parts, job.reference, state.params))
         say(show, f"mean margin of the first step's pairs: {margin:.6g} nats")
     return state, Progress(manifest["step"], manifest["extras"]["num_tokens"])
+
+
+def to_save(job: Job, state: TrainState) -> Any:
+    """What a save holds: the state, and with it a reference that follows the policy."""
+    if not job.syncs:
+        return state
+    assert isinstance(job.reference, LiveReference)
+    return vars(state) | {"reference": job.reference.params}
 
 
 def begin(job: Job, state: TrainState) -> Progress:
@@ -234,7 +250,7 @@ def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: C
     save_every = config.checkpoint.every or max(1, num_steps // 10)
     place = parts.place_parts
     pending: _Pending | None = None
-    coming = parts.batches.ahead(progress.done, num_steps)
+    coming = parts.batches.ahead(range(progress.done, num_steps))
     with progress_line(progress.done, num_steps, "step", config.run.progress and hosts.is_writer()) as line:
         clock = time.perf_counter()
         try:
@@ -245,6 +261,7 @@ def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: C
                 fixed = None if job.reference is None else job.reference.of(data, parts.batches.store)
                 waited = time.perf_counter() - asked
                 state, metrics = job.step(state, fixed, batch)
+                sync_reference(job, state, step + 1)
                 if pending is not None:
                     clock = record(job, pending, progress, line, clock)
                 pending = _Pending(data, metrics, waited)
@@ -283,6 +300,14 @@ class _Pending:
 
 class NotFinite(Exception):
     """Loss or gradient of a step is NaN or infinite."""
+
+
+def sync_reference(job: Job, state: TrainState, done: int) -> None:
+    """Move the reference towards the policy, after the updates at which the config says so."""
+    config = job.parts.config
+    if job.syncs and isinstance(config, DPOConfig) and _every(config.reference.sync_every, done):
+        assert isinstance(job.reference, LiveReference)
+        job.reference = job.reference.mixed(state, config.reference.sync_mix)
 
 
 def _every(interval: int, done: int) -> bool:
@@ -340,7 +365,7 @@ def save(job: Job, state: TrainState, progress: Progress, evaluation: Mapping[st
     started = time.perf_counter()
     offsets = log_offsets(job.run) if hosts.is_writer() else {}
     manifest = job.manifest | {"offsets": offsets, "extras": {"num_tokens": progress.num_tokens}}
-    job.saves.save(progress.done, state, manifest, evaluation, wait=wait)
+    job.saves.save(progress.done, to_save(job, state), manifest, evaluation, wait=wait)
     if hosts.is_writer():
         log_event(job.run, "save", step=progress.done, seconds=round(time.perf_counter() - started, 3))
 

@@ -60,11 +60,11 @@ def test_a_step_is_the_same_from_any_thread_in_any_order(folder):
         for step, found in zip(reversed(range(len(expected))), pool.map(batches, reversed(range(len(expected))))):  # noqa: B905
             assert_same(found, expected[step])
     for start in (0, 5, len(expected) - 1):
-        ahead = list(batches.ahead(start, len(expected)))
+        ahead = list(batches.ahead(range(start, len(expected))))
         assert len(ahead) == len(expected) - start
         for found, one in zip(ahead, expected[start:], strict=True):
             assert_same(found, one)
-    assert not list(batches.ahead(3, 3))
+    assert not list(batches.ahead(range(3, 3)))
 
 
 def test_a_seed_changes_the_order(folder):

@@ -65,7 +65,7 @@ BREAKS = [
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[live-separable]",
            "test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]")),
     Break(2, "a loss that couples pairs is accumulated part by part", "step.py",
-          "if loss.type in COUPLED:", "if False:",
+          "if loss.coupled:", "if False:",
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]",)),
     # 3: a batch is a pure function of (data, seed, step)
     Break(3, "the seed is not heeded", "data/sampling.py",

@@ -37,7 +37,7 @@ from dpo_jax.config import (
 )
 from dpo_jax.errors import RunStopped, UserError
 from dpo_jax.manifest import compare_manifest, make_manifest, refuse_changed, rounding_changes
-from dpo_jax.saved import rank_steps, restore_params
+from dpo_jax.saved import rank_steps, restore_part
 
 KEEP = CheckpointConfig(keep=9)
 IDENTITY = {"weights": "w1", "tokenizer": "t1", "template": "c1", "reference": "w1", "store": "s1"}
@@ -164,6 +164,12 @@ def test_a_save_under_way_does_not_see_the_steps_after_it(tmp_path):
     for step in range(1, 4):
         restored, _ = Checkpoints(tmp_path, KEEP).restore(target, step)
         assert np.unique(np.asarray(restored["w"])) == 10 * (step - 1) + 1
+
+
+def restore_params(directory, which, target, *notice):
+    fields, manifest = restore_part(directory, which, {"params": target}, *notice)
+    assert set(fields) == {"params"}
+    return fields["params"], manifest
 
 
 def test_parameters_alone_in_another_dtype(saved):

@@ -72,7 +72,51 @@ BAD = [
     ({"batch__pairs": 3, "batch__accumulation": 2}, "batch.accumulation: 2 cannot be used: it must divide batch.pairs"),
     ({"run__steps": 1, "run__epochs": 1}, "run.steps: 1 cannot be used: run.epochs 1.0 is given too"),
     ({"reference__mode": "cached", "reference__dtype": "bfloat16"}, "reference.dtype: 'bfloat16' cannot be used"),
+    ({"reference__mode": "none"}, "reference.mode: 'none' cannot be used: loss sigmoid compares with a reference"),
+    ({"reference__sync_every": 5, "reference__mode": "cached"}, "reference.sync_every: 5 cannot be used"),
+    ({"reference__sync_mix": 0.5}, "reference.sync_mix: 0.5 cannot be used: reference.sync_every is 0"),
+    ({"reference__sync_every": 5, "reference__sync_mix": 0.0}, "reference.sync_mix: 0.0 cannot be used"),
+    ({"loss__type": "simpo", "reference__path": "x"}, "reference.path: 'x' cannot be used: reference.mode is none"),
+    ({"loss__reference_free": True, "reference__mode": "live"}, "reference.mode: 'live' cannot be used"),
+    ({"loss__type": "simpo", "loss__reference_free": True}, "loss.reference_free: True cannot be used: simpo has no"),
+    ({"loss__type": "dpop", "loss__reference_free": True}, "loss.reference_free: True cannot be used: dpop is a"),
+    ({"loss__type": "hinge", "loss__types": ["ipo"]}, "loss.types: ('ipo',) cannot be used: loss.type hinge is given"),
+    ({"loss__types": ["ipo", "ipo"]}, "loss.types: ('ipo', 'ipo') cannot be used: name each loss once"),
+    ({"loss__types": ["ipo"], "loss__weights": [1, 2]}, "loss.weights: (1.0, 2.0) cannot be used: give one for each"),
+    ({"loss__weights": [1.0]}, "loss.weights: (1.0,) cannot be used: give one for each of loss.types, 0"),
+    ({"loss__types": ["ipo"], "loss__weights": [0]}, "loss.weights: (0.0,) cannot be used: positive numbers"),
+    ({"loss__type": "exo_pair"}, "loss.label_smoothing: 0.0 cannot be used: exo_pair is infinite at 0"),
+    ({"loss__type": "hinge", "loss__label_smoothing": 0.1}, "loss.label_smoothing: 0.1 cannot be used: hinge has no"),
+    ({"loss__discopop_tau": 0.1}, "loss.discopop_tau: 0.1 cannot be used: sigmoid has no such option"),
+    ({"loss__ipo_average": False}, "loss.ipo_average: False cannot be used: sigmoid has no such option"),
+    ({"loss__simpo_gamma": 1.0}, "loss.simpo_gamma: 1.0 cannot be used: sigmoid has no such option"),
+    ({"loss__type": "ipo", "loss__f_divergence": "js"}, "loss.f_divergence: 'js' cannot be used: it is defined for"),
+    ({"loss__f_alpha": 0.7}, "loss.f_alpha: 0.7 cannot be used: f_divergence reverse_kl has no coefficient"),
+    ({"loss__type": "ipo", "loss__ld_alpha": 0.5}, "loss.ld_alpha: 0.5 cannot be used: ipo divides by the lengths"),
+    ({"loss__ld_alpha": 1.5}, "loss.ld_alpha: 1.5 cannot be used: it lies in [0, 1]"),
+    (
+        {"loss__type": "aot", "loss__weighting": "wpo"},
+        "loss.weighting: 'wpo' cannot be used: aot has no loss of a pair",
+    ),
+    ({"loss__wpo_gradient": True}, "loss.wpo_gradient: True cannot be used: weighting none has no weights"),
 ]
+
+
+def test_the_reference_is_there_where_the_loss_needs_one():
+    assert parse().reference_mode == "live"
+    for name in ("simpo", "orpo", "cpo", "sft"):
+        assert parse(loss__type=name).reference_mode == "none"
+        assert parse(loss__type=name, reference__mode="cached").reference_mode == "cached"  # for the metrics
+    assert parse(loss__reference_free=True).reference_mode == "none"
+    assert parse(loss__types=["simpo", "sigmoid"]).reference_mode == "live"
+
+
+def test_the_loss_is_settled_in_the_config_that_is_kept():
+    assert parse().loss.type == "sigmoid"
+    several = parse(loss__types=["sigmoid", "sft"])
+    assert several.loss.type is None
+    for config in (parse(), several):
+        assert parse_config(yaml.safe_load(config_to_yaml(config)), {}, DPOConfig) == config
 
 
 @pytest.mark.parametrize(("overrides", "line"), BAD, ids=[line[:40] for _, line in BAD])

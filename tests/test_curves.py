@@ -11,20 +11,44 @@ from dpo_jax.rundir import read_json
 from dpo_jax.train import train
 
 RUNS = {
+    # name: (curve, our options)
     "sigmoid": ("sigmoid", {}),
-    "sigmoid_beta05": ("sigmoid_beta05", {"loss.beta": 0.5}),
     "hinge": ("hinge", {"loss.type": "hinge"}),
     "ipo": ("ipo", {"loss.type": "ipo"}),
-    "sft": ("sft", {"loss.type": "sft"}),
+    "exo_pair": ("exo_pair", {"loss.type": "exo_pair", "loss.label_smoothing": 0.001}),
+    "nca_pair": ("nca_pair", {"loss.type": "nca_pair"}),
+    "robust": ("robust", {"loss.type": "robust", "loss.label_smoothing": 0.1}),
+    "bco_pair": ("bco_pair", {"loss.type": "bco_pair"}),
+    "sppo_hard": ("sppo_hard", {"loss.type": "sppo_hard"}),
+    "aot": ("aot", {"loss.type": "aot"}),
+    "aot_unpaired": ("aot_unpaired", {"loss.type": "aot_unpaired"}),
+    "apo_zero": ("apo_zero", {"loss.type": "apo_zero"}),
+    "apo_down": ("apo_down", {"loss.type": "apo_down"}),
+    "discopop": ("discopop", {"loss.type": "discopop"}),
+    "sft": ("sft", {"loss.type": "sft", "reference.mode": "live"}),
+    "sigmoid_norm": ("sigmoid_norm", {"loss.type": "sigmoid_norm"}),
+    "js": ("sigmoid_js", {"loss.f_divergence": "js"}),
+    "alpha": ("sigmoid_alpha", {"loss.f_divergence": "alpha", "loss.f_alpha": 0.5}),
+    "forward_kl": ("sigmoid_forward_kl", {"loss.f_divergence": "forward_kl"}),
+    "ld": ("sigmoid_ld", {"loss.ld_alpha": 0.5}),
+    "wpo": ("sigmoid_wpo", {"loss.weighting": "wpo"}),
+    "mpo": ("mpo", {"loss.types": ["sigmoid", "bco_pair", "sft"], "loss.weights": [0.8, 0.2, 1.0]}),
+    "beta05": ("sigmoid_beta05", {"loss.beta": 0.5}),
     "linear_warmup": ("sigmoid_linear_warmup", {"optimizer.schedule": "linear", "optimizer.warmup_steps": 4}),
     "accumulated": ("sigmoid_accum2", {"batch.accumulation": 2}),
-    "accumulated_coupled": ("sft", {"loss.type": "sft", "batch.accumulation": 2}),
+    "sync": ("sigmoid_sync", {"reference.sync_every": 5, "reference.sync_mix": 0.6}),
+    # the same curves by other ways
     "padded": ("sigmoid", {"batch.layout": "padded"}),
     "repeated": ("sigmoid", {"batch.layout": "repeated"}),
     "cached": ("sigmoid", {"reference.mode": "cached"}),
     "fsdp8": ("sigmoid", {"mesh.fsdp": 8}),
     "fsdp4_tensor2": ("sigmoid", {"mesh.fsdp": 4, "mesh.tensor": 2}),
-}
+    "accumulated_sft": ("sft", {"loss.type": "sft", "batch.accumulation": 2, "reference.mode": "live"}),
+    "accumulated_mpo": ("mpo", {"loss.types": ["sigmoid", "bco_pair", "sft"], "loss.weights": [0.8, 0.2, 1.0],
+                                "batch.accumulation": 2}),
+    "accumulated_aot": ("aot", {"loss.type": "aot", "batch.accumulation": 2}),
+    "cached_ld": ("sigmoid_ld", {"loss.ld_alpha": 0.5, "reference.mode": "cached"}),
+}  # fmt: skip
 # Allowed difference for each unit of the value's size, and at least for this size.
 ALLOWED = {
     "loss": (1e-4, 1),
@@ -39,7 +63,17 @@ ALLOWED = {
     "entropy": (1e-5, 0),
     "logits/chosen": (1e-5, 0),
     "logits/rejected": (1e-5, 0),
-    "mean_token_accuracy": (1e-6, 0),
+    "mean_token_accuracy": (0.004, 1),
+}
+# Where TRL itself moves by 1e-4 when the pairs of a step are merely reordered.
+LOOSE = {"discopop", "sigmoid_forward_kl"}
+ALLOWED_LOOSE = ALLOWED | {
+    "loss": (2e-3, 0),
+    "grad_norm": (1e-2, 0),
+    "rewards/chosen": (1e-3, 1),
+    "rewards/rejected": (1e-3, 1),
+    "rewards/margins": (1e-3, 1),
+    "entropy": (1e-4, 0),
 }
 PER_MICROBATCH = {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}  # in TRL, when accumulated
 
@@ -47,6 +81,10 @@ PER_MICROBATCH = {"entropy", "logits/chosen", "logits/rejected", "mean_token_acc
 @pytest.fixture(scope="module")
 def curves(shared):
     return json.loads((shared / "reference_curves" / "trl_stories260K.json").read_text())["curves"]
+
+
+def test_every_curve_is_run(curves):
+    assert {curve for curve, _ in RUNS.values()} == set(curves)
 
 
 QUICK = {"sigmoid", "accumulated", "cached", "fsdp4_tensor2"}  # the others run with -m slow
@@ -79,8 +117,9 @@ def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_pa
         for key, value in expected.items():
             if (step == 1 and key == "rewards/accuracies") or (curve == "sigmoid_accum2" and key in PER_MICROBATCH):
                 continue  # a tie before the first update; means of means
-            share, least = ALLOWED[key]
+            share, least = (ALLOWED_LOOSE if curve in LOOSE else ALLOWED)[key]
             allowed = share * max(abs(value), least)
             assert abs(row[key] - value) <= allowed, f"step {step}: {key} is {row[key]}, TRL has {value}"
-    pairs = [(a["rewards/accuracies"], b["rewards/accuracies"]) for a, b in zip(ours[1:], theirs[1:], strict=True)]
-    assert sum(a != b for a, b in pairs) <= 1  # one near tie may fall the other way
+    for key in {"rewards/accuracies", "mean_token_accuracy"} - (PER_MICROBATCH if curve == "sigmoid_accum2" else set()):
+        pairs = [(a[key], b[key]) for a, b in zip(ours[1:], theirs[1:], strict=True)]
+        assert sum(abs(a - b) > 1e-6 for a, b in pairs) <= 1, key  # one near tie may fall the other way

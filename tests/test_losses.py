@@ -1,6 +1,7 @@
 """Every loss against its equation worked by hand, its gradient, its extremes, and what a mean is taken over."""
 
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,42 @@ import pytest
 from jax.test_util import check_grads
 
 from dpo_jax.batch import PairLogps, TokenStats
-from dpo_jax.config import LossConfig
-from dpo_jax.losses import COUPLED, LOSSES, loss_at_start, mean_loss, preference_loss, preference_metrics
+from dpo_jax.config import LossConfig, LossType
+from dpo_jax.losses import LOSSES, loss_at_start, mean_loss, preference_loss, preference_metrics
+
+NEEDS = {"exo_pair": {"label_smoothing": 0.1}}
+
+
+def config_of(name: str, **options) -> LossConfig:
+    return LossConfig(**{"type": name, "beta": 0.3, **NEEDS.get(name, {}), **options})
+
 
 SMOOTH = LossConfig(beta=0.3, label_smoothing=0.2)
-CONFIGS = [*(LossConfig(type=name, beta=0.3) for name in LOSSES), SMOOTH]
-each_loss = pytest.mark.parametrize("loss", CONFIGS, ids=[*LOSSES, "cDPO"])
+CONFIGS = {name: config_of(name) for name in LOSSES} | {
+    "cDPO": SMOOTH,
+    "robust, smoothed": config_of("robust", label_smoothing=0.2),
+    "aot, smoothed": config_of("aot", label_smoothing=0.2),
+    "ipo of sums": config_of("ipo", ipo_average=False),
+    "forward_kl": LossConfig(beta=0.3, f_divergence="forward_kl"),
+    "js": LossConfig(beta=0.3, f_divergence="js"),
+    "alpha": LossConfig(beta=0.3, f_divergence="alpha"),
+    "alpha 1": LossConfig(beta=0.3, f_divergence="alpha", f_alpha=1.0),
+    "hinge, js": config_of("hinge", f_divergence="js"),
+    "ld": LossConfig(beta=0.3, ld_alpha=0.5),
+    "wpo": LossConfig(beta=0.3, weighting="wpo"),
+    "wpo, gradient": LossConfig(beta=0.3, weighting="wpo", wpo_gradient=True),
+    "mpo": LossConfig(types=("sigmoid", "bco_pair", "sft"), weights=(0.8, 0.2, 1.0), beta=0.3),
+    "reference-free": LossConfig(beta=0.3, reference_free=True),
+}
+each_loss = pytest.mark.parametrize("loss", CONFIGS.values(), ids=CONFIGS)
 
 
 def logps(sums, counts=None, weight=None, valid=None, stats=None) -> PairLogps:
+    """Tails of a quarter of the sums, and squares just below the sums: of tokens that are nearly all equally likely."""
     sums = np.asarray(sums)
     return PairLogps(
+        tail_sum=jnp.asarray(sums / 4, jnp.float32),
+        log_sum_sq=jnp.asarray(sums * 1.01, jnp.float32),
         sum=jnp.asarray(sums, jnp.float32),
         count=jnp.asarray(np.ones(sums.shape) if counts is None else counts, jnp.float32),
         weight=jnp.asarray(np.ones(len(sums)) if weight is None else weight, jnp.float32),
@@ -41,40 +67,147 @@ def random_logps(count=6, seed=0):
 POLICY = logps([[-10, -14], [-9, -3]], [[4, 8], [1, 2]])
 # log ref: -11 and -12, so s(y_w) = 1, s(y_l) = -2, D = 3; then -9.5 and -5, so s(y_w) = 0.5, s(y_l) = 2, D = -1.5.
 REFERENCE = logps([[-11, -12], [-9.5, -5]], [[4, 8], [1, 2]])
+
+
+def nls(z):
+    """-log sigma(z)."""
+    return math.log(1 + math.exp(-z))
+
+
+def sigma(z):
+    """The logistic function."""
+    return 1 / (1 + math.exp(-z))
+
+
+def odds(logp):
+    return math.exp(logp) / (1 - math.exp(logp))
+
+
 BY_HAND = {
-    # -log sigma(z) = log(1 + exp(-z)) at z = beta D = 0.5 * 3 and 0.5 * -1.5
-    "sigmoid": (LossConfig(beta=0.5), [math.log(1 + math.exp(-1.5)), math.log(1 + math.exp(0.75))]),
+    # z = beta D = 0.5 * 3 and 0.5 * -1.5
+    "sigmoid": ({}, [nls(1.5), nls(-0.75)]),
     # the same at both signs of z, in the shares 0.9 and 0.1
-    "cDPO": (
-        LossConfig(beta=0.5, label_smoothing=0.1),
-        [0.9 * math.log(1 + math.exp(-1.5)) + 0.1 * math.log(1 + math.exp(1.5)),
-         0.9 * math.log(1 + math.exp(0.75)) + 0.1 * math.log(1 + math.exp(-0.75))],
+    "sigmoid, smoothed": (
+        {"label_smoothing": 0.1},
+        [0.9 * nls(1.5) + 0.1 * nls(-1.5), 0.9 * nls(-0.75) + 0.1 * nls(0.75)],
     ),
     # 1 - 0.1 * 3, 1 + 0.1 * 1.5
-    "hinge": (LossConfig(type="hinge", beta=0.1), [0.7, 1.15]),
+    "hinge": ({"beta": 0.1}, [0.7, 1.15]),
     # 1 - 3 is below 0
-    "hinge, satisfied": (LossConfig(type="hinge", beta=1.0), [0.0, 2.5]),
+    "hinge, satisfied": ({"beta": 1.0}, [0.0, 2.5]),
     # (1/4 - -2/8 - 1)^2 = (-0.5)^2; (0.5/1 - 2/2 - 1)^2 = (-1.5)^2, with 1/(2 beta) = 1
-    "ipo": (LossConfig(type="ipo", beta=0.5), [0.25, 2.25]),
+    "ipo": ({}, [0.25, 2.25]),
+    # without lengths: (3 - 1)^2, (-1.5 - 1)^2
+    "ipo, of sums": ({"ipo_average": False}, [4.0, 6.25]),
+    # sum of p log(p/q) over p = (sigma(z), sigma(-z)), q = (0.9, 0.1)
+    "exo_pair": (
+        {"label_smoothing": 0.1},
+        [sigma(z) * math.log(sigma(z) / 0.9) + sigma(-z) * math.log(sigma(-z) / 0.1) for z in (1.5, -0.75)],
+    ),
+    # rewards 0.5 and -1; 0.25 and 1
+    "nca_pair": ({}, [nls(0.5) + (nls(-0.5) + nls(1.0)) / 2, nls(0.25) + (nls(-0.25) + nls(-1.0)) / 2]),
+    "robust": (
+        {"label_smoothing": 0.1},
+        [(0.9 * nls(1.5) - 0.1 * nls(-1.5)) / 0.8, (0.9 * nls(-0.75) - 0.1 * nls(0.75)) / 0.8],
+    ),
+    "bco_pair": ({}, [nls(0.5) + nls(1.0), nls(0.25) + nls(-1.0)]),
+    # with 1/(2 beta) = 1: (1 - 1)^2 + (-2 + 1)^2; (0.5 - 1)^2 + (2 + 1)^2
+    "sppo_hard": ({}, [1.0, 9.25]),
+    # policy margins 4 and -6, the reference's 1 and -4.5 stand in the same order
+    "aot": ({}, [nls(1.5), nls(-0.75)]),
+    # chosen 1 and 0.5, rejected -2 and 2: the larger meets the larger, 1 - 2 and 0.5 + 2
+    "aot_unpaired": ({}, [nls(-0.5), nls(1.25)]),
+    "apo_zero": ({}, [1 - sigma(0.5) + sigma(-1.0), 1 - sigma(0.25) + sigma(1.0)]),
+    "apo_down": ({}, [sigma(0.5) + 1 - sigma(1.5), sigma(0.25) + 1 - sigma(-0.75)]),
+    # where m is sigma(z / 0.5)
+    "discopop": (
+        {"discopop_tau": 0.5},
+        [
+            (1 - sigma(3)) * nls(1.5) + sigma(3) * math.exp(-1.5),
+            (1 - sigma(-1.5)) * nls(-0.75) + sigma(-1.5) * math.exp(0.75),
+        ],
+    ),
+    # beta times means: 0.5 * (1/4 + 2/8), 0.5 * (0.5/1 - 2/2)
+    "sigmoid_norm": ({}, [nls(0.25), nls(-0.25)]),
+    # neither chosen answer fell: as sigmoid
+    "dpop": ({}, [nls(1.5), nls(-0.75)]),
+    # beta times means, less gamma: 0.5 * (-10/4 + 14/8) - 0.3, 0.5 * (-9/1 + 3/2) - 0.3
+    "simpo": ({"simpo_gamma": 0.3}, [nls(-0.675), nls(-4.05)]),
+    "orpo": (
+        {},
+        [2.5 + 0.5 * nls(math.log(odds(-2.5) / odds(-1.75))), 9 + 0.5 * nls(math.log(odds(-9.0) / odds(-1.5)))],
+    ),
+    # 0.5 * (-10 + 14), 0.5 * (-9 + 3); 2.5 and 9 nats a token
+    "cpo": ({"cpo_weight": 2.0}, [nls(2.0) + 5.0, nls(-3.0) + 18.0]),
     # 10 + 9 nats over 4 + 1 tokens; each pair's part counts 2/5, so that their mean is 19/5
-    "sft": (LossConfig(type="sft"), [10 * 2 / 5, 9 * 2 / 5]),
-}  # fmt: skip
+    "sft": ({}, [10 * 2 / 5, 9 * 2 / 5]),
+    # f(s) = -exp(-s): D = -e^-1 + e^2; -e^-0.5 + e^-2
+    "sigmoid, forward_kl": (
+        {"f_divergence": "forward_kl"},
+        [nls(0.5 * (math.exp(2) - math.exp(-1))), nls(0.5 * (math.exp(-2) - math.exp(-0.5)))],
+    ),
+    # f(s) = log sigma(s)
+    "sigmoid, js": ({"f_divergence": "js"}, [nls(0.5 * (nls(-2) - nls(1))), nls(0.5 * (nls(2) - nls(0.5)))]),
+    # f(s) = exp((0.5 - 1) s) / (0.5 - 1)
+    "sigmoid, alpha": (
+        {"f_divergence": "alpha", "f_alpha": 0.5},
+        [nls(0.5 * -2 * (math.exp(-0.5) - math.exp(1))), nls(0.5 * -2 * (math.exp(-0.25) - math.exp(-1)))],
+    ),
+    "sigmoid, alpha 1": ({"f_divergence": "alpha", "f_alpha": 1.0}, [nls(1.5), nls(-0.75)]),
+    # a quarter of every log-prob is tail, of which half is left: log-ratios times 7/8
+    "sigmoid, ld": ({"ld_alpha": 0.5}, [nls(1.5 * 7 / 8), nls(-0.75 * 7 / 8)]),
+    # (-10 + 10.1)/4 + (-14 + 14.14)/8 = 0.0425; (-9 + 9.09)/1 + (-3 + 3.03)/2 = 0.105
+    "sigmoid, wpo": ({"weighting": "wpo"}, [math.exp(0.0425) * nls(1.5), math.exp(0.105) * nls(-0.75)]),
+    # log-probs in place of log-ratios
+    "sigmoid, reference_free": ({"reference_free": True}, [nls(2.0), nls(-3.0)]),
+}
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_values_worked_by_hand(name):
-    loss, expected = BY_HAND[name]
-    found = preference_loss(POLICY, REFERENCE, loss)
+    options, expected = BY_HAND[name]
+    loss = LossConfig(**{"type": name.split(",")[0], "beta": 0.5, **options})
+    found = preference_loss(POLICY, None if loss.reference_free else REFERENCE, loss)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_every_loss_has_its_values():
-    assert {loss.type for loss, _ in BY_HAND.values()} == set(LOSSES)
+    assert {name.split(",")[0] for name in BY_HAND} == set(LOSSES) == set(get_args(LossType))
+
+
+def test_dpop_weighs_what_the_chosen_answer_fell():
+    """s_w = -2, s_l = 1: 0.5 (-3 - 4 * 2)."""
+    loss = LossConfig(type="dpop", beta=0.5, dpop_lambda=4.0)
+    found = preference_loss(logps([[-12, -9]]), logps([[-10, -10]]), loss)
+    np.testing.assert_allclose(found, [nls(-5.5)], rtol=1e-6)
+
+
+def test_aot_compares_margins_of_one_rank():
+    """Policy margins 5, -1, 2 and the reference's 0, 3, -4: ranks 2, 0, 1, so they meet 3, -4, 0."""
+    policy, reference = logps([[5, 0], [-1, 0], [2, 0]]), logps([[0, 0], [3, 0], [-4, 0]])
+    found = preference_loss(policy, reference, LossConfig(type="aot", beta=1.0))
+    np.testing.assert_allclose(found, [nls(5 - 3), nls(-1 + 4), nls(2 - 0)], rtol=1e-6)
+
+
+def test_several_losses_are_added_by_their_weights():
+    mpo = CONFIGS["mpo"]
+    parts = [weight * preference_loss(POLICY, REFERENCE, config_of(name)) for name, weight in mpo.terms]
+    np.testing.assert_allclose(preference_loss(POLICY, REFERENCE, mpo), sum(parts), rtol=1e-6)
+    rpo = LossConfig(types=("sigmoid", "sft"))
+    assert rpo.terms == (("sigmoid", 1.0), ("sft", 1.0))
+
+
+def test_what_the_log_probs_lack_is_named():
+    bare = POLICY.replace(tail_sum=None, log_sum_sq=None)
+    with pytest.raises(ValueError, match=r"loss\.ld_alpha: .* tail=True"):
+        preference_loss(bare, REFERENCE, CONFIGS["ld"])
+    with pytest.raises(ValueError, match=r"loss\.weighting wpo: .* squares=True"):
+        preference_loss(bare, REFERENCE, CONFIGS["wpo"])
 
 
 def test_without_a_reference_the_ratio_is_the_log_prob():
-    for loss in CONFIGS:
+    for loss in CONFIGS.values():
         nothing = logps(np.zeros((2, 2)))
         np.testing.assert_array_equal(preference_loss(POLICY, None, loss), preference_loss(POLICY, nothing, loss))
 
@@ -86,24 +219,38 @@ def test_beta_scales_the_margin_of_the_sigmoid():
     )
 
 
-@each_loss
-def test_swapped_answers_have_the_negative_margin(loss):
-    """With z = beta D: L(z) - L(-z) = -(1 - 2e) z for the sigmoid; hinge and ipo by their squares and corners."""
+MIRRORED = {  # losses l(z) with l(z) - l(-z) = -slope * z, z = beta * (s_w - s_l): slope
+    "sigmoid": 1.0,
+    "cDPO": 1 - 2 * 0.2,
+    "robust": 1.0,
+    "robust, smoothed": 1 / (1 - 2 * 0.2),
+    "alpha 1": 1.0,
+}
+
+
+@pytest.mark.parametrize("name", MIRRORED)
+def test_swapped_answers_have_the_negative_margin(name):
     policy, reference = random_logps()
-    swap = lambda x: x.replace(sum=x.sum[:, ::-1], count=x.count[:, ::-1])  # noqa: E731
-    found = preference_loss(swap(policy), swap(reference), loss)
-    s = np.asarray(policy.sum - reference.sum, np.float64)
-    margin, mean = s[:, 0] - s[:, 1], s[:, 0] / policy.count[:, 0] - s[:, 1] / policy.count[:, 1]
-    if loss.type == "sigmoid":
-        expected = preference_loss(policy, reference, loss) + (1 - 2 * loss.label_smoothing) * loss.beta * margin
-    else:
-        chosen_after = policy.count[:, 1]
-        expected = {
-            "hinge": np.maximum(1 + loss.beta * margin, 0),
-            "ipo": (mean + 1 / (2 * loss.beta)) ** 2,
-            "sft": -policy.sum[:, 1] * len(mean) / chosen_after.sum(),
-        }[loss.type]
+    margin = np.asarray((policy.sum - reference.sum) @ np.array([1.0, -1.0]), np.float64)
+    found = preference_loss(swap(policy), swap(reference), CONFIGS[name])
+    expected = preference_loss(policy, reference, CONFIGS[name]) + MIRRORED[name] * 0.3 * margin
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def swap(x: PairLogps) -> PairLogps:
+    return jax.tree.map(lambda leaf: leaf[:, ::-1] if leaf.ndim == 2 else leaf, x)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "discopop"])  # has a bump near margin 0
+def test_a_better_pair_costs_less(name):
+    """Where the chosen answer gains what the rejected loses, the loss falls, and rises when they are swapped."""
+    loss = CONFIGS[name]
+    start = logps([[-20, -20]], [[4, 4]])
+    better, worse = logps([[-19.9, -20.1]], [[4, 4]]), logps([[-20.1, -19.9]], [[4, 4]])
+    if loss.weighting == "wpo":
+        better, worse = (x.replace(log_sum_sq=start.log_sum_sq) for x in (better, worse))
+    values = [float(preference_loss(x, start, loss)[0]) for x in (better, start, worse)]
+    assert values == sorted(set(values))
 
 
 def test_smoothing_has_its_minimum_where_the_label_is_as_sure_as_the_model():
@@ -118,14 +265,23 @@ def test_smoothing_has_its_minimum_where_the_label_is_as_sure_as_the_model():
 # -------------------------------------------------------------------------------------------------------- gradients
 
 
-@each_loss
-def test_gradients_are_those_of_differences_in_float64(loss):
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "wpo"])  # its weights are constants
+def test_gradients_are_those_of_differences_in_float64(name):
+    loss = CONFIGS[name]
     with jax.enable_x64(True):
         policy, reference = random_logps()
         sums = jnp.asarray(policy.sum, jnp.float64)
         fn = lambda sums: mean_loss(preference_loss(policy.replace(sum=sums), reference, loss), policy)  # noqa: E731
         assert fn(sums).dtype == jnp.float64
         check_grads(jax.jit(fn), (sums,), order=1, modes=["rev"], rtol=1e-5)
+
+
+def test_wpo_weighs_the_gradient():
+    policy, reference = random_logps()
+    of = lambda sums, loss: preference_loss(policy.replace(sum=sums), reference, loss).sum()  # noqa: E731
+    plain, weighed = (jax.grad(of)(policy.sum, CONFIGS[name]) for name in ("sigmoid", "wpo"))
+    weight = np.exp(((policy.sum - policy.log_sum_sq) / policy.count).sum(1, keepdims=True))
+    np.testing.assert_allclose(weighed, weight * plain, rtol=1e-5)
 
 
 @each_loss
@@ -140,10 +296,11 @@ EXTREMES = np.array([[1e30, -1e30], [-1e30, 1e30], [-1e30, -1e30], [0, 0], [-1e3
 
 @each_loss
 def test_extremes_are_finite(loss):
-    """One-token answers at +-1e30 nats; the square of ipo leaves float32 there, so it is held at +-1e15."""
-    sums = EXTREMES * (1e-15 if loss.type == "ipo" else 1)
+    """One-token answers at +-1e30 nats; squares leave float32 there, so ipo and sppo_hard are held at +-1e15."""
+    sums = EXTREMES * (1e-15 if loss.type in ("ipo", "sppo_hard") else 1)
     for fixed in (sums, -sums, np.zeros_like(sums)):
-        fn = lambda x, fixed=fixed: preference_loss(logps(sums).replace(sum=x), logps(fixed), loss)  # noqa: E731
+        policy = logps(sums).replace(log_sum_sq=jnp.asarray(sums, jnp.float32))
+        fn = lambda x, p=policy, fixed=fixed: preference_loss(p.replace(sum=x), logps(fixed), loss)  # noqa: E731
         values, pull = jax.vjp(fn, logps(sums).sum)
         assert np.isfinite(values).all()
         assert np.isfinite(pull(jnp.ones(len(sums)))[0]).all()
@@ -198,7 +355,7 @@ def test_coupled_losses_are_marked_as_such(loss):
     policy, reference = random_logps()
     fewer = [jax.tree.map(lambda leaf: leaf[:3], x) for x in (policy, reference)]
     alone, among = preference_loss(*fewer, loss), preference_loss(policy, reference, loss)[:3]
-    assert np.allclose(alone, among, rtol=1e-6) == (loss.type not in COUPLED)
+    assert np.allclose(alone, among, rtol=1e-6) == (not loss.coupled)
 
 
 def test_fine_tuning_needs_one_answer():
@@ -224,6 +381,9 @@ def test_metrics_worked_by_hand():
         "logps/chosen": -25 / 3,
         "logps/rejected": -23 / 3,
         "logps/accuracies": 1 / 3,
+        "displacement": 1 / 3,
+        "gradient_weight": (1 / (1 + math.exp(1.5)) + 1 / (1 + math.exp(-0.75)) + 0.5) / 3,
+        "kl": (1 + 4 + 0.25 + 4 + 1 + 1) / 2 / 6,
     }
     assert set(found) == set(expected)
     for name, value in expected.items():
@@ -233,7 +393,7 @@ def test_metrics_worked_by_hand():
 
 
 def test_rewards_are_of_log_ratios_whatever_the_loss():
-    found = [preference_metrics(POLICY, REFERENCE, LossConfig(type=name, beta=0.5)) for name in LOSSES]
+    found = [preference_metrics(POLICY, REFERENCE, config_of(name)) for name in LOSSES]
     for key in found[0]:
         if key != "loss":
             assert len({float(metrics[key]) for metrics in found}) == 1, key
@@ -257,13 +417,26 @@ def test_token_statistics_are_means_over_tokens():
     }  # fmt: skip
 
 
-START = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (4 * 0.3**2), "sft": None}
+LN2 = math.log(2)
+START = {  # beta 0.3
+    "sigmoid": LN2, "hinge": 1.0, "ipo": 1 / (4 * 0.09), "exo_pair": -LN2 - math.log(0.9 * 0.1) / 2,
+    "nca_pair": 2 * LN2, "robust": LN2, "bco_pair": 2 * LN2, "sppo_hard": 1 / (2 * 0.09), "aot": LN2,
+    "aot_unpaired": LN2, "apo_zero": 1.0, "apo_down": 1.0, "discopop": (LN2 + 1) / 2, "sigmoid_norm": LN2, "dpop": LN2,
+    "simpo": None, "orpo": None, "cpo": None, "sft": None, "wpo": None, "wpo, gradient": None, "mpo": None,
+    "reference-free": None, "cDPO": LN2, "robust, smoothed": LN2, "aot, smoothed": LN2, "ipo of sums": 1 / (4 * 0.09),
+    "forward_kl": LN2, "js": LN2, "alpha": LN2, "alpha 1": LN2, "hinge, js": 1.0, "ld": LN2,
+}  # fmt: skip
 
 
-@each_loss
-def test_loss_at_the_start(loss):
-    expected = START[loss.type]
-    assert loss_at_start(loss) == (None if expected is None else pytest.approx(expected, rel=1e-6))
-    if expected is not None:
-        policy, _ = random_logps()
-        np.testing.assert_allclose(preference_loss(policy, policy, loss), expected, rtol=1e-6)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_at_the_start(name):
+    loss, expected = CONFIGS[name], START[name]
+    start = loss_at_start(loss)
+    if expected is None:
+        assert start is None
+        return
+    assert start.loss == pytest.approx(expected, rel=1e-6)
+    policy, _ = random_logps()
+    np.testing.assert_allclose(preference_loss(policy, policy, loss), expected, rtol=1e-6)
+    moved = policy.replace(sum=policy.sum + jnp.array([1e-3, -1e-3]), tail_sum=policy.tail_sum)
+    assert abs(float(preference_loss(moved, policy, loss)[0]) - expected) <= 1.02e-3 * start.slope

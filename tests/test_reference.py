@@ -18,7 +18,7 @@ from dpo_jax.configfile import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.policy import load_weights
 from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps
-from dpo_jax.reference import cached_sums, copy_weights, weights_id
+from dpo_jax.reference import copy_weights, weights_id
 from dpo_jax.sharding import make_mesh
 from dpo_jax.step import init_state, train_step
 
@@ -105,12 +105,12 @@ def test_cached_log_probs_are_the_live_ones(live, cached):
     for step in range(parts.batches.order.num_steps):
         data = parts.batches(step)
         batch = parts.place(data.batch)
-        kept = reference.logps(parts.logps_step, data, parts.batches.store, batch)
-        run = jax.device_get(live_reference.logps(live[0].logps_step, data, parts.batches.store, batch))
+        kept = reference.of(data, parts.batches.store)
+        run = jax.device_get(live[0].logps_step(live_reference.params, batch))
         np.testing.assert_allclose(kept.sum, run.sum, rtol=2e-6)
         for name in ("count", "valid", "weight"):
             np.testing.assert_array_equal(getattr(kept, name), getattr(run, name), err_msg=name)
-        assert isinstance(reference.of(data, parts.batches.store), PairLogps)
+        assert isinstance(kept, PairLogps)
     assert (data.ids < 0).any()
     moved = jax.tree.map(lambda x: x * 1.1, start)
     ours, theirs = evaluate_sets(parts, moved, reference), evaluate_sets(live[0], moved, live_reference)
@@ -127,51 +127,9 @@ def test_cached_log_probs_of_an_accumulated_step_lie_in_its_parts(folder, cached
         data = parts.batches(step)
         found = reference.of(data, parts.batches.store)
         assert found.sum.shape == (2, 2, 2)
-        together = reference.logps(parts.logps_step, data, parts.batches.store, data.batch)
-        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.reshape(y.shape), y), found, together)
+        together = reference.sums(parts.logps_step, data, parts.batches.store, [])
+        np.testing.assert_array_equal(found.sum.reshape(4, 2), together)
         np.testing.assert_array_equal(found.valid, data.batch.valid)
-
-
-def about_of(path) -> str:
-    with np.load(path) as file:
-        return str(file["about"])
-
-
-def test_a_cache_is_computed_once_for_what_made_it(cached):
-    """A file that is torn, damaged, of other content or size, or not finite is computed again."""
-    parts, _ = cached
-    store = parts.batches.store
-    sums = np.random.Generator(np.random.Philox(0)).normal(-5, 1, (NUM_PAIRS, 2)).astype(np.float32)
-    calls = []
-
-    def compute(batches, values=sums):
-        calls.append(batches)
-        ones = np.ones(len(values), np.float32)
-        return PairLogps(sum=jnp.asarray(values), count=jnp.asarray(values), weight=ones, valid=ones > 0)
-
-    made_by = {"weights": "a", "format": 1}
-    for expected in (1, 1):
-        np.testing.assert_array_equal(cached_sums(parts.batches, made_by, compute), sums)
-        assert len(calls) == expected
-    cached_sums(parts.batches, {**made_by, "weights": "b"}, compute)
-    assert len(calls) == 2
-    assert len(list(store.path.glob("reference-*.npz"))) == 2
-    assert not list(store.path.glob("*partial*"))
-
-    (path,) = (path for path in store.path.glob("reference-*.npz") if '"weights": "a"' in about_of(path))
-    good = path.read_bytes()
-    flipped = bytearray(good)
-    flipped[good.find(sums.tobytes()) + 3] ^= 1
-    damages = [b"", good[:1], good[:100], good[:-10], bytes(flipped)]
-    for count, damage in enumerate(damages, start=3):
-        path.write_bytes(damage)
-        np.testing.assert_array_equal(cached_sums(parts.batches, made_by, compute), sums)
-        assert len(calls) == count
-        assert path.read_bytes() == good
-    for other in (sums[:-1], np.where(sums == sums[0, 0], np.nan, sums), sums + 1):
-        np.savez(path, sums=other, about=about_of(path))
-        np.testing.assert_array_equal(cached_sums(parts.batches, made_by, compute), sums)
-    assert len(calls) == 2 + len(damages) + 3
 
 
 # ---------------------------------------------------------------------------------------------------------- step 0
@@ -203,12 +161,12 @@ def test_the_margin_of_another_reference_is_said():
     assert mean_margin(np.array([[-10, -14], [-9, -3]]), np.array([[-11, -12], [-9.5, -5]])) == (3 - 1.5) / 2
 
 
-@pytest.mark.parametrize("type_", ["sigmoid", "hinge", "ipo"])
+@pytest.mark.parametrize("type_", ["sigmoid", "hinge", "ipo", "sppo_hard"])
 def test_the_first_step_has_the_loss_of_margin_0(live, type_):
     parts, start = live
     parts = replace(parts, config=replace(parts.config, loss=LossConfig(type=type_)))
     data = parts.batches(0)
-    expected = {"sigmoid": np.log(2), "hinge": 1, "ipo": 25}[type_]
+    expected = {"sigmoid": np.log(2), "hinge": 1, "ipo": 25, "sppo_hard": 50}[type_]
     values = {"loss": expected, "logps/chosen": -40.0, "logps/rejected": -15.0}
     check_first(parts, values, data)
     for wrong in (1.001, 0.999, np.nan):

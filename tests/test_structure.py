@@ -21,11 +21,11 @@ FLOORS = [
     {"checksums", "configfile", "hosts", "logprobs", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
     {"configdocs", "step", "saved", "models", "data"},
     {"checkpoint", "metrics", "report", "scoring"},
-    {"policy", "reference"},
+    {"policy", "reference", "refcache"},
     {"assemble"},
     {"proof"},
     {"train", "evaluate", "plan"},
-    {"quickstart"},
+    {"quickstart", "sweep"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,6 +1,6 @@
 """Step number -> packed batch: a pure function of (data, seed, step), computed a few steps ahead in a thread."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -62,13 +62,12 @@ class Batches:
             fill=used / batch.tokens.size,
         )
 
-    def ahead(self, start: int, stop: int) -> Iterator[StepData]:
-        """Steps ``start`` to ``stop - 1`` in order, the next ones packed in a thread meanwhile."""
+    def ahead(self, steps: Sequence[int]) -> Iterator[StepData]:
+        """These steps in order, the next ones packed in a thread meanwhile."""
         with ThreadPoolExecutor(1, thread_name_prefix="pack") as pool:
-            coming = [pool.submit(self, step) for step in range(start, min(start + AHEAD, stop))]
-            for step in range(start, stop):
-                if step + AHEAD < stop:
-                    coming.append(pool.submit(self, step + AHEAD))
+            coming = [pool.submit(self, step) for step in steps[:AHEAD]]
+            for place in range(len(steps)):
+                coming.extend(pool.submit(self, step) for step in steps[place + AHEAD : place + AHEAD + 1])
                 yield coming.pop(0).result()
 
 

@@ -1,0 +1,85 @@
+"""What a compiled step holds, by its own account, at the shapes of Llama-3-8B: nothing here has values."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dpo_jax.batch import PairLogps, PreferenceBatch
+from dpo_jax.config import LossConfig, MeshConfig, OptimizerConfig
+from dpo_jax.logprobs import make_logps_fn
+from dpo_jax.models.decoder import count_params, make_model
+from dpo_jax.models.families import decoder_config
+from dpo_jax.optimizer import make_optimizer
+from dpo_jax.policy import placed_shapes
+from dpo_jax.sharding import make_mesh, replicated, row_sharding
+from dpo_jax.step import init_state, make_train_step, state_shardings
+
+LLAMA_3_8B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "silu",
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}  # fmt: skip
+DEVICES, ROWS, LENGTH, TARGETS, PAIRS, CHUNK = 8, 8, 2048, 1024, 16, 128
+GIB = 2**30
+
+
+def shapes_of_batch(mesh) -> PreferenceBatch:
+    """One row a device, filled to its end."""
+    of = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    batch = PreferenceBatch(
+        **{name: of(ROWS, LENGTH) for name in ("tokens", "positions", "segments", "branches")},
+        **{f"target_{name}": of(ROWS, TARGETS) for name in ("tokens", "sources", "answers", "offsets")},
+        target_mask=of(ROWS, TARGETS, dtype=bool),
+        answer_slots=of(PAIRS, 2),
+        weight=of(PAIRS, dtype=jnp.float32),
+        valid=of(PAIRS, dtype=bool),
+        blocks=of(ROWS, 256, 2),
+        answers_per_row=4,
+    )
+    places = batch.place(row_sharding(mesh), replicated(mesh))
+    return jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), batch, places)
+
+
+@cache
+def compiled(kind: str, loss: LossConfig):
+    """The train step with a live, a cached or no reference; and the number of weights."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:DEVICES])
+    with jax.set_mesh(mesh):
+        model = make_model(decoder_config(LLAMA_3_8B), dtype="float32", param_dtype="float32", attention="auto",
+                           remat="full", scan=True, matmul_precision="default")  # fmt: skip
+        params = placed_shapes(model, mesh)
+        optimizer = make_optimizer(OptimizerConfig(), 100)
+        state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
+        own = state_shardings(state, jax.tree.map(lambda x: x.sharding, params), replicated(mesh), optimizer)
+        state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, own)
+        logps_fn = make_logps_fn(model.hidden, model.unembedding, chunk=CHUNK, stats=True,
+                                 squares=loss.weighting == "wpo")  # fmt: skip
+        cached = PairLogps(
+            sum=jnp.zeros((PAIRS, 2)),
+            count=jnp.zeros((PAIRS, 2)),
+            weight=jnp.zeros(PAIRS),
+            valid=jnp.zeros(PAIRS, bool),
+        )
+        reference = {"live": params, "cached": jax.eval_shape(lambda: cached), "none": None}[kind]
+        step = make_train_step(logps_fn=logps_fn, loss=loss, optimizer=optimizer, shardings=own,
+                               metrics_sharding=replicated(mesh))  # fmt: skip
+        return step.lower(state, reference, shapes_of_batch(mesh)).compile(), count_params(model)
+
+
+def held(kind: str, loss: LossConfig) -> tuple[float, float]:
+    """Bytes a device: of the arguments, and of what the step makes besides."""
+    memory = compiled(kind, loss)[0].memory_analysis()
+    return memory.argument_size_in_bytes, memory.temp_size_in_bytes
+
+
+@pytest.mark.slow
+def test_a_cached_reference_saves_the_reference_tree():
+    weights = 4 * compiled("live")[1] / DEVICES
+    assert weights == pytest.approx(8.03e9 / 2, rel=1e-3)
+    live, cached = held("live"), held("cached")
+    assert live[0] - cached[0] == pytest.approx(weights, rel=1e-3)
+    assert cached[0] == pytest.approx(3 * weights, rel=1e-3)  # weights and two moments
+    assert cached[1] <= live[1]
