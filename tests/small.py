@@ -57,7 +57,7 @@ def pack(pairs: list[Pair], *, layout="shared", rows=1, row_length=None, accumul
     return packed[0] if accumulation == 1 else jax.tree.map(lambda *arrays: np.stack(arrays), *packed)
 
 
-def logps_fn(model: Model | None = None, *, chunk: int = 64, stats: bool = False):
+def logps_fn(model: Model | None = None, *, chunk: int = 64, **wanted: bool):
     """Log-probs of the small model."""
     model = model or small_model()
-    return make_logps_fn(model.hidden, model.unembedding, chunk=chunk, stats=stats)
+    return make_logps_fn(model.hidden, model.unembedding, chunk=chunk, **wanted)

@@ -73,6 +73,8 @@ ALLOWED_LOOSE = ALLOWED | {
     "rewards/chosen": (1e-3, 1),
     "rewards/rejected": (1e-3, 1),
     "rewards/margins": (1e-3, 1),
+    "logps/chosen": (5e-5, 0),  # what 1e-3 of reward is in nats, at least
+    "logps/rejected": (5e-5, 0),
     "entropy": (1e-4, 0),
 }
 PER_MICROBATCH = {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}  # in TRL, when accumulated

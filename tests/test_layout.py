@@ -15,7 +15,7 @@ from dpo_jax.losses import mean_loss, preference_loss
 from dpo_jax.policy import param_shardings
 from dpo_jax.scoring import make_place
 from dpo_jax.sharding import make_mesh, replicated, row_devices, row_sharding
-from dpo_jax.step import _accumulated_step, init_state, state_shardings, train_step
+from dpo_jax.step import _accumulated_step, _scorers, init_state, state_shardings, train_step
 
 PAIRS = random_pairs()
 LOSS = LossConfig(beta=0.3)
@@ -26,7 +26,7 @@ def gradient(model, batch, reference=None, chunk=64, accumulation=1, loss=LOSS):
     fn = logps_fn(model, chunk=chunk)
     reference = small_params(1) if reference is None else reference
     if accumulation > 1:
-        grads, policy, fixed = jax.jit(lambda p, r, b: _accumulated_step(p, r, b, fn, loss))(
+        grads, policy, fixed = jax.jit(lambda p, r, b: _accumulated_step(p, b, _scorers(r, fn, loss), loss))(
             small_params(), reference, batch
         )
         return policy.sum, mean_loss(preference_loss(policy, fixed, loss), policy), grads

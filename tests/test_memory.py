@@ -1,5 +1,7 @@
 """What a compiled step holds, by its own account, at the shapes of Llama-3-8B: nothing here has values."""
 
+import math
+import re
 from functools import cache
 
 import jax
@@ -23,7 +25,6 @@ LLAMA_3_8B = {
     "initializer_range": 0.02,
 }  # fmt: skip
 DEVICES, ROWS, LENGTH, TARGETS, PAIRS, CHUNK = 8, 8, 2048, 1024, 16, 128
-GIB = 2**30
 
 
 def shapes_of_batch(mesh) -> PreferenceBatch:
@@ -75,11 +76,22 @@ def held(kind: str, loss: LossConfig) -> tuple[float, float]:
     return memory.argument_size_in_bytes, memory.temp_size_in_bytes
 
 
-@pytest.mark.slow
 def test_a_cached_reference_saves_the_reference_tree():
-    weights = 4 * compiled("live")[1] / DEVICES
+    weights = 4 * compiled("live", LossConfig())[1] / DEVICES
     assert weights == pytest.approx(8.03e9 / 2, rel=1e-3)
-    live, cached = held("live"), held("cached")
+    live, cached = held("live", LossConfig()), held("cached", LossConfig())
     assert live[0] - cached[0] == pytest.approx(weights, rel=1e-3)
     assert cached[0] == pytest.approx(3 * weights, rel=1e-3)  # weights and two moments
     assert cached[1] <= live[1]
+
+
+def test_scores_of_all_tokens_are_nowhere():
+    """With token statistics, and with WPO's squares, a chunk's scores are the most that has a dim of the vocabulary."""
+    for loss in (LossConfig(), LossConfig(weighting="wpo", wpo_gradient=True)):
+        text = compiled("cached", loss)[0].as_text()
+        shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", text)}
+        vocabulary, width = LLAMA_3_8B["vocab_size"], LLAMA_3_8B["hidden_size"]
+        weights = {width, width // DEVICES}  # embedding and unembedding, whole and in shards
+        scores = [shape for shape in shapes if vocabulary in shape and not weights & set(shape)]
+        assert scores
+        assert max(math.prod(shape) for shape in scores) <= ROWS * CHUNK * vocabulary < ROWS * TARGETS * vocabulary
