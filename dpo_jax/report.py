@@ -136,12 +136,12 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
 # ------------------------------------------------------------------------------------- pieces of a page
 
 
-def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
-    """A whole HTML document around sections that are HTML already."""
+def page(title: str, subtitle: str, sections: Iterable[str], css: str = "") -> str:
+    """A whole HTML document around sections that are HTML already; ``css``: what they need beyond the usual."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title><style>{CSS}{css}</style></head>\n<body><main>\n"
         f'<h1>{escape(title)}</h1><p class="soft">{escape(subtitle)}</p>\n'
         + "\n".join(sections)
         + "\n</main></body></html>\n"
