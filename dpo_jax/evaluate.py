@@ -11,6 +11,7 @@ from dpo_jax import hosts
 from dpo_jax.assemble import Parts, Scored, assemble, make_reference, reference_weights, score_sets
 from dpo_jax.batch import CHOSEN, REJECTED
 from dpo_jax.config import DPOConfig, LossConfig, MeshConfig, ModelConfig
+from dpo_jax.distributions import reward_distributions
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import Params
 from dpo_jax.losses import preference_metrics, sequence_logps
@@ -51,7 +52,8 @@ def evaluate(
         lines = []
         for scored in score_sets(parts, params, reference):
             values = jax.device_get(preference_metrics(scored.policy, scored.fixed, config.loss))
-            found = {key: float(value) for key, value in values.items()}
+            found: dict[str, Any] = {key: float(value) for key, value in values.items()}
+            found["distributions"] = reward_distributions(scored.policy, scored.fixed, config.loss)
             summary["sets"][scored.name] = {"pairs": len(scored.ids)} | found
             own = pair_lines(scored, config.loss)
             if per_token:

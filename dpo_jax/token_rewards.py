@@ -36,9 +36,11 @@ def refuse_per_token(config: DPOConfig) -> None:
 def token_fields(
     parts: Parts, params: Params, reference: LiveReference, batches: Batches
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Of every pair of a set, (example id, fields): ``prompt``; ``pieces/ANSWER``, the text of each token of an answer;
-    ``log_ratios/ANSWER``, log pi - log ref of each, nats, as the loss weighs it. Their sum is the answer's log-ratio.
-    """  # noqa: D205
+    """(example id, fields) of every pair of a set.
+
+    The fields: ``prompt``; ``pieces/ANSWER``, the text of each token of an answer; ``log_ratios/ANSWER``, of each
+    token log pi - log ref, nats, as the loss weighs it. Their sum is the answer's log-ratio.
+    """
     decode = decoder(parts.tokenizer)
     for i, ratios in token_log_ratios(parts, params, reference, batches):
         prompt, answers, _ = batches.store.example(i)

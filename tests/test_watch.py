@@ -1,7 +1,9 @@
 """What an implicit reward rewards: its parts by token, its distribution, and the pages that show them."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -11,10 +13,14 @@ from small import logps_fn, pack, random_pairs, small_model, small_params
 from small_tokenizer import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dpo_jax.batch import PairLogps
+from dpo_jax.cli import main
 from dpo_jax.config import LossConfig
 from dpo_jax.data.tokenize import load_tokenizer
+from dpo_jax.distributions import BINS, nice_edges, reward_distributions
 from dpo_jax.logprobs import answer_values, make_logps_fn, make_token_logps_fn
-from dpo_jax.losses import sequence_logps
+from dpo_jax.losses import preference_metrics, sequence_logps
+from dpo_jax.metrics import clipped
 from dpo_jax.rundir import read_json
 from dpo_jax.token_page import SHOWN, coloured, full_size, token_page
 from dpo_jax.token_rewards import decoder, token_pieces, weigh_tails
@@ -131,6 +137,7 @@ def test_parts_of_the_reward_sum_to_it(made, tmp_path, options):
     pairs = read_json(output)
     assert len(pairs) > 20  # the others are too long
     rows = [json.loads(line) for line in (made / "dev.jsonl").read_text().splitlines()]
+    whole = 0
     for pair in pairs:
         assert pair["prompt"].endswith(rows[pair["row"]]["prompt"][-20:])
         for answer in ANSWERS:
@@ -138,7 +145,9 @@ def test_parts_of_the_reward_sum_to_it(made, tmp_path, options):
             assert len(ratios) == len(pair[f"pieces/{answer}"]) == pair[f"tokens/{answer}"]
             assert BETA * ratios.sum() == pytest.approx(pair[f"rewards/{answer}"], abs=1e-4)
             text = "".join(pair[f"pieces/{answer}"])
-            assert text.removesuffix("</s>").strip() in rows[pair["row"]][answer]
+            assert (rows[pair["row"]][answer] + "<s>").startswith(text)  # <s> ends texts here; long ones are cut off
+            whole += text.endswith("<s>")
+    assert whole > len(pairs)
     assert max(abs(pair["rewards/margin"]) for pair in pairs) > 1e-3
     page = Page((tmp_path / "pairs.html").read_text())
     assert page.text.count("Margin ") == len(pairs)
@@ -155,11 +164,11 @@ def test_parts_of_the_reward_sum_to_it(made, tmp_path, options):
         (["--output", "x.html"], "--output: x.html is where the page of --per-token goes; choose a name in .jsonl"),
     ],
 )
-def test_what_has_no_parts_is_refused(made, tmp_path, options, line):
-    own = [] if "--output" in options else ["--output", tmp_path / "x.jsonl"]
-    code, said = ended("eval", made / "config.yaml", "--per-token", *own, *options, output=made / "said")
-    assert code == 2
-    assert said.startswith(f"dpo-jax: error: {line}")
+def test_what_has_no_parts_is_refused(made, tmp_path, monkeypatch, capsys, options, line):
+    monkeypatch.chdir(tmp_path)
+    own = [] if "--output" in options else ["--output", "x.jsonl"]
+    assert main(["eval", str(made / "config.yaml"), "--per-token", *own, *options]) == 2
+    assert capsys.readouterr().err.startswith(f"dpo-jax: error: {line}")
     assert not any(tmp_path.iterdir())
 
 
@@ -225,3 +234,99 @@ def test_colour_tells_sign_and_size():
     assert full_size([a_pair(0, 0.0)], BETA) > 0  # nothing to divide by
     assert full_size([a_pair(0, 1.5), a_pair(1, -90.0)] * 100, BETA) == pytest.approx(90)
     assert full_size([a_pair(0, 1.5)] * 199 + [a_pair(1, -90.0)], BETA) == pytest.approx(1.5)
+
+
+# ------------------------------------------------------------------------------------- distributions
+
+
+def scored(seed=0, count=200):
+    """Log-probs of policy and reference, for ``count`` pairs of lengths 1 to 60."""
+    draw = np.random.Generator(np.random.Philox(seed))
+    lengths = draw.integers(1, 60, (count, 2)).astype(np.float32)
+    ones = np.ones(count, np.float32)
+    fixed = PairLogps(sum=-draw.random((count, 2), np.float32) * 90, count=lengths, weight=ones, valid=ones > 0)
+    moved = fixed.sum + draw.normal(0, 3, (count, 2)).astype(np.float32)
+    return replace(fixed, sum=moved), fixed
+
+
+def test_histograms_count_every_pair():
+    policy, fixed = scored()
+    loss = LossConfig(beta=BETA)
+    found = reward_distributions(policy, fixed, loss)
+    means = jax.device_get(preference_metrics(policy, fixed, loss))
+    for edges, counts, mean in [
+        (found["margins"]["edges"], found["margins"]["counts"], means["rewards/margins"]),
+        *((found["rewards"]["edges"], found["rewards"][own], means[f"rewards/{own}"]) for own in ANSWERS),
+    ]:
+        assert sum(counts) == 200
+        assert 8 <= len(counts) == len(edges) - 1 <= BINS
+        assert 0.0 in edges
+        assert np.allclose(np.diff(edges), edges[1] - edges[0])
+        centres = np.add(edges[1:], edges[:-1]) / 2
+        assert np.dot(centres, counts) / 200 == pytest.approx(mean, abs=edges[1] - edges[0])
+    above = sum(n for edge, n in zip(found["margins"]["edges"], found["margins"]["counts"], strict=False) if edge >= 0)
+    assert above / 200 == pytest.approx(means["rewards/accuracies"])
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("buckets", ["by_length", "by_longer"])
+def test_buckets_part_the_pairs(buckets):
+    policy, fixed = scored(1)
+    found = reward_distributions(policy, fixed, LossConfig(beta=BETA))[buckets]
+    means = preference_metrics(policy, fixed, LossConfig(beta=BETA))
+    assert sum(one["pairs"] for one in found) == 200
+    assert sum(one["share"] for one in found) == pytest.approx(1)
+    for key, mean in (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
+        assert sum(one["share"] * one[key] for one in found) == pytest.approx(float(means[mean]), abs=1e-5)
+    if buckets == "by_length":
+        assert len(found) == 5
+        assert all(25 <= one["pairs"] <= 55 for one in found)
+        assert found[0]["from"] == policy.count.max(1).min()
+        assert found[-1]["to"] == policy.count.max(1).max()
+        assert all(one["to"] + 1 == other["from"] for one, other in pairwise(found))
+    else:
+        assert [one["longer"] for one in found] == ["chosen", "rejected", "equal"]
+        margins = BETA * np.diff(fixed.sum - policy.sum)[:, 0]
+        longer = policy.count[:, 0] > policy.count[:, 1]
+        assert found[0]["margin"] == pytest.approx(margins[longer].mean(), abs=1e-5)
+
+
+def test_equal_models_few_pairs_and_nan_have_distributions():
+    policy, fixed = scored(2, count=3)
+    same = reward_distributions(fixed, fixed, LossConfig())
+    assert sum(same["margins"]["counts"]) == 3
+    assert [one["accuracy"] for one in same["by_length"]] == [0] * len(same["by_length"])
+    policy.sum[1, 0] = np.nan
+    found = reward_distributions(policy, fixed, LossConfig())
+    assert (sum(found["margins"]["counts"]), sum(found["rewards"]["rejected"]), found["not_finite"]) == (2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0.0], [3.0, 3.0], [-1e-9, 0.0], [1e6, 1e6 + 1], [-5, 100.0], [0.1, 0.3], [1e-8], [-0.25, 0.25], [1e30, -7]],
+)
+def test_edges_hold_all_values(values):
+    edges = nice_edges(np.array(values))
+    assert 2 <= len(edges) <= BINS + 1
+    assert (np.diff(edges) > 0).all()
+    assert edges[0] <= min(values) <= max(values) <= edges[-1]
+
+
+def test_clipping_is_told_step_by_step(made):
+    steps = [row for row in read_json(made / "run" / "metrics.jsonl") if "loss" in row]
+    assert [row["clipped"] for row in steps] == [1] * 4  # at 0.01
+    assert clipped({"grad_norm": 0.5}, 0.5) == {"clipped": 0}
+    assert clipped({"grad_norm": float(np.float32(0.1))}, 0.1) == {"clipped": 0}
+    assert clipped({"grad_norm": 0.6}, None) == {}
+
+
+def test_a_run_keeps_the_distributions_of_every_evaluation(made):
+    found = read_json(made / "run" / "distributions.jsonl")
+    assert [(one["step"], one["set"]) for one in found] == [(0, "dev"), (2, "dev"), (4, "dev")]
+    for one in found:
+        assert sum(one["margins"]["counts"]) == one["pairs"] > 20
+    assert found[0]["by_length"][0]["margin"] == 0
+    rows = [row for row in read_json(made / "run" / "metrics.jsonl") if "eval_dev_loss" in row]
+    for row, one in zip(rows, found, strict=True):
+        mean = sum(bucket["share"] * bucket["margin"] for bucket in one["by_length"])
+        assert mean == pytest.approx(row["eval_dev_rewards/margins"], abs=1e-6)
