@@ -1,6 +1,7 @@
 """The commands. Each reads its config wholly, and refuses what is wrong, before anything heavy is imported."""
 
 import json
+import re
 import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -34,7 +35,10 @@ def _eval(config: DPOConfig, output: str, which: Literal["newest", "best"], per_
 
     summary = evaluate(config, Path(output), which, per_token)
     if is_writer():
-        print(json.dumps(summary, indent=2))
+        text = json.dumps(summary, indent=2)
+        print(
+            re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+        )  # lists of numbers
 
 
 def _export(run_dir: str, out_dir: str, which: Literal["newest", "best"]) -> None:

@@ -13,9 +13,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from dpo_jax.charts import COLORS, Plot, draw, eval_sets, running_mean, series
 from dpo_jax.config import DataConfig, DPOConfig, ModelConfig, RunConfig, SFTConfig, SourceConfig
 from dpo_jax.configfile import config_to_yaml
-from dpo_jax.report import COLORS, Plot, draw, eval_sets, number, running_mean, series, table, write_report
+from dpo_jax.report import number, table, write_report
 from dpo_jax.rundir import append_json
 
 VOID = {"meta", "img", "source", "br"}

@@ -19,7 +19,7 @@ FLOORS = [
     {"errors"},
     {"config", "batch", "chips"},
     {"checksums", "configfile", "hosts", "logprobs", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
-    {"configdocs", "distributions", "step", "saved", "models", "data"},
+    {"charts", "configdocs", "distributions", "step", "saved", "models", "data"},
     {"checkpoint", "metrics", "report", "scoring"},
     {"policy", "reference", "refcache", "token_page"},
     {"assemble"},
