@@ -43,6 +43,10 @@ def test_log_probs_of_tokens_are_those_of_their_answers_in_every_layout(layout):
     found = answer_values(np.asarray(tokens), batch)
     assert [[len(own) for own in pair] for pair in found] == [[*map(len, pair[1])] for pair in PAIRS[:7]] + [[0, 0]]
     np.testing.assert_allclose([[own.sum() for own in pair] for pair in found], sums, rtol=2e-6, atol=1e-5)
+    turned = {name: getattr(batch, name)[:, ::-1] for name in ("target_answers", "target_offsets", "target_mask")}
+    jax.tree.map(
+        np.testing.assert_array_equal, answer_values(np.asarray(tokens)[:, ::-1], batch.replace(**turned)), found
+    )
     alone = pack(PAIRS[3:4], layout="padded")
     (pair,) = answer_values(
         np.asarray(make_token_logps_fn(model.hidden, model.unembedding, chunk=64)(small_params(), alone)), alone
@@ -76,7 +80,7 @@ def test_pieces_are_the_answer(shared):
     for tokenizer in tokenizers_of(shared):
         decode = decoder(tokenizer)
         prompt, whole = (
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Say: é🍵", "Say: é🍵" + TEXT)
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Say: 🍵日", "Say: 🍵日" + TEXT)
         )
         size = next(n for n, (a, b) in enumerate(zip([*prompt, -1], whole, strict=False)) if a != b)
         pieces = token_pieces(decode, whole[:size], whole[size:])
