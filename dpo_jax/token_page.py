@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_jax.report import details, heading, number, page, paragraph
 
+NEWLINE = "\n"
 SHOWN = 20  # pairs of the largest margins, and as many of the smallest
 LEVELS = 8  # of intensity
 FULL = 0.98  # quantile of the sizes shown that has the full colour, so that a single outlier does not pale the rest
@@ -16,6 +17,7 @@ CSS = """
 .pair h3 { margin-bottom: 6px; }
 .pair details { margin-bottom: 10px; }
 .pair summary { margin-top: 0; }
+.pair pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); gap: 18px; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; }
 .text span { border-radius: 3px; }
@@ -83,5 +85,5 @@ def coloured(pieces: Iterable[str], log_ratios: Iterable[float], beta: float, fu
         part = beta * ratio
         level = math.ceil(LEVELS * min(1.0, abs(part) / full)) if math.isfinite(part) else LEVELS
         shade = f' class="{"p" if part > 0 else "n"}{level}"' if level else ""
-        tokens.append(f'<span{shade} title="{part:+.4g}">{escape(piece or "·")}</span>')
+        tokens.append(f'<span{shade} title="{part:+.4g}">{escape(piece or "·").replace(NEWLINE, "↵" + NEWLINE)}</span>')
     return "".join(tokens)

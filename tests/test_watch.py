@@ -230,11 +230,11 @@ def test_both_ends_of_the_margins_are_shown():
 
 
 def test_colour_tells_sign_and_size():
-    page = Page(coloured(["a", "b", "c", "", "e"], [2.0, -2.0, 0.01, 0.0, 50.0], beta=0.5, full=1.0))
+    page = Page(coloured(["a", "b", "c\n", "", "e"], [2.0, -2.0, 0.01, 0.0, 50.0], beta=0.5, full=1.0))
     assert [(attrs.get("class"), attrs["title"]) for _, attrs in page.tags] == [
         ("p8", "+1"), ("n8", "-1"), ("p1", "+0.005"), (None, "+0"), ("p8", "+25"),
     ]  # fmt: skip
-    assert page.text == "abc·e"
+    assert page.text == "abc↵\n·e"
     assert full_size([a_pair(0, 0.0)], BETA) > 0  # nothing to divide by
     assert full_size([a_pair(0, 1.5), a_pair(1, -90.0)] * 100, BETA) == pytest.approx(90)
     assert full_size([a_pair(0, 1.5)] * 199 + [a_pair(1, -90.0)], BETA) == pytest.approx(1.5)
