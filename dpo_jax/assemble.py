@@ -16,6 +16,7 @@ from dpo_jax.data.batches import Batches, set_batches, train_batches
 from dpo_jax.data.sets import DataSets, open_sets
 from dpo_jax.data.store import Store
 from dpo_jax.data.tokenize import tokenizer_hash
+from dpo_jax.distributions import reward_distributions
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import LogpsFn, Params, make_logps_fn
 from dpo_jax.losses import preference_metrics
@@ -201,10 +202,18 @@ def score_sets(parts: Parts, params: Params, reference: Reference | None) -> Ite
         yield Scored(name, batches.store, ids, policy, fixed)
 
 
-def evaluate_sets(parts: Parts, params: Params, reference: Reference | None) -> dict[str, float]:
-    """Metrics of every evaluation set, as ``eval_NAME_METRIC``: means over all its pairs, exact for any batch size."""
-    metrics = {}
+def evaluate_sets(
+    parts: Parts, params: Params, reference: Reference | None
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Metrics of every evaluation set, as ``eval_NAME_METRIC``: means over all its pairs, exact for any batch size.
+
+    With them what these means are of, an object a set: none when fine-tuning, which has no rewards.
+    """
+    metrics, distributions = {}, []
     for scored in score_sets(parts, params, reference):
         found = jax.device_get(preference_metrics(scored.policy, scored.fixed, parts.loss))
         metrics |= {f"eval_{scored.name}_{key}": float(value) for key, value in found.items()}
-    return metrics
+        if isinstance(parts.config, DPOConfig):
+            own = reward_distributions(scored.policy, scored.fixed, parts.loss)
+            distributions.append({"set": scored.name, "pairs": len(scored.ids), **own})
+    return metrics, distributions

@@ -1,6 +1,7 @@
 """The commands. Each reads its config wholly, and refuses what is wrong, before anything heavy is imported."""
 
 import json
+import re
 import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,13 +29,16 @@ def _train(config: DPOConfig | SFTConfig) -> None:
     train(config)
 
 
-def _eval(config: DPOConfig, output: str, which: Literal["newest", "best"]) -> None:
+def _eval(config: DPOConfig, output: str, which: Literal["newest", "best"], per_token: bool) -> None:
     from dpo_jax.evaluate import evaluate
     from dpo_jax.hosts import is_writer
 
-    summary = evaluate(config, Path(output), which)
+    summary = evaluate(config, Path(output), which, per_token)
     if is_writer():
-        print(json.dumps(summary, indent=2))
+        text = json.dumps(summary, indent=2)
+        print(
+            re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+        )  # lists of numbers
 
 
 def _export(run_dir: str, out_dir: str, which: Literal["newest", "best"]) -> None:
@@ -97,6 +101,10 @@ COMMANDS = {
                 "choices": ["newest", "best"],
                 "default": "newest",
                 "help": "Which saved step to judge.",
+            },
+            "--per-token": {
+                "action": "store_true",
+                "help": "Also what each token adds to the reward, and a page of coloured answers beside --output.",
             },
         },
     ),
@@ -162,7 +170,8 @@ def _run(argv: list[str]) -> None:
     if command.config is not None:
         rest, overrides = split_overrides(rest, own={"--help", *command.arguments})
     given = _parser(name).parse_args([name, *rest])[name]
-    arguments = {option.lstrip("-"): given[option.lstrip("-")] for option in command.arguments}
+    names = [option.lstrip("-").replace("-", "_") for option in command.arguments]
+    arguments = {name: given[name] for name in names}
     if command.config is not None:
         kind = CONFIG_OF[arguments.pop("for")] if "for" in arguments else command.config
         arguments["config"] = parse_config(given["config"], overrides, kind)

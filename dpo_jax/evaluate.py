@@ -11,6 +11,7 @@ from dpo_jax import hosts
 from dpo_jax.assemble import Parts, Scored, assemble, make_reference, reference_weights, score_sets
 from dpo_jax.batch import CHOSEN, REJECTED
 from dpo_jax.config import DPOConfig, LossConfig, MeshConfig, ModelConfig
+from dpo_jax.distributions import reward_distributions
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import Params
 from dpo_jax.losses import preference_metrics, sequence_logps
@@ -19,17 +20,27 @@ from dpo_jax.reference import LiveReference, Reference, weights_id
 from dpo_jax.rundir import find_run, is_run_dir
 from dpo_jax.saved import restore_part
 from dpo_jax.sharding import make_mesh
+from dpo_jax.token_page import token_page
+from dpo_jax.token_rewards import refuse_per_token, token_fields
 
 
-def evaluate(config: DPOConfig, output: Path, which: Literal["newest", "best"] = "newest") -> dict:
+def evaluate(
+    config: DPOConfig, output: Path, which: Literal["newest", "best"] = "newest", per_token: bool = False
+) -> dict:
     """Score every pair of the config's evaluation sets; one JSON line a pair in ``output``, the summary returned.
 
     The policy is what the config's run has come to (its newest or best save, by ``which``) when ``run.dir`` holds one,
-    else the model of ``model.path``; the reference is what the run trains against. Changes no run.
+    else the model of ``model.path``; the reference is what the run trains against. Changes no run. ``per_token`` adds
+    what each token adds to the reward (``token_fields``), and writes a page of coloured answers beside ``output``.
 
     Raises:
         UserError: the config names no evaluation set, or something in it cannot be used.
     """
+    page = output.with_suffix(".html")
+    if per_token:
+        refuse_per_token(config)
+        if page == output:
+            raise UserError(f"--output: {output} is where the page of --per-token goes; choose a name in .jsonl")
     hosts.start_hosts()
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -41,16 +52,33 @@ def evaluate(config: DPOConfig, output: Path, which: Literal["newest", "best"] =
         lines = []
         for scored in score_sets(parts, params, reference):
             values = jax.device_get(preference_metrics(scored.policy, scored.fixed, config.loss))
-            found = {key: float(value) for key, value in values.items()}
+            found: dict[str, Any] = {key: float(value) for key, value in values.items()}
+            found["distributions"] = reward_distributions(scored.policy, scored.fixed, config.loss)
             summary["sets"][scored.name] = {"pairs": len(scored.ids)} | found
-            lines += pair_lines(scored, config.loss)
+            own = pair_lines(scored, config.loss)
+            if per_token:
+                assert isinstance(reference, LiveReference)
+                fields = dict(token_fields(parts, params, reference, parts.evals[scored.name]))
+                own = [line | fields[int(i)] for i, line in zip(scored.ids, own, strict=True)]
+            lines += own
     if hosts.is_writer():
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        except OSError as error:
-            raise UserError(f"--output: {output} cannot be written: {error.strerror}; choose another file") from error
+        write_output(output, "".join(json.dumps(line) + "\n" for line in lines))
+        if per_token:
+            write_output(page, token_page(lines, config.loss.beta, policy_of))
     return summary
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write what ``--output`` names.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written: {error.strerror}; choose another file") from error
 
 
 def find_judged(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import AnyArray, PaddedBatch, PairLogps, PreferenceBatch, TokenStats
@@ -197,6 +198,34 @@ def make_logps_fn(
         return pair_logps(tokens, batch, tail=tail)
 
     return logps_fn
+
+
+def make_token_logps_fn(
+    hidden_fn: Callable[..., Float[Array, "R T D"]],
+    unembedding_fn: Callable[..., Float[Array, "V D"]],
+    *,
+    chunk: int,
+) -> Callable[..., Float[Array, "R M"]]:
+    """As ``make_logps_fn``, but of each target by itself; see ``answer_values`` for whose it is."""
+
+    def token_logps_fn(params: Params, batch: PreferenceBatch, *frozen: Params) -> Float[Array, "R M"]:
+        hidden, unembedding = hidden_fn(params, batch, *frozen), unembedding_fn(params, *frozen)
+        return target_logps(hidden, unembedding, batch, chunk=chunk).logp
+
+    return token_logps_fn
+
+
+def answer_values(values: Float[np.ndarray, "R M"], batch: PreferenceBatch) -> list[list[np.ndarray]]:
+    """What stands at the targets, by pair and answer, in the order of the answer's tokens; empty in empty slots."""
+    per_row = batch.answers_per_row
+
+    def of(slot: int, valid: bool) -> np.ndarray:
+        row, place = divmod(slot, per_row)
+        own = np.asarray(batch.target_mask[row] & (batch.target_answers[row] == place)) & valid
+        return np.asarray(values[row][own][np.argsort(batch.target_offsets[row][own])])
+
+    pairs = zip(batch.answer_slots.tolist(), batch.valid.tolist(), strict=True)
+    return [[of(slot, valid) for slot in slots] for slots, valid in pairs]
 
 
 def make_padded_logps_fn(

@@ -3,10 +3,11 @@
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from dpo_jax.config import RunConfig
@@ -35,6 +36,13 @@ class MetricsLog:
             for track in self._trackers:
                 track(step, row)
 
+    def evaluation(self, step: int, values: Mapping[str, Any], distributions: Sequence[Mapping[str, Any]]) -> None:
+        """``metrics`` of an evaluation, and a line for each set to distributions.jsonl, which no tracker takes."""
+        self.metrics(step, values)
+        if self._writes:
+            for found in distributions:
+                append_json(self._run.distributions, {"step": step, **found})
+
     def timings(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to timings.jsonl: clocks, throughput, memory."""
         if self._writes:
@@ -46,6 +54,11 @@ class MetricsLog:
 def plain(value: Any) -> float | int:
     """A Python number of a scalar of any array library."""
     return value if isinstance(value, int | float) else value.item()
+
+
+def clipped(values: Mapping[str, float | int], max_grad_norm: float | None) -> dict[str, int]:
+    """``clipped``, 1 where the step's gradient was made smaller; nothing where the optimizer does not clip."""
+    return {} if max_grad_norm is None else {"clipped": int(values["grad_norm"] > np.float32(max_grad_norm))}
 
 
 def all_finite(values: Mapping[str, float | int]) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_jax.charts import plots
 from dpo_jax.config import (
     BatchConfig,
     CheckpointConfig,
@@ -21,7 +22,7 @@ from dpo_jax.config import (
     SFTConfig,
     SourceConfig,
 )
-from dpo_jax.report import PLOTS, cards, code, heading, page, paragraph, plots, table
+from dpo_jax.report import PLOTS, cards, code, heading, page, paragraph, table
 from dpo_jax.rundir import RunDir, read_json
 from dpo_jax.task import RULE, Visit, obeys_rule, prompt, visits, write_task
 

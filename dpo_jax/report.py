@@ -3,32 +3,16 @@
 The page has no script and loads nothing; its plots are PNG, once for a light and once for a dark page.
 """
 
-import base64
-import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.charts import Plot, Row, eval_sets, histograms, plots, series
 from dpo_jax.configfile import load_yaml
 from dpo_jax.rundir import RunDir, read_json
-
-Row = Mapping[str, Any]  # a line of a log
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One plot: logged values by step."""
-
-    title: str
-    keys: tuple[str, ...]
-    note: str
-    log: bool = False
-    share: bool = False  # between 0 and 1
-
 
 PLOTS = (
     Plot("Loss", ("loss",), "What is minimised."),
@@ -49,6 +33,25 @@ PLOTS = (
         ("logps/chosen", "logps/rejected"),
         "In nats. Chosen answers that fall far may mean that the policy forgets how to answer.",
     ),
+    Plot(
+        "Likelihood since the start",
+        ("logps/chosen", "logps/rejected"),
+        "Log-probability of the evaluation sets' answers less that at step 0, in nats. Below 0, they were displaced.",
+        change=True,
+    ),
+    Plot(
+        "Displacement",
+        ("displacement",),
+        "Pairs whose chosen answer is less likely than under the reference.",
+        share=True,
+    ),
+    Plot("KL", ("kl",), "Mean of half the squared log-ratio: how far the policy has moved on these answers, in nats."),
+    Plot(
+        "Gradient weight",
+        ("gradient_weight",),
+        "With which DPO weighs a pair: 0.5 at the start, towards 0 where the pairs are learned.",
+        share=True,
+    ),
     Plot("Token accuracy", ("mean_token_accuracy",), "Answer tokens that were the model's first choice."),
     Plot("Entropy", ("entropy",), "Nats a token; towards 0 the model grows certain of everything."),
     Plot("Gradient norm", ("grad_norm",), "Before clipping. Rare spikes are harmless, growth is not.", log=True),
@@ -59,15 +62,6 @@ SPEED_PLOTS = (
     Plot("Tokens per second", ("tokens_per_second",), "The first step holds the compilation."),
     Plot("Seconds per step", ("step_seconds",), "From one step's end to the next one's.", log=True),
 )
-
-# Curves of what is preferred and what is not keep their colours; others take the first ones free.
-COLORS = {
-    "light": {"ink": "#3b4252", "grid": "#e3e6ec", "chosen": "#12805c", "rejected": "#c2410c",
-              "lines": ("#2f5fd0", "#a21caf", "#b7791f", "#0e7490", "#be123c", "#4d7c0f")},
-    "dark": {"ink": "#b6bdca", "grid": "#2e343f", "chosen": "#4ade9f", "rejected": "#fb923c",
-             "lines": ("#7aa2ff", "#e879f9", "#facc5c", "#5fd4e8", "#fb7185", "#a3e635")},
-}  # fmt: skip
-RAW_POINTS = 60  # above this many, a train curve is drawn as its running mean over the pale single steps
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2430; --soft: #616a7a; --page: #f6f7f9; --card: #ffffff; --line: #e3e6ec;
@@ -119,10 +113,14 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
     """
     run = RunDir(run_dir)
     config, metrics, timings = load_yaml(run.config), read_json(run.metrics), read_json(run.timings)
+    spread = read_json(run.distributions)
     kind = "Direct Preference Optimization" if "loss" in config else "Supervised fine-tuning"
     sections = [
         cards(headlines(metrics)),
         heading("Before and after", comparison_table(metrics)),
+        heading("Margins and rewards", histograms(spread)),
+        heading("Accuracy by length", lengths_table(spread)),
+        heading("What earns the reward", *tokens_hint(run, config, metrics)) if spread else "",
         heading("The run", facts_table(run_facts(config, metrics, timings))),
         heading("Data", data_table(data)) if data else "",
         heading("Curves", plots(PLOTS, metrics)),
@@ -136,12 +134,12 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
 # ------------------------------------------------------------------------------------- pieces of a page
 
 
-def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
-    """A whole HTML document around sections that are HTML already."""
+def page(title: str, subtitle: str, sections: Iterable[str], css: str = "") -> str:
+    """A whole HTML document around sections that are HTML already; ``css``: what they need beyond the usual."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title><style>{CSS}{css}</style></head>\n<body><main>\n"
         f'<h1>{escape(title)}</h1><p class="soft">{escape(subtitle)}</p>\n'
         + "\n".join(sections)
         + "\n</main></body></html>\n"
@@ -216,19 +214,6 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of one logged key; infinite values, which no axis can hold, as NaN."""
-    found = [(row["step"], float(row[key])) for row in rows if key in row]
-    return [step for step, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
-
-
-def eval_sets(rows: Sequence[Row]) -> list[str]:
-    """Names of the evaluation sets, as the keys ``eval_NAME_loss`` tell them."""
-    names = (key[len("eval_") : -len("_loss")] for row in rows for key in row if key.startswith("eval_"))
-    keys = {key for row in rows for key in row}
-    return [name for name in dict.fromkeys(names) if f"eval_{name}_loss" in keys]
-
-
 def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
     """First and last value of what matters most, on each evaluation set; of training where there is none."""
     shown = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss",
@@ -255,6 +240,34 @@ def comparison_table(metrics: Sequence[Row]) -> str:
     return table(("Evaluation", "before", "after", "best"), rows)
 
 
+def lengths_table(spread: Sequence[Row]) -> str:
+    """Reward accuracy by the answers' lengths, at each set's first and last evaluation."""
+    rows = []
+    for name in dict.fromkeys(row["set"] for row in spread):
+        first, *_, last = [row for row in spread if row["set"] == name] * 2
+        for old, new in zip(
+            first["by_length"] + first["by_longer"], last["by_length"] + last["by_longer"], strict=True
+        ):
+            own = (f"longer answer of {new['from']} to {new['to']} tokens" if "from" in new else
+                   "equally long" if new["longer"] == "equal" else f"{new['longer']} is longer")  # fmt: skip
+            rows.append((f"{name}: {own}", str(new["pairs"]), f"{new['share']:.1%}", number(old["accuracy"]),
+                         number(new["accuracy"]), number(old["margin"]), number(new["margin"])))  # fmt: skip
+    head = ("Pairs by length", "pairs", "share", "accuracy before", "after", "margin before", "after")
+    return table(head, rows)
+
+
+def tokens_hint(run: RunDir, config: Row, metrics: Sequence[Row]) -> tuple[str, ...]:
+    """How to see the reward token by token; nothing where there is no reference to compare with."""
+    if not any(key.endswith("displacement") for row in metrics for key in row):
+        return ()
+    live = " --reference.mode live" if config["reference"]["mode"] == "cached" else ""
+    return (
+        paragraph("The reward is a sum over tokens. This command writes what each token adds, and a page, pairs.html, "
+                  "on which the answers of the largest and smallest margins are coloured by it:"),
+        code(f"dpo-jax eval {run.config} --output {run.root / 'pairs.jsonl'} --per-token{live}"),
+    )  # fmt: skip
+
+
 def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> dict[str, str]:
     """What the run was, in a few lines."""
     batch, optimizer, loss = config["batch"], config["optimizer"], config.get("loss")
@@ -273,6 +286,10 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
     if trained:
         last = trained[-1]
         facts["Length"] = f"{last['step']} steps, {number(last['epoch'])} epochs, {last['num_tokens']:,} tokens"
+    if any("clipped" in row for row in trained):
+        count = sum(row.get("clipped", 0) for row in trained)
+        norm = optimizer["max_grad_norm"]
+        facts["Clipped"] = f"{count} of {len(trained)} logged steps, whose gradient norm was above {norm:g}"
     if timings:
         steady = timings[1:] or timings
         facts["First step"] = f"{timings[0]['step_seconds']:.1f} s, compilation included"
@@ -297,80 +314,3 @@ def data_table(data: Mapping[str, Sequence[Row]]) -> str:
         for one in sources
     ]
     return table(("Set", "rows", "kept", "dropped", "changed or noted"), rows)
-
-
-# ------------------------------------------------------------------------------------- plots
-
-
-def plots(which: Iterable[Plot], rows: Sequence[Row]) -> str:
-    """A grid of plots: of training, and of each evaluation set; without those of which nothing was logged."""
-    drawn = []
-    names = eval_sets(rows)
-    for plot in which:
-        curves = [(key, "", *series(rows, key)) for key in plot.keys]
-        curves += [(key, name, *series(rows, f"eval_{name}_{key}")) for name in names for key in plot.keys]
-        curves = [curve for curve in curves if curve[2]]
-        if curves:
-            drawn.append(figure(plot, curves))
-    return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
-
-
-Curve = tuple[str, str, list[int], list[float]]  # key, evaluation set or "" for training, steps, values
-
-
-def figure(plot: Plot, curves: Sequence[Curve]) -> str:
-    """One plot with its title and note."""
-    light, dark = (base64.b64encode(draw(plot, curves, theme)).decode() for theme in ("light", "dark"))
-    return (
-        f"<figure><h3>{escape(plot.title)}</h3><figcaption>{escape(plot.note)}</figcaption>"
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
-        f'<img alt="{escape(plot.title)} by step" src="data:image/png;base64,{light}"></picture></figure>\n'
-    )
-
-
-def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
-    """A plot as PNG with a transparent ground. Training is a line, evaluations are dots on a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
-
-    colors = COLORS[theme]
-    free = iter(colors["lines"])
-    canvas = FigureCanvasAgg(Figure(figsize=(6.2, 3.1), dpi=160, layout="constrained"))
-    axes = canvas.figure.add_subplot()
-    for key, name, steps, values in curves:
-        branch = key.rpartition("/")[2]
-        color = colors[branch] if branch in ("chosen", "rejected") else next(free, colors["ink"])
-        words = " ".join(filter(None, (name or "training", branch if len(plot.keys) > 1 else "")))
-        if name:
-            axes.plot(steps, values, color=color, label=words, linewidth=1.2, linestyle="--", marker="o", markersize=5,
-                      markeredgecolor="none", zorder=3)  # fmt: skip
-        elif len(steps) > RAW_POINTS:
-            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, running_mean(values, len(values) // 20), color=color, label=words, linewidth=1.8)
-        else:
-            axes.plot(steps, values, color=color, label=words, linewidth=1.6)
-    if plot.log and all(value > 0 for *_, values in curves for value in values):
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
-    if plot.share:
-        axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("step", color=colors["ink"])
-    axes.tick_params(which="both", colors=colors["ink"], length=0)
-    axes.grid(color=colors["grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    if len(curves) > 1:
-        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9, ncols=min(len(curves), 2))
-    file = io.BytesIO()
-    canvas.figure.savefig(file, transparent=True, metadata={"Software": None})
-    return file.getvalue()
-
-
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the values within half a window on each side, NaN left out; as many as there are values."""
-    means = []
-    for place in range(len(values)):
-        near = [x for x in values[max(0, place - window // 2) : place + window // 2 + 1] if not math.isnan(x)]
-        means.append(sum(near) / len(near) if near else math.nan)
-    return means

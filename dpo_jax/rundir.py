@@ -54,6 +54,16 @@ class RunDir:
         return self.root / "timings.jsonl"
 
     @property
+    def distributions(self) -> Path:
+        """One object an evaluation and set: what its means stand for."""
+        return self.root / "distributions.jsonl"
+
+    @property
+    def logs(self) -> tuple[Path, ...]:
+        """What is cut back to the step that a run goes on from."""
+        return self.metrics, self.timings, self.distributions
+
+    @property
     def events(self) -> Path:
         """What happened to the run: never cut back."""
         return self.root / EVENTS
@@ -175,7 +185,7 @@ def log_event(run: RunDir, event: Event, **facts: Any) -> None:
 def log_offsets(run: RunDir) -> dict[str, int]:
     """Lengths in bytes of the logs that are cut back, for a checkpoint; what they count is on the disk by then."""
     offsets = {}
-    for path in (run.metrics, run.timings):
+    for path in run.logs:
         if path.exists():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

@@ -24,7 +24,7 @@ from dpo_jax.data.batches import StepData
 from dpo_jax.errors import Preempted, RunStopped, UserError
 from dpo_jax.logprobs import Params
 from dpo_jax.manifest import refuse_changed, rounding_changes
-from dpo_jax.metrics import MetricsLog, all_finite, memory, plain, progress_line, say
+from dpo_jax.metrics import MetricsLog, all_finite, clipped, memory, plain, progress_line, say
 from dpo_jax.models.decoder import count_params
 from dpo_jax.optimizer import make_optimizer, make_schedule
 from dpo_jax.policy import export_run, keep_model_files, load_weights, param_shardings
@@ -226,7 +226,7 @@ def to_save(job: Job, state: TrainState) -> Any:
 def begin(job: Job, state: TrainState) -> Progress:
     """Start afresh: old logs emptied, config and model files kept, the start proven and evaluated."""
     if hosts.is_writer():
-        cut_back(job.run, {job.run.metrics.name: 0, job.run.timings.name: 0})
+        cut_back(job.run, {log.name: 0 for log in job.run.logs})
         keep_model_files(job.run, job.parts.source, job.parts.tokenizer)
         job.run.config.write_text(config_to_yaml(job.parts.config))
     if job.reference is not None:
@@ -236,7 +236,7 @@ def begin(job: Job, state: TrainState) -> Progress:
         else:
             say(job.parts.config.run.progress, f"mean margin at the start: {mean_margin(policy, fixed):.6g} nats")
     if job.parts.evals:
-        job.log.metrics(0, evaluate_sets(job.parts, state.params, job.reference))
+        job.log.evaluation(0, *evaluate_sets(job.parts, state.params, job.reference))
     return Progress(0, 0)
 
 
@@ -274,8 +274,8 @@ def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: C
                     clock, pending = record(job, pending, progress, line, clock), None
                 evaluation = None
                 if evaluates:
-                    evaluation = evaluate_sets(parts, state.params, job.reference)
-                    job.log.metrics(step + 1, evaluation)
+                    evaluation, distributions = evaluate_sets(parts, state.params, job.reference)
+                    job.log.evaluation(step + 1, evaluation, distributions)
                 if saves:
                     save(job, state, progress, evaluation, wait=stops)
                 if stops:
@@ -344,7 +344,7 @@ def record(job: Job, pending: _Pending, progress: Progress, line: Any, clock: fl
             "pairs": len(real),
             "fill": data.fill,
         }
-        job.log.metrics(progress.done, values | facts)
+        job.log.metrics(progress.done, values | facts | clipped(values, config.optimizer.max_grad_norm))
         rates = {
             "step_seconds": seconds,
             "pairs_per_second": len(real) / seconds,

@@ -102,6 +102,8 @@ def test_eval_is_the_evaluation_of_the_run_pair_by_pair(made, tmp_path, which):
     rows = read_json(made / "dpo" / "metrics.jsonl")
     (logged,) = [row for row in rows if row["step"] == step and "eval_dev_loss" in row]
     found = summary["sets"]["dev"]
+    (spread,) = [row for row in read_json(made / "dpo" / "distributions.jsonl") if row["step"] == step]
+    assert {"step": step, "set": "dev", "pairs": found["pairs"], **found.pop("distributions")} == spread
     assert {f"eval_dev_{key}": value for key, value in found.items() if key != "pairs"} == {
         key: value for key, value in logged.items() if key != "step"
     }

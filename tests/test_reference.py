@@ -113,11 +113,14 @@ def test_cached_log_probs_are_the_live_ones(live, cached):
         assert isinstance(kept, PairLogps)
     assert (data.ids < 0).any()
     moved = jax.tree.map(lambda x: x * 1.1, start)
-    ours, theirs = evaluate_sets(parts, moved, reference), evaluate_sets(live[0], moved, live_reference)
+    ours, own = evaluate_sets(parts, moved, reference)
+    theirs, other = evaluate_sets(live[0], moved, live_reference)
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, rel=1e-4), name
     assert abs(theirs["eval_held_out_rewards/margins"]) > 1e-3
+    for one, two in zip(own[0]["by_length"], other[0]["by_length"], strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
 
 
 def test_cached_log_probs_of_an_accumulated_step_lie_in_its_parts(folder, cached):

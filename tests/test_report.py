@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,9 +14,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from dpo_jax.config import DataConfig, DPOConfig, ModelConfig, RunConfig, SFTConfig, SourceConfig
+from dpo_jax import charts
+from dpo_jax.charts import COLORS, Plot, draw, draw_histograms, eval_sets, running_mean, series
+from dpo_jax.config import DataConfig, DPOConfig, ModelConfig, ReferenceConfig, RunConfig, SFTConfig, SourceConfig
 from dpo_jax.configfile import config_to_yaml
-from dpo_jax.report import COLORS, Plot, draw, eval_sets, number, running_mean, series, table, write_report
+from dpo_jax.report import PLOTS, number, table, write_report
 from dpo_jax.rundir import append_json
 
 VOID = {"meta", "img", "source", "br"}
@@ -110,8 +113,76 @@ def test_a_dpo_run_is_told_whole(tmp_path):
                       "Fill of the rows", "Tokens per second", "Seconds per step"]  # fmt: skip
 
 
+def spread_row(step: int, counts: list[int], evaluated: str = "held_out") -> dict[str, Any]:
+    group = {"pairs": 8, "share": 1.0, "accuracy": step / 160, "margin": step / 32}
+    return {
+        "step": step, "set": evaluated, "pairs": 8, "not_finite": 0,
+        "margins": {"edges": [-1.0, 0.0, 1.0], "counts": counts},
+        "rewards": {"edges": [-1.0, 0.0, 1.0], "chosen": counts, "rejected": counts[::-1]},
+        "by_length": [{"from": 3, "to": 9} | group], "by_longer": [{"longer": "rejected"} | group],
+    }  # fmt: skip
+
+
+def watched_rows() -> list[dict[str, Any]]:
+    """As ``dpo_metrics``, with what tells how the policy moves."""
+    rows: list[dict[str, Any]] = [
+        row | {"displacement": 0.5, "kl": 2.0, "gradient_weight": 0.4, "clipped": int(row["step"] % 5 == 0)}
+        if "grad_norm" in row
+        else row | {f"eval_held_out_logps/{own}": -50.0 - row["step"] for own in ("chosen", "rejected")}
+        for row in dpo_metrics()
+    ]
+    return rows
+
+
+def test_a_report_tells_how_the_reward_is_spread(tmp_path):
+    run = make_run(tmp_path, dpo_config(), watched_rows())
+    for row in (spread_row(0, [0, 8]), spread_row(40, [4, 4]), spread_row(80, [6, 2])):
+        append_json(run / "distributions.jsonl", row)
+    text = write_report(run).read_text()
+    cells = Page(text).cells
+    start = cells.index("held_out: longer answer of 3 to 9 tokens")
+    assert cells[start + 1 : start + 7] == ["8", "100.0%", "0.0000", "0.5000", "0.0000", "2.500"]
+    assert cells[start + 7 : start + 9] == ["held_out: rejected is longer", "8"]
+    assert cells[cells.index("Clipped") + 1] == "16 of 80 logged steps, whose gradient norm was above 1"
+    titles = re.findall(r"<h3>(.*?)</h3>", text)
+    assert titles[:2] == ["held_out: margins", "held_out: rewards"]
+    assert {"Likelihood since the start", "Displacement", "KL", "Gradient weight"} < set(titles)
+    assert f"dpo-jax eval {run}/config.yaml --output {run}/pairs.jsonl --per-token</pre>" in text
+
+
+def test_the_command_names_a_live_reference_where_the_run_has_none(tmp_path):
+    config = replace(dpo_config(), reference=ReferenceConfig(mode="cached"))
+    run = make_run(tmp_path, config, watched_rows())
+    append_json(run / "distributions.jsonl", spread_row(0, [0, 8]))
+    assert "--per-token --reference.mode live</pre>" in write_report(run).read_text()
+    (run / "metrics.jsonl").write_text("")  # as of a loss that has no reference
+    assert "--per-token" not in write_report(run).read_text()
+
+
+def test_likelihood_is_shown_since_the_start_and_of_evaluations_only(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(charts, "draw", lambda plot, curves, theme: drawn.setdefault(plot.title, curves) and b"")
+    rows = [row | {"logps/chosen": -9.0} if "grad_norm" in row else row for row in watched_rows()]
+    charts.plots(PLOTS, rows)
+    assert drawn["Likelihood since the start"] == [
+        (f"logps/{own}", "held_out", [0, 80], [0.0, -80.0]) for own in ("chosen", "rejected")
+    ]
+    assert len(drawn["Log-probability of the answers"]) == 3
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_histograms_stand_beside_each_other(theme):
+    panels = [(0, [-1.0, 0.0, 1.0], {"chosen": [0, 8]}), (80, [-1.0, 0.0, 1.0], {"chosen": [8, 0]})]
+    image = matplotlib.image.imread(io.BytesIO(draw_histograms(panels, theme)))
+    wanted = np.array([int(COLORS[theme]["chosen"][i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    columns = np.nonzero((np.abs(image[..., :3] - wanted).max(-1) < 0.02) & (image[..., 3] > 0.3))[1] / image.shape[1]
+    assert (columns < 0.5).sum() > 1000 < (columns > 0.5).sum()
+    assert 0.25 < columns[columns < 0.5].mean() < columns[columns > 0.5].mean() < 0.75  # right of 0, then left of it
+
+
 def test_the_page_stands_alone_and_escapes(tmp_path):
     run = make_run(tmp_path, dpo_config(), dpo_metrics('<b>"x"'))
+    append_json(run / "distributions.jsonl", spread_row(0, [0, 8], '<b>"x"'))
     text = write_report(run, {"<i>": [one_source()]}).read_text()
     page = Page(text)
     tags = {tag for tag, _ in page.tags}

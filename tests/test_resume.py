@@ -74,7 +74,8 @@ def test_killed_and_stopped_anywhere_a_run_is_as_if_it_never_was(config, tmp_pat
     assert ended("train", config, output=tmp_path / "said") == (0, "")
 
     assert events(run, "restore")[-1]["step"] == stopped  # nothing that was done is done again
-    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    for name in ("metrics.jsonl", "distributions.jsonl"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
     assert [row["step"] for row in read_json(run / "timings.jsonl")] == list(range(1, STEPS + 1))
     assert saved_bits(run, STEPS) == saved_bits(whole, STEPS)
 

@@ -1,0 +1,179 @@
+"""Pictures of what was logged: curves by step and histograms, as PNG in HTML, for a light and for a dark page."""
+
+import base64
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from typing import Any
+
+Row = Mapping[str, Any]  # a line of a log
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot: logged values by step."""
+
+    title: str
+    keys: tuple[str, ...]
+    note: str
+    log: bool = False
+    share: bool = False  # between 0 and 1
+    change: bool = False  # evaluations less the first one; of training, whose pairs differ by step, nothing
+
+
+# Curves of what is preferred and what is not keep their colours; others take the first ones free.
+COLORS = {
+    "light": {"ink": "#3b4252", "grid": "#e3e6ec", "chosen": "#12805c", "rejected": "#c2410c",
+              "lines": ("#2f5fd0", "#a21caf", "#b7791f", "#0e7490", "#be123c", "#4d7c0f")},
+    "dark": {"ink": "#b6bdca", "grid": "#2e343f", "chosen": "#4ade9f", "rejected": "#fb923c",
+             "lines": ("#7aa2ff", "#e879f9", "#facc5c", "#5fd4e8", "#fb7185", "#a3e635")},
+}  # fmt: skip
+RAW_POINTS = 60  # above this many, a train curve is drawn as its running mean over the pale single steps
+
+
+def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one logged key; infinite values, which no axis can hold, as NaN."""
+    found = [(row["step"], float(row[key])) for row in rows if key in row]
+    return [step for step, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
+
+
+def eval_sets(rows: Sequence[Row]) -> list[str]:
+    """Names of the evaluation sets, as the keys ``eval_NAME_loss`` tell them."""
+    names = (key[len("eval_") : -len("_loss")] for row in rows for key in row if key.startswith("eval_"))
+    keys = {key for row in rows for key in row}
+    return [name for name in dict.fromkeys(names) if f"eval_{name}_loss" in keys]
+
+
+def plots(which: Iterable[Plot], rows: Sequence[Row]) -> str:
+    """A grid of plots: of training, and of each evaluation set; without those of which nothing was logged."""
+    drawn = []
+    names = eval_sets(rows)
+    for plot in which:
+        curves = [] if plot.change else [(key, "", *series(rows, key)) for key in plot.keys]
+        curves += [(key, name, *series(rows, f"eval_{name}_{key}")) for name in names for key in plot.keys]
+        curves = [curve for curve in curves if curve[2]]
+        if plot.change:
+            curves = [(key, name, steps, [y - values[0] for y in values]) for key, name, steps, values in curves]
+        if curves:
+            drawn.append(figure(plot.title, plot.note, partial(draw, plot, curves)))
+    return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
+
+
+Curve = tuple[str, str, list[int], list[float]]  # key, evaluation set or "" for training, steps, values
+
+
+def figure(title: str, note: str, drawn: Callable[[str], bytes]) -> str:
+    """A picture, drawn once for each theme, with its title and note."""
+    light, dark = (base64.b64encode(drawn(theme)).decode() for theme in ("light", "dark"))
+    return (
+        f"<figure><h3>{escape(title)}</h3><figcaption>{escape(note)}</figcaption>"
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
+        f'<img alt="{escape(title)}" src="data:image/png;base64,{light}"></picture></figure>\n'
+    )
+
+
+def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
+    """A plot as PNG with a transparent ground. Training is a line, evaluations are dots on a line."""
+    from matplotlib.ticker import LogFormatter
+
+    colors = COLORS[theme]
+    free = iter(colors["lines"])
+    whole, (axes,) = _canvas(1)
+    for key, name, steps, values in curves:
+        branch = key.rpartition("/")[2]
+        color = colors[branch] if branch in ("chosen", "rejected") else next(free, colors["ink"])
+        words = " ".join(filter(None, (name or "training", branch if len(plot.keys) > 1 else "")))
+        if name:
+            axes.plot(steps, values, color=color, label=words, linewidth=1.2, linestyle="--", marker="o", markersize=5,
+                      markeredgecolor="none", zorder=3)  # fmt: skip
+        elif len(steps) > RAW_POINTS:
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, running_mean(values, len(values) // 20), color=color, label=words, linewidth=1.8)
+        else:
+            axes.plot(steps, values, color=color, label=words, linewidth=1.6)
+    if plot.log and all(value > 0 for *_, values in curves for value in values):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+    if plot.share:
+        axes.set_ylim(-0.03, 1.03)
+    _style(axes, colors, "step")
+    if len(curves) > 1:
+        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9, ncols=min(len(curves), 2))
+    return _png(whole)
+
+
+def _canvas(panels: int) -> tuple[Any, Sequence[Any]]:
+    """A figure and its panels, side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    whole = FigureCanvasAgg(Figure(figsize=(6.2, 3.1), dpi=160, layout="constrained")).figure
+    return whole, whole.subplots(1, panels, sharex=True, squeeze=False)[0]
+
+
+def _style(axes: Any, colors: Mapping[str, Any], below: str) -> None:
+    axes.set_xlabel(below, color=colors["ink"])
+    axes.tick_params(which="both", colors=colors["ink"], length=0)
+    axes.grid(color=colors["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+
+
+def _png(whole: Any) -> bytes:
+    file = io.BytesIO()
+    whole.savefig(file, transparent=True, metadata={"Software": None})
+    return file.getvalue()
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the values within half a window on each side, NaN left out; as many as there are values."""
+    means = []
+    for place in range(len(values)):
+        near = [x for x in values[max(0, place - window // 2) : place + window // 2 + 1] if not math.isnan(x)]
+        means.append(sum(near) / len(near) if near else math.nan)
+    return means
+
+
+# ------------------------------------------------------------------------------------- histograms
+
+
+def histograms(rows: Sequence[Row]) -> str:
+    """Margins and rewards of each evaluation set, at the first evaluation beside the last; from distributions.jsonl."""
+    drawn = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        own = [row for row in rows if row["set"] == name]
+        ends = own if len(own) == 1 else [own[0], own[-1]]
+        margins = [(row["step"], row["margins"]["edges"], {"margin": row["margins"]["counts"]}) for row in ends]
+        rewards = [
+            (
+                row["step"],
+                row["rewards"]["edges"],
+                {answer: row["rewards"][answer] for answer in ("chosen", "rejected")},
+            )
+            for row in ends
+        ]
+        drawn += [
+            figure(f"{name}: margins", "Pairs by margin. Left of 0 the rejected answer is preferred.",
+                   partial(draw_histograms, margins)),
+            figure(f"{name}: rewards", "Answers by reward.", partial(draw_histograms, rewards)),
+        ]  # fmt: skip
+    return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
+
+
+def draw_histograms(panels: Sequence[tuple[int, Sequence[float], Mapping[str, Sequence[int]]]], theme: str) -> bytes:
+    """Histograms side by side over the same range, as PNG: of each (step, edges, counts by name)."""
+    colors = COLORS[theme]
+    whole, places = _canvas(len(panels))
+    for axes, (step, edges, counts) in zip(places, panels, strict=True):
+        for branch, own in counts.items():
+            color = colors.get(branch, colors["lines"][0])
+            # the outline keeps a bin visible that is narrow beside the other panel's range
+            axes.stairs(own, edges, fill=True, facecolor=(color, 0.45), edgecolor=color, linewidth=1.2, label=branch)
+        axes.axvline(0, color=colors["ink"], linewidth=0.8, linestyle=":")
+        _style(axes, colors, f"step {step}")
+        if len(counts) > 1:
+            axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
+    return _png(whole)
