@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import AnyArray, PaddedBatch, PairLogps, PreferenceBatch, TokenStats
 
+SUMMED = 32  # log-probs that are summed at once
 Params = Any  # a tree of arrays
 LogpsFn = Callable[..., PairLogps]  # (params, batch), or (adapters, batch, base)
 
@@ -145,12 +146,18 @@ def target_logps(
 def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False) -> PairLogps:
     """Sums over each answer's targets, gathered from the rows into [B, K]; 0 in empty slots."""
     mask = batch.target_mask
-    num_slots = mask.shape[0] * batch.answers_per_row
-    member = jax.nn.one_hot(batch.target_answers, batch.answers_per_row) * mask[..., None]  # [R, M, A]
+    num_rows = mask.shape[0]
+    num_slots = num_rows * batch.answers_per_row
+    member = jax.nn.one_hot(jnp.where(mask, batch.target_answers, -1), batch.answers_per_row)  # [R, M, A]
+    member = jnp.pad(member, ((0, 0), (0, -mask.shape[1] % SUMMED), (0, 0)))
+    member = member.reshape(num_rows, -1, SUMMED, batch.answers_per_row)
 
     def per_answer(values: Float[Array, "R M"]) -> Float[Array, "B K"]:
-        values = jnp.where(mask, values, 0.0)
-        sums = jnp.einsum("rm,rma->ra", values, member, precision=jax.lax.Precision.HIGHEST)
+        # in two stages: one long float32 sum would lose a digit
+        values = jnp.pad(jnp.where(mask, values, 0.0), ((0, 0), (0, -mask.shape[1] % SUMMED))).reshape(
+            num_rows, -1, SUMMED
+        )
+        sums = jnp.einsum("rjm,rjma->rja", values, member, precision=jax.lax.Precision.HIGHEST).sum(1)
         return jnp.where(batch.valid[:, None], sums.reshape(-1)[batch.answer_slots], 0.0)
 
     count = per_answer(jnp.ones_like(tokens.logp))
