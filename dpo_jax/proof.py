@@ -58,7 +58,8 @@ def prove_start(parts: Parts, policy: np.ndarray, fixed: np.ndarray) -> None:
     """
     assert isinstance(parts.config, DPOConfig)
     config = parts.config.reference
-    bound = 0.0 if parts.config.reference_mode == "live" and config.dtype == "auto" else agreement(parts)
+    one_function = parts.config.reference_mode == "live" and config.dtype == "auto" and parts.model.lora is None
+    bound = 0.0 if one_function else agreement(parts)
     worst = float(np.max(np.abs(policy - fixed) / np.maximum(1, np.abs(policy))))
     if not worst <= bound:
         raise UserError(f"step 0: policy and reference are the same weights, but their log-probs differ by {worst:.3g} "
