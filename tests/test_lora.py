@@ -19,7 +19,6 @@ from small import logps_fn as small_logps_fn
 from small import pack, random_pairs, small_model, small_params
 
 from dpo_jax.assemble import scoring_functions
-from dpo_jax.checksums import weights_id
 from dpo_jax.config import LORA_TARGETS, DPOConfig, LoraConfig, LossConfig, MeshConfig, ModelConfig, SFTConfig
 from dpo_jax.configfile import parse_config
 from dpo_jax.errors import UserError
@@ -87,12 +86,12 @@ def on_one_device(tree):
 # ------------------------------------------------------------------------------------------------- runs and files
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["alpha / r", "alpha / sqrt r"])
-def made(request, shared, tmp_path_factory) -> Path:
-    """A folder with a finished run of adapters, of every projection or of some."""
+@pytest.fixture(scope="module")
+def made(shared, tmp_path_factory) -> Path:
+    """A folder with a finished run of adapters, whose every option of lora differs from its default."""
     folder = tmp_path_factory.mktemp("lora")
-    some = {"lora__rslora": True, "lora__targets": ["[qv]_proj", "gate_proj", "o_proj"], "lora__init": "zero_a"}
-    train(config_of(shared, folder, run__export=True, **(some if request.param else {})), devices=ONE)
+    lora = {"lora__rslora": True, "lora__targets": ["[qv]_proj", "gate_proj", "o_proj"], "lora__init": "zero_a"}
+    train(config_of(shared, folder, run__export=True, **lora), devices=ONE)
     return folder
 
 
@@ -271,7 +270,7 @@ def test_fine_tuning_trains_adapters_too(shared, tmp_path):
     losses = [row["loss"] for row in read_json(tmp_path / "run" / "metrics.jsonl")]
     assert len(losses) == 2
     assert {name.rpartition("/")[2] for name, x in saved_arrays(tmp_path / "run", 2).items() if x.ndim} == {"a", "b"}
-    with pytest.raises(UserError, match=r"--adapters|not empty"):
+    with pytest.raises(UserError, match="it is not empty; name another directory to export to"):
         export(tmp_path / "run", tmp_path / "run", "newest", adapters=True)
 
 
@@ -306,13 +305,14 @@ def adapted_logps_fn(model: Model):
 
 
 def one_step(batch, logps=None, accumulation=1, config=None, devices=None, **model_options):
-    """(log-probs [B, K], loss, gradient) of adapters, through a step of plain gradient descent; the base's id after."""
+    """(log-probs [B, K], loss, gradient) of adapters, through a step of plain gradient descent."""
     model, optimizer = adapted_model(**model_options), optax.sgd(1.0)
     mesh = make_mesh(config or MeshConfig(), devices or ONE)
     fn = adapted_logps_fn(model)
+    host_adapters, host_base = (jax.tree.map(np.array, tree) for tree in (small_adapters(), small_params()))
     with jax.set_mesh(mesh):
-        adapters = jax.device_put(jax.tree.map(jnp.copy, small_adapters()), trained_shardings(model, mesh))
-        base = jax.device_put(small_params(), param_shardings(model, mesh))
+        adapters = jax.device_put(host_adapters, trained_shardings(model, mesh))
+        base = jax.device_put(host_base, param_shardings(model, mesh))
         place = make_place(row_sharding(mesh, int(accumulation > 1)), replicated(mesh))
         batch = place(batch)
         abstract = jax.eval_shape(lambda params: init_state(params, optimizer), adapters)
@@ -322,10 +322,10 @@ def one_step(batch, logps=None, accumulation=1, config=None, devices=None, **mod
         scored = jax.vmap(fn, (None, 0, None)) if accumulation > 1 else fn
         sums = jax.jit(scored, out_shardings=replicated(mesh))(adapters, batch, base).sum.reshape(-1, 2)
         after, metrics = step(init_state(adapters, optimizer), Base(base, logps), batch)
-        assert weights_id(base) == weights_id(small_params())  # no bit has changed, and it was not donated
+    jax.tree.map(np.testing.assert_array_equal, base, host_base)  # and it was not donated
     for leaf, own in zip(jax.tree.leaves(after.params), jax.tree.leaves(shardings.params), strict=True):
         assert leaf.sharding.is_equivalent_to(own, leaf.ndim)
-    grads = jax.tree.map(lambda before, now: before - np.asarray(now), small_adapters(), after.params)
+    grads = jax.tree.map(lambda before, now: before - np.asarray(now), host_adapters, after.params)
     return sums, metrics["loss"], grads
 
 
@@ -338,7 +338,7 @@ def oracle():
         policy = fn(merge(Adapted(adapters, base), adapted_model()), batch)
         return mean_loss(preference_loss(policy, fn(base, batch), LOSS), policy), policy.sum
 
-    (value, sums), grads = jax.value_and_grad(objective, has_aux=True)(small_adapters())
+    (value, sums), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(small_adapters())
     return sums, value, grads
 
 
@@ -350,7 +350,7 @@ def assert_equal(found, expected):
     assert float(change) <= 2e-5
 
 
-@pytest.mark.parametrize("model", [{}, {"remat": "full"}, {"scan": False, "remat": "dots"}], ids=str)
+@pytest.mark.parametrize("model", [{}, {"scan": False, "remat": "full"}], ids=str)
 def test_adapters_beside_the_weights_are_merged_ones(model):
     assert_equal(one_step(pack(PAIRS), **model), oracle())
 
