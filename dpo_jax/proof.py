@@ -67,7 +67,7 @@ def prove_start(parts: Parts, policy: np.ndarray, fixed: np.ndarray) -> None:
         cause = (
             "the adapters change the model before they are trained; compare with model.dtype float32"
             if parts.model.lora is not None and parts.config.reference_mode == "live"
-            else "the cache in data.store is stale or damaged; remove its reference-*.npz files, or use reference.mode live"
+            else "the cache in data.store is stale or damaged; remove its reference-*.npz, or use reference.mode live"
         )
         raise UserError(f"step 0: policy and reference are the same weights, but their log-probs differ by {worst:.3g} "
                         f"of their size (allowed: {bound:g}): {cause}")  # fmt: skip
