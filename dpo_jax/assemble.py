@@ -2,17 +2,19 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
-from dpo_jax.batch import PairLogps
+from dpo_jax.batch import PairLogps, PreferenceBatch
+from dpo_jax.checksums import weights_id
 from dpo_jax.config import SORTED, DPOConfig, LossConfig, ModelConfig, SFTConfig
-from dpo_jax.data.batches import Batches, set_batches, train_batches
+from dpo_jax.data.batches import Batches, StepData, set_batches, train_batches
 from dpo_jax.data.sets import DataSets, open_sets
 from dpo_jax.data.store import Store
 from dpo_jax.data.tokenize import tokenizer_hash
@@ -21,12 +23,14 @@ from dpo_jax.errors import UserError
 from dpo_jax.logprobs import LogpsFn, Params, make_logps_fn
 from dpo_jax.losses import preference_metrics
 from dpo_jax.manifest import make_manifest
+from dpo_jax.models.adapters import Adapted
 from dpo_jax.models.decoder import Model
-from dpo_jax.policy import ModelSource, build_model, find_model, find_tokenizer, load_weights
+from dpo_jax.policy import ModelSource, build_model, find_model, find_tokenizer, load_weights, trained_shardings
 from dpo_jax.refcache import cached_logps
-from dpo_jax.reference import CachedReference, LiveReference, Reference, copy_weights, weights_id
+from dpo_jax.reference import CachedReference, LiveReference, Reference, copy_weights
 from dpo_jax.scoring import LogpsStep, Place, dataset_logps, make_logps_step, make_place
 from dpo_jax.sharding import replicated, row_devices, row_sharding
+from dpo_jax.step import Base, TrainState, init_state, state_shardings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,7 +49,7 @@ class Parts:
     batches: Batches  # of the run's steps
     evals: dict[str, Batches]
     logps_fn: LogpsFn
-    logps_step: LogpsStep  # compiled, without gradient
+    logps_step: LogpsStep  # compiled, without gradient; of a run of adapters, its weights are `Adapted`
     place: Place  # host batch -> devices
 
     @property
@@ -83,14 +87,13 @@ def assemble(
 ) -> Parts:
     """Find the model, tokenise the data, lay out every step; nothing is compiled and no weight is loaded yet."""
     source = find_model(config.model.path, config.model.revision)
-    model = build_model(source, config.model)
+    model = build_model(source, config.model, config.lora)
     tokenizer = find_tokenizer(source, model, config.model, config.data.chat_template)
     sets = open_sets(config, tokenizer, train_set, eval_sets)
     refuse_weights(loss_of(config), sets.train)
     devices = row_devices(mesh)
     logps_fn = make_logps_fn(
-        model.hidden,
-        model.unembedding,
+        *scoring_functions(model),
         chunk=config.batch.target_chunk,
         stats=config.run.token_stats,
         tail=loss_of(config).ld_alpha is not None,
@@ -106,9 +109,21 @@ def assemble(
         batches=train_batches(config, sets, devices),
         evals={name: set_batches(config, own.store, own.ids, devices) for name, own in sets.evals.items()},
         logps_fn=logps_fn,
-        logps_step=make_logps_step(logps_fn, replicated(mesh)),
+        logps_step=make_logps_step(logps_fn if model.lora is None else of_adapted(logps_fn), replicated(mesh)),
         place=make_place(row_sharding(mesh), replicated(mesh)),
     )
+
+
+def scoring_functions(model: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Hidden states and unembedding as `make_logps_fn` takes them; of adapters, the weights are the last argument."""
+    if model.lora is None:
+        return model.hidden, model.unembedding
+    return lambda adapters, batch, base: model.hidden(base, batch, adapters), lambda _, base: model.unembedding(base)
+
+
+def of_adapted(fn: Callable[..., Any]) -> Callable[[Adapted, PreferenceBatch], Any]:
+    """``fn(adapters, batch, base)`` as a function of both at once."""
+    return lambda weights, batch: fn(weights.adapters, batch, weights.base)
 
 
 def describe(parts: Parts, ids: Mapping[str, str]) -> dict[str, Any]:
@@ -158,6 +173,8 @@ def make_reference(parts: Parts, weights: Params) -> Reference | None:
     assert isinstance(config, DPOConfig)
     if config.reference_mode == "none":
         return None
+    if config.reference_mode == "live" and parts.model.lora is not None:
+        return LiveReference(Adapted(None, weights))  # nothing changes them, so they need no copy
     if config.reference_mode == "live":
         dtype = None if config.reference.dtype == "auto" else config.reference.dtype
         return LiveReference(copy_weights(weights, dtype))
@@ -182,6 +199,24 @@ def make_reference(parts: Parts, weights: Params) -> Reference | None:
     devices = row_devices(parts.mesh)
     every = {key: set_batches(config, store, np.arange(len(store)), devices) for key, store in stores.items()}
     return CachedReference({key: cached_logps(batches, made_by, compute) for key, batches in every.items()})
+
+
+def initial_state(
+    parts: Parts, optimizer: optax.GradientTransformation, start: Params
+) -> tuple[Callable[[Params], TrainState], TrainState]:
+    """A function from what is trained, which it takes over, to the first state; and that state's shapes and places."""
+    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), start)
+    own = state_shardings(shapes, trained_shardings(parts.model, parts.mesh), replicated(parts.mesh), optimizer)
+    abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, own)
+    return jax.jit(lambda params: init_state(params, optimizer), out_shardings=own, donate_argnums=0), abstract
+
+
+def step_reference(reference: Reference | None, base: Params | None, data: StepData, store: Store) -> Any:
+    """The ``reference`` argument of a train step; ``base``: the frozen weights, where adapters are trained."""
+    if base is not None and not isinstance(reference, CachedReference):
+        return Base(base)
+    fixed = None if reference is None else reference.of(data, store)
+    return fixed if base is None else Base(base, fixed)
 
 
 class Scored(NamedTuple):

@@ -1,5 +1,7 @@
 """What arrays a tree holds, and a checksum of each, by its path in the tree."""
 
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -20,6 +22,13 @@ def leaf_checksums(tree: Any) -> dict[str, int]:
     number of devices, and any change to a single element changes it.
     """
     return dict(zip(describe_leaves(tree), map(int, jax.device_get(_checksums(jax.tree.leaves(tree)))), strict=True))
+
+
+def weights_id(params: Any) -> str:
+    """SHA-256 (hex) over path, shape, type and checksum of every weight; how they lie on devices does not matter."""
+    leaves = describe_leaves(params)
+    sums = leaf_checksums(params)
+    return hashlib.sha256(json.dumps([leaves, sums], sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit

@@ -41,10 +41,10 @@ def _eval(config: DPOConfig, output: str, which: Literal["newest", "best"], per_
         )  # lists of numbers
 
 
-def _export(run_dir: str, out_dir: str, which: Literal["newest", "best"]) -> None:
+def _export(run_dir: str, out_dir: str, which: Literal["newest", "best"], adapters: bool) -> None:
     from dpo_jax.evaluate import export
 
-    export(Path(run_dir), Path(out_dir), which)
+    export(Path(run_dir), Path(out_dir), which, adapters)
 
 
 def _data(config: TrainConfig, step: int | None) -> None:
@@ -115,6 +115,7 @@ COMMANDS = {
             "run_dir": {"type": str, "help": "Run directory."},
             "out_dir": {"type": str, "help": "Directory to be made."},
             "--which": {"choices": ["newest", "best"], "default": "newest", "help": "Which saved step to take."},
+            "--adapters": {"action": "store_true", "help": "Write the adapters alone, for PEFT; not merged."},
         },
     ),
     "data": Command(

@@ -5,6 +5,7 @@ made; what concerns two sections is checked by the config that holds both.
 """
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from dpo_jax.errors import UserError
@@ -41,6 +42,52 @@ class ModelConfig:
     the less memory; on a CPU it costs next to no time, on an accelerator up to a third more."""
     scan: bool = True
     """Compile one layer and loop over it; False unrolls the layers."""
+
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, trained in place of the weights; the reference is then the model without them."""
+
+    rank: int = 0
+    """Rank of each adapter; 0: no adapters, all weights are trained."""
+    alpha: float = 16.0
+    """Adapters count alpha / rank."""
+    targets: tuple[str, ...] = LORA_TARGETS
+    """Projections that get an adapter, by their names in Hugging Face models or by shell patterns of these."""
+    rslora: bool = False
+    """Adapters count alpha / sqrt(rank) instead, so that a higher rank learns no slower."""
+    init: Literal["kaiming", "gaussian", "zero_a"] = "kaiming"
+    """Start of A and B, whose product is 0: A uniform in 1/sqrt(inputs) or normal with deviation 1/rank, and B 0; or A
+    0, and B uniform in 1/sqrt(rank)."""
+    path: str | None = None
+    """Directory of adapters in PEFT's format to start from; they must have this rank, alpha, rslora and targets."""
+
+    def __post_init__(self):
+        require(self.rank >= 0, "lora.rank", self.rank, "it cannot be negative")
+        require(0 < self.alpha < float("inf"), "lora.alpha", self.alpha, "it must be positive")
+        require(len(self.targets) > 0, "lora.targets", self.targets, f"choose from {', '.join(LORA_TARGETS)}")
+        for pattern in self.targets:
+            require(any(fnmatchcase(name, pattern) for name in LORA_TARGETS), "lora.targets", pattern,
+                    f"it fits none of {', '.join(LORA_TARGETS)}")  # fmt: skip
+        for option in ("alpha", "targets", "rslora", "init", "path"):
+            value, default = getattr(self, option), type(self).__dataclass_fields__[option].default
+            require(self.rank > 0 or value == default, f"lora.{option}", value,
+                    "lora.rank is 0, so there are no adapters; set a rank, or leave this out")  # fmt: skip
+        require(self.path is None or self.init == "kaiming", "lora.init", self.init,
+                f"the adapters start from lora.path {self.path}; leave it out")  # fmt: skip
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The targets with their patterns settled, in the order of the layer."""
+        return tuple(name for name in LORA_TARGETS if any(fnmatchcase(name, pattern) for pattern in self.targets))
+
+    @property
+    def scale(self) -> float:
+        """What the product B A counts."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,7 +471,7 @@ class RunConfig:
     epochs: float | None = None
     """Length in passes over the training data; or give steps. Neither: 1 epoch."""
     seed: int = 0
-    """Decides the order of the data."""
+    """Decides the order of the data, and what adapters start from."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
@@ -478,6 +525,7 @@ class TrainConfig:
     """What both stages have in common."""
 
     model: ModelConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -506,6 +554,19 @@ class DPOConfig(TrainConfig):
                 "reference.mode is none; leave it out, or use live or cached")  # fmt: skip
         require(self.reference.sync_every == 0 or mode == "live", "reference.sync_every", self.reference.sync_every,
                 f"only a live reference can follow the policy, this one is {mode}; use 0")  # fmt: skip
+        if self.lora.rank:
+            self._refuse_beside_adapters()
+
+    def _refuse_beside_adapters(self) -> None:
+        own = "with lora.rank the reference is the model without its adapters"
+        require(self.reference.path is None, "reference.path", self.reference.path, f"{own}; leave it out")
+        require(self.reference.dtype == "auto", "reference.dtype", self.reference.dtype,
+                f"{own}, in its type; use auto")  # fmt: skip
+        require(self.reference.sync_every == 0, "reference.sync_every", self.reference.sync_every,
+                f"{own}, which no adapter can be mixed into; use 0")  # fmt: skip
+        require(self.reference.mode != "live" or self.loss.needs_reference, "reference.mode", "live",
+                f"{own}, and loss {', '.join(name for name, _ in self.loss.terms)} compares with none; use auto"
+                )  # fmt: skip
 
     @property
     def reference_mode(self) -> Literal["live", "cached", "none"]:

@@ -10,13 +10,24 @@ import numpy as np
 from dpo_jax import hosts
 from dpo_jax.assemble import Parts, Scored, assemble, make_reference, reference_weights, score_sets
 from dpo_jax.batch import CHOSEN, REJECTED
+from dpo_jax.checksums import weights_id
 from dpo_jax.config import DPOConfig, LossConfig, MeshConfig, ModelConfig
 from dpo_jax.distributions import reward_distributions
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import Params
 from dpo_jax.losses import preference_metrics, sequence_logps
-from dpo_jax.policy import build_model, export_run, find_model, load_weights, placed_shapes
-from dpo_jax.reference import LiveReference, Reference, weights_id
+from dpo_jax.models.adapters import Adapted, make_lora
+from dpo_jax.policy import (
+    build_model,
+    export_run,
+    export_run_adapters,
+    find_model,
+    load_start,
+    load_weights,
+    lora_of,
+    trained_shapes,
+)
+from dpo_jax.reference import LiveReference, Reference
 from dpo_jax.rundir import find_run, is_run_dir
 from dpo_jax.saved import restore_part
 from dpo_jax.sharding import make_mesh
@@ -88,15 +99,23 @@ def find_judged(
     start = load_weights(parts.source, parts.model, config.model, parts.mesh)
     weights = reference_weights(parts, start)
     if not is_run_dir(config.run.dir):
+        if parts.model.lora is not None:
+            start = Adapted(load_start(config.lora, parts.model, config.run.seed, parts.mesh), start)
         return config.model.path, start, make_reference(parts, weights)
-    shapes = {"params": placed_shapes(parts.model, parts.mesh)}
+    shapes = {"params": trained_shapes(parts.model, parts.mesh)}
     if config.reference.sync_every:
         shapes["reference"] = shapes["params"]
     saved, manifest = restore_part(find_run(config.run.dir).checkpoints, which, shapes)
     if manifest["identity"]["reference"] != weights_id(weights):
         raise UserError(f"run.dir: {config.run.dir} was trained against another reference than this config's: use "
                         f"{config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
+    trained = make_lora(lora_of(manifest["config"]))
+    if trained != parts.model.lora:
+        raise UserError(f"run.dir: {config.run.dir} was trained with other adapters than this config's ({trained}, now "
+                        f"{parts.model.lora}): use {config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
     name = f"{config.run.dir} step {manifest['step']}"
+    if parts.model.lora is not None:
+        return name, Adapted(saved["params"], start), make_reference(parts, weights)
     if config.reference.sync_every:
         return name, saved["params"], LiveReference(saved["reference"])
     return name, saved["params"], make_reference(parts, weights)
@@ -121,15 +140,20 @@ def pair_lines(scored: Scored, loss: LossConfig) -> list[dict[str, Any]]:
     return lines
 
 
-def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"]) -> None:
+def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"], adapters: bool = False) -> None:
     """Write the model of a run, its newest or best save, as a Hugging Face directory in float32.
 
+    Adapters are merged into their model; with ``adapters`` they alone are written, as a PEFT directory.
+
     Raises:
-        UserError: there is no such run or save, or ``out_dir`` holds something.
+        UserError: there is no such run or save, it has no adapters, or ``out_dir`` holds something.
     """
     run = find_run(run_dir)
     source = find_model(str(run_dir), None)
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])  # weights pass through one device, whatever their sizes
+    if adapters:
+        export_run_adapters(run, out_dir, which, mesh)
+        return
     config = ModelConfig(path=str(run_dir), checkpoint=which)
     model = build_model(source, config)
     export_run(run, out_dir, model, load_weights(source, model, config, mesh), overwrite=False)

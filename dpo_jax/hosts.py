@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,6 +34,13 @@ class HostsMissing(UserError):
     """Some processes of the run did not come in time; starting all of them again may cure it."""
 
     exit_code = 1
+
+
+def keep_compilations() -> None:
+    """Keep compiled programs on disk, where the user has not chosen a place, so that a second start is quick."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dpo_jax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def start_hosts(

@@ -35,6 +35,7 @@ FATES = {
     "model.attention": "rounding",
     "model.remat": "rounding",
     "model.scan": "rounding",
+    "lora.path": "adapters",
     "reference.path": "reference",
     "reference.mode": "rounding",
     "data.train": "store",
@@ -68,8 +69,8 @@ def make_manifest(config: Mapping[str, Any], identity: Mapping[str, Any], place:
 
     Args:
         config: the resolved options, as nested dictionaries.
-        identity: names and hashes, with the names of ``FATES``: weights, tokenizer, template, reference, store; more
-            may be given, such as the compute dtype that ``auto`` became, and are compared too.
+        identity: names and hashes, with the names of ``FATES``: weights, adapters, tokenizer, template, reference,
+            store; more may be given, such as the compute dtype that ``auto`` became, and are compared too.
         place: devices, processes and the like; versions and XLA flags are added.
     """
     versions = {name: _version(name) for name in PACKAGES}

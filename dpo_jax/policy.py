@@ -1,16 +1,21 @@
 """From ``model.path`` to a model, its weights on the mesh, and its tokenizer."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
-from dpo_jax.config import ModelConfig
+from dpo_jax.checksums import weights_id
+from dpo_jax.config import LoraConfig, ModelConfig
+from dpo_jax.configfile import load_yaml
 from dpo_jax.data.tokenize import load_tokenizer
 from dpo_jax.errors import UserError
+from dpo_jax.models.adapters import Adapted, export_adapters, load_adapters, make_lora, merge, start_adapters
 from dpo_jax.models.decoder import Model, Params, make_model
 from dpo_jax.models.families import builtin_model, decoder_config
 from dpo_jax.models.load import check_vocabulary, read_hf_config, resolve_model
@@ -50,8 +55,8 @@ def find_model(path: str, revision: str | None) -> ModelSource:
     return ModelSource(read_hf_config(folder), folder, None)
 
 
-def build_model(source: ModelSource, config: ModelConfig) -> Model:
-    """The model as pure functions, without weights."""
+def build_model(source: ModelSource, config: ModelConfig, lora: LoraConfig | None = None) -> Model:
+    """The model as pure functions, without weights; with the adapters that ``lora`` asks for."""
     return make_model(
         decoder_config(source.hf_config),
         dtype=config.dtype,
@@ -60,12 +65,16 @@ def build_model(source: ModelSource, config: ModelConfig) -> Model:
         remat=config.remat,
         scan=config.scan,
         matmul_precision=config.matmul_precision,
+        lora=None if lora is None else make_lora(lora),
     )
 
 
 def load_weights(source: ModelSource, model: Model, config: ModelConfig, mesh: Mesh) -> Params:
     """The weights, each shard straight to its device. A built-in model's are drawn from a fixed seed."""
     if source.run is not None:
+        adapted = adapted_run(source.run)
+        if adapted is not None:
+            return _load_merged(adapted, model, config, mesh)
         wanted = {"params": placed_shapes(model, mesh)}
         return restore_part(source.run.checkpoints, config.checkpoint, wanted)[0]["params"]
     shardings = param_shardings(model, mesh)
@@ -74,9 +83,89 @@ def load_weights(source: ModelSource, model: Model, config: ModelConfig, mesh: M
     return jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
 
 
+@dataclass(frozen=True)
+class AdaptedRun:
+    """What a run of adapters says of itself in its config.yaml."""
+
+    run: RunDir
+    lora: LoraConfig
+    base: ModelConfig  # its model.path, and the step of it where that is a run
+
+
+def adapted_run(run: RunDir) -> AdaptedRun | None:
+    """The run's adapters and the model under them; None: it trained all weights."""
+    options = load_yaml(run.config)
+    lora = lora_of(options)
+    if lora.rank == 0:
+        return None
+    kept = {name: options["model"][name] for name in ("path", "revision", "checkpoint", "param_dtype")}
+    return AdaptedRun(run, lora, ModelConfig(**kept))
+
+
+def lora_of(options: Mapping[str, Any]) -> LoraConfig:
+    """The section `lora` of a run's resolved options; runs of versions before adapters have none."""
+    own: dict[str, Any] = {**options.get("lora", asdict(LoraConfig()))}
+    return LoraConfig(**own | {"targets": tuple(own["targets"])})
+
+
+def load_base(adapted: AdaptedRun, model: Model, mesh: Mesh) -> Params:
+    """The weights under a run's adapters, in the type that the run held them in.
+
+    Raises:
+        UserError: they are gone.
+    """
+    try:
+        source = find_model(adapted.base.path, adapted.base.revision)
+    except UserError as error:
+        raise UserError(f"{adapted.run.config}: the model that this run's adapters belong to cannot be loaded: "
+                        f"{error}") from error  # fmt: skip
+    return load_weights(source, replace(model, param_dtype=adapted.base.param_dtype), adapted.base, mesh)
+
+
+def restore_adapters(
+    adapted: AdaptedRun, model: Model, which: Literal["newest", "best"], mesh: Mesh
+) -> tuple[Params, dict[str, Any]]:
+    """A run's adapters and their manifest; ``model`` has the run's own adapters."""
+    saved, manifest = restore_part(adapted.run.checkpoints, which, {"params": trained_shapes(model, mesh)})
+    return saved["params"], manifest
+
+
+def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: Mesh) -> Params:
+    own = replace(model, lora=make_lora(adapted.lora))
+    adapters, manifest = restore_adapters(adapted, own, config.checkpoint, mesh)
+    base = load_base(adapted, own, mesh)
+    if weights_id(base) != manifest["identity"]["weights"]:
+        raise UserError(f"model.path: the adapters of {adapted.run.root} belong to other weights than those that "
+                        f"{adapted.base.path} holds now: put these back, or mend model.path in {adapted.run.config}"
+                        )  # fmt: skip
+    return merge(Adapted(adapters, base), own)
+
+
+def load_start(config: LoraConfig, model: Model, seed: int, mesh: Mesh) -> Params:
+    """The adapters that a run starts from: drawn from its seed, or those of ``lora.path``."""
+    if config.path is None:
+        draw = partial(start_adapters, model, init=config.init)
+        return jax.jit(draw, out_shardings=trained_shardings(model, mesh))(jax.random.key(seed))
+    return load_adapters(Path(config.path).expanduser(), model, config, trained_shardings(model, mesh))
+
+
 def param_shardings(model: Model, mesh: Mesh) -> Any:
     """Sharding of each weight under the table."""
     return weight_shardings(model.param_shapes(), model.param_axes(), mesh)
+
+
+def trained_shardings(model: Model, mesh: Mesh) -> Any:
+    """Sharding of what is trained: of each adapter, or of each weight where there are none."""
+    if model.lora is None:
+        return param_shardings(model, mesh)
+    return weight_shardings(model.adapter_shapes(), model.adapter_axes(), mesh)
+
+
+def trained_shapes(model: Model, mesh: Mesh) -> Params:
+    """What is trained as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
+    if model.lora is None:
+        return placed_shapes(model, mesh)
+    return _placed(model.adapter_shapes(), trained_shardings(model, mesh))
 
 
 def find_tokenizer(source: ModelSource, model: Model, config: ModelConfig, chat_template: str | None) -> Any:
@@ -92,11 +181,11 @@ def find_tokenizer(source: ModelSource, model: Model, config: ModelConfig, chat_
 
 def placed_shapes(model: Model, mesh: Mesh) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
-    return jax.tree.map(
-        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
-        model.param_shapes(),
-        param_shardings(model, mesh),
-    )
+    return _placed(model.param_shapes(), param_shardings(model, mesh))
+
+
+def _placed(shapes: Params, shardings: Any) -> Params:
+    return jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, shardings)
 
 
 def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:
@@ -109,8 +198,24 @@ def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:
         (folder / generation).write_bytes((source.folder / generation).read_bytes())
 
 
-def export_run(run: RunDir, out_dir: Path, model: Model, params: Params, overwrite: bool) -> None:
-    """Write a run's weights as a Hugging Face directory."""
+def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "best"], mesh: Mesh) -> None:
+    """Write the adapters of a run's saved step as a PEFT directory.
+
+    Raises:
+        UserError: the run has none, or ``out_dir`` holds something.
+    """
+    source = find_model(str(run.root), None)
+    adapted = adapted_run(run)
+    if adapted is None:
+        raise UserError(f"--adapters: the run {run.root} trained all weights and has no adapters; leave this out")
+    model = build_model(source, adapted.base, adapted.lora)
+    adapters, _ = restore_adapters(adapted, model, which, mesh)
+    export_adapters(adapters, model, adapted.lora, adapted.base.path, out_dir)
+
+
+def export_run(run: RunDir, out_dir: Path, model: Model, weights: Params | Adapted, overwrite: bool) -> None:
+    """Write a run's weights as a Hugging Face directory, adapters merged into theirs."""
+    params = merge(weights, model) if isinstance(weights, Adapted) else weights
     folder = run.root / MODEL_FILES
     export_params(params, model, hf_config=read_hf_config(folder), out_dir=out_dir, dtype=model.param_dtype,
                   source_dir=folder, max_shard_bytes=SHARD_BYTES, overwrite=overwrite)  # fmt: skip

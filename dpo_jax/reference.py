@@ -1,10 +1,9 @@
 """The frozen model that the policy is held to: run beside it, or run once and remembered.
 
-Either way it is made of its own arrays: a copy of the policy's start, never an alias of what the step donates.
+Either way it is made of its own arrays: a copy of the policy's start, never an alias of what the step donates. Only a
+run of adapters needs no copy: its weights are never donated.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,18 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.batch import PairLogps, PreferenceBatch
-from dpo_jax.checksums import describe_leaves, leaf_checksums
 from dpo_jax.data.batches import Batches, StepData
 from dpo_jax.data.store import Store
 from dpo_jax.scoring import LogpsStep, Place, dataset_logps
 from dpo_jax.step import TrainState
-
-
-def weights_id(params: Any) -> str:
-    """SHA-256 (hex) over path, shape, type and checksum of every weight; how they lie on devices does not matter."""
-    leaves = describe_leaves(params)
-    sums = leaf_checksums(params)
-    return hashlib.sha256(json.dumps([leaves, sums], sort_keys=True).encode()).hexdigest()
 
 
 def copy_weights(params: Any, dtype: str | None) -> Any:
@@ -47,7 +38,7 @@ def mix_weights(reference: Any, policy: Any, share: float, healthy: Any) -> Any:
 
 @dataclass(frozen=True)
 class LiveReference:
-    """A second tree of weights, whose forward pass runs in every step."""
+    """Weights whose forward pass runs in every step: a second tree, or an `Adapted` without adapters."""
 
     params: Any
 

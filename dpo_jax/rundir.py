@@ -177,6 +177,14 @@ def read_json(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
 
 
+def last_metrics(run: RunDir) -> dict[str, float]:
+    """The last step's metrics and the last evaluation, as they were logged."""
+    last: dict[str, float] = {}
+    for row in read_json(run.metrics):
+        last |= row
+    return last
+
+
 def log_event(run: RunDir, event: Event, **facts: Any) -> None:
     """Append what happened, with the time (seconds since 1970, UTC) and this process's id."""
     append_json(run.events, {"event": event, "time": time.time(), "pid": os.getpid(), **facts})

@@ -26,6 +26,7 @@ RULES: dict[str, tuple[str | None, bool]] = {
     "kv_heads": ("tensor", True),  # fewer key/value heads than devices: each holds them all
     "head_dim": (None, False),
     "ffn": ("tensor", False),
+    "rank": (None, False),  # of adapters
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.assemble import Parts
+from dpo_jax.assemble import Parts, of_adapted, scoring_functions
 from dpo_jax.config import DPOConfig
 from dpo_jax.data.batches import Batches
 from dpo_jax.errors import UserError
@@ -55,9 +55,9 @@ def token_log_ratios(
     parts: Parts, params: Params, reference: LiveReference, batches: Batches
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(example id, log-ratios of each answer's tokens, float32) of every pair; policy and reference by one program."""
-    token_logps = make_token_logps_fn(
-        parts.model.hidden, parts.model.unembedding, chunk=parts.config.batch.target_chunk
-    )
+    token_logps = make_token_logps_fn(*scoring_functions(parts.model), chunk=parts.config.batch.target_chunk)
+    if parts.model.lora is not None:
+        token_logps = of_adapted(token_logps)
     step = jax.jit(token_logps, out_shardings=replicated(parts.mesh))
     for data in batches.ahead(range(batches.order.num_steps)):
         batch = parts.place(data.batch)

@@ -16,8 +16,18 @@ import numpy as np
 import optax
 
 from dpo_jax import hosts
-from dpo_jax.assemble import Parts, assemble, describe, evaluate_sets, make_reference, reference_weights
+from dpo_jax.assemble import (
+    Parts,
+    assemble,
+    describe,
+    evaluate_sets,
+    initial_state,
+    make_reference,
+    reference_weights,
+    step_reference,
+)
 from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.checksums import weights_id
 from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.configfile import config_to_yaml
 from dpo_jax.data.batches import StepData
@@ -25,15 +35,16 @@ from dpo_jax.errors import Preempted, RunStopped, UserError
 from dpo_jax.logprobs import Params
 from dpo_jax.manifest import refuse_changed, rounding_changes
 from dpo_jax.metrics import MetricsLog, all_finite, clipped, memory, plain, progress_line, say
-from dpo_jax.models.decoder import count_params
+from dpo_jax.models.adapters import Adapted
+from dpo_jax.models.decoder import count_adapters, count_params
 from dpo_jax.optimizer import make_optimizer, make_schedule
-from dpo_jax.policy import export_run, keep_model_files, load_weights, param_shardings
+from dpo_jax.policy import export_run, keep_model_files, load_start, load_weights
 from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps
-from dpo_jax.reference import LiveReference, Reference, weights_id
+from dpo_jax.reference import LiveReference, Reference
 from dpo_jax.report import write_report
-from dpo_jax.rundir import RunDir, cut_back, hold_run, log_event, log_offsets, lost_saves, read_json
+from dpo_jax.rundir import RunDir, cut_back, hold_run, last_metrics, log_event, log_offsets, lost_saves
 from dpo_jax.sharding import make_mesh, replicated
-from dpo_jax.step import TrainState, init_state, make_train_step, state_shardings
+from dpo_jax.step import TrainState, make_train_step
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,6 +56,7 @@ class Job:
 
     run: RunDir
     parts: Parts
+    base: Params | None  # the frozen weights, where adapters are trained
     reference: Reference | None
     proven: bool  # the reference is the policy's own start, so the first step's values are known
     step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -52,6 +64,10 @@ class Job:
     saves: Checkpoints
     log: MetricsLog
     manifest: dict[str, Any]
+
+    def policy(self, state: TrainState) -> Any:
+        """The weights that score."""
+        return state.params if self.base is None else Adapted(state.params, self.base)
 
     @property
     def syncs(self) -> bool:
@@ -85,7 +101,7 @@ def train(
         RunStopped: loss or gradient became NaN or infinite; the state before that step is saved.
     """
     hosts.start_hosts()
-    keep_compilations()
+    hosts.keep_compilations()
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh), held(config.run.dir) as run:
         # Data and model
@@ -94,11 +110,14 @@ def train(
 
         # Weights: the start is loaded on resume too, because the reference is made of it, never of a restored policy
         start = load_weights(parts.source, parts.model, config.model, mesh)
-        reference, ids = None, {"weights": weights_id(start)}
+        reference, base, ids = None, None, {"weights": weights_id(start)}
         if isinstance(config, DPOConfig):
             weights = reference_weights(parts, start)
             reference, ids["reference"] = make_reference(parts, weights), weights_id(weights)
             del weights
+        if parts.model.lora is not None:
+            base, start = start, load_start(config.lora, parts.model, config.run.seed, mesh)
+            ids |= {} if config.lora.path is None else {"adapters": weights_id(start)}
 
         # State and step
         num_steps = parts.batches.order.num_steps
@@ -117,8 +136,9 @@ def train(
             job = Job(
                 run=run,
                 parts=parts,
+                base=base,
                 reference=reference,
-                proven=reference is not None and ids["weights"] == ids["reference"],
+                proven=reference is not None and ids["weights"] == ids["reference"] and "adapters" not in ids,
                 step=step,
                 schedule=make_schedule(config.optimizer, num_steps),
                 saves=saves,
@@ -135,23 +155,6 @@ def train(
             state = run_steps(job, state, progress, stop_requested)
         finish(job, state)
     return last_metrics(run)
-
-
-def initial_state(
-    parts: Parts, optimizer: optax.GradientTransformation, start: Params
-) -> tuple[Callable[[Params], TrainState], TrainState]:
-    """A function from weights, which it takes over, to the first state; and that state's shapes and places."""
-    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), start)
-    own = state_shardings(shapes, param_shardings(parts.model, parts.mesh), replicated(parts.mesh), optimizer)
-    abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, own)
-    return jax.jit(lambda params: init_state(params, optimizer), out_shardings=own, donate_argnums=0), abstract
-
-
-def keep_compilations() -> None:
-    """Keep compiled programs on disk, where the user has not chosen a place, so that a second start is quick."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dpo_jax" / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 @contextmanager
@@ -184,7 +187,9 @@ def announce(parts: Parts, run: RunDir) -> None:
     dropped = ", ".join(f"{count} rows dropped: {cause}" for cause, count in causes.items()) or "no row dropped"
     rows = " or ".join(f"{shape.rows} x {shape.length}" for shape in shapes)
     mesh = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
-    say(config.run.progress, f"model: {count_params(parts.model):,} parameters, {parts.model.dtype}; mesh: {mesh}")
+    adapted = f", {count_adapters(parts.model):,} more in adapters" if parts.model.lora is not None else ""
+    size = f"{count_params(parts.model):,} parameters{adapted}"
+    say(config.run.progress, f"model: {size}, {parts.model.dtype}; mesh: {mesh}")
     say(config.run.progress, f"data: {order.epoch_draws} to train on{evals}; {dropped}")
     say(config.run.progress, f"steps: {order.num_steps} of {order.batch}, in rows of {rows} tokens")
 
@@ -210,7 +215,7 @@ def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None
     for line in rounding_changes(manifest, job.manifest):
         say(show, f"not bit for bit the same from here on: {line}")
     if job.reference is not None:
-        margin = mean_margin(*start_logps(job.parts, job.reference, state.params))
+        margin = mean_margin(*start_logps(job.parts, job.reference, job.policy(state)))
         say(show, f"mean margin of the first step's pairs: {margin:.6g} nats")
     return state, Progress(manifest["step"], manifest["extras"]["num_tokens"])
 
@@ -230,13 +235,13 @@ def begin(job: Job, state: TrainState) -> Progress:
         keep_model_files(job.run, job.parts.source, job.parts.tokenizer)
         job.run.config.write_text(config_to_yaml(job.parts.config))
     if job.reference is not None:
-        policy, fixed = start_logps(job.parts, job.reference, state.params)
+        policy, fixed = start_logps(job.parts, job.reference, job.policy(state))
         if job.proven:
             prove_start(job.parts, policy, fixed)
         else:
             say(job.parts.config.run.progress, f"mean margin at the start: {mean_margin(policy, fixed):.6g} nats")
     if job.parts.evals:
-        job.log.evaluation(0, *evaluate_sets(job.parts, state.params, job.reference))
+        job.log.evaluation(0, *evaluate_sets(job.parts, job.policy(state), job.reference))
     return Progress(0, 0)
 
 
@@ -258,7 +263,7 @@ def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: C
                 asked = time.perf_counter()
                 data = next(coming)
                 batch = place(data.batch)
-                fixed = None if job.reference is None else job.reference.of(data, parts.batches.store)
+                fixed = step_reference(job.reference, job.base, data, parts.batches.store)
                 waited = time.perf_counter() - asked
                 state, metrics = job.step(state, fixed, batch)
                 sync_reference(job, state, step + 1)
@@ -274,7 +279,7 @@ def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: C
                     clock, pending = record(job, pending, progress, line, clock), None
                 evaluation = None
                 if evaluates:
-                    evaluation, distributions = evaluate_sets(parts, state.params, job.reference)
+                    evaluation, distributions = evaluate_sets(parts, job.policy(state), job.reference)
                     job.log.evaluation(step + 1, evaluation, distributions)
                 if saves:
                     save(job, state, progress, evaluation, wait=stops)
@@ -383,18 +388,10 @@ def finish(job: Job, state: TrainState) -> None:
     if not hosts.is_writer():
         return
     if config.run.export:
-        export_run(job.run, job.run.export, job.parts.model, state.params, overwrite=True)
+        export_run(job.run, job.run.export, job.parts.model, job.policy(state), overwrite=True)
     if config.run.report:
         stores = {"train": job.parts.batches.store}
         stores |= {name: own.store for name, own in job.parts.evals.items() if own.store is not stores["train"]}
         write_report(job.run.root, {name: store.report for name, store in stores.items()})
     log_event(job.run, "end", step=job.parts.batches.order.num_steps)
     say(config.run.progress, f"done: {job.run.report if config.run.report else job.run.root}")
-
-
-def last_metrics(run: RunDir) -> dict[str, float]:
-    """The last step's metrics and the last evaluation, as they were logged."""
-    last: dict[str, float] = {}
-    for row in read_json(run.metrics):
-        last |= row
-    return last

@@ -1,6 +1,7 @@
 """Configs: strict types, names, round trips, and one clear line for whatever is wrong."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -74,6 +75,20 @@ BAD = [
     ({"reference__mode": "cached", "reference__dtype": "bfloat16"}, "reference.dtype: 'bfloat16' cannot be used"),
     ({"reference__mode": "none"}, "reference.mode: 'none' cannot be used: loss sigmoid compares with a reference"),
     ({"reference__sync_every": 5, "reference__mode": "cached"}, "reference.sync_every: 5 cannot be used"),
+    ({"lora__rank": -1}, "lora.rank: -1 cannot be used: it cannot be negative"),
+    ({"lora__rank": 4, "lora__alpha": 0.0}, "lora.alpha: 0.0 cannot be used: it must be positive"),
+    ({"lora__rank": 4, "lora__targets": []}, "lora.targets: () cannot be used"),
+    ({"lora__rank": 4, "lora__targets": ["q_proj", "w1"]}, "lora.targets: 'w1' cannot be used: it fits none of q_proj"),
+    ({"lora__alpha": 8.0}, "lora.alpha: 8.0 cannot be used: lora.rank is 0"),
+    ({"lora__targets": ["q_proj"]}, "lora.targets: ('q_proj',) cannot be used: lora.rank is 0"),
+    ({"lora__rslora": True}, "lora.rslora: True cannot be used: lora.rank is 0"),
+    ({"lora__init": "zero_a"}, "lora.init: 'zero_a' cannot be used: lora.rank is 0"),
+    ({"lora__path": "x"}, "lora.path: 'x' cannot be used: lora.rank is 0"),
+    ({"lora__rank": 4, "lora__path": "x", "lora__init": "gaussian"}, "lora.init: 'gaussian' cannot be used"),
+    ({"lora__rank": 4, "reference__path": "x"}, "reference.path: 'x' cannot be used: with lora.rank the reference is"),
+    ({"lora__rank": 4, "reference__dtype": "bfloat16"}, "reference.dtype: 'bfloat16' cannot be used: with lora.rank"),
+    ({"lora__rank": 4, "reference__sync_every": 5}, "reference.sync_every: 5 cannot be used: with lora.rank"),
+    ({"lora__rank": 4, "reference__mode": "live", "loss__type": "simpo"}, "reference.mode: 'live' cannot be used"),
     ({"reference__sync_mix": 0.5}, "reference.sync_mix: 0.5 cannot be used: reference.sync_every is 0"),
     ({"reference__sync_every": 5, "reference__sync_mix": 0.0}, "reference.sync_mix: 0.0 cannot be used"),
     ({"loss__type": "simpo", "reference__path": "x"}, "reference.path: 'x' cannot be used: reference.mode is none"),
@@ -295,7 +310,8 @@ def test_defaults_in_the_help_are_the_defaults():
             for part in field.name.split("."):
                 value = getattr(value, part)
             assert parse_config(LEAST, {field.name: CommandLineText(field.default)}, DPOConfig) == config, field.name
-            assert field.default in (str(value), yaml.safe_dump(value).split("\n")[0], "null", "[]"), field.name
+            texts = (str(value), json.dumps(value), yaml.safe_dump(value).split("\n")[0], "null", "[]")
+            assert field.default in texts, field.name
 
 
 def test_the_page_of_options_is_current():

@@ -11,10 +11,10 @@ import transformers
 from etils import epath
 from runs import ended, saved_arrays, write_config
 
+from dpo_jax.checksums import weights_id
 from dpo_jax.models.decoder import Model, plain_batch
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.load import read_hf_config
-from dpo_jax.reference import weights_id
 from dpo_jax.rundir import read_json
 from dpo_jax.saved import read_manifest
 

@@ -78,7 +78,7 @@ def test_answers_are_summed_by_their_slots():
     values = (draw.normal(-50, 30, batch.target_mask.shape)).astype(np.float32)
     values[~batch.target_mask] = np.nan  # unused targets are not looked at
     on_device = jnp.asarray(values)
-    found = jax.jit(pair_logps)(TokenLogps(on_device, on_device, TargetStats(on_device, on_device, on_device)), batch)
+    found = jax.jit(pair_logps)(TokenLogps(on_device, on_device, stats=TargetStats(*[on_device] * 3)), batch)
     expected, counts = np.zeros((2, 7, 2))
     for row, target in np.argwhere(batch.target_mask):
         slot = row * batch.answers_per_row + batch.target_answers[row, target]

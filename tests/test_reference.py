@@ -13,12 +13,13 @@ from small_tokenizer import make_tokenizer
 
 from dpo_jax.assemble import assemble, evaluate_sets, make_reference, reference_weights
 from dpo_jax.batch import PairLogps
+from dpo_jax.checksums import weights_id
 from dpo_jax.config import DPOConfig, LossConfig
 from dpo_jax.configfile import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.policy import load_weights
 from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps
-from dpo_jax.reference import copy_weights, weights_id
+from dpo_jax.reference import copy_weights
 from dpo_jax.sharding import make_mesh
 from dpo_jax.step import init_state, train_step
 

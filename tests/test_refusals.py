@@ -310,6 +310,12 @@ BAD_MODELS = [
         "--reference.path other",
         "reference.path: other has another architecture or vocabulary than model.path model",
     ),
+    (
+        "no adapters",
+        nothing,
+        "--lora.rank 4 --lora.path model",
+        "lora.path: model holds no adapter_config.json; give a directory of adapters in PEFT's format",
+    ),
     ("devices", nothing, "--mesh.fsdp 3", "mesh: {'data': 1, 'fsdp': 3, 'tensor': 1} does not use 8 devices"),
 ]
 

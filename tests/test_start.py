@@ -58,8 +58,9 @@ def test_a_stale_cache_is_refused_before_the_first_step(config, tmp_path):
     (path,) = Path(config.data.store).glob("*/reference-*.npz")
     good = path.read_bytes()
     with np.load(path) as file:
-        sums, about = file["sums"] + np.float32(0.01), json.loads(str(file["about"]))
-    np.savez(path, sums=sums, about=json.dumps({**about, "digest": hashlib.sha256(sums.tobytes()).hexdigest()}))
+        sums, about = file["sum"] + np.float32(0.01), json.loads(str(file["about"]))
+    digest = hashlib.sha256(b"sum" + sums.tobytes()).hexdigest()
+    np.savez(path, sum=sums, about=json.dumps({**about, "digest": digest}))
     other = replace(config, run=replace(config.run, dir=str(tmp_path / "run")))
     try:
         with pytest.raises(UserError, match=r"step 0: policy and reference are the same weights, but"):

@@ -7,6 +7,10 @@ A parameter tree is a plain nested dictionary. Matrices keep the orientation of 
 ([N, H, D] of a query projection), so that loading is stacking and exporting is slicing. Only `gate` and `up` are turned
 ([D, F]): their gradient then needs the transpose of its smaller factor. No layout of the program or of the mesh changes
 the tree.
+
+Adapters are a second Flax collection, `lora`, whose tree mirrors that of the parameters: beside a projection lie `a`
+[r, inputs] and `b` [outputs, r], heads apart, e.g. [L, r, D] and [L, N, H, r] of the queries, whatever way the
+projection itself lies. Shape letter: r rank.
 """
 
 from contextlib import AbstractContextManager
@@ -86,6 +90,15 @@ def rotate(x: Float[Array, "R T N H"], angles: Float[Array, "R T C"]) -> Float[A
     return rotated.astype(x.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters: y += scale * (x A^T) B^T beside every target (arXiv 2106.09685)."""
+
+    rank: int
+    scale: float
+    targets: frozenset[str]  # parameters of a layer, such as query
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def widen(x: Float[Array, "R T D"], matrix: Float[Array, "D F"], precision: str | None) -> Float[Array, "R T F"]:
     """``x @ matrix``, whose gradient names the narrow x first.
@@ -110,13 +123,17 @@ class _Part(nn.Module):
 
     config: DecoderConfig
     param_dtype: Any
+    lora: Lora | None
+
+    def _shape(self, axes: tuple[str, ...]) -> tuple[int, ...]:
+        c = self.config
+        sizes = {"vocab": c.vocab, "embed": c.hidden, "heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim,
+                 "ffn": c.ffn, "rank": 0 if self.lora is None else self.lora.rank}  # fmt: skip
+        return tuple(sizes[axis] for axis in axes)
 
     def weight(self, name: str, axes: tuple[str, ...], init: nn.initializers.Initializer) -> Array:
         """The parameter ``name``, each of whose dims is one of the axes."""
-        c = self.config
-        sizes = {"vocab": c.vocab, "embed": c.hidden, "heads": c.heads, "kv_heads": c.kv_heads,
-                 "head_dim": c.head_dim, "ffn": c.ffn}  # fmt: skip
-        shape = tuple(sizes[axis] for axis in axes)
+        shape = self._shape(axes)
         return cast("Array", self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype))
 
     def matrix(self, name: str, *axes: str) -> Array:
@@ -131,7 +148,28 @@ class _Part(nn.Module):
         y = widen(x, matrix, precision) if spec == "RTD,DF->RTF" else jnp.einsum(spec, x, matrix)
         if bias:
             y += self.weight(f"{name}_bias", tuple(bias_axes.split()), nn.initializers.zeros).astype(x.dtype)
+        if self.lora is not None and name in self.lora.targets:
+            y += self.lora.scale * self.adapter(name, spec, x, axes)
         return y
+
+    def adapter(self, name: str, spec: str, x: Array, axes: str) -> Array:
+        """(x A^T) B^T of the adapter beside a matrix; arguments as in ``linear``."""
+        operand, matrix, result = spec.replace("->", ",").split(",")
+        axis_of = dict(zip(matrix, axes.split(), strict=True))
+        inputs = "".join(letter for letter in matrix if letter not in result)
+        outputs = "".join(letter for letter in matrix if letter in result)
+        axes_of: dict[str, tuple[str, ...]] = {
+            "a": ("rank", *(axis_of[i] for i in inputs)),
+            "b": (*(axis_of[o] for o in outputs), "rank"),
+        }
+        pair = cast("dict[str, Array]", self.variable("lora", name, partial(self._zeros, axes_of)).value)
+        x = jnp.einsum(f"{operand},r{inputs}->RTr", x, pair["a"].astype(x.dtype))
+        return jnp.einsum(f"RTr,{outputs}r->{result}", x, pair["b"].astype(x.dtype))
+
+    def _zeros(self, axes_of: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+        """Shapes and axes of adapters; what they really start from is drawn in adapters.py."""
+        box = lambda axes: nn.with_logical_partitioning(jnp.zeros, axes)(self._shape(axes), jnp.float32)  # noqa: E731
+        return {part: box(axes) for part, axes in axes_of.items()}
 
     def rms_norm(self, name: str, x: Array, axis: str) -> Array:
         """Divide by sqrt(mean(x^2) + eps) over the last dim and scale, in float32 (arXiv 1910.07467)."""
@@ -193,7 +231,7 @@ class Decoder(_Part):
             layer = nn.remat(Layer, policy=REMAT[self.remat], prevent_cse=not self.scan)
         layers = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=c.layers,
@@ -201,7 +239,7 @@ class Decoder(_Part):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x = constrain_rows(x)
-        x, _ = layers(c, self.param_dtype, self.attention, name="layers")(x, angles, batch)
+        x, _ = layers(c, self.param_dtype, self.lora, self.attention, name="layers")(x, angles, batch)
         return self.rms_norm("final", x, "embed")
 
 
@@ -216,11 +254,16 @@ class Model:
     remat: Literal["none", "dots", "full"] = "none"
     scan: bool = True
     matmul_precision: Literal["default", "high", "highest"] = "default"
+    lora: Lora | None = None
 
-    def hidden(self, params: Params, batch: PreferenceBatch) -> Float[Array, "R T D"]:
-        """Hidden states after the final norm, in the compute dtype."""
+    def hidden(self, params: Params, batch: PreferenceBatch, adapters: Params | None = None) -> Float[Array, "R T D"]:
+        """Hidden states after the final norm, in the compute dtype; without ``adapters``, those of the model alone."""
+        variables, lora = {"params": params}, None
+        if adapters is not None:
+            assert self.lora is not None, "this model has no adapters"
+            variables, lora = {"params": params, "lora": adapters}, self.lora
         with self._precision():
-            return cast("Array", self._module().apply({"params": params}, batch))
+            return cast("Array", self._module(lora).apply(variables, batch))
 
     def unembedding(self, params: Params) -> Float[Array, "V D"]:
         """The matrix whose rows score the vocabulary: logits = hidden @ unembedding.T."""
@@ -236,21 +279,33 @@ class Model:
 
     def param_axes(self) -> Params:
         """The parameter tree with the logical axis names, a tuple, at each leaf."""
-        boxed = jax.eval_shape(self._boxed, jax.random.key(0))
-        is_box = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
-        return jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_box)
+        return _axis_names(jax.eval_shape(self._boxed, jax.random.key(0)))
 
-    def _module(self) -> Decoder:
-        return Decoder(self.config, jnp.dtype(self.param_dtype), jnp.dtype(self.dtype), self.attention, self.remat,
-                       self.scan)  # fmt: skip
+    def adapter_shapes(self) -> Params:
+        """The tree of adapters with a `jax.ShapeDtypeStruct` at each leaf; they are float32."""
+        return nn.unbox(jax.eval_shape(partial(self._boxed, part="lora"), jax.random.key(0)))
 
-    def _boxed(self, key: Array) -> Params:
+    def adapter_axes(self) -> Params:
+        """The tree of adapters with the logical axis names, a tuple, at each leaf."""
+        return _axis_names(jax.eval_shape(partial(self._boxed, part="lora"), jax.random.key(0)))
+
+    def _module(self, lora: Lora | None) -> Decoder:
+        return Decoder(self.config, jnp.dtype(self.param_dtype), lora, jnp.dtype(self.dtype), self.attention,
+                       self.remat, self.scan)  # fmt: skip
+
+    def _boxed(self, key: Array, part: Literal["params", "lora"] = "params") -> Params:
         batch = plain_batch(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))
-        return dict(self._module().clone(attention="xla").init(key, batch)["params"])
+        module = self._module(self.lora if part == "lora" else None).clone(attention="xla")
+        return dict(module.init(key, batch)[part])
 
     def _precision(self) -> AbstractContextManager:
         # in force while tracing, so it reaches attention too, and the backward pass takes it from the forward pass
         return jax.default_matmul_precision(None if self.matmul_precision == "default" else self.matmul_precision)
+
+
+def _axis_names(boxed: Params) -> Params:
+    is_box = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
+    return jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_box)
 
 
 def make_model(
@@ -262,6 +317,7 @@ def make_model(
     remat: Literal["none", "dots", "full"],
     scan: bool,
     matmul_precision: Literal["default", "high", "highest"],
+    lora: Lora | None = None,
 ) -> Model:
     """The model, with each ``auto`` settled for the devices of this process; options as in `config.ModelConfig`."""
     if dtype == "auto":
@@ -274,9 +330,15 @@ def make_model(
         remat=remat,
         scan=scan,
         matmul_precision=matmul_precision,
+        lora=lora,
     )
 
 
 def count_params(model: Model) -> int:
-    """Number of parameters; tied embeddings count once."""
+    """Number of parameters without adapters; tied embeddings count once."""
     return sum(leaf.size for leaf in jax.tree.leaves(model.param_shapes()))
+
+
+def count_adapters(model: Model) -> int:
+    """Number of parameters in adapters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model.adapter_shapes()))

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -259,18 +260,29 @@ def export_params(
     Raises:
         UserError: ``out_dir`` holds something and ``overwrite`` is false.
     """
-    out_dir, dtype = Path(out_dir), np.dtype(dtype)
+    dtype = np.dtype(dtype)
+    with whole_directory(Path(out_dir), overwrite) as unfinished:
+        _write_tensors(params, model, unfinished, dtype, max_shard_bytes)
+        dtype_keys = {"dtype", "torch_dtype"} & hf_config.keys() or {"torch_dtype"}
+        config = {**hf_config, **dict.fromkeys(dtype_keys, dtype.name)}
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if source_dir is not None:
+            _copy_companions(source_dir, unfinished)
+
+
+@contextmanager
+def whole_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory to write to, beside ``out_dir``, whose name it takes at the end of the block.
+
+    Raises:
+        UserError: ``out_dir`` holds something and ``overwrite`` is false.
+    """
     if not overwrite and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"{out_dir}: it is not empty; name another directory to export to, or empty this one")
     unfinished = out_dir.parent / f".{out_dir.name}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    _write_tensors(params, model, unfinished, dtype, max_shard_bytes)
-    dtype_keys = {"dtype", "torch_dtype"} & hf_config.keys() or {"torch_dtype"}
-    config = {**hf_config, **dict.fromkeys(dtype_keys, dtype.name)}
-    (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if source_dir is not None:
-        _copy_companions(source_dir, unfinished)
+    yield unfinished
     if out_dir.exists():
         shutil.rmtree(out_dir)
     os.rename(unfinished, out_dir)

@@ -1,0 +1,233 @@
+"""Low-rank adapters: what they start from, how they go into the weights, and PEFT's files of them.
+
+Their tree is told in ``decoder.py``, their names in files follow from the projections' in ``weights.py``. PEFT's
+format is a directory with ``adapter_config.json`` and ``adapter_model.safetensors``:
+https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.config import LoraConfig
+from dpo_jax.errors import UserError
+from dpo_jax.models.decoder import Lora, Model, Params
+from dpo_jax.models.safetensors import Tensor, read_header, write_file
+from dpo_jax.models.weights import TENSORS, TURNED, whole_directory
+
+CONFIG, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+# q_proj -> query
+PROJECTIONS = {
+    name.split(".")[-2]: leaf.removeprefix("layers/") for leaf, name in TENSORS.items() if name.endswith("_proj.weight")
+}
+# Keys of adapter_config.json that are read here, and those that do not change what the adapters compute: dropout is off
+# in this program, the rest concerns tools. Any other key must be empty.
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "init_lora_weights", "bias"}
+_HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+             "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
+             "lora_ga_config", "layers_pattern", "exclude_modules", "ensure_weight_tying"}  # fmt: skip
+_EMPTY = (None, False, 0, "", [], {})
+# Starts after which the weights under the adapters are still the model's own.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+class Adapted(NamedTuple):
+    """A policy of adapters, as the scoring functions take it; without adapters it is the reference."""
+
+    adapters: Params | None
+    base: Params
+
+
+def make_lora(config: LoraConfig) -> Lora | None:
+    """What the model computes for these options; None: no adapters."""
+    if config.rank == 0:
+        return None
+    targets = frozenset(PROJECTIONS[name] for name in config.projections)
+    return Lora(rank=config.rank, scale=config.scale, targets=targets)
+
+
+def start_adapters(model: Model, key: jax.Array, init: Literal["kaiming", "gaussian", "zero_a"]) -> Params:
+    """Adapters whose product B A is 0; by ``init`` as in `config.LoraConfig`.
+
+    kaiming and gaussian are PEFT's; zero_a is Init[B] of arXiv 2406.08447.
+    """
+    shapes = model.adapter_shapes()
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+
+    def draw(path, leaf, key):
+        rank = leaf.shape[1] if path[-1].key == "a" else leaf.shape[-1]
+        if (path[-1].key == "b") != (init == "zero_a"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        if init == "gaussian":
+            return jax.random.normal(key, leaf.shape, leaf.dtype) / rank
+        fan_in = rank if init == "zero_a" else math.prod(leaf.shape[2:])
+        return jax.random.uniform(key, leaf.shape, leaf.dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    drawn = [draw(path, leaf, jax.random.fold_in(key, place)) for place, (path, leaf) in enumerate(leaves)]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def merge(weights: Adapted, model: Model) -> Params:
+    """New weights W + scale * B A, computed in float32, in the type of the model's parameters, lying as the old do."""
+    assert model.lora is not None
+    scale = model.lora.scale
+
+    def add(weight: jax.Array, pair: Params, leaf: str) -> jax.Array:
+        num_layers, rank = pair["a"].shape[:2]
+        a, b = pair["a"].reshape(num_layers, rank, -1), pair["b"].reshape(num_layers, -1, rank)
+        product = jnp.einsum("lor,lri->loi", b, a, precision=jax.lax.Precision.HIGHEST)
+        product = product.swapaxes(1, 2) if f"layers/{leaf}" in TURNED else product
+        return weight.astype(jnp.float32) + scale * product.reshape(weight.shape)
+
+    def whole(weights: Adapted) -> Params:
+        assert weights.adapters is not None
+        layers = weights.base["layers"]
+        changed = {leaf: add(layers[leaf], pair, leaf) for leaf, pair in weights.adapters["layers"].items()}
+        return jax.tree.map(lambda x: x.astype(model.param_dtype), {**weights.base, "layers": {**layers, **changed}})
+
+    return jax.jit(whole, out_shardings=jax.tree.map(lambda x: x.sharding, weights.base))(weights)
+
+
+class _Place(NamedTuple):
+    """Where a file's tensor belongs."""
+
+    projection: str
+    part: str  # a or b
+    layer: int
+    shape: tuple[int, ...]  # in the file
+
+
+def _tensors(model: Model) -> dict[str, _Place]:
+    """Every tensor of the model's adapters, by its name in the file."""
+    found = {}
+    for projection, pair in model.adapter_shapes()["layers"].items():
+        module = TENSORS[f"layers/{projection}"].removesuffix(".weight")
+        for part, leaf in pair.items():
+            num_layers, *dims = leaf.shape
+            shape = (dims[0], math.prod(dims[1:])) if part == "a" else (math.prod(dims[:-1]), dims[-1])
+            for layer in range(num_layers):
+                name = f"base_model.model.{module.format(layer)}.lora_{part.upper()}.weight"
+                found[name] = _Place(projection, part, layer, shape)
+    return found
+
+
+def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any) -> Params:
+    """The adapters of a PEFT directory, as the model's tree, float32.
+
+    Args:
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        model: with the adapters that the options ask for.
+        config: those options.
+        shardings: a sharding for each adapter.
+
+    Raises:
+        UserError: there are none, they are not what the options say, or they ask for what is not computed here.
+    """
+    _check_options(folder, _read_options(folder), config)
+    if not (folder / TENSOR_FILE).is_file():
+        raise UserError(f"lora.path: {folder} has no {TENSOR_FILE}; save the adapters with safe_serialization=True")
+    found, expected = read_header(folder / TENSOR_FILE), _tensors(model)
+    _check_tensors(folder, found, expected)
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, place in expected.items():  # in the order of the layers
+        names.setdefault((place.projection, place.part), []).append(name)
+
+    def load(path, struct, sharding):
+        stacked = np.stack([found[name].read() for name in names[path[-2].key, path[-1].key]])
+        whole = stacked.astype(struct.dtype).reshape(struct.shape)
+        return jax.make_array_from_callback(struct.shape, sharding, lambda index: whole[index])
+
+    return jax.tree_util.tree_map_with_path(load, model.adapter_shapes(), shardings)
+
+
+def _read_options(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"lora.path: {folder} holds no {CONFIG}; give a directory of adapters in PEFT's format")
+    try:
+        options = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: this is not JSON: {error}; copy or download it again") from error
+    if not isinstance(options, dict):
+        raise UserError(f"{path}: a JSON object is needed, this is {type(options).__name__}; copy it again")
+    return options
+
+
+def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig) -> None:
+    def refuse(key: str, why: str) -> UserError:
+        return UserError(f"lora.path: {folder / CONFIG}: {key}: {options.get(key)!r} cannot be used: {why}")
+
+    if options.get("peft_type") != "LORA":
+        raise refuse("peft_type", "adapters can be LORA only")
+    if options.get("bias", "none") != "none":
+        raise refuse("bias", "biases are not trained with adapters; use none")
+    if options.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        raise refuse("init_lora_weights", "it changes the weights under the adapters; convert them to plain LoRA first")
+    for key, value in options.items():
+        if key not in _READ | _HARMLESS and not any(value is empty or value == empty for empty in _EMPTY):
+            raise refuse(key, "this option is not computed here; merge the adapters into their model instead")
+    for key, option, wanted in (("r", "rank", config.rank), ("lora_alpha", "alpha", config.alpha),
+                                ("use_rslora", "rslora", config.rslora)):  # fmt: skip
+        if options.get(key, False) != wanted:
+            raise refuse(key, f"lora.{option} is {wanted!r}; set both alike")
+
+
+def _check_tensors(folder: Path, found: Mapping[str, Tensor], expected: Mapping[str, _Place]) -> None:
+    file = folder / TENSOR_FILE
+    unknown = [name for name in found if name not in expected]
+    if unknown:
+        raise UserError(f"lora.path: {file} holds {unknown[0]}, which belongs to none of lora.targets of this model: "
+                        f"name its projection there ({', '.join(PROJECTIONS)}), or use other adapters")  # fmt: skip
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise UserError(f"lora.path: {file} lacks {missing[0]}, which lora.targets of this model ask for: leave that "
+                        "projection out, or use other adapters")  # fmt: skip
+    for name, place in expected.items():
+        if found[name].shape != place.shape:
+            raise UserError(f"lora.path: {file}: {name} has shape {list(found[name].shape)}, this model's is "
+                            f"{list(place.shape)}: use adapters of the same model")  # fmt: skip
+
+
+def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: str, out_dir: Path) -> None:
+    """Write adapters as a directory that PEFT loads, in float32.
+
+    Args:
+        adapters: the model's tree of adapters.
+        model: whose they are.
+        config: the options that they were made with.
+        base: what the file says of the model under them.
+        out_dir: directory to make.
+
+    Raises:
+        UserError: ``out_dir`` holds something.
+    """
+    expected = _tensors(model)
+    host = jax.device_get(adapters["layers"])
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, place in expected.items():
+            yield name, host[place.projection][place.part][place.layer].reshape(place.shape)
+
+    options = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "use_rslora": config.rslora,
+        "target_modules": list(config.projections),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with whole_directory(out_dir, overwrite=False) as unfinished:
+        shapes = {name: place.shape for name, place in expected.items()}
+        write_file(unfinished / TENSOR_FILE, shapes, np.dtype(np.float32), tensors())
+        (unfinished / CONFIG).write_text(json.dumps(options, indent=2) + "\n")
