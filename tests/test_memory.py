@@ -2,21 +2,24 @@
 
 import math
 import re
+from dataclasses import replace
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from dpo_jax.assemble import scoring_functions
 from dpo_jax.batch import PairLogps, PreferenceBatch
-from dpo_jax.config import LossConfig, MeshConfig, OptimizerConfig
+from dpo_jax.config import LoraConfig, LossConfig, MeshConfig, OptimizerConfig
 from dpo_jax.logprobs import make_logps_fn
-from dpo_jax.models.decoder import count_params, make_model
+from dpo_jax.models.adapters import make_lora
+from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.optimizer import make_optimizer
-from dpo_jax.policy import placed_shapes
+from dpo_jax.policy import placed_shapes, trained_shapes
 from dpo_jax.sharding import make_mesh, replicated, row_sharding
-from dpo_jax.step import init_state, make_train_step, state_shardings
+from dpo_jax.step import Base, init_state, make_train_step, state_shardings
 
 LLAMA_3_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -46,28 +49,32 @@ def shapes_of_batch(mesh) -> PreferenceBatch:
 
 @cache
 def compiled(kind: str, loss: LossConfig):
-    """The train step with a live, a cached or no reference; and the number of weights."""
+    """The train step with a live or a cached reference, or of adapters; and the number of trained weights."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:DEVICES])
     with jax.set_mesh(mesh):
         model = make_model(decoder_config(LLAMA_3_8B), dtype="float32", param_dtype="float32", attention="auto",
                            remat="full", scan=True, matmul_precision="default")  # fmt: skip
-        params = placed_shapes(model, mesh)
+        if kind == "lora":
+            model = replace(model, lora=make_lora(LoraConfig(rank=16)))
+        params = trained_shapes(model, mesh)
         optimizer = make_optimizer(OptimizerConfig(), 100)
         state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
         own = state_shardings(state, jax.tree.map(lambda x: x.sharding, params), replicated(mesh), optimizer)
         state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, own)
-        logps_fn = make_logps_fn(model.hidden, model.unembedding, chunk=CHUNK, stats=True,
-                                 squares=loss.weighting == "wpo")  # fmt: skip
+        logps_fn = make_logps_fn(*scoring_functions(model), chunk=CHUNK, stats=True, squares=loss.weighting == "wpo")
         cached = PairLogps(
             sum=jnp.zeros((PAIRS, 2)),
             count=jnp.zeros((PAIRS, 2)),
             weight=jnp.zeros(PAIRS),
             valid=jnp.zeros(PAIRS, bool),
         )
-        reference = {"live": params, "cached": jax.eval_shape(lambda: cached), "none": None}[kind]
+        base = placed_shapes(model, mesh)
+        reference = {"live": base, "cached": jax.eval_shape(lambda: cached), "lora": Base(base)}[kind]
         step = make_train_step(logps_fn=logps_fn, loss=loss, optimizer=optimizer, shardings=own,
                                metrics_sharding=replicated(mesh))  # fmt: skip
-        return step.lower(state, reference, shapes_of_batch(mesh)).compile(), count_params(model)
+        return step.lower(state, reference, shapes_of_batch(mesh)).compile(), sum(
+            x.size for x in jax.tree.leaves(params)
+        )
 
 
 def held(kind: str, loss: LossConfig) -> tuple[float, float]:
@@ -83,6 +90,17 @@ def test_a_cached_reference_saves_the_reference_tree():
     assert live[0] - cached[0] == pytest.approx(weights, rel=1e-3)
     assert cached[0] == pytest.approx(3 * weights, rel=1e-3)  # weights and two moments
     assert cached[1] <= live[1]
+
+
+def test_adapters_hold_no_second_model():
+    """Policy and reference of rank 16 share one tree, and have moments for the adapters alone."""
+    loss = LossConfig()
+    whole, adapters = (compiled(kind, loss)[1] for kind in ("live", "lora"))
+    assert 2 * adapters < 0.01 * 2 * whole  # two moments each
+    base = 4 * whole / DEVICES
+    assert base < held("lora", loss)[0] < base + 4 * 3 * adapters  # small enough to lie whole on each device
+    assert held("lora", loss)[1] < held("live", loss)[1]
+    assert sum(held("lora", loss)) < 0.7 * sum(held("cached", loss))
 
 
 def test_scores_of_all_tokens_are_nowhere():

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,40 @@ def test_cached_log_probs_of_an_accumulated_step_lie_in_its_parts(folder, cached
         together = reference.sums(parts.logps_step, data, parts.batches.store, [])
         np.testing.assert_array_equal(found.sum.reshape(4, 2), together)
         np.testing.assert_array_equal(found.valid, data.batch.valid)
+
+
+def test_a_cached_reference_runs_no_forward_pass(cached, live):
+    """Counted: a live reference is a second pass in the step and in evaluation, a cached one is none."""
+    parts, start = cached
+    reference = make_reference(parts, start)
+    passes = []
+
+    def counted(params, batch):
+        passes.append(batch)
+        return parts.logps_fn(params, batch)
+
+    data = parts.batches(0)
+    optimizer = optax.sgd(1.0)
+    step = partial(train_step, logps_fn=counted, loss=parts.loss, optimizer=optimizer)
+    state, batch = init_state(start, optimizer), parts.place(data.batch)
+    for argument, count in ((start, 2), (reference.of(data, parts.batches.store), 1)):
+        passes.clear()
+        jax.eval_shape(step, state, argument, batch)
+        assert len(passes) == count
+
+    scored = []
+
+    def counting_step(params, batch):
+        scored.append(params)
+        return parts.logps_step(params, batch)
+
+    moved = jax.tree.map(lambda x: x * 1.1, start)
+    evaluate_sets(replace(parts, logps_step=counting_step), moved, reference)
+    assert scored
+    assert all(params is moved for params in scored)
+    num_batches = len(scored)
+    evaluate_sets(replace(parts, logps_step=counting_step), moved, make_reference(*live))
+    assert len(scored) == 3 * num_batches
 
 
 # ---------------------------------------------------------------------------------------------------------- step 0
