@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jsonargparse
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import PositiveInt
 
 import dpo_jax
 from dpo_jax.config import DPOConfig, SFTConfig, TrainConfig
@@ -125,9 +125,9 @@ COMMANDS = {
         arguments={
             "--for": {"choices": list(CONFIG_OF), "default": "train", "help": "The command that the config is for."},
             "--step": {
-                "type": NonNegativeInt,
+                "type": PositiveInt,
                 "default": None,
-                "help": "Print the pairs of this step, from 0, instead.",
+                "help": "Print the pairs of this step of metrics.jsonl instead.",
             },
         },
     ),

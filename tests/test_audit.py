@@ -164,7 +164,7 @@ def test_fine_tuning_data(tmp_path):
     shown = render(found)
     assert "learned   'ab</s>' ... 'c</s>'" in shown
     assert "rejected" not in shown
-    assert show_step(given, 1, TOKENIZER).startswith("step 1 of 0 to 1, ")
+    assert show_step(given, 1, TOKENIZER).startswith("step 1 of 2, ")
 
 
 def test_a_step_shows_exactly_its_examples(tmp_path):
@@ -172,7 +172,7 @@ def test_a_step_shows_exactly_its_examples(tmp_path):
     sets = open_sets(given, TOKENIZER)
     shown = []
     for step in range(sets.order.num_steps):
-        block = show_step(given, step, TOKENIZER)
+        block = show_step(given, step + 1, TOKENIZER)
         ids = [int(i) for i in re.findall(r"example (\d+), ", block)]
         assert ids == [i for i in sets.order.step_ids(step).tolist() if i >= 0]
         assert [int(row) for row in re.findall(r"row (\d+), ", block)] == sets.train.rows[ids].tolist()
@@ -181,8 +181,8 @@ def test_a_step_shows_exactly_its_examples(tmp_path):
         shown += ids
     assert Counter(shown) == Counter(range(70))
     assert block.count("empty, the data ends here") == 128 - 70
-    with pytest.raises(UserError, match="--step: 2 is not a step of this run, which has 0 to 1"):
-        show_step(given, 2, TOKENIZER)
+    with pytest.raises(UserError, match="--step: 3 is not a step of this run, which has 1 to 2"):
+        show_step(given, 3, TOKENIZER)
 
 
 def test_weighted_sets_reach_the_order(tmp_path):

@@ -46,7 +46,7 @@ WRONG = [
     ("eval c.yaml", "the following arguments are required: output: see dpo-jax eval --help"),
     ("export runs/x", "the following arguments are required: out_dir: see dpo-jax export --help"),
     ("export runs/x out --which newst", "invalid choice: 'newst' (choose from 'newest', 'best')"),
-    ("data c.yaml --step -1", "-1 does not conform to restriction v>=0: see dpo-jax data --help"),
+    ("data c.yaml --step 0", "0 does not conform to restriction v>0: see dpo-jax data --help"),
     ("data c.yaml --for sft --loss.beta 1", "loss: this belongs to `dpo-jax train`, not to `dpo-jax sft`: remove it"),
     ("quickstart here", "unrecognized arguments: here: see dpo-jax quickstart --help"),
 ]

@@ -253,17 +253,17 @@ def _text_head(tokenizer: Any, tokens: np.ndarray, last: bool = False) -> str:
 
 
 def show_step(config: TrainConfig, step: int, tokenizer: Any = None) -> str:
-    """The examples of step ``step``, counted from 0, a block each: slot, id, source, row, text heads.
+    """The examples of step ``step``, numbered from 1 as in metrics.jsonl, a block each: slot, id, source, row, texts.
 
     Raises:
         UserError: the run has no such step; whatever keeps the tokenizer or a set from being read.
     """
     tokenizer = tokenizer or _tokenizer(config)
     sets = open_sets(config, tokenizer)
-    if not 0 <= step < sets.order.num_steps:
-        raise UserError(f"--step: {step} is not a step of this run, which has 0 to {sets.order.num_steps - 1}")
-    lines = [f"step {step} of 0 to {sets.order.num_steps - 1}, epoch {sets.order.epoch(step):.4f}"]
-    for slot, i in enumerate(sets.order.step_ids(step).tolist()):
+    if not 1 <= step <= sets.order.num_steps:
+        raise UserError(f"--step: {step} is not a step of this run, which has 1 to {sets.order.num_steps}")
+    lines = [f"step {step} of {sets.order.num_steps}, epoch {sets.order.epoch(step):.4f} when it is done"]
+    for slot, i in enumerate(sets.order.step_ids(step - 1).tolist()):
         if i < 0:
             lines.append(f"slot {slot}: empty, the data ends here")
             continue
