@@ -20,12 +20,13 @@ import transformers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from dpo_jax.checksums import weights_id
 from dpo_jax.errors import UserError
 from dpo_jax.models.decoder import Model, Params, plain_batch
 from dpo_jax.models.families import builtin_model, decoder_config
 from dpo_jax.models.load import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.models.safetensors import INDEX, SINGLE, find_tensors
-from dpo_jax.models.weights import export_params, load_params, tree_hash
+from dpo_jax.models.weights import export_params, load_params
 
 TINY = builtin_model("builtin:tiny")
 QWEN3 = TINY | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 24, "attention_bias": True,
@@ -74,7 +75,7 @@ def test_export_loads_bit_equal_on_one_device_and_on_eight(tmp_path, hf):
     assert equal(on_eight, params)
     assert on_eight["layers"]["gate"].sharding == spread(model)["layers"]["gate"]
     assert on_eight["layers"]["gate"].addressable_shards[0].data.size * 8 == params["layers"]["gate"].size
-    assert tree_hash(on_eight) == tree_hash(loaded) == tree_hash(params)
+    assert weights_id(on_eight) == weights_id(loaded) == weights_id(params)
 
     again = {"hf_config": hf, "dtype": "float32", "source_dir": None, "max_shard_bytes": 2**30, "overwrite": False}
     export_params(on_eight, model, out_dir=tmp_path / "again", **again)
@@ -164,21 +165,14 @@ def test_export_replaces_only_when_told_and_leaves_nothing_half_written(tmp_path
 def test_hash_is_of_paths_shapes_types_and_bytes():
     tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.float32(1)}}
     same = {"b": {"c": np.float32(1)}, "a": np.arange(6, dtype=np.float32).reshape(2, 3)}
-    assert tree_hash(tree) == tree_hash(same)
+    assert weights_id(tree) == weights_id(same)
     others = [
         tree | {"a": tree["a"].at[1, 2].set(5.0000005)},
         tree | {"a": tree["a"].reshape(3, 2)},
         tree | {"a": tree["a"].view(jnp.int32)},
         {"a": tree["a"], "c": {"b": tree["b"]["c"]}},
     ]
-    assert len({tree_hash(x) for x in (tree, *others)}) == 5
-
-
-def test_hash_in_chunks_is_the_hash_of_the_whole(monkeypatch):
-    tree = make(TINY)[1]
-    whole = tree_hash(tree)
-    monkeypatch.setattr("dpo_jax.models.weights._HASH_CHUNK", 10_000)
-    assert tree_hash(tree) == whole
+    assert len({weights_id(x) for x in (tree, *others)}) == 5
 
 
 def test_a_stored_unembedding_of_a_tied_model_may_only_repeat_the_embedding(tmp_path):

@@ -4,7 +4,6 @@ Shape letters as in ``decoder.py``. A layer's tensors are the slices [L] of one 
 buffers that hold only what this process's devices own of it, and is handed over before the next is begun.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -12,7 +11,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +55,6 @@ COMPANIONS = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
     "generation_config.json",
 )  # fmt: skip
-_HASH_CHUNK = 32 * 2**20  # bytes
 
 _Tensors = dict[str, tuple[str, tuple[int, ...]]]  # tensor of a file -> (its parameter, its shape in the file)
 
@@ -310,21 +307,3 @@ def _write_tensors(params: Params, model: Model, folder: Path, dtype: np.dtype, 
         total = sum(math.prod(shape) for _, shape in expected.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def tree_hash(params: Any) -> str:
-    """SHA-256 (hex) of a tree of arrays: paths, shapes, types and bytes; how it lies on devices does not matter.
-
-    A leaf comes to the host in chunks of its first dim.
-    """
-    digest = hashlib.sha256()
-    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-    for path, leaf in sorted(leaves, key=itemgetter(0)):
-        digest.update(json.dumps([path, list(leaf.shape), leaf.dtype.name]).encode())
-        slices = leaf if leaf.ndim else leaf.reshape(1)
-        count = len(slices)
-        chunk = max(1, _HASH_CHUNK * count // max(1, leaf.nbytes))
-        for start in range(0, count, chunk):
-            part = np.asarray(_rows(slices, start, min(chunk, count - start)))
-            digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
