@@ -90,7 +90,8 @@ def assemble(
     model = build_model(source, config.model, config.lora)
     tokenizer = find_tokenizer(source, model, config.model, config.data.chat_template)
     sets = open_sets(config, tokenizer, train_set, eval_sets)
-    refuse_weights(loss_of(config), sets.train)
+    for store in (sets.train, *(own.store for own in sets.evals.values())):
+        refuse_weights(loss_of(config), store)
     devices = row_devices(mesh)
     logps_fn = make_logps_fn(
         *scoring_functions(model),
@@ -98,6 +99,7 @@ def assemble(
         stats=config.run.token_stats,
         tail=loss_of(config).ld_alpha is not None,
         squares=loss_of(config).weighting == "wpo",
+        precision=model.precision,
     )
     return Parts(
         config=config,
@@ -188,7 +190,8 @@ def make_reference(parts: Parts, weights: Params) -> Reference | None:
         "matmul_precision": parts.model.matmul_precision,
         "platform": jax.default_backend(),
     }
-    logps_fn = make_logps_fn(parts.model.hidden, parts.model.unembedding, chunk=config.batch.target_chunk, tail=tail)
+    logps_fn = make_logps_fn(parts.model.hidden, parts.model.unembedding, chunk=config.batch.target_chunk, tail=tail,
+                             precision=parts.model.precision)  # fmt: skip
     logps_step = make_logps_step(logps_fn, replicated(parts.mesh))  # without the statistics that metrics want
 
     def compute(batches: Batches, steps: Sequence[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

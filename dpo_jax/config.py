@@ -272,13 +272,14 @@ class LossConfig:
                 f"give one for each of loss.types, {len(self.types)}")  # fmt: skip
         require(all(0 < weight < float("inf") for weight in self.weights), "loss.weights", self.weights,
                 "positive numbers are needed")  # fmt: skip
-        require(self.beta > 0, "loss.beta", self.beta, "it must be positive")
+        require(0 < self.beta < float("inf"), "loss.beta", self.beta, "it must be positive")
+        require(-float("inf") < self.f_alpha < float("inf"), "loss.f_alpha", self.f_alpha, "a number is needed")
         require(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", self.label_smoothing, "it lies in [0, 0.5)")
         require(0 < self.discopop_tau < 1, "loss.discopop_tau", self.discopop_tau, "it lies in (0, 1)")
         require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "loss.ld_alpha", self.ld_alpha, "it lies in [0, 1]")
-        require(self.dpop_lambda >= 0, "loss.dpop_lambda", self.dpop_lambda, "it cannot be negative")
-        require(self.simpo_gamma >= 0, "loss.simpo_gamma", self.simpo_gamma, "it cannot be negative")
-        require(self.cpo_weight >= 0, "loss.cpo_weight", self.cpo_weight, "it cannot be negative")
+        for option in ("dpop_lambda", "simpo_gamma", "cpo_weight"):
+            value = getattr(self, option)
+            require(0 <= value < float("inf"), f"loss.{option}", value, "it cannot be negative or infinite")
         self._refuse_combinations()
 
     def _refuse_combinations(self) -> None:

@@ -106,7 +106,12 @@ def find_judged(
     if config.reference.sync_every:
         shapes["reference"] = shapes["params"]
     saved, manifest = restore_part(find_run(config.run.dir).checkpoints, which, shapes)
-    if manifest["identity"]["reference"] != weights_id(weights):
+    if "reference" not in manifest["identity"]:
+        raise UserError(
+            f"run.dir: {config.run.dir} is a run of fine-tuning: give it as model.path, and another run.dir"
+        )
+    followed = manifest["config"]["reference"].get("sync_every", 0) > 0
+    if manifest["identity"]["reference"] != weights_id(weights) or followed != (config.reference.sync_every > 0):
         raise UserError(f"run.dir: {config.run.dir} was trained against another reference than this config's: use "
                         f"{config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
     trained = make_lora(lora_of(manifest["config"]))

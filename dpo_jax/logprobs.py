@@ -55,28 +55,37 @@ def logps_of_logits(
     return tokens
 
 
-def _scores(states: Float[Array, "n D"], unembedding: Float[Array, "V D"]) -> Float[Array, "n V"]:
-    return jnp.einsum("nd,vd->nv", states, unembedding, preferred_element_type=jnp.float32)
+class _Options(NamedTuple):
+    """What is computed, and how; the backward pass is traced elsewhere, so no context can tell it."""
+
+    stats: bool
+    squares: bool
+    precision: str | None
+
+    def product(self, spec: str, x: Array, y: Array) -> Array:
+        """A matrix product, float32."""
+        return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32, precision=self.precision)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _chunked(
     states: Float[Array, "C n D"], unembedding: Float[Array, "V D"], labels: Int[Array, "C n"], used: Int[Array, ""],
-    stats: bool, squares: bool,
+    options: _Options,
 ) -> TokenLogps:  # fmt: skip
     """Log-probs of the first ``used`` of C chunks of n targets, one chunk's scores at a time; 0 in the others.
 
     Its gradient is written out, so that the backward pass, too, visits used chunks only and holds one chunk's scores z:
     d log p_label / dz = onehot(label) - p, and d log sum p^2 / dz = 2 (p^2 / sum p^2 - p).
     """
-    return _chunked_forward(states, unembedding, labels, used, stats, squares)[0]
+    return _chunked_forward(states, unembedding, labels, used, options)[0]
 
 
-def _chunked_forward(states, unembedding, labels, used, stats, squares):
+def _chunked_forward(states, unembedding, labels, used, options):
     mean_row = unembedding.mean(0, dtype=jnp.float32)  # its score is a token's mean score, without a look at all V
 
     def chunk(i):
-        tokens = logps_of_logits(_scores(states[i], unembedding), labels[i], stats=stats, squares=squares)
+        scores = options.product("nd,vd->nv", states[i], unembedding)
+        tokens = logps_of_logits(scores, labels[i], stats=options.stats, squares=options.squares)
         if tokens.stats is None:
             return tokens
         mean_logit = jnp.dot(states[i].astype(jnp.float32), mean_row, precision=jax.lax.Precision.HIGHEST)
@@ -88,22 +97,21 @@ def _chunked_forward(states, unembedding, labels, used, stats, squares):
     return tokens, (states, unembedding, labels, used, tokens.normalizer, tokens.log_sum_sq)
 
 
-def _chunked_backward(stats, squares, kept, cotangents):
+def _chunked_backward(options, kept, cotangents):
     states, unembedding, labels, used, normalizer, log_sum_sq = kept
 
     def add_chunk(i, grads):
         by_states, by_unembedding = grads
-        logps = _scores(states[i], unembedding) - normalizer[i][:, None]
+        logps = options.product("nd,vd->nv", states[i], unembedding) - normalizer[i][:, None]
         probs = jnp.exp(logps)
         onehot = jnp.arange(unembedding.shape[0]) == labels[i][:, None]
         by_scores = cotangents.logp[i][:, None] * (onehot - probs)
-        if squares:
+        if options.squares:
             shares = jnp.exp(2 * logps - log_sum_sq[i][:, None])
             by_scores += 2 * cotangents.log_sum_sq[i][:, None] * (shares - probs)
         by_scores = by_scores.astype(states.dtype)
-        by_states = by_states.at[i].set(jnp.einsum("nv,vd->nd", by_scores, unembedding))
-        own = jnp.einsum("nv,nd->vd", by_scores, states[i], preferred_element_type=jnp.float32)
-        return by_states, by_unembedding + own
+        by_states = by_states.at[i].set(options.product("nv,vd->nd", by_scores, unembedding).astype(states.dtype))
+        return by_states, by_unembedding + options.product("nv,nd->vd", by_scores, states[i])
 
     zeros = jnp.zeros_like(states), jnp.zeros(unembedding.shape, jnp.float32)
     by_states, by_unembedding = jax.lax.fori_loop(0, used, add_chunk, zeros)
@@ -121,6 +129,7 @@ def target_logps(
     chunk: int,
     stats: bool = False,
     squares: bool = False,
+    precision: str | None = None,
 ) -> TokenLogps:
     """Log-probs of the batch's targets [R, M]; differentiable in ``logp`` and ``log_sum_sq``.
 
@@ -128,7 +137,7 @@ def target_logps(
     unused target has no meaning.
     """
     num_rows, num_targets = batch.target_tokens.shape
-    num_chunks = -(-num_targets // chunk)
+    num_chunks = max(1, -(-num_targets // chunk))
     size = -(-num_targets // num_chunks)
 
     def in_chunks(x: AnyArray) -> Array:
@@ -138,7 +147,8 @@ def target_logps(
 
     states = jnp.take_along_axis(hidden, batch.target_sources[..., None], axis=1)
     used = (in_chunks(batch.target_mask).any(1) * jnp.arange(1, num_chunks + 1)).max()
-    tokens = _chunked(in_chunks(states), unembedding, in_chunks(batch.target_tokens), used, stats, squares)
+    options = _Options(stats, squares, precision)
+    tokens = _chunked(in_chunks(states), unembedding, in_chunks(batch.target_tokens), used, options)
     in_rows = lambda x: x.reshape(num_chunks, num_rows, size).swapaxes(0, 1).reshape(num_rows, -1)  # noqa: E731
     return jax.tree.map(lambda x: in_rows(x)[:, :num_targets], tokens)
 
@@ -187,6 +197,7 @@ def make_logps_fn(
     stats: bool = False,
     tail: bool = False,
     squares: bool = False,
+    precision: str | None = None,
 ) -> LogpsFn:
     """``logps_fn(params, batch) -> PairLogps`` of a model given as two pure functions, over packed rows.
 
@@ -197,11 +208,14 @@ def make_logps_fn(
         stats: also what only metrics want, `TokenStats`.
         tail: also ``tail_sum``, which ``loss.ld_alpha`` asks for.
         squares: also ``log_sum_sq``, which ``loss.weighting: wpo`` asks for.
+        precision: of the products with the unembedding, as in ``jax.lax.Precision``; None: jax's default.
     """
 
     def logps_fn(params: Params, batch: PreferenceBatch, *frozen: Params) -> PairLogps:
         hidden, unembedding = hidden_fn(params, batch, *frozen), unembedding_fn(params, *frozen)
-        tokens = target_logps(hidden, unembedding, batch, chunk=chunk, stats=stats, squares=squares)
+        tokens = target_logps(
+            hidden, unembedding, batch, chunk=chunk, stats=stats, squares=squares, precision=precision
+        )
         return pair_logps(tokens, batch, tail=tail)
 
     return logps_fn
@@ -212,12 +226,13 @@ def make_token_logps_fn(
     unembedding_fn: Callable[..., Float[Array, "V D"]],
     *,
     chunk: int,
+    precision: str | None = None,
 ) -> Callable[..., Float[Array, "R M"]]:
     """As ``make_logps_fn``, but of each target by itself; see ``answer_values`` for whose it is."""
 
     def token_logps_fn(params: Params, batch: PreferenceBatch, *frozen: Params) -> Float[Array, "R M"]:
         hidden, unembedding = hidden_fn(params, batch, *frozen), unembedding_fn(params, *frozen)
-        return target_logps(hidden, unembedding, batch, chunk=chunk).logp
+        return target_logps(hidden, unembedding, batch, chunk=chunk, precision=precision).logp
 
     return token_logps_fn
 

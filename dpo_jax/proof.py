@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dpo_jax.assemble import Parts
-from dpo_jax.config import DPOConfig
+from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.data.batches import StepData
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import Params
@@ -38,6 +38,14 @@ def start_logps(parts: Parts, reference: Reference, params: Params) -> tuple[np.
     fixed = reference.sums(parts.logps_step, data, parts.batches.store, batches)
     real = data.ids >= 0
     return np.concatenate(policy)[real], fixed[real]
+
+
+def starts_equal(config: DPOConfig | SFTConfig, ids: Mapping[str, str]) -> bool:
+    """Whether policy and reference are the same numbers at the start: same weights, uncast, no trained adapters."""
+    if not isinstance(config, DPOConfig):
+        return False
+    uncast = config.reference.dtype in ("auto", config.model.param_dtype)
+    return uncast and ids["weights"] == ids["reference"] and "adapters" not in ids
 
 
 def mean_margin(policy: np.ndarray, fixed: np.ndarray) -> float:
@@ -83,8 +91,9 @@ def check_first(parts: Parts, values: Mapping[str, float], data: StepData) -> No
     if start is None:
         return
     size = max(1.0, abs(values["logps/chosen"]), abs(values["logps/rejected"]))
-    allowed = 3e-6 * max(1.0, abs(start.loss)) + agreement(parts) * size * start.slope
-    expected = start.loss * float(parts.batches.store.weights[data.ids[data.ids >= 0]].mean())
+    weight = float(parts.batches.store.weights[data.ids[data.ids >= 0]].mean())
+    expected = start.loss * weight
+    allowed = 3e-6 * max(1.0, abs(expected)) + agreement(parts) * size * start.slope * max(1.0, weight)
     if not abs(values["loss"] - expected) <= allowed:
         raise UserError(f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (allowed: "
                         f"{allowed:.2g} more or less): a mask, the reference or a cached log-prob is wrong; compare "

@@ -55,7 +55,9 @@ def token_log_ratios(
     parts: Parts, params: Params, reference: LiveReference, batches: Batches
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(example id, log-ratios of each answer's tokens, float32) of every pair; policy and reference by one program."""
-    token_logps = make_token_logps_fn(*scoring_functions(parts.model), chunk=parts.config.batch.target_chunk)
+    token_logps = make_token_logps_fn(
+        *scoring_functions(parts.model), chunk=parts.config.batch.target_chunk, precision=parts.model.precision
+    )
     if parts.model.lora is not None:
         token_logps = of_adapted(token_logps)
     step = jax.jit(token_logps, out_shardings=replicated(parts.mesh))

@@ -39,7 +39,7 @@ from dpo_jax.models.adapters import Adapted
 from dpo_jax.models.decoder import count_adapters, count_params
 from dpo_jax.optimizer import make_optimizer, make_schedule
 from dpo_jax.policy import export_run, keep_model_files, load_start, load_weights
-from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps
+from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps, starts_equal
 from dpo_jax.reference import LiveReference, Reference
 from dpo_jax.report import write_report
 from dpo_jax.rundir import RunDir, cut_back, hold_run, last_metrics, log_event, log_offsets, lost_saves
@@ -138,7 +138,7 @@ def train(
                 parts=parts,
                 base=base,
                 reference=reference,
-                proven=reference is not None and ids["weights"] == ids["reference"] and "adapters" not in ids,
+                proven=reference is not None and starts_equal(config, ids),
                 step=step,
                 schedule=make_schedule(config.optimizer, num_steps),
                 saves=saves,
@@ -216,7 +216,7 @@ def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None
         say(show, f"not bit for bit the same from here on: {line}")
     if job.reference is not None:
         margin = mean_margin(*start_logps(job.parts, job.reference, job.policy(state)))
-        say(show, f"mean margin of the first step's pairs: {margin:.6g} nats")
+        say(show, f"mean margin of the first step's pairs by now: {margin:.6g} nats (0 at the start)")
     return state, Progress(manifest["step"], manifest["extras"]["num_tokens"])
 
 
@@ -360,7 +360,8 @@ def record(job: Job, pending: _Pending, progress: Progress, line: Any, clock: fl
     shown = {"loss": f"{values['loss']:.4f}"}
     if "rewards/accuracies" in values:
         shown |= {"acc": f"{values['rewards/accuracies']:.2f}", "margin": f"{values['rewards/margins']:.3f}"}
-    line.set_postfix(shown | {"pairs/s": f"{len(real) / seconds:.1f}"}, refresh=False)
+    unit = "pairs/s" if isinstance(config, DPOConfig) else "examples/s"
+    line.set_postfix(shown | {unit: f"{len(real) / seconds:.1f}"}, refresh=False)
     line.update(1)
     return now
 

@@ -78,7 +78,7 @@ def test_chunks_agree(chunk):
 
 
 @pytest.mark.parametrize("loss", [LOSS, LossConfig(type="ipo"), LossConfig(type="sft")])
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulated_is_the_whole(loss, parts):
     found = gradient(small_model(), pack(PAIRS, accumulation=parts), accumulation=parts, loss=loss)
     assert_equal(found, oracle(loss))
@@ -104,7 +104,7 @@ MESHES = [
 
 
 @pytest.mark.parametrize("config", MESHES, ids=str)
-@pytest.mark.parametrize("order", ["as they come", "permuted"])
+@pytest.mark.parametrize("order", ["as they come", pytest.param("permuted", marks=pytest.mark.slow)])
 def test_meshes_agree(config, order):
     devices = np.array(jax.devices())
     mesh = make_mesh(config, list(devices if order == "as they come" else devices[[5, 2, 7, 0, 3, 6, 1, 4]]))

@@ -100,6 +100,12 @@ def oracle(name: str):
     return gradient(*computed("oracle"), CONFIGS[name])
 
 
+QUICK = {"sigmoid", "aot", "mpo", "ld", "wpo, gradient"}  # the others run with -m slow
+each_loss = pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
+
+
 def assert_equal(found, expected):
     (value, grads), (value_0, grads_0) = found, expected
     assert abs(value - value_0) <= 2e-5 * max(1, abs(value_0))
@@ -116,24 +122,19 @@ def test_log_probs_agree(layout):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "oracle"])
-@pytest.mark.parametrize("name", CONFIGS)
+@each_loss
 def test_losses_agree(name, layout):
     assert_equal(gradient(*computed(layout), CONFIGS[name]), oracle(name))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@each_loss
 def test_a_cached_reference_is_the_live_one(name):
     """Its log-probs were made by another layout's program."""
     policy, _, pulled = computed("shared")
     assert_equal(gradient(policy, computed("padded")[1], pulled, CONFIGS[name]), oracle(name))
 
 
-QUICK = {"sigmoid", "aot", "mpo", "ld", "wpo, gradient"}  # the others run with -m slow
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
-)
+@each_loss
 def test_accumulated_is_the_whole(name):
     loss = CONFIGS[name]
     fn = logps_fn(**WANTED)

@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo_jax.config import TrainConfig
 from dpo_jax.data.duplicates import both_labels, exact_duplicates, near_duplicates, plain_words
-from dpo_jax.data.sets import HELD_OUT, DataSets, open_sets
+from dpo_jax.data.sets import DataSets, open_sets
 from dpo_jax.data.store import Store, prompt_hash
 from dpo_jax.data.tokenize import load_tokenizer
 from dpo_jax.errors import UserError
@@ -120,7 +120,7 @@ def audit(sets: DataSets, tokenizer: Any) -> dict[str, Any]:
         "stage": sets.stage,
         "train": _set_audit(sets.train, sets.train_ids, tokenizer, sets.train.report),
         "evals": {
-            name: _set_audit(held.store, held.ids, tokenizer, [] if name == HELD_OUT else held.store.report)
+            name: _set_audit(held.store, held.ids, tokenizer, [] if held.store is sets.train else held.store.report)
             for name, held in sets.evals.items()
         },
         "shared_prompts": _shared_prompts(sets),

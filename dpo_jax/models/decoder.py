@@ -175,7 +175,7 @@ class _Part(nn.Module):
         """Divide by sqrt(mean(x^2) + eps) over the last dim and scale, in float32 (arXiv 1910.07467)."""
         scale = self.weight(f"{name}_norm", (axis,), nn.initializers.ones).astype(jnp.float32)
         # one dim of tokens: under a leading dim of one row, XLA's gradient is 8 times slower on a CPU
-        x32 = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        x32 = x.astype(jnp.float32).reshape(-1, *x.shape[2:])
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_eps)
         return (x32 * scale).astype(x.dtype).reshape(x.shape)
 
@@ -265,6 +265,11 @@ class Model:
         with self._precision():
             return cast("Array", self._module(lora).apply(variables, batch))
 
+    @property
+    def precision(self) -> str | None:
+        """As `jax.default_matmul_precision` takes it."""
+        return None if self.matmul_precision == "default" else self.matmul_precision
+
     def unembedding(self, params: Params) -> Float[Array, "V D"]:
         """The matrix whose rows score the vocabulary: logits = hidden @ unembedding.T."""
         return params["embed" if self.config.tied else "unembed"]
@@ -300,7 +305,7 @@ class Model:
 
     def _precision(self) -> AbstractContextManager:
         # in force while tracing, so it reaches attention too, and the backward pass takes it from the forward pass
-        return jax.default_matmul_precision(None if self.matmul_precision == "default" else self.matmul_precision)
+        return jax.default_matmul_precision(self.precision)
 
 
 def _axis_names(boxed: Params) -> Params:
