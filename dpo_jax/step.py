@@ -110,8 +110,8 @@ def _accumulated_step(params, batch, scorers: _Scorers, loss: LossConfig):
 
     fixed_of = lambda part: scorers.fixed(part["batch"], part["cached"])  # noqa: E731
     parts = {"batch": batch, "cached": scorers.cached, "cotangent": None}
-    whole_fixed = None
-    if loss.coupled:
+    whole_fixed, coupled = None, loss.coupled
+    if coupled:
         _, (policy, fixed) = jax.lax.scan(
             lambda _, part: (None, (scorers.policy(params, part["batch"]), fixed_of(part))), None, parts
         )
@@ -120,11 +120,11 @@ def _accumulated_step(params, batch, scorers: _Scorers, loss: LossConfig):
         parts["cotangent"] = jax.tree.map(lambda x: x.reshape(policy.sum.shape), whole)
 
     def add_part(grads, part):
-        fixed = None if loss.coupled else fixed_of(part)
+        fixed = None if coupled else fixed_of(part)
 
         def pulled(params):
             policy = scorers.policy(params, part["batch"])
-            pull = part["cotangent"] if loss.coupled else cotangent(stop_gradient(policy), fixed)
+            pull = part["cotangent"] if coupled else cotangent(stop_gradient(policy), fixed)
             return optax.tree.vdot(jax.lax.stop_gradient(pull), _sums(policy)), policy
 
         (_, policy), own = jax.value_and_grad(pulled, has_aux=True)(params)

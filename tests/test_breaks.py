@@ -65,7 +65,7 @@ BREAKS = [
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[live-separable]",
            "test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]")),
     Break(2, "a loss that couples pairs is accumulated part by part", "step.py",
-          "if loss.coupled:", "if False:",
+          "whole_fixed, coupled = None, loss.coupled", "whole_fixed, coupled = None, False",
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]",)),
     # 3: a batch is a pure function of (data, seed, step)
     Break(3, "the seed is not heeded", "data/sampling.py",
@@ -113,7 +113,7 @@ BREAKS = [
           ("test_config::test_what_is_wrong_is_one_line[batch.pair: unknown option: did you mean]",)),
     Break(5, "an option that would not be heeded is taken", "config.py",
           "require(self.reference.dtype == \"auto\" or mode == \"live\",", "require(True,",
-          ("test_config::test_what_is_wrong_is_one_line[reference.dtype: 'bfloat16' cannot be us]",)),
+          ("test_config::test_what_is_wrong_is_one_line[reference.dtype: 'bfloat16' cannot be us0]",)),
     Break(5, "a truncated example is not counted", "data/tokenize.py",
           "notes=(*pieces.notes, too_long)", "notes=pieces.notes",
           ("test_tokenize::test_truncation[keep_start-9-True-expected1]",)),

@@ -113,6 +113,7 @@ BAD = [
         {"loss__type": "aot", "loss__weighting": "wpo"},
         "loss.weighting: 'wpo' cannot be used: aot has no loss of a pair",
     ),
+    ({"loss__type": "dpop", "loss__dpop_lambda": -1.0}, "loss.dpop_lambda: -1.0 cannot be used"),
     ({"loss__wpo_gradient": True}, "loss.wpo_gradient: True cannot be used: weighting none has no weights"),
 ]
 

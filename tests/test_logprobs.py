@@ -114,6 +114,22 @@ def test_scores_of_all_targets_never_exist():
     assert largest(16) <= rows * 16 * 1031
 
 
+def test_the_precision_asked_for_is_that_of_every_product():
+    """Forward and backward, attention and the vocabulary's scores too."""
+    model = small_model(matmul_precision="highest")
+    fn = make_logps_fn(model.hidden, model.unembedding, chunk=64, precision=model.precision)
+    program = str(jax.make_jaxpr(jax.grad(lambda params: fn(params, BATCH).sum.sum()))(small_params()))
+    products = re.findall(r"dot_general\[(.*?)\n\s*\] ", program, re.S)
+    assert len(products) > 20
+    assert all("precision=(Precision.HIGHEST, Precision.HIGHEST)" in one for one in products)
+
+
+def test_a_batch_without_targets_has_no_log_probs():
+    hidden, unembedding = random_model("float32")
+    bare = plain_batch(jnp.ones((2, 8), jnp.int32), jnp.full(2, 8))
+    assert target_logps(hidden[:2, :8], unembedding, bare, chunk=4).logp.shape == (2, 0)
+
+
 def apply(params, tokens):
     """The small model as a function from tokens to next-token scores."""
     model = small_model(attention="xla")

@@ -428,6 +428,19 @@ START = {  # beta 0.3
 }  # fmt: skip
 
 
+def test_the_slope_at_the_start_is_the_steeper_side_of_a_kink():
+    """Where the chosen answer falls, dpop's margin falls by 1 + lambda, by the rejected answer's rise by 1."""
+    assert loss_at_start(LossConfig(type="dpop")).slope == pytest.approx(0.1 * (51 + 1) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("f_alpha", [1.0001, 1.00001, 1.000002, 0.99999])
+def test_alpha_near_1_is_the_reverse_kl(f_alpha):
+    policy, reference = logps([[-10, -10.2]]), logps([[-10, -10]])
+    near, plain = (preference_loss(policy, reference, LossConfig(f_divergence="alpha", f_alpha=f, beta=1.0))
+                   for f in (f_alpha, 1.0))  # fmt: skip
+    np.testing.assert_allclose(near, plain, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_at_the_start(name):
     loss, expected = CONFIGS[name], START[name]

@@ -18,7 +18,7 @@ from dpo_jax.config import DPOConfig, LossConfig
 from dpo_jax.configfile import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.policy import load_weights
-from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps
+from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps, starts_equal
 from dpo_jax.reference import copy_weights
 from dpo_jax.sharding import make_mesh
 from dpo_jax.step import init_state, train_step
@@ -193,6 +193,29 @@ def test_a_cached_start_is_proven_within_a_bound(cached):
     prove_start(parts, policy, fixed)
     with pytest.raises(UserError, match=r"the cache in data\.store is stale or damaged"):
         prove_start(parts, policy, fixed * (1 + 3e-5))
+
+
+@pytest.mark.parametrize("weight", [1.0, 3000.0])
+def test_a_weighed_first_step_is_no_false_alarm(live, weight):
+    parts, _ = live
+    store = replace(parts.batches.store, weights=np.full(NUM_PAIRS, weight, np.float32))
+    parts = replace(parts, batches=replace(parts.batches, store=store))
+    data = parts.batches(0)
+    values = {"loss": np.float32(np.log(2) * weight) * (1 + 1e-6), "logps/chosen": -4.0, "logps/rejected": -1.0}
+    check_first(parts, values, data)
+    with pytest.raises(UserError, match=r"step 0: the loss is"):
+        check_first(parts, values | {"loss": 1.001 * values["loss"]}, data)
+
+
+def test_only_the_same_numbers_start_equal(folder):
+    same, other = {"weights": "a", "reference": "a"}, {"weights": "a", "reference": "b"}
+    config = parts_of(folder)[0].config
+    assert starts_equal(config, same)
+    assert not starts_equal(config, other)
+    assert not starts_equal(config, same | {"adapters": "c"})
+    cast = replace(config, reference=replace(config.reference, dtype="bfloat16"))
+    assert not starts_equal(cast, same)
+    assert starts_equal(replace(cast, model=replace(cast.model, param_dtype="bfloat16")), same)
 
 
 def test_the_margin_of_another_reference_is_said():

@@ -11,6 +11,7 @@ from small_tokenizer import make_tokenizer
 from dpo_jax import cli
 from dpo_jax.config import DPOConfig
 from dpo_jax.configfile import config_to_yaml, parse_config
+from dpo_jax.errors import UserError
 from dpo_jax.evaluate import evaluate
 from dpo_jax.rundir import read_json
 from dpo_jax.train import train
@@ -57,6 +58,8 @@ def test_a_reference_that_follows_the_policy_is_resumed_and_judged_as_saved(fold
     assert steps[4]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert steps[4]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert last["eval_held_out_rewards/margins"] == 0  # step 6 ends with a copy, before it is judged
+    with pytest.raises(UserError, match=r"run\.dir: .* was trained against another reference than this config's"):
+        evaluate(config_of(folder, "whole", mesh__fsdp=-1), folder / "pairs_out.jsonl")
     summary = evaluate(config_of(folder, "whole", mesh__fsdp=-1, **sync), folder / "pairs_out.jsonl")
     assert summary["sets"]["held_out"]["rewards/margins"] == 0
 
