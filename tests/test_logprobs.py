@@ -124,6 +124,15 @@ def test_the_precision_asked_for_is_that_of_every_product():
     assert all("precision=(Precision.HIGHEST, Precision.HIGHEST)" in one for one in products)
 
 
+def test_scores_of_bfloat16_states_are_float32():
+    """By the program, not by its figures: a compiler may keep what the program rounds."""
+    hidden, unembedding = random_model("bfloat16")
+    program = str(jax.make_jaxpr(lambda h, u: target_logps(h, u, BATCH, chunk=64).logp)(hidden, unembedding))
+    products = re.findall(r"dot_general\[(.*?)\n\s*\] ", program, re.S)
+    assert len(products) == 1
+    assert "preferred_element_type=float32" in products[0]
+
+
 def test_a_batch_without_targets_has_no_log_probs():
     hidden, unembedding = random_model("float32")
     bare = plain_batch(jnp.ones((2, 8), jnp.int32), jnp.full(2, 8))
