@@ -74,6 +74,8 @@ ALLOWED_LOOSE = ALLOWED | {
     "logps/chosen": (1e-4, 0),  # less than 2e-3 of reward is in nats
     "logps/rejected": (1e-4, 0),
     "entropy": (1e-4, 0),
+    "logits/chosen": (1e-4, 0),
+    "logits/rejected": (1e-4, 0),
 }
 REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margins"}
 PER_MICROBATCH = {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}  # in TRL, when accumulated
