@@ -398,8 +398,8 @@ class RowsConfig:
     """Most row shapes that the run compiles; each is taken only where it saves token slots."""
     accumulation: int = 1
     """Parts in which the step is computed, one after another; the result does not depend on it."""
-    target_chunk: int = 256
-    """Answer tokens of a row whose vocabulary scores exist at one time."""
+    target_chunk: int = 1024
+    """Answer tokens of a device whose scores exist at one time, over 8192 tokens of the vocabulary."""
 
     def __post_init__(self):
         require(self.row_length == "auto" or self.row_length >= 64, "batch.row_length", self.row_length,

@@ -82,9 +82,11 @@ def row_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
 
 
+def in_force() -> bool:
+    """Whether a mesh with these axes is in force (``jax.set_mesh``)."""
+    return set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
+
+
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keep the first dim of an activation spread as rows are, under the mesh in force (``jax.set_mesh``), if any."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not set(ROWS) <= set(mesh.axis_names):
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+    """Keep the first dim of an activation spread as rows are, under the mesh in force, if any."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if in_force() else x

@@ -29,8 +29,8 @@ def small_model(**options) -> Model:
 
 @cache
 def small_params(seed: int = 0):
-    """Random weights; ``seed`` 1 is another model, to be a reference."""
-    return jax.jit(small_model().init)(jax.random.key(seed))
+    """Random weights, numpy's, at home on any mesh; ``seed`` 1 is another model, to be a reference."""
+    return jax.device_get(jax.jit(small_model().init)(jax.random.key(seed)))
 
 
 def random_pairs(count: int = 8, seed: int = 0) -> list[Pair]:

@@ -18,7 +18,9 @@ PACKAGE = ROOT / "dpo_jax"
 FLOORS = [
     {"errors"},
     {"config", "batch", "chips"},
-    {"checksums", "configfile", "hosts", "logprobs", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
+    {"checksums", "configfile", "hosts", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
+    {"vocabulary"},
+    {"logprobs"},
     {"charts", "configdocs", "distributions", "step", "saved", "models", "data"},
     {"checkpoint", "metrics", "report", "scoring"},
     {"policy", "reference", "refcache", "token_page"},
@@ -35,7 +37,9 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 FOREIGN_FREE = {
     "batch": set(),
     "losses": {"batch", "config"},
-    "logprobs": {"batch"},
+    "logprobs": {"batch", "sharding", "vocabulary"},
+    "vocabulary": {"batch", "sharding"},
+    "sharding": {"config", "errors"},
     "step": {"batch", "config", "logprobs", "losses"},
 }
 
