@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import PreferenceBatch
@@ -40,7 +41,7 @@ ACTIVATIONS = {
 # What is kept of a layer's forward pass for its backward pass; None: no rematerialisation.
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("projected"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -99,23 +100,30 @@ class Lora:
     targets: frozenset[str]  # parameters of a layer, such as query
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def widen(x: Float[Array, "R T D"], matrix: Float[Array, "D F"], precision: str | None) -> Float[Array, "R T F"]:
-    """``x @ matrix``, whose gradient names the narrow x first.
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project(x: Float[Array, "..."], matrix: Float[Array, "..."], spec: str, precision: str | None) -> Array:
+    """``einsum(spec, x, matrix)`` in the type of x; the matrix's gradient is summed and reduced in float32.
 
-    Compilers turn the first factor of ``x^T g``; JAX's own rule puts the wide g there, whose turning, fused with the
-    activation's gradient, is the slowest part of a layer on a CPU.
+    JAX's own rule would round a device's share of the gradient to the type of x before the shares are added.
     """
-    return jnp.einsum("RTD,DF->RTF", x, matrix, precision=precision)
+    return jnp.einsum(spec, x, matrix.astype(x.dtype), precision=precision)
 
 
-def _widen_backward(precision, kept, g):
+def _project_backward(spec, precision, kept, g):
     x, matrix = kept
-    by_x = jnp.einsum("RTF,DF->RTD", g, matrix, precision=precision)
-    return by_x, jnp.einsum("RTD,RTF->DF", x, g, precision=precision)
+    operand, weights, result = spec.replace("->", ",").split(",")
+    by_x = jnp.einsum(f"{result},{weights}->{operand}", g, matrix.astype(x.dtype), precision=precision)
+    # Compilers turn the first factor. That with the matrix's first dim is the narrow one, or needs no turning: else
+    # this is the slowest part of a layer on a CPU.
+    factors = [(result, g), (operand, x)]
+    (first, a), (second, b) = sorted(factors, key=lambda factor: weights[0] not in factor[0])
+    by_matrix = jnp.einsum(
+        f"{first},{second}->{weights}", a, b, precision=precision, preferred_element_type=jnp.float32
+    )
+    return by_x, by_matrix.astype(matrix.dtype)
 
 
-widen.defvjp(lambda x, matrix, precision: (widen(x, matrix, precision), (x, matrix)), _widen_backward)
+project.defvjp(lambda x, matrix, spec, precision: (project(x, matrix, spec, precision), (x, matrix)), _project_backward)
 
 
 class _Part(nn.Module):
@@ -142,10 +150,9 @@ class _Part(nn.Module):
 
     def linear(self, name: str, spec: str, x: Array, axes: str, bias_axes: str, bias: bool) -> Array:
         """A matrix applied to x, and its bias where there is one; axes are names with spaces between."""
-        matrix = self.matrix(name, *axes.split()).astype(x.dtype)
         # the precision in force now is not in force when the backward pass is traced
         precision = jax.config.values["jax_default_matmul_precision"]
-        y = widen(x, matrix, precision) if spec == "RTD,DF->RTF" else jnp.einsum(spec, x, matrix)
+        y = checkpoint_name(project(x, self.matrix(name, *axes.split()), spec, precision), "projected")
         if bias:
             y += self.weight(f"{name}_bias", tuple(bias_axes.split()), nn.initializers.zeros).astype(x.dtype)
         if self.lora is not None and name in self.lora.targets:
