@@ -141,8 +141,9 @@ class Topology(NamedTuple):
 def parse_topology(text: str) -> Topology:
     """A slice by its chips, ``v5e:4x4``, or by Google Cloud's accelerator type, ``v5litepod-16``.
 
-    Google Cloud's ``v5litepod`` may also be written ``v5e``. An accelerator type has the shape that Google Cloud gives it, as near to a square or cube as powers of two allow.
-    Of v4 and v5p its number counts TensorCores, two a chip: ``v5p-128`` has 64 chips.
+    Google Cloud's ``v5litepod`` may also be written ``v5e``. An accelerator type has the shape that Google Cloud gives
+    it, as near to a square or cube as powers of two allow. Of v4 and v5p its number counts TensorCores, two a chip:
+    ``v5p-128`` has 64 chips.
 
     Raises:
         UserError: there is no such chip, type or shape.

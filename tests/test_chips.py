@@ -40,7 +40,8 @@ def test_a_device_kind_names_its_chip():
     [
         ("v5e:4x4", "v5e", (4, 4), 16), ("v5p:4x4x8", "v5p", (4, 4, 8), 128), ("tpu7x:2x2x1", "tpu7x", (2, 2, 1), 8),
         ("v6e:1x1", "v6e", (1, 1), 1), ("v5litepod-1", "v5e", (1, 1), 1), ("v5litepod-4", "v5e", (2, 2), 4),
-        ("v5litepod-8", "v5e", (2, 4), 8), ("v5litepod-16", "v5e", (4, 4), 16), ("v5e-16", "v5e", (4, 4), 16), ("v6e-256", "v6e", (16, 16), 256),
+        ("v5litepod-8", "v5e", (2, 4), 8), ("v5litepod-16", "v5e", (4, 4), 16), ("v5e-16", "v5e", (4, 4), 16),
+        ("v6e-256", "v6e", (16, 16), 256),
         ("v4-8", "v4", (2, 2, 1), 4), ("v5p-32", "v5p", (2, 2, 4), 16), ("v5p-64", "v5p", (2, 4, 4), 32),
         ("v5p-128", "v5p", (4, 4, 4), 64), ("v5p-256", "v5p", (4, 4, 8), 128),
     ],
@@ -56,7 +57,8 @@ def test_slices_by_shape_and_by_accelerator_type(text, chip, shape, devices):
     ("text", "words"),
     [
         ("v5e", "write v5e:4x4"), ("v5e:4*4", "write v5e:4x4"), ("v5litepod:4x4", "there is no chip v5litepod"),
-        ("v5ee:4x4", "did you mean v5e?"), ("v5lite-16", "did you mean v5litepod?"), ("tpu7x-16", "there is no accelerator type tpu7x"),
+        ("v5ee:4x4", "did you mean v5e?"), ("v5lite-16", "did you mean v5litepod?"),
+        ("tpu7x-16", "there is no accelerator type tpu7x"),
         ("h100:4x4", "there is no chip h100, it can be one of v4, v5e"), ("v5e:4x4x4", "v5e has 2 dimensions"),
         ("v5p:4x3x4", "must be even"), ("v5e:0x4", "must be even"), ("v5p-48", "no power of two; name the shape"),
         ("v5p-129", "TensorCores, two a chip"), ("v5e:32x16", "at most 256 chips"),
