@@ -1,4 +1,4 @@
-"""Operations by closed form: against hand-worked numbers, against XLA's own count, and what layouts save on real data."""
+"""Operations by closed form: against hand-worked numbers and XLA's own count; what layouts save on real data."""
 
 import json
 from dataclasses import replace

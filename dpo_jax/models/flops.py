@@ -92,7 +92,7 @@ def forward_flops(config: DecoderConfig, work: Work) -> Flops:
 
 
 def adapter_flops(config: DecoderConfig, work: Work, rank: int, adapted: Collection[str]) -> int:
-    """What adapters of ``rank`` beside the projections ``adapted`` add to a forward pass: x A^T, then that times B^T."""
+    """What adapters of ``rank`` beside the projections ``adapted`` add to a forward pass: (x A^T) B^T."""
     sizes = projections(config)
     return 2 * config.layers * rank * sum(sum(sizes[name]) for name in adapted) * work.tokens
 
