@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.config import MeshConfig
 from dpo_jax.errors import UserError
@@ -41,12 +41,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def row_devices(mesh: Mesh) -> int:
+def row_devices(mesh: Mesh | AbstractMesh) -> int:
     """Devices over which rows are spread: the number of rows is a multiple of it."""
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
-def weight_spec(dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str) -> PartitionSpec:
+def weight_spec(
+    dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, name: str
+) -> PartitionSpec:
     """The table applied to one weight; two dims on one mesh axis, or a size that does not divide, are refused."""
     spec: list[str | None] = []
     for dim, size in zip(dims, shape, strict=True):
@@ -63,7 +65,7 @@ def weight_spec(dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh, na
     return PartitionSpec(*spec)
 
 
-def weight_shardings(shapes: Any, dims: Any, mesh: Mesh) -> Any:
+def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Sharding of each weight, of trees of shapes and of logical axes."""
     return jax.tree.map_with_path(
         lambda path, shape, own: NamedSharding(mesh, weight_spec(own, shape.shape, mesh, jax.tree_util.keystr(path))),
