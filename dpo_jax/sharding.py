@@ -46,6 +46,11 @@ def row_devices(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
+def platform_of(mesh: Mesh) -> str:
+    """What its devices are: cpu, gpu or tpu; not of this process where it compiles for others."""
+    return mesh.devices.flat[0].platform
+
+
 def weight_spec(dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str) -> PartitionSpec:
     """The table applied to one weight; two dims on one mesh axis, or a size that does not divide, are refused."""
     spec: list[str | None] = []
