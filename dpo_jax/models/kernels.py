@@ -31,29 +31,25 @@ def splash(
     segments: Int[Array, "S U"],
     *,
     band: int,
-    scale: float,
     softcap: float | None,
 ) -> Float[Array, "S U N H"]:
     """Splash attention: compiled where the program is compiled for a TPU, interpreted elsewhere.
 
     A token sees the tokens of its own segment that are not later and at most ``band`` - 1 places back. Only blocks
-    within the band are visited. U is a whole number of blocks, as of ``splash_sizes``.
+    within the band are visited. Scores are q . k as they are. U is a whole number of blocks, as of ``splash_sizes``.
     """
     length, num_heads = q.shape[1:3]
     block, whole = splash_sizes(length, band)
     assert length == whole, f"{length} tokens are no whole number of blocks of {block}"
-    q = (q * scale).astype(q.dtype)
-    heads_first = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
     run = partial(_run_splash, block=block, band=band, num_heads=num_heads, softcap=softcap)
     # The platform compiled for, not that of this process: a CPU compiles for TPUs ahead of time.
-    out = jax.lax.platform_dependent(
-        *heads_first, segments, tpu=partial(run, interpret=False), default=partial(run, interpret=True)
+    return jax.lax.platform_dependent(
+        q, k, v, segments, tpu=partial(run, interpret=False), default=partial(run, interpret=True)
     )
-    return jnp.swapaxes(out, 1, 2)
 
 
 def _run_splash(q, k, v, segments, *, block, band, num_heads, softcap, interpret):
-    length = q.shape[2]
+    length = q.shape[1]
     back = band - 1 if band < length else None
     mask = splash_mask.LocalMask((length, length), window_size=(back, 0), offset=0)
     kernel = splash_kernel.make_splash_mha(
@@ -66,8 +62,15 @@ def _run_splash(q, k, v, segments, *, block, band, num_heads, softcap, interpret
         q_seq_shards=1,
         interpret=interpret,
     )
-    one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(ids, ids))  # noqa: E731
-    return cast("Array", jax.vmap(one)(q, k, v, segments))
+
+    def one(inputs):
+        *qkv, ids = inputs
+        q, k, v = (jnp.swapaxes(x, 0, 1) for x in qkv)
+        out = cast("Array", kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(ids, ids)))
+        return jnp.swapaxes(out, 0, 1)
+
+    # One sequence after another, as the kernel's grid goes too: its log-sums take 128 lanes, [N, U, 128] float32.
+    return jax.lax.map(one, (q, k, v, segments))
 
 
 def padded(

@@ -96,8 +96,8 @@ def unshare(x: Float[Array, "R T N H"], to: Unshared) -> Float[Array, "RS U N H"
 def _unshare_backward(to, g):
     num_rows, copies, _ = to.places.shape
     g = g.reshape(num_rows, -1, *g.shape[2:])
-    of_copy = lambda c: _where(to.held[:, c], _take(g, to.places[:, c]).astype(jnp.float32))  # noqa: E731
-    return reduce(jnp.add, map(of_copy, range(copies))).astype(g.dtype), None
+    of_copy = lambda c: _where(to.held[:, c], _take(g, to.places[:, c]))  # noqa: E731
+    return reduce(jnp.add, map(of_copy, range(copies))), None  # of two copies the sum is rounded once, in any type
 
 
 unshare.defvjp(lambda x, to: (unshare(x, to), to), _unshare_backward)
