@@ -87,8 +87,8 @@ def assemble(
 ) -> Parts:
     """Find the model, tokenise the data, lay out every step; nothing is compiled and no weight is loaded yet."""
     source = find_model(config.model.path, config.model.revision)
-    model = build_model(source, config.model, config.lora)
-    tokenizer = find_tokenizer(source, model, config.model, config.data.chat_template)
+    model = build_model(source, config.model, mesh, config.lora)
+    tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = open_sets(config, tokenizer, train_set, eval_sets)
     for store in (sets.train, *(own.store for own in sets.evals.values())):
         refuse_weights(loss_of(config), store)
@@ -160,7 +160,7 @@ def reference_weights(parts: Parts, start: Params) -> Params:
         return start
     try:
         source = find_model(path, None)
-        model = build_model(source, parts.config.model)
+        model = build_model(source, parts.config.model, parts.mesh)
     except UserError as error:
         raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
     if model != parts.model:

@@ -49,10 +49,10 @@ def _export(run_dir: str, out_dir: str, which: Literal["newest", "best"], adapte
 
 def _data(config: TrainConfig, step: int | None) -> None:
     from dpo_jax.data.audit import audit_config, render, show_step
-    from dpo_jax.policy import build_model, find_model, find_tokenizer
+    from dpo_jax.policy import find_model, find_tokenizer
 
     source = find_model(config.model.path, config.model.revision)
-    tokenizer = find_tokenizer(source, build_model(source, config.model), config.model, config.data.chat_template)
+    tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     print(render(audit_config(config, tokenizer)) if step is None else show_step(config, step, tokenizer))
 
 

@@ -33,8 +33,9 @@ class ModelConfig:
     """Type of the arithmetic; auto: bfloat16 on TPU and GPU, float32 on CPU. Log-probs are float32 always."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the trained weights; small learning rates vanish in bfloat16."""
-    attention: Literal["auto", "blocks", "xla"] = "auto"
-    """blocks: only the blocks of the row that hold a pair's own keys; xla: the whole row under a mask, for checks."""
+    attention: Literal["auto", "blocks", "xla", "splash", "cudnn"] = "auto"
+    """splash: TPU's kernel; cudnn: CUDA's, in bfloat16; blocks: only the blocks of the row that hold a pair's own keys;
+    xla: the whole row under a mask, for checks. auto: the platform's own, else blocks."""
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """Precision of float32 matrix products on TPU and GPU; highest to compare figures with a CPU."""
     remat: Literal["none", "dots", "full"] = "full"

@@ -46,6 +46,11 @@ def row_devices(mesh: Mesh | AbstractMesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
+def platform_of(mesh: Mesh) -> str:
+    """What its devices are: cpu, gpu or tpu; not of this process where it compiles for others."""
+    return mesh.devices.flat[0].platform
+
+
 def weight_spec(
     dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, name: str
 ) -> PartitionSpec:

@@ -22,8 +22,8 @@ Pair = tuple[np.ndarray, tuple[np.ndarray, np.ndarray], None]
 
 def small_model(**options) -> Model:
     """The model, by default as a run on one CPU device has it."""
-    settled = {"dtype": "float32", "param_dtype": "float32", "attention": "blocks", "remat": "none", "scan": True,
-               "matmul_precision": "default"} | options  # fmt: skip
+    settled = {"platform": "cpu", "dtype": "float32", "param_dtype": "float32", "attention": "blocks",
+               "remat": "none", "scan": True, "matmul_precision": "default"} | options  # fmt: skip
     return make_model(decoder_config(HF_CONFIG), **settled)
 
 

@@ -42,6 +42,8 @@ def shapes_of_batch(mesh) -> PreferenceBatch:
         valid=of(PAIRS, dtype=bool),
         blocks=of(ROWS, 256, 2),
         answers_per_row=4,
+        longest=LENGTH,
+        branch_length=LENGTH,
     )
     places = batch.place(row_sharding(mesh), replicated(mesh))
     return jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), batch, places)
@@ -52,8 +54,8 @@ def compiled(kind: str, loss: LossConfig):
     """The train step with a live or a cached reference, or of adapters; and the number of trained weights."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:DEVICES])
     with jax.set_mesh(mesh):
-        model = make_model(decoder_config(LLAMA_3_8B), dtype="float32", param_dtype="float32", attention="auto",
-                           remat="full", scan=True, matmul_precision="default")  # fmt: skip
+        model = make_model(decoder_config(LLAMA_3_8B), platform="cpu", dtype="float32", param_dtype="float32",
+                           attention="auto", remat="full", scan=True, matmul_precision="default")  # fmt: skip
         if kind == "lora":
             model = replace(model, lora=make_lora(LoraConfig(rank=16)))
         params = trained_shapes(model, mesh)

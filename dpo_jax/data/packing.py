@@ -6,6 +6,7 @@ Shape letters as in batch.py; J pairs of blocks that attention visits in a row.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -44,6 +45,8 @@ class BatchShape:
     targets: int  # M
     answers: int  # A
     blocks: int  # J
+    longest: int  # tokens of a prompt with one of its answers
+    branch_length: int  # tokens of a row's prompts with one branch of their answers
 
     def holds(self, other: "BatchShape") -> bool:
         """Whether a batch that needs ``other`` fits."""
@@ -132,6 +135,14 @@ def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
     return np.argwhere(np.tril(seen))
 
 
+def branch_tokens(row: Sequence[Unit]) -> int:
+    """Tokens of the row's prompts and of its answers in the branch that has most."""
+    answers: Counter[int] = Counter()
+    for unit in row:
+        answers.update(dict(zip(unit.branches, unit.answers, strict=True)))
+    return sum(unit.prompt for unit in row) + max(answers.values(), default=0)
+
+
 def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
     """The smallest shape that holds these rows, in whole blocks."""
     most = lambda of: max((of(row) for row in rows), default=0)  # noqa: E731
@@ -141,6 +152,8 @@ def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
         targets=_up(most(lambda row: sum(unit.targets for unit in row)), BLOCK),
         answers=max(1, most(lambda row: sum(len(unit.answers) for unit in row))),
         blocks=_up(most(lambda row: len(seen_blocks(row)) if row else 0), 16),
+        longest=_up(most(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
+        branch_length=_up(most(branch_tokens), BLOCK),
     )
 
 
@@ -209,7 +222,8 @@ class Packer:
         grown = needed.union(self.shapes[-1])
         length = _up(grown.length, 4 * BLOCK) if self.row_length is None else grown.length
         return BatchShape(grown.rows, length, _up(grown.targets, 4 * BLOCK), _up(grown.answers, 8),
-                          _up(grown.blocks, 128))  # fmt: skip
+                          _up(grown.blocks, 128), _up(grown.longest, 4 * BLOCK),
+                          _up(grown.branch_length, 4 * BLOCK))  # fmt: skip
 
 
 def pack_rows(
@@ -270,4 +284,6 @@ def pack_rows(
         valid=np.array([example is not None for example in examples]),
         blocks=blocks,
         answers_per_row=shape.answers,
+        longest=shape.longest,
+        branch_length=shape.branch_length,
     )

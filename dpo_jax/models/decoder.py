@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.models.attention import attend
+from dpo_jax.models.attention import Implementation, Layout, attend, choose, make_layout
 from dpo_jax.models.families import DecoderConfig, LinearScaling, Llama3Scaling
 from dpo_jax.sharding import constrain_rows
 
@@ -47,7 +47,7 @@ REMAT = {
 
 
 def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> PreferenceBatch:
-    """Ordinary sequences, one a row, without targets; for ``attention="xla"``, since it lists no blocks."""
+    """Ordinary sequences, one a row, without targets; for ``attention="xla"``, since it lists no blocks or answers."""
     num_rows, length = tokens.shape
     places = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     nothing = jnp.zeros((num_rows, 0), jnp.int32)
@@ -66,6 +66,8 @@ def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> Prefere
         valid=jnp.zeros(0, bool),
         blocks=jnp.zeros((num_rows, 0, 2), jnp.int32),
         answers_per_row=0,
+        longest=length,
+        branch_length=length,
     )
 
 
@@ -190,11 +192,12 @@ class _Part(nn.Module):
 class Layer(_Part):
     """Attention, then feed-forward, each on the normalised residual stream."""
 
-    attention: Literal["blocks", "xla"]
+    attention: Implementation
+    longest: int  # tokens
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "R T D"], angles: Float[Array, "R T C"], batch: PreferenceBatch
+        self, x: Float[Array, "R T D"], angles: Float[Array, "R T C"], layout: Layout
     ) -> tuple[Float[Array, "R T D"], None]:
         """The residual stream after the layer; `nn.scan` asks for a second result."""
         c = self.config
@@ -205,7 +208,8 @@ class Layer(_Part):
         if c.qk_norm:
             q, k = self.rms_norm("query", q, "head_dim"), self.rms_norm("key", k, "head_dim")
         q, k = rotate(q, angles), rotate(k, angles)
-        y = attend(q, k, v, batch, implementation=self.attention, scale=c.head_dim**-0.5, window=c.window)
+        y = attend(q, k, v, layout, implementation=self.attention, scale=c.head_dim**-0.5, longest=self.longest,
+                   window=c.window)  # fmt: skip
         x += self.linear("out", "RTNH,DNH->RTD", y, "embed heads head_dim", "embed", c.out_bias)
 
         y = self.rms_norm("ffn", x, "embed")
@@ -220,7 +224,7 @@ class Decoder(_Part):
     """Token ids to normalised hidden states."""
 
     dtype: Any
-    attention: Literal["blocks", "xla"]
+    attention: Implementation
     remat: Literal["none", "dots", "full"]
     scan: bool
 
@@ -245,8 +249,9 @@ class Decoder(_Part):
             unroll=1 if self.scan else c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
+        layout = make_layout(batch, self.attention)
         x = constrain_rows(x)
-        x, _ = layers(c, self.param_dtype, self.lora, self.attention, name="layers")(x, angles, batch)
+        x, _ = layers(c, self.param_dtype, self.lora, self.attention, batch.longest, name="layers")(x, angles, layout)
         return self.rms_norm("final", x, "embed")
 
 
@@ -257,7 +262,7 @@ class Model:
     config: DecoderConfig
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["blocks", "xla"] = "blocks"
+    attention: Implementation = "blocks"
     remat: Literal["none", "dots", "full"] = "none"
     scan: bool = True
     matmul_precision: Literal["default", "high", "highest"] = "default"
@@ -323,22 +328,27 @@ def _axis_names(boxed: Params) -> Params:
 def make_model(
     config: DecoderConfig,
     *,
+    platform: str,
     dtype: Literal["auto", "float32", "bfloat16"],
     param_dtype: Literal["float32", "bfloat16"],
-    attention: Literal["auto", "blocks", "xla"],
+    attention: Literal["auto", "blocks", "xla", "splash", "cudnn"],
     remat: Literal["none", "dots", "full"],
     scan: bool,
     matmul_precision: Literal["default", "high", "highest"],
     lora: Lora | None = None,
 ) -> Model:
-    """The model, with each ``auto`` settled for the devices of this process; options as in `config.ModelConfig`."""
+    """The model, with each ``auto`` settled for devices of ``platform``; other options as in `config.ModelConfig`.
+
+    Raises:
+        UserError: the attention asked for does not run on that platform.
+    """
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if platform == "cpu" else "bfloat16"
     return Model(
         config=config,
         dtype=dtype,
         param_dtype=param_dtype,
-        attention="blocks" if attention == "auto" else attention,
+        attention=choose(attention, platform=platform, dtype=dtype, head_dim=config.head_dim),
         remat=remat,
         scan=scan,
         matmul_precision=matmul_precision,
