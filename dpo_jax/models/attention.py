@@ -18,7 +18,7 @@ from dpo_jax.batch import BLOCK, PreferenceBatch
 from dpo_jax.errors import UserError
 from dpo_jax.models import kernels
 from dpo_jax.models.unshared import Unshared, answers_apart, branches_apart, share, unshare
-from dpo_jax.sharding import AXES, ROWS
+from dpo_jax.sharding import ROWS, in_force
 
 Implementation = Literal["blocks", "xla", "splash", "cudnn"]
 
@@ -170,11 +170,10 @@ def on_each_device(fn: Callable[..., Array], q: Array, k: Array, v: Array, layou
     Nothing is exchanged: a token sees only its own row. Where `tensor` does not divide the key heads, each is repeated
     as often as it takes for every device to have those of its own query heads, and no others.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not set(AXES) <= set(mesh.axis_names):
+    if not in_force():
         return fn(q, k, v, layout)
-    num_kv_heads = k.shape[2]
-    repeats = lcm(num_kv_heads, mesh.shape["tensor"]) // num_kv_heads
+    num_kv_heads, num_parts = k.shape[2], jax.sharding.get_abstract_mesh().shape["tensor"]
+    repeats = lcm(num_kv_heads, num_parts) // num_kv_heads
     k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
     rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor")
     # kernels do not say over which axes their results vary
