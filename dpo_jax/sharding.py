@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.config import MeshConfig
@@ -38,7 +39,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
     if int(np.prod(list(sizes.values()))) != len(devices):
         raise UserError(f"mesh: {sizes} does not use {len(devices)} devices; set one axis to -1, or change the sizes")
-    return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arranged(devices, tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices as an array of that shape, so that on TPUs an axis runs along their links.
+
+    Several slices are joined by axis `data` alone: it is what little has to pass between them.
+    """
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise UserError(f"mesh.data: {shape[0]} copies cannot be spread over {slices} slices; make it a multiple, "
+                        "since only copies of the model pass so little that it can go between slices")  # fmt: skip
+    inside = (shape[0] // slices, *shape[1:])
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    between = (slices, *(1,) * len(inside[1:]))
+    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
 
 
 def row_devices(mesh: Mesh | AbstractMesh) -> int:

@@ -122,7 +122,7 @@ def train(
         # State and step
         num_steps = parts.batches.order.num_steps
         optimizer = make_optimizer(config.optimizer, num_steps)
-        fresh, abstract = initial_state(parts, optimizer, start)
+        fresh, abstract = initial_state(parts, optimizer)
         step = make_train_step(
             logps_fn=parts.logps_fn,
             loss=parts.loss,
