@@ -17,11 +17,11 @@ PACKAGE = ROOT / "dpo_jax"
 # Imports point to lower floors only; modules of one floor do not import each other, inside a folder they may.
 FLOORS = [
     {"errors"},
-    {"config", "batch", "chips"},
+    {"config", "batch", "chips", "compiler"},
     {"checksums", "configfile", "hosts", "logprobs", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
     {"charts", "configdocs", "distributions", "step", "saved", "models", "data"},
     {"checkpoint", "metrics", "report", "scoring"},
-    {"policy", "reference", "refcache", "token_page"},
+    {"policy", "reference", "refcache", "throughput", "token_page"},
     {"assemble"},
     {"proof", "token_rewards"},
     {"train", "evaluate", "plan"},
