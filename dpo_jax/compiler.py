@@ -3,7 +3,7 @@
 Only what is documented or published in use, and changes when things happen, not what is computed beyond rounding, is
 set unasked. Left out, since what it gains was not measured here and what it costs was: a larger scoped VMEM
 (``xla_tpu_scoped_vmem_limit_kib``, which MaxText raises to 98304 on v6e; compiling took two to four times as long), and
-whole all-gathers in place of windowed products (``xla_jf_spmd_threshold_for_windowed_einsum_mib``; a tenth more
+whole all-gathers in place of windowed products (``xla_jf_spmd_threshold_for_windowed_einsum_mib``; up to a ninth more
 memory). ``run.compiler_flags`` is the place to try them.
 """
 
