@@ -7,12 +7,12 @@ whole all-gathers in place of windowed products (``xla_jf_spmd_threshold_for_win
 memory). ``run.compiler_flags`` is the place to try them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError
 
@@ -50,20 +50,18 @@ def platform_flags(platform: str, overrides: Mapping[str, str]) -> dict[str, str
     return {name: _BOOLEANS.get(value, value) for name, value in options.items() if value}
 
 
-def compiler_options(devices: Sequence[jax.Device], overrides: Mapping[str, str]) -> dict[str, str]:
-    """The options for these devices, each of which their compiler was asked for.
+def compiler_options(mesh: Mesh, overrides: Mapping[str, str]) -> dict[str, str]:
+    """``platform_flags`` of the mesh's devices, after their compiler was asked for them.
 
     Raises:
         UserError: the compiler has no such option, or cannot read its value.
     """
-    options = platform_flags(devices[0].platform, overrides)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(devices[0]))
-    lowered = jax.jit(lambda x: x).lower(scalar)
-    for name, value in options.items():
-        try:
-            lowered.compile(compiler_options={name: value})
-        except jax.errors.JaxRuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"run.compiler_flags: {name}: {value!r} cannot be used: {reason}; "
-                            "correct it, or give it an empty value to leave it out") from error  # fmt: skip
+    options = platform_flags(mesh.devices.flat[0].platform, overrides)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(scalar).compile()
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"run.compiler_flags: {dict(overrides)} cannot be used: {reason}; "
+                        "correct it, or leave it out by an empty value") from error  # fmt: skip
     return options

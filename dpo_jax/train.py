@@ -109,7 +109,7 @@ def train(
         # Data and model
         parts = assemble(config, mesh, train_set, eval_sets)
         refuse_window(config.run.profile_steps, parts.batches.order.num_steps)
-        flags = compiler_options(list(mesh.local_devices), config.run.compiler_flags)
+        flags = compiler_options(mesh, config.run.compiler_flags)
         announce(parts, run)
 
         # Weights: the start is loaded on resume too, because the reference is made of it, never of a restored policy

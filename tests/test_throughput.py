@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from small import logps_fn, pack, random_pairs, small_params
 from small_tokenizer import make_tokenizer
 
 from dpo_jax.assemble import assemble
 from dpo_jax.chips import CHIPS, parse_topology
 from dpo_jax.compiler import FLAGS, compiler_options, platform_flags
-from dpo_jax.config import DPOConfig, LossConfig, RunConfig
+from dpo_jax.config import DPOConfig, LossConfig, MeshConfig, RunConfig
 from dpo_jax.configfile import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.metrics import _memory_stats
@@ -162,13 +162,18 @@ def test_a_window_beyond_the_run_is_refused(config, tmp_path):
 
 @pytest.mark.parametrize("text", ["v5e:4x4", "v5p:2x2x2", "v6e:4x4"])
 def test_the_table_of_flags_is_what_the_compiler_knows(text, tpus):
-    devices = tpus(text)
-    options = compiler_options(devices, {})
-    assert list(options) == [flag.name for flag in FLAGS["tpu"]]
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(devices[0]))
-    jax.jit(lambda x: x + 1, compiler_options=options).lower(scalar).compile()
-    with pytest.raises(UserError, match=r"flags: xla_tpu_nonsense: '1' cannot be used: .*No such compile"):
-        compiler_options(devices, {"xla_tpu_nonsense": "1"})
+    mesh = Mesh(np.array(tpus(text)), ("fsdp",))
+    assert list(compiler_options(mesh, {})) == [flag.name for flag in FLAGS["tpu"]]
+    for flags, why in (({"xla_tpu_nonsense": "1"}, "No such compile option: 'xla_tpu_nonsense'"),
+                       ({"xla_tpu_scoped_vmem_limit_kib": "much"}, "Failed to parse 'much'")):  # fmt: skip
+        with pytest.raises(UserError, match=f"^run.compiler_flags: .*{why}"):
+            compiler_options(mesh, flags)
+
+
+def test_options_are_asked_for_on_the_mesh_in_force():
+    mesh, flags = make_mesh(MeshConfig(fsdp=4, tensor=2)), {"xla_cpu_enable_fast_math": "false"}
+    with jax.set_mesh(mesh):
+        assert compiler_options(mesh, flags) == {"xla_cpu_enable_fast_math": "False"}
 
 
 def test_flags_are_added_replaced_and_left_out():
@@ -181,7 +186,7 @@ def test_flags_are_added_replaced_and_left_out():
 def test_what_this_compiler_does_not_know_is_refused_before_a_run(config, tmp_path):
     for flags, why in (({"xla_nonsense": "1"}, "No such"), ({"xla_cpu_enable_fast_math": "maybe"}, "not a valid bool")):
         wrong = replace(config.run, dir=str(tmp_path / "run"), compiler_flags=flags, profile_steps=())
-        with pytest.raises(UserError, match=f"run.compiler_flags: {next(iter(flags))}: .*{why}") as refused:
+        with pytest.raises(UserError, match=f"^run.compiler_flags: .*{why}") as refused:
             train(replace(config, run=wrong), devices=jax.devices()[:1])
         assert "\n" not in str(refused.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
