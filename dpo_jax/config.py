@@ -488,6 +488,11 @@ class RunConfig:
     """Where metrics go besides metrics.jsonl."""
     progress: bool = True
     """Show a live progress line."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step to trace into the folder `profile`, for XProf or Perfetto; such as [10, 12]."""
+    compiler_flags: dict[str, str] = field(default_factory=dict)
+    """XLA options of the train step, by name, beside or in place of those that the program sets on TPUs; an empty value
+    leaves one of these out."""
 
     def __post_init__(self):
         require(self.steps is None or self.epochs is None, "run.steps", self.steps,
@@ -497,6 +502,9 @@ class RunConfig:
         require(self.log_every > 0, "run.log_every", self.log_every, "a positive number is needed")
         require(self.eval_every >= 0, "run.eval_every", self.eval_every, "it cannot be negative")
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "it lies in [0, 2**63)")
+        window = self.profile_steps
+        require(window == () or (len(window) == 2 and 1 <= window[0] <= window[1]), "run.profile_steps", window,
+                "give the first and the last step, counted from 1, such as [10, 12]")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,13 @@ PACKAGE = ROOT / "dpo_jax"
 # Imports point to lower floors only; modules of one floor do not import each other, inside a folder they may.
 FLOORS = [
     {"errors"},
-    {"config", "batch", "chips"},
+    {"config", "batch", "chips", "compiler", "hlo"},
     {"checksums", "configfile", "hosts", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
     {"vocabulary"},
     {"logprobs"},
     {"charts", "configdocs", "distributions", "step", "saved", "models", "data"},
     {"checkpoint", "metrics", "report", "scoring"},
-    {"policy", "reference", "refcache", "token_page"},
+    {"policy", "reference", "refcache", "roofline", "throughput", "token_page"},
     {"assemble"},
     {"proof", "token_rewards"},
     {"train", "evaluate", "plan"},
