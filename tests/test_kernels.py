@@ -214,12 +214,14 @@ def test_splash_visits_only_the_band():
 
 
 def test_blocks_are_few_and_waste_little():
-    for length in range(64, 20000, 64):
-        block, whole = splash_sizes(length, band=length)
-        assert block % 128 == 0
-        assert block <= 1024
-        assert whole % block == 0
-        assert length <= whole < length + 128 * (whole // block)
+    for longest in (64, 2048):
+        for length in range(longest, 20000, 64):
+            block, whole = splash_sizes(length, longest)
+            assert block % 128 == 0
+            assert block <= 512 * (1 + (longest == 2048))
+            assert whole % block == 0
+            assert length <= whole < length + 128 * (whole // block)
+            assert splash_sizes(whole, longest) == (block, whole)
     assert splash_sizes(4096, 4096) == (1024, 4096)
     assert splash_sizes(4096, 700) == (512, 4096)
     assert splash_sizes(1088, 1088) == (384, 1152)
@@ -289,12 +291,12 @@ def test_the_platform_compiled_for_decides():
 @pytest.mark.slow
 @pytest.mark.parametrize("chips", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
 def test_splash_compiles_for_tpu(chips):
-    """Every layer's working memory stays below half a GiB: 32 MiB of queries a row, twice, and what goes with them."""
+    """At most 800 MiB with arguments and results (256); were all sequences at once in the kernel, it would be 880."""
     batch = BATCHES["random"]()
     mesh = make_mesh(MeshConfig(), topologies.get_topology_desc(chips, "tpu").devices[:1])
     with jax.set_mesh(mesh):
         compiled = layer_of(batch, "splash").lower(*llama_inputs(batch, mesh)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 512 * 2**20
+    assert compiled.memory_analysis().peak_memory_in_bytes < 800 * 2**20
     assert platform_of(mesh) == "tpu"
 
 

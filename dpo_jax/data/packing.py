@@ -135,6 +135,15 @@ def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
     return np.argwhere(np.tril(seen))
 
 
+def list_blocks(rows: Sequence[Sequence[Unit]], shape: BatchShape) -> np.ndarray:
+    """``PreferenceBatch.blocks`` of these rows."""
+    blocks = np.full((shape.rows, shape.blocks, 2), -1, np.int32)
+    for row, units in enumerate(rows):
+        pairs = seen_blocks(units)
+        blocks[row, : len(pairs)] = pairs
+    return blocks
+
+
 def branch_tokens(row: Sequence[Unit]) -> int:
     """Tokens of the row's prompts and of its answers in the branch that has most."""
     answers: Counter[int] = Counter()
@@ -151,7 +160,7 @@ def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
         length=_up(most(lambda row: sum(unit.size for unit in row)), BLOCK),
         targets=_up(most(lambda row: sum(unit.targets for unit in row)), BLOCK),
         answers=max(1, most(lambda row: sum(len(unit.answers) for unit in row))),
-        blocks=_up(most(lambda row: len(seen_blocks(row)) if row else 0), 16),
+        blocks=_up(most(lambda row: len(seen_blocks(row))), 16),
         longest=_up(most(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
         branch_length=_up(most(branch_tokens), BLOCK),
     )
@@ -239,7 +248,6 @@ def pack_rows(
     grid = {name: np.zeros((num_rows, shape.length), np.int32) for name in per_token}
     targets = {name: np.zeros((num_rows, shape.targets), np.int32) for name in per_target}
     mask = np.zeros((num_rows, shape.targets), bool)
-    blocks = np.full((num_rows, shape.blocks, 2), -1, np.int32)
     answer_slots = np.zeros((num_pairs, num_answers), np.int32)
 
     def lay(row, start, tokens, position, segment, branch):
@@ -272,9 +280,6 @@ def pack_rows(
                 answer_slots[unit.pair, branch] = row * shape.answers + slot
                 used, slot, answer = used + len(chosen), slot + 1, answer + len(tokens)
             start = answer
-        if units:
-            pairs = seen_blocks(units)
-            blocks[row, : len(pairs)] = pairs
     return PreferenceBatch(
         **grid,
         **{f"target_{name}": value for name, value in targets.items()},
@@ -282,7 +287,7 @@ def pack_rows(
         answer_slots=answer_slots,
         weight=weight.astype(np.float32),
         valid=np.array([example is not None for example in examples]),
-        blocks=blocks,
+        blocks=list_blocks(rows, shape),
         answers_per_row=shape.answers,
         longest=shape.longest,
         branch_length=shape.branch_length,

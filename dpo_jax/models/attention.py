@@ -140,10 +140,11 @@ def _blocks(q, k, v, layout, *, longest, **options):
 def _splash(q, k, v, layout, *, longest, scale, window, softcap):
     to = layout.unshared
     segments = to.segments.reshape(-1, to.segments.shape[-1])
+    block, _ = kernels.splash_sizes(to.segments.shape[-1], longest)
     band = longest if window is None else min(window, longest)
     q = (q * scale).astype(q.dtype)  # before there are more of them
     q, k, v = (unshare(x, to) for x in (q, k, v))
-    return share(kernels.splash(q, k, v, segments, band=band, softcap=softcap), to)
+    return share(kernels.splash(q, k, v, segments, block=block, band=band, softcap=softcap), to)
 
 
 def _padded(q, k, v, layout, *, longest, scale, window, softcap, implementation):

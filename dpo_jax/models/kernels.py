@@ -13,12 +13,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float, Int
 
 LANES = 128  # a splash block is a multiple of it
-BLOCKS = ((2048, 1024), (0, 512))  # (a key may be so far back, tokens in a block at most): see docs/decisions.md
+BLOCKS = ((2048, 1024), (0, 512))  # (tokens of the longest sequence, tokens in a block at most): docs/decisions.md
 
 
-def splash_sizes(length: int, band: int) -> tuple[int, int]:
+def splash_sizes(length: int, longest: int) -> tuple[int, int]:
     """Tokens in a block, and in a whole number of blocks that hold ``length`` tokens."""
-    most = next(block for reach, block in BLOCKS if min(length, band) >= reach)
+    most = next(block for reach, block in BLOCKS if longest >= reach)
     count = -(-length // most)
     block = LANES * -(-length // (LANES * count))
     return block, count * block
@@ -30,17 +30,16 @@ def splash(
     v: Float[Array, "S U K H"],
     segments: Int[Array, "S U"],
     *,
+    block: int,
     band: int,
     softcap: float | None,
 ) -> Float[Array, "S U N H"]:
     """Splash attention: compiled where the program is compiled for a TPU, interpreted elsewhere.
 
     A token sees the tokens of its own segment that are not later and at most ``band`` - 1 places back. Only blocks
-    within the band are visited. Scores are q . k as they are. U is a whole number of blocks, as of ``splash_sizes``.
+    within the band are visited. Scores are q . k as they are. U is a whole number of blocks of ``block`` tokens.
     """
-    length, num_heads = q.shape[1:3]
-    block, whole = splash_sizes(length, band)
-    assert length == whole, f"{length} tokens are no whole number of blocks of {block}"
+    num_heads = q.shape[2]
     run = partial(_run_splash, block=block, band=band, num_heads=num_heads, softcap=softcap)
     # The platform compiled for, not that of this process: a CPU compiles for TPUs ahead of time.
     return jax.lax.platform_dependent(
