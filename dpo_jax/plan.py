@@ -4,121 +4,135 @@ The very step of the config is compiled ahead of time by the TPU's own compiler,
 machine. Memory and exchanges are the compiled program's; operations, traffic and times are closed forms.
 """
 
-import importlib.util
 import math
 import os
-import re
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.assemble import abstract_state, loss_of, train_logps_fn
-from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch
+from dpo_jax.aot import Compiled, Load, compile_step, slice_mesh, up
 from dpo_jax.chips import Topology, parse_topology
-from dpo_jax.compiler import platform_flags
 from dpo_jax.config import DPOConfig, ModelConfig
+from dpo_jax.data.sets import open_sets
 from dpo_jax.errors import UserError
 from dpo_jax.hlo import exchanges
 from dpo_jax.models.decoder import Model, count_adapters, count_params
 from dpo_jax.models.flops import Work, causal_pairs, pairs_work, step_flops
 from dpo_jax.models.known import known_config
-from dpo_jax.optimizer import make_optimizer
-from dpo_jax.policy import ModelSource, build_model, find_model, placed_shapes
+from dpo_jax.policy import ModelSource, build_model, find_model, find_tokenizer
 from dpo_jax.roofline import exchange_times, hardware_flops, matrix_traffic
-from dpo_jax.sharding import make_mesh, replicated, row_devices, row_sharding
-from dpo_jax.step import Base, make_train_step
+from dpo_jax.sharding import row_devices
 
 GIB = 2**30
-# libtpu looks for a TPU, and for other programs that use one; this machine has none
-WITHOUT_TPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-               "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What a step is asked for. Lengths are means of a pair: prompt, chosen, rejected."""
+@dataclass(frozen=True)
+class Known:
+    """What is known beside the config."""
 
-    pairs: int  # of a step
-    parts: int
-    rows: int  # of a part, over all devices
-    row_length: int
-    lengths: tuple[float, float, float]
-    longest: int  # tokens of a prompt with one answer
-
-    @property
-    def unit(self) -> float:
-        """Tokens of a pair, its prompt once."""
-        return sum(self.lengths)
-
-    @property
-    def slots(self) -> int:
-        """Tokens that a step has room for."""
-        return self.parts * self.rows * self.row_length
-
-    @property
-    def fill(self) -> float:
-        """Share of the slots that holds tokens."""
-        return self.pairs * self.unit / self.slots
-
-    @property
-    def targets(self) -> int:
-        """Of a row, if it is full."""
-        return _up(self.row_length * (1 - self.lengths[0] / self.unit), BLOCK)
+    slices: int = 1
+    rows: int | None = None  # of ``batch.row_length`` tokens, a device and part; None: what the lengths ask for, else 1
+    lengths: tuple[float, float, float] | None = None  # None: rows are taken to be full, of pairs in equal thirds
+    examples: int | None = None  # pairs of the data, for the hours of a run that is not given in steps
+    data: bool = False  # read the data for both
 
 
-def _up(number: float, multiple: int) -> int:
-    return multiple * math.ceil(number / multiple)
+def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, search: bool) -> list[dict[str, Any]]:
+    """`plan` of each slice; with ``search`` each also of the first settings found that fit."""
+    slices = [parse_topology(text) for text in topologies]
+    source = _source(config.model)
+    if known.data:
+        known = _measured(config, source, known)
+    plans = []
+    for slice_ in slices:
+        plans.append(plan(config, source, slice_, known))
+        if search and not plans[-1]["memory"]["fits"]:
+            plans += search_fit(config, source, slice_, known)
+    return plans
 
 
-def plan(
-    config: DPOConfig,
-    topology: str,
-    *,
-    slices: int = 1,
-    rows: int | None = None,
-    lengths: tuple[float, float, float] | None = None,
-    examples: int | None = None,
-) -> dict[str, Any]:
-    """Everything that can be said of the config's step on that slice, as a JSON tree; see `render`.
-
-    Args:
-        config: of the run. Its data is not read.
-        topology: such as v5e:4x4, or v5litepod-16.
-        slices: how many of them.
-        rows: of ``batch.row_length`` tokens, a device and part; None: what ``lengths`` ask for, else 1.
-        lengths: mean tokens of prompt, chosen and rejected; None: rows are taken to be full, of equal thirds.
-        examples: pairs of the data, for the length of the run where it is not given in steps.
+def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known) -> dict[str, Any]:
+    """Everything that can be said of the config's step on a slice, as a JSON tree; `plan_page` renders it.
 
     Raises:
         UserError: the config cannot run there.
     """
-    slice_ = parse_topology(topology)
-    mesh = _mesh(config, slice_, slices)
-    model = build_model(_source(config.model), config.model, mesh, config.lora)
-    load = find_load(config, mesh, rows, lengths)
+    mesh = slice_mesh(config, slice_, known.slices)
+    model = build_model(source, config.model, mesh, config.lora)
+    load = find_load(config, mesh, known)
     found: dict[str, Any] = {
         "topology": slice_.name,
-        "slices": slices,
-        "chips": slice_.chips * slices,
+        "slices": known.slices,
+        "chips": slice_.chips * known.slices,
         "mesh": dict(mesh.shape),
         "model": {"path": config.model.path, "parameters": count_params(model), "dtype": model.dtype,
                   "attention": model.attention, "remat": model.remat,
                   "adapters": 0 if model.lora is None else count_adapters(model)},
         "batch": {"pairs": load.pairs, "parts": load.parts, "rows_a_device": load.rows // row_devices(mesh),
                   "row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths),
-                  "assumed": lengths is None},
+                  "assumed": known.lengths is None},
     }  # fmt: skip
     compiled = compile_step(config, model, mesh, load)
     found |= {"compile_seconds": compiled.seconds, "memory": _memory(compiled, slice_)}
     if compiled.text is None:
         return found
-    return found | _costs(config, model, mesh, load, slice_, compiled.text, examples)
+    return found | _costs(config, model, mesh, load, slice_, compiled.text, known.examples)
+
+
+CURES: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # the cheap ones first
+    "model.remat": lambda c: replace(c, model=replace(c.model, remat="full")),
+    "batch.accumulation": lambda c: replace(c, batch=replace(c.batch, accumulation=2 * c.batch.accumulation)),
+    "mesh.tensor": lambda c: replace(c, mesh=replace(c.mesh, tensor=2 * c.mesh.tensor)),
+    "reference.mode": lambda c: replace(c, reference=replace(c.reference, mode="cached", dtype="auto")),
+    "optimizer.moment_dtype": lambda c: replace(c, optimizer=replace(c.optimizer, moment_dtype="bfloat16")),
+}
+
+
+def search_fit(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known) -> list[dict[str, Any]]:
+    """Plans of ever more frugal settings, each with ``changed``, until one fits or nothing helps any more.
+
+    Each cure is taken as often as it lowers the peak, and kept.
+    """
+    plans: list[dict[str, Any]] = []
+    changed: dict[str, Any] = {}
+    lowest = float("inf")
+    for option, cure in CURES.items():
+        while True:
+            try:
+                other = cure(config)
+                fewer = known if option != "batch.accumulation" else _halved(known)
+                tried = plan(other, source, slice_, fewer)
+            except UserError:  # this setting has an end
+                break
+            if other == config or tried["memory"]["peak"] >= 0.99 * lowest:
+                break
+            section, name = option.split(".")
+            changed = changed | {option: getattr(getattr(other, section), name)}
+            config, known, lowest = other, fewer, tried["memory"]["peak"]
+            plans.append(tried | {"changed": changed})
+            if tried["memory"]["fits"]:
+                return plans
+    return plans
+
+
+def _halved(known: Known) -> Known:
+    if known.rows is None:
+        return known
+    if known.rows % 2:
+        raise UserError(f"--rows: {known.rows} cannot be halved")
+    return replace(known, rows=known.rows // 2)
+
+
+def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
+    """Lengths and number of the pairs that the config trains on."""
+    tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
+    sets = open_sets(config, tokenizer)
+    ids = np.concatenate(sets.order.groups)
+    prompt, chosen, rejected = sets.train.lengths[ids].mean(0).tolist()
+    return replace(known, lengths=(prompt, chosen, rejected), examples=len(ids))
 
 
 def _source(config: ModelConfig) -> ModelSource:
@@ -129,20 +143,9 @@ def _source(config: ModelConfig) -> ModelSource:
     return find_model(config.path, config.revision)
 
 
-def _mesh(config: DPOConfig, slice_: Topology, slices: int) -> Mesh:
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError('--topology: its compiler is missing: pip install "dpo_jax[plan]", on Linux x86-64')
-    os.environ.update({name: value for name, value in WITHOUT_TPU.items() if name not in os.environ})
-    from jax.experimental import topologies
-
-    options = slice_.options | ({"num_slices": slices} if slices > 1 else {})
-    devices = topologies.get_topology_desc(slice_.name, "tpu", **options).devices
-    return make_mesh(config.mesh, devices)
-
-
-def find_load(config: DPOConfig, mesh: Mesh, rows: int | None, lengths: tuple[float, float, float] | None) -> Load:
+def find_load(config: DPOConfig, mesh: Mesh, known: Known) -> Load:
     """Rows and lengths of a step, from what is known of them."""
-    batch, devices = config.batch, row_devices(mesh)
+    batch, devices, rows, lengths = config.batch, row_devices(mesh), known.rows, known.lengths
     if batch.row_length == "auto":
         raise UserError("batch.row_length: auto takes it from the data, which plan does not read; give a number, such "
                         "as --batch.row_length 4096")  # fmt: skip
@@ -152,112 +155,12 @@ def find_load(config: DPOConfig, mesh: Mesh, rows: int | None, lengths: tuple[fl
         third = min(total / pairs, 2 * config.data.max_length) / 3
         lengths = (third, third, third)
     needed = math.ceil(pairs * sum(lengths) / batch.row_length / 0.97)  # rows are not filled to the last token
-    num_rows = _up(needed, devices) if rows is None else rows * devices
+    num_rows = up(needed, devices) if rows is None else rows * devices
     if pairs * sum(lengths) > num_rows * batch.row_length:
         raise UserError(f"--rows: {rows} rows of {batch.row_length} tokens a device do not hold {pairs:g} pairs of "
                         f"{sum(lengths):g} tokens; give more, or raise batch.accumulation")  # fmt: skip
     return Load(pairs=batch.pairs, parts=batch.accumulation, rows=num_rows, row_length=batch.row_length,
                 lengths=lengths, longest=min(config.data.max_length, batch.row_length))  # fmt: skip
-
-
-def abstract_batch(load: Load, mesh: Mesh) -> PreferenceBatch:
-    """The batch's shapes and places."""
-    lead = () if load.parts == 1 else (load.parts,)
-    pairs, answers = load.pairs // load.parts, 2 * math.ceil(load.row_length / load.unit)
-    row, targets = (load.rows, load.row_length), (load.rows, load.targets)
-
-    def empty() -> PreferenceBatch:
-        ints = lambda *shape: jnp.zeros((*lead, *shape), jnp.int32)  # noqa: E731
-        return PreferenceBatch(
-            **{name: ints(*row) for name in ("tokens", "positions", "segments", "branches")},
-            **{f"target_{name}": ints(*targets) for name in ("tokens", "sources", "answers", "offsets")},
-            target_mask=ints(*targets) > 0,
-            answer_slots=ints(pairs, 2),
-            weight=jnp.zeros((*lead, pairs)),
-            valid=ints(pairs) > 0,
-            blocks=ints(load.rows, 16 * (load.row_length // BLOCK), 2),
-            answers_per_row=answers,
-            longest=_up(load.longest, BLOCK),
-            branch_length=load.row_length,
-        )
-
-    batch = jax.eval_shape(empty)
-    return _placed(batch, batch.place(row_sharding(mesh, len(lead)), replicated(mesh)))
-
-
-def _placed(shapes: Any, places: Any) -> Any:
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
-
-
-def abstract_reference(config: DPOConfig, model: Model, mesh: Mesh, load: Load) -> Any:
-    """The shapes and places of the step's ``reference`` argument."""
-    weights, mode, cached = placed_shapes(model, mesh), config.reference_mode, None
-    if mode == "live" and model.lora is None and config.reference.dtype != "auto":
-        dtype = jnp.dtype(config.reference.dtype)
-        weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)
-    if mode == "cached":
-        shape = (load.pairs,) if load.parts == 1 else (load.parts, load.pairs // load.parts)
-
-        def empty() -> PairLogps:
-            answers, pairs = jnp.zeros((*shape, 2)), jnp.zeros(shape)
-            tail = None if config.loss.ld_alpha is None else answers
-            return PairLogps(sum=answers, count=answers, weight=pairs, valid=pairs > 0, tail_sum=tail)
-
-        logps = jax.eval_shape(empty)
-        cached = _placed(logps, jax.tree.map(lambda _: replicated(mesh), logps))
-    if model.lora is not None:
-        return Base(weights, cached)
-    return {"live": weights, "cached": cached, "none": None}[mode]
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler said. Bytes a device."""
-
-    seconds: float
-    text: str | None  # None: it does not fit
-    peak: int
-    held: dict[str, int]  # weights, optimizer, reference, batch
-
-
-def compile_step(config: DPOConfig, model: Model, mesh: Mesh, load: Load) -> Compiled:
-    """The train step of the config, compiled for the mesh's devices."""
-    optimizer = make_optimizer(config.optimizer, 1000)
-    state = abstract_state(model, mesh, optimizer)
-    batch, reference = abstract_batch(load, mesh), abstract_reference(config, model, mesh, load)
-    step: Any = make_train_step(
-        logps_fn=train_logps_fn(config, model),
-        loss=loss_of(config),
-        optimizer=optimizer,
-        accumulation=load.parts,
-        shardings=jax.tree.map(lambda x: x.sharding, state),
-        metrics_sharding=replicated(mesh),
-        compiler_options=platform_flags("tpu", config.run.compiler_flags),
-    )
-    held = {
-        "weights": _bytes(state.params) + (_bytes(reference.params) if isinstance(reference, Base) else 0),
-        "optimizer": _bytes(state.opt_state),
-        "reference": 0 if isinstance(reference, Base) else _bytes(reference),
-        "batch": _bytes(batch),
-    }
-    start = time.perf_counter()
-    with jax.set_mesh(mesh):
-        lowered = step.lower(state, reference, batch)
-    try:
-        program = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        wanted = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MG])\)? (?:exceeds|of)", str(error), re.S)
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        peak = int(float(wanted[1]) * {"M": 2**20, "G": GIB}[wanted[2]]) if wanted else 0
-        return Compiled(time.perf_counter() - start, None, peak, held)
-    memory = program.memory_analysis()
-    return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, held)
-
-
-def _bytes(tree: Any) -> int:
-    """Of a device, by shapes and places."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
