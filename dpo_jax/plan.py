@@ -27,6 +27,7 @@ from dpo_jax.roofline import exchange_times, hardware_flops, matrix_traffic
 from dpo_jax.sharding import row_devices
 
 GIB = 2**30
+FILL = 0.97  # of rows that are packed from many pairs
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,12 @@ def find_load(config: DPOConfig, mesh: Mesh, known: Known) -> Load:
         raise UserError("batch.row_length: auto takes it from the data, which plan does not read; give a number, such "
                         "as --batch.row_length 4096")  # fmt: skip
     pairs = batch.pairs / batch.accumulation  # of a part
+    num_rows = (rows or 1) * devices
     if lengths is None:
-        total = (rows or 1) * devices * batch.row_length
-        third = min(total / pairs, 2 * config.data.max_length) / 3
+        third = min(num_rows * batch.row_length / pairs, 2 * config.data.max_length) / 3
         lengths = (third, third, third)
-    needed = math.ceil(pairs * sum(lengths) / batch.row_length / 0.97)  # rows are not filled to the last token
-    num_rows = up(needed, devices) if rows is None else rows * devices
+    elif rows is None:
+        num_rows = up(math.ceil(pairs * sum(lengths) / batch.row_length / FILL), devices)
     if pairs * sum(lengths) > num_rows * batch.row_length:
         raise UserError(f"--rows: {rows} rows of {batch.row_length} tokens a device do not hold {pairs:g} pairs of "
                         f"{sum(lengths):g} tokens; give more, or raise batch.accumulation")  # fmt: skip
