@@ -14,10 +14,20 @@ from typing import Any
 STARTED = time.perf_counter()
 WARM_UP = 2  # first steps that are never timed
 LEARNING_RATE = 1e-4  # constant: large enough that the losses show whether both do the same work
+GIB = 2**30
+_SMALL = {"vocab_size": 32000, "hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6,
+          "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 2048}  # fmt: skip
+SHAPES = {  # of Llamas, all with tied embeddings
+    "tiny": _SMALL | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                      "num_attention_heads": 4, "num_key_value_heads": 2},
+    "15m": _SMALL,
+    "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072},
+}  # fmt: skip
 
 
-def make_model(folder: Path, pairs_file: str) -> dict[str, Any]:
-    """A Llama of 15M parameters with random weights, and a tokenizer learned from the pairs."""
+def make_model(folder: Path, pairs_file: str, shape: str) -> dict[str, Any]:
+    """A Llama with random weights, and a tokenizer learned from the pairs."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,7 +37,7 @@ def make_model(folder: Path, pairs_file: str) -> dict[str, Any]:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=32000,
+        vocab_size=min(32000, SHAPES[shape]["vocab_size"]),
         min_frequency=2,
         special_tokens=["<pad>", "<end>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -37,26 +47,40 @@ def make_model(folder: Path, pairs_file: str) -> dict[str, Any]:
     path = folder / "model"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(path)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=288,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
+    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0)
     LlamaForCausalLM(config).float().save_pretrained(path)
     return {"path": str(path), "tokens": tokenizer.get_vocab_size()}
 
 
-def run_dpo_jax(
-    folder: Path, model: str, pairs_file: str, max_length: int, batch: int, num_steps: int, reference: str
-) -> dict[str, Any]:
+def measure_rate(folder: Path, device: str, size: int) -> dict[str, Any]:
+    """Operations a second of bfloat16 products of square matrices: the fastest of ten rows of products.
+
+    ``missing`` says instead why JAX cannot use a ``device``, cpu or gpu.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    try:
+        found = jax.devices()[0]
+    except RuntimeError as error:
+        return {"missing": str(error).splitlines()[0]}
+    if found.platform != device:
+        return {"missing": f"it would run on {found.platform}"}
+    row = 50  # long enough that starting it does not count
+    keys = jax.random.split(jax.random.key(0))
+    left, right = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
+    right /= size**0.5  # products stay of the size of ``left``: rates depend on what is multiplied
+    products = jax.jit(lambda x, w: jax.lax.fori_loop(0, row, lambda _, x: x @ w, x))
+    products(left, right).block_until_ready()
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        products(left, right).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return {"size": size, "device": found.device_kind, "flops_per_second": row * 2 * size**3 / min(seconds)}
+
+
+def run_dpo_jax(folder: Path, job: dict[str, Any], num_steps: int, reference: str) -> dict[str, Any]:
     """This project's `train`."""
     import jax
 
@@ -72,11 +96,11 @@ def run_dpo_jax(
     run = folder / "run"
     config = parse_config(
         {
-            "model": {"path": model, "dtype": "float32"},
+            "model": {"path": job["model"], "dtype": job["dtype"], "remat": job["remat"]},
             "reference": {"mode": reference},
-            "data": {"train": pairs_file, "shuffle": False, "max_length": max_length, "workers": 1},
+            "data": {"train": job["pairs_file"], "shuffle": False, "max_length": job["max_length"], "workers": 1},
             "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
-            "batch": {"pairs": batch},
+            "batch": {"pairs": job["batch"]},
             "run": {"dir": str(run), "steps": num_steps, "progress": False, "report": False},
             "checkpoint": {"every": num_steps},
         },
@@ -84,7 +108,8 @@ def run_dpo_jax(
         DPOConfig,
     )
     train(config)
-    peak = peak_gib()
+    on_gpu = job["device"] == "gpu"
+    peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"] / GIB if on_gpu else process_peak_gib()
     whole = time.perf_counter() - STARTED
     compile_seconds = sum(compiles)
     timings, metrics = read_json(run / "timings.jsonl"), read_json(run / "metrics.jsonl")
@@ -131,22 +156,24 @@ def jax_reference_seconds(config: Any) -> float:
     return seconds / len(store)
 
 
-def run_trl(
-    folder: Path, model: str, pairs_file: str, max_length: int, batch: int, num_steps: int, precompute: bool
-) -> dict[str, Any]:
-    """TRL's DPOTrainer as it comes, in float32, and in file order."""
+def run_trl(folder: Path, job: dict[str, Any], num_steps: int, precompute: bool) -> dict[str, Any]:
+    """TRL's DPOTrainer as it comes, but for the type of its arithmetic, and in file order."""
+    import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     clock: list[float] = []  # when training began, and when each step was done
     passes: list[float] = []
+    on_gpu = job["device"] == "gpu"
 
     class Clock(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
             clock.append(time.perf_counter())
 
         def on_step_end(self, args, state, control, **_):
+            if on_gpu:
+                torch.cuda.synchronize()
             clock.append(time.perf_counter())
 
     class Timed(DPOTrainer):
@@ -156,21 +183,23 @@ def run_trl(
             passes.append(time.perf_counter() - began)
             return made
 
-    rows = read_rows(pairs_file)
+    rows = read_rows(job["pairs_file"])
     trainer = Timed(
-        model=model,
+        model=job["model"],
         args=DPOConfig(
             output_dir=str(folder / "run"),
-            max_length=max_length,
-            per_device_train_batch_size=batch,
+            max_length=job["max_length"],
+            per_device_train_batch_size=job["batch"] // job["trl_parts"],
+            gradient_accumulation_steps=job["trl_parts"],
+            gradient_checkpointing=job["remat"] == "full",
             max_steps=num_steps,
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             precompute_ref_log_probs=precompute,
             train_sampling_strategy="sequential",
-            model_init_kwargs={"dtype": "float32"},
-            bf16=False,
-            use_cpu=True,
+            model_init_kwargs={"dtype": "float32", "attn_implementation": job["trl_attention"]},
+            bf16=job["dtype"] == "bfloat16",
+            use_cpu=not on_gpu,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -186,7 +215,7 @@ def run_trl(
         "seconds": seconds,
         "compiled": [],
         "reference_seconds_per_pair": sum(passes) / len(rows),
-        "peak_gib": peak_gib(),
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else process_peak_gib(),
         "start_seconds": whole - sum(seconds[1:]),
         "compile_seconds": 0.0,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
@@ -199,7 +228,7 @@ def read_rows(path: str) -> list[dict[str, str]]:
         return [json.loads(line) for line in file]
 
 
-def peak_gib() -> float:
+def process_peak_gib() -> float:
     """Most memory that this process has held, GiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**20
@@ -210,6 +239,7 @@ def timed_steps(run: dict[str, Any]) -> set[int]:
     return set(range(WARM_UP, len(run["seconds"]))) - set(run["compiled"])
 
 
+INPUTS = {"model": (make_model, {}), "rate": (measure_rate, {})}
 PROGRAMS = {  # in the order in which they take turns
     "trl": (run_trl, {"precompute": False}),
     "dpo_jax-cached": (run_dpo_jax, {"reference": "cached"}),
@@ -219,6 +249,6 @@ PROGRAMS = {  # in the order in which they take turns
 
 if __name__ == "__main__":
     name, place, arguments = sys.argv[1:]
-    function, options = (PROGRAMS | {"model": (make_model, {})})[name]
+    function, options = (INPUTS | PROGRAMS)[name]
     found = function(Path(place), **options, **json.loads(arguments))
     (Path(place) / "result.json").write_text(json.dumps(found))

@@ -1,8 +1,9 @@
-"""Speed and memory of DPO on a CPU, here and in TRL: the same model, the same pairs, the same steps.
+"""Speed and memory of DPO, here and in TRL: the same model, the same pairs, the same steps.
 
     pip install -e '.[bench]'
     python benchmarks/vs_trl.py                       # a Llama of 15M parameters on HH pairs
     python benchmarks/vs_trl.py --setting curve       # stories260K, the model and pairs of TRL's reference curves
+    python benchmarks/vs_trl.py --setting gpu --pairs hh.jsonl    # a Llama of 1.2B parameters in bfloat16, on one GPU
 
 What is measured, and how, is in README.md beside this file. Linux only: peaks are read from /proc.
 """
@@ -20,16 +21,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from programs import PROGRAMS, timed_steps
+import numpy as np
+from programs import PROGRAMS, SHAPES, timed_steps
+
+from dpo_jax.chips import chip_of
+from dpo_jax.models.families import decoder_config
+from dpo_jax.models.flops import pairs_work, step_flops
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+_CPU = {"model": None, "shape": "15m", "pairs": SHARED / "preference/hh_harmless_dev.jsonl", "max_length": 768,
+        "steps": 30, "trl_steps": 12, "batch": 8, "trl_parts": 1, "device": "cpu", "dtype": "float32",
+        "matrix": 0}  # fmt: skip
 SETTINGS = {  # defaults that make one comparison
-    "llama15m": {"model": None, "pairs": SHARED / "preference/hh_harmless_dev.jsonl", "max_length": 768, "steps": 30,
-                 "trl_steps": 12},
-    "curve": {"model": SHARED / "models/stories260K", "pairs": SHARED / "reference_curves/pairs.jsonl",
-              "max_length": 1024, "steps": 20, "trl_steps": 20},
+    "llama15m": _CPU,
+    "curve": _CPU | {"model": SHARED / "models/stories260K", "pairs": SHARED / "reference_curves/pairs.jsonl",
+                     "max_length": 1024, "steps": 20, "trl_steps": 20},
+    "gpu": _CPU | {"shape": "1b", "steps": 24, "batch": 64, "trl_parts": 4, "device": "gpu", "dtype": "bfloat16",
+                   "matrix": 8192},
 }  # fmt: skip
 BASELINE = "trl"
+JOB = ("max_length", "batch", "dtype", "remat", "device", "trl_parts", "trl_attention")  # what the programs are told
+LIVE = ("trl", "dpo_jax-live")  # the reference's forward pass is part of their steps
 PACKAGES = ("dpo_jax", "jax", "jaxlib", "flax", "optax", "transformers", "datasets", "torch", "trl", "accelerate")
 COLUMNS = {  # heading, format and key of each figure
     "pairs/s": ("8.3f", "pairs_per_second"),
@@ -38,6 +50,11 @@ COLUMNS = {  # heading, format and key of each figure
     "peak GiB": ("8.2f", "peak_gib"),
     "start s": ("8.1f", "start_seconds"),
     "of it compiling s": ("8.1f", "compile_seconds"),
+}
+RATES = {  # beside them where the rate of matrix products was measured
+    "tokens/s": ("8.0f", "tokens_per_second"),
+    "of measured rate": (".1%", "measured_mfu"),
+    "of published rate": (".1%", "mfu"),
 }
 
 
@@ -49,32 +66,28 @@ def main() -> None:
         print(f"load average is {about['load_before']:.1f}: times mean little on a busy machine", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="vs_trl_") as scratch:
         work = Path(scratch)
+        if options.matrix:
+            about["matrix"] = matrix_rate(options, work)
         pairs = read_pairs(options.pairs)
-        model = options.model or made_model(work, pairs)
+        model = options.model or made_model(work, pairs, options.shape)
         pairs = fitting(pairs, model, options.max_length)[: options.batch * options.steps]
         if len(pairs) < options.batch * options.steps:
             sys.exit(f"{options.pairs}: {len(pairs)} usable pairs, {options.steps} steps of {options.batch} need more")
-        job = {
+        job = {key: getattr(options, key) for key in JOB} | {
             "model": str(model.resolve()),
             "pairs_file": str(write_pairs(work / "pairs.jsonl", pairs)),
-            "max_length": options.max_length,
-            "batch": options.batch,
         }
-        runs: list[dict[str, Any]] = []
-        for number in range(options.rounds):
-            for name in options.programs:
-                num_steps = options.trl_steps if name.startswith("trl") else options.steps
-                print(f"round {number + 1} of {options.rounds}: {name}, {num_steps} steps", file=sys.stderr, flush=True)
-                python = sys.executable if name.startswith(BASELINE) else options.python
-                figures = call(name, work, python, num_steps=num_steps, **job)
-                runs.append({"program": name, "round": number + 1, **figures})
+        runs = run_all(options, work, job)
+        programs = summarise(runs, options.batch)
+        if options.matrix:
+            add_rates(programs, common_steps(runs), num_tokens(pairs, model), options.batch, model, about["matrix"])
         lengths = mean_lengths(pairs, model)
     result = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         "machine": about,
         "versions": versions,
         "mean_tokens": lengths,
-        "programs": summarise(runs, options.batch),
+        "programs": programs,
         "runs": runs,
     }
     result["ratios"] = ratios(result["programs"])
@@ -84,16 +97,37 @@ def main() -> None:
     print(f"all figures: {options.output}")
 
 
+def run_all(options: argparse.Namespace, work: Path, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of every run, the programs in turn."""
+    runs = []
+    for number in range(options.rounds):
+        for name in options.programs:
+            num_steps = options.trl_steps if name.startswith(BASELINE) else options.steps
+            print(f"round {number + 1} of {options.rounds}: {name}, {num_steps} steps", file=sys.stderr, flush=True)
+            python = sys.executable if name.startswith(BASELINE) else options.python
+            figures = call(name, work, options.device, python, num_steps=num_steps, job=job)
+            runs.append({"program": name, "round": number + 1, **figures})
+    return runs
+
+
 def parse_options(words: list[str]) -> argparse.Namespace:
     """The command line; what is not given comes from the setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=SETTINGS, default="llama15m")
-    parser.add_argument("--model", type=Path, help="Hugging Face directory; llama15m makes one of random weights")
+    parser.add_argument("--model", type=Path, help="Hugging Face directory; default, but in curve: random weights")
+    parser.add_argument("--shape", choices=SHAPES, help="what is made where no model is given")
     parser.add_argument("--pairs", type=Path, help="JSON lines: HH transcripts, or prompt, chosen, rejected")
     parser.add_argument("--max-length", type=int)
     parser.add_argument("--steps", type=int, help="steps of dpo_jax; their pairs are the epoch of the reference pass")
     parser.add_argument("--trl-steps", type=int, help="steps of TRL, the first of the same")
-    parser.add_argument("--batch", type=int, default=8, help="pairs in a step")
+    parser.add_argument("--batch", type=int, help="pairs in a step")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="gpu: the first that CUDA_VISIBLE_DEVICES leaves")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32")
+    parser.add_argument("--remat", choices=("full", "none"), default="full",
+                        help="full: both programs compute every layer again in the backward pass")  # fmt: skip
+    parser.add_argument("--trl-parts", type=int, help="TRL's gradient accumulation: padding is to a part's longest")
+    parser.add_argument("--trl-attention", default="sdpa", help="attn_implementation, such as flash_attention_2")
+    parser.add_argument("--matrix", type=int, help="size of bfloat16 products whose rate is measured first; 0: none")
     parser.add_argument("--rounds", type=int, default=3, help="runs of every program; figures are medians")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), metavar="NAME",
                         help=f"of {', '.join(PROGRAMS)}")  # fmt: skip
@@ -106,7 +140,24 @@ def parse_options(words: list[str]) -> argparse.Namespace:
             setattr(options, name, value)
     if not 3 <= options.trl_steps <= options.steps:
         parser.error(f"--trl-steps {options.trl_steps}: at least 3, of which 1 is timed, and at most --steps")
+    if options.trl_parts < 1 or options.batch % options.trl_parts:
+        parser.error(f"--trl-parts {options.trl_parts}: it must divide --batch, {options.batch}")
+    if options.device == "gpu" and options.matrix < 1:
+        parser.error(f"--matrix {options.matrix}: a GPU's rates are shares of what is measured first; give 8192")
     return options
+
+
+def matrix_rate(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """The device and its rate of matrix products; ends in one line where a program would find no GPU."""
+    found = call("rate", work, options.device, options.python, device=options.device, size=options.matrix)
+    if "missing" in found:
+        sys.exit(f"--device {options.device}: JAX finds none here, {found['missing']}; "
+                 "pip install '.[cuda]' on a machine with a GPU, or choose another --setting")  # fmt: skip
+    import torch
+
+    if options.device == "gpu" and not torch.cuda.is_available():
+        sys.exit("--device gpu: PyTorch finds none here; install its CUDA build")
+    return found
 
 
 def read_pairs(path: Path) -> list[dict[str, str]]:
@@ -131,9 +182,9 @@ def split_transcript(text: str) -> tuple[str, str]:
     return prompt + mark, answer
 
 
-def made_model(work: Path, pairs: list[dict[str, str]]) -> Path:
+def made_model(work: Path, pairs: list[dict[str, str]], shape: str) -> Path:
     """Directory of the model of random weights, its tokenizer learned from all pairs."""
-    return Path(call("model", work, pairs_file=str(write_pairs(work / "all.jsonl", pairs)))["path"])
+    return Path(call("model", work, "cpu", pairs_file=str(write_pairs(work / "all.jsonl", pairs)), shape=shape)["path"])
 
 
 def fitting(pairs: list[dict[str, str]], model: Path, max_length: int) -> list[dict[str, str]]:
@@ -165,13 +216,14 @@ def write_pairs(path: Path, pairs: list[dict[str, str]]) -> Path:
     return path
 
 
-def call(name: str, work: Path, python: str = sys.executable, **arguments: Any) -> dict[str, Any]:
+def call(name: str, work: Path, platform: str, python: str = sys.executable, **arguments: Any) -> dict[str, Any]:
     """Run a function of programs.py in a process of its own, with empty caches; what it returns."""
     folder = Path(tempfile.mkdtemp(prefix=f"{name}_", dir=work))
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # one: TRL would spread over all it sees
     settings = {
-        "JAX_PLATFORMS": "cpu",
+        "JAX_PLATFORMS": "cuda,cpu" if platform == "gpu" else "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "CUDA_VISIBLE_DEVICES": "",
+        "CUDA_VISIBLE_DEVICES": gpu if platform == "gpu" else "",
         "HF_DATASETS_CACHE": str(folder / "datasets"),
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
@@ -183,11 +235,17 @@ def call(name: str, work: Path, python: str = sys.executable, **arguments: Any) 
     return json.loads((folder / "result.json").read_text())
 
 
-def summarise(runs: list[dict[str, Any]], batch: int) -> dict[str, dict[str, float]]:
-    """Medians over each program's runs, in the steps that every run timed."""
+def common_steps(runs: list[dict[str, Any]]) -> list[int]:
+    """Steps that every run timed."""
     common = sorted(set.intersection(*(timed_steps(run) for run in runs)))
     if not common:
         sys.exit("no step was timed in every run: give more --trl-steps")
+    return common
+
+
+def summarise(runs: list[dict[str, Any]], batch: int) -> dict[str, dict[str, float]]:
+    """Medians over each program's runs, in the steps that every run timed."""
+    common = common_steps(runs)
     for run in runs:
         run["step_seconds"] = statistics.mean(run["seconds"][step] for step in common)
         run["pairs_per_second"] = 1 / (run["step_seconds"] / batch + run["reference_seconds_per_pair"])
@@ -195,6 +253,32 @@ def summarise(runs: list[dict[str, Any]], batch: int) -> dict[str, dict[str, flo
     own = {name: [run for run in runs if run["program"] == name] for name in names}
     figures = [key for _, key in COLUMNS.values()]
     return {name: {key: statistics.median(run[key] for run in own[name]) for key in figures} for name in names}
+
+
+def add_rates(
+    programs: dict[str, dict[str, Any]],
+    steps: list[int],
+    lengths: list[tuple[int, int, int]],
+    batch: int,
+    model: Path,
+    matrix: dict[str, Any],
+) -> None:
+    """Add each program's rates in the steps timed: of tokens, a prompt counted once; of operations on real tokens.
+
+    The operations are those of the program's own layout: TRL computes a prompt for each of its two answers. A chip that
+    is not in `dpo_jax.chips` has no published rate.
+    """
+    config = decoder_config(json.loads((model / "config.json").read_text()))
+    chip = chip_of(matrix["device"])
+    own = np.concatenate([np.asarray(lengths)[step * batch : (step + 1) * batch] for step in steps])
+    for name, figures in programs.items():
+        layout = "repeated" if name.startswith(BASELINE) else "shared"
+        work = pairs_work(own, own[:, 1:], layout=layout, window=config.window)
+        flops = step_flops(config, work, live_reference=name in LIVE)
+        seconds = figures["step_seconds"] * len(steps)
+        figures["tokens_per_second"] = own.sum() / seconds
+        figures["measured_mfu"] = flops / seconds / matrix["flops_per_second"]
+        figures["mfu"] = flops / seconds / chip.peak_flops if chip else None
 
 
 def ratios(programs: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -230,15 +314,20 @@ def machine() -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lengths = ", ".join(f"{name} {value}" for name, value in result["mean_tokens"].items())
-    lines = [
-        f"{result['machine']['cores']} cores, {result['machine']['cpu']}",
+    matrix, columns = result["machine"].get("matrix"), COLUMNS | (RATES if result["settings"]["matrix"] else {})
+    lines = [f"{result['machine']['cores']} cores, {result['machine']['cpu']}"]
+    if matrix:
+        rate, size = matrix["flops_per_second"] / 1e12, matrix["size"]
+        lines.append(f"{matrix['device']}: {rate:.3g} TFLOP/s in bfloat16 products of {size} x {size} matrices")
+    lines += [
         f"mean tokens: {lengths}; losses of a step differ by at most {result['largest_loss_difference']:.1e}",
         "",
-        "| program | " + " | ".join(COLUMNS) + " |",
-        "|---|" + "---:|" * len(COLUMNS),
+        "| program | " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * len(columns),
     ]
     for name, own in result["programs"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{own[key]:{form}}" for form, key in COLUMNS.values()) + " |")
+        cells = ["unknown" if own[key] is None else f"{own[key]:{form}}" for form, key in columns.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "| ratio | speed | peak memory |", "|---|---:|---:|"]
     lines += [f"| {name} | {own['speed']:.2f}x | {own['memory']:.2f}x |" for name, own in result["ratios"].items()]
     return "\n".join(lines)
