@@ -161,7 +161,7 @@ def run_trl(folder: Path, job: dict[str, Any], num_steps: int, precompute: bool)
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOTrainer
 
     clock: list[float] = []  # when training began, and when each step was done
     passes: list[float] = []
@@ -186,25 +186,7 @@ def run_trl(folder: Path, job: dict[str, Any], num_steps: int, precompute: bool)
     rows = read_rows(job["pairs_file"])
     trainer = Timed(
         model=job["model"],
-        args=DPOConfig(
-            output_dir=str(folder / "run"),
-            max_length=job["max_length"],
-            per_device_train_batch_size=job["batch"] // job["trl_parts"],
-            gradient_accumulation_steps=job["trl_parts"],
-            gradient_checkpointing=job["remat"] == "full",
-            max_steps=num_steps,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            precompute_ref_log_probs=precompute,
-            train_sampling_strategy="sequential",
-            model_init_kwargs={"dtype": "float32", "attn_implementation": job["trl_attention"]},
-            bf16=job["dtype"] == "bfloat16",
-            use_cpu=not on_gpu,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
+        args=trl_arguments(folder, job, num_steps, precompute),
         train_dataset=Dataset.from_list(rows),
         callbacks=[Clock()],
     )
@@ -220,6 +202,31 @@ def run_trl(folder: Path, job: dict[str, Any], num_steps: int, precompute: bool)
         "compile_seconds": 0.0,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     }
+
+
+def trl_arguments(folder: Path, job: dict[str, Any], num_steps: int, precompute: bool) -> Any:
+    """TRL's own settings, and the few that differ from them."""
+    from trl import DPOConfig
+
+    return DPOConfig(
+        output_dir=str(folder / "run"),
+        max_length=job["max_length"],
+        per_device_train_batch_size=job["batch"] // job["trl_parts"],
+        gradient_accumulation_steps=job["trl_parts"],
+        gradient_checkpointing=job["remat"] == "full",
+        max_steps=num_steps,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        precompute_ref_log_probs=precompute,
+        train_sampling_strategy="sequential",
+        model_init_kwargs={"dtype": "float32", "attn_implementation": job["trl_attention"]},
+        bf16=job["dtype"] == "bfloat16",
+        use_cpu=not on_gpu,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 def read_rows(path: str) -> list[dict[str, str]]:
