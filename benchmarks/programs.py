@@ -221,7 +221,7 @@ def trl_arguments(folder: Path, job: dict[str, Any], num_steps: int, precompute:
         train_sampling_strategy="sequential",
         model_init_kwargs={"dtype": "float32", "attn_implementation": job["trl_attention"]},
         bf16=job["dtype"] == "bfloat16",
-        use_cpu=not on_gpu,
+        use_cpu=job["device"] == "cpu",
         logging_steps=1,
         save_strategy="no",
         report_to="none",
