@@ -50,8 +50,9 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, sear
     plans = []
     for slice_ in slices:
         plans.append(plan(config, source, slice_, known))
-        if search and not plans[-1]["memory"]["fits"]:
-            plans += search_fit(config, source, slice_, known)
+        memory = plans[-1]["memory"]
+        if search and not memory["fits"]:
+            plans += search_fit(config, source, slice_, known, memory["peak"])
     return plans
 
 
@@ -92,27 +93,27 @@ CURES: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # the cheap ones first
 }
 
 
-def search_fit(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known) -> list[dict[str, Any]]:
+def search_fit(
+    config: DPOConfig, source: ModelSource, slice_: Topology, known: Known, peak: float
+) -> list[dict[str, Any]]:
     """Plans of ever more frugal settings, each with ``changed``, until one fits or nothing helps any more.
 
-    Each cure is taken as often as it lowers the peak, and kept.
+    Each cure is taken as often as it lowers the peak, at first ``peak`` GiB, and is kept.
     """
     plans: list[dict[str, Any]] = []
     changed: dict[str, Any] = {}
-    lowest = float("inf")
     for option, cure in CURES.items():
-        while True:
+        section, name = option.split(".")
+        while (other := cure(config)) != config:
             try:
-                other = cure(config)
                 fewer = known if option != "batch.accumulation" else _halved(known)
                 tried = plan(other, source, slice_, fewer)
             except UserError:  # this setting has an end
                 break
-            if other == config or tried["memory"]["peak"] >= 0.99 * lowest:
+            if tried["memory"]["peak"] > 0.99 * peak:
                 break
-            section, name = option.split(".")
-            changed = changed | {option: getattr(getattr(other, section), name)}
-            config, known, lowest = other, fewer, tried["memory"]["peak"]
+            config, known, peak = other, fewer, tried["memory"]["peak"]
+            changed = changed | {option: getattr(getattr(config, section), name)}
             plans.append(tried | {"changed": changed})
             if tried["memory"]["fits"]:
                 return plans

@@ -147,9 +147,10 @@ def test_what_does_not_fit_is_made_to_fit():
     assert found["memory"]["peak"] > CHIPS["v5e"].device_memory / GIB
     assert "DOES NOT FIT" in render(found)
     assert "seconds" not in found
-    *_, last = search_fit(wide, source, slice_, known)
+    *_, last = search_fit(wide, source, slice_, known, found["memory"]["peak"])
     assert last["memory"]["fits"]
     assert last["changed"]["batch.accumulation"] > 1
+    assert "changed    batch.accumulation" in render(last)
 
 
 @pytest.mark.parametrize(
