@@ -12,8 +12,8 @@ leave() { # CODE STATE WHY
   exit "$1"
 }
 
-limited() {                    # SECONDS COMMAND...: in the background, so that Ctrl-C is heard at once; 0 seconds are no limit
-  timeout "$1" "${@:2}" 9>&- & # the lock stays here
+limited() { # SECONDS COMMAND...: in the background, so that Ctrl-C is heard at once; 0: without a limit
+  timeout "$1" "${@:2}" 9>&- &
   child=$!
   wait "$child"
 }
@@ -71,7 +71,7 @@ run_is() { # WORDS, one a worker. Whatever one of them has come to, nothing is d
         *) echo running ;; # the others have come to the end, and these are about to
       esac
       ;;
-    *' final '*) echo stopped ;;
+    *' final '*) echo final ;;
     *' absent '*) echo missing ;; # on new machines, or on some that started anew
     *' failed '*) echo failed ;;
     *' 42 '*) echo saved ;;

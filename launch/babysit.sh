@@ -77,9 +77,9 @@ start() { # SCRIPT...: that lead to a run
 }
 
 ended() { # the run is done
-  [[ ${DELETE_WHEN_DONE:-} == 1 ]] || leave 0 finished "newest step $newest"
+  [[ ${DELETE_WHEN_DONE:-} == 1 ]] || leave 0 kept "the run is done, at step $newest"
   remove "the run is done" || leave 1 undeleted "the run is done"
-  leave 0 deleted "the run is done"
+  leave 0 deleted "the run is done, at step $newest"
 }
 
 while :; do
@@ -99,7 +99,7 @@ while :; do
     missing) start sync setup run ;;
     failed | saved) start run ;;
     finished) ended ;;
-    stopped)
+    final)
       LINES=20 limited "$ASK_SECONDS" "$here/logs.sh" 0 >&2 || true
       leave "$code" stopped "the trainer's exit code is $code, which a restart will not cure"
       ;;

@@ -226,13 +226,14 @@ class Cloud:
         return [int(pid.read_text()) for pid in started if not (pid.parent / "exit_code").exists()]
 
     def preempt(self, number: signal.Signals) -> None:
-        """Take the slice away from its trainers: with notice and time to save (SIGTERM), or without (SIGKILL)."""
-        for pid in self.pids():
+        """Take the slices away from their trainers: with notice and time to save (SIGTERM), or without (SIGKILL)."""
+        pids = self.pids()
+        for pid in pids:
             os.kill(pid, number)
-        deadline = time.monotonic() + 60
-        while number == signal.SIGTERM and self.pids():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        deadline = time.monotonic() + 120
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            assert time.monotonic() < deadline, "a trainer did not end"
+            time.sleep(0.01)
         for state in self.root.glob("slices/*/state"):
             state.write_text("PREEMPTED\n")
         (self.root / "request").write_text("SUSPENDED\n")
