@@ -71,7 +71,7 @@ start() { # SCRIPT...: that lead to a run
     words=()
     [[ $script != run ]] || words=("${arguments[@]}")
     limited "$START_SECONDS" "$here/$script.sh" "${words[@]}" >&2 || code=$?
-    ((code != 2)) || leave 2 stopped "$script.sh refused, or the run its config: see above"
+    ((code != 2)) || { look && [[ $state == final ]]; } || leave 2 stopped "$script.sh refused: see above"
     ((code == 0)) || { to unstarted "$script.sh ended with $code: see above" && rest "$POLL_SECONDS" && return; }
   done
 }

@@ -37,7 +37,7 @@ make() { for name in "${names[@]}"; do mkdir -p "$slices/$name"/{0,1} && echo RE
 reach() { [[ $(<"$slices/$1/state") == READY ]] || say "$3.$4" "the TPU is in state $(<"$slices/$1/state")"; }
 case "$3 $4" in
   *" create")
-    [[ $action != refuse ]] || say "$3.create" "RESOURCE_EXHAUSTED: Quota limit 'TPUV5sPreemptiblePodPerProject' exceeded"
+    [[ $action != refuse ]] || say "$3.create" "RESOURCE_EXHAUSTED: Quota limit 'TPUV5s' has been exceeded"
     [[ ! -e $request && ! -d $slices/$5 ]] || say "$3.create" "ALREADY_EXISTS: Resource '$5' already exists"
     case $action in
       fail) printf '%s\n' WAITING_FOR_RESOURCES FAILED ;;

@@ -323,6 +323,17 @@ def test_scripts_parse_and_stay_small(script):
     assert max(map(len, lines)) <= 120
 
 
+def test_the_readme_knows_the_scripts_and_their_settings():
+    readme = (ROOT / "launch" / "README.md").read_text()
+    helpers = ("worker-", "babysit-lib", "lib.sh")
+    missing = [path.name for path in SCRIPTS if not path.name.startswith(helpers) and path.name not in readme]
+    assert not missing
+    scripts = "".join(path.read_text() for path in [*SCRIPTS, *EXAMPLES])
+    named = set(re.findall(r"`(?:[\w./]+ )?([A-Z][A-Z_]{3,})[=`]", readme))
+    assert "STALL_SECONDS" in named
+    assert not {name for name in named if name not in scripts}
+
+
 def tool(name: str) -> str:
     """Path of a linter for shell scripts, which the extra [test] installs beside Python."""
     beside_python = Path(sys.executable).parent / name
