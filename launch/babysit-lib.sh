@@ -51,7 +51,8 @@ look() { # sets state, shown (why), step (the newest logged or saved), code (of 
   [[ $slices == ready ]] || return 0
   if ((status)); then words=; fi
   state=$(run_is "$words")
-  shown="workers:${words:- no answer}; newest step $step"
+  words=${words//  /,} # " running  running " becomes " running,running "
+  shown="workers:${words:- do not answer }at step $step"
 }
 
 slices_are() { # STATE of a request or a slice, as Google names it

@@ -232,7 +232,7 @@ def test_a_run_that_hangs_is_started_again(cloud):
     cloud.plan(1, "deaf wait", "exit=0")
     code, seen, said = babysit(cloud, STALL_SECONDS="2")
     assert (code, seen[-6:]) == (0, ["running", "halting", "failed", "run", "finished", "kept"])
-    assert "halting: stalled: workers: running  running ; newest step 3" in said
+    assert "halting: stalled: workers: running,running at step 3" in said
 
 
 @pytest.mark.parametrize("code", ["2", "43"])
