@@ -6,7 +6,7 @@
 
 no_arguments "$@"
 commit=${COMMIT:-$(commit_to_send)}
-archive=${TMPDIR:-/tmp}/dpo_jax-$commit.tar.gz
+archive=${TMPDIR:-/tmp}/dpo_jax-$commit.$$.tar.gz # another sync.sh may send the same commit elsewhere
 trap 'rm -f "$archive"' EXIT
 cd "$here/.."
 run git archive --format=tar.gz --output="$archive" "$commit"

@@ -16,7 +16,7 @@ alive() { # RUN_FOLDER: whether its trainer runs; a number that another program 
 
 state() { # RUN_FOLDER
   local id=${1##*/} tenth
-  for ((tenth = 0; tenth < 10; tenth++)); do # its parent may be about to write the exit code
+  for ((tenth = 0; tenth < 30; tenth++)); do # its parent may be about to write the exit code
     if alive "$1"; then
       say "$id runs, process $(<"$1/pid")"
       return

@@ -102,9 +102,10 @@ def test_a_slice_that_is_preempted_in_the_midst_of_a_run(cloud):
     cloud.plan(0, "step=10 save=10 pause=0.3 preempt", "step=20 pause=0.3 preempt", "step=30 exit=0")
     cloud.plan(1, "wait", "wait", "exit=0")
     code, seen, _ = babysit(cloud)
-    again = [*PREEMPTED, *START]
-    assert (code, calm(seen)) == (
-        0, ["absent", "requested", *START, *again, *again, "finished", "kept"])  # fmt: skip
+    made = ["absent", "requested", *START]
+    done = [state for state in calm(seen) if state not in ("gone", "broken", "halting")]  # whichever was noticed first
+    assert code == 0
+    assert done == [*made, "deleting", *made, "deleting", *made, "finished", "kept"]
     assert cloud.verbs("create", "delete") == ["create", "delete", "create", "delete", "create"]
     assert cloud.starts.count("dpo/0") == cloud.starts.count("dpo/1") == 3
 
@@ -153,7 +154,7 @@ def test_a_lost_connection_is_waited_out(cloud):
         until(lambda: "-> unknown" in cloud.said(), cloud)
         until(lambda: re.search("-> unknown(.|\n)*-> running", cloud.said()), cloud)
         assert cloud.pids() == pids
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 130
     assert cloud.verbs("delete") == []
     assert cloud.pids() == pids
