@@ -25,7 +25,15 @@ from dpo_jax.losses import preference_metrics
 from dpo_jax.manifest import make_manifest
 from dpo_jax.models.adapters import Adapted
 from dpo_jax.models.decoder import Model
-from dpo_jax.policy import ModelSource, build_model, find_model, find_tokenizer, load_weights, trained_shardings
+from dpo_jax.policy import (
+    ModelSource,
+    build_model,
+    find_model,
+    find_tokenizer,
+    load_weights,
+    trained_shapes,
+    trained_shardings,
+)
 from dpo_jax.refcache import cached_logps
 from dpo_jax.reference import CachedReference, LiveReference, Reference, copy_weights
 from dpo_jax.scoring import LogpsStep, Place, dataset_logps, make_logps_step, make_place
@@ -87,20 +95,13 @@ def assemble(
 ) -> Parts:
     """Find the model, tokenise the data, lay out every step; nothing is compiled and no weight is loaded yet."""
     source = find_model(config.model.path, config.model.revision)
-    model = build_model(source, config.model, config.lora)
-    tokenizer = find_tokenizer(source, model, config.model, config.data.chat_template)
+    model = build_model(source, config.model, mesh, config.lora)
+    tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = open_sets(config, tokenizer, train_set, eval_sets)
     for store in (sets.train, *(own.store for own in sets.evals.values())):
         refuse_weights(loss_of(config), store)
     devices = row_devices(mesh)
-    logps_fn = make_logps_fn(
-        *scoring_functions(model),
-        chunk=config.batch.target_chunk,
-        stats=config.run.token_stats,
-        tail=loss_of(config).ld_alpha is not None,
-        squares=loss_of(config).weighting == "wpo",
-        precision=model.precision,
-    )
+    logps_fn = train_logps_fn(config, model)
     return Parts(
         config=config,
         mesh=mesh,
@@ -113,6 +114,18 @@ def assemble(
         logps_fn=logps_fn,
         logps_step=make_logps_step(logps_fn if model.lora is None else of_adapted(logps_fn), replicated(mesh)),
         place=make_place(row_sharding(mesh), replicated(mesh)),
+    )
+
+
+def train_logps_fn(config: DPOConfig | SFTConfig, model: Model) -> LogpsFn:
+    """What the train step computes log-probs with."""
+    return make_logps_fn(
+        *scoring_functions(model),
+        chunk=config.batch.target_chunk,
+        stats=config.run.token_stats,
+        tail=loss_of(config).ld_alpha is not None,
+        squares=loss_of(config).weighting == "wpo",
+        precision=model.precision,
     )
 
 
@@ -160,7 +173,7 @@ def reference_weights(parts: Parts, start: Params) -> Params:
         return start
     try:
         source = find_model(path, None)
-        model = build_model(source, parts.config.model)
+        model = build_model(source, parts.config.model, parts.mesh)
     except UserError as error:
         raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
     if model != parts.model:
@@ -204,13 +217,19 @@ def make_reference(parts: Parts, weights: Params) -> Reference | None:
     return CachedReference({key: cached_logps(batches, made_by, compute) for key, batches in every.items()})
 
 
+def abstract_state(model: Model, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state's shapes, types and places."""
+    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), trained_shapes(model, mesh))
+    own = state_shardings(shapes, trained_shardings(model, mesh), replicated(mesh), optimizer)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, own)
+
+
 def initial_state(
-    parts: Parts, optimizer: optax.GradientTransformation, start: Params
+    parts: Parts, optimizer: optax.GradientTransformation
 ) -> tuple[Callable[[Params], TrainState], TrainState]:
     """A function from what is trained, which it takes over, to the first state; and that state's shapes and places."""
-    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), start)
-    own = state_shardings(shapes, trained_shardings(parts.model, parts.mesh), replicated(parts.mesh), optimizer)
-    abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, own)
+    abstract = abstract_state(parts.model, parts.mesh, optimizer)
+    own = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(lambda params: init_state(params, optimizer), out_shardings=own, donate_argnums=0), abstract
 
 

@@ -41,11 +41,13 @@ class PreferenceBatch:
     valid: Bool[AnyArray, "*a B"]  # False: an empty slot of a ragged last step
     blocks: Int[AnyArray, "*a R J 2"]  # (query block, key block) between which something is seen, sorted; -1: unused
     answers_per_row: int = struct.field(pytree_node=False)
+    longest: int = struct.field(pytree_node=False)  # no prompt with one of its answers has more tokens
+    branch_length: int = struct.field(pytree_node=False)  # no row's prompts with one branch's answers have more tokens
 
     def place(self, rows: Any, whole: Any) -> "PreferenceBatch":
         """A batch that holds, in place of each array, ``rows`` where it has a dim R, else ``whole``: shardings, say."""
         per_pair = {"answer_slots", "weight", "valid"}
-        arrays = (f.name for f in fields(self) if f.name != "answers_per_row")
+        arrays = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
         return replace(self, **{name: whole if name in per_pair else rows for name in arrays})
 
 

@@ -33,8 +33,9 @@ class ModelConfig:
     """Type of the arithmetic; auto: bfloat16 on TPU and GPU, float32 on CPU. Log-probs are float32 always."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the trained weights; small learning rates vanish in bfloat16."""
-    attention: Literal["auto", "blocks", "xla"] = "auto"
-    """blocks: only the blocks of the row that hold a pair's own keys; xla: the whole row under a mask, for checks."""
+    attention: Literal["auto", "blocks", "xla", "splash", "cudnn"] = "auto"
+    """splash: TPU's kernel; cudnn: CUDA's, in bfloat16; blocks: only the blocks of the row that hold a pair's own keys;
+    xla: the whole row under a mask, for checks. auto: the platform's own, else blocks."""
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """Precision of float32 matrix products on TPU and GPU; highest to compare figures with a CPU."""
     remat: Literal["none", "dots", "full"] = "full"
@@ -398,8 +399,8 @@ class RowsConfig:
     """Most row shapes that the run compiles; each is taken only where it saves token slots."""
     accumulation: int = 1
     """Parts in which the step is computed, one after another; the result does not depend on it."""
-    target_chunk: int = 256
-    """Answer tokens of a row whose vocabulary scores exist at one time."""
+    target_chunk: int = 1024
+    """Answer tokens of a device whose scores exist at one time, over 8192 tokens of the vocabulary."""
 
     def __post_init__(self):
         require(self.row_length == "auto" or self.row_length >= 64, "batch.row_length", self.row_length,
@@ -487,6 +488,11 @@ class RunConfig:
     """Where metrics go besides metrics.jsonl."""
     progress: bool = True
     """Show a live progress line."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step to trace into folder `profile`, for XProf or Perfetto, such as [10, 12]; this is slow."""
+    compiler_flags: dict[str, str] = field(default_factory=dict)
+    """XLA options of the train step, by name, beside or in place of those that the program sets on TPUs; an empty value
+    leaves one of these out."""
 
     def __post_init__(self):
         require(self.steps is None or self.epochs is None, "run.steps", self.steps,
@@ -496,6 +502,9 @@ class RunConfig:
         require(self.log_every > 0, "run.log_every", self.log_every, "a positive number is needed")
         require(self.eval_every >= 0, "run.eval_every", self.eval_every, "it cannot be negative")
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "it lies in [0, 2**63)")
+        window = self.profile_steps
+        require(window == () or (len(window) == 2 and 1 <= window[0] <= window[1]), "run.profile_steps", window,
+                "give the first and the last step, counted from 1, such as [10, 12]")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,5 +160,5 @@ def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"], adapt
         export_run_adapters(run, out_dir, which, mesh)
         return
     config = ModelConfig(path=str(run_dir), checkpoint=which)
-    model = build_model(source, config)
+    model = build_model(source, config, mesh)
     export_run(run, out_dir, model, load_weights(source, model, config, mesh), overwrite=False)

@@ -1,12 +1,11 @@
-"""Token log-probs from hidden states, a chunk at a time, so that scores of all tokens over the vocabulary never exist.
+"""Log-probs of a batch's targets from hidden states, and their sums over the answers of each pair.
 
-Shape letters: R rows, T tokens, M targets, C chunks of n targets, D model, V vocabulary, B pairs, K answers of a
-prompt, A answer slots in a row.
+Shape letters: R rows, T tokens, M targets, D model, V vocabulary, B pairs, K answers of a prompt, A answer slots in a
+row.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,27 +13,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import AnyArray, PaddedBatch, PairLogps, PreferenceBatch, TokenStats
+from dpo_jax.sharding import constrain_rows
+from dpo_jax.vocabulary import Options, TargetStats, TokenLogps, score_targets
 
 SUMMED = 32  # log-probs that are summed at once
+BLOCK = 8192  # rows of the vocabulary whose scores exist at one time, unless said otherwise
 Params = Any  # a tree of arrays
 LogpsFn = Callable[..., PairLogps]  # (params, batch), or (adapters, batch, base)
-
-
-class TargetStats(NamedTuple):
-    """What only metrics need of each target; float32, without gradient."""
-
-    entropy: Float[Array, "*n"]  # nats
-    mean_logit: Float[Array, "*n"]  # over the vocabulary
-    top1: Float[Array, "*n"]  # 1: the label was the model's first choice
-
-
-class TokenLogps(NamedTuple):
-    """Of each target, float32."""
-
-    logp: Float[Array, "*n"]  # log pi(token | what it sees), nats
-    normalizer: Float[Array, "*n"]  # logsumexp of the scores
-    log_sum_sq: Float[Array, "*n"] | None = None  # log of the sum over V of p^2
-    stats: TargetStats | None = None
 
 
 def logps_of_logits(
@@ -55,102 +40,25 @@ def logps_of_logits(
     return tokens
 
 
-class _Options(NamedTuple):
-    """What is computed, and how; the backward pass is traced elsewhere, so no context can tell it."""
-
-    stats: bool
-    squares: bool
-    precision: str | None
-
-    def product(self, spec: str, x: Array, y: Array) -> Array:
-        """A matrix product, float32."""
-        return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32, precision=self.precision)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(
-    states: Float[Array, "C n D"], unembedding: Float[Array, "V D"], labels: Int[Array, "C n"], used: Int[Array, ""],
-    options: _Options,
-) -> TokenLogps:  # fmt: skip
-    """Log-probs of the first ``used`` of C chunks of n targets, one chunk's scores at a time; 0 in the others.
-
-    Its gradient is written out, so that the backward pass, too, visits used chunks only and holds one chunk's scores z:
-    d log p_label / dz = onehot(label) - p, and d log sum p^2 / dz = 2 (p^2 / sum p^2 - p).
-    """
-    return _chunked_forward(states, unembedding, labels, used, options)[0]
-
-
-def _chunked_forward(states, unembedding, labels, used, options):
-    mean_row = unembedding.mean(0, dtype=jnp.float32)  # its score is a token's mean score, without a look at all V
-
-    def chunk(i):
-        scores = options.product("nd,vd->nv", states[i], unembedding)
-        tokens = logps_of_logits(scores, labels[i], stats=options.stats, squares=options.squares)
-        if tokens.stats is None:
-            return tokens
-        mean_logit = jnp.dot(states[i].astype(jnp.float32), mean_row, precision=jax.lax.Precision.HIGHEST)
-        return tokens._replace(stats=tokens.stats._replace(mean_logit=mean_logit))
-
-    zeros = jax.tree.map(lambda x: jnp.zeros(labels.shape, x.dtype), jax.eval_shape(chunk, 0))
-    put = lambda i, out: jax.tree.map(lambda whole, own: whole.at[i].set(own), out, chunk(i))  # noqa: E731
-    tokens = jax.lax.fori_loop(0, used, put, zeros)
-    return tokens, (states, unembedding, labels, used, tokens.normalizer, tokens.log_sum_sq)
-
-
-def _chunked_backward(options, kept, cotangents):
-    states, unembedding, labels, used, normalizer, log_sum_sq = kept
-
-    def add_chunk(i, grads):
-        by_states, by_unembedding = grads
-        logps = options.product("nd,vd->nv", states[i], unembedding) - normalizer[i][:, None]
-        probs = jnp.exp(logps)
-        onehot = jnp.arange(unembedding.shape[0]) == labels[i][:, None]
-        by_scores = cotangents.logp[i][:, None] * (onehot - probs)
-        if options.squares:
-            shares = jnp.exp(2 * logps - log_sum_sq[i][:, None])
-            by_scores += 2 * cotangents.log_sum_sq[i][:, None] * (shares - probs)
-        by_scores = by_scores.astype(states.dtype)
-        by_states = by_states.at[i].set(options.product("nv,vd->nd", by_scores, unembedding).astype(states.dtype))
-        return by_states, by_unembedding + options.product("nv,nd->vd", by_scores, states[i])
-
-    zeros = jnp.zeros_like(states), jnp.zeros(unembedding.shape, jnp.float32)
-    by_states, by_unembedding = jax.lax.fori_loop(0, used, add_chunk, zeros)
-    return by_states, by_unembedding.astype(unembedding.dtype), None, None
-
-
-_chunked.defvjp(_chunked_forward, _chunked_backward)
-
-
 def target_logps(
     hidden: Float[Array, "R T D"],
     unembedding: Float[Array, "V D"],
     batch: PreferenceBatch,
     *,
     chunk: int,
+    block: int = BLOCK,
     stats: bool = False,
     squares: bool = False,
     precision: str | None = None,
 ) -> TokenLogps:
     """Log-probs of the batch's targets [R, M]; differentiable in ``logp`` and ``log_sum_sq``.
 
-    At most ``chunk`` targets a row have scores at one time, in the backward pass, too. What stands in the place of an
-    unused target has no meaning.
+    At most ``chunk`` targets a device have scores at one time, over ``block`` rows of the vocabulary, in the backward
+    pass, too. What stands in the place of an unused target has no meaning.
     """
-    num_rows, num_targets = batch.target_tokens.shape
-    num_chunks = max(1, -(-num_targets // chunk))
-    size = -(-num_targets // num_chunks)
-
-    def in_chunks(x: AnyArray) -> Array:
-        """[R, M, ...] -> [chunks, R * targets of a chunk, ...]: scores are then one plain matrix, fastest on a CPU."""
-        x = jnp.pad(x, ((0, 0), (0, num_chunks * size - num_targets)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(num_rows, num_chunks, size, *x.shape[2:]).swapaxes(0, 1).reshape(num_chunks, -1, *x.shape[2:])
-
-    states = jnp.take_along_axis(hidden, batch.target_sources[..., None], axis=1)
-    used = (in_chunks(batch.target_mask).any(1) * jnp.arange(1, num_chunks + 1)).max()
-    options = _Options(stats, squares, precision)
-    tokens = _chunked(in_chunks(states), unembedding, in_chunks(batch.target_tokens), used, options)
-    in_rows = lambda x: x.reshape(num_chunks, num_rows, size).swapaxes(0, 1).reshape(num_rows, -1)  # noqa: E731
-    return jax.tree.map(lambda x: in_rows(x)[:, :num_targets], tokens)
+    states = constrain_rows(jnp.take_along_axis(hidden, batch.target_sources[..., None], axis=1))
+    options = Options(chunk, block, stats, squares, precision)
+    return score_targets(states, unembedding, batch.target_tokens, batch.target_mask, options)
 
 
 def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False) -> PairLogps:
@@ -194,6 +102,7 @@ def make_logps_fn(
     unembedding_fn: Callable[..., Float[Array, "V D"]],
     *,
     chunk: int,
+    block: int = BLOCK,
     stats: bool = False,
     tail: bool = False,
     squares: bool = False,
@@ -204,7 +113,8 @@ def make_logps_fn(
     Args:
         hidden_fn: (params, batch) to normalised hidden states; of adapters (params, batch, base).
         unembedding_fn: (params) to the matrix that scores the vocabulary; of adapters (params, base).
-        chunk: targets of a row whose scores exist at one time.
+        chunk: targets of a device whose scores exist at one time.
+        block: rows of the vocabulary over which they do.
         stats: also what only metrics want, `TokenStats`.
         tail: also ``tail_sum``, which ``loss.ld_alpha`` asks for.
         squares: also ``log_sum_sq``, which ``loss.weighting: wpo`` asks for.
@@ -214,7 +124,7 @@ def make_logps_fn(
     def logps_fn(params: Params, batch: PreferenceBatch, *frozen: Params) -> PairLogps:
         hidden, unembedding = hidden_fn(params, batch, *frozen), unembedding_fn(params, *frozen)
         tokens = target_logps(
-            hidden, unembedding, batch, chunk=chunk, stats=stats, squares=squares, precision=precision
+            hidden, unembedding, batch, chunk=chunk, block=block, stats=stats, squares=squares, precision=precision
         )
         return pair_logps(tokens, batch, tail=tail)
 
@@ -226,13 +136,14 @@ def make_token_logps_fn(
     unembedding_fn: Callable[..., Float[Array, "V D"]],
     *,
     chunk: int,
+    block: int = BLOCK,
     precision: str | None = None,
 ) -> Callable[..., Float[Array, "R M"]]:
     """As ``make_logps_fn``, but of each target by itself; see ``answer_values`` for whose it is."""
 
     def token_logps_fn(params: Params, batch: PreferenceBatch, *frozen: Params) -> Float[Array, "R M"]:
         hidden, unembedding = hidden_fn(params, batch, *frozen), unembedding_fn(params, *frozen)
-        return target_logps(hidden, unembedding, batch, chunk=chunk, precision=precision).logp
+        return target_logps(hidden, unembedding, batch, chunk=chunk, block=block, precision=precision).logp
 
     return token_logps_fn
 

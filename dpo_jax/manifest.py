@@ -58,6 +58,8 @@ FATES = {
     "run.report": "free",
     "run.trackers": "free",
     "run.progress": "free",
+    "run.profile_steps": "free",
+    "run.compiler_flags": "rounding",
     "checkpoint": "free",
 }
 # The order in which sets are mixed is no part of the store.

@@ -97,9 +97,17 @@ def memory() -> dict[str, float]:
     """Peak memory so far, GiB: of this process, and of its fullest device where the backend tells."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     found = {"host_memory_gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 3)}
-    stats = [device.memory_stats() for device in jax.local_devices() if device.platform != "cpu"]
-    peaks = [one["peak_bytes_in_use"] for one in stats if one and "peak_bytes_in_use" in one]
+    stats = [_memory_stats(device) for device in jax.local_devices() if device.platform != "cpu"]
+    peaks = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
     return found | ({"device_memory_gib": round(max(peaks) / 2**30, 3)} if peaks else {})
+
+
+def _memory_stats(device: jax.Device) -> Mapping[str, int]:
+    """What the backend says of a device's memory: nothing, where it has no such function."""
+    try:
+        return device.memory_stats() or {}
+    except jax.errors.JaxRuntimeError:
+        return {}
 
 
 def progress_line(done: int, total: int, unit: str, shown: bool) -> tqdm:

@@ -22,7 +22,7 @@ from dpo_jax.models.load import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.models.weights import export_params, load_params
 from dpo_jax.rundir import RunDir, find_run, is_run_dir
 from dpo_jax.saved import restore_part
-from dpo_jax.sharding import weight_shardings
+from dpo_jax.sharding import platform_of, weight_shardings
 
 MODEL_FILES = "model"  # in a run directory: config.json and tokenizer, so that the run stands alone
 SHARD_BYTES = 4 * 2**30  # size of an exported file
@@ -55,10 +55,11 @@ def find_model(path: str, revision: str | None) -> ModelSource:
     return ModelSource(read_hf_config(folder), folder, None)
 
 
-def build_model(source: ModelSource, config: ModelConfig, lora: LoraConfig | None = None) -> Model:
-    """The model as pure functions, without weights; with the adapters that ``lora`` asks for."""
+def build_model(source: ModelSource, config: ModelConfig, mesh: Mesh, lora: LoraConfig | None = None) -> Model:
+    """The model as pure functions, for the mesh's devices, without weights; with the adapters of ``lora``."""
     return make_model(
         decoder_config(source.hf_config),
+        platform=platform_of(mesh),
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         attention=config.attention,
@@ -168,14 +169,14 @@ def trained_shapes(model: Model, mesh: Mesh) -> Params:
     return _placed(model.adapter_shapes(), trained_shardings(model, mesh))
 
 
-def find_tokenizer(source: ModelSource, model: Model, config: ModelConfig, chat_template: str | None) -> Any:
+def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str | None) -> Any:
     """The model's tokenizer, or the one that ``model.tokenizer`` names."""
     path = config.tokenizer or source.folder
     if path is None:
         raise UserError(f"model.tokenizer: {config.path} brings none; name a directory or hub model that has one")
     revision = config.revision if config.tokenizer is None and not Path(path).is_dir() else None
     tokenizer = load_tokenizer(str(path), revision, chat_template)
-    check_vocabulary(max(tokenizer.get_vocab().values(), default=-1) + 1, model.config, str(path))
+    check_vocabulary(max(tokenizer.get_vocab().values(), default=-1) + 1, decoder_config(source.hf_config), str(path))
     return tokenizer
 
 
@@ -208,7 +209,7 @@ def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "be
     adapted = adapted_run(run)
     if adapted is None:
         raise UserError(f"--adapters: the run {run.root} trained all weights and has no adapters; leave this out")
-    model = build_model(source, adapted.base, adapted.lora)
+    model = build_model(source, adapted.base, mesh, adapted.lora)
     adapters, _ = restore_adapters(adapted, model, which, mesh)
     export_adapters(adapters, model, adapted.lora, adapted.base.path, out_dir)
 

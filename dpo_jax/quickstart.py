@@ -114,8 +114,8 @@ def greedy_answers(run: Path, asked: Sequence[Visit]) -> Answers:
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         source = find_model(config.path, None)
-        model = build_model(source, config)
-        tokenizer = find_tokenizer(source, model, config, None)
+        model = build_model(source, config, mesh)
+        tokenizer = find_tokenizer(source, config, None)
         params = load_weights(source, model, config, mesh)
         ids = tokenizer([prompt(visit) for visit in asked])["input_ids"]
         found = greedy(model, params, ids, max_new_tokens=MAX_ANSWER, eos_id=tokenizer.eos_token_id)

@@ -61,6 +61,12 @@ PLOTS = (
 SPEED_PLOTS = (
     Plot("Tokens per second", ("tokens_per_second",), "The first step holds the compilation."),
     Plot("Seconds per step", ("step_seconds",), "From one step's end to the next one's.", log=True),
+    Plot(
+        "Model FLOPs utilisation",
+        ("mfu",),
+        "Operations that the real tokens ask for, of those that the chips could do in bfloat16.",
+        share=True,
+    ),
 )
 
 CSS = """
@@ -291,15 +297,26 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
         norm = optimizer["max_grad_norm"]
         facts["Clipped"] = f"{count} of {len(trained)} logged steps, whose gradient norm was above {norm:g}"
     if timings:
-        steady = timings[1:] or timings
-        facts["First step"] = f"{timings[0]['step_seconds']:.1f} s, compilation included"
-        facts["Later steps"] = (
-            f"{statistics.median(row['step_seconds'] for row in steady):.3g} s, "
-            f"{statistics.median(row['pairs_per_second'] for row in steady):.4g} {unit} a second (medians)"
-        )
+        facts |= speed_facts(timings, unit)
         peaks = {name: max(series(timings, f"{name}_memory_gib")[1], default=0.0) for name in ("host", "device")}
         facts["Peak memory"] = ", ".join(f"{name} {peak:.2f} GiB" for name, peak in peaks.items() if peak)
     return {name: text for name, text in facts.items() if text}
+
+
+def speed_facts(timings: Sequence[Row], unit: str) -> dict[str, str]:
+    """How fast the run was, its first step apart."""
+    steady = timings[1:] or timings
+    middle = lambda key: statistics.median(row[key] for row in steady)  # noqa: E731
+    facts = {
+        "First step": f"{timings[0]['step_seconds']:.1f} s, compilation included",
+        "Later steps": f"{middle('step_seconds'):.3g} s, {middle('pairs_per_second'):.4g} {unit} a second (medians)",
+    }
+    if all("mfu" in row for row in steady):
+        facts["Of the chips' peak"] = f"{middle('mfu'):.1%} (MFU on real tokens, median)"
+    if all("data_wait_seconds" in row for row in steady):
+        waited = sum(row["data_wait_seconds"] for row in steady) / sum(row["step_seconds"] for row in steady)
+        facts["Waiting for data"] = f"{waited:.1%} of the time"
+    return facts
 
 
 def data_table(data: Mapping[str, Sequence[Row]]) -> str:

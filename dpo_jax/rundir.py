@@ -69,6 +69,11 @@ class RunDir:
         return self.root / EVENTS
 
     @property
+    def profile(self) -> Path:
+        """Traces of the steps that ``run.profile_steps`` names."""
+        return self.root / "profile"
+
+    @property
     def report(self) -> Path:
         """What a person looks at."""
         return self.root / "report.html"

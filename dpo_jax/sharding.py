@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.config import MeshConfig
 from dpo_jax.errors import UserError
@@ -38,15 +39,40 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
     if int(np.prod(list(sizes.values()))) != len(devices):
         raise UserError(f"mesh: {sizes} does not use {len(devices)} devices; set one axis to -1, or change the sizes")
-    return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arranged(devices, tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def row_devices(mesh: Mesh) -> int:
+def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices as an array of that shape, so that on TPUs an axis runs along their links.
+
+    Several slices are joined by axis `data` alone: it is what little has to pass between them.
+    """
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise UserError(f"mesh.data: {shape[0]} copies cannot be spread over {slices} slices; make it a multiple, "
+                        "since only copies of the model pass so little that it can go between slices")  # fmt: skip
+    inside = (shape[0] // slices, *shape[1:])
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    between = (slices, *(1,) * len(inside[1:]))
+    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+
+
+def row_devices(mesh: Mesh | AbstractMesh) -> int:
     """Devices over which rows are spread: the number of rows is a multiple of it."""
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
-def weight_spec(dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str) -> PartitionSpec:
+def platform_of(mesh: Mesh) -> str:
+    """What its devices are: cpu, gpu or tpu; not of this process where it compiles for others."""
+    return mesh.devices.flat[0].platform
+
+
+def weight_spec(
+    dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, name: str
+) -> PartitionSpec:
     """The table applied to one weight; two dims on one mesh axis, or a size that does not divide, are refused."""
     spec: list[str | None] = []
     for dim, size in zip(dims, shape, strict=True):
@@ -63,7 +89,7 @@ def weight_spec(dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh, na
     return PartitionSpec(*spec)
 
 
-def weight_shardings(shapes: Any, dims: Any, mesh: Mesh) -> Any:
+def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Sharding of each weight, of trees of shapes and of logical axes."""
     return jax.tree.map_with_path(
         lambda path, shape, own: NamedSharding(mesh, weight_spec(own, shape.shape, mesh, jax.tree_util.keystr(path))),
@@ -82,9 +108,11 @@ def row_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
 
 
+def in_force() -> bool:
+    """Whether a mesh with these axes is in force (``jax.set_mesh``)."""
+    return set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
+
+
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keep the first dim of an activation spread as rows are, under the mesh in force (``jax.set_mesh``), if any."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not set(ROWS) <= set(mesh.axis_names):
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+    """Keep the first dim of an activation spread as rows are, under the mesh in force, if any."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if in_force() else x

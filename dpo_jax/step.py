@@ -1,6 +1,6 @@
 """One DPO step: a pure function from state, reference and batch to the next state and the step's metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -196,12 +196,13 @@ def make_train_step(
     accumulation: int = 1,
     shardings: TrainState | None = None,
     metrics_sharding: Any = None,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]:
     """``train_step`` compiled: ``step(state, reference, batch) -> (state, metrics)``, the old state donated.
 
     ``shardings``: of the state, from ``state_shardings``; the new state comes back in the very same ones.
+    ``compiler_options``: for XLA, by name.
     """
     step = partial(train_step, logps_fn=logps_fn, loss=loss, optimizer=optimizer, accumulation=accumulation)
-    if shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics_sharding))
+    compiled = partial(jax.jit, step, donate_argnums=0, compiler_options=dict(compiler_options or {}))
+    return compiled() if shardings is None else compiled(out_shardings=(shardings, metrics_sharding))

@@ -28,6 +28,7 @@ from dpo_jax.assemble import (
 )
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.checksums import weights_id
+from dpo_jax.compiler import compiler_options
 from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.configfile import config_to_yaml
 from dpo_jax.data.batches import StepData
@@ -45,6 +46,7 @@ from dpo_jax.report import write_report
 from dpo_jax.rundir import RunDir, cut_back, hold_run, last_metrics, log_event, log_offsets, lost_saves
 from dpo_jax.sharding import make_mesh, replicated
 from dpo_jax.step import TrainState, make_train_step
+from dpo_jax.throughput import refuse_window, step_rates, trace_edges, traced
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -106,6 +108,8 @@ def train(
     with jax.set_mesh(mesh), held(config.run.dir) as run:
         # Data and model
         parts = assemble(config, mesh, train_set, eval_sets)
+        refuse_window(config.run.profile_steps, parts.batches.order.num_steps)
+        flags = compiler_options(mesh, config.run.compiler_flags)
         announce(parts, run)
 
         # Weights: the start is loaded on resume too, because the reference is made of it, never of a restored policy
@@ -122,7 +126,7 @@ def train(
         # State and step
         num_steps = parts.batches.order.num_steps
         optimizer = make_optimizer(config.optimizer, num_steps)
-        fresh, abstract = initial_state(parts, optimizer, start)
+        fresh, abstract = initial_state(parts, optimizer)
         step = make_train_step(
             logps_fn=parts.logps_fn,
             loss=parts.loss,
@@ -130,6 +134,7 @@ def train(
             accumulation=config.batch.accumulation,
             shardings=jax.tree.map(lambda x: x.sharding, abstract),
             metrics_sharding=replicated(mesh),
+            compiler_options=flags,
         )
 
         with Checkpoints(run.checkpoints, config.checkpoint) as saves, hosts.stop_signals() as stop_requested:
@@ -255,11 +260,12 @@ def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: C
     save_every = config.checkpoint.every or max(1, num_steps // 10)
     place = parts.place_parts
     pending: _Pending | None = None
-    coming = parts.batches.ahead(range(progress.done, num_steps))
-    with progress_line(progress.done, num_steps, "step", config.run.progress and hosts.is_writer()) as line:
+    left, edges = range(progress.done, num_steps), trace_edges(config.run.profile_steps)
+    coming, shown = parts.batches.ahead(left), config.run.progress and hosts.is_writer()
+    with progress_line(progress.done, num_steps, "step", shown) as line, traced(left, config.run, job.run) as steps:
         clock = time.perf_counter()
         try:
-            for step in range(progress.done, num_steps):
+            for step in steps:
                 asked = time.perf_counter()
                 data = next(coming)
                 batch = place(data.batch)
@@ -275,7 +281,7 @@ def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: C
                 evaluates = bool(parts.evals) and (last or _every(config.run.eval_every, step + 1))
                 stops = stop_requested(step + 1) and not last
                 saves = last or stops or _every(save_every, step + 1)
-                if evaluates or saves:
+                if evaluates or saves or step + 1 in edges:
                     clock, pending = record(job, pending, progress, line, clock), None
                 evaluation = None
                 if evaluates:
@@ -350,13 +356,8 @@ def record(job: Job, pending: _Pending, progress: Progress, line: Any, clock: fl
             "fill": data.fill,
         }
         job.log.metrics(progress.done, values | facts | clipped(values, config.optimizer.max_grad_norm))
-        rates = {
-            "step_seconds": seconds,
-            "pairs_per_second": len(real) / seconds,
-            "tokens_per_second": data.fill * data.batch.tokens.size / seconds,
-            "data_wait_seconds": pending.waited,
-        }
-        job.log.timings(progress.done, rates | memory())
+        rates = step_rates(config, job.parts.model, job.parts.mesh, store, data, seconds)
+        job.log.timings(progress.done, rates | {"data_wait_seconds": pending.waited} | memory())
     shown = {"loss": f"{values['loss']:.4f}"}
     if "rewards/accuracies" in values:
         shown |= {"acc": f"{values['rewards/accuracies']:.2f}", "margin": f"{values['rewards/margins']:.3f}"}

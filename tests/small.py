@@ -22,15 +22,15 @@ Pair = tuple[np.ndarray, tuple[np.ndarray, np.ndarray], None]
 
 def small_model(**options) -> Model:
     """The model, by default as a run on one CPU device has it."""
-    settled = {"dtype": "float32", "param_dtype": "float32", "attention": "blocks", "remat": "none", "scan": True,
-               "matmul_precision": "default"} | options  # fmt: skip
+    settled = {"platform": "cpu", "dtype": "float32", "param_dtype": "float32", "attention": "blocks",
+               "remat": "none", "scan": True, "matmul_precision": "default"} | options  # fmt: skip
     return make_model(decoder_config(HF_CONFIG), **settled)
 
 
 @cache
 def small_params(seed: int = 0):
-    """Random weights; ``seed`` 1 is another model, to be a reference."""
-    return jax.jit(small_model().init)(jax.random.key(seed))
+    """Random weights, numpy's, at home on any mesh; ``seed`` 1 is another model, to be a reference."""
+    return jax.device_get(jax.jit(small_model().init)(jax.random.key(seed)))
 
 
 def random_pairs(count: int = 8, seed: int = 0) -> list[Pair]:

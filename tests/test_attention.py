@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small import pack, random_pairs
 
-from dpo_jax.models.attention import attend
+from dpo_jax.models.attention import attend, make_layout
 
 HEAD = 8
 BATCH = pack(random_pairs(5), rows=2)
@@ -25,6 +25,12 @@ def random_inputs(num_heads, num_kv_heads, seed=0):
     draw = np.random.Generator(np.random.Philox(seed))
     make = lambda n: draw.normal(0, 1, (*BATCH.tokens.shape, n, HEAD)).astype(np.float32)  # noqa: E731
     return make(num_heads), make(num_kv_heads), make(num_kv_heads)
+
+
+def attention(implementation, **options):
+    """``attend`` of the batch as a function of q, k and v."""
+    layout = make_layout(BATCH, implementation)
+    return partial(attend, layout=layout, implementation=implementation, longest=BATCH.longest, **options)
 
 
 def oracle(q, k, v, window=None, softcap=None):
@@ -57,7 +63,7 @@ def computed(name, implementation):
     num_heads, num_kv_heads, options = CASES[name]
     inputs = random_inputs(num_heads, num_kv_heads)
     weighting = np.random.Generator(np.random.Philox(9)).normal(0, 1, inputs[0].shape).astype(np.float32)
-    fn = partial(attend, batch=BATCH, implementation=implementation, scale=HEAD**-0.5, **options)
+    fn = attention(implementation, scale=HEAD**-0.5, **options)
 
     def weighted(q, k, v):
         out = fn(q, k, v)
@@ -99,7 +105,7 @@ def test_bfloat16_sums_over_blocks_as_closely_as_over_the_row():
     exact = oracle(*map(np.asarray, inputs))
     error = {}
     for implementation in ("xla", "blocks"):
-        fn = partial(attend, batch=BATCH, implementation=implementation, scale=HEAD**-0.5)
+        fn = attention(implementation, scale=HEAD**-0.5)
         out = jax.jit(fn)(*inputs)
         assert out.dtype == jnp.bfloat16
         error[implementation] = np.abs(np.asarray(out, np.float64) - exact).mean()
@@ -108,6 +114,6 @@ def test_bfloat16_sums_over_blocks_as_closely_as_over_the_row():
 
 def test_extreme_scores_stay_finite():
     for implementation in ("xla", "blocks"):
-        fn = partial(attend, batch=BATCH, implementation=implementation, scale=1e6)
+        fn = attention(implementation, scale=1e6)
         grads = jax.jit(jax.grad(lambda *x, fn=fn: (fn(*x) ** 2).sum(), argnums=(0, 1, 2)))(*random_inputs(4, 4))
         assert all(np.isfinite(grad).all() for grad in grads)

@@ -12,7 +12,7 @@ import pytest
 from dpo_jax.assemble import scoring_functions
 from dpo_jax.batch import PairLogps, PreferenceBatch
 from dpo_jax.config import LoraConfig, LossConfig, MeshConfig, OptimizerConfig
-from dpo_jax.logprobs import make_logps_fn
+from dpo_jax.logprobs import BLOCK, make_logps_fn
 from dpo_jax.models.adapters import make_lora
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
@@ -42,6 +42,8 @@ def shapes_of_batch(mesh) -> PreferenceBatch:
         valid=of(PAIRS, dtype=bool),
         blocks=of(ROWS, 256, 2),
         answers_per_row=4,
+        longest=LENGTH,
+        branch_length=LENGTH,
     )
     places = batch.place(row_sharding(mesh), replicated(mesh))
     return jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), batch, places)
@@ -52,8 +54,8 @@ def compiled(kind: str, loss: LossConfig):
     """The train step with a live or a cached reference, or of adapters; and the number of trained weights."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:DEVICES])
     with jax.set_mesh(mesh):
-        model = make_model(decoder_config(LLAMA_3_8B), dtype="float32", param_dtype="float32", attention="auto",
-                           remat="full", scan=True, matmul_precision="default")  # fmt: skip
+        model = make_model(decoder_config(LLAMA_3_8B), platform="cpu", dtype="float32", param_dtype="float32",
+                           attention="auto", remat="full", scan=True, matmul_precision="default")  # fmt: skip
         if kind == "lora":
             model = replace(model, lora=make_lora(LoraConfig(rank=16)))
         params = trained_shapes(model, mesh)
@@ -104,12 +106,12 @@ def test_adapters_hold_no_second_model():
 
 
 def test_scores_of_all_tokens_are_nowhere():
-    """With token statistics, and with WPO's squares, a chunk's scores are the most that has a dim of the vocabulary."""
+    """With token statistics and WPO's squares, too: of the vocabulary's dim are the matrices and no scores."""
     for loss in (LossConfig(), LossConfig(weighting="wpo", wpo_gradient=True)):
         text = compiled("cached", loss)[0].as_text()
         shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", text)}
         vocabulary, width = LLAMA_3_8B["vocab_size"], LLAMA_3_8B["hidden_size"]
-        weights = {width, width // DEVICES}  # embedding and unembedding, whole and in shards
-        scores = [shape for shape in shapes if vocabulary in shape and not weights & set(shape)]
-        assert scores
-        assert max(math.prod(shape) for shape in scores) <= ROWS * CHUNK * vocabulary < ROWS * TARGETS * vocabulary
+        assert {shape for shape in shapes if vocabulary in shape} == {(vocabulary, width // DEVICES)}
+        block = math.ceil(vocabulary / math.ceil(vocabulary / BLOCK))
+        assert (CHUNK, block) in shapes
+        assert max(math.prod(shape) for shape in shapes if block in shape) == block * width  # the block of the matrix

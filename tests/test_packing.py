@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from small import Pair, pack, random_pairs
@@ -99,7 +100,7 @@ def test_a_ragged_step_and_its_parts_hold_their_own_pairs(layout):
     assert not batch.answer_slots[5:].any()
     parts = pack(PAIRS[:8], layout=layout, rows=2, valid=5, accumulation=4)
     for k in range(4):
-        part = parts.replace(**{name: getattr(parts, name)[k] for name in vars(parts) if name != "answers_per_row"})
+        part = jax.tree.map(lambda x, k=k: x[k], parts)
         assert_holds(part, ragged[2 * k : 2 * k + 2], layout)
 
 
@@ -169,7 +170,10 @@ def slots(shapes, needed):
 def test_shapes_are_the_best_of_all_choices(seed):
     """Against every choice of at most 3 lengths, with rows as many as devices."""
     draw = np.random.Generator(np.random.Philox(seed))
-    needed = [BatchShape(2, int(64 * n), int(64 * m), 3, int(16 * n)) for n, m in draw.integers(1, 9, (30, 2))]
+    needed = [
+        BatchShape(2, int(64 * n), int(64 * m), 3, int(16 * n), 64, int(64 * n))
+        for n, m in draw.integers(1, 9, (30, 2))
+    ]
     lengths = sorted({shape.length for shape in needed})
     for most in (1, 2, 3):
         shapes = choose_shapes(needed, most, worth=0)
@@ -183,11 +187,11 @@ def test_shapes_are_the_best_of_all_choices(seed):
 
 
 def test_another_shape_is_taken_only_where_it_saves():
-    even = [BatchShape(1, 1024, 64, 2, 16)] * 99 + [BatchShape(1, 960, 64, 2, 16)]
+    even = [BatchShape(1, 1024, 64, 2, 16, 64, 64)] * 99 + [BatchShape(1, 960, 64, 2, 16, 64, 64)]
     assert len(choose_shapes(even, 4)) == 1
-    split = [BatchShape(1, 1024, 64, 2, 16)] * 50 + [BatchShape(1, 512, 64, 2, 16)] * 50
+    split = [BatchShape(1, 1024, 64, 2, 16, 64, 64)] * 50 + [BatchShape(1, 512, 64, 2, 16, 64, 64)] * 50
     assert [shape.length for shape in choose_shapes(split, 4)] == [512, 1024]
-    many = [BatchShape(1, 64 * n, 64, 2, 16) for n in range(1, 101)]
+    many = [BatchShape(1, 64 * n, 64, 2, 16, 64, 64) for n in range(1, 101)]
     shapes = choose_shapes(many, 4)
     assert len(shapes) == 4
     assert slots(shapes, many) < 0.66 * 100 * 6400
@@ -200,8 +204,9 @@ def test_a_step_takes_the_smallest_shape_that_holds_it():
     parts = packer.rows(lengths, lengths[:, 1:])
     needed = packer.shape(parts)
     assert (needed.rows, needed.length, needed.targets, needed.answers) == (1, 320, 192, 4)
-    wide = BatchShape(1, 512, 256, 4, 64)
-    few_targets = BatchShape(1, 512, 128, 4, 64)
+    assert (needed.longest, needed.branch_length) == (192, 256)  # 130, and 60 + 70 + 30 + 60
+    wide = BatchShape(1, 512, 256, 4, 64, 256, 512)
+    few_targets = BatchShape(1, 512, 128, 4, 64, 256, 256)
     assert Packer("shared", 1, None, 1, (needed, wide)).shape(parts) == needed
     assert Packer("shared", 1, None, 1, (few_targets, wide)).shape(parts) == wide
     beyond = Packer("shared", 1, None, 1, (few_targets,)).shape(parts)  # met after the shapes were chosen

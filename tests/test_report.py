@@ -92,7 +92,15 @@ def dpo_metrics(evaluated: str = "held_out") -> list[dict[str, float]]:
 
 def timing_row(step: int) -> dict[str, float]:
     return {"step": step, "step_seconds": 9.0 if step == 1 else 0.5, "pairs_per_second": 16.0,
-            "tokens_per_second": 800.0, "host_memory_gib": 0.5 + step / 100}  # fmt: skip
+            "tokens_per_second": 800.0, "data_wait_seconds": 0.02, "host_memory_gib": 0.5 + step / 100}  # fmt: skip
+
+
+def test_the_use_of_a_known_chip_is_told(tmp_path):
+    timings = [timing_row(step) | {"mfu": 0.001 if step == 1 else 0.4375} for step in range(1, 5)]
+    text = write_report(make_run(tmp_path, dpo_config(), dpo_metrics(), timings)).read_text()
+    cells = Page(text).cells
+    assert cells[cells.index("Of the chips' peak") + 1] == "43.8% (MFU on real tokens, median)"
+    assert "<h3>Model FLOPs utilisation</h3>" in text
 
 
 def test_a_dpo_run_is_told_whole(tmp_path):
@@ -108,6 +116,8 @@ def test_a_dpo_run_is_told_whole(tmp_path):
     assert rows["First step"] == "9.0 s, compilation included"
     assert rows["Later steps"] == "0.5 s, 16 pairs a second (medians)"
     assert rows["Peak memory"] == "host 1.30 GiB"
+    assert rows["Waiting for data"] == "4.0% of the time"
+    assert "utilisation" not in text  # of no known chip
     titles = re.findall(r"<h3>(.*?)</h3>", text)
     assert titles == ["Loss", "Reward accuracy", "Rewards", "Margin", "Gradient norm", "Learning rate",
                       "Fill of the rows", "Tokens per second", "Seconds per step"]  # fmt: skip

@@ -17,13 +17,15 @@ PACKAGE = ROOT / "dpo_jax"
 # Imports point to lower floors only; modules of one floor do not import each other, inside a folder they may.
 FLOORS = [
     {"errors"},
-    {"config", "batch", "chips"},
-    {"checksums", "configfile", "hosts", "logprobs", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
-    {"charts", "configdocs", "distributions", "step", "saved", "models", "data"},
+    {"config", "batch", "chips", "compiler", "hlo"},
+    {"checksums", "configfile", "hosts", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
+    {"vocabulary"},
+    {"logprobs"},
+    {"charts", "configdocs", "plan_page", "distributions", "step", "saved", "models", "data"},
     {"checkpoint", "metrics", "report", "scoring"},
-    {"policy", "reference", "refcache", "token_page"},
+    {"policy", "reference", "refcache", "roofline", "throughput", "token_page"},
     {"assemble"},
-    {"proof", "token_rewards"},
+    {"aot", "proof", "token_rewards"},
     {"train", "evaluate", "plan"},
     {"quickstart", "sweep"},
     {"cli"},
@@ -35,7 +37,9 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 FOREIGN_FREE = {
     "batch": set(),
     "losses": {"batch", "config"},
-    "logprobs": {"batch"},
+    "logprobs": {"batch", "sharding", "vocabulary"},
+    "vocabulary": {"batch", "sharding"},
+    "sharding": {"config", "errors"},
     "step": {"batch", "config", "logprobs", "losses"},
 }
 

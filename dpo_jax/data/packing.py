@@ -6,6 +6,7 @@ Shape letters as in batch.py; J pairs of blocks that attention visits in a row.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -44,6 +45,8 @@ class BatchShape:
     targets: int  # M
     answers: int  # A
     blocks: int  # J
+    longest: int  # tokens of a prompt with one of its answers
+    branch_length: int  # tokens of a row's prompts with one branch of their answers
 
     def holds(self, other: "BatchShape") -> bool:
         """Whether a batch that needs ``other`` fits."""
@@ -132,6 +135,23 @@ def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
     return np.argwhere(np.tril(seen))
 
 
+def list_blocks(rows: Sequence[Sequence[Unit]], shape: BatchShape) -> np.ndarray:
+    """``PreferenceBatch.blocks`` of these rows."""
+    blocks = np.full((shape.rows, shape.blocks, 2), -1, np.int32)
+    for row, units in enumerate(rows):
+        pairs = seen_blocks(units)
+        blocks[row, : len(pairs)] = pairs
+    return blocks
+
+
+def branch_tokens(row: Sequence[Unit]) -> int:
+    """Tokens of the row's prompts and of its answers in the branch that has most."""
+    answers: Counter[int] = Counter()
+    for unit in row:
+        answers.update(dict(zip(unit.branches, unit.answers, strict=True)))
+    return sum(unit.prompt for unit in row) + max(answers.values(), default=0)
+
+
 def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
     """The smallest shape that holds these rows, in whole blocks."""
     most = lambda of: max((of(row) for row in rows), default=0)  # noqa: E731
@@ -140,7 +160,9 @@ def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
         length=_up(most(lambda row: sum(unit.size for unit in row)), BLOCK),
         targets=_up(most(lambda row: sum(unit.targets for unit in row)), BLOCK),
         answers=max(1, most(lambda row: sum(len(unit.answers) for unit in row))),
-        blocks=_up(most(lambda row: len(seen_blocks(row)) if row else 0), 16),
+        blocks=_up(most(lambda row: len(seen_blocks(row))), 16),
+        longest=_up(most(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
+        branch_length=_up(most(branch_tokens), BLOCK),
     )
 
 
@@ -209,7 +231,8 @@ class Packer:
         grown = needed.union(self.shapes[-1])
         length = _up(grown.length, 4 * BLOCK) if self.row_length is None else grown.length
         return BatchShape(grown.rows, length, _up(grown.targets, 4 * BLOCK), _up(grown.answers, 8),
-                          _up(grown.blocks, 128))  # fmt: skip
+                          _up(grown.blocks, 128), _up(grown.longest, 4 * BLOCK),
+                          _up(grown.branch_length, 4 * BLOCK))  # fmt: skip
 
 
 def pack_rows(
@@ -225,7 +248,6 @@ def pack_rows(
     grid = {name: np.zeros((num_rows, shape.length), np.int32) for name in per_token}
     targets = {name: np.zeros((num_rows, shape.targets), np.int32) for name in per_target}
     mask = np.zeros((num_rows, shape.targets), bool)
-    blocks = np.full((num_rows, shape.blocks, 2), -1, np.int32)
     answer_slots = np.zeros((num_pairs, num_answers), np.int32)
 
     def lay(row, start, tokens, position, segment, branch):
@@ -258,9 +280,6 @@ def pack_rows(
                 answer_slots[unit.pair, branch] = row * shape.answers + slot
                 used, slot, answer = used + len(chosen), slot + 1, answer + len(tokens)
             start = answer
-        if units:
-            pairs = seen_blocks(units)
-            blocks[row, : len(pairs)] = pairs
     return PreferenceBatch(
         **grid,
         **{f"target_{name}": value for name, value in targets.items()},
@@ -268,6 +287,8 @@ def pack_rows(
         answer_slots=answer_slots,
         weight=weight.astype(np.float32),
         valid=np.array([example is not None for example in examples]),
-        blocks=blocks,
+        blocks=list_blocks(rows, shape),
         answers_per_row=shape.answers,
+        longest=shape.longest,
+        branch_length=shape.branch_length,
     )

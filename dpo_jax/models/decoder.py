@@ -22,10 +22,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.models.attention import attend
+from dpo_jax.models.attention import Implementation, Layout, attend, choose, make_layout
 from dpo_jax.models.families import DecoderConfig, LinearScaling, Llama3Scaling
 from dpo_jax.sharding import constrain_rows
 
@@ -40,13 +41,13 @@ ACTIVATIONS = {
 # What is kept of a layer's forward pass for its backward pass; None: no rematerialisation.
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("projected"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> PreferenceBatch:
-    """Ordinary sequences, one a row, without targets; for ``attention="xla"``, since it lists no blocks."""
+    """Ordinary sequences, one a row, without targets; for ``attention="xla"``, since it lists no blocks or answers."""
     num_rows, length = tokens.shape
     places = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     nothing = jnp.zeros((num_rows, 0), jnp.int32)
@@ -65,6 +66,8 @@ def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> Prefere
         valid=jnp.zeros(0, bool),
         blocks=jnp.zeros((num_rows, 0, 2), jnp.int32),
         answers_per_row=0,
+        longest=length,
+        branch_length=length,
     )
 
 
@@ -99,23 +102,30 @@ class Lora:
     targets: frozenset[str]  # parameters of a layer, such as query
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def widen(x: Float[Array, "R T D"], matrix: Float[Array, "D F"], precision: str | None) -> Float[Array, "R T F"]:
-    """``x @ matrix``, whose gradient names the narrow x first.
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project(x: Float[Array, "..."], matrix: Float[Array, "..."], spec: str, precision: str | None) -> Array:
+    """``einsum(spec, x, matrix)`` in the type of x; the matrix's gradient is summed and reduced in float32.
 
-    Compilers turn the first factor of ``x^T g``; JAX's own rule puts the wide g there, whose turning, fused with the
-    activation's gradient, is the slowest part of a layer on a CPU.
+    JAX's own rule would round a device's share of the gradient to the type of x before the shares are added.
     """
-    return jnp.einsum("RTD,DF->RTF", x, matrix, precision=precision)
+    return jnp.einsum(spec, x, matrix.astype(x.dtype), precision=precision)
 
 
-def _widen_backward(precision, kept, g):
+def _project_backward(spec, precision, kept, g):
     x, matrix = kept
-    by_x = jnp.einsum("RTF,DF->RTD", g, matrix, precision=precision)
-    return by_x, jnp.einsum("RTD,RTF->DF", x, g, precision=precision)
+    operand, weights, result = spec.replace("->", ",").split(",")
+    by_x = jnp.einsum(f"{result},{weights}->{operand}", g, matrix.astype(x.dtype), precision=precision)
+    # Compilers turn the first factor. That with the matrix's first dim is the narrow one, or needs no turning: else
+    # this is the slowest part of a layer on a CPU.
+    factors = [(result, g), (operand, x)]
+    (first, a), (second, b) = sorted(factors, key=lambda factor: weights[0] not in factor[0])
+    by_matrix = jnp.einsum(
+        f"{first},{second}->{weights}", a, b, precision=precision, preferred_element_type=jnp.float32
+    )
+    return by_x, by_matrix.astype(matrix.dtype)
 
 
-widen.defvjp(lambda x, matrix, precision: (widen(x, matrix, precision), (x, matrix)), _widen_backward)
+project.defvjp(lambda x, matrix, spec, precision: (project(x, matrix, spec, precision), (x, matrix)), _project_backward)
 
 
 class _Part(nn.Module):
@@ -142,10 +152,9 @@ class _Part(nn.Module):
 
     def linear(self, name: str, spec: str, x: Array, axes: str, bias_axes: str, bias: bool) -> Array:
         """A matrix applied to x, and its bias where there is one; axes are names with spaces between."""
-        matrix = self.matrix(name, *axes.split()).astype(x.dtype)
         # the precision in force now is not in force when the backward pass is traced
         precision = jax.config.values["jax_default_matmul_precision"]
-        y = widen(x, matrix, precision) if spec == "RTD,DF->RTF" else jnp.einsum(spec, x, matrix)
+        y = checkpoint_name(project(x, self.matrix(name, *axes.split()), spec, precision), "projected")
         if bias:
             y += self.weight(f"{name}_bias", tuple(bias_axes.split()), nn.initializers.zeros).astype(x.dtype)
         if self.lora is not None and name in self.lora.targets:
@@ -183,11 +192,12 @@ class _Part(nn.Module):
 class Layer(_Part):
     """Attention, then feed-forward, each on the normalised residual stream."""
 
-    attention: Literal["blocks", "xla"]
+    attention: Implementation
+    longest: int  # tokens
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "R T D"], angles: Float[Array, "R T C"], batch: PreferenceBatch
+        self, x: Float[Array, "R T D"], angles: Float[Array, "R T C"], layout: Layout
     ) -> tuple[Float[Array, "R T D"], None]:
         """The residual stream after the layer; `nn.scan` asks for a second result."""
         c = self.config
@@ -198,7 +208,8 @@ class Layer(_Part):
         if c.qk_norm:
             q, k = self.rms_norm("query", q, "head_dim"), self.rms_norm("key", k, "head_dim")
         q, k = rotate(q, angles), rotate(k, angles)
-        y = attend(q, k, v, batch, implementation=self.attention, scale=c.head_dim**-0.5, window=c.window)
+        y = attend(q, k, v, layout, implementation=self.attention, scale=c.head_dim**-0.5, longest=self.longest,
+                   window=c.window)  # fmt: skip
         x += self.linear("out", "RTNH,DNH->RTD", y, "embed heads head_dim", "embed", c.out_bias)
 
         y = self.rms_norm("ffn", x, "embed")
@@ -213,7 +224,7 @@ class Decoder(_Part):
     """Token ids to normalised hidden states."""
 
     dtype: Any
-    attention: Literal["blocks", "xla"]
+    attention: Implementation
     remat: Literal["none", "dots", "full"]
     scan: bool
 
@@ -238,8 +249,9 @@ class Decoder(_Part):
             unroll=1 if self.scan else c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
+        layout = make_layout(batch, self.attention)
         x = constrain_rows(x)
-        x, _ = layers(c, self.param_dtype, self.lora, self.attention, name="layers")(x, angles, batch)
+        x, _ = layers(c, self.param_dtype, self.lora, self.attention, batch.longest, name="layers")(x, angles, layout)
         return self.rms_norm("final", x, "embed")
 
 
@@ -250,7 +262,7 @@ class Model:
     config: DecoderConfig
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["blocks", "xla"] = "blocks"
+    attention: Implementation = "blocks"
     remat: Literal["none", "dots", "full"] = "none"
     scan: bool = True
     matmul_precision: Literal["default", "high", "highest"] = "default"
@@ -316,22 +328,27 @@ def _axis_names(boxed: Params) -> Params:
 def make_model(
     config: DecoderConfig,
     *,
+    platform: str,
     dtype: Literal["auto", "float32", "bfloat16"],
     param_dtype: Literal["float32", "bfloat16"],
-    attention: Literal["auto", "blocks", "xla"],
+    attention: Literal["auto", "blocks", "xla", "splash", "cudnn"],
     remat: Literal["none", "dots", "full"],
     scan: bool,
     matmul_precision: Literal["default", "high", "highest"],
     lora: Lora | None = None,
 ) -> Model:
-    """The model, with each ``auto`` settled for the devices of this process; options as in `config.ModelConfig`."""
+    """The model, with each ``auto`` settled for devices of ``platform``; other options as in `config.ModelConfig`.
+
+    Raises:
+        UserError: the attention asked for does not run on that platform.
+    """
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if platform == "cpu" else "bfloat16"
     return Model(
         config=config,
         dtype=dtype,
         param_dtype=param_dtype,
-        attention="blocks" if attention == "auto" else attention,
+        attention=choose(attention, platform=platform, dtype=dtype, head_dim=config.head_dim),
         remat=remat,
         scan=scan,
         matmul_precision=matmul_precision,

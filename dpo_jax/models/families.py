@@ -90,7 +90,7 @@ _HARMLESS_KEYS = frozenset({
     "task_specific_params", "name_or_path", "model_max_length", "bos_token", "eos_token", "pad_token", "max_length",
     "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
     "diversity_penalty", "num_beams", "num_beam_groups", "num_return_sequences", "encoder_no_repeat_ngram_size",
-    "no_repeat_ngram_size", "unsloth_version", "unsloth_fixed", "transformers.js_config",
+    "no_repeat_ngram_size", "unsloth_version", "unsloth_fixed", "transformers.js_config", "is_llama_config",
 })  # fmt: skip
 _EMPTY = (None, False, 0, "", [], {})
 _HARMLESS_VALUES = {"partial_rotary_factor": 1}

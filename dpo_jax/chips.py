@@ -1,0 +1,192 @@
+"""What accelerators can do, by their makers' pages: one table, and the names under which they are asked for.
+
+A *chip* is what is sold and counted; a *device* is what JAX shows. Rates are of a whole chip, bytes and seconds, peaks
+without sparsity. Sources are beside the figures; ``device_memory`` of TPUs is what their compiler states as available
+(libtpu 0.0.42), which is less than the chip holds.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple
+
+from dpo_jax.errors import UserError
+
+GIB = 2**30
+_HOST = (2, 2, 1)  # chips of one host, by the axes of the torus, in TPU slices of several hosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One kind of accelerator."""
+
+    name: str  # as in a topology, such as v5e:4x4
+    platform: Literal["tpu", "gpu"]
+    kinds: tuple[str, ...]  # jax's `device.device_kind`
+    peak_flops: float  # bfloat16 floating-point operations a second
+    memory: int  # bytes, as published
+    device_memory: int  # bytes that a program can use on one device
+    memory_bandwidth: float
+    link_bandwidth: float  # of one link to another chip, in one direction while as much comes in the other
+    links: int
+    torus_dims: int  # dimensions of the torus that the links make; 0: through a switch, all to all
+    dcn_bandwidth: float | None  # to other slices or hosts, a chip's share of its host's; None: not published
+    chips_per_host: int  # in slices of several hosts
+    max_chips: int  # in one slice, or one group of GPUs that the links join
+    devices: int = 1  # of a chip
+    accelerator: str | None = None  # Google Cloud's accelerator type is this, a dash and a number ...
+    counted: int = 1  # ... of chips times this
+    compiler_name: str = "default"  # `chip_config_name` of libtpu
+    source: str  # page of the maker, or paper, with these figures
+
+    @property
+    def device_peak_flops(self) -> float:
+        """Operations a second of one device."""
+        return self.peak_flops / self.devices
+
+    @property
+    def ici_bandwidth(self) -> float:
+        """Bytes a second over all links together, one direction; the makers' figures count both directions."""
+        return self.links * self.link_bandwidth
+
+
+_DOCS = "https://docs.cloud.google.com/tpu/docs/"
+_TPU: dict[str, Any] = {"platform": "tpu", "chips_per_host": 4}
+_GPU: dict[str, Any] = {"platform": "gpu", "torus_dims": 0, "dcn_bandwidth": None, "chips_per_host": 8, "max_chips": 8}
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            **_TPU, name="v4", kinds=("TPU v4",), peak_flops=275e12, memory=32 * GIB, device_memory=int(30.75 * GIB),
+            memory_bandwidth=1200e9, link_bandwidth=50e9, links=6, torus_dims=3, dcn_bandwidth=None, max_chips=4096,
+            accelerator="v4", counted=2, compiler_name="megacore",
+            source=_DOCS + "v4; links: arXiv 2304.01433, table 4",
+        ),
+        Chip(
+            **_TPU, name="v5e", kinds=("TPU v5 lite", "TPU v5e"), peak_flops=197e12, memory=16 * GIB,
+            device_memory=int(15.75 * GIB), memory_bandwidth=819e9, link_bandwidth=50e9, links=4, torus_dims=2,
+            dcn_bandwidth=25e9 / 8, max_chips=256, accelerator="v5litepod", source=_DOCS + "v5e",
+        ),
+        Chip(
+            **_TPU, name="v5p", kinds=("TPU v5", "TPU v5p"), peak_flops=459e12, memory=95 * GIB,
+            device_memory=int(95.74 * GIB), memory_bandwidth=2765e9, link_bandwidth=100e9, links=6, torus_dims=3,
+            dcn_bandwidth=50e9 / 8, max_chips=6144, accelerator="v5p", counted=2, source=_DOCS + "v5p",
+        ),
+        Chip(
+            **_TPU, name="v6e", kinds=("TPU v6 lite", "TPU v6e"), peak_flops=918e12, memory=32 * GIB,
+            device_memory=int(31.25 * GIB), memory_bandwidth=1638e9, link_bandwidth=100e9, links=4, torus_dims=2,
+            dcn_bandwidth=100e9 / 8, max_chips=256, accelerator="v6e",
+            source=_DOCS + "v6e; between hosts: " + _DOCS + "tpu7x",
+        ),
+        Chip(
+            **_TPU, name="tpu7x", kinds=("TPU7x",), peak_flops=2307e12, memory=192 * GIB,
+            device_memory=int(94.75 * GIB), memory_bandwidth=7380e9, link_bandwidth=100e9, links=6, torus_dims=3,
+            dcn_bandwidth=100e9 / 8, max_chips=9216, devices=2, source=_DOCS + "tpu7x",
+        ),
+        Chip(
+            **_GPU, name="a100-40gb", kinds=("NVIDIA A100-SXM4-40GB",), peak_flops=312e12, memory=40 * GIB,
+            device_memory=40 * GIB, memory_bandwidth=1555e9, link_bandwidth=25e9, links=12,
+            source="https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf",
+        ),
+        Chip(
+            **_GPU, name="a100-80gb", kinds=("NVIDIA A100-SXM4-80GB",), peak_flops=312e12, memory=80 * GIB,
+            device_memory=80 * GIB, memory_bandwidth=2039e9, link_bandwidth=25e9, links=12,
+            source="https://www.nvidia.com/en-us/data-center/a100/",
+        ),
+        Chip(
+            **_GPU, name="h100", kinds=("NVIDIA H100 80GB HBM3",), peak_flops=989.5e12, memory=80 * GIB,
+            device_memory=80 * GIB, memory_bandwidth=3350e9, link_bandwidth=25e9, links=18,
+            source="https://www.nvidia.com/en-us/data-center/h100/",
+        ),
+        Chip(
+            **_GPU, name="h200", kinds=("NVIDIA H200",), peak_flops=989.5e12, memory=141 * GIB,
+            device_memory=141 * GIB, memory_bandwidth=4800e9, link_bandwidth=25e9, links=18,
+            source="https://www.nvidia.com/en-us/data-center/h200/",
+        ),
+    )
+}  # fmt: skip
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls ``device_kind``; None for one not in the table, such as a CPU."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
+
+
+class Topology(NamedTuple):
+    """A slice of TPU chips."""
+
+    chip: Chip
+    shape: tuple[int, ...]  # chips along each dimension of the torus
+    devices: int
+
+    @property
+    def name(self) -> str:
+        """As ``parse_topology`` and libtpu take it."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chips(self) -> int:
+        """Chips of the slice."""
+        return math.prod(self.shape)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``jax.experimental.topologies.get_topology_desc`` needs besides ``name``, so that devices are right."""
+        bounds = _HOST if self.chips > 1 else (1, 1, 1)
+        return {"chip_config_name": self.chip.compiler_name, "chips_per_host_bounds": bounds}
+
+
+def parse_topology(text: str) -> Topology:
+    """A slice by its chips, ``v5e:4x4``, or by Google Cloud's accelerator type, ``v5litepod-16``.
+
+    Google Cloud's ``v5litepod`` may also be written ``v5e``. An accelerator type has the shape that Google Cloud gives
+    it, as near to a square or cube as powers of two allow. Of v4 and v5p its number counts TensorCores, two a chip:
+    ``v5p-128`` has 64 chips.
+
+    Raises:
+        UserError: there is no such chip, type or shape.
+    """
+    examples = "write v5e:4x4, v5p:4x4x8 or v6e:4x4, or an accelerator type such as v5litepod-16 or v5p-128"
+    match = re.fullmatch(r"([a-z]\w*)(?::(\d+(?:x\d+)*)|-(\d+))", text)
+    if match is None:
+        raise _refuse(text, examples)
+    name, sizes, number = match.groups()
+    known = {chip.name: chip for chip in CHIPS.values() if chip.platform == "tpu"}
+    if not sizes:
+        known = {own: chip for chip in known.values() if chip.accelerator for own in (chip.accelerator, chip.name)}
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        nearest = f"did you mean {near[0]}?" if near else f"it can be one of {', '.join(known)};"
+        raise _refuse(text, f"there is no {'chip' if sizes else 'accelerator type'} {name}, {nearest} {examples}")
+    chip = known[name]
+    shape = tuple(map(int, sizes.split("x"))) if sizes else _usual_shape(text, chip, int(number))
+    _check_shape(text, chip, shape)
+    return Topology(chip, shape, math.prod(shape) * chip.devices)
+
+
+def _refuse(text: str, why: str) -> UserError:
+    return UserError(f"topology: {text!r} cannot be used: {why}")
+
+
+def _usual_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
+    chips, odd = divmod(number, chip.counted)
+    if odd or chips < 1 or chips & (chips - 1):
+        unit = "chips" if chip.counted == 1 else "TensorCores, two a chip,"
+        raise _refuse(text, f"its number of {unit} is no power of two; name the shape, such as "
+                            f"{chip.name}:{'x'.join('4' * chip.torus_dims)}")  # fmt: skip
+    least, more = divmod(chips.bit_length() - 1, chip.torus_dims)
+    shape = (2**least,) * (chip.torus_dims - more) + (2 ** (least + 1),) * more
+    return shape if least else shape[::-1]  # the four chips of a host lie in the first two dimensions
+
+
+def _check_shape(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
+    example = f"{chip.name}:{'x'.join('4' * chip.torus_dims)}"
+    if len(shape) != chip.torus_dims:
+        raise _refuse(text, f"{chip.name} has {chip.torus_dims} dimensions, this has {len(shape)}; such as {example}")
+    whole_hosts = all(size > 0 and size % host == 0 for size, host in zip(shape, _HOST, strict=False))
+    if not whole_hosts and math.prod(shape) != 1:
+        raise _refuse(text, f"the first two sizes must be even, since a host holds 2x2 chips; such as {example}")
+    if math.prod(shape) > chip.max_chips:
+        raise _refuse(text, f"a slice of {chip.name} has at most {chip.max_chips} chips; take fewer, or several slices")

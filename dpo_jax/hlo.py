@@ -1,0 +1,170 @@
+"""What a compiled program exchanges between devices, read from its text (HLO after all of the compiler's passes).
+
+The compiler's own cost analysis counts the body of a loop once and a kernel as nothing. Here an operation counts as
+often as the loops around it run, and once where the compiler spread one exchange over several places.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+ITEM_BITS = {"pred": 8, "token": 0}  # other types name their bits, as f32 and bf16 do
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_EXCHANGE = re.compile(rf"(\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(calls|body|condition|to_apply|branch_computations|called_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
+)
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+
+
+class Exchange(NamedTuple):
+    """One collective operation."""
+
+    kind: str  # one of KINDS
+    num_bytes: int  # of its result on a device
+    groups: np.ndarray  # [groups, members] of devices that exchange; of a permute [pairs, 2], from and to
+    times: int  # a run of the program
+    source: str  # the operation of the traced program that it serves
+
+    @property
+    def moved(self) -> float:
+        """Bytes that a device sends, each time, if the exchange goes round a ring."""
+        members = self.groups.shape[1]
+        share = (members - 1) / members
+        factor = {"all-gather": share, "all-to-all": share, "all-reduce": 2 * share, "reduce-scatter": members - 1,
+                  "collective-permute": 1.0}  # fmt: skip
+        return factor[self.kind] * self.num_bytes
+
+
+def exchanges(text: str, num_devices: int) -> list[Exchange]:
+    """The collective operations of a program for ``num_devices`` devices, numbered as in its mesh, row by row."""
+    computations, entry = _computations(text)
+    times = _times(computations, entry)
+    found: dict[str, Exchange] = {}
+    for name, lines in computations.items():
+        for line in lines.values():
+            match = _EXCHANGE.match(line)
+            if match is None or not times[name]:
+                continue
+            result, kind, start = match.groups()
+            channel = re.search(r"channel_id=(\d+)", line)
+            operation = re.search(r'op_name="([^"]*)"', line)
+            own = Exchange(kind, _num_bytes(result, kind, bool(start)), _groups(line, kind, num_devices), times[name],
+                           operation[1] if operation else "")  # fmt: skip
+            # one that runs beside other work stands, with the same channel, in each piece of that work
+            key = f"{channel[1]} {kind} {own.num_bytes} {own.source}" if channel else f"{name} {line}"
+            if key not in found or own.times > found[key].times:
+                found[key] = own
+    return list(found.values())
+
+
+Computation = dict[str, str]  # instruction by name; that of the result also as ROOT
+
+
+def _computations(text: str) -> tuple[dict[str, Computation], str]:
+    """All computations by name, and the name of the one that is run."""
+    found: dict[str, Computation] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            name = header[2]
+            found[name] = {}
+            entry = name if header[1] else entry
+        elif (instruction := _INSTRUCTION.match(line)) and name:
+            found[name][instruction[2]] = instruction[3]
+            if instruction[1]:
+                found[name]["ROOT"] = instruction[3]
+    return found, entry
+
+
+def _times(computations: dict[str, Computation], entry: str) -> dict[str, int]:
+    """How often each computation runs. Callers stand behind what they call."""
+    times: dict[str, int] = defaultdict(int)
+    times[entry] = 1
+    for name in reversed(computations):
+        for called, often in _calls(name, computations) if times[name] else ():
+            times[called] += often * times[name]
+    return times
+
+
+def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[str, int]]:
+    """Computations that this one runs, and how often; a loop of unknown length counts once."""
+    for own, line in computations[name].items():
+        if own == "ROOT":  # it stands under its name, too
+            continue
+        called = {role: (several or single).replace("%", "").split(", ") for role, several, single in
+                  _CALLED.findall(line)}  # fmt: skip
+        for role, names in called.items():
+            for inner in names:
+                looped = role == "body"
+                yield inner, _trips(line, computations[called["condition"][0]], computations[inner]) if looped else 1
+
+
+def _trips(line: str, condition: Computation, body: Computation) -> int:
+    """How often a loop runs: as the compiler says, or from 0 to the condition's constant by the body's steps."""
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    compared = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition["ROOT"])
+    if compared is None:
+        return 1
+    place = re.search(r"get-tuple-element\(.*?\), index=(\d+)", condition[compared[1]])
+    limit = _constant(condition, compared[2])
+    results = re.search(r" tuple\((.*?)\)", body["ROOT"])
+    if place is None or limit is None or results is None:
+        return 1
+    counter = body.get(results[1].replace("%", "").split(", ")[int(place[1])], "")
+    added = re.search(r" add\(%?[\w.\-]+, %?([\w.\-]+)\)", counter)
+    step = _constant(body, added[1]) if added else None
+    return 1 if step is None else -(-limit // step)
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    found = re.search(r" constant\((\d+)\)", computation.get(name, ""))
+    return int(found[1]) if found else None
+
+
+def _num_bytes(result: str, kind: str, start: bool) -> int:
+    arrays = _ARRAY.findall(result)
+    if start and kind != "all-reduce":  # (operands, results, contexts)
+        arrays = arrays[1:2]
+    return sum(_item_bits(dtype) * int(np.prod([int(n) for n in dims.split(",") if n])) for dtype, dims in arrays) // 8
+
+
+def _item_bits(dtype: str) -> int:
+    if dtype in ITEM_BITS:
+        return ITEM_BITS[dtype]
+    bits = re.search(r"\d+", dtype)
+    assert bits, f"type {dtype} of unknown size"
+    return int(bits[0])
+
+
+def _groups(line: str, kind: str, num_devices: int) -> np.ndarray:
+    """[groups, members]; the ways of writing them are those of XLA's printer."""
+    if kind == "collective-permute":
+        return _listed(re.search(r"source_target_pairs=\{(\{.*?\})\}", line))
+    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", line):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        axes = re.findall(r"'(\w+)'", named[3])
+        grid = np.arange(num_devices).reshape(tuple(sizes.values()))
+        inside = [list(sizes).index(axis) for axis in axes]
+        outside = [i for i in range(grid.ndim) if i not in inside]
+        return grid.transpose(*outside, *inside).reshape(-1, int(np.prod([grid.shape[i] for i in inside])))
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
+        grid = np.arange(num_devices).reshape(numbers(iota[2]))
+        return grid.transpose(numbers(iota[3]) if iota[3] else range(grid.ndim)).reshape(numbers(iota[1]))
+    listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)
+    return _listed(listed) if listed else np.arange(num_devices)[None]
+
+
+def _listed(match: re.Match | None) -> np.ndarray:
+    assert match, "an exchange without devices"
+    return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])])

@@ -1,0 +1,119 @@
+"""Shared rows as ordinary causal sequences, and back: gathers whose indices depend on the batch alone.
+
+A row holds ``[prompt][chosen][rejected]`` of one pair after another. Kernels know only sequences, in which a token sees
+all that stands before it. So queries, keys and values are gathered into S sequences a row of U tokens each, with every
+prompt before each of its answers, and what attention makes of them is gathered back.
+
+Shape letters: R rows, T tokens in a row, S sequences of a row, U tokens in a sequence, C copies of a token at most,
+A answer slots of a row.
+"""
+
+from functools import reduce
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dpo_jax.batch import PreferenceBatch
+
+
+class Unshared(NamedTuple):
+    """Where each token of the sequences comes from, and where each token of the rows went."""
+
+    sources: Int[Array, "R S U"]  # place in the row; in padding, of any token
+    segments: Int[Array, "R S U"]  # of the token; 0: padding
+    places: Int[Array, "R C T"]  # place of each copy in the row's S * U
+    held: Bool[Array, "R C T"]  # False: the token has no such copy; where it has none at all, it is padding
+    first: Bool[Array, "R S U"]  # a token's first copy, whose output is the token's
+
+
+def branches_apart(batch: PreferenceBatch, length: int) -> Unshared:
+    """K sequences a row: all prompts, each before its own answer in the one branch. ``length`` tokens hold them."""
+    num_branches = batch.answer_slots.shape[-1]
+    branches, segments = jnp.asarray(batch.branches)[:, None], jnp.asarray(batch.segments)[:, None]
+    own = jnp.arange(1, num_branches + 1)[:, None]
+    return _unshared(batch, (segments > 0) & ((branches == 0) | (branches == own)), length)
+
+
+def answers_apart(batch: PreferenceBatch, length: int) -> Unshared:
+    """A sequences a row, one of each answer behind its prompt. ``length`` tokens hold the longest."""
+    branches, segments = jnp.asarray(batch.branches), jnp.asarray(batch.segments)
+    before = lambda grid: jnp.pad(grid[:, :-1], ((0, 0), (1, 0)))  # noqa: E731
+    starts = (branches > 0) & ((branches != before(branches)) | (segments != before(segments)))
+    slots = jnp.arange(batch.answers_per_row)[:, None]
+    starts = starts[:, None] & (jnp.cumsum(starts, axis=-1)[:, None] - 1 == slots)  # [R, A, T], one place a slot
+    of_slot = lambda grid: jnp.where(starts, grid[:, None], 0).max(-1, keepdims=True)  # noqa: E731
+    branch, segment = of_slot(branches), of_slot(segments)
+    branches, segments = branches[:, None], segments[:, None]
+    return _unshared(batch, (segments > 0) & (segments == segment) & ((branches == 0) | (branches == branch)), length)
+
+
+def _unshared(batch: PreferenceBatch, member: Bool[Array, "R S T"], length: int) -> Unshared:
+    """Each sequence takes its members in the order of the row; a token is in as many as a prompt has answers."""
+    num_rows, num_sequences, _ = member.shape
+    copies = batch.answer_slots.shape[-1]
+    sources = jnp.argsort(~member, axis=-1, stable=True)[..., :length]
+    sources = jnp.pad(sources, ((0, 0), (0, 0), (0, length - sources.shape[-1])))
+    used = jnp.arange(length) < member.sum(-1, keepdims=True)
+
+    place = jnp.cumsum(member, axis=-1) - 1 + length * jnp.arange(num_sequences)[:, None]
+    copy = jnp.argsort(~member, axis=1, stable=True)[:, :copies]  # [R, C, T]: a sequence that holds the token
+    held = jnp.take_along_axis(member, copy, axis=1)
+    places = jnp.where(held, jnp.take_along_axis(place, copy, axis=1), 0)
+
+    flat = sources.reshape(num_rows, -1)
+    at_source = lambda grid: jnp.take_along_axis(grid, flat, axis=1).reshape(sources.shape)  # noqa: E731
+    here = jnp.arange(num_sequences * length).reshape(num_sequences, length)
+    return Unshared(
+        sources=sources.astype(jnp.int32),
+        segments=jnp.where(used, at_source(jnp.asarray(batch.segments)), 0),
+        places=places.astype(jnp.int32),
+        held=held,
+        first=used & (at_source(places[:, 0]) == here),
+    )
+
+
+def _take(x: Float[Array, "R P *h"], places: Int[Array, "R Q"]) -> Float[Array, "R Q *h"]:
+    return jax.vmap(lambda row, own: row.at[own].get(mode="promise_in_bounds"))(x, places)
+
+
+def _where(mask: Bool[Array, "R Q"], x: Float[Array, "R Q *h"]) -> Float[Array, "R Q *h"]:
+    return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, 0)
+
+
+# Autodiff would turn each gather into a scatter, which is slow on a TPU. Both have a gather for their transpose.
+
+
+@jax.custom_vjp
+def unshare(x: Float[Array, "R T N H"], to: Unshared) -> Float[Array, "RS U N H"]:
+    """The sequences' tokens, from the rows'. In padding stands some token's, through which no gradient flows."""
+    num_rows, num_sequences, length = to.sources.shape
+    taken = _take(x, to.sources.reshape(num_rows, -1))
+    return taken.reshape(num_rows * num_sequences, length, *x.shape[2:])
+
+
+def _unshare_backward(to, g):
+    num_rows, copies, _ = to.places.shape
+    g = g.reshape(num_rows, -1, *g.shape[2:])
+    of_copy = lambda c: _where(to.held[:, c], _take(g, to.places[:, c]))  # noqa: E731
+    return reduce(jnp.add, map(of_copy, range(copies))), None  # of two copies the sum is rounded once, in any type
+
+
+unshare.defvjp(lambda x, to: (unshare(x, to), to), _unshare_backward)
+
+
+@jax.custom_vjp
+def share(y: Float[Array, "RS U N H"], to: Unshared) -> Float[Array, "R T N H"]:
+    """The rows' tokens, each from its first copy in the sequences; padding is 0."""
+    y = y.reshape(to.places.shape[0], -1, *y.shape[2:])
+    return _where(to.held[:, 0], _take(y, to.places[:, 0]))
+
+
+def _share_backward(to, g):
+    num_rows, num_sequences, length = to.sources.shape
+    taken = _where(to.first.reshape(num_rows, -1), _take(g, to.sources.reshape(num_rows, -1)))
+    return taken.reshape(num_rows * num_sequences, length, *g.shape[2:]), None
+
+
+share.defvjp(lambda y, to: (share(y, to), to), _share_backward)
