@@ -1,11 +1,13 @@
-"""Eight CPU devices, strict shapes, and where the shared test data lies."""
+"""Eight CPU devices, strict shapes, where the shared test data lies, and a cloud to launch into."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 
+import fake_cloud
 import pytest
 
 
@@ -19,3 +21,18 @@ def shared() -> Path:
             pytest.fail(f"{path} is missing: CI must run with the shared test data")
         pytest.skip(f"{path} is missing: set DPO_JAX_SHARED to the folder of shared test data")
     return path
+
+
+@pytest.fixture(scope="session")
+def empty_cloud(tmp_path_factory) -> Path:
+    """A cloud as it is at the start, to be copied."""
+    return fake_cloud.build(tmp_path_factory.mktemp("cloud")).root
+
+
+@pytest.fixture
+def cloud(empty_cloud, tmp_path):
+    """A cloud without slices, whose settings keep runs on this machine."""
+    shutil.copytree(empty_cloud, tmp_path, dirs_exist_ok=True)
+    cloud = fake_cloud.Cloud(tmp_path)
+    yield cloud
+    cloud.clean()
