@@ -14,7 +14,7 @@ from dpo_jax.config import LossConfig, MeshConfig
 from dpo_jax.losses import mean_loss, preference_loss
 from dpo_jax.policy import param_shardings
 from dpo_jax.scoring import make_place
-from dpo_jax.sharding import make_mesh, replicated, row_devices, row_sharding
+from dpo_jax.sharding import make_mesh, replicated, row_devices
 from dpo_jax.step import _accumulated_step, _scorers, init_state, state_shardings, train_step
 
 PAIRS = random_pairs()
@@ -114,7 +114,7 @@ def test_meshes_agree(config, order):
         params, reference = (jax.device_put(small_params(seed), own) for seed in (0, 1))
         abstract = jax.eval_shape(lambda params: init_state(params, optimizer), params)
         shardings = state_shardings(abstract, own, replicated(mesh), optimizer)
-        batch = make_place(row_sharding(mesh), replicated(mesh))(pack(PAIRS, rows=row_devices(mesh)))
+        batch = make_place(mesh)(pack(PAIRS, rows=row_devices(mesh)))
 
         def step(state, reference, batch):
             return train_step(state, reference, batch, logps_fn=logps_fn(), loss=LOSS, optimizer=optimizer)
