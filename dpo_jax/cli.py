@@ -56,6 +56,30 @@ def _data(config: TrainConfig, step: int | None) -> None:
     print(render(audit_config(config, tokenizer)) if step is None else show_step(config, step, tokenizer))
 
 
+def _plan(
+    config: DPOConfig, topology: str, slices: int, rows: int | None, lengths: str | None, examples: int | None,
+    data: bool, search: bool, output: str | None,
+) -> None:  # fmt: skip
+    known = None
+    if lengths is not None:
+        if data:
+            raise UserError(f"--lengths: {lengths} is given, and --data measures them; keep one")
+        found = re.fullmatch(r"(\d+),(\d+),(\d+)", lengths)
+        if found is None or not all(map(int, found.groups())):
+            raise UserError(f"--lengths: {lengths} cannot be read; write mean tokens of prompt, chosen and rejected "
+                            "with commas between, 180,330,300")  # fmt: skip
+        known = (float(found[1]), float(found[2]), float(found[3]))
+    from dpo_jax.plan import Known, plan_slices
+    from dpo_jax.plan_page import render, table
+
+    plans = plan_slices(config, topology.split(","), Known(slices, rows, known, examples, data), search)
+    if output is not None:
+        Path(output).write_text(json.dumps(plans, indent=2) + "\n")
+    print("\n\n".join(map(render, plans)))
+    if len(plans) > 1:
+        print("\n" + table(plans))
+
+
 def _sweep(config: DPOConfig, betas: str) -> None:
     try:
         values = [float(beta) for beta in betas.split(",")]
@@ -129,6 +153,33 @@ COMMANDS = {
                 "default": None,
                 "help": "Print the pairs of this step of metrics.jsonl instead.",
             },
+        },
+    ),
+    "plan": Command(
+        summary="Compile the train step for a TPU slice that is not there: does it fit, what will it cost.",
+        run=_plan,
+        config=DPOConfig,
+        arguments={
+            "--topology": {
+                "type": str,
+                "required": True,
+                "help": "The slice by its chips, v5e:4x4, or by its type, v5litepod-16; several with commas between.",
+            },
+            "--slices": {"type": PositiveInt, "default": 1, "help": "How many of them; mesh.data joins them."},
+            "--rows": {"type": PositiveInt, "default": None, "help": "Rows of batch.row_length tokens a device."},
+            "--lengths": {
+                "type": str,
+                "default": None,
+                "help": "Mean tokens of prompt, chosen and rejected answer: 180,330,300. Default: rows are full.",
+            },
+            "--examples": {
+                "type": PositiveInt,
+                "default": None,
+                "help": "Pairs of the data, for the hours of the run.",
+            },
+            "--data": {"action": "store_true", "help": "Read the config's data for lengths and pairs."},
+            "--search": {"action": "store_true", "help": "If it does not fit, look for settings that do."},
+            "--output": {"type": str, "default": None, "help": "All of it as JSON is written here."},
         },
     ),
     "sweep": Command(

@@ -489,7 +489,7 @@ class RunConfig:
     progress: bool = True
     """Show a live progress line."""
     profile_steps: tuple[int, ...] = ()
-    """First and last step to trace into the folder `profile`, for XProf or Perfetto; such as [10, 12]."""
+    """First and last step to trace into folder `profile`, for XProf or Perfetto, such as [10, 12]; this is slow."""
     compiler_flags: dict[str, str] = field(default_factory=dict)
     """XLA options of the train step, by name, beside or in place of those that the program sets on TPUs; an empty value
     leaves one of these out."""

@@ -95,6 +95,14 @@ def timing_row(step: int) -> dict[str, float]:
             "tokens_per_second": 800.0, "data_wait_seconds": 0.02, "host_memory_gib": 0.5 + step / 100}  # fmt: skip
 
 
+def test_the_use_of_a_known_chip_is_told(tmp_path):
+    timings = [timing_row(step) | {"mfu": 0.001 if step == 1 else 0.4375} for step in range(1, 5)]
+    text = write_report(make_run(tmp_path, dpo_config(), dpo_metrics(), timings)).read_text()
+    cells = Page(text).cells
+    assert cells[cells.index("Of the chips' peak") + 1] == "43.8% (MFU on real tokens, median)"
+    assert "<h3>Model FLOPs utilisation</h3>" in text
+
+
 def test_a_dpo_run_is_told_whole(tmp_path):
     run = make_run(tmp_path, dpo_config(), dpo_metrics(), [timing_row(step) for step in range(1, 81)])
     path = write_report(run)

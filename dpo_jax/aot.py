@@ -1,0 +1,182 @@
+"""A train step compiled ahead of time, from shapes alone, for TPUs that are not there."""
+
+import importlib.util
+import math
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dpo_jax.assemble import abstract_state, loss_of, train_logps_fn
+from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch
+from dpo_jax.chips import Topology
+from dpo_jax.compiler import platform_flags
+from dpo_jax.config import DPOConfig
+from dpo_jax.errors import UserError
+from dpo_jax.models.decoder import Model
+from dpo_jax.optimizer import make_optimizer
+from dpo_jax.policy import placed_shapes
+from dpo_jax.sharding import make_mesh, replicated, row_sharding
+from dpo_jax.step import Base, make_train_step
+
+# libtpu looks for a TPU, and for other programs that use one; this machine has none
+WITHOUT_TPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+               "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a step is asked for. Lengths are means of a pair: prompt, chosen, rejected."""
+
+    pairs: int  # of a step
+    parts: int
+    rows: int  # of a part, over all devices
+    row_length: int
+    lengths: tuple[float, float, float]
+    longest: int  # tokens of a prompt with one answer
+
+    @property
+    def unit(self) -> float:
+        """Tokens of a pair, its prompt once."""
+        return sum(self.lengths)
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a step has room for."""
+        return self.parts * self.rows * self.row_length
+
+    @property
+    def fill(self) -> float:
+        """Share of the slots that holds tokens."""
+        return self.pairs * self.unit / self.slots
+
+    @property
+    def targets(self) -> int:
+        """Of a row, if it is full."""
+        return up(self.row_length * (1 - self.lengths[0] / self.unit), BLOCK)
+
+
+def up(number: float, multiple: int) -> int:
+    """The next multiple."""
+    return multiple * math.ceil(number / multiple)
+
+
+def slice_mesh(config: DPOConfig, slice_: Topology, slices: int) -> Mesh:
+    """The config's mesh of devices that only compile.
+
+    Raises:
+        UserError: their compiler is not installed, or the mesh does not fit them.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError('--topology: its compiler is missing: pip install "dpo_jax[plan]", on Linux x86-64')
+    os.environ.update({name: value for name, value in WITHOUT_TPU.items() if name not in os.environ})
+    from jax.experimental import topologies
+
+    options = slice_.options | ({"num_slices": slices} if slices > 1 else {})
+    devices = topologies.get_topology_desc(slice_.name, "tpu", **options).devices
+    return make_mesh(config.mesh, devices)
+
+
+def abstract_batch(load: Load, mesh: Mesh) -> PreferenceBatch:
+    """The batch's shapes and places."""
+    lead = () if load.parts == 1 else (load.parts,)
+    pairs, answers = load.pairs // load.parts, 2 * math.ceil(load.row_length / load.unit)
+    row, targets = (load.rows, load.row_length), (load.rows, load.targets)
+
+    def empty() -> PreferenceBatch:
+        ints = lambda *shape: jnp.zeros((*lead, *shape), jnp.int32)  # noqa: E731
+        return PreferenceBatch(
+            **{name: ints(*row) for name in ("tokens", "positions", "segments", "branches")},
+            **{f"target_{name}": ints(*targets) for name in ("tokens", "sources", "answers", "offsets")},
+            target_mask=ints(*targets) > 0,
+            answer_slots=ints(pairs, 2),
+            weight=jnp.zeros((*lead, pairs)),
+            valid=ints(pairs) > 0,
+            blocks=ints(load.rows, 16 * (load.row_length // BLOCK), 2),
+            answers_per_row=answers,
+            longest=up(load.longest, BLOCK),
+            branch_length=load.row_length,
+        )
+
+    batch = jax.eval_shape(empty)
+    return _placed(batch, batch.place(row_sharding(mesh, len(lead)), replicated(mesh)))
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
+def abstract_reference(config: DPOConfig, model: Model, mesh: Mesh, load: Load) -> Any:
+    """The shapes and places of the step's ``reference`` argument."""
+    weights, mode, cached = placed_shapes(model, mesh), config.reference_mode, None
+    if mode == "live" and model.lora is None and config.reference.dtype != "auto":
+        dtype = jnp.dtype(config.reference.dtype)
+        weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)
+    if mode == "cached":
+        shape = (load.pairs,) if load.parts == 1 else (load.parts, load.pairs // load.parts)
+
+        def empty() -> PairLogps:
+            answers, pairs = jnp.zeros((*shape, 2)), jnp.zeros(shape)
+            tail = None if config.loss.ld_alpha is None else answers
+            return PairLogps(sum=answers, count=answers, weight=pairs, valid=pairs > 0, tail_sum=tail)
+
+        logps = jax.eval_shape(empty)
+        cached = _placed(logps, jax.tree.map(lambda _: replicated(mesh), logps))
+    if model.lora is not None:
+        return Base(weights, cached)
+    return {"live": weights, "cached": cached, "none": None}[mode]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler said. Bytes a device."""
+
+    seconds: float
+    text: str | None  # None: it does not fit
+    peak: int
+    held: dict[str, int]  # weights, optimizer, reference, batch
+
+
+def compile_step(config: DPOConfig, model: Model, mesh: Mesh, load: Load) -> Compiled:
+    """The train step of the config, compiled for the mesh's devices."""
+    optimizer = make_optimizer(config.optimizer, 1000)
+    state = abstract_state(model, mesh, optimizer)
+    batch, reference = abstract_batch(load, mesh), abstract_reference(config, model, mesh, load)
+    step: Any = make_train_step(
+        logps_fn=train_logps_fn(config, model),
+        loss=loss_of(config),
+        optimizer=optimizer,
+        accumulation=load.parts,
+        shardings=jax.tree.map(lambda x: x.sharding, state),
+        metrics_sharding=replicated(mesh),
+        compiler_options=platform_flags("tpu", config.run.compiler_flags),
+    )
+    held = {
+        "weights": _bytes(state.params) + (_bytes(reference.params) if isinstance(reference, Base) else 0),
+        "optimizer": _bytes(state.opt_state),
+        "reference": 0 if isinstance(reference, Base) else _bytes(reference),
+        "batch": _bytes(batch),
+    }
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = step.lower(state, reference, batch)
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MG])\)? (?:exceeds|of)", str(error), re.S)
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        peak = int(float(wanted[1]) * {"M": 2**20, "G": 2**30}[wanted[2]]) if wanted else 0
+        return Compiled(time.perf_counter() - start, None, peak, held)
+    memory = program.memory_analysis()
+    return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, held)
+
+
+def _bytes(tree: Any) -> int:
+    """Of a device, by shapes and places."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

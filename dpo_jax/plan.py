@@ -1,0 +1,229 @@
+"""Compile a run's train step for a TPU slice that is not there: does it fit, what does it move, what will it cost.
+
+The very step of the config is compiled ahead of time by the TPU's own compiler, from shapes alone, on any Linux x86-64
+machine. Memory and exchanges are the compiled program's; operations, traffic and times are closed forms.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.aot import Compiled, Load, compile_step, slice_mesh, up
+from dpo_jax.chips import Topology, parse_topology
+from dpo_jax.config import DPOConfig, ModelConfig
+from dpo_jax.data.sets import open_sets
+from dpo_jax.errors import UserError
+from dpo_jax.hlo import exchanges
+from dpo_jax.models.decoder import Model, count_adapters, count_params
+from dpo_jax.models.flops import Work, causal_pairs, pairs_work, step_flops
+from dpo_jax.models.known import known_config
+from dpo_jax.policy import ModelSource, build_model, find_model, find_tokenizer
+from dpo_jax.roofline import exchange_times, hardware_flops, matrix_traffic
+from dpo_jax.sharding import row_devices
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known beside the config."""
+
+    slices: int = 1
+    rows: int | None = None  # of ``batch.row_length`` tokens, a device and part; None: what the lengths ask for, else 1
+    lengths: tuple[float, float, float] | None = None  # None: rows are taken to be full, of pairs in equal thirds
+    examples: int | None = None  # pairs of the data, for the hours of a run that is not given in steps
+    data: bool = False  # read the data for both
+
+
+def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, search: bool) -> list[dict[str, Any]]:
+    """`plan` of each slice; with ``search`` each also of the first settings found that fit."""
+    slices = [parse_topology(text) for text in topologies]
+    source = _source(config.model)
+    if known.data:
+        known = _measured(config, source, known)
+    plans = []
+    for slice_ in slices:
+        plans.append(plan(config, source, slice_, known))
+        if search and not plans[-1]["memory"]["fits"]:
+            plans += search_fit(config, source, slice_, known)
+    return plans
+
+
+def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known) -> dict[str, Any]:
+    """Everything that can be said of the config's step on a slice, as a JSON tree; `plan_page` renders it.
+
+    Raises:
+        UserError: the config cannot run there.
+    """
+    mesh = slice_mesh(config, slice_, known.slices)
+    model = build_model(source, config.model, mesh, config.lora)
+    load = find_load(config, mesh, known)
+    found: dict[str, Any] = {
+        "topology": slice_.name,
+        "slices": known.slices,
+        "chips": slice_.chips * known.slices,
+        "mesh": dict(mesh.shape),
+        "model": {"path": config.model.path, "parameters": count_params(model), "dtype": model.dtype,
+                  "attention": model.attention, "remat": model.remat,
+                  "adapters": 0 if model.lora is None else count_adapters(model)},
+        "batch": {"pairs": load.pairs, "parts": load.parts, "rows_a_device": load.rows // row_devices(mesh),
+                  "row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths),
+                  "assumed": known.lengths is None},
+    }  # fmt: skip
+    compiled = compile_step(config, model, mesh, load)
+    found |= {"compile_seconds": compiled.seconds, "memory": _memory(compiled, slice_)}
+    if compiled.text is None:
+        return found
+    return found | _costs(config, model, mesh, load, slice_, compiled.text, known.examples)
+
+
+CURES: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # the cheap ones first
+    "model.remat": lambda c: replace(c, model=replace(c.model, remat="full")),
+    "batch.accumulation": lambda c: replace(c, batch=replace(c.batch, accumulation=2 * c.batch.accumulation)),
+    "mesh.tensor": lambda c: replace(c, mesh=replace(c.mesh, tensor=2 * c.mesh.tensor)),
+    "reference.mode": lambda c: replace(c, reference=replace(c.reference, mode="cached", dtype="auto")),
+    "optimizer.moment_dtype": lambda c: replace(c, optimizer=replace(c.optimizer, moment_dtype="bfloat16")),
+}
+
+
+def search_fit(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known) -> list[dict[str, Any]]:
+    """Plans of ever more frugal settings, each with ``changed``, until one fits or nothing helps any more.
+
+    Each cure is taken as often as it lowers the peak, and kept.
+    """
+    plans: list[dict[str, Any]] = []
+    changed: dict[str, Any] = {}
+    lowest = float("inf")
+    for option, cure in CURES.items():
+        while True:
+            try:
+                other = cure(config)
+                fewer = known if option != "batch.accumulation" else _halved(known)
+                tried = plan(other, source, slice_, fewer)
+            except UserError:  # this setting has an end
+                break
+            if other == config or tried["memory"]["peak"] >= 0.99 * lowest:
+                break
+            section, name = option.split(".")
+            changed = changed | {option: getattr(getattr(other, section), name)}
+            config, known, lowest = other, fewer, tried["memory"]["peak"]
+            plans.append(tried | {"changed": changed})
+            if tried["memory"]["fits"]:
+                return plans
+    return plans
+
+
+def _halved(known: Known) -> Known:
+    if known.rows is None:
+        return known
+    if known.rows % 2:
+        raise UserError(f"--rows: {known.rows} cannot be halved")
+    return replace(known, rows=known.rows // 2)
+
+
+def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
+    """Lengths and number of the pairs that the config trains on."""
+    tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
+    sets = open_sets(config, tokenizer)
+    ids = np.concatenate(sets.order.groups)
+    prompt, chosen, rejected = sets.train.lengths[ids].mean(0).tolist()
+    return replace(known, lengths=(prompt, chosen, rejected), examples=len(ids))
+
+
+def _source(config: ModelConfig) -> ModelSource:
+    """The model's shapes: of the files where they are, else as published, else from the hub."""
+    known = known_config(config.path)
+    if known is not None and not os.path.isdir(os.path.expanduser(config.path)):
+        return ModelSource(known, None, None)
+    return find_model(config.path, config.revision)
+
+
+def find_load(config: DPOConfig, mesh: Mesh, known: Known) -> Load:
+    """Rows and lengths of a step, from what is known of them."""
+    batch, devices, rows, lengths = config.batch, row_devices(mesh), known.rows, known.lengths
+    if batch.row_length == "auto":
+        raise UserError("batch.row_length: auto takes it from the data, which plan does not read; give a number, such "
+                        "as --batch.row_length 4096")  # fmt: skip
+    pairs = batch.pairs / batch.accumulation  # of a part
+    if lengths is None:
+        total = (rows or 1) * devices * batch.row_length
+        third = min(total / pairs, 2 * config.data.max_length) / 3
+        lengths = (third, third, third)
+    needed = math.ceil(pairs * sum(lengths) / batch.row_length / 0.97)  # rows are not filled to the last token
+    num_rows = up(needed, devices) if rows is None else rows * devices
+    if pairs * sum(lengths) > num_rows * batch.row_length:
+        raise UserError(f"--rows: {rows} rows of {batch.row_length} tokens a device do not hold {pairs:g} pairs of "
+                        f"{sum(lengths):g} tokens; give more, or raise batch.accumulation")  # fmt: skip
+    return Load(pairs=batch.pairs, parts=batch.accumulation, rows=num_rows, row_length=batch.row_length,
+                lengths=lengths, longest=min(config.data.max_length, batch.row_length))  # fmt: skip
+
+
+def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
+    """GiB a device."""
+    room = slice_.chip.device_memory
+    held = sum(compiled.held.values())
+    fits = compiled.text is not None and compiled.peak <= room
+    parts = {name: size / GIB for name, size in compiled.held.items()}
+    rest = None if compiled.text is None else (compiled.peak - held) / GIB
+    return parts | {"activations": rest, "peak": compiled.peak / GIB, "room": room / GIB, "fits": fits}
+
+
+def _costs(
+    config: DPOConfig, model: Model, mesh: Mesh, load: Load, slice_: Topology, text: str, examples: int | None
+) -> dict[str, Any]:
+    """Operations, traffic, times and what follows from them."""
+    chip, live = slice_.chip, config.reference_mode == "live" and config.loss.needs_reference
+    lengths = np.tile(np.round(load.lengths).astype(int), (load.pairs, 1))
+    real = pairs_work(lengths, lengths[:, 1:], layout=config.batch.layout, window=model.config.window)
+    rank, adapted = (0, ()) if model.lora is None else (model.lora.rank, model.lora.targets)
+    useful = step_flops(model.config, real, live_reference=live, rank=rank, adapted=adapted)
+    seen = causal_pairs(np.full(2 * load.rows * load.parts, load.row_length), _band(model, load)).sum()
+    hardware = hardware_flops(model, Work(load.slots, int(seen), real.targets), live_reference=live)
+
+    devices, tensor = mesh.size, mesh.shape["tensor"]
+    spread = devices // tensor
+    traffic = matrix_traffic(model, load.slots // load.parts // spread, real.targets // load.parts // spread,
+                             parts=load.parts, tensor=tensor, live_reference=live)  # fmt: skip
+    found = exchanges(text, devices)
+    seconds = {
+        "compute": hardware / devices / chip.device_peak_flops,
+        "memory": traffic / (chip.memory_bandwidth / chip.devices),
+        **exchange_times(found, chip, devices // len({getattr(d, "slice_index", 0) for d in mesh.devices.flat})),
+    }
+    bound = max(seconds, key=lambda name: seconds[name])
+    best, worst = seconds[bound], sum(seconds.values())
+    of = lambda t: {"step_seconds": t, "mfu": useful / (t * devices * chip.device_peak_flops),  # noqa: E731
+                    "pairs_per_second": load.pairs / t,
+                    "tokens_per_second": load.pairs * load.unit / t}  # fmt: skip
+    costs = {
+        "flops": {"model": useful, "hardware": hardware, "model_a_pair": useful / load.pairs},
+        "exchanges": _by_kind(found),
+        "seconds": seconds,
+        "bound": bound,
+        "at_best": of(best),
+        "one_after_another": of(worst),
+    }
+    steps = config.run.steps or (examples and math.ceil((config.run.epochs or 1) * examples / load.pairs))
+    if steps:
+        hours = [steps * t / 3600 for t in (best, worst)]
+        costs["run"] = {"steps": steps, "hours": hours, "chip_hours": [t * devices / chip.devices for t in hours]}
+    return costs
+
+
+def _band(model: Model, load: Load) -> int:
+    """Tokens back that the attention kernel looks at most."""
+    return min(filter(None, (load.longest, model.config.window)))
+
+
+def _by_kind(found: Sequence[Any]) -> dict[str, dict[str, float]]:
+    kinds = sorted({one.kind for one in found})
+    own = {kind: [one for one in found if one.kind == kind] for kind in kinds}
+    return {
+        kind: {"times": sum(one.times for one in ones), "gib": sum(one.moved * one.times for one in ones) / GIB}
+        for kind, ones in own.items()
+    }

@@ -1,0 +1,92 @@
+"""A plan as a person reads it: one slice in full, several as a table."""
+
+from collections.abc import Sequence
+from typing import Any
+
+UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+
+
+def _short(number: float) -> str:
+    return next((f"{number / size:.3g}{unit}" for size, unit in UNITS if number >= size), f"{number:.3g}")
+
+
+def _where(plan: dict[str, Any]) -> str:
+    slices = f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
+    return f"{slices}{plan['topology']}"
+
+
+def render(plan: dict[str, Any]) -> str:
+    """All that was found out about one slice."""
+    model, batch, memory = plan["model"], plan["batch"], plan["memory"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    adapters = f", {_short(model['adapters'])} more in adapters" if model["adapters"] else ""
+    parts = f" in {batch['parts']} parts" if batch["parts"] > 1 else ""
+    lengths = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
+    assumed = "; assumed, since nothing was said of the data: give --lengths or --data" if batch["assumed"] else ""
+    lines = [
+        f"{_where(plan)}: {plan['chips']} chips, mesh {mesh}",
+        f"model      {model['path']}: {_short(model['parameters'])} parameters{adapters}",
+        f"           {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
+        f"step       {batch['pairs']} pairs{parts}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
+        f"           {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens{assumed}",
+        *_memory_lines(memory),
+    ]
+    if "seconds" in plan:
+        lines += _cost_lines(plan)
+    return "\n".join([*lines, f"compiled in {plan['compile_seconds']:.0f} s"])
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    names = ("weights", "optimizer", "reference", "batch", "activations")
+    held = ", ".join(f"{name} {memory[name]:.2f}" for name in names if memory[name])
+    verdict = "fits" if memory["fits"] else "DOES NOT FIT; --search looks for what would"
+    return [
+        f"memory     {memory['peak']:.2f} of {memory['room']:.2f} GiB a device: {verdict}",
+        f"           {held}",
+    ]
+
+
+def _cost_lines(plan: dict[str, Any]) -> list[str]:
+    flops, seconds = plan["flops"], plan["seconds"]
+    needs = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
+    moved = ", ".join(f"{kind} {own['gib']:.3g}" for kind, own in plan["exchanges"].items() if own["gib"] >= 0.005)
+    lines = [
+        f"operations {_short(flops['model'])} of the model on real tokens, {_short(flops['model_a_pair'])} a pair",
+        f"           {_short(flops['hardware'])} with padding and what is computed again",
+        f"exchanges  GiB a device and step: {moved or 'none'}",
+        f"time       each resource alone: {needs}; bound by {plan['bound']}",
+    ]
+    for name, words in (("at_best", "at best"), ("one_after_another", "one by one")):
+        own = plan[name]
+        lines.append(
+            f"{words:10} {own['step_seconds']:.3g} s a step, MFU {own['mfu']:.0%}, "
+            f"{own['tokens_per_second']:.4g} tokens/s, {own['pairs_per_second']:.3g} pairs/s"
+        )
+    if "run" in plan:
+        run = plan["run"]
+        low, high = (f"{hours:.3g}" for hours in run["hours"])
+        cost = " to ".join(f"{hours:.3g}" for hours in run["chip_hours"])
+        lines.append(f"run        {run['steps']} steps: {low} to {high} hours, {cost} chip-hours")
+    return lines
+
+
+def table(plans: Sequence[dict[str, Any]]) -> str:
+    """One line a slice."""
+    head = ["slice", "chips", "GiB", "of", "fits", "s/step", "MFU", "pairs/s", "bound by", "chip-hours"]
+    rows = [head, *map(_row, plans)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)  # fmt: skip
+
+
+def _row(plan: dict[str, Any]) -> list[str]:
+    memory = plan["memory"]
+    start = [_where(plan), str(plan["chips"]), f"{memory['peak']:.2f}", f"{memory['room']:.2f}",
+             "yes" if memory["fits"] else "no"]  # fmt: skip
+    if "seconds" not in plan:
+        return [*start, *[""] * 5]
+    best, worst = plan["at_best"], plan["one_after_another"]
+    between = lambda name, form: f"{best[name]:{form}} - {worst[name]:{form}}"  # noqa: E731
+    hours = " - ".join(f"{own:.3g}" for own in plan["run"]["chip_hours"]) if "run" in plan else ""
+    return [*start, between("step_seconds", ".3g"), between("mfu", ".0%"), between("pairs_per_second", ".3g"),
+            plan["bound"], hours]  # fmt: skip

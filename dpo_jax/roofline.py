@@ -1,0 +1,74 @@
+"""What a step computes and moves on one device, by closed form, and how long that takes at least.
+
+A time is what one resource needs alone, at its peak. The longest of them is a bound that no step beats; their sum is
+what it takes if nothing runs beside anything else.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dpo_jax.chips import Chip
+from dpo_jax.hlo import Exchange
+from dpo_jax.models.decoder import Model
+from dpo_jax.models.flops import Work, forward_flops, projections, recomputed_flops, step_flops
+
+
+def hardware_flops(model: Model, work: Work, *, live_reference: bool) -> int:
+    """Operations of a step with what is computed on padding and what is computed a second time."""
+    rank, adapted = (0, ()) if model.lora is None else (model.lora.rank, model.lora.targets)
+    once = step_flops(model.config, work, live_reference=live_reference, rank=rank, adapted=adapted)
+    return once + recomputed_flops(model.config, work, model.remat)
+
+
+def matrix_traffic(model: Model, tokens: int, targets: int, *, parts: int, tensor: int, live_reference: bool) -> float:
+    """Bytes that a device's matrix products read and write in its memory, each operand once a product.
+
+    Args:
+        model: says which matrices, in what type, and what is computed a second time.
+        tokens: of the device, in a part of the step.
+        targets: of the device, in a part of the step.
+        parts: of the step, one after another.
+        tensor: devices over which each matrix is spread.
+        live_reference: one forward pass more.
+    """
+    width = 2 if model.dtype == "bfloat16" else 4
+    again = 0 if model.remat == "none" else 1
+    products = 1 + again + live_reference + 2  # forward, again, the reference's; by the input, and by the matrix
+    layer = sum(
+        products * width * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)
+        for inputs, outputs in projections(model.config).values()
+    )
+    # no scores are kept, so that they are computed again whatever is kept of the layers
+    c = model.config
+    head = (4 + live_reference) * width * (targets * c.hidden + c.hidden * c.vocab / tensor)
+    return parts * (c.layers * layer + head)
+
+
+def exchange_times(found: Sequence[Exchange], chip: Chip, devices_per_slice: int) -> dict[str, float]:
+    """Seconds that the links inside a slice (``ici``) and the network between slices (``dcn``) are busy."""
+    seconds = {"ici": 0.0, "dcn": 0.0}
+    for one in found:
+        members = one.groups.shape[1]
+        slices = max(len(np.unique(group // devices_per_slice)) for group in one.groups)
+        if one.kind == "collective-permute" or slices == 1:
+            seconds["ici" if slices == 1 else "dcn"] += _busy(one.moved * one.times, chip, slices > 1)
+            continue
+        # inside every slice first, then each member its share with its like in the other slices
+        inside = one._replace(groups=one.groups[:, : members // slices])
+        between = one._replace(groups=one.groups[:, :slices], num_bytes=one.num_bytes * slices // members)
+        seconds["ici"] += _busy(inside.moved * one.times, chip, False)
+        seconds["dcn"] += _busy(between.moved * one.times, chip, True)
+    return seconds
+
+
+def _busy(num_bytes: float, chip: Chip, between_slices: bool) -> float:
+    if not between_slices:
+        return num_bytes / (chip.ici_bandwidth / chip.devices)
+    return float("nan") if chip.dcn_bandwidth is None else num_bytes / (chip.dcn_bandwidth / chip.devices)
+
+
+def forward_share(model: Model, work: Work) -> dict[str, float]:
+    """Share of a forward pass by where its operations arise."""
+    flops = forward_flops(model.config, work)
+    return {name: own / flops.total for name, own in flops._asdict().items()}
