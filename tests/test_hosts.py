@@ -13,17 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from runs import free_port
 
 from dpo_jax import hosts
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import CheckpointConfig
 from dpo_jax.errors import RunStopped, UserError
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
