@@ -19,3 +19,21 @@ def shared() -> Path:
             pytest.fail(f"{path} is missing: CI must run with the shared test data")
         pytest.skip(f"{path} is missing: set DPO_JAX_SHARED to the folder of shared test data")
     return path
+
+
+@pytest.fixture(scope="session")
+def tpus():
+    """Devices of TPU slices that programs can be compiled for, but not run on: ``tpus("v5e:4x4", num_slices=2)``."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu")
+    from jax.experimental import topologies
+
+    from dpo_jax.chips import parse_topology
+
+    os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+    def devices(text: str, num_slices: int = 1):
+        slices = {"num_slices": num_slices} if num_slices > 1 else {}
+        topology = parse_topology(text)
+        return topologies.get_topology_desc(topology.name, platform="tpu", **topology.options, **slices).devices
+
+    return devices
