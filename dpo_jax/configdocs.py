@@ -29,7 +29,7 @@ lists and mappings. The value takes the place of what the file says; of an optio
 - Relative paths are seen from the working directory.
 - The run directory's `config.yaml` has every default spelled out, and can be used as a config itself.
 
-This page is made from `dpo_jax/config.py` by `python -m dpo_jax.configdocs`."""
+This page is made from `dpo_jax/config/` by `python -m dpo_jax.configdocs`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Configs as text: YAML in, checked against the types of config.py; YAML out, every default spelled out.
+"""Configs as text: YAML in, checked against the types of config/; YAML out, every default spelled out.
 
 YAML is read by the rules of version 1.2: ``5e-7`` is a number and ``yes`` is text. What versions read differently, such
 as ``012``, is text. A name given twice is an error. Types are strict: ``"8"`` is no number, ``1.0`` no whole number,
@@ -16,8 +16,8 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 import yaml
 
-from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig, TrainConfig, require
-from dpo_jax.errors import UserError
+from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig, TrainConfig
+from dpo_jax.errors import UserError, require
 
 Config = TypeVar("Config", bound=TrainConfig)
 

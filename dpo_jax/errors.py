@@ -17,3 +17,9 @@ class RunStopped(UserError):
     """The run met something that a restart will not cure, such as a loss that is not finite."""
 
     exit_code = 43
+
+
+def require(condition: bool, name: str, value: object, remedy: str) -> None:
+    """Raise one line that names the thing, its value and the remedy, unless the condition holds."""
+    if not condition:
+        raise UserError(f"{name}: {value!r} cannot be used: {remedy}")

@@ -58,8 +58,8 @@ def exchanges(text: str, num_devices: int) -> list[Exchange]:
             operation = re.search(r'op_name="([^"]*)"', line)
             own = Exchange(kind, _num_bytes(result, kind, bool(start)), _groups(line, kind, num_devices), times[name],
                            operation[1] if operation else "")  # fmt: skip
-            key = channel[1] if channel else f"{name} {line}"
-            # an exchange that runs beside other work stands, with one channel, in each piece of that work
+            # one that runs beside other work stands, with the same channel, in each piece of that work
+            key = f"{channel[1]} {kind} {own.num_bytes} {own.source}" if channel else f"{name} {line}"
             if key not in found or own.times > found[key].times:
                 found[key] = own
     return list(found.values())
@@ -149,7 +149,7 @@ def _item_bits(dtype: str) -> int:
 def _groups(line: str, kind: str, num_devices: int) -> np.ndarray:
     """[groups, members]; the ways of writing them are those of XLA's printer."""
     if kind == "collective-permute":
-        return _listed(re.search(r"source_target_pairs=\{(.*?)\}(?:,|$| )", line))
+        return _listed(re.search(r"source_target_pairs=\{(\{.*?\})\}", line))
     if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", line):
         sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         axes = re.findall(r"'(\w+)'", named[3])
@@ -167,4 +167,4 @@ def _groups(line: str, kind: str, num_devices: int) -> np.ndarray:
 
 def _listed(match: re.Match | None) -> np.ndarray:
     assert match, "an exchange without devices"
-    return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{?([\d,]+)\}", match[1] + "}")])
+    return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])])

@@ -27,6 +27,7 @@ from dpo_jax.roofline import exchange_times, hardware_flops, matrix_traffic
 from dpo_jax.sharding import row_devices
 
 GIB = 2**30
+FILL = 0.97  # of rows that are packed from many pairs
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, sear
     plans = []
     for slice_ in slices:
         plans.append(plan(config, source, slice_, known))
-        if search and not plans[-1]["memory"]["fits"]:
-            plans += search_fit(config, source, slice_, known)
+        memory = plans[-1]["memory"]
+        if search and not memory["fits"]:
+            plans += search_fit(config, source, slice_, known, memory["peak"])
     return plans
 
 
@@ -91,27 +93,27 @@ CURES: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # the cheap ones first
 }
 
 
-def search_fit(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known) -> list[dict[str, Any]]:
+def search_fit(
+    config: DPOConfig, source: ModelSource, slice_: Topology, known: Known, peak: float
+) -> list[dict[str, Any]]:
     """Plans of ever more frugal settings, each with ``changed``, until one fits or nothing helps any more.
 
-    Each cure is taken as often as it lowers the peak, and kept.
+    Each cure is taken as often as it lowers the peak, at first ``peak`` GiB, and is kept.
     """
     plans: list[dict[str, Any]] = []
     changed: dict[str, Any] = {}
-    lowest = float("inf")
     for option, cure in CURES.items():
-        while True:
+        section, name = option.split(".")
+        while (other := cure(config)) != config:
             try:
-                other = cure(config)
                 fewer = known if option != "batch.accumulation" else _halved(known)
                 tried = plan(other, source, slice_, fewer)
             except UserError:  # this setting has an end
                 break
-            if other == config or tried["memory"]["peak"] >= 0.99 * lowest:
+            if tried["memory"]["peak"] > 0.99 * peak:
                 break
-            section, name = option.split(".")
-            changed = changed | {option: getattr(getattr(other, section), name)}
-            config, known, lowest = other, fewer, tried["memory"]["peak"]
+            config, known, peak = other, fewer, tried["memory"]["peak"]
+            changed = changed | {option: getattr(getattr(config, section), name)}
             plans.append(tried | {"changed": changed})
             if tried["memory"]["fits"]:
                 return plans
@@ -150,12 +152,12 @@ def find_load(config: DPOConfig, mesh: Mesh, known: Known) -> Load:
         raise UserError("batch.row_length: auto takes it from the data, which plan does not read; give a number, such "
                         "as --batch.row_length 4096")  # fmt: skip
     pairs = batch.pairs / batch.accumulation  # of a part
+    num_rows = (rows or 1) * devices
     if lengths is None:
-        total = (rows or 1) * devices * batch.row_length
-        third = min(total / pairs, 2 * config.data.max_length) / 3
+        third = min(num_rows * batch.row_length / pairs, 2 * config.data.max_length) / 3
         lengths = (third, third, third)
-    needed = math.ceil(pairs * sum(lengths) / batch.row_length / 0.97)  # rows are not filled to the last token
-    num_rows = up(needed, devices) if rows is None else rows * devices
+    elif rows is None:
+        num_rows = up(math.ceil(pairs * sum(lengths) / batch.row_length / FILL), devices)
     if pairs * sum(lengths) > num_rows * batch.row_length:
         raise UserError(f"--rows: {rows} rows of {batch.row_length} tokens a device do not hold {pairs:g} pairs of "
                         f"{sum(lengths):g} tokens; give more, or raise batch.accumulation")  # fmt: skip

@@ -33,6 +33,8 @@ def render(plan: dict[str, Any]) -> str:
     ]
     if "seconds" in plan:
         lines += _cost_lines(plan)
+    if "changed" in plan:
+        lines.append("changed    " + ", ".join(f"{option} {value}" for option, value in plan["changed"].items()))
     return "\n".join([*lines, f"compiled in {plan['compile_seconds']:.0f} s"])
 
 

@@ -1,18 +1,25 @@
 #!/usr/bin/env bash
-# Ask for the slice and wait until it is there. `create.sh wait` only waits, for a request made before.
+# Ask for the slices and wait until they are there. `create.sh wait` only waits, for a request made before.
 # shellcheck source=lib.sh
 . "$(dirname "$0")/lib.sh"
 
 [[ ${1:-} =~ ^(wait)?$ ]] || refuse ARGUMENT "$1" "wait, or nothing"
 
-case $CAPACITY in
-  on-demand) tier= ;;
-  *) tier=--$CAPACITY ;;
-esac
+flags=(--accelerator-type="$TYPE")
+[[ $CAPACITY == on-demand ]] || flags+=("--$CAPACITY")
+for flag in ${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"}; do [[ -z $flag ]] || flags+=("$flag"); done
+
+if [[ $REQUEST == direct ]]; then # answered at once: the slice, or that there is none
+  [[ ${1:-} != wait ]] || refuse REQUEST direct "nothing waits in a queue: create.sh"
+  run "${tpus[@]}" tpu-vm create "$NAME" "${where[@]}" --version="$RUNTIME" "${flags[@]}"
+  exit
+fi
 
 if [[ ${1:-} != wait ]]; then
-  run "${tpus[@]}" queued-resources create "$NAME" --node-id="$NAME" "${where[@]}" --accelerator-type="$TYPE" \
-    --runtime-version="$RUNTIME" --async ${tier:+"$tier"} ${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"}
+  named=(--node-id="$NAME")
+  ((SLICES == 1)) || named=(--node-count="$SLICES" --node-prefix="$NAME")
+  run "${tpus[@]}" queued-resources create "$NAME" "${named[@]}" "${where[@]}" --runtime-version="$RUNTIME" --async \
+    "${flags[@]}"
 fi
 
 before=
@@ -28,5 +35,5 @@ while :; do
       ;;
   esac
   before=$state
-  sleep "${POLL_SECONDS:-30}"
+  sleep "$POLL_SECONDS"
 done

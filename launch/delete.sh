@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Delete the slice, with the disks of its workers, and list what is left in the zone. YES=1: without asking.
+# Delete the slices, with the disks of their workers, and list what is left in the zone. YES=1: without asking.
 # shellcheck source=lib.sh
 . "$(dirname "$0")/lib.sh"
 
@@ -9,7 +9,11 @@ if [[ ${YES:-} != 1 && ${DRY_RUN:-} != 1 ]]; then
   read -r -p "Type $NAME to delete it: " answer || true
   [[ ${answer:-} == "$NAME" ]] || refuse NAME "${answer:-}" "nothing was deleted: type $NAME, or set YES=1"
 fi
-retry "${tpus[@]}" queued-resources delete "$NAME" "${where[@]}" --force --quiet
+if [[ $REQUEST == direct ]]; then
+  retry "${tpus[@]}" tpu-vm delete "$NAME" "${where[@]}" --quiet
+else
+  retry "${tpus[@]}" queued-resources delete "$NAME" "${where[@]}" --force --quiet
+fi
 printf 'Still there in %s, and billed where it is up:\n' "$ZONE"
 run "${tpus[@]}" queued-resources list "${where[@]}"
 run "${tpus[@]}" tpu-vm list "${where[@]}"

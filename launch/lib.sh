@@ -6,6 +6,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 tpus=(gcloud compute tpus)
 where=(--project="$PROJECT" --zone="$ZONE")
+nodes=("$NAME") # the slices; where there are several, Google numbers them
+((SLICES == 1)) || for ((i = 0; i < SLICES; i++)); do nodes[i]=$NAME-$i; done
 
 run() { # COMMAND...: with DRY_RUN=1 only print it, ready to be pasted
   if [[ ${DRY_RUN:-} == 1 ]]; then
@@ -18,7 +20,7 @@ run() { # COMMAND...: with DRY_RUN=1 only print it, ready to be pasted
 }
 
 retry() { # COMMAND...: five times, ever later; a 2 is final: it says that the command itself was wrong
-  local attempt code delay=${RETRY_SECONDS:-5}
+  local attempt code delay=$RETRY_SECONDS
   for attempt in 1 2 3 4 5; do
     code=0
     run "$@" || code=$?
@@ -29,8 +31,34 @@ retry() { # COMMAND...: five times, ever later; a 2 is final: it says that the c
   done
 }
 
-ssh_to() { # WORKERS LINE: a line for the workers' shell; how=retry to repeat it
-  "${how:-run}" "${tpus[@]}" tpu-vm ssh "$NAME" "${where[@]}" --worker="$1" --command="$2" -- -o ServerAliveInterval=30
+on_slices() { # FUNCTION ARGUMENT...: on all slices at once, a slice's name before the arguments; 2 if any said 2
+  local node pid code worst=0 pids=()
+  if ((${#nodes[@]} == 1)) || [[ ${DRY_RUN:-} == 1 ]]; then # in the foreground, where Ctrl-C reaches it
+    for node in "${nodes[@]}"; do "$1" "$node" "${@:2}"; done
+    return
+  fi
+  for node in "${nodes[@]}"; do
+    "$1" "$node" "${@:2}" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do
+    code=0
+    wait "$pid" || code=$?
+    ((code == 0 || worst == 2)) || worst=$code
+  done
+  return "$worst"
+}
+
+ssh_slice() { # SLICE WORKERS LINE
+  "${how:-run}" "${tpus[@]}" tpu-vm ssh "$1" "${where[@]}" --worker="$2" --command="$3" -- -o ServerAliveInterval=30
+}
+
+scp_slice() { # SLICE FILE PATH: to all its workers
+  retry "${tpus[@]}" tpu-vm scp "$2" "$1:$3" "${where[@]}" --worker=all
+}
+
+ssh_to() { # WORKERS LINE: a line for the workers' shell, on every slice; how=retry to repeat it
+  on_slices ssh_slice "$@"
 }
 
 call() { # WORKERS WORD...: the words reach the workers as they are here
@@ -38,6 +66,18 @@ call() { # WORKERS WORD...: the words reach the workers as they are here
   shift
   printf -v line '%q ' "$@"
   ssh_to "$workers" "${line% }"
+}
+
+commit_to_send() { # of the committed tree; with ALLOW_DIRTY=1 of one with the changes, that no branch holds
+  local changes
+  changes=$(git -C "$here" status --porcelain --untracked-files=no)
+  if [[ -z $changes ]]; then
+    git -C "$here" rev-parse HEAD
+  else
+    [[ ${ALLOW_DIRTY:-} == 1 ]] || refuse ALLOW_DIRTY "${ALLOW_DIRTY:-}" \
+      "there are uncommitted changes: commit them, or set ALLOW_DIRTY=1 to send them too"
+    git -C "$here" stash create
+  fi
 }
 
 tree=dpo_jax/tree # what sync.sh sent last, seen from a worker's home

@@ -20,8 +20,22 @@ no_arguments() {
 # shellcheck source=env.example
 . "$settings"
 
-: "${NFS:=}"
-for flag in DRY_RUN YES ALLOW_DIRTY FOLLOW; do
+: "${NFS:=}" "${SECRETS:=}" "${SLICES:=1}" "${REQUEST:=queued}"
+
+# Seconds and counts that are rarely changed; set them in env.sh or in front of a command.
+: "${POLL_SECONDS:=30}"    # between two looks at a request or a run
+: "${RETRY_SECONDS:=5}"    # before a command that failed is tried again; doubles
+: "${HALT_SECONDS:=120}"   # that stop.sh kill waits before it kills
+: "${ASK_SECONDS:=300}"    # babysit.sh: for an answer of status.sh
+: "${START_SECONDS:=3600}" # babysit.sh: for each of sync.sh, setup.sh, run.sh, delete.sh
+: "${LOST_SECONDS:=1800}"  # babysit.sh: without ssh to a slice that is there, until it is made anew
+: "${STALL_SECONDS:=3600}" # babysit.sh: without a new step, until the run is started again; above compiling + log_every
+: "${MAX_RESTARTS:=5}"     # babysit.sh: without a new step, until it gives up
+: "${BACKOFF_SECONDS:=60}" # babysit.sh: after a request that came to nothing; doubles
+: "${BACKOFF_CAP:=1800}"   # babysit.sh: up to this many seconds
+: "${MAX_REQUESTS:=50}"    # babysit.sh: that come to nothing, until it gives up
+
+for flag in DRY_RUN YES ALLOW_DIRTY FOLLOW DELETE_WHEN_DONE; do
   need "$flag" '[01]?' "1 for yes, 0 or nothing for no"
 done
 need PROJECT '[a-z][-a-z0-9.:]*' "the id of your Google Cloud project"
@@ -30,6 +44,9 @@ need NAME '[a-z]([-a-z0-9]*[a-z0-9])?' "lower-case letters, digits and dashes"
 need TYPE '(v4|v5litepod|v5p|v6e)-[0-9]+' "v4-N, v5litepod-N, v5p-N or v6e-N; this interface knows no newer TPUs"
 need RUNTIME '[a-z0-9][-a-z0-9.]*' "the image that belongs to TYPE, see launch/env.example"
 need CAPACITY 'spot|reserved|on-demand' "spot, reserved or on-demand"
+need REQUEST 'queued|direct' "queued or direct"
+need SLICES '[1-9][0-9]{0,2}' "the number of slices"
+[[ $SLICES == 1 || $REQUEST == queued ]] || refuse REQUEST "$REQUEST" "several slices come from a queued request only"
 need NFS '([^:[:space:]]+:/[^[:space:]]*)?' "host:/share, or nothing"
 need MOUNT '/[^[:space:]]*' "an absolute path without spaces"
 need RUNS '/[^[:space:]]*' "an absolute path that every worker sees; gs:// is not one: mount storage there"
@@ -38,4 +55,14 @@ need RUN_ID '[A-Za-z0-9][-A-Za-z0-9_.]*' "letters, digits, dashes, dots and unde
 need COMMAND 'train|sft' "train or sft"
 need PYTHON '3\.(1[1-9]|[2-9][0-9])' "3.11 or newer"
 need COORDINATOR_PORT '[1-9][0-9]{0,4}' "the number of a port"
-need STOP_SECONDS '[1-9][0-9]*' "a number of seconds"
+[[ -z $SECRETS || -f $SECRETS ]] || refuse SECRETS "$SECRETS" "no such file: name one of lines NAME=value, or nothing"
+need POLL_SECONDS '[0-9]+(\.[0-9]+)?' "a number of seconds"
+for count in STOP_SECONDS HALT_SECONDS ASK_SECONDS START_SECONDS; do
+  need "$count" '[1-9][0-9]*' "a number of seconds"
+done
+for count in RETRY_SECONDS LOST_SECONDS STALL_SECONDS BACKOFF_SECONDS BACKOFF_CAP; do
+  need "$count" '[0-9]+' "a number of seconds"
+done
+for count in MAX_RESTARTS MAX_REQUESTS; do
+  need "$count" '[0-9]+' "a number"
+done

@@ -1,23 +1,18 @@
 #!/usr/bin/env bash
 # Send the committed tree to all workers and print its commit. With ALLOW_DIRTY=1 uncommitted changes of files that git
-# knows go along, as a commit of their own that no branch holds.
+# knows go along, as a commit of their own that no branch holds. COMMIT=... sends that one; SECRETS goes along.
 # shellcheck source=lib.sh
 . "$(dirname "$0")/lib.sh"
 
 no_arguments "$@"
-cd "$here/.."
-commit=$(git rev-parse HEAD)
-changes=$(git status --porcelain --untracked-files=no)
-if [[ -n $changes ]]; then
-  [[ ${ALLOW_DIRTY:-} == 1 ]] || refuse ALLOW_DIRTY "${ALLOW_DIRTY:-}" \
-    "there are uncommitted changes: commit them, or set ALLOW_DIRTY=1 to send them too"
-  commit=$(git stash create)
-fi
-
-archive=${TMPDIR:-/tmp}/dpo_jax-$commit.tar.gz
+commit=${COMMIT:-$(commit_to_send)}
+archive=${TMPDIR:-/tmp}/dpo_jax-$commit.$$.tar.gz # another sync.sh may send the same commit elsewhere
 trap 'rm -f "$archive"' EXIT
+cd "$here/.."
 run git archive --format=tar.gz --output="$archive" "$commit"
-retry "${tpus[@]}" tpu-vm scp "$archive" "$NAME:dpo_jax.tar.gz" "${where[@]}" --worker=all
+on_slices scp_slice "$archive" dpo_jax.tar.gz
 into=dpo_jax/trees/$commit
-how=retry ssh_to all "mkdir -p $into && tar -xzf dpo_jax.tar.gz -C $into && ln -sfn trees/$commit $tree"
+# What tar says with a 2, such as a full disk, is no wrong command.
+how=retry ssh_to all "mkdir -p $into && tar -xzf dpo_jax.tar.gz -C $into && ln -sfn trees/$commit $tree || exit 1"
+[[ -z $SECRETS ]] || on_slices scp_slice "$SECRETS" dpo_jax/secrets.sh
 printf '%s\n' "$commit"

@@ -15,14 +15,19 @@ alive() { # RUN_FOLDER: whether its trainer runs; a number that another program 
 }
 
 state() { # RUN_FOLDER
-  local id=${1##*/}
-  if alive "$1"; then
-    say "$id runs, process $(<"$1/pid")"
-  elif [[ -f $1/exit_code ]]; then
-    say "$id ended, exit code $(<"$1/exit_code")"
-  else
-    say "$id does not run: it was not started here, or its machine started anew"
-  fi
+  local id=${1##*/} tenth
+  for ((tenth = 0; tenth < 30; tenth++)); do # its parent may be about to write the exit code
+    if alive "$1"; then
+      say "$id runs, process $(<"$1/pid")"
+      return
+    elif [[ -f $1/exit_code ]]; then
+      say "$id ended, exit code $(<"$1/exit_code")"
+      return
+    fi
+    [[ -f $1/pid ]] || break
+    sleep 0.1
+  done
+  say "$id does not run: it was not started here, or its machine started anew"
 }
 
 idle() { # refuse if any run goes on here

@@ -19,6 +19,11 @@ start() { # RUN_ID COMMAND CONFIG OVERRIDES...
   rm -f "$run/pid" "$run/exit_code"
   printf '%s' "$line" >"$run/command"
   setsid nohup bash "$(readlink -f "$0")" supervise "$run" "$@" </dev/null >/dev/null 2>&1 &
+  local tenth
+  for ((tenth = 0; tenth < 100; tenth++)); do # until it is there; then whether it stays
+    ! alive "$run" && [[ ! -f $run/exit_code ]] || break
+    sleep 0.1
+  done
   for ((tenth = 0; tenth < 10 * ${WATCH_SECONDS:-5}; tenth++)); do
     [[ ! -f $run/exit_code ]] || break
     sleep 0.1
@@ -41,8 +46,13 @@ supervise() { # RUN_FOLDER WORD...: the trainer's parent; it outlives the ssh th
 }
 
 status() { # RUN_ID RUNS
+  local run=$2/$1 logged=0 saved=0 step
   state "$base/launched/$1"
-  [[ ! -f $2/$1/metrics.jsonl ]] || say "last logged: $(tail -n 1 "$2/$1/metrics.jsonl" | grep -o '"step": [0-9]*')"
+  [[ ! -f $run/metrics.jsonl ]] || logged=$(tail -n 1 "$run/metrics.jsonl" | sed -n 's/.*"step": \([0-9]*\).*/\1/p')
+  for step in "$run"/checkpoints/*; do
+    [[ ! ${step##*/} =~ ^[0-9]+$ ]] || ((${step##*/} <= saved)) || saved=${step##*/}
+  done
+  say "newest step: logged ${logged:-0}, saved $saved"
 }
 
 logs() { # RUN_ID LINES FOLLOW
@@ -54,10 +64,13 @@ logs() { # RUN_ID LINES FOLLOW
 stop() { # RUN_ID SECONDS
   local run=$base/launched/$1 deadline=$((SECONDS + $2))
   ! alive "$run" || kill -TERM "$(<"$run/pid")"
-  while alive "$run" && ((SECONDS < deadline)); do sleep 0.5; done
-  sleep 0.2 # until the parent has written the exit code
+  while alive "$run" && ((SECONDS < deadline)); do sleep 0.1; done
   state "$run"
   ! alive "$run"
+}
+
+halt() { # RUN_ID SECONDS: stop, then kill: a process that waits for one that is gone hears no SIGTERM
+  stop "$@" || { kill -KILL "$(<"$base/launched/$1/pid")" && stop "$1" 10; }
 }
 
 "$@"

@@ -5,6 +5,8 @@
 
 setup() { # PYTHON NFS MOUNT
   idle
+  set -E
+  trap 'exit 1' ERR # uv says 2 when it cannot reach the index; to the other scripts a 2 is final
   if [[ -n $2 ]] && ! mountpoint -q "$3"; then
     sudo apt-get -o DPkg::Lock::Timeout=300 install -qq -y nfs-common # the image updates itself when it starts
     sudo mkdir -p "$3"

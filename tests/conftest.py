@@ -1,11 +1,13 @@
-"""Eight CPU devices, strict shapes, and where the shared test data lies."""
+"""Eight CPU devices, strict shapes, where the shared test data lies, and a cloud to launch into."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 
+import fake_cloud
 import pytest
 
 
@@ -37,3 +39,18 @@ def tpus():
         return topologies.get_topology_desc(topology.name, platform="tpu", **topology.options, **slices).devices
 
     return devices
+
+
+@pytest.fixture(scope="session")
+def empty_cloud(tmp_path_factory) -> Path:
+    """A cloud as it is at the start, to be copied."""
+    return fake_cloud.build(tmp_path_factory.mktemp("cloud")).root
+
+
+@pytest.fixture
+def cloud(empty_cloud, tmp_path):
+    """A cloud without slices, whose settings keep runs on this machine."""
+    shutil.copytree(empty_cloud, tmp_path, dirs_exist_ok=True)
+    cloud = fake_cloud.Cloud(tmp_path)
+    yield cloud
+    cloud.clean()

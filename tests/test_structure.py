@@ -88,10 +88,11 @@ def test_what_foreign_programs_import_stands_alone(module):
 
 def test_config_is_standard_library_only():
     allowed = set(sys.stdlib_module_names) | {"dpo_jax"}
-    for module in ("errors", "config"):
-        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-        assert {name.split(".")[0] for name in imports(tree)} <= allowed
-    assert own_imports(ast.parse((PACKAGE / "config.py").read_text())) == {"errors"}
+    trees = {name: tree for name, tree in sources() if name.split(".")[0] in ("errors", "config")}
+    assert len(trees) == 6
+    for name, tree in trees.items():
+        assert {imported.split(".")[0] for imported in imports(tree)} <= allowed
+        assert own_imports(tree) <= {"errors", "config"}, name
 
 
 @pytest.mark.parametrize(

@@ -292,19 +292,19 @@ class Model:
 
     def param_shapes(self) -> Params:
         """The parameter tree with a `jax.ShapeDtypeStruct` at each leaf."""
-        return nn.unbox(jax.eval_shape(self._boxed, jax.random.key(0)))
+        return nn.unbox(self._abstract())
 
     def param_axes(self) -> Params:
         """The parameter tree with the logical axis names, a tuple, at each leaf."""
-        return _axis_names(jax.eval_shape(self._boxed, jax.random.key(0)))
+        return _axis_names(self._abstract())
 
     def adapter_shapes(self) -> Params:
         """The tree of adapters with a `jax.ShapeDtypeStruct` at each leaf; they are float32."""
-        return nn.unbox(jax.eval_shape(partial(self._boxed, part="lora"), jax.random.key(0)))
+        return nn.unbox(self._abstract("lora"))
 
     def adapter_axes(self) -> Params:
         """The tree of adapters with the logical axis names, a tuple, at each leaf."""
-        return _axis_names(jax.eval_shape(partial(self._boxed, part="lora"), jax.random.key(0)))
+        return _axis_names(self._abstract("lora"))
 
     def _module(self, lora: Lora | None) -> Decoder:
         return Decoder(self.config, jnp.dtype(self.param_dtype), lora, jnp.dtype(self.dtype), self.attention,
@@ -314,6 +314,10 @@ class Model:
         batch = plain_batch(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))
         module = self._module(self.lora if part == "lora" else None).clone(attention="xla")
         return dict(module.init(key, batch)[part])
+
+    def _abstract(self, part: Literal["params", "lora"] = "params") -> Params:
+        # the key is made inside: the mesh in force may be of devices that only compile
+        return jax.eval_shape(lambda: self._boxed(jax.random.key(0), part))
 
     def _precision(self) -> AbstractContextManager:
         # in force while tracing, so it reaches attention too, and the backward pass takes it from the forward pass

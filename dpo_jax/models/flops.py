@@ -119,12 +119,11 @@ def recomputed_flops(config: DecoderConfig, work: Work, remat: Literal["none", "
     """Operations that the backward pass of the policy computes a second time; ``remat`` as in `config.ModelConfig`.
 
     Always: the vocabulary's scores, chunk by chunk, and attention's scores, which every kernel but the oracle makes
-    again. ``dots``: attention's forward pass too, and the feed-forward's two wide products, whose gradient is written
-    by hand, so that the policy does not see them. ``full``: all of a layer but its last product, whose result nothing
+    again. ``dots``: attention's forward pass too. ``full``: all of a layer but its last product, whose result nothing
     in the layer needs.
     """
     forward, sizes = forward_flops(config, work), projections(config)
-    again = {"none": (), "dots": ("gate", "up"), "full": tuple(name for name in sizes if name != "down")}[remat]
+    again = {"none": (), "dots": (), "full": tuple(name for name in sizes if name != "down")}[remat]
     weights = sum(sizes[name][0] * sizes[name][1] for name in again)
     attention = 0 if remat == "none" else forward.attention
     return forward.unembedding + forward.attention // 2 + attention + 2 * config.layers * weights * work.tokens

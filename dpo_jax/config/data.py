@@ -1,0 +1,99 @@
+"""Options of the data: where it lies, what becomes of rows that are not right, how it is cut."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dpo_jax.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One set of examples."""
+
+    path: str
+    """File (.json, .jsonl, .parquet), folder of datasets.save_to_disk, hub name, or tfds:NAME."""
+    split: str = "train"
+    """Split of a hub, disk or TFDS set."""
+    name: str | None = None
+    """Configuration name of a hub set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub set."""
+    data_dir: str | None = None
+    """Directory in which a prepared TFDS set lies."""
+    schema: Literal[
+        "auto", "preference", "transcripts", "sharegpt", "alpaca", "openai", "prompt_answer", "messages", "text"
+    ] = "auto"
+    """Layout of the rows; auto tells it from the columns."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Renames, this program's column name to the file's: {prompt: question}."""
+    weight: float | None = None
+    """Share of the pairs drawn from this set; give it to every set or to none."""
+    limit: int | None = None
+    """Take only the first rows."""
+
+    def __post_init__(self):
+        require(
+            self.weight is None or 0 < self.weight < float("inf"), "weight", self.weight, "a positive number is needed"
+        )
+        require(self.limit is None or self.limit > 0, "limit", self.limit, "a positive number is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FatesConfig:
+    """What becomes of a row that is not right. Every such row is counted by its cause."""
+
+    missing_field: Literal["drop", "error"] = "error"
+    """A field is absent, null or not text."""
+    empty_answer: Literal["drop", "error"] = "drop"
+    """An answer without a token."""
+    empty_prompt: Literal["drop", "error"] = "drop"
+    """A prompt without a token, from a tokenizer that adds none."""
+    equal_answers: Literal["drop", "keep", "error"] = "drop"
+    """Both answers are the same tokens: the pair says nothing."""
+    prompts_differ: Literal["drop", "error"] = "drop"
+    """Chosen and rejected are whole conversations with different prompts."""
+    template_not_prefix: Literal["repair", "drop", "error"] = "repair"
+    """The rendered prompt is no prefix of the rendered conversation; repair: the answer starts where they part."""
+    template_refused: Literal["drop", "error"] = "error"
+    """The chat template raises an error, as some do at a system turn."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """Prompt and answer are longer than max_length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is learned from."""
+
+    train: tuple[SourceConfig, ...]
+    """Sets to train on."""
+    eval: dict[str, SourceConfig] = field(default_factory=dict)
+    """Sets to evaluate on, by name."""
+    eval_fraction: float = 0.0
+    """Share of the training rows held out as the evaluation set `held_out`."""
+    max_length: int = 1024
+    """Most tokens of a prompt and one of its answers."""
+    truncation: Literal["keep_start", "keep_end"] = "keep_start"
+    """keep_start cuts the answer's end (a prompt that leaves no room is dropped); keep_end cuts the prompt's start."""
+    shuffle: bool = True
+    """Draw in an order made from run.seed; False: in file order."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, in place of the tokenizer's own."""
+    append_eos: bool = True
+    """End each plain-text answer with the end-of-sequence token; chat templates say it themselves."""
+    fates: FatesConfig = field(default_factory=FatesConfig)
+    """What becomes of rows that are not right."""
+    store: str | None = None
+    """Folder for tokenised data and cached log-probs; default: `store` in the run's parent folder."""
+    workers: int | None = None
+    """Processes that tokenise; default: one a core."""
+
+    def __post_init__(self):
+        require(len(self.train) > 0, "data.train", self.train, "name at least one set")
+        weighted = [source.weight is not None for source in self.train]
+        require(all(weighted) or not any(weighted), "data.train", [source.weight for source in self.train],
+                "give every set a weight, or none")  # fmt: skip
+        require(0 <= self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "it lies in [0, 1)")
+        require(self.max_length >= 2, "data.max_length", self.max_length, "a prompt and an answer need 2 tokens")
+        require("held_out" not in self.eval or self.eval_fraction == 0, "data.eval", "held_out",
+                "that is the name of the rows that eval_fraction holds out; choose another")  # fmt: skip
+        require(self.workers is None or self.workers > 0, "data.workers", self.workers, "a positive number is needed")

@@ -1,0 +1,87 @@
+"""Exchanges of compiled programs, against programs whose exchanges are known by hand, for CPUs and for TPUs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax.aot import WITHOUT_TPU
+from dpo_jax.chips import parse_topology
+from dpo_jax.config import MeshConfig
+from dpo_jax.hlo import exchanges
+from dpo_jax.sharding import make_mesh
+
+STEPS, ROWS, WIDTH = 5, 8, 1024
+
+
+@pytest.fixture(scope="module")
+def slice_devices():
+    """Devices of four v5e chips that only compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in WITHOUT_TPU.items():
+            patch.setenv(name, value)
+        yield topologies.get_topology_desc("v5e:2x2", "tpu", **parse_topology("v5e:2x2").options).devices
+
+
+def program(mesh):
+    """A loop that gathers over `fsdp` each time, then a sum over `tensor` of what all devices hold."""
+
+    def local(x):
+        def body(i, total):
+            whole = jax.lax.all_gather(jnp.sin(x * i), "fsdp", axis=0, tiled=True)
+            return total + jnp.dot(whole, whole.T, precision="highest")
+
+        total = jax.lax.fori_loop(0, STEPS, body, jnp.zeros((ROWS, ROWS)))
+        return jax.lax.psum(total * jax.lax.axis_index("tensor"), "tensor")
+
+    spread = jax.shard_map(local, mesh=mesh, in_specs=P("fsdp"), out_specs=P(), check_vma=False)
+    x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=jax.NamedSharding(mesh, P("fsdp")))
+    return jax.jit(spread).lower(x).compile().as_text()
+
+
+def check(mesh):
+    found = exchanges(program(mesh), mesh.size)
+    gathers = [one for one in found if one.kind == "all-gather"]
+    assert [(one.num_bytes, one.times) for one in gathers] == [(4 * ROWS * WIDTH, STEPS)]
+    assert gathers[0].moved == 4 * ROWS * WIDTH / 2
+    assert sorted(map(sorted, gathers[0].groups.tolist())) == [[0, 2], [1, 3]]  # over fsdp
+    (total,) = [one for one in found if one.kind == "all-reduce"]
+    assert (total.num_bytes, total.times, total.moved) == (4 * ROWS * ROWS, 1, 4 * ROWS * ROWS)
+    assert sorted(map(sorted, total.groups.tolist())) == [[0, 1], [2, 3]]  # over tensor
+    assert len(found) == 2
+
+
+def test_of_a_cpu():
+    check(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
+
+
+def test_of_a_tpu(slice_devices):
+    check(make_mesh(MeshConfig(fsdp=2, tensor=2), slice_devices))
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=1,'b'=4] {'a','b'}", [[0, 1, 2, 3]]),
+        ("replica_groups={}", [[0, 1, 2, 3]]),
+    ],
+)
+def test_every_way_to_write_groups(text, groups):
+    line = f"%x = f32[4]{{0}} all-reduce(%y), channel_id=1, {text}, to_apply=%add"
+    program = f"ENTRY %main (y: f32[4]) -> f32[4] {{\n  {line}\n}}\n"
+    (one,) = exchanges(program, 4)
+    np.testing.assert_array_equal(one.groups, groups)
+
+
+def test_a_permutation_moves_its_whole_operand():
+    line = ("%s = (f32[4]{0}, f32[4]{0}, u32[]) collective-permute-start(%y), channel_id=1, "
+            "source_target_pairs={{0,1},{1,0}}")  # fmt: skip
+    (one,) = exchanges(f"ENTRY %main (y: f32[4]) -> f32[4] {{\n  {line}\n}}\n", 2)
+    assert (one.moved, one.times) == (16, 1)
+    np.testing.assert_array_equal(one.groups, [[0, 1], [1, 0]])

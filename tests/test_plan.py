@@ -1,0 +1,239 @@
+"""Plans: what a step needs by hand, small steps compiled for slices, and the ones that the recipes ask for."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import aot
+from dpo_jax.aot import WITHOUT_TPU
+from dpo_jax.chips import CHIPS, parse_topology
+from dpo_jax.cli import main
+from dpo_jax.config import (
+    BatchConfig,
+    DataConfig,
+    DPOConfig,
+    MeshConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RunConfig,
+    SourceConfig,
+)
+from dpo_jax.configfile import parse_config
+from dpo_jax.errors import UserError
+from dpo_jax.hlo import Exchange
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import builtin_model, decoder_config
+from dpo_jax.models.known import known_config
+from dpo_jax.plan import Known, find_load, plan, plan_slices, search_fit
+from dpo_jax.plan_page import render, table
+from dpo_jax.policy import ModelSource
+from dpo_jax.roofline import exchange_times, matrix_traffic
+from dpo_jax.sharding import make_mesh
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def no_tpu(monkeypatch):
+    for name, value in WITHOUT_TPU.items():
+        monkeypatch.setenv(name, value)
+
+
+def tiny(**changes) -> DPOConfig:
+    config = DPOConfig(
+        model=ModelConfig(path="builtin:tiny"),
+        data=DataConfig(train=(SourceConfig(path="not read"),), max_length=64),
+        batch=BatchConfig(pairs=16, row_length=256),
+        run=RunConfig(dir="not made"),
+    )
+    return replace(config, **changes)
+
+
+# By hand
+
+
+def test_rows_follow_the_lengths():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:4])
+    config = tiny(batch=BatchConfig(pairs=64, row_length=256, accumulation=2))
+    load = find_load(config, mesh, Known(lengths=(20, 16, 14)))
+    assert (load.rows, load.parts, load.unit, load.slots) == (8, 2, 50, 2 * 8 * 256)  # 1600 tokens a part: 7 rows
+    assert load.fill == 64 * 50 / (2 * 8 * 256)
+    assert load.targets == 192  # 60% of a row, in whole blocks
+    assert find_load(config, mesh, Known(lengths=(20, 16, 14), rows=3)).rows == 12
+    full = find_load(config, mesh, Known())
+    assert (full.rows, full.fill) == (4, 1)
+    with pytest.raises(UserError, match=r"--rows: 1 rows of 256 tokens a device do not hold 32 pairs of 50 tokens"):
+        find_load(config, mesh, Known(lengths=(20, 16, 14), rows=1))
+    with pytest.raises(UserError, match=r"batch.row_length: auto takes it from the data, which plan does not read"):
+        find_load(tiny(batch=BatchConfig(pairs=64)), mesh, Known())
+
+
+def test_slices_exchange_inside_first_and_their_shares_between():
+    chip = CHIPS["v5e"]
+    groups = np.arange(8)[None]  # two slices of four
+    one = Exchange("all-reduce", 4 * 10**9, groups, 3, "")
+    found = exchange_times([one], chip, 4)
+    assert found["ici"] == pytest.approx(3 * 2 * 3 / 4 * 4e9 / chip.ici_bandwidth)
+    assert found["dcn"] == pytest.approx(3 * 2 * 1 / 2 * 1e9 / chip.dcn_bandwidth)
+    inside = exchange_times([one._replace(groups=np.arange(8).reshape(2, 4))], chip, 4)
+    assert inside == {"ici": pytest.approx(found["ici"]), "dcn": 0}
+    between = exchange_times([one._replace(groups=np.arange(8).reshape(2, 4).T)], chip, 4)
+    assert between == {"ici": 0, "dcn": pytest.approx(3 * 4e9 / chip.dcn_bandwidth)}
+
+
+def test_traffic_of_a_layer_is_that_of_its_operands():
+    config = decoder_config(builtin_model("builtin:tiny"))
+    model = make_model(config, platform="tpu", dtype="bfloat16", param_dtype="float32", attention="auto", remat="none",
+                       scan=True, matmul_precision="default")  # fmt: skip
+    d, n, k, f = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim, config.ffn
+    sizes = [(d, n), (d, k), (d, k), (n, d), (d, f), (d, f), (f, d)]
+    one_product = 2 * config.layers * sum(7 * (inputs + outputs) + inputs * outputs for inputs, outputs in sizes)
+    head = 4 * 2 * (5 * config.hidden + config.hidden * config.vocab)
+    found = matrix_traffic(model, 7, 5, parts=1, tensor=1, live_reference=False)
+    assert found == pytest.approx(3 * one_product + head)
+    twice = matrix_traffic(replace(model, remat="full"), 7, 5, parts=2, tensor=1, live_reference=True)
+    assert twice == pytest.approx(2 * (5 * one_product + head * 5 / 4))
+
+
+# Compiled, small
+
+
+def test_a_small_plan_says_what_the_command_prints(tmp_path, capsys):
+    """Weights, moments and reference of 4 chips are a quarter each of what they are; the rest follows the text."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text("model: {path: builtin:tiny}\ndata: {train: none.jsonl, max_length: 64}\n"
+                      "batch: {pairs: 16, row_length: 256}\nrun: {dir: none, steps: 100}\n")  # fmt: skip
+    code = main(["plan", str(config), "--topology", "v5e:2x2,v6e:2x2", "--lengths", "20,16,14",
+                 "--output", str(tmp_path / "plan.json")])  # fmt: skip
+    assert code == 0
+    plans = json.loads((tmp_path / "plan.json").read_text())
+    printed = capsys.readouterr().out
+    assert printed == "\n\n".join(map(render, plans)) + "\n\n" + table(plans) + "\n"
+    first = plans[0]
+    weights = 4 * first["model"]["parameters"] / 4 / GIB
+    memory = first["memory"]
+    assert memory["weights"] == pytest.approx(weights)
+    assert memory["reference"] == pytest.approx(weights)  # float32, as the policy's
+    assert memory["optimizer"] == pytest.approx(2 * weights, rel=1e-3)
+    assert memory["fits"]
+    assert sum(memory[name] for name in ("weights", "optimizer", "reference", "batch", "activations")) == (
+        pytest.approx(memory["peak"])
+    )
+    assert first["batch"]["fill"] == 16 * 50 / (4 * 256)
+    best, worst = first["at_best"], first["one_after_another"]
+    assert best["step_seconds"] == max(first["seconds"].values()) == first["seconds"][first["bound"]]
+    assert worst["step_seconds"] == pytest.approx(sum(first["seconds"].values()))
+    peak = 4 * CHIPS["v5e"].peak_flops
+    assert best["mfu"] == pytest.approx(first["flops"]["model"] / best["step_seconds"] / peak)
+    assert first["run"]["steps"] == 100
+    assert first["run"]["chip_hours"][0] == pytest.approx(100 * best["step_seconds"] / 3600 * 4)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_made_to_fit():
+    """A layer wide enough that one chip holds the step of one row, and not of two."""
+    hf = known_config("meta-llama/Meta-Llama-3-8B")
+    wide = tiny(batch=BatchConfig(pairs=8, row_length=4096))
+    source = ModelSource(hf | {"num_hidden_layers": 1, "vocab_size": 16384}, None, None)
+    slice_, known = parse_topology("v5e:1x1"), Known(rows=16)
+    found = plan(wide, source, slice_, known)
+    assert not found["memory"]["fits"]
+    assert found["memory"]["peak"] > CHIPS["v5e"].device_memory / GIB
+    assert "DOES NOT FIT" in render(found)
+    assert "seconds" not in found
+    *_, last = search_fit(wide, source, slice_, known, found["memory"]["peak"])
+    assert last["memory"]["fits"]
+    assert last["changed"]["batch.accumulation"] > 1
+    assert "changed    batch.accumulation" in render(last)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v5e:4x5"], "topology: 'v5e:4x5' cannot be used"),
+        (["--topology", "v5e:2x2", "--lengths", "1,2"], "--lengths: 1,2 cannot be read; write mean tokens"),
+        (["--topology", "v5e:2x2", "--slices", "2"], "mesh.data: 1 copies cannot be spread over 2 slices"),
+        (["--topology", "v5e:2x2", "--mesh.tensor", "8"], "mesh:"),
+        (["--topology", "v5e:2x2", "--data", "--lengths", "1,2,3"], "--lengths: 1,2,3 is given, and --data measures"),
+    ],
+)
+def test_refusals(arguments, message, tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text("model: {path: builtin:tiny}\ndata: {train: none.jsonl}\n"
+                      "batch: {row_length: 256}\nrun: {dir: none}\n")  # fmt: skip
+    assert main(["plan", str(config), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'--topology: its compiler is missing: pip install "dpo_jax\[plan\]"'):
+        plan_slices(tiny(), ["v5e:2x2"], Known(), search=False)
+
+
+# Compiled, at the sizes of the recipes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "rows", "most"), [("v5e:4x4", 1, 12.0), ("v6e:4x4", 2, 13.5), ("v5p:2x2x2", 2, 23.0)]
+)
+def test_llama_3_8b_fits_small_slices(topology, rows, most):
+    """Full fine-tuning with clipping and a live bfloat16 reference, rows of 4096 tokens."""
+    config = tiny(
+        model=ModelConfig(path="meta-llama/Meta-Llama-3-8B"),
+        data=DataConfig(train=(SourceConfig(path="not read"),), max_length=2048),
+        reference=ReferenceConfig(dtype="bfloat16"),
+        batch=BatchConfig(pairs=64, row_length=4096),
+    )
+    (found,) = plan_slices(config, [topology], Known(rows=rows), search=False)
+    print(render(found))
+    assert config.optimizer.max_grad_norm == 1
+    assert found["memory"]["peak"] <= most
+    assert found["compile_seconds"] < 180
+
+
+TABLE = re.findall(r"^\| \[[\w.]+\]\(([\w.]+)\) \| .+? \| (v[\w\-]+) \|", (CONFIGS / "README.md").read_text(), re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "topology"), TABLE)
+def test_every_recipe_fits_its_slice(file, topology):
+    (found,) = plan_slices(parse_config(CONFIGS / file, {}, DPOConfig), [topology], Known(), search=False)
+    print(render(found))
+    assert found["memory"]["fits"]
+
+
+@pytest.mark.slow
+def test_memory_of_scores_follows_targets_and_not_the_vocabulary():
+    """Of one layer at the width of Llama-3-8B: twice the targets cost the same at 32k as at 128k tokens."""
+    mesh = aot.slice_mesh(tiny(), parse_topology("v5e:2x2"), 1)
+    more = {}
+    for vocabulary in (32000, 128256):
+        config = decoder_config(known_config("meta-llama/Meta-Llama-3-8B") | {
+            "num_hidden_layers": 1, "vocab_size": vocabulary})  # fmt: skip
+        model = make_model(config, platform="tpu", dtype="auto", param_dtype="float32", attention="auto", remat="full",
+                           scan=True, matmul_precision="default")  # fmt: skip
+        peaks = []
+        for answers in (0.25, 0.5):
+            prompt = 2048 * (1 - answers)
+            load = aot.Load(pairs=8, parts=1, rows=4, row_length=4096, longest=4096,
+                            lengths=(prompt, 1024 * answers, 1024 * answers))  # fmt: skip
+            run = tiny(data=DataConfig(train=(SourceConfig(path="not read"),), max_length=4096))
+            compiled = aot.compile_step(run, model, mesh, load)
+            shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", compiled.text or "")]
+            scores = [shape for shape in shapes if vocabulary in shape and load.targets in shape]
+            assert not scores
+            widest = max(int(np.prod(shape)) for shape in shapes if load.targets in shape)
+            assert widest < load.targets * vocabulary / 2
+            peaks.append(compiled.peak)
+        more[vocabulary] = peaks[1] - peaks[0]
+    print(more)
+    assert more[128256] == pytest.approx(more[32000], rel=0.05)
