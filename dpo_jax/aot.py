@@ -10,18 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax.assemble import abstract_state, loss_of, train_logps_fn
 from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch
 from dpo_jax.chips import Topology
 from dpo_jax.compiler import platform_flags
 from dpo_jax.config import DPOConfig
-from dpo_jax.errors import UserError
 from dpo_jax.models.decoder import Model
+from dpo_jax.models.flops import projections
 from dpo_jax.optimizer import make_optimizer
 from dpo_jax.policy import placed_shapes
-from dpo_jax.sharding import make_mesh, replicated, row_sharding
+from dpo_jax.sharding import abstract_mesh, make_mesh, replicated, row_devices, row_sharding
 from dpo_jax.step import Base, make_train_step
 
 # libtpu looks for a TPU, and for other programs that use one; this machine has none
@@ -66,14 +66,10 @@ def up(number: float, multiple: int) -> int:
     return multiple * math.ceil(number / multiple)
 
 
-def slice_mesh(config: DPOConfig, slice_: Topology, slices: int) -> Mesh:
-    """The config's mesh of devices that only compile.
-
-    Raises:
-        UserError: their compiler is not installed, or the mesh does not fit them.
-    """
+def slice_mesh(config: DPOConfig, slice_: Topology, slices: int) -> Mesh | AbstractMesh:
+    """The config's mesh of devices that only compile; without their compiler, of none at all."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError('--topology: its compiler is missing: pip install "dpo_jax[plan]", on Linux x86-64')
+        return abstract_mesh(config.mesh, slice_.devices * slices)
     os.environ.update({name: value for name, value in WITHOUT_TPU.items() if name not in os.environ})
     from jax.experimental import topologies
 
@@ -82,7 +78,7 @@ def slice_mesh(config: DPOConfig, slice_: Topology, slices: int) -> Mesh:
     return make_mesh(config.mesh, devices)
 
 
-def abstract_batch(load: Load, mesh: Mesh) -> PreferenceBatch:
+def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
     """The batch's shapes and places."""
     lead = () if load.parts == 1 else (load.parts,)
     pairs, answers = load.pairs // load.parts, 2 * math.ceil(load.row_length / load.unit)
@@ -111,7 +107,7 @@ def _placed(shapes: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
-def abstract_reference(config: DPOConfig, model: Model, mesh: Mesh, load: Load) -> Any:
+def abstract_reference(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Any:
     """The shapes and places of the step's ``reference`` argument."""
     weights, mode, cached = placed_shapes(model, mesh), config.reference_mode, None
     if mode == "live" and model.lora is None and config.reference.dtype != "auto":
@@ -134,19 +130,27 @@ def abstract_reference(config: DPOConfig, model: Model, mesh: Mesh, load: Load) 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler said. Bytes a device."""
+    """What the compiler said; without one, what is known of the step. Bytes a device."""
 
-    seconds: float
-    text: str | None  # None: it does not fit
+    seconds: float | None  # None: not compiled, and the peak is the least that it takes
+    text: str | None  # None: it does not fit, or was not compiled
     peak: int
     held: dict[str, int]  # weights, optimizer, reference, batch
 
 
-def compile_step(config: DPOConfig, model: Model, mesh: Mesh, load: Load) -> Compiled:
+def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Compiled:
     """The train step of the config, compiled for the mesh's devices."""
     optimizer = make_optimizer(config.optimizer, 1000)
     state = abstract_state(model, mesh, optimizer)
     batch, reference = abstract_batch(load, mesh), abstract_reference(config, model, mesh, load)
+    held = {
+        "weights": _bytes(state.params) + (_bytes(reference.params) if isinstance(reference, Base) else 0),
+        "optimizer": _bytes(state.opt_state),
+        "reference": 0 if isinstance(reference, Base) else _bytes(reference),
+        "batch": _bytes(batch),
+    }
+    if isinstance(mesh, AbstractMesh):
+        return Compiled(None, None, sum(held.values()) + _least(model, mesh, load, _bytes(state.params)), held)
     step: Any = make_train_step(
         logps_fn=train_logps_fn(config, model),
         loss=loss_of(config),
@@ -156,12 +160,6 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh, load: Load) -> Com
         metrics_sharding=replicated(mesh),
         compiler_options=platform_flags("tpu", config.run.compiler_flags),
     )
-    held = {
-        "weights": _bytes(state.params) + (_bytes(reference.params) if isinstance(reference, Base) else 0),
-        "optimizer": _bytes(state.opt_state),
-        "reference": 0 if isinstance(reference, Base) else _bytes(reference),
-        "batch": _bytes(batch),
-    }
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = step.lower(state, reference, batch)
@@ -175,6 +173,16 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh, load: Load) -> Com
         return Compiled(time.perf_counter() - start, None, peak, held)
     memory = program.memory_analysis()
     return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, held)
+
+
+def _least(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) -> int:
+    """What no compiler can do without: gradients, what each layer keeps, and one layer at work."""
+    c, width = model.config, jnp.dtype(model.dtype).itemsize
+    tokens = load.rows // row_devices(mesh) * load.row_length
+    gradients = trained * (2 if load.parts > 1 else 1)  # of a part, and their sum
+    kept = c.layers * tokens * c.hidden * width
+    matrices = sum(inputs * outputs for inputs, outputs in projections(c).values())
+    return gradients + kept + width * (matrices + 4 * tokens * c.ffn) // mesh.shape["tensor"]
 
 
 def _bytes(tree: Any) -> int:

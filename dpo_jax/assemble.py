@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax import hosts
 from dpo_jax.batch import PairLogps, PreferenceBatch
@@ -39,7 +39,7 @@ from dpo_jax.policy import (
 from dpo_jax.refcache import cached_logps
 from dpo_jax.reference import CachedReference, LiveReference, Reference, copy_weights
 from dpo_jax.scoring import LogpsStep, Place, dataset_logps, make_logps_step, make_place
-from dpo_jax.sharding import own_shares, replicated, row_devices
+from dpo_jax.sharding import own_shares, platform_of, replicated, row_devices
 from dpo_jax.step import Base, TrainState, init_state, state_shardings
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def assemble(
 ) -> Parts:
     """Find the model, tokenise the data, lay out every step; nothing is compiled and no weight is loaded yet."""
     source = find_model(config.model.path, config.model.revision)
-    model = build_model(source, config.model, mesh, config.lora)
+    model = build_model(source, config.model, platform_of(mesh), config.lora)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = hosts.writer_first(partial(open_sets, config, tokenizer, train_set, eval_sets), "tokenised data")
     for store in (sets.train, *(own.store for own in sets.evals.values())):
@@ -174,7 +174,7 @@ def reference_weights(parts: Parts, start: Params) -> Params:
         return start
     try:
         source = find_model(path, None)
-        model = build_model(source, parts.config.model, parts.mesh)
+        model = build_model(source, parts.config.model, platform_of(parts.mesh))
     except UserError as error:
         raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
     if model != parts.model:
@@ -218,7 +218,7 @@ def make_reference(parts: Parts, weights: Params) -> Reference | None:
     return CachedReference({key: cached_logps(batches, made_by, compute) for key, batches in every.items()})
 
 
-def abstract_state(model: Model, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(model: Model, mesh: Mesh | AbstractMesh, optimizer: optax.GradientTransformation) -> TrainState:
     """The state's shapes, types and places."""
     shapes = jax.eval_shape(lambda params: init_state(params, optimizer), trained_shapes(model, mesh))
     own = state_shardings(shapes, trained_shardings(model, mesh), replicated(mesh), optimizer)

@@ -30,7 +30,7 @@ from dpo_jax.policy import (
 from dpo_jax.reference import LiveReference, Reference
 from dpo_jax.rundir import find_run, is_run_dir
 from dpo_jax.saved import restore_part
-from dpo_jax.sharding import make_mesh
+from dpo_jax.sharding import make_mesh, platform_of
 from dpo_jax.token_page import token_page
 from dpo_jax.token_rewards import refuse_per_token, token_fields
 
@@ -160,5 +160,5 @@ def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"], adapt
         export_run_adapters(run, out_dir, which, mesh)
         return
     config = ModelConfig(path=str(run_dir), checkpoint=which)
-    model = build_model(source, config, mesh)
+    model = build_model(source, config, platform_of(mesh))
     export_run(run, out_dir, model, load_weights(source, model, config, mesh), overwrite=False)

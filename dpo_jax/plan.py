@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax.aot import Compiled, Load, compile_step, slice_mesh, up
 from dpo_jax.chips import Topology, parse_topology
@@ -51,7 +51,7 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, sear
     for slice_ in slices:
         plans.append(plan(config, source, slice_, known))
         memory = plans[-1]["memory"]
-        if search and not memory["fits"]:
+        if search and memory["fits"] is False:
             plans += search_fit(config, source, slice_, known, memory["peak"])
     return plans
 
@@ -63,7 +63,7 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
         UserError: the config cannot run there.
     """
     mesh = slice_mesh(config, slice_, known.slices)
-    model = build_model(source, config.model, mesh, config.lora)
+    model = build_model(source, config.model, "tpu", config.lora)
     load = find_load(config, mesh, known)
     found: dict[str, Any] = {
         "topology": slice_.name,
@@ -79,9 +79,9 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
     }  # fmt: skip
     compiled = compile_step(config, model, mesh, load)
     found |= {"compile_seconds": compiled.seconds, "memory": _memory(compiled, slice_)}
-    if compiled.text is None:
+    if compiled.text is None and compiled.seconds is not None:
         return found
-    return found | _costs(config, model, mesh, load, slice_, compiled.text, known.examples)
+    return found | _costs(config, model, mesh, load, slice_, compiled.text or "", known)
 
 
 CURES: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # the cheap ones first
@@ -115,7 +115,7 @@ def search_fit(
             config, known, peak = other, fewer, tried["memory"]["peak"]
             changed = changed | {option: getattr(getattr(config, section), name)}
             plans.append(tried | {"changed": changed})
-            if tried["memory"]["fits"]:
+            if tried["memory"]["fits"] is not False:
                 return plans
     return plans
 
@@ -145,7 +145,7 @@ def _source(config: ModelConfig) -> ModelSource:
     return find_model(config.path, config.revision)
 
 
-def find_load(config: DPOConfig, mesh: Mesh, known: Known) -> Load:
+def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Load:
     """Rows and lengths of a step, from what is known of them."""
     batch, devices, rows, lengths = config.batch, row_devices(mesh), known.rows, known.lengths
     if batch.row_length == "auto":
@@ -166,17 +166,22 @@ def find_load(config: DPOConfig, mesh: Mesh, known: Known) -> Load:
 
 
 def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
-    """GiB a device."""
+    """GiB a device; ``fits`` is None where only a compiler could tell."""
     room = slice_.chip.device_memory
-    held = sum(compiled.held.values())
-    fits = compiled.text is not None and compiled.peak <= room
+    known = compiled.seconds is None or compiled.text is not None  # else the compiler gave up
     parts = {name: size / GIB for name, size in compiled.held.items()}
-    rest = None if compiled.text is None else (compiled.peak - held) / GIB
-    return parts | {"activations": rest, "peak": compiled.peak / GIB, "room": room / GIB, "fits": fits}
+    rest = (compiled.peak - sum(compiled.held.values())) / GIB if known else None
+    fits = known and compiled.peak <= room
+    return parts | {
+        "activations": rest,
+        "peak": compiled.peak / GIB,
+        "room": room / GIB,
+        "fits": None if fits and compiled.seconds is None else fits,
+    }
 
 
 def _costs(
-    config: DPOConfig, model: Model, mesh: Mesh, load: Load, slice_: Topology, text: str, examples: int | None
+    config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, slice_: Topology, text: str, known: Known
 ) -> dict[str, Any]:
     """Operations, traffic, times and what follows from them."""
     chip, live = slice_.chip, config.reference_mode == "live" and config.loss.needs_reference
@@ -195,7 +200,7 @@ def _costs(
     seconds = {
         "compute": hardware / devices / chip.device_peak_flops,
         "memory": traffic / (chip.memory_bandwidth / chip.devices),
-        **exchange_times(found, chip, devices // len({getattr(d, "slice_index", 0) for d in mesh.devices.flat})),
+        **exchange_times(found, chip, devices // known.slices),
     }
     bound = max(seconds, key=lambda name: seconds[name])
     best, worst = seconds[bound], sum(seconds.values())
@@ -210,7 +215,7 @@ def _costs(
         "at_best": of(best),
         "one_after_another": of(worst),
     }
-    steps = config.run.steps or (examples and math.ceil((config.run.epochs or 1) * examples / load.pairs))
+    steps = config.run.steps or (known.examples and math.ceil((config.run.epochs or 1) * known.examples / load.pairs))
     if steps:
         hours = [steps * t / 3600 for t in (best, worst)]
         costs["run"] = {"steps": steps, "hours": hours, "chip_hours": [t * devices / chip.devices for t in hours]}

@@ -35,13 +35,18 @@ def render(plan: dict[str, Any]) -> str:
         lines += _cost_lines(plan)
     if "changed" in plan:
         lines.append("changed    " + ", ".join(f"{option} {value}" for option, value in plan["changed"].items()))
-    return "\n".join([*lines, f"compiled in {plan['compile_seconds']:.0f} s"])
+    if plan["compile_seconds"] is None:
+        lines.append('not compiled, so that exchanges are left out: pip install "dpo_jax[plan]", on Linux x86-64')
+    else:
+        lines.append(f"compiled in {plan['compile_seconds']:.0f} s")
+    return "\n".join(lines)
 
 
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
     names = ("weights", "optimizer", "reference", "batch", "activations")
     held = ", ".join(f"{name} {memory[name]:.2f}" for name in names if memory[name])
-    verdict = "fits" if memory["fits"] else "DOES NOT FIT; --search looks for what would"
+    verdict = {True: "fits", False: "DOES NOT FIT; --search looks for what would",
+               None: "it takes that much at least"}[memory["fits"]]  # fmt: skip
     return [
         f"memory     {memory['peak']:.2f} of {memory['room']:.2f} GiB a device: {verdict}",
         f"           {held}",
@@ -84,7 +89,7 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
 def _row(plan: dict[str, Any]) -> list[str]:
     memory = plan["memory"]
     start = [_where(plan), str(plan["chips"]), f"{memory['peak']:.2f}", f"{memory['room']:.2f}",
-             "yes" if memory["fits"] else "no"]  # fmt: skip
+             {True: "yes", False: "no", None: "?"}[memory["fits"]]]  # fmt: skip
     if "seconds" not in plan:
         return [*start, *[""] * 5]
     best, worst = plan["at_best"], plan["one_after_another"]

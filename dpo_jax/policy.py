@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax.checksums import weights_id
 from dpo_jax.config import LoraConfig, ModelConfig
@@ -55,11 +55,11 @@ def find_model(path: str, revision: str | None) -> ModelSource:
     return ModelSource(read_hf_config(folder), folder, None)
 
 
-def build_model(source: ModelSource, config: ModelConfig, mesh: Mesh, lora: LoraConfig | None = None) -> Model:
-    """The model as pure functions, for the mesh's devices, without weights; with the adapters of ``lora``."""
+def build_model(source: ModelSource, config: ModelConfig, platform: str, lora: LoraConfig | None = None) -> Model:
+    """The model as pure functions, for devices of ``platform``, without weights; with the adapters of ``lora``."""
     return make_model(
         decoder_config(source.hf_config),
-        platform=platform_of(mesh),
+        platform=platform,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         attention=config.attention,
@@ -150,19 +150,19 @@ def load_start(config: LoraConfig, model: Model, seed: int, mesh: Mesh) -> Param
     return load_adapters(Path(config.path).expanduser(), model, config, trained_shardings(model, mesh))
 
 
-def param_shardings(model: Model, mesh: Mesh) -> Any:
+def param_shardings(model: Model, mesh: Mesh | AbstractMesh) -> Any:
     """Sharding of each weight under the table."""
     return weight_shardings(model.param_shapes(), model.param_axes(), mesh)
 
 
-def trained_shardings(model: Model, mesh: Mesh) -> Any:
+def trained_shardings(model: Model, mesh: Mesh | AbstractMesh) -> Any:
     """Sharding of what is trained: of each adapter, or of each weight where there are none."""
     if model.lora is None:
         return param_shardings(model, mesh)
     return weight_shardings(model.adapter_shapes(), model.adapter_axes(), mesh)
 
 
-def trained_shapes(model: Model, mesh: Mesh) -> Params:
+def trained_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """What is trained as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
     if model.lora is None:
         return placed_shapes(model, mesh)
@@ -180,7 +180,7 @@ def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str 
     return tokenizer
 
 
-def placed_shapes(model: Model, mesh: Mesh) -> Params:
+def placed_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
     return _placed(model.param_shapes(), param_shardings(model, mesh))
 
@@ -209,7 +209,7 @@ def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "be
     adapted = adapted_run(run)
     if adapted is None:
         raise UserError(f"--adapters: the run {run.root} trained all weights and has no adapters; leave this out")
-    model = build_model(source, adapted.base, mesh, adapted.lora)
+    model = build_model(source, adapted.base, platform_of(mesh), adapted.lora)
     adapters, _ = restore_adapters(adapted, model, which, mesh)
     export_adapters(adapters, model, adapted.lora, adapted.base.path, out_dir)
 

@@ -108,13 +108,13 @@ def greedy_answers(run: Path, asked: Sequence[Visit]) -> Answers:
     from dpo_jax.config import MeshConfig
     from dpo_jax.models.generate import greedy
     from dpo_jax.policy import build_model, find_model, find_tokenizer, load_weights
-    from dpo_jax.sharding import make_mesh
+    from dpo_jax.sharding import make_mesh, platform_of
 
     config = ModelConfig(path=str(run), dtype="float32")
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         source = find_model(config.path, None)
-        model = build_model(source, config, mesh)
+        model = build_model(source, config, platform_of(mesh))
         tokenizer = find_tokenizer(source, config, None)
         params = load_weights(source, model, config, mesh)
         ids = tokenizer([prompt(visit) for visit in asked])["input_ids"]

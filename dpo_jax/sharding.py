@@ -34,12 +34,21 @@ RULES: dict[str, tuple[str | None, bool]] = {
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh of all devices (or those given) in the shape of the config; -1 takes what the others leave."""
     devices = list(jax.devices() if devices is None else devices)
+    return Mesh(_arranged(devices, _sizes(config, len(devices))), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+    """The same mesh of devices that are nowhere: enough for shapes and shardings."""
+    return AbstractMesh(_sizes(config, num_devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     sizes = {name: getattr(config, name) for name in AXES}
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
-    if int(np.prod(list(sizes.values()))) != len(devices):
-        raise UserError(f"mesh: {sizes} does not use {len(devices)} devices; set one axis to -1, or change the sizes")
-    return Mesh(_arranged(devices, tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    sizes = {name: num_devices // fixed if size == -1 else size for name, size in sizes.items()}
+    if int(np.prod(list(sizes.values()))) != num_devices:
+        raise UserError(f"mesh: {sizes} does not use {num_devices} devices; set one axis to -1, or change the sizes")
+    return tuple(sizes.values())
 
 
 def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
@@ -98,12 +107,12 @@ def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
     )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def row_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+def row_sharding(mesh: Mesh | AbstractMesh, leading: int = 0) -> NamedSharding:
     """Rows over their devices; ``leading`` dims before the rows stay whole."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
 

@@ -110,7 +110,7 @@ def test_what_was_trained_is_the_same_function_in_peft(made, shared, tmp_path):
     model = plain_model(base)
     source, mesh = find_model(str(made / "run"), None), make_mesh(MeshConfig(), ONE)
     given = ModelConfig(path=str(made / "run"))
-    params = load_weights(source, build_model(source, given, mesh), given, mesh)
+    params = load_weights(source, build_model(source, given, "cpu"), given, mesh)
     found["loaded"] = logits(model, params)
     for name, ours in found.items():
         np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0, err_msg=name)
