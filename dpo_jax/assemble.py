@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
+from dpo_jax import hosts
 from dpo_jax.batch import PairLogps, PreferenceBatch
 from dpo_jax.checksums import weights_id
 from dpo_jax.config import SORTED, DPOConfig, LossConfig, ModelConfig, SFTConfig
@@ -37,7 +39,7 @@ from dpo_jax.policy import (
 from dpo_jax.refcache import cached_logps
 from dpo_jax.reference import CachedReference, LiveReference, Reference, copy_weights
 from dpo_jax.scoring import LogpsStep, Place, dataset_logps, make_logps_step, make_place
-from dpo_jax.sharding import platform_of, replicated, row_devices, row_sharding
+from dpo_jax.sharding import own_shares, platform_of, replicated, row_devices
 from dpo_jax.step import Base, TrainState, init_state, state_shardings
 
 if TYPE_CHECKING:
@@ -68,8 +70,7 @@ class Parts:
     @property
     def place_parts(self) -> Place:
         """As ``place``, for the train step: an accumulated batch has its parts before the rows."""
-        leading = 0 if self.config.batch.accumulation == 1 else 1
-        return make_place(row_sharding(self.mesh, leading), replicated(self.mesh))
+        return make_place(self.mesh, leading=0 if self.config.batch.accumulation == 1 else 1)
 
 
 def loss_of(config: DPOConfig | SFTConfig) -> LossConfig:
@@ -97,10 +98,10 @@ def assemble(
     source = find_model(config.model.path, config.model.revision)
     model = build_model(source, config.model, platform_of(mesh), config.lora)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
-    sets = open_sets(config, tokenizer, train_set, eval_sets)
+    sets = hosts.writer_first(partial(open_sets, config, tokenizer, train_set, eval_sets), "tokenised data")
     for store in (sets.train, *(own.store for own in sets.evals.values())):
         refuse_weights(loss_of(config), store)
-    devices = row_devices(mesh)
+    spread = row_devices(mesh), own_shares(mesh)
     logps_fn = train_logps_fn(config, model)
     return Parts(
         config=config,
@@ -109,11 +110,11 @@ def assemble(
         model=model,
         tokenizer=tokenizer,
         sets=sets,
-        batches=train_batches(config, sets, devices),
-        evals={name: set_batches(config, own.store, own.ids, devices) for name, own in sets.evals.items()},
+        batches=train_batches(config, sets, *spread),
+        evals={name: set_batches(config, own.store, own.ids, *spread) for name, own in sets.evals.items()},
         logps_fn=logps_fn,
         logps_step=make_logps_step(logps_fn if model.lora is None else of_adapted(logps_fn), replicated(mesh)),
-        place=make_place(row_sharding(mesh), replicated(mesh)),
+        place=make_place(mesh),
     )
 
 
@@ -212,8 +213,8 @@ def make_reference(parts: Parts, weights: Params) -> Reference | None:
         return ids, {name: getattr(logps, name) for name in ("sum", "tail_sum") if getattr(logps, name) is not None}
 
     stores = {batches.store.key: batches.store for batches in (parts.batches, *parts.evals.values())}
-    devices = row_devices(parts.mesh)
-    every = {key: set_batches(config, store, np.arange(len(store)), devices) for key, store in stores.items()}
+    spread = row_devices(parts.mesh), own_shares(parts.mesh)
+    every = {key: set_batches(config, store, np.arange(len(store)), *spread) for key, store in stores.items()}
     return CachedReference({key: cached_logps(batches, made_by, compute) for key, batches in every.items()})
 
 

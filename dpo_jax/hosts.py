@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed  # the only way to the coordination service's client; jax.experimental uses it so
+from jax._src import clusters, distributed  # the only ways to what jax finds out, and to its coordination service
 from jax.experimental import multihost_utils
 
 from dpo_jax import errors
@@ -25,7 +25,10 @@ from dpo_jax.errors import UserError
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "DPO_JAX_COORDINATOR", "DPO_JAX_NUM_PROCESSES", "DPO_JAX_PROCESS_ID"
 START_TIMEOUT = "DPO_JAX_START_TIMEOUT"
 TIMEOUT = 600  # seconds that processes wait for each other, if nothing else is said
+PATIENCE = 7 * 24 * 3600  # seconds for work of one process that has no bound; jax ends all if that process dies
 SEEN_WITHIN = 10.0  # seconds in which a shared file system shows one host's file to the others
+
+Made = TypeVar("Made")
 
 _turns = itertools.count()  # every process makes the same exchanges in the same order, so this numbers them alike
 
@@ -56,7 +59,7 @@ def start_hosts(
 
     Args:
         coordinator: ``host:port`` of process 0, the port free there and open to the others; or ``auto``: jax asks the
-            TPU's or the cluster's own services for all three.
+            TPU's or the cluster's own services for all three, and the port is jax's own.
         timeout: seconds until every process must have come.
 
     Raises:
@@ -67,9 +70,9 @@ def start_hosts(
     num_processes = _number(num_processes, NUM_PROCESSES)
     process_id = _number(process_id, PROCESS_ID)
     timeout = _number(timeout, START_TIMEOUT) or TIMEOUT
-    if coordinator == "auto":
-        jax.distributed.initialize(initialization_timeout=timeout)
-        return
+    auto = coordinator == "auto"
+    if auto:
+        coordinator, num_processes, process_id = _ask_cluster(timeout)
     if coordinator is None and num_processes is None and process_id is None:
         return
     if coordinator is None or num_processes is None or process_id is None:
@@ -87,8 +90,26 @@ def start_hosts(
         _call_roll(int(port), num_processes, timeout)
     else:
         _answer_roll(host, int(port), num_processes, process_id, timeout)
-    jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout,
-                               cluster_detection_method="deactivate")  # fmt: skip
+    if auto:  # jax finds out the same again, and which devices are this process'
+        jax.distributed.initialize(initialization_timeout=timeout)
+    else:
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout,
+                                   cluster_detection_method="deactivate")  # fmt: skip
+
+
+def _ask_cluster(timeout: int) -> tuple[str, int, int]:
+    """Coordinator, number of processes and id of this one, as jax finds them out for itself."""
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    find = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    try:
+        coordinator, num_processes, process_id, _ = find(address, None, None, None, None, timeout)
+    except (OSError, RuntimeError) as error:  # no answer from the services, or process 0 has no address yet
+        raise HostsMissing(f"{COORDINATOR}: auto finds no other process ({' '.join(str(error).split())}): "
+                           "start all processes again") from error  # fmt: skip
+    if coordinator is None or num_processes is None or process_id is None:
+        raise UserError(f"{COORDINATOR}: auto finds neither a TPU nor a cluster that jax knows: set {COORDINATOR} to "
+                        f"host:port, and {NUM_PROCESSES} and {PROCESS_ID}")  # fmt: skip
+    return coordinator, num_processes, process_id
 
 
 def _number(value: int | None, name: str) -> int | None:
@@ -257,6 +278,21 @@ def make_shared(directory, what: str) -> None:
     if blind:
         raise UserError(f"{what}: {directory} is not shared: process {_listed(blind)} does not see what process 0 "
                         "wrote there: use a run.dir on a file system that all hosts mount")  # fmt: skip
+
+
+def writer_first(make: Callable[[], Made], what: str) -> Made:
+    """``make()`` of process 0, then of all others at once, who find on a common disk what it has left there.
+
+    Waits for it as long as it takes. What one of them raises as a ``UserError`` is raised on all.
+    """
+    made, error = [], None
+    for turn in (is_writer(), not is_writer()):
+        try:
+            made += [make()] if turn else []
+        except UserError as refused:
+            error = refused
+        agree(error, what, timeout=PATIENCE)
+    return made[0]
 
 
 def agree(error: UserError | None, what: str, timeout: int = TIMEOUT) -> None:

@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dpo_jax.batch import PairLogps, PreferenceBatch
 from dpo_jax.data.batches import Batches
+from dpo_jax.sharding import own_shares, replicated, row_devices, row_sharding
 
 LogpsStep = Callable[[Any, PreferenceBatch], PairLogps]  # compiled: (params, batch on the devices)
-Place = Callable[[PreferenceBatch], PreferenceBatch]  # host arrays -> arrays on the devices
+Place = Callable[[PreferenceBatch], PreferenceBatch]  # this process' rows on the host -> whole arrays on the devices
 
 
 def make_logps_step(logps_fn: LogpsStep, whole: Any) -> LogpsStep:
@@ -18,13 +20,27 @@ def make_logps_step(logps_fn: LogpsStep, whole: Any) -> LogpsStep:
     return jax.jit(logps_fn, out_shardings=whole)
 
 
-def make_place(rows: Any, whole: Any) -> Place:
-    """Puts a batch on the devices, each process its own part; ``rows`` and ``whole`` are shardings."""
+def make_place(mesh: Mesh, leading: int = 0) -> Place:
+    """Puts a batch of this process' rows on its devices: all processes' rows together are the arrays.
 
-    def put(array: np.ndarray, sharding: Any) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    ``leading``: dims before the rows, those of an accumulated step.
+    """
+    own, rows, whole = own_shares(mesh), row_sharding(mesh, leading), replicated(mesh)
 
-    return lambda batch: jax.tree.map(put, batch, batch.place(rows, whole))
+    def put_rows(array: np.ndarray) -> jax.Array:
+        size = array.shape[leading] // len(own)  # rows of a share
+        shape = (*array.shape[:leading], size * row_devices(mesh), *array.shape[leading + 1 :])
+
+        def part(index: Any) -> np.ndarray:
+            start = own.index((index[leading].start or 0) // size) * size
+            return array[(*index[:leading], slice(start, start + size))]
+
+        return jax.make_array_from_callback(shape, rows, part)
+
+    def put_whole(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
+
+    return lambda batch: jax.tree.map(lambda put, array: put(array), batch.place(put_rows, put_whole), batch)
 
 
 def dataset_logps(

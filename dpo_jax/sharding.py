@@ -117,6 +117,12 @@ def row_sharding(mesh: Mesh | AbstractMesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
 
 
+def own_shares(mesh: Mesh) -> tuple[int, ...]:
+    """Which of the equal shares of the rows, one a row device, lie on devices of this process; rising."""
+    places = row_sharding(mesh).addressable_devices_indices_map((row_devices(mesh),)).values()
+    return tuple(sorted({rows.start or 0 for (rows,) in filter(None, places)}))
+
+
 def in_force() -> bool:
     """Whether a mesh with these axes is in force (``jax.set_mesh``)."""
     return set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)

@@ -61,10 +61,11 @@ def token_log_ratios(
     if parts.model.lora is not None:
         token_logps = of_adapted(token_logps)
     step = jax.jit(token_logps, out_shardings=replicated(parts.mesh))
+    gather = jax.jit(lambda batch: batch, out_shardings=replicated(parts.mesh))  # a pair may lie in rows of two hosts
     for data in batches.ahead(range(batches.order.num_steps)):
         batch = parts.place(data.batch)
         ratios = np.asarray(step(params, batch)) - np.asarray(step(reference.params, batch))
-        for i, own in zip(data.ids, answer_values(ratios, data.batch), strict=True):
+        for i, own in zip(data.ids, answer_values(ratios, jax.device_get(gather(batch))), strict=True):
             if i >= 0:
                 yield i, weigh_tails(own, parts.loss.ld_alpha)
 

@@ -24,6 +24,24 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tpus():
+    """Devices of TPU slices that programs can be compiled for, but not run on: ``tpus("v5e:4x4", num_slices=2)``."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu")
+    from jax.experimental import topologies
+
+    from dpo_jax.chips import parse_topology
+
+    os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+    def devices(text: str, num_slices: int = 1):
+        slices = {"num_slices": num_slices} if num_slices > 1 else {}
+        topology = parse_topology(text)
+        return topologies.get_topology_desc(topology.name, platform="tpu", **topology.options, **slices).devices
+
+    return devices
+
+
+@pytest.fixture(scope="session")
 def empty_cloud(tmp_path_factory) -> Path:
     """A cloud as it is at the start, to be copied."""
     return fake_cloud.build(tmp_path_factory.mktemp("cloud")).root

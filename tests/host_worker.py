@@ -43,6 +43,17 @@ def spread(values) -> jax.Array:
 
 facts["gathered"] = hosts.gather({"me": me}, "a test")
 facts["agreed"] = caught(hosts.agree, RunStopped("only process 1 knows") if me else None, "a test")
+
+
+def refused_by_1() -> None:
+    if me == 1:
+        raise UserError("process 1 cannot")
+    (folder / "made").touch()
+
+
+facts["made first"] = hosts.writer_first((folder / "made").exists, "a test")
+facts["refused"] = caught(hosts.writer_first, refused_by_1, "a test")
+facts["made then"] = hosts.writer_first((folder / "made").exists, "a test")
 facts["not shared"] = caught(Checkpoints, folder / f"own-{me}", CheckpointConfig())
 facts["no folder"] = caught(Checkpoints, folder / "file" / "checkpoints", CheckpointConfig())
 

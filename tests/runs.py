@@ -8,10 +8,11 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -65,11 +66,17 @@ class Running:
 
 
 @contextmanager
-def started(*argv: Any, output: Path, devices: int = 1, env: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """``dpo-jax`` with these arguments; it is killed at the end of the block if it still runs."""
+def called(
+    function: Callable[..., int | None],
+    *arguments: Any,
+    output: Path,
+    devices: int = 1,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Running]:
+    """A function that a module can name, called in a process; what it returns is the exit code."""
     flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
     settings = {**(env or {}), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    process = _server.Process(target=_command, args=([str(word) for word in argv], str(output), settings))
+    process = _server.Process(target=_call, args=(function, arguments, str(output), settings))
     process.start()
     try:
         yield Running(process, output)
@@ -79,23 +86,63 @@ def started(*argv: Any, output: Path, devices: int = 1, env: Mapping[str, str] |
         process.join()
 
 
+def started(*argv: Any, **settings: Any) -> AbstractContextManager[Running]:
+    """``dpo-jax`` with these arguments; it is killed at the end of the block if it still runs. The rest: ``called``."""
+    return called(_command, [str(word) for word in argv], **settings)
+
+
+@contextmanager
+def joined(count: int, function: Callable[..., int | None], *arguments: Any, folder: Path) -> Iterator[list[Running]]:
+    """A function in so many processes that are joined over this machine's network, with 8 devices between them.
+
+    What process i says goes to ``folder/said-i``.
+    """
+    hosts = {"DPO_JAX_COORDINATOR": f"localhost:{free_port()}", "DPO_JAX_NUM_PROCESSES": str(count),
+             "DPO_JAX_START_TIMEOUT": "300"}  # fmt: skip
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                called(function, *arguments, output=folder / f"said-{i}", devices=8 // count,
+                       env=hosts | {"DPO_JAX_PROCESS_ID": str(i)})
+            )
+            for i in range(count)
+        ]  # fmt: skip
+
+
+def started_jointly(count: int, *argv: Any, folder: Path) -> AbstractContextManager[list[Running]]:
+    """``dpo-jax`` with these arguments in so many processes."""
+    return joined(count, _command, [str(word) for word in argv], folder=folder)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
 def ended(*argv: Any, output: Path, **settings: Any) -> tuple[int, str]:
     """Exit code of a command that is left to end by itself, and all that it said."""
     with started(*argv, output=output, **settings) as running:
         return running.code(), running.said()
 
 
-def _command(argv: list[str], output: str, settings: Mapping[str, str]) -> None:
+def _call(function: Callable[..., int | None], arguments: tuple, output: str, settings: Mapping[str, str]) -> None:
     os.environ.update(settings)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    from dpo_jax.cli import main
-
     jax.config.update("jax_platforms", "cpu")
-    code = main(argv)
+    code = function(*arguments)
+    jax.distributed.shutdown()  # as at an interpreter's end, which a forked process does not come to
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _command(argv: list[str]) -> int:
+    from dpo_jax.cli import main
+
+    return main(argv)
 
 
 def num_lines(path: Path) -> int:

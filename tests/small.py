@@ -20,17 +20,17 @@ HF_CONFIG = {
 Pair = tuple[np.ndarray, tuple[np.ndarray, np.ndarray], None]
 
 
-def small_model(**options) -> Model:
+def small_model(kv_heads: int = 8, **options) -> Model:
     """The model, by default as a run on one CPU device has it."""
     settled = {"platform": "cpu", "dtype": "float32", "param_dtype": "float32", "attention": "blocks",
                "remat": "none", "scan": True, "matmul_precision": "default"} | options  # fmt: skip
-    return make_model(decoder_config(HF_CONFIG), **settled)
+    return make_model(decoder_config(HF_CONFIG | {"num_key_value_heads": kv_heads}), **settled)
 
 
 @cache
-def small_params(seed: int = 0):
+def small_params(seed: int = 0, kv_heads: int = 8):
     """Random weights, numpy's, at home on any mesh; ``seed`` 1 is another model, to be a reference."""
-    return jax.device_get(jax.jit(small_model().init)(jax.random.key(seed)))
+    return jax.device_get(jax.jit(small_model(kv_heads).init)(jax.random.key(seed)))
 
 
 def random_pairs(count: int = 8, seed: int = 0) -> list[Pair]:

@@ -8,22 +8,18 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from runs import called, free_port
 
 from dpo_jax import hosts
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import CheckpointConfig
 from dpo_jax.errors import RunStopped, UserError
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +70,12 @@ def test_an_error_of_one_process_is_raised_on_all(two):
     _, facts = two
     assert [fact["agreed"] for fact in facts] == ["RunStopped: only process 1 knows"] * 2
     assert [fact["no folder"].split(" (")[1] for fact in facts] == ["Not a directory): choose another run.dir"] * 2
+
+
+def test_the_writer_comes_first_and_an_error_of_another_is_raised_on_all(two):
+    _, facts = two
+    assert [fact["refused"] for fact in facts] == ["UserError: process 1 cannot"] * 2
+    assert [(fact["made first"], fact["made then"]) for fact in facts] == [(False, True)] * 2
 
 
 def test_a_directory_that_is_not_shared_is_refused_on_all(two):
@@ -207,6 +209,60 @@ def test_wrong_settings(arguments, message):
     assert "\n" not in str(error.value)
 
 
+# What jax finds out by itself, from a cluster that is but its variables
+
+
+def slurm(count: int, process_id: int, port: int) -> dict[str, str]:
+    """What Slurm tells a process of one host."""
+    return {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count),
+            "SLURM_PROCID": str(process_id), "SLURM_LOCALID": str(process_id), "JAX_COORDINATOR_PORT": str(port),
+            hosts.COORDINATOR: "auto", hosts.START_TIMEOUT: "60"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("process_id", "told"),
+    [(0, "process 1, 2 of 3 did not come to "), (1, "process 0 of 3 did not answer process 1 at localhost:")],
+)
+def test_auto_names_who_is_missing(monkeypatch, process_id, told):
+    for name, value in slurm(3, process_id, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(hosts.HostsMissing, match=told) as error:
+        hosts.start_hosts(timeout=1)
+    assert "\n" not in str(error.value)
+
+
+def test_auto_without_a_cluster_is_refused(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    with pytest.raises(UserError, match=r"DPO_JAX_COORDINATOR: auto finds neither a TPU nor a cluster that jax knows"):
+        hosts.start_hosts("auto")
+
+
+def test_auto_with_a_coordinator_that_has_no_address(monkeypatch):
+    """As on a TPU whose first host does not come up: jax's own wait for its name ends without it."""
+    from jax._src import clusters
+
+    def wait(*args):
+        raise RuntimeError("Failed to recognize coordinator address no-such-host")
+
+    monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", wait)
+    with pytest.raises(hosts.HostsMissing, match=r"auto finds no other process \(Failed .* no-such-host\): start all"):
+        hosts.start_hosts("auto", timeout=1)
+
+
+def meet(count: int) -> int:
+    hosts.start_hosts()
+    return 0 if hosts.gather(jax.process_index(), "a test") == list(range(count)) else 1
+
+
+def test_auto_joins(tmp_path):
+    port = free_port()
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(called(meet, 2, output=tmp_path / f"said-{i}", env=slurm(2, i, port))) for i in range(2)
+        ]
+        assert [process.code() for process in processes] == [0, 0], "\n".join(p.said() for p in processes)
+
+
 def test_wrong_environment(monkeypatch):
     monkeypatch.setenv(hosts.PROCESS_ID, "one")
     with pytest.raises(UserError, match="DPO_JAX_PROCESS_ID: 'one' is no whole number"):
@@ -231,6 +287,7 @@ def test_one_process_is_immediate():
     assert hosts.gather(3, "x") == [3]
     hosts.barrier("x")
     hosts.agree(None, "x")
+    assert hosts.writer_first(lambda: 3, "x") == 3
     with pytest.raises(RunStopped, match=r"^mine$"):
         hosts.agree(RunStopped("mine"), "x")
 

@@ -180,7 +180,7 @@ def one_step(model, mesh=None):
     if mesh is None:
         return jax.device_get(jax.jit(step)(*inputs))
     with jax.set_mesh(mesh):
-        place = make_place(row_sharding(mesh), replicated(mesh))
+        place = make_place(mesh)
         return jax.device_get(jax.jit(step)(*inputs[:2], place(inputs[2])))
 
 

@@ -11,10 +11,11 @@ import pytest
 from small import logps_fn, pack, random_pairs, small_model, small_params
 
 from dpo_jax.config import LossConfig, MeshConfig
+from dpo_jax.errors import UserError
 from dpo_jax.losses import mean_loss, preference_loss
 from dpo_jax.policy import param_shardings
 from dpo_jax.scoring import make_place
-from dpo_jax.sharding import make_mesh, replicated, row_devices, row_sharding
+from dpo_jax.sharding import make_mesh, replicated, row_devices
 from dpo_jax.step import _accumulated_step, _scorers, init_state, state_shardings, train_step
 
 PAIRS = random_pairs()
@@ -24,10 +25,11 @@ LOSS = LossConfig(beta=0.3)
 def gradient(model, batch, reference=None, chunk=64, accumulation=1, loss=LOSS):
     """(log-probs [B, K], loss, gradient) with another model's weights as the reference."""
     fn = logps_fn(model, chunk=chunk)
-    reference = small_params(1) if reference is None else reference
+    params, other = (small_params(seed, model.config.kv_heads) for seed in (0, 1))
+    reference = other if reference is None else reference
     if accumulation > 1:
         grads, policy, fixed = jax.jit(lambda p, r, b: _accumulated_step(p, b, _scorers(r, fn, loss), loss))(
-            small_params(), reference, batch
+            params, reference, batch
         )
         return policy.sum, mean_loss(preference_loss(policy, fixed, loss), policy), grads
 
@@ -36,7 +38,7 @@ def gradient(model, batch, reference=None, chunk=64, accumulation=1, loss=LOSS):
         fixed = reference if not isinstance(reference, dict) else fn(reference, batch)
         return mean_loss(preference_loss(policy, fixed, loss), policy), policy.sum
 
-    (value, sums), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(small_params(), reference, batch)
+    (value, sums), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params, reference, batch)
     return sums, value, grads
 
 
@@ -103,29 +105,47 @@ MESHES = [
 ]
 
 
+def mesh_gradient(model, mesh):
+    """As ``gradient``, of a train step on a mesh; where the weights lie is checked on the way."""
+    optimizer = optax.sgd(1.0)
+    start, other = (small_params(seed, model.config.kv_heads) for seed in (0, 1))
+    with jax.set_mesh(mesh):
+        own = param_shardings(model, mesh)
+        params, reference = (jax.device_put(weights, own) for weights in (start, other))
+        abstract = jax.eval_shape(lambda params: init_state(params, optimizer), params)
+        shardings = state_shardings(abstract, own, replicated(mesh), optimizer)
+        batch = make_place(mesh)(pack(PAIRS, rows=row_devices(mesh)))
+
+        def step(state, reference, batch):
+            return train_step(state, reference, batch, logps_fn=logps_fn(model), loss=LOSS, optimizer=optimizer)
+
+        state = init_state(params, optimizer)
+        after, metrics = jax.jit(step, out_shardings=(shardings, replicated(mesh)))(state, reference, batch)
+        sums = jax.jit(logps_fn(model), out_shardings=replicated(mesh))(params, batch).sum
+    for leaf, wanted in zip(jax.tree.leaves(after.params), jax.tree.leaves(own), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+    return sums, metrics["loss"], jax.tree.map(lambda before, now: before - np.asarray(now), start, after.params)
+
+
 @pytest.mark.parametrize("config", MESHES, ids=str)
 @pytest.mark.parametrize("order", ["as they come", pytest.param("permuted", marks=pytest.mark.slow)])
 def test_meshes_agree(config, order):
     devices = np.array(jax.devices())
     mesh = make_mesh(config, list(devices if order == "as they come" else devices[[5, 2, 7, 0, 3, 6, 1, 4]]))
-    model, optimizer = small_model(), optax.sgd(1.0)
-    with jax.set_mesh(mesh):
-        own = param_shardings(model, mesh)
-        params, reference = (jax.device_put(small_params(seed), own) for seed in (0, 1))
-        abstract = jax.eval_shape(lambda params: init_state(params, optimizer), params)
-        shardings = state_shardings(abstract, own, replicated(mesh), optimizer)
-        batch = make_place(row_sharding(mesh), replicated(mesh))(pack(PAIRS, rows=row_devices(mesh)))
+    assert_equal(mesh_gradient(small_model(), mesh), oracle())
 
-        def step(state, reference, batch):
-            return train_step(state, reference, batch, logps_fn=logps_fn(), loss=LOSS, optimizer=optimizer)
 
-        state = init_state(params, optimizer)
-        after, metrics = jax.jit(step, out_shardings=(shardings, replicated(mesh)))(state, reference, batch)
-        sums = jax.jit(logps_fn(), out_shardings=replicated(mesh))(params, batch).sum
-    for leaf, wanted in zip(jax.tree.leaves(after.params), jax.tree.leaves(own), strict=True):
-        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
-    grads = jax.tree.map(lambda before, now: before - np.asarray(now), small_params(), after.params)
-    assert_equal((sums, metrics["loss"], grads), oracle())
+def test_key_heads_that_tensor_does_not_divide_are_held_whole():
+    model, mesh = small_model(kv_heads=2), make_mesh(MeshConfig(fsdp=2, tensor=4))
+    found = mesh_gradient(model, mesh)
+    assert_equal(found, gradient(model, pack(PAIRS)))
+    layers = param_shardings(model, mesh)["layers"]
+    assert ["tensor" in layers[name].spec for name in ("query", "key", "value")] == [True, False, False]
+
+
+def test_a_size_that_tensor_does_not_divide_is_refused():
+    with pytest.raises(UserError, match=r"^mesh.tensor: 3 does not divide the vocab size 160 of .*; choose a divisor$"):
+        param_shardings(small_model(), make_mesh(MeshConfig(fsdp=2, tensor=3), jax.devices()[:6]))
 
 
 def test_windows_count_positions_not_places():

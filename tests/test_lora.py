@@ -33,7 +33,7 @@ from dpo_jax.models.weights import load_params
 from dpo_jax.policy import build_model, find_model, load_weights, param_shardings, trained_shardings
 from dpo_jax.rundir import read_json
 from dpo_jax.scoring import make_place
-from dpo_jax.sharding import make_mesh, replicated, row_sharding
+from dpo_jax.sharding import make_mesh, replicated
 from dpo_jax.step import Base, init_state, make_train_step, state_shardings
 from dpo_jax.train import train
 
@@ -313,7 +313,7 @@ def one_step(batch, logps=None, accumulation=1, config=None, devices=None, **mod
     with jax.set_mesh(mesh):
         adapters = jax.device_put(host_adapters, trained_shardings(model, mesh))
         base = jax.device_put(host_base, param_shardings(model, mesh))
-        place = make_place(row_sharding(mesh, int(accumulation > 1)), replicated(mesh))
+        place = make_place(mesh, int(accumulation > 1))
         batch = place(batch)
         abstract = jax.eval_shape(lambda params: init_state(params, optimizer), adapters)
         shardings = state_shardings(abstract, trained_shardings(model, mesh), replicated(mesh), optimizer)

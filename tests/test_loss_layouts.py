@@ -22,7 +22,7 @@ from dpo_jax.losses import mean_loss, preference_loss
 from dpo_jax.models.decoder import plain_batch
 from dpo_jax.policy import param_shardings
 from dpo_jax.scoring import make_place
-from dpo_jax.sharding import make_mesh, replicated, row_devices, row_sharding
+from dpo_jax.sharding import make_mesh, replicated, row_devices
 from dpo_jax.step import Base, _accumulated_step, _scorers, _sums, init_state, train_step
 
 # Short answers: a unit in the last place of a log-prob of 350 nats, times beta, is more than the tolerance by itself.
@@ -72,7 +72,7 @@ def computed(layout: str):
             batch = jax.tree.map(jnp.asarray, make_batch())
         else:
             params, reference = (jax.device_put(x, param_shardings(small_model(), mesh)) for x in (params, reference))
-            batch = make_place(row_sharding(mesh), replicated(mesh))(pack(PAIRS, rows=row_devices(mesh)))
+            batch = make_place(mesh)(pack(PAIRS, rows=row_devices(mesh)))
         forward = jax.jit(fn, out_shardings=replicated(mesh))
         pull = jax.jit(lambda params, cotangent: jax.vjp(lambda p: _sums(fn(p, batch)), params)[1](cotangent)[0])
         policy, fixed = jax.device_get((forward(params, batch), forward(reference, batch)))

@@ -4,9 +4,7 @@ import hashlib
 import json
 import random
 import signal
-import socket
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -181,75 +179,3 @@ def test_an_epoch_killed_at_random_is_the_epoch(hh, tmp_path):
     assert len(events(run, "start")) == 4
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert saved_bits(run, num_steps) == saved_bits(whole, num_steps)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def two_processes(*argv, folder):
-    """The command in two processes of four devices each, joined over the network."""
-    port = free_port()
-    env = [{"DPO_JAX_COORDINATOR": f"localhost:{port}", "DPO_JAX_NUM_PROCESSES": "2", "DPO_JAX_PROCESS_ID": str(i),
-            "DPO_JAX_START_TIMEOUT": "300"} for i in range(2)]  # fmt: skip
-    with (
-        started(*argv, output=folder / "said-0", devices=4, env=env[0]) as first,
-        started(*argv, output=folder / "said-1", devices=4, env=env[1]) as second,
-    ):
-        yield first, second
-
-
-def largest_difference(ours, theirs, keys) -> float:
-    """Between two logs, as a share of the value, of values of at least 1."""
-    return max(abs(a[key] - b[key]) / max(1.0, abs(b[key])) for a, b in zip(ours, theirs, strict=True) for key in keys)
-
-
-@pytest.mark.slow
-def test_two_processes_of_four_devices_go_on_as_one_of_four(hh, shared, tmp_path):
-    run, whole, steps = tmp_path / "run", tmp_path / "whole", 12
-    pairs = (shared / "preference" / "hh_harmless_dev.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "dev.jsonl").write_text("".join(pairs[:40]))
-    options = ["--batch.pairs", 8, "--run.steps", steps, "--data.eval_fraction", 0, "--checkpoint.keep", 9]
-    assert ended("train", hh, *options, "--run.dir", whole, output=tmp_path / "said") == (0, "")
-
-    with two_processes("train", hh, *options, folder=tmp_path) as both:
-        both[0].wait_for((run / "checkpoints" / "4").exists)
-        lines = num_lines(run / "metrics.jsonl")
-        both[0].wait_for(lambda: num_lines(run / "metrics.jsonl") > lines)
-        for process in both:
-            process.kill()
-    assert (events(run, "start")[0]["devices"], events(run, "start")[0]["processes"]) == (8, 2)
-
-    # One save, three layouts, by the pair: log-probs at equal parameters.
-    scored = []
-    judge = ["eval", hh, *options, "--data.eval.dev", tmp_path / "dev.jsonl", "--output"]
-    with two_processes(*judge, tmp_path / "2x4.jsonl", folder=tmp_path) as both:
-        assert [process.code() for process in both] == [0, 0], both[0].said() + both[1].said()
-        assert '"pairs"' in both[0].said()
-        assert '"pairs"' not in both[1].said()  # it is printed once
-    scored.append(read_json(tmp_path / "2x4.jsonl"))
-    for devices in (4, 1):
-        output = tmp_path / f"1x{devices}.jsonl"
-        assert ended(*judge, output, output=tmp_path / "said", devices=devices)[0] == 0
-        scored.append(read_json(output))
-    keys = [f"{whose}/{answer}" for whose in ("logps", "reference_logps") for answer in ("chosen", "rejected")]
-    at_equal = [largest_difference(one, scored[-1], keys) for one in scored[:-1]]
-    print("log-probs of one save, 2 x 4 and 1 x 4 devices against 1 device:", at_equal)
-    assert max(at_equal) <= 2e-6
-
-    # The rest of the run on half of the devices.
-    code, said = ended("train", hh, *options, output=tmp_path / "said", devices=4)
-    assert code == 0, said
-    assert events(run, "restore")[-1]["step"] >= 4
-    ours, theirs = read_json(run / "metrics.jsonl"), read_json(whole / "metrics.jsonl")
-    assert [row["step"] for row in ours] == list(range(1, steps + 1))
-    for key in ("step", "pairs", "num_tokens", "epoch", "learning_rate"):
-        assert [row[key] for row in ours] == [row[key] for row in theirs], key
-    # Over a few steps Adam has not yet made more of the rounding than one step's own tolerance allows.
-    allowed = {"loss": 2e-5, "grad_norm": 1e-4, "logps/chosen": 2e-6, "logps/rejected": 2e-6}
-    found = {key: largest_difference(ours, theirs, [key]) for key in allowed}
-    print("largest differences over the steps:", found)
-    assert {key: value for key, value in found.items() if value > allowed[key]} == {}

@@ -9,7 +9,15 @@ from jax.sharding import PartitionSpec as P
 
 from dpo_jax.config import MeshConfig
 from dpo_jax.errors import UserError
-from dpo_jax.sharding import constrain_rows, make_mesh, replicated, row_devices, row_sharding, weight_shardings
+from dpo_jax.sharding import (
+    constrain_rows,
+    make_mesh,
+    own_shares,
+    replicated,
+    row_devices,
+    row_sharding,
+    weight_shardings,
+)
 from dpo_jax.sharding import weight_spec as spec
 
 MESH = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -43,6 +51,36 @@ def test_devices_in_hand_are_used_in_their_order():
 def test_a_mesh_of_another_size_is_refused(config):
     with pytest.raises(UserError, match=r"mesh: .* does not use 8 devices; set one axis to -1, or change the sizes"):
         make_mesh(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MeshConfig(data=2), MeshConfig(data=2, fsdp=2, tensor=8), MeshConfig(data=4, fsdp=4, tensor=2),
+     MeshConfig(data=-1, fsdp=1, tensor=4)],
+    ids=str,
+)  # fmt: skip
+def test_only_copies_of_the_model_lie_in_several_slices(config, tpus):
+    mesh = make_mesh(config, tpus("v5e:4x4", num_slices=2))
+    slices = [{device.slice_index for device in copy.flat} for copy in mesh.devices]
+    half = len(slices) // 2
+    assert slices == [{0}] * half + [{1}] * half
+    assert len(set(mesh.devices.flat)) == 32
+
+
+def test_one_copy_in_two_slices_is_refused(tpus):
+    with pytest.raises(
+        UserError, match=r"^mesh.data: 1 copies cannot be spread over 2 slices; make it a multiple"
+    ) as e:
+        make_mesh(MeshConfig(), tpus("v5e:4x4", num_slices=2))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("tensor", "block"), [(4, (4, 1)), (8, (4, 2))])
+def test_chips_of_a_layer_are_neighbours(tpus, tensor, block):
+    mesh = make_mesh(MeshConfig(tensor=tensor), tpus("v5e:4x4"))
+    for layer in mesh.devices.reshape(-1, tensor):
+        places = np.array([device.coords for device in layer])
+        assert sorted(np.ptp(places, axis=0)[:2] + 1) == sorted(block)
 
 
 def test_weights_lie_by_the_table():
@@ -79,6 +117,10 @@ def test_rows_are_spread_over_data_and_fsdp():
     x = jax.device_put(np.arange(8.0).reshape(4, 2), row_sharding(MESH))
     assert {shard.data.shape for shard in x.addressable_shards} == {(1, 2)}
     assert replicated(MESH).is_fully_replicated
+
+
+def test_one_process_holds_all_rows():
+    assert own_shares(MESH) == (0, 1, 2, 3)
 
 
 def test_activations_are_held_spread_under_a_mesh_and_left_alone_without():

@@ -1,7 +1,6 @@
 """Speed as it is logged, traces of chosen steps, and the compiler's options."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from small import logps_fn, pack, random_pairs, small_params
 from small_tokenizer import make_tokenizer
 
 from dpo_jax.assemble import assemble
-from dpo_jax.chips import CHIPS, parse_topology
+from dpo_jax.chips import CHIPS
 from dpo_jax.compiler import FLAGS, compiler_options, platform_flags
 from dpo_jax.config import DPOConfig, LossConfig, MeshConfig, RunConfig
 from dpo_jax.configfile import parse_config
@@ -49,21 +48,6 @@ def config(tmp_path_factory):
     config = parse_config(given, {}, DPOConfig)
     train(config, devices=jax.devices()[:1])
     return config
-
-
-@pytest.fixture(scope="module")
-def tpus():
-    """Devices of a slice that programs can be compiled for, but not run on."""
-    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu")
-    from jax.experimental import topologies
-
-    os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
-
-    def devices(text: str):
-        topology = parse_topology(text)
-        return topologies.get_topology_desc(topology.name, platform="tpu", **topology.options).devices
-
-    return devices
 
 
 def test_a_run_logs_its_operations_and_traces_its_steps(config):

@@ -25,42 +25,56 @@ class StepData:
 
     step: int
     ids: np.ndarray  # [B] example ids, -1 in empty slots
-    batch: PreferenceBatch  # leading dim: parts of the step, when it is accumulated
+    batch: PreferenceBatch  # of its rows, this process' own; leading dim: parts of the step, when it is accumulated
     num_tokens: int  # tokens of each prompt with each of its answers, as TRL counts them
-    fill: float  # real tokens / token slots
+    used: int  # real tokens in the rows of all processes
+    slots: int  # token slots of these rows
+
+    @property
+    def fill(self) -> float:
+        """Real tokens / token slots."""
+        return self.used / self.slots
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a run: ``batches(step)``, steps counted from 0."""
+    """The batches of a run: ``batches(step)``, steps counted from 0.
+
+    Which pair lies in which row follows from lengths, and is the same in every process; each lays its own rows alone.
+    """
 
     store: Store
     order: Order
     packer: Packer
+    own: Sequence[int] | None = None  # of the packer.multiple equal shares of the rows, this process'; None: all
 
     def __call__(self, step: int) -> StepData:
         """Pack step ``step``."""
         ids = self.order.step_ids(step)
         parts = self.packer.rows(*_sizes(self.store, ids))
         shape = self.packer.shape(parts)
-        examples = [None if i < 0 else self.store.example(i) for i in ids]
         weights = np.where(ids < 0, 0, self.store.weights[np.maximum(ids, 0)]).astype(np.float32)
-        size = len(ids) // self.packer.accumulation
         num_answers = self.store.lengths.shape[1] - 1
-        packed = [
-            pack_rows(rows, shape, examples[start : start + size], weights[start : start + size], num_answers)
-            for rows, start in zip(parts, range(0, len(ids), size), strict=True)
-        ]
-        batch = packed[0] if len(packed) == 1 else jax.tree.map(lambda *arrays: np.stack(arrays), *packed)
+        own = self._own_rows(shape.rows)
+        packed = []
+        for rows, part_ids, weight in zip(parts, *(np.split(x, len(parts)) for x in (ids, weights)), strict=True):
+            pairs = {unit.pair for row in own if row < len(rows) for unit in rows[row]}
+            examples = {pair: self.store.example(part_ids[pair]) for pair in pairs}
+            packed.append(pack_rows(rows, shape, examples, weight, num_answers, own))
         lengths = self.store.lengths[ids[ids >= 0]].astype(np.int64)
-        used = sum(unit.size for rows in parts for row in rows for unit in row)
         return StepData(
             step=step,
             ids=ids,
-            batch=batch,
+            batch=packed[0] if len(packed) == 1 else jax.tree.map(lambda *arrays: np.stack(arrays), *packed),
             num_tokens=int(lengths[:, 1:].sum() + num_answers * lengths[:, 0].sum()),
-            fill=used / batch.tokens.size,
+            used=sum(unit.size for rows in parts for row in rows for unit in row),
+            slots=len(parts) * shape.rows * shape.length,
         )
+
+    def _own_rows(self, num_rows: int) -> list[int]:
+        size = num_rows // self.packer.multiple
+        shares = range(self.packer.multiple) if self.own is None else self.own
+        return [row for share in shares for row in range(share * size, (share + 1) * size)]
 
     def ahead(self, steps: Sequence[int]) -> Iterator[StepData]:
         """These steps in order, the next ones packed in a thread meanwhile."""
@@ -78,26 +92,39 @@ def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(real, store.lengths[held], 0), np.where(real, store.num_targets[held], 0)
 
 
-def make_batches(store: Store, order: Order, packer: Packer, max_shapes: int) -> Batches:
-    """Batches with row shapes chosen from the sizes of the run's own steps."""
+def make_batches(
+    store: Store, order: Order, packer: Packer, max_shapes: int, own: Sequence[int] | None = None
+) -> Batches:
+    """Batches with row shapes chosen from the sizes of the run's own steps; ``own`` as in ``Batches``."""
     stride = max(1, order.num_steps // SAMPLED_STEPS)
     steps = range(0, order.num_steps, stride)
     needed = [step_shape(packer.rows(*_sizes(store, order.step_ids(step))), packer.row_length) for step in steps]
     most = min(max_shapes, 1 + order.num_steps // STEPS_A_SHAPE)
-    return Batches(store, order, replace(packer, shapes=choose_shapes(needed, most)))
+    return Batches(store, order, replace(packer, shapes=choose_shapes(needed, most)), own)
 
 
-def train_batches(config: DPOConfig | SFTConfig, sets: DataSets, row_devices: int) -> Batches:
-    """The batches of the run's steps; ``row_devices``: devices over which rows are spread."""
+def train_batches(
+    config: DPOConfig | SFTConfig, sets: DataSets, row_devices: int, own: Sequence[int] | None = None
+) -> Batches:
+    """The batches of the run's steps.
+
+    Args:
+        config: of the run.
+        sets: of the run.
+        row_devices: devices over which rows are spread.
+        own: which of them are this process'; None: all.
+    """
     packer = _packer(config, row_devices, config.batch.accumulation)
-    return make_batches(sets.train, sets.order, packer, config.batch.max_shapes)
+    return make_batches(sets.train, sets.order, packer, config.batch.max_shapes, own)
 
 
-def set_batches(config: DPOConfig | SFTConfig, store: Store, ids: np.ndarray, row_devices: int) -> Batches:
-    """Batches that hold each of ``ids`` once, in order; the last one is ragged."""
+def set_batches(
+    config: DPOConfig | SFTConfig, store: Store, ids: np.ndarray, row_devices: int, own: Sequence[int] | None = None
+) -> Batches:
+    """Batches that hold each of ``ids`` once, in order; the last one is ragged. The rest as in ``train_batches``."""
     size = config.batch.pairs if isinstance(config, DPOConfig) else config.batch.examples
     order = make_order(groups=[ids], weights=None, seed=0, shuffle=False, batch=size, steps=None, epochs=1)
-    return make_batches(store, order, _packer(config, row_devices, 1), config.batch.max_shapes)
+    return make_batches(store, order, _packer(config, row_devices, 1), config.batch.max_shapes, own)
 
 
 def _packer(config: DPOConfig | SFTConfig, row_devices: int, accumulation: int) -> Packer:

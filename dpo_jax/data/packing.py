@@ -7,7 +7,7 @@ Shape letters as in batch.py; J pairs of blocks that attention visits in a row.
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from itertools import combinations, pairwise
@@ -137,7 +137,7 @@ def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
 
 def list_blocks(rows: Sequence[Sequence[Unit]], shape: BatchShape) -> np.ndarray:
     """``PreferenceBatch.blocks`` of these rows."""
-    blocks = np.full((shape.rows, shape.blocks, 2), -1, np.int32)
+    blocks = np.full((len(rows), shape.blocks, 2), -1, np.int32)
     for row, units in enumerate(rows):
         pairs = seen_blocks(units)
         blocks[row, : len(pairs)] = pairs
@@ -235,20 +235,63 @@ class Packer:
                           _up(grown.branch_length, 4 * BLOCK))  # fmt: skip
 
 
+Example = tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None]  # prompt, answers, learned tokens or None: all
+
+
+def find_answers(
+    rows: Sequence[Sequence[Unit]], shape: BatchShape, num_pairs: int, num_answers: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """``PreferenceBatch.answer_slots`` and ``valid``, of all rows of the batch; a pair in no row is an empty slot."""
+    slots, valid = np.zeros((num_pairs, num_answers), np.int32), np.zeros(num_pairs, bool)
+    for row, units in enumerate(rows):
+        laid = [(unit.pair, branch) for unit in units for branch in unit.branches]
+        for slot, (pair, branch) in enumerate(laid):
+            slots[pair, branch] = row * shape.answers + slot
+            valid[pair] = True
+    return slots, valid
+
+
 def pack_rows(
     rows: Sequence[Sequence[Unit]],
     shape: BatchShape,
-    examples: Sequence[tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None] | None],
+    examples: Mapping[int, Example] | Sequence[Example | None],
     weight: np.ndarray,
     num_answers: int,
+    own: Sequence[int] | None = None,
 ) -> PreferenceBatch:
-    """Lay tokens in rows. ``examples[b]``: (prompt, answers, learned tokens or None for all), None in an empty slot."""
-    num_pairs, num_rows = len(examples), shape.rows
+    """Lay tokens in rows.
+
+    Args:
+        rows: units of each row of the batch.
+        shape: of the whole batch.
+        examples: by pair, those of the rows to be laid.
+        weight: [B], of all pairs.
+        num_answers: K.
+        own: the rows to be laid, and to be in the result; None: all. What is per pair is of all rows in any case.
+    """
+    answer_slots, valid = find_answers(rows, shape, len(weight), num_answers)
+    rows = [*rows, *[[]] * (shape.rows - len(rows))]
+    rows = rows if own is None else [rows[row] for row in own]
+    return PreferenceBatch(
+        **_lay(rows, shape, examples),
+        answer_slots=answer_slots,
+        weight=weight.astype(np.float32),
+        valid=valid,
+        blocks=list_blocks(rows, shape),
+        answers_per_row=shape.answers,
+        longest=shape.longest,
+        branch_length=shape.branch_length,
+    )
+
+
+def _lay(
+    rows: Sequence[Sequence[Unit]], shape: BatchShape, examples: Mapping[int, Example] | Sequence[Example | None]
+) -> dict[str, np.ndarray]:
+    """The tokens and targets of these rows, by field of ``PreferenceBatch``."""
     per_token, per_target = ("tokens", "positions", "segments", "branches"), ("tokens", "sources", "answers", "offsets")
-    grid = {name: np.zeros((num_rows, shape.length), np.int32) for name in per_token}
-    targets = {name: np.zeros((num_rows, shape.targets), np.int32) for name in per_target}
-    mask = np.zeros((num_rows, shape.targets), bool)
-    answer_slots = np.zeros((num_pairs, num_answers), np.int32)
+    grid = {name: np.zeros((len(rows), shape.length), np.int32) for name in per_token}
+    targets = {name: np.zeros((len(rows), shape.targets), np.int32) for name in per_target}
+    mask = np.zeros((len(rows), shape.targets), bool)
 
     def lay(row, start, tokens, position, segment, branch):
         here = (row, slice(start, start + len(tokens)))
@@ -277,18 +320,6 @@ def pack_rows(
                 targets["answers"][here] = slot
                 targets["offsets"][here] = chosen
                 mask[here] = True
-                answer_slots[unit.pair, branch] = row * shape.answers + slot
                 used, slot, answer = used + len(chosen), slot + 1, answer + len(tokens)
             start = answer
-    return PreferenceBatch(
-        **grid,
-        **{f"target_{name}": value for name, value in targets.items()},
-        target_mask=mask,
-        answer_slots=answer_slots,
-        weight=weight.astype(np.float32),
-        valid=np.array([example is not None for example in examples]),
-        blocks=list_blocks(rows, shape),
-        answers_per_row=shape.answers,
-        longest=shape.longest,
-        branch_length=shape.branch_length,
-    )
+    return grid | {f"target_{name}": value for name, value in targets.items()} | {"target_mask": mask}
