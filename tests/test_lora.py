@@ -332,7 +332,8 @@ def one_step(batch, logps=None, accumulation=1, config=None, devices=None, **mod
 @cache
 def oracle():
     """The same by the chain rule through merged weights, every sequence alone in its row under a dense mask."""
-    fn, batch, base = small_logps_fn(small_model(attention="xla")), pack(PAIRS, layout="padded"), small_params()
+    fn, batch = small_logps_fn(small_model(attention="xla")), pack(PAIRS, layout="padded")
+    base = jax.tree.map(jnp.asarray, small_params())
 
     def objective(adapters):
         policy = fn(merge(Adapted(adapters, base), adapted_model()), batch)

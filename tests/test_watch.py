@@ -49,7 +49,8 @@ def test_log_probs_of_tokens_are_those_of_their_answers_in_every_layout(layout):
     )
     alone = pack(PAIRS[3:4], layout="padded")
     (pair,) = answer_values(
-        np.asarray(make_token_logps_fn(model.hidden, model.unembedding, chunk=64)(small_params(), alone)), alone
+        np.asarray(jax.jit(make_token_logps_fn(model.hidden, model.unembedding, chunk=64))(small_params(), alone)),
+        alone,
     )
     for own, other in zip(pair, found[3], strict=True):  # token by token, in their order
         np.testing.assert_allclose(own, other, rtol=2e-5, atol=2e-5)
