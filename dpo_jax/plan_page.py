@@ -36,7 +36,7 @@ def render(plan: dict[str, Any]) -> str:
     if "changed" in plan:
         lines.append("changed    " + ", ".join(f"{option} {value}" for option, value in plan["changed"].items()))
     if plan["compile_seconds"] is None:
-        lines.append('not compiled, so that exchanges are left out: pip install "dpo_jax[plan]", on Linux x86-64')
+        lines.append('not compiled: pip install "dpo_jax[plan]", on Linux x86-64')
     else:
         lines.append(f"compiled in {plan['compile_seconds']:.0f} s")
     return "\n".join(lines)
@@ -57,6 +57,8 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
     flops, seconds = plan["flops"], plan["seconds"]
     needs = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
     moved = ", ".join(f"{kind} {own['gib']:.3g}" for kind, own in plan["exchanges"].items() if own["gib"] >= 0.005)
+    if plan["compile_seconds"] is None:
+        moved = "unknown, and in none of the times"
     lines = [
         f"operations {_short(flops['model'])} of the model on real tokens, {_short(flops['model_a_pair'])} a pair",
         f"           {_short(flops['hardware'])} with padding and what is computed again",

@@ -184,6 +184,7 @@ def test_without_the_compiler_closed_forms_still_answer(monkeypatch):
     assert found["flops"] == compiled["flops"]
     assert found["seconds"] == compiled["seconds"] | {"ici": 0}
     assert "not compiled" in render(found)
+    assert "exchanges  GiB a device and step: unknown" in render(found)
     large = tiny(model=ModelConfig(path="meta-llama/Meta-Llama-3-70B"), batch=BatchConfig(pairs=16, row_length=4096))
     (found,) = plan_slices(large, ["v5e:2x2"], Known(), search=False)
     assert found["memory"]["fits"] is False
