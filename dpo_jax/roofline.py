@@ -11,7 +11,7 @@ import numpy as np
 from dpo_jax.chips import Chip
 from dpo_jax.hlo import Exchange
 from dpo_jax.models.decoder import Model
-from dpo_jax.models.flops import Work, forward_flops, projections, recomputed_flops, step_flops
+from dpo_jax.models.flops import Work, projections, recomputed_flops, step_flops
 
 
 def hardware_flops(model: Model, work: Work, *, live_reference: bool) -> int:
@@ -66,9 +66,3 @@ def _busy(num_bytes: float, chip: Chip, between_slices: bool) -> float:
     if not between_slices:
         return num_bytes / (chip.ici_bandwidth / chip.devices)
     return float("nan") if chip.dcn_bandwidth is None else num_bytes / (chip.dcn_bandwidth / chip.devices)
-
-
-def forward_share(model: Model, work: Work) -> dict[str, float]:
-    """Share of a forward pass by where its operations arise."""
-    flops = forward_flops(model.config, work)
-    return {name: own / flops.total for name, own in flops._asdict().items()}

@@ -194,9 +194,7 @@ def test_without_the_compiler_closed_forms_still_answer(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("topology", "rows", "most"), [("v5e:4x4", 1, 12.0), ("v6e:4x4", 2, 13.5), ("v5p:2x2x2", 2, 23.0)]
-)
+@pytest.mark.parametrize(("topology", "rows", "most"), [("v5e:4x4", 1, 12.0), ("v5p:2x2x2", 2, 23.0)])
 def test_llama_3_8b_fits_small_slices(topology, rows, most):
     """Full fine-tuning with clipping and a live bfloat16 reference, rows of 4096 tokens."""
     config = tiny(
@@ -218,9 +216,13 @@ TABLE = re.findall(r"^\| \[[\w.]+\]\(([\w.]+)\) \| .+? \| (v[\w\-]+) \|", (CONFI
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "topology"), TABLE)
 def test_every_recipe_fits_its_slice(file, topology):
-    (found,) = plan_slices(parse_config(CONFIGS / file, {}, DPOConfig), [topology], Known(), search=False)
+    """On v6e Llama-3-8B also keeps to 13.5 GiB, at the two rows a chip that its pairs make."""
+    rows, most = (2, 13.5) if file == "llama3_8b_v6e16.yaml" else (1, float("inf"))
+    config = parse_config(CONFIGS / file, {}, DPOConfig)
+    (found,) = plan_slices(config, [topology], Known(rows=rows), search=False)
     print(render(found))
     assert found["memory"]["fits"]
+    assert found["memory"]["peak"] <= most
 
 
 @pytest.mark.slow
