@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from dpo_jax.assemble import abstract_state, loss_of, train_logps_fn
 from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch
 from dpo_jax.chips import Topology
-from dpo_jax.compiler import platform_flags
+from dpo_jax.compiler import not_kept, platform_flags
 from dpo_jax.config import DPOConfig
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import projections
@@ -164,7 +164,8 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
     with jax.set_mesh(mesh):
         lowered = step.lower(state, reference, batch)
     try:
-        program = lowered.compile()
+        with not_kept():
+            program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         wanted = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MG])\)? (?:exceeds|of)", str(error), re.S)
         if "RESOURCE_EXHAUSTED" not in str(error):

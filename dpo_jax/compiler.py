@@ -7,7 +7,8 @@ whole all-gathers in place of windowed products (``xla_jf_spmd_threshold_for_win
 memory). ``run.compiler_flags`` is the place to try them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -38,6 +39,18 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
 
 
 _BOOLEANS = {"true": "True", "false": "False"}  # the one spelling that options of every platform read
+
+
+@contextmanager
+def not_kept() -> Iterator[None]:
+    """Inside, no program goes to JAX's cache on disk: one for devices that are not there cannot be read back."""
+    option = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[option]
+    jax.config.update(option, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
 
 
 def platform_flags(platform: str, overrides: Mapping[str, str]) -> dict[str, str]:

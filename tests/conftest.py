@@ -41,6 +41,15 @@ def tpus():
     return devices
 
 
+@pytest.fixture
+def for_tpus(tpus):
+    """As ``tpus``, where a test compiles for them itself."""
+    from dpo_jax.compiler import not_kept
+
+    with not_kept():
+        yield tpus
+
+
 @pytest.fixture(scope="session")
 def empty_cloud(tmp_path_factory) -> Path:
     """A cloud as it is at the start, to be copied."""

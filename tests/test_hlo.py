@@ -4,25 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.aot import WITHOUT_TPU
-from dpo_jax.chips import parse_topology
 from dpo_jax.config import MeshConfig
 from dpo_jax.hlo import exchanges
 from dpo_jax.sharding import make_mesh
 
 STEPS, ROWS, WIDTH = 5, 8, 1024
-
-
-@pytest.fixture(scope="module")
-def slice_devices():
-    """Devices of four v5e chips that only compile."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in WITHOUT_TPU.items():
-            patch.setenv(name, value)
-        yield topologies.get_topology_desc("v5e:2x2", "tpu", **parse_topology("v5e:2x2").options).devices
 
 
 def program(mesh):
@@ -57,8 +45,8 @@ def test_of_a_cpu():
     check(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
 
 
-def test_of_a_tpu(slice_devices):
-    check(make_mesh(MeshConfig(fsdp=2, tensor=2), slice_devices))
+def test_of_a_tpu(for_tpus):
+    check(make_mesh(MeshConfig(fsdp=2, tensor=2), for_tpus("v5e:2x2")))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
 from small import Pair, logps_fn, pack, random_pairs, small_model, small_params
 
@@ -290,10 +289,10 @@ def test_the_platform_compiled_for_decides():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chips", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
-def test_splash_compiles_for_tpu(chips):
+def test_splash_compiles_for_tpu(chips, for_tpus):
     """At most 800 MiB with arguments and results (256); were all sequences at once in the kernel, it would be 880."""
     batch = BATCHES["random"]()
-    mesh = make_mesh(MeshConfig(), topologies.get_topology_desc(chips, "tpu").devices[:1])
+    mesh = make_mesh(MeshConfig(), for_tpus(chips)[:1])
     with jax.set_mesh(mesh):
         compiled = layer_of(batch, "splash").lower(*llama_inputs(batch, mesh)).compile()
     assert compiled.memory_analysis().peak_memory_in_bytes < 800 * 2**20

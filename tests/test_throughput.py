@@ -145,8 +145,8 @@ def test_a_window_beyond_the_run_is_refused(config, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["v5e:4x4", "v5p:2x2x2", "v6e:4x4"])
-def test_the_table_of_flags_is_what_the_compiler_knows(text, tpus):
-    mesh = Mesh(np.array(tpus(text)), ("fsdp",))
+def test_the_table_of_flags_is_what_the_compiler_knows(text, for_tpus):
+    mesh = Mesh(np.array(for_tpus(text)), ("fsdp",))
     assert list(compiler_options(mesh, {})) == [flag.name for flag in FLAGS["tpu"]]
     for flags, why in (({"xla_tpu_nonsense": "1"}, "No such compile option: 'xla_tpu_nonsense'"),
                        ({"xla_tpu_scoped_vmem_limit_kib": "much"}, "Failed to parse 'much'")):  # fmt: skip
