@@ -387,10 +387,10 @@ def _preempt(job: Job, progress: Progress, num_steps: int) -> None:
 def finish(job: Job, state: TrainState) -> None:
     """Export, report, and say where they are."""
     config = job.parts.config
-    if not hosts.is_writer():
-        return
     if config.run.export:
         export_run(job.run, job.run.export, job.parts.model, job.policy(state), overwrite=True)
+    if not hosts.is_writer():
+        return
     if config.run.report:
         stores = {"train": job.parts.batches.store}
         stores |= {name: own.store for name, own in job.parts.evals.items() if own.store is not stores["train"]}

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from runs import ended, events, joined, num_lines, started_jointly, write_config
+from small import HF_CONFIG, small_model
 
 from dpo_jax import hosts
 from dpo_jax.assemble import assemble
@@ -17,6 +18,8 @@ from dpo_jax.config import DPOConfig, MeshConfig
 from dpo_jax.configfile import parse_config
 from dpo_jax.data import store as store_module
 from dpo_jax.data.store import Store
+from dpo_jax.models.weights import export_params
+from dpo_jax.policy import param_shardings
 from dpo_jax.rundir import read_json
 from dpo_jax.sharding import make_mesh, own_shares
 
@@ -132,6 +135,31 @@ def test_each_process_lays_its_own_rows(given, tmp_path, count):
     assert max(np.diff(scattered)) > 1
 
 
+# Exports
+
+
+def export_small(folder) -> int:
+    """A model of the same weights in any number of processes, spread over all of their devices, written as files."""
+    hosts.start_hosts()
+    model = small_model()
+    shardings = param_shardings(model, make_mesh(MeshConfig(fsdp=4, tensor=2)))
+    params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+    export_params(params, model, hf_config=HF_CONFIG, out_dir=folder, dtype="float32", source_dir=None,
+                  max_shard_bytes=100_000, overwrite=False)  # fmt: skip
+    return 0
+
+
+def test_several_processes_write_one_export(tmp_path):
+    with joined(2, export_small, tmp_path / "two", folder=tmp_path) as processes:
+        assert [process.code() for process in processes] == [0, 0], "\n".join(p.said() for p in processes)
+    export_small(tmp_path / "one")
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(files) > 3
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == files
+    for name in files:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
 # Numbers
 
 RELATIVE = {"loss": 2e-5, "grad_norm": 1e-4, "logps/chosen": 2e-6, "logps/rejected": 2e-6}
@@ -178,7 +206,7 @@ def test_runs_of_1_2_and_4_processes_are_one_run(given, tmp_path):
 
     def command(name: str, steps: int) -> list:
         return ["train", config, "--run.dir", run[name], "--run.epochs", "null", "--run.steps", steps,
-                "--run.eval_every", 3, "--checkpoint.every", 3]  # fmt: skip
+                "--run.eval_every", 3, "--checkpoint.every", 3, "--run.export", "true"]  # fmt: skip
 
     with started_jointly(4, *command("four", 2000), folder=tmp_path) as processes:
         stopped = stopped_at(run["four"], 3, processes)
@@ -196,6 +224,7 @@ def test_runs_of_1_2_and_4_processes_are_one_run(given, tmp_path):
         with started_jointly(count, *command(name, steps), folder=tmp_path) as processes:
             assert [process.code() for process in processes] == [0] * count, "\n".join(p.said() for p in processes)
         assert events(run[name], "restore")[-1]["step"] == steps - 2
+        assert (run[name] / "export" / "model.safetensors").is_file()
 
     assert ended(*command("one", 5), devices=8, output=tmp_path / "said") == (0, "")
     rows = {name: [row for row in read_json(path / "metrics.jsonl") if row["step"] <= 4] for name, path in run.items()}

@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError
+from dpo_jax.hosts import is_writer
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.safetensors import INDEX, SINGLE, Tensor, find_tensors, write_file
 
@@ -198,10 +200,19 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
     return jax.tree_util.tree_map_with_path(load, structs, shardings)
 
 
-@partial(jax.jit, static_argnums=2)
-def _rows(leaf: jax.Array, start: jax.Array, count: int) -> jax.Array:
+@partial(jax.jit, static_argnums=(2, 3))
+def _rows(leaf: jax.Array, start: jax.Array, count: int, place: NamedSharding | None) -> jax.Array:
     """``count`` slices of the first dim, as a new array: a host copy stays with the array it was made of."""
-    return jax.lax.dynamic_slice_in_dim(leaf, start, count)  # start is traced: one compilation a shape
+    rows = jax.lax.dynamic_slice_in_dim(leaf, start, count)  # start is traced: one compilation a shape
+    return rows if place is None else jax.lax.with_sharding_constraint(rows, place)
+
+
+def _everywhere(leaf: jax.Array) -> NamedSharding | None:
+    """Where an array of several processes must lie for each of them to read it; None: this one holds it all."""
+    if leaf.is_fully_addressable:
+        return None
+    assert isinstance(leaf.sharding, NamedSharding)
+    return NamedSharding(leaf.sharding.mesh, PartitionSpec())
 
 
 def _fetch(params: Params, tensors: _Tensors, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
@@ -210,7 +221,8 @@ def _fetch(params: Params, tensors: _Tensors, dtype: np.dtype) -> Iterator[tuple
     for name, (leaf, shape) in tensors.items():
         value = leaves[leaf]
         layer = int(name.split(".")[2]) if _is_stacked(leaf) else None
-        value = _rows(value, 0, len(value)) if layer is None else _rows(value, layer, 1)
+        start, count = (0, len(value)) if layer is None else (layer, 1)
+        value = _rows(value, start, count, _everywhere(value))
         value = np.asarray(value).astype(dtype, copy=False)
         yield name, np.ascontiguousarray(value[0].T) if leaf in TURNED else value.reshape(shape)
 
@@ -242,10 +254,11 @@ def export_params(
 ) -> None:
     """Write a directory that `transformers` and inference servers load.
 
-    It is written beside ``out_dir`` and takes its name when it is whole.
+    It is written beside ``out_dir`` and takes its name when it is whole. Of several processes that hold the parameters
+    all call this, and one writes: each tensor is on every host for the moment that it is fetched.
 
     Args:
-        params: the model's parameter tree, on any devices of this process.
+        params: the model's parameter tree, on any devices.
         model: whose parameters they are.
         hf_config: the ``config.json`` that the model was made from.
         out_dir: directory to make.
@@ -258,6 +271,10 @@ def export_params(
         UserError: ``out_dir`` holds something and ``overwrite`` is false.
     """
     dtype = np.dtype(dtype)
+    if not is_writer():
+        for _ in _fetch(params, _expected(model), dtype):
+            pass  # the devices of all processes fetch together
+        return
     with whole_directory(Path(out_dir), overwrite) as unfinished:
         _write_tensors(params, model, unfinished, dtype, max_shard_bytes)
         dtype_keys = {"dtype", "torch_dtype"} & hf_config.keys() or {"torch_dtype"}
