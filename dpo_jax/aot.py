@@ -136,6 +136,7 @@ class Compiled:
     text: str | None  # None: it does not fit, or was not compiled
     peak: int
     held: dict[str, int]  # weights, optimizer, reference, batch
+    save: int  # of all devices together: what a checkpoint writes
 
 
 def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Compiled:
@@ -149,8 +150,9 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
         "reference": 0 if isinstance(reference, Base) else _bytes(reference),
         "batch": _bytes(batch),
     }
+    save = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     if isinstance(mesh, AbstractMesh):
-        return Compiled(None, None, sum(held.values()) + _least(model, mesh, load, _bytes(state.params)), held)
+        return Compiled(None, None, sum(held.values()) + _least(model, mesh, load, _bytes(state.params)), held, save)
     step: Any = make_train_step(
         logps_fn=train_logps_fn(config, model),
         loss=loss_of(config),
@@ -171,9 +173,9 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         peak = int(float(wanted[1]) * {"M": 2**20, "G": 2**30}[wanted[2]]) if wanted else 0
-        return Compiled(time.perf_counter() - start, None, peak, held)
+        return Compiled(time.perf_counter() - start, None, peak, held, save)
     memory = program.memory_analysis()
-    return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, held)
+    return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, held, save)
 
 
 def _least(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) -> int:

@@ -69,15 +69,19 @@ def _plan(
             raise UserError(f"--lengths: {lengths} cannot be read; write mean tokens of prompt, chosen and rejected "
                             "with commas between, 180,330,300")  # fmt: skip
         known = (float(found[1]), float(found[2]), float(found[3]))
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise UserError(f"--output: {output} cannot be written: its folder is not there; make it first")
     from dpo_jax.plan import Known, plan_slices
     from dpo_jax.plan_page import render, table
 
-    plans = plan_slices(config, topology.split(","), Known(slices, rows, known, examples, data), search)
-    if output is not None:
-        Path(output).write_text(json.dumps(plans, indent=2) + "\n")
-    print("\n\n".join(map(render, plans)))
+    plans = []
+    for plan in plan_slices(config, topology.split(","), Known(slices, rows, known, examples, data), search):
+        plans.append(plan)
+        print(render(plan), end="\n\n", flush=True)
+        if output is not None:
+            Path(output).write_text(json.dumps(plans, indent=2) + "\n")
     if len(plans) > 1:
-        print("\n" + table(plans))
+        print(table(plans))
 
 
 def _sweep(config: DPOConfig, betas: str) -> None:

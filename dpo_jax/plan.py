@@ -6,7 +6,8 @@ machine. Memory and exchanges are the compiled program's; operations, traffic an
 
 import math
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,19 +42,18 @@ class Known:
     data: bool = False  # read the data for both
 
 
-def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, search: bool) -> list[dict[str, Any]]:
-    """`plan` of each slice; with ``search`` each also of the first settings found that fit."""
+def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, search: bool) -> Iterator[dict[str, Any]]:
+    """`plan` of each slice, when it is made; with ``search`` each also of ever more frugal settings until one fits."""
     slices = [parse_topology(text) for text in topologies]
     source = _source(config.model)
     if known.data:
         known = _measured(config, source, known)
-    plans = []
     for slice_ in slices:
-        plans.append(plan(config, source, slice_, known))
-        memory = plans[-1]["memory"]
-        if search and memory["fits"] is False:
-            plans += search_fit(config, source, slice_, known, memory["peak"])
-    return plans
+        print(f"compiling for {slice_.name}, which takes minutes", file=sys.stderr)
+        found = plan(config, source, slice_, known)
+        yield found
+        if search and found["memory"]["fits"] is False:
+            yield from search_fit(config, source, slice_, known, found["memory"]["peak"])
 
 
 def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known) -> dict[str, Any]:
@@ -156,6 +156,9 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
     if lengths is None:
         third = min(num_rows * batch.row_length / pairs, 2 * config.data.max_length) / 3
         lengths = (third, third, third)
+    elif sum(lengths) > batch.row_length or lengths[0] + max(lengths[1:]) > config.data.max_length:
+        raise UserError(f"--lengths: {lengths} cannot be: a prompt and an answer have at most data.max_length tokens, "
+                        f"{config.data.max_length}, and a pair a row's, {batch.row_length}; give means")  # fmt: skip
     elif rows is None:
         num_rows = up(math.ceil(pairs * sum(lengths) / batch.row_length / FILL), devices)
     if pairs * sum(lengths) > num_rows * batch.row_length:
@@ -174,6 +177,7 @@ def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
     fits = known and compiled.peak <= room
     return parts | {
         "activations": rest,
+        "save": compiled.save / GIB,
         "peak": compiled.peak / GIB,
         "room": room / GIB,
         "fits": None if fits and compiled.seconds is None else fits,

@@ -22,13 +22,17 @@ def render(plan: dict[str, Any]) -> str:
     adapters = f", {_short(model['adapters'])} more in adapters" if model["adapters"] else ""
     parts = f" in {batch['parts']} parts" if batch["parts"] > 1 else ""
     lengths = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
-    assumed = "; assumed, since nothing was said of the data: give --lengths or --data" if batch["assumed"] else ""
     lines = [
         f"{_where(plan)}: {plan['chips']} chips, mesh {mesh}",
         f"model      {model['path']}: {_short(model['parameters'])} parameters{adapters}",
         f"           {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
         f"step       {batch['pairs']} pairs{parts}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
-        f"           {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens{assumed}",
+        f"           {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens",
+        *(
+            ["           ASSUMED: rows are full, thirds equal; --rows, --lengths or --data say more"]
+            if batch["assumed"]
+            else []
+        ),
         *_memory_lines(memory),
     ]
     if "seconds" in plan:
@@ -43,14 +47,19 @@ def render(plan: dict[str, Any]) -> str:
 
 
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
-    names = ("weights", "optimizer", "reference", "batch", "activations")
+    save, names = memory["save"], ("weights", "optimizer", "reference", "batch", "activations")
     held = ", ".join(f"{name} {memory[name]:.2f}" for name in names if memory[name])
     verdict = {True: "fits", False: "DOES NOT FIT; --search looks for what would",
                None: "it takes that much at least"}[memory["fits"]]  # fmt: skip
     return [
         f"memory     {memory['peak']:.2f} of {memory['room']:.2f} GiB a device: {verdict}",
         f"           {held}",
+        f"save       {save:.3g} GiB each: {_minutes(save, 0.1)} at 100 MB/s, {_minutes(save, 1)} at 1 GB/s",
     ]
+
+
+def _minutes(gib: float, gigabytes_a_second: float) -> str:
+    return f"{gib * 2**30 / 1e9 / gigabytes_a_second / 60:.2g} min"
 
 
 def _cost_lines(plan: dict[str, Any]) -> list[str]:

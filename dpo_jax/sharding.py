@@ -43,11 +43,12 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
 
 
 def _sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    sizes = {name: getattr(config, name) for name in AXES}
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    sizes = {name: num_devices // fixed if size == -1 else size for name, size in sizes.items()}
+    asked = {name: getattr(config, name) for name in AXES}
+    fixed = int(np.prod([size for size in asked.values() if size != -1]))
+    sizes = {name: num_devices // fixed if size == -1 else size for name, size in asked.items()}
     if int(np.prod(list(sizes.values()))) != num_devices:
-        raise UserError(f"mesh: {sizes} does not use {num_devices} devices; set one axis to -1, or change the sizes")
+        remedy = f"{fixed} does not divide {num_devices}" if -1 in asked.values() else "set one axis to -1"
+        raise UserError(f"mesh: {asked} does not use {num_devices} devices: {remedy}, or change the sizes")
     return tuple(sizes.values())
 
 
