@@ -32,6 +32,7 @@ from dpo_jax.policy import (
     build_model,
     find_model,
     find_tokenizer,
+    load_start,
     load_weights,
     trained_shapes,
     trained_shardings,
@@ -216,6 +217,32 @@ def make_reference(parts: Parts, weights: Params) -> Reference | None:
     spread = row_devices(parts.mesh), own_shares(parts.mesh)
     every = {key: set_batches(config, store, np.arange(len(store)), *spread) for key, store in stores.items()}
     return CachedReference({key: cached_logps(batches, made_by, compute) for key, batches in every.items()})
+
+
+class Start(NamedTuple):
+    """What a run begins with."""
+
+    trained: Params  # all weights, or the adapters
+    base: Params | None  # the frozen weights, where adapters are trained
+    reference: Reference | None
+    ids: dict[str, str]  # of the weights, of the reference's, of given adapters
+
+
+def starting_weights(parts: Parts) -> Start:
+    """Load them; on resume, too, because the reference is made of them, never of a restored policy."""
+    config, lora = parts.config, parts.model.lora
+    weights = load_weights(parts.source, parts.model, config.model, parts.mesh)
+    reference, ids = None, {"weights": weights_id(weights)}
+    if isinstance(config, DPOConfig):
+        other = reference_weights(parts, weights)
+        reference, ids["reference"] = make_reference(parts, other), weights_id(other)
+        del other
+    if lora is None:
+        return Start(weights, None, reference, ids)
+    adapters = load_start(config.lora, parts.model, config.run.seed, parts.mesh)
+    if config.lora.path is not None:
+        ids["adapters"] = weights_id(adapters)
+    return Start(adapters, weights, reference, ids)
 
 
 def abstract_state(model: Model, mesh: Mesh | AbstractMesh, optimizer: optax.GradientTransformation) -> TrainState:

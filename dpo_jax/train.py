@@ -22,12 +22,10 @@ from dpo_jax.assemble import (
     describe,
     evaluate_sets,
     initial_state,
-    make_reference,
-    reference_weights,
+    starting_weights,
     step_reference,
 )
 from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.checksums import weights_id
 from dpo_jax.compiler import compiler_options
 from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.configfile import config_to_yaml
@@ -39,7 +37,7 @@ from dpo_jax.metrics import MetricsLog, all_finite, clipped, memory, plain, prog
 from dpo_jax.models.adapters import Adapted
 from dpo_jax.models.decoder import count_adapters, count_params
 from dpo_jax.optimizer import make_optimizer, make_schedule
-from dpo_jax.policy import export_run, keep_model_files, load_start, load_weights
+from dpo_jax.policy import export_run, keep_model_files
 from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps, starts_equal
 from dpo_jax.reference import LiveReference, Reference
 from dpo_jax.report import write_report
@@ -112,16 +110,8 @@ def train(
         flags = compiler_options(mesh, config.run.compiler_flags)
         announce(parts, run)
 
-        # Weights: the start is loaded on resume too, because the reference is made of it, never of a restored policy
-        start = load_weights(parts.source, parts.model, config.model, mesh)
-        reference, base, ids = None, None, {"weights": weights_id(start)}
-        if isinstance(config, DPOConfig):
-            weights = reference_weights(parts, start)
-            reference, ids["reference"] = make_reference(parts, weights), weights_id(weights)
-            del weights
-        if parts.model.lora is not None:
-            base, start = start, load_start(config.lora, parts.model, config.run.seed, mesh)
-            ids |= {} if config.lora.path is None else {"adapters": weights_id(start)}
+        # Weights
+        start, base, reference, ids = starting_weights(parts)
 
         # State and step
         num_steps = parts.batches.order.num_steps
