@@ -7,9 +7,9 @@
 . "$here/babysit-lib.sh"
 
 arguments=("$@")
-[[ -n ${1:-} ]] || refuse CONFIG "" "name a config of the repository, such as configs/dpo.yaml"
 COMMIT=${COMMIT:-$(commit_to_send)} # a slice that is made anew gets the same program
 export COMMIT YES=1
+check_run "$COMMIT" "$@"
 
 if [[ ${DRY_RUN:-} == 1 ]]; then # a life without accidents
   for script in create sync setup; do "$here/$script.sh"; done

@@ -80,6 +80,17 @@ commit_to_send() { # of the committed tree; with ALLOW_DIRTY=1 of one with the c
   fi
 }
 
+check_run() { # COMMIT CONFIG [--section.key VALUE ...]: refuse what cannot start, or is not found again
+  local config=${2:-} word
+  [[ -n $config ]] || refuse CONFIG "" "name a config of the repository, such as configs/llama3_8b_v5e16.yaml"
+  [[ $config != /* && $config != -* && $config != *..* ]] || refuse CONFIG "$config" "a path from the repository's root"
+  git -C "$here/.." cat-file blob "$1:./$config" >/dev/null 2>&1 ||
+    refuse CONFIG "$config" "commit $1 holds no such file: commit it, or take one of configs/README.md"
+  for word in "${@:3}"; do
+    [[ ! $word =~ ^--run(\.dir)?(=|$) ]] || refuse ARGUMENT "$word" "the run directory is RUNS/RUN_ID: set these"
+  done
+}
+
 tree=dpo_jax/tree # what sync.sh sent last, seen from a worker's home
 # JAX asks the TPU who takes part; its own default port is 8482
 hosts=(env DPO_JAX_COORDINATOR=auto JAX_COORDINATOR_PORT="$COORDINATOR_PORT")

@@ -3,9 +3,6 @@
 # shellcheck source=lib.sh
 . "$(dirname "$0")/lib.sh"
 
-config=${1:-}
-[[ -n $config ]] || refuse CONFIG "" "name a config of the repository, such as configs/dpo.yaml"
-[[ $config != /* && $config != -* && $config != *..* ]] || refuse CONFIG "$config" "a path from the repository's root"
-shift
-call all "${hosts[@]}" bash $tree/launch/worker-run.sh start "$RUN_ID" "$COMMAND" "$config" \
-  --run.dir "$RUNS/$RUN_ID" --run.progress false "$@"
+check_run "${COMMIT:-$(ALLOW_DIRTY=1 commit_to_send)}" "$@" # what is changed since sync.sh is no reason to refuse
+call all "${hosts[@]}" bash $tree/launch/worker-run.sh start "$RUN_ID" "$COMMAND" "$1" \
+  --run.dir "$RUNS/$RUN_ID" --run.progress false "${@:2}"

@@ -35,19 +35,27 @@ no_arguments() {
 : "${BACKOFF_CAP:=1800}"   # babysit.sh: up to this many seconds
 : "${MAX_REQUESTS:=50}"    # babysit.sh: that come to nothing, until it gives up
 
-for flag in DRY_RUN YES ALLOW_DIRTY FOLLOW DELETE_WHEN_DONE; do
+for flag in DRY_RUN YES ALLOW_DIRTY FOLLOW DELETE_WHEN_DONE RUNS_SHARED; do
   need "$flag" '[01]?' "1 for yes, 0 or nothing for no"
 done
 need PROJECT '[a-z][-a-z0-9.:]*' "the id of your Google Cloud project"
+[[ $PROJECT != my-project ]] || refuse PROJECT "$PROJECT" "this is the example's: the id of your Google Cloud project"
 need ZONE '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone such as us-west4-a"
 need NAME '[a-z]([-a-z0-9]*[a-z0-9])?' "lower-case letters, digits and dashes"
-need TYPE '(v4|v5litepod|v5p|v6e)-[0-9]+' "v4-N, v5litepod-N, v5p-N or v6e-N; this interface knows no newer TPUs"
+need TYPE '(v4|v5litepod|v5p|v6e)-[1-9][0-9]*' "v4-N, v5litepod-N, v5p-N or v6e-N; this interface knows no newer TPUs"
 need RUNTIME '[a-z0-9][-a-z0-9.]*' "the image that belongs to TYPE, see launch/env.example"
+declare -A images=([v4]=tpu-ubuntu2204-base [v5litepod]=v2-alpha-tpuv5-lite [v5p]=v2-alpha-tpuv5 [v6e]=v2-alpha-tpuv6e)
+[[ $RUNTIME == "${images[${TYPE%-*}]}" || " ${images[*]} " != *" $RUNTIME "* ]] ||
+  refuse RUNTIME "$RUNTIME" "it is another TPU's image: $TYPE needs ${images[${TYPE%-*}]}"
 need CAPACITY 'spot|reserved|on-demand' "spot, reserved or on-demand"
 need REQUEST 'queued|direct' "queued or direct"
+[[ $REQUEST == queued || " ${CREATE_FLAGS[*]:-} " != *" --valid-"* ]] ||
+  refuse CREATE_FLAGS "${CREATE_FLAGS[*]}" "with REQUEST=direct nothing waits in a queue: leave out --valid-..."
 need SLICES '[1-9][0-9]{0,2}' "the number of slices"
 [[ $SLICES == 1 || $REQUEST == queued ]] || refuse REQUEST "$REQUEST" "several slices come from a queued request only"
 need NFS '([^:[:space:]]+:/[^[:space:]]*)?' "host:/share, or nothing"
+[[ -n $NFS || ${RUNS_SHARED:-} == 1 ]] || ((SLICES == 1 && ${TYPE#*-} <= 8)) || # 8 of any TYPE are one host
+  refuse NFS "" "several hosts need host:/share, or RUNS_SHARED=1 if each sees the same files in RUNS without it"
 need MOUNT '/[^[:space:]]*' "an absolute path without spaces"
 need RUNS '/[^[:space:]]*' "an absolute path that every worker sees; gs:// is not one: mount storage there"
 [[ -z $NFS || $RUNS/ == "$MOUNT"/* ]] || refuse RUNS "$RUNS" "with NFS it lies under MOUNT, $MOUNT"

@@ -182,6 +182,10 @@ class Cloud:
         with open(self.repo / "launch" / "env.sh", "a") as file:
             file.writelines(f"{name}='{value}'\n" for name, value in settings.items())
 
+    def share(self) -> None:
+        """Runs lie on this machine, which all workers see."""
+        self.set(NFS="", RUNS=str(self.runs), RUNS_SHARED="1")
+
     def plan(self, worker: int, *lines: str) -> None:
         """What the stand-in trainer does on a worker, start by start."""
         (self.root / "plan" / str(worker)).write_text("".join(f"{line}\n" for line in lines))
@@ -192,7 +196,7 @@ class Cloud:
 
     def install(self) -> None:
         """Make the slices and install the stand-in of the trainer on them; runs lie on this machine."""
-        self.set(NFS="", RUNS=str(self.runs))
+        self.share()
         for script in ("create.sh", "sync.sh", "setup.sh"):
             done = self.call(script)
             assert done.returncode == 0, done.stderr
@@ -253,10 +257,12 @@ def build(root: Path) -> Cloud:
     for name, text in scripts.items():
         (root / name).write_text(text)
         (root / name).chmod(0o755)
-    shutil.copytree(ROOT / "launch", cloud.repo / "launch", ignore=shutil.ignore_patterns("env.sh"))
+    shutil.copytree(ROOT / "launch", cloud.repo / "launch", ignore=shutil.ignore_patterns("env*.sh"))
     (cloud.repo / "configs" / "a.yaml").write_text("loss: {beta: 0.1}\n")
     cloud.git("init", "-q")
     cloud.git("add", ".")
     cloud.git("commit", "-qm", "a")
-    shutil.copy(cloud.repo / "launch" / "env.example", cloud.repo / "launch" / "env.sh")
+    for name in ("env", "env.multislice"):
+        example = (cloud.repo / "launch" / f"{name}.example").read_text()
+        (cloud.repo / "launch" / f"{name}.sh").write_text(example.replace("PROJECT=my-project", "PROJECT=a-project"))
     return cloud

@@ -50,7 +50,7 @@ def cloud(tmp_path_factory):
     (cloud.repo / CONFIG).write_text(json.dumps(config))
     cloud.git("add", ".")
     cloud.git("commit", "-qm", "a config")
-    cloud.set(NFS="", RUNS=str(cloud.runs))
+    cloud.share()
     done = babysit(cloud, "whole", lambda: None)
     assert "-> kept" in done
     yield cloud

@@ -19,8 +19,8 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 EXAMPLES = sorted((ROOT / "launch").glob("env*.example"))
 
 RUN = ["configs/a.yaml", "--loss.beta", "0.05", "--data.train", "{path: /mnt/dpo/my pairs.jsonl}"]
-DIRECT = {"REQUEST": "direct"}
-TWO = {"LAUNCH_ENV": "launch/env.multislice.example"}
+DIRECT = {"REQUEST": "direct", "CREATE_FLAGS": ""}
+TWO = {"LAUNCH_ENV": "launch/env.multislice.sh"}
 CASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "create": (["create.sh"], {}),
     "create_wait": (["create.sh", "wait"], {}),
@@ -46,7 +46,8 @@ CASES: dict[str, tuple[list[str], dict[str, str]]] = {
 def test_dry_run_prints_the_stored_commands_and_runs_none(cloud, case):
     words, settings = CASES[case]
     if settings is DIRECT:
-        cloud.set(**DIRECT, CREATE_FLAGS="")
+        cloud.set(**DIRECT)
+        settings = {}
     done = cloud.call(*words, DRY_RUN="1", **settings)
     assert (done.returncode, done.stderr) == (0, "")
     printed = done.stdout.replace(cloud.git("rev-parse", "HEAD").strip(), "COMMIT")
@@ -69,14 +70,19 @@ def test_capacity_becomes_its_flag(cloud, capacity, flag):
     ("name", "value"),
     [
         ("PROJECT", ""),
+        ("PROJECT", "my-project"),
         ("ZONE", "us-west4"),
         ("NAME", "Dpo_1"),
         ("TYPE", "tpu7x-8"),
+        ("TYPE", "v4-08"),
         ("RUNTIME", ""),
+        ("RUNTIME", "v2-alpha-tpuv5"),
         ("CAPACITY", "cheap"),
         ("REQUEST", "now"),
         ("SLICES", "0"),
         ("NFS", "10.0.0.2"),
+        ("NFS", ""),
+        ("RUNS_SHARED", "yes"),
         ("MOUNT", "mnt"),
         ("RUNS", "/home/me/runs"),
         ("RUN_ID", "../other"),
@@ -100,10 +106,72 @@ def test_a_wrong_setting_is_refused_in_one_line(cloud, name, value):
 
 
 def test_a_bucket_is_no_place_for_runs(cloud):
-    cloud.set(NFS="", RUNS="gs://bucket/runs")
+    cloud.set(NFS="", RUNS_SHARED="1", RUNS="gs://bucket/runs")
     done = cloud.call("run.sh", "configs/a.yaml")
     assert done.returncode == 2
     assert "RUNS: gs://bucket/runs cannot be used: an absolute path that every worker sees" in done.stderr
+
+
+IMAGES = {
+    "v4": "tpu-ubuntu2204-base", "v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chip", IMAGES)
+def test_an_image_of_another_chip_is_refused(cloud, chip):
+    cloud.set(TYPE=f"{chip}-16")
+    for image in IMAGES.values():
+        cloud.set(RUNTIME=image)
+        done = cloud.call("stop.sh", DRY_RUN="1")
+        why = f"it is another TPU's image: {chip}-16 needs {IMAGES[chip]}"
+        refused = f"launch: RUNTIME: {image} cannot be used: {why}\n"
+        assert (done.returncode, done.stderr) == ((0, "") if image == IMAGES[chip] else (2, refused))
+    cloud.set(RUNTIME="v2-nightly")  # not known to be another's
+    assert cloud.call("stop.sh", DRY_RUN="1").returncode == 0
+
+
+@pytest.mark.parametrize("chip", IMAGES)
+def test_only_one_host_needs_no_share(cloud, chip):
+    cloud.set(RUNTIME=IMAGES[chip], NFS="", RUNS="/var/tmp/dpo")
+    for number, slices, shared, code in (("8", "1", "", 0), ("16", "1", "", 2), ("8", "2", "", 2), ("16", "2", "1", 0)):
+        cloud.set(TYPE=f"{chip}-{number}", SLICES=slices, RUNS_SHARED=shared)
+        done = cloud.call("stop.sh", DRY_RUN="1")
+        assert (done.returncode, "launch: NFS: '' cannot be used: " in done.stderr) == (code, code == 2)
+
+
+@pytest.mark.parametrize("flag", ["--valid-until-duration=6h", "--labels=a=b --valid-until-time 2030-01-01"])
+def test_a_direct_request_does_not_lapse(cloud, flag):
+    with open(cloud.repo / "launch" / "env.sh", "a") as file:
+        file.write(f"REQUEST=direct CREATE_FLAGS=({flag})\n")
+    done = cloud.call("create.sh")
+    assert (done.returncode, done.stderr.count("\n"), cloud.calls) == (2, 1, [])
+    assert done.stderr.startswith("launch: CREATE_FLAGS: ")
+
+
+@pytest.mark.parametrize("dry", ["", "1"])
+@pytest.mark.parametrize("script", ["run.sh", "babysit.sh"])
+def test_a_run_that_cannot_be_is_refused_before_anything_is_called(cloud, script, dry):
+    (cloud.repo / "configs" / "here_only.yaml").touch()
+    configs = ("configs/no.yaml", "configs/here_only.yaml", "configs", "-", "/a", "../a")
+    overrides = (["--run.dir", "/a"], ["--run.dir=/a"], ["--run", "{dir: /a}"], ["--run={dir: /a}"])
+    cases = [("CONFIG", [config]) for config in configs]
+    cases += [("ARGUMENT", ["configs/a.yaml", "--loss.beta", "0.1", *override]) for override in overrides]
+    for name, words in cases:
+        done = cloud.call(script, *words, DRY_RUN=dry)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(rf"launch: {name}: .+ cannot be used: .+\n", done.stderr), done.stderr
+    assert cloud.calls == []
+
+
+def test_a_config_is_looked_for_in_the_commit_that_is_sent(cloud):
+    old = cloud.git("rev-parse", "HEAD").strip()
+    (cloud.repo / "configs" / "b.yaml").write_text("loss: {beta: 0.1}\n")
+    cloud.git("add", "configs/b.yaml")
+    for env, code in (({}, 0), ({"ALLOW_DIRTY": "1"}, 0), ({"COMMIT": old}, 2)):
+        assert cloud.call("run.sh", "configs/b.yaml", DRY_RUN="1", **env).returncode == code
+    assert cloud.call("babysit.sh", "configs/b.yaml", DRY_RUN="1", ALLOW_DIRTY="1").returncode == 0
+    done = cloud.call("babysit.sh", "configs/b.yaml", DRY_RUN="1")
+    assert done.stderr.startswith("launch: ALLOW_DIRTY: '' cannot be used: ")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +203,7 @@ def test_a_wrong_argument_is_refused_in_one_line(cloud, words, env, name):
 
 
 def test_several_slices_come_from_the_queue_only(cloud):
-    cloud.set(SLICES="2", REQUEST="direct")
+    cloud.set(SLICES="2", **DIRECT)
     refused = "launch: REQUEST: direct cannot be used: several slices come from a queued request only\n"
     assert cloud.call("create.sh").stderr == refused
     assert cloud.calls == []
@@ -160,7 +228,7 @@ def test_create_says_when_the_request_is_lost(cloud):
 
 @pytest.mark.parametrize("request_by", ["queued", "direct"])
 def test_a_refused_request_is_not_repeated(cloud, request_by):
-    cloud.set(REQUEST=request_by)
+    cloud.set(REQUEST=request_by, CREATE_FLAGS="")
     cloud.next("create", "refuse")
     done = cloud.call("create.sh")
     assert (done.returncode, "RESOURCE_EXHAUSTED" in done.stderr) == (1, True)
@@ -168,7 +236,7 @@ def test_a_refused_request_is_not_repeated(cloud, request_by):
 
 
 def test_a_slice_by_direct_request(cloud):
-    cloud.set(REQUEST="direct")
+    cloud.set(**DIRECT)
     assert cloud.call("status.sh").stdout == "tpu-vm dpo: NOT_FOUND\n"
     assert cloud.call("create.sh").returncode == 0
     assert cloud.call("status.sh").stdout.splitlines()[0] == "tpu-vm dpo: READY\tHEALTHY"
@@ -275,13 +343,15 @@ def test_a_run_that_hangs_is_killed_only_when_asked(cloud):
 
 def test_a_run_that_cannot_start_says_why(cloud):
     cloud.install()
+    (cloud.repo / "configs" / "b.yaml").write_text("loss: {beta: 0.1}\n")
+    cloud.git("add", "configs/b.yaml")  # after sync.sh
     missing = cloud.call("run.sh", "configs/b.yaml")
     assert (missing.returncode, missing.stderr.count("CONFIG: configs/b.yaml is not in the tree")) == (2, 2)
 
     refused = cloud.call("run.sh", "configs/a.yaml", "--no_such_option", "1", WATCH_SECONDS="2")
     assert (refused.returncode, refused.stdout.count("dpo-jax: error: no_such_option")) == (2, 2)
 
-    cloud.git("commit", "--allow-empty", "-qm", "b")
+    cloud.git("commit", "-qm", "b")
     assert cloud.call("sync.sh").returncode == 0
     stale = cloud.call("run.sh", "configs/a.yaml")
     assert (stale.returncode, stale.stderr.count("what was sent last is not installed: launch/setup.sh")) == (2, 2)
@@ -295,7 +365,7 @@ def test_packages_are_not_exchanged_under_a_run(cloud):
 
 
 def test_a_package_index_that_fails_is_asked_again(cloud):
-    cloud.set(NFS="", RUNS=str(cloud.runs))
+    cloud.share()
     assert cloud.call("create.sh").returncode == cloud.call("sync.sh").returncode == 0
     python = cloud.root / "worker" / "python3"
     python.write_text(python.read_text().replace("\n[[", "\n[[ -e ~/asked ]] || { touch ~/asked; exit 2; }\n[[", 1))
