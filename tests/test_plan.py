@@ -237,8 +237,9 @@ def test_every_recipe_fits_its_slice(file, topology):
     assert found["memory"]["peak"] <= most
 
 
+@pytest.mark.slow
 def test_memory_of_scores_follows_targets_and_not_the_vocabulary(for_tpus):
-    """The gradient of all log-probs at the width of Llama-3-8B: twice the targets cost the same at 32k as at 128k."""
+    """The gradient of all log-probs at the width of Llama-3-8B: of twice the targets no scores are held."""
     mesh = make_mesh(MeshConfig(), for_tpus("v5e:2x2"))
     width, more = 4096, {}
     row, whole = row_sharding(mesh), jax.NamedSharding(mesh, jax.P("tensor", "fsdp"))
@@ -256,13 +257,13 @@ def test_memory_of_scores_follows_targets_and_not_the_vocabulary(for_tpus):
             compiled = lowered.compile()
             shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", compiled.as_text())]
             block = math.ceil(vocabulary / math.ceil(vocabulary / BLOCK))
-            scores = [
-                shape for shape in shapes if {vocabulary, block} & set(shape) and not {width, width // 4} & set(shape)
-            ]
+            weights = {width, width // 4}  # whole, and of a device
+            scores = [shape for shape in shapes if {vocabulary, block} & set(shape) and not weights & set(shape)]
             tile = max(map(math.prod, scores), default=0)
             assert tile < load.targets * vocabulary / 2
             peaks.append(compiled.memory_analysis().peak_memory_in_bytes)
         more[vocabulary] = peaks[1] - peaks[0]
     print(more)
     assert more[32000] > 0
-    assert more[128256] == pytest.approx(more[32000], rel=0.05)
+    scores = 4 * 2048 * (128256 - 32000)  # bytes that the added targets' scores would differ by
+    assert abs(more[128256] - more[32000]) < 0.05 * scores
