@@ -257,8 +257,8 @@ def test_memory_of_scores_follows_targets_and_not_the_vocabulary(for_tpus):
             compiled = lowered.compile()
             shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", compiled.as_text())]
             block = math.ceil(vocabulary / math.ceil(vocabulary / BLOCK))
-            weights = {width, width // 4}  # whole, and of a device
-            scores = [shape for shape in shapes if {vocabulary, block} & set(shape) and not weights & set(shape)]
+            widths = {width, width // 4}  # of weights, whole and of a device
+            scores = [shape for shape in shapes if {vocabulary, block} & set(shape) and not widths & set(shape)]
             tile = max(map(math.prod, scores), default=0)
             assert tile < load.targets * vocabulary / 2
             peaks.append(compiled.memory_analysis().peak_memory_in_bytes)
