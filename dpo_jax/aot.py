@@ -6,13 +6,14 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
+from jax.stages import Lowered
 
-from dpo_jax.assemble import abstract_state, loss_of, train_logps_fn
+from dpo_jax.assemble import abstract_state, make_step, train_logps_fn
 from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch
 from dpo_jax.chips import Topology
 from dpo_jax.compiler import not_kept, platform_flags
@@ -21,9 +22,10 @@ from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import projections
 from dpo_jax.optimizer import make_optimizer
 from dpo_jax.policy import placed_shapes
-from dpo_jax.sharding import abstract_mesh, make_mesh, replicated, row_devices, row_sharding
-from dpo_jax.step import Base, make_train_step
+from dpo_jax.sharding import abstract_mesh, make_mesh, placed, platform_of, replicated, row_devices, row_sharding
+from dpo_jax.step import Base, TrainState
 
+NUM_STEPS = 1000  # of the schedule: a number that the compiled step does not depend on
 # libtpu looks for a TPU, and for other programs that use one; this machine has none
 WITHOUT_TPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
@@ -66,16 +68,20 @@ def up(number: float, multiple: int) -> int:
     return multiple * math.ceil(number / multiple)
 
 
-def slice_mesh(config: DPOConfig, slice_: Topology, slices: int) -> Mesh | AbstractMesh:
-    """The config's mesh of devices that only compile; without their compiler, of none at all."""
-    if importlib.util.find_spec("libtpu") is None:
-        return abstract_mesh(config.mesh, slice_.devices * slices)
+def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:
+    """Devices of TPU slices that programs can be compiled for, but not run on; libtpu must be there."""
     os.environ.update({name: value for name, value in WITHOUT_TPU.items() if name not in os.environ})
     from jax.experimental import topologies
 
     options = slice_.options | ({"num_slices": slices} if slices > 1 else {})
-    devices = topologies.get_topology_desc(slice_.name, "tpu", **options).devices
-    return make_mesh(config.mesh, devices)
+    return topologies.get_topology_desc(slice_.name, "tpu", **options).devices
+
+
+def slice_mesh(config: DPOConfig, slice_: Topology, slices: int) -> Mesh | AbstractMesh:
+    """The config's mesh of devices that only compile; without their compiler, of none at all."""
+    if importlib.util.find_spec("libtpu") is None:
+        return abstract_mesh(config.mesh, slice_.devices * slices)
+    return make_mesh(config.mesh, slice_devices(slice_, slices))
 
 
 def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
@@ -100,11 +106,7 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
         )
 
     batch = jax.eval_shape(empty)
-    return _placed(batch, batch.place(row_sharding(mesh, len(lead)), replicated(mesh)))
-
-
-def _placed(shapes: Any, places: Any) -> Any:
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    return placed(batch, batch.place(row_sharding(mesh, len(lead)), replicated(mesh)))
 
 
 def abstract_reference(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Any:
@@ -122,7 +124,7 @@ def abstract_reference(config: DPOConfig, model: Model, mesh: Mesh | AbstractMes
             return PairLogps(sum=answers, count=answers, weight=pairs, valid=pairs > 0, tail_sum=tail)
 
         logps = jax.eval_shape(empty)
-        cached = _placed(logps, jax.tree.map(lambda _: replicated(mesh), logps))
+        cached = placed(logps, jax.tree.map(lambda _: replicated(mesh), logps))
     if model.lora is not None:
         return Base(weights, cached)
     return {"live": weights, "cached": cached, "none": None}[mode]
@@ -139,11 +141,33 @@ class Compiled:
     save: int  # of all devices together: what a checkpoint writes
 
 
+class Arguments(NamedTuple):
+    """Shapes and places of what the train step takes."""
+
+    state: TrainState
+    reference: Any
+    batch: PreferenceBatch
+
+
+def step_arguments(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Arguments:
+    """Of the config's step, for the devices of a mesh."""
+    state = abstract_state(model, mesh, make_optimizer(config.optimizer, NUM_STEPS))
+    return Arguments(state, abstract_reference(config, model, mesh, load), abstract_batch(load, mesh))
+
+
+def lower_step(config: DPOConfig, model: Model, mesh: Mesh, arguments: Arguments) -> Lowered:
+    """The train step of the config, to be compiled for the mesh's devices."""
+    flags = platform_flags(platform_of(mesh), config.run.compiler_flags)
+    optimizer = make_optimizer(config.optimizer, NUM_STEPS)
+    step: Any = make_step(config, train_logps_fn(config, model), mesh, optimizer, arguments.state, flags)
+    with jax.set_mesh(mesh):
+        return step.lower(*arguments)
+
+
 def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Compiled:
     """The train step of the config, compiled for the mesh's devices."""
-    optimizer = make_optimizer(config.optimizer, 1000)
-    state = abstract_state(model, mesh, optimizer)
-    batch, reference = abstract_batch(load, mesh), abstract_reference(config, model, mesh, load)
+    arguments = step_arguments(config, model, mesh, load)
+    state, reference, batch = arguments
     held = {
         "weights": _bytes(state.params) + (_bytes(reference.params) if isinstance(reference, Base) else 0),
         "optimizer": _bytes(state.opt_state),
@@ -153,28 +177,18 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
     save = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     if isinstance(mesh, AbstractMesh):
         return Compiled(None, None, sum(held.values()) + _least(model, mesh, load, _bytes(state.params)), held, save)
-    step: Any = make_train_step(
-        logps_fn=train_logps_fn(config, model),
-        loss=loss_of(config),
-        optimizer=optimizer,
-        accumulation=load.parts,
-        shardings=jax.tree.map(lambda x: x.sharding, state),
-        metrics_sharding=replicated(mesh),
-        compiler_options=platform_flags("tpu", config.run.compiler_flags),
-    )
     start = time.perf_counter()
-    with jax.set_mesh(mesh):
-        lowered = step.lower(state, reference, batch)
+    lowered = lower_step(config, model, mesh, arguments)
     try:
         with not_kept():
             program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         wanted = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MG])\)? (?:exceeds|of)", str(error), re.S)
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if wanted is None:
             raise
-        peak = int(float(wanted[1]) * {"M": 2**20, "G": 2**30}[wanted[2]]) if wanted else 0
+        peak = int(float(wanted[1]) * {"M": 2**20, "G": 2**30}[wanted[2]])
         return Compiled(time.perf_counter() - start, None, peak, held, save)
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, held, save)
 
 

@@ -40,8 +40,8 @@ from dpo_jax.policy import (
 from dpo_jax.refcache import cached_logps
 from dpo_jax.reference import CachedReference, LiveReference, Reference, copy_weights
 from dpo_jax.scoring import LogpsStep, Place, dataset_logps, make_logps_step, make_place
-from dpo_jax.sharding import own_shares, platform_of, replicated, row_devices
-from dpo_jax.step import Base, TrainState, init_state, state_shardings
+from dpo_jax.sharding import own_shares, placed, platform_of, replicated, row_devices
+from dpo_jax.step import Base, TrainState, TrainStep, init_state, make_train_step, state_shardings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -249,7 +249,30 @@ def abstract_state(model: Model, mesh: Mesh | AbstractMesh, optimizer: optax.Gra
     """The state's shapes, types and places."""
     shapes = jax.eval_shape(lambda params: init_state(params, optimizer), trained_shapes(model, mesh))
     own = state_shardings(shapes, trained_shardings(model, mesh), replicated(mesh), optimizer)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, own)
+    return placed(shapes, own)
+
+
+def make_step(
+    config: DPOConfig | SFTConfig,
+    logps_fn: LogpsFn,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    compiler_options: Mapping[str, str],
+) -> TrainStep:
+    """The compiled train step of a config: the one that runs, and the one that a plan compiles.
+
+    ``state`` is the shapes and places of `abstract_state`.
+    """
+    return make_train_step(
+        logps_fn=logps_fn,
+        loss=loss_of(config),
+        optimizer=optimizer,
+        accumulation=config.batch.accumulation,
+        shardings=jax.tree.map(lambda x: x.sharding, state),
+        metrics_sharding=replicated(mesh),
+        compiler_options=compiler_options,
+    )
 
 
 def initial_state(

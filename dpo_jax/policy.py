@@ -22,7 +22,7 @@ from dpo_jax.models.load import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.models.weights import export_params, load_params
 from dpo_jax.rundir import RunDir, find_run, is_run_dir
 from dpo_jax.saved import restore_part
-from dpo_jax.sharding import platform_of, weight_shardings
+from dpo_jax.sharding import placed, platform_of, weight_shardings
 
 MODEL_FILES = "model"  # in a run directory: config.json and tokenizer, so that the run stands alone
 SHARD_BYTES = 4 * 2**30  # size of an exported file
@@ -166,7 +166,7 @@ def trained_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """What is trained as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
     if model.lora is None:
         return placed_shapes(model, mesh)
-    return _placed(model.adapter_shapes(), trained_shardings(model, mesh))
+    return placed(model.adapter_shapes(), trained_shardings(model, mesh))
 
 
 def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str | None) -> Any:
@@ -182,11 +182,7 @@ def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str 
 
 def placed_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
-    return _placed(model.param_shapes(), param_shardings(model, mesh))
-
-
-def _placed(shapes: Params, shardings: Any) -> Params:
-    return jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, shardings)
+    return placed(model.param_shapes(), param_shardings(model, mesh))
 
 
 def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:

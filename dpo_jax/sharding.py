@@ -108,6 +108,11 @@ def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
     )
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
+    return jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, shardings)
+
+
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -188,6 +188,9 @@ def state_shardings(
     return TrainState(whole, param_shardings, opt_state, whole)
 
 
+TrainStep = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]  # compiled: (state, reference, batch)
+
+
 def make_train_step(
     *,
     logps_fn: LogpsFn,
@@ -197,7 +200,7 @@ def make_train_step(
     shardings: TrainState | None = None,
     metrics_sharding: Any = None,
     compiler_options: Mapping[str, str] | None = None,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]:
+) -> TrainStep:
     """``train_step`` compiled: ``step(state, reference, batch) -> (state, metrics)``, the old state donated.
 
     ``shardings``: of the state, from ``state_shardings``; the new state comes back in the very same ones.

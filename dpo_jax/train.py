@@ -22,6 +22,7 @@ from dpo_jax.assemble import (
     describe,
     evaluate_sets,
     initial_state,
+    make_step,
     starting_weights,
     step_reference,
 )
@@ -42,8 +43,8 @@ from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps, st
 from dpo_jax.reference import LiveReference, Reference
 from dpo_jax.report import write_report
 from dpo_jax.rundir import RunDir, cut_back, hold_run, last_metrics, log_event, log_offsets, lost_saves
-from dpo_jax.sharding import make_mesh, replicated
-from dpo_jax.step import TrainState, make_train_step
+from dpo_jax.sharding import make_mesh
+from dpo_jax.step import TrainState, TrainStep
 from dpo_jax.throughput import refuse_window, step_rates, trace_edges, traced
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Job:
     base: Params | None  # the frozen weights, where adapters are trained
     reference: Reference | None
     proven: bool  # the reference is the policy's own start, so the first step's values are known
-    step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
+    step: TrainStep
     schedule: optax.Schedule
     saves: Checkpoints
     log: MetricsLog
@@ -117,15 +118,7 @@ def train(
         num_steps = parts.batches.order.num_steps
         optimizer = make_optimizer(config.optimizer, num_steps)
         fresh, abstract = initial_state(parts, optimizer)
-        step = make_train_step(
-            logps_fn=parts.logps_fn,
-            loss=parts.loss,
-            optimizer=optimizer,
-            accumulation=config.batch.accumulation,
-            shardings=jax.tree.map(lambda x: x.sharding, abstract),
-            metrics_sharding=replicated(mesh),
-            compiler_options=flags,
-        )
+        step = make_step(config, parts.logps_fn, mesh, optimizer, abstract, flags)
 
         with Checkpoints(run.checkpoints, config.checkpoint) as saves, hosts.stop_signals() as stop_requested:
             job = Job(

@@ -2,24 +2,29 @@
 
 import math
 import re
-from dataclasses import replace
 from functools import cache
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from dpo_jax.assemble import scoring_functions
-from dpo_jax.batch import PairLogps, PreferenceBatch
-from dpo_jax.config import LoraConfig, LossConfig, MeshConfig, OptimizerConfig
-from dpo_jax.logprobs import BLOCK, make_logps_fn
+from dpo_jax.aot import Load, lower_step, step_arguments
+from dpo_jax.config import (
+    BatchConfig,
+    DataConfig,
+    DPOConfig,
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RunConfig,
+    SourceConfig,
+)
+from dpo_jax.logprobs import BLOCK
 from dpo_jax.models.adapters import make_lora
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
-from dpo_jax.optimizer import make_optimizer
-from dpo_jax.policy import placed_shapes, trained_shapes
-from dpo_jax.sharding import make_mesh, replicated, row_sharding
-from dpo_jax.step import Base, init_state, make_train_step, state_shardings
+from dpo_jax.sharding import make_mesh
 
 LLAMA_3_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -30,53 +35,28 @@ LLAMA_3_8B = {
 DEVICES, ROWS, LENGTH, TARGETS, PAIRS, CHUNK = 8, 8, 2048, 1024, 16, 128
 
 
-def shapes_of_batch(mesh) -> PreferenceBatch:
-    """One row a device, filled to its end."""
-    of = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-    batch = PreferenceBatch(
-        **{name: of(ROWS, LENGTH) for name in ("tokens", "positions", "segments", "branches")},
-        **{f"target_{name}": of(ROWS, TARGETS) for name in ("tokens", "sources", "answers", "offsets")},
-        target_mask=of(ROWS, TARGETS, dtype=bool),
-        answer_slots=of(PAIRS, 2),
-        weight=of(PAIRS, dtype=jnp.float32),
-        valid=of(PAIRS, dtype=bool),
-        blocks=of(ROWS, 256, 2),
-        answers_per_row=4,
-        longest=LENGTH,
-        branch_length=LENGTH,
-    )
-    places = batch.place(row_sharding(mesh), replicated(mesh))
-    return jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), batch, places)
-
-
 @cache
 def compiled(kind: str, loss: LossConfig):
     """The train step with a live or a cached reference, or of adapters; and the number of trained weights."""
+    config = DPOConfig(
+        model=ModelConfig(path="unused"),
+        data=DataConfig(train=(SourceConfig(path="unused"),)),
+        lora=LoraConfig(rank=16 if kind == "lora" else 0),
+        reference=ReferenceConfig(mode="auto" if kind == "lora" else kind),
+        loss=loss,
+        batch=BatchConfig(pairs=PAIRS, target_chunk=CHUNK),
+        run=RunConfig(dir="unused"),
+    )
     mesh = make_mesh(MeshConfig(), jax.devices()[:DEVICES])
-    with jax.set_mesh(mesh):
-        model = make_model(decoder_config(LLAMA_3_8B), platform="cpu", dtype="float32", param_dtype="float32",
-                           attention="auto", remat="full", scan=True, matmul_precision="default")  # fmt: skip
-        if kind == "lora":
-            model = replace(model, lora=make_lora(LoraConfig(rank=16)))
-        params = trained_shapes(model, mesh)
-        optimizer = make_optimizer(OptimizerConfig(), 100)
-        state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
-        own = state_shardings(state, jax.tree.map(lambda x: x.sharding, params), replicated(mesh), optimizer)
-        state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, own)
-        logps_fn = make_logps_fn(*scoring_functions(model), chunk=CHUNK, stats=True, squares=loss.weighting == "wpo")
-        cached = PairLogps(
-            sum=jnp.zeros((PAIRS, 2)),
-            count=jnp.zeros((PAIRS, 2)),
-            weight=jnp.zeros(PAIRS),
-            valid=jnp.zeros(PAIRS, bool),
-        )
-        base = placed_shapes(model, mesh)
-        reference = {"live": base, "cached": jax.eval_shape(lambda: cached), "lora": Base(base)}[kind]
-        step = make_train_step(logps_fn=logps_fn, loss=loss, optimizer=optimizer, shardings=own,
-                               metrics_sharding=replicated(mesh))  # fmt: skip
-        return step.lower(state, reference, shapes_of_batch(mesh)).compile(), sum(
-            x.size for x in jax.tree.leaves(params)
-        )
+    model = make_model(decoder_config(LLAMA_3_8B), platform="cpu", dtype="float32", param_dtype="float32",
+                       attention="auto", remat="full", scan=True, matmul_precision="default",
+                       lora=make_lora(config.lora))  # fmt: skip
+    load = Load(pairs=PAIRS, parts=1, rows=ROWS, row_length=LENGTH, longest=LENGTH,
+                lengths=(LENGTH / 4, LENGTH / 8, LENGTH / 8))  # fmt: skip
+    assert load.targets == TARGETS
+    arguments = step_arguments(config, model, mesh, load)
+    number = sum(x.size for x in jax.tree.leaves(arguments.state.params))
+    return lower_step(config, model, mesh, arguments).compile(), number
 
 
 def held(kind: str, loss: LossConfig) -> tuple[float, float]:
