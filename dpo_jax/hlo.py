@@ -32,6 +32,7 @@ class Exchange(NamedTuple):
     groups: np.ndarray  # [groups, members] of devices that exchange; of a permute [pairs, 2], from and to
     times: int  # a run of the program
     source: str  # the operation of the traced program that it serves
+    at_least: bool = False  # it stands in a loop of unknown length, which counts once
 
     @property
     def moved(self) -> float:
@@ -46,7 +47,7 @@ class Exchange(NamedTuple):
 def exchanges(text: str, num_devices: int) -> list[Exchange]:
     """The collective operations of a program for ``num_devices`` devices, numbered as in its mesh, row by row."""
     computations, entry = _computations(text)
-    times = _times(computations, entry)
+    times, unclear = _times(computations, entry)
     found: dict[str, Exchange] = {}
     for name, lines in computations.items():
         for line in lines.values():
@@ -57,7 +58,7 @@ def exchanges(text: str, num_devices: int) -> list[Exchange]:
             channel = re.search(r"channel_id=(\d+)", line)
             operation = re.search(r'op_name="([^"]*)"', line)
             own = Exchange(kind, _num_bytes(result, kind, bool(start)), _groups(line, kind, num_devices), times[name],
-                           operation[1] if operation else "")  # fmt: skip
+                           operation[1] if operation else "", name in unclear)  # fmt: skip
             # one that runs beside other work stands, with the same channel, in each piece of that work
             key = f"{channel[1]} {kind} {own.num_bytes} {own.source}" if channel else f"{name} {line}"
             if key not in found or own.times > found[key].times:
@@ -85,18 +86,21 @@ def _computations(text: str) -> tuple[dict[str, Computation], str]:
     return found, entry
 
 
-def _times(computations: dict[str, Computation], entry: str) -> dict[str, int]:
-    """How often each computation runs. Callers stand behind what they call."""
+def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, int], set[str]]:
+    """How often each computation runs, and those of which that is not known. Callers stand behind what they call."""
     times: dict[str, int] = defaultdict(int)
     times[entry] = 1
+    unclear: set[str] = set()
     for name in reversed(computations):
         for called, often in _calls(name, computations) if times[name] else ():
-            times[called] += often * times[name]
-    return times
+            times[called] += (often or 1) * times[name]
+            if often is None or name in unclear:
+                unclear.add(called)
+    return times, unclear
 
 
-def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[str, int]]:
-    """Computations that this one runs, and how often; a loop of unknown length counts once."""
+def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[str, int | None]]:
+    """Computations that this one runs, and how often; None: a loop of unknown length."""
     for own, line in computations[name].items():
         if own == "ROOT":  # it stands under its name, too
             continue
@@ -108,22 +112,22 @@ def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[st
                 yield inner, _trips(line, computations[called["condition"][0]], computations[inner]) if looped else 1
 
 
-def _trips(line: str, condition: Computation, body: Computation) -> int:
+def _trips(line: str, condition: Computation, body: Computation) -> int | None:
     """How often a loop runs: as the compiler says, or from 0 to the condition's constant by the body's steps."""
     if known := _TRIPS.search(line):
         return int(known[1])
     compared = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition["ROOT"])
     if compared is None:
-        return 1
+        return None
     place = re.search(r"get-tuple-element\(.*?\), index=(\d+)", condition[compared[1]])
     limit = _constant(condition, compared[2])
     results = re.search(r" tuple\((.*?)\)", body["ROOT"])
     if place is None or limit is None or results is None:
-        return 1
+        return None
     counter = body.get(results[1].replace("%", "").split(", ")[int(place[1])], "")
     added = re.search(r" add\(%?[\w.\-]+, %?([\w.\-]+)\)", counter)
     step = _constant(body, added[1]) if added else None
-    return 1 if step is None else -(-limit // step)
+    return None if step is None else -(-limit // step)
 
 
 def _constant(computation: Computation, name: str) -> int | None:

@@ -214,6 +214,7 @@ def _costs(
     costs = {
         "flops": {"model": useful, "hardware": hardware, "model_a_pair": useful / load.pairs},
         "exchanges": _by_kind(found),
+        "exchanges_at_least": any(one.at_least for one in found),
         "seconds": seconds,
         "bound": bound,
         "at_best": of(best),

@@ -66,6 +66,8 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
     flops, seconds = plan["flops"], plan["seconds"]
     needs = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
     moved = ", ".join(f"{kind} {own['gib']:.3g}" for kind, own in plan["exchanges"].items() if own["gib"] >= 0.005)
+    if plan["exchanges_at_least"]:
+        moved += ", at least: some stand in loops whose length the data decides"
     if plan["compile_seconds"] is None:
         moved = "unknown, and in none of the times"
     lines = [

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import pytest
 
 from dpo_jax.chips import CHIPS, GIB, chip_of, parse_topology
@@ -72,18 +73,10 @@ def test_what_is_no_slice_is_refused_in_one_line(text, words):
 
 
 @pytest.mark.parametrize("text", ["v4:2x2x1", "v5e:4x4", "v5e:1x1", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"])
-def test_libtpu_agrees_on_devices_kinds_and_memory(text, monkeypatch):
-    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu")
-    jax = pytest.importorskip("jax")
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    topology = parse_topology(text)
-    devices = topologies.get_topology_desc(topology.name, platform="tpu", **topology.options).devices
+def test_libtpu_agrees_on_devices_kinds_and_memory(text, for_tpus):
+    topology, devices = parse_topology(text), for_tpus(text)
     assert len(devices) == topology.devices
     assert chip_of(devices[0].device_kind) is topology.chip
-    too_much = jax.ShapeDtypeStruct((100 * GIB,), "float32", sharding=SingleDeviceSharding(devices[0]))
+    too_much = jax.ShapeDtypeStruct((100 * GIB,), "float32", sharding=jax.sharding.SingleDeviceSharding(devices[0]))
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"HBM \\({topology.chip.device_memory / GIB:g}G\\)"):
         jax.jit(lambda x: x * 2).lower(too_much).compile()

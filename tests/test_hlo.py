@@ -13,23 +13,30 @@ from dpo_jax.sharding import make_mesh
 STEPS, ROWS, WIDTH = 5, 8, 1024
 
 
-def program(mesh):
-    """A loop that gathers over `fsdp` each time, then a sum over `tensor` of what all devices hold."""
+def program(mesh, unknown: bool = False):
+    """A loop that gathers over `fsdp` each time, then a sum over `tensor` of what all devices hold.
 
-    def local(x):
+    ``unknown``: how often is an argument.
+    """
+
+    def local(x, times):
         def body(i, total):
             whole = jax.lax.all_gather(jnp.sin(x * i), "fsdp", axis=0, tiled=True)
             return total + jnp.dot(whole, whole.T, precision="highest")
 
-        total = jax.lax.fori_loop(0, STEPS, body, jnp.zeros((ROWS, ROWS)))
+        total = jax.lax.fori_loop(0, times if unknown else STEPS, body, jnp.zeros((ROWS, ROWS)))
         return jax.lax.psum(total * jax.lax.axis_index("tensor"), "tensor")
 
-    spread = jax.shard_map(local, mesh=mesh, in_specs=P("fsdp"), out_specs=P(), check_vma=False)
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(P("fsdp"), P()), out_specs=P(), check_vma=False)
     x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=jax.NamedSharding(mesh, P("fsdp")))
-    return jax.jit(spread).lower(x).compile().as_text()
+    times = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, P()))
+    return jax.jit(spread).lower(x, times).compile().as_text()
 
 
-def check(mesh):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_loop_and_a_sum(platform, for_tpus):
+    devices = jax.devices()[:4] if platform == "cpu" else for_tpus("v5e:2x2")
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices)
     found = exchanges(program(mesh), mesh.size)
     gathers = [one for one in found if one.kind == "all-gather"]
     assert [(one.num_bytes, one.times) for one in gathers] == [(4 * ROWS * WIDTH, STEPS)]
@@ -39,14 +46,16 @@ def check(mesh):
     assert (total.num_bytes, total.times, total.moved) == (4 * ROWS * ROWS, 1, 4 * ROWS * ROWS)
     assert sorted(map(sorted, total.groups.tolist())) == [[0, 1], [2, 3]]  # over tensor
     assert len(found) == 2
+    assert not any(one.at_least for one in found)
 
 
-def test_of_a_cpu():
-    check(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
-
-
-def test_of_a_tpu(for_tpus):
-    check(make_mesh(MeshConfig(fsdp=2, tensor=2), for_tpus("v5e:2x2")))
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_loop_of_unknown_length_is_told(platform, for_tpus):
+    devices = jax.devices()[:4] if platform == "cpu" else for_tpus("v5e:2x2")
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices)
+    one, other = (one for one in exchanges(program(mesh, unknown=True), mesh.size))
+    assert {(one.kind, one.at_least), (other.kind, other.at_least)} == {("all-gather", True), ("all-reduce", False)}
+    assert one.times == other.times == 1
 
 
 @pytest.mark.parametrize(

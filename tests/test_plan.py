@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from dpo_jax import aot
-from dpo_jax.aot import WITHOUT_TPU
 from dpo_jax.chips import CHIPS, parse_topology
 from dpo_jax.cli import main
 from dpo_jax.config import (
@@ -40,12 +39,6 @@ from dpo_jax.sharding import make_mesh, row_sharding
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def no_tpu(monkeypatch):
-    for name, value in WITHOUT_TPU.items():
-        monkeypatch.setenv(name, value)
 
 
 def tiny(**changes) -> DPOConfig:

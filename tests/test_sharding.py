@@ -60,7 +60,7 @@ def test_a_mesh_of_another_size_is_refused(config):
     ids=str,
 )  # fmt: skip
 def test_only_copies_of_the_model_lie_in_several_slices(config, tpus):
-    mesh = make_mesh(config, tpus("v5e:4x4", num_slices=2))
+    mesh = make_mesh(config, tpus("v5e:4x4", slices=2))
     slices = [{device.slice_index for device in copy.flat} for copy in mesh.devices]
     half = len(slices) // 2
     assert slices == [{0}] * half + [{1}] * half
@@ -71,7 +71,7 @@ def test_one_copy_in_two_slices_is_refused(tpus):
     with pytest.raises(
         UserError, match=r"^mesh.data: 1 copies cannot be spread over 2 slices; make it a multiple"
     ) as e:
-        make_mesh(MeshConfig(), tpus("v5e:4x4", num_slices=2))
+        make_mesh(MeshConfig(), tpus("v5e:4x4", slices=2))
     assert "\n" not in str(e.value)
 
 
