@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.stages import Lowered
 
 from dpo_jax.assemble import abstract_state, make_step, train_logps_fn
-from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch
+from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch, up
 from dpo_jax.chips import Topology
 from dpo_jax.compiler import not_kept, platform_flags
 from dpo_jax.config import DPOConfig
@@ -40,12 +40,14 @@ class Load:
     rows: int  # of a part, over all devices
     row_length: int
     lengths: tuple[float, float, float]
+    copies: int = 1  # of a pair's prompt
     longest: int  # tokens of a prompt with one answer
 
     @property
     def unit(self) -> float:
-        """Tokens of a pair, its prompt once."""
-        return sum(self.lengths)
+        """Tokens of a pair in the rows."""
+        prompt, chosen, rejected = self.lengths
+        return self.copies * prompt + chosen + rejected
 
     @property
     def slots(self) -> int:
@@ -60,12 +62,7 @@ class Load:
     @property
     def targets(self) -> int:
         """Of a row, if it is full."""
-        return up(self.row_length * (1 - self.lengths[0] / self.unit), BLOCK)
-
-
-def up(number: float, multiple: int) -> int:
-    """The next multiple."""
-    return multiple * math.ceil(number / multiple)
+        return up(self.row_length * sum(self.lengths[1:]) / self.unit, BLOCK)
 
 
 def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:

@@ -4,6 +4,7 @@ Shape letters, the same in every file: B pairs, R rows, T tokens in a row, M tar
 (2: chosen, rejected; 1 when fine-tuning), A answer slots in a row, V vocabulary, D model width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -16,6 +17,11 @@ from jaxtyping import Bool, Float, Int
 AnyArray = jax.Array | np.ndarray  # numpy's on the host, jax's on the devices
 CHOSEN, REJECTED = 0, 1  # places on the K axis
 BLOCK = 64  # tokens in a block: rows are whole blocks, and attention visits only the pairs of blocks it needs
+
+
+def up(number: float, multiple: int) -> int:
+    """The next multiple, at least one."""
+    return multiple * max(1, math.ceil(number / multiple))
 
 
 @struct.dataclass

@@ -70,6 +70,8 @@ def compiler_options(mesh: Mesh, overrides: Mapping[str, str]) -> dict[str, str]
         UserError: the compiler has no such option, or cannot read its value.
     """
     options = platform_flags(mesh.devices.flat[0].platform, overrides)
+    if not options:
+        return options
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(scalar).compile()

@@ -14,18 +14,20 @@ from typing import Any
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from dpo_jax.aot import Compiled, Load, compile_step, slice_mesh, up
+from dpo_jax.aot import Compiled, Load, compile_step, slice_mesh
+from dpo_jax.batch import up
 from dpo_jax.chips import Topology, parse_topology
 from dpo_jax.config import DPOConfig, ModelConfig
 from dpo_jax.data.sets import open_sets
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, require
 from dpo_jax.hlo import exchanges
 from dpo_jax.models.decoder import Model, count_adapters, count_params
-from dpo_jax.models.flops import Work, causal_pairs, pairs_work, step_flops
+from dpo_jax.models.flops import Work, causal_pairs
 from dpo_jax.models.known import known_config
 from dpo_jax.policy import ModelSource, build_model, find_model, find_tokenizer
 from dpo_jax.roofline import exchange_times, hardware_flops, matrix_traffic
 from dpo_jax.sharding import row_devices
+from dpo_jax.throughput import model_flops
 
 GIB = 2**30
 FILL = 0.97  # of rows that are packed from many pairs
@@ -45,7 +47,10 @@ class Known:
 def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, search: bool) -> Iterator[dict[str, Any]]:
     """`plan` of each slice, when it is made; with ``search`` each also of ever more frugal settings until one fits."""
     slices = [parse_topology(text) for text in topologies]
-    source = _source(config.model)
+    for slice_ in slices:
+        require(known.slices == 1 or slice_.chip.dcn_bandwidth is not None, "--slices", known.slices,
+                f"how fast slices of {slice_.chip.name} exchange is not published; plan one")  # fmt: skip
+    source = _source(config.model, tokenizer=known.data)
     if known.data:
         known = _measured(config, source, known)
     for slice_ in slices:
@@ -137,12 +142,13 @@ def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
     return replace(known, lengths=(prompt, chosen, rejected), examples=len(ids))
 
 
-def _source(config: ModelConfig) -> ModelSource:
-    """The model's shapes: of the files where they are, else as published, else from the hub."""
+def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
+    """The model's shapes: of the files where they are, else as published, else from the hub, as is its tokenizer."""
     known = known_config(config.path)
-    if known is not None and not os.path.isdir(os.path.expanduser(config.path)):
+    files = os.path.isdir(os.path.expanduser(config.path)) or (tokenizer and config.tokenizer is None)
+    if known is not None and not files:
         return ModelSource(known, None, None)
-    return find_model(config.path, config.revision)
+    return find_model(config.path, config.revision, weights=False)
 
 
 def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Load:
@@ -152,20 +158,24 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
         raise UserError("batch.row_length: auto takes it from the data, which plan does not read; give a number, such "
                         "as --batch.row_length 4096")  # fmt: skip
     pairs = batch.pairs / batch.accumulation  # of a part
+    copies = 1 if batch.layout == "shared" else 2  # of a prompt
     num_rows = (rows or 1) * devices
     if lengths is None:
-        third = min(num_rows * batch.row_length / pairs, 2 * config.data.max_length) / 3
-        lengths = (third, third, third)
-    elif sum(lengths) > batch.row_length or lengths[0] + max(lengths[1:]) > config.data.max_length:
+        room = batch.row_length * min(num_rows / pairs, copies)
+        each = min(room / (copies + 2), config.data.max_length / 2)
+        lengths = (each, each, each)
+    load = Load(pairs=batch.pairs, parts=batch.accumulation, rows=num_rows, row_length=batch.row_length,
+                lengths=lengths, copies=copies, longest=min(config.data.max_length, batch.row_length))  # fmt: skip
+    longest = lengths[0] + max(lengths[1:])
+    if longest > config.data.max_length or max(longest, load.unit / copies) > batch.row_length:
         raise UserError(f"--lengths: {lengths} cannot be: a prompt and an answer have at most data.max_length tokens, "
                         f"{config.data.max_length}, and a pair a row's, {batch.row_length}; give means")  # fmt: skip
-    elif rows is None:
-        num_rows = up(math.ceil(pairs * sum(lengths) / batch.row_length / FILL), devices)
-    if pairs * sum(lengths) > num_rows * batch.row_length:
+    if known.lengths is not None and rows is None:
+        load = replace(load, rows=up(pairs * load.unit / batch.row_length / FILL, devices))
+    if load.fill > 1:
         raise UserError(f"--rows: {rows} rows of {batch.row_length} tokens a device do not hold {pairs:g} pairs of "
-                        f"{sum(lengths):g} tokens; give more, or raise batch.accumulation")  # fmt: skip
-    return Load(pairs=batch.pairs, parts=batch.accumulation, rows=num_rows, row_length=batch.row_length,
-                lengths=lengths, longest=min(config.data.max_length, batch.row_length))  # fmt: skip
+                        f"{load.unit:g} tokens; give more, or raise batch.accumulation")  # fmt: skip
+    return load
 
 
 def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
@@ -188,17 +198,16 @@ def _costs(
     config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, slice_: Topology, text: str, known: Known
 ) -> dict[str, Any]:
     """Operations, traffic, times and what follows from them."""
-    chip, live = slice_.chip, config.reference_mode == "live" and config.loss.needs_reference
+    chip, live = slice_.chip, config.reference_mode == "live"
     lengths = np.tile(np.round(load.lengths).astype(int), (load.pairs, 1))
-    real = pairs_work(lengths, lengths[:, 1:], layout=config.batch.layout, window=model.config.window)
-    rank, adapted = (0, ()) if model.lora is None else (model.lora.rank, model.lora.targets)
-    useful = step_flops(model.config, real, live_reference=live, rank=rank, adapted=adapted)
+    targets = int(lengths[:, 1:].sum())
+    useful = model_flops(config, model, lengths, lengths[:, 1:])
     seen = causal_pairs(np.full(2 * load.rows * load.parts, load.row_length), _band(model, load)).sum()
-    hardware = hardware_flops(model, Work(load.slots, int(seen), real.targets), live_reference=live)
+    hardware = hardware_flops(model, Work(load.slots, int(seen), targets), live_reference=live)
 
     devices, tensor = mesh.size, mesh.shape["tensor"]
     spread = devices // tensor
-    traffic = matrix_traffic(model, load.slots // load.parts // spread, real.targets // load.parts // spread,
+    traffic = matrix_traffic(model, load.slots // load.parts // spread, targets // load.parts // spread,
                              parts=load.parts, tensor=tensor, live_reference=live)  # fmt: skip
     found = exchanges(text, devices)
     seconds = {

@@ -37,8 +37,8 @@ class ModelSource:
     run: RunDir | None  # holds the weights, as checkpoints
 
 
-def find_model(path: str, revision: str | None) -> ModelSource:
-    """What ``model.path`` names; a hub model is downloaded.
+def find_model(path: str, revision: str | None, *, weights: bool = True) -> ModelSource:
+    """What ``model.path`` names; a hub model is downloaded, with its ``weights`` or without.
 
     Raises:
         UserError: there is no such model.
@@ -51,7 +51,7 @@ def find_model(path: str, revision: str | None) -> ModelSource:
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path: the run {path} did not come as far as to have a model; choose another")
         return ModelSource(read_hf_config(folder), folder, run)
-    folder = resolve_model(path, revision)
+    folder = resolve_model(path, revision, weights)
     return ModelSource(read_hf_config(folder), folder, None)
 
 

@@ -11,13 +11,12 @@ import numpy as np
 from dpo_jax.chips import Chip
 from dpo_jax.hlo import Exchange
 from dpo_jax.models.decoder import Model
-from dpo_jax.models.flops import Work, projections, recomputed_flops, step_flops
+from dpo_jax.models.flops import Work, projections, recomputed_flops, recomputed_projections, step_flops
 
 
 def hardware_flops(model: Model, work: Work, *, live_reference: bool) -> int:
     """Operations of a step with what is computed on padding and what is computed a second time."""
-    rank, adapted = (0, ()) if model.lora is None else (model.lora.rank, model.lora.targets)
-    once = step_flops(model.config, work, live_reference=live_reference, rank=rank, adapted=adapted)
+    once = step_flops(model.config, work, live_reference=live_reference, lora=model.lora)
     return once + recomputed_flops(model.config, work, model.remat)
 
 
@@ -33,11 +32,11 @@ def matrix_traffic(model: Model, tokens: int, targets: int, *, parts: int, tenso
         live_reference: one forward pass more.
     """
     width = 2 if model.dtype == "bfloat16" else 4
-    again = 0 if model.remat == "none" else 1
-    products = 1 + again + live_reference + 2  # forward, again, the reference's; by the input, and by the matrix
+    products = 1 + live_reference + 2  # forward, the reference's; by the input, and by the matrix
+    again = recomputed_projections(model.config, model.remat)
     layer = sum(
-        products * width * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)
-        for inputs, outputs in projections(model.config).values()
+        (products + (name in again)) * width * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)
+        for name, (inputs, outputs) in projections(model.config).items()
     )
     # no scores are kept, so that they are computed again whatever is kept of the layers
     c = model.config
@@ -63,6 +62,6 @@ def exchange_times(found: Sequence[Exchange], chip: Chip, devices_per_slice: int
 
 
 def _busy(num_bytes: float, chip: Chip, between_slices: bool) -> float:
-    if not between_slices:
-        return num_bytes / (chip.ici_bandwidth / chip.devices)
-    return float("nan") if chip.dcn_bandwidth is None else num_bytes / (chip.dcn_bandwidth / chip.devices)
+    bandwidth = chip.dcn_bandwidth if between_slices else chip.ici_bandwidth
+    assert bandwidth is not None, "several slices of such chips are refused before"
+    return num_bytes / (bandwidth / chip.devices)

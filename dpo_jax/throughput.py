@@ -30,9 +30,8 @@ def model_flops(config: DPOConfig | SFTConfig, model: Model, lengths: np.ndarray
     preferences = isinstance(config, DPOConfig)
     layout = config.batch.layout if preferences else "shared"
     work = pairs_work(lengths, num_targets, layout=layout, window=model.config.window)
-    rank, adapted = (0, ()) if model.lora is None else (model.lora.rank, model.lora.targets)
     live = preferences and config.reference_mode == "live"
-    return step_flops(model.config, work, live_reference=live, rank=rank, adapted=adapted)
+    return step_flops(model.config, work, live_reference=live, lora=model.lora)
 
 
 def step_rates(

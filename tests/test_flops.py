@@ -13,7 +13,7 @@ from dpo_jax.data.batches import train_batches
 from dpo_jax.data.sets import open_sets
 from dpo_jax.data.tokenize import load_tokenizer
 from dpo_jax.models.adapters import make_lora
-from dpo_jax.models.decoder import Model, plain_batch
+from dpo_jax.models.decoder import Lora, Model, plain_batch
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.flops import (
     Flops,
@@ -42,7 +42,8 @@ def test_a_worked_example():
     assert step_flops(tiny, Work(7, 11, 2), live_reference=False) == 3 * 10312
     assert step_flops(tiny, Work(7, 11, 2), live_reference=True) == 4 * 10312
     # rank 2 beside query (4 + 12) and down (5 + 4): 2 x 3 x 2 x 25 x 7 = 2100 operations forward
-    adapted = step_flops(tiny, Work(7, 11, 2), live_reference=True, rank=2, adapted=("query", "down"))
+    lora = Lora(rank=2, scale=1.0, targets=frozenset({"query", "down"}))
+    adapted = step_flops(tiny, Work(7, 11, 2), live_reference=True, lora=lora)
     assert adapted == 2 * (8568 + 160) + 3 * 1584 + 3 * 2100 + 10312
 
 
@@ -109,10 +110,9 @@ def test_forward_and_gradient_are_what_xla_counts(batch):
 
 def test_adapters_are_what_xla_counts(batch):
     lora = make_lora(LoraConfig(rank=32, targets=("q_proj", "down_proj")))
-    assert lora is not None
     model = Model(config=SMALL, attention="xla", scan=False, lora=lora)
     found = counted(gradient(model, by=2), model.param_shapes(), batch, model.adapter_shapes())
-    expected = step_flops(SMALL, DENSE, live_reference=False, rank=lora.rank, adapted=lora.targets)
+    expected = step_flops(SMALL, DENSE, live_reference=False, lora=lora)
     assert found == pytest.approx(expected, rel=0.04)  # XLA leaves out the gradient below the first adapter
 
 

@@ -69,6 +69,12 @@ def test_rows_follow_the_lengths():
     assert find_load(config, mesh, Known(lengths=(20, 16, 14), rows=3)).rows == 12
     full = find_load(config, mesh, Known())
     assert (full.rows, full.fill) == (4, 1)
+    repeated = tiny(batch=BatchConfig(pairs=64, row_length=256, accumulation=2, layout="repeated"))
+    load = find_load(repeated, mesh, Known(lengths=(20, 16, 14)))
+    assert (load.rows, load.unit, load.targets) == (12, 70, 128)  # 2240 tokens a part: 9.02 rows, 3 a device
+    few = tiny(batch=BatchConfig(pairs=2, row_length=64), data=replace(config.data, max_length=256))
+    assert find_load(few, mesh, Known()).unit == 64  # of the 128 there would be room for
+    assert find_load(replace(few, data=replace(few.data, max_length=32)), mesh, Known()).lengths == (16, 16, 16)
     with pytest.raises(UserError, match=r"--rows: 1 rows of 256 tokens a device do not hold 32 pairs of 50 tokens"):
         find_load(config, mesh, Known(lengths=(20, 16, 14), rows=1))
     with pytest.raises(UserError, match=r"batch.row_length: auto takes it from the data, which plan does not read"):
@@ -98,8 +104,10 @@ def test_traffic_of_a_layer_is_that_of_its_operands():
     head = 4 * 2 * (5 * config.hidden + config.hidden * config.vocab)
     found = matrix_traffic(model, 7, 5, parts=1, tensor=1, live_reference=False)
     assert found == pytest.approx(3 * one_product + head)
+    assert found == matrix_traffic(replace(model, remat="dots"), 7, 5, parts=1, tensor=1, live_reference=False)
     twice = matrix_traffic(replace(model, remat="full"), 7, 5, parts=2, tensor=1, live_reference=True)
-    assert twice == pytest.approx(2 * (5 * one_product + head * 5 / 4))
+    down = 2 * config.layers * (7 * (f + d) + f * d)  # the one whose result is not made again
+    assert twice == pytest.approx(2 * (5 * one_product - down + head * 5 / 4))
 
 
 # Compiled, small
@@ -161,6 +169,7 @@ def test_what_does_not_fit_is_made_to_fit():
         (["--topology", "v5e:4x5"], "topology: 'v5e:4x5' cannot be used"),
         (["--topology", "v5e:2x2", "--lengths", "1,2"], "--lengths: 1,2 cannot be read; write mean tokens"),
         (["--topology", "v5e:2x2", "--slices", "2"], "mesh.data: 1 copies cannot be spread over 2 slices"),
+        (["--topology", "v4:2x2x1", "--slices", "2"], "--slices: 2 cannot be used: how fast slices of v4 exchange"),
         (["--topology", "v5e:2x2", "--mesh.tensor", "8"], "mesh:"),
         (["--topology", "v5e:2x2", "--lengths", "200,50,40"], "--lengths: (200.0, 50.0, 40.0) cannot be: a prompt and"),
         (["--topology", "v5e:2x2", "--output", "no/plan.json"], "--output: no/plan.json cannot be written"),

@@ -17,6 +17,7 @@ import pytest
 import safetensors
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
@@ -285,6 +286,21 @@ def test_a_hub_model_that_was_downloaded_before_needs_no_network(tmp_path, monke
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
     assert resolve_model("someone/tiny", None) == folder / "snapshots" / commit
+
+
+def test_weights_are_downloaded_only_where_they_are_asked_for(tmp_path, monkeypatch):
+    export(tmp_path, TINY)
+    files = ["config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin", "original/model.safetensors"]
+    taken = []
+
+    def download(name, *, allow_patterns, ignore_patterns, **_):
+        taken.append(list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    resolve_model("someone/tiny", None)
+    resolve_model("someone/tiny", None, weights=False)
+    assert taken == [files[:3], files[:2]]
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused():

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from dpo_jax.batch import BLOCK, PreferenceBatch
+from dpo_jax.batch import BLOCK, PreferenceBatch, up
 from dpo_jax.errors import UserError
 
 Layout = Literal["shared", "repeated", "padded"]
@@ -55,10 +55,6 @@ class BatchShape:
     def union(self, other: "BatchShape") -> "BatchShape":
         """The smallest shape that holds both."""
         return BatchShape(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
-
-
-def _up(n: int, multiple: int) -> int:
-    return max(multiple, -(-n // multiple) * multiple)
 
 
 def make_units(lengths: np.ndarray, num_targets: np.ndarray, layout: Layout) -> list[Unit]:
@@ -114,13 +110,13 @@ def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_len
             row = min(fitting, key=room.__getitem__)
             rows[row].append(unit)
             room[row] -= unit.size
-    rows += [[] for _ in range(_up(len(rows), multiple) - len(rows))]
+    rows += [[] for _ in range(up(len(rows), multiple) - len(rows))]
     return [sorted(row) for row in rows]
 
 
 def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
     """[J, 2]: the (query block, key block) between which some token sees another, sorted."""
-    num_blocks = _up(sum(unit.size for unit in row), BLOCK) // BLOCK
+    num_blocks = up(sum(unit.size for unit in row), BLOCK) // BLOCK
     seen = np.zeros((num_blocks, num_blocks), bool)
     start = 0
     for unit in row:
@@ -157,12 +153,12 @@ def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
     most = lambda of: max((of(row) for row in rows), default=0)  # noqa: E731
     return BatchShape(
         rows=len(rows),
-        length=_up(most(lambda row: sum(unit.size for unit in row)), BLOCK),
-        targets=_up(most(lambda row: sum(unit.targets for unit in row)), BLOCK),
+        length=up(most(lambda row: sum(unit.size for unit in row)), BLOCK),
+        targets=up(most(lambda row: sum(unit.targets for unit in row)), BLOCK),
         answers=max(1, most(lambda row: sum(len(unit.answers) for unit in row))),
-        blocks=_up(most(lambda row: len(seen_blocks(row))), 16),
-        longest=_up(most(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
-        branch_length=_up(most(branch_tokens), BLOCK),
+        blocks=up(most(lambda row: len(seen_blocks(row))), 16),
+        longest=up(most(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
+        branch_length=up(most(branch_tokens), BLOCK),
     )
 
 
@@ -229,10 +225,10 @@ class Packer:
         if not self.shapes:
             return needed
         grown = needed.union(self.shapes[-1])
-        length = _up(grown.length, 4 * BLOCK) if self.row_length is None else grown.length
-        return BatchShape(grown.rows, length, _up(grown.targets, 4 * BLOCK), _up(grown.answers, 8),
-                          _up(grown.blocks, 128), _up(grown.longest, 4 * BLOCK),
-                          _up(grown.branch_length, 4 * BLOCK))  # fmt: skip
+        length = up(grown.length, 4 * BLOCK) if self.row_length is None else grown.length
+        return BatchShape(grown.rows, length, up(grown.targets, 4 * BLOCK), up(grown.answers, 8),
+                          up(grown.blocks, 128), up(grown.longest, 4 * BLOCK),
+                          up(grown.branch_length, 4 * BLOCK))  # fmt: skip
 
 
 Example = tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None]  # prompt, answers, learned tokens or None: all

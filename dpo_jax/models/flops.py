@@ -9,12 +9,12 @@ These are *model* operations, the same for every kernel and memory setting. What
 time, to save memory, is ``recomputed_flops``; model and recomputed ones together are what the hardware does.
 """
 
-from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from dpo_jax.models.decoder import Lora
 from dpo_jax.models.families import DecoderConfig
 
 
@@ -91,39 +91,43 @@ def forward_flops(config: DecoderConfig, work: Work) -> Flops:
     )
 
 
-def adapter_flops(config: DecoderConfig, work: Work, rank: int, adapted: Collection[str]) -> int:
-    """What adapters of ``rank`` beside the projections ``adapted`` add to a forward pass: (x A^T) B^T."""
+def adapter_flops(config: DecoderConfig, work: Work, lora: Lora) -> int:
+    """What adapters add to a forward pass: (x A^T) B^T."""
     sizes = projections(config)
-    return 2 * config.layers * rank * sum(sum(sizes[name]) for name in adapted) * work.tokens
+    return 2 * config.layers * lora.rank * sum(sum(sizes[name]) for name in lora.targets) * work.tokens
 
 
-def step_flops(
-    config: DecoderConfig, work: Work, *, live_reference: bool, rank: int = 0, adapted: Collection[str] = ()
-) -> int:
+def step_flops(config: DecoderConfig, work: Work, *, live_reference: bool, lora: Lora | None = None) -> int:
     """Model operations of a training step over ``work``.
 
     Every product y = W x costs as much again for the gradient by x, and once more for that by W. So training is 3
-    forward passes where all weights are trained. With adapters (``rank`` above 0) the model's own matrices, the
+    forward passes where all weights are trained. With adapters (``lora``) the model's own matrices, the
     unembedding among them, need no gradient by W: 2 forward passes of them, 3 of attention, whose both factors have
     gradients, and 3 of the adapters. (The gradient by the input of the first layer, which only embeddings need, is
     counted there too.) A live reference is one forward pass more, a cached one costs nothing.
     """
     forward = forward_flops(config, work)
-    trained = 2 if rank else 3
+    trained = 3 if lora is None else 2
     training = trained * (forward.linear + forward.unembedding) + 3 * forward.attention
-    adapters = 3 * adapter_flops(config, work, rank, adapted)
+    adapters = 0 if lora is None else 3 * adapter_flops(config, work, lora)
     return training + adapters + (forward.total if live_reference else 0)
+
+
+def recomputed_projections(config: DecoderConfig, remat: Literal["none", "dots", "full"]) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each matrix of a layer whose product the backward pass computes a second time.
+
+    ``full``: of all but the last, whose result nothing in the layer needs. Else the products are kept.
+    """
+    return {name: size for name, size in projections(config).items() if remat == "full" and name != "down"}
 
 
 def recomputed_flops(config: DecoderConfig, work: Work, remat: Literal["none", "dots", "full"]) -> int:
     """Operations that the backward pass of the policy computes a second time; ``remat`` as in `config.ModelConfig`.
 
     Always: the vocabulary's scores, chunk by chunk, and attention's scores, which every kernel but the oracle makes
-    again. ``dots``: attention's forward pass too. ``full``: all of a layer but its last product, whose result nothing
-    in the layer needs.
+    again. ``dots``: attention's forward pass too. ``full``: ``recomputed_projections``, too.
     """
-    forward, sizes = forward_flops(config, work), projections(config)
-    again = {"none": (), "dots": (), "full": tuple(name for name in sizes if name != "down")}[remat]
-    weights = sum(sizes[name][0] * sizes[name][1] for name in again)
+    forward = forward_flops(config, work)
+    weights = sum(inputs * outputs for inputs, outputs in recomputed_projections(config, remat).values())
     attention = 0 if remat == "none" else forward.attention
     return forward.unembedding + forward.attention // 2 + attention + 2 * config.layers * weights * work.tokens

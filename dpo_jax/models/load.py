@@ -8,12 +8,15 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.families import DecoderConfig, builtin_model
 
 # Of a hub repository, only what is read here: never PyTorch pickles, other formats' copies, or code.
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja", "additional_chat_templates/*"]
+_HUB_FILES = ["*.json", "tokenizer.model", "*.txt", "*.jinja", "additional_chat_templates/*"]
+_HUB_WEIGHTS = ["*.safetensors"]
 _HUB_IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
 
 
-def resolve_model(path: str, revision: str | None) -> Path:
+def resolve_model(path: str, revision: str | None, weights: bool = True) -> Path:
     """The local directory of a Hugging Face model: ``path`` itself, or a snapshot of the hub model of that name.
+
+    Without ``weights`` only config and tokenizer are downloaded.
 
     Raises:
         UserError: there is no such directory or hub model, it holds no model, or the hub cannot be reached.
@@ -33,16 +36,16 @@ def resolve_model(path: str, revision: str | None) -> Path:
         raise UserError(f"model.path: {path} is a file; give the directory that holds config.json and the weights")
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):
         raise UserError(f"model.path: {path} does not exist; give a directory, a hub name or builtin:tiny")
-    return _download(path, revision)
+    return _download(path, revision, _HUB_FILES + _HUB_WEIGHTS if weights else _HUB_FILES)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, files: list[str]) -> Path:
     # here, because importing it costs a quarter second that local models need not pay
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
+        folder = snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_HUB_IGNORED)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
         at = "" if revision is None else f" at revision {revision}"
