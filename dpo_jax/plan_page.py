@@ -10,6 +10,10 @@ def _short(number: float) -> str:
     return next((f"{number / size:.3g}{unit}" for size, unit in UNITS if number >= size), f"{number:.3g}")
 
 
+def _weights(number: int) -> str:
+    return _short(number).replace("G", "B")  # as models are named
+
+
 def _where(plan: dict[str, Any]) -> str:
     slices = f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
     return f"{slices}{plan['topology']}"
@@ -19,12 +23,12 @@ def render(plan: dict[str, Any]) -> str:
     """All that was found out about one slice."""
     model, batch, memory = plan["model"], plan["batch"], plan["memory"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    adapters = f", {_short(model['adapters'])} more in adapters" if model["adapters"] else ""
+    adapters = f", {_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
     parts = f" in {batch['parts']} parts" if batch["parts"] > 1 else ""
     lengths = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
     lines = [
         f"{_where(plan)}: {plan['chips']} chips, mesh {mesh}",
-        f"model      {model['path']}: {_short(model['parameters'])} parameters{adapters}",
+        f"model      {model['path']}: {_weights(model['parameters'])} parameters{adapters}",
         f"           {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
         f"step       {batch['pairs']} pairs{parts}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
         f"           {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens",
@@ -59,7 +63,8 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
 
 
 def _minutes(gib: float, gigabytes_a_second: float) -> str:
-    return f"{gib * 2**30 / 1e9 / gigabytes_a_second / 60:.2g} min"
+    minutes = gib * 2**30 / 1e9 / gigabytes_a_second / 60
+    return f"{minutes:.0f} min" if minutes >= 10 else f"{minutes:.2g} min"
 
 
 def _cost_lines(plan: dict[str, Any]) -> list[str]:
@@ -80,7 +85,7 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
         own = plan[name]
         lines.append(
             f"{words:10} {own['step_seconds']:.3g} s a step, MFU {own['mfu']:.0%}, "
-            f"{own['tokens_per_second']:.4g} tokens/s, {own['pairs_per_second']:.3g} pairs/s"
+            f"{own['tokens_per_second']:,.0f} tokens/s, {own['pairs_per_second']:.3g} pairs/s"
         )
     if "run" in plan:
         run = plan["run"]

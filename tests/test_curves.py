@@ -65,19 +65,21 @@ ALLOWED = {
     "logits/rejected": (1e-5, 0),
     "mean_token_accuracy": (0.004, 1),
 }
-# Where rounding grows: TRL's own discopop moves by 7.5e-4 of reward between one thread and two, this program by 1.7e-3
-# between layouts, though its gradients are as close to float64 as TRL's. forward_kl keeps to 1e-3.
-LOOSE = {"discopop": 2e-3, "sigmoid_forward_kl": 1e-3}  # of rewards
+# Where rounding grows: TRL's own discopop moves by 7.5e-4 of reward between one thread and two. This program's differs
+# from TRL's by 1.4e-4 (SSE4.2), 5.9e-4 (AVX) or 8.0e-4 (AVX2, AVX-512); by 6e-3 with padded rows, unrolled layers.
+LOOSE = {"discopop", "sigmoid_forward_kl"}
 ALLOWED_LOOSE = ALLOWED | {
     "loss": (2e-3, 0),
     "grad_norm": (1e-2, 0),
-    "logps/chosen": (1e-4, 0),  # less than 2e-3 of reward is in nats
+    "rewards/chosen": (1e-3, 1),
+    "rewards/rejected": (1e-3, 1),
+    "rewards/margins": (1e-3, 1),
+    "logps/chosen": (1e-4, 0),  # less than 1e-3 of reward is in nats
     "logps/rejected": (1e-4, 0),
     "entropy": (1e-4, 0),
     "logits/chosen": (1e-4, 0),
     "logits/rejected": (1e-4, 0),
 }
-REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margins"}
 PER_MICROBATCH = {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}  # in TRL, when accumulated
 
 
@@ -121,8 +123,6 @@ def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_pa
             if (step == 1 and key == "rewards/accuracies") or (curve == "sigmoid_accum2" and key in PER_MICROBATCH):
                 continue  # a tie before the first update; means of means
             share, least = (ALLOWED_LOOSE if curve in LOOSE else ALLOWED)[key]
-            if curve in LOOSE and key in REWARDS:
-                share = LOOSE[curve]
             allowed = share * max(abs(value), least)
             assert abs(row[key] - value) <= allowed, f"step {step}: {key} is {row[key]}, TRL has {value}"
     for key in {"rewards/accuracies", "mean_token_accuracy"} - (PER_MICROBATCH if curve == "sigmoid_accum2" else set()):

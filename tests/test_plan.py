@@ -239,16 +239,21 @@ def test_every_recipe_fits_its_slice(file, topology):
     assert found["memory"]["peak"] <= most
 
 
-@pytest.mark.slow
-def test_memory_of_scores_follows_targets_and_not_the_vocabulary(for_tpus):
-    """The gradient of all log-probs at the width of Llama-3-8B: of twice the targets no scores are held."""
-    mesh = make_mesh(MeshConfig(), for_tpus("v5e:2x2"))
-    width, more = 4096, {}
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=pytest.mark.slow)])
+def test_memory_of_scores_follows_targets_and_not_the_vocabulary(platform, for_tpus):
+    """The gradient of all log-probs of a wide model: twice the targets ask for as much at 32k tokens as at 128k.
+
+    On a TPU whole arrays are kept out of its fast memory: which of them the compiler puts there depends on all others,
+    and by that alone a peak differs by an array of targets by width.
+    """
+    devices = jax.devices()[:4] if platform == "cpu" else for_tpus("v5e:2x2")
+    options = {} if platform == "cpu" else {"xla_vf_vmem_memory_space_assignment": "False"}
+    mesh, width, more = make_mesh(MeshConfig(), devices), 3072, {}
     row, whole = row_sharding(mesh), jax.NamedSharding(mesh, jax.P("tensor", "fsdp"))
     hidden = jax.ShapeDtypeStruct((4, 4096, width), jnp.bfloat16, sharding=row)
     for vocabulary in (32000, 128256):
         weights = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32, sharding=whole)
-        fn = make_logps_fn(lambda params, batch: params[0], lambda params: params[1], chunk=1024, stats=True)
+        fn = make_logps_fn(lambda params, batch: params[0], lambda params: params[1], chunk=512, stats=True)
         total = lambda params, batch, fn=fn: fn(params, batch).sum.sum()  # noqa: E731
         peaks = []
         for prompt, answer in ((1024, 512), (0, 1024)):
@@ -256,16 +261,16 @@ def test_memory_of_scores_follows_targets_and_not_the_vocabulary(for_tpus):
             step = jax.jit(jax.grad(total), out_shardings=(row, whole))
             with jax.set_mesh(mesh):
                 lowered = step.lower((hidden, weights), aot.abstract_batch(load, mesh))
-            compiled = lowered.compile()
+            compiled = lowered.compile(options)
             shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", compiled.as_text())]
             block = math.ceil(vocabulary / math.ceil(vocabulary / BLOCK))
             widths = {width, width // 4}  # of weights, whole and of a device
             scores = [shape for shape in shapes if {vocabulary, block} & set(shape) and not widths & set(shape)]
-            tile = max(map(math.prod, scores), default=0)
-            assert tile < load.targets * vocabulary / 2
-            peaks.append(compiled.memory_analysis().peak_memory_in_bytes)
+            assert 0 < max(map(math.prod, scores)) < load.targets * vocabulary / 2
+            memory = compiled.memory_analysis()
+            # a CPU's peak leaves out what is neither argument nor result
+            peaks.append(memory.temp_size_in_bytes if platform == "cpu" else memory.peak_memory_in_bytes)
         more[vocabulary] = peaks[1] - peaks[0]
     print(more)
-    assert more[32000] > 0
-    scores = 4 * 2048 * (128256 - 32000)  # bytes that the added targets' scores would differ by
-    assert abs(more[128256] - more[32000]) < 0.05 * scores
+    assert more[32000] > 2048 * width * 2  # the states of the added targets at least
+    assert more[128256] == pytest.approx(more[32000], rel=0.05)
