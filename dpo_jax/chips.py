@@ -2,7 +2,7 @@
 
 A *chip* is what is sold and counted; a *device* is what JAX shows. Rates are of a whole chip, bytes and seconds, peaks
 without sparsity. Sources are beside the figures; ``device_memory`` of TPUs is what their compiler states as available
-(libtpu 0.0.42), which is less than the chip holds.
+(libtpu 0.0.42): less than the chip holds, but for v5p, of which it is a little more than the page says.
 """
 
 import math

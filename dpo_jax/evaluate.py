@@ -16,6 +16,7 @@ from dpo_jax.distributions import reward_distributions
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import Params
 from dpo_jax.losses import preference_metrics, sequence_logps
+from dpo_jax.metrics import say
 from dpo_jax.models.adapters import Adapted, make_lora
 from dpo_jax.policy import (
     build_model,
@@ -59,6 +60,7 @@ def evaluate(
         if not parts.evals:
             raise UserError("data.eval: {} names nothing to evaluate on; name a set, or give data.eval_fraction")
         policy_of, params, reference = find_judged(parts, config, which)
+        say(config.run.progress, f"judging {policy_of}")
         summary: dict = {"policy": policy_of, "sets": {}}
         lines = []
         for scored in score_sets(parts, params, reference):
@@ -74,8 +76,10 @@ def evaluate(
             lines += own
     if hosts.is_writer():
         write_output(output, "".join(json.dumps(line) + "\n" for line in lines))
+        say(config.run.progress, f"pairs: {output}")
         if per_token:
             write_output(page, token_page(lines, config.loss.beta, policy_of))
+            say(config.run.progress, f"tokens: {page}")
     return summary
 
 
@@ -101,7 +105,7 @@ def find_judged(
     if not is_run_dir(config.run.dir):
         if parts.model.lora is not None:
             start = Adapted(load_start(config.lora, parts.model, config.run.seed, parts.mesh), start)
-        return config.model.path, start, make_reference(parts, weights)
+        return f"{config.model.path}, as no run is in {config.run.dir}", start, make_reference(parts, weights)
     shapes = {"params": trained_shapes(parts.model, parts.mesh)}
     if config.reference.sync_every:
         shapes["reference"] = shapes["params"]

@@ -56,6 +56,8 @@ need SLICES '[1-9][0-9]{0,2}' "the number of slices"
 need NFS '([^:[:space:]]+:/[^[:space:]]*)?' "host:/share, or nothing"
 [[ -n $NFS || ${RUNS_SHARED:-} == 1 ]] || ((SLICES == 1 && ${TYPE#*-} <= 8)) || # 8 of any TYPE are one host
   refuse NFS "" "several hosts need host:/share, or RUNS_SHARED=1 if each sees the same files in RUNS without it"
+[[ -n $NFS || ${RUNS_SHARED:-} == 1 || ${DELETE_WHEN_DONE:-} != 1 ]] || refuse DELETE_WHEN_DONE 1 \
+  "RUNS is on the slice's own disk, and the result with it; name a share by NFS, or say RUNS_SHARED=1 if it is one"
 need MOUNT '/[^[:space:]]*' "an absolute path without spaces"
 need RUNS '/[^[:space:]]*' "an absolute path that every worker sees; gs:// is not one: mount storage there"
 [[ -z $NFS || $RUNS/ == "$MOUNT"/* ]] || refuse RUNS "$RUNS" "with NFS it lies under MOUNT, $MOUNT"

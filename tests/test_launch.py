@@ -202,6 +202,14 @@ def test_a_wrong_argument_is_refused_in_one_line(cloud, words, env, name):
     assert cloud.calls == []
 
 
+def test_a_result_on_the_slice_s_own_disk_is_not_deleted(cloud):
+    cloud.set(TYPE="v5litepod-8", NFS="", RUNS="/var/tmp/dpo", RUNS_SHARED="")
+    done = cloud.call("babysit.sh", "configs/a.yaml", DELETE_WHEN_DONE="1", DRY_RUN="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("launch: DELETE_WHEN_DONE: 1 cannot be used: RUNS is on the slice's own disk")
+    assert cloud.call("babysit.sh", "configs/a.yaml", DRY_RUN="1").returncode == 0
+
+
 def test_several_slices_come_from_the_queue_only(cloud):
     cloud.set(SLICES="2", **DIRECT)
     refused = "launch: REQUEST: direct cannot be used: several slices come from a queued request only\n"
