@@ -33,7 +33,7 @@ from dpo_jax.models.families import builtin_model, decoder_config
 from dpo_jax.models.known import known_config
 from dpo_jax.plan import Known, find_load, plan, plan_slices, search_fit
 from dpo_jax.plan_page import render, table
-from dpo_jax.policy import ModelSource
+from dpo_jax.policy import ModelSource, build_model
 from dpo_jax.roofline import exchange_times, matrix_traffic
 from dpo_jax.sharding import make_mesh, row_sharding
 
@@ -239,15 +239,16 @@ def test_every_recipe_fits_its_slice(file, topology):
     assert found["memory"]["peak"] <= most
 
 
+# Keeps whole arrays out of a TPU's fast memory: which of them the compiler puts there depends on all others, so that a
+# peak differs by an array of targets by width for that alone.
+IN_MAIN_MEMORY = {"xla_vf_vmem_memory_space_assignment": "False"}
+
+
 @pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=pytest.mark.slow)])
 def test_memory_of_scores_follows_targets_and_not_the_vocabulary(platform, for_tpus):
-    """The gradient of all log-probs of a wide model: twice the targets ask for as much at 32k tokens as at 128k.
-
-    On a TPU whole arrays are kept out of its fast memory: which of them the compiler puts there depends on all others,
-    and by that alone a peak differs by an array of targets by width.
-    """
+    """The gradient of all log-probs of a wide model: twice the targets ask for as much at 32k tokens as at 128k."""
     devices = jax.devices()[:4] if platform == "cpu" else for_tpus("v5e:2x2")
-    options = {} if platform == "cpu" else {"xla_vf_vmem_memory_space_assignment": "False"}
+    options = {} if platform == "cpu" else IN_MAIN_MEMORY
     mesh, width, more = make_mesh(MeshConfig(), devices), 3072, {}
     row, whole = row_sharding(mesh), jax.NamedSharding(mesh, jax.P("tensor", "fsdp"))
     hidden = jax.ShapeDtypeStruct((4, 4096, width), jnp.bfloat16, sharding=row)
@@ -273,4 +274,23 @@ def test_memory_of_scores_follows_targets_and_not_the_vocabulary(platform, for_t
         more[vocabulary] = peaks[1] - peaks[0]
     print(more)
     assert more[32000] > 2048 * width * 2  # the states of the added targets at least
+    assert more[128256] == pytest.approx(more[32000], rel=0.05)
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_follows_targets_and_not_the_vocabulary(for_tpus):
+    """The same of the whole step of Llama-3-8B: what twice the targets add is their places in the batch."""
+    config = parse_config(CONFIGS / "llama3_8b_v5e16.yaml", {"batch.accumulation": 1, "batch.pairs": 32}, DPOConfig)
+    mesh, more = make_mesh(config.mesh, for_tpus("v5e:4x4")), {}
+    for vocabulary in (32000, 128256):
+        shapes = known_config(config.model.path) | {"vocab_size": vocabulary}
+        model = build_model(ModelSource(shapes, None, None), config.model, "tpu")
+        peaks = []
+        for prompt, answer in ((1024, 512), (0, 1024)):
+            load = aot.Load(pairs=32, parts=1, rows=16, row_length=4096, longest=2048, lengths=(prompt, answer, answer))
+            lowered = aot.lower_step(config, model, mesh, aot.step_arguments(config, model, mesh, load))
+            peaks.append(lowered.compile(IN_MAIN_MEMORY).memory_analysis().peak_memory_in_bytes)
+        more[vocabulary] = peaks[1] - peaks[0]
+    print(more)
+    assert 0 < more[32000] < 2048 * 4096 * 2  # below the states of the added targets: the peak lies in the layers
     assert more[128256] == pytest.approx(more[32000], rel=0.05)
