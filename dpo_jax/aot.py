@@ -16,13 +16,13 @@ from jax.stages import Lowered
 from dpo_jax.assemble import abstract_state, make_step, train_logps_fn
 from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch, up
 from dpo_jax.chips import Topology
-from dpo_jax.compiler import not_kept, platform_flags
+from dpo_jax.compiler import compiler_options, not_kept
 from dpo_jax.config import DPOConfig
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import projections
 from dpo_jax.optimizer import make_optimizer
 from dpo_jax.policy import placed_shapes
-from dpo_jax.sharding import abstract_mesh, make_mesh, placed, platform_of, replicated, row_devices, row_sharding
+from dpo_jax.sharding import abstract_mesh, make_mesh, placed, replicated, row_devices, row_sharding
 from dpo_jax.step import Base, TrainState
 
 NUM_STEPS = 1000  # of the schedule: a number that the compiled step does not depend on
@@ -154,7 +154,8 @@ def step_arguments(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, l
 
 def lower_step(config: DPOConfig, model: Model, mesh: Mesh, arguments: Arguments) -> Lowered:
     """The train step of the config, to be compiled for the mesh's devices."""
-    flags = platform_flags(platform_of(mesh), config.run.compiler_flags)
+    with not_kept():
+        flags = compiler_options(mesh, config.run.compiler_flags)
     optimizer = make_optimizer(config.optimizer, NUM_STEPS)
     step: Any = make_step(config, train_logps_fn(config, model), mesh, optimizer, arguments.state, flags)
     with jax.set_mesh(mesh):

@@ -69,13 +69,18 @@ def _plan(
             raise UserError(f"--lengths: {lengths} cannot be read; write mean tokens of prompt, chosen and rejected "
                             "with commas between, 180,330,300")  # fmt: skip
         known = (float(found[1]), float(found[2]), float(found[3]))
-    if output is not None and not Path(output).absolute().parent.is_dir():
-        raise UserError(f"--output: {output} cannot be written: its folder is not there; make it first")
+    if data and examples is not None:
+        raise UserError(f"--examples: {examples} is given, and --data counts them; keep one")
+    if config.run.steps is not None and examples is not None:
+        raise UserError(f"--examples: {examples} says nothing: run.steps is {config.run.steps}; keep one")
+    if output is not None and (not Path(output).absolute().parent.is_dir() or Path(output).is_dir()):
+        raise UserError(f"--output: {output!r} cannot be written: give a file in a folder that is there")
     from dpo_jax.plan import Known, plan_slices
     from dpo_jax.plan_page import render, table
 
     plans = []
-    for plan in plan_slices(config, topology.split(","), Known(slices, rows, known, examples, data), search):
+    given = Known(slices=slices, rows=rows, lengths=known, examples=examples, data=data)
+    for plan in plan_slices(config, topology.split(","), given, search):
         plans.append(plan)
         print(render(plan), end="\n\n", flush=True)
         if output is not None:

@@ -28,6 +28,9 @@ SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneTyp
 SCALAR_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
+ELSEWHERE = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm", "cdpo": "sigmoid"}  # what others call a choice
+
+
 class CommandLineText(str):
     """Text of an override whose type is decided by the field that it is for."""
 
@@ -183,7 +186,8 @@ def _options(kind: Any) -> list[str]:
 def _remedy(kind: Any, value: Any) -> str:
     wanted = f"{type_words(kind)} is needed"
     if isinstance(value, str):
-        near = difflib.get_close_matches(value, _options(kind), 1)
+        near = [name for name in _options(kind) if name == ELSEWHERE.get(value)]
+        near = near or difflib.get_close_matches(value, _options(kind), 1)
         if near:
             return f"{wanted}; did you mean {near[0]}?"
         if _accepts(kind, _parse_scalar(value)):

@@ -46,9 +46,12 @@ def evaluate(
     what each token adds to the reward (``token_fields``), and writes a page of coloured answers beside ``output``.
 
     Raises:
-        UserError: the config names no evaluation set, or something in it cannot be used.
+        UserError: the config names no evaluation set, or something in it cannot be used; ``output`` is there already.
     """
     page = output.with_suffix(".html")
+    for path in (output, page) if per_token else (output,):
+        if path.exists():
+            raise UserError(f"--output: {path} is there already; choose another name, or take it away first")
     if per_token:
         refuse_per_token(config)
         if page == output:

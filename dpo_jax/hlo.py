@@ -17,6 +17,8 @@ ITEM_BITS = {"pred": 8, "token": 0}  # other types name their bits, as f32 and b
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _EXCHANGE = re.compile(rf"(\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
+# Between slices of TPUs an exchange is handed to the hosts, piece by piece; each slice has a program of its own.
+_HANDED = re.compile(r'\((.*?\]\S*), .*\) send\(.*_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"(calls|body|condition|to_apply|branch_computations|called_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
@@ -45,20 +47,34 @@ class Exchange(NamedTuple):
 
 
 def exchanges(text: str, num_devices: int) -> list[Exchange]:
-    """The collective operations of a program for ``num_devices`` devices, numbered as in its mesh, row by row."""
+    """The collective operations of a program for ``num_devices`` devices, numbered as in its mesh, row by row.
+
+    The text may be that of one of several slices, which do the same.
+    """
     computations, entry = _computations(text)
+    header = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+    in_slice = int(header[1]) if header else num_devices
+    between = np.arange(num_devices).reshape(-1, in_slice).T  # each device with its like in the other slices
     times, unclear = _times(computations, entry)
     found: dict[str, Exchange] = {}
     for name, lines in computations.items():
         for line in lines.values():
-            match = _EXCHANGE.match(line)
-            if match is None or not times[name]:
+            match, handed = _EXCHANGE.match(line), _HANDED.match(line)
+            if not times[name] or (match is None and handed is None):
                 continue
-            result, kind, start = match.groups()
             channel = re.search(r"channel_id=(\d+)", line)
             operation = re.search(r'op_name="([^"]*)"', line)
-            own = Exchange(kind, _num_bytes(result, kind, bool(start)), _groups(line, kind, num_devices), times[name],
-                           operation[1] if operation else "", name in unclear)  # fmt: skip
+            if match is not None:
+                result, kind, start = match.groups()
+                num_bytes, groups = _num_bytes(result, kind, bool(start)), _groups(line, kind, in_slice)
+            else:
+                assert handed is not None
+                kind, groups = handed[2].lower().replace("_", "-"), between
+                # what is sent is a share of what is gathered, and all of what is scattered
+                share = {"all-gather": len(groups[0]), "reduce-scatter": 1 / len(groups[0])}.get(kind, 1)
+                kind = kind if kind in KINDS else "collective-permute"
+                num_bytes = int(_num_bytes(handed[1], kind, start=False) * share)
+            own = Exchange(kind, num_bytes, groups, times[name], operation[1] if operation else "", name in unclear)
             # one that runs beside other work stands, with the same channel, in each piece of that work
             key = f"{channel[1]} {kind} {own.num_bytes} {own.source}" if channel else f"{name} {line}"
             if key not in found or own.times > found[key].times:

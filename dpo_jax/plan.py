@@ -7,6 +7,7 @@ machine. Memory and exchanges are the compiled program's; operations, traffic an
 import math
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +16,12 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax.aot import Compiled, Load, compile_step, slice_mesh
-from dpo_jax.batch import up
 from dpo_jax.chips import Topology, parse_topology
 from dpo_jax.config import DPOConfig, ModelConfig
+from dpo_jax.data.packing import Packer
 from dpo_jax.data.sets import open_sets
 from dpo_jax.errors import UserError, require
-from dpo_jax.hlo import exchanges
+from dpo_jax.hlo import Exchange, exchanges
 from dpo_jax.models.decoder import Model, count_adapters, count_params
 from dpo_jax.models.flops import Work, causal_pairs
 from dpo_jax.models.known import known_config
@@ -30,7 +31,7 @@ from dpo_jax.sharding import row_devices
 from dpo_jax.throughput import model_flops
 
 GIB = 2**30
-FILL = 0.97  # of rows that are packed from many pairs
+STEPS_LOOKED_AT = 50  # of the data, for the rows that they need
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Known:
     slices: int = 1
     rows: int | None = None  # of ``batch.row_length`` tokens, a device and part; None: what the lengths ask for, else 1
     lengths: tuple[float, float, float] | None = None  # None: rows are taken to be full, of pairs in equal thirds
+    steps: np.ndarray | None = None  # [steps, pairs, 3] of the data; lengths are their means
     examples: int | None = None  # pairs of the data, for the hours of a run that is not given in steps
-    data: bool = False  # read the data for both
+    data: bool = False  # read the data for all of these
 
 
 def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, search: bool) -> Iterator[dict[str, Any]]:
@@ -54,7 +56,6 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, sear
     if known.data:
         known = _measured(config, source, known)
     for slice_ in slices:
-        print(f"compiling for {slice_.name}, which takes minutes", file=sys.stderr)
         found = plan(config, source, slice_, known)
         yield found
         if search and found["memory"]["fits"] is False:
@@ -82,6 +83,7 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
                   "row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths),
                   "assumed": known.lengths is None},
     }  # fmt: skip
+    print(f"compiling for {slice_.name}, which takes minutes", file=sys.stderr)
     compiled = compile_step(config, model, mesh, load)
     found |= {"compile_seconds": compiled.seconds, "memory": _memory(compiled, slice_)}
     if compiled.text is None and compiled.seconds is not None:
@@ -134,12 +136,14 @@ def _halved(known: Known) -> Known:
 
 
 def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
-    """Lengths and number of the pairs that the config trains on."""
+    """Lengths and number of the pairs that the config trains on, and those of its first steps."""
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = open_sets(config, tokenizer)
     ids = np.concatenate(sets.order.groups)
     prompt, chosen, rejected = sets.train.lengths[ids].mean(0).tolist()
-    return replace(known, lengths=(prompt, chosen, rejected), examples=len(ids))
+    drawn = np.stack([sets.order.step_ids(step) for step in range(min(sets.order.num_steps, STEPS_LOOKED_AT))])
+    steps = np.where(drawn[..., None] >= 0, sets.train.lengths[drawn], 0)
+    return replace(known, lengths=(prompt, chosen, rejected), steps=steps, examples=len(ids))
 
 
 def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
@@ -154,6 +158,8 @@ def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
 def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Load:
     """Rows and lengths of a step, from what is known of them."""
     batch, devices, rows, lengths = config.batch, row_devices(mesh), known.rows, known.lengths
+    require(batch.layout != "padded", "batch.layout", batch.layout,
+            "its rows follow the data; plan shared or repeated")  # fmt: skip
     if batch.row_length == "auto":
         raise UserError("batch.row_length: auto takes it from the data, which plan does not read; give a number, such "
                         "as --batch.row_length 4096")  # fmt: skip
@@ -162,7 +168,9 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
     num_rows = (rows or 1) * devices
     if lengths is None:
         room = batch.row_length * min(num_rows / pairs, copies)
-        each = min(room / (copies + 2), config.data.max_length / 2)
+        each = float(int(min(room / (copies + 2), config.data.max_length / 2)))
+        require(each > 0, "batch.row_length", batch.row_length,
+                f"no row has room for {pairs / num_rows:g} pairs; give --rows, or raise it")  # fmt: skip
         lengths = (each, each, each)
     load = Load(pairs=batch.pairs, parts=batch.accumulation, rows=num_rows, row_length=batch.row_length,
                 lengths=lengths, copies=copies, longest=min(config.data.max_length, batch.row_length))  # fmt: skip
@@ -171,11 +179,20 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
         raise UserError(f"--lengths: {lengths} cannot be: a prompt and an answer have at most data.max_length tokens, "
                         f"{config.data.max_length}, and a pair a row's, {batch.row_length}; give means")  # fmt: skip
     if known.lengths is not None and rows is None:
-        load = replace(load, rows=up(pairs * load.unit / batch.row_length / FILL, devices))
+        alike = np.tile(np.round(lengths).astype(int), (1, batch.pairs, 1))
+        load = replace(load, rows=_rows_needed(alike if known.steps is None else known.steps, config, devices))
     if load.fill > 1:
         raise UserError(f"--rows: {rows} rows of {batch.row_length} tokens a device do not hold {pairs:g} pairs of "
                         f"{load.unit:g} tokens; give more, or raise batch.accumulation")  # fmt: skip
     return load
+
+
+def _rows_needed(steps: np.ndarray, config: DPOConfig, devices: int) -> int:
+    """Rows of the part that needs most, of pairs of these lengths, [steps, pairs, 3]."""
+    batch = config.batch
+    assert batch.row_length != "auto"
+    packer = Packer(batch.layout, devices, batch.row_length, batch.accumulation)
+    return max(len(rows) for lengths in steps for rows in packer.rows(lengths, lengths[:, 1:]))
 
 
 def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
@@ -222,7 +239,7 @@ def _costs(
                     "tokens_per_second": load.pairs * load.unit / t}  # fmt: skip
     costs = {
         "flops": {"model": useful, "hardware": hardware, "model_a_pair": useful / load.pairs},
-        "exchanges": _by_kind(found),
+        "exchanges": _by_kind(found, devices // known.slices),
         "exchanges_at_least": any(one.at_least for one in found),
         "seconds": seconds,
         "bound": bound,
@@ -241,10 +258,13 @@ def _band(model: Model, load: Load) -> int:
     return min(filter(None, (load.longest, model.config.window)))
 
 
-def _by_kind(found: Sequence[Any]) -> dict[str, dict[str, float]]:
-    kinds = sorted({one.kind for one in found})
-    own = {kind: [one for one in found if one.kind == kind] for kind in kinds}
+def _by_kind(found: Sequence[Exchange], devices_per_slice: int) -> dict[str, dict[str, float]]:
+    """How often, and GiB a device, of each kind of exchange; those that leave a slice are kinds of their own."""
+    own: dict[str, list[Exchange]] = defaultdict(list)
+    for one in found:
+        leaves = any(len(np.unique(group // devices_per_slice)) > 1 for group in one.groups)
+        own[f"{one.kind} between slices" if leaves else one.kind].append(one)
     return {
         kind: {"times": sum(one.times for one in ones), "gib": sum(one.moved * one.times for one in ones) / GIB}
-        for kind, ones in own.items()
+        for kind, ones in sorted(own.items())
     }

@@ -33,7 +33,7 @@ def render(plan: dict[str, Any]) -> str:
         f"step       {batch['pairs']} pairs{parts}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
         f"           {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens",
         *(
-            ["           ASSUMED: rows are full, thirds equal; --rows, --lengths or --data say more"]
+            ["           ASSUMED: equal lengths that fill the rows; --rows, --lengths or --data say more"]
             if batch["assumed"]
             else []
         ),

@@ -32,7 +32,8 @@ def matrix_traffic(model: Model, tokens: int, targets: int, *, parts: int, tenso
         live_reference: one forward pass more.
     """
     width = 2 if model.dtype == "bfloat16" else 4
-    products = 1 + live_reference + 2  # forward, the reference's; by the input, and by the matrix
+    by_matrix = model.lora is None  # the model's own matrices are trained; adapters are small beside them
+    products = 1 + live_reference + 1 + by_matrix  # forward, the reference's; by the input, and by the matrix
     again = recomputed_projections(model.config, model.remat)
     layer = sum(
         (products + (name in again)) * width * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)
@@ -40,7 +41,7 @@ def matrix_traffic(model: Model, tokens: int, targets: int, *, parts: int, tenso
     )
     # no scores are kept, so that they are computed again whatever is kept of the layers
     c = model.config
-    head = (4 + live_reference) * width * (targets * c.hidden + c.hidden * c.vocab / tensor)
+    head = (3 + live_reference + by_matrix) * width * (targets * c.hidden + c.hidden * c.vocab / tensor)
     return parts * (c.layers * layer + head)
 
 

@@ -180,6 +180,12 @@ def announce(parts: Parts, run: RunDir) -> None:
     say(config.run.progress, f"model: {size}, {parts.model.dtype}; mesh: {mesh}")
     say(config.run.progress, f"data: {order.epoch_draws} to train on{evals}; {dropped}")
     say(config.run.progress, f"steps: {order.num_steps} of {order.batch}, in rows of {rows} tokens")
+    lengths = batches.store.lengths
+    longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
+    made_for = parts.source.hf_config.get("max_position_embeddings", longest)
+    if longest > made_for:
+        say(config.run.progress, f"note: a prompt and answer have up to {longest} tokens, the model was made for "
+                                 f"{made_for} (max_position_embeddings): lower data.max_length")  # fmt: skip
 
 
 def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None:
@@ -228,9 +234,20 @@ def begin(job: Job, state: TrainState) -> Progress:
             prove_start(job.parts, policy, fixed)
         else:
             say(job.parts.config.run.progress, f"mean margin at the start: {mean_margin(policy, fixed):.6g} nats")
+    measured: dict[str, float] = {}
     if job.parts.evals:
-        job.log.evaluation(0, *evaluate_sets(job.parts, job.policy(state), job.reference))
+        measured, distributions = evaluate_sets(job.parts, job.policy(state), job.reference)
+        job.log.evaluation(0, measured, distributions)
+    refuse_unmeasured(job.parts.config, measured)
     return Progress(0, 0)
+
+
+def refuse_unmeasured(config: DPOConfig | SFTConfig, measured: Mapping[str, float]) -> None:
+    """Raise one line if no save could be told best, before any step is made."""
+    name = config.checkpoint.best_metric
+    if name is not None and name not in measured:
+        names = ", ".join(sorted(measured)) or "nothing: give data.eval, or data.eval_fraction"
+        raise UserError(f"checkpoint.best_metric: {name!r} is not measured: what is measured is {names}")
 
 
 def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: Callable[[int], bool]) -> TrainState:

@@ -83,6 +83,7 @@ commit_to_send() { # of the committed tree; with ALLOW_DIRTY=1 of one with the c
 check_run() { # COMMIT CONFIG [--section.key VALUE ...]: refuse what cannot start, or is not found again
   local config=${2:-} word
   [[ -n $config ]] || refuse CONFIG "" "name a config of the repository, such as configs/llama3_8b_v5e16.yaml"
+  [[ $config == *.y*ml ]] || refuse CONFIG "$config" "a config ends in .yaml"
   [[ $config != /* && $config != -* && $config != *..* ]] || refuse CONFIG "$config" "a path from the repository's root"
   git -C "$here/.." cat-file blob "$1:./$config" >/dev/null 2>&1 ||
     refuse CONFIG "$config" "commit $1 holds no such file: commit it, or take one of configs/README.md"

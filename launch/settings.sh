@@ -41,8 +41,10 @@ done
 need PROJECT '[a-z][-a-z0-9.:]*' "the id of your Google Cloud project"
 [[ $PROJECT != my-project ]] || refuse PROJECT "$PROJECT" "this is the example's: the id of your Google Cloud project"
 need ZONE '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone such as us-west4-a"
-need NAME '[a-z]([-a-z0-9]*[a-z0-9])?' "lower-case letters, digits and dashes"
-need TYPE '(v4|v5litepod|v5p|v6e)-[1-9][0-9]*' "v4-N, v5litepod-N, v5p-N or v6e-N; this interface knows no newer TPUs"
+need NAME '[a-z]([-a-z0-9]{0,60}[a-z0-9])?' "lower-case letters, digits and dashes, at most 62"
+need TYPE '(v4|v5litepod|v5p|v6e)-[1-9][0-9]{0,4}' "v4-N, v5litepod-N, v5p-N or v6e-N; newer TPUs are not known here"
+[[ $TYPE =~ ^(v4|v5p)- || " 1 4 8 16 32 64 128 256 " == *" ${TYPE#*-} "* ]] ||
+  refuse TYPE "$TYPE" "there are slices of 1, 4, 8, 16, 32, 64, 128 and 256 chips"
 need RUNTIME '[a-z0-9][-a-z0-9.]*' "the image that belongs to TYPE, see launch/env.example"
 declare -A images=([v4]=tpu-ubuntu2204-base [v5litepod]=v2-alpha-tpuv5-lite [v5p]=v2-alpha-tpuv5 [v6e]=v2-alpha-tpuv6e)
 [[ $RUNTIME == "${images[${TYPE%-*}]}" || " ${images[*]} " != *" $RUNTIME "* ]] ||
@@ -58,21 +60,22 @@ need NFS '([^:[:space:]]+:/[^[:space:]]*)?' "host:/share, or nothing"
   refuse NFS "" "several hosts need host:/share, or RUNS_SHARED=1 if each sees the same files in RUNS without it"
 [[ -n $NFS || ${RUNS_SHARED:-} == 1 || ${DELETE_WHEN_DONE:-} != 1 ]] || refuse DELETE_WHEN_DONE 1 \
   "RUNS is on the slice's own disk, and the result with it; name a share by NFS, or say RUNS_SHARED=1 if it is one"
-need MOUNT '/[^[:space:]]*' "an absolute path without spaces"
+need MOUNT '/[^[:space:]]*[^/[:space:]]' "an absolute path without spaces, and without / at its end"
 need RUNS '/[^[:space:]]*' "an absolute path that every worker sees; gs:// is not one: mount storage there"
-[[ -z $NFS || $RUNS/ == "$MOUNT"/* ]] || refuse RUNS "$RUNS" "with NFS it lies under MOUNT, $MOUNT"
+[[ -z $NFS || $RUNS/ == "$MOUNT"/* && $RUNS/ != */../* ]] || refuse RUNS "$RUNS" "with NFS it lies under MOUNT, $MOUNT"
 need RUN_ID '[A-Za-z0-9][-A-Za-z0-9_.]*' "letters, digits, dashes, dots and underscores"
 need COMMAND 'train|sft' "train or sft"
 need PYTHON '3\.(1[1-9]|[2-9][0-9])' "3.11 or newer"
 need COORDINATOR_PORT '[1-9][0-9]{0,4}' "the number of a port"
+((COORDINATOR_PORT < 65536)) || refuse COORDINATOR_PORT "$COORDINATOR_PORT" "ports end at 65535"
 [[ -z $SECRETS || -f $SECRETS ]] || refuse SECRETS "$SECRETS" "no such file: name one of lines NAME=value, or nothing"
 need POLL_SECONDS '[0-9]+(\.[0-9]+)?' "a number of seconds"
 for count in STOP_SECONDS HALT_SECONDS ASK_SECONDS START_SECONDS; do
-  need "$count" '[1-9][0-9]*' "a number of seconds"
+  need "$count" '[1-9][0-9]{0,8}' "a number of seconds"
 done
 for count in RETRY_SECONDS LOST_SECONDS STALL_SECONDS BACKOFF_SECONDS BACKOFF_CAP; do
-  need "$count" '[0-9]+' "a number of seconds"
+  need "$count" '0|[1-9][0-9]{0,8}' "a number of seconds"
 done
 for count in MAX_RESTARTS MAX_REQUESTS; do
-  need "$count" '[0-9]+' "a number"
+  need "$count" '0|[1-9][0-9]{0,8}' "a number"
 done

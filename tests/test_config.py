@@ -49,6 +49,7 @@ BAD = [
     ({"model__path": 3}, "model.path: 3 cannot be used: text is needed; put it in quotes"),
     ({"model__path": None}, "model.path: None cannot be used: text is needed"),
     ({"loss__type": "sigmod"}, "did you mean sigmoid?"),
+    ({"loss__type": "dpo"}, "did you mean sigmoid?"),
     ({"batch__row_length": "automatic"}, "batch.row_length: 'automatic' cannot be used: auto or a whole number"),
     ({"batch__pair": 8}, "batch.pair: unknown option: did you mean batch.pairs?"),
     ({"los": {"beta": 1}}, "los: unknown option: did you mean loss?"),

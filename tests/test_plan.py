@@ -28,7 +28,7 @@ from dpo_jax.configfile import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.hlo import Exchange
 from dpo_jax.logprobs import BLOCK, make_logps_fn
-from dpo_jax.models.decoder import make_model
+from dpo_jax.models.decoder import Lora, make_model
 from dpo_jax.models.families import builtin_model, decoder_config
 from dpo_jax.models.known import known_config
 from dpo_jax.plan import Known, find_load, plan, plan_slices, search_fit
@@ -68,12 +68,15 @@ def test_rows_follow_the_lengths():
     assert load.targets == 192  # 60% of a row, in whole blocks
     assert find_load(config, mesh, Known(lengths=(20, 16, 14), rows=3)).rows == 12
     full = find_load(config, mesh, Known())
-    assert (full.rows, full.fill) == (4, 1)
+    assert (full.rows, full.lengths) == (4, (10, 10, 10))  # of 10.67 that a pair has room for
+    steps = np.full((1, 64, 3), 50)  # one a row, in both parts of the step
+    steps[:, :32] = 80
+    assert find_load(config, mesh, Known(lengths=(20, 16, 14), steps=steps)).rows == 32
     repeated = tiny(batch=BatchConfig(pairs=64, row_length=256, accumulation=2, layout="repeated"))
     load = find_load(repeated, mesh, Known(lengths=(20, 16, 14)))
     assert (load.rows, load.unit, load.targets) == (12, 70, 128)  # 2240 tokens a part: 9.02 rows, 3 a device
     few = tiny(batch=BatchConfig(pairs=2, row_length=64), data=replace(config.data, max_length=256))
-    assert find_load(few, mesh, Known()).unit == 64  # of the 128 there would be room for
+    assert find_load(few, mesh, Known()).lengths == (21, 21, 21)  # a pair has 64, though there is room for 128
     assert find_load(replace(few, data=replace(few.data, max_length=32)), mesh, Known()).lengths == (16, 16, 16)
     with pytest.raises(UserError, match=r"--rows: 1 rows of 256 tokens a device do not hold 32 pairs of 50 tokens"):
         find_load(config, mesh, Known(lengths=(20, 16, 14), rows=1))
@@ -108,6 +111,9 @@ def test_traffic_of_a_layer_is_that_of_its_operands():
     twice = matrix_traffic(replace(model, remat="full"), 7, 5, parts=2, tensor=1, live_reference=True)
     down = 2 * config.layers * (7 * (f + d) + f * d)  # the one whose result is not made again
     assert twice == pytest.approx(2 * (5 * one_product - down + head * 5 / 4))
+    adapted = replace(model, lora=Lora(rank=2, scale=1.0, targets=frozenset({"query"})))
+    found = matrix_traffic(adapted, 7, 5, parts=1, tensor=1, live_reference=False)
+    assert found == pytest.approx(2 * one_product + head * 3 / 4)  # no gradient by the matrices
 
 
 # Compiled, small
@@ -145,6 +151,18 @@ def test_a_small_plan_says_what_the_command_prints(tmp_path, capsys):
     assert first["run"]["chip_hours"][0] == pytest.approx(100 * best["step_seconds"] / 3600 * 4)
 
 
+def test_what_leaves_a_slice_is_told_apart():
+    """Two slices of copies: they add up their gradients, of each device at least its share, at most the whole."""
+    config = tiny(mesh=MeshConfig(data=2))
+    found = planned(config, "v5e:2x2", Known(slices=2))
+    kind = "all-reduce between slices"
+    assert {name for name in found["exchanges"] if "between" in name} == {kind}
+    gradients = 4 * found["model"]["parameters"] / GIB
+    assert gradients / 4 < found["exchanges"][kind]["gib"] < gradients  # the compiler adds small ones before it spreads
+    dcn = CHIPS["v5e"].dcn_bandwidth
+    assert found["seconds"]["dcn"] == pytest.approx(found["exchanges"][kind]["gib"] * GIB / dcn)
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_made_to_fit():
     """A layer wide enough that one chip holds the step of one row, and not of two."""
@@ -172,7 +190,22 @@ def test_what_does_not_fit_is_made_to_fit():
         (["--topology", "v4:2x2x1", "--slices", "2"], "--slices: 2 cannot be used: how fast slices of v4 exchange"),
         (["--topology", "v5e:2x2", "--mesh.tensor", "8"], "mesh:"),
         (["--topology", "v5e:2x2", "--lengths", "200,50,40"], "--lengths: (200.0, 50.0, 40.0) cannot be: a prompt and"),
-        (["--topology", "v5e:2x2", "--output", "no/plan.json"], "--output: no/plan.json cannot be written"),
+        (["--topology", "v5e:2x2", "--output", "no/plan.json"], "--output: 'no/plan.json' cannot be written"),
+        (["--topology", "v5e:2x2", "--output", ""], "--output: '' cannot be written: give a file"),
+        (["--topology", "v5e:2x2", "--data", "--examples", "9"], "--examples: 9 is given, and --data counts them"),
+        (
+            ["--topology", "v5e:2x2", "--run.steps", "9", "--examples", "9"],
+            "--examples: 9 says nothing: run.steps is 9",
+        ),
+        (["--topology", "v5e:1x1", "--batch.pairs", "256"], "batch.row_length: 256 cannot be used: no row has room"),
+        (
+            ["--topology", "v5e:2x2", "--batch.layout", "padded", "--batch.row_length", "auto"],
+            "batch.layout: 'padded' cannot be used: its rows follow the data; plan shared or repeated",
+        ),
+        (
+            ["--topology", "v5e:2x2", "--run.compiler_flags.xla_foo", "3"],
+            "run.compiler_flags: {'xla_foo': '3'} cannot be",
+        ),
         (["--topology", "v5e:2x2", "--mesh.tensor", "3"], "does not use 4 devices: 3 does not divide 4"),
         (["--topology", "v5e:2x2", "--data", "--lengths", "1,2,3"], "--lengths: 1,2,3 is given, and --data measures"),
     ],

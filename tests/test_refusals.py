@@ -520,6 +520,27 @@ BAD_RUNS = [
         "run.dir:  ... was trained against another reference",
     ),
     (
+        "an output that is there",
+        nothing,
+        "eval c.yaml --run.dir run --output pairs.jsonl --data.eval.x pairs.jsonl",
+        2,
+        "--output: pairs.jsonl is there already; choose another name",
+    ),
+    (
+        "nothing measured, so no best",
+        nothing,
+        "train c.yaml --run.dir next --checkpoint.keep_best 1 --checkpoint.best_metric eval_x_loss",
+        2,
+        "checkpoint.best_metric: 'eval_x_loss' is not measured: what is measured is nothing",
+    ),
+    (
+        "another metric for the best",
+        nothing,
+        "train c.yaml --run.dir next --data.eval.x pairs.jsonl --checkpoint.keep_best 1 --checkpoint.best_metric loss",
+        2,
+        "checkpoint.best_metric: 'loss' is not measured: what is measured is  ...  eval_x_loss, ",
+    ),
+    (
         "no place for the output",
         nothing,
         "eval c.yaml --run.dir run --output pairs.jsonl/o.jsonl --data.eval.x pairs.jsonl",
