@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -65,13 +66,14 @@ def cached_logps(
         _put(whole, ids[new], {field: np.asarray(values)[new] for field, values in fields.items()}, shape)
         found[ids[new]] += 1
         if count % jax.process_count() == jax.process_index():
-            _write(_part_path(path, int(ids[0])), made_by, {**fields, "ids": ids})
+            with suppress(FileNotFoundError):  # another run came first with the whole, and took all parts away
+                _write(_part_path(path, int(ids[0])), made_by, {**fields, "ids": ids})
     _refuse_gaps(whole, found, path)
     if hosts.is_writer():
         _write(path, made_by, whole)
     hosts.barrier("reference cache")
     if hosts.is_writer():
-        for part in _part_paths(path):
+        for part in path.parent.glob(f"{path.stem}.part-*"):  # with those whose writer was killed at it
             part.unlink(missing_ok=True)
     return whole
 

@@ -235,14 +235,14 @@ def test_a_run_of_adapters_goes_on_to_the_same_bytes(made, shared, tmp_path):
 
 def test_evaluation_is_that_of_the_run(made, tmp_path):
     config = parse_config(made / "run" / "config.yaml", {}, DPOConfig)
-    found = evaluate(config, tmp_path / "pairs.jsonl")["sets"]["held_out"]
+    found = evaluate(config, tmp_path / "first.jsonl")["sets"]["held_out"]
     logged = read_json(made / "run" / "metrics.jsonl")[-1]
     for name in ("loss", "rewards/margins", "logps/chosen"):
         assert found[name] == pytest.approx(logged[f"eval_held_out_{name}"], rel=1e-4), name
     other = replace(config, lora=replace(config.lora, alpha=8.0))
     with pytest.raises(UserError, match=r"run\.dir: .* was trained with other adapters"):
-        evaluate(other, tmp_path / "pairs.jsonl")
-    start = evaluate(replace(config, run=replace(config.run, dir=str(tmp_path / "none"))), tmp_path / "pairs.jsonl")
+        evaluate(other, tmp_path / "second.jsonl")
+    start = evaluate(replace(config, run=replace(config.run, dir=str(tmp_path / "none"))), tmp_path / "third.jsonl")
     assert start["sets"]["held_out"]["loss"] == pytest.approx(np.log(2), abs=3e-6)
 
 
