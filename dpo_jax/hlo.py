@@ -45,6 +45,10 @@ class Exchange(NamedTuple):
                   "collective-permute": 1.0}  # fmt: skip
         return factor[self.kind] * self.num_bytes
 
+    def slices(self, devices_per_slice: int) -> int:
+        """How many slices it spans."""
+        return max(len(np.unique(group // devices_per_slice)) for group in self.groups)
+
 
 def exchanges(text: str, num_devices: int) -> list[Exchange]:
     """The collective operations of a program for ``num_devices`` devices, numbered as in its mesh, row by row.
@@ -54,32 +58,45 @@ def exchanges(text: str, num_devices: int) -> list[Exchange]:
     computations, entry = _computations(text)
     header = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
     in_slice = int(header[1]) if header else num_devices
-    between = np.arange(num_devices).reshape(-1, in_slice).T  # each device with its like in the other slices
+    like = np.arange(num_devices).reshape(-1, in_slice).T  # each device, and those like it in the other slices
     times, unclear = _times(computations, entry)
     found: dict[str, Exchange] = {}
     for name, lines in computations.items():
         for line in lines.values():
-            match, handed = _EXCHANGE.match(line), _HANDED.match(line)
-            if not times[name] or (match is None and handed is None):
+            exchange = (_inside(line, in_slice) or _between(line, like)) if times[name] else None
+            if exchange is None:
                 continue
+            kind, num_bytes, groups = exchange
             channel = re.search(r"channel_id=(\d+)", line)
             operation = re.search(r'op_name="([^"]*)"', line)
-            if match is not None:
-                result, kind, start = match.groups()
-                num_bytes, groups = _num_bytes(result, kind, bool(start)), _groups(line, kind, in_slice)
-            else:
-                assert handed is not None
-                kind, groups = handed[2].lower().replace("_", "-"), between
-                # what is sent is a share of what is gathered, and all of what is scattered
-                share = {"all-gather": len(groups[0]), "reduce-scatter": 1 / len(groups[0])}.get(kind, 1)
-                kind = kind if kind in KINDS else "collective-permute"
-                num_bytes = int(_num_bytes(handed[1], kind, start=False) * share)
             own = Exchange(kind, num_bytes, groups, times[name], operation[1] if operation else "", name in unclear)
             # one that runs beside other work stands, with the same channel, in each piece of that work
             key = f"{channel[1]} {kind} {own.num_bytes} {own.source}" if channel else f"{name} {line}"
             if key not in found or own.times > found[key].times:
                 found[key] = own
     return list(found.values())
+
+
+def _inside(line: str, num_devices: int) -> tuple[str, int, np.ndarray] | None:
+    """Kind, bytes and groups of an exchange between devices of one program."""
+    match = _EXCHANGE.match(line)
+    if match is None:
+        return None
+    result, kind, start = match.groups()
+    return kind, _num_bytes(result, kind, bool(start)), _groups(line, kind, num_devices)
+
+
+def _between(line: str, groups: np.ndarray) -> tuple[str, int, np.ndarray] | None:
+    """The same of what is handed to the hosts; the line has what a device sends, not the result."""
+    match = _HANDED.match(line)
+    if match is None:
+        return None
+    sent, kind = match[1], match[2].lower().replace("_", "-")
+    if kind not in KINDS:  # from one slice to another
+        kind = "collective-permute"
+    members = groups.shape[1]
+    share = {"all-gather": members, "reduce-scatter": 1 / members}.get(kind, 1)
+    return kind, int(_num_bytes(sent, kind, start=False) * share), groups
 
 
 Computation = dict[str, str]  # instruction by name; that of the result also as ROOT

@@ -262,8 +262,7 @@ def _by_kind(found: Sequence[Exchange], devices_per_slice: int) -> dict[str, dic
     """How often, and GiB a device, of each kind of exchange; those that leave a slice are kinds of their own."""
     own: dict[str, list[Exchange]] = defaultdict(list)
     for one in found:
-        leaves = any(len(np.unique(group // devices_per_slice)) > 1 for group in one.groups)
-        own[f"{one.kind} between slices" if leaves else one.kind].append(one)
+        own[f"{one.kind} between slices" if one.slices(devices_per_slice) > 1 else one.kind].append(one)
     return {
         kind: {"times": sum(one.times for one in ones), "gib": sum(one.moved * one.times for one in ones) / GIB}
         for kind, ones in sorted(own.items())

@@ -6,8 +6,6 @@ what it takes if nothing runs beside anything else.
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from dpo_jax.chips import Chip
 from dpo_jax.hlo import Exchange
 from dpo_jax.models.decoder import Model
@@ -50,7 +48,7 @@ def exchange_times(found: Sequence[Exchange], chip: Chip, devices_per_slice: int
     seconds = {"ici": 0.0, "dcn": 0.0}
     for one in found:
         members = one.groups.shape[1]
-        slices = max(len(np.unique(group // devices_per_slice)) for group in one.groups)
+        slices = one.slices(devices_per_slice)
         if one.kind == "collective-permute" or slices == 1:
             seconds["ici" if slices == 1 else "dcn"] += _busy(one.moved * one.times, chip, slices > 1)
             continue
