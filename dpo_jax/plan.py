@@ -18,8 +18,9 @@ from jax.sharding import AbstractMesh, Mesh
 from dpo_jax.aot import Compiled, Load, compile_step, slice_mesh
 from dpo_jax.chips import Topology, parse_topology
 from dpo_jax.config import DPOConfig, ModelConfig
-from dpo_jax.data.packing import Packer
-from dpo_jax.data.sets import open_sets
+from dpo_jax.data.batches import train_batches
+from dpo_jax.data.packing import assign_rows, make_units
+from dpo_jax.data.sets import DataSets, open_sets
 from dpo_jax.errors import UserError, require
 from dpo_jax.hlo import Exchange, exchanges
 from dpo_jax.models.decoder import Model, count_adapters, count_params
@@ -31,7 +32,6 @@ from dpo_jax.sharding import row_devices
 from dpo_jax.throughput import model_flops
 
 GIB = 2**30
-STEPS_LOOKED_AT = 50  # of the data, for the rows that they need
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Known:
     slices: int = 1
     rows: int | None = None  # of ``batch.row_length`` tokens, a device and part; None: what the lengths ask for, else 1
     lengths: tuple[float, float, float] | None = None  # None: rows are taken to be full, of pairs in equal thirds
-    steps: np.ndarray | None = None  # [steps, pairs, 3] of the data; lengths are their means
+    sets: DataSets | None = None  # the data, whose means the lengths are, and which decides the rows and the steps
     examples: int | None = None  # pairs of the data, for the hours of a run that is not given in steps
     data: bool = False  # read the data for all of these
 
@@ -136,14 +136,12 @@ def _halved(known: Known) -> Known:
 
 
 def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
-    """Lengths and number of the pairs that the config trains on, and those of its first steps."""
+    """The pairs that the config trains on, and their lengths."""
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = open_sets(config, tokenizer)
-    ids = np.concatenate(sets.order.groups)
-    prompt, chosen, rejected = sets.train.lengths[ids].mean(0).tolist()
-    drawn = np.stack([sets.order.step_ids(step) for step in range(min(sets.order.num_steps, STEPS_LOOKED_AT))])
-    steps = np.where(drawn[..., None] >= 0, sets.train.lengths[drawn], 0)
-    return replace(known, lengths=(prompt, chosen, rejected), steps=steps, examples=len(ids))
+    ids = np.concatenate([sets.order.step_ids(step) for step in range(sets.order.num_steps)])
+    prompt, chosen, rejected = sets.train.lengths[ids[ids >= 0]].mean(0).tolist()
+    return replace(known, lengths=(prompt, chosen, rejected), sets=sets)
 
 
 def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
@@ -178,21 +176,17 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
     if longest > config.data.max_length or max(longest, load.unit / copies) > batch.row_length:
         raise UserError(f"--lengths: {lengths} cannot be: a prompt and an answer have at most data.max_length tokens, "
                         f"{config.data.max_length}, and a pair a row's, {batch.row_length}; give means")  # fmt: skip
-    if known.lengths is not None and rows is None:
-        alike = np.tile(np.round(lengths).astype(int), (1, batch.pairs, 1))
-        load = replace(load, rows=_rows_needed(alike if known.steps is None else known.steps, config, devices))
+    if rows is None and known.sets is not None:
+        return replace(load, rows=train_batches(config, known.sets, devices).packer.shapes[-1].rows)
+    if rows is None and known.lengths is not None:
+        alike = np.tile(np.round(lengths).astype(int), (int(pairs), 1))
+        units = make_units(alike, alike[:, 1:], batch.layout)
+        packed = assign_rows(units, layout=batch.layout, multiple=devices, row_length=batch.row_length)
+        return replace(load, rows=len(packed))
     if load.fill > 1:
         raise UserError(f"--rows: {rows} rows of {batch.row_length} tokens a device do not hold {pairs:g} pairs of "
                         f"{load.unit:g} tokens; give more, or raise batch.accumulation")  # fmt: skip
     return load
-
-
-def _rows_needed(steps: np.ndarray, config: DPOConfig, devices: int) -> int:
-    """Rows of the part that needs most, of pairs of these lengths, [steps, pairs, 3]."""
-    batch = config.batch
-    assert batch.row_length != "auto"
-    packer = Packer(batch.layout, devices, batch.row_length, batch.accumulation)
-    return max(len(rows) for lengths in steps for rows in packer.rows(lengths, lengths[:, 1:]))
 
 
 def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
@@ -246,7 +240,11 @@ def _costs(
         "at_best": of(best),
         "one_after_another": of(worst),
     }
-    steps = config.run.steps or (known.examples and math.ceil((config.run.epochs or 1) * known.examples / load.pairs))
+    if known.sets is not None:
+        steps = known.sets.order.num_steps
+    else:
+        epochs = config.run.epochs or 1
+        steps = config.run.steps or (known.examples and math.ceil(epochs * known.examples / load.pairs))
     if steps:
         hours = [steps * t / 3600 for t in (best, worst)]
         costs["run"] = {"steps": steps, "hours": hours, "chip_hours": [t * devices / chip.devices for t in hours]}

@@ -25,6 +25,8 @@ from dpo_jax.config import (
     SourceConfig,
 )
 from dpo_jax.configfile import parse_config
+from dpo_jax.data.batches import train_batches
+from dpo_jax.data.sets import open_sets
 from dpo_jax.errors import UserError
 from dpo_jax.hlo import Exchange
 from dpo_jax.logprobs import BLOCK, make_logps_fn
@@ -33,7 +35,7 @@ from dpo_jax.models.families import builtin_model, decoder_config
 from dpo_jax.models.known import known_config
 from dpo_jax.plan import Known, find_load, plan, plan_slices, search_fit
 from dpo_jax.plan_page import render, table
-from dpo_jax.policy import ModelSource, build_model
+from dpo_jax.policy import ModelSource, build_model, find_model, find_tokenizer
 from dpo_jax.roofline import exchange_times, matrix_traffic
 from dpo_jax.sharding import make_mesh, row_sharding
 
@@ -69,9 +71,6 @@ def test_rows_follow_the_lengths():
     assert find_load(config, mesh, Known(lengths=(20, 16, 14), rows=3)).rows == 12
     full = find_load(config, mesh, Known())
     assert (full.rows, full.lengths) == (4, (10, 10, 10))  # of 10.67 that a pair has room for
-    steps = np.full((1, 64, 3), 50)  # one a row, in both parts of the step
-    steps[:, :32] = 80
-    assert find_load(config, mesh, Known(lengths=(20, 16, 14), steps=steps)).rows == 32
     repeated = tiny(batch=BatchConfig(pairs=64, row_length=256, accumulation=2, layout="repeated"))
     load = find_load(repeated, mesh, Known(lengths=(20, 16, 14)))
     assert (load.rows, load.unit, load.targets) == (12, 70, 128)  # 2240 tokens a part: 9.02 rows, 3 a device
@@ -149,6 +148,24 @@ def test_a_small_plan_says_what_the_command_prints(tmp_path, capsys):
     assert best["mfu"] == pytest.approx(first["flops"]["model"] / best["step_seconds"] / peak)
     assert first["run"]["steps"] == 100
     assert first["run"]["chip_hours"][0] == pytest.approx(100 * best["step_seconds"] / 3600 * 4)
+
+
+def test_of_the_data_it_takes_the_rows_and_steps_of_the_run(shared, tmp_path):
+    path = str(shared / "preference" / "hh_harmless_dev.jsonl")
+    config = tiny(
+        model=ModelConfig(path=str(shared / "models" / "stories260K")),
+        data=DataConfig(train=(SourceConfig(path=path, limit=100),), max_length=512, workers=1, store=str(tmp_path)),
+        batch=BatchConfig(pairs=16, row_length=1024, accumulation=2),
+        run=RunConfig(dir=str(tmp_path / "run"), epochs=2),
+    )
+    found = planned(config, "v5e:2x2", Known(data=True))
+    source = find_model(config.model.path, None)
+    sets = open_sets(config, find_tokenizer(source, config.model, None))
+    batches = train_batches(config, sets, row_devices=4)
+    steps = range(sets.order.num_steps)
+    assert found["run"]["steps"] == len(steps) == math.ceil(2 * len(sets.train) / 16)
+    assert 4 * found["batch"]["rows_a_device"] == max(batches(step).batch.tokens.shape[1] for step in steps)
+    assert found["batch"]["mean_lengths"] == pytest.approx(sets.train.lengths[:].mean(0), rel=1e-6)  # each drawn twice
 
 
 def test_what_leaves_a_slice_is_told_apart():
