@@ -86,6 +86,14 @@ class Checkpoints:
                 continue  # restore() says so, and sets it aside
         return None
 
+    def refuse_unmeasured(self, metrics: Mapping[str, Any]) -> None:
+        """Raise one line if these metrics of an evaluation cannot tell the best step."""
+        name = self.config.best_metric
+        if name is not None and name not in metrics:
+            names = ", ".join(sorted(metrics))
+            remedy = f"available: {names}" if metrics else "give data.eval, there is no such set yet"
+            raise UserError(f"checkpoint.best_metric: {name!r} is not an evaluation metric; {remedy}")
+
     def save(self, step: int, state: Any, manifest: Mapping[str, Any], metrics: Mapping[str, Any] | None = None,
              wait: bool = False) -> bool:  # fmt: skip
         """Begin to save a step; the arrays may be donated to the next step as soon as this returns.
@@ -109,9 +117,7 @@ class Checkpoints:
             return False
         if metrics is not None:
             metrics = {name: float(value) for name, value in metrics.items()}
-            if self.config.best_metric is not None and self.config.best_metric not in metrics:
-                raise UserError(f"checkpoint.best_metric: {self.config.best_metric!r} is not measured: "
-                                f"use one of {', '.join(sorted(metrics)) or 'none: give data.eval'}")  # fmt: skip
+            self.refuse_unmeasured(metrics)
             self._metrics[step] = metrics
         leaves = describe_leaves(state)
         for name, checksum in leaf_checksums(state).items():

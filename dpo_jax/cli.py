@@ -75,6 +75,7 @@ def _plan(
         raise UserError(f"--examples: {examples} says nothing: run.steps is {config.run.steps}; keep one")
     if output is not None and (not Path(output).absolute().parent.is_dir() or Path(output).is_dir()):
         raise UserError(f"--output: {output!r} cannot be written: give a file in a folder that is there")
+    from dpo_jax.evaluate import write_output
     from dpo_jax.plan import Known, plan_slices
     from dpo_jax.plan_page import render, table
 
@@ -84,7 +85,7 @@ def _plan(
         plans.append(plan)
         print(render(plan), end="\n\n", flush=True)
         if output is not None:
-            Path(output).write_text(json.dumps(plans, indent=2) + "\n")
+            write_output(Path(output), json.dumps(plans, indent=2) + "\n")
     if len(plans) > 1:
         print(table(plans))
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 import yaml
 
 from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig, TrainConfig
+from dpo_jax.config.loss import ALSO_CALLED
 from dpo_jax.errors import UserError, require
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -26,9 +27,6 @@ SHORTHAND = {SourceConfig: "path"}  # text in place of one of these is its field
 CLASS_WORDS = {SourceConfig: "a set"}
 SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}
 SCALAR_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-
-
-ELSEWHERE = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm", "cdpo": "sigmoid"}  # what others call a choice
 
 
 class CommandLineText(str):
@@ -186,7 +184,7 @@ def _options(kind: Any) -> list[str]:
 def _remedy(kind: Any, value: Any) -> str:
     wanted = f"{type_words(kind)} is needed"
     if isinstance(value, str):
-        near = [name for name in _options(kind) if name == ELSEWHERE.get(value)]
+        near = [name for name in _options(kind) if name == ALSO_CALLED.get(value)]
         near = near or difflib.get_close_matches(value, _options(kind), 1)
         if near:
             return f"{wanted}; did you mean {near[0]}?"

@@ -1,5 +1,8 @@
 """What can go wrong for a user, and the exit code each kind carries."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Wrong usage, config, data, model or run directory: one line that names the thing, the value and the remedy."""
@@ -23,3 +26,29 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
     """Raise one line that names the thing, its value and the remedy, unless the condition holds."""
     if not condition:
         raise UserError(f"{name}: {value!r} cannot be used: {remedy}")
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one short line; its type too, where the text alone says little (``KeyError: 'x'``)."""
+    lines = str(error).strip().splitlines()
+    name = type(error).__name__
+    if not lines:
+        return name
+    return lines[0][:200] if isinstance(error, OSError | ValueError | ImportError) else f"{name}: {lines[0][:200]}"
+
+
+@contextmanager
+def from_outside(name: str, remedy: str) -> Iterator[None]:
+    """Inside, whatever a library raises over something from outside becomes one line: name, reason, remedy.
+
+    For single calls into libraries that read what others wrote: tokenizers, templates, configs, archives. They raise
+    whatever comes up, so the type says nothing. Code of this program does not belong inside: its own faults must keep
+    their tracebacks.
+
+    Raises:
+        UserError: the library raised something.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{name}: {reason(error)}: {remedy}") from error

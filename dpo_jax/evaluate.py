@@ -63,7 +63,8 @@ def evaluate(
         if not parts.evals:
             raise UserError("data.eval: {} names nothing to evaluate on; name a set, or give data.eval_fraction")
         policy_of, params, reference = find_judged(parts, config, which)
-        say(config.run.progress, f"judging {policy_of}")
+        missing = "" if is_run_dir(config.run.dir) else f", as no run is in {config.run.dir}"
+        say(config.run.progress, f"judging {policy_of}{missing}")
         summary: dict = {"policy": policy_of, "sets": {}}
         lines = []
         for scored in score_sets(parts, params, reference):
@@ -108,7 +109,7 @@ def find_judged(
     if not is_run_dir(config.run.dir):
         if parts.model.lora is not None:
             start = Adapted(load_start(config.lora, parts.model, config.run.seed, parts.mesh), start)
-        return f"{config.model.path}, as no run is in {config.run.dir}", start, make_reference(parts, weights)
+        return config.model.path, start, make_reference(parts, weights)
     shapes = {"params": trained_shapes(parts.model, parts.mesh)}
     if config.reference.sync_every:
         shapes["reference"] = shapes["params"]

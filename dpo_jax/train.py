@@ -238,16 +238,8 @@ def begin(job: Job, state: TrainState) -> Progress:
     if job.parts.evals:
         measured, distributions = evaluate_sets(job.parts, job.policy(state), job.reference)
         job.log.evaluation(0, measured, distributions)
-    refuse_unmeasured(job.parts.config, measured)
+    job.saves.refuse_unmeasured(measured)  # before any step is made
     return Progress(0, 0)
-
-
-def refuse_unmeasured(config: DPOConfig | SFTConfig, measured: Mapping[str, float]) -> None:
-    """Raise one line if no save could be told best, before any step is made."""
-    name = config.checkpoint.best_metric
-    if name is not None and name not in measured:
-        names = ", ".join(sorted(measured)) or "nothing: give data.eval, or data.eval_fraction"
-        raise UserError(f"checkpoint.best_metric: {name!r} is not measured: what is measured is {names}")
 
 
 def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: Callable[[int], bool]) -> TrainState:

@@ -531,14 +531,14 @@ BAD_RUNS = [
         nothing,
         "train c.yaml --run.dir next --checkpoint.keep_best 1 --checkpoint.best_metric eval_x_loss",
         2,
-        "checkpoint.best_metric: 'eval_x_loss' is not measured: what is measured is nothing",
+        "checkpoint.best_metric: 'eval_x_loss' is not an evaluation metric; give data.eval, there is no such set yet",
     ),
     (
         "another metric for the best",
         nothing,
         "train c.yaml --run.dir next --data.eval.x pairs.jsonl --checkpoint.keep_best 1 --checkpoint.best_metric loss",
         2,
-        "checkpoint.best_metric: 'loss' is not measured: what is measured is  ...  eval_x_loss, ",
+        "checkpoint.best_metric: 'loss' is not an evaluation metric; available:  ...  eval_x_loss, ",
     ),
     (
         "no place for the output",

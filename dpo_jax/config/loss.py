@@ -12,6 +12,7 @@ LossType = Literal[
 NO_REFERENCE = frozenset({"simpo", "orpo", "cpo", "sft"})  # losses of the policy alone
 SORTED = frozenset({"aot", "aot_unpaired"})  # the pairs of a step are sorted
 COUPLED = SORTED | {"sft"}  # the loss of a pair depends on the other pairs of its step
+ALSO_CALLED = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm", "cdpo": "sigmoid"}  # elsewhere; no names here
 OF_MARGIN = frozenset({"sigmoid", "hinge", "exo_pair", "robust", "discopop"})  # of beta * (f(s_w) - f(s_l)) alone
 PER_TOKEN = frozenset({"sigmoid_norm", "simpo", "orpo", "cpo", "sft"})  # log-probs are divided by lengths; ipo may
 LOSS_OPTIONS: dict[str, frozenset[str]] = {  # losses that have an option; for all others it must keep its default
