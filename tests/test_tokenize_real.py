@@ -11,7 +11,8 @@ import transformers
 from dpo_jax.config import DataConfig, FatesConfig, SourceConfig
 from dpo_jax.data.records import Example, Problem, parser_of
 from dpo_jax.data.sources import load_rows
-from dpo_jax.data.tokenize import TokenizedExample, load_tokenizer, make_tokenize
+from dpo_jax.data.tokenize import TokenizedExample, make_tokenize
+from dpo_jax.data.tokenizer import load_tokenizer
 
 
 def config(**options) -> DataConfig:

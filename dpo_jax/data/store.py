@@ -26,7 +26,8 @@ from dpo_jax.config import DataConfig, SourceConfig
 from dpo_jax.data import sources as data_sources
 from dpo_jax.data.convert import Chunk, Job, Source, converted_chunks
 from dpo_jax.data.records import Problem, Stage, parser_of
-from dpo_jax.data.tokenize import tokenizer_hash
+from dpo_jax.data.template import reads_clock
+from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; raise it too whenever the same rows would give other tokens
+FORMAT = 2  # of the files; raise it too whenever the same rows would give other tokens
 DTYPES = {
     "tokens": "<i4", "lengths": "<i4", "num_targets": "<i4", "rows": "<i8", "sources": "<i2", "weights": "<f4",
     "targets": "|b1",
@@ -95,6 +96,7 @@ def _made_from(sources: Sequence[SomeSource], data: DataConfig, tokenizer: Any, 
         "max_length": data.max_length,
         "truncation": data.truncation,
         "append_eos": data.append_eos,
+        "template_date": data.template_date if reads_clock(tokenizer.chat_template) else None,
     }
 
 
