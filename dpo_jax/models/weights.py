@@ -186,6 +186,8 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
     """
     path = Path(path)
     found = find_tensors(path)
+    if model.config.tied and TENSORS["embed"] not in found and TENSORS["unembed"] in found:
+        found[TENSORS["embed"]] = found.pop(TENSORS["unembed"])  # one matrix, stored under its other name
     _check_tensors(path, found, model)
     structs = model.param_shapes()
     if shardings is None:
