@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -27,7 +29,7 @@ from dpo_jax.models.decoder import Model, Params, plain_batch
 from dpo_jax.models.families import builtin_model, decoder_config
 from dpo_jax.models.load import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.models.safetensors import INDEX, SINGLE, find_tensors
-from dpo_jax.models.weights import export_params, load_params
+from dpo_jax.models.weights import export_params, load_params, whole_directory
 
 TINY = builtin_model("builtin:tiny")
 QWEN3 = TINY | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 24, "attention_bias": True,
@@ -145,7 +147,7 @@ def test_companions_are_copied_and_other_files_are_not(tmp_path):
     assert all((tmp_path / "out" / name).read_text() == name for name in names)
 
 
-def test_export_replaces_only_when_told_and_leaves_nothing_half_written(tmp_path):
+def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
@@ -158,9 +160,68 @@ def test_export_replaces_only_when_told_and_leaves_nothing_half_written(tmp_path
         export_params(make(TINY | {"hidden_size": 32})[1], model, hf_config=TINY, out_dir=out, dtype="float32",
                       source_dir=None, max_shard_bytes=2**30, overwrite=True)  # fmt: skip
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    export(out, TINY, overwrite=True, max_shard_bytes=100_000)
+    assert (out / INDEX).is_file()
+    (tmp_path / ".out.partial").mkdir()  # of one that was killed
     export(out, TINY, overwrite=True)
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", SINGLE]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "mine.txt", SINGLE]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_goes_where_it_is_sent_or_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "here").mkdir()
+    for link, to in (("link", "real"), ("dangling", "later"), ("loop", "loop"), ("to_file", "file")):
+        (tmp_path / link).symlink_to(tmp_path / to)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path / "here")
+    refused = {
+        ".": "this is the current directory",
+        "..": "it is not empty",
+        "../file": "this is a file",
+        "../to_file": "this is a file",
+        "../file/out": "cannot be written (",
+        "../loop": "cannot be written (",
+        "../" + "x" * 300: "cannot be written (",
+        "gs:/bucket/out": "this is no local path",
+    }
+    for out, line in refused.items():
+        with pytest.raises(UserError) as error:
+            export(Path(out), TINY)
+        assert line in str(error.value), out
+        assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    params = export(Path("../link"), TINY)[1]
+    export(Path("../dangling"), TINY)
+    export(Path("../new/and/deeper"), TINY)
+    for out in ("real", "link", "later", "dangling", "new/and/deeper"):
+        assert equal(load(tmp_path / out), params), out
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_an_export_that_does_not_fit_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # as a disk that is full: write() fails midway
+    try:
+        with pytest.raises(UserError, match=f"^{tmp_path / 'out'}: the export cannot be written .*; free space"):
+            export(tmp_path / "out", TINY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_exports_at_once_the_first_is_whole(tmp_path):
+    out = tmp_path / "out"
+    with whole_directory(out, overwrite=False) as unfinished:
+        (unfinished / "first").write_text("")
+        with pytest.raises(UserError, match="another export to"), whole_directory(out, overwrite=False):
+            pass
+    assert [path.name for path in out.iterdir()] == ["first"]
+    with pytest.raises(UserError, match="cannot be written"), whole_directory(tmp_path / "late", overwrite=False) as it:
+        shutil.copytree(it, tmp_path / "late" / "other")  # something has come there meanwhile
+    assert [path.name for path in (tmp_path / "late").iterdir()] == ["other"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "out"]
 
 
 def test_hash_is_of_paths_shapes_types_and_bytes():
