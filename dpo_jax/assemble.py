@@ -96,7 +96,7 @@ def assemble(
     eval_sets: "Mapping[str, Dataset] | None" = None,
 ) -> Parts:
     """Find the model, tokenise the data, lay out every step; nothing is compiled and no weight is loaded yet."""
-    source = find_model(config.model.path, config.model.revision)
+    source = find_model(config.model.path, config.model.revision, config.model.checkpoint)
     model = build_model(source, config.model, platform_of(mesh), config.lora)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = hosts.writer_first(partial(open_sets, config, tokenizer, train_set, eval_sets), "tokenised data")
@@ -173,15 +173,29 @@ def reference_weights(parts: Parts, start: Params) -> Params:
     path = parts.config.reference.path
     if path is None:
         return start
+    find = partial(find_model, revision=None)
+    source = find_reference(parts.config, path, parts.model, platform_of(parts.mesh), find)
+    own = ModelConfig(path=path, param_dtype=parts.config.model.param_dtype)
+    return load_weights(source, parts.model, own, parts.mesh)
+
+
+def find_reference(
+    config: DPOConfig, path: str, model: Model, platform: str, find: Callable[[str], ModelSource]
+) -> ModelSource:
+    """What ``reference.path`` names, by ``find``; it must be a model just like the policy's, ``model``.
+
+    Raises:
+        UserError: there is no such model, or it has another architecture or vocabulary.
+    """
     try:
-        source = find_model(path, None)
-        model = build_model(source, parts.config.model, platform_of(parts.mesh))
+        source = find(path)
+        other = build_model(source, config.model, platform)
     except UserError as error:
         raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
-    if model != parts.model:
+    if other != model:
         raise UserError(f"reference.path: {path} has another architecture or vocabulary than model.path "
-                        f"{parts.config.model.path}; choose a model of the same kind")  # fmt: skip
-    return load_weights(source, model, ModelConfig(path=path, param_dtype=parts.config.model.param_dtype), parts.mesh)
+                        f"{config.model.path}; choose a model of the same kind")  # fmt: skip
+    return source
 
 
 def make_reference(parts: Parts, weights: Params) -> Reference | None:

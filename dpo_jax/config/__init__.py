@@ -64,6 +64,11 @@ class TrainConfig:
     run: RunConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    def __post_init__(self):
+        draws = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
+        require(self.run.seed == 0 or draws, "run.seed", self.run.seed,
+                "data.shuffle is false and no adapters are drawn, so nothing is random; leave it at 0")  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainConfig):
@@ -74,6 +79,7 @@ class DPOConfig(TrainConfig):
     batch: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         mode, loss = self.reference_mode, self.loss
         names = ", ".join(name for name, _ in loss.terms)
         require(mode != "none" or not loss.needs_reference, "reference.mode", self.reference.mode,
@@ -113,3 +119,10 @@ class SFTConfig(TrainConfig):
     """A run of supervised fine-tuning."""
 
     batch: SFTBatchConfig = field(default_factory=SFTBatchConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for cause in ("equal_answers", "prompts_differ"):
+            fate = getattr(self.data.fates, cause)
+            require(fate == getattr(FatesConfig, cause), f"data.fates.{cause}", fate,
+                    "fine-tuning has one answer a row, so this cannot happen; leave it out")  # fmt: skip
