@@ -15,7 +15,9 @@ from jax.sharding import AbstractMesh, Mesh
 from dpo_jax import hosts
 from dpo_jax.batch import PairLogps, PreferenceBatch
 from dpo_jax.checksums import weights_id
+from dpo_jax.compiler import FLAGS
 from dpo_jax.config import SORTED, DPOConfig, LossConfig, ModelConfig, SFTConfig
+from dpo_jax.config.idle import Facts, idle_options
 from dpo_jax.data.batches import Batches, StepData, set_batches, train_batches
 from dpo_jax.data.sets import DataSets, open_sets
 from dpo_jax.data.store import Store
@@ -117,6 +119,22 @@ def assemble(
         logps_step=make_logps_step(logps_fn if model.lora is None else of_adapted(logps_fn), replicated(mesh)),
         place=make_place(mesh),
     )
+
+
+def notes_of(parts: Parts) -> list[str]:
+    """What of the config has no effect in this run, a line each."""
+    stores = [parts.batches.store, *(own.store for own in parts.evals.values())]
+    reports = [source for store in stores for source in store.report]
+    platform = platform_of(parts.mesh)
+    facts = Facts(
+        steps=parts.batches.order.num_steps,
+        eval_sets=len(parts.evals),
+        examples=sum(source["kept"] for source in reports),
+        messages=sum(source["rendered"] for source in reports),
+        platform=platform,
+        flags=frozenset(flag.name for flag in FLAGS.get(platform, ())),
+    )
+    return idle_options(parts.config, facts)
 
 
 def train_logps_fn(config: DPOConfig | SFTConfig, model: Model) -> LogpsFn:

@@ -40,7 +40,7 @@ class _Short(reprlib.Repr):
 
     def __init__(self):
         super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 3, 200, 200
+        self.maxlevel, self.maxstring, self.maxother = 2, 200, 200
 
     def repr_int(self, x: int, level: int) -> str:
         return repr(x) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
@@ -216,8 +216,10 @@ def _remedy(kind: Any, value: Any) -> str:
     wanted = f"{type_words(kind)} is needed"
     if type(value) is str and _takes(kind, str) and not _is_usable(kind, value):
         return f"{wanted}, in UTF-8 and without NUL characters"
-    if type(value) is int and not _is_usable(int, value):
-        return f"{wanted}, less than 2**63"
+    if type(value) is int and (_takes(kind, int) or _takes(kind, float)):
+        return f"{wanted}; this is out of range"
+    if type(value) is float and value.is_integer() and _accepts(kind, int(value)):
+        return f"{wanted}; write {int(value)}"
     if isinstance(value, str):
         near = [name for name in _options(kind) if name == ALSO_CALLED.get(value)]
         near = near or difflib.get_close_matches(value, _options(kind), 1)
@@ -237,7 +239,7 @@ def _unknown(dotted: str, key: str, siblings: list[str], root: type) -> str:
             return f"this belongs to `dpo-jax {command}`, not to `dpo-jax {COMMAND_OF[root]}`: remove it"
     names = list(field_names(root))
     near = [dotted + match for match in difflib.get_close_matches(key, siblings, 1)]
-    near += [name for name in names if name.split(".")[-1] == key]
+    near += [name for name in names if name.split(".")[-1] == key and f"{name}." != dotted]
     near += [name for name in difflib.get_close_matches(dotted + key, names, 1, cutoff=0.8) if "." in name]
     return f"unknown option: did you mean {near[0]}?" if near else f"unknown option: choose from {', '.join(siblings)}"
 
@@ -256,10 +258,10 @@ def _words(value: Any) -> str:
 def _put(kind: Any, node: Any, where: tuple[str, ...], rest: Sequence[str], value: Any) -> Any:
     """The node with a value put in at the path ``rest``; the caller's tree stays as it is.
 
-    ``kind`` is the node's type, which tells what was written short; None: an unknown name, which is refused later.
+    ``kind`` is the node's type, which tells what was written short; None: the name is unknown, and refused later.
     ``where`` is the path to the node.
     """
-    if not rest:
+    if not rest or kind is None:
         return value
     dotted, name = ".".join(where), ".".join((*where, *rest))
     if isinstance(node, CommandLineText):
@@ -268,7 +270,7 @@ def _put(kind: Any, node: Any, where: tuple[str, ...], rest: Sequence[str], valu
         return _put_in_list(get_args(kind)[0], node, where, rest, value)
     if kind in SHORTHAND and isinstance(node, str):
         node = {SHORTHAND[kind]: node}
-    if not isinstance(node, Mapping) and (node is not None or (kind is not None and not _has_names(kind))):
+    if not isinstance(node, Mapping) and (node is not None or not _has_names(kind)):
         raise UserError(f"{name}: {dotted} is {_shown(node)}, which has no parts: set {dotted} itself")
     node = node or {}
     key, inside = rest[0], None
@@ -353,4 +355,4 @@ def _parse_scalar(text: str) -> Any:
     try:
         return _parse_yaml(text, "")
     except UserError:
-        return None
+        return text

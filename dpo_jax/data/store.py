@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; raise it too whenever the same rows would give other tokens
+FORMAT = 2  # of the files; raise it too whenever the same rows would give other tokens
 DTYPES = {
     "tokens": "<i4", "lengths": "<i4", "num_targets": "<i4", "rows": "<i8", "sources": "<i2", "weights": "<f4",
     "targets": "|b1",
@@ -60,7 +60,7 @@ class Store:
     sources: np.ndarray  # int16 [N]: place of its source in `report`
     weights: np.ndarray  # float32 [N]
     targets: np.ndarray | None  # bool, as tokens: answer tokens that are learned; None: all of them
-    report: list[dict[str, Any]]  # of each source: label, rows, kept, dropped and notes by cause
+    report: list[dict[str, Any]]  # of each source: label, rows, kept, rendered, dropped and notes by cause
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -179,7 +179,8 @@ def _check_some_left(report: dict[str, Any]) -> None:
 def _write(folder: Path, sources: Sequence[Source], job: Job, workers: int | None, made_from: dict[str, Any]) -> None:
     """Write all files of a store into an empty folder, the manifest last."""
     reports = [
-        {"source": source.label, "rows": len(source.rows), "kept": 0, "dropped": {}, "notes": {}} for source in sources
+        {"source": source.label, "rows": len(source.rows), "kept": 0, "rendered": 0, "dropped": {}, "notes": {}}
+        for source in sources
     ]
     names = {name: f"{name}.bin" for name in DTYPES if name != "targets" or job.stage == "sft"}
     with ExitStack() as stack:
@@ -190,6 +191,7 @@ def _write(folder: Path, sources: Sequence[Source], job: Job, workers: int | Non
                 files[name].write(np.ascontiguousarray(array, DTYPES[name]).tobytes())
             report = reports[place]
             report["kept"] += len(chunk.rows)
+            report["rendered"] += chunk.rendered
             for kind, found in (("dropped", chunk.dropped), ("notes", chunk.notes)):
                 _count(report[kind], found)
                 for problem in found:
