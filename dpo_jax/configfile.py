@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 import yaml
 
 from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig, TrainConfig
+from dpo_jax.config.elsewhere import ELSEWHERE
 from dpo_jax.config.loss import ALSO_CALLED
 from dpo_jax.errors import UserError, from_outside, reason
 
@@ -126,20 +127,27 @@ def _read(kind: Any, value: Any, name: str, root: type) -> Any:
         return _read_section(kind, value, name, root)
     if get_origin(kind) is tuple:
         element = get_args(kind)[0]
+        if (
+            isinstance(value, str)
+            and "," in value
+            and all(_accepts(element, part.strip()) for part in value.split(","))
+        ):
+            _refuse(name, value, f"a list is written [{value}]")
         if not isinstance(value, list | tuple):  # one element may stand for a list of it
             return (_read(element, value, name, root),)
         return tuple(_read(element, part, f"{name}.{index}", root) for index, part in enumerate(value))
     if get_origin(kind) is dict:
         if not isinstance(value, Mapping):
-            example = value if isinstance(value, str) else "value"
-            _refuse(name, value, f"write names with their values, such as {{name: {example}}}")
+            _refuse(name, value, f"write names with their values, such as {_example(value)}")
         element = get_args(kind)[1]
         for key in value:
             if not _accepts(str, key):
                 _refuse(f"{name}: the name", key, "text is needed")
         return {key: _read(element, part, f"{name}.{key}", root) for key, part in value.items()}
     if not _accepts(kind, value):
-        _refuse(name, value, _remedy(kind, value))
+        listed = isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)
+        several = listed and f"{name}s" in field_names(root)
+        _refuse(name, value, f"several are given as {name}s" if several else _remedy(kind, value))
     return float(value) if type(value) is int and not _takes(kind, int) else value
 
 
@@ -159,6 +167,8 @@ def _read_section(kind: Any, value: Any, name: str, root: type) -> Any:
         field_type = hints[field.name]
         if field.name in value:
             arguments[field.name] = _read(field_type, value[field.name], dotted + field.name, root)
+            if arguments[field.name] == "":
+                _refuse(dotted + field.name, "", "empty text names nothing; name something, or leave it out")
         elif needed and dataclasses.is_dataclass(field_type):
             arguments[field.name] = _read(field_type, {}, dotted + field.name, root)
         elif needed:
@@ -181,6 +191,14 @@ def _from_command_line(kind: Any, text: CommandLineText, name: str) -> Any:
     if dataclasses.is_dataclass(kind) or get_origin(kind) in (tuple, dict):
         return _parse_yaml(plain, name) if plain.startswith(("[", "{")) else text
     return plain if _accepts(kind, plain) else _parse_yaml(plain, name)
+
+
+def _example(value: Any) -> str:
+    """A mapping as it was probably meant: of ``name:value``, ``--name=value`` or a value alone."""
+    if not isinstance(value, str):
+        return "{name: value}"
+    pair = re.fullmatch(r"-*([\w.]+) ?[:=] ?(\S+)", value)
+    return f"{{{pair[1]}: {pair[2]}}}" if pair else f"{{name: {value}}}"
 
 
 def _accepts(kind: Any, value: Any) -> bool:
@@ -221,10 +239,13 @@ def _remedy(kind: Any, value: Any) -> str:
     if type(value) is float and value.is_integer() and _accepts(kind, int(value)):
         return f"{wanted}; write {int(value)}"
     if isinstance(value, str):
-        near = [name for name in _options(kind) if name == ALSO_CALLED.get(value)]
-        near = near or difflib.get_close_matches(value, _options(kind), 1)
+        options = _options(kind)
+        near = [ALSO_CALLED[value.lower()]] if "sigmoid" in options and value.lower() in ALSO_CALLED else []
+        near += difflib.get_close_matches(value, options, 1, cutoff=0.7)
         if near:
             return f"{wanted}; did you mean {near[0]}?"
+        if value.lower() == "none" and _accepts(kind, None):
+            return f"{wanted}; did you mean null?"
         if _accepts(kind, _parse_scalar(value)):
             return f"{wanted}; take away the quotes"
     if _accepts(kind, str(value)):
@@ -238,8 +259,9 @@ def _unknown(dotted: str, key: str, siblings: list[str], root: type) -> str:
         if other is not root and dotted + key in field_names(other):
             return f"this belongs to `dpo-jax {command}`, not to `dpo-jax {COMMAND_OF[root]}`: remove it"
     names = list(field_names(root))
-    near = [dotted + match for match in difflib.get_close_matches(key, siblings, 1)]
-    near += [name for name in names if name.split(".")[-1] == key and f"{name}." != dotted]
+    near = [ELSEWHERE[key]] if ELSEWHERE.get(key) in names else []
+    near += [dotted + match for match in difflib.get_close_matches(key, siblings, 1, cutoff=0.7)]
+    near += [name for name in names if name.endswith(f".{key}")]
     near += [name for name in difflib.get_close_matches(dotted + key, names, 1, cutoff=0.8) if "." in name]
     return f"unknown option: did you mean {near[0]}?" if near else f"unknown option: choose from {', '.join(siblings)}"
 

@@ -68,6 +68,9 @@ class TrainConfig:
         draws = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
         require(self.run.seed == 0 or draws, "run.seed", self.run.seed,
                 "data.shuffle is false and no adapters are drawn, so nothing is random; leave it at 0")  # fmt: skip
+        require(self.optimizer.decay_mask == "matrices" or self.lora.rank == 0, "optimizer.decay_mask",
+                self.optimizer.decay_mask, "adapters are matrices, none is left out; leave it at matrices"
+                )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
