@@ -127,11 +127,8 @@ def _read(kind: Any, value: Any, name: str, root: type) -> Any:
         return _read_section(kind, value, name, root)
     if get_origin(kind) is tuple:
         element = get_args(kind)[0]
-        if (
-            isinstance(value, str)
-            and "," in value
-            and all(_accepts(element, part.strip()) for part in value.split(","))
-        ):
+        parts = value.split(",") if isinstance(value, str) else []
+        if len(parts) > 1 and all(_accepts(element, part.strip()) for part in parts):
             _refuse(name, value, f"a list is written [{value}]")
         if not isinstance(value, list | tuple):  # one element may stand for a list of it
             return (_read(element, value, name, root),)
