@@ -5,19 +5,23 @@ import math
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.stages import Lowered
+from packaging.requirements import Requirement
 
 from dpo_jax.assemble import abstract_state, make_step, train_logps_fn
 from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch, up
 from dpo_jax.chips import Topology
 from dpo_jax.compiler import compiler_options, not_kept
 from dpo_jax.config import DPOConfig
+from dpo_jax.errors import UserError
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import projections
 from dpo_jax.optimizer import make_optimizer
@@ -65,8 +69,29 @@ class Load:
         return up(self.row_length * sum(self.lengths[1:]) / self.unit, BLOCK)
 
 
+def check_pair(requirements: Sequence[str], libtpu: str) -> None:
+    """Refuse a libtpu that does not belong to the installed jax: they may not understand each other's programs.
+
+    Args:
+        requirements: of jax, as its metadata lists them; without libtpu among them nothing is known.
+        libtpu: its version.
+
+    Raises:
+        UserError: jax requires another version.
+    """
+    for requirement in map(Requirement, requirements):
+        if requirement.name == "libtpu" and not requirement.specifier.contains(libtpu, prereleases=True):
+            raise UserError(f"libtpu: {libtpu} cannot be used: jax {jax.__version__} requires {requirement.specifier}; "
+                            f"pip install 'libtpu{requirement.specifier}'")  # fmt: skip
+
+
 def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:
-    """Devices of TPU slices that programs can be compiled for, but not run on; libtpu must be there."""
+    """Devices of TPU slices that programs can be compiled for, but not run on; libtpu must be there.
+
+    Raises:
+        UserError: it does not belong to the installed jax.
+    """
+    check_pair(metadata.requires("jax") or (), metadata.version("libtpu"))
     os.environ.update({name: value for name, value in WITHOUT_TPU.items() if name not in os.environ})
     from jax.experimental import topologies
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from dpo_jax.agreement import AGREEMENT, log_ratio, size, tied
 from dpo_jax.assemble import Parts
 from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.data.batches import StepData
@@ -17,8 +18,8 @@ from dpo_jax.logprobs import Params
 from dpo_jax.losses import loss_at_start
 from dpo_jax.reference import Reference
 
-# Largest difference of one model's log-probs between two compiled programs, as a share of the log-prob.
-AGREEMENT = {"float32": 1e-5, "bfloat16": 2e-2}
+STEP_CAUSE = ("a mask, the reference or a cached log-prob is wrong; compare with batch.layout padded and "
+              "reference.mode live")  # fmt: skip
 
 
 def agreement(parts: Parts) -> float:
@@ -82,19 +83,23 @@ def prove_start(parts: Parts, policy: np.ndarray, fixed: np.ndarray) -> None:
 
 
 def check_first(parts: Parts, values: Mapping[str, float], data: StepData) -> None:
-    """The first train step of equal models has the loss of margin 0.
+    """The first train step of equal models has margins of 0, and the loss that belongs to them.
+
+    Bits are asked of the evaluation function only: in the train step the policy's log-probs come with a gradient and
+    the reference's without, and a compiler may round the two differently. The margins are 0 within ``agreement``.
 
     Raises:
-        UserError: it has another, so the step does not compute what evaluation does.
+        UserError: it has others, so the step does not compute what evaluation does.
     """
+    bound = agreement(parts) * size(values)
     start = loss_at_start(parts.loss)
-    if start is None:
-        return
-    size = max(1.0, abs(values["logps/chosen"]), abs(values["logps/rejected"]))
-    weight = float(parts.batches.store.weights[data.ids[data.ids >= 0]].mean())
-    expected = start.loss * weight
-    allowed = 3e-6 * max(1.0, abs(expected)) + agreement(parts) * size * start.slope * max(1.0, weight)
-    if not abs(values["loss"] - expected) <= allowed:
-        raise UserError(f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (allowed: "
-                        f"{allowed:.2g} more or less): a mask, the reference or a cached log-prob is wrong; compare "
-                        "with batch.layout padded and reference.mode live")  # fmt: skip
+    if start is not None:
+        weight = float(parts.batches.store.weights[data.ids[data.ids >= 0]].mean())
+        expected = start.loss * weight
+        allowed = 3e-6 * max(1.0, abs(expected)) + bound * start.slope * max(1.0, weight)
+        if not abs(values["loss"] - expected) <= allowed:
+            raise UserError(f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (allowed: "
+                            f"{allowed:.2g} more or less): {STEP_CAUSE}")  # fmt: skip
+    if not tied(values, agreement(parts)):
+        raise UserError(f"step 0: policy and reference are the same weights, but in the train step their log-probs "
+                        f"differ by {log_ratio(values):.3g} nats (allowed: {bound:.2g}): {STEP_CAUSE}")  # fmt: skip

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.agreement import AGREEMENT, tied
 from dpo_jax.charts import Plot, Row, eval_sets, histograms, plots, series
 from dpo_jax.configfile import load_yaml
 from dpo_jax.rundir import RunDir, read_json
@@ -19,7 +20,7 @@ PLOTS = (
     Plot(
         "Reward accuracy",
         ("rewards/accuracies",),
-        "Pairs whose chosen answer has the higher reward. Equal rewards, as at the start, count as wrong.",
+        "Pairs whose chosen answer has the higher reward. Equal rewards count as wrong; at the start all are (tied).",
         share=True,
     ),
     Plot(
@@ -125,7 +126,7 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
         cards(headlines(metrics)),
         heading("Before and after", comparison_table(metrics)),
         heading("Margins and rewards", histograms(spread)),
-        heading("Accuracy by length", lengths_table(spread)),
+        heading("Accuracy by length", lengths_table(spread, metrics)),
         heading("What earns the reward", *tokens_hint(run, config, metrics)) if spread else "",
         heading("The run", facts_table(run_facts(config, metrics, timings))),
         heading("Data", data_table(data)) if data else "",
@@ -230,7 +231,20 @@ def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
         own = {name: series(metrics, prefix + key)[1] for key, name in shown.items()}
         kept = [name for name, values in own.items() if values][:3]
         found |= {words + name: (number(own[name][0]), number(own[name][-1])) for name in kept}
+        if starts_tied(metrics, prefix):
+            accuracy = words + shown["rewards/accuracies"]
+            found[accuracy] = ("tied", found[accuracy][1])
     return found
+
+
+def starts_tied(metrics: Sequence[Row], prefix: str) -> bool:
+    """Whether no pair had a margin beyond rounding where accuracy was first logged, so that it says nothing.
+
+    The bound is float32's in any arithmetic: an evaluation scores policy and reference by one function.
+    """
+    first = next((row for row in metrics if f"{prefix}rewards/accuracies" in row), {})
+    named = {key.removeprefix(prefix): value for key, value in first.items() if key.startswith(prefix)}
+    return tied(named, AGREEMENT["float32"])
 
 
 def comparison_table(metrics: Sequence[Row]) -> str:
@@ -241,22 +255,26 @@ def comparison_table(metrics: Sequence[Row]) -> str:
         for key in dict.fromkeys(key for row in metrics for key in row if key.startswith(prefix)):
             steps, values = series(metrics, key)
             best = max(values) if "accurac" in key else min(values) if key.endswith("loss") else None
-            rows.append((f"{name}: {key.removeprefix(prefix)}", number(values[0]), number(values[-1]),
+            ties = key == f"{prefix}rewards/accuracies" and starts_tied(metrics, prefix)
+            before = "tied" if ties else number(values[0])
+            rows.append((f"{name}: {key.removeprefix(prefix)}", before, number(values[-1]),
                          "" if best is None else f"{number(best)} at step {steps[values.index(best)]}"))  # fmt: skip
     return table(("Evaluation", "before", "after", "best"), rows)
 
 
-def lengths_table(spread: Sequence[Row]) -> str:
+def lengths_table(spread: Sequence[Row], metrics: Sequence[Row]) -> str:
     """Reward accuracy by the answers' lengths, at each set's first and last evaluation."""
     rows = []
     for name in dict.fromkeys(row["set"] for row in spread):
         first, *_, last = [row for row in spread if row["set"] == name] * 2
+        ties = starts_tied(metrics, f"eval_{name}_")
         for old, new in zip(
             first["by_length"] + first["by_longer"], last["by_length"] + last["by_longer"], strict=True
         ):
             own = (f"longer answer of {new['from']} to {new['to']} tokens" if "from" in new else
                    "equally long" if new["longer"] == "equal" else f"{new['longer']} is longer")  # fmt: skip
-            rows.append((f"{name}: {own}", str(new["pairs"]), f"{new['share']:.1%}", number(old["accuracy"]),
+            before = "tied" if ties else number(old["accuracy"])
+            rows.append((f"{name}: {own}", str(new["pairs"]), f"{new['share']:.1%}", before,
                          number(new["accuracy"]), number(old["margin"]), number(new["margin"])))  # fmt: skip
     head = ("Pairs by length", "pairs", "share", "accuracy before", "after", "margin before", "after")
     return table(head, rows)

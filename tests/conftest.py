@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,14 +16,40 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder of real pairs, a real trained model and reference curves; tests that need it skip where it is not."""
+    """Folder of real pairs, a real trained model and reference curves; tests that need it skip where it is not.
+
+    It is no part of the repository. Where CI has no access to it, as in a fork, DPO_JAX_SHARED=none says so.
+    """
     default = Path(__file__).parents[2] / "shared" / "data"
     path = Path(os.environ.get("DPO_JAX_SHARED", default))
+    if str(path) == "none":
+        pytest.skip("DPO_JAX_SHARED=none: the shared test data is not available here")
     if not path.is_dir():
         if os.environ.get("CI") == "true":
             pytest.fail(f"{path} is missing: CI must run with the shared test data")
         pytest.skip(f"{path} is missing: set DPO_JAX_SHARED to the folder of shared test data")
     return path
+
+
+def compared_with(package: str):
+    """A package that parity tests compare with, which the extra ``test`` installs on Python 3.11 only."""
+    if find_spec(package) is None:
+        if os.environ.get("CI") == "true" and sys.version_info < (3, 12):
+            pytest.fail(f"{package} is missing: CI must run with the extra test")
+        pytest.skip(f"{package} is missing: the extra test has it on Python 3.11 only")
+    return import_module(package)
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch; its tests skip where it is not."""
+    return compared_with("torch")
+
+
+@pytest.fixture(scope="session")
+def peft():
+    """PEFT, which needs PyTorch; its tests skip where it is not."""
+    return compared_with("peft")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from etils import epath
 from runs import ended, saved_arrays, write_config
@@ -129,7 +128,7 @@ def test_eval_is_the_evaluation_of_the_run_pair_by_pair(made, tmp_path, which):
     assert np.abs(margin).max() > 1e-3
 
 
-def test_the_export_is_the_trained_model_for_transformers(made, shared, tmp_path):
+def test_the_export_is_the_trained_model_for_transformers(made, shared, torch, tmp_path):
     assert ended("export", made / "dpo", tmp_path / "out", output=made / "said") == (0, "")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, output_loading_info=True

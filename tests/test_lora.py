@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peft
 import pytest
-import torch
 import transformers
 from runs import saved_arrays, saved_bits
 from safetensors.numpy import load_file, save_file
@@ -72,6 +70,8 @@ def logits(model: Model, params, adapters=None) -> np.ndarray:
 
 
 def torch_logits(model) -> np.ndarray:
+    import torch
+
     with torch.no_grad():
         return model.eval()(torch.tensor(TOKENS, dtype=torch.long)).logits.float().numpy()
 
@@ -97,7 +97,7 @@ def made(shared, tmp_path_factory) -> Path:
     return folder
 
 
-def test_what_was_trained_is_the_same_function_in_peft(made, shared, tmp_path, capsys):
+def test_what_was_trained_is_the_same_function_in_peft(made, shared, peft, tmp_path, capsys):
     """The adapters alone, merged at the end of the run, merged later, and merged for another run to start from."""
     base = shared / "models" / "stories260K"
     export(made / "run", tmp_path / "adapters", "newest", adapters=True)
@@ -126,6 +126,9 @@ def test_what_was_trained_is_the_same_function_in_peft(made, shared, tmp_path, c
 
 def peft_adapters(base: Path, out: Path, **changes) -> np.ndarray:
     """Adapters of PEFT's making with random A and B in a directory; the logits with them."""
+    import peft
+    import torch
+
     torch.manual_seed(0)
     given = {"r": 3, "lora_alpha": 1, "target_modules": list(LORA_TARGETS), "init_lora_weights": False,
              "task_type": "CAUSAL_LM"} | changes  # fmt: skip
@@ -136,7 +139,7 @@ def peft_adapters(base: Path, out: Path, **changes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_rslora": True, "target_modules": ["k_proj", "down_proj", "up_proj"]}])
-def test_adapters_of_peft_are_the_same_function_here(shared, tmp_path, changes):
+def test_adapters_of_peft_are_the_same_function_here(shared, peft, tmp_path, changes):
     base = shared / "models" / "stories260K"
     theirs = peft_adapters(base, tmp_path, **changes)
     lora = LoraConfig(rank=3, alpha=1.0, rslora="use_rslora" in changes,
@@ -174,7 +177,7 @@ BAD_ADAPTERS = [
 
 
 @pytest.fixture(scope="module")
-def peft_folder(shared, tmp_path_factory):
+def peft_folder(shared, peft, tmp_path_factory):
     """Adapters of PEFT by their targets."""
     folder = tmp_path_factory.mktemp("peft")
     for name, targets in (("all", list(LORA_TARGETS)), ("one", ["q_proj"])):

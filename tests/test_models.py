@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from dpo_jax.batch import PreferenceBatch
@@ -44,6 +43,8 @@ FAMILIES = {
 
 def hf_model(name: str) -> transformers.PreTrainedModel:
     """A random model whose every parameter, biases and norms too, matters."""
+    import torch
+
     kind, options = FAMILIES[name]
     config = getattr(transformers, f"{kind}Config")(**(SIZES | options))
     torch.manual_seed(0)
@@ -68,6 +69,8 @@ def logits(model: Model, params, tokens: np.ndarray) -> np.ndarray:
 
 
 def hf_logits(model, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
     with torch.no_grad():
         return model(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
 
@@ -84,6 +87,7 @@ def tiny() -> tuple[Model, dict]:
     return model, jax.tree_util.tree_map_with_path(norms, params)
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_those_of_transformers(name, tmp_path):
     theirs = hf_model(name)
@@ -97,7 +101,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     assert count_params(model) == sum(p.numel() for p in theirs.parameters())
 
 
-def test_trained_model_scores_and_continues_as_in_transformers(shared):
+def test_trained_model_scores_and_continues_as_in_transformers(shared, torch):
     folder = shared / "models" / "stories260K"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

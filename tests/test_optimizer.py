@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from small import small_model
 
 from dpo_jax.config import MeshConfig, OptimizerConfig
@@ -44,6 +43,8 @@ def config(name, **options):
 
 def of_torch(make):
     """The same steps by PyTorch; ``make`` takes the decaying and the other parameters."""
+    import torch
+
     params = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in START.items()}
     optimizer = make([params["kernel"]], [params["norm"]])
     for grads in GRADS:
@@ -72,7 +73,7 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("options", [{}, {"b1": 0.8, "b2": 0.9, "eps": 1e-3}], ids=str)
-def test_adamw_is_that_of_torch(options):
+def test_adamw_is_that_of_torch(torch, options):
     betas = (options.get("b1", 0.9), options.get("b2", 0.999))
     make = lambda decaying, others: torch.optim.AdamW(  # noqa: E731
         [{"params": decaying, "weight_decay": 0.2}, {"params": others, "weight_decay": 0}],
@@ -81,7 +82,7 @@ def test_adamw_is_that_of_torch(options):
     assert_close(updated(config("adamw", **options)), of_torch(make))
 
 
-def test_rmsprop_is_that_of_torch():
+def test_rmsprop_is_that_of_torch(torch):
     make = lambda decaying, others: torch.optim.RMSprop(decaying + others, lr=0.05)  # noqa: E731
     assert_close(updated(config("rmsprop", weight_decay=0.0)), of_torch(make))
 

@@ -115,6 +115,24 @@ def test_traffic_of_a_layer_is_that_of_its_operands():
     assert found == pytest.approx(2 * one_product + head * 3 / 4)  # no gradient by the matrices
 
 
+REQUIRED = ["jaxlib<=0.12.0,>=0.12.0", 'libtpu==0.0.50.*; extra == "tpu"', 'jaxlib[k]==0.12; extra == "k"']
+
+
+@pytest.mark.parametrize(
+    ("requirements", "libtpu", "refused"),
+    [(REQUIRED, "0.0.50.1", False), (REQUIRED, "0.0.42.1", True), (REQUIRED, "0.0.50.2.dev20260101", False),
+     (REQUIRED, "0.0.500", True), (REQUIRED[:1], "0.0.42.1", False)],
+    ids=str,
+)  # fmt: skip
+def test_a_libtpu_of_another_jax_is_refused(requirements, libtpu, refused):
+    if not refused:
+        aot.check_pair(requirements, libtpu)
+        return
+    remedy = rf"^libtpu: {libtpu} cannot be used: jax \S+ requires ==0\.0\.50\.\*; pip install 'libtpu==0\.0\.50\.\*'$"
+    with pytest.raises(UserError, match=remedy):
+        aot.check_pair(requirements, libtpu)
+
+
 # Compiled, small
 
 

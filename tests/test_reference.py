@@ -11,6 +11,7 @@ import optax
 import pytest
 from small_tokenizer import make_tokenizer
 
+from dpo_jax.agreement import AGREEMENT
 from dpo_jax.assemble import assemble, evaluate_sets, make_reference, reference_weights
 from dpo_jax.batch import PairLogps
 from dpo_jax.checksums import weights_id
@@ -201,7 +202,8 @@ def test_a_weighed_first_step_is_no_false_alarm(live, weight):
     store = replace(parts.batches.store, weights=np.full(NUM_PAIRS, weight, np.float32))
     parts = replace(parts, batches=replace(parts.batches, store=store))
     data = parts.batches(0)
-    values = {"loss": np.float32(np.log(2) * weight) * (1 + 1e-6), "logps/chosen": -4.0, "logps/rejected": -1.0}
+    loss = np.float32(np.log(2) * weight) * (1 + 1e-6)
+    values = {"loss": loss, "logps/chosen": -4.0, "logps/rejected": -1.0, "kl": 0.0}
     check_first(parts, values, data)
     with pytest.raises(UserError, match=r"step 0: the loss is"):
         check_first(parts, values | {"loss": 1.001 * values["loss"]}, data)
@@ -222,13 +224,27 @@ def test_the_margin_of_another_reference_is_said():
     assert mean_margin(np.array([[-10, -14], [-9, -3]]), np.array([[-11, -12], [-9.5, -5]])) == (3 - 1.5) / 2
 
 
+@pytest.mark.parametrize(("dtype", "bound"), AGREEMENT.items())
+@pytest.mark.parametrize("weighting", ["none", "wpo"])  # of wpo the first loss is not known
+def test_the_first_step_has_margins_of_0_within_the_bound_of_its_arithmetic(live, dtype, bound, weighting):
+    """Also where margins of two signs cancel, so that loss and mean margin are right."""
+    parts, _ = live
+    parts = replace(parts, config=replace(parts.config, loss=LossConfig(weighting=weighting)),
+                    model=replace(parts.model, dtype=dtype))  # fmt: skip
+    values = {"loss": np.log(2), "logps/chosen": -30.0, "logps/rejected": -40.0, "rewards/margins": 0.0}
+    check_first(parts, values | {"kl": (0.9 * bound * 40) ** 2 / 2}, parts.batches(0))
+    for kl in ((1.1 * bound * 40) ** 2 / 2, np.nan):
+        with pytest.raises(UserError, match=r"step 0: .* in the train step their log-probs differ by"):
+            check_first(parts, values | {"kl": kl}, parts.batches(0))
+
+
 @pytest.mark.parametrize("type_", ["sigmoid", "hinge", "ipo", "sppo_hard"])
 def test_the_first_step_has_the_loss_of_margin_0(live, type_):
     parts, start = live
     parts = replace(parts, config=replace(parts.config, loss=LossConfig(type=type_)))
     data = parts.batches(0)
     expected = {"sigmoid": np.log(2), "hinge": 1, "ipo": 25, "sppo_hard": 50}[type_]
-    values = {"loss": expected, "logps/chosen": -40.0, "logps/rejected": -15.0}
+    values = {"loss": expected, "logps/chosen": -40.0, "logps/rejected": -15.0, "kl": 0.0}
     check_first(parts, values, data)
     for wrong in (1.001, 0.999, np.nan):
         with pytest.raises(UserError, match=r"step 0: the loss is .* but at margin 0 it is"):

@@ -233,6 +233,17 @@ def test_a_fine_tuning_run_speaks_of_no_rewards(tmp_path):
     assert '<span class="from">0.1000 → </span>0.5000' in text
 
 
+@pytest.mark.parametrize(("kl", "before"), [(0.0, "tied"), (5e-9, "tied"), (5e-5, "0.0312")], ids=str)
+def test_an_accuracy_of_ties_is_called_so(tmp_path, kl, before):
+    """At log-probs of 40 nats: nothing, rounding (1e-4 nats) or more than that (1e-2) between policy and reference."""
+    at_start = {"rewards/accuracies": 0.03125, "kl": kl, "logps/chosen": -40.0, "logps/rejected": -30.0, "loss": 0.6931}
+    metrics = [{"step": 0} | {f"eval_held_out_{key}": value for key, value in at_start.items()}, *dpo_metrics()[1:]]
+    text = write_report(make_run(tmp_path, dpo_config(), metrics)).read_text()
+    assert f'<span class="from">{before} → </span>0.9375' in text
+    cells = Page(text).cells
+    assert cells[cells.index("held_out: rewards/accuracies") :][1:3] == [before, "0.9375"]
+
+
 def test_without_evaluation_the_training_itself_is_the_headline(tmp_path):
     text = write_report(make_run(tmp_path, dpo_config(), [step_row(step) for step in (1, 2)])).read_text()
     assert "training: margin" in text

@@ -10,13 +10,14 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dpo_jax"
 
 # Imports point to lower floors only; modules of one floor do not import each other, inside a folder they may.
 FLOORS = [
-    {"errors"},
+    {"agreement", "errors"},
     {"config", "batch", "chips", "compiler", "hlo"},
     {"checksums", "configfile", "hosts", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
     {"vocabulary"},
@@ -144,6 +145,22 @@ def test_every_dependency_has_its_reason():
     decisions = (ROOT / "docs" / "decisions.md").read_text().lower().replace("_", "-")
     unexplained = {name for name in requirement_names(project["dependencies"] + extras) if f"`{name}" not in decisions}
     assert not unexplained, unexplained
+
+
+def test_every_tested_python_is_named_alike():
+    """In pyproject.toml, in CI, and where the launch scripts and the image choose one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    tested = [text.split(" :: ")[-1] for text in project["classifiers"] if text.startswith("Programming Language")]
+    assert project["requires-python"] == f">={tested[0]}"
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())["jobs"]
+    assert jobs["default"]["strategy"]["matrix"]["python"] == tested
+    (both,) = [step["with"]["python-version"].split() for step in jobs["complete"]["steps"] if "with" in step]
+    assert both == [tested[-1], tested[0]]
+    (newest,) = re.findall(r"^newest=(.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert newest == tested[-1]
+    (launched,) = re.findall(r"^PYTHON=(\S+)", (ROOT / "launch" / "env.example").read_text(), re.MULTILINE)
+    (image,) = re.findall(r"^FROM python:([\d.]+)", (ROOT / "launch" / "gke" / "Dockerfile").read_text(), re.MULTILINE)
+    assert {launched, image} <= set(tested)
 
 
 def test_the_readme_example_runs():

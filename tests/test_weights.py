@@ -17,7 +17,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
-import torch
 import transformers
 from huggingface_hub.utils import filter_repo_objects
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -85,7 +84,7 @@ def test_export_loads_bit_equal_on_one_device_and_on_eight(tmp_path, hf):
     assert (tmp_path / "again" / SINGLE).read_bytes() == (tmp_path / "out" / SINGLE).read_bytes()
 
 
-def test_transformers_loads_an_export_in_several_files(tmp_path):
+def test_transformers_loads_an_export_in_several_files(torch, tmp_path):
     model, params = export(tmp_path, QWEN3, max_shard_bytes=100_000)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 3
@@ -109,7 +108,7 @@ def test_transformers_loads_an_export_in_several_files(tmp_path):
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
 
 
-def test_bfloat16_export_is_the_rounded_weights_and_says_so(tmp_path):
+def test_bfloat16_export_is_the_rounded_weights_and_says_so(torch, tmp_path):
     model, params = export(tmp_path, TINY, dtype="bfloat16")
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16

@@ -1,0 +1,30 @@
+"""How far one model's log-probs may differ between two compiled programs, and when rewards are equal within that."""
+
+import math
+from collections.abc import Mapping
+
+# Largest difference, as a share of the log-prob.
+AGREEMENT = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def tied(metrics: Mapping[str, float], bound: float) -> bool:
+    """Whether policy and reference agree on a set of pairs, so that every margin is 0 within rounding.
+
+    ``rewards/accuracies`` then says nothing: ties count as wrong, and rounding breaks some. The mean margin would not
+    tell, since margins of two signs cancel; ``kl``, half the mean square of the log-ratios, does.
+
+    Args:
+        metrics: of the pairs, as ``preference_metrics`` names them; without ``kl`` nothing was compared.
+        bound: of ``AGREEMENT``.
+    """
+    return "kl" in metrics and log_ratio(metrics) <= bound * size(metrics)
+
+
+def log_ratio(metrics: Mapping[str, float]) -> float:
+    """Root mean square of the answers' log-ratios, nats."""
+    return math.sqrt(2 * float(metrics["kl"]))
+
+
+def size(metrics: Mapping[str, float]) -> float:
+    """Of the log-probs, nats: what a share of them refers to."""
+    return max(1.0, *(abs(float(metrics[f"logps/{answer}"])) for answer in ("chosen", "rejected")))
