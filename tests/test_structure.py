@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dpo_jax"
 # Imports point to lower floors only; modules of one floor do not import each other, inside a folder they may.
 FLOORS = [
     {"errors"},
-    {"config", "batch", "chips", "compiler", "hlo"},
+    {"config", "batch", "chips", "compiler", "hlo", "sealed"},
     {"checksums", "configfile", "hosts", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
     {"vocabulary"},
     {"logprobs"},
