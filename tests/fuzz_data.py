@@ -16,13 +16,13 @@ import pyarrow as pa
 from fuzzing import DEEP, HUGE, as_json, damaged, mutated, odd_values, refused
 from hypothesis import strategies as st
 from pyarrow import parquet
-from small_tokenizer import make_tokenizer
+from small_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 from dpo_jax.config import DataConfig, FatesConfig, SourceConfig
-from dpo_jax.data.convert import Chunk, Job, Source, make_convert_rows
+from dpo_jax.data.convert import Chunk, Job, make_convert_rows
 from dpo_jax.data.records import SCHEMAS, Example, Problem, detect_schema, parser_of
 from dpo_jax.data.sources import load_rows
-from dpo_jax.data.store import DamagedStore, build_or_open_store, open_store
+from dpo_jax.data.store import build_or_open_store, open_store
 from dpo_jax.data.tokenize import load_tokenizer
 
 SHARED = Path(os.environ.get("DPO_JAX_SHARED", Path(__file__).parents[2] / "shared" / "data"))
@@ -232,19 +232,16 @@ PIECES = [
     "{{ raise_exception('two\nlines') }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "{{ x.y.z }}",
     "{{ none.split() }}", "{{ tools | tojson }}", "{{ messages | map(attribute='x') | list }}", "{{ messages | int }}",
     "{% if add_generation_prompt %}<a>{% endif %}", "{{ range(10**9) | list }}", "{{ m.content | trim }}", "{% set x =",
-    "{{ '%d' % 'a' }}", "{{ [] | first }}", "{{ {}['a'] }}", "{% include 'x' %}", "{% extends 'x' %}", "{{ bos_token }}",
-    "{{ messages.__class__.__mro__ }}", "{{ strftime_now('%d %b %Y') }}", "{% break %}", "{{ 'x' | nofilter }}",
-    "{{ m.content | float }}", "{{ 10**400 + 0.5 }}", "{{ 'a' * (10**6) }}", "{{ loop.index }}", "\ud7ff", "{# x",
+    "{{ '%d' % 'a' }}", "{{ [] | first }}", "{{ {}['a'] }}", "{% include 'x' %}", "{% extends 'x' %}",
+    "{{ bos_token }}", "{{ messages.__class__.__mro__ }}", "{{ strftime_now('%d %b %Y') }}", "{% break %}", "{{ 'x' | nofilter }}",
+    "{{ m.content | float }}", "{{ 10**400 + 0.5 }}", "{{ 'a' * 10**4 }}", "{{ loop.index }}", "\ud7ff", "{# x",
     "{{ 'a'.encode('ascii').decode('utf-16') }}", "{{ '\\ud800' }}", "{{ m.content.split('.')[1] }}",
     "{{ cycler() }}", "{{ namespace(1) }}", "{{ lipsum }}", "{{ joiner() }}", "{{ dict(1) }}", "{{ 'a' | round }}",
 ]  # fmt: skip
-WHOLE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-)
 
 
 def real_templates() -> list[str]:
-    return [path.read_text() for path in sorted((SHARED / "chat_templates").glob("*.jinja"))] or [WHOLE]
+    return [path.read_text() for path in sorted((SHARED / "chat_templates").glob("*.jinja"))] or [CHAT_TEMPLATE]
 
 
 @st.composite
@@ -252,7 +249,7 @@ def templates(draw: st.DrawFn) -> str:
     """Pieces in a row, many of which fail; or a whole one, with a piece put in or cut out."""
     if draw(st.booleans()):
         return "".join(draw(st.lists(st.sampled_from(PIECES), max_size=6)))
-    text = draw(st.sampled_from([WHOLE, WHOLE, *real_templates()]))
+    text = draw(st.sampled_from([CHAT_TEMPLATE, CHAT_TEMPLATE, *real_templates()]))
     start, end = sorted(draw(st.tuples(st.integers(0, len(text)), st.integers(0, len(text)))))
     piece = draw(st.sampled_from(PIECES))
     kind = draw(st.sampled_from(["whole", "put in", "cut out", "end here"]))
@@ -313,13 +310,10 @@ def check_store(value: tuple[str, bytes]) -> None:
         path = Path(name) / "store" / good.name
         shutil.copytree(good, path)
         (path / file).write_bytes(data)
-        try:
-            opened = open_store(path)
-        except DamagedStore as damage:
-            assert len(str(damage).splitlines()) == 1
-            assert str(path) in str(damage)
-            opened = build(path.parent, source)
+        opened, was_refused = refused(lambda: open_store(path), str(path))
         whole = open_store(good)
+        if was_refused:
+            opened = build(path.parent, source)
         for field in ("tokens", "starts", "lengths", "num_targets", "rows", "sources", "weights"):
             assert np.array_equal(getattr(opened, field), getattr(whole, field))
         assert (opened.report, opened.key) == (whole.report, whole.key)

@@ -90,7 +90,8 @@ def _mutate(draw: st.DrawFn, tree: Any) -> Any:
     parent, key = _at(tree, path[:-1]), path[-1]
     value = parent[key]
     kind = draw(st.sampled_from(
-        ["replace"] * 5 + ["delete"] * 2 + ["nest in a list", "nest in a mapping", "copy from", "insert", "null", "text"]
+        ["replace"] * 5 + ["delete"] * 2 + ["nest in a list", "nest in a mapping", "copy from", "insert", "null",
+         "text"]
     ))  # fmt: skip
     if kind == "delete":
         del parent[key]
