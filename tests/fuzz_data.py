@@ -129,12 +129,12 @@ def without_double_bos(coder: Any, ids: list[int]) -> list[int]:
     return ids
 
 
-def check_rows(value: tuple[str, str, list]) -> None:
+def check_rows(value: tuple[str, str, list]) -> bool:
     stage, name, values = value
     values = [json.loads(as_json(row)) for row in values if not {DEEP, HUGE} & set(json.dumps(row).split('"'))]
     parse, was_refused = refused(lambda: parser(stage, values))
     if was_refused:
-        return
+        return False
     coder = tokenizer(name)
     parsed = [parse(number, row) for number, row in enumerate(values)]
     for number, (one, row) in enumerate(zip(parsed, values, strict=True)):
@@ -148,9 +148,11 @@ def check_rows(value: tuple[str, str, list]) -> None:
     chunk, was_refused = refused(
         lambda: make_convert_rows(job(stage, coder))("rows.jsonl", parse, 0, values), "rows.jsonl", "row "
     )
-    if not was_refused:
-        assert len(chunk.rows) + len(chunk.dropped) == len(values)
-        assert_tokens(coder, stage, parsed, chunk)
+    if was_refused:
+        return False
+    assert len(chunk.rows) + len(chunk.dropped) == len(values)
+    assert_tokens(coder, stage, parsed, chunk)
+    return not chunk.dropped
 
 
 any_rows = st.tuples(st.sampled_from(["dpo", "sft"]), st.dictionaries(
@@ -159,13 +161,13 @@ any_rows = st.tuples(st.sampled_from(["dpo", "sft"]), st.dictionaries(
                      "chat_template_kwargs"]), odd_values, max_size=6))  # fmt: skip
 
 
-def check_any_row(value: tuple[str, dict]) -> None:
+def check_any_row(value: tuple[str, dict]) -> bool:
     """Each layout gives an example or a problem of whatever row."""
     stage, row = value
     refused(lambda: detect_schema(list(row), [row], stage))
-    for parse in SCHEMAS[stage].values():
-        one = parse(0, row)
-        assert isinstance(one, Example | Problem)
+    found = [parse(0, row) for parse in SCHEMAS[stage].values()]
+    assert all(isinstance(one, Example | Problem) for one in found)
+    return any(isinstance(one, Example) for one in found)
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -211,17 +213,18 @@ def by_json(suffix: str, data: bytes) -> list:
     return [json.loads(line) for line in data.split(b"\n") if line.strip()]
 
 
-def check_data_file(value: tuple[str, bytes]) -> None:
+def check_data_file(value: tuple[str, bytes]) -> bool:
     suffix, data = value
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"rows{suffix}"
         path.write_bytes(data)
         loaded, was_refused = refused(lambda: load_rows(SourceConfig(path=str(path))), str(path))
         if was_refused:
-            return
+            return False
         read, was_refused = refused(lambda: [loaded[row] for row in range(len(loaded))], str(path))
         if not was_refused:
             assert repr(read) == repr(by_json(suffix, data))  # NaN is not equal to itself
+        return not was_refused
 
 
 # ---------------------------------------------------------------------------------------------------- templates
@@ -233,7 +236,8 @@ PIECES = [
     "{{ none.split() }}", "{{ tools | tojson }}", "{{ messages | map(attribute='x') | list }}", "{{ messages | int }}",
     "{% if add_generation_prompt %}<a>{% endif %}", "{{ range(10**9) | list }}", "{{ m.content | trim }}", "{% set x =",
     "{{ '%d' % 'a' }}", "{{ [] | first }}", "{{ {}['a'] }}", "{% include 'x' %}", "{% extends 'x' %}",
-    "{{ bos_token }}", "{{ messages.__class__.__mro__ }}", "{{ strftime_now('%d %b %Y') }}", "{% break %}", "{{ 'x' | nofilter }}",
+    "{{ bos_token }}", "{{ messages.__class__.__mro__ }}", "{{ strftime_now('%d %b %Y') }}", "{% break %}",
+    "{{ 'x' | nofilter }}",
     "{{ m.content | float }}", "{{ 10**400 + 0.5 }}", "{{ 'a' * 10**4 }}", "{{ loop.index }}", "\ud7ff", "{# x",
     "{{ 'a'.encode('ascii').decode('utf-16') }}", "{{ '\\ud800' }}", "{{ m.content.split('.')[1] }}",
     "{{ cycler() }}", "{{ namespace(1) }}", "{{ lipsum }}", "{{ joiner() }}", "{{ dict(1) }}", "{{ 'a' | round }}",
@@ -257,9 +261,10 @@ def templates(draw: st.DrawFn) -> str:
             "end here": text[:start]}[kind]  # fmt: skip
 
 
-def check_template(text: str) -> None:
+def check_template(text: str) -> bool:
     coder = make_tokenizer()
     coder.chat_template = text
+    kept = 0
     for stage, row in (("dpo", ROWS["dpo"][1]), ("sft", ROWS["sft"][0])):
         parse = parser(stage, [row])
         chunk, was_refused = refused(
@@ -270,6 +275,8 @@ def check_template(text: str) -> None:
             for problem in chunk.dropped:
                 assert len(problem.detail.splitlines()) <= 1, problem.detail
             assert_tokens(coder, stage, [parse(0, row)], chunk)
+            kept += len(chunk.rows)
+    return kept > 0
 
 
 # ---------------------------------------------------------------------------------------------------- stores
@@ -302,7 +309,7 @@ def store_damage(draw: st.DrawFn) -> tuple[str, bytes]:
     return file, draw(damaged(st.just(good)))
 
 
-def check_store(value: tuple[str, bytes]) -> None:
+def check_store(value: tuple[str, bytes]) -> bool:
     """What is opened is what was written; and what cannot be opened is built again, the same."""
     file, data = value
     good, source = built_store()
@@ -317,3 +324,4 @@ def check_store(value: tuple[str, bytes]) -> None:
         for field in ("tokens", "starts", "lengths", "num_targets", "rows", "sources", "weights"):
             assert np.array_equal(getattr(opened, field), getattr(whole, field))
         assert (opened.report, opened.key) == (whole.report, whole.key)
+        return not was_refused

@@ -68,13 +68,14 @@ def assert_tensors(actual: dict[str, Tensor], data: bytes) -> None:
             assert values.tobytes() == bytes(expected[name]["data"])
 
 
-def check_safetensors(data: bytes) -> None:
+def check_safetensors(data: bytes) -> bool:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         path.write_bytes(data)
         tensors, was_refused = refused(lambda: read_header(path), str(path))
         if not was_refused:
             assert_tensors(tensors, data)
+        return not was_refused
 
 
 SHARDS = {
@@ -89,7 +90,7 @@ INDEX_TREE = {
 indexed = st.tuples(mutated(st.just(INDEX_TREE)), st.integers(0, 4).map(lambda n: n == 0))
 
 
-def check_index(value: tuple[Any, bool]) -> None:
+def check_index(value: tuple[Any, bool]) -> bool:
     """Each tensor is that of the file that transformers would take it from, which lies in the folder."""
     tree, single = value
     with TemporaryDirectory() as name:
@@ -104,7 +105,7 @@ def check_index(value: tuple[Any, bool]) -> None:
         (folder / INDEX).write_text(as_json(tree))
         tensors, was_refused = refused(lambda: find_tensors(folder), str(folder))
         if was_refused:
-            return
+            return False
         # transformers takes a single file and does not look at the index
         wanted = dict.fromkeys(files[SINGLE], SINGLE) if single else tree["weight_map"]
         assert {tensor: found.path.name for tensor, found in tensors.items()} == wanted
@@ -112,6 +113,7 @@ def check_index(value: tuple[Any, bool]) -> None:
             assert found.path.parent == folder
             with safetensors.safe_open(found.path, "numpy") as opened:
                 assert found.shape == tuple(opened.get_slice(found.name).get_shape())
+        return True
 
 
 # --------------------------------------------------------------------------------------------- config.json
@@ -198,22 +200,23 @@ def by_transformers(hf: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def check_hf_config(tree: Any) -> None:
+def check_hf_config(tree: Any) -> bool:
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(as_json(tree))
         config, was_refused = refused(lambda: read_decoder_config(folder), "config.json")
         if was_refused:
-            return
+            return False
         expected = by_transformers(AutoConfig.from_pretrained(folder))
         actual = {field: getattr(config, field) for field in expected}
         assert actual == expected
+        return True
 
 
 hf_config_bytes = damaged(st.sampled_from(FAMILY_CONFIGS).map(lambda tree: json.dumps(tree).encode()))
 
 
-def check_hf_config_bytes(data: bytes) -> None:
+def check_hf_config_bytes(data: bytes) -> bool:
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_bytes(data)
@@ -221,6 +224,7 @@ def check_hf_config_bytes(data: bytes) -> None:
         if not was_refused:
             assert repr(tree) == repr(json.loads(data))  # NaN is not equal to itself
             refused(lambda: decoder_config(tree), "config.json")
+        return not was_refused
 
 
 # --------------------------------------------------------------------------------------------- adapters
@@ -247,10 +251,14 @@ def torch_model() -> Any:
         return LlamaForCausalLM(LlamaConfig(**HF_CONFIG))
 
 
-ADAPTER_KEYS = ["rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save", "use_dora",
-                "fan_in_fan_out", "target_modules", "exclude_modules", "layers_pattern", "init_lora_weights", "lora_bias", "x"]  # fmt: skip
-ADAPTER_VALUES = [None, True, False, [], {}, ["q_proj"], ["q_proj", "v_proj"], {"q_proj": 4}, "all-linear",
-                  "q_proj", ".*(q_proj|v_proj)", [0], 0, "gaussian", "pissa"]  # fmt: skip
+ADAPTER_KEYS = [
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save", "use_dora", "fan_in_fan_out",
+    "lora_bias", "target_modules", "exclude_modules", "layers_pattern", "init_lora_weights", "x",
+]  # fmt: skip
+ADAPTER_VALUES = [
+    None, True, False, [], {}, ["q_proj"], ["q_proj", "v_proj"], {"q_proj": 4}, "all-linear", "q_proj", [0], 0,
+    ".*(q_proj|v_proj)", "gaussian", "pissa",
+]  # fmt: skip
 
 
 @st.composite
@@ -275,7 +283,7 @@ def by_peft(folder: Path) -> dict[str, float]:
     }
 
 
-def check_adapter_config(tree: Any) -> None:
+def check_adapter_config(tree: Any) -> bool:
     model, _, tensors = adapter_files()
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -285,7 +293,7 @@ def check_adapter_config(tree: Any) -> None:
         shardings = jax.tree.map(lambda _: whole, model.adapter_shapes())
         loaded, was_refused = refused(lambda: load_adapters(folder, model, LORA, shardings), str(folder))
         if was_refused:
-            return
+            return False
         expected = dict(safetensors.deserialize(tensors))
         modules = {f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in LORA.targets}
         assert by_peft(folder) == dict.fromkeys(modules, model.lora.scale)
@@ -294,3 +302,4 @@ def check_adapter_config(tree: Any) -> None:
                 for part in "ab":
                     named = f"base_model.model.model.layers.{layer}.self_attn.{target}.lora_{part.upper()}.weight"
                     assert np.asarray(loaded["layers"][leaf][part][layer]).tobytes() == bytes(expected[named]["data"])
+        return True

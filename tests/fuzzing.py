@@ -33,20 +33,22 @@ odd_values = st.one_of(
 )
 
 
-def hunt(examples: int, strategy: st.SearchStrategy, check: Callable[[Any], None]) -> int:
-    """Check that many drawn values, the same ones every time; how many were checked."""
-    count = 0
+def hunt(examples: int, strategy: st.SearchStrategy, check: Callable[[Any], bool]) -> tuple[int, int]:
+    """Check that many drawn values, the same ones every time.
+
+    Returns:
+        How many were checked, and how many of them the product accepted.
+    """
+    accepted: list[bool] = []
 
     @settings(max_examples=examples, derandomize=True, database=None, deadline=None,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(strategy)
     def run(value):
-        nonlocal count
-        count += 1
-        check(value)
+        accepted.append(check(value))
 
     run()
-    return count
+    return len(accepted), sum(accepted)
 
 
 def refused(call: Callable[[], Any], *named: str) -> tuple[Any, bool]:
