@@ -29,6 +29,7 @@ from dpo_jax.saved import (
     saved_steps,
     say,
 )
+from dpo_jax.sealed import seal
 
 DAMAGED = ".damaged"
 
@@ -122,7 +123,7 @@ class Checkpoints:
         leaves = describe_leaves(state)
         for name, checksum in leaf_checksums(state).items():
             leaves[name]["checksum"] = checksum
-        written = json.loads(json.dumps({**manifest, "step": step, "leaves": leaves, "metrics": metrics}))
+        written = seal(json.loads(json.dumps({**manifest, "step": step, "leaves": leaves, "metrics": metrics})))
         items = {STATE: ocp.args.PyTreeSave(state), MANIFEST: ocp.args.JsonSave(written)}
         self._manager = self._manager or _make_manager(self.directory, self._preserve)
         self._pending = step

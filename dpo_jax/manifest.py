@@ -18,7 +18,7 @@ from typing import Any
 
 from dpo_jax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # since 2 a manifest is sealed
 PACKAGES = ("dpo-jax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
 
 # What becomes of a changed option when a run goes on. The longest prefix that fits decides; no prefix: it matters.

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -157,9 +156,8 @@ def _part_paths(path: Path) -> list[Path]:
 def _difference(path: Path, made_by: Mapping) -> str:
     """In what a file's makers differ from these."""
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        about, _ = _load(path, arrays=False)
+    except Unusable:
         return "nothing that can be read"
     names = [name for name in {**made_by, **about} if name != "digest" and made_by.get(name) != about.get(name)]
     return "another " + ", ".join(names).replace("_", " ")
@@ -178,17 +176,22 @@ def _read(path: Path, made_by: Mapping) -> Arrays:
     Raises:
         Unusable: it is torn or damaged, or made by something else.
     """
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            fields = {name: file[name] for name in file.files if name != "about"}
-            about = json.loads(str(file["about"]))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile, NotImplementedError) as error:
-        raise Unusable("it is cut off or damaged") from error
+    about, fields = _load(path)
     if about != {**made_by, "digest": about.get("digest")}:
         raise Unusable(f"it is of {_difference(path, made_by)}")
-    if about["digest"] != _digest(fields):
+    if about.get("digest") != _digest(fields):
         raise Unusable("its checksum is wrong")
     return fields
+
+
+def _load(path: Path, arrays: bool = True) -> tuple[dict[str, Any], Arrays]:
+    """What made a file, and its arrays if wanted."""
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            about = {**json.loads(str(file["about"]))}
+            return about, {name: file[name] for name in file.files if arrays and name != "about"}
+    except Exception as error:  # zip, zlib, numpy and json each have their own
+        raise Unusable("it is cut off or damaged") from error
 
 
 def _write(path: Path, made_by: Mapping, fields: Mapping[str, np.ndarray]) -> None:

@@ -18,6 +18,7 @@ from dpo_jax.checksums import describe_leaves, leaf_checksums
 from dpo_jax.config import CheckpointConfig
 from dpo_jax.errors import UserError
 from dpo_jax.manifest import FORMAT
+from dpo_jax.sealed import SEAL, unseal
 
 STATE, MANIFEST = "state", "manifest"
 # Errors while reading that tell of the machine's or the storage's state and not of the checkpoint's: by type, by text.
@@ -104,15 +105,17 @@ def first_line(error: BaseException) -> str:
 
 
 def read_manifest(directory: epath.Path, step: int) -> dict:
-    """Manifest of a step; ``Damaged`` if there is none, ``UserError`` if it is of another format."""
+    """Manifest of a step; ``Damaged`` if none is intact, ``UserError`` if it has another format."""
     try:
-        manifest = ocp.JsonCheckpointHandler().restore(directory / str(step) / MANIFEST)
-    except (FileNotFoundError, NotADirectoryError) as error:
+        text = (directory / str(step) / MANIFEST / "metadata").read_bytes()  # the name is Orbax's
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise Damaged("it has no manifest") from error
+    try:
+        manifest = unseal(text)
     except ValueError as error:
-        raise Damaged("its manifest is no JSON") from error
-    if not isinstance(manifest, dict) or "format" not in manifest:
-        raise Damaged("its manifest is no manifest of this program")
+        if b'"format": 1,' not in text or SEAL.encode() in text:
+            raise Damaged(f"its manifest cannot be used: {error}") from error
+        manifest = {"format": 1}
     if manifest["format"] != FORMAT:
         raise UserError(f"checkpoint of step {step}: {directory} has format {manifest['format']!r}, this version reads "
                         f"{FORMAT}: use the version that wrote it")  # fmt: skip

@@ -38,6 +38,7 @@ from dpo_jax.config import (
 from dpo_jax.errors import RunStopped, UserError
 from dpo_jax.manifest import compare_manifest, make_manifest, refuse_changed, rounding_changes
 from dpo_jax.saved import rank_steps, restore_part
+from dpo_jax.sealed import seal, unseal
 
 KEEP = CheckpointConfig(keep=9)
 IDENTITY = {"weights": "w1", "tokenizer": "t1", "template": "c1", "reference": "w1", "store": "s1"}
@@ -247,6 +248,19 @@ def cut_manifest(step: Path):
     os.truncate(step / "manifest" / "metadata", 100)
 
 
+def edit_manifest(step: Path):
+    path = step / "manifest" / "metadata"
+    path.write_text(path.read_text().replace('"step": 3', '"step": 2', 1))
+
+
+def empty_manifest(step: Path):
+    (step / "manifest" / "metadata").write_text("{}")
+
+
+def nested_manifest(step: Path):
+    (step / "manifest" / "metadata").write_text("[" * 100_000)
+
+
 def empty(step: Path):
     shutil.rmtree(step)
     step.mkdir()
@@ -263,7 +277,10 @@ DAMAGE = {
     flip_a_byte: "the checksum of params/layers/w is wrong",  # Orbax reads it without complaint
     delete_arrays: "its arrays cannot be read",
     delete_manifest: "it has no manifest",
-    cut_manifest: "its manifest is no JSON",
+    cut_manifest: "its manifest cannot be used: it is not JSON",
+    edit_manifest: "its manifest cannot be used: its checksum is wrong",
+    empty_manifest: "its manifest cannot be used: its checksum is wrong",
+    nested_manifest: "its manifest cannot be used: it is not JSON: RecursionError",
     empty: "it has no manifest",
     swap_arrays: "the checksum of .* is wrong",
 }
@@ -341,10 +358,11 @@ def test_other_arrays_are_refused_and_nothing_set_aside(copy):
     assert Checkpoints(copy, KEEP).steps() == [1, 2, 3]
 
 
-def test_a_manifest_of_another_format_is_refused_and_left(copy):
+@pytest.mark.parametrize(("number", "written"), [(99, seal), (1, dict)])
+def test_a_manifest_of_another_format_is_refused_and_left(copy, number, written):
     path = copy / "3" / "manifest" / "metadata"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(UserError, match="has format 99, this version reads 1"):
+    path.write_text(json.dumps(written({**unseal(path.read_bytes()), "format": number})))
+    with pytest.raises(UserError, match=f"has format {number}, this version reads 2"):
         Checkpoints(copy, KEEP)
     assert (copy / "3").is_dir()
 
@@ -536,7 +554,7 @@ def test_a_longer_run_goes_on_only_where_its_steps_stay_the_same():
 
 
 def test_another_format_is_refused():
-    with pytest.raises(UserError, match="checkpoint format 0, this version reads 1"):
+    with pytest.raises(UserError, match="checkpoint format 0, this version reads 2"):
         refuse_changed({**MANIFEST, "format": 0}, MANIFEST, "runs/a")
 
 

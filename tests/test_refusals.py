@@ -16,6 +16,7 @@ import pytest
 from runs import ended, events, write_config
 
 from dpo_jax import cli
+from dpo_jax.sealed import seal, unseal
 
 PAIR = {"prompt": "Once", "chosen": " upon a time", "rejected": " no"}
 ROWS = [{**PAIR, "prompt": f"Once {i}"} for i in range(8)]
@@ -384,7 +385,7 @@ def damage() -> None:
 
 def other_format() -> None:
     for path in Path("run/checkpoints").glob("*/manifest/*"):
-        path.write_text(path.read_text().replace('"format": 1', '"format": 0', 1))
+        path.write_text(json.dumps(seal({**unseal(path.read_bytes()), "format": 0})))
 
 
 def other_weights() -> None:
@@ -482,7 +483,7 @@ BAD_RUNS = [
         other_format,
         "train c.yaml --run.dir run",
         2,
-        "has format 0, this version reads 1: use the version that wrote it",
+        "has format 0, this version reads 2: use the version that wrote it",
     ),
     (
         "export of no run",

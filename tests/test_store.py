@@ -204,6 +204,19 @@ def cut_manifest(path):
     os.truncate(path / "manifest.json", 200)
 
 
+def edit_manifest(path):
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"num_answers": 2', '"num_answers": 1'))
+
+
+def empty_manifest(path):
+    (path / "manifest.json").write_text("{}")
+
+
+def nest_manifest(path):
+    (path / "manifest.json").write_text("[" * 100_000)
+
+
 def lose_problems(path):
     (path / "problems.jsonl").unlink()
 
@@ -212,6 +225,8 @@ def lose_problems(path):
     ("damage", "said"),
     [(cut_tokens, "tokens.bin: it is 100 bytes, not"), (flip_bit, "tokens.bin: its checksum"),
      (lose_manifest, "no readable manifest.json"), (cut_manifest, "no readable manifest.json"),
+     (edit_manifest, "manifest.json: its checksum is wrong"), (empty_manifest, "manifest.json: its checksum is wrong"),
+     (nest_manifest, "manifest.json: it is not JSON: RecursionError"),
      (lose_problems, "problems.jsonl: it is missing")],
 )  # fmt: skip
 def test_a_damaged_store_is_built_again_and_said(damage, said, tmp_path, caplog):

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "dpo_jax"
 # Imports point to lower floors only; modules of one floor do not import each other, inside a folder they may.
 FLOORS = [
     {"agreement", "errors"},
-    {"config", "batch", "chips", "compiler", "hlo"},
+    {"config", "batch", "chips", "compiler", "hlo", "sealed"},
     {"checksums", "configfile", "hosts", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
     {"vocabulary"},
     {"logprobs"},

@@ -30,6 +30,7 @@ from dpo_jax.data.records import Problem, Stage
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
+from dpo_jax.sealed import seal, unseal
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -219,7 +220,7 @@ def _write(folder: Path, sources: Sequence[Source], job: Job, workers: int | Non
         sizes = {names[name]: file.finish() for name, file in files.items()} | {PROBLEMS: problems.finish()}
     manifest = {"made_from": made_from, "num_answers": job.num_answers, "files": sizes, "report": reports}
     with _File(folder / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=1).encode())
+        file.write(json.dumps(seal(manifest), indent=1).encode())
         file.finish()
 
 
@@ -241,7 +242,7 @@ def open_store(path: Path) -> Store:
         DamagedStore: it is partial, or a file is not what the manifest says.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = unseal((path / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
         raise DamagedStore(f"{path}: it has no readable {MANIFEST}: {error}") from None
     key = _hash(manifest["made_from"])
