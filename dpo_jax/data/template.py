@@ -128,8 +128,8 @@ def missing_part(template: Template, example: Example, messages: Messages, text:
         except Refused as refused:
             refusal = f": with other words in its place the template fails: {refused}"
         if refusal is not None:
-            role, what = messages[path[0]]["role"], " ".join(map(str, path[1:]))
-            return f"{what} of message {path[0]} ({role}) is not in the rendered conversation{refusal}"
+            place, what = int(path[0]), " ".join(map(str, path[1:]))
+            return f"{what} of message {place} ({messages[place]['role']}) is not in the rendered conversation{refusal}"
     return None
 
 
