@@ -30,7 +30,7 @@ class LossyStream:
     """A text stream that loses what it cannot write; ``lost`` is the first error, None while nothing was lost."""
 
     def __init__(self, stream: Any):
-        self._stream = stream  # None: it was closed before the interpreter started
+        self._stream = stream
         self.lost: Exception | None = None
 
     def write(self, text: str) -> int:
@@ -45,7 +45,8 @@ class LossyStream:
 
     def discard(self) -> None:
         """Once something was lost, drop what is still buffered, which would be an error when the interpreter ends."""
-        if self.lost is not None and self._stream is not None:
+        self.flush()
+        if self.lost is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def _try(self, action: str, *text: str) -> None:
@@ -61,13 +62,14 @@ class LossyStream:
 @contextmanager
 def lossy_streams() -> Iterator[tuple[LossyStream, LossyStream]]:
     """Inside, nothing that is written to stdout and stderr, by whichever library, can raise; gives both."""
-    out, err = LossyStream(sys.stdout), LossyStream(sys.stderr)
-    with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
-        try:
-            yield out, err
-        finally:
-            out.flush()
-            err.flush()
+    with open(os.devnull, "w") as nowhere:  # for those that were closed before the interpreter started
+        out, err = LossyStream(sys.stdout or nowhere), LossyStream(sys.stderr or nowhere)
+        with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+            try:
+                yield out, err
+            finally:
+                out.flush()
+                err.flush()
 
 
 def open_descriptors() -> None:
