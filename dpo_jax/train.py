@@ -335,12 +335,11 @@ def record(job: Job, pending: _Pending, progress: Progress, line: Any, clock: fl
     real = data.ids[data.ids >= 0]
     if not all_finite(values):
         rows = ", ".join(f"{job.parts.sets.train.report[store.sources[i]]['source']}:{store.rows[i]}" for i in real)
-        remedy = new_run(job.manifest["config"], job.run.root, job.reference is not None and not job.syncs)
         raise NotFinite(
             f"step {data.step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: the run is stopped, "
             f"the state after step {data.step} is saved; look at rows {rows}, or start a new run with "
             "a lower optimizer.learning_rate: --run.dir NEW, or from this save, if the metrics before are sound: "
-            + remedy
+            + new_run(job.manifest["config"], job.run.root, job.reference is not None and not job.syncs)
         )
     if data.step == 0 and job.proven:
         check_first(job.parts, values, data)
