@@ -20,7 +20,7 @@ FLOORS = [
     {"agreement", "errors"},
     {"config", "batch", "chips", "compiler", "hlo", "sealed"},
     {"checksums", "configfile", "hosts", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
-    {"vocabulary"},
+    {"console", "vocabulary"},
     {"logprobs"},
     {"charts", "configdocs", "plan_page", "distributions", "step", "saved", "models", "data"},
     {"checkpoint", "metrics", "report", "scoring"},
