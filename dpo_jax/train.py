@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from dpo_jax import hosts
+from dpo_jax.agreement import AGREEMENT, tied
 from dpo_jax.assemble import (
     Parts,
     assemble,
@@ -344,8 +345,8 @@ def record(job: Job, pending: _Pending, progress: Progress, line: Any, clock: fl
             "a lower optimizer.learning_rate: --run.dir NEW, or from this save, if the metrics before are sound: "
             + new_run(job.manifest["config"], job.run.root, job.reference is not None and not job.syncs)
         )
-    tied = data.step == 0 and job.proven  # every margin is 0 within rounding, which breaks ties
-    if tied:
+    proven = data.step == 0 and job.proven
+    if proven:
         check_first(job.parts, values, data)
     progress.done = data.step + 1
     progress.num_tokens += data.num_tokens
@@ -364,7 +365,8 @@ def record(job: Job, pending: _Pending, progress: Progress, line: Any, clock: fl
         job.log.timings(progress.done, rates | {"data_wait_seconds": pending.waited} | memory())
     shown = {"loss": f"{values['loss']:.4f}"}
     if "rewards/accuracies" in values:
-        accuracy = "tied" if tied else f"{values['rewards/accuracies']:.2f}"
+        ties = proven or tied(values, AGREEMENT["float32"])  # a warm-up's first update may change nothing
+        accuracy = "tied" if ties else f"{values['rewards/accuracies']:.2f}"
         shown |= {"acc": accuracy, "margin": f"{values['rewards/margins']:.3f}"}
     unit = "pairs/s" if isinstance(config, DPOConfig) else "examples/s"
     line.set_postfix(shown | {unit: f"{len(real) / seconds:.1f}"}, refresh=False)
