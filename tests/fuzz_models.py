@@ -106,8 +106,9 @@ def check_index(value: tuple[Any, bool]) -> bool:
         tensors, was_refused = refused(lambda: find_tensors(folder), str(folder))
         if was_refused:
             return False
-        # transformers takes a single file and does not look at the index
-        wanted = dict.fromkeys(files[SINGLE], SINGLE) if single else tree["weight_map"]
+        # transformers takes a single file and does not look at the index; of an index it takes whole files
+        named = {SINGLE} if single else set(tree["weight_map"].values())
+        wanted = {tensor: file for file in named for tensor in files[file]}
         assert {tensor: found.path.name for tensor, found in tensors.items()} == wanted
         for found in tensors.values():
             assert found.path.parent == folder
