@@ -53,7 +53,10 @@ def _data(config: TrainConfig, step: int | None) -> None:
 
     source = find_model(config.model.path, config.model.revision, weights=False)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
-    print(render(audit_config(config, tokenizer)) if step is None else show_step(config, step, tokenizer))
+    if step is None:
+        print(render(audit_config(config, tokenizer, source.hf_config.get("max_position_embeddings"))))
+    else:
+        print(show_step(config, step, tokenizer))
 
 
 def _plan(

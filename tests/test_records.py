@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax.data.records import SCHEMAS, Example, Problem, detect_schema, parser_of
+from dpo_jax.data.layouts import detect_schema, hints, parser_of
+from dpo_jax.data.records import SCHEMAS, Example, Problem
 from dpo_jax.errors import UserError
 
 
@@ -27,6 +28,12 @@ def parse(row, stage="dpo", schema="auto"):
 
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
+
+
+def called(tool_calls):
+    return {"role": "assistant", "content": None, "tool_calls": tool_calls}
+
+
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 DPO_ROWS = {
@@ -77,6 +84,20 @@ DPO_ROWS = {
         ([A], [B]),
     ),
     "alpaca, no input": ({"instruction": "do", "input": "", "chosen": "a", "rejected": "b"}, [user("do")], ([A], [B])),
+    "messages, answers": ({"messages": [system("s"), Q], "chosen": A, "rejected": "b"}, [system("s"), Q], ([A], [B])),
+    "messages, whole conversations": ({"messages": [Q, A], "chosen": [Q, A], "rejected": [Q, B]}, [Q], ([A], [B])),
+    "implicit prompt": (
+        {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+        "The sky is",
+        (" blue.", " green."),
+    ),
+    "implicit prompt, inside a word": (
+        {"chosen": "in the sky", "rejected": "in the sea", "score": 0.5},
+        "in the s",
+        ("ky", "ea"),
+    ),
+    "implicit prompt, one longer": ({"chosen": "a b", "rejected": "a b c"}, "a", (" b", " b c")),
+    "implicit prompt, nothing shared": ({"chosen": "a", "rejected": "b"}, "", ("a", "b")),
     "openai": (
         {"input": {"messages": [Q]}, "preferred_output": [A], "non_preferred_output": [B]},
         [Q],
@@ -102,6 +123,7 @@ SFT_ROWS = {
     "text prompt, answer as messages": ({"prompt": "q", "completion": [A]}, [Q], [A]),
     "messages": ({"messages": [Q, A, Q, B]}, None, [Q, A, Q, B]),
     "messages beside a pair": ({"messages": [Q, A], "prompt": "q", "chosen": [A], "rejected": [B]}, None, [Q, A]),
+    "messages without an answer, beside a pair": ({"messages": [Q], "chosen": A, "rejected": B}, [Q], [A]),
     "text": ({"text": "t"}, None, "t"),
     "alpaca": ({"instruction": "do", "input": "it", "output": "a"}, [user("do\n\nit")], [A]),
     "sharegpt": ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, None, [Q, A]),
@@ -136,7 +158,32 @@ CHAT = {"prompt": [Q], "chosen": [A], "rejected": [B]}
         (CHAT | {"chosen": [{"role": "assistant"}]}, "missing_field", "chosen[0] content is absent or null"),
         (CHAT | {"chosen": [assistant([{"type": "image"}])]}, "missing_field", "not text: ['image']"),
         (CHAT | {"tools": "{oops"}, "missing_field", "tools is text that is not JSON"),
-        (CHAT | {"tools": {}}, "missing_field", "tools is {}, not a list"),
+        (CHAT | {"tools": 3}, "missing_field", "tools is 3, not a list"),
+        (CHAT | {"tools": ["x y"]}, "missing_field", "tools[0] is text that is not JSON (Expecting value"),
+        (CHAT | {"tools": [None]}, "missing_field", "tools[0] is absent or null, not an object"),
+        (CHAT | {"tools": [TOOL, 3]}, "missing_field", "tools[1] is 3, not an object"),
+        (CHAT | {"tools": "[" * 100_000}, "missing_field", "nested more than 100 deep"),
+        (CHAT | {"tools": "[" * 101 + "]" * 101}, "missing_field", "nested more than 100 deep"),
+        (CHAT | {"tools": "[" + "1" * 5000 + "]"}, "missing_field", "not JSON (Exceeds the limit (4300 digits)"),
+        (CHAT | {"tools": '[{"\\ud83d": 1}]'}, "missing_field", "tools[0] holds half a character"),
+        (CHAT | {"prompt": [Q | {"name": "\ud83d"}]}, "missing_field", "prompt[0] holds half a character"),
+        (CHAT | {"chosen": [assistant([{"type": ["x"]}])]}, "missing_field", "not text: [\"['x']\"]"),
+        (CHAT | {"chosen": [assistant(["x"])]}, "missing_field", "not text: ['str']"),
+        (CHAT | {"chosen": [{"role": {}, "content": "x"}]}, "missing_field", "chosen[0] role is {}, not text"),
+        (CHAT | {"chosen": [called(3)]}, "missing_field", "chosen[0] tool_calls is 3, not a list of objects"),
+        (CHAT | {"chosen": [called([3])]}, "missing_field", "tool_calls[0] is 3, not an object"),
+        (CHAT | {"chosen": [called("no")]}, "missing_field", "tool_calls is text that is not JSON"),
+        (CHAT | {"chosen": [called([{"id": "c"}])]}, "missing_field", "tool_calls[0] is {'id': 'c'}, which names no"),
+        (CHAT | {"chosen": [called([{"function": 3}])]}, "missing_field", "tool_calls[0] function is 3, not an object"),
+        (CHAT | {"chosen": [called([{"function": {"name": "f", "arguments": [1]}}])]}, "missing_field",
+         "tool_calls[0] arguments is [1], not an object"),
+        (CHAT | {"chosen": [called([{"function": {"name": "f", "arguments": "f(1)"}}])]}, "missing_field",
+         "tool_calls[0] arguments is text that is not JSON"),
+        ({"conversations": [{"from": "function_call", "value": "f(1)"}], "chosen": A, "rejected": B}, "missing_field",
+         "conversations[0] tool call is text that is not JSON"),
+        (TEXT | {"weight": 10**400}, "missing_field", "weight is int 1000"),
+        (TEXT | {"weight": "heavy"}, "missing_field", "weight is 'heavy', not a number"),
+        (TEXT | {"weight": True}, "missing_field", "weight is True, not a number"),
         (CHAT | {"chat_template_kwargs": {"tokenize": True}}, "missing_field", "cannot hold ['tokenize']"),
         (TEXT | {"chosen": ""}, "empty_answer", "no text"),
         (TEXT | {"rejected": " \n"}, "empty_answer", "no text"),
@@ -152,7 +199,6 @@ CHAT = {"prompt": [Q], "chosen": [A], "rejected": [B]}
         (CHAT | {"chosen": [A, user("more"), A]}, "prompts_differ", "['assistant', 'user', 'assistant']"),
         ({"chosen": "\n\nHuman: h\n\nAssistant: a", "rejected": "\n\nHuman: i\n\nAssistant: b"}, "prompts_differ",
          "at character 9"),
-        ({"chosen": "a", "rejected": "b"}, "missing_field", "has no turn"),
         ({"chosen": "\n\nHuman: h\n\nAssistant: a\n\nHuman: x", "rejected": "\n\nHuman: h\n\nAssistant: b"},
          "empty_answer", "ends with a turn"),
         ({"input": None, "preferred_output": [A], "non_preferred_output": [B]}, "missing_field", "input is absent"),
@@ -177,7 +223,7 @@ def test_a_row_without_the_prompt_that_others_have():
 def test_tools_kwargs_and_weight_come_along():
     tools = [TOOL]
     expected = Example(7, [Q], ([A], [B]), 0.5, tools, {"enable_thinking": False})
-    row = CHAT | {"weight": 0.5, "tools": json.dumps(tools), "chat_template_kwargs": '{"enable_thinking": false}'}
+    row = CHAT | {"weight": "0.5", "tools": json.dumps(tools), "chat_template_kwargs": '{"enable_thinking": false}'}
     assert parse(row) == expected
     assert parse(row | {"tools": tools, "chat_template_kwargs": {"enable_thinking": False, "other": None}}) == expected
     openai = {"input": {"messages": [Q], "tools": tools}, "preferred_output": [A], "non_preferred_output": [B]}
@@ -200,6 +246,47 @@ def test_messages_are_made_plain():
     ]
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": None}}}
+CALL_TEXT = json.dumps(CALL["function"])
+
+
+@pytest.mark.parametrize(
+    ("given", "is_text"),
+    [([CALL], False), (CALL, False), (json.dumps(CALL), True), (json.dumps([CALL]), True), ([json.dumps(CALL)], True)],
+)
+def test_lists_of_objects_may_be_one_object_or_json_text(given, is_text):
+    """What is written inside JSON text keeps its nulls; tables put theirs where rows differ."""
+    expected = CALL if is_text else {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    row = parse(CHAT | {"chosen": [called(given)], "tools": given})
+    assert row.answers[0] == [assistant("") | {"tool_calls": [expected]}]
+    assert row.tools == [expected]
+
+
+def test_arguments_in_json_text_keep_their_nulls():
+    """Two answers may differ in nothing else."""
+    with_null, without = (called([{"function": {"name": "f", "arguments": text}}]) for text in ('{"x": null}', "{}"))
+    row = parse(CHAT | {"chosen": [with_null], "rejected": [without]})
+    calls = [answer[0]["tool_calls"][0]["function"]["arguments"] for answer in row.answers]
+    assert calls == [{"x": None}, {}]
+    text = json.dumps({"messages": [Q, with_null | {"name": None}, {"role": "tool", "content": "1"}]})
+    row = parse({"input": text, "preferred_output": [A], "non_preferred_output": [B]})
+    assert row.prompt[1] == assistant("") | {"tool_calls": [{"function": {"name": "f", "arguments": {"x": None}}}]}
+    assert parse(CHAT | {"chosen": [called('[{"name": "f", "arguments": ""}]')]}).answers[0][0]["tool_calls"] == [
+        {"name": "f", "arguments": {}}
+    ]
+
+
+def test_a_sharegpt_function_call_is_a_tool_call_of_the_assistant():
+    turn, result = {"from": "function_call", "value": CALL_TEXT}, {"from": "observation", "value": "3"}
+    bare = {"name": "f", "parameters": {}}
+    row = {"conversations": [{"from": "human", "value": "q"}, turn, result], "chosen": {"from": "gpt", "value": "a"},
+           "rejected": {"from": "function_call", "value": f"[{CALL_TEXT}]"}, "tools": json.dumps([bare])}  # fmt: skip
+    call = assistant("") | {"tool_calls": [CALL]}
+    expected = Example(7, [Q, call, {"role": "tool", "content": "3"}], ([A], [call]), tools=[TOOL])
+    assert parse(row) == expected
+    assert parse(CHAT | {"tools": [bare]}).tools == [bare]  # as given: other files may mean it
+
+
 @pytest.mark.parametrize(
     ("columns", "stage", "schema"),
     [
@@ -217,11 +304,59 @@ def test_detection(columns, stage, schema):
     assert detect_schema(sorted(columns), [], stage) == schema
 
 
-def test_unknown_columns_name_what_was_seen_and_what_is_known():
-    with pytest.raises(UserError, match=r"\['answer', 'question'\].*sharegpt.*preference.*columns"):
-        parser_of("auto", ["question", "answer"], [], "dpo")
+@pytest.mark.parametrize(
+    ("columns", "stage", "remedy"),
+    [
+        (
+            ["question", "answer"],
+            "dpo",
+            ": set columns: {chosen: COLUMN, prompt: question, rejected: COLUMN}, with the file's name for each COLUMN",
+        ),
+        (
+            ["question", "response_j", "response_k"],
+            "dpo",
+            ": set columns: {chosen: response_j, prompt: question, rejected: response_k}",
+        ),
+        (["prompt", "response", "score"], "sft", "prompt_answer (answer, prompt): set columns: {answer: response}"),
+        (["dialogue"], "sft", "messages (messages): set columns: {messages: dialogue}"),
+    ],
+)
+def test_unknown_columns_name_the_nearest_layout_and_the_renames_that_reach_it(columns, stage, remedy):
+    with pytest.raises(UserError, match=re.escape(f"columns {sorted(columns)} fit no layout of {stage}; ")) as caught:
+        parser_of("auto", columns, [], stage)
+    assert str(caught.value).endswith(remedy)
+
+
+def test_a_prompt_is_never_guessed():
+    """Two texts may share their start by chance: another column with text could be the prompt."""
+    row = {"system": "s", "question": "q", "chosen": "It is a.", "rejected": "It is b."}
+    with pytest.raises(UserError, match="no column is named prompt") as caught:
+        parse(row)
+    assert str(caught.value).endswith(
+        "name it, such as columns: {prompt: question} (or {instruction: question}, which puts system first); "
+        "schema: implicit_prompt, if both texts begin with it"
+    )
+    assert parse(row, schema="implicit_prompt") == Example(7, "It is", (" a.", " b."))
+    for row, stage, message in [
+        ({"question": "q", "chosen": [A], "rejected": [B]}, "dpo", "such as columns: {prompt: question}"),
+        ({"chosen": "a b", "rejected": "a c"}, "sft", "columns: {text: chosen} learns all of it"),
+        ({"chosen": json.dumps([Q, A]), "rejected": json.dumps([Q, B])}, "dpo", "chosen is JSON text of messages"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(message)):
+            parse(row, stage)
     with pytest.raises(UserError, match="'text' is not a layout of dpo"):
         parser_of("text", ["text"], [], "dpo")
+
+
+def test_what_is_not_read_is_said():
+    rows = [{"system": "s", "prompt": "q", "chosen": json.dumps([A]), "rejected": "[{'role': 'assistant'}]", "id": 3}]
+    found = hints(parser_of("auto", list(rows[0]), rows, "dpo"), list(rows[0]), rows)
+    assert found[0] == "columns that are not read: system, id"
+    assert found[1].startswith("system is not part of the prompt: ")
+    said = "looks like JSON text of messages in 1 of the first 1 rows, and is read as plain text"
+    assert [line.split(":")[0] for line in found[2:]] == [f"chosen {said}", f"rejected {said}"]
+    rows = [TEXT | {"weight": 1.0, "tools": None}, {"prompt": "[{x", "chosen": "{", "rejected": "[1]"}]
+    assert hints(parser_of("auto", list(rows[0]), rows, "dpo"), list(rows[0]), rows) == []
 
 
 def test_a_named_schema_overrules_the_columns():

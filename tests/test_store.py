@@ -16,7 +16,8 @@ from small_tokenizer import make_tokenizer
 
 from dpo_jax.config import DataConfig, FatesConfig, SourceConfig
 from dpo_jax.data import convert, sources, store
-from dpo_jax.data.records import Problem, parser_of
+from dpo_jax.data.layouts import parser_of
+from dpo_jax.data.records import Problem
 from dpo_jax.data.store import DamagedStore, build_or_open_store, ids_by_source, open_store, prompt_hash, split_held_out
 from dpo_jax.data.tokenize import load_tokenizer, make_tokenize
 from dpo_jax.errors import UserError
@@ -106,6 +107,29 @@ def test_fine_tuning_keeps_which_tokens_are_learned(tmp_path):
     assert TOKENIZER.decode(answer[learned]) == "ab</s>c</s>"
     assert built.num_targets.tolist() == [[5], [3]]
     assert len(learned) == len(answer) == built.lengths[0, 1]
+
+
+def test_a_file_that_changes_while_it_is_tokenised_leaves_no_store(tmp_path):
+    """Its first rows are read before the change, the others after it: neither content's key may name the mixture."""
+    source = write_rows(tmp_path / "a.jsonl", PAIRS)
+    other = [row | {"chosen": row["chosen"].upper()} for row in PAIRS]
+
+    class Changes:
+        """The tokenizer, which finds at the first text that somebody writes to the file."""
+
+        def __getattr__(self, name):
+            return getattr(TOKENIZER, name)
+
+        def __call__(self, texts, **options):
+            if "Q1?" in str(texts):
+                write_rows(tmp_path / "a.jsonl", other)
+            return TOKENIZER(texts, **options)
+
+    with pytest.raises(UserError, match="it changed while it was tokenised; start again"):
+        build(tmp_path / "store", source, tokenizer=Changes())
+    assert list((tmp_path / "store").iterdir()) == []
+    built = build(tmp_path / "store", source)
+    assert TOKENIZER.decode(built.example(0)[1][0]) == "YES 0</s>"
 
 
 def test_a_dataset_object_is_a_source(tmp_path):

@@ -11,7 +11,7 @@ class SourceConfig:
     """One set of examples."""
 
     path: str
-    """File (.json, .jsonl, .parquet), folder of datasets.save_to_disk, hub name, or tfds:NAME."""
+    """File (.json, .jsonl, .csv, also compressed as .gz, .bz2 or .zst; .parquet), folder, hub name, or tfds:NAME."""
     split: str = "train"
     """Split of a hub, disk or TFDS set."""
     name: str | None = None
@@ -21,8 +21,9 @@ class SourceConfig:
     data_dir: str | None = None
     """Directory in which a prepared TFDS set lies."""
     schema: Literal[
-        "auto", "preference", "transcripts", "sharegpt", "alpaca", "openai", "prompt_answer", "messages", "text"
-    ] = "auto"
+        "auto", "preference", "transcripts", "implicit_prompt", "sharegpt", "alpaca", "openai", "prompt_answer",
+        "messages", "text",
+    ] = "auto"  # fmt: skip
     """Layout of the rows; auto tells it from the columns."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames, this program's column name to the file's: {prompt: question}."""

@@ -68,6 +68,7 @@ class Source:
     label: str  # as messages name it
     rows: Rows
     parse: Parser
+    hints: list[str]  # on how its rows are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def make_convert_rows(job: Job) -> ConvertRows:
             raise UserError(f"{label}, {error}") from None
         if isinstance(made, Problem) and getattr(job.data.fates, made.cause) == "error":
             raise UserError(
-                f"{label}, row {row}: {made.cause}: {made.detail}; mend the row, or set data.fates.{made.cause} to drop"
+                f"{label}, row {row}: {made.cause}: {made.detail}; fix the row, or set data.fates.{made.cause} to drop"
             )
         return made
 

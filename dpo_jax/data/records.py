@@ -1,20 +1,21 @@
 """Rows of every usual layout -> one ``Example``, or the ``Problem`` that says why not.
 
-A layout ("schema") is a function from a row to an ``Example``; the tables below name them, per stage. Messages are
-dicts with `role` and `content` as chat templates take them. Nothing here knows tokens.
+A layout ("schema") is a function from a row to prompt and answers; the tables below name them, per stage, with the
+columns that each reads. Which one a source has is told in ``layouts``. Nothing here knows tokens.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-from dpo_jax.errors import UserError
+from dpo_jax.data import values
+from dpo_jax.data.values import BadRow, Messages
 
 Stage = Literal["dpo", "sft"]
-Messages = list[dict]
+_GIVEN_BY_US = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "chat_template",
+                "continue_final_message", "return_dict", "return_tensors"}  # fmt: skip
+ASSISTANT_TURN, _HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
 
 
 @dataclass(frozen=True)
@@ -43,112 +44,6 @@ class Problem:
     detail: str
 
 
-Parser = Callable[[int, Mapping], Example | Problem]
-
-
-class _Bad(Exception):
-    """A row that cannot be used: (cause, detail)."""
-
-
-# ---------------------------------------------------------------------------------------------- values of a row
-
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # the names that ShareGPT files use
-_ASSISTANT_TURN, _HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
-_GIVEN_BY_US = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "chat_template",
-                "continue_final_message", "return_dict", "return_tensors"}  # fmt: skip
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise _Bad("missing_field", f"{name} is {_shown(value)}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise _Bad("missing_field", f"{name} holds half a character (a lone surrogate) at {error.start}") from None
-    return value
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "absent or null"
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{type(value).__name__} {shown[:50]}..."
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every dict of a column the same keys; those that a row did not have are null."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _parsed(name: str, value: Any, kind: type) -> Any:
-    """A value that columns often hold as JSON text, as the list or dict that it is; None when absent."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except ValueError:
-            raise _Bad("missing_field", f"{name} is text that is not JSON: {_shown(value)}") from None
-    if value is None:
-        return None
-    if not isinstance(value, kind):
-        raise _Bad("missing_field", f"{name} is {_shown(value)}, not a {kind.__name__}")
-    return _without_nulls(value) or None
-
-
-def _content(name: str, value: object) -> str:
-    """Text of a message; the parts of a content list are joined when all are text."""
-    if isinstance(value, list):
-        kinds = {part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in value}
-        if kinds - {"text"}:
-            raise _Bad("missing_field", f"{name} has content that is not text: {sorted(map(str, kinds - {'text'}))}")
-        return "".join(_text(name, part.get("text")) for part in value)
-    return _text(name, value)
-
-
-def _tool_call(name: str, call: Mapping) -> dict:
-    """Templates write arguments as JSON, so text that is JSON already becomes the object."""
-    function = call.get("function")
-    if not isinstance(function, Mapping):
-        return dict(call)
-    arguments = _parsed(f"{name} arguments", function.get("arguments"), dict) or {}
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _message(name: str, value: object) -> dict:
-    if not isinstance(value, Mapping):
-        raise _Bad("missing_field", f"{name} is {_shown(value)}, not a message")
-    message = _without_nulls(value)
-    if "role" not in message and "from" in message:
-        message = {"role": message["from"], "content": message.get("value")}
-    role = _text(f"{name} role", message.get("role"))
-    message["role"] = _ROLES.get(role, role)
-    if "tool_calls" in message:
-        message["tool_calls"] = [_tool_call(name, call) for call in message["tool_calls"]]
-        message["content"] = _content(f"{name} content", message.get("content", ""))
-    else:
-        message["content"] = _content(f"{name} content", message.get("content"))
-    return message
-
-
-def _messages(name: str, value: object) -> Messages:
-    """A list of messages, or one message alone."""
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, list | tuple):
-        raise _Bad("missing_field", f"{name} is {_shown(value)}, not a list of messages")
-    return [_message(f"{name}[{place}]", message) for place, message in enumerate(value)]
-
-
-def _answer(name: str, value: object) -> Messages:
-    """Messages of an answer to a conversation; plain text is one assistant message."""
-    return [{"role": "assistant", "content": _text(name, value)}] if isinstance(value, str) else _messages(name, value)
-
-
-def _is_messages(value: object) -> bool:
-    return isinstance(value, list | tuple | Mapping)
-
-
 # ---------------------------------------------------------------------------------- layouts: row -> prompt, *answers
 
 
@@ -168,7 +63,7 @@ def _check_prompt_column(prompt: str, messages: Messages) -> None:
     """A text prompt beside whole conversations must be the one that they hold, in part or as a rendering of it."""
     users = [message["content"].strip() for message in messages if message["role"] == "user"]
     if not any(prompt.strip() in content or content in prompt for content in users):
-        raise _Bad("prompts_differ", f"the prompt column is not in the conversation: {_shown(prompt)}")
+        raise BadRow("prompts_differ", f"the prompt column is not in the conversation: {values.shown(prompt)}")
 
 
 def _after_prompt(prompt: Messages, answer: Messages) -> Messages:
@@ -186,23 +81,23 @@ def _text_and_conversations(prompt: str, chosen: Messages, rejected: Messages) -
 
 def _preference(row: Mapping):
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if "prompt" not in row and _is_messages(chosen):
-        return _split_conversations(_messages("chosen", chosen), _messages("rejected", rejected))
-    if _is_messages(prompt):
-        prompt = _messages("prompt", prompt)
-        return prompt, *(_after_prompt(prompt, _answer(name, row.get(name))) for name in ("chosen", "rejected"))
-    prompt = _text("prompt", prompt)
-    if _is_messages(chosen) or _is_messages(rejected):
-        return _text_and_conversations(prompt, _messages("chosen", chosen), _messages("rejected", rejected))
-    return prompt, _text("chosen", chosen), _text("rejected", rejected)
+    if "prompt" not in row and values.is_messages(chosen):
+        return _split_conversations(values.messages("chosen", chosen), values.messages("rejected", rejected))
+    if values.is_messages(prompt):
+        prompt = values.messages("prompt", prompt)
+        return prompt, *(_after_prompt(prompt, values.answer(name, row.get(name))) for name in ("chosen", "rejected"))
+    prompt = values.text("prompt", prompt)
+    if values.is_messages(chosen) or values.is_messages(rejected):
+        return _text_and_conversations(prompt, values.messages("chosen", chosen), values.messages("rejected", rejected))
+    return prompt, values.text("chosen", chosen), values.text("rejected", rejected)
 
 
 def _split_transcript(name: str, value: object) -> tuple[str, str]:
-    prompt, turn, answer = _text(name, value).rpartition(_ASSISTANT_TURN)
+    prompt, turn, answer = values.text(name, value).rpartition(ASSISTANT_TURN)
     if not turn:
-        raise _Bad("missing_field", f"{name} has no turn {_ASSISTANT_TURN!r}: {_shown(value)}")
+        raise BadRow("missing_field", f"{name} has no turn {ASSISTANT_TURN!r}: {values.shown(value)}")
     if _HUMAN_TURN in answer:
-        raise _Bad("empty_answer", f"{name} ends with a turn {_HUMAN_TURN!r}")
+        raise BadRow("empty_answer", f"{name} ends with a turn {_HUMAN_TURN!r}")
     return prompt + turn, answer
 
 
@@ -210,72 +105,84 @@ def _transcripts(row: Mapping):
     prompt, chosen = _split_transcript("chosen", row.get("chosen"))
     other, rejected = _split_transcript("rejected", row.get("rejected"))
     if prompt != other:
-        raise _Bad("prompts_differ", f"the prompts part at character {common_prefix(prompt, other)}")
+        raise BadRow("prompts_differ", f"the prompts part at character {common_prefix(prompt, other)}")
     return prompt, chosen, rejected
 
 
+def _implicit_prompt(row: Mapping):
+    """Two texts; both answers keep a character, and the space that comes before them."""
+    chosen, rejected = values.text("chosen", row.get("chosen")), values.text("rejected", row.get("rejected"))
+    size = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+    size -= chosen[:size].endswith(" ")
+    return chosen[:size], chosen[size:], rejected[size:]
+
+
 def _system(row: Mapping) -> Messages:
-    return [{"role": "system", "content": _text("system", row["system"])}] if row.get("system") else []
+    system = row.get("system")
+    return [] if system in (None, "") else [{"role": "system", "content": values.text("system", system)}]
+
+
+def _conversation(row: Mapping) -> Messages:
+    name = "conversations" if "conversations" in row else "messages"
+    return _system(row) + values.messages(name, row.get(name))
 
 
 def _sharegpt(row: Mapping):
-    prompt = _system(row) + _messages("conversations", row.get("conversations"))
-    return prompt, _answer("chosen", row.get("chosen")), _answer("rejected", row.get("rejected"))
+    prompt = _conversation(row)
+    return prompt, *(_after_prompt(prompt, values.answer(name, row.get(name))) for name in ("chosen", "rejected"))
 
 
 def _sharegpt_sft(row: Mapping):
-    if "chosen" in row:
-        return _sharegpt(row)
-    return None, _system(row) + _messages("conversations", row.get("conversations"))
+    return _sharegpt(row) if "chosen" in row else (None, _conversation(row))
 
 
 def _instruction(row: Mapping) -> Messages:
     """Instruction and input are one user message: how they look as text is the chat template's affair."""
-    parts = [_text("instruction", row.get("instruction"))]
-    if row.get("input") is not None and _text("input", row["input"]).strip():
+    parts = [values.text("instruction", row.get("instruction"))]
+    if row.get("input") is not None and values.text("input", row["input"]).strip():
         parts.append(row["input"])
     return [*_system(row), {"role": "user", "content": "\n\n".join(parts)}]
 
 
 def _alpaca(row: Mapping):
-    return _instruction(row), _answer("chosen", row.get("chosen")), _answer("rejected", row.get("rejected"))
+    return _instruction(row), values.answer("chosen", row.get("chosen")), values.answer("rejected", row.get("rejected"))
 
 
 def _alpaca_sft(row: Mapping):
     name = "output" if "output" in row else "chosen"
-    return _instruction(row), _answer(name, row.get(name))
+    return _instruction(row), values.answer(name, row.get(name))
 
 
 def _openai_input(row: Mapping) -> dict:
-    given = _parsed("input", row.get("input"), dict)
+    given = values.json_object("input", row.get("input"))
     if given is None:
-        raise _Bad("missing_field", "input is absent or null")
+        raise BadRow("missing_field", "input is absent or null")
     return given
 
 
 def _openai(row: Mapping):
-    prompt = _messages("input messages", _openai_input(row).get("messages"))
-    return prompt, *(_answer(name, row.get(name)) for name in ("preferred_output", "non_preferred_output"))
+    prompt = values.messages("input messages", _openai_input(row).get("messages"))
+    return prompt, *(values.answer(name, row.get(name)) for name in ("preferred_output", "non_preferred_output"))
 
 
 def _prompt_answer(row: Mapping):
     name = "answer" if "answer" in row else "completion"
     prompt, answer = row.get("prompt"), row.get(name)
-    if _is_messages(prompt):
-        prompt = _messages("prompt", prompt)
-        return prompt, _after_prompt(prompt, _answer(name, answer))
-    prompt = _text("prompt", prompt)
-    if _is_messages(answer):
-        return [{"role": "user", "content": prompt}], _messages(name, answer)
-    return prompt, _text(name, answer)
+    if values.is_messages(prompt):
+        prompt = values.messages("prompt", prompt)
+        return prompt, _after_prompt(prompt, values.answer(name, answer))
+    prompt = values.text("prompt", prompt)
+    if values.is_messages(answer):
+        return [{"role": "user", "content": prompt}], values.messages(name, answer)
+    return prompt, values.text(name, answer)
 
 
-def _conversation(row: Mapping):
-    return None, _messages("messages", row.get("messages"))
+def _whole_conversation(row: Mapping):
+    return None, values.messages("messages", row.get("messages"))
 
 
 def _plain(row: Mapping):
-    return None, _text("text", row.get("text"))
+    return None, values.text("text", row.get("text"))
 
 
 # ------------------------------------------------------------------------------------------------------ the tables
@@ -283,35 +190,42 @@ def _plain(row: Mapping):
 
 def _weight(row: Mapping) -> float:
     weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        raise _Bad("missing_field", f"weight is {_shown(weight)}, not a number >= 0")
-    return float(weight)
+    given = values.number(weight)
+    if given is None or not 0 <= given < math.inf:
+        raise BadRow("missing_field", f"weight is {values.shown(weight)}, not a number >= 0")
+    return given
 
 
 def _tools(row: Mapping) -> list | None:
+    """Tools as chat templates take them; ShareGPT files give the bare functions."""
     tools = row.get("tools")
     if tools is None and "preferred_output" in row:
         tools = _openai_input(row).get("tools")
-    return _parsed("tools", tools, list)
+    tools = values.json_objects("tools", tools)
+    if tools is None or "conversations" not in row:
+        return tools
+    return [tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def _template_kwargs(row: Mapping) -> dict | None:
-    kwargs = _parsed("chat_template_kwargs", row.get("chat_template_kwargs"), dict)
+    kwargs = values.json_object("chat_template_kwargs", row.get("chat_template_kwargs"))
     taken = sorted(set(kwargs or ()) & _GIVEN_BY_US)
     if taken:
-        raise _Bad("missing_field", f"chat_template_kwargs cannot hold {taken}, which this program sets itself")
+        raise BadRow("missing_field", f"chat_template_kwargs cannot hold {taken}, which this program sets itself")
     return kwargs
 
 
 def _check_turns(prompt: Messages, answer: Messages) -> None:
     """Whatever is not said by the assistant belongs to the prompt, which both answers share."""
     if not answer or answer[-1]["role"] != "assistant":
-        raise _Bad("empty_answer", "the conversation does not end with an assistant message")
+        raise BadRow("empty_answer", "the conversation does not end with an assistant message")
     roles = [message["role"] for message in answer]
     if set(roles) != {"assistant"}:
-        raise _Bad("prompts_differ", f"after the {len(prompt)} message(s) of the prompt an answer goes on with {roles}")
+        raise BadRow(
+            "prompts_differ", f"after the {len(prompt)} message(s) of the prompt an answer goes on with {roles}"
+        )
     if not prompt:
-        raise _Bad("empty_prompt", "no message comes before the answer")
+        raise BadRow("empty_prompt", "no message comes before the answer")
 
 
 def _check_said(answer: str | Messages) -> None:
@@ -320,77 +234,56 @@ def _check_said(answer: str | Messages) -> None:
     else:
         said = any(m["content"].strip() or m.get("tool_calls") for m in answer if m["role"] == "assistant")
     if not said:
-        raise _Bad("empty_answer", "an answer has no text")
+        raise BadRow("empty_answer", "an answer has no text")
 
 
-def _parse(layout: Callable, num_answers: int, index: int, row: Mapping) -> Example | Problem:
-    try:
-        prompt, *answers = layout(row)
-        answers = answers[:num_answers]
-        for answer in answers:
-            if isinstance(prompt, list):
-                _check_turns(prompt, answer)
-            _check_said(answer)
-        return Example(index, prompt, tuple(answers), _weight(row), _tools(row), _template_kwargs(row))
-    except _Bad as bad:
-        return Problem(index, *bad.args)
+@dataclass(frozen=True)
+class Parser:
+    """Reads the rows of a layout: a function of a row's number and the row."""
+
+    layout: Callable[[Mapping], tuple]
+    columns: frozenset[str]  # what it looks at; it is shown nothing else
+    num_answers: int
+
+    def __call__(self, index: int, row: Mapping) -> Example | Problem:
+        """The example of a row, or what is wrong with it."""
+        row = {name: values.without_nulls(value) for name, value in row.items() if name in self.columns}
+        try:
+            prompt, *answers = self.layout(row)
+            answers = answers[: self.num_answers]
+            for answer in answers:
+                if isinstance(prompt, list):
+                    _check_turns(prompt, answer)
+                _check_said(answer)
+            return Example(index, prompt, tuple(answers), _weight(row), _tools(row), _template_kwargs(row))
+        except BadRow as bad:
+            return Problem(index, *bad.args)
 
 
-def _table(num_answers: int, **layouts: Callable) -> dict[str, Parser]:
-    return {name: partial(_parse, layout, num_answers) for name, layout in layouts.items()}
+_PAIR, _EVERY = "chosen rejected", "weight tools chat_template_kwargs"
+_PREFERENCE: dict[str, tuple[Callable, str]] = {
+    "preference": (_preference, f"prompt {_PAIR}"),
+    "transcripts": (_transcripts, _PAIR),
+    "implicit_prompt": (_implicit_prompt, _PAIR),
+    "sharegpt": (_sharegpt, f"system conversations messages {_PAIR}"),
+    "alpaca": (_alpaca, f"system instruction input {_PAIR}"),
+    "openai": (_openai, "input preferred_output non_preferred_output"),
+}
+_SFT = _PREFERENCE | {  # of a pair, the chosen answer is learned
+    "prompt_answer": (_prompt_answer, "prompt answer completion"),
+    "messages": (_whole_conversation, "messages"),
+    "text": (_plain, "text"),
+    "sharegpt": (_sharegpt_sft, f"system conversations messages {_PAIR}"),
+    "alpaca": (_alpaca_sft, f"system instruction input output {_PAIR}"),
+}
+del _SFT["implicit_prompt"]  # where the answer begins is told by the other one only
 
 
-PREFERENCE_SCHEMAS = _table(
-    2, preference=_preference, transcripts=_transcripts, sharegpt=_sharegpt, alpaca=_alpaca, openai=_openai
-)
-SFT_SCHEMAS = _table(  # preference layouts too: their chosen answer is learned
-    1, prompt_answer=_prompt_answer, messages=_conversation, text=_plain, sharegpt=_sharegpt_sft, alpaca=_alpaca_sft,
-    preference=_preference, transcripts=_transcripts, openai=_openai,
-)  # fmt: skip
-SCHEMAS: dict[Stage, dict[str, Parser]] = {"dpo": PREFERENCE_SCHEMAS, "sft": SFT_SCHEMAS}
-
-_PREFERENCE_COLUMNS = (  # the first whose columns are all there
-    ("openai", {"input", "preferred_output", "non_preferred_output"}),
-    ("sharegpt", {"conversations", "chosen", "rejected"}),
-    ("preference", {"prompt", "chosen", "rejected"}),
-    ("alpaca", {"instruction", "chosen", "rejected"}),
-    ("preference", {"chosen", "rejected"}),
-)
-_SFT_COLUMNS = (
-    ("messages", {"messages"}),
-    ("prompt_answer", {"prompt", "answer"}),
-    ("prompt_answer", {"prompt", "completion"}),
-    ("alpaca", {"instruction", "output"}),
-    *_PREFERENCE_COLUMNS,
-    ("sharegpt", {"conversations"}),
-    ("text", {"text"}),
-)
-_COLUMNS: dict[Stage, tuple] = {"dpo": _PREFERENCE_COLUMNS, "sft": _SFT_COLUMNS}
+def _parsers(layouts: Mapping[str, tuple[Callable, str]], num_answers: int) -> dict[str, Parser]:
+    return {
+        name: Parser(layout, frozenset(f"{columns} {_EVERY}".split()), num_answers)
+        for name, (layout, columns) in layouts.items()
+    }
 
 
-def detect_schema(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> str:
-    """Name of the layout, told from the columns; `rows` are the first few, which tell transcripts from messages.
-
-    Raises:
-        UserError: the columns fit no layout of the stage.
-    """
-    name = next((name for name, needed in _COLUMNS[stage] if needed <= set(columns)), None)
-    if name is None:
-        known = "; ".join(f"{name} ({', '.join(sorted(needed))})" for name, needed in _COLUMNS[stage])
-        raise UserError(f"columns {sorted(columns)} fit no layout of {stage}: {known}; rename them with `columns`")
-    if name == "preference" and "prompt" not in columns and any(isinstance(row.get("chosen"), str) for row in rows):
-        return "transcripts"
-    return name
-
-
-def parser_of(schema: str, columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> Parser:
-    """The parser of a source: of its `schema`, or of the one that its columns tell when that is `auto`.
-
-    Raises:
-        UserError: no layout fits, or the stage does not know the schema.
-    """
-    if schema == "auto":
-        schema = detect_schema(columns, rows, stage)
-    if schema not in SCHEMAS[stage]:
-        raise UserError(f"schema: {schema!r} is not a layout of {stage}; it knows {sorted(SCHEMAS[stage])}")
-    return SCHEMAS[stage][schema]
+SCHEMAS: dict[Stage, dict[str, Parser]] = {"dpo": _parsers(_PREFERENCE, 2), "sft": _parsers(_SFT, 1)}

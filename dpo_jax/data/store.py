@@ -25,7 +25,8 @@ import numpy as np
 from dpo_jax.config import DataConfig, SourceConfig
 from dpo_jax.data import sources as data_sources
 from dpo_jax.data.convert import Chunk, Job, Source, converted_chunks
-from dpo_jax.data.records import Problem, Stage, parser_of
+from dpo_jax.data.layouts import hints, parser_of
+from dpo_jax.data.records import Problem, Stage
 from dpo_jax.data.tokenize import tokenizer_hash
 from dpo_jax.errors import UserError
 from dpo_jax.sealed import seal, unseal
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; raise it too whenever the same rows would give other tokens
+FORMAT = 2  # of the files; raise it too whenever the same rows would give other tokens
 DTYPES = {
     "tokens": "<i4", "lengths": "<i4", "num_targets": "<i4", "rows": "<i8", "sources": "<i2", "weights": "<f4",
     "targets": "|b1",
@@ -61,7 +62,7 @@ class Store:
     sources: np.ndarray  # int16 [N]: place of its source in `report`
     weights: np.ndarray  # float32 [N]
     targets: np.ndarray | None  # bool, as tokens: answer tokens that are learned; None: all of them
-    report: list[dict[str, Any]]  # of each source: label, rows, kept, dropped and notes by cause
+    report: list[dict[str, Any]]  # of each source: label, rows, kept, hints, dropped and notes by cause
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,12 +85,16 @@ def source_label(source: SomeSource, place: int) -> str:
     return source.path if isinstance(source, SourceConfig) else f"datasets.Dataset {place}"
 
 
+def _fingerprints(sources: Sequence[SomeSource]) -> list[str]:
+    return [data_sources.fingerprint(source) for source in sources]
+
+
 def _made_from(sources: Sequence[SomeSource], data: DataConfig, tokenizer: Any, stage: Stage) -> dict[str, Any]:
     """Everything that decides what a store holds."""
     return {
         "format": FORMAT,
         "stage": stage,
-        "sources": [data_sources.fingerprint(source) for source in sources],
+        "sources": _fingerprints(sources),
         "schemas": [source.schema if isinstance(source, SourceConfig) else "auto" for source in sources],
         "tokenizer": tokenizer_hash(tokenizer),
         "fates": asdict(data.fates),
@@ -110,9 +115,18 @@ def _open_source(source: SomeSource, place: int, stage: Stage) -> Source:
     columns = list(dict.fromkeys(name for row in first for name in row))
     schema = source.schema if isinstance(source, SourceConfig) else "auto"
     try:
-        return Source(label=label, rows=rows, parse=parser_of(schema, columns, first, stage))
+        parse = parser_of(schema, columns, first, stage)
     except UserError as error:
         raise UserError(f"{label}: {error}") from None
+    return Source(label=label, rows=rows, parse=parse, hints=hints(parse, columns, first))
+
+
+def _check_unchanged(sources: Sequence[SomeSource], before: Sequence[str]) -> None:
+    """Rows that were read while their file changed must not stay under the key of what it held before."""
+    for place, (was, now) in enumerate(zip(before, _fingerprints(sources), strict=True)):
+        if was != now:
+            label = source_label(sources[place], place)
+            raise UserError(f"{label}: it changed while it was tokenised; start again once nothing writes to it")
 
 
 # ----------------------------------------------------------------------------------------------- writing and opening
@@ -180,7 +194,8 @@ def _check_some_left(report: dict[str, Any]) -> None:
 def _write(folder: Path, sources: Sequence[Source], job: Job, workers: int | None, made_from: dict[str, Any]) -> None:
     """Write all files of a store into an empty folder, the manifest last."""
     reports = [
-        {"source": source.label, "rows": len(source.rows), "kept": 0, "dropped": {}, "notes": {}} for source in sources
+        {"source": source.label, "rows": len(source.rows), "kept": 0, "hints": source.hints, "dropped": {}, "notes": {}}
+        for source in sources
     ]
     names = {name: f"{name}.bin" for name in DTYPES if name != "targets" or job.stage == "sft"}
     with ExitStack() as stack:
@@ -279,8 +294,8 @@ def build_or_open_store(
     may build at once; of several hosts that share the folder let one come first.
 
     Raises:
-        UserError: a source cannot be read, nothing of it is left, a row whose fate is `error`, or a folder or disk that
-            cannot be written.
+        UserError: a source cannot be read or changes meanwhile, nothing of it is left, a row whose fate is `error`, or
+            a folder or disk that cannot be written.
     """
     made_from = _made_from(sources, data, tokenizer, stage)
     path = folder / _hash(made_from)[:KEY_DIGITS]
@@ -299,6 +314,7 @@ def build_or_open_store(
             built = Path(temporary) / "store"
             built.mkdir()
             _write(built, opened, job, workers, made_from)
+            _check_unchanged(sources, made_from["sources"])
             _put(built, path)
     except OSError as error:
         raise UserError(f"data.store: {folder}: {error}; free some space, or name another folder") from None

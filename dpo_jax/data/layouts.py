@@ -1,0 +1,146 @@
+"""Which layout the rows of a source have, told from their columns, and what a user should know of that choice."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from dpo_jax.data.records import ASSISTANT_TURN, SCHEMAS, Parser, Stage
+from dpo_jax.errors import UserError
+
+_PREFERENCE_COLUMNS = (  # the first whose columns are all there
+    ("openai", {"input", "preferred_output", "non_preferred_output"}),
+    ("sharegpt", {"conversations", "chosen", "rejected"}),
+    ("preference", {"prompt", "chosen", "rejected"}),
+    ("alpaca", {"instruction", "chosen", "rejected"}),
+    ("sharegpt", {"messages", "chosen", "rejected"}),
+    ("preference", {"chosen", "rejected"}),
+)
+_SFT_COLUMNS = (
+    ("messages", {"messages"}),
+    ("prompt_answer", {"prompt", "answer"}),
+    ("prompt_answer", {"prompt", "completion"}),
+    ("alpaca", {"instruction", "output"}),
+    *_PREFERENCE_COLUMNS,
+    ("sharegpt", {"conversations"}),
+    ("text", {"text"}),
+)
+_COLUMNS: dict[Stage, tuple] = {"dpo": _PREFERENCE_COLUMNS, "sft": _SFT_COLUMNS}
+_OTHER_NAMES = {  # that public sets give to our columns
+    "prompt": ("question", "query", "input", "instruction", "problem", "context", "history", "post"),
+    "chosen": ("chosen_response", "response_chosen", "preferred", "accepted", "better", "response_j", "positive"),
+    "rejected": ("rejected_response", "response_rejected", "dispreferred", "worse", "response_k", "negative"),
+    "answer": ("response", "output", "target", "solution", "chosen"),
+    "messages": ("conversation", "dialogue", "dialog", "turns"),
+    "text": ("content", "document"),
+}
+_JSON_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
+
+
+def _renames(needed: set[str], columns: Sequence[str]) -> dict[str, str]:
+    """Our names that a file lacks -> its columns that are likely meant."""
+    missing = sorted(needed - set(columns))
+    named = {ours: [name for name in _OTHER_NAMES.get(ours, ()) if name in columns] for ours in missing}
+    return {ours: names[0] for ours, names in named.items() if names}
+
+
+def _fits_none(columns: Sequence[str], stage: Stage) -> str:
+    """The layout that lacks least, the widest of several, with the renames that make it fit."""
+
+    def lacks(one: tuple[str, set[str]]) -> tuple[int, int]:
+        return len(one[1] - set(columns)) - len(_renames(one[1], columns)), -len(one[1])
+
+    name, needed = min(_COLUMNS[stage], key=lacks)
+    renames = _renames(needed, columns)
+    pairs = ", ".join(f"{ours}: {renames.get(ours, 'COLUMN')}" for ours in sorted(needed - set(columns)))
+    unknown = ", with the file's name for each COLUMN" if lacks((name, needed))[0] else ""
+    return (
+        f"columns {sorted(columns)} fit no layout of {stage}; the nearest is {name} ({', '.join(sorted(needed))}): "
+        f"set columns: {{{pairs}}}{unknown}"
+    )
+
+
+def _begins(value: object) -> str | None:
+    """Role of the first of several messages."""
+    if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
+        return None
+    return value[0].get("role") or value[0].get("from")
+
+
+def _without_prompt(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> str:
+    """The layout of rows with `chosen` and `rejected` and no prompt that is known by its name."""
+    chosen = [row.get("chosen") for row in rows]
+    texts = [value for value in chosen if isinstance(value, str)]
+    if any(ASSISTANT_TURN in value for value in texts):
+        return "transcripts"
+    if any(map(_JSON_MESSAGES.match, texts)):
+        raise UserError("chosen is JSON text of messages: store the messages as lists")
+    if not texts and not all(_begins(value) in ("assistant", "gpt") for value in chosen):
+        return "preference"  # whole conversations
+    others = [
+        name for name in columns
+        if name not in ("chosen", "rejected") and any(isinstance(row.get(name), str | list | Mapping) for row in rows)
+    ]  # fmt: skip
+    if others:
+        likely = _renames({"prompt"}, others).get("prompt", others[0])
+        chat = f" (or {{instruction: {likely}}}, which puts system first)" if "system" in others else ""
+        both = "; schema: implicit_prompt, if both texts begin with it" if texts and stage == "dpo" else ""
+        raise UserError(f"columns {sorted(columns)}: chosen and rejected are answers, and no column is named prompt: "
+                        f"name it, such as columns: {{prompt: {likely}}}{chat}{both}")  # fmt: skip
+    if texts and stage == "sft":
+        raise UserError("chosen is text without a prompt: columns: {text: chosen} learns all of it")
+    return "implicit_prompt" if texts else "preference"
+
+
+def detect_schema(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> str:
+    """Name of the layout, told from the columns; `rows` are the first few, which tell what the columns alone do not.
+
+    Raises:
+        UserError: the columns fit no layout of the stage, or nothing tells which of them is the prompt.
+    """
+    found = next(((name, needed) for name, needed in _COLUMNS[stage] if needed <= set(columns)), None)
+    if found is None:
+        raise UserError(_fits_none(columns, stage))
+    name, needed = found
+    if needed == {"chosen", "rejected"}:
+        return _without_prompt(columns, rows, stage)
+    if needed == {"messages", "chosen", "rejected"} and any(
+        _begins(row.get("chosen")) not in (None, "assistant", "gpt") for row in rows
+    ):
+        return "preference"  # whole conversations, which hold the messages
+    if name == "messages" and {"chosen", "rejected"} <= set(columns) and rows and not any(map(_is_answered, rows)):
+        return "sharegpt"
+    return name
+
+
+def _is_answered(row: Mapping) -> bool:
+    messages = row.get("messages")
+    return isinstance(messages, list | tuple) and _begins(messages[-1:]) in ("assistant", "gpt")
+
+
+def parser_of(schema: str, columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> Parser:
+    """The parser of a source: of its `schema`, or of the one that its columns tell when that is `auto`.
+
+    Raises:
+        UserError: no layout fits, or the stage does not know the schema.
+    """
+    if schema == "auto":
+        schema = detect_schema(columns, rows, stage)
+    if schema not in SCHEMAS[stage]:
+        raise UserError(f"schema: {schema!r} is not a layout of {stage}; it knows {sorted(SCHEMAS[stage])}")
+    return SCHEMAS[stage][schema]
+
+
+def hints(parser: Parser, columns: Sequence[str], rows: Sequence[Mapping]) -> list[str]:
+    """What is read otherwise than a user may think: columns that are not read, messages that are plain text."""
+    found = []
+    ignored = [name for name in columns if name not in parser.columns]
+    if ignored:
+        found.append(f"columns that are not read: {', '.join(ignored)}")
+    if "system" in ignored:
+        found.append("system is not part of the prompt: rename the prompt with columns to instruction (text) or "
+                     "conversations (messages), whose layouts put the system column first")  # fmt: skip
+    for name in sorted(parser.columns & {"prompt", "chosen", "rejected", "answer", "completion", "output", "text"}):
+        count = sum(isinstance(row.get(name), str) and bool(_JSON_MESSAGES.match(row[name])) for row in rows)
+        if count:
+            found.append(f"{name} looks like JSON text of messages in {count} of the first {len(rows)} rows, and is "
+                         "read as plain text: store the messages as lists")  # fmt: skip
+    return found

@@ -1,0 +1,207 @@
+"""Values of a row as they come from outside -> text, JSON objects and chat messages, or ``BadRow``.
+
+Messages are dicts with `role` and `content` as chat templates take them. Nothing here knows layouts.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Messages = list[dict]
+
+MOST_NESTED = 100  # levels of lists and objects; more is no data, and would exhaust the stack of whoever walks it
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # the names that ShareGPT files use
+_CALL_ROLE = "function_call"  # of a ShareGPT turn whose text is the JSON of a tool call
+
+
+class BadRow(Exception):
+    """A row that cannot be used: (cause, detail)."""
+
+
+def read_json(text: str | bytes) -> Any:
+    """The value of JSON text from outside.
+
+    Raises:
+        ValueError: it is not JSON, holds a number too long to be read, or is nested deeper than MOST_NESTED.
+    """
+    too_deep = f"lists and objects are nested more than {MOST_NESTED} deep"
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level = [value]
+    for _ in range(MOST_NESTED):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return value
+    if any(isinstance(item, dict | list) for item in level):
+        raise ValueError(too_deep)
+    return value
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: short, on one line."""
+    if value is None:
+        return "absent or null"
+    full = repr(value)
+    return full if len(full) <= 60 else f"{type(value).__name__} {full[:50]}..."
+
+
+def text(name: str, value: object) -> str:
+    """A value that must be text."""
+    if not isinstance(value, str):
+        raise BadRow("missing_field", f"{name} is {shown(value)}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("missing_field", f"{name} holds half a character (a lone surrogate) at {error.start}") from None
+    return value
+
+
+def without_nulls(value: Any) -> Any:
+    """Tables give every object of a column the same keys; those that a row did not have are null."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _from_text(name: str, value: Any) -> Any:
+    """What JSON text says, its nulls included: nobody but its writer put them there. Empty text is no value."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return read_json(value) if value.strip() else None
+    except ValueError as error:
+        raise BadRow("missing_field", f"{name} is text that is not JSON ({error}): {shown(value)}") from None
+
+
+def _check_characters(name: str, value: Any) -> None:
+    """Chat templates write any part of a value, so each text in it must be whole."""
+    if isinstance(value, str):
+        text(name, value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_characters(name, key)
+            _check_characters(name, item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_characters(name, item)
+
+
+def number(value: Any) -> float | None:
+    """A number, or its text, as files of text alone have it; None when it is neither, or too large."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def json_object(name: str, value: Any) -> dict | None:
+    """An object, or its JSON text; None when absent or empty."""
+    value = _from_text(name, value)
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise BadRow("missing_field", f"{name} is {shown(value)}, not an object")
+    _check_characters(name, value)
+    return dict(value) or None
+
+
+def json_objects(name: str, value: Any) -> list[dict] | None:
+    """A list of objects, or one object alone, or either as JSON text, item by item or whole; None when empty."""
+    value = _from_text(name, value)
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        value = [value] if value else []
+    if not isinstance(value, list | tuple):
+        raise BadRow("missing_field", f"{name} is {shown(value)}, not a list of objects")
+    found = []
+    for place, item in enumerate(value):
+        given = json_object(f"{name}[{place}]", item)
+        if given is None:
+            raise BadRow("missing_field", f"{name}[{place}] is {shown(item)}, not an object")
+        found.append(given)
+    return found or None
+
+
+# ------------------------------------------------------------------------------------------------------- messages
+
+
+def _content(name: str, value: object) -> str:
+    """Text of a message; the parts of a content list are joined when all are text."""
+    if not isinstance(value, list):
+        return text(name, value)
+    kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in value]
+    others = sorted({str(kind) for kind in kinds if kind != "text"})
+    if others:
+        raise BadRow("missing_field", f"{name} has content that is not text: {others}")
+    return "".join(text(name, part.get("text")) for part in value)
+
+
+def _tool_call(name: str, call: dict) -> dict:
+    """A call with its arguments as the object that templates write as JSON."""
+    if "function" not in call and "name" not in call:
+        raise BadRow("missing_field", f"{name} is {shown(call)}, which names no function")
+    if "function" not in call:
+        return call | {"arguments": json_object(f"{name} arguments", call.get("arguments")) or {}}
+    function = json_object(f"{name} function", call["function"])
+    if function is None:
+        raise BadRow("missing_field", f"{name} function is absent or empty")
+    arguments = json_object(f"{name} arguments", function.get("arguments")) or {}
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def _calls(name: str, value: object) -> list[dict]:
+    """Tool calls of a ShareGPT turn: JSON text of one object with name and arguments, or of a list of them."""
+    calls = json_objects(name, value)
+    if calls is None:
+        raise BadRow("missing_field", f"{name} holds no tool call")
+    return [call if "function" in call else {"type": "function", "function": call} for call in calls]
+
+
+def _message(name: str, value: object) -> dict:
+    if not isinstance(value, Mapping):
+        raise BadRow("missing_field", f"{name} is {shown(value)}, not a message")
+    message = {key: item for key, item in value.items() if item is not None}
+    if "role" not in message and "from" in message:
+        message = {"role": message["from"], "content": message.get("value")}
+    role = text(f"{name} role", message.get("role"))
+    if role == _CALL_ROLE:
+        message = {"role": "assistant", "tool_calls": _calls(f"{name} tool call", message.get("content"))}
+    else:
+        message["role"] = _ROLES.get(role, role)
+    calls = json_objects(f"{name} tool_calls", message.pop("tool_calls", None))
+    if calls:
+        message["tool_calls"] = [_tool_call(f"{name} tool_calls[{n}]", call) for n, call in enumerate(calls)]
+        message["content"] = _content(f"{name} content", message.get("content", ""))
+    else:
+        message["content"] = _content(f"{name} content", message.get("content"))
+    _check_characters(name, message)
+    return message
+
+
+def messages(name: str, value: object) -> Messages:
+    """A list of messages, or one message alone."""
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise BadRow("missing_field", f"{name} is {shown(value)}, not a list of messages")
+    return [_message(f"{name}[{place}]", message) for place, message in enumerate(value)]
+
+
+def answer(name: str, value: object) -> Messages:
+    """Messages of an answer to a conversation; plain text is one assistant message."""
+    return [{"role": "assistant", "content": text(name, value)}] if isinstance(value, str) else messages(name, value)
+
+
+def is_messages(value: object) -> bool:
+    """Whether a value is meant as messages, not as text."""
+    return isinstance(value, list | tuple | Mapping)
