@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 from dpo_jax.checksums import weights_id
 from dpo_jax.config import LoraConfig, ModelConfig
 from dpo_jax.configfile import load_yaml
-from dpo_jax.data.tokenize import load_tokenizer
+from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import UserError
 from dpo_jax.models.adapters import Adapted, export_adapters, load_adapters, make_lora, merge, start_adapters
 from dpo_jax.models.decoder import Model, Params, make_model

@@ -19,7 +19,8 @@ from dpo_jax.data import convert, sources, store
 from dpo_jax.data.layouts import parser_of
 from dpo_jax.data.records import Problem
 from dpo_jax.data.store import DamagedStore, build_or_open_store, ids_by_source, open_store, prompt_hash, split_held_out
-from dpo_jax.data.tokenize import load_tokenizer, make_tokenize
+from dpo_jax.data.tokenize import make_tokenize
+from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import UserError
 
 TOKENIZER = make_tokenizer()

@@ -10,7 +10,8 @@ import transformers
 
 from dpo_jax.config import DataConfig, FatesConfig, SourceConfig
 from dpo_jax.data.records import Example, Problem
-from dpo_jax.data.tokenize import NOTES, TokenizedExample, load_tokenizer, make_tokenize, tokenizer_hash
+from dpo_jax.data.tokenize import NOTES, TokenizedExample, make_tokenize
+from dpo_jax.data.tokenizer import load_tokenizer, tokenizer_hash
 from dpo_jax.errors import UserError
 
 TEXT = "What is the capital of France? Paris. It is Lyon. user assistant system one two three four five six seven\n"
@@ -358,7 +359,7 @@ def test_the_hash_of_a_tokenizer_is_that_of_its_behaviour(tmp_path):
     tokenizer(["a", "a b"], padding=True, truncation=True, max_length=5)  # leaves its settings in the tokenizer
     assert tokenizer_hash(tokenizer) == first
     tokenizer.save_pretrained(tmp_path)
-    code = f"from dpo_jax.data.tokenize import *; print(tokenizer_hash(load_tokenizer({str(tmp_path)!r}, None, None)))"
+    code = f"from dpo_jax.data.tokenizer import *; print(tokenizer_hash(load_tokenizer({str(tmp_path)!r}, None, None)))"
     other = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     assert other == tokenizer_hash(load_tokenizer(str(tmp_path), None, None)) == first
     added = make_tokenizer(template=CHATML)
