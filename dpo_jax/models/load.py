@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, from_outside
 from dpo_jax.models.families import DecoderConfig, builtin_model
 
 # Of a hub repository, only what is read here: never PyTorch pickles, other formats' copies, or code.
@@ -65,13 +65,20 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: config.json is missing; give a Hugging Face model directory")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: this is not JSON: {error}; copy or download it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: a JSON object is needed, this is {type(config).__name__}; copy or download it again")
-    return config
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file beside weights holds.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON object.
+    """
+    with from_outside(f"{path}: this is not JSON", "copy or download it again"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a JSON object is needed, this is {type(content).__name__}; copy or download it again")
+    return content
 
 
 def check_vocabulary(num_tokens: int, config: DecoderConfig, tokenizer: str) -> None:
