@@ -51,7 +51,7 @@ def _data(config: TrainConfig, step: int | None) -> None:
     from dpo_jax.data.audit import audit_config, render, show_step
     from dpo_jax.policy import find_model, find_tokenizer
 
-    source = find_model(config.model.path, config.model.revision, weights=False)
+    source = find_model(config.model.path, config.model.revision, config.model.checkpoint, weights=False)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     if step is None:
         print(render(audit_config(config, tokenizer, source.hf_config.get("max_position_embeddings"))))
