@@ -20,10 +20,11 @@ from small_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 from dpo_jax.config import DataConfig, FatesConfig, SourceConfig
 from dpo_jax.data.convert import Chunk, Job, make_convert_rows
-from dpo_jax.data.records import SCHEMAS, Example, Problem, detect_schema, parser_of
+from dpo_jax.data.layouts import SCHEMAS, detect_schema, parser_of
+from dpo_jax.data.records import Example, Problem
 from dpo_jax.data.sources import load_rows
 from dpo_jax.data.store import build_or_open_store, open_store
-from dpo_jax.data.tokenize import load_tokenizer
+from dpo_jax.data.tokenizer import load_tokenizer
 
 SHARED = Path(os.environ.get("DPO_JAX_SHARED", Path(__file__).parents[2] / "shared" / "data"))
 DROP_ALL = FatesConfig(missing_field="drop", template_refused="drop", equal_answers="keep")

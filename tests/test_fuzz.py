@@ -107,8 +107,11 @@ def nets(tree: ast.Module) -> Iterator[tuple[int, list[ast.AST]]]:
             if any(isinstance(call.func, ast.Name) and call.func.id == "from_outside" for call in calls):
                 yield node.lineno, [*node.body, *(item for item in node.items if item.context_expr not in calls[:1])]
         elif isinstance(node, ast.Try):
-            caught = [getattr(handler.type, "id", "everything") for handler in node.handlers]
-            if {"Exception", "BaseException", "everything"} & set(caught):
+            kept = [
+                one for one in node.handlers if not (isinstance(one.body[-1], ast.Raise) and one.body[-1].exc is None)
+            ]
+            caught = {ast.unparse(handler.type) if handler.type else "" for handler in kept}
+            if caught & {"Exception", "BaseException", ""}:
                 yield node.lineno, [*node.body]
 
 
