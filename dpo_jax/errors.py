@@ -9,9 +9,17 @@ _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 200
 
 
 class UserError(Exception):
-    """Wrong usage, config, data, model or run directory: one line that names the thing, the value and the remedy."""
+    """Wrong usage, config, data, model or run directory: one line that names the thing, the value and the remedy.
+
+    Names and values come from outside, so the text may be given with any characters; those that would break the line
+    or steer a terminal are replaced.
+    """
 
     exit_code = 2
+
+    def __init__(self, text: str):
+        plain = (c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+        super().__init__("".join(plain))
 
 
 class Preempted(UserError):

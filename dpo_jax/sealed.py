@@ -16,7 +16,7 @@ def seal(content: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         content: JSON values by name, without the name ``SEAL``.
     """
-    return {**content, SEAL: _checksum(content)}
+    return {**content, SEAL: _checksum(json.dumps(content, sort_keys=True))}
 
 
 def unseal(text: bytes) -> dict[str, Any]:
@@ -28,13 +28,13 @@ def unseal(text: bytes) -> dict[str, Any]:
     try:
         content = json.loads(text)
         found = content.pop(SEAL, None) if isinstance(content, dict) else None
-        expected = _checksum(content)
+        canonical = json.dumps(content, sort_keys=True)
     except Exception as error:  # nested too deeply, half a character, ...
         raise ValueError(f"it is not JSON: {reason(error)}") from error
-    if found != expected:
+    if found != _checksum(canonical):
         raise ValueError("its checksum is wrong")
     return content
 
 
-def _checksum(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _checksum(canonical: str) -> str:
+    return hashlib.sha256(canonical.encode()).hexdigest()

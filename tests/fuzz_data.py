@@ -20,10 +20,11 @@ from small_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 from dpo_jax.config import DataConfig, FatesConfig, SourceConfig
 from dpo_jax.data.convert import Chunk, Job, make_convert_rows
-from dpo_jax.data.records import SCHEMAS, Example, Problem, detect_schema, parser_of
+from dpo_jax.data.layouts import SCHEMAS, detect_schema, parser_of
+from dpo_jax.data.records import Example, Problem
 from dpo_jax.data.sources import load_rows
 from dpo_jax.data.store import build_or_open_store, open_store
-from dpo_jax.data.tokenize import load_tokenizer
+from dpo_jax.data.tokenizer import load_tokenizer
 
 SHARED = Path(os.environ.get("DPO_JAX_SHARED", Path(__file__).parents[2] / "shared" / "data"))
 DROP_ALL = FatesConfig(missing_field="drop", template_refused="drop", equal_answers="keep")
@@ -240,7 +241,7 @@ PIECES = [
     "{{ 'x' | nofilter }}",
     "{{ m.content | float }}", "{{ 10**400 + 0.5 }}", "{{ 'a' * 10**4 }}", "{{ loop.index }}", "\ud7ff", "{# x",
     "{{ 'a'.encode('ascii').decode('utf-16') }}", "{{ '\\ud800' }}", "{{ m.content.split('.')[1] }}",
-    "{{ cycler() }}", "{{ namespace(1) }}", "{{ lipsum }}", "{{ joiner() }}", "{{ dict(1) }}", "{{ 'a' | round }}",
+    "{{ cycler() }}", "{{ namespace(1) }}", "{{ lipsum }}", "{{ dict(1) }}", "{{ 'a' | round }}",
 ]  # fmt: skip
 
 
@@ -269,7 +270,7 @@ def check_template(text: str) -> bool:
         parse = parser(stage, [row])
         chunk, was_refused = refused(
             lambda stage=stage, parse=parse, row=row: make_convert_rows(job(stage, coder))("r.jsonl", parse, 0, [row]),
-            "r.jsonl", "template",
+            "r.jsonl", "row 0",
         )  # fmt: skip
         if not was_refused:
             for problem in chunk.dropped:

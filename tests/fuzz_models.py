@@ -16,9 +16,17 @@ from small import HF_CONFIG
 from transformers import AutoConfig, PretrainedConfig
 
 from dpo_jax.config import LoraConfig
-from dpo_jax.models.adapters import CONFIG, TENSOR_FILE, export_adapters, load_adapters, make_lora, start_adapters
+from dpo_jax.models.adapters import (
+    _HARMLESS,
+    CONFIG,
+    TENSOR_FILE,
+    export_adapters,
+    load_adapters,
+    make_lora,
+    start_adapters,
+)
 from dpo_jax.models.decoder import Model
-from dpo_jax.models.families import DecoderConfig, LinearScaling, Llama3Scaling, decoder_config
+from dpo_jax.models.families import _HARMLESS_KEYS, DecoderConfig, LinearScaling, Llama3Scaling, decoder_config
 from dpo_jax.models.load import read_hf_config
 from dpo_jax.models.safetensors import DTYPES, INDEX, SINGLE, Tensor, find_tensors, read_header
 
@@ -106,8 +114,9 @@ def check_index(value: tuple[Any, bool]) -> bool:
         tensors, was_refused = refused(lambda: find_tensors(folder), str(folder))
         if was_refused:
             return False
-        # transformers takes a single file and does not look at the index
-        wanted = dict.fromkeys(files[SINGLE], SINGLE) if single else tree["weight_map"]
+        # transformers takes a single file and does not look at the index; of an index it takes whole files
+        named = {SINGLE} if single else set(tree["weight_map"].values())
+        wanted = {tensor: file for file in named for tensor in files[file]}
         assert {tensor: found.path.name for tensor, found in tensors.items()} == wanted
         for found in tensors.values():
             assert found.path.parent == folder
@@ -207,6 +216,9 @@ def check_hf_config(tree: Any) -> bool:
         config, was_refused = refused(lambda: read_decoder_config(folder), "config.json")
         if was_refused:
             return False
+        # what says nothing of the computation may be anything here
+        read = {key: value for key, value in read_hf_config(folder).items() if key not in _HARMLESS_KEYS}
+        (folder / "config.json").write_text(json.dumps(read))
         expected = by_transformers(AutoConfig.from_pretrained(folder))
         actual = {field: getattr(config, field) for field in expected}
         assert actual == expected
@@ -277,6 +289,9 @@ def by_peft(folder: Path) -> dict[str, float]:
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
+    # what says nothing of the computation may be anything here
+    read = {key: value for key, value in json.loads((folder / CONFIG).read_text()).items() if key not in _HARMLESS}
+    (folder / CONFIG).write_text(json.dumps(read))
     injected = inject_adapter_in_model(PeftConfig.from_pretrained(folder), copy.deepcopy(torch_model()))
     return {
         name: module.scaling["default"] for name, module in injected.named_modules() if isinstance(module, LoraLayer)

@@ -236,8 +236,8 @@ NAMES = sorted(set(field_names(DPOConfig)) | set(field_names(SFTConfig)))
 VALUES = ["1", "0", "-1", "x", "null", "true", "1e-3", "[1]", "{a: 1}", "[", "", "a\nb", "\x00", "\ud800",
           "9" * 5000, "[" * 5000, "é", "&a [*a]", "&a {x: *a}", "!!python/object:os.system x", "2" * 400,
           ".nan", "--", "~"]  # fmt: skip
-ODD_NAMES = ["", "x", "data.train.0.path", "data.train.9", "data.eval.a.b", "data.train.-1.x", "data.train.\u0661", "run",
-             ".", "..", "run..steps", "é", "loss.weights.0"]  # fmt: skip
+ODD_NAMES = ["", "x", "data.train.0.path", "data.train.9", "data.eval.a.b", "data.train.-1.x", "data.train.\u0661",
+             "run", ".", "..", "run..steps", "é", "loss.weights.0"]  # fmt: skip
 
 
 @st.composite

@@ -5,7 +5,8 @@ minute's work; ``-m weekly`` draws sixty times as many.
 """
 
 import ast
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import fuzz_models
 import fuzz_runs
 import pytest
 from fuzzing import hunt
+from small_tokenizer import CHAT_TEMPLATE
 
 from dpo_jax import cli
 
@@ -50,3 +52,88 @@ def test_only_documented_outcomes(name, times, shared):
     count, accepted = hunt(times * examples, strategy(), check)
     print(f"{name}: {count} inputs, {accepted} accepted")
     assert 0 < accepted < count
+
+
+# What refuses bad input must not hide this program's own faults.
+
+PLANTED = {
+    "options": ("dpo_jax.configfile", "_read"),
+    "config.json": ("dpo_jax.models.families", "_size"),
+    "files": ("dpo_jax.data.files", "_row"),
+    "values": ("dpo_jax.data.values", "text"),
+    "rows": ("dpo_jax.data.records", "_weight"),
+    "templates": ("dpo_jax.data.template", "_require_template"),
+    "tokens": ("dpo_jax.data.tokenize", "_truncated"),
+    "stores": ("dpo_jax.data.store", "_arrays"),
+    "manifests": ("dpo_jax.sealed", "_checksum"),
+}
+
+
+@pytest.fixture(scope="module")
+def data_command(shared, tmp_path_factory) -> list[str]:
+    """A command that reads a model's config and tokenizer, rows with messages, and a template."""
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "t.jinja").write_text(CHAT_TEMPLATE)
+    row = {"prompt": [{"role": "user", "content": "Why?"}], "chosen": "So.", "rejected": "No."}
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    options = {
+        "model": {"path": str(shared / "models" / "stories260K")},
+        "data": {"train": str(folder / "rows.jsonl"), "chat_template": str(folder / "t.jinja"), "workers": 1},
+        "run": {"dir": str(folder / "run")},
+    }
+    (folder / "c.yaml").write_text(json.dumps(options))
+    return ["data", str(folder / "c.yaml"), "--data.store"]
+
+
+def test_the_command_for_planted_faults_runs(data_command, tmp_path, capsys):
+    assert cli.main([*data_command, str(tmp_path)]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_shows_its_traceback(name, data_command, tmp_path, monkeypatch):
+    def fault(*args, **kwargs):
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(".".join(PLANTED[name]), fault)
+    with pytest.raises(ZeroDivisionError, match="planted"):
+        cli.main([*data_command, str(tmp_path)])
+
+
+def nets(tree: ast.Module) -> Iterator[tuple[int, list[ast.AST]]]:
+    """Line and content of every block whose exceptions are all caught: by from_outside, or by except Exception."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.With):
+            calls = [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)]
+            if any(isinstance(call.func, ast.Name) and call.func.id == "from_outside" for call in calls):
+                yield node.lineno, [*node.body, *(item for item in node.items if item.context_expr not in calls[:1])]
+        elif isinstance(node, ast.Try):
+            kept = [
+                one for one in node.handlers if not (isinstance(one.body[-1], ast.Raise) and one.body[-1].exc is None)
+            ]
+            caught = {ast.unparse(handler.type) if handler.type else "" for handler in kept}
+            if caught & {"Exception", "BaseException", ""}:
+                yield node.lineno, [*node.body]
+
+
+def own_names(tree: ast.Module) -> set[str]:
+    """Functions and classes of a module, and what it imports from this program."""
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    imported = {alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+                for alias in node.names if (node.module or "").startswith("dpo_jax")}  # fmt: skip
+    return defined | imported
+
+
+# A timer around the template, which runs in it.
+MAY_BE_CAUGHT = {("data/template.py", "_time_limit")}
+
+
+def test_what_catches_everything_holds_calls_of_libraries_only():
+    wrong = []
+    for path in sorted((ROOT / "dpo_jax").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        own, file = own_names(tree), str(path.relative_to(ROOT / "dpo_jax"))
+        for line, content in nets(tree):
+            called = {call.func.id for part in content for call in ast.walk(part)
+                      if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}  # fmt: skip
+            wrong += [f"{file}:{line}: {name}" for name in called & own if (file, name) not in MAY_BE_CAUGHT]
+    assert not wrong, wrong

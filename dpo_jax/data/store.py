@@ -196,8 +196,15 @@ def _check_some_left(report: dict[str, Any]) -> None:
 def _write(folder: Path, sources: Sequence[Source], job: Job, workers: int | None, made_from: dict[str, Any]) -> None:
     """Write all files of a store into an empty folder, the manifest last."""
     reports = [
-        {"source": source.label, "rows": len(source.rows), "kept": 0, "rendered": 0, "hints": source.hints,
-         "dropped": {}, "notes": {}}
+        {
+            "source": source.label,
+            "rows": len(source.rows),
+            "kept": 0,
+            "rendered": 0,
+            "hints": source.hints,
+            "dropped": {},
+            "notes": {},
+        }
         for source in sources
     ]
     names = {name: f"{name}.bin" for name in DTYPES if name != "targets" or job.stage == "sft"}

@@ -7,6 +7,7 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.config import LoraConfig
-from dpo_jax.errors import UserError, shown
+from dpo_jax.errors import UserError, from_outside, shown
 from dpo_jax.models.decoder import Lora, Model, Params
 from dpo_jax.models.load import read_json
 from dpo_jax.models.safetensors import Tensor, read_header, write_file
 from dpo_jax.models.weights import TENSORS, TURNED, whole_directory
 
 CONFIG, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # of every tensor's name
 # q_proj -> query
 PROJECTIONS = {
     name.split(".")[-2]: leaf.removeprefix("layers/") for leaf, name in TENSORS.items() if name.endswith("_proj.weight")
@@ -30,10 +32,10 @@ PROJECTIONS = {
 # Keys of adapter_config.json that are read here, and those that do not change what the adapters compute: dropout is off
 # in this program, the rest concerns tools. Any other key must have a value by which PEFT does nothing: of most it asks
 # whether they are null, so that an empty list or dictionary can act.
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "init_lora_weights", "bias"}
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights", "bias"}
 _HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
              "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
-             "lora_ga_config", "layers_pattern", "exclude_modules", "ensure_weight_tying"}  # fmt: skip
+             "lora_ga_config", "layers_pattern", "ensure_weight_tying"}  # fmt: skip
 _IDLE = (None, False)
 _IDLE_TOO = {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "megatron_config": {}}
 # What to do with adapters that this program cannot train on.
@@ -118,7 +120,7 @@ def _tensors(model: Model) -> dict[str, _Place]:
             num_layers, *dims = leaf.shape
             shape = (dims[0], math.prod(dims[1:])) if part == "a" else (math.prod(dims[:-1]), dims[-1])
             for layer in range(num_layers):
-                name = f"base_model.model.{module.format(layer)}.lora_{part.upper()}.weight"
+                name = f"{_PREFIX}{module.format(layer)}.lora_{part.upper()}.weight"
                 found[name] = _Place(projection, part, layer, shape)
     return found
 
@@ -135,11 +137,13 @@ def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any
     Raises:
         UserError: there are none, they are not what the options say, or they ask for what is not computed here.
     """
-    _check_options(folder, _read_options(folder), config)
+    options = _read_options(folder)
+    _check_options(folder, options, config)
     if not (folder / TENSOR_FILE).is_file():
         raise UserError(f"lora.path: {folder} has no {TENSOR_FILE}; save the adapters with safe_serialization=True")
     found, expected = read_header(folder / TENSOR_FILE), _tensors(model)
     _check_tensors(folder, found, expected)
+    _check_targets(folder, options, model, expected)
     names: dict[tuple[str, str], list[str]] = {}
     for name, place in expected.items():  # in the order of the layers
         names.setdefault((place.projection, place.part), []).append(name)
@@ -202,6 +206,33 @@ def _check_tensors(folder: Path, found: Mapping[str, Tensor], expected: Mapping[
         if found[name].shape != place.shape:
             raise UserError(f"lora.path: {file}: {name} has shape {list(found[name].shape)}, this model's is "
                             f"{list(place.shape)}: use adapters of the same model")  # fmt: skip
+
+
+def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expected: Mapping[str, _Place]) -> None:
+    """Refuse a file by whose words PEFT would leave some of its tensors out, or make more."""
+    path, layers = folder / CONFIG, range(model.config.layers)
+    targets, excluded = options.get("target_modules"), options.get("exclude_modules") or []
+    modules = {
+        TENSORS[f"layers/{leaf}"].removesuffix(".weight").format(n) for leaf in PROJECTIONS.values() for n in layers
+    }
+    every = isinstance(targets, str) and targets.lower() == "all-linear"
+    chosen = modules if every else _named(path, "target_modules", targets, modules)
+    chosen = chosen - _named(path, "exclude_modules", excluded, modules)
+    held = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in expected}
+    if chosen != held:
+        raise UserError(f"lora.path: {path}: target_modules: {shown(targets)} and the tensors of {TENSOR_FILE} differ "
+                        f"at {min(chosen ^ held)}; copy both files again")  # fmt: skip
+
+
+def _named(path: Path, key: str, given: Any, modules: set[str]) -> set[str]:
+    """The modules that PEFT takes a pattern, or a list of names and ends of names, for."""
+    if isinstance(given, str):
+        with from_outside(f"lora.path: {path}: {key}", "it must be a regular expression or a list of names"):
+            pattern = re.compile(given)
+        return set(filter(pattern.fullmatch, modules))
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise UserError(f"lora.path: {path}: {key}: {shown(given)} cannot be used: give a list of names")
+    return {module for module in modules if any(f".{module}".endswith(f".{name}") for name in given)}
 
 
 def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: str, out_dir: Path) -> None:

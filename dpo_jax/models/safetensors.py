@@ -54,12 +54,13 @@ class Tensor:
                 f"{', '.join(DTYPES)}; take a version of the model that is not quantised"
             )
         dtype = DTYPES[self.code]
-        first, last, _ = rows.indices(self.shape[0])
-        row_bytes = (self.end - self.start) // self.shape[0]
+        length, *rest = self.shape or (1,)
+        first, last, _ = rows.indices(length)
+        row_bytes = math.prod(rest) * dtype.itemsize
         with from_outside(f"{self.path}: tensor {self.name}", AGAIN), self.path.open("rb") as file:
             file.seek(self.start + first * row_bytes)
             data = np.fromfile(file, np.uint8, (last - first) * row_bytes)
-        return data.view(dtype).reshape(last - first, *self.shape[1:])
+        return data.view(dtype).reshape((last - first, *rest) if self.shape else ())
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
