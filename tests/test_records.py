@@ -332,10 +332,7 @@ def test_detection(columns, stage, schema):
         (
             ["question", "answer"],
             "dpo",
-            (
-                "preference (chosen, prompt, rejected): set columns: {chosen: COLUMN, prompt: question, rejected: COLUMN}, "
-                "with the file's name for each COLUMN"
-            ),
+            ": set columns: {chosen: COLUMN, prompt: question, rejected: COLUMN}, with the file's name for each COLUMN",
         ),
         (
             ["question", "response_j", "response_k"],

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,9 +26,15 @@ def lines(rows) -> bytes:
 def write_source(folder, kind: str) -> SourceConfig:
     """The rows as a source of this kind."""
     import datasets
-    from pyarrow import Table, parquet
+    from pyarrow import Table, output_stream, parquet
 
     path, table = folder / kind, Table.from_pylist(ROWS)
+    if kind in COMPRESSED:
+        plain = Path(write_source(folder, Path(kind).stem).path)
+        with output_stream(path, compression="detect") as file:
+            file.write(plain.read_bytes())
+        plain.unlink()
+        return SourceConfig(path=str(path))
     if kind == "lines.jsonl":
         path.write_bytes(b"\xef\xbb\xbf" + lines(ROWS[:3]) + b"\n \r\n" + lines(ROWS[3:]).rstrip())
     elif kind == "lines.json":
@@ -48,7 +55,8 @@ def write_source(folder, kind: str) -> SourceConfig:
     return SourceConfig(path=str(path))
 
 
-KINDS = ["lines.jsonl", "lines.json", "list.json", "table.parquet", "saved", "saved_splits", "folder"]
+COMPRESSED = ["lines.jsonl.gz", "list.json.gz", "lines.jsonl.zst", "lines.jsonl.bz2"]
+KINDS = [*COMPRESSED, "lines.jsonl", "lines.json", "list.json", "table.parquet", "saved", "saved_splits", "folder"]
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +89,38 @@ def test_columns_and_limit(tmp_path, kind):
     assert len(load_rows(SourceConfig(path=path, limit=100))) == 7
     with pytest.raises(UserError, match=r"columns: prompt: there is no 'question'; there are \['prompt', 'ch"):
         load_rows(SourceConfig(path=path, columns={"prompt": "question"}))
+
+
+def test_csv_is_text_in_every_cell(tmp_path):
+    """Neither a word nor a number is taken for something else, and a cell may hold lines and be long."""
+    cells = ["None", "NA", "1.50", 'say "a", b\nc', "é" * 200_000, ""]
+    quoted = [cell.replace('"', '""') for cell in cells]
+    path = tmp_path / "rows.csv"
+    path.write_text("\ufeffprompt,chosen\r\n" + "".join(f'q,"{cell}"\r\n' for cell in quoted), newline="")
+    assert list(load_rows(SourceConfig(path=str(path)))) == [{"prompt": "q", "chosen": cell} for cell in cells]
+
+
+def test_a_damaged_or_cut_compressed_file_is_never_a_shorter_one(tmp_path):
+    source = write_source(tmp_path, "lines.jsonl.gz")
+    Path(source.path).write_bytes(Path(source.path).read_bytes()[:-6])
+    with pytest.raises(UserError, match="replace it if it is damaged"):
+        load_rows(source)
+
+
+def test_what_a_library_raises_over_a_row_names_the_row(tmp_path):
+    from pyarrow import array, int64, parquet, table, timestamp
+
+    times = array([1, 2**55], int64()).cast(timestamp("ms"))  # no date that Python knows
+    parquet.write_table(table({"prompt": ["a", "b"], "time": times}), tmp_path / "a.parquet")
+    rows = load_rows(SourceConfig(path=str(tmp_path / "a.parquet")))
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: .*: fix or remove it"):
+        list(rows)
+
+
+def test_paths_that_no_file_can_have():
+    for path in ("a/" * 3000, "a\0b", "\ud83d"):
+        with pytest.raises(UserError, match="no such file or folder, and it is no name of a hub set"):
+            load_rows(SourceConfig(path=path))
 
 
 def test_splits(tmp_path):
@@ -126,13 +166,29 @@ def test_a_dataset_in_hand():
         ("empty.jsonl", b"\n \n", "it holds no rows"),
         ("empty.json", b"", "it holds no rows"),
         ("empty_list.json", b"[]", "it holds no rows"),
-        ("rows.csv", b"a,b\n", r"suffix '.csv' is not known; known are .json, .jsonl, .parquet"),
+        (
+            "rows.tsv",
+            b"a\tb\n",
+            r"suffix '.tsv' is not known; known are .json, .jsonl, .csv, .parquet, all but",
+        ),
+        ("rows.parquet.gz", b"x", "suffix '.gz' is not known"),
+        ("rows.tar.gz", b"x", "suffix '.tar' is not known"),
+        ("deep.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 2: .* more than 100 deep"),
+        ("deep.json", b"[" * 100_000, "more than 100 deep"),
+        ("digits.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "line 1: not JSON: Exceeds the limit"),
+        ("broken.jsonl.gz", b"no gzip", "damaged; it is decompressed into"),
+        ("broken.jsonl.zst", b"no zstd", "damaged; it is decompressed into"),
+        ("names.csv", b"a,a\n1,2\n", r"two of its columns have one name: \['a', 'a'\]"),
+        ("cells.csv", b"a,b\n1,2\n\n3,4,5\n", "line 4: 3 cells, the first line names 2 columns"),
+        ("quotes.csv", b'a,b\n"1,2\n', "unexpected end of data"),
+        ("latin.csv", b"a,b\n1,\xe9\n", "can't decode byte"),
+        ("header.csv", b"a,b\n", "it holds no rows"),
         ("broken.jsonl", b'{"a": 1}\n\n{"a": \n{"a": 2}\n', "line 3: not JSON"),
         ("latin.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', "line 2: not JSON"),
         ("numbers.jsonl", b'{"a": 1}\n2\n', "line 2: a int, not an object"),
         ("broken.json", b'[{"a": 1},', "not JSON"),
         ("numbers.json", b'[{"a": 1}, 2]', "item 1 of its list: a int, not an object"),
-        ("broken.parquet", b"no table", "not a parquet file"),
+        ("broken.parquet", b"no table", "it must be a readable parquet file"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, message):

@@ -109,6 +109,29 @@ def test_fine_tuning_keeps_which_tokens_are_learned(tmp_path):
     assert len(learned) == len(answer) == built.lengths[0, 1]
 
 
+def test_a_file_that_changes_while_it_is_tokenised_leaves_no_store(tmp_path):
+    """Its first rows are read before the change, the others after it: neither content's key may name the mixture."""
+    source = write_rows(tmp_path / "a.jsonl", PAIRS)
+    other = [row | {"chosen": row["chosen"].upper()} for row in PAIRS]
+
+    class Changes:
+        """The tokenizer, which finds at the first text that somebody writes to the file."""
+
+        def __getattr__(self, name):
+            return getattr(TOKENIZER, name)
+
+        def __call__(self, texts, **options):
+            if "Q1?" in str(texts):
+                write_rows(tmp_path / "a.jsonl", other)
+            return TOKENIZER(texts, **options)
+
+    with pytest.raises(UserError, match="a.jsonl: it changed while it was tokenised; start again"):
+        build(tmp_path / "store", source, tokenizer=Changes())
+    assert list((tmp_path / "store").iterdir()) == []
+    built = build(tmp_path / "store", source)
+    assert TOKENIZER.decode(built.example(0)[1][0]) == "YES 0</s>"
+
+
 def test_a_dataset_object_is_a_source(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list(PAIRS)

@@ -5,18 +5,16 @@ The libraries that only some sources need are imported when such a source is ope
 
 import hashlib
 import json
+import os
 import re
-from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_jax.config import SourceConfig
-from dpo_jax.errors import UserError
+from dpo_jax.data import files
+from dpo_jax.errors import UserError, from_outside
 
 if TYPE_CHECKING:
     import datasets
@@ -50,7 +48,7 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
     """
     if not isinstance(source, SourceConfig):
         dataset = _plain_dataset(source)
-        return Rows(dataset, {}, len(dataset))
+        return Rows(_Foreign("data", dataset), {}, len(dataset))
     rows = _kind(source).load(source)
     if len(rows) == 0:
         raise UserError(f"{source.path}: it holds no rows; name a source that has some")
@@ -96,120 +94,39 @@ def _kind(source: SourceConfig) -> _Kind:
 
 
 def _kind_name(path: str) -> str:
-    place = Path(path)
     if path.startswith("tfds:"):
         return "TFDS set"
-    if place.is_dir():
-        return "saved folder" if any((place / name).is_file() for name in _SAVED) else "folder of files"
-    suffix = place.suffix.lower()
-    if place.exists() or suffix in _SUFFIXES:
-        if not place.exists():
+    if os.path.isdir(path):
+        saved = any(os.path.isfile(os.path.join(path, name)) for name in _SAVED)
+        return "saved folder" if saved else "folder of files"
+    suffix, exists = files.file_suffix(path), os.path.exists(path)
+    if exists or suffix in _SUFFIXES:
+        if not exists:
             raise UserError(f"{path}: there is no such file; the working directory is {Path.cwd()}")
         if suffix not in _SUFFIXES:
-            raise UserError(f"{path}: suffix {suffix!r} is not known; known are {', '.join(_SUFFIXES)}")
+            raise UserError(f"{path}: suffix {suffix!r} is not known; known are {', '.join(_SUFFIXES)}, all but the "
+                            f"last also with {', '.join(files.COMPRESSED)}; of others name the folder")  # fmt: skip
         return _SUFFIXES[suffix]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(f"{path}: there is no such file or folder, and it is no name of a hub set (owner/name)")
     return "hub set"
 
 
-# ------------------------------------------------------------------------------------------------------------ files
-
-
-def _file_identity(source: SourceConfig) -> list:
-    with open(source.path, "rb") as file:
-        return [hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def _row(path: str, place: str, text: bytes) -> Mapping:
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}, {place}: not JSON: {error}; mend or remove it") from None
-    return _object(path, place, row)
-
-
-def _object(path: str, place: str, row: object) -> Mapping:
-    if not isinstance(row, Mapping):
-        raise UserError(f"{path}, {place}: a {type(row).__name__}, not an object with columns; mend or remove it")
-    return row
-
-
-class _JsonLines:
-    """One object a line; only the places of the lines are held, 8 bytes a row."""
-
-    def __init__(self, path: str):
-        self.path, self.starts = path, array("Q")
-        start = 0
-        with open(path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    self.starts.append(start)
-                start += len(line)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> Mapping:
-        start = self.starts[index]
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            line = file.readline()
-            try:
-                return _row(self.path, "", line)
-            except UserError:
-                file.seek(0)
-                number = 1 + file.read(start).count(b"\n")
-                return _row(self.path, f"line {number}", line)
-
-
-def _load_json(source: SourceConfig) -> _JsonLines | list[Mapping]:
-    with open(source.path, "rb") as file:
-        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    if start != b"[":
-        return _JsonLines(source.path)
-    try:
-        rows = json.loads(Path(source.path).read_bytes())
-    except ValueError as error:
-        raise UserError(f"{source.path}: not JSON: {error}; mend the file") from None
-    return [_object(source.path, f"item {index} of its list", row) for index, row in enumerate(rows)]
-
-
-class _Parquet:
-    """Rows of a parquet file; one row group at a time is held in memory."""
-
-    def __init__(self, path: str):
-        self.path = path
-        metadata = self.file.metadata
-        self.ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
-        self.group: int = -1
-        self.table: Any = None
-
-    @cached_property
-    def file(self):
-        from pyarrow import ArrowInvalid, parquet
-
-        try:
-            return parquet.ParquetFile(self.path)
-        except (ArrowInvalid, OSError) as error:
-            raise UserError(f"{self.path}: not a parquet file: {_first_line(error)}") from None
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def __getitem__(self, index: int) -> Mapping:
-        group = bisect_right(self.ends, index)
-        if group != self.group:
-            self.group, self.table = group, self.file.read_row_group(group)
-        start = self.ends[group] - self.table.num_rows
-        return self.table.slice(index - start, 1).to_pylist()[0]
-
-
 # ------------------------------------------------------------------------------------------- Hugging Face datasets
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+class _Foreign:
+    """Rows that a library decodes when they are asked for."""
+
+    def __init__(self, label: str, rows: Any):
+        self.label, self.rows = label, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Mapping:
+        with from_outside(f"{self.label}, row {index}", "fix or remove it"):
+            return self.rows[index]
 
 
 def _plain_dataset(rows: object) -> "datasets.Dataset":
@@ -231,10 +148,8 @@ def _dataset_identity(rows: "datasets.Dataset") -> list:
 def _load_saved(source: SourceConfig) -> "datasets.Dataset":
     import datasets
 
-    try:
+    with from_outside(source.path, "it must be a folder of datasets.save_to_disk"):
         saved = datasets.load_from_disk(source.path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{source.path}: not a folder of datasets.save_to_disk: {_first_line(error)}") from None
     if isinstance(saved, datasets.DatasetDict):
         if source.split not in saved:
             raise UserError(f"{source.path}: split: there is no {source.split!r}; there are {sorted(saved)}")
@@ -246,18 +161,17 @@ def _load_saved(source: SourceConfig) -> "datasets.Dataset":
 
 def _load_hub(source: SourceConfig) -> "datasets.Dataset":
     import datasets
-    from datasets.exceptions import DatasetsError
 
-    try:
+    what = "this folder of files" if os.path.isdir(source.path) else "no such file or folder here, and the hub set"
+    remedy = f"check path, name, split {source.split!r} and revision"
+    with from_outside(f"{source.path}: {what} cannot be loaded", remedy):
         return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        what = "this folder of files" if Path(source.path).is_dir() else "no such file or folder here, and the hub set"
-        raise UserError(f"{source.path}: {what} cannot be loaded: {_first_line(error)}; check path, name, split "
-                        f"{source.split!r} and revision") from None  # fmt: skip
 
 
-def _identity_of(load: Callable[[SourceConfig], "datasets.Dataset"], source: SourceConfig) -> list:
-    return _dataset_identity(load(source))
+def _dataset_kind(load: Callable[[SourceConfig], "datasets.Dataset"], *options: str) -> _Kind:
+    return _Kind(
+        lambda source: _Foreign(source.path, load(source)), lambda source: _dataset_identity(load(source)), options
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ TFDS
@@ -266,7 +180,7 @@ def _identity_of(load: Callable[[SourceConfig], "datasets.Dataset"], source: Sou
 class _Tfds:
     """A TFDS split with bytes as text and a sequence of dicts as a list of dicts."""
 
-    def __init__(self, rows: Sequence, features):
+    def __init__(self, rows: _Foreign, features):
         self.rows, self.features = rows, features
 
     def __len__(self) -> int:
@@ -299,33 +213,30 @@ def _tfds_builder(source: SourceConfig) -> Any:
     import tensorflow_datasets as tfds
 
     name = source.path.removeprefix("tfds:")
-    try:
-        if source.data_dir and (Path(source.data_dir) / "dataset_info.json").is_file():
+    check = f"check the name and data_dir {source.data_dir}"
+    with from_outside(f"{source.path}: TFDS cannot open it", check):
+        if source.data_dir and os.path.isfile(os.path.join(source.data_dir, "dataset_info.json")):
             builder = tfds.builder_from_directory(source.data_dir)
-            if builder.info.name != re.split("[:/]", name)[0]:
-                raise ValueError(f"{source.data_dir} holds the set {builder.info.name!r}")
         else:
             builder: Any = tfds.builder(name, data_dir=source.data_dir)
-    except (ValueError, OSError, ImportError) as error:
-        raise UserError(f"{source.path}: TFDS cannot open it: {_first_line(error)}; "
-                        f"check the name and data_dir {source.data_dir}") from None  # fmt: skip
+        prepared = builder.is_prepared()
+        kinds = {kind.value for kind in builder.info.available_file_formats()}
+    if builder.info.name != re.split("[:/]", name)[0]:
+        raise UserError(f"{source.path}: {source.data_dir} holds the set {builder.info.name!r}; {check}")
     remedy = f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
-    if not builder.is_prepared():
+    if not prepared:
         raise UserError(f"{source.path}: not prepared in {builder.data_dir}; prepare it with {remedy}")
-    kinds = {kind.value for kind in builder.info.available_file_formats()}
     if "array_record" not in kinds:
         raise UserError(f"{source.path}: prepared as {sorted(kinds)}, which has no random access without TensorFlow; "
-                        f"prepare it anew, in another data_dir, with {remedy}")  # fmt: skip
+                        f"prepare it again, in another data_dir, with {remedy}")  # fmt: skip
     return builder
 
 
 def _load_tfds(source: SourceConfig) -> _Tfds:
     builder = _tfds_builder(source)
-    try:
+    with from_outside(f"{source.path}: split: {source.split!r}", f"check split and data_dir {source.data_dir}"):
         rows = builder.as_data_source(source.split, file_format="array_record")
-    except ValueError as error:
-        raise UserError(f"{source.path}: split: {source.split!r}: {_first_line(error)}") from None
-    return _Tfds(rows, builder.info.features)
+    return _Tfds(_Foreign(source.path, rows), builder.info.features)
 
 
 def _tfds_identity(source: SourceConfig) -> list:
@@ -334,14 +245,21 @@ def _tfds_identity(source: SourceConfig) -> list:
     return [info.full_name, source.split, sizes]
 
 
+def _file_kind(load: Callable[[str], Any]) -> _Kind:
+    return _Kind(lambda source: load(source.path), lambda source: [files.file_hash(source.path)])
+
+
 _KINDS = {
-    "file of JSON": _Kind(_load_json, _file_identity),
-    "file of JSON lines": _Kind(lambda source: _JsonLines(source.path), _file_identity),
-    "parquet file": _Kind(lambda source: _Parquet(source.path), _file_identity),
-    "saved folder": _Kind(_load_saved, partial(_identity_of, _load_saved), ("split",)),
-    "folder of files": _Kind(_load_hub, partial(_identity_of, _load_hub), ("split", "name")),
-    "hub set": _Kind(_load_hub, partial(_identity_of, _load_hub), ("split", "name", "revision")),
+    "file of JSON": _file_kind(files.load_json),
+    "file of JSON lines": _file_kind(files.load_json_lines),
+    "CSV file": _file_kind(files.load_csv),
+    "parquet file": _file_kind(files.Parquet),
+    "saved folder": _dataset_kind(_load_saved, "split"),
+    "folder of files": _dataset_kind(_load_hub, "split", "name"),
+    "hub set": _dataset_kind(_load_hub, "split", "name", "revision"),
     "TFDS set": _Kind(_load_tfds, _tfds_identity, ("split", "data_dir")),
 }
-_SUFFIXES = {".json": "file of JSON", ".jsonl": "file of JSON lines", ".parquet": "parquet file"}
+_SUFFIXES = {
+    ".json": "file of JSON", ".jsonl": "file of JSON lines", ".csv": "CSV file", ".parquet": "parquet file",
+}  # fmt: skip
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what save_to_disk leaves

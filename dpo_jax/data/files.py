@@ -1,0 +1,189 @@
+"""Rows of one file: JSON, JSON lines, CSV (these also compressed) or parquet, each a sequence of dicts.
+
+What is not compressed and not parquet is read with the standard library alone.
+"""
+
+import csv
+import hashlib
+import io
+import shutil
+import tempfile
+import weakref
+from array import array
+from bisect import bisect_right
+from collections.abc import Mapping
+from contextlib import ExitStack
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dpo_jax.data.values import read_json
+from dpo_jax.errors import UserError, from_outside
+
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # names that pyarrow gives them
+
+
+def file_suffix(path: str) -> str:
+    """What a file holds, by its name without the ending of a compressed one: `.jsonl` of `pairs.jsonl.gz`."""
+    place = Path(path.lower())
+    inner = place.with_suffix("").suffix
+    return inner if place.suffix in COMPRESSED and inner != ".parquet" else place.suffix
+
+
+def file_hash(path: str) -> str:
+    """sha256 of the file's bytes, hexadecimal.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with from_outside(path, "it must be a readable file"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _opened(path: str) -> BinaryIO:
+    """The bytes of a file, which can be sought in; those of a compressed one are laid into a temporary file."""
+    kind = COMPRESSED.get(Path(path.lower()).suffix)
+    if kind is None:
+        with from_outside(path, "it must be a readable file"):
+            return open(path, "rb")
+    import pyarrow as pa
+
+    with ExitStack() as stack:
+        plain = stack.enter_context(tempfile.TemporaryFile())
+        remedy = f"replace it if it is damaged; it is decompressed into {tempfile.gettempdir()}, which needs the room"
+        with from_outside(path, remedy), pa.input_stream(path, compression=kind) as stream:
+            shutil.copyfileobj(stream, plain)
+        plain.seek(0)
+        stack.pop_all()
+    return plain
+
+
+# ----------------------------------------------------------------------------------------------------------- JSON
+
+
+def _row(path: str, place: str, text: bytes) -> Mapping:
+    try:
+        row = read_json(text)
+    except ValueError as error:
+        raise UserError(f"{path}, {place}: not JSON: {error}; fix or remove it") from None
+    return _object(path, place, row)
+
+
+def _object(path: str, place: str, row: object) -> Mapping:
+    if not isinstance(row, Mapping):
+        raise UserError(f"{path}, {place}: a {type(row).__name__}, not an object with columns; fix or remove it")
+    return row
+
+
+class _JsonLines:
+    """One object a line; only the places of the lines are held, 8 bytes a row."""
+
+    def __init__(self, path: str, file: BinaryIO):
+        self.path, self.starts, self.file = path, array("Q"), file
+        weakref.finalize(self, self.file.close)
+        start = 0
+        for line in self.file:
+            if line.strip():
+                self.starts.append(start)
+            start += len(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Mapping:
+        start = self.starts[index]
+        self.file.seek(start)
+        line = self.file.readline()
+        try:
+            return _row(self.path, "", line)
+        except UserError:
+            self.file.seek(0)
+            number = 1 + self.file.read(start).count(b"\n")
+            return _row(self.path, f"line {number}", line)
+
+
+def load_json(path: str) -> Any:
+    """A list of objects, or one object a line.
+
+    Raises:
+        UserError: it cannot be read, or is neither.
+    """
+    file = _opened(path)
+    is_list = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+    file.seek(0)
+    if not is_list:
+        return _JsonLines(path, file)
+    with file:
+        try:
+            rows = read_json(file.read())
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON: {error}; fix the file") from None
+    return [_object(path, f"item {index} of its list", row) for index, row in enumerate(rows)]
+
+
+def load_json_lines(path: str) -> Any:
+    """One object a line, read when asked for; blank lines are no rows.
+
+    Raises:
+        UserError: the file cannot be read. A line that is not JSON is found when it is read.
+    """
+    return _JsonLines(path, _opened(path))
+
+
+# ------------------------------------------------------------------------------------------------------------ CSV
+
+
+def load_csv(path: str) -> list[Mapping]:
+    """Rows of text, named by the first line; cells with commas, quotes or line ends are quoted.
+
+    Raises:
+        UserError: it cannot be read, two columns have one name, or a row has more or fewer cells than there are names.
+    """
+    csv.field_size_limit(2**31 - 1)  # its own limit, 128 KiB a cell, is below what a conversation may have
+    with _opened(path) as file:
+        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+        with from_outside(path, "it must be UTF-8 text with commas between cells"):
+            lines = [(reader.line_num, cells) for cells in reader if cells]
+    names = lines[0][1] if lines else []
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}: two of its columns have one name: {names}; rename one")
+    for number, cells in lines:
+        if len(cells) != len(names):
+            raise UserError(f"{path}, line {number}: {len(cells)} cells, the first line names {len(names)} columns; "
+                            "fix or remove it")  # fmt: skip
+    return [dict(zip(names, cells, strict=True)) for _, cells in lines[1:]]
+
+
+# -------------------------------------------------------------------------------------------------------- parquet
+
+
+class Parquet:
+    """Rows of a parquet file; one row group at a time is held in memory.
+
+    Raises:
+        UserError: it is no parquet file, or two of its columns have one name.
+    """
+
+    def __init__(self, path: str):
+        from pyarrow import parquet
+
+        with from_outside(path, "it must be a readable parquet file"):
+            self.file = parquet.ParquetFile(path)
+            metadata, names = self.file.metadata, self.file.schema_arrow.names
+            sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if len(set(names)) != len(names):
+            raise UserError(f"{path}: two of its columns have one name: {names}; rename one")
+        self.path, self.ends = path, list(accumulate(sizes))
+        self.group: int = -1
+        self.table: Any = None
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: int) -> Mapping:
+        group = bisect_right(self.ends, index)
+        with from_outside(f"{self.path}, row {index}", "fix or remove it"):
+            if group != self.group:
+                self.group, self.table = group, self.file.read_row_group(group)
+            start = self.ends[group] - self.table.num_rows
+            return self.table.slice(index - start, 1).to_pylist()[0]
