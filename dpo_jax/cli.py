@@ -49,11 +49,15 @@ def _export(run_dir: str, out_dir: str, which: Literal["newest", "best"], adapte
 
 def _data(config: TrainConfig, step: int | None) -> None:
     from dpo_jax.data.audit import audit_config, render, show_step
+    from dpo_jax.models.load import end_tokens
     from dpo_jax.policy import find_model, find_tokenizer
 
     source = find_model(config.model.path, config.model.revision, weights=False)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
-    print(render(audit_config(config, tokenizer)) if step is None else show_step(config, step, tokenizer))
+    if step is not None:
+        print(show_step(config, step, tokenizer))
+    else:
+        print(render(audit_config(config, tokenizer, end_tokens(source.folder, source.hf_config))))
 
 
 def _plan(

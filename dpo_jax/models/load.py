@@ -65,6 +65,22 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: config.json is missing; give a Hugging Face model directory")
+    return _read_object(path)
+
+
+def end_tokens(folder: Path | None, hf_config: dict[str, Any]) -> frozenset[int]:
+    """Ids at which generation stops: those of a model directory's generation_config.json, else of its config.
+
+    Raises:
+        UserError: that file is no JSON object.
+    """
+    path = None if folder is None else folder / "generation_config.json"
+    options = _read_object(path) if path is not None and path.is_file() else hf_config
+    given = options.get("eos_token_id")
+    return frozenset(token for token in (given if isinstance(given, list) else [given]) if isinstance(token, int))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
