@@ -54,10 +54,11 @@ def _data(config: TrainConfig, step: int | None) -> None:
 
     source = find_model(config.model.path, config.model.revision, weights=False)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
-    if step is not None:
-        print(show_step(config, step, tokenizer))
+    if step is None:
+        positions, ends = source.hf_config.get("max_position_embeddings"), end_tokens(source.folder, source.hf_config)
+        print(render(audit_config(config, tokenizer, positions, ends)))
     else:
-        print(render(audit_config(config, tokenizer, end_tokens(source.folder, source.hf_config))))
+        print(show_step(config, step, tokenizer))
 
 
 def _plan(

@@ -147,10 +147,30 @@ def test_the_text_names_every_cause_and_shows_the_boundary(tmp_path):
     assert re.search(r"truncated +too_long +1 +rows 2\n", shown)
     assert "train.jsonl: 4 rows, 2 kept" in shown
     assert "run: 1 steps of 64, 1.00 epochs" in shown
-    assert f"prompt    '<s>{pair(0)['prompt']}'" in shown
-    assert f"chosen    '{pair(0)['chosen']}</s>'" in shown
+    assert f"\nprompt\n  | <s>{pair(0)['prompt']}\nchosen, " in shown
     before, after = pair(0)["prompt"][-4:], pair(0)["chosen"][:4]
-    assert f"{' '.join(map(repr, before))} | {' '.join(map(repr, after))}" in shown
+    boundary = f"{' '.join(map(repr, before))} || {' '.join(map(repr, after))}"
+    assert f"\nchosen, whose tokens begin at ||: {boundary}\n  | {pair(0)['chosen']}</s>\nrejected, " in shown
+
+
+def test_what_is_read_otherwise_than_one_may_think_is_said(tmp_path):
+    """A pair reads as text, whatever is in it; columns that are not read and lengths beyond the model are named."""
+    chosen = "one\n\n\ttwo\x1b[31m\u202e é"
+    rows = [{"system": "s", "prompt": "x" * 20, "chosen": chosen, "rejected": '[{"role": "user"}]'}, pair(1)]
+    given = config(tmp_path, {"train": rows}, shuffle=False)
+    found = audit_config(given, TOKENIZER, positions=50)
+    assert found["positions"] == {"max_length": 1024, "made_for": 50, "longer": 1}
+    shown = render(found)
+    assert "\nchosen, whose tokens begin at ||: 'x' 'x' 'x' 'x' || 'o' 'n' 'e' '\u010a'\n  | one\n  | \n" in shown
+    assert "\n  | \ttwo\\x1b[31m\\u202e é</s>\nrejected, " in shown
+    assert "\n    columns that are not read: system\n    system is not part of the prompt: " in shown
+    assert (
+        "\n    rejected looks like JSON text of messages in 1 of the first 2 rows, and is read as plain text" in shown
+    )
+    assert (
+        "\nnote: data.max_length is 1024, the model was made for 50 (max_position_embeddings); 1 examples are " in shown
+    )
+    assert "positions" not in audit_config(given, TOKENIZER, positions=1024)
 
 
 def test_fine_tuning_data(tmp_path):
@@ -162,7 +182,7 @@ def test_fine_tuning_data(tmp_path):
     assert "both_labels" not in found["train"]
     assert found["train"]["duplicates"]["examples"] == 2
     shown = render(found)
-    assert "learned   'ab</s>' ... 'c</s>'" in shown
+    assert shown.endswith("\nlearned\n  | ab</s>\n  ...\n  | c</s>")
     assert "rejected" not in shown
     assert show_step(given, 1, TOKENIZER).startswith("step 1 of 2, ")
 
@@ -172,11 +192,11 @@ def test_answers_that_teach_no_end_are_found(tmp_path):
     rows = [pair(0), pair(1) | {"rejected": "x" * 2000}, pair(2)]
     given = config(tmp_path, {"train": rows}, shuffle=False)
     assert rows_named([audit_config(given, TOKENIZER)["train"]["unended"]["first"]]) == [[1]]  # cut by max_length
-    found = audit_config(given, TOKENIZER, {5, 6})
+    found = audit_config(given, TOKENIZER, ends={5, 6})
     assert found["train"]["unended"]["examples"] == 3
     assert f"({TOKENIZER.decode([5])} {TOKENIZER.decode([6])}): in 3 examples, the first: 0, 1, 2\n" in render(found)
     assert f"the first ends with {pair(0)['chosen'][-2:] + '</s>'!r}" in render(found)
-    assert "(it has none): in 3 examples" in render(audit_config(given, TOKENIZER, frozenset()))
+    assert "(it has none): in 3 examples" in render(audit_config(given, TOKENIZER, ends=frozenset()))
 
 
 def test_a_step_shows_exactly_its_examples(tmp_path):

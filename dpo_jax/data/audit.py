@@ -158,14 +158,24 @@ def _tokenizer(config: TrainConfig) -> Any:
     return load_tokenizer(model.tokenizer or model.path, model.revision, config.data.chat_template)
 
 
-def audit_config(config: TrainConfig, tokenizer: Any = None, ends: Set[int] | None = None) -> dict[str, Any]:
+def audit_config(
+    config: TrainConfig, tokenizer: Any = None, positions: Any = None, ends: Set[int] | None = None
+) -> dict[str, Any]:
     """``audit`` of the sets of a config; without ``tokenizer`` the one that the model section names.
+
+    ``positions``: the model's ``max_position_embeddings``; `max_length` beyond it becomes a finding.
 
     Raises:
         UserError: whatever keeps the tokenizer or a set from being read.
     """
     tokenizer = tokenizer or _tokenizer(config)
-    return audit(open_sets(config, tokenizer), tokenizer, ends)
+    sets = open_sets(config, tokenizer)
+    found = audit(sets, tokenizer, ends)
+    if isinstance(positions, int) and config.data.max_length > positions:
+        lengths = sets.train.lengths
+        longer = int((lengths[:, 0] + lengths[:, 1:].max(1) > positions).sum())
+        found["positions"] = {"max_length": config.data.max_length, "made_for": positions, "longer": longer}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- as text
@@ -243,6 +253,7 @@ def _set_lines(name: str, found: dict[str, Any]) -> list[str]:
     lines = [f"{name}: {found['examples']} examples{'' if found['sources'] else ' of the training sets'}"]
     for report in found["sources"]:
         lines.append(f"  {report['source']}: {report['rows']} rows, {report['kept']} kept")
+        lines += [f"    {hint}" for hint in report["hints"]]
         lines += _cause_lines(report)
     many = len(found["sources"]) != 1
     near = found["near_duplicates"]
@@ -255,16 +266,23 @@ def _set_lines(name: str, found: dict[str, Any]) -> list[str]:
     return lines + _length_lines(found) + [""]
 
 
+def _text_lines(text: str) -> list[str]:
+    """A text as it reads, each of its lines marked; what a terminal would act upon is spelled out."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return [f"  | {line}" for line in shown.split("\n")]
+
+
 def _example_lines(example: dict[str, Any], branches: Sequence[str]) -> list[str]:
-    lines = [f"first example of step 0: {example['source']}, row {example['row']}; | is the boundary"]
-    lines += [f"  prompt    {example['prompt']!r}"]
+    lines = [f"first example of step 0: {example['source']}, row {example['row']}"]
+    lines += ["prompt", *_text_lines(example["prompt"])]
+    ends = " ".join(map(repr, example["boundary"]["prompt_ends"]))
     for branch, answer, begins in zip(branches, example["answers"], example["boundary"]["answers_begin"], strict=True):
-        lines.append(f"  {branch:9} {answer!r}")
-        lines.append(
-            f"  {'':9} {' '.join(map(repr, example['boundary']['prompt_ends']))} | {' '.join(map(repr, begins))}"
-        )
+        lines += [f"{branch}, whose tokens begin at ||: {ends} || {' '.join(map(repr, begins))}", *_text_lines(answer)]
     if "learned" in example:
-        lines.append(f"  learned   {' ... '.join(map(repr, example['learned']))}")
+        lines.append("learned")
+        for learned in example["learned"]:
+            lines += [*_text_lines(learned), "  ..."]
+        lines.pop()
     return lines
 
 
@@ -280,7 +298,12 @@ def render(found: dict[str, Any]) -> str:
             "",
         ]
     run = found["run"]
-    lines += [f"run: {run['steps']} steps of {run['batch']}, {run['epochs']:.2f} epochs", ""]
+    lines += [f"run: {run['steps']} steps of {run['batch']}, {run['epochs']:.2f} epochs"]
+    if "positions" in found:
+        beyond = found["positions"]
+        lines.append(f"note: data.max_length is {beyond['max_length']}, the model was made for {beyond['made_for']} "
+                     f"(max_position_embeddings); {beyond['longer']} examples are longer: lower it")  # fmt: skip
+    lines.append("")
     lines += _example_lines(found["example"], _branches(len(found["example"]["answers"]))[1:])
     return "\n".join(lines)
 
