@@ -19,7 +19,7 @@ from dpo_jax.config import SORTED, DPOConfig, LossConfig, ModelConfig, SFTConfig
 from dpo_jax.data.batches import Batches, StepData, set_batches, train_batches
 from dpo_jax.data.sets import DataSets, open_sets
 from dpo_jax.data.store import Store
-from dpo_jax.data.tokenize import tokenizer_hash
+from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.distributions import reward_distributions
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import LogpsFn, Params, make_logps_fn

@@ -40,6 +40,7 @@ FATES = {
     "reference.mode": "rounding",
     "data.train": "store",
     "data.chat_template": "template",
+    "data.template_date": "store",
     "data.eval": "free",  # what is measured, not what is learned
     "data.store": "free",
     "data.workers": "free",

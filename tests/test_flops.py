@@ -11,7 +11,7 @@ import pytest
 from dpo_jax.config import BatchConfig, DataConfig, DPOConfig, LoraConfig, ModelConfig, RunConfig, SourceConfig
 from dpo_jax.data.batches import train_batches
 from dpo_jax.data.sets import open_sets
-from dpo_jax.data.tokenize import load_tokenizer
+from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.models.adapters import make_lora
 from dpo_jax.models.decoder import Lora, Model, plain_batch
 from dpo_jax.models.families import decoder_config

@@ -12,7 +12,8 @@ from dpo_jax.config import DataConfig, FatesConfig, SourceConfig
 from dpo_jax.data.layouts import parser_of
 from dpo_jax.data.records import Example, Problem
 from dpo_jax.data.sources import load_rows
-from dpo_jax.data.tokenize import TokenizedExample, load_tokenizer, make_tokenize
+from dpo_jax.data.tokenize import TokenizedExample, make_tokenize
+from dpo_jax.data.tokenizer import load_tokenizer
 
 
 def config(**options) -> DataConfig:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_jax.batch import PairLogps
 from dpo_jax.cli import main
 from dpo_jax.config import LossConfig
-from dpo_jax.data.tokenize import load_tokenizer
+from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.distributions import BINS, nice_edges, reward_distributions
 from dpo_jax.logprobs import answer_values, make_logps_fn, make_token_logps_fn
 from dpo_jax.losses import preference_metrics, sequence_logps

@@ -1,6 +1,7 @@
 """Options of the data: where it lies, what becomes of rows that are not right, how it is cut."""
 
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Literal
 
 from dpo_jax.errors import require
@@ -56,9 +57,18 @@ class FatesConfig:
     template_not_prefix: Literal["repair", "drop", "error"] = "repair"
     """The rendered prompt is no prefix of the rendered conversation; repair: the answer starts where they part."""
     template_refused: Literal["drop", "error"] = "error"
-    """The chat template raises an error, as some do at a system turn."""
+    """The chat template fails, as some do at a system turn, or does not end."""
+    message_not_rendered: Literal["drop", "error"] = "error"
+    """The chat template leaves out a message, as of a role it does not know, or a tool call."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     """Prompt and answer are longer than max_length."""
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +88,9 @@ class DataConfig:
     shuffle: bool = True
     """Draw in an order made from run.seed; False: in file order."""
     chat_template: str | None = None
-    """File with a Jinja chat template, in place of the tokenizer's own."""
+    """File with a Jinja chat template, in place of the tokenizer's own; or the name of one of its own."""
+    template_date: str = "2024-07-26"
+    """Date, as YYYY-MM-DD, that chat templates read from the clock: Llama 3's write it into the system turn."""
     append_eos: bool = True
     """End each plain-text answer with the end-of-sequence token; chat templates say it themselves."""
     fates: FatesConfig = field(default_factory=FatesConfig)
@@ -97,4 +109,6 @@ class DataConfig:
         require(self.max_length >= 2, "data.max_length", self.max_length, "a prompt and an answer need 2 tokens")
         require("held_out" not in self.eval or self.eval_fraction == 0, "data.eval", "held_out",
                 "that is the name of the rows that eval_fraction holds out; choose another")  # fmt: skip
+        require(_is_date(self.template_date), "data.template_date", self.template_date,
+                "give a date as YYYY-MM-DD")  # fmt: skip
         require(self.workers is None or self.workers > 0, "data.workers", self.workers, "a positive number is needed")

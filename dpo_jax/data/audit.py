@@ -11,7 +11,7 @@ from dpo_jax.config import TrainConfig
 from dpo_jax.data.duplicates import both_labels, exact_duplicates, near_duplicates, plain_words
 from dpo_jax.data.sets import DataSets, open_sets
 from dpo_jax.data.store import Store, prompt_hash
-from dpo_jax.data.tokenize import load_tokenizer
+from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import UserError
 
 NAMED = 10  # examples named for each finding

@@ -27,7 +27,8 @@ from dpo_jax.data import sources as data_sources
 from dpo_jax.data.convert import Chunk, Job, Source, converted_chunks
 from dpo_jax.data.layouts import hints, parser_of
 from dpo_jax.data.records import Problem, Stage
-from dpo_jax.data.tokenize import tokenizer_hash
+from dpo_jax.data.template import reads_clock
+from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def _made_from(sources: Sequence[SomeSource], data: DataConfig, tokenizer: Any, 
         "max_length": data.max_length,
         "truncation": data.truncation,
         "append_eos": data.append_eos,
+        "template_date": data.template_date if reads_clock(tokenizer.chat_template) else None,
     }
 
 

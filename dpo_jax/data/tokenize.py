@@ -4,18 +4,16 @@ The prompt ends where the encoding of the prompt alone and those of prompt + ans
 answer. Special tokens come once: BOS as the tokenizer or the template writes it, EOS after plain-text answers.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_jax.config import DataConfig
 from dpo_jax.data.records import Example, Messages, Problem, Stage, common_prefix
-from dpo_jax.errors import UserError
+from dpo_jax.data.template import Refused, Template, missing_part, render
+from dpo_jax.data.tokenizer import added_around
+from dpo_jax.errors import UserError, from_outside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,43 +49,9 @@ def make_tokenize(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", stage:
     Raises:
         UserError: the tokenizer lacks what a row needs: a chat template, an EOS token.
     """
-    return partial(_tokenize, _Coder(data, tokenizer, *_added_around(tokenizer)), {"dpo": 2, "sft": 1}[stage])
-
-
-def load_tokenizer(path: str, revision: str | None, chat_template_file: str | None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a directory or hub name, with the chat template of a file in place of its own if one is given.
-
-    Raises:
-        UserError: there is no such tokenizer or template.
-    """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: no tokenizer can be loaded: {reason}; set model.tokenizer to one") from None
-    if chat_template_file is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template_file).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"data.chat_template: {chat_template_file!r} cannot be read: {error}") from None
-    return tokenizer
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Identity of all that decides token ids: vocabulary, merges, added and special tokens, chat template."""
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state |= {"truncation": None, "padding": None}  # left by the latest call
-    else:
-        state = sorted(tokenizer.get_vocab().items())
-    added = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]
-    probe = tokenizer("Probe  text,\n\nwith spaces 12345 and é.")["input_ids"]  # what no file states
-    parts = [state, added, special, tokenizer.chat_template, probe]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    _, after = added_around(tokenizer)
+    coder = _Coder(data, tokenizer, Template(tokenizer, data.template_date), after)
+    return partial(_tokenize, coder, {"dpo": 2, "sft": 1}[stage])
 
 
 # ----------------------------------------------------------------------------------------------- text <-> tokens
@@ -95,24 +59,18 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 @dataclass(frozen=True)
 class _Coder:
-    """The tokenizer, and what it puts before and after a text by itself."""
+    """The tokenizer, its chat template, and what it puts after a text by itself."""
 
     data: DataConfig
     tokenizer: Any  # a PreTrainedTokenizerBase, whose types are too wide to be of use
-    before: list[int]
+    template: Template
     after: list[int]
 
 
-def _added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    start = next(n for n in range(len(full)) if full[n : n + len(bare)] == bare)
-    return full[:start], full[start + len(bare) :]
-
-
-def _encode(coder: _Coder, texts: Sequence[str], special: bool) -> list[list[int]]:
+def _encode(coder: _Coder, row: int, texts: Sequence[str], special: bool) -> list[list[int]]:
     """Ids of texts, with one BOS at most at the start, and none of what the tokenizer itself puts at the end."""
-    encoded = coder.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
+    with from_outside(f"row {row}: the tokenizer cannot encode the text", "remove the row, or set model.tokenizer"):
+        encoded = coder.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
     bos, num_after = coder.tokenizer.bos_token_id, len(coder.after) if special else 0
     return [_one_bos(ids[: len(ids) - num_after], bos) for ids in encoded["input_ids"]]
 
@@ -135,29 +93,6 @@ def _with_eos(coder: _Coder, ids: list[int], row: int) -> list[int]:
     return ids if ids[-1:] == [eos] else [*ids, eos]
 
 
-class _Refused(Exception):
-    """The chat template does not take this conversation."""
-
-
-def _render(coder: _Coder, example: Example, messages: Messages, prompt: bool = False) -> str:
-    """Text of a conversation; `prompt` adds what the template writes before an answer."""
-    import jinja2
-
-    if coder.tokenizer.chat_template is None:
-        raise UserError(f"row {example.row}: it holds messages, and the tokenizer has no chat template; "
-                        "give a file with one as data.chat_template")  # fmt: skip
-    kwargs = example.template_kwargs or {}
-    try:
-        return coder.tokenizer.apply_chat_template(
-            messages, tools=example.tools, add_generation_prompt=prompt, tokenize=False, **kwargs
-        )
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"row {example.row}: the chat template has a fault in line {error.lineno}: {error.message}; "
-                        "mend it, or give another file as data.chat_template") from None  # fmt: skip
-    except jinja2.TemplateError as error:
-        raise _Refused(str(error)) from None
-
-
 # ----------------------------------------------------------------------------------------------- one example
 
 
@@ -175,7 +110,7 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
     assert len(example.answers) == num_answers, f"{len(example.answers)} answers, the stage has {num_answers}"
     try:
         pieces = _whole(coder, example) if example.prompt is None else _prompted(coder, example)
-    except _Refused as refused:
+    except Refused as refused:
         return Problem(example.row, "template_refused", str(refused))
     if isinstance(pieces, Problem):
         return pieces
@@ -200,18 +135,22 @@ def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
     prompt: Any = example.prompt
     answers: Any = example.answers
     if isinstance(prompt, str):
-        prompt_ids, *full = _encode(coder, [prompt, *(prompt + answer for answer in answers)], special=True)
+        prompt_ids, *full = _encode(coder, row, [prompt, *(prompt + answer for answer in answers)], special=True)
         ended = [_with_eos(coder, ids, row) for ids in full]
     else:
-        before = _render(coder, example, prompt, prompt=True)
-        texts = [_render(coder, example, prompt + answer) for answer in answers]
+        before = render(coder.template, example, prompt, prompt=True)
+        texts = [render(coder.template, example, prompt + answer) for answer in answers]
+        for answer, text in zip(answers, texts, strict=True):
+            lost = missing_part(coder.template, example, prompt + answer, text)
+            if lost is not None:
+                return Problem(row, "message_not_rendered", lost)
         part_at = min(_common_text(before, text) for text in texts)
         if part_at < len(before):
             lost = before[part_at:][:40]
             notes = (_not_prefix(row, f"{lost!r} of the rendered prompt is not in the rendered conversation"),)
             if coder.data.fates.template_not_prefix != "repair":
                 return notes[0]
-        prompt_ids, *full = _encode(coder, [before, *texts], special=False)
+        prompt_ids, *full = _encode(coder, row, [before, *texts], special=False)
         ended = full
     size = min(common_prefix(prompt_ids, ids) for ids in full)
     if size == 0:
@@ -228,17 +167,21 @@ def _whole(coder: _Coder, example: Example) -> _Pieces | Problem:
     """A text, learned but for its first token; or a conversation, of which the assistant's turns are learned."""
     answer: Any = example.answers[0]
     if isinstance(answer, str):
-        (ids,) = _encode(coder, [answer], special=True)
+        (ids,) = _encode(coder, example.row, [answer], special=True)
         ids = _with_eos(coder, ids, example.row)
         return _parted(ids, [True] * len(ids)) or Problem(example.row, "empty_answer", "the text is a single token")
-    text = _render(coder, example, answer)
+    text = render(coder.template, example, answer)
+    lost = missing_part(coder.template, example, answer, text)
+    if lost is not None:
+        return Problem(example.row, "message_not_rendered", lost)
     turns = _assistant_turns(coder, example, answer, text)
     if isinstance(turns, Problem):
         return turns
     spans, notes = turns
     if notes and coder.data.fates.template_not_prefix != "repair":
         return notes[0]
-    ids, *heads = _encode(coder, [text, *(text[:place] for span in spans for place in span)], special=False)
+    starts = [text[:place] for span in spans for place in span]
+    ids, *heads = _encode(coder, example.row, [text, *starts], special=False)
     places = [common_prefix(head, ids) for head in heads]
     learned = [False] * len(ids)
     for start, end in zip(places[::2], places[1::2], strict=True):
@@ -279,8 +222,8 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
     for place, message in enumerate(messages):
         if message["role"] != "assistant" or place == 0 or message.get("weight") == 0:
             continue
-        before = _render(coder, example, messages[:place], prompt=True)
-        through = _render(coder, example, messages[: place + 1])
+        before = render(coder.template, example, messages[:place], prompt=True)
+        through = render(coder.template, example, messages[: place + 1])
         start = _common_text(before, text)
         end = len(through)
         if start < len(before) or not text.startswith(through):

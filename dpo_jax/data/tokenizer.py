@@ -1,0 +1,144 @@
+"""Tokenizers of Hugging Face: loaded without running a model's own code, hashed, and what they add to a text."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_jax.errors import UserError, from_outside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+SAMPLES = 256  # texts made of a tokenizer's vocabulary, from which its behaviour is read
+TOKENS_A_SAMPLE = 4
+
+
+def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a directory or hub name. Python files that it brings are never run.
+
+    Args:
+        path: directory or hub name.
+        revision: branch, tag or commit of a hub name.
+        chat_template: file with a chat template, or the name of one of the tokenizer's own; None: its own.
+
+    Raises:
+        UserError: there is no such tokenizer or template.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
+    from transformers import AutoTokenizer
+
+    with from_outside(f"{path}: no tokenizer can be loaded", "fix its files, or set model.tokenizer to another"):
+        # without an answer given here, transformers asks on standard input whether it may run the model's own code
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    for token, index in special.items():
+        if index is None:
+            raise UserError(f"{path}: the special token {token!r} is not in the vocabulary; correct it, or set "
+                            "model.tokenizer to another")  # fmt: skip
+    _compare_with_file(tokenizer, path, revision)
+    tokenizer.chat_template = _chosen_template(path, tokenizer.chat_template, chat_template)
+    return tokenizer
+
+
+def _chosen_template(path: str, own: Any, chosen: str | None) -> str | dict[str, str] | None:
+    """Text of a template; several by name, of which each row takes its own; or None."""
+    texts = list(own.values()) if isinstance(own, dict) else [own or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path}: chat_template is no text: {own!r:.60}; correct it, or give a file as "
+                        "data.chat_template")  # fmt: skip
+    names = own if isinstance(own, dict) else {}
+    if chosen is None or chosen in names:
+        return (own or None) if chosen is None else names[chosen]
+    try:
+        return Path(chosen).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        others = f"; the tokenizer's own templates are {', '.join(sorted(names))}" if names else ""
+        raise UserError(f"data.chat_template: {chosen!r} cannot be read: {error}{others}") from None
+
+
+def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
+    """Warn where transformers encodes text otherwise than the tokenizer's own tokenizer.json says.
+
+    By the model type in config.json it may choose a class that brings its own rules of splitting, and of
+    tokenizer.json reads the vocabulary alone.
+    """
+    if not tokenizer.is_fast or type(tokenizer).__name__ in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return
+    import tokenizers
+    from transformers.utils import cached_file
+
+    name = "tokenizer.json"
+    with from_outside(f"{path}: {name} cannot be read", "fix it, or set model.tokenizer to another"):
+        file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if file is None:
+            return
+        stated = tokenizers.Tokenizer.from_file(file)
+    for text in vocabulary_texts(tokenizer):
+        got = tokenizer.convert_ids_to_tokens(_ids(tokenizer, text, special=False) or [])
+        expected = stated.encode(text, add_special_tokens=False).tokens
+        if got != expected:
+            log.warning("%s: transformers loads this tokenizer as %s, which splits %r into %s, and tokenizer.json says "
+                        "%s; if tokenizer.json is right, copy it without config.json to another folder and give that "
+                        "as model.tokenizer", path, type(tokenizer).__name__, text, got, expected)  # fmt: skip
+            return
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Identity of all that decides token ids: vocabulary, merges, added and special tokens, chat template."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state |= {"truncation": None, "padding": None}  # left by the latest call
+    else:
+        state = sorted(tokenizer.get_vocab().items())
+    added = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]
+    probes = [_ids(tokenizer, text, special=True) for text in vocabulary_texts(tokenizer)]  # what no file states
+    parts = [state, added, special, tokenizer.chat_template, probes]
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that a tokenizer puts before and after every text.
+
+    They are seen around a text of its own vocabulary, of whose tokens it adds none.
+
+    Raises:
+        UserError: it adds tokens in another way, or encodes no text at all.
+    """
+    nothing, added = (_ids(tokenizer, "", special) or [] for special in (False, True))
+    for text in vocabulary_texts(tokenizer):
+        bare, full = (_ids(tokenizer, text, special) or [] for special in (False, True))
+        if not bare or not set(bare).isdisjoint(added) or len(full) - len(bare) != len(added) - len(nothing):
+            continue
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+    name = tokenizer.name_or_path or "model.tokenizer"
+    with from_outside(f"{name}: the tokenizer fails", "fix its files, or set model.tokenizer to another"):
+        tokenizer(next(vocabulary_texts(tokenizer), ""))  # says why, if it can
+    raise UserError(f"{name}: the tokenizer does not encode its own vocabulary, or adds other tokens "
+                    "to some texts than to others; set model.tokenizer to another")  # fmt: skip
+
+
+def vocabulary_texts(tokenizer: Any) -> Iterator[str]:
+    """Texts of a few tokens that follow each other in the vocabulary, spread over all of it; the same every time."""
+    special = set(tokenizer.all_special_ids)
+    ids = sorted(index for index in tokenizer.get_vocab().values() if index not in special)
+    step = max(1, len(ids) // SAMPLES)
+    for start in islice(range(0, len(ids), step), SAMPLES):
+        yield tokenizer.decode(ids[start : start + TOKENS_A_SAMPLE])
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int] | None:
+    """None: the tokenizer cannot encode the text."""
+    try:
+        return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    except Exception:  # noqa: BLE001  tokenizers raises this very class for words out of vocabulary
+        return None
