@@ -21,6 +21,7 @@ from dpo_jax.config.loss import ALSO_CALLED
 from dpo_jax.errors import UserError, require
 
 Config = TypeVar("Config", bound=TrainConfig)
+Section = TypeVar("Section")
 
 COMMAND_OF: dict[type[TrainConfig], str] = {DPOConfig: "train", SFTConfig: "sft"}
 SHORTHAND = {SourceConfig: "path"}  # text in place of one of these is its field
@@ -49,6 +50,15 @@ def parse_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str,
     for name, value in overrides.items():
         _set(tree, name, value)
     return _read(kind, tree, "", kind)
+
+
+def read_section(kind: type[Section], value: Any, name: str) -> Section:
+    """One section of a config, such as ``lora``, out of what a YAML file holds under its name.
+
+    Raises:
+        UserError: a name, type or value in it is wrong.
+    """
+    return _read(kind, value, name, DPOConfig)
 
 
 def config_to_yaml(config: TrainConfig) -> str:

@@ -1,7 +1,11 @@
 """What can go wrong for a user, and the exit code each kind carries."""
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 200
 
 
 class UserError(Exception):
@@ -26,6 +30,11 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
     """Raise one line that names the thing, its value and the remedy, unless the condition holds."""
     if not condition:
         raise UserError(f"{name}: {value!r} cannot be used: {remedy}")
+
+
+def shown(value: object) -> str:
+    """A value from outside as a message has it: one short line, however large or deep it is."""
+    return _REPR.repr(value)
 
 
 def reason(error: BaseException) -> str:

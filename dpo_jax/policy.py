@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +12,12 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax.checksums import weights_id
 from dpo_jax.config import LoraConfig, ModelConfig
-from dpo_jax.configfile import load_yaml
+from dpo_jax.configfile import load_yaml, read_section
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import UserError, from_outside
 from dpo_jax.models.adapters import Adapted, export_adapters, load_adapters, make_lora, merge, start_adapters
 from dpo_jax.models.decoder import Model, Params, make_model
-from dpo_jax.models.families import builtin_model, decoder_config
+from dpo_jax.models.families import DecoderConfig, builtin_model, decoder_config
 from dpo_jax.models.load import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.models.weights import export_params, load_params
 from dpo_jax.rundir import RunDir, find_run, is_run_dir
@@ -55,10 +55,22 @@ def find_model(path: str, revision: str | None, *, weights: bool = True) -> Mode
     return ModelSource(read_hf_config(folder), folder, None)
 
 
+def decoder_of(source: ModelSource) -> DecoderConfig:
+    """What the model's config.json says of its computation.
+
+    Raises:
+        UserError: it asks for what is not computed here.
+    """
+    try:
+        return decoder_config(source.hf_config)
+    except UserError as error:
+        raise UserError(f"{source.folder}/{error}" if source.folder else str(error)) from error
+
+
 def build_model(source: ModelSource, config: ModelConfig, platform: str, lora: LoraConfig | None = None) -> Model:
     """The model as pure functions, for devices of ``platform``, without weights; with the adapters of ``lora``."""
     return make_model(
-        decoder_config(source.hf_config),
+        decoder_of(source),
         platform=platform,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
@@ -73,15 +85,20 @@ def build_model(source: ModelSource, config: ModelConfig, platform: str, lora: L
 def load_weights(source: ModelSource, model: Model, config: ModelConfig, mesh: Mesh) -> Params:
     """The weights, each shard straight to its device. A built-in model's are drawn from a fixed seed."""
     if source.run is not None:
-        adapted = adapted_run(source.run)
-        if adapted is not None:
-            return _load_merged(adapted, model, config, mesh)
-        wanted = {"params": placed_shapes(model, mesh)}
-        return restore_part(source.run.checkpoints, config.checkpoint, wanted)[0]["params"]
+        return load_saved(source.run, model, config, mesh)[0]
     shardings = param_shardings(model, mesh)
     if source.folder is not None:
         return load_params(source.folder, model, shardings=shardings, dtype=config.param_dtype)
     return jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+
+
+def load_saved(run: RunDir, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
+    """The weights that a run saved, adapters merged into theirs, and their step; ``model`` has no adapters."""
+    adapted = adapted_run(run)
+    if adapted is not None:
+        return _load_merged(adapted, model, config, mesh)
+    saved, manifest = restore_part(run.checkpoints, config.checkpoint, {"params": placed_shapes(model, mesh)})
+    return saved["params"], manifest["step"]
 
 
 @dataclass(frozen=True)
@@ -96,17 +113,21 @@ class AdaptedRun:
 def adapted_run(run: RunDir) -> AdaptedRun | None:
     """The run's adapters and the model under them; None: it trained all weights."""
     options = load_yaml(run.config)
-    lora = lora_of(options)
-    if lora.rank == 0:
-        return None
-    kept = {name: options["model"][name] for name in ("path", "revision", "checkpoint", "param_dtype")}
-    return AdaptedRun(run, lora, ModelConfig(**kept))
+    try:
+        lora = lora_of(options)
+        if lora.rank == 0:
+            return None
+        base = options.get("model")
+        if isinstance(base, Mapping):  # the rest of it is how the run computed
+            base = {name: base[name] for name in ("path", "revision", "checkpoint", "param_dtype") if name in base}
+        return AdaptedRun(run, lora, read_section(ModelConfig, base, "model"))
+    except UserError as error:
+        raise UserError(f"{run.config}: {error}") from error
 
 
 def lora_of(options: Mapping[str, Any]) -> LoraConfig:
     """The section `lora` of a run's resolved options; runs of versions before adapters have none."""
-    own: dict[str, Any] = {**options.get("lora", asdict(LoraConfig()))}
-    return LoraConfig(**own | {"targets": tuple(own["targets"])})
+    return read_section(LoraConfig, options.get("lora", {}), "lora")
 
 
 def load_base(adapted: AdaptedRun, model: Model, mesh: Mesh) -> Params:
@@ -131,15 +152,15 @@ def restore_adapters(
     return saved["params"], manifest
 
 
-def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: Mesh) -> Params:
+def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
     own = replace(model, lora=make_lora(adapted.lora))
     adapters, manifest = restore_adapters(adapted, own, config.checkpoint, mesh)
     base = load_base(adapted, own, mesh)
     if weights_id(base) != manifest["identity"]["weights"]:
         raise UserError(f"model.path: the adapters of {adapted.run.root} belong to other weights than those that "
-                        f"{adapted.base.path} holds now: put these back, or mend model.path in {adapted.run.config}"
-                        )  # fmt: skip
-    return merge(Adapted(adapters, base), own)
+                        f"{adapted.base.path} holds now: restore those, or correct model.path in "
+                        f"{adapted.run.config}")  # fmt: skip
+    return merge(Adapted(adapters, base), own), manifest["step"]
 
 
 def load_start(config: LoraConfig, model: Model, seed: int, mesh: Mesh) -> Params:
@@ -176,7 +197,7 @@ def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str 
         raise UserError(f"model.tokenizer: {config.path} brings none; name a directory or hub model that has one")
     revision = config.revision if config.tokenizer is None and not Path(path).is_dir() else None
     tokenizer = load_tokenizer(str(path), revision, chat_template)
-    check_vocabulary(max(tokenizer.get_vocab().values(), default=-1) + 1, decoder_config(source.hf_config), str(path))
+    check_vocabulary(max(tokenizer.get_vocab().values(), default=-1) + 1, decoder_of(source), str(path))
     return tokenizer
 
 
@@ -196,8 +217,8 @@ def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:
         (folder / generation).write_bytes((source.folder / generation).read_bytes())
 
 
-def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "best"], mesh: Mesh) -> None:
-    """Write the adapters of a run's saved step as a PEFT directory.
+def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "best"], mesh: Mesh) -> int:
+    """Write the adapters of a run's saved step as a PEFT directory; the step is returned.
 
     Raises:
         UserError: the run has none, or ``out_dir`` holds something.
@@ -207,8 +228,9 @@ def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "be
     if adapted is None:
         raise UserError(f"--adapters: the run {run.root} trained all weights and has no adapters; leave this out")
     model = build_model(source, adapted.base, platform_of(mesh), adapted.lora)
-    adapters, _ = restore_adapters(adapted, model, which, mesh)
+    adapters, manifest = restore_adapters(adapted, model, which, mesh)
     export_adapters(adapters, model, adapted.lora, adapted.base.path, out_dir)
+    return manifest["step"]
 
 
 def export_run(run: RunDir, out_dir: Path, model: Model, weights: Params | Adapted, overwrite: bool) -> None:

@@ -1,6 +1,7 @@
 """Adapters: the same function as PEFT's, trained alone, beside weights that nothing changes."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import cache, partial
@@ -15,6 +16,7 @@ import pytest
 import torch
 import transformers
 from runs import saved_arrays, saved_bits
+from safetensors.numpy import load_file, save_file
 from small import logps_fn as small_logps_fn
 from small import pack, random_pairs, small_model, small_params
 
@@ -30,8 +32,8 @@ from dpo_jax.models.decoder import Model, plain_batch
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.load import read_hf_config
 from dpo_jax.models.weights import load_params
-from dpo_jax.policy import build_model, find_model, load_weights, param_shardings, trained_shardings
-from dpo_jax.rundir import read_json
+from dpo_jax.policy import adapted_run, build_model, find_model, load_weights, param_shardings, trained_shardings
+from dpo_jax.rundir import RunDir, read_json
 from dpo_jax.scoring import make_place
 from dpo_jax.sharding import make_mesh, replicated
 from dpo_jax.step import Base, init_state, make_train_step, state_shardings
@@ -95,11 +97,18 @@ def made(shared, tmp_path_factory) -> Path:
     return folder
 
 
-def test_what_was_trained_is_the_same_function_in_peft(made, shared, tmp_path):
+def test_what_was_trained_is_the_same_function_in_peft(made, shared, tmp_path, capsys):
     """The adapters alone, merged at the end of the run, merged later, and merged for another run to start from."""
     base = shared / "models" / "stories260K"
     export(made / "run", tmp_path / "adapters", "newest", adapters=True)
     export(made / "run", tmp_path / "merged", "newest")
+    files = len(list((tmp_path / "merged").iterdir()))
+    assert re.findall(r"exported .*", capsys.readouterr().err) == [
+        f"exported the adapters of {made / 'run'} at step 3 to {tmp_path / 'adapters'}: 2 files, 0.1 MB, float32",
+        f"exported the model of {made / 'run'} at step 3 to {tmp_path / 'merged'}: {files} files, 1.1 MB, float32",
+    ]
+    with pytest.raises(UserError, match="it lies inside the run"):
+        export(made / "run", made / "run" / "checkpoints" / "9", "newest")
     hf_base = partial(transformers.AutoModelForCausalLM.from_pretrained, base)
     before, adapted = torch_logits(hf_base()), peft.PeftModel.from_pretrained(hf_base(), tmp_path / "adapters")
     theirs = torch_logits(adapted)
@@ -150,6 +159,13 @@ BAD_ADAPTERS = [
     ({"peft_type": "LOHA"}, {}, "peft_type: 'LOHA' cannot be used"),
     ({"init_lora_weights": "pissa"}, {}, "init_lora_weights: 'pissa' cannot be used"),
     ({"something_new": 1}, {}, "something_new: 1 cannot be used"),
+    ({"layers_to_transform": 0}, {}, "layers_to_transform: 0 cannot be used"),  # the first layer alone
+    ({"arrow_config": {}}, {}, "arrow_config: {} cannot be used: this option is not computed here; merge these"),
+    ({"peft_type": ["LORA"]}, {}, "peft_type: ['LORA'] cannot be used"),
+    ({"init_lora_weights": {}}, {}, "init_lora_weights: {} cannot be used"),
+    ({"bias": None}, {}, "bias: None cannot be used"),
+    ({"r": "3"}, {}, "r: '3' cannot be used: lora.rank is 3"),
+    ({"lora_alpha": float("nan")}, {}, "lora_alpha: nan cannot be used"),
     ({}, {"rank": 2}, "r: 3 cannot be used: lora.rank is 2; set both alike"),
     ({}, {"alpha": 3.0}, "lora_alpha: 1 cannot be used: lora.alpha is 3.0; set both alike"),
     ({}, {"rslora": True}, "use_rslora: False cannot be used: lora.rslora is True; set both alike"),
@@ -180,6 +196,41 @@ def test_what_peft_can_say_and_is_not_done_here_is_refused(shared, peft_folder, 
         load_adapters(tmp_path, model, lora, on_one_device(model.adapter_shapes()))
     assert str(refused.value).startswith("lora.path: ")
     assert line in str(refused.value)
+
+
+FOREIGN_TENSORS = {
+    "base_model.model.model.embed_tokens.weight": "which is no adapter of .* merge these adapters .*merge_and_unload",
+    "base_model.model.lm_head.lora_A.weight": "which is no adapter of .* merge these adapters .*merge_and_unload",
+    "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": "no place for: use adapters of the same model",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN_TENSORS)
+def test_tensors_of_a_file_that_are_not_used_are_refused(shared, peft_folder, tmp_path, name):
+    shutil.copytree(peft_folder / "all", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {name: np.zeros((3, 64), np.float32)}, file)
+    lora = LoraConfig(rank=3, alpha=1.0)
+    model = plain_model(shared / "models" / "stories260K", lora)
+    with pytest.raises(UserError, match=FOREIGN_TENSORS[name]) as refused:
+        load_adapters(tmp_path, model, lora, on_one_device(model.adapter_shapes()))
+    assert f"{file} holds {name}" in str(refused.value)
+
+
+@pytest.mark.parametrize(("text", "line"), [
+    ("lora: 3", "lora: 3"),
+    ("lora: {rank: [4]}", "lora.rank"),
+    ("lora: {rank: 4, targets: 3}", "lora.targets: 3"),
+    ("lora: {rank: 4, more: 1}", "lora.more"),
+    ("lora: {rank: 4}", "model: None"),
+    ("{lora: {rank: 4}, model: {path: [x]}}", "model.path"),
+    ("{lora: {rank: 4}, model: {}}", "model.path: missing"),
+])  # fmt: skip
+def test_an_edited_config_of_a_run_is_refused_by_name(tmp_path, text, line):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        adapted_run(RunDir(tmp_path))
+    assert str(refused.value).startswith(f"{tmp_path / 'config.yaml'}: {line}")
 
 
 def test_adapters_of_another_model_are_refused(shared, peft_folder):

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -27,7 +29,7 @@ from dpo_jax.models.decoder import Model, Params, plain_batch
 from dpo_jax.models.families import builtin_model, decoder_config
 from dpo_jax.models.load import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.models.safetensors import INDEX, SINGLE, find_tensors
-from dpo_jax.models.weights import export_params, load_params
+from dpo_jax.models.weights import export_params, load_params, whole_directory
 
 TINY = builtin_model("builtin:tiny")
 QWEN3 = TINY | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 24, "attention_bias": True,
@@ -145,7 +147,7 @@ def test_companions_are_copied_and_other_files_are_not(tmp_path):
     assert all((tmp_path / "out" / name).read_text() == name for name in names)
 
 
-def test_export_replaces_only_when_told_and_leaves_nothing_half_written(tmp_path):
+def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
@@ -158,9 +160,68 @@ def test_export_replaces_only_when_told_and_leaves_nothing_half_written(tmp_path
         export_params(make(TINY | {"hidden_size": 32})[1], model, hf_config=TINY, out_dir=out, dtype="float32",
                       source_dir=None, max_shard_bytes=2**30, overwrite=True)  # fmt: skip
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    export(out, TINY, overwrite=True, max_shard_bytes=100_000)
+    assert (out / INDEX).is_file()
+    (tmp_path / ".out.partial").mkdir()  # of one that was killed
     export(out, TINY, overwrite=True)
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", SINGLE]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "mine.txt", SINGLE]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_goes_where_it_is_sent_or_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "here").mkdir()
+    for link, to in (("link", "real"), ("dangling", "later"), ("loop", "loop"), ("to_file", "file")):
+        (tmp_path / link).symlink_to(tmp_path / to)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path / "here")
+    refused = {
+        ".": "this is the current directory",
+        "..": "it is not empty",
+        "../file": "this is a file",
+        "../to_file": "this is a file",
+        "../file/out": "cannot be written (",
+        "../loop": "cannot be written (",
+        "../" + "x" * 300: "cannot be written (",
+        "gs:/bucket/out": "this is no local path",
+    }
+    for out, line in refused.items():
+        with pytest.raises(UserError) as error:
+            export(Path(out), TINY)
+        assert line in str(error.value), out
+        assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    params = export(Path("../link"), TINY)[1]
+    export(Path("../dangling"), TINY)
+    export(Path("../new/and/deeper"), TINY)
+    for out in ("real", "link", "later", "dangling", "new/and/deeper"):
+        assert equal(load(tmp_path / out), params), out
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_an_export_that_does_not_fit_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # as a disk that is full: write() fails midway
+    try:
+        with pytest.raises(UserError, match=f"^{tmp_path / 'out'}: the export cannot be written .*; free space"):
+            export(tmp_path / "out", TINY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_exports_at_once_the_first_is_whole(tmp_path):
+    out = tmp_path / "out"
+    with whole_directory(out, overwrite=False) as unfinished:
+        (unfinished / "first").write_text("")
+        with pytest.raises(UserError, match="another export to"), whole_directory(out, overwrite=False):
+            pass
+    assert [path.name for path in out.iterdir()] == ["first"]
+    with pytest.raises(UserError, match="cannot be written"), whole_directory(tmp_path / "late", overwrite=False) as it:
+        shutil.copytree(it, tmp_path / "late" / "other")  # something has come there meanwhile
+    assert [path.name for path in (tmp_path / "late").iterdir()] == ["other"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "out"]
 
 
 def test_hash_is_of_paths_shapes_types_and_bytes():
@@ -176,7 +237,7 @@ def test_hash_is_of_paths_shapes_types_and_bytes():
     assert len({weights_id(x) for x in (tree, *others)}) == 5
 
 
-def test_a_stored_unembedding_of_a_tied_model_may_only_repeat_the_embedding(tmp_path):
+def test_a_stored_unembedding_of_a_tied_model_repeats_or_is_the_embedding(tmp_path):
     params = export(tmp_path, TINY)[1]
     tensors = load_file(tmp_path / SINGLE)
     assert "lm_head.weight" not in tensors
@@ -186,6 +247,9 @@ def test_a_stored_unembedding_of_a_tied_model_may_only_repeat_the_embedding(tmp_
     save_file(tensors | {"lm_head.weight": embed + 1e-6}, tmp_path / SINGLE)
     with pytest.raises(UserError, match="tie_word_embeddings"):
         load(tmp_path)
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embed}, tmp_path / SINGLE)
+    assert equal(load(tmp_path), params)
 
 
 def edit_tensors(change):
@@ -205,13 +269,27 @@ def only_pickles(folder: Path) -> None:
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
 
 
-def two_files(folder: Path) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys("ab", "model-00001-of-00002.safetensors")}))
+def shards(file: object = "a.safetensors", twice: bool = False, **more: object):
+    """Makes the single file ``a.safetensors`` with an index."""
+
+    def damage(folder: Path) -> None:
+        (folder / SINGLE).rename(folder / "a.safetensors")
+        tensors = load_file(folder / "a.safetensors")
+        names = {**dict.fromkeys(tensors, file), **more}
+        if twice:
+            save_file({NORM: tensors[NORM] * 2}, folder / "b.safetensors")
+            names |= {GATE: "b.safetensors"}
+        (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+
+    return damage
 
 
-def wrong_index(folder: Path) -> None:
-    names = {**dict.fromkeys(load_file(folder / SINGLE), SINGLE), "model.more.weight": SINGLE}
-    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+def index(text: str):
+    def damage(folder: Path) -> None:
+        (folder / SINGLE).unlink()
+        (folder / INDEX).write_text(text)
+
+    return damage
 
 
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
@@ -220,17 +298,25 @@ DAMAGED = {
     "unknown tensor": (edit_tensors(lambda t: t.update({"model.layers.0.mlp.router": t[NORM]})), "mlp.router"),
     "wrong shape": (edit_tensors(lambda t: t.update({GATE: t[GATE][:-1]})), r"\[191, 64\], but .* \[192, 64\]"),
     "quantised": (edit_tensors(lambda t: t.update({GATE: t[GATE].astype(np.int8)})), "type I8"),
-    "cut short": (edit_bytes(lambda data: data[:-100]), "cut short"),
+    "cut short": (edit_bytes(lambda data: data[:-100]), "no whole safetensors file.*not fully covered"),
     "cut in its header": (edit_bytes(lambda data: data[:100]), "no whole safetensors file"),
-    "garbage": (edit_bytes(lambda data: data[:8] + b"\xff" * (len(data) - 8)), "header cannot be read"),
-    "header of another kind": (edit_bytes(lambda data: data.replace(b'"shape"', b'"shapo"')), "header cannot be read"),
-    "header that lies": (edit_bytes(lambda data: data.replace(b"[192, 64]", b"[192, 63]")), "not that of its shape"),
+    "garbage": (edit_bytes(lambda data: data[:8] + b"\xff" * (len(data) - 8)), "no whole safetensors file"),
+    "header of another kind": (edit_bytes(lambda data: data.replace(b'"shape"', b'"shapo"')), "missing field `shape`"),
+    "header that lies": (edit_bytes(lambda data: data.replace(b"[192, 64]", b"[192, 63]")), "no .* invalid shape"),
     "empty": (edit_bytes(lambda data: b""), "no whole safetensors file"),
     "pickles only": (only_pickles, "save_pretrained"),
     "no weights": (lambda folder: (folder / SINGLE).unlink(), "neither model.safetensors nor"),
-    "missing file": (two_files, "model-00001-of-00002.safetensors, which"),
-    "index of other files": (wrong_index, "model.more.weight in model.safetensors"),
-    "unreadable index": (lambda folder: (folder / INDEX).write_text("{"), "index cannot be read"),
+    "missing file": (shards("model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors'?, which"),
+    "index of other files": (shards(**{"model.more.weight": "a.safetensors"}), "model.more.weight in a.safetensors"),
+    "index that leaves": (shards("../a.safetensors"), "weight_map.*: '../a.safetensors' cannot be used"),
+    "index that leaves for good": (shards("/a.safetensors"), "'/a.safetensors' cannot be used"),
+    "index of a number": (shards(3), "weight_map.*: 3 cannot be used"),
+    "index of an impossible name": (shards("a" * 3000), "is missing"),
+    "tensor in two files": (shards(twice=True), "a.safetensors and b.safetensors both hold model.norm.weight"),
+    "unreadable index": (index("{"), "index.json: this is not JSON"),
+    "index of a list": (index("[]"), "JSON object is needed"),
+    "index of nothing": (index("{}"), "weight_map: None cannot be used"),
+    "deep index": (index("[" * 100_000), "index.json: this is not JSON: RecursionError"),
     "unreadable config": (lambda folder: (folder / "config.json").write_text("{,}"), "not JSON"),
     "config of another kind": (lambda folder: (folder / "config.json").write_text("[]"), "JSON object"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
@@ -239,6 +325,88 @@ DAMAGED = {
         "model.layers.1.input_layernorm.weight",
     ),
 }  # fmt: skip
+
+
+# Headers of a file with 16 bytes of tensors.
+WHOLE = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+FIRST, LAST = {**WHOLE, "shape": [2], "data_offsets": [0, 8]}, {**WHOLE, "shape": [2], "data_offsets": [8, 16]}
+TEXT = json.dumps(WHOLE)
+HEADERS = {
+    "whole": {"a": WHOLE},
+    "unsorted": {"b": LAST, "a": FIRST},
+    "overlapping": {"a": WHOLE, "b": LAST},
+    "with a hole": {"a": {**WHOLE, "shape": [1], "data_offsets": [0, 4]}, "b": LAST},
+    "not covering": {"a": FIRST},
+    "beyond the file": {"a": {**WHOLE, "shape": [5], "data_offsets": [0, 20]}},
+    "negative offset": {"a": {**WHOLE, "shape": [5], "data_offsets": [-4, 16]}},
+    "reversed": {"a": {**WHOLE, "data_offsets": [16, 0]}},
+    "fractions": {"a": {**WHOLE, "data_offsets": [0.0, 16.0]}},
+    "texts": {"a": {**WHOLE, "data_offsets": ["0", "16"]}},
+    "three offsets": {"a": {**WHOLE, "data_offsets": [0, 16, 16]}},
+    "negative shape": {"a": {**WHOLE, "shape": [-2, -2]}},
+    "shape of truths": {"a": {**WHOLE, "shape": [True, 4]}},
+    "shape that wraps": {"a": {**WHOLE, "shape": [2**63, 2, 4]}},
+    "unknown type": {"a": {**WHOLE, "dtype": "X32"}},
+    "type of a list": {"a": {**WHOLE, "dtype": ["F32"]}},
+    "half a byte": {"a": {**WHOLE, "dtype": "F4", "shape": [31]}},
+    "more keys": {"a": {**WHOLE, "more": 1}},
+    "no tensor": {"a": WHOLE, "b": None},
+    "metadata": {"__metadata__": {"format": "pt"}, "a": WHOLE},
+    "metadata of numbers": {"__metadata__": {"format": 1}, "a": WHOLE},
+    "a scalar and an empty one": {
+        "a": {**WHOLE, "shape": [], "data_offsets": [0, 4]}, "b": {**WHOLE, "shape": [0, 9], "data_offsets": [4, 4]},
+        "c": {**WHOLE, "shape": [3], "data_offsets": [4, 16]},
+    },
+    "duplicate": f'{{"a": {TEXT}, "a": {TEXT}}}',
+    "duplicate key": f'{{"a": {TEXT[:-1]}, "dtype": "F32"}}}}',
+    "duplicate metadata": f'{{"__metadata__": {{}}, "__metadata__": {{}}, "a": {TEXT}}}',
+    "padded": f'  {{"a": {TEXT}}}   ',
+    "padded with zeros": f'{{"a": {TEXT}}}\0\0',
+    "not a number": f'{{"a": {TEXT[:-1]}, "x": NaN}}}}',
+    "lone surrogate": f'{{"\\ud800": {TEXT}}}',
+    "byte order mark": f'\ufeff{{"a": {TEXT}}}',
+    "deep": '{"a": ' + "[" * 100_000,
+    "a list": "[]",
+    "nothing": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_is_read_or_refused_as_by_its_library(tmp_path, case):
+    header = HEADERS[case]
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    data = np.arange(4, dtype=np.float32).tobytes()
+    file = tmp_path / SINGLE
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    try:
+        expected = {name: (x["dtype"], tuple(x["shape"]), bytes(x["data"]))
+                    for name, x in safetensors.deserialize(file.read_bytes())}  # fmt: skip
+    except safetensors.SafetensorError:
+        with pytest.raises(UserError, match="no whole safetensors file") as refused:
+            find_tensors(tmp_path)
+        assert str(file) in str(refused.value)
+        assert "\n" not in str(refused.value)
+        return
+    whole = file.read_bytes()
+    actual = {x.name: (x.code, x.shape, whole[x.start : x.end]) for x in find_tensors(tmp_path).values()}
+    assert actual == expected
+
+
+@pytest.mark.parametrize("length", [0, 1, 10**8 + 1, 2**63])
+def test_a_header_of_another_length_is_refused(tmp_path, length):
+    (tmp_path / SINGLE).write_bytes(length.to_bytes(8, "little") + b"{}")
+    with pytest.raises(UserError, match="no whole safetensors file"):
+        find_tensors(tmp_path)
+
+
+def test_the_single_file_wins_over_an_index_as_in_transformers(tmp_path):
+    """Its own saves leave the old index where a sharded save is followed by one in a single file."""
+    params = export(tmp_path, TINY)[1]
+    old = {"model.norm.weight": "model-00001-of-00002.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": old}))
+    assert equal(load(tmp_path), params)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    np.testing.assert_array_equal(theirs.model.norm.weight.detach().numpy(), params["final_norm"])
 
 
 @pytest.mark.parametrize("case", DAMAGED)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.config import LoraConfig
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, shown
 from dpo_jax.models.decoder import Lora, Model, Params
+from dpo_jax.models.load import read_json
 from dpo_jax.models.safetensors import Tensor, read_header, write_file
 from dpo_jax.models.weights import TENSORS, TURNED, whole_directory
 
@@ -27,12 +28,17 @@ PROJECTIONS = {
     name.split(".")[-2]: leaf.removeprefix("layers/") for leaf, name in TENSORS.items() if name.endswith("_proj.weight")
 }
 # Keys of adapter_config.json that are read here, and those that do not change what the adapters compute: dropout is off
-# in this program, the rest concerns tools. Any other key must be empty.
+# in this program, the rest concerns tools. Any other key must have a value by which PEFT does nothing: of most it asks
+# whether they are null, so that an empty list or dictionary can act.
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "init_lora_weights", "bias"}
 _HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
              "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
              "lora_ga_config", "layers_pattern", "exclude_modules", "ensure_weight_tying"}  # fmt: skip
-_EMPTY = (None, False, 0, "", [], {})
+_IDLE = (None, False)
+_IDLE_TOO = {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "megatron_config": {}}
+# What to do with adapters that this program cannot train on.
+_MERGE = ("merge these adapters into their model (PEFT's merge_and_unload, then save_pretrained), give the result as "
+          "model.path, and leave lora.path out")  # fmt: skip
 # Starts after which the weights under the adapters are still the model's own.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -150,28 +156,24 @@ def _read_options(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"lora.path: {folder} holds no {CONFIG}; give a directory of adapters in PEFT's format")
-    try:
-        options = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: this is not JSON: {error}; copy or download it again") from error
-    if not isinstance(options, dict):
-        raise UserError(f"{path}: a JSON object is needed, this is {type(options).__name__}; copy it again")
-    return options
+    return read_json(path)
 
 
 def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig) -> None:
     def refuse(key: str, why: str) -> UserError:
-        return UserError(f"lora.path: {folder / CONFIG}: {key}: {options.get(key)!r} cannot be used: {why}")
+        return UserError(f"lora.path: {folder / CONFIG}: {key}: {shown(options.get(key))} cannot be used: {why}")
 
     if options.get("peft_type") != "LORA":
         raise refuse("peft_type", "adapters can be LORA only")
     if options.get("bias", "none") != "none":
-        raise refuse("bias", "biases are not trained with adapters; use none")
+        raise refuse("bias", f"biases are not trained with adapters; {_MERGE}")
     if options.get("init_lora_weights", True) not in _PLAIN_STARTS:
         raise refuse("init_lora_weights", "it changes the weights under the adapters; convert them to plain LoRA first")
     for key, value in options.items():
-        if key not in _READ | _HARMLESS and not any(value is empty or value == empty for empty in _EMPTY):
-            raise refuse(key, "this option is not computed here; merge the adapters into their model instead")
+        if key in _READ | _HARMLESS or any(value is idle for idle in _IDLE):
+            continue
+        if key not in _IDLE_TOO or value != _IDLE_TOO[key]:
+            raise refuse(key, f"this option is not computed here; {_MERGE}")
     for key, option, wanted in (("r", "rank", config.rank), ("lora_alpha", "alpha", config.alpha),
                                 ("use_rslora", "rslora", config.rslora)):  # fmt: skip
         if options.get(key, False) != wanted:
@@ -180,14 +182,22 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig)
 
 def _check_tensors(folder: Path, found: Mapping[str, Tensor], expected: Mapping[str, _Place]) -> None:
     file = folder / TENSOR_FILE
-    unknown = [name for name in found if name not in expected]
-    if unknown:
-        raise UserError(f"lora.path: {file} holds {unknown[0]}, which belongs to none of lora.targets of this model: "
-                        f"name its projection there ({', '.join(PROJECTIONS)}), or use other adapters")  # fmt: skip
+    targets = {place.projection for place in expected.values()}
+    for name in found:
+        module = name.split(".lora_")[0].rpartition(".")[2]
+        if module not in PROJECTIONS:
+            raise UserError(f"lora.path: {file} holds {name}, which is no adapter of {', '.join(PROJECTIONS)}: "
+                            f"{_MERGE}")  # fmt: skip
+        if PROJECTIONS[module] not in targets:
+            raise UserError(f"lora.path: {file} holds {name}, which belongs to none of lora.targets: name {module} "
+                            "there, or use other adapters")  # fmt: skip
+        if name not in expected:
+            raise UserError(f"lora.path: {file} holds {name}, which this model has no place for: use adapters of the "
+                            "same model")  # fmt: skip
     missing = [name for name in expected if name not in found]
     if missing:
         raise UserError(f"lora.path: {file} lacks {missing[0]}, which lora.targets of this model ask for: leave that "
-                        "projection out, or use other adapters")  # fmt: skip
+                        f"projection out; if the adapters are of some layers only, {_MERGE}")  # fmt: skip
     for name, place in expected.items():
         if found[name].shape != place.shape:
             raise UserError(f"lora.path: {file}: {name} has shape {list(found[name].shape)}, this model's is "
@@ -205,7 +215,7 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
         out_dir: directory to make.
 
     Raises:
-        UserError: ``out_dir`` holds something.
+        UserError: ``out_dir`` is not free or cannot be written.
     """
     expected = _tensors(model)
     host = jax.device_get(adapters["layers"])

@@ -3,11 +3,11 @@
 Every key of the file is either read here, known to leave the computation as it is, or refused by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, shown
 
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
 
@@ -60,6 +60,7 @@ class _Family:
     architecture: str
     keys: frozenset[str]  # keys of its own, beside those that all have
     kv_heads: int | None  # default; None: as many as query heads
+    derived: frozenset[str]  # sizes that follow from the others where they are null; elsewhere null is refused
     head_dim: int | None = None  # default; None: hidden / heads
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -68,13 +69,23 @@ class _Family:
 _LAYER_TYPES = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 
 FAMILIES = {
-    "llama": _Family(architecture="LlamaForCausalLM", kv_heads=None, keys=frozenset({"attention_bias", "mlp_bias"})),
-    "mistral": _Family(architecture="MistralForCausalLM", kv_heads=8, keys=frozenset({"sliding_window"})),
-    "qwen2": _Family(architecture="Qwen2ForCausalLM", kv_heads=32, keys=_LAYER_TYPES, qkv_bias=True),
-    "qwen3": _Family(
-        architecture="Qwen3ForCausalLM", kv_heads=32, keys=_LAYER_TYPES | {"attention_bias"}, head_dim=128, qk_norm=True
+    "llama": _Family(
+        architecture="LlamaForCausalLM", kv_heads=None, keys=frozenset({"attention_bias", "mlp_bias"}),
+        derived=frozenset({"num_key_value_heads", "head_dim"}),
     ),
-}
+    "mistral": _Family(
+        architecture="MistralForCausalLM", kv_heads=8, keys=frozenset({"sliding_window"}),
+        derived=frozenset({"head_dim"}),
+    ),
+    "qwen2": _Family(
+        architecture="Qwen2ForCausalLM", kv_heads=32, keys=_LAYER_TYPES, qkv_bias=True,
+        derived=frozenset({"num_key_value_heads"}),
+    ),
+    "qwen3": _Family(
+        architecture="Qwen3ForCausalLM", kv_heads=32, keys=_LAYER_TYPES | {"attention_bias"}, head_dim=128,
+        qk_norm=True, derived=frozenset({"num_key_value_heads"}),
+    ),
+}  # fmt: skip
 
 _SHARED_KEYS = frozenset({
     "architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -92,25 +103,35 @@ _HARMLESS_KEYS = frozenset({
     "diversity_penalty", "num_beams", "num_beam_groups", "num_return_sequences", "encoder_no_repeat_ngram_size",
     "no_repeat_ngram_size", "unsloth_version", "unsloth_fixed", "transformers.js_config", "is_llama_config",
 })  # fmt: skip
-_EMPTY = (None, False, 0, "", [], {})
-_HARMLESS_VALUES = {"partial_rotary_factor": 1}
+_EMPTY = (None, False, 0, 0.0, "", [], {})
+# Keys that transformers reads in the config of any model, with the values that leave the computation as it is.
+_NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
+    "is_causal": (True, None),
+    "partial_rotary_factor": (1, 1.0, None),
+    "original_max_position_embeddings": (None,),
+}
+_MOST_LAYERS, _LARGEST = 10_000, 2**31 - 1  # beyond them a number is a slip, and its arrays would have no end
 
 
 def _refuse(key: str, value: object, why: str) -> UserError:
-    return UserError(f"config.json: {key}: {value!r} cannot be used: {why}")
+    return UserError(f"config.json: {key}: {shown(value)} cannot be used: {why}")
 
 
-def _number(hf: Mapping[str, Any], key: str, default: float | None = None) -> Any:
-    """A positive number; an absent or null key takes the default."""
-    value = hf.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise _refuse(key, value, "a positive number is needed")
+def _one_of(value: object, options: Sequence[object]) -> bool:
+    """As ``in``, but also for what is read from a file and cannot be compared or hashed; 1 is not True here."""
+    return any(value is option or (type(value) is type(option) and value == option) for option in options)
+
+
+def _number(hf: Mapping[str, Any], key: str, default: float | None = None, most: float = 1e30) -> Any:
+    """A positive number; an absent key takes the default."""
+    value = hf.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+        raise _refuse(key, value, f"a positive number is needed, at most {most:g}")
     return value
 
 
-def _size(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = _number(hf, key, default)
+def _size(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = _LARGEST) -> int:
+    value = _number(hf, key, default, most)
     if not isinstance(value, int):
         raise _refuse(key, value, "a whole number is needed")
     return value
@@ -124,32 +145,47 @@ def _flag(hf: Mapping[str, Any], key: str) -> bool:
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, LinearScaling | Llama3Scaling | None]:
-    """Base and scaling, as transformers 5 writes them (``rope_parameters``) or as older ones do."""
-    key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    rope = hf.get(key) or {}
-    if not isinstance(rope, dict):
+    """Base and scaling, as transformers 5 writes them (``rope_parameters``) or as older ones do (``rope_scaling``).
+
+    Where both are given, transformers takes the older key whole, base too, and other programs the newer.
+    """
+    old, new = (_read_rope(hf, key) for key in ("rope_scaling", "rope_parameters"))
+    if old and new and old != new:
+        raise _refuse("rope_scaling", hf["rope_scaling"], f"rope_parameters, {shown(hf['rope_parameters'])}, says "
+                      "otherwise, and programs differ in which they take; remove the wrong one from the file"
+                      )  # fmt: skip
+    return old or new or (float(_number(hf, "rope_theta", 10000.0)), None)
+
+
+def _read_rope(hf: Mapping[str, Any], key: str) -> tuple[float, LinearScaling | Llama3Scaling | None] | None:
+    """What one of the two keys says; None: nothing."""
+    rope = hf.get(key)
+    if rope is not None and not isinstance(rope, dict):
         raise _refuse(key, rope, "a dictionary is needed")
-    theta = float(_number(rope, "rope_theta", hf.get("rope_theta") or 10000.0))
+    if not rope:
+        return None
+    named = {f"{key}.{name}": value for name, value in rope.items()}
+    theta = float(_number(named, f"{key}.rope_theta", _number(hf, "rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {
         "default": set(),
         "linear": {"factor"},
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     }
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise _refuse(key, rope, f"rope scaling can be one of {', '.join(known)}")
     for name in rope.keys() - known[kind] - {"rope_theta", "rope_type", "type"}:
-        if rope[name] != _HARMLESS_VALUES.get(name) and rope[name] is not None:
+        if not _one_of(rope[name], _NEUTRAL_VALUES.get(name, (None,))):
             raise _refuse(f"{key}.{name}", rope[name], f"rope scaling {kind} has no such option here")
     if kind == "linear":
-        return theta, LinearScaling(factor=float(_number(rope, "factor")))
+        return theta, LinearScaling(factor=float(_number(named, f"{key}.factor")))
     if kind == "llama3":
         scaling = Llama3Scaling(
-            factor=float(_number(rope, "factor")),
-            low_freq_factor=float(_number(rope, "low_freq_factor")),
-            high_freq_factor=float(_number(rope, "high_freq_factor")),
+            factor=float(_number(named, f"{key}.factor")),
+            low_freq_factor=float(_number(named, f"{key}.low_freq_factor")),
+            high_freq_factor=float(_number(named, f"{key}.high_freq_factor")),
             original_max_position_embeddings=_size(
-                rope, "original_max_position_embeddings", hf.get("max_position_embeddings")
+                named, f"{key}.original_max_position_embeddings", hf.get("max_position_embeddings")
             ),
         )
         if scaling.high_freq_factor <= scaling.low_freq_factor:
@@ -164,14 +200,22 @@ def _window(hf: Mapping[str, Any], family: _Family, layers: int) -> int | None:
         return None
     if "use_sliding_window" not in family.keys:  # Mistral: the number alone decides
         return None if "sliding_window" in hf and hf["sliding_window"] is None else _size(hf, "sliding_window", 4096)
-    window = _size(hf, "sliding_window", 4096) if _flag(hf, "use_sliding_window") else None
-    full_layers = layers if window is None else min(hf.get("max_window_layers", 28), layers)
-    types = hf.get("layer_types") or ["full_attention"] * full_layers + ["sliding_attention"] * (layers - full_layers)
-    if set(types) == {"full_attention"}:
+    used = _flag(hf, "use_sliding_window") and hf.get("sliding_window", 4096) is not None
+    window = _size(hf, "sliding_window", 4096) if used else None
+    types = hf.get("layer_types")
+    if types is None:
+        from_layer = hf.get("max_window_layers", 28)
+        if type(from_layer) is not int or from_layer < 0:
+            raise _refuse("max_window_layers", from_layer, "a whole number is needed, 0 or more")
+        full_layers = layers if window is None else min(from_layer, layers)
+        types = ["full_attention"] * full_layers + ["sliding_attention"] * (layers - full_layers)
+    elif not isinstance(types, list) or len(types) != layers:
+        raise _refuse("layer_types", types, f"a list of num_hidden_layers, {layers}, names is needed")
+    if all(kind == "full_attention" for kind in types):
         return None
-    if set(types) == {"sliding_attention"} and window is not None:
+    if all(kind == "sliding_attention" for kind in types) and window is not None:
         return window
-    key = "layer_types" if hf.get("layer_types") else "max_window_layers"
+    key = "max_window_layers" if hf.get("layer_types") is None else "layer_types"
     raise _refuse(key, hf.get(key, 28), "here all layers have the same sliding window, or none has one")
 
 
@@ -181,8 +225,7 @@ def _check_keys(hf: Mapping[str, Any], model_type: str, family: _Family) -> None
         raise _refuse("architectures", architectures, f"for {model_type} it has to be [{family.architecture!r}]")
     for key, value in hf.items():
         known = key in _SHARED_KEYS or key in _HARMLESS_KEYS or key in family.keys or key.startswith("_")
-        # `value in _EMPTY` would also ask arrays and other odd things for their truth
-        if not known and not any(value is empty or value == empty for empty in (*_EMPTY, _HARMLESS_VALUES.get(key))):
+        if not known and not _one_of(value, _NEUTRAL_VALUES.get(key, _EMPTY)):
             remedy = f"the {model_type} decoder has no such option; if it changes nothing, remove it from the file"
             raise _refuse(key, value, remedy)
 
@@ -194,22 +237,27 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         UserError: unknown ``model_type``, or a key whose value asks for what the decoder does not compute.
     """
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise _refuse("model_type", model_type, f"it can be one of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     _check_keys(hf, model_type, family)
-    hidden, heads, layers = (_size(hf, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    kv_heads = _size(hf, "num_key_value_heads", family.kv_heads or heads)
+    hidden, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
+    layers = _size(hf, "num_hidden_layers", most=_MOST_LAYERS)
+    derived = {"num_key_value_heads": heads, "head_dim": hidden // heads}
+    sizes = {**hf, **{key: derived[key] for key in family.derived if hf.get(key, 0) is None}}
+    kv_heads = _size(sizes, "num_key_value_heads", family.kv_heads or heads)
     if heads % kv_heads:
         raise _refuse("num_key_value_heads", kv_heads, f"it must divide num_attention_heads, {heads}")
     if hf.get("head_dim") is None and family.head_dim is None and hidden % heads:
         raise _refuse("num_attention_heads", heads, f"it must divide hidden_size, {hidden}, or head_dim must be given")
-    head_dim = _size(hf, "head_dim", family.head_dim or hidden // heads)
+    head_dim = _size(sizes, "head_dim", family.head_dim or hidden // heads)
     if head_dim % 2:
         raise _refuse("head_dim", head_dim, "rotary embeddings need an even number")
     activation = hf.get("hidden_act", "silu")
     if activation not in get_args(Activation):
         raise _refuse("hidden_act", activation, f"it can be one of {', '.join(get_args(Activation))}")
+    if "max_position_embeddings" in hf:
+        _size(hf, "max_position_embeddings")
     rope_theta, rope_scaling = _rope(hf)
     return DecoderConfig(
         vocab=_size(hf, "vocab_size"),

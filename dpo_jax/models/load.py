@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, from_outside
 from dpo_jax.models.families import DecoderConfig, builtin_model
 
 # Of a hub repository, only what is read here: never PyTorch pickles, other formats' copies, or code.
@@ -65,7 +65,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: config.json is missing; give a Hugging Face model directory")
-    return _read_object(path)
+    return read_json(path)
 
 
 def end_tokens(folder: Path | None, hf_config: dict[str, Any]) -> frozenset[int]:
@@ -75,19 +75,22 @@ def end_tokens(folder: Path | None, hf_config: dict[str, Any]) -> frozenset[int]
         UserError: that file is no JSON object.
     """
     path = None if folder is None else folder / "generation_config.json"
-    options = _read_object(path) if path is not None and path.is_file() else hf_config
+    options = read_json(path) if path is not None and path.is_file() else hf_config
     given = options.get("eos_token_id")
     return frozenset(token for token in (given if isinstance(given, list) else [given]) if isinstance(token, int))
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: this is not JSON: {error}; copy or download it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: a JSON object is needed, this is {type(config).__name__}; copy or download it again")
-    return config
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file beside weights holds.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON object.
+    """
+    with from_outside(f"{path}: this is not JSON", "copy or download it again"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a JSON object is needed, this is {type(content).__name__}; copy or download it again")
+    return content
 
 
 def check_vocabulary(num_tokens: int, config: DecoderConfig, tokenizer: str) -> None:

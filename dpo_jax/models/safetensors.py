@@ -1,20 +1,23 @@
 """The safetensors file format, read and written tensor by tensor, so that no more than one tensor is in memory.
 
 A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes:
-https://huggingface.co/docs/safetensors/index#format. Plain reads are used instead of a memory map, whose pages would
-count as the process's memory until the whole file were closed.
+https://huggingface.co/docs/safetensors/index#format. The format's own library judges the header; plain reads take the
+tensors, since the pages of its memory map would count as the process's memory until the whole file were closed.
 """
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import ml_dtypes
 import numpy as np
+from safetensors import safe_open
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, from_outside, shown
+from dpo_jax.models.load import read_json
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -25,6 +28,7 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Tensor:
         dtype = DTYPES[self.code]
         first, last, _ = rows.indices(self.shape[0])
         row_bytes = (self.end - self.start) // self.shape[0]
-        with self.path.open("rb") as file:
+        with from_outside(f"{self.path}: tensor {self.name}", AGAIN), self.path.open("rb") as file:
             file.seek(self.start + first * row_bytes)
             data = np.fromfile(file, np.uint8, (last - first) * row_bytes)
         return data.view(dtype).reshape(last - first, *self.shape[1:])
@@ -62,67 +66,66 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """Tensors of one file, by name.
 
     Raises:
-        UserError: the file is truncated or is no safetensors file.
+        UserError: the safetensors library refuses the file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise UserError(f"{path}: this is no whole safetensors file ({size} bytes); copy or download it again")
-        text = file.read(length)
-    again = "copy or download it again"
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        tensors = {name: _tensor(path, name, 8 + length, **entry) for name, entry in header.items()}
-        wrong = [tensor for tensor in tensors.values() if not _fits(tensor)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: the safetensors header cannot be read ({error!r}); {again}") from error
-    if wrong:
-        raise UserError(f"{path}: the size of tensor {wrong[0].name} is not that of its shape and type; {again}")
-    end = max((tensor.end for tensor in tensors.values()), default=0)
-    if end > size:
-        raise UserError(f"{path}: the file was cut short: its header speaks of {end} bytes and it has {size}; {again}")
+    with from_outside(f"{path}: this is no whole safetensors file", AGAIN):
+        with safe_open(path, "numpy"):  # its lengths, offsets, shapes and types, which must cover the file exactly
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if not isinstance(entry, dict):  # the library takes a list of the three values too, which nobody writes
+            raise UserError(f"{path}: tensor {name} is described by {shown(entry)}, not by an object; {AGAIN}")
+        start, end = entry["data_offsets"]
+        base = 8 + length
+        tensors[name] = Tensor(path, name, entry["dtype"], tuple(entry["shape"]), base + start, base + end)
     return tensors
 
 
-def _tensor(path: Path, name: str, base: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
-    start, end = data_offsets
-    return Tensor(path, name, dtype, tuple(shape), base + start, base + end)
-
-
-def _fits(tensor: Tensor) -> bool:
-    dtype = DTYPES.get(tensor.code)
-    return dtype is None or tensor.end - tensor.start == math.prod(tensor.shape) * dtype.itemsize
-
-
 def find_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model directory: one file, or those that its index names.
+    """All tensors of a model directory: of the one file, else of the files that its index names, as in transformers.
 
     Raises:
-        UserError: there are no safetensors, a file of the index is missing, or a tensor is not where the index says.
+        UserError: there are no safetensors, a file of the index is missing, a tensor is not where the index says or in
+            two files.
     """
-    index = folder / INDEX
-    if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return read_header(folder / SINGLE)
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    if not (folder / INDEX).is_file():
         if list(folder.glob("*.bin")) or list(folder.glob("*.pth")):
             raise UserError(f"{folder}: the weights are PyTorch pickles, which can run code when read; convert them: "
                             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)")  # fmt: skip
         raise UserError(f"{folder}: there is neither {SINGLE} nor {INDEX}; give a folder with a model's weights")
-    try:
-        files = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(files.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: the index cannot be read ({error!r}); copy or download it again") from error
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: {name}, which {INDEX} names, is missing; copy or download it")
-    headers = {name: read_header(folder / name) for name in names}
-    for tensor, name in files.items():
-        if tensor not in headers[name]:
-            raise UserError(f"{folder}: {INDEX} puts tensor {tensor} in {name}, which lacks it; download both again")
-    return {tensor: headers[name][tensor] for tensor, name in files.items()}
+    files = _read_index(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        for name, tensor in read_header(folder / file).items():
+            if name in tensors:
+                raise UserError(f"{folder}: {tensors[name].path.name} and {file} both hold {name}; save or download "
+                                "the model into an empty directory")  # fmt: skip
+            tensors[name] = tensor
+    for name, file in files.items():
+        if name not in tensors or tensors[name].path != folder / file:
+            raise UserError(f"{folder}: {INDEX} puts tensor {name} in {file}, which lacks it; download both again")
+    return tensors
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """File by tensor."""
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{folder / INDEX}: weight_map: {shown(files)} cannot be used: it has to name the file of each "
+                        f"tensor; {AGAIN}")  # fmt: skip
+    for tensor, file in files.items():
+        if not isinstance(file, str) or PurePath(file).is_absolute() or ".." in PurePath(file).parts:
+            raise UserError(f"{folder / INDEX}: weight_map.{tensor}: {shown(file)} cannot be used: it has to name a "
+                            f"file in this directory; {AGAIN}")  # fmt: skip
+        if not os.path.isfile(folder / file):  # unlike Path.is_file, false for a name that no file can have
+            raise UserError(f"{folder}: {shown(file)}, which {INDEX} names, is missing; copy or download it")
+    return files
 
 
 def write_file(

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, reason
 from dpo_jax.hosts import is_writer
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.safetensors import INDEX, SINGLE, Tensor, find_tensors, write_file
@@ -186,6 +186,8 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
     """
     path = Path(path)
     found = find_tensors(path)
+    if model.config.tied and TENSORS["embed"] not in found and TENSORS["unembed"] in found:
+        found[TENSORS["embed"]] = found.pop(TENSORS["unembed"])  # one matrix, stored under its other name
     _check_tensors(path, found, model)
     structs = model.param_shapes()
     if shardings is None:
@@ -265,10 +267,10 @@ def export_params(
         dtype: of the tensors in the files: float32, bfloat16 or float16.
         source_dir: directory to copy tokenizer, chat template and generation config from; None: copy nothing.
         max_shard_bytes: size of a file at which the next one begins; a file holds at least one tensor.
-        overwrite: replace what ``out_dir`` holds.
+        overwrite: replace an earlier export; other files in ``out_dir`` stay.
 
     Raises:
-        UserError: ``out_dir`` holds something and ``overwrite`` is false.
+        UserError: ``out_dir`` is not free and ``overwrite`` is false, or it cannot be written.
     """
     dtype = np.dtype(dtype)
     if not is_writer():
@@ -284,22 +286,83 @@ def export_params(
             _copy_companions(source_dir, unfinished)
 
 
-@contextmanager
-def whole_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory to write to, beside ``out_dir``, whose name it takes at the end of the block.
+def export_target(out_dir: Path, overwrite: bool = False) -> Path:
+    """Where an export to ``out_dir`` goes, behind any links.
 
     Raises:
-        UserError: ``out_dir`` holds something and ``overwrite`` is false.
+        UserError: something is there and ``overwrite`` is false, or it can be no directory of an export.
     """
-    if not overwrite and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir}: it is not empty; name another directory to export to, or empty this one")
-    unfinished = out_dir.parent / f".{out_dir.name}.partial"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    if out_dir.exists():
-        shutil.rmtree(out_dir)
-    os.rename(unfinished, out_dir)
+    if out_dir.parts and out_dir.parts[0].endswith(":"):
+        raise UserError(f"{out_dir}: this is no local path; export to a local directory and copy that")
+    target = Path(os.path.realpath(os.path.expanduser(out_dir)))
+    with _writing(target):
+        if target.exists() and not target.is_dir():
+            raise UserError(f"{out_dir}: this is a file; name a directory to export to")
+        if not overwrite and target.is_dir() and any(target.iterdir()):
+            raise UserError(f"{out_dir}: it is not empty; name another directory to export to, or empty this one")
+        if not overwrite and target == Path.cwd():  # replaced, it would leave the shell in one that is gone
+            raise UserError(f"{out_dir}: this is the current directory; name a new one to export to")
+    return target
+
+
+@contextmanager
+def whole_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory to write to, beside ``out_dir``, whose name it takes at the end of the block; on an error it goes.
+
+    Raises:
+        UserError: ``out_dir`` is not free and ``overwrite`` is false, another export to it is under way, or it cannot
+            be written.
+    """
+    target = export_target(out_dir, overwrite)
+    unfinished = target.parent / f".{target.name}.partial"
+    with _writing(target):
+        if overwrite:  # into a directory that is this process's: a killed one left it
+            shutil.rmtree(unfinished, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            unfinished.mkdir()
+        except FileExistsError:
+            raise UserError(f"{unfinished}: another export to {target} is under way, or one was killed; wait for it, "
+                            "or remove this directory") from None  # fmt: skip
+        try:
+            yield unfinished
+            if overwrite:
+                _replace(target, unfinished)
+            else:
+                os.rename(unfinished, target)  # fails where something has come there meanwhile
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Inside, an error of the file system becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{target}: the export cannot be written ({reason(error)}); free space or give access there, "
+                        "or name another directory") from error  # fmt: skip
+
+
+def _replace(target: Path, unfinished: Path) -> None:
+    """Put a new export in the place of an older one."""
+    replaced = target.parent / f".{target.name}.replaced"
+    if target.exists():
+        _keep_others(replaced, target)  # of an export that was killed below
+        os.rename(target, replaced)
+    os.rename(unfinished, target)
+    _keep_others(replaced, target)
+
+
+def _keep_others(replaced: Path, target: Path) -> None:
+    """Move what no export writes from a replaced directory to ``target``, and remove the rest."""
+    if not replaced.is_dir():
+        return
+    for path in replaced.iterdir():
+        if path.name not in (*COMPANIONS, "config.json", INDEX) and path.suffix != ".safetensors":
+            os.rename(path, target / path.name)
+    shutil.rmtree(replaced)
 
 
 def _copy_companions(source_dir: Path, folder: Path) -> None:
