@@ -16,6 +16,7 @@ from etils import epath
 from dpo_jax import hosts
 from dpo_jax.checksums import describe_leaves, leaf_checksums
 from dpo_jax.config import CheckpointConfig
+from dpo_jax.console import warn
 from dpo_jax.errors import RunStopped, UserError
 from dpo_jax.saved import (
     MANIFEST,
@@ -27,7 +28,6 @@ from dpo_jax.saved import (
     read_metrics,
     read_step,
     saved_steps,
-    say,
 )
 
 DAMAGED = ".damaged"
@@ -39,7 +39,7 @@ class Checkpoints:
     Use it as a context manager: leaving waits for the last save.
     """
 
-    def __init__(self, directory, config: CheckpointConfig, notice: Callable[[str], None] = say):
+    def __init__(self, directory, config: CheckpointConfig, notice: Callable[[str], None] = warn):
         """Open a directory, or make it.
 
         Args:

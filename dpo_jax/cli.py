@@ -17,7 +17,8 @@ import dpo_jax
 from dpo_jax.config import DPOConfig, SFTConfig, TrainConfig
 from dpo_jax.configdocs import help_sections
 from dpo_jax.configfile import COMMAND_OF, CommandLineText, parse_config, type_words
-from dpo_jax.errors import UserError
+from dpo_jax.console import lossy_streams, open_descriptors
+from dpo_jax.errors import Preempted, UserError, reason
 
 CONFIG_OF = {command: config for config, command in COMMAND_OF.items()}
 INTERRUPTED = 130  # the shell's code for control-C
@@ -212,11 +213,27 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. A cause that the user can mend is one line on stderr."""
+    """Run a command; the exit code. A cause that the user can fix is one line on stderr."""
+    open_descriptors()
+    with lossy_streams() as (out, err):
+        try:
+            code = _outcome(list(sys.argv[1:] if argv is None else argv))
+            out.flush()
+            if code == 0 and out.lost is not None and not isinstance(out.lost, BrokenPipeError):
+                print(f"dpo-jax: error: stdout: {reason(out.lost)}: what the command found is lost", file=sys.stderr)
+                return 1
+            return code
+        finally:
+            out.discard()
+            err.discard()
+
+
+def _outcome(argv: list[str]) -> int:
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        _run(argv)
     except UserError as error:
-        print("dpo-jax: error:", " ".join(str(error).split()), file=sys.stderr)
+        kind = "" if isinstance(error, Preempted) else "error: "
+        print(f"dpo-jax: {kind}{' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("dpo-jax: interrupted", file=sys.stderr)

@@ -12,11 +12,11 @@ from dpo_jax.assemble import Parts, Scored, assemble, make_reference, reference_
 from dpo_jax.batch import CHOSEN, REJECTED
 from dpo_jax.checksums import weights_id
 from dpo_jax.config import DPOConfig, LossConfig, MeshConfig, ModelConfig
+from dpo_jax.console import say
 from dpo_jax.distributions import reward_distributions
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import Params
 from dpo_jax.losses import preference_metrics, sequence_logps
-from dpo_jax.metrics import say
 from dpo_jax.models.adapters import Adapted, make_lora
 from dpo_jax.models.weights import export_target
 from dpo_jax.policy import (

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import UserError
@@ -118,6 +119,27 @@ def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
     if lines:
         raise UserError(f"run.dir: {where} was begun with other options, which would change its result: "
                         f"{'; '.join(lines)}: put them back, or choose a new run.dir")  # fmt: skip
+
+
+def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str:
+    """The options of a run that starts from a run's newest save and may differ from it in everything.
+
+    Args:
+        config: its resolved options, as in the manifest.
+        root: its directory.
+        keeps_reference: name the reference, which would otherwise be the new start.
+    """
+    model, options = config["model"], f"--run.dir NEW --model.path {root}"
+    if keeps_reference:
+        reference = config["reference"]["path"]
+        pinned = reference is None and (model["revision"] is not None or model["checkpoint"] != "newest")
+        copy = f"A_COPY_OF_{model['path']}_AT_{model['revision'] or model['checkpoint']}"
+        options += f" --reference.path {copy if pinned else reference or model['path']}"
+    of_the_start = {("model", "revision"): None, ("model", "checkpoint"): "newest", ("lora", "path"): None}
+    for (section, name), plain in of_the_start.items():
+        if config[section][name] != plain:
+            options += f" --{section}.{name} {plain or 'null'}"
+    return options
 
 
 def _differences(old: Mapping, new: Mapping) -> list[tuple[str, str]]:

@@ -1,22 +1,30 @@
-"""Where a run's numbers go: two files that are always written, trackers that may be added, and a line to watch."""
+"""Where a run's numbers go: files that are always written, and trackers that may be added."""
 
 import math
+import queue
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from dpo_jax.config import RunConfig
-from dpo_jax.errors import UserError
+from dpo_jax.console import warn
+from dpo_jax.errors import UserError, reason
 from dpo_jax.rundir import RunDir, append_json
+
+TRACKED = 10_000  # rows that may wait for a tracker
+PATIENCE = 60  # seconds for a tracker to take what is left at the end
 
 
 class MetricsLog:
-    """Writes a run's logs, in the one process that does; every other process holds one that writes nothing."""
+    """Writes a run's logs, in the one process that does; every other process holds one that writes nothing.
+
+    Use it as a context manager: leaving closes the trackers.
+    """
 
     def __init__(self, run: RunDir, config: RunConfig, writes: bool):
         """Open the trackers.
@@ -26,15 +34,21 @@ class MetricsLog:
         """
         self._run = run
         self._writes = writes
-        self._trackers = [TRACKERS[name](run) for name in config.trackers] if writes else []
+        self._trackers = [Tracker(name, run) for name in config.trackers] if writes else []
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type | None, *error) -> None:
+        for tracker in self._trackers:
+            tracker.close(failed=kind is not None)
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl: functions of (data, seed, step) only, as float32 gave them."""
         if self._writes:
             row = {name: plain(value) for name, value in values.items()}
             append_json(self._run.metrics, {"step": step, **row})
-            for track in self._trackers:
-                track(step, row)
+            self._track(step, row)
 
     def evaluation(self, step: int, values: Mapping[str, Any], distributions: Sequence[Mapping[str, Any]]) -> None:
         """``metrics`` of an evaluation, and a line for each set to distributions.jsonl, which no tracker takes."""
@@ -47,8 +61,11 @@ class MetricsLog:
         """Append a line to timings.jsonl: clocks, throughput, memory."""
         if self._writes:
             append_json(self._run.timings, {"step": step, **values})
-            for track in self._trackers:
-                track(step, {f"timings/{name}": value for name, value in values.items()})
+            self._track(step, {f"timings/{name}": value for name, value in values.items()})
+
+    def _track(self, step: int, row: Mapping[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.put(step, row)
 
 
 def plain(value: Any) -> float | int:
@@ -66,6 +83,55 @@ def all_finite(values: Mapping[str, float | int]) -> bool:
     return all(math.isfinite(values[name]) for name in ("loss", "grad_norm"))
 
 
+class Tracker:
+    """A tracker in a thread of its own: one that fails or hangs is dropped with one line, and training goes on.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+
+    def __init__(self, name: str, run: RunDir):
+        self._name, self._dropped, self._thread = name, False, None
+        self._rows: queue.SimpleQueue = queue.SimpleQueue()  # (step, row); at the end, whether the run failed
+        try:
+            start = TRACKERS[name](run)
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001 (its library raises whatever comes up)
+            self._drop(reason(error))
+        else:
+            self._thread = threading.Thread(target=self._follow, args=start, daemon=True)
+            self._thread.start()
+
+    def put(self, step: int, row: Mapping[str, Any]) -> None:
+        """Hand a row over."""
+        if self._rows.qsize() >= TRACKED and not self._dropped:
+            self._drop(f"it left {TRACKED} rows waiting")
+        if not self._dropped:
+            self._rows.put((step, row))
+
+    def close(self, failed: bool) -> None:
+        """Wait until the rows are taken, a minute at most."""
+        if self._thread is None or self._dropped:
+            return
+        self._rows.put(failed)
+        self._thread.join(PATIENCE)
+        if self._thread.is_alive():
+            self._drop(f"it did not end within {PATIENCE} s")
+
+    def _follow(self, track: Callable[[int, Mapping[str, Any]], Any], close: Callable[[bool], Any]) -> None:
+        try:
+            while not isinstance(row := self._rows.get(), bool):
+                track(*row)
+            close(row)
+        except Exception as error:  # noqa: BLE001 (its library raises whatever comes up)
+            self._drop(reason(error))
+
+    def _drop(self, why: str) -> None:
+        self._dropped = True
+        warn(f"tracker {self._name}: {why}: dropped, the run goes on without it; metrics.jsonl has all")
+
+
 def _tensorboard(run: RunDir):
     try:
         from tensorboardX import SummaryWriter
@@ -77,8 +143,9 @@ def _tensorboard(run: RunDir):
     def track(step: int, row: Mapping[str, float | int]) -> None:
         for name, value in row.items():
             writer.add_scalar(name, value, step)
+        writer.flush()  # so that a full disk is an error here, and not in the library's own thread only
 
-    return track
+    return track, lambda failed: writer.close()
 
 
 def _wandb(run: RunDir):
@@ -87,10 +154,13 @@ def _wandb(run: RunDir):
     except ImportError as error:
         raise UserError("run.trackers: wandb needs the package wandb: pip install 'dpo_jax[tracking]'") from error
     tracked = wandb.init(dir=str(run.root), id=run.root.name, resume="allow")
-    return lambda step, row: tracked.log(dict(row), step=step)
+    return lambda step, row: tracked.log(dict(row), step=step), lambda failed: tracked.finish(exit_code=int(failed))
 
 
-TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+TRACKERS = {  # by name: of a run, the function that takes a step and its row, and the one that ends it
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+}
 
 
 def memory() -> dict[str, float]:
@@ -108,14 +178,3 @@ def _memory_stats(device: jax.Device) -> Mapping[str, int]:
         return device.memory_stats() or {}
     except jax.errors.JaxRuntimeError:
         return {}
-
-
-def progress_line(done: int, total: int, unit: str, shown: bool) -> tqdm:
-    """A live line on stderr: steps, time left, and what ``set_postfix`` is given."""
-    return tqdm(total=total, initial=done, unit=unit, disable=not shown, dynamic_ncols=True, leave=True)
-
-
-def say(shown: bool, line: str) -> None:
-    """A line for the user on stderr, from the first process, above the progress line."""
-    if shown and jax.process_index() == 0:
-        tqdm.write(line, file=sys.stderr)

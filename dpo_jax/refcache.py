@@ -8,7 +8,6 @@ was cut off goes on from them.
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 
 from dpo_jax import hosts
+from dpo_jax.console import warn
 from dpo_jax.data.batches import Batches
 from dpo_jax.errors import RunStopped
 
@@ -45,7 +45,7 @@ def cached_logps(
     Raises:
         RunStopped: what was computed does not hold each row once.
     """
-    notice = notice or _say
+    notice = notice or warn
     store = batches.store
     made_by = json.loads(json.dumps(made_by))
     name = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
@@ -76,11 +76,6 @@ def cached_logps(
         for part in path.parent.glob(f"{path.stem}.part-*"):  # with those whose writer was killed at it
             part.unlink(missing_ok=True)
     return whole
-
-
-def _say(line: str) -> None:
-    if hosts.is_writer():
-        print(line, file=sys.stderr, flush=True)
 
 
 def _whole(path: Path, made_by: Mapping, shape: tuple[int, int], notice: Callable[[str], None]) -> Arrays | None:

@@ -5,6 +5,7 @@ The page has no script and loads nothing; its plots are PNG, once for a light an
 
 import math
 import statistics
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from dpo_jax.charts import Plot, Row, eval_sets, histograms, plots, series
 from dpo_jax.configfile import load_yaml
+from dpo_jax.console import say, warn
+from dpo_jax.errors import reason
 from dpo_jax.rundir import RunDir, read_json
 
 PLOTS = (
@@ -22,16 +25,16 @@ PLOTS = (
         "Pairs whose chosen answer has the higher reward. Equal rewards, as at the start, count as wrong.",
         share=True,
     ),
+    Plot("Margin", ("rewards/margins",), "Reward of the chosen answer less that of the rejected one."),
     Plot(
         "Rewards",
         ("rewards/chosen", "rewards/rejected"),
         "beta x log(policy / reference). Both may fall; what counts is that they part.",
     ),
-    Plot("Margin", ("rewards/margins",), "Reward of the chosen answer less that of the rejected one."),
     Plot(
         "Log-probability of the answers",
         ("logps/chosen", "logps/rejected"),
-        "In nats. Chosen answers that fall far may mean that the policy forgets how to answer.",
+        "Of a whole answer, in nats. Chosen answers that fall far may mean that the policy forgets how to answer.",
     ),
     Plot(
         "Likelihood since the start",
@@ -49,7 +52,7 @@ PLOTS = (
     Plot(
         "Gradient weight",
         ("gradient_weight",),
-        "With which DPO weighs a pair: 0.5 at the start, towards 0 where the pairs are learned.",
+        "The weight that DPO gives a pair's gradient: 0.5 at the start, towards 0 once the pair is learned.",
         share=True,
     ),
     Plot("Token accuracy", ("mean_token_accuracy",), "Answer tokens that were the model's first choice."),
@@ -58,6 +61,19 @@ PLOTS = (
     Plot("Learning rate", ("learning_rate",), "As the schedule gives it."),
     Plot("Fill of the rows", ("fill",), "Real tokens in each token slot that is computed.", share=True),
 )
+FIRST = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+)  # what a run is judged by
+NOT_PLOTTED = {
+    "logps/accuracies": "Pairs whose chosen answer has the higher log-probability, whatever the reference says.",
+    "logits/chosen": "Mean logit over the vocabulary, at the tokens of chosen answers.",
+    "logits/rejected": "Mean logit over the vocabulary, at the tokens of rejected answers.",
+}
+MEANINGS = {key: plot.note for plot in reversed(PLOTS) for key in plot.keys} | NOT_PLOTTED
 SPEED_PLOTS = (
     Plot("Tokens per second", ("tokens_per_second",), "The first step holds the compilation."),
     Plot("Seconds per step", ("step_seconds",), "From one step's end to the next one's.", log=True),
@@ -123,18 +139,32 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
     kind = "Direct Preference Optimization" if "loss" in config else "Supervised fine-tuning"
     sections = [
         cards(headlines(metrics)),
+        heading("Loss, accuracy, margin and rewards" if "loss" in config else "Loss",
+                plots((plot for plot in PLOTS if plot.keys[0] in FIRST), metrics)),
         heading("Before and after", comparison_table(metrics)),
         heading("Margins and rewards", histograms(spread)),
         heading("Accuracy by length", lengths_table(spread)),
         heading("What earns the reward", *tokens_hint(run, config, metrics)) if spread else "",
         heading("The run", facts_table(run_facts(config, metrics, timings))),
         heading("Data", data_table(data)) if data else "",
-        heading("Curves", plots(PLOTS, metrics)),
+        heading("Other curves", plots((plot for plot in PLOTS if plot.keys[0] not in FIRST), metrics)),
         heading("Speed", plots(SPEED_PLOTS, timings)),
         details("Every option of the run (config.yaml)", run.config.read_text(encoding="utf-8")),
-    ]
+    ]  # fmt: skip
     run.report.write_text(page(f"{run.root.name}", f"{kind} · {run.root}", sections), encoding="utf-8")
     return run.report
+
+
+def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], shown: bool) -> None:
+    """``write_report`` of a run that is done, which no failure of it undoes: it is said, a fault of ours in full."""
+    try:
+        path = write_report(run_dir, data)
+    except Exception as error:  # noqa: BLE001
+        if not isinstance(error, OSError):
+            warn(traceback.format_exc())
+        warn(f"report: not written ({reason(error)}); the run is done and whole, the same command tries it again")
+    else:
+        say(shown, f"report: {path}")
 
 
 # ------------------------------------------------------------------------------------- pieces of a page
@@ -234,16 +264,18 @@ def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
 
 
 def comparison_table(metrics: Sequence[Row]) -> str:
-    """Every evaluation metric at its first and last evaluation."""
+    """Every evaluation metric at its first and last evaluation, and what it is."""
     rows = []
     for name in eval_sets(metrics):
         prefix = f"eval_{name}_"
-        for key in dict.fromkeys(key for row in metrics for key in row if key.startswith(prefix)):
+        keys = dict.fromkeys(key for row in metrics for key in row if key.startswith(prefix))
+        for key in sorted(keys, key=lambda key: key.removeprefix(prefix) not in FIRST):
             steps, values = series(metrics, key)
             best = max(values) if "accurac" in key else min(values) if key.endswith("loss") else None
             rows.append((f"{name}: {key.removeprefix(prefix)}", number(values[0]), number(values[-1]),
-                         "" if best is None else f"{number(best)} at step {steps[values.index(best)]}"))  # fmt: skip
-    return table(("Evaluation", "before", "after", "best"), rows)
+                         "" if best is None else f"{number(best)} at step {steps[values.index(best)]}",
+                         MEANINGS.get(key.removeprefix(prefix), "")))  # fmt: skip
+    return table(("Evaluation", "before", "after", "best", "what it is"), rows)
 
 
 def lengths_table(spread: Sequence[Row]) -> str:
@@ -296,6 +328,10 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
         count = sum(row.get("clipped", 0) for row in trained)
         norm = optimizer["max_grad_norm"]
         facts["Clipped"] = f"{count} of {len(trained)} logged steps, whose gradient norm was above {norm:g}"
+        if 2 * count > len(trained):
+            usual = statistics.median(row["grad_norm"] for row in trained)
+            facts["Clipped"] += (f". Clipping is for spikes, but the usual norm here is {number(usual)} (median): "
+                                 "set optimizer.max_grad_norm above that")  # fmt: skip
     if timings:
         facts |= speed_facts(timings, unit)
         peaks = {name: max(series(timings, f"{name}_memory_gib")[1], default=0.0) for name in ("host", "device")}

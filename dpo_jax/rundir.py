@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import RunStopped, UserError, reason
 
 Event = Literal["start", "data", "restore", "save", "preempt", "end"]
 LOCK, EVENTS = "run.lock", "events.jsonl"
@@ -140,9 +140,37 @@ def _take(lock, path) -> None:
                         ) from error  # fmt: skip
     except OSError as error:
         raise UserError(f"run.dir: {path} cannot be locked ({error.strerror}): use a file system with locks") from error
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
+    with writing(Path(lock.name)):
+        lock.truncate(0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a file of a run that cannot be written ends the run, in one line, as a save that cannot be written does.
+
+    What was written halfway is cut off when the run goes on.
+
+    Raises:
+        RunStopped: a full disk, one that became read-only, or the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunStopped(f"{path}: cannot be written ({error.strerror or reason(error)}): make room or repair the "
+                         "path, then run the same command again to go on from the last save") from error  # fmt: skip
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it always holds its old text or its new one, whole.
+
+    Raises:
+        RunStopped: it cannot be written.
+    """
+    new = path.with_name(f"{path.name}.new")
+    with writing(path):
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
 
 
 def append_json(path: Path, values: dict[str, Any]) -> None:
@@ -150,16 +178,19 @@ def append_json(path: Path, values: dict[str, Any]) -> None:
 
     Numbers may be numpy or jax scalars; floats are written by ``repr``, the shortest text that reads back to the same
     float64. JSON has no infinities or NaN: they become the texts "Infinity", "-Infinity", "NaN", which ``float`` reads.
+
+    Raises:
+        RunStopped: it cannot be written.
     """
-    line = json.dumps(_plain(values), allow_nan=False, ensure_ascii=False) + "\n"
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        data = line.encode()
-        written = os.write(file, data)
-        if written != len(data):
-            raise OSError(f"{path}: only {written} of {len(data)} bytes could be written")
-    finally:
-        os.close(file)
+    data = f"{json.dumps(_plain(values), allow_nan=False, ensure_ascii=False)}\n".encode()
+    with writing(path):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            written = os.write(file, data)
+            if written != len(data):
+                raise OSError(f"only {written} of {len(data)} bytes")
+        finally:
+            os.close(file)
 
 
 def _plain(value: Any) -> Any:
@@ -200,7 +231,7 @@ def log_offsets(run: RunDir) -> dict[str, int]:
     offsets = {}
     for path in run.logs:
         if path.exists():
-            with open(path, "rb") as file:
+            with writing(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
         offsets[path.name] = path.stat().st_size if path.exists() else 0
     return offsets
@@ -223,7 +254,8 @@ def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
                             "put the unchanged file back, or start in a new run.dir")  # fmt: skip
     for name, offset in offsets.items():
         if (run.root / name).exists():
-            os.truncate(run.root / name, offset)
+            with writing(run.root / name):
+                os.truncate(run.root / name, offset)
 
 
 def lost_saves(run: RunDir) -> UserError | None:
@@ -250,4 +282,5 @@ def _byte(path: Path, offset: int) -> bytes:
 def _mend(path: Path) -> None:
     """Drop a last line that was cut off while it was written, so that the next one starts on its own line."""
     if path.exists() and (size := path.stat().st_size) and _byte(path, size - 1) != b"\n":
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        with writing(path):
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -5,7 +5,6 @@ Every process calls these alike and comes to the same finding.
 
 import asyncio
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from etils import epath
 from dpo_jax import hosts
 from dpo_jax.checksums import describe_leaves, leaf_checksums
 from dpo_jax.config import CheckpointConfig
+from dpo_jax.console import warn
 from dpo_jax.errors import UserError
 from dpo_jax.manifest import FORMAT
 
@@ -27,11 +27,6 @@ NOT_ITS_FAULT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUT
 
 class Damaged(Exception):
     """This step cannot be used; the text is the reason."""
-
-
-def say(line: str) -> None:
-    """To whom it may concern: the user's terminal."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def saved_steps(directory: epath.Path) -> list[int]:
@@ -50,7 +45,7 @@ def rank_steps(metrics: Mapping[int, Mapping[str, float]], config: CheckpointCon
 
 
 def restore_part(directory, which: Literal["newest", "best"], abstract: Mapping[str, Any],
-                 notice: Callable[[str], None] = say) -> tuple[dict[str, Any], dict]:  # fmt: skip
+                 notice: Callable[[str], None] = warn) -> tuple[dict[str, Any], dict]:  # fmt: skip
     """Some fields of the state of a finished or running run; changes nothing there.
 
     Args:

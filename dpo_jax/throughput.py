@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 
 from dpo_jax.chips import chip_of
 from dpo_jax.config import DPOConfig, RunConfig, SFTConfig
+from dpo_jax.console import say
 from dpo_jax.data.batches import StepData
 from dpo_jax.data.store import Store
 from dpo_jax.errors import UserError
-from dpo_jax.metrics import say
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import pairs_work, step_flops
 from dpo_jax.rundir import RunDir

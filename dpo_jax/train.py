@@ -30,19 +30,20 @@ from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.compiler import compiler_options
 from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.configfile import config_to_yaml
+from dpo_jax.console import lossy_streams, progress_line, say
 from dpo_jax.data.batches import StepData
 from dpo_jax.errors import Preempted, RunStopped, UserError
 from dpo_jax.logprobs import Params
-from dpo_jax.manifest import refuse_changed, rounding_changes
-from dpo_jax.metrics import MetricsLog, all_finite, clipped, memory, plain, progress_line, say
+from dpo_jax.manifest import new_run, refuse_changed, rounding_changes
+from dpo_jax.metrics import MetricsLog, all_finite, clipped, memory, plain
 from dpo_jax.models.adapters import Adapted
 from dpo_jax.models.decoder import count_adapters, count_params
 from dpo_jax.optimizer import make_optimizer, make_schedule
 from dpo_jax.policy import export_run, keep_model_files
 from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps, starts_equal
 from dpo_jax.reference import LiveReference, Reference
-from dpo_jax.report import write_report
-from dpo_jax.rundir import RunDir, cut_back, hold_run, last_metrics, log_event, log_offsets, lost_saves
+from dpo_jax.report import report_done
+from dpo_jax.rundir import RunDir, cut_back, hold_run, last_metrics, log_event, log_offsets, lost_saves, replace_text
 from dpo_jax.sharding import make_mesh
 from dpo_jax.step import TrainState, TrainStep
 from dpo_jax.throughput import refuse_window, step_rates, trace_edges, traced
@@ -104,7 +105,7 @@ def train(
     hosts.start_hosts()
     hosts.keep_compilations()
     mesh = make_mesh(config.mesh, devices)
-    with jax.set_mesh(mesh), held(config.run.dir) as run:
+    with jax.set_mesh(mesh), lossy_streams(), held(config.run.dir) as run:
         # Data and model
         parts = assemble(config, mesh, train_set, eval_sets)
         refuse_window(config.run.profile_steps, parts.batches.order.num_steps)
@@ -120,7 +121,11 @@ def train(
         fresh, abstract = initial_state(parts, optimizer)
         step = make_step(config, parts.logps_fn, mesh, optimizer, abstract, flags)
 
-        with Checkpoints(run.checkpoints, config.checkpoint) as saves, hosts.stop_signals() as stop_requested:
+        with (
+            Checkpoints(run.checkpoints, config.checkpoint) as saves,
+            MetricsLog(run, config.run, hosts.is_writer()) as log,
+            hosts.stop_signals() as stop_requested,
+        ):
             job = Job(
                 run=run,
                 parts=parts,
@@ -130,7 +135,7 @@ def train(
                 step=step,
                 schedule=make_schedule(config.optimizer, num_steps),
                 saves=saves,
-                log=MetricsLog(run, config.run, hosts.is_writer()),
+                log=log,
                 manifest=describe(parts, ids),
             )
             restored = resume(job, abstract)
@@ -139,6 +144,8 @@ def train(
                 progress = begin(job, state)
             else:
                 state, progress = restored
+            if hosts.is_writer():
+                replace_text(run.config, config_to_yaml(config))  # what runs now: free options may change on resume
             del start
             state = run_steps(job, state, progress, stop_requested)
         finish(job, state)
@@ -223,11 +230,10 @@ def to_save(job: Job, state: TrainState) -> Any:
 
 
 def begin(job: Job, state: TrainState) -> Progress:
-    """Start afresh: old logs emptied, config and model files kept, the start proven and evaluated."""
+    """Start afresh: old logs emptied, model files kept, the start proven and evaluated."""
     if hosts.is_writer():
         cut_back(job.run, {log.name: 0 for log in job.run.logs})
         keep_model_files(job.run, job.parts.source, job.parts.tokenizer)
-        job.run.config.write_text(config_to_yaml(job.parts.config))
     if job.reference is not None:
         policy, fixed = start_logps(job.parts, job.reference, job.policy(state))
         if job.proven:
@@ -329,9 +335,12 @@ def record(job: Job, pending: _Pending, progress: Progress, line: Any, clock: fl
     real = data.ids[data.ids >= 0]
     if not all_finite(values):
         rows = ", ".join(f"{job.parts.sets.train.report[store.sources[i]]['source']}:{store.rows[i]}" for i in real)
+        remedy = new_run(job.manifest["config"], job.run.root, job.reference is not None and not job.syncs)
         raise NotFinite(
             f"step {data.step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: the run is stopped, "
-            f"the state after step {data.step} is saved; lower optimizer.learning_rate or look at rows {rows}"
+            f"the state after step {data.step} is saved; look at rows {rows}, or start a new run with "
+            "a lower optimizer.learning_rate: --run.dir NEW, or from this save, if the metrics before are sound: "
+            + remedy
         )
     if data.step == 0 and job.proven:
         check_first(job.parts, values, data)
@@ -383,9 +392,9 @@ def finish(job: Job, state: TrainState) -> None:
         export_run(job.run, job.run.export, job.parts.model, job.policy(state), overwrite=True)
     if not hosts.is_writer():
         return
+    log_event(job.run, "end", step=job.parts.batches.order.num_steps)
     if config.run.report:
         stores = {"train": job.parts.batches.store}
         stores |= {name: own.store for name, own in job.parts.evals.items() if own.store is not stores["train"]}
-        write_report(job.run.root, {name: store.report for name, store in stores.items()})
-    log_event(job.run, "end", step=job.parts.batches.order.num_steps)
-    say(config.run.progress, f"done: {job.run.report if config.run.report else job.run.root}")
+        report_done(job.run.root, {name: store.report for name, store in stores.items()}, config.run.progress)
+    say(config.run.progress, f"done: {job.run.root}")

@@ -69,6 +69,9 @@ need PYTHON '3\.(1[1-9]|[2-9][0-9])' "3.11 or newer"
 need COORDINATOR_PORT '[1-9][0-9]{0,4}' "the number of a port"
 ((COORDINATOR_PORT < 65536)) || refuse COORDINATOR_PORT "$COORDINATOR_PORT" "ports end at 65535"
 [[ -z $SECRETS || -f $SECRETS ]] || refuse SECRETS "$SECRETS" "no such file: name one of lines NAME=value, or nothing"
+[[ -z $SECRETS ]] ||
+  ! line=$(LC_ALL=C grep -anvE -m 1 '^((export )?[A-Za-z_][A-Za-z0-9_]*=.*|#.*|[[:space:]]*)$' "$SECRETS") ||
+  refuse SECRETS "$SECRETS" "line ${line%%:*} is not NAME=value"
 need POLL_SECONDS '[0-9]+(\.[0-9]+)?' "a number of seconds"
 for count in STOP_SECONDS HALT_SECONDS ASK_SECONDS START_SECONDS; do
   need "$count" '[1-9][0-9]{0,8}' "a number of seconds"

@@ -14,5 +14,5 @@ on_slices scp_slice "$archive" dpo_jax.tar.gz
 into=dpo_jax/trees/$commit
 # What tar says with a 2, such as a full disk, is no wrong command.
 how=retry ssh_to all "mkdir -p $into && tar -xzf dpo_jax.tar.gz -C $into && ln -sfn trees/$commit $tree || exit 1"
-[[ -z $SECRETS ]] || on_slices scp_slice "$SECRETS" dpo_jax/secrets.sh
+[[ -z $SECRETS ]] || on_slices scp_slice "$SECRETS" dpo_jax/secrets.env
 printf '%s\n' "$commit"

@@ -18,10 +18,10 @@ start() { # RUN_ID COMMAND CONFIG OVERRIDES...
   mkdir -p "$run"
   rm -f "$run/pid" "$run/exit_code"
   printf '%s' "$line" >"$run/command"
-  setsid nohup bash "$(readlink -f "$0")" supervise "$run" "$@" </dev/null >/dev/null 2>&1 &
-  local tenth
+  setsid nohup bash "$(readlink -f "$0")" supervise "$run" "$@" </dev/null >>"$run/log" 2>&1 &
+  local tenth supervisor=$!
   for ((tenth = 0; tenth < 100; tenth++)); do # until it is there; then whether it stays
-    ! alive "$run" && [[ ! -f $run/exit_code ]] || break
+    kill -0 "$supervisor" 2>/dev/null && ! alive "$run" && [[ ! -f $run/exit_code ]] || break
     sleep 0.1
   done
   for ((tenth = 0; tenth < 10 * ${WATCH_SECONDS:-5}; tenth++)); do
@@ -30,19 +30,29 @@ start() { # RUN_ID COMMAND CONFIG OVERRIDES...
   done
   state "$run"
   [[ ! -f $run/exit_code ]] || { tail -n 20 "$run/log" && exit "$(<"$run/exit_code")"; }
+  alive "$run" || { tail -n 20 "$run/log" >&2 && exit 1; } # neither started nor ended
 }
 
 supervise() { # RUN_FOLDER WORD...: the trainer's parent; it outlives the ssh that started it
   local run=$1 code=0
   cd "$base"
-  set -a
-  # shellcheck source=/dev/null
-  [[ ! -f secrets.sh ]] || . ./secrets.sh
-  set +a
-  venv/bin/dpo-jax "${@:2}" >>"$run/log" 2>&1 &
+  with_secrets venv/bin/dpo-jax "${@:2}" &
   echo $! >"$run/pid.new" && mv "$run/pid.new" "$run/pid"
   wait $! || code=$?
   echo "$code" >"$run/exit_code"
+}
+
+with_secrets() { # COMMAND...: becomes it, with the lines NAME=value of secrets.env as variables; values are data
+  [[ ! -f secrets.env ]] || while IFS= read -r || [[ -n $REPLY ]]; do
+    [[ ${REPLY%$'\r'} =~ ^(export\ )?([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] || continue # settings.sh refuses other lines
+    export "${BASH_REMATCH[2]}=$(unquoted "${BASH_REMATCH[3]}")"
+  done <secrets.env
+  exec "$@"
+}
+
+unquoted() { # VALUE: without the one pair of quotes around it, if there is one
+  [[ $1 != \"*\" && $1 != \'*\' ]] || set -- "${1:1:${#1}-2}"
+  printf '%s' "$1"
 }
 
 status() { # RUN_ID RUNS

@@ -100,6 +100,7 @@ TRAINER = r"""#!/usr/bin/env bash
 slice=${HOME%/*} me=${HOME##*/}
 printf '%s\n' "$DPO_JAX_COORDINATOR $JAX_COORDINATOR_PORT" "$@" >"$HOME/called.new"
 mv "$HOME/called.new" "$HOME/called"
+env -0 >"$HOME/environment"
 echo "${slice##*/}/$me ${SECRET_WORD:-}" >>"$CLOUD/starts"
 trap 'sleep 0.1; echo saved; exit 42' TERM
 [[ $* != *no_such_option* ]] || { echo "dpo-jax: error: no_such_option" >&2; exit 2; }

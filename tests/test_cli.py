@@ -79,7 +79,8 @@ def test_what_a_command_raises_is_its_line_and_exit_code(capsys, config, monkeyp
         raise error("the run: 3\ncannot go on")
 
     monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(summary="", run=run, config=cli.DPOConfig))
-    assert outcome(capsys, "train", config) == (error.exit_code, "", "dpo-jax: error: the run: 3 cannot go on\n")
+    kind = "" if error is Preempted else "error: "  # a run that was asked to stop and did is no error
+    assert outcome(capsys, "train", config) == (error.exit_code, "", f"dpo-jax: {kind}the run: 3 cannot go on\n")
     assert (UserError.exit_code, Preempted.exit_code, RunStopped.exit_code) == (2, 42, 43)
 
 
@@ -89,6 +90,47 @@ def test_control_c_ends_with_130(capsys, config, monkeypatch):
 
     monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(summary="", run=run, config=cli.DPOConfig))
     assert outcome(capsys, "train", config) == (130, "", "dpo-jax: interrupted\n")
+
+
+def test_output_that_cannot_be_written_costs_no_work(config, monkeypatch):
+    done = []
+
+    def run(**_):
+        print("found \ud800 日本")
+        print("noticed", file=sys.stderr)
+        done.append(True)
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(summary="", run=run, config=cli.DPOConfig))
+
+    def code(out, err):
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        return cli.main(["train", config])
+
+    def left():  # a pipe whose reader has gone
+        reader, writer = os.pipe()
+        os.close(reader)
+        return open(writer, "w")
+
+    with left() as out, left() as err:
+        assert code(out, err) == 0
+    assert code(None, None) == 0
+    with open("out", "w", encoding="ascii") as out, open("err", "w") as err:
+        assert code(out, err) == 0
+    assert Path("out").read_text() == "found \\ud800 \\u65e5\\u672c\n"
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as out, open("err", "w") as err:
+            assert code(out, err) == 1  # what it found is lost, and nobody chose that
+        lost = "dpo-jax: error: stdout: [Errno 28] No space left on device: what the command found is lost\n"
+        assert Path("err").read_text() == f"noticed\n{lost}"
+    assert len(done) == 3 + Path("/dev/full").exists()
+
+
+def test_descriptors_closed_at_the_start_are_no_file_of_the_run(tmp_path):
+    code = "import os, dpo_jax.console as c; c.open_descriptors(); print(os.open('f', 65), file=open('n', 'w'))"
+    shell = f'exec {sys.executable} -c "{code}" <&- >&- 2>&-'
+    subprocess.run(["sh", "-c", shell], check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert int((tmp_path / "n").read_text()) > 2
 
 
 def test_a_fault_of_the_program_is_not_hidden(config, monkeypatch):

@@ -294,6 +294,42 @@ def test_secrets_reach_the_run_and_no_command_line(cloud):
     assert not any("hush" in call for call in cloud.calls)
 
 
+def test_secrets_are_data(cloud):
+    values = {
+        "SPACES": "  two  words ", "EQUALS": "a=b==", "SHELL_WORDS": "a & b; c | d > e * ? ~ !x #y", "EMPTY": "",
+        "DOLLAR": "$HOME ${HOME} $1", "EXECUTED": f"$(touch {cloud.root}/bad) `touch {cloud.root}/bad`",
+        "QUOTES": "it's \"so\"", "OPEN": "\"", "BACKSLASH": "a\\nb\\", "UNICODE": "pässwörd é 日本",
+        "run": "x", "code": "5", "LONG": "x" * 10_000, "LAST": "no line end",
+    }  # fmt: skip
+    lines = ["# a comment", "", "export HF_TOKEN=hf_1", 'DOUBLE="in $HOME\'s quotes"', "SINGLE=' kept '"]
+    lines += ["WINDOWS=w\r"]
+    secrets = cloud.root / "secrets"
+    secrets.write_text("\n".join(lines + [f"{name}={value}" for name, value in values.items()]))
+    cloud.set(SECRETS=str(secrets))
+    cloud.install()
+    started = cloud.call("run.sh", "configs/a.yaml", WATCH_SECONDS="1")
+    assert (started.returncode, started.stdout.count("first runs, process")) == (0, 2), started.stdout + started.stderr
+    actual = dict(one.split("=", 1) for one in (cloud.home(0) / "environment").read_text().split("\0") if one)
+    expected = values | {"HF_TOKEN": "hf_1", "DOUBLE": "in $HOME's quotes", "SINGLE": " kept ", "WINDOWS": "w"}
+    assert {name: actual.get(name) for name in expected} == expected
+    assert not (cloud.root / "bad").exists()
+
+    secrets.write_text("A=1\nmy secret without a name\n")
+    refused = cloud.call("sync.sh")
+    assert (refused.returncode, refused.stderr) == (
+        2, f"launch: SECRETS: {secrets} cannot be used: line 2 is not NAME=value\n")  # fmt: skip
+
+
+def test_a_trainer_that_never_starts_is_a_failure(cloud):
+    cloud.install()
+    (cloud.home(0) / "dpo_jax" / "launched" / "first" / "log").mkdir(parents=True)  # its parent cannot run either
+    (cloud.home(1) / "dpo_jax" / "secrets.env").write_text("UID=0\n")  # a variable that bash lets nobody set
+    failed = cloud.call("run.sh", "configs/a.yaml")
+    assert (failed.returncode, cloud.starts) == (1, [])
+    assert "dpo-w-0: first does not run: it was not started here" in failed.stdout
+    assert "UID: readonly variable" in failed.stdout
+
+
 def test_a_run_on_two_workers_starts_once_and_stops_saved(cloud):
     cloud.install()
     words = ["--data.train", "{path: my 'own' $HOME pairs.jsonl}", "--loss.beta", "0.05"]

@@ -10,15 +10,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 
 from dpo_jax import charts
+from dpo_jax.batch import PairLogps, TokenStats
 from dpo_jax.charts import COLORS, Plot, draw, draw_histograms, eval_sets, running_mean, series
 from dpo_jax.config import DataConfig, DPOConfig, ModelConfig, ReferenceConfig, RunConfig, SFTConfig, SourceConfig
 from dpo_jax.configfile import config_to_yaml
-from dpo_jax.report import PLOTS, number, table, write_report
+from dpo_jax.losses import preference_metrics
+from dpo_jax.report import PLOTS, number, report_done, table, write_report
 from dpo_jax.rundir import append_json
 
 VOID = {"meta", "img", "source", "br"}
@@ -119,7 +122,7 @@ def test_a_dpo_run_is_told_whole(tmp_path):
     assert rows["Waiting for data"] == "4.0% of the time"
     assert "utilisation" not in text  # of no known chip
     titles = re.findall(r"<h3>(.*?)</h3>", text)
-    assert titles == ["Loss", "Reward accuracy", "Rewards", "Margin", "Gradient norm", "Learning rate",
+    assert titles == ["Loss", "Reward accuracy", "Margin", "Rewards", "Gradient norm", "Learning rate",
                       "Fill of the rows", "Tokens per second", "Seconds per step"]  # fmt: skip
 
 
@@ -144,6 +147,51 @@ def watched_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def test_every_evaluation_metric_is_explained_where_it_stands(tmp_path):
+    pairs = PairLogps(jnp.array([[-1.0, -2.0]]), jnp.ones((1, 2)), jnp.ones(1), jnp.ones(1, bool))
+    stats = TokenStats(*(jnp.ones((1, 2)) for _ in TokenStats.__dataclass_fields__))
+    logged = preference_metrics(replace(pairs, stats=stats), pairs, dpo_config().loss)
+    run = make_run(tmp_path, dpo_config(), [{"step": 0} | {f"eval_a_{key}": float(logged[key]) for key in logged}])
+    cells = Page(write_report(run).read_text()).cells
+    unexplained = [key for key in logged if not cells[cells.index(f"a: {key}") + 4]]
+    assert (unexplained, len(logged)) == ([], 15)
+    kl = cells[cells.index("a: kl") + 4]
+    assert kl == next(plot.note for plot in PLOTS if plot.title == "KL")
+
+
+def test_clipping_of_most_steps_has_advice(tmp_path):
+    rows = [step_row(step) | {"clipped": int(step > 1)} for step in range(1, 5)]
+    cells = Page(write_report(make_run(tmp_path, dpo_config(), rows)).read_text()).cells
+    text = cells[cells.index("Clipped") + 1]
+    assert text.startswith("3 of 4 logged steps, whose gradient norm was above 1. Clipping is for spikes")
+    assert "the usual norm here is 1.417 (median): set optimizer.max_grad_norm above that" in text
+
+
+def test_any_name_of_a_set_stands_in_its_plots(monkeypatch):
+    drawn = []
+    kept = charts._png
+    monkeypatch.setattr(charts, "_png", lambda whole: drawn.append(whole) or kept(whole))
+    names = ["a$b$c", "$\\frac$", r"\$a", "_hidden", "<&\"'", "100%", "{x}"]
+    for name in names:
+        draw(Plot("", ("loss",), ""), [("loss", "", [1, 2], [1.0, 2.0]), ("loss", name, [1, 2], [1.0, 2.0])], "light")
+    actual = [[text.get_text() for text in whole.axes[0].get_legend().get_texts()] for whole in drawn]
+    assert actual == [["training", name] for name in names]
+
+
+def test_a_report_that_fails_costs_the_run_a_line(tmp_path, capsys, monkeypatch):
+    run = make_run(tmp_path, dpo_config(), dpo_metrics())
+    (run / "report.html").mkdir()  # what is wrong outside is one line
+    report_done(run, {}, shown=False)
+    line = "the run is done and whole, the same command tries it again\n"
+    said = capsys.readouterr().err
+    assert (said.count("\n"), said.startswith("report: not written ("), said.endswith(line)) == (1, True, True)
+    monkeypatch.setattr("dpo_jax.report.headlines", lambda metrics: 1 / 0)  # a fault of this program shows itself whole
+    report_done(run, {}, shown=False)
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.endswith(f"report: not written (ZeroDivisionError: division by zero); {line}")
+
+
 def test_a_report_tells_how_the_reward_is_spread(tmp_path):
     run = make_run(tmp_path, dpo_config(), watched_rows())
     for row in (spread_row(0, [0, 8]), spread_row(40, [4, 4]), spread_row(80, [6, 2])):
@@ -155,7 +203,7 @@ def test_a_report_tells_how_the_reward_is_spread(tmp_path):
     assert cells[start + 7 : start + 9] == ["held_out: rejected is longer", "8"]
     assert cells[cells.index("Clipped") + 1] == "16 of 80 logged steps, whose gradient norm was above 1"
     titles = re.findall(r"<h3>(.*?)</h3>", text)
-    assert titles[:2] == ["held_out: margins", "held_out: rewards"]
+    assert titles[:6] == ["Loss", "Reward accuracy", "Margin", "Rewards", "held_out: margins", "held_out: rewards"]
     assert {"Likelihood since the start", "Displacement", "KL", "Gradient weight"} < set(titles)
     assert f"dpo-jax eval {run}/config.yaml --output {run}/pairs.jsonl --per-token</pre>" in text
 

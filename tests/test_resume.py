@@ -11,6 +11,7 @@ import pytest
 from runs import ended, events, num_lines, saved_bits, started, write_config
 
 from dpo_jax.config import FatesConfig
+from dpo_jax.configfile import load_yaml
 from dpo_jax.rundir import read_json
 
 STEPS = 24
@@ -69,6 +70,7 @@ def test_killed_and_stopped_anywhere_a_run_is_as_if_it_never_was(config, tmp_pat
         assert running.code() == 42
     stopped = events(run, "preempt")[0]["step"]
     assert f"stopped after step {stopped} of {STEPS}, the state is saved: run the same command again" in running.said()
+    assert "error" not in running.said()
     assert ended("train", config, output=tmp_path / "said") == (0, "")
 
     assert events(run, "restore")[-1]["step"] == stopped  # nothing that was done is done again
@@ -87,18 +89,34 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_step(config, t
     assert good > 0
     assert said.count("\n") == 1
     assert said.startswith(f"dpo-jax: error: step {good + 1}: loss ")
-    assert f"the state after step {good} is saved; lower optimizer.learning_rate or look at rows " in said
-    rows = said.split("look at rows ")[1].split(", ")
+    assert f"the state after step {good} is saved; look at rows " in said
+    rows = said.split("look at rows ")[1].split(", or start a new run with ")[0]
+    rows = rows.split(", ")
     assert len(rows) == 4
     assert all(row.rpartition(":")[0].endswith("pairs.jsonl") and int(row.rpartition(":")[2]) < 80 for row in rows)
     assert read_json(run / "metrics.jsonl")[-1]["step"] == good
 
-    again = ended("train", config, *wild, output=tmp_path / "said")  # it goes on from there, and comes no further
+    free = ["--run.log_every", "2"]  # it goes on from there, and comes no further; config.yaml says how it runs now
+    again = ended("train", config, *wild, *free, output=tmp_path / "said")
+    assert load_yaml(run / "config.yaml")["run"]["log_every"] == 2
     assert again == (43, said)
     assert events(run, "restore")[-1]["step"] == good
     every_step = ["--checkpoint.every", "1", "--run.dir", whole]  # there that step is saved before the bad one is made
-    assert ended("train", config, *wild, *every_step, output=tmp_path / "said") == (43, said)
+    assert ended("train", config, *wild, *every_step, output=tmp_path / "said")[0] == 43
     assert saved_bits(run, good) == saved_bits(whole, good)
+
+
+def test_the_remedy_for_what_is_not_finite_works(config, shared, tmp_path):
+    code, said = ended("train", config, "--loss.beta", "1e37", output=tmp_path / "said")  # the first gradient overflows
+    assert code == 43
+    options = f"--run.dir NEW --model.path {tmp_path / 'run'} --reference.path {shared / 'models' / 'stories260K'}"
+    assert said.endswith(f": {options}\n")
+    new = [*options.replace("NEW", str(tmp_path / "new")).split(), "--run.steps", "1"]
+    assert ended("train", config, *new, output=tmp_path / "said") == (0, "")
+    before, after = (read_json(tmp_path / name / "metrics.jsonl") for name in ("run", "new"))
+    assert [row["step"] for row in after] == [0, 1, 1]
+    for name in ("logps/chosen", "rewards/chosen"):  # the save is the start here: the same policy and reference
+        assert after[0][f"eval_held_out_{name}"] == before[0][f"eval_held_out_{name}"]
 
 
 def test_a_stale_reference_cache_is_refused_at_step_0(config, tmp_path):

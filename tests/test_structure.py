@@ -19,7 +19,7 @@ FLOORS = [
     {"errors"},
     {"config", "batch", "chips", "compiler", "hlo"},
     {"checksums", "configfile", "hosts", "losses", "manifest", "optimizer", "rundir", "sharding", "task"},
-    {"vocabulary"},
+    {"console", "vocabulary"},
     {"logprobs"},
     {"charts", "configdocs", "plan_page", "distributions", "step", "saved", "models", "data"},
     {"checkpoint", "metrics", "report", "scoring"},

@@ -1,0 +1,79 @@
+"""What a command says on the terminal. Whoever reads it may go away, its disk may fill: that costs lines only."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+
+def say(shown: bool, line: str) -> None:
+    """A line for the user on stderr, from the first process, above the progress line."""
+    from dpo_jax.hosts import is_writer  # here, because it imports JAX
+
+    if shown and is_writer():
+        tqdm.write(line, file=sys.stderr)
+
+
+warn = partial(say, True)  # whatever run.progress says
+
+
+def progress_line(done: int, total: int, unit: str, shown: bool) -> tqdm:
+    """A live line on stderr: steps, time left, and what ``set_postfix`` is given."""
+    return tqdm(total=total, initial=done, unit=unit, disable=not shown, dynamic_ncols=True, leave=True)
+
+
+class LossyStream:
+    """A text stream that loses what it cannot write; ``lost`` is the first error, None while nothing was lost."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream  # None: it was closed before the interpreter started
+        self.lost: Exception | None = None
+
+    def write(self, text: str) -> int:
+        """Write, with escapes in place of characters that the encoding lacks."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._try("write", text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush."""
+        self._try("flush")
+
+    def discard(self) -> None:
+        """Once something was lost, drop what is still buffered, which would be an error when the interpreter ends."""
+        if self.lost is not None and self._stream is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def _try(self, action: str, *text: str) -> None:
+        try:
+            getattr(self._stream, action)(*text)
+        except Exception as error:  # noqa: BLE001 (a notebook's streams raise other types than files)
+            self.lost = self.lost or error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def lossy_streams() -> Iterator[tuple[LossyStream, LossyStream]]:
+    """Inside, nothing that is written to stdout and stderr, by whichever library, can raise; gives both."""
+    out, err = LossyStream(sys.stdout), LossyStream(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+        try:
+            yield out, err
+        finally:
+            out.flush()
+            err.flush()
+
+
+def open_descriptors() -> None:
+    """Open descriptors 0 to 2 where they are closed: a log would get the number, and what libraries write to stderr."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, so this one
