@@ -15,7 +15,9 @@ from jax.sharding import AbstractMesh, Mesh
 from dpo_jax import hosts
 from dpo_jax.batch import PairLogps, PreferenceBatch
 from dpo_jax.checksums import weights_id
+from dpo_jax.compiler import FLAGS
 from dpo_jax.config import SORTED, DPOConfig, LossConfig, ModelConfig, SFTConfig
+from dpo_jax.config.idle import Facts, idle_options
 from dpo_jax.data.batches import Batches, StepData, set_batches, train_batches
 from dpo_jax.data.sets import DataSets, open_sets
 from dpo_jax.data.store import Store
@@ -96,7 +98,7 @@ def assemble(
     eval_sets: "Mapping[str, Dataset] | None" = None,
 ) -> Parts:
     """Find the model, tokenise the data, lay out every step; nothing is compiled and no weight is loaded yet."""
-    source = find_model(config.model.path, config.model.revision)
+    source = find_model(config.model.path, config.model.revision, config.model.checkpoint)
     model = build_model(source, config.model, platform_of(mesh), config.lora)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = hosts.writer_first(partial(open_sets, config, tokenizer, train_set, eval_sets), "tokenised data")
@@ -117,6 +119,22 @@ def assemble(
         logps_step=make_logps_step(logps_fn if model.lora is None else of_adapted(logps_fn), replicated(mesh)),
         place=make_place(mesh),
     )
+
+
+def notes_of(parts: Parts) -> list[str]:
+    """What of the config has no effect in this run, a line each."""
+    stores = [parts.batches.store, *(own.store for own in parts.evals.values())]
+    reports = [source for store in stores for source in store.report]
+    platform = platform_of(parts.mesh)
+    facts = Facts(
+        steps=parts.batches.order.num_steps,
+        eval_sets=len(parts.evals),
+        examples=sum(source["kept"] for source in reports),
+        messages=sum(source["rendered"] for source in reports),
+        platform=platform,
+        flags=frozenset(flag.name for flag in FLAGS.get(platform, ())),
+    )
+    return idle_options(parts.config, facts)
 
 
 def train_logps_fn(config: DPOConfig | SFTConfig, model: Model) -> LogpsFn:
@@ -173,15 +191,29 @@ def reference_weights(parts: Parts, start: Params) -> Params:
     path = parts.config.reference.path
     if path is None:
         return start
+    find = partial(find_model, revision=None)
+    source = find_reference(parts.config, path, parts.model, platform_of(parts.mesh), find)
+    own = ModelConfig(path=path, param_dtype=parts.config.model.param_dtype)
+    return load_weights(source, parts.model, own, parts.mesh)
+
+
+def find_reference(
+    config: DPOConfig, path: str, model: Model, platform: str, find: Callable[[str], ModelSource]
+) -> ModelSource:
+    """What ``reference.path`` names, by ``find``; it must be a model just like the policy's, ``model``.
+
+    Raises:
+        UserError: there is no such model, or it has another architecture or vocabulary.
+    """
     try:
-        source = find_model(path, None)
-        model = build_model(source, parts.config.model, platform_of(parts.mesh))
+        source = find(path)
+        other = build_model(source, config.model, platform)
     except UserError as error:
         raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
-    if model != parts.model:
+    if other != model:
         raise UserError(f"reference.path: {path} has another architecture or vocabulary than model.path "
-                        f"{parts.config.model.path}; choose a model of the same kind")  # fmt: skip
-    return load_weights(source, model, ModelConfig(path=path, param_dtype=parts.config.model.param_dtype), parts.mesh)
+                        f"{config.model.path}; choose a model of the same kind")  # fmt: skip
+    return source
 
 
 def make_reference(parts: Parts, weights: Params) -> Reference | None:

@@ -53,7 +53,7 @@ def _data(config: TrainConfig, step: int | None) -> None:
     from dpo_jax.models.load import end_tokens
     from dpo_jax.policy import find_model, find_tokenizer
 
-    source = find_model(config.model.path, config.model.revision, weights=False)
+    source = find_model(config.model.path, config.model.revision, config.model.checkpoint, weights=False)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     if step is None:
         positions, ends = source.hf_config.get("max_position_embeddings"), end_tokens(source.folder, source.hf_config)

@@ -58,7 +58,14 @@ def platform_flags(platform: str, overrides: Mapping[str, str]) -> dict[str, str
 
     ``overrides``, as in `config.RunConfig`, are added or take the place of a flag of the table; an empty value leaves
     one out.
+
+    Raises:
+        UserError: what is to be left out is set on no platform.
     """
+    known = {flag.name for flags in FLAGS.values() for flag in flags}
+    for name in (name for name, value in overrides.items() if not value and name not in known):
+        raise UserError(f"run.compiler_flags: {name}: nothing sets it, so an empty value leaves nothing out: give it a "
+                        f"value, or remove it; these are set on TPUs: {', '.join(sorted(known))}")  # fmt: skip
     options = {flag.name: flag.value for flag in FLAGS.get(platform, ())} | dict(overrides)
     return {name: _BOOLEANS.get(value, value) for name, value in options.items() if value}
 

@@ -1,6 +1,6 @@
 """The text under each field of a config, for ``--help`` and docs/configuration.md.
 
-``python -m dpo_jax.configdocs > docs/configuration.md`` writes that page anew.
+``python -m dpo_jax.configdocs > docs/configuration.md`` writes that page again.
 """
 
 import dataclasses
@@ -25,7 +25,10 @@ lists and mappings. The value takes the place of what the file says; of an optio
 - YAML is read by the rules of version 1.2: `5e-7` is a number, `yes` is text. What versions read differently, such as
   `012`, is text.
 - Types are strict: `"8"` is no number, `1.0` no whole number, `1` no truth value. Unknown names are errors.
-- A path alone may stand for a set, `pairs.jsonl` for `{path: pairs.jsonl}`, and one entry alone for a list of it.
+- A path alone may stand for a set, `pairs.jsonl` for `{path: pairs.jsonl}`, and one entry alone for a list of it. The
+  index of an only set may be left out: `--data.train.limit 100`.
+- An option that can never have an effect next to the others is an error. One that has none only because of the data,
+  the length of the run or the devices, such as a warm-up longer than the run, is noted when the run starts.
 - Relative paths are seen from the working directory.
 - The run directory's `config.yaml` has every default spelled out, and can be used as a config itself.
 

@@ -7,9 +7,11 @@ as ``012``, is text. A name given twice is an error. Types are strict: ``"8"`` i
 
 import dataclasses
 import difflib
+import os
 import re
+import reprlib
 import sys
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,8 +19,9 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 import yaml
 
 from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig, TrainConfig
+from dpo_jax.config.elsewhere import ELSEWHERE
 from dpo_jax.config.loss import ALSO_CALLED
-from dpo_jax.errors import UserError, require
+from dpo_jax.errors import UserError, from_outside, reason
 
 Config = TypeVar("Config", bound=TrainConfig)
 Section = TypeVar("Section")
@@ -34,21 +37,38 @@ class CommandLineText(str):
     """Text of an override whose type is decided by the field that it is for."""
 
 
+class _Short(reprlib.Repr):
+    """How a refused value is shown: what a file or caller gives may be endless, by its size or by aliases."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 2, 200, 200
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
+
+
+_shown = _Short().repr
+
+
 def parse_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any], kind: type[Config]) -> Config:
     """Read a config and check it wholly.
 
     Args:
         source: path of a YAML file, or what such a file would hold.
         overrides: value by dotted name, into lists too: ``{"run.steps": 5, "data.train.0.limit": 100}``; put on top of
-            the source in their order. `CommandLineText` values are read as the field's type asks.
+            the source in their order. `CommandLineText` values are read as the field's type asks. The index of a
+            list's only set may be left out, ``data.train.limit``.
         kind: DPOConfig or SFTConfig.
 
     Raises:
         UserError: the file cannot be read, or a name, type or value is wrong; names the field, value and remedy.
     """
-    tree = _copy(source) if isinstance(source, Mapping) else load_yaml(Path(source))
+    if not isinstance(source, str | os.PathLike | Mapping):
+        _refuse("", source, "give the path of a YAML file, or a mapping of sections")
+    tree = source if isinstance(source, Mapping) else load_yaml(Path(source))
     for name, value in overrides.items():
-        _set(tree, name, value)
+        tree = _put(kind, tree, (), name.split("."), value)
     return _read(kind, tree, "", kind)
 
 
@@ -68,16 +88,17 @@ def config_to_yaml(config: TrainConfig) -> str:
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds."""
-    if path.is_dir():
-        raise UserError(f"{path}: this is a directory: give a config file, such as {path / 'config.yaml'}")
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.is_dir():
+            raise UserError(f"{path}: this is a directory: give a config file, such as {path / 'config.yaml'}")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such config file: check the path, seen from {Path.cwd()}") from None
-    except OSError as error:
-        raise UserError(f"{path}: the config file cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8: save the config file as UTF-8 text") from None
+    except (OSError, ValueError) as error:  # a path that the system does not take is one or the other
+        said = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"{_shown(str(path))}: the config file cannot be read: {said}: check the path") from None
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: it holds {_words(tree)}, not sections: see docs/configuration.md")
@@ -116,17 +137,25 @@ def _read(kind: Any, value: Any, name: str, root: type) -> Any:
         return _read_section(kind, value, name, root)
     if get_origin(kind) is tuple:
         element = get_args(kind)[0]
+        parts = value.split(",") if isinstance(value, str) else []
+        if len(parts) > 1 and all(_accepts(element, part.strip()) for part in parts):
+            _refuse(name, value, f"a list is written [{value}]")
         if not isinstance(value, list | tuple):  # one element may stand for a list of it
             return (_read(element, value, name, root),)
         return tuple(_read(element, part, f"{name}.{index}", root) for index, part in enumerate(value))
     if get_origin(kind) is dict:
         if not isinstance(value, Mapping):
-            _refuse(name, value, f"write names with their values, such as {{name: {value}}}")
+            _refuse(name, value, f"write names with their values, such as {_example(value)}")
         element = get_args(kind)[1]
+        for key in value:
+            if not _accepts(str, key):
+                _refuse(f"{name}: the name", key, "text is needed")
         return {key: _read(element, part, f"{name}.{key}", root) for key, part in value.items()}
     if not _accepts(kind, value):
-        _refuse(name, value, _remedy(kind, value))
-    return float(value) if type(value) is int and not _accepts_type(kind, int) else value
+        listed = isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)
+        several = listed and f"{name}s" in field_names(root)
+        _refuse(name, value, f"several are given as {name}s" if several else _remedy(kind, value))
+    return float(value) if type(value) is int and not _takes(kind, int) else value
 
 
 def _read_section(kind: Any, value: Any, name: str, root: type) -> Any:
@@ -145,6 +174,8 @@ def _read_section(kind: Any, value: Any, name: str, root: type) -> Any:
         field_type = hints[field.name]
         if field.name in value:
             arguments[field.name] = _read(field_type, value[field.name], dotted + field.name, root)
+            if arguments[field.name] == "":
+                _refuse(dotted + field.name, "", "empty text names nothing; name something, or leave it out")
         elif needed and dataclasses.is_dataclass(field_type):
             arguments[field.name] = _read(field_type, {}, dotted + field.name, root)
         elif needed:
@@ -169,16 +200,31 @@ def _from_command_line(kind: Any, text: CommandLineText, name: str) -> Any:
     return plain if _accepts(kind, plain) else _parse_yaml(plain, name)
 
 
+def _example(value: Any) -> str:
+    """A mapping as it was probably meant: of ``name:value``, ``--name=value`` or a value alone."""
+    if not isinstance(value, str):
+        return "{name: value}"
+    pair = re.fullmatch(r"-*([\w.]+) ?[:=] ?(\S+)", value)
+    return f"{{{pair[1]}: {pair[2]}}}" if pair else f"{{name: {value}}}"
+
+
 def _accepts(kind: Any, value: Any) -> bool:
     if get_origin(kind) in (Union, UnionType):
         return any(_accepts(option, value) for option in get_args(kind))
     if get_origin(kind) is Literal:
         return type(value) is str and value in get_args(kind)
-    finite = type(value) not in (int, float) or kind is int or abs(value) <= sys.float_info.max
-    return type(value) in SCALARS.get(kind, ()) and finite
+    return type(value) in SCALARS.get(kind, ()) and _is_usable(kind, value)
 
 
-def _accepts_type(kind: Any, scalar: type) -> bool:
+def _is_usable(kind: Any, value: Any) -> bool:
+    """Numbers are finite, whole ones fit in 64 bits; text can be written as UTF-8 and be a path."""
+    if isinstance(value, str):
+        return re.search("[\0\ud800-\udfff]", value) is None
+    most = 2**63 - 1 if kind is int else sys.float_info.max
+    return type(value) not in (int, float) or abs(value) <= most
+
+
+def _takes(kind: Any, scalar: type) -> bool:
     return kind is scalar or scalar in get_args(kind)
 
 
@@ -193,11 +239,20 @@ def _options(kind: Any) -> list[str]:
 
 def _remedy(kind: Any, value: Any) -> str:
     wanted = f"{type_words(kind)} is needed"
+    if type(value) is str and _takes(kind, str) and not _is_usable(kind, value):
+        return f"{wanted}, in UTF-8 and without NUL characters"
+    if type(value) is int and (_takes(kind, int) or _takes(kind, float)):
+        return f"{wanted}; this is out of range"
+    if type(value) is float and value.is_integer() and _accepts(kind, int(value)):
+        return f"{wanted}; write {int(value)}"
     if isinstance(value, str):
-        near = [name for name in _options(kind) if name == ALSO_CALLED.get(value)]
-        near = near or difflib.get_close_matches(value, _options(kind), 1)
+        options = _options(kind)
+        near = [ALSO_CALLED[value.lower()]] if "sigmoid" in options and value.lower() in ALSO_CALLED else []
+        near += difflib.get_close_matches(value, options, 1, cutoff=0.7)
         if near:
             return f"{wanted}; did you mean {near[0]}?"
+        if value.lower() == "none" and _accepts(kind, None):
+            return f"{wanted}; did you mean null?"
         if _accepts(kind, _parse_scalar(value)):
             return f"{wanted}; take away the quotes"
     if _accepts(kind, str(value)):
@@ -211,52 +266,69 @@ def _unknown(dotted: str, key: str, siblings: list[str], root: type) -> str:
         if other is not root and dotted + key in field_names(other):
             return f"this belongs to `dpo-jax {command}`, not to `dpo-jax {COMMAND_OF[root]}`: remove it"
     names = list(field_names(root))
-    near = [dotted + match for match in difflib.get_close_matches(key, siblings, 1)]
-    near += [name for name in names if name.split(".")[-1] == key]
+    near = [ELSEWHERE[key]] if ELSEWHERE.get(key) in names else []
+    near += [dotted + match for match in difflib.get_close_matches(key, siblings, 1, cutoff=0.7)]
+    near += [name for name in names if name.endswith(f".{key}")]
     near += [name for name in difflib.get_close_matches(dotted + key, names, 1, cutoff=0.8) if "." in name]
     return f"unknown option: did you mean {near[0]}?" if near else f"unknown option: choose from {', '.join(siblings)}"
 
 
 def _refuse(name: str, value: Any, remedy: str) -> NoReturn:
-    require(False, name or "the config", value, remedy)
-    raise AssertionError  # not reached: require raised
+    raise UserError(f"{name or 'the config'}: {_shown(value)} cannot be used: {remedy}")
 
 
 def _words(value: Any) -> str:
-    return {dict: "a mapping", list: "a list", NoneType: "nothing"}.get(type(value), repr(value))
+    return {dict: "a mapping", list: "a list", NoneType: "nothing"}.get(type(value), _shown(value))
 
 
 # Overrides: a value put into a tree by its dotted name.
 
 
-def _copy(tree: Any) -> Any:
-    """Mappings and lists that overrides can be put into, without changing the caller's."""
-    if isinstance(tree, Mapping):
-        return {key: _copy(value) for key, value in tree.items()}
-    return [_copy(value) for value in tree] if isinstance(tree, list | tuple) else tree
+def _put(kind: Any, node: Any, where: tuple[str, ...], rest: Sequence[str], value: Any) -> Any:
+    """The node with a value put in at the path ``rest``; the caller's tree stays as it is.
+
+    ``kind`` is the node's type, which tells what was written short; None: the name is unknown, and refused later.
+    ``where`` is the path to the node.
+    """
+    if not rest or kind is None:
+        return value
+    dotted, name = ".".join(where), ".".join((*where, *rest))
+    if isinstance(node, CommandLineText):
+        node = _from_command_line(kind, node, dotted)
+    if get_origin(kind) is tuple:
+        return _put_in_list(get_args(kind)[0], node, where, rest, value)
+    if kind in SHORTHAND and isinstance(node, str):
+        node = {SHORTHAND[kind]: node}
+    if not isinstance(node, Mapping) and (node is not None or not _has_names(kind)):
+        raise UserError(f"{name}: {dotted} is {_shown(node)}, which has no parts: set {dotted} itself")
+    node = node or {}
+    key, inside = rest[0], None
+    if dataclasses.is_dataclass(kind):
+        inside = get_type_hints(kind).get(key)
+    elif get_origin(kind) is dict:
+        inside = get_args(kind)[1]
+    return {**node, key: _put(inside, node.get(key), (*where, key), rest[1:], value)}
 
 
-def _set(tree: dict[str, Any], name: str, value: Any) -> None:
-    parts = name.split(".")
-    node: Any = tree
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(node, list):
-            if not (part.isdecimal() and int(part) < len(node)):
-                where = ".".join(parts[:depth])
-                raise UserError(f"{name}: {where} has {len(node)} entries, numbered from 0: {part!r} is none of them")
-            key: Any = int(part)
-        elif isinstance(node, dict):
-            key = part
-        else:
-            where = ".".join(parts[:depth])
-            raise UserError(f"{name}: {where} is {node!r}, which has no parts: give {where} as a list or mapping first")
-        if last:
-            node[key] = value
-        elif isinstance(node, dict):
-            node = node.setdefault(key, {})
-        else:
-            node = node[key]
+def _put_in_list(kind: Any, node: Any, where: tuple[str, ...], rest: Sequence[str], value: Any) -> list[Any]:
+    """As `_put`, of a list of ``kind``. One set may stand for a list of it, so its index may be left out."""
+    dotted, name = ".".join(where), ".".join((*where, *rest))
+    alone = [] if node is None and kind not in SHORTHAND else [node]
+    entries = list(node) if isinstance(node, list | tuple) else alone
+    if kind in SHORTHAND and not rest[0].isdecimal():
+        if len(entries) != 1:
+            choice = " to ".join(".".join((dotted, str(index), *rest)) for index in (0, len(entries) - 1))
+            raise UserError(f"{name}: {dotted} has {len(entries)} sets: say which, {choice}")
+        rest = ["0", *rest]
+    if rest[0] not in map(str, range(len(entries))):
+        raise UserError(f"{name}: {dotted} has {len(entries)} entries, numbered from 0: {rest[0]!r} is none of them")
+    index = int(rest[0])
+    entries[index] = _put(kind, entries[index], (*where, rest[0]), rest[1:], value)
+    return entries
+
+
+def _has_names(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or get_origin(kind) is dict
 
 
 # YAML 1.2's core schema, on PyYAML, which follows 1.1 by itself.
@@ -277,7 +349,8 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or key in seen:
-                problem = f"{key!r} is given twice" if isinstance(key, str) else f"the name {key!r} is not text"
+                what = _shown(key)
+                problem = f"{what} is given twice" if isinstance(key, str) else f"the name {what} is not text"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -296,17 +369,19 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
+        with from_outside(f"{origin}: this is not YAML", "correct it, or write it more plainly"):
+            return yaml.load(text, Loader=_Loader)
+    except UserError as refused:
+        error = refused.__cause__
+        if not isinstance(error, yaml.MarkedYAMLError):
+            raise
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
         raise UserError(f"{origin}: {where}: this is not YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin}: this is not YAML: {' '.join(str(error).split())}") from None
 
 
 def _parse_scalar(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        return None
+        return _parse_yaml(text, "")
+    except UserError:
+        return text

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax.aot import Compiled, Load, compile_step, slice_mesh
+from dpo_jax.assemble import find_reference
 from dpo_jax.chips import Topology, parse_topology
 from dpo_jax.config import DPOConfig, ModelConfig
 from dpo_jax.data.batches import train_batches
@@ -53,6 +54,9 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, sear
         require(known.slices == 1 or slice_.chip.dcn_bandwidth is not None, "--slices", known.slices,
                 f"how fast slices of {slice_.chip.name} exchange is not published; plan one")  # fmt: skip
     source = _source(config.model, tokenizer=known.data)
+    if config.reference.path is not None:
+        find_reference(config, config.reference.path, build_model(source, config.model, "tpu"), "tpu",
+                       lambda path: _source(ModelConfig(path=path), tokenizer=False))  # fmt: skip
     if known.data:
         known = _measured(config, source, known)
     for slice_ in slices:
@@ -150,7 +154,7 @@ def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
     files = os.path.isdir(os.path.expanduser(config.path)) or (tokenizer and config.tokenizer is None)
     if known is not None and not files:
         return ModelSource(known, None, None)
-    return find_model(config.path, config.revision, weights=False)
+    return find_model(config.path, config.revision, config.checkpoint, weights=False)
 
 
 def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Load:

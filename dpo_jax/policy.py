@@ -14,7 +14,7 @@ from dpo_jax.checksums import weights_id
 from dpo_jax.config import LoraConfig, ModelConfig
 from dpo_jax.configfile import load_yaml, read_section
 from dpo_jax.data.tokenizer import load_tokenizer
-from dpo_jax.errors import UserError, from_outside
+from dpo_jax.errors import UserError, from_outside, require
 from dpo_jax.models.adapters import Adapted, export_adapters, load_adapters, make_lora, merge, start_adapters
 from dpo_jax.models.decoder import Model, Params, make_model
 from dpo_jax.models.families import DecoderConfig, builtin_model, decoder_config
@@ -37,15 +37,21 @@ class ModelSource:
     run: RunDir | None  # holds the weights, as checkpoints
 
 
-def find_model(path: str, revision: str | None, *, weights: bool = True) -> ModelSource:
+def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, weights: bool = True) -> ModelSource:
     """What ``model.path`` names; a hub model is downloaded, with its ``weights`` or without.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it has no revisions or saved steps to choose from.
     """
+    own_run = is_run_dir(path)
+    require(own_run or checkpoint == "newest", "model.checkpoint", checkpoint,
+            f"{path} is no run directory, so it has no saved steps; leave it at newest")  # fmt: skip
+    local = "a run directory; model.checkpoint chooses" if own_run else "built in"
+    require(revision is None or not (own_run or path.startswith("builtin:")), "model.revision", revision,
+            f"{path} is {local}; leave it out")  # fmt: skip
     if path.startswith("builtin:"):
         return ModelSource(builtin_model(path), None, None)
-    if is_run_dir(path):
+    if own_run:
         run = find_run(path)
         folder = run.root / MODEL_FILES
         if not (folder / "config.json").is_file():

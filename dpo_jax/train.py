@@ -23,6 +23,7 @@ from dpo_jax.assemble import (
     evaluate_sets,
     initial_state,
     make_step,
+    notes_of,
     starting_weights,
     step_reference,
 )
@@ -171,13 +172,13 @@ def announce(parts: Parts, run: RunDir) -> None:
     """Tell what is about to run; the events keep what became of every row."""
     config, batches = parts.config, parts.batches
     order, shapes = batches.order, batches.packer.shapes
-    held = {name: len(own.order.groups[0]) for name, own in parts.evals.items()}
+    held, notes = {name: len(own.order.groups[0]) for name, own in parts.evals.items()}, notes_of(parts)
     causes: Counter[str] = Counter()
     for source in batches.store.report:
         causes.update({cause: found["count"] for cause, found in source["dropped"].items()})
     if hosts.is_writer():
         num_rows = sum(source["rows"] for source in batches.store.report)
-        log_event(run, "data", rows=num_rows, train=order.epoch_draws, evals=held, dropped=dict(causes))
+        log_event(run, "data", rows=num_rows, train=order.epoch_draws, evals=held, dropped=dict(causes), notes=notes)
     evals = "".join(f", {count} in {name}" for name, count in held.items())
     dropped = ", ".join(f"{count} rows dropped: {cause}" for cause, count in causes.items()) or "no row dropped"
     rows = " or ".join(f"{shape.rows} x {shape.length}" for shape in shapes)
@@ -187,6 +188,8 @@ def announce(parts: Parts, run: RunDir) -> None:
     say(config.run.progress, f"model: {size}, {parts.model.dtype}; mesh: {mesh}")
     say(config.run.progress, f"data: {order.epoch_draws} to train on{evals}; {dropped}")
     say(config.run.progress, f"steps: {order.num_steps} of {order.batch}, in rows of {rows} tokens")
+    for line in notes:
+        say(config.run.progress, f"note: {line}")
     lengths = batches.store.lengths
     longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
     made_for = parts.source.hf_config.get("max_position_embeddings", longest)

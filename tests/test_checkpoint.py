@@ -469,7 +469,6 @@ MATTER = {
     "run.steps": {"run": RunConfig(dir="runs/a", steps=200)},
     "data.shuffle": {"data": replace(make_config().data, shuffle=False)},
     "data.fates.too_long": {"data": replace(make_config().data, fates=FatesConfig(too_long="drop"))},
-    "data.train.0.weight": {"data": DataConfig(train=(SourceConfig(path="pairs.jsonl", weight=1.0),))},
     "model.dtype": {"model": ModelConfig(path="models/a", dtype="bfloat16")},
 }
 
@@ -484,6 +483,15 @@ def test_options_that_matter_are_refused(field):
         refuse_changed(MANIFEST, new, "runs/a")
     assert lines[0] in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_weights_of_sets_matter():
+    old, new = (
+        replace(make_config(), data=DataConfig(train=tuple(SourceConfig(path=path, weight=weight) for path in "ab")))
+        for weight in (None, 1.0)
+    )
+    lines = [f"data.train.{index}.weight: was null, now 1.0" for index in (0, 1)]
+    assert compare_manifest(manifest_of(old), manifest_of(new)) == lines
 
 
 def test_options_that_do_not_matter_pass():

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig
+from dpo_jax.config.elsewhere import ELSEWHERE
+from dpo_jax.config.idle import IDLE, Facts, idle_options
 from dpo_jax.configdocs import help_sections, reference_page, sections
 from dpo_jax.configfile import CommandLineText, config_to_yaml, field_names, load_yaml, parse_config
 from dpo_jax.errors import UserError
@@ -35,6 +37,122 @@ def refused(kind=DPOConfig, /, **overrides) -> str:
     return str(caught.value)
 
 
+# Options that can never act next to others: (option, value, what leaves it idle). With its default all is accepted.
+NEVER_ACTS = [
+    ("lora.alpha", 8.0, {}),
+    ("lora.targets", ("q_proj",), {}),
+    ("lora.rslora", True, {}),
+    ("lora.init", "zero_a", {}),
+    ("lora.init", "zero_a", {"lora.rank": 4, "lora.path": "x"}),
+    ("lora.path", "x", {}),
+    ("data.truncation", "keep_end", {"data.fates.too_long": "drop"}),
+    ("data.train.0.weight", 2.0, {}),
+    ("data.eval.x.weight", 2.0, {"data.eval.x.path": "y"}),
+    ("optimizer.decay_steps", 5, {}),
+    ("optimizer.final_fraction", 0.1, {"optimizer.schedule": "constant"}),
+    ("optimizer.b1", 0.9, {"optimizer.name": "rmsprop"}),
+    ("optimizer.b2", 0.9, {"optimizer.name": "adafactor"}),
+    ("optimizer.eps", 1e-8, {"optimizer.name": "lion"}),
+    ("optimizer.decay_mask", "all", {}),
+    ("optimizer.decay_mask", "all", {"optimizer.weight_decay": 0.1, "lora.rank": 4}),
+    ("optimizer.moment_dtype", "bfloat16", {"optimizer.name": "rmsprop"}),
+    ("run.seed", 7, {"data.shuffle": False}),
+    ("run.seed", 7, {"data.shuffle": False, "lora.rank": 4, "lora.path": "x"}),
+    ("checkpoint.best_metric", "eval_x_loss", {}),
+    ("checkpoint.best_mode", "min", {}),
+    ("reference.path", "x", {"loss.type": "simpo"}),
+    ("reference.dtype", "bfloat16", {"reference.mode": "cached"}),
+    ("reference.sync_every", 5, {"reference.mode": "cached"}),
+    ("reference.sync_mix", 0.5, {}),
+    ("loss.weights", (1.0,), {}),
+    ("loss.label_smoothing", 0.1, {"loss.type": "hinge"}),
+    ("loss.f_divergence", "js", {"loss.type": "ipo"}),
+    ("loss.f_alpha", 0.7, {}),
+    ("loss.ld_alpha", 0.5, {"loss.type": "ipo"}),
+    ("loss.weighting", "wpo", {"loss.type": "aot"}),
+    ("loss.wpo_gradient", True, {}),
+    ("loss.reference_free", True, {"loss.type": "simpo"}),
+    ("loss.ipo_average", False, {}),
+    ("loss.discopop_tau", 0.1, {}),
+    ("loss.dpop_lambda", 1.0, {}),
+    ("loss.simpo_gamma", 1.0, {}),
+    ("loss.cpo_weight", 2.0, {}),
+]
+# What is left: each acts, is a bound or a fate that holds, or is refused where the thing it speaks of is opened.
+ACTS = {
+    "model.path", "model.revision", "model.checkpoint", "model.tokenizer", "model.dtype", "model.param_dtype",
+    "model.attention", "model.remat", "model.scan", "lora.rank", "data.train", "data.eval", "data.eval_fraction",
+    "data.max_length", "data.shuffle", "data.fates.missing_field", "data.fates.empty_answer",
+    "data.fates.empty_prompt", "data.fates.equal_answers", "data.fates.prompts_differ",
+    "data.fates.template_not_prefix", "data.fates.template_refused", "data.fates.too_long", "data.store",
+    "data.workers", "optimizer.name", "optimizer.learning_rate", "optimizer.schedule", "optimizer.weight_decay",
+    "optimizer.max_grad_norm", "mesh.data", "mesh.fsdp", "mesh.tensor", "run.dir", "run.steps", "run.epochs",
+    "run.token_stats", "run.export", "run.report", "run.trackers", "run.progress", "run.profile_steps",
+    "checkpoint.keep", "checkpoint.keep_best", "reference.mode", "loss.type", "loss.types", "loss.beta",
+    "batch.row_length", "batch.max_shapes", "batch.accumulation", "batch.target_chunk", "batch.pairs", "batch.layout",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "value", "beside"), NEVER_ACTS, ids=[case[0] for case in NEVER_ACTS])
+def test_what_can_never_act_is_refused_but_for_its_default(option, value, beside):
+    assert option in refused(**beside, **{option: value})
+    config = parse(**beside)
+    assert parse_config(yaml.safe_load(config_to_yaml(config)), {}, DPOConfig) == config
+
+
+def test_every_option_is_known_to_act_or_when_it_is_idle():
+    names = set(field_names(DPOConfig))
+    leaves = {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
+    refuse = {option for option, _, _ in NEVER_ACTS if ".x." not in option and ".0." not in option}
+    note = {option for option, _, _ in IDLE}
+    assert leaves == refuse | note | ACTS
+    assert not ACTS & (refuse | note)
+
+
+def test_fine_tuning_has_no_second_answer():
+    for cause in ("equal_answers", "prompts_differ"):
+        assert f"data.fates.{cause}: 'error' cannot be used" in refused(SFTConfig, **{f"data.fates.{cause}": "error"})
+    config = parse(SFTConfig)
+    assert parse_config(yaml.safe_load(config_to_yaml(config)), {}, SFTConfig) == config
+
+
+FACTS = Facts(steps=10, eval_sets=1, examples=8, messages=4, platform="tpu", flags=frozenset({"xla_a"}))
+# (option, an idle value, one that acts, what makes it idle besides)
+IDLE_VALUES = [
+    ("optimizer.warmup_steps", 10, 9, {}),
+    ("reference.sync_every", 11, 10, {}),
+    ("checkpoint.every", 11, 10, {}),
+    ("run.log_every", 11, 10, {}),
+    ("run.eval_every", 11, 10, {}),
+    ("run.eval_every", 1, 0, {"eval_sets": 0}),
+    ("data.chat_template", "t.jinja", None, {"messages": 0}),
+    ("data.append_eos", False, True, {"messages": 8}),
+    ("model.matmul_precision", "highest", "default", {"platform": "cpu"}),
+    ("run.compiler_flags", {"xla_b": ""}, {"xla_a": "", "xla_b": "1"}, {}),
+]
+
+
+def test_what_is_idle_in_this_run_is_noted():
+    assert [option for option, *_ in IDLE_VALUES] == [option for option, _, _ in IDLE]
+    for option, idle, acts, facts in IDLE_VALUES:
+        config, here = parse(**{option: idle}), FACTS._replace(**facts)
+        (line,) = idle_options(config, here)
+        assert line.startswith(f"{option} is {idle!r}: ")
+        assert idle_options(parse(**{option: acts}), here) == []
+        if facts:
+            assert idle_options(config, FACTS) == []
+        assert parse_config(yaml.safe_load(config_to_yaml(config)), {}, DPOConfig) == config
+    assert idle_options(parse(SFTConfig, optimizer__warmup_steps=12), FACTS) == [
+        "optimizer.warmup_steps is 12: the run has 10 steps, so the learning rate never reaches its peak"
+    ]
+
+
+def test_names_of_other_trainers_lead_to_options():
+    assert set(ELSEWHERE.values()) <= set(field_names(DPOConfig))
+    for name, option in ELSEWHERE.items():
+        assert f"{name}: unknown option: did you mean {option}?" in refused(**{name: 1})
+
+
 # (overrides, what the line must hold): each another path through the code
 BAD = [
     ({"batch__pairs": "8"}, "batch.pairs: '8' cannot be used: a whole number is needed; take away the quotes"),
@@ -49,7 +167,24 @@ BAD = [
     ({"model__path": 3}, "model.path: 3 cannot be used: text is needed; put it in quotes"),
     ({"model__path": None}, "model.path: None cannot be used: text is needed"),
     ({"loss__type": "sigmod"}, "did you mean sigmoid?"),
-    ({"loss__type": "dpo"}, "did you mean sigmoid?"),
+    ({"loss__type": "DPO"}, "did you mean sigmoid?"),
+    ({"loss__type": "rpo"}, "did you mean [sigmoid, sft] as loss.types?"),
+    ({"loss__type": "kto"}, "simpo, orpo, cpo, sft or null is needed"),
+    (
+        {"loss__type": ["sigmoid", "sft"]},
+        "loss.type: ['sigmoid', 'sft'] cannot be used: several are given as loss.types",
+    ),
+    ({"loss__types": "sigmoid, sft"}, "loss.types: 'sigmoid, sft' cannot be used: a list is written [sigmoid, sft]"),
+    ({"loss__type": "\ud800"}, "sft or null is needed"),
+    ({"run__steps": 1e3}, "run.steps: 1000.0 cannot be used: a whole number or null is needed; write 1000"),
+    ({"run__steps": 2**63}, "a whole number or null is needed; this is out of range"),
+    ({"loss__beta": 10**400}, "loss.beta: a number of 1329 bits cannot be used: a number is needed; this is out of"),
+    ({"optimizer__max_grad_norm": "none"}, "a number or null is needed; did you mean null?"),
+    ({"model__tokenizer": ""}, "model.tokenizer: '' cannot be used: empty text names nothing"),
+    ({"run__dir": "a\0"}, "run.dir: 'a\\x00' cannot be used: text is needed, in UTF-8 and without NUL characters"),
+    ({"output_dir": "x"}, "output_dir: unknown option: did you mean run.dir?"),
+    ({"data__test": "x"}, "data.test: unknown option: did you mean data.eval?"),
+    ({"model__model": "x"}, "model.model: unknown option: choose from path, revision"),
     ({"batch__row_length": "automatic"}, "batch.row_length: 'automatic' cannot be used: auto or a whole number"),
     ({"batch__pair": 8}, "batch.pair: unknown option: did you mean batch.pairs?"),
     ({"los": {"beta": 1}}, "los: unknown option: did you mean loss?"),
@@ -60,6 +195,8 @@ BAD = [
     ({"loss": 3}, "loss: 3 cannot be used: this is a section"),
     ({"loss": None}, "loss: None cannot be used: this is a section"),
     ({"data__eval": "held.jsonl"}, "data.eval: 'held.jsonl' cannot be used: write names with their values"),
+    ({"data__eval": {1: "x"}}, "data.eval: the name: 1 cannot be used: text is needed"),
+    ({"data__train__columns": "prompt=question"}, "write names with their values, such as {prompt: question}"),
     ({"data__train": []}, "data.train: () cannot be used: name at least one set"),
     (
         {"data__train": [{"path": "a", "limt": 1}]},
@@ -69,7 +206,10 @@ BAD = [
     ({"data__train": ["a", {"split": "x"}]}, "data.train.1.path: missing"),
     ({"data__eval": {"x": {"path": 1}}}, "data.eval.x.path: 1 cannot be used: text is needed"),
     ({"run__trackers": ["wandb", "wandbb"]}, "run.trackers.1: 'wandbb' cannot be used: tensorboard or wandb is needed"),
-    ({"model__path__x": 1}, "model.path.x: model.path is 'm', which has no parts"),
+    ({"model__path__x": 1}, "model.path.x: model.path is 'm', which has no parts: set model.path itself"),
+    ({"data__store__x": 1}, "data.store.x: data.store is None, which has no parts: set data.store itself"),
+    ({".".join("a" * 5000): 1}, "a: unknown option"),
+    ({"data__train__" + "9" * 5000: 1}, "data.train has 1 entries, numbered from 0"),
     ({"data__train": ["a"], "data__train__1__path": "b"}, "data.train has 1 entries, numbered from 0: '1' is none"),
     ({"batch__pairs": 3, "batch__accumulation": 2}, "batch.accumulation: 2 cannot be used: it must divide batch.pairs"),
     ({"run__steps": 1, "run__epochs": 1}, "run.steps: 1 cannot be used: run.epochs 1.0 is given too"),
@@ -199,6 +339,27 @@ def test_sets_may_be_written_short():
     assert longer.data.train[1] == SourceConfig(path="b", limit=5, columns={"prompt": "question"})
 
 
+@pytest.mark.parametrize("written", ["a", {"path": "a"}, ["a"], [{"path": "a"}]], ids=repr)
+def test_an_only_set_is_named_with_or_without_its_index(written):
+    for source in (written, CommandLineText(json.dumps(written) if not isinstance(written, str) else written)):
+        expected = SourceConfig(path="a", split="test", columns={"prompt": "question"})
+        for train in ("data.train", "data.train.0"):
+            overrides = {"data.train": source, f"{train}.split": "test", f"{train}.columns.prompt": "question"}
+            assert parse_config(LEAST, overrides, DPOConfig).data.train == (expected,)
+            without = {name: section for name, section in LEAST.items() if name != "data"}
+            given = {**overrides, f"{train}.path": "a"}
+            del given["data.train"]
+            assert parse_config(without, given, DPOConfig).data.train == (expected,)
+
+
+def test_of_several_sets_the_flag_says_which():
+    line = "data.train.split: data.train has 3 sets: say which, data.train.0.split to data.train.2.split"
+    assert refused(data__train=["a", {"path": "b"}, "c"], data__train__split="x") == line
+    train = parse(data__train=["a", {"path": "b"}], data__train__0__split="x", data__train__1__limit=2).data.train
+    assert train == (SourceConfig(path="a", split="x"), SourceConfig(path="b", limit=2))
+    assert parse(data__eval={"x": "a"}, data__eval__x__split="t").data.eval == {"x": SourceConfig(path="a", split="t")}
+
+
 def test_overrides_leave_the_source_as_it_was():
     source = {**LEAST, "data": {"train": [{"path": "a"}]}}
     parse_config(source, {"data.train.0.path": "b", "loss.beta": 1.0}, DPOConfig)
@@ -208,6 +369,7 @@ def test_overrides_leave_the_source_as_it_was():
 @pytest.mark.parametrize("kind", [DPOConfig, SFTConfig])
 def test_yaml_out_and_in_again_is_equal(kind, tmp_path):
     strange = [
+        " ",
         "5e-7",
         "yes",
         "012",
@@ -226,8 +388,8 @@ def test_yaml_out_and_in_again_is_equal(kind, tmp_path):
     ]
     config = parse(
         kind,
-        data__train=[{"path": text, "columns": {text: text}} for text in strange],
-        data__eval={text: text for text in strange},
+        data__train=[{"path": text or "x", "columns": {text: text}} for text in strange],
+        data__eval={text: text or "x" for text in strange},
         optimizer__learning_rate=5e-7,
         run__epochs=1e22,
         run__trackers=["wandb"],
@@ -260,9 +422,50 @@ def test_yaml_is_read_by_version_1_2(tmp_path):
     assert [type(value) for value in read["a"][:4]] == [float, float, float, int]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_yaml(tmp_path):
+    assert load(tmp_path, "\ufeffa: 1\n".encode().decode("latin-1")) == {"a": 1}
+
+
+ENDLESS: list = []
+ENDLESS.append(ENDLESS)
+BOMB = "x"
+for _ in range(40):
+    BOMB = [BOMB] * 10
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        (None, "the config: None cannot be used: give the path of a YAML file, or a mapping of sections"),
+        ([], "the config: [] cannot be used"),
+        (b"c.yaml", "the config: b'c.yaml' cannot be used"),
+        ({1: 2}, "1: unknown option"),
+        ({**LEAST, "data": {"train": ENDLESS}}, "data.train.0: [[[...]]] cannot be used: this is a section"),
+        ({**LEAST, "data": {"train": BOMB}}, "data.train.0: [[[...], [...], "),
+        ({**LEAST, "run": {"dir": {"r"}}}, "run.dir: {'r'} cannot be used: text is needed"),
+        ("nul\0.yaml", "the config file cannot be read: embedded null byte: check the path"),
+        ("x" * 5000, "the config file cannot be read: File name too long: check the path"),
+    ],
+    ids=range(9),
+)
+def test_sources_that_are_no_config(source, line):
+    with pytest.raises(UserError) as caught:
+        parse_config(source, {}, DPOConfig)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
+        ("a: !!timestamp x\n", "c.yaml: this is not YAML: AttributeError: "),
+        ("a: !!int x\n", "c.yaml: this is not YAML: invalid literal for int()"),
+        ("a: !!bool x\n", "c.yaml: this is not YAML: KeyError: 'x'"),
+        (f"a: {'9' * 5000}\n", "c.yaml: this is not YAML: Exceeds the limit (4300 digits)"),
+        ("a: " + "[" * 3000, "c.yaml: this is not YAML: RecursionError: "),
+        ("a: *b\n", "c.yaml: line 1, column 4: this is not YAML: found undefined alias 'b'"),
+        ("&a {*a : 1}\n", "c.yaml: line 1, column 1: this is not YAML: the name {} is not text"),
         ("a: 1\nb: [\n", "c.yaml: line 3, column 1: this is not YAML: "),
         ("a: 1\nb: 2\na: 3\n", "c.yaml: line 3, column 1: this is not YAML: 'a' is given twice"),
         ("a: {1: x}\n", "c.yaml: line 1, column 5: this is not YAML: the name 1 is not text"),
@@ -318,7 +521,7 @@ def test_defaults_in_the_help_are_the_defaults():
 
 def test_the_page_of_options_is_current():
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == reference_page(), "write it anew: python -m dpo_jax.configdocs > docs/configuration.md"
+    assert page == reference_page(), "write it again: python -m dpo_jax.configdocs > docs/configuration.md"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

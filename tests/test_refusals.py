@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import ended, write_config
+from runs import ended, events, write_config
 
 from dpo_jax import cli
 
@@ -297,6 +297,24 @@ BAD_MODELS = [
         "model.revision: 'main' cannot be used: model is a local directory",
     ),
     (
+        "revision of a built-in model",
+        nothing,
+        "--model.path builtin:tiny --model.revision main",
+        "model.revision: 'main' cannot be used: builtin:tiny is built in; leave it out",
+    ),
+    (
+        "saved step of no run",
+        nothing,
+        "--model.checkpoint best",
+        "model.checkpoint: 'best' cannot be used: model is no run directory, so it has no saved steps; leave it at",
+    ),
+    (
+        "nothing to leave out",
+        nothing,
+        "--run.compiler_flags.xla_foo=",
+        "run.compiler_flags: xla_foo: nothing sets it, so an empty value leaves nothing out",
+    ),
+    (
         "no builtin",
         nothing,
         "--model.path builtin:huge",
@@ -350,13 +368,16 @@ def made(shared, tmp_path_factory) -> Path:
         "data": {"train": {"path": "pairs.jsonl"}, "max_length": 64, "workers": 1},
         "optimizer": {"schedule": "constant"},
         "batch": {"pairs": 4},
-        "run": {"dir": "run", "steps": 2, "progress": False, "report": False},
+        "run": {"dir": "run", "steps": 2, "progress": False, "report": False, "eval_every": 1},
         "checkpoint": {"every": 1},
     }
     config = write_config(folder / "c.yaml", options)
     paths = {"model.path": "model", "data.train.path": "pairs.jsonl", "run.dir": "run"}
     there = [f"--{name}={folder / path}" for name, path in paths.items()]
     assert ended("train", config, *there, output=folder / "said") == (0, "")
+    (data,) = events(folder / "run", "data")
+    (note,) = data["notes"]
+    assert note.startswith("run.eval_every is 1: there is no evaluation set")
     return folder
 
 
@@ -495,6 +516,27 @@ BAD_RUNS = [
         "train c.yaml --run.dir next --model.path run --model.checkpoint best",
         2,
         "its run named no checkpoint.best_metric",
+    ),
+    (
+        "revision of a run",
+        nothing,
+        "train c.yaml --run.dir next --model.path run --model.revision main",
+        2,
+        "model.revision: 'main' cannot be used: run is a run directory; model.checkpoint chooses; leave it out",
+    ),
+    (
+        "plan with no reference",
+        nothing,
+        "plan c.yaml --topology v5e:2x2 --reference.path ./other",
+        2,
+        "reference.path: ./other does not exist",
+    ),
+    (
+        "plan with another reference",
+        shallower_copy,
+        "plan c.yaml --topology v5e:2x2 --reference.path other",
+        2,
+        "reference.path: other has another architecture or vocabulary than model.path model",
     ),
     (
         "start from no save",

@@ -108,6 +108,11 @@ def test_fine_tuning_keeps_which_tokens_are_learned(tmp_path):
     assert TOKENIZER.decode(answer[learned]) == "ab</s>c</s>"
     assert built.num_targets.tolist() == [[5], [3]]
     assert len(learned) == len(answer) == built.lengths[0, 1]
+    plain = build(tmp_path / "store", write_rows(tmp_path / "plain.jsonl", PAIRS))
+    assert [(report["rendered"], report["kept"]) for report in (*built.report, *plain.report)] == [
+        (2, 2),
+        (0, len(plain)),
+    ]
 
 
 def test_a_file_that_changes_while_it_is_tokenised_leaves_no_store(tmp_path):

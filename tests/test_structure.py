@@ -89,7 +89,7 @@ def test_what_foreign_programs_import_stands_alone(module):
 def test_config_is_standard_library_only():
     allowed = set(sys.stdlib_module_names) | {"dpo_jax"}
     trees = {name: tree for name, tree in sources() if name.split(".")[0] in ("errors", "config")}
-    assert len(trees) == 6
+    assert len(trees) == 8
     for name, tree in trees.items():
         assert {imported.split(".")[0] for imported in imports(tree)} <= allowed
         assert own_imports(tree) <= {"errors", "config"}, name

@@ -64,6 +64,14 @@ class TrainConfig:
     run: RunConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    def __post_init__(self):
+        draws = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
+        require(self.run.seed == 0 or draws, "run.seed", self.run.seed,
+                "data.shuffle is false and no adapters are drawn, so nothing is random; leave it at 0")  # fmt: skip
+        require(self.optimizer.decay_mask == "matrices" or self.lora.rank == 0, "optimizer.decay_mask",
+                self.optimizer.decay_mask, "adapters are matrices, none is left out; leave it at matrices"
+                )  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainConfig):
@@ -74,6 +82,7 @@ class DPOConfig(TrainConfig):
     batch: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         mode, loss = self.reference_mode, self.loss
         names = ", ".join(name for name, _ in loss.terms)
         require(mode != "none" or not loss.needs_reference, "reference.mode", self.reference.mode,
@@ -113,3 +122,10 @@ class SFTConfig(TrainConfig):
     """A run of supervised fine-tuning."""
 
     batch: SFTBatchConfig = field(default_factory=SFTBatchConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for cause in ("equal_answers", "prompts_differ"):
+            fate = getattr(self.data.fates, cause)
+            require(fate == getattr(FatesConfig, cause), f"data.fates.{cause}", fate,
+                    "fine-tuning has one answer a row, so this cannot happen; leave it out")  # fmt: skip

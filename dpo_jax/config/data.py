@@ -105,10 +105,18 @@ class DataConfig:
         weighted = [source.weight is not None for source in self.train]
         require(all(weighted) or not any(weighted), "data.train", [source.weight for source in self.train],
                 "give every set a weight, or none")  # fmt: skip
+        require(len(self.train) > 1 or not any(weighted), "data.train.0.weight", self.train[0].weight,
+                "this is the only set, so all pairs are drawn from it; leave it out")  # fmt: skip
+        for name, source in self.eval.items():
+            require(source.weight is None, f"data.eval.{name}.weight", source.weight,
+                    "each pair of an evaluation set counts once; leave it out")  # fmt: skip
         require(0 <= self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "it lies in [0, 1)")
         require(self.max_length >= 2, "data.max_length", self.max_length, "a prompt and an answer need 2 tokens")
         require("held_out" not in self.eval or self.eval_fraction == 0, "data.eval", "held_out",
                 "that is the name of the rows that eval_fraction holds out; choose another")  # fmt: skip
         require(_is_date(self.template_date), "data.template_date", self.template_date,
                 "give a date as YYYY-MM-DD")  # fmt: skip
+        require(self.truncation == "keep_start" or self.fates.too_long == "truncate", "data.truncation",
+                self.truncation, f"data.fates.too_long is {self.fates.too_long}, so nothing is cut; leave it at "
+                "keep_start")  # fmt: skip
         require(self.workers is None or self.workers > 0, "data.workers", self.workers, "a positive number is needed")

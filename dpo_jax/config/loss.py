@@ -12,7 +12,11 @@ LossType = Literal[
 NO_REFERENCE = frozenset({"simpo", "orpo", "cpo", "sft"})  # losses of the policy alone
 SORTED = frozenset({"aot", "aot_unpaired"})  # the pairs of a step are sorted
 COUPLED = SORTED | {"sft"}  # the loss of a pair depends on the other pairs of its step
-ALSO_CALLED = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm", "cdpo": "sigmoid"}  # elsewhere; no names here
+ALSO_CALLED = {  # elsewhere; no names here
+    "dpo": "sigmoid", "dpo_norm": "sigmoid_norm", "cdpo": "sigmoid", "slic": "hinge", "exo": "exo_pair",
+    "nca": "nca_pair", "bco": "bco_pair", "sppo": "sppo_hard", "apo": "apo_zero",
+    "rpo": "[sigmoid, sft] as loss.types", "mpo": "[sigmoid, bco_pair, sft] as loss.types",
+}  # fmt: skip
 OF_MARGIN = frozenset({"sigmoid", "hinge", "exo_pair", "robust", "discopop"})  # of beta * (f(s_w) - f(s_l)) alone
 PER_TOKEN = frozenset({"sigmoid_norm", "simpo", "orpo", "cpo", "sft"})  # log-probs are divided by lengths; ipo may
 LOSS_OPTIONS: dict[str, frozenset[str]] = {  # losses that have an option; for all others it must keep its default

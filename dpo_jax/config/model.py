@@ -62,7 +62,8 @@ class LoraConfig:
         require(len(self.targets) > 0, "lora.targets", self.targets, f"choose from {', '.join(LORA_TARGETS)}")
         for pattern in self.targets:
             require(any(fnmatchcase(name, pattern) for name in LORA_TARGETS), "lora.targets", pattern,
-                    f"it fits none of {', '.join(LORA_TARGETS)}")  # fmt: skip
+                    f"it fits none of {', '.join(LORA_TARGETS)}; * is all of them, and several are a list, "
+                    "[q_proj, v_proj]")  # fmt: skip
         for option in ("alpha", "targets", "rslora", "init", "path"):
             value, default = getattr(self, option), type(self).__dataclass_fields__[option].default
             require(self.rank > 0 or value == default, f"lora.{option}", value,

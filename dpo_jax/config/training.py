@@ -62,6 +62,8 @@ class OptimizerConfig:
         require(self.moment_dtype == "float32" or self.name in ("adamw", "lion"), "optimizer.moment_dtype",
                 self.moment_dtype, f"{self.name} has no first moment; use float32")  # fmt: skip
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "it cannot be negative")
+        require(self.decay_mask == "matrices" or self.weight_decay > 0, "optimizer.decay_mask", self.decay_mask,
+                "optimizer.weight_decay is 0, so nothing decays; set it, or leave this at matrices")  # fmt: skip
         require(self.max_grad_norm is None or self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm,
                 "it must be positive, or null for no clipping")  # fmt: skip
 
@@ -205,3 +207,6 @@ class CheckpointConfig:
         require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "it cannot be negative")
         require((self.keep_best > 0) == (self.best_metric is not None), "checkpoint.best_metric", self.best_metric,
                 f"keep_best is {self.keep_best}; give both or neither")  # fmt: skip
+        require(self.best_mode == "max" or self.best_metric is not None, "checkpoint.best_mode", self.best_mode,
+                "there is no checkpoint.best_metric to judge by; give it and keep_best, or leave this at max"
+                )  # fmt: skip

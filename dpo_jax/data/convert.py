@@ -37,6 +37,7 @@ class Chunk:
     targets: np.ndarray | None  # bool, as tokens: answer tokens that are learned; None: all of them
     dropped: list[Problem]  # the rows that gave no example
     notes: list[Problem]  # what was changed in the others
+    rendered: int  # examples that a chat template rendered
 
 
 def _chunk(made: Sequence[TokenizedExample | Problem], num_answers: int, with_targets: bool) -> Chunk:
@@ -58,6 +59,7 @@ def _chunk(made: Sequence[TokenizedExample | Problem], num_answers: int, with_ta
         targets=np.array(targets, bool) if with_targets else None,
         dropped=[one for one in made if isinstance(one, Problem)],
         notes=[note for example in examples for note in example.notes],
+        rendered=sum(example.rendered for example in examples),
     )
 
 

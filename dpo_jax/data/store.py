@@ -62,7 +62,7 @@ class Store:
     sources: np.ndarray  # int16 [N]: place of its source in `report`
     weights: np.ndarray  # float32 [N]
     targets: np.ndarray | None  # bool, as tokens: answer tokens that are learned; None: all of them
-    report: list[dict[str, Any]]  # of each source: label, rows, kept, hints, dropped and notes by cause
+    report: list[dict[str, Any]]  # of each source: label, rows, kept, rendered, hints, dropped and notes by cause
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -195,7 +195,15 @@ def _check_some_left(report: dict[str, Any]) -> None:
 def _write(folder: Path, sources: Sequence[Source], job: Job, workers: int | None, made_from: dict[str, Any]) -> None:
     """Write all files of a store into an empty folder, the manifest last."""
     reports = [
-        {"source": source.label, "rows": len(source.rows), "kept": 0, "hints": source.hints, "dropped": {}, "notes": {}}
+        {
+            "source": source.label,
+            "rows": len(source.rows),
+            "kept": 0,
+            "rendered": 0,
+            "hints": source.hints,
+            "dropped": {},
+            "notes": {},
+        }
         for source in sources
     ]
     names = {name: f"{name}.bin" for name in DTYPES if name != "targets" or job.stage == "sft"}
@@ -207,6 +215,7 @@ def _write(folder: Path, sources: Sequence[Source], job: Job, workers: int | Non
                 files[name].write(np.ascontiguousarray(array, DTYPES[name]).tobytes())
             report = reports[place]
             report["kept"] += len(chunk.rows)
+            report["rendered"] += chunk.rendered
             for kind, found in (("dropped", chunk.dropped), ("notes", chunk.notes)):
                 _count(report[kind], found)
                 for problem in found:

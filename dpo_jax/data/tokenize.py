@@ -36,6 +36,7 @@ class TokenizedExample:
     targets: list[bool] | None
     weight: float
     notes: tuple[Problem, ...] = ()
+    rendered: bool = False  # by a chat template
 
 
 Tokenize = Callable[[Example], TokenizedExample | Problem]
@@ -126,7 +127,8 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
     prompt, answers, targets = pieces.prompt, tuple(pieces.answers), None
     if not all(pieces.learned[len(prompt) :]):
         targets = pieces.learned[len(prompt) :]
-    return TokenizedExample(example.row, prompt, answers, targets, example.weight, notes)
+    rendered = not isinstance(example.answers[0], str)
+    return TokenizedExample(example.row, prompt, answers, targets, example.weight, notes, rendered)
 
 
 def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:

@@ -1,0 +1,26 @@
+"""What options are called in TRL, PEFT and the trainers that follow them, for the refusal of such a name."""
+
+ELSEWHERE = {
+    "model_name_or_path": "model.path", "base_model": "model.path", "torch_dtype": "model.dtype",
+    "bf16": "model.dtype", "gradient_checkpointing": "model.remat", "attn_implementation": "model.attention",
+    "ref_model": "reference.path", "precompute_ref_log_probs": "reference.mode",
+    "ref_model_sync_steps": "reference.sync_every", "ref_model_mixup_alpha": "reference.sync_mix",
+    "r": "lora.rank", "lora_r": "lora.rank", "lora_alpha": "lora.alpha", "target_modules": "lora.targets",
+    "lora_target_modules": "lora.targets", "use_rslora": "lora.rslora",
+    "dataset": "data.train", "dataset_name": "data.train", "datasets": "data.train", "train_file": "data.train",
+    "eval_dataset": "data.eval", "test": "data.eval", "val_set_size": "data.eval_fraction",
+    "max_seq_length": "data.max_length", "sequence_len": "data.max_length", "truncation_mode": "data.truncation",
+    "loss_type": "loss.type", "loss_weights": "loss.weights", "f_divergence_type": "loss.f_divergence",
+    "f_alpha_divergence_coef": "loss.f_alpha", "use_weighting": "loss.weighting", "gamma": "loss.simpo_gamma",
+    "lr": "optimizer.learning_rate", "optim": "optimizer.name", "lr_scheduler": "optimizer.schedule",
+    "lr_scheduler_type": "optimizer.schedule", "warmup": "optimizer.warmup_steps",
+    "warmup_ratio": "optimizer.warmup_steps", "betas": "optimizer.b1", "adam_beta1": "optimizer.b1",
+    "adam_beta2": "optimizer.b2", "adam_epsilon": "optimizer.eps",
+    "batch_size": "batch.pairs", "train_batch_size": "batch.pairs", "size": "batch.pairs",
+    "per_device_train_batch_size": "batch.pairs", "micro_batch_size": "batch.accumulation",
+    "gradient_accumulation_steps": "batch.accumulation",
+    "output_dir": "run.dir", "max_steps": "run.steps", "num_train_epochs": "run.epochs", "num_epochs": "run.epochs",
+    "logging_steps": "run.log_every", "eval_steps": "run.eval_every", "report_to": "run.trackers",
+    "save_steps": "checkpoint.every", "save_total_limit": "checkpoint.keep",
+    "metric_for_best_model": "checkpoint.best_metric",
+}  # fmt: skip

@@ -1,0 +1,58 @@
+"""Options that a run's data, length or devices leave without effect: they are not refused but noted at its start.
+
+What can never act, whatever the data, is refused where a section checks itself. A bound that nothing reaches
+(``max_length``, ``limit``, ``max_shapes``, ``keep``) and the fate of rows that never come are no idle options: they
+hold.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, NamedTuple
+
+
+class Facts(NamedTuple):
+    """What is known of a run once its data is read."""
+
+    steps: int
+    eval_sets: int
+    examples: int  # to train and evaluate on
+    messages: int  # of these, rendered by a chat template
+    platform: str  # of the devices, such as tpu
+    flags: frozenset[str]  # compiler options that are set on this platform unasked
+
+
+Idle = Callable[[Any, Facts], bool]
+IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, whether a value of it is idle, why; {fact} is filled in
+    ("optimizer.warmup_steps", lambda value, run: value >= run.steps,
+     "the run has {steps} steps, so the learning rate never reaches its peak"),
+    ("reference.sync_every", lambda value, run: value > run.steps,
+     "the run has {steps} steps, so the reference never moves"),
+    ("checkpoint.every", lambda value, run: value > run.steps,
+     "the run has {steps} steps, so only the last one is saved"),
+    ("run.log_every", lambda value, run: value > run.steps,
+     "the run has {steps} steps, so only the last one is logged"),
+    ("run.eval_every", lambda value, run: run.eval_sets > 0 and value > run.steps,
+     "the run has {steps} steps, so it evaluates only before the first and after the last"),
+    ("run.eval_every", lambda value, run: run.eval_sets == 0 and value > 0,
+     "there is no evaluation set; name one in data.eval, or set data.eval_fraction"),
+    ("data.chat_template", lambda value, run: value is not None and run.messages == 0,
+     "no example holds messages, so nothing is rendered with it"),
+    ("data.append_eos", lambda value, run: not value and run.messages == run.examples,
+     "every example holds messages, whose ends the chat template writes"),
+    ("model.matmul_precision", lambda value, run: value != "default" and run.platform == "cpu",
+     "a CPU multiplies float32 in full precision anyway"),
+    ("run.compiler_flags", lambda value, run: any(not text and name not in run.flags for name, text in value.items()),
+     "an empty value leaves out what is set on other devices, not on {platform}"),
+)  # fmt: skip
+
+
+def idle_options(config: Any, facts: Facts) -> list[str]:
+    """A line for each option of a config, of either stage, that has no effect in a run of these facts."""
+    lines = []
+    for option, idle, why in IDLE:
+        section, _, _ = option.partition(".")
+        if hasattr(config, section):
+            value = reduce(getattr, option.split("."), config)
+            if idle(value, facts):
+                lines.append(f"{option} is {value!r}: {why.format(**facts._asdict())}")
+    return lines
