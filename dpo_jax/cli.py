@@ -50,12 +50,14 @@ def _export(run_dir: str, out_dir: str, which: Literal["newest", "best"], adapte
 
 def _data(config: TrainConfig, step: int | None) -> None:
     from dpo_jax.data.audit import audit_config, render, show_step
+    from dpo_jax.models.load import end_tokens
     from dpo_jax.policy import find_model, find_tokenizer
 
     source = find_model(config.model.path, config.model.revision, config.model.checkpoint, weights=False)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     if step is None:
-        print(render(audit_config(config, tokenizer, source.hf_config.get("max_position_embeddings"))))
+        positions, ends = source.hf_config.get("max_position_embeddings"), end_tokens(source.folder, source.hf_config)
+        print(render(audit_config(config, tokenizer, positions, ends)))
     else:
         print(show_step(config, step, tokenizer))
 

@@ -187,6 +187,18 @@ def test_fine_tuning_data(tmp_path):
     assert show_step(given, 1, TOKENIZER).startswith("step 1 of 2, ")
 
 
+def test_answers_that_teach_no_end_are_found(tmp_path):
+    """A chat template may end turns with a token that the model's generation config does not know."""
+    rows = [pair(0), pair(1) | {"rejected": "x" * 2000}, pair(2)]
+    given = config(tmp_path, {"train": rows}, shuffle=False)
+    assert rows_named([audit_config(given, TOKENIZER)["train"]["unended"]["first"]]) == [[1]]  # cut by max_length
+    found = audit_config(given, TOKENIZER, ends={5, 6})
+    assert found["train"]["unended"]["examples"] == 3
+    assert f"({TOKENIZER.decode([5])} {TOKENIZER.decode([6])}): in 3 examples, the first: 0, 1, 2\n" in render(found)
+    assert f"the first ends with {pair(0)['chosen'][-2:] + '</s>'!r}" in render(found)
+    assert "(it has none): in 3 examples" in render(audit_config(given, TOKENIZER, ends=frozenset()))
+
+
 def test_a_step_shows_exactly_its_examples(tmp_path):
     given = config(tmp_path, {"train": [pair(i) for i in range(70)]})
     sets = open_sets(given, TOKENIZER)

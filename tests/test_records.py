@@ -84,6 +84,16 @@ DPO_ROWS = {
         ([A], [B]),
     ),
     "alpaca, no input": ({"instruction": "do", "input": "", "chosen": "a", "rejected": "b"}, [user("do")], ([A], [B])),
+    "alpaca, history": (
+        {"instruction": "r", "input": "", "history": [["q", "a"]], "system": "s", "chosen": "a", "rejected": "b"},
+        [system("s"), Q, A, user("r")],
+        ([A], [B]),
+    ),
+    "roles with capitals": (
+        {"chosen": [{"role": "Human", "content": "q"}, {"role": "Assistant", "content": "a"}], "rejected": [Q, B]},
+        [Q],
+        ([A], [B]),
+    ),
     "messages, answers": ({"messages": [system("s"), Q], "chosen": A, "rejected": "b"}, [system("s"), Q], ([A], [B])),
     "messages, whole conversations": ({"messages": [Q, A], "chosen": [Q, A], "rejected": [Q, B]}, [Q], ([A], [B])),
     "implicit prompt": (
@@ -126,7 +136,15 @@ SFT_ROWS = {
     "messages without an answer, beside a pair": ({"messages": [Q], "chosen": A, "rejected": B}, [Q], [A]),
     "text": ({"text": "t"}, None, "t"),
     "alpaca": ({"instruction": "do", "input": "it", "output": "a"}, [user("do\n\nit")], [A]),
+    "alpaca, history": ({"instruction": "q", "history": [["q", "b"]], "output": "a"}, None, [Q, B, Q, A]),
     "sharegpt": ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, None, [Q, A]),
+    "sharegpt, weights": (
+        {"conversations": [{"from": "human", "value": "q", "weight": 0}, {"from": "gpt", "value": "b", "weight": 0},
+                           {"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 1}]},
+        None, [Q, B | {"weight": 0}, Q, A]),
+    "messages, other names of weights": (
+        {"messages": [Q, B | {"train": False}, Q, B | {"loss_weight": 0.0}, Q, A | {"training": True}]},
+        None, [Q, B | {"weight": 0}, Q, B | {"weight": 0}, Q, A]),
     "chosen of a pair": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", "a"),
     "chosen of transcripts": ({"chosen": "\n\nHuman: h\n\nAssistant: a", "rejected": "\n\nHuman: h\n\nAssistant: b"},
                               "\n\nHuman: h\n\nAssistant:", " a"),
@@ -185,6 +203,10 @@ CHAT = {"prompt": [Q], "chosen": [A], "rejected": [B]}
         (TEXT | {"weight": 1e31}, "missing_field", "weight is 1e+31, not a number from 0 to 1e+30"),
         (TEXT | {"weight": "heavy"}, "missing_field", "weight is 'heavy', not a number"),
         (TEXT | {"weight": True}, "missing_field", "weight is True, not a number"),
+        (CHAT | {"prompt": [Q, A | {"weight": -0.1}, Q]}, "missing_field", "prompt[1] weight is -0.1: a message is"),
+        (CHAT | {"chosen": [A, A | {"weight": 0}]}, "missing_field", "an answer holds a message of weight 0"),
+        ({"instruction": "q", "history": ["r"], "chosen": "a", "rejected": "b"}, "missing_field", "history is ['r']"),
+        (CHAT | {"images": ["cat.jpg"]}, "missing_field", "images is ['cat.jpg'], and models here read text alone"),
         (CHAT | {"chat_template_kwargs": {"tokenize": True}}, "missing_field", "cannot hold ['tokenize']"),
         (TEXT | {"chosen": ""}, "empty_answer", "no text"),
         (TEXT | {"rejected": " \n"}, "empty_answer", "no text"),

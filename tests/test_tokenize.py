@@ -228,6 +228,19 @@ def learned_text(tokenizer, made):
     return tokenizer.decode([token for token, learned in zip(made.answers[0], targets, strict=True) if learned])
 
 
+def test_sft_reads_a_turn_of_weight_0_and_does_not_learn_it():
+    tokenizer = make_tokenizer(template=CHATML)
+    sft = make_tokenize(config(), tokenizer, "sft")
+    messages = turns("What", "is", "the", "capital")
+    whole = sft(Example(3, None, (messages,)))
+    messages[1]["weight"] = 0
+    made = sft(Example(3, None, (messages,)))
+    assert made.prompt + made.answers[0] == whole.prompt + whole.answers[0]
+    assert learned_text(tokenizer, made) == "capital<|im_end|>\n"
+    messages[3]["weight"] = 0
+    assert sft(Example(3, None, (messages,))).cause == "empty_answer"
+
+
 def test_sft_with_a_template_that_rewrites_history():
     tokenizer = make_tokenizer(template=THOUGHTS)
     sft = make_tokenize(config(), tokenizer, "sft")

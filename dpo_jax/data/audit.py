@@ -1,6 +1,6 @@
 """What the data holds, and what in it spoils learning: as plain data, and as text for a terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ NAMED = 10  # examples named for each finding
 MOST_COMPARED = 100_000  # examples among which near duplicates are looked for
 QUANTILES = {"min": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
 WHAT_WAS_DONE = {"too_long": "truncated", "template_not_prefix": "repaired", "equal_answers": "kept"}
+END = 3  # tokens at the end of an answer, of which one should end it; chat templates put a line break after theirs
 HEAD = 60  # characters of a text that --step shows
 
 
@@ -67,7 +68,23 @@ def _length_bias(store: Store, ids: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _set_audit(store: Store, ids: np.ndarray, tokenizer: Any, report: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _unended(store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int]) -> dict[str, Any]:
+    """Examples with an answer that teaches no token at which generation stops, and how the first of these ends."""
+    found = []
+    for i in ids.tolist():
+        tails = [answer[-END:].tolist() for answer in store.example(i)[1]]
+        found += [(i, tail) for tail in tails if not ends & set(tail)][:1]
+    return {
+        "ends": [tokenizer.decode([token]) for token in sorted(ends)],
+        "examples": len(found),
+        "first": [_name(store, i) for i, _ in found[:NAMED]],
+        "first_ends": tokenizer.decode(found[0][1]) if found else None,
+    }
+
+
+def _set_audit(
+    store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int], report: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     compared = ids[:MOST_COMPARED]
     found = {
         "sources": report,
@@ -75,6 +92,7 @@ def _set_audit(store: Store, ids: np.ndarray, tokenizer: Any, report: Sequence[d
         "duplicates": _groups(store, exact_duplicates(store, ids)),
         "near_duplicates": _groups(store, near_duplicates(store, compared, plain_words(tokenizer)))
         | {"compared": len(compared)},
+        "unended": _unended(store, compared, tokenizer, ends),
         "lengths": _lengths(store, ids),
     }
     if store.lengths.shape[1] == 3:
@@ -113,14 +131,20 @@ def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
     return found
 
 
-def audit(sets: DataSets, tokenizer: Any) -> dict[str, Any]:
-    """Counts, findings, lengths and one rendered example of all sets of a run, as plain data (JSON can hold it)."""
+def audit(sets: DataSets, tokenizer: Any, ends: Set[int] | None = None) -> dict[str, Any]:
+    """Counts, findings, lengths and one rendered example of all sets of a run, as plain data (JSON can hold it).
+
+    `ends` are the ids at which the model's generation stops; None: the tokenizer's EOS.
+    """
     order = sets.order
+    ends = frozenset({tokenizer.eos_token_id} - {None} if ends is None else ends)
     return {
         "stage": sets.stage,
-        "train": _set_audit(sets.train, sets.train_ids, tokenizer, sets.train.report),
+        "train": _set_audit(sets.train, sets.train_ids, tokenizer, ends, sets.train.report),
         "evals": {
-            name: _set_audit(held.store, held.ids, tokenizer, [] if held.store is sets.train else held.store.report)
+            name: _set_audit(
+                held.store, held.ids, tokenizer, ends, [] if held.store is sets.train else held.store.report
+            )
             for name, held in sets.evals.items()
         },
         "shared_prompts": _shared_prompts(sets),
@@ -134,7 +158,9 @@ def _tokenizer(config: TrainConfig) -> Any:
     return load_tokenizer(model.tokenizer or model.path, model.revision, config.data.chat_template)
 
 
-def audit_config(config: TrainConfig, tokenizer: Any = None, positions: Any = None) -> dict[str, Any]:
+def audit_config(
+    config: TrainConfig, tokenizer: Any = None, positions: Any = None, ends: Set[int] | None = None
+) -> dict[str, Any]:
     """``audit`` of the sets of a config; without ``tokenizer`` the one that the model section names.
 
     ``positions``: the model's ``max_position_embeddings``; `max_length` beyond it becomes a finding.
@@ -144,7 +170,7 @@ def audit_config(config: TrainConfig, tokenizer: Any = None, positions: Any = No
     """
     tokenizer = tokenizer or _tokenizer(config)
     sets = open_sets(config, tokenizer)
-    found = audit(sets, tokenizer)
+    found = audit(sets, tokenizer, ends)
     if isinstance(positions, int) and config.data.max_length > positions:
         lengths = sets.train.lengths
         longer = int((lengths[:, 0] + lengths[:, 1:].max(1) > positions).sum())
@@ -191,6 +217,19 @@ def _finding(text: str, found: dict[str, Any], with_source: bool) -> list[str]:
     return [f"  {text}: {found['examples']} examples in {found['groups']} groups, the first: {shown}"]
 
 
+def _unended_lines(found: dict[str, Any], with_source: bool) -> list[str]:
+    stops = f"answers without a token at which generation stops ({' '.join(found['ends']) or 'it has none'})"
+    if not found["examples"]:
+        return [f"  {stops}: none"]
+    return [
+        f"  {stops}: in {found['examples']} examples, the first: {_rows_text(found['first'][:5], with_source)}",
+        (
+            f"    the first ends with {found['first_ends']!r}; unless it was truncated, name the end that is taught as "
+            "eos_token_id in the model's generation_config.json, or what it writes will not end"
+        ),
+    ]
+
+
 def _length_lines(found: dict[str, Any]) -> list[str]:
     lengths = found["lengths"]
     header = ["tokens", *QUANTILES, "mean", "share of all"]
@@ -223,6 +262,7 @@ def _set_lines(name: str, found: dict[str, Any]) -> list[str]:
     lines += _finding(f"near duplicates{compared}", near, many)
     if "both_labels" in found:
         lines += _finding("same pair with both labels", found["both_labels"], many)
+    lines += _unended_lines(found["unended"], many)
     return lines + _length_lines(found) + [""]
 
 

@@ -14,6 +14,7 @@ from dpo_jax.data.values import BadRow, Messages
 Stage = Literal["dpo", "sft"]
 _GIVEN_BY_US = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "chat_template",
                 "continue_final_message", "return_dict", "return_tensors"}  # fmt: skip
+_SEEN_OR_HEARD = ("image", "images", "video", "videos", "audio", "audios")
 MOST_WEIGHT = 1e30  # float32 can hold the sum of many
 ASSISTANT_TURN, _HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
 
@@ -136,12 +137,24 @@ def _sharegpt_sft(row: Mapping):
     return _sharegpt(row) if "chosen" in row else (None, _conversation(row))
 
 
+def _history(row: Mapping) -> Messages:
+    """The turns before the last, given as pairs of instruction and answer."""
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        raise BadRow("missing_field", f"history is {values.shown(pairs)}, not a list of [instruction, answer]")
+    return [
+        {"role": role, "content": values.text(f"history[{place}]", said)}
+        for place, pair in enumerate(pairs)
+        for role, said in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
 def _instruction(row: Mapping) -> Messages:
     """Instruction and input are one user message: how they look as text is the chat template's affair."""
     parts = [values.text("instruction", row.get("instruction"))]
     if row.get("input") is not None and values.text("input", row["input"]).strip():
         parts.append(row["input"])
-    return [*_system(row), {"role": "user", "content": "\n\n".join(parts)}]
+    return [*_system(row), *_history(row), {"role": "user", "content": "\n\n".join(parts)}]
 
 
 def _alpaca(row: Mapping):
@@ -149,8 +162,10 @@ def _alpaca(row: Mapping):
 
 
 def _alpaca_sft(row: Mapping):
+    """With a history, a conversation like any other, whose every answer is learned."""
     name = "output" if "output" in row else "chosen"
-    return _instruction(row), values.answer(name, row.get(name))
+    prompt, answer = _instruction(row), values.answer(name, row.get(name))
+    return (None, prompt + answer) if row.get("history") else (prompt, answer)
 
 
 def _openai_input(row: Mapping) -> dict:
@@ -215,6 +230,14 @@ def _template_kwargs(row: Mapping) -> dict | None:
     return kwargs
 
 
+def _check_text_alone(row: Mapping) -> None:
+    """Words about a picture that the model does not see teach it to make things up."""
+    given = [name for name in _SEEN_OR_HEARD if row.get(name)]
+    if given:
+        raise BadRow("missing_field", f"{given[0]} is {values.shown(row[given[0]])}, and models here read text alone; "
+                     "remove the column if the text stands by itself")  # fmt: skip
+
+
 def _check_turns(prompt: Messages, answer: Messages) -> None:
     """Whatever is not said by the assistant belongs to the prompt, which both answers share."""
     if not answer or answer[-1]["role"] != "assistant":
@@ -226,6 +249,12 @@ def _check_turns(prompt: Messages, answer: Messages) -> None:
         )
     if not prompt:
         raise BadRow("empty_prompt", "no message comes before the answer")
+
+
+def _check_learned(answer: Messages) -> None:
+    """Only a conversation for fine-tuning can hold messages of the assistant that are read and not learned."""
+    if any(message.get("weight") == 0 for message in answer):
+        raise BadRow("missing_field", "an answer holds a message of weight 0, and the whole of an answer is learned")
 
 
 def _check_said(answer: str | Messages) -> None:
@@ -249,24 +278,26 @@ class Parser:
         """The example of a row, or what is wrong with it."""
         row = {name: values.without_nulls(value) for name, value in row.items() if name in self.columns}
         try:
+            _check_text_alone(row)
             prompt, *answers = self.layout(row)
             answers = answers[: self.num_answers]
             for answer in answers:
                 if isinstance(prompt, list):
                     _check_turns(prompt, answer)
+                    _check_learned(answer)
                 _check_said(answer)
             return Example(index, prompt, tuple(answers), _weight(row), _tools(row), _template_kwargs(row))
         except BadRow as bad:
             return Problem(index, *bad.args)
 
 
-_PAIR, _EVERY = "chosen rejected", "weight tools chat_template_kwargs"
+_PAIR, _EVERY = "chosen rejected", f"weight tools chat_template_kwargs {' '.join(_SEEN_OR_HEARD)}"
 _PREFERENCE: dict[str, tuple[Callable, str]] = {
     "preference": (_preference, f"prompt {_PAIR}"),
     "transcripts": (_transcripts, _PAIR),
     "implicit_prompt": (_implicit_prompt, _PAIR),
     "sharegpt": (_sharegpt, f"system conversations messages {_PAIR}"),
-    "alpaca": (_alpaca, f"system instruction input {_PAIR}"),
+    "alpaca": (_alpaca, f"system history instruction input {_PAIR}"),
     "openai": (_openai, "input preferred_output non_preferred_output"),
 }
 _SFT = _PREFERENCE | {  # of a pair, the chosen answer is learned
@@ -274,7 +305,7 @@ _SFT = _PREFERENCE | {  # of a pair, the chosen answer is learned
     "messages": (_whole_conversation, "messages"),
     "text": (_plain, "text"),
     "sharegpt": (_sharegpt_sft, f"system conversations messages {_PAIR}"),
-    "alpaca": (_alpaca_sft, f"system instruction input output {_PAIR}"),
+    "alpaca": (_alpaca_sft, f"system history instruction input output {_PAIR}"),
 }
 del _SFT["implicit_prompt"]  # where the answer begins is told by the other one only
 

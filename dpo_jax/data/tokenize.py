@@ -190,7 +190,7 @@ def _whole(coder: _Coder, example: Example) -> _Pieces | Problem:
         learned[start:end] = [True] * (end - start)
     pieces = _parted(ids, learned)
     if pieces is None:
-        return Problem(example.row, "empty_answer", "no assistant message follows another message")
+        return Problem(example.row, "empty_answer", "no assistant message that is learned follows another message")
     return replace(pieces, notes=notes)
 
 
@@ -222,7 +222,7 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
     """
     spans, changed = [], None
     for place, message in enumerate(messages):
-        if message["role"] != "assistant" or place == 0:
+        if message["role"] != "assistant" or place == 0 or message.get("weight") == 0:
             continue
         before = render(coder.template, example, messages[:place], prompt=True)
         through = render(coder.template, example, messages[: place + 1])

@@ -10,8 +10,10 @@ from typing import Any
 Messages = list[dict]
 
 MOST_NESTED = 100  # levels of lists and objects; more is no data, and would exhaust the stack of whoever walks it
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # the names that ShareGPT files use
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool",  # the names that ShareGPT files use
+          "user": "user", "assistant": "assistant", "system": "system", "tool": "tool"}  # fmt: skip
 _CALL_ROLE = "function_call"  # of a ShareGPT turn whose text is the JSON of a tool call
+_LEARNED_BY = ("weight", "loss_weight", "train", "training")  # keys of a message, in the formats of other trainers
 
 
 class BadRow(Exception):
@@ -167,17 +169,29 @@ def _calls(name: str, value: object) -> list[dict]:
     return [call if "function" in call else {"type": "function", "function": call} for call in calls]
 
 
+def _is_learned(name: str, message: dict) -> bool:
+    """What a message says of itself, which is taken out of it: an assistant's message may be there to be read only."""
+    given = {key: message.pop(key) for key in _LEARNED_BY if key in message}
+    for key, value in given.items():
+        if number(value) not in (0, 1) and not isinstance(value, bool):
+            raise BadRow("missing_field", f"{name} {key} is {shown(value)}: a message is learned, 1, or not, 0")
+    return all(value is True or number(value) == 1 for value in given.values())
+
+
 def _message(name: str, value: object) -> dict:
     if not isinstance(value, Mapping):
         raise BadRow("missing_field", f"{name} is {shown(value)}, not a message")
     message = {key: item for key, item in value.items() if item is not None}
+    learned = _is_learned(name, message)
     if "role" not in message and "from" in message:
         message = {"role": message["from"], "content": message.get("value")}
     role = text(f"{name} role", message.get("role"))
     if role == _CALL_ROLE:
         message = {"role": "assistant", "tool_calls": _calls(f"{name} tool call", message.get("content"))}
     else:
-        message["role"] = _ROLES.get(role, role)
+        message["role"] = _ROLES.get(role.lower(), role)
+    if not learned and message["role"] == "assistant":
+        message["weight"] = 0
     calls = json_objects(f"{name} tool_calls", message.pop("tool_calls", None))
     if calls:
         message["tool_calls"] = [_tool_call(f"{name} tool_calls[{n}]", call) for n, call in enumerate(calls)]

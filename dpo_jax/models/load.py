@@ -68,6 +68,18 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def end_tokens(folder: Path | None, hf_config: dict[str, Any]) -> frozenset[int]:
+    """Ids at which generation stops: those of a model directory's generation_config.json, else of its config.
+
+    Raises:
+        UserError: that file is no JSON object.
+    """
+    path = None if folder is None else folder / "generation_config.json"
+    options = read_json(path) if path is not None and path.is_file() else hf_config
+    given = options.get("eos_token_id")
+    return frozenset(token for token in (given if isinstance(given, list) else [given]) if isinstance(token, int))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file beside weights holds.
 
