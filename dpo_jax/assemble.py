@@ -122,7 +122,7 @@ def assemble(
 
 
 def notes_of(parts: Parts) -> list[str]:
-    """What of the config has no effect in this run, a line each."""
+    """What of the config has no effect in this run, and what the model was not made for; a line each."""
     stores = [parts.batches.store, *(own.store for own in parts.evals.values())]
     reports = [source for store in stores for source in store.report]
     platform = platform_of(parts.mesh)
@@ -134,7 +134,13 @@ def notes_of(parts: Parts) -> list[str]:
         platform=platform,
         flags=frozenset(flag.name for flag in FLAGS.get(platform, ())),
     )
-    return idle_options(parts.config, facts)
+    lengths = parts.batches.store.lengths
+    longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
+    made_for = parts.source.hf_config.get("max_position_embeddings", longest)
+    beyond = (
+        f"a prompt and answer have up to {longest} tokens, the model was made for {made_for} (max_position_embeddings)"
+    )
+    return idle_options(parts.config, facts) + [f"{beyond}: lower data.max_length"] * (longest > made_for)
 
 
 def train_logps_fn(config: DPOConfig | SFTConfig, model: Model) -> LogpsFn:

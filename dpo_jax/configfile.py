@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import os
 import re
-import reprlib
 import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import yaml
 from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig, TrainConfig
 from dpo_jax.config.elsewhere import ELSEWHERE
 from dpo_jax.config.loss import ALSO_CALLED
-from dpo_jax.errors import UserError, from_outside, reason
+from dpo_jax.errors import UserError, from_outside, reason, shown
 
 Config = TypeVar("Config", bound=TrainConfig)
 Section = TypeVar("Section")
@@ -35,20 +34,6 @@ SCALAR_WORDS = {int: "a whole number", float: "a number", bool: "true or false",
 
 class CommandLineText(str):
     """Text of an override whose type is decided by the field that it is for."""
-
-
-class _Short(reprlib.Repr):
-    """How a refused value is shown: what a file or caller gives may be endless, by its size or by aliases."""
-
-    def __init__(self):
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 2, 200, 200
-
-    def repr_int(self, x: int, level: int) -> str:
-        return repr(x) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
-
-
-_shown = _Short().repr
 
 
 def parse_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any], kind: type[Config]) -> Config:
@@ -98,7 +83,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: byte {error.start} is not UTF-8: save the config file as UTF-8 text") from None
     except (OSError, ValueError) as error:  # a path that the system does not take is one or the other
         said = getattr(error, "strerror", None) or reason(error)
-        raise UserError(f"{_shown(str(path))}: the config file cannot be read: {said}: check the path") from None
+        raise UserError(f"{shown(str(path))}: the config file cannot be read: {said}: check the path") from None
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: it holds {_words(tree)}, not sections: see docs/configuration.md")
@@ -274,11 +259,11 @@ def _unknown(dotted: str, key: str, siblings: list[str], root: type) -> str:
 
 
 def _refuse(name: str, value: Any, remedy: str) -> NoReturn:
-    raise UserError(f"{name or 'the config'}: {_shown(value)} cannot be used: {remedy}")
+    raise UserError(f"{name or 'the config'}: {shown(value)} cannot be used: {remedy}")
 
 
 def _words(value: Any) -> str:
-    return {dict: "a mapping", list: "a list", NoneType: "nothing"}.get(type(value), _shown(value))
+    return {dict: "a mapping", list: "a list", NoneType: "nothing"}.get(type(value), shown(value))
 
 
 # Overrides: a value put into a tree by its dotted name.
@@ -300,7 +285,7 @@ def _put(kind: Any, node: Any, where: tuple[str, ...], rest: Sequence[str], valu
     if kind in SHORTHAND and isinstance(node, str):
         node = {SHORTHAND[kind]: node}
     if not isinstance(node, Mapping) and (node is not None or not _has_names(kind)):
-        raise UserError(f"{name}: {dotted} is {_shown(node)}, which has no parts: set {dotted} itself")
+        raise UserError(f"{name}: {dotted} is {shown(node)}, which has no parts: set {dotted} itself")
     node = node or {}
     key, inside = rest[0], None
     if dataclasses.is_dataclass(kind):
@@ -349,7 +334,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or key in seen:
-                what = _shown(key)
+                what = shown(key)
                 problem = f"{what} is given twice" if isinstance(key, str) else f"the name {what} is not text"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)

@@ -4,9 +4,6 @@ import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 200
-
 
 class UserError(Exception):
     """Wrong usage, config, data, model or run directory: one line that names the thing, the value and the remedy.
@@ -40,9 +37,19 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
         raise UserError(f"{name}: {value!r} cannot be used: {remedy}")
 
 
-def shown(value: object) -> str:
-    """A value from outside as a message has it: one short line, however large or deep it is."""
-    return _REPR.repr(value)
+class _Short(reprlib.Repr):
+    """A bounded ``repr``: what a file or caller gives may be endless, by its size or by references to itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 2, 200, 200
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
+
+
+shown = _Short().repr
+"""A value from outside as a message has it: short, however large or deep it is."""
 
 
 def reason(error: BaseException) -> str:

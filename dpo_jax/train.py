@@ -94,7 +94,7 @@ def train(
     eval_sets: "Mapping[str, Dataset] | None" = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, float]:
-    """Run DPO, or supervised fine-tuning, as the config says; a run that was begun before goes on where it was saved.
+    """Run DPO, or supervised fine-tuning, as the config says; an interrupted run resumes where it was saved.
 
     ``train_set`` and ``eval_sets`` stand in for those that the config names, ``devices`` for all there are. Returns
     the last step's metrics and the last evaluation.
@@ -140,12 +140,7 @@ def train(
                 log=log,
                 manifest=describe(parts, ids),
             )
-            restored = resume(job, abstract)
-            if restored is None:
-                state = fresh(start)
-                progress = begin(job, state)
-            else:
-                state, progress = restored
+            state, progress = resume(job, abstract) or begin(job, fresh(start))
             if hosts.is_writer():
                 replace_text(run.config, config_to_yaml(config))  # what runs now: free options may change on resume
             del start
@@ -170,7 +165,7 @@ def held(directory: str) -> Iterator[RunDir]:
 
 
 def announce(parts: Parts, run: RunDir) -> None:
-    """Tell what is about to run; the events keep what became of every row."""
+    """Log model, mesh and data sizes; record dropped rows and notes in events.jsonl."""
     config, batches = parts.config, parts.batches
     order, shapes = batches.order, batches.packer.shapes
     held, notes = {name: len(own.order.groups[0]) for name, own in parts.evals.items()}, notes_of(parts)
@@ -191,12 +186,6 @@ def announce(parts: Parts, run: RunDir) -> None:
     say(config.run.progress, f"steps: {order.num_steps} of {order.batch}, in rows of {rows} tokens")
     for line in notes:
         say(config.run.progress, f"note: {line}")
-    lengths = batches.store.lengths
-    longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
-    made_for = parts.source.hf_config.get("max_position_embeddings", longest)
-    if longest > made_for:
-        say(config.run.progress, f"note: a prompt and answer have up to {longest} tokens, the model was made for "
-                                 f"{made_for} (max_position_embeddings): lower data.max_length")  # fmt: skip
 
 
 def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None:
@@ -233,8 +222,8 @@ def to_save(job: Job, state: TrainState) -> Any:
     return vars(state) | {"reference": job.reference.params}
 
 
-def begin(job: Job, state: TrainState) -> Progress:
-    """Start afresh: old logs emptied, model files kept, the start proven and evaluated."""
+def begin(job: Job, state: TrainState) -> tuple[TrainState, Progress]:
+    """Start a new run: logs emptied, model files kept, the start proven and evaluated."""
     if hosts.is_writer():
         cut_back(job.run, {log.name: 0 for log in job.run.logs})
         keep_model_files(job.run, job.parts.source, job.parts.tokenizer)
@@ -249,7 +238,7 @@ def begin(job: Job, state: TrainState) -> Progress:
         measured, distributions = evaluate_sets(job.parts, job.policy(state), job.reference)
         job.log.evaluation(0, measured, distributions)
     job.saves.refuse_unmeasured(measured)  # before any step is made
-    return Progress(0, 0)
+    return state, Progress(0, 0)
 
 
 def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: Callable[[int], bool]) -> TrainState:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_jax import errors
+
 Messages = list[dict]
 
 MOST_NESTED = 100  # levels of lists and objects; more is no data, and would exhaust the stack of whoever walks it
@@ -48,10 +50,7 @@ def read_json(text: str | bytes) -> Any:
 
 def shown(value: object) -> str:
     """A value as messages show it: short, on one line."""
-    if value is None:
-        return "absent or null"
-    full = repr(value)
-    return full if len(full) <= 60 else f"{type(value).__name__} {full[:50]}..."
+    return "absent or null" if value is None else errors.shown(value)
 
 
 def text(name: str, value: object) -> str:
