@@ -181,7 +181,7 @@ def _is_learned(name: str, message: dict) -> bool:
 def _message(name: str, value: object) -> dict:
     if not isinstance(value, Mapping):
         raise BadRow("missing_field", f"{name} is {shown(value)}, not a message")
-    message = {key: item for key, item in value.items() if item is not None}
+    message: dict = {key: item for key, item in value.items() if item is not None}
     learned = _is_learned(name, message)
     if "role" not in message and "from" in message:
         message = {"role": message["from"], "content": message.get("value")}
