@@ -237,6 +237,11 @@ def test_bad_rows_say_why(row, cause, detail):
     assert "\n" not in problem.detail
 
 
+@pytest.mark.parametrize("nothing", [None, "", [], {}])
+def test_an_empty_column_of_pictures_is_no_picture(nothing):
+    assert parse(CHAT | {"images": nothing}) == parse(CHAT)
+
+
 def test_a_row_without_the_prompt_that_others_have():
     rows = [TEXT, {"chosen": "a", "rejected": "b"}]
     parser = parser_of("auto", ["prompt", "chosen", "rejected"], rows, "dpo")

@@ -15,6 +15,7 @@ Stage = Literal["dpo", "sft"]
 _GIVEN_BY_US = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "chat_template",
                 "continue_final_message", "return_dict", "return_tensors"}  # fmt: skip
 _SEEN_OR_HEARD = ("image", "images", "video", "videos", "audio", "audios")
+_EMPTY = ("''", "b''", "[]", "[None]", "{}")  # by repr, since a picture may be of any type
 MOST_WEIGHT = 1e30  # float32 can hold the sum of many
 ASSISTANT_TURN, _HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
 
@@ -232,7 +233,7 @@ def _template_kwargs(row: Mapping) -> dict | None:
 
 def _check_text_alone(row: Mapping) -> None:
     """Words about a picture that the model does not see teach it to make things up."""
-    given = [name for name in _SEEN_OR_HEARD if row.get(name)]
+    given = [name for name in _SEEN_OR_HEARD if row.get(name) is not None and repr(row[name]) not in _EMPTY]
     if given:
         raise BadRow("missing_field", f"{given[0]} is {values.shown(row[given[0]])}, and models here read text alone; "
                      "remove the column if the text stands by itself")  # fmt: skip
