@@ -290,7 +290,8 @@ def by_peft(folder: Path) -> dict[str, float]:
     from peft.tuners.lora import LoraLayer
 
     # what says nothing of the computation may be anything here
-    read = {key: value for key, value in json.loads((folder / CONFIG).read_text()).items() if key not in _HARMLESS}
+    given = json.loads((folder / CONFIG).read_text())
+    read = {key: value for key, value in given.items() if key not in _HARMLESS and value is not None}
     (folder / CONFIG).write_text(json.dumps(read))
     injected = inject_adapter_in_model(PeftConfig.from_pretrained(folder), copy.deepcopy(torch_model()))
     return {
