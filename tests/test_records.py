@@ -182,6 +182,7 @@ CHAT = {"prompt": [Q], "chosen": [A], "rejected": [B]}
         ({"conversations": [{"from": "function_call", "value": "f(1)"}], "chosen": A, "rejected": B}, "missing_field",
          "conversations[0] tool call is text that is not JSON"),
         (TEXT | {"weight": 10**400}, "missing_field", "weight is int 1000"),
+        (TEXT | {"weight": 1e31}, "missing_field", "weight is 1e+31, not a number from 0 to 1e+30"),
         (TEXT | {"weight": "heavy"}, "missing_field", "weight is 'heavy', not a number"),
         (TEXT | {"weight": True}, "missing_field", "weight is True, not a number"),
         (CHAT | {"chat_template_kwargs": {"tokenize": True}}, "missing_field", "cannot hold ['tokenize']"),
@@ -310,7 +311,10 @@ def test_detection(columns, stage, schema):
         (
             ["question", "answer"],
             "dpo",
-            ": set columns: {chosen: COLUMN, prompt: question, rejected: COLUMN}, with the file's name for each COLUMN",
+            (
+                ": set columns: {chosen: COLUMN, prompt: question, rejected: COLUMN}, with the file's name for COLUMN; "
+                "where it has none, write a file that has"
+            ),
         ),
         (
             ["question", "response_j", "response_k"],
@@ -318,6 +322,16 @@ def test_detection(columns, stage, schema):
             ": set columns: {chosen: response_j, prompt: question, rejected: response_k}",
         ),
         (["prompt", "response", "score"], "sft", "prompt_answer (answer, prompt): set columns: {answer: response}"),
+        (
+            ["context", "instruction", "response"],
+            "sft",
+            "alpaca (instruction, output): set columns: {output: response}",
+        ),
+        (
+            ["chosen_response", "instruction", "rejected_response"],
+            "dpo",
+            "(chosen, instruction, rejected): set columns: {chosen: chosen_response, rejected: rejected_response}",
+        ),
         (["dialogue"], "sft", "messages (messages): set columns: {messages: dialogue}"),
     ],
 )
@@ -337,6 +351,13 @@ def test_a_prompt_is_never_guessed():
         "schema: implicit_prompt, if both texts begin with it"
     )
     assert parse(row, schema="implicit_prompt") == Example(7, "It is", (" a.", " b."))
+    chosen, rejected = assistant(row["chosen"]), assistant(row["rejected"])
+    for ours, prompt, answers in [
+        ("prompt", "q", (row["chosen"], row["rejected"])),
+        ("instruction", [system("s"), Q], ([chosen], [rejected])),
+    ]:
+        renamed = {ours if name == "question" else name: value for name, value in row.items()}
+        assert parse(renamed) == Example(7, prompt, answers)
     for row, stage, message in [
         ({"question": "q", "chosen": [A], "rejected": [B]}, "dpo", "such as columns: {prompt: question}"),
         ({"chosen": "a b", "rejected": "a c"}, "sft", "columns: {text: chosen} learns all of it"),
@@ -352,7 +373,7 @@ def test_what_is_not_read_is_said():
     rows = [{"system": "s", "prompt": "q", "chosen": json.dumps([A]), "rejected": "[{'role': 'assistant'}]", "id": 3}]
     found = hints(parser_of("auto", list(rows[0]), rows, "dpo"), list(rows[0]), rows)
     assert found[0] == "columns that are not read: system, id"
-    assert found[1].startswith("system is not part of the prompt: ")
+    assert found[1].startswith("system is not part of the prompt: call it system, and the prompt instruction")
     said = "looks like JSON text of messages in 1 of the first 1 rows, and is read as plain text"
     assert [line.split(":")[0] for line in found[2:]] == [f"chosen {said}", f"rejected {said}"]
     rows = [TEXT | {"weight": 1.0, "tools": None}, {"prompt": "[{x", "chosen": "{", "rejected": "[1]"}]

@@ -102,16 +102,16 @@ BAD_DATA = [
     ("no file", partial(remove, "pairs.jsonl"), "", "pairs.jsonl: there is no such file; the working directory is "),
     (
         "suffix",
-        partial(write, "pairs.csv", "a"),
-        "--data.train pairs.csv",
-        "pairs.csv: suffix '.csv' is not known; known are",
+        partial(write, "pairs.tsv", "a"),
+        "--data.train pairs.tsv",
+        "pairs.tsv: suffix '.tsv' is not known; known are",
     ),
     ("empty", partial(write, "pairs.jsonl", "\n"), "", "pairs.jsonl: it holds no rows; name a source that has some"),
     (
         "not JSON",
         partial(write, "pairs.jsonl", lines_of(ROWS) + "{oops\n"),
         "",
-        "pairs.jsonl, line 9: not JSON:  ... mend or remove it",
+        "pairs.jsonl, line 9: not JSON:  ... fix or remove it",
     ),
     (
         "not UTF-8",
@@ -124,19 +124,19 @@ BAD_DATA = [
         "list cut short",
         partial(write, "pairs.json", json.dumps(ROWS)[:-9]),
         "--data.train pairs.json",
-        "pairs.json: not JSON:  ... mend the file",
+        "pairs.json: not JSON:  ... fix the file",
     ),
     (
         "no parquet",
         partial(write, "pairs.parquet", "PAR"),
         "--data.train pairs.parquet",
-        "pairs.parquet: not a parquet file: ",
+        "pairs.parquet:  ... it must be a readable parquet file",
     ),
     (
         "unknown columns",
         partial(write, "pairs.jsonl", lines_of([{"question": "a", "good": "b"}])),
         "",
-        "pairs.jsonl: columns ['good', 'question'] fit no layout of dpo: ... rename them with `columns`",
+        "pairs.jsonl: columns ['good', 'question'] fit no layout of dpo;  ... {chosen: COLUMN, prompt: question",
     ),
     (
         "no such column",

@@ -29,6 +29,7 @@ _OTHER_NAMES = {  # that public sets give to our columns
     "chosen": ("chosen_response", "response_chosen", "preferred", "accepted", "better", "response_j", "positive"),
     "rejected": ("rejected_response", "response_rejected", "dispreferred", "worse", "response_k", "negative"),
     "answer": ("response", "output", "target", "solution", "chosen"),
+    "output": ("response", "answer", "completion"),
     "messages": ("conversation", "dialogue", "dialog", "turns"),
     "text": ("content", "document"),
 }
@@ -45,13 +46,18 @@ def _renames(needed: set[str], columns: Sequence[str]) -> dict[str, str]:
 def _fits_none(columns: Sequence[str], stage: Stage) -> str:
     """The layout that lacks least, the widest of several, with the renames that make it fit."""
 
-    def lacks(one: tuple[str, set[str]]) -> tuple[int, int]:
-        return len(one[1] - set(columns)) - len(_renames(one[1], columns)), -len(one[1])
+    def lacks(one: tuple[str, set[str]]) -> tuple[int, int, int]:
+        missing = len(one[1] - set(columns))
+        return missing - len(_renames(one[1], columns)), -len(one[1]), missing
 
     name, needed = min(_COLUMNS[stage], key=lacks)
     renames = _renames(needed, columns)
     pairs = ", ".join(f"{ours}: {renames.get(ours, 'COLUMN')}" for ours in sorted(needed - set(columns)))
-    unknown = ", with the file's name for each COLUMN" if lacks((name, needed))[0] else ""
+    unknown = (
+        ", with the file's name for COLUMN; where it has none, write a file that has"
+        if lacks((name, needed))[0]
+        else ""
+    )
     return (
         f"columns {sorted(columns)} fit no layout of {stage}; the nearest is {name} ({', '.join(sorted(needed))}): "
         f"set columns: {{{pairs}}}{unknown}"
@@ -135,9 +141,12 @@ def hints(parser: Parser, columns: Sequence[str], rows: Sequence[Mapping]) -> li
     ignored = [name for name in columns if name not in parser.columns]
     if ignored:
         found.append(f"columns that are not read: {', '.join(ignored)}")
-    if "system" in ignored:
-        found.append("system is not part of the prompt: rename the prompt with columns to instruction (text) or "
-                     "conversations (messages), whose layouts put the system column first")  # fmt: skip
+    found += [
+        f"{name} is not part of the prompt: call it system, and the prompt instruction (text) or conversations "
+        "(messages), with columns"
+        for name in ("system", "system_prompt")
+        if name in ignored
+    ]
     for name in sorted(parser.columns & {"prompt", "chosen", "rejected", "answer", "completion", "output", "text"}):
         count = sum(isinstance(row.get(name), str) and bool(_JSON_MESSAGES.match(row[name])) for row in rows)
         if count:

@@ -4,7 +4,6 @@ A layout ("schema") is a function from a row to prompt and answers; the tables b
 columns that each reads. Which one a source has is told in ``layouts``. Nothing here knows tokens.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +14,7 @@ from dpo_jax.data.values import BadRow, Messages
 Stage = Literal["dpo", "sft"]
 _GIVEN_BY_US = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "chat_template",
                 "continue_final_message", "return_dict", "return_tensors"}  # fmt: skip
+MOST_WEIGHT = 1e30  # float32 can hold the sum of many
 ASSISTANT_TURN, _HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
 
 
@@ -191,8 +191,8 @@ def _plain(row: Mapping):
 def _weight(row: Mapping) -> float:
     weight = row.get("weight", 1.0)
     given = values.number(weight)
-    if given is None or not 0 <= given < math.inf:
-        raise BadRow("missing_field", f"weight is {values.shown(weight)}, not a number >= 0")
+    if given is None or not 0 <= given <= MOST_WEIGHT:
+        raise BadRow("missing_field", f"weight is {values.shown(weight)}, not a number from 0 to {MOST_WEIGHT:g}")
     return given
 
 
