@@ -47,11 +47,10 @@ def shown(value: object) -> str:
 
 def reason(error: BaseException) -> str:
     """What an error says, in one short line; its type too, where the text alone says little (``KeyError: 'x'``)."""
-    lines = str(error).strip().splitlines()
-    name = type(error).__name__
-    if not lines:
+    text, name = " ".join(str(error).split())[:200], type(error).__name__
+    if not text:
         return name
-    return lines[0][:200] if isinstance(error, OSError | ValueError | ImportError) else f"{name}: {lines[0][:200]}"
+    return text if isinstance(error, OSError | ValueError | ImportError) else f"{name}: {text}"
 
 
 @contextmanager

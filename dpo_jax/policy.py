@@ -14,7 +14,7 @@ from dpo_jax.checksums import weights_id
 from dpo_jax.config import LoraConfig, ModelConfig
 from dpo_jax.configfile import load_yaml, read_section
 from dpo_jax.data.tokenizer import load_tokenizer
-from dpo_jax.errors import UserError, require
+from dpo_jax.errors import UserError, from_outside, require
 from dpo_jax.models.adapters import Adapted, export_adapters, load_adapters, make_lora, merge, start_adapters
 from dpo_jax.models.decoder import Model, Params, make_model
 from dpo_jax.models.families import builtin_model, decoder_config
@@ -203,7 +203,8 @@ def placed_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
 def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:
     """Put config.json, tokenizer, chat template and generation config into the run."""
     folder = run.root / MODEL_FILES
-    tokenizer.save_pretrained(folder)
+    with from_outside(f"{folder}: the tokenizer cannot be written", "free space, or fix the tokenizer's files"):
+        tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(source.hf_config, indent=2) + "\n")
     generation = "generation_config.json"
     if source.folder is not None and (source.folder / generation).is_file():

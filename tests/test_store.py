@@ -309,6 +309,12 @@ def test_all_that_affects_the_content_is_in_the_key(tmp_path):
         build(tmp_path / "s", write_rows(tmp_path / "b.jsonl", PAIRS[::-1])),
     ]
     assert len({same, *(built.key for built in others)}) == 12
+    assert build(tmp_path / "s", source, data=replace(data, template_date="2025-01-01")).key == same
+    other_template.chat_template += "{{ strftime_now('%d') }}"
+    dates = ("2024-07-26", "2025-01-01")
+    dated = [build(tmp_path / "s", source, data=replace(data, template_date=date), tokenizer=other_template)
+             for date in dates]  # fmt: skip
+    assert dated[0].key != dated[1].key
 
     (tmp_path / "elsewhere").mkdir()
     moved = write_rows(tmp_path / "elsewhere" / "c.jsonl", PAIRS)

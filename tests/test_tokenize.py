@@ -1,8 +1,6 @@
 """Tokens of examples: boundary, special tokens, templates, truncation, fates."""
 
 import pickle
-import subprocess
-import sys
 
 import pytest
 import tokenizers
@@ -11,7 +9,6 @@ import transformers
 from dpo_jax.config import DataConfig, FatesConfig, SourceConfig
 from dpo_jax.data.records import Example, Problem
 from dpo_jax.data.tokenize import NOTES, TokenizedExample, make_tokenize
-from dpo_jax.data.tokenizer import load_tokenizer, tokenizer_hash
 from dpo_jax.errors import UserError
 
 TEXT = "What is the capital of France? Paris. It is Lyon. user assistant system one two three four five six seven\n"
@@ -200,12 +197,6 @@ def test_a_template_that_is_no_prefix_of_itself():
         assert tokenize(example).cause == "template_not_prefix"
 
 
-def test_a_template_that_refuses():
-    tokenizer = make_tokenizer(template="{{ raise_exception('No system turns here') }}")
-    problem = make_tokenize(config(), tokenizer, "dpo")(pair(user("x"), assistant("a"), assistant("b")))
-    assert problem == Problem(3, "template_refused", "No system turns here")
-
-
 CONVERSATIONS = [
     turns("What is", "the capital"),
     turns("What", "is", "the", "capital of", "France"),
@@ -251,7 +242,9 @@ def test_sft_with_a_template_that_rewrites_history():
 
 
 def test_sft_turns_that_cannot_be_found_drop_the_row():
-    template = "{% for m in messages %}{{ m['role'] }}{{ m['content'] if loop.last else 'x' }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m['role'] }}{{ m['content'] if loop.last else m['content']|upper }}{% endfor %}"
+    )
     sft = make_tokenize(config(), make_tokenizer(template=template), "sft")
     problem = sft(Example(3, None, (turns("What", "is", "the", "capital"),)))
     assert problem == Problem(3, "template_not_prefix", "message 1 cannot be found in the rendered conversation")
@@ -342,42 +335,9 @@ def test_truncation_of_a_conversation():
             assert not any(learned[cut][len(got) :])
 
 
-# ------------------------------------------------------------------------------------------- tokenizers, identity
-
-
 def test_the_function_travels_to_other_processes():
     example = pair("What is", " Paris.", " Lyon.", weight=0.5)
     tokenize = make_tokenize(config(), make_tokenizer(), "dpo")
     made = tokenize(example)
     assert pickle.loads(pickle.dumps(tokenize))(example) == made
     assert made.weight == 0.5
-
-
-def test_the_hash_of_a_tokenizer_is_that_of_its_behaviour(tmp_path):
-    tokenizer = make_tokenizer(template=CHATML)
-    first = tokenizer_hash(tokenizer)
-    tokenizer(["a", "a b"], padding=True, truncation=True, max_length=5)  # leaves its settings in the tokenizer
-    assert tokenizer_hash(tokenizer) == first
-    tokenizer.save_pretrained(tmp_path)
-    code = f"from dpo_jax.data.tokenizer import *; print(tokenizer_hash(load_tokenizer({str(tmp_path)!r}, None, None)))"
-    other = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-    assert other == tokenizer_hash(load_tokenizer(str(tmp_path), None, None)) == first
-    added = make_tokenizer(template=CHATML)
-    added.add_tokens(["<new>"])
-    others = [added, make_tokenizer(template=ONE_TURN), make_tokenizer(eos=True), make_tokenizer(eos_token="<s>")]
-    assert len({first, *map(tokenizer_hash, others)}) == 5
-
-
-def test_a_template_from_a_file(tmp_path):
-    make_tokenizer(template=CHATML).save_pretrained(tmp_path)
-    (tmp_path / "mine.jinja").write_text(ONE_TURN)
-    assert load_tokenizer(str(tmp_path), None, None).chat_template == CHATML
-    assert load_tokenizer(str(tmp_path), None, str(tmp_path / "mine.jinja")).chat_template == ONE_TURN
-    with pytest.raises(UserError, match=r"data.chat_template: '.*absent.jinja' cannot be read"):
-        load_tokenizer(str(tmp_path), None, str(tmp_path / "absent.jinja"))
-
-
-def test_no_tokenizer_there(tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer can be loaded: .*; set model.tokenizer to one") as caught:
-        load_tokenizer(str(tmp_path), None, None)
-    assert "\n" not in str(caught.value)

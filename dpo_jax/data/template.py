@@ -47,10 +47,10 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
     import jinja2
 
     _require_template(template.tokenizer.chat_template, example)
-    # a variable of the name shadows the function that reads the machine's clock
-    variables = {"strftime_now": datetime.fromisoformat(template.date).strftime} | (example.template_kwargs or {})
+    variables = example.template_kwargs or {}
     try:
         with _time_limit(RENDER_SECONDS):
+            _set_clock(template, example)
             text = template.tokenizer.apply_chat_template(
                 messages, tools=example.tools, add_generation_prompt=prompt, tokenize=False, **variables
             )
@@ -71,6 +71,17 @@ def _require_template(own: str | dict[str, str] | None, example: Example) -> Non
     if isinstance(own, dict) and "default" not in own and not (example.tools is not None and "tool_use" in own):
         raise UserError(f"row {example.row}: the tokenizer has several chat templates and no default: "
                         f"{', '.join(sorted(own))}; name one of them as data.chat_template")  # fmt: skip
+
+
+def _set_clock(template: Template, example: Example) -> None:
+    """Give the template that this row takes a function of the set date in place of the machine's clock."""
+    text = template.tokenizer.get_chat_template(tools=example.tools)
+    if reads_clock(text):
+        # apply_chat_template renders this very object, kept by text; of what it is given it passes on plain data only
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        compiled = _compile_jinja_template(text)
+        compiled.globals["strftime_now"] = datetime.fromisoformat(template.date).strftime
 
 
 @contextmanager
@@ -117,8 +128,8 @@ def missing_part(template: Template, example: Example, messages: Messages, text:
         except Refused as refused:
             refusal = f": with other words in its place the template fails: {refused}"
         if refusal is not None:
-            role, what = messages[path[0]]["role"], " ".join(map(str, path[1:]))
-            return f"{what} of message {path[0]} ({role}) is not in the rendered conversation{refusal}"
+            place, what = int(path[0]), " ".join(map(str, path[1:]))
+            return f"{what} of message {place} ({messages[place]['role']}) is not in the rendered conversation{refusal}"
     return None
 
 

@@ -182,9 +182,8 @@ def _whole(coder: _Coder, example: Example) -> _Pieces | Problem:
     spans, notes = turns
     if notes and coder.data.fates.template_not_prefix != "repair":
         return notes[0]
-    ids, *heads = _encode(
-        coder, example.row, [text, *(text[:place] for span in spans for place in span)], special=False
-    )
+    starts = [text[:place] for span in spans for place in span]
+    ids, *heads = _encode(coder, example.row, [text, *starts], special=False)
     places = [common_prefix(head, ids) for head in heads]
     learned = [False] * len(ids)
     for start, end in zip(places[::2], places[1::2], strict=True):

@@ -37,6 +37,11 @@ def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -
     with from_outside(f"{path}: no tokenizer can be loaded", "fix its files, or set model.tokenizer to another"):
         # without an answer given here, transformers asks on standard input whether it may run the model's own code
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    for token, index in special.items():
+        if index is None:
+            raise UserError(f"{path}: the special token {token!r} is not in the vocabulary; correct it, or set "
+                            "model.tokenizer to another")  # fmt: skip
     _compare_with_file(tokenizer, path, revision)
     tokenizer.chat_template = _chosen_template(path, tokenizer.chat_template, chat_template)
     return tokenizer
@@ -50,7 +55,7 @@ def _chosen_template(path: str, own: Any, chosen: str | None) -> str | dict[str,
                         "data.chat_template")  # fmt: skip
     names = own if isinstance(own, dict) else {}
     if chosen is None or chosen in names:
-        return own if chosen is None else names[chosen]
+        return (own or None) if chosen is None else names[chosen]
     try:
         return Path(chosen).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -115,8 +120,11 @@ def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
                 return full[:start], full[start + len(bare) :]
-    raise UserError(f"{tokenizer.name_or_path}: the tokenizer encodes no text of its own vocabulary; "
-                    "set model.tokenizer to another")  # fmt: skip
+    name = tokenizer.name_or_path or "model.tokenizer"
+    with from_outside(f"{name}: the tokenizer fails", "fix its files, or set model.tokenizer to another"):
+        tokenizer(next(vocabulary_texts(tokenizer), ""))  # says why, if it can
+    raise UserError(f"{name}: the tokenizer does not encode its own vocabulary, or adds other tokens "
+                    "to some texts than to others; set model.tokenizer to another")  # fmt: skip
 
 
 def vocabulary_texts(tokenizer: Any) -> Iterator[str]:
