@@ -17,7 +17,7 @@ from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import UserError, from_outside, require
 from dpo_jax.models.adapters import Adapted, export_adapters, load_adapters, make_lora, merge, start_adapters
 from dpo_jax.models.decoder import Model, Params, make_model
-from dpo_jax.models.families import builtin_model, decoder_config
+from dpo_jax.models.families import DecoderConfig, builtin_model, decoder_config
 from dpo_jax.models.load import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.models.weights import export_params, load_params
 from dpo_jax.rundir import RunDir, find_run, is_run_dir
@@ -61,10 +61,22 @@ def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, w
     return ModelSource(read_hf_config(folder), folder, None)
 
 
+def decoder_of(source: ModelSource) -> DecoderConfig:
+    """What the model's config.json says of its computation.
+
+    Raises:
+        UserError: it asks for what is not computed here.
+    """
+    try:
+        return decoder_config(source.hf_config)
+    except UserError as error:
+        raise UserError(f"{source.folder}/{error}" if source.folder else str(error)) from error
+
+
 def build_model(source: ModelSource, config: ModelConfig, platform: str, lora: LoraConfig | None = None) -> Model:
     """The model as pure functions, for devices of ``platform``, without weights; with the adapters of ``lora``."""
     return make_model(
-        decoder_config(source.hf_config),
+        decoder_of(source),
         platform=platform,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
@@ -191,7 +203,7 @@ def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str 
         raise UserError(f"model.tokenizer: {config.path} brings none; name a directory or hub model that has one")
     revision = config.revision if config.tokenizer is None and not Path(path).is_dir() else None
     tokenizer = load_tokenizer(str(path), revision, chat_template)
-    check_vocabulary(max(tokenizer.get_vocab().values(), default=-1) + 1, decoder_config(source.hf_config), str(path))
+    check_vocabulary(max(tokenizer.get_vocab().values(), default=-1) + 1, decoder_of(source), str(path))
     return tokenizer
 
 

@@ -1,7 +1,8 @@
 """The decoder against `transformers` on torch, and against itself in every layout of the program."""
 
+import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import jax
@@ -283,6 +284,38 @@ REFUSED = [
     ("mistral", "layer_types", ["sliding_attention", "full_attention"], "no such option"),
     ("qwen2", "layer_types", ["sliding_attention", "full_attention"], "same sliding window"),
     ("qwen3", "mlp_bias", True, "no such option"),
+    # values that are empty, and change the computation
+    ("llama", "is_causal", False, "no such option"),
+    ("llama", "partial_rotary_factor", 0, "no such option"),
+    ("llama", "original_max_position_embeddings", 0, "no such option"),
+    ("llama", "rope_theta", 0, "positive number"),
+    ("llama", "rope_theta", None, "positive number"),
+    ("llama", "rope_scaling", [], "dictionary"),
+    ("llama", "rope_parameters", LLAMA3_ROPE | {"partial_rotary_factor": False}, "no such option"),
+    ("mistral", "sliding_window", 0, "positive number"),
+    ("mistral", "num_key_value_heads", None, "positive number"),
+    ("qwen2", "head_dim", None, "positive number"),
+    ("qwen3", "head_dim", None, "positive number"),
+    ("qwen2", "max_window_layers", None, "whole number"),
+    ("qwen2", "layer_types", [], "num_hidden_layers, 2, names"),
+    # values of odd types and sizes
+    ("llama", "model_type", ["llama"], "llama, mistral, qwen2, qwen3"),
+    ("llama", "hidden_act", ["silu"], "silu"),
+    ("llama", "rope_scaling", {"rope_type": ["linear"], "factor": 2.0}, "default, linear, llama3"),
+    ("llama", "rope_scaling", {"rope_type": "linear", "factor": {}}, "positive number"),
+    ("llama", "rms_norm_eps", float("nan"), "positive number"),
+    ("llama", "rms_norm_eps", float("inf"), "positive number"),
+    ("llama", "rope_theta", 10**400, "positive number"),
+    ("llama", "vocab_size", 10**400, "positive number"),
+    ("llama", "vocab_size", -1, "positive number"),
+    ("llama", "vocab_size", True, "positive number"),
+    ("llama", "num_hidden_layers", 2e9, "positive number"),
+    ("llama", "num_attention_heads", 4.0, "whole number"),
+    ("llama", "max_position_embeddings", "256", "positive number"),
+    ("llama", "something", "x" * 100_000, "no such option"),
+    ("qwen2", "layer_types", 3, "num_hidden_layers, 2, names"),
+    ("qwen2", "layer_types", [["full_attention"], {}], "same sliding window"),
+    ("qwen2", "use_sliding_window", 1, "true or false"),
 ]
 
 
@@ -292,6 +325,63 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(model_type, key, v
         decoder_config(SIZES | {"model_type": model_type} | {key: value})
     assert all(part in str(error.value) for part in (key, why))
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+ROPES = [
+    {},
+    {"rope_theta": 5e5},
+    {"rope_scaling": LINEAR},
+    {"rope_scaling": LINEAR, "rope_theta": 5e5},
+    {"rope_scaling": LINEAR | {"rope_theta": 100.0}, "rope_theta": 5e5},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"type": "default", "rope_type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "default"}},
+    {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+    {"rope_parameters": LINEAR | {"rope_theta": 100.0}, "rope_theta": 5e5},
+    {"rope_parameters": LINEAR, "rope_scaling": None},
+    {"rope_parameters": LINEAR, "rope_scaling": {}},
+    {"rope_parameters": LINEAR, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+]
+
+
+@pytest.mark.parametrize("options", ROPES, ids=str)
+def test_rotary_options_are_those_that_transformers_reads(options):
+    expected = transformers.LlamaConfig(**copy.deepcopy(LLAMA | options)).rope_parameters
+    actual = decoder_config(LLAMA | options)
+    assert actual.rope_theta == expected["rope_theta"]
+    kinds = {type(None): "default", LinearScaling: "linear", Llama3Scaling: "llama3"}
+    assert kinds[type(actual.rope_scaling)] == expected["rope_type"]
+    if actual.rope_scaling is not None:
+        assert all(expected[name] == value for name, value in asdict(actual.rope_scaling).items())
+
+
+@pytest.mark.parametrize("new", [
+    {"rope_type": "default"},  # transformers reads the linear one
+    LINEAR | {"factor": 4.0},
+    LINEAR | {"rope_theta": 5e5},  # and forgets this base
+], ids=str)  # fmt: skip
+def test_two_rotary_options_that_disagree_are_refused(new):
+    with pytest.raises(UserError, match="says otherwise"):
+        decoder_config(LLAMA | {"rope_scaling": LINEAR, "rope_parameters": new})
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("Llama", {"num_key_value_heads": None, "head_dim": None}),
+    ("Mistral", {"head_dim": None, "sliding_window": None}),
+    ("Qwen2", {"num_key_value_heads": None, "use_sliding_window": True, "sliding_window": None}),
+    ("Qwen3", {"num_key_value_heads": None, "max_window_layers": 0}),
+    ("Qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+], ids=str)  # fmt: skip
+def test_sizes_and_windows_are_those_that_transformers_reads(kind, options):
+    hf = SIZES | options
+    expected = getattr(transformers, f"{kind}Config")(**hf)
+    actual = decoder_config(hf | {"model_type": kind.lower()})
+    assert actual.kv_heads == expected.num_key_value_heads
+    assert actual.head_dim == getattr(expected, "head_dim", SIZES["hidden_size"] // SIZES["num_attention_heads"])
+    assert actual.window == getattr(expected, "sliding_window", None)
 
 
 def test_mixed_windows_are_refused_and_a_window_of_no_layer_is_none():

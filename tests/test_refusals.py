@@ -247,9 +247,14 @@ BAD_MODELS = [
         "unknown type",
         partial(configure_model, model_type="mamba"),
         "",
-        "config.json: model_type: 'mamba' cannot be used: ",
+        "model/config.json: model_type: 'mamba' cannot be used: ",
     ),
-    ("not computed", partial(configure_model, logit_scale=3.0), "", "config.json: logit_scale: 3.0 cannot be used: "),
+    (
+        "not computed",
+        partial(configure_model, logit_scale=3.0),
+        "",
+        "model/config.json: logit_scale: 3.0 cannot be used: ",
+    ),
     (
         "no weights",
         partial(remove, "model/model.safetensors"),
@@ -260,7 +265,7 @@ BAD_MODELS = [
         "weights cut short",
         partial(edit, "model/model.safetensors", lambda data: data[:100_000]),
         "",
-        "model/model.safetensors: the file was cut short: its header speaks of  ... and it has 100000",
+        "model/model.safetensors: this is no whole safetensors file:  ... not fully covered: copy or download it again",
     ),
     (
         "fewer layers",

@@ -164,7 +164,8 @@ def _read_rope(hf: Mapping[str, Any], key: str) -> tuple[float, LinearScaling | 
         raise _refuse(key, rope, "a dictionary is needed")
     if not rope:
         return None
-    theta = float(_number(rope, "rope_theta", _number(hf, "rope_theta", 10000.0)))
+    named = {f"{key}.{name}": value for name, value in rope.items()}
+    theta = float(_number(named, f"{key}.rope_theta", _number(hf, "rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {
         "default": set(),
@@ -177,14 +178,14 @@ def _read_rope(hf: Mapping[str, Any], key: str) -> tuple[float, LinearScaling | 
         if not _one_of(rope[name], _NEUTRAL_VALUES.get(name, (None,))):
             raise _refuse(f"{key}.{name}", rope[name], f"rope scaling {kind} has no such option here")
     if kind == "linear":
-        return theta, LinearScaling(factor=float(_number(rope, "factor")))
+        return theta, LinearScaling(factor=float(_number(named, f"{key}.factor")))
     if kind == "llama3":
         scaling = Llama3Scaling(
-            factor=float(_number(rope, "factor")),
-            low_freq_factor=float(_number(rope, "low_freq_factor")),
-            high_freq_factor=float(_number(rope, "high_freq_factor")),
+            factor=float(_number(named, f"{key}.factor")),
+            low_freq_factor=float(_number(named, f"{key}.low_freq_factor")),
+            high_freq_factor=float(_number(named, f"{key}.high_freq_factor")),
             original_max_position_embeddings=_size(
-                rope, "original_max_position_embeddings", hf.get("max_position_embeddings")
+                named, f"{key}.original_max_position_embeddings", hf.get("max_position_embeddings")
             ),
         )
         if scaling.high_freq_factor <= scaling.low_freq_factor:
