@@ -213,7 +213,7 @@ def test_a_fall_that_is_longer_than_the_run_is_refused():
     options = OptimizerConfig(schedule="wsd", warmup_steps=10, decay_steps=91)
     with pytest.raises(UserError, match=r"optimizer.decay_steps: 91 is more than the 90 steps after the warm-up"):
         make_schedule(options, 100)
-    with pytest.raises(UserError, match="more than the 0 steps after the warm-up; lower it or optimizer.warmup_steps"):
+    with pytest.raises(UserError, match=r"more than the 0 steps after the warm-up; lower it or optimizer.warmup_steps"):
         make_schedule(options, 5)
 
 
