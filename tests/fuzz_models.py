@@ -218,6 +218,8 @@ def check_hf_config(tree: Any) -> bool:
             return False
         # what says nothing of the computation may be anything here
         read = {key: value for key, value in read_hf_config(folder).items() if key not in _HARMLESS_KEYS}
+        # transformers takes 1.0 but not 1 for these
+        read |= {key: float(read[key]) for key in ("rms_norm_eps", "initializer_range") if read.get(key) is not None}
         (folder / "config.json").write_text(json.dumps(read))
         expected = by_transformers(AutoConfig.from_pretrained(folder))
         actual = {field: getattr(config, field) for field in expected}
