@@ -17,12 +17,11 @@ from dpo_jax import hosts
 from dpo_jax.checksums import describe_leaves, leaf_checksums
 from dpo_jax.config import CheckpointConfig
 from dpo_jax.console import warn
-from dpo_jax.errors import RunStopped, UserError
+from dpo_jax.errors import RunStopped, UserError, reason
 from dpo_jax.saved import (
     MANIFEST,
     STATE,
     Damaged,
-    first_line,
     rank_steps,
     read_manifest,
     read_metrics,
@@ -259,5 +258,5 @@ def _surfaced(directory: epath.Path, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise RunStopped(f"checkpoint of step {step}: could not be written to {directory} ({first_line(error)}): "
+        raise RunStopped(f"checkpoint of step {step}: could not be written to {directory} ({reason(error)}): "
                          "make room or mend the path, then run the same command again") from error  # fmt: skip

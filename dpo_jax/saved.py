@@ -16,7 +16,7 @@ from dpo_jax import hosts
 from dpo_jax.checksums import describe_leaves, leaf_checksums
 from dpo_jax.config import CheckpointConfig
 from dpo_jax.console import warn
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, reason
 from dpo_jax.manifest import FORMAT
 from dpo_jax.sealed import SEAL, unseal
 
@@ -93,12 +93,6 @@ def _best_order(directory: epath.Path, steps: list[int]) -> list[int]:
     raise UserError(f"{directory}: none of its saved steps {steps} has a readable manifest: use another run")
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
-
-
 def read_manifest(directory: epath.Path, step: int) -> dict:
     """Manifest of a step; ``Damaged`` if none is intact, ``UserError`` if it has another format."""
     try:
@@ -132,15 +126,15 @@ def read_metrics(directory: epath.Path) -> dict[int, dict[str, float]]:
 
 def read_step(directory: epath.Path, step: int, abstract: Any, part: bool = False) -> tuple[Any, dict]:
     """State and manifest of one step, proven; all processes find the same. part: a part of the state is enough."""
-    reason, state, manifest, saved = None, None, {}, {}
+    why, state, manifest, saved = None, None, {}, {}
     try:
         manifest = read_manifest(directory, step)
         _refuse_other_leaves(abstract, manifest["leaves"], directory / str(step), part)
         saved = {name: manifest["leaves"][name] for name in describe_leaves(abstract)}
         state = _read_arrays(directory / str(step) / STATE, abstract, saved, part)
     except Damaged as damage:
-        reason = str(damage)
-    told = [one for one in hosts.gather(reason, f"reading step {step}", 2 * hosts.TIMEOUT) if one is not None]
+        why = str(damage)
+    told = [one for one in hosts.gather(why, f"reading step {step}", 2 * hosts.TIMEOUT) if one is not None]
     if told:
         raise Damaged(told[0])
     wrong = [name for name, sum_ in leaf_checksums(state).items() if sum_ != saved[name]["checksum"]]
@@ -166,7 +160,7 @@ def _read_arrays(path: epath.Path, abstract: Any, saved: Mapping[str, dict], par
         told = f"{error} {error.__cause__ or ''}"
         if isinstance(error, NOT_DAMAGE) or any(mark in told for mark in NOT_ITS_FAULT):
             raise
-        raise Damaged(f"its arrays cannot be read: {first_line(error.__cause__ or error)}") from error
+        raise Damaged(f"its arrays cannot be read: {reason(error.__cause__ or error)}") from error
 
 
 class _PatientReader(ocp.type_handlers.ArrayHandler):

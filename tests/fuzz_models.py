@@ -218,6 +218,8 @@ def check_hf_config(tree: Any) -> bool:
             return False
         # what says nothing of the computation may be anything here
         read = {key: value for key, value in read_hf_config(folder).items() if key not in _HARMLESS_KEYS}
+        # transformers takes 1.0 but not 1 for these
+        read |= {key: float(read[key]) for key in ("rms_norm_eps", "initializer_range") if read.get(key) is not None}
         (folder / "config.json").write_text(json.dumps(read))
         expected = by_transformers(AutoConfig.from_pretrained(folder))
         actual = {field: getattr(config, field) for field in expected}
@@ -290,7 +292,8 @@ def by_peft(folder: Path) -> dict[str, float]:
     from peft.tuners.lora import LoraLayer
 
     # what says nothing of the computation may be anything here
-    read = {key: value for key, value in json.loads((folder / CONFIG).read_text()).items() if key not in _HARMLESS}
+    given = json.loads((folder / CONFIG).read_text())
+    read = {key: value for key, value in given.items() if key not in _HARMLESS and value is not None}
     (folder / CONFIG).write_text(json.dumps(read))
     injected = inject_adapter_in_model(PeftConfig.from_pretrained(folder), copy.deepcopy(torch_model()))
     return {

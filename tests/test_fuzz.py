@@ -32,7 +32,7 @@ TARGETS: dict[str, tuple[int, Callable[[], Any], Callable[[Any], bool]]] = {
     "index": (200, lambda: fuzz_models.indexed, fuzz_models.check_index),
     "config.json": (400, fuzz_models.hf_configs, fuzz_models.check_hf_config),
     "config.json bytes": (100, lambda: fuzz_models.hf_config_bytes, fuzz_models.check_hf_config_bytes),
-    "adapter_config.json": (60, fuzz_models.adapter_configs, fuzz_models.check_adapter_config),
+    "adapter_config.json": (40, fuzz_models.adapter_configs, fuzz_models.check_adapter_config),
     "checkpoint manifests": (150, fuzz_runs.checkpoint_manifests, fuzz_runs.check_checkpoint_manifest),
     "restored steps": (10, fuzz_runs.checkpoint_manifests, fuzz_runs.check_restored),
     "reference caches": (100, fuzz_runs.reference_caches, fuzz_runs.check_reference_cache),

@@ -199,7 +199,7 @@ CHAT = {"prompt": [Q], "chosen": [A], "rejected": [B]}
          "tool_calls[0] arguments is text that is not JSON"),
         ({"conversations": [{"from": "function_call", "value": "f(1)"}], "chosen": A, "rejected": B}, "missing_field",
          "conversations[0] tool call is text that is not JSON"),
-        (TEXT | {"weight": 10**400}, "missing_field", "weight is int 1000"),
+        (TEXT | {"weight": 10**400}, "missing_field", "weight is a number of 1329 bits"),
         (TEXT | {"weight": 1e31}, "missing_field", "weight is 1e+31, not a number from 0 to 1e+30"),
         (TEXT | {"weight": "heavy"}, "missing_field", "weight is 'heavy', not a number"),
         (TEXT | {"weight": True}, "missing_field", "weight is True, not a number"),

@@ -36,8 +36,7 @@ _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclud
 _HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
              "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
              "lora_ga_config", "layers_pattern", "ensure_weight_tying"}  # fmt: skip
-_IDLE = (None, False)
-_IDLE_TOO = {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "megatron_config": {}}
+_IDLE = {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "megatron_config": {}}
 # What to do with adapters that this program cannot train on.
 _MERGE = ("merge these adapters into their model (PEFT's merge_and_unload, then save_pretrained), give the result as "
           "model.path, and leave lora.path out")  # fmt: skip
@@ -174,9 +173,8 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig)
     if options.get("init_lora_weights", True) not in _PLAIN_STARTS:
         raise refuse("init_lora_weights", "it changes the weights under the adapters; convert them to plain LoRA first")
     for key, value in options.items():
-        if key in _READ | _HARMLESS or any(value is idle for idle in _IDLE):
-            continue
-        if key not in _IDLE_TOO or value != _IDLE_TOO[key]:
+        idle = value is None or (value == _IDLE[key] if key in _IDLE else value is False)
+        if key not in _READ | _HARMLESS and not idle:
             raise refuse(key, f"this option is not computed here; {_MERGE}")
     for key, option, wanted in (("r", "rank", config.rank), ("lora_alpha", "alpha", config.alpha),
                                 ("use_rslora", "rslora", config.rslora)):  # fmt: skip

@@ -109,6 +109,8 @@ _NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "is_causal": (True, None),
     "partial_rotary_factor": (1, 1.0, None),
     "original_max_position_embeddings": (None,),
+    "layer_types": (None,),
+    "quantization_config": (None, {}),
 }
 _MOST_LAYERS, _LARGEST = 10_000, 2**31 - 1  # beyond them a number is a slip, and its arrays would have no end
 
@@ -200,8 +202,10 @@ def _window(hf: Mapping[str, Any], family: _Family, layers: int) -> int | None:
         return None
     if "use_sliding_window" not in family.keys:  # Mistral: the number alone decides
         return None if "sliding_window" in hf and hf["sliding_window"] is None else _size(hf, "sliding_window", 4096)
-    used = _flag(hf, "use_sliding_window") and hf.get("sliding_window", 4096) is not None
-    window = _size(hf, "sliding_window", 4096) if used else None
+    given = hf.get("sliding_window", 4096)
+    if given is not None and type(given) is not int:
+        raise _refuse("sliding_window", given, "a whole number or null is needed")
+    window = _size(hf, "sliding_window", 4096) if _flag(hf, "use_sliding_window") and given is not None else None
     types = hf.get("layer_types")
     if types is None:
         from_layer = hf.get("max_window_layers", 28)
