@@ -24,6 +24,7 @@ class Flag(NamedTuple):
     name: str
     value: str
     why: str
+    kinds: tuple[str, ...] = ()  # of the devices it is for, as JAX names them; (): every one of the platform
 
 
 # The set that MaxText publishes for FSDP on TPUs as the one for all-gathers, benchmarks/xla_flags_library.py.
@@ -31,11 +32,13 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     "tpu": (
         Flag("xla_enable_async_all_gather", "true", "weights are gathered while something else is computed"),
         Flag("xla_tpu_enable_async_collective_fusion", "true", "what is computed meanwhile is one program with it"),
-        Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "... for all-gathers, too"),
+        # libtpu 0.0.50 refuses this one on other chips, where it "might lead to incorrect results, hang"
+        Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "... for all-gathers, too",
+             ("TPU v5 lite", "TPU v5e")),
         Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "... over several such computations"),
         Flag("xla_tpu_overlap_compute_collective_tc", "true", "the core computes while its links are busy"),
     ),
-}
+}  # fmt: skip
 
 
 _BOOLEANS = {"true": "True", "false": "False"}  # the one spelling that options of every platform read
@@ -53,8 +56,8 @@ def not_kept() -> Iterator[None]:
         jax.config.update(option, before)
 
 
-def platform_flags(platform: str, overrides: Mapping[str, str]) -> dict[str, str]:
-    """The options for a platform, such as tpu, as ``jax.jit`` and ``lowered.compile`` take them.
+def platform_flags(platform: str, kind: str, overrides: Mapping[str, str]) -> dict[str, str]:
+    """The options for devices of a platform, such as tpu, and kind, as ``jax.jit`` and ``lowered.compile`` take them.
 
     ``overrides``, as in `config.RunConfig`, are added or take the place of a flag of the table; an empty value leaves
     one out.
@@ -66,7 +69,8 @@ def platform_flags(platform: str, overrides: Mapping[str, str]) -> dict[str, str
     for name in (name for name, value in overrides.items() if not value and name not in known):
         raise UserError(f"run.compiler_flags: {name}: nothing sets it, so an empty value leaves nothing out: give it a "
                         f"value, or remove it; these are set on TPUs: {', '.join(sorted(known))}")  # fmt: skip
-    options = {flag.name: flag.value for flag in FLAGS.get(platform, ())} | dict(overrides)
+    defaults = (flag for flag in FLAGS.get(platform, ()) if not flag.kinds or kind in flag.kinds)
+    options = {flag.name: flag.value for flag in defaults} | dict(overrides)
     return {name: _BOOLEANS.get(value, value) for name, value in options.items() if value}
 
 
@@ -76,7 +80,8 @@ def compiler_options(mesh: Mesh, overrides: Mapping[str, str]) -> dict[str, str]
     Raises:
         UserError: the compiler has no such option, or cannot read its value.
     """
-    options = platform_flags(mesh.devices.flat[0].platform, overrides)
+    device = mesh.devices.flat[0]
+    options = platform_flags(device.platform, device.device_kind, overrides)
     if not options:
         return options
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))

@@ -144,10 +144,11 @@ def test_a_window_beyond_the_run_is_refused(config, tmp_path):
         train(replace(config, run=beyond), devices=jax.devices()[:1])
 
 
-@pytest.mark.parametrize("text", ["v5e:4x4", "v5p:2x2x2", "v6e:4x4"])
+@pytest.mark.parametrize("text", ["v5e:4x4", "v4:2x2x1", "v5p:2x2x2", "v6e:4x4", "tpu7x:2x2x1"])
 def test_the_table_of_flags_is_what_the_compiler_knows(text, for_tpus):
     mesh = Mesh(np.array(for_tpus(text)), ("fsdp",))
-    assert list(compiler_options(mesh, {})) == [flag.name for flag in FLAGS["tpu"]]
+    expected = [flag.name for flag in FLAGS["tpu"] if not flag.kinds or text.startswith("v5e")]
+    assert list(compiler_options(mesh, {})) == expected
     for flags, why in (({"xla_tpu_nonsense": "1"}, "No such compile option: 'xla_tpu_nonsense'"),
                        ({"xla_tpu_scoped_vmem_limit_kib": "much"}, "Failed to parse 'much'")):  # fmt: skip
         with pytest.raises(UserError, match=f"^run.compiler_flags: .*{why}"):
@@ -162,9 +163,11 @@ def test_options_are_asked_for_on_the_mesh_in_force():
 
 def test_flags_are_added_replaced_and_left_out():
     first, *others = (flag.name for flag in FLAGS["tpu"])
-    found = platform_flags("tpu", {first: "", others[0]: "false", "xla_tpu_scoped_vmem_limit_kib": "98304"})
+    found = platform_flags(
+        "tpu", "TPU v5 lite", {first: "", others[0]: "false", "xla_tpu_scoped_vmem_limit_kib": "98304"}
+    )
     assert found == {others[0]: "False", **dict.fromkeys(others[1:], "True"), "xla_tpu_scoped_vmem_limit_kib": "98304"}
-    assert platform_flags("cpu", {}) == {}
+    assert platform_flags("cpu", "cpu", {}) == {}
 
 
 def test_what_this_compiler_does_not_know_is_refused_before_a_run(config, tmp_path):
