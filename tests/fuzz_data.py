@@ -300,14 +300,18 @@ def build(folder: Path, source: SourceConfig) -> Any:
 
 
 @st.composite
-def store_damage(draw: st.DrawFn) -> tuple[str, bytes]:
+def store_damage(draw: st.DrawFn, path: Path) -> tuple[str, bytes]:
     """A file of the store, and what it holds now."""
-    path, _ = built_store()
     file = draw(st.sampled_from(["manifest.json"] * 4 + sorted(one.name for one in path.iterdir())))
     good = (path / file).read_bytes()
     if file == "manifest.json" and draw(st.booleans()):
         return file, as_json(draw(mutated(st.just(json.loads(good))))).encode()
     return file, draw(damaged(st.just(good)))
+
+
+def stores() -> st.SearchStrategy:
+    """Damage to the store, which is built here: a strategy may not."""
+    return store_damage(built_store()[0])
 
 
 def check_store(value: tuple[str, bytes]) -> bool:

@@ -276,11 +276,17 @@ ADAPTER_VALUES = [
 
 
 @st.composite
-def adapter_configs(draw: st.DrawFn) -> Any:
-    tree = dict(adapter_files()[1])
+def adapter_configs(draw: st.DrawFn, valid: dict) -> Any:
+    """A valid adapter_config.json, some keys set, some mutated."""
+    tree = dict(valid)
     for _ in range(draw(st.integers(0, 2))):
         tree[draw(st.sampled_from(ADAPTER_KEYS))] = draw(st.sampled_from(ADAPTER_VALUES))
     return draw(mutated(st.just(tree), most=2))
+
+
+def adapters() -> st.SearchStrategy:
+    """Configs made from one that is written here: a strategy may not."""
+    return adapter_configs(adapter_files()[1])
 
 
 def by_peft(folder: Path) -> dict[str, float]:

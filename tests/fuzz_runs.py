@@ -46,11 +46,16 @@ def saved() -> Path:
 
 
 @st.composite
-def checkpoint_manifests(draw: st.DrawFn) -> bytes:
-    good = (saved() / "2" / "manifest" / "metadata").read_bytes()
+def checkpoint_manifests(draw: st.DrawFn, good: bytes) -> bytes:
+    """A manifest mutated as a tree, or its bytes damaged."""
     if draw(st.booleans()):
         return as_json(draw(mutated(st.just(json.loads(good))))).encode()
     return draw(damaged(st.just(good)))
+
+
+def manifests() -> st.SearchStrategy:
+    """Manifests made from one that is written here: a strategy may not."""
+    return checkpoint_manifests((saved() / "2" / "manifest" / "metadata").read_bytes())
 
 
 def check_checkpoint_manifest(data: bytes) -> bool:

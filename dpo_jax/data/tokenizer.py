@@ -121,8 +121,9 @@ def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
             if full[start : start + len(bare)] == bare:
                 return full[:start], full[start + len(bare) :]
     name = tokenizer.name_or_path or "model.tokenizer"
+    text = next(vocabulary_texts(tokenizer), "")
     with from_outside(f"{name}: the tokenizer fails", "fix its files, or set model.tokenizer to another"):
-        tokenizer(next(vocabulary_texts(tokenizer), ""))  # says why, if it can
+        tokenizer(text)  # says why, if it can
     raise UserError(f"{name}: the tokenizer does not encode its own vocabulary, or adds other tokens "
                     "to some texts than to others; set model.tokenizer to another")  # fmt: skip
 

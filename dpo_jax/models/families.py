@@ -206,11 +206,10 @@ def _window(hf: Mapping[str, Any], family: _Family, layers: int) -> int | None:
     if given is not None and type(given) is not int:
         raise _refuse("sliding_window", given, "a whole number or null is needed")
     window = _size(hf, "sliding_window", 4096) if _flag(hf, "use_sliding_window") and given is not None else None
-    types = hf.get("layer_types")
+    types, from_layer = hf.get("layer_types"), hf.get("max_window_layers", 28)
+    if type(from_layer) is not int or from_layer < 0:
+        raise _refuse("max_window_layers", from_layer, "a whole number is needed, 0 or more")
     if types is None:
-        from_layer = hf.get("max_window_layers", 28)
-        if type(from_layer) is not int or from_layer < 0:
-            raise _refuse("max_window_layers", from_layer, "a whole number is needed, 0 or more")
         full_layers = layers if window is None else min(from_layer, layers)
         types = ["full_attention"] * full_layers + ["sliding_attention"] * (layers - full_layers)
     elif not isinstance(types, list) or len(types) != layers:
