@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from dpo_jax import hosts
 from dpo_jax.batch import PairLogps, PreferenceBatch
 from dpo_jax.checksums import weights_id
-from dpo_jax.compiler import FLAGS
+from dpo_jax.compiler import platform_flags
 from dpo_jax.config import SORTED, DPOConfig, LossConfig, ModelConfig, SFTConfig
 from dpo_jax.config.idle import Facts, idle_options
 from dpo_jax.data.batches import Batches, StepData, set_batches, train_batches
@@ -125,14 +125,14 @@ def notes_of(parts: Parts) -> list[str]:
     """What of the config has no effect in this run, and what the model was not made for; a line each."""
     stores = [parts.batches.store, *(own.store for own in parts.evals.values())]
     reports = [source for store in stores for source in store.report]
-    platform = platform_of(parts.mesh)
+    device = parts.mesh.devices.flat[0]
     facts = Facts(
         steps=parts.batches.order.num_steps,
         eval_sets=len(parts.evals),
         examples=sum(source["kept"] for source in reports),
         messages=sum(source["rendered"] for source in reports),
-        platform=platform,
-        flags=frozenset(flag.name for flag in FLAGS.get(platform, ())),
+        platform=device.platform,
+        flags=frozenset(platform_flags(device.platform, device.device_kind, {})),
     )
     lengths = parts.batches.store.lengths
     longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
