@@ -21,6 +21,7 @@ from dpo_jax.config.idle import Facts, idle_options
 from dpo_jax.data.batches import Batches, StepData, set_batches, train_batches
 from dpo_jax.data.sets import DataSets, open_sets
 from dpo_jax.data.store import Store
+from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.distributions import reward_distributions
 from dpo_jax.errors import UserError
@@ -126,11 +127,13 @@ def notes_of(parts: Parts) -> list[str]:
     stores = [parts.batches.store, *(own.store for own in parts.evals.values())]
     reports = [source for store in stores for source in store.report]
     device = parts.mesh.devices.flat[0]
+    messages = sum(source["rendered"] for source in reports)
     facts = Facts(
         steps=parts.batches.order.num_steps,
         eval_sets=len(parts.evals),
         examples=sum(source["kept"] for source in reports),
-        messages=sum(source["rendered"] for source in reports),
+        messages=messages,
+        dated=messages > 0 and reads_clock(parts.tokenizer.chat_template),
         platform=device.platform,
         flags=frozenset(platform_flags(device.platform, device.device_kind, {})),
     )

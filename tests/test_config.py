@@ -83,8 +83,8 @@ ACTS = {
     "model.path", "model.revision", "model.checkpoint", "model.tokenizer", "model.dtype", "model.param_dtype",
     "model.attention", "model.remat", "model.scan", "lora.rank", "data.train", "data.eval", "data.eval_fraction",
     "data.max_length", "data.shuffle", "data.fates.missing_field", "data.fates.empty_answer",
-    "data.fates.empty_prompt", "data.fates.equal_answers", "data.fates.prompts_differ",
-    "data.fates.template_not_prefix", "data.fates.template_refused", "data.fates.too_long", "data.store",
+    "data.fates.empty_prompt", "data.fates.equal_answers", "data.fates.message_not_rendered",
+    "data.fates.prompts_differ", "data.fates.template_not_prefix", "data.fates.template_refused", "data.fates.too_long", "data.store",
     "data.workers", "optimizer.name", "optimizer.learning_rate", "optimizer.schedule", "optimizer.weight_decay",
     "optimizer.max_grad_norm", "mesh.data", "mesh.fsdp", "mesh.tensor", "run.dir", "run.steps", "run.epochs",
     "run.token_stats", "run.export", "run.report", "run.trackers", "run.progress", "run.profile_steps",
@@ -116,7 +116,7 @@ def test_fine_tuning_has_no_second_answer():
     assert parse_config(yaml.safe_load(config_to_yaml(config)), {}, SFTConfig) == config
 
 
-FACTS = Facts(steps=10, eval_sets=1, examples=8, messages=4, platform="tpu", flags=frozenset({"xla_a"}))
+FACTS = Facts(steps=10, eval_sets=1, examples=8, messages=4, dated=True, platform="tpu", flags=frozenset({"xla_a"}))
 # (option, an idle value, one that acts, what makes it idle besides)
 IDLE_VALUES = [
     ("optimizer.warmup_steps", 10, 9, {}),
@@ -126,6 +126,7 @@ IDLE_VALUES = [
     ("run.eval_every", 11, 10, {}),
     ("run.eval_every", 1, 0, {"eval_sets": 0}),
     ("data.chat_template", "t.jinja", None, {"messages": 0}),
+    ("data.template_date", "2025-01-01", "2024-07-26", {"dated": False}),
     ("data.append_eos", False, True, {"messages": 8}),
     ("model.matmul_precision", "highest", "default", {"platform": "cpu"}),
     ("run.compiler_flags", {"xla_b": ""}, {"xla_a": "", "xla_b": "1"}, {}),

@@ -6,6 +6,8 @@ from typing import Literal
 
 from dpo_jax.errors import require
 
+TEMPLATE_DATE = "2024-07-26"  # the one that Llama 3.1's template falls back on
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -89,7 +91,7 @@ class DataConfig:
     """Draw in an order made from run.seed; False: in file order."""
     chat_template: str | None = None
     """File with a Jinja chat template, in place of the tokenizer's own; or the name of one of its own."""
-    template_date: str = "2024-07-26"
+    template_date: str = TEMPLATE_DATE
     """Date, as YYYY-MM-DD, that chat templates read from the clock: Llama 3's write it into the system turn."""
     append_eos: bool = True
     """End each plain-text answer with the end-of-sequence token; chat templates say it themselves."""

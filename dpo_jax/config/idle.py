@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
+from dpo_jax.config.data import TEMPLATE_DATE
+
 
 class Facts(NamedTuple):
     """What is known of a run once its data is read."""
@@ -17,6 +19,7 @@ class Facts(NamedTuple):
     eval_sets: int
     examples: int  # to train and evaluate on
     messages: int  # of these, rendered by a chat template
+    dated: bool  # by a template that asks for the date
     platform: str  # of the devices, such as tpu
     flags: frozenset[str]  # compiler options that are set on this platform unasked
 
@@ -37,6 +40,8 @@ IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, whether a value of it is 
      "there is no evaluation set; name one in data.eval, or set data.eval_fraction"),
     ("data.chat_template", lambda value, run: value is not None and run.messages == 0,
      "no example holds messages, so nothing is rendered with it"),
+    ("data.template_date", lambda value, run: value != TEMPLATE_DATE and not run.dated,
+     "no example is rendered by a template that asks for the date"),
     ("data.append_eos", lambda value, run: not value and run.messages == run.examples,
      "every example holds messages, whose ends the chat template writes"),
     ("model.matmul_precision", lambda value, run: value != "default" and run.platform == "cpu",
