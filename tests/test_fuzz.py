@@ -47,7 +47,9 @@ TARGETS: dict[str, tuple[int, Callable[[], Any], Callable[[Any], bool]]] = {
 @pytest.mark.parametrize("times", [1, pytest.param(WEEKLY, marks=pytest.mark.weekly)])
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of keys that it does not know
-def test_only_documented_outcomes(name, times, shared):
+def test_only_documented_outcomes(name, times, shared, request):
+    if name == "adapter_config.json":
+        request.getfixturevalue("peft")
     examples, strategy, check = TARGETS[name]
     count, accepted = hunt(times * examples, strategy(), check)
     print(f"{name}: {count} inputs, {accepted} accepted")

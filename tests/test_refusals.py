@@ -283,7 +283,7 @@ BAD_MODELS = [
         "no tokenizer",
         partial(remove, "model/*token*"),
         "",
-        "model: no tokenizer can be loaded:  ... set model.tokenizer to one",
+        "model: no tokenizer can be loaded:  ... set model.tokenizer to another",
     ),
     (
         "tokenizer cut short",

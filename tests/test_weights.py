@@ -398,7 +398,7 @@ def test_a_header_of_another_length_is_refused(tmp_path, length):
         find_tensors(tmp_path)
 
 
-def test_the_single_file_wins_over_an_index_as_in_transformers(tmp_path):
+def test_the_single_file_wins_over_an_index_as_in_transformers(torch, tmp_path):
     """Its own saves leave the old index where a sharded save is followed by one in a single file."""
     params = export(tmp_path, TINY)[1]
     old = {"model.norm.weight": "model-00001-of-00002.safetensors"}
