@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,8 @@ class LossyStream:
         """Once something was lost, drop what is still buffered, which would be an error when the interpreter ends."""
         self.flush()
         if self.lost is not None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # not every stream is a file
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def _try(self, action: str, *text: str) -> None:
         try:

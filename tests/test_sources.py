@@ -313,3 +313,16 @@ def test_tfds_prepared_as_tfrecord(tfds_dir, tmp_path):
     with pytest.raises(UserError, match=r"prepared as \['tfrecord'\].*file_format='array_record'\)") as caught:
         load_rows(SourceConfig(path="tfds:pairs", data_dir=str(tmp_path)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_read_again_when_a_file_is_replaced_under_an_old_date(tmp_path):
+    source, file = SourceConfig(path=str(tmp_path / "rows")), tmp_path / "rows" / "a.jsonl"
+    file.parent.mkdir()
+    seen = []
+    for text in ("one", "two"):
+        file.write_text(json.dumps({"text": text}) + "\n")
+        os.utime(file, (1e9, 1e9))
+        seen.append((fingerprint(source), load_rows(source)[0]["text"]))
+    (first, one), (second, two) = seen
+    assert first != second
+    assert (one, two) == ("one", "two")

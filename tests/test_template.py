@@ -142,6 +142,7 @@ def test_a_message_or_tool_call_that_vanishes_is_named(template, messages, what)
         (CHATML, turns("one", "two", "three", "four")),
         (CALLS, WEATHER),
         (CALLS, [*user("now?"), call("clock", {}), *assistant("noon")]),
+        (CALLS.replace("c.function.arguments", "c.function.arguments['city'] + '.'"), WEATHER),
         (KNOWN_ROLES, [{"role": "observation", "content": " \n"}, *user("x")]),
         ("{% for m in messages %}{{ m.content|trim|upper }}{% endfor %}", turns("  one ", "two\n")),
         ("{% for m in messages %}{{ m.content[:3] }}{% endfor %}", turns("one and more", "two and more")),

@@ -108,3 +108,17 @@ def test_real_templates_end_each_answer_once(shared, template):
                 assert answer[-2:].count(tokenizer.convert_tokens_to_ids(end)) == 1
                 if stage == "dpo":
                     assert answer.count(tokenizer.convert_tokens_to_ids(end)) == 1
+
+
+@pytest.mark.parametrize("content", ["<answer>4</answer>", "<", "<think", "4"])
+def test_all_of_an_earlier_turn_is_learned_however_it_begins(shared, content):
+    """Qwen3 writes ``<think>`` before an answer and takes it out of earlier turns; a content may begin alike."""
+    qwen = load_tokenizer(str(shared / "tokenizers" / "qwen3"), None, str(shared / "chat_templates" / "qwen3.jinja"))
+    messages = [
+        {"role": role, "content": text}
+        for role, text in (("user", "q"), ("assistant", content), ("user", "p"), ("assistant", "x"))
+    ]
+    example = Example(0, None, (messages,), template_kwargs={"enable_thinking": False})
+    made = make_tokenize(config(), qwen, "sft")(example)
+    learned = [token for token, flag in zip(made.answers[0], made.targets, strict=True) if flag]
+    assert qwen.decode(learned).startswith(f"{content}<|im_end|>")

@@ -67,8 +67,10 @@ def test_the_hash_of_a_tokenizer_is_that_of_its_behaviour(tmp_path):
     assert other == tokenizer_hash(load_tokenizer(str(tmp_path), None, None)) == first
     added = make_tokenizer(template=CHATML)
     added.add_tokens(["<new>"])
-    others = [added, make_tokenizer(template=ONE_TURN), make_tokenizer(eos=True), make_tokenizer(eos_token="<s>")]
-    assert len({first, *map(tokenizer_hash, others)}) == 5
+    split = make_tokenizer(template=CHATML)
+    split.split_special_tokens = True
+    others = [added, split, make_tokenizer(template=ONE_TURN), make_tokenizer(eos=True), make_tokenizer(eos_token="<s>")]
+    assert len({first, *map(tokenizer_hash, others)}) == 6
 
 
 def test_a_template_from_a_file(tmp_path):

@@ -162,10 +162,26 @@ def _load_saved(source: SourceConfig) -> "datasets.Dataset":
 def _load_hub(source: SourceConfig) -> "datasets.Dataset":
     import datasets
 
-    what = "this folder of files" if os.path.isdir(source.path) else "no such file or folder here, and the hub set"
     remedy = f"check path, name, split {source.split!r} and revision"
-    with from_outside(f"{source.path}: {what} cannot be loaded", remedy):
+    with from_outside(f"{source.path}: no such file or folder here, and the hub set cannot be loaded", remedy):
         return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+
+
+def _load_folder(source: SourceConfig) -> "datasets.Dataset":
+    import datasets
+
+    # the library knows local files by their times only, and would give old rows for a file that was replaced
+    cache = os.path.join(datasets.config.HF_DATASETS_CACHE, "dpo_jax", _folder_hash(source.path))
+    remedy = f"check path, name and split {source.split!r}"
+    with from_outside(f"{source.path}: this folder of files cannot be loaded", remedy):
+        return datasets.load_dataset(source.path, source.name, split=source.split, cache_dir=cache)
+
+
+def _folder_hash(path: str) -> str:
+    """Of names and contents of all files in a folder, hexadecimal."""
+    inside = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    named = [[str(file.relative_to(path)), files.file_hash(str(file))] for file in inside]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def _dataset_kind(load: Callable[[SourceConfig], "datasets.Dataset"], *options: str) -> _Kind:
@@ -255,7 +271,11 @@ _KINDS = {
     "CSV file": _file_kind(files.load_csv),
     "parquet file": _file_kind(files.Parquet),
     "saved folder": _dataset_kind(_load_saved, "split"),
-    "folder of files": _dataset_kind(_load_hub, "split", "name"),
+    "folder of files": _Kind(
+        lambda source: _Foreign(source.path, _load_folder(source)),
+        lambda source: [_folder_hash(source.path), source.split, source.name],
+        ("split", "name"),
+    ),
     "hub set": _dataset_kind(_load_hub, "split", "name", "revision"),
     "TFDS set": _Kind(_load_tfds, _tfds_identity, ("split", "data_dir")),
 }

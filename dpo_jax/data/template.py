@@ -166,9 +166,9 @@ def _parts(messages: Messages) -> Iterator[tuple[_Path, Any]]:
 
 
 def _marker(number: int, value: Any) -> Any:
-    """A value of the same kind that stands nowhere else."""
+    """A value of the same kind that stands nowhere else; an object keeps its names, which a template may ask for."""
     text = f"zqxj{number}jxqz"
-    return {text: text} if isinstance(value, dict) else text
+    return dict.fromkeys(value, text) if isinstance(value, dict) else text
 
 
 def _replaced(value: Any, path: _Path, new: Any) -> Any:

@@ -18,6 +18,7 @@ from dpo_jax.errors import UserError, from_outside
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MARKER = "zqxj"  # a content that no generation prompt has in common with
 NOTES = {"straddling_token": "A token holds the end of the prompt and the start of an answer; it counts to the answer."}
 """Causes that are counted only: nothing is wrong with the row."""
 
@@ -230,7 +231,10 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
         end = len(through)
         if start < len(before) or not text.startswith(through):
             changed = place
-            turn = through[_common_text(before, through) :]
+            # a content may begin as what the generation prompt ends with, so the turn's start is seen beside a marker
+            marked = [*messages[:place], message | {"content": MARKER}, *messages[place + 1 :]]
+            start = _common_text(before, render(coder.template, example, marked))
+            turn = through[_common_text(before, render(coder.template, example, marked[: place + 1])) :]
             tails = (turn[cut:] for cut in range(len(turn)))
             tail = next((tail for tail in tails if tail.strip() and text.startswith(tail, start)), None)
             if tail is None or (spans and start < spans[-1][1]):

@@ -98,7 +98,9 @@ def tokenizer_hash(tokenizer: Any) -> str:
     else:
         state = sorted(tokenizer.get_vocab().items())
     added = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]
+    roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}  # which templates may write
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids), roles,
+               getattr(tokenizer, "split_special_tokens", False)]  # fmt: skip
     probes = [_ids(tokenizer, text, special=True) for text in vocabulary_texts(tokenizer)]  # what no file states
     parts = [state, added, special, tokenizer.chat_template, probes]
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

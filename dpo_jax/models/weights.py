@@ -7,6 +7,7 @@ buffers that hold only what this process's devices own of it, and is handed over
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ COMPANIONS = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
     "generation_config.json",
 )  # fmt: skip
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 _Tensors = dict[str, tuple[str, tuple[int, ...]]]  # tensor of a file -> (its parameter, its shape in the file)
 
@@ -360,7 +363,7 @@ def _keep_others(replaced: Path, target: Path) -> None:
     if not replaced.is_dir():
         return
     for path in replaced.iterdir():
-        if path.name not in (*COMPANIONS, "config.json", INDEX) and path.suffix != ".safetensors":
+        if path.name not in (*COMPANIONS, "config.json", INDEX, SINGLE) and not _SHARD.fullmatch(path.name):
             os.rename(path, target / path.name)
     shutil.rmtree(replaced)
 
