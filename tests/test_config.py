@@ -86,10 +86,11 @@ ACTS = {
     "data.fates.empty_prompt", "data.fates.equal_answers", "data.fates.message_not_rendered",
     "data.fates.prompts_differ", "data.fates.template_not_prefix", "data.fates.template_refused", "data.fates.too_long",
     "data.store", "data.workers", "optimizer.name", "optimizer.learning_rate", "optimizer.schedule",
-    "optimizer.weight_decay", "optimizer.max_grad_norm", "mesh.data", "mesh.fsdp", "mesh.tensor", "run.dir", "run.steps", "run.epochs",
-    "run.token_stats", "run.export", "run.report", "run.trackers", "run.progress", "run.profile_steps",
-    "checkpoint.keep", "checkpoint.keep_best", "reference.mode", "loss.type", "loss.types", "loss.beta",
-    "batch.row_length", "batch.max_shapes", "batch.accumulation", "batch.target_chunk", "batch.pairs", "batch.layout",
+    "optimizer.weight_decay", "optimizer.max_grad_norm", "mesh.data", "mesh.fsdp", "mesh.tensor", "run.dir",
+    "run.steps", "run.epochs", "run.token_stats", "run.export", "run.report", "run.trackers", "run.progress",
+    "run.profile_steps", "checkpoint.keep", "checkpoint.keep_best", "reference.mode", "loss.type", "loss.types",
+    "loss.beta", "batch.row_length", "batch.max_shapes", "batch.accumulation", "batch.target_chunk", "batch.pairs",
+    "batch.layout",
 }  # fmt: skip
 
 
@@ -181,7 +182,7 @@ BAD = [
     ({"run__steps": 2**63}, "a whole number or null is needed; this is out of range"),
     ({"loss__beta": 10**400}, "loss.beta: a number of 1329 bits cannot be used: a number is needed; this is out of"),
     ({"optimizer__max_grad_norm": "none"}, "a number or null is needed; did you mean null?"),
-    ({"model__tokenizer": ""}, "model.tokenizer: '' cannot be used: empty text names nothing"),
+    ({"model__tokenizer": ""}, "model.tokenizer: '' cannot be used: the text is empty"),
     ({"run__dir": "a\0"}, "run.dir: 'a\\x00' cannot be used: text is needed, in UTF-8 and without NUL characters"),
     ({"output_dir": "x"}, "output_dir: unknown option: did you mean run.dir?"),
     ({"data__test": "x"}, "data.test: unknown option: did you mean data.eval?"),
@@ -220,7 +221,10 @@ BAD = [
     ({"lora__rank": -1}, "lora.rank: -1 cannot be used: it cannot be negative"),
     ({"lora__rank": 4, "lora__alpha": 0.0}, "lora.alpha: 0.0 cannot be used: it must be positive"),
     ({"lora__rank": 4, "lora__targets": []}, "lora.targets: () cannot be used"),
-    ({"lora__rank": 4, "lora__targets": ["q_proj", "w1"]}, "lora.targets: 'w1' cannot be used: it fits none of q_proj"),
+    (
+        {"lora__rank": 4, "lora__targets": ["q_proj", "w1"]},
+        "lora.targets: 'w1' cannot be used: it matches none of q_proj",
+    ),
     ({"lora__alpha": 8.0}, "lora.alpha: 8.0 cannot be used: lora.rank is 0"),
     ({"lora__targets": ["q_proj"]}, "lora.targets: ('q_proj',) cannot be used: lora.rank is 0"),
     ({"lora__rslora": True}, "lora.rslora: True cannot be used: lora.rank is 0"),

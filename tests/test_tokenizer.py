@@ -125,7 +125,7 @@ def test_code_of_a_model_never_runs(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "core", "model", "said"),
     [
-        ({"chat_template": 5}, {}, None, "chat_template is no text: 5; correct it"),
+        ({"chat_template": 5}, {}, None, "chat_template is not text: 5; correct it"),
         ({"bos_token": ""}, {}, None, "the special token '' is not in the vocabulary; correct it"),
         ({"unk_token": ""}, {}, None, "no tokenizer can be loaded: RecursionError: "),
         ({"extra_special_tokens": 5}, {}, None, "no tokenizer can be loaded: TypeError: extra_special_tokens must"),
