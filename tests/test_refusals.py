@@ -389,7 +389,7 @@ def damage() -> None:
 
 
 def other_format() -> None:
-    for path in Path("run/checkpoints").glob("*/manifest/*"):
+    for path in Path("run/checkpoints").glob("*/manifest/metadata"):
         path.write_text(json.dumps(seal({**unseal(path.read_bytes()), "format": 0})))
 
 
