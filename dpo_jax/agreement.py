@@ -14,10 +14,10 @@ def tied(metrics: Mapping[str, float], bound: float) -> bool:
     tell, since margins of two signs cancel; ``kl``, half the mean square of the log-ratios, does.
 
     Args:
-        metrics: of the pairs, as ``preference_metrics`` names them; without ``kl`` nothing was compared.
-        bound: of ``AGREEMENT``.
+        metrics: as ``preference_metrics`` names them; without ``kl`` there is no reference to agree with.
+        bound: one of ``AGREEMENT``.
     """
-    return "kl" in metrics and log_ratio(metrics) <= bound * size(metrics)
+    return "kl" in metrics and log_ratio(metrics) <= bound * logps_scale(metrics)
 
 
 def log_ratio(metrics: Mapping[str, float]) -> float:
@@ -25,6 +25,6 @@ def log_ratio(metrics: Mapping[str, float]) -> float:
     return math.sqrt(2 * float(metrics["kl"]))
 
 
-def size(metrics: Mapping[str, float]) -> float:
-    """Of the log-probs, nats: what a share of them refers to."""
+def logps_scale(metrics: Mapping[str, float]) -> float:
+    """Size of the answers' log-probs, nats, at least 1: the bounds of ``AGREEMENT`` are shares of it."""
     return max(1.0, *(abs(float(metrics[f"logps/{answer}"])) for answer in ("chosen", "rejected")))

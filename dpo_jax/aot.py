@@ -70,7 +70,7 @@ class Load:
 
 
 def check_pair(requirements: Sequence[str], libtpu: str) -> None:
-    """Refuse a libtpu that does not belong to the installed jax: they may not understand each other's programs.
+    """Refuse a libtpu that the installed jax does not require: it may fail on programs of this jax.
 
     Args:
         requirements: of jax, as its metadata lists them; without libtpu among them nothing is known.

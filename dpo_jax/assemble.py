@@ -123,8 +123,8 @@ def assemble(
 
 
 def notes_of(parts: Parts) -> list[str]:
-    """What of the config has no effect in this run, and what the model was not made for; a line each."""
-    stores = [parts.batches.store, *(own.store for own in parts.evals.values())]
+    """Options that have no effect in this run, and lengths that the model was not made for; a line each."""
+    stores = [batches.store for batches in (parts.batches, *parts.evals.values())]
     reports = [source for store in stores for source in store.report]
     device = parts.mesh.devices.flat[0]
     messages = sum(source["rendered"] for source in reports)
@@ -202,14 +202,14 @@ def reference_weights(parts: Parts, start: Params) -> Params:
         return start
     find = partial(find_model, revision=None)
     source = find_reference(parts.config, path, parts.model, platform_of(parts.mesh), find)
-    own = ModelConfig(path=path, param_dtype=parts.config.model.param_dtype)
-    return load_weights(source, parts.model, own, parts.mesh)
+    options = ModelConfig(path=path, param_dtype=parts.config.model.param_dtype)
+    return load_weights(source, parts.model, options, parts.mesh)
 
 
 def find_reference(
     config: DPOConfig, path: str, model: Model, platform: str, find: Callable[[str], ModelSource]
 ) -> ModelSource:
-    """What ``reference.path`` names, by ``find``; it must be a model just like the policy's, ``model``.
+    """The model that ``reference.path`` names, by ``find``; it must have the architecture of ``model``, the policy.
 
     Raises:
         UserError: there is no such model, or it has another architecture or vocabulary.

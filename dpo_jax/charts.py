@@ -85,7 +85,7 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
     for key, name, steps, values in curves:
         branch = key.rpartition("/")[2]
         color = colors[branch] if branch in ("chosen", "rejected") else next(free, colors["ink"])
-        words = "." + " ".join(filter(None, (name or "training", branch if len(plot.keys) > 1 else "")))
+        words = "." + " ".join(filter(None, (name or "training", branch if len(plot.keys) > 1 else "")))  # dot: _legend
         if name:
             axes.plot(steps, values, color=color, label=words, linewidth=1.2, linestyle="--", marker="o", markersize=5,
                       markeredgecolor="none", zorder=3)  # fmt: skip
@@ -106,7 +106,7 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
 
 
 def _legend(axes: Any, colors: Mapping[str, Any], columns: int) -> None:
-    """Names as they are: matplotlib reads formulas between dollars, and would have hidden those that begin with _."""
+    """The labels without their dot: matplotlib hides labels that begin with _, and reads formulas between dollars."""
     legend = axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9, ncols=columns)
     for text in legend.get_texts():
         text.set(text=text.get_text().removeprefix("."), parse_math=False)

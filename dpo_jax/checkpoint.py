@@ -91,7 +91,7 @@ class Checkpoints:
         name = self.config.best_metric
         if name is not None and name not in metrics:
             names = ", ".join(sorted(metrics))
-            remedy = f"available: {names}" if metrics else "give data.eval, there is no such set yet"
+            remedy = f"available: {names}" if metrics else "there is no evaluation set: give data.eval"
             raise UserError(f"checkpoint.best_metric: {name!r} is not an evaluation metric; {remedy}")
 
     def save(self, step: int, state: Any, manifest: Mapping[str, Any], metrics: Mapping[str, Any] | None = None,
@@ -259,4 +259,4 @@ def _surfaced(directory: epath.Path, step: int) -> Iterator[None]:
         yield
     except Exception as error:
         raise RunStopped(f"checkpoint of step {step}: could not be written to {directory} ({reason(error)}): "
-                         "make room or mend the path, then run the same command again") from error  # fmt: skip
+                         "free space or correct the path, then run the same command again") from error  # fmt: skip

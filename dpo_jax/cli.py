@@ -144,7 +144,7 @@ COMMANDS = {
             },
             "--per-token": {
                 "action": "store_true",
-                "help": "Also what each token adds to the reward, and a page of coloured answers beside --output.",
+                "help": "Also what each token adds to the reward, and a page of coloured answers next to --output.",
             },
         },
     ),
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _outcome(list(sys.argv[1:] if argv is None else argv))
             out.flush()
             if code == 0 and out.lost is not None and not isinstance(out.lost, BrokenPipeError):
-                print(f"dpo-jax: error: stdout: {reason(out.lost)}: what the command found is lost", file=sys.stderr)
+                print(f"dpo-jax: error: stdout: {reason(out.lost)}: the command's output is lost", file=sys.stderr)
                 return 1
             return code
         finally:

@@ -65,10 +65,10 @@ def platform_flags(platform: str, kind: str, overrides: Mapping[str, str]) -> di
     Raises:
         UserError: what is to be left out is set on no platform.
     """
-    known = {flag.name for flags in FLAGS.values() for flag in flags}
-    for name in (name for name, value in overrides.items() if not value and name not in known):
+    set_here = {flag.name for flags in FLAGS.values() for flag in flags}
+    for name in (name for name, value in overrides.items() if not value and name not in set_here):
         raise UserError(f"run.compiler_flags: {name}: nothing sets it, so an empty value leaves nothing out: give it a "
-                        f"value, or remove it; these are set on TPUs: {', '.join(sorted(known))}")  # fmt: skip
+                        f"value, or remove it; these are set on TPUs: {', '.join(sorted(set_here))}")  # fmt: skip
     defaults = (flag for flag in FLAGS.get(platform, ()) if not flag.kinds or kind in flag.kinds)
     options = {flag.name: flag.value for flag in defaults} | dict(overrides)
     return {name: _BOOLEANS.get(value, value) for name, value in options.items() if value}

@@ -26,8 +26,8 @@ lists and mappings. The value takes the place of what the file says; of an optio
   `012`, is text.
 - Types are strict: `"8"` is no number, `1.0` no whole number, `1` no truth value. Unknown names are errors.
 - A path alone may stand for a set, `pairs.jsonl` for `{path: pairs.jsonl}`, and one entry alone for a list of it. The
-  index of an only set may be left out: `--data.train.limit 100`.
-- An option that can never have an effect next to the others is an error. One that has none only because of the data,
+  index may be left out where there is one set only: `--data.train.limit 100`.
+- An option that the other options leave without effect is an error. One that has none only because of the data,
   the length of the run or the devices, such as a warm-up longer than the run, is noted when the run starts.
 - Relative paths are seen from the working directory.
 - The run directory's `config.yaml` has every default spelled out, and can be used as a config itself.

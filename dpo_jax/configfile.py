@@ -20,7 +20,7 @@ import yaml
 from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig, TrainConfig
 from dpo_jax.config.elsewhere import ELSEWHERE
 from dpo_jax.config.loss import ALSO_CALLED
-from dpo_jax.errors import UserError, from_outside, reason, shown
+from dpo_jax.errors import UserError, from_outside, reason, shown, unusable
 
 Config = TypeVar("Config", bound=TrainConfig)
 Section = TypeVar("Section")
@@ -122,8 +122,8 @@ def _read(kind: Any, value: Any, name: str, root: type) -> Any:
         return _read_section(kind, value, name, root)
     if get_origin(kind) is tuple:
         element = get_args(kind)[0]
-        parts = value.split(",") if isinstance(value, str) else []
-        if len(parts) > 1 and all(_accepts(element, part.strip()) for part in parts):
+        entries = value.split(",") if isinstance(value, str) else []
+        if len(entries) > 1 and all(_accepts(element, entry.strip()) for entry in entries):
             _refuse(name, value, f"a list is written [{value}]")
         if not isinstance(value, list | tuple):  # one element may stand for a list of it
             return (_read(element, value, name, root),)
@@ -160,7 +160,7 @@ def _read_section(kind: Any, value: Any, name: str, root: type) -> Any:
         if field.name in value:
             arguments[field.name] = _read(field_type, value[field.name], dotted + field.name, root)
             if arguments[field.name] == "":
-                _refuse(dotted + field.name, "", "empty text names nothing; name something, or leave it out")
+                _refuse(dotted + field.name, "", "the text is empty; give a value, or leave it out")
         elif needed and dataclasses.is_dataclass(field_type):
             arguments[field.name] = _read(field_type, {}, dotted + field.name, root)
         elif needed:
@@ -174,7 +174,7 @@ def _read_section(kind: Any, value: Any, name: str, root: type) -> Any:
 
 
 def _from_command_line(kind: Any, text: CommandLineText, name: str) -> Any:
-    """Text for a text field as it stands; else YAML. A list or mapping is told by its bracket."""
+    """Text for a text field as it stands; else YAML. A bracket begins a list or mapping."""
     plain = str(text)
     if plain == "null" and _accepts(kind, None):
         return None
@@ -259,7 +259,7 @@ def _unknown(dotted: str, key: str, siblings: list[str], root: type) -> str:
 
 
 def _refuse(name: str, value: Any, remedy: str) -> NoReturn:
-    raise UserError(f"{name or 'the config'}: {shown(value)} cannot be used: {remedy}")
+    raise unusable(name or "the config", value, remedy)
 
 
 def _words(value: Any) -> str:
@@ -354,7 +354,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
-        with from_outside(f"{origin}: this is not YAML", "correct it, or write it more plainly"):
+        with from_outside(f"{origin}: this is not YAML", "correct it, or write it more simply"):
             return yaml.load(text, Loader=_Loader)
     except UserError as refused:
         error = refused.__cause__

@@ -1,4 +1,4 @@
-"""What a command says on the terminal. Whoever reads it may go away, its disk may fill: that costs lines only."""
+"""Terminal output of a command. What a closed pipe or a full disk does not take is lost; the command continues."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ def progress_line(done: int, total: int, unit: str, shown: bool) -> tqdm:
 
 
 class LossyStream:
-    """A text stream that loses what it cannot write; ``lost`` is the first error, None while nothing was lost."""
+    """A text stream that drops what it cannot write; ``lost`` is the first error, None while nothing was lost."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -44,7 +44,7 @@ class LossyStream:
         self._try("flush")
 
     def discard(self) -> None:
-        """Once something was lost, drop what is still buffered, which would be an error when the interpreter ends."""
+        """After a loss, drop what is still buffered: flushing it would fail when the interpreter exits."""
         self.flush()
         if self.lost is not None:
             with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # not every stream is a file
@@ -62,7 +62,7 @@ class LossyStream:
 
 @contextmanager
 def lossy_streams() -> Iterator[tuple[LossyStream, LossyStream]]:
-    """Inside, nothing that is written to stdout and stderr, by whichever library, can raise; gives both."""
+    """Inside, nothing that any library writes to stdout or stderr can raise; yields both streams."""
     with open(os.devnull, "w") as nowhere:  # for those that were closed before the interpreter started
         out, err = LossyStream(sys.stdout or nowhere), LossyStream(sys.stderr or nowhere)
         with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
@@ -74,7 +74,7 @@ def lossy_streams() -> Iterator[tuple[LossyStream, LossyStream]]:
 
 
 def open_descriptors() -> None:
-    """Open descriptors 0 to 2 where they are closed: a log would get the number, and what libraries write to stderr."""
+    """Open descriptors 0 to 2 if closed: a log would get the number, and with it what libraries write to stderr."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -34,7 +34,12 @@ class RunStopped(UserError):
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
     """Raise one line that names the thing, its value and the remedy, unless the condition holds."""
     if not condition:
-        raise UserError(f"{name}: {value!r} cannot be used: {remedy}")
+        raise unusable(name, value, remedy)
+
+
+def unusable(name: str, value: object, remedy: str) -> UserError:
+    """The line that names a thing, its value and the remedy."""
+    return UserError(f"{name}: {shown(value)} cannot be used: {remedy}")
 
 
 class _Short(reprlib.Repr):
@@ -49,7 +54,7 @@ class _Short(reprlib.Repr):
 
 
 shown = _Short().repr
-"""A value from outside as a message has it: short, however large or deep it is."""
+"""``repr`` of a value from outside, for messages: short, however large or deep the value is."""
 
 
 def reason(error: BaseException) -> str:
@@ -65,8 +70,8 @@ def from_outside(name: str, remedy: str) -> Iterator[None]:
     """Inside, whatever a library raises over something from outside becomes one line: name, reason, remedy.
 
     For single calls into libraries that read what others wrote: tokenizers, templates, configs, archives. They raise
-    whatever comes up, so the type says nothing. Code of this program does not belong inside: its own faults must keep
-    their tracebacks.
+    anything, so the type says nothing. Code of this program does not belong inside: its own faults must keep their
+    tracebacks.
 
     Raises:
         UserError: the library raised something.

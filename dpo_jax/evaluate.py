@@ -167,8 +167,7 @@ def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"], adapt
     run = find_run(run_dir)
     target = export_target(out_dir)  # before minutes of loading
     if target.is_relative_to(run.root.resolve()) and target != run.export.resolve():
-        raise UserError(f"{out_dir}: it lies inside the run {run.root}, whose files are its own; name a directory "
-                        "elsewhere")  # fmt: skip
+        raise UserError(f"{out_dir}: it lies inside the run {run.root}; export to a directory outside it")  # fmt: skip
     source = find_model(str(run_dir), None)
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])  # weights pass through one device, whatever their sizes
     if adapters:

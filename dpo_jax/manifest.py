@@ -22,7 +22,7 @@ from dpo_jax.errors import UserError
 FORMAT = 2  # since 2 a manifest is sealed
 PACKAGES = ("dpo-jax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
 
-# What becomes of a changed option when a run goes on. The longest prefix that fits decides; no prefix: it matters.
+# How a changed option is handled when a run resumes. The longest prefix that fits decides; no prefix: it matters.
 #   free       the arithmetic does not see it
 #   rounding   equal within the layout tolerance: allowed, so that a run can go on with other hardware, but mentioned
 #   NAME       it points to something that identity NAME stands for: a moved directory is the same model, and a
@@ -122,12 +122,12 @@ def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
 
 
 def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str:
-    """The options of a run that starts from a run's newest save and may differ from it in everything.
+    """Command-line options of a new run that starts from the newest save of a run; all its other options are free.
 
     Args:
         config: its resolved options, as in the manifest.
         root: its directory.
-        keeps_reference: name the reference, which would otherwise be the new start.
+        keeps_reference: name the old reference too; without a name the new start would be the reference.
     """
     model, options = config["model"], f"--run.dir NEW --model.path {root}"
     if keeps_reference:

@@ -16,8 +16,8 @@ from dpo_jax.console import warn
 from dpo_jax.errors import UserError, reason
 from dpo_jax.rundir import RunDir, append_json
 
-TRACKED = 10_000  # rows that may wait for a tracker
-PATIENCE = 60  # seconds for a tracker to take what is left at the end
+MAX_WAITING = 10_000  # rows that may wait for a tracker
+CLOSE_SECONDS = 60  # for a tracker to take what is left at the end
 
 
 class MetricsLog:
@@ -105,19 +105,19 @@ class Tracker:
 
     def put(self, step: int, row: Mapping[str, Any]) -> None:
         """Hand a row over."""
-        if self._rows.qsize() >= TRACKED and not self._dropped:
-            self._drop(f"it left {TRACKED} rows waiting")
+        if self._rows.qsize() >= MAX_WAITING and not self._dropped:
+            self._drop(f"it left {MAX_WAITING} rows waiting")
         if not self._dropped:
             self._rows.put((step, row))
 
     def close(self, failed: bool) -> None:
-        """Wait until the rows are taken, a minute at most."""
+        """Wait until the rows are taken, ``CLOSE_SECONDS`` at most."""
         if self._thread is None or self._dropped:
             return
         self._rows.put(failed)
-        self._thread.join(PATIENCE)
+        self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._drop(f"it did not end within {PATIENCE} s")
+            self._drop(f"it did not end within {CLOSE_SECONDS} s")
 
     def _follow(self, track: Callable[[int, Mapping[str, Any]], Any], close: Callable[[bool], Any]) -> None:
         try:
@@ -129,7 +129,7 @@ class Tracker:
 
     def _drop(self, why: str) -> None:
         self._dropped = True
-        warn(f"tracker {self._name}: {why}: dropped, the run goes on without it; metrics.jsonl has all")
+        warn(f"tracker {self._name}: {why}: dropped, the run continues without it; metrics.jsonl has every row")
 
 
 def _tensorboard(run: RunDir):

@@ -43,15 +43,15 @@ def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, w
     Raises:
         UserError: there is no such model, or it has no revisions or saved steps to choose from.
     """
-    own_run = is_run_dir(path)
-    require(own_run or checkpoint == "newest", "model.checkpoint", checkpoint,
+    is_run = is_run_dir(path)
+    require(is_run or checkpoint == "newest", "model.checkpoint", checkpoint,
             f"{path} is no run directory, so it has no saved steps; leave it at newest")  # fmt: skip
-    local = "a run directory; model.checkpoint chooses" if own_run else "built in"
-    require(revision is None or not (own_run or path.startswith("builtin:")), "model.revision", revision,
+    local = "a run directory, whose steps model.checkpoint chooses" if is_run else "built in"
+    require(revision is None or not (is_run or path.startswith("builtin:")), "model.revision", revision,
             f"{path} is {local}; leave it out")  # fmt: skip
     if path.startswith("builtin:"):
         return ModelSource(builtin_model(path), None, None)
-    if own_run:
+    if is_run:
         run = find_run(path)
         folder = run.root / MODEL_FILES
         if not (folder / "config.json").is_file():
@@ -62,10 +62,10 @@ def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, w
 
 
 def decoder_of(source: ModelSource) -> DecoderConfig:
-    """What the model's config.json says of its computation.
+    """The model's architecture, from its config.json.
 
     Raises:
-        UserError: it asks for what is not computed here.
+        UserError: it asks for what the decoder does not compute.
     """
     try:
         return decoder_config(source.hf_config)

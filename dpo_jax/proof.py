@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from dpo_jax.agreement import AGREEMENT, log_ratio, size, tied
+from dpo_jax.agreement import AGREEMENT, log_ratio, logps_scale, tied
 from dpo_jax.assemble import Parts
 from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.data.batches import StepData
@@ -85,13 +85,14 @@ def prove_start(parts: Parts, policy: np.ndarray, fixed: np.ndarray) -> None:
 def check_first(parts: Parts, values: Mapping[str, float], data: StepData) -> None:
     """The first train step of equal models has margins of 0, and the loss that belongs to them.
 
-    Bits are asked of the evaluation function only: in the train step the policy's log-probs come with a gradient and
-    the reference's without, and a compiler may round the two differently. The margins are 0 within ``agreement``.
+    Equal bits are required of the evaluation function only: in the train step the policy's log-probs come with a
+    gradient and the reference's without, and a compiler may round the two differently. The margins are 0 within
+    ``agreement``.
 
     Raises:
-        UserError: it has others, so the step does not compute what evaluation does.
+        UserError: they differ, so the step does not compute what evaluation does.
     """
-    bound = agreement(parts) * size(values)
+    bound = agreement(parts) * logps_scale(values)
     start = loss_at_start(parts.loss)
     if start is not None:
         weight = float(parts.batches.store.weights[data.ids[data.ids >= 0]].mean())

@@ -75,7 +75,7 @@ def _source(directory: Path, name: str) -> SourceConfig:
 def quickstart(directory: Path) -> None:
     """Run both stages in a directory, print what was learned, and write ``report.html`` there.
 
-    Run again with the same directory it goes on where it was; a finished one is only judged again.
+    Run again with the same directory it resumes; a finished run is only evaluated again.
 
     Raises:
         UserError: the directory cannot be written, or holds another run.

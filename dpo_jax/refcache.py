@@ -82,7 +82,7 @@ def _whole(path: Path, made_by: Mapping, shape: tuple[int, int], notice: Callabl
     if not path.is_file():
         for other in sorted(path.parent.glob("reference-*.npz")):
             if ".part-" not in other.name:
-                notice(f"reference cache: {other} is of {_difference(other, made_by)}: computing anew")
+                notice(f"reference cache: {other} is of {_difference(other, made_by)}: computing again")
         return None
     try:
         fields = _read(path, made_by)
@@ -95,7 +95,7 @@ def _whole(path: Path, made_by: Mapping, shape: tuple[int, int], notice: Callabl
         if bad:
             raise Unusable(f"row {bad[0]} has no log-prob")
     except Unusable as why:
-        notice(f"reference cache: {path} cannot be used ({why}): computing anew")
+        notice(f"reference cache: {path} cannot be used ({why}): computing again")
         return None
     return fields
 
@@ -116,7 +116,7 @@ def _parts(
             ):
                 raise Unusable("its rows are not those of the data")
         except Unusable as why:
-            notice(f"reference cache: {part} cannot be used ({why}): its rows are computed anew")
+            notice(f"reference cache: {part} cannot be used ({why}): its rows are computed again")
             continue
         new = found[ids] == 0
         _put(whole, ids[new], {field: values[new] for field, values in fields.items()}, shape)

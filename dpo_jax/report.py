@@ -1,4 +1,4 @@
-"""What a person looks at: one HTML file of a run, with its curves, that needs nothing beside it.
+"""What a person looks at: one HTML file of a run, with its curves, that needs no other file.
 
 The page has no script and loads nothing; its plots are PNG, once for a light and once for a dark page.
 """
@@ -62,13 +62,8 @@ PLOTS = (
     Plot("Learning rate", ("learning_rate",), "As the schedule gives it."),
     Plot("Fill of the rows", ("fill",), "Real tokens in each token slot that is computed.", share=True),
 )
-FIRST = (
-    "loss",
-    "rewards/accuracies",
-    "rewards/margins",
-    "rewards/chosen",
-    "rewards/rejected",
-)  # what a run is judged by
+# What a run is judged by, shown before all other metrics.
+FIRST = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 NOT_PLOTTED = {
     "logps/accuracies": "Pairs whose chosen answer has the higher log-probability, whatever the reference says.",
     "logits/chosen": "Mean logit over the vocabulary, at the tokens of chosen answers.",
@@ -157,13 +152,13 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
 
 
 def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], shown: bool) -> None:
-    """``write_report`` of a run that is done, which no failure of it undoes: it is said, a fault of ours in full."""
+    """``write_report`` of a finished run. A failure is a warning only, with its traceback unless the disk caused it."""
     try:
         path = write_report(run_dir, data)
     except Exception as error:  # noqa: BLE001
         if not isinstance(error, OSError):
             warn(traceback.format_exc())
-        warn(f"report: not written ({reason(error)}); the run is done and whole, the same command tries it again")
+        warn(f"report: not written ({reason(error)}); the run itself is complete, the same command tries again")
     else:
         say(shown, f"report: {path}")
 

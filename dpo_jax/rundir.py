@@ -119,7 +119,7 @@ def hold_run(path: str | Path) -> Iterator[RunDir]:
     with lock:
         _take(lock, path)
         run = RunDir(root)
-        _mend(run.events)
+        _drop_torn_line(run.events)
         yield run
 
 
@@ -147,9 +147,9 @@ def _take(lock, path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, a file of a run that cannot be written ends the run, in one line, as a save that cannot be written does.
+    """Inside, a run's file that cannot be written ends the run with one line, as a save that cannot be written does.
 
-    What was written halfway is cut off when the run goes on.
+    What was written halfway is cut off when the run resumes.
 
     Raises:
         RunStopped: a full disk, one that became read-only, or the like.
@@ -157,8 +157,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunStopped(f"{path}: cannot be written ({error.strerror or reason(error)}): make room or repair the "
-                         "path, then run the same command again to go on from the last save") from error  # fmt: skip
+        raise RunStopped(f"{path}: cannot be written ({error.strerror or reason(error)}): free space or correct "
+                         "the path, then run the same command again to resume") from error  # fmt: skip
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -279,7 +279,7 @@ def _byte(path: Path, offset: int) -> bytes:
         return file.read(1)
 
 
-def _mend(path: Path) -> None:
+def _drop_torn_line(path: Path) -> None:
     """Drop a last line that was cut off while it was written, so that the next one starts on its own line."""
     if path.exists() and (size := path.stat().st_size) and _byte(path, size - 1) != b"\n":
         with writing(path):

@@ -157,8 +157,8 @@ def _read_arrays(path: epath.Path, abstract: Any, saved: Mapping[str, dict], par
         # The handler itself, not the manager: a process that fails must not leave the others at Orbax's barrier.
         return ocp.PyTreeCheckpointHandler(type_handler_registry=registry).restore(path, args=options)
     except Exception as error:  # Orbax raises a plain Exception for a chunk that cannot be decoded
-        told = f"{error} {error.__cause__ or ''}"
-        if isinstance(error, NOT_DAMAGE) or any(mark in told for mark in NOT_ITS_FAULT):
+        text = f"{error} {error.__cause__ or ''}"
+        if isinstance(error, NOT_DAMAGE) or any(mark in text for mark in NOT_ITS_FAULT):
             raise
         raise Damaged(f"its arrays cannot be read: {reason(error.__cause__ or error)}") from error
 

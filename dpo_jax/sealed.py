@@ -1,4 +1,4 @@
-"""JSON objects that prove themselves intact: an object and the SHA-256 of its content, in one file."""
+"""JSON objects with a checksum: an object and the SHA-256 of its content, in one file."""
 
 import hashlib
 import json
@@ -27,11 +27,11 @@ def unseal(text: bytes) -> dict[str, Any]:
     """
     try:
         content = json.loads(text)
-        found = content.pop(SEAL, None) if isinstance(content, dict) else None
+        checksum = content.pop(SEAL, None) if isinstance(content, dict) else None
         canonical = json.dumps(content, sort_keys=True)
     except Exception as error:  # nested too deeply, half a character, ...
         raise ValueError(f"it is not JSON: {reason(error)}") from error
-    if found != _checksum(canonical):
+    if checksum != _checksum(canonical):
         raise ValueError("its checksum is wrong")
     return content
 

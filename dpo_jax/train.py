@@ -168,14 +168,17 @@ def announce(parts: Parts, run: RunDir) -> None:
     """Log model, mesh and data sizes; record dropped rows and notes in events.jsonl."""
     config, batches = parts.config, parts.batches
     order, shapes = batches.order, batches.packer.shapes
-    held, notes = {name: len(own.order.groups[0]) for name, own in parts.evals.items()}, notes_of(parts)
+    eval_sizes = {name: len(eval_batches.order.groups[0]) for name, eval_batches in parts.evals.items()}
+    notes = notes_of(parts)
     causes: Counter[str] = Counter()
     for source in batches.store.report:
         causes.update({cause: found["count"] for cause, found in source["dropped"].items()})
     if hosts.is_writer():
         num_rows = sum(source["rows"] for source in batches.store.report)
-        log_event(run, "data", rows=num_rows, train=order.epoch_draws, evals=held, dropped=dict(causes), notes=notes)
-    evals = "".join(f", {count} in {name}" for name, count in held.items())
+        log_event(
+            run, "data", rows=num_rows, train=order.epoch_draws, evals=eval_sizes, dropped=dict(causes), notes=notes
+        )
+    evals = "".join(f", {count} in {name}" for name, count in eval_sizes.items())
     dropped = ", ".join(f"{count} rows dropped: {cause}" for cause, count in causes.items()) or "no row dropped"
     rows = " or ".join(f"{shape.rows} x {shape.length}" for shape in shapes)
     mesh = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())

@@ -16,11 +16,18 @@ from dpo_jax.evaluate import evaluate
 from dpo_jax.policy import find_model, find_tokenizer, keep_model_files
 from dpo_jax.rundir import RunDir
 
-user = lambda text: {"role": "user", "content": text}  # noqa: E731
-says = lambda text, **more: {"role": "assistant", "content": text, **more}  # noqa: E731
-calls = lambda name, arguments: says(  # noqa: E731
-    "", tool_calls=[{"type": "function", "function": {"name": name, "arguments": arguments}}]
-)
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def says(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def calls(name, arguments):
+    return says("", tool_calls=[{"type": "function", "function": {"name": name, "arguments": arguments}}])
+
 
 WEATHER = {
     "type": "function",

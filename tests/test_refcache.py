@@ -169,7 +169,7 @@ def test_a_cache_of_another_model_is_named_and_left_alone(batches):
     run(batches, Computer())
     (other,) = files(batches)
     (line,) = run(batches, Computer(logps=LOGPS - 1), MADE_BY | {"weights": "b", "dtype": "bfloat16"})
-    assert line == f"reference cache: {other} is of another weights, dtype: computing anew"
+    assert line == f"reference cache: {other} is of another weights, dtype: computing again"
     assert len(files(batches)) == 2
     assert run(batches, Computer()) == []
 

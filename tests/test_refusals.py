@@ -265,7 +265,7 @@ BAD_MODELS = [
         "weights cut short",
         partial(edit, "model/model.safetensors", lambda data: data[:100_000]),
         "",
-        "model/model.safetensors: this is no whole safetensors file:  ... not fully covered: copy or download it again",
+        "model/model.safetensors: this is not an intact safetensors file:  ... not fully covered: copy or download",
     ),
     (
         "fewer layers",
@@ -523,7 +523,7 @@ BAD_RUNS = [
         nothing,
         "train c.yaml --run.dir next --model.path run --model.revision main",
         2,
-        "model.revision: 'main' cannot be used: run is a run directory; model.checkpoint chooses; leave it out",
+        "model.revision: 'main' cannot be used: run is a run directory, whose steps model.checkpoint chooses; leave",
     ),
     (
         "plan with no reference",
@@ -579,7 +579,7 @@ BAD_RUNS = [
         nothing,
         "train c.yaml --run.dir next --checkpoint.keep_best 1 --checkpoint.best_metric eval_x_loss",
         2,
-        "checkpoint.best_metric: 'eval_x_loss' is not an evaluation metric; give data.eval, there is no such set yet",
+        "checkpoint.best_metric: 'eval_x_loss' is not an evaluation metric; there is no evaluation set: give data.eval",
     ),
     (
         "another metric for the best",

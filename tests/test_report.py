@@ -182,7 +182,7 @@ def test_a_report_that_fails_costs_the_run_a_line(tmp_path, capsys, monkeypatch)
     run = make_run(tmp_path, dpo_config(), dpo_metrics())
     (run / "report.html").mkdir()  # what is wrong outside is one line
     report_done(run, {}, shown=False)
-    line = "the run is done and whole, the same command tries it again\n"
+    line = "the run itself is complete, the same command tries again\n"
     said = capsys.readouterr().err
     assert (said.count("\n"), said.startswith("report: not written ("), said.endswith(line)) == (1, True, True)
     monkeypatch.setattr("dpo_jax.report.headlines", lambda metrics: 1 / 0)  # a fault of this program shows itself whole

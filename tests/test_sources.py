@@ -178,7 +178,7 @@ def test_a_dataset_in_hand():
         ("digits.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "line 1: not JSON: Exceeds the limit"),
         ("broken.jsonl.gz", b"no gzip", "damaged; it is decompressed into"),
         ("broken.jsonl.zst", b"no zstd", "damaged; it is decompressed into"),
-        ("names.csv", b"a,a\n1,2\n", r"two of its columns have one name: \['a', 'a'\]"),
+        ("names.csv", b"a,a\n1,2\n", r"two of its columns have the same name: \['a', 'a'\]"),
         ("cells.csv", b"a,b\n1,2\n\n3,4,5\n", "line 4: 3 cells, the first line names 2 columns"),
         ("quotes.csv", b'a,b\n"1,2\n', "unexpected end of data"),
         ("latin.csv", b"a,b\n1,\xe9\n", "can't decode byte"),

@@ -25,7 +25,7 @@ def logged(tmp_path: Path, monkeypatch, capsys, start, num_steps: int = 3) -> li
 
 
 def dropped(why: str) -> list[str]:
-    return [f"tracker wandb: {why}: dropped, the run goes on without it; metrics.jsonl has all"]
+    return [f"tracker wandb: {why}: dropped, the run continues without it; metrics.jsonl has every row"]
 
 
 def test_a_tracker_gets_every_row_and_its_end(tmp_path, monkeypatch, capsys):
@@ -44,11 +44,11 @@ def test_a_tracker_that_fails_midway_is_dropped_once(tmp_path, monkeypatch, caps
 
 
 def test_a_tracker_that_hangs_is_waited_for_no_longer_than_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "PATIENCE", 0.05)
+    monkeypatch.setattr(metrics, "CLOSE_SECONDS", 0.05)
     forever = threading.Event()
     hangs = lambda run: (lambda step, row: forever.wait(), print)  # noqa: E731
     assert logged(tmp_path, monkeypatch, capsys, hangs) == dropped("it did not end within 0.05 s")
-    monkeypatch.setattr(metrics, "TRACKED", 5)
+    monkeypatch.setattr(metrics, "MAX_WAITING", 5)
     (tmp_path / "metrics.jsonl").unlink()
     assert logged(tmp_path, monkeypatch, capsys, hangs, num_steps=20) == dropped("it left 5 rows waiting")
     forever.set()

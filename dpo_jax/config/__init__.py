@@ -67,10 +67,9 @@ class TrainConfig:
     def __post_init__(self):
         draws = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
         require(self.run.seed == 0 or draws, "run.seed", self.run.seed,
-                "data.shuffle is false and no adapters are drawn, so nothing is random; leave it at 0")  # fmt: skip
+                "data.shuffle is false and no adapter is initialized, so nothing is random; leave it at 0")  # fmt: skip
         require(self.optimizer.decay_mask == "matrices" or self.lora.rank == 0, "optimizer.decay_mask",
-                self.optimizer.decay_mask, "adapters are matrices, none is left out; leave it at matrices"
-                )  # fmt: skip
+                self.optimizer.decay_mask, "all adapters are matrices; leave it at matrices")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +95,9 @@ class DPOConfig(TrainConfig):
         require(self.reference.sync_every == 0 or mode == "live", "reference.sync_every", self.reference.sync_every,
                 f"only a live reference can follow the policy, this one is {mode}; use 0")  # fmt: skip
         if self.lora.rank:
-            self._refuse_beside_adapters()
+            self._refuse_with_adapters()
 
-    def _refuse_beside_adapters(self) -> None:
+    def _refuse_with_adapters(self) -> None:
         own = "with lora.rank the reference is the model without its adapters"
         require(self.reference.path is None, "reference.path", self.reference.path, f"{own}; leave it out")
         require(self.reference.dtype == "auto", "reference.dtype", self.reference.dtype,

@@ -1,4 +1,4 @@
-"""Options of the data: where it lies, what becomes of rows that are not right, how it is cut."""
+"""Options of the data: where it lies, how invalid rows are handled, how it is cut."""
 
 from dataclasses import dataclass, field
 from datetime import date
@@ -6,7 +6,7 @@ from typing import Literal
 
 from dpo_jax.errors import require
 
-TEMPLATE_DATE = "2024-07-26"  # the one that Llama 3.1's template falls back on
+TEMPLATE_DATE = "2024-07-26"  # the one that Llama 3.1's template falls back to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class SourceConfig:
         "auto", "preference", "transcripts", "implicit_prompt", "sharegpt", "alpaca", "openai", "prompt_answer",
         "messages", "text",
     ] = "auto"  # fmt: skip
-    """Layout of the rows; auto tells it from the columns."""
+    """Layout of the rows; auto infers it from the columns."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames, this program's column name to the file's: {prompt: question}."""
     weight: float | None = None
@@ -44,7 +44,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FatesConfig:
-    """What becomes of a row that is not right. Every such row is counted by its cause."""
+    """How invalid rows are handled. Every such row is counted by its cause."""
 
     missing_field: Literal["drop", "error"] = "error"
     """A field is absent, null or not text."""
@@ -61,7 +61,7 @@ class FatesConfig:
     template_refused: Literal["drop", "error"] = "error"
     """The chat template fails, as some do at a system turn, or does not end."""
     message_not_rendered: Literal["drop", "error"] = "error"
-    """The chat template leaves out a message, as of a role it does not know, or a tool call."""
+    """The chat template leaves out a message, such as one of a role that it does not know, or a tool call."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     """Prompt and answer are longer than max_length."""
 
@@ -90,13 +90,13 @@ class DataConfig:
     shuffle: bool = True
     """Draw in an order made from run.seed; False: in file order."""
     chat_template: str | None = None
-    """File with a Jinja chat template, in place of the tokenizer's own; or the name of one of its own."""
+    """File with a Jinja chat template that replaces the tokenizer's, or the name of one of the tokenizer's."""
     template_date: str = TEMPLATE_DATE
-    """Date, as YYYY-MM-DD, that chat templates read from the clock: Llama 3's write it into the system turn."""
+    """Date, YYYY-MM-DD, that chat templates get in place of today's: Llama 3's write it into the system turn."""
     append_eos: bool = True
     """End each plain-text answer with the end-of-sequence token; chat templates say it themselves."""
     fates: FatesConfig = field(default_factory=FatesConfig)
-    """What becomes of rows that are not right."""
+    """How invalid rows are handled."""
     store: str | None = None
     """Folder for tokenised data and cached log-probs; default: `store` in the run's parent folder."""
     workers: int | None = None

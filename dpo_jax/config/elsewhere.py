@@ -1,4 +1,4 @@
-"""What options are called in TRL, PEFT and the trainers that follow them, for the refusal of such a name."""
+"""Names of options in TRL, PEFT and similar trainers -> names here, for the message that refuses such a name."""
 
 ELSEWHERE = {
     "model_name_or_path": "model.path", "base_model": "model.path", "torch_dtype": "model.dtype",

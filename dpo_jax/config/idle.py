@@ -1,8 +1,7 @@
-"""Options that a run's data, length or devices leave without effect: they are not refused but noted at its start.
+"""Options that have no effect because of a run's data, length or devices; they are not refused but noted at its start.
 
-What can never act, whatever the data, is refused where a section checks itself. A bound that nothing reaches
-(``max_length``, ``limit``, ``max_shapes``, ``keep``) and the fate of rows that never come are no idle options: they
-hold.
+A value that can have no effect with any data is refused when its section is checked. A bound that nothing reaches
+(``max_length``, ``limit``, ``max_shapes``, ``keep``) and the handling of invalid rows that do not occur are not idle.
 """
 
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from dpo_jax.config.data import TEMPLATE_DATE
 
 
 class Facts(NamedTuple):
-    """What is known of a run once its data is read."""
+    """A run's data, length and devices."""
 
     steps: int
     eval_sets: int
@@ -21,7 +20,7 @@ class Facts(NamedTuple):
     messages: int  # of these, rendered by a chat template
     dated: bool  # by a template that asks for the date
     platform: str  # of the devices, such as tpu
-    flags: frozenset[str]  # compiler options that are set on this platform unasked
+    flags: frozenset[str]  # compiler options that are set on these devices by default
 
 
 Idle = Callable[[Any, Facts], bool]
@@ -52,7 +51,7 @@ IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, whether a value of it is 
 
 
 def idle_options(config: Any, facts: Facts) -> list[str]:
-    """A line for each option of a config, of either stage, that has no effect in a run of these facts."""
+    """A line for each option of a config, of either stage, that has no effect in a run with these facts."""
     lines = []
     for option, idle, why in IDLE:
         section, _, _ = option.partition(".")

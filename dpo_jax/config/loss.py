@@ -12,7 +12,7 @@ LossType = Literal[
 NO_REFERENCE = frozenset({"simpo", "orpo", "cpo", "sft"})  # losses of the policy alone
 SORTED = frozenset({"aot", "aot_unpaired"})  # the pairs of a step are sorted
 COUPLED = SORTED | {"sft"}  # the loss of a pair depends on the other pairs of its step
-ALSO_CALLED = {  # elsewhere; no names here
+ALSO_CALLED = {  # names that other trainers use -> what to write here
     "dpo": "sigmoid", "dpo_norm": "sigmoid_norm", "cdpo": "sigmoid", "slic": "hinge", "exo": "exo_pair",
     "nca": "nca_pair", "bco": "bco_pair", "sppo": "sppo_hard", "apo": "apo_zero",
     "rpo": "[sigmoid, sft] as loss.types", "mpo": "[sigmoid, bco_pair, sft] as loss.types",

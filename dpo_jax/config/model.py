@@ -18,7 +18,7 @@ class ModelConfig:
     checkpoint: Literal["newest", "best"] = "newest"
     """Which step to take when path is a run directory."""
     tokenizer: str | None = None
-    """Directory or hub name of the tokenizer, when it is not beside the weights."""
+    """Directory or hub name of the tokenizer, when it is not next to the weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the arithmetic; auto: bfloat16 on TPU and GPU, float32 on CPU. Log-probs are float32 always."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -62,8 +62,8 @@ class LoraConfig:
         require(len(self.targets) > 0, "lora.targets", self.targets, f"choose from {', '.join(LORA_TARGETS)}")
         for pattern in self.targets:
             require(any(fnmatchcase(name, pattern) for name in LORA_TARGETS), "lora.targets", pattern,
-                    f"it fits none of {', '.join(LORA_TARGETS)}; * is all of them, and several are a list, "
-                    "[q_proj, v_proj]")  # fmt: skip
+                    f"it matches none of {', '.join(LORA_TARGETS)}; * matches all, and several are "
+                    "written as a list, [q_proj, v_proj]")  # fmt: skip
         for option in ("alpha", "targets", "rslora", "init", "path"):
             value, default = getattr(self, option), type(self).__dataclass_fields__[option].default
             require(self.rank > 0 or value == default, f"lora.{option}", value,

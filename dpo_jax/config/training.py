@@ -164,13 +164,13 @@ class RunConfig:
     report: bool = True
     """Write report.html at the end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go in addition to metrics.jsonl."""
     progress: bool = True
     """Show a live progress line."""
     profile_steps: tuple[int, ...] = ()
     """First and last step to trace into folder `profile`, for XProf or Perfetto, such as [10, 12]; this is slow."""
     compiler_flags: dict[str, str] = field(default_factory=dict)
-    """XLA options of the train step, by name, beside or in place of those that the program sets on TPUs; an empty value
+    """XLA options of the train step, by name, added to or replacing those that the program sets on TPUs; an empty value
     leaves one of these out."""
 
     def __post_init__(self):
@@ -195,7 +195,7 @@ class CheckpointConfig:
     keep: int = 2
     """Newest saves kept."""
     keep_best: int = 0
-    """Best saves kept besides, by best_metric."""
+    """Best saves kept as well, by best_metric."""
     best_metric: str | None = None
     """Evaluation metric that tells the best, such as eval_held_out_rewards/accuracies."""
     best_mode: Literal["max", "min"] = "max"

@@ -70,15 +70,15 @@ def _length_bias(store: Store, ids: np.ndarray) -> dict[str, Any]:
 
 def _unended(store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int]) -> dict[str, Any]:
     """Examples with an answer that teaches no token at which generation stops, and how the first of these ends."""
-    found = []
+    unended = []
     for i in ids.tolist():
         tails = [answer[-END:].tolist() for answer in store.example(i)[1]]
-        found += [(i, tail) for tail in tails if not ends & set(tail)][:1]
+        unended += [(i, tail) for tail in tails if not ends & set(tail)][:1]
     return {
         "ends": [tokenizer.decode([token]) for token in sorted(ends)],
-        "examples": len(found),
-        "first": [_name(store, i) for i, _ in found[:NAMED]],
-        "first_ends": tokenizer.decode(found[0][1]) if found else None,
+        "examples": len(unended),
+        "first": [_name(store, i) for i, _ in unended[:NAMED]],
+        "first_ends": tokenizer.decode(unended[0][1]) if unended else None,
     }
 
 
@@ -170,12 +170,12 @@ def audit_config(
     """
     tokenizer = tokenizer or _tokenizer(config)
     sets = open_sets(config, tokenizer)
-    found = audit(sets, tokenizer, ends)
+    result = audit(sets, tokenizer, ends)
     if isinstance(positions, int) and config.data.max_length > positions:
         lengths = sets.train.lengths
         longer = int((lengths[:, 0] + lengths[:, 1:].max(1) > positions).sum())
-        found["positions"] = {"max_length": config.data.max_length, "made_for": positions, "longer": longer}
-    return found
+        result["positions"] = {"max_length": config.data.max_length, "made_for": positions, "longer": longer}
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------- as text
@@ -224,8 +224,8 @@ def _unended_lines(found: dict[str, Any], with_source: bool) -> list[str]:
     return [
         f"  {stops}: in {found['examples']} examples, the first: {_rows_text(found['first'][:5], with_source)}",
         (
-            f"    the first ends with {found['first_ends']!r}; unless it was truncated, name the end that is taught as "
-            "eos_token_id in the model's generation_config.json, or what it writes will not end"
+            f"    the first ends with {found['first_ends']!r}; unless it was truncated, add the token that ends it to "
+            "eos_token_id in the model's generation_config.json: generation would not stop at it"
         ),
     ]
 
@@ -267,7 +267,7 @@ def _set_lines(name: str, found: dict[str, Any]) -> list[str]:
 
 
 def _text_lines(text: str) -> list[str]:
-    """A text as it reads, each of its lines marked; what a terminal would act upon is spelled out."""
+    """The lines of a text, each marked; control characters are escaped."""
     shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
     return [f"  | {line}" for line in shown.split("\n")]
 

@@ -20,14 +20,14 @@ from typing import Any, BinaryIO
 from dpo_jax.data.values import read_json
 from dpo_jax.errors import UserError, from_outside
 
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # names that pyarrow gives them
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # pyarrow's names
 
 
 def file_suffix(path: str) -> str:
-    """What a file holds, by its name without the ending of a compressed one: `.jsonl` of `pairs.jsonl.gz`."""
-    place = Path(path.lower())
-    inner = place.with_suffix("").suffix
-    return inner if place.suffix in COMPRESSED and inner != ".parquet" else place.suffix
+    """The suffix of a file's format, below that of its compression: `.jsonl` of `pairs.jsonl.gz`."""
+    name = Path(path.lower())
+    inner = name.with_suffix("").suffix
+    return inner if name.suffix in COMPRESSED and inner != ".parquet" else name.suffix
 
 
 def file_hash(path: str) -> str:
@@ -41,7 +41,7 @@ def file_hash(path: str) -> str:
 
 
 def _opened(path: str) -> BinaryIO:
-    """The bytes of a file, which can be sought in; those of a compressed one are laid into a temporary file."""
+    """A seekable file of the bytes; a compressed one is decompressed into a temporary file."""
     kind = COMPRESSED.get(Path(path.lower()).suffix)
     if kind is None:
         with from_outside(path, "it must be a readable file"):
@@ -50,7 +50,7 @@ def _opened(path: str) -> BinaryIO:
 
     with ExitStack() as stack:
         plain = stack.enter_context(tempfile.TemporaryFile())
-        remedy = f"replace it if it is damaged; it is decompressed into {tempfile.gettempdir()}, which needs the room"
+        remedy = f"replace it if it is damaged; it is decompressed into {tempfile.gettempdir()}, which needs the space"
         with from_outside(path, remedy), pa.input_stream(path, compression=kind) as stream:
             shutil.copyfileobj(stream, plain)
         plain.seek(0)
@@ -61,22 +61,22 @@ def _opened(path: str) -> BinaryIO:
 # ----------------------------------------------------------------------------------------------------------- JSON
 
 
-def _row(path: str, place: str, text: bytes) -> Mapping:
+def _row(path: str, position: str, text: bytes) -> Mapping:
     try:
         row = read_json(text)
     except ValueError as error:
-        raise UserError(f"{path}, {place}: not JSON: {error}; fix or remove it") from None
-    return _object(path, place, row)
+        raise UserError(f"{path}, {position}: not JSON: {error}; fix or remove it") from None
+    return _object(path, position, row)
 
 
-def _object(path: str, place: str, row: object) -> Mapping:
+def _object(path: str, position: str, row: object) -> Mapping:
     if not isinstance(row, Mapping):
-        raise UserError(f"{path}, {place}: a {type(row).__name__}, not an object with columns; fix or remove it")
+        raise UserError(f"{path}, {position}: a {type(row).__name__}, not an object with columns; fix or remove it")
     return row
 
 
 class _JsonLines:
-    """One object a line; only the places of the lines are held, 8 bytes a row."""
+    """One object a line; only the offsets of the lines are in memory, 8 bytes a row."""
 
     def __init__(self, path: str, file: BinaryIO):
         self.path, self.starts, self.file = path, array("Q"), file
@@ -122,10 +122,10 @@ def load_json(path: str) -> Any:
 
 
 def load_json_lines(path: str) -> Any:
-    """One object a line, read when asked for; blank lines are no rows.
+    """One object a line, read on demand; blank lines are skipped.
 
     Raises:
-        UserError: the file cannot be read. A line that is not JSON is found when it is read.
+        UserError: the file cannot be read. A line that is not JSON is refused when it is read.
     """
     return _JsonLines(path, _opened(path))
 
@@ -137,16 +137,16 @@ def load_csv(path: str) -> list[Mapping]:
     """Rows of text, named by the first line; cells with commas, quotes or line ends are quoted.
 
     Raises:
-        UserError: it cannot be read, two columns have one name, or a row has more or fewer cells than there are names.
+        UserError: it cannot be read, two columns have the same name, or a row has more or fewer cells than names.
     """
-    csv.field_size_limit(2**31 - 1)  # its own limit, 128 KiB a cell, is below what a conversation may have
+    csv.field_size_limit(2**31 - 1)  # its own limit, 128 KiB a cell, is less than a conversation may need
     with _opened(path) as file:
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
         with from_outside(path, "it must be UTF-8 text with commas between cells"):
             lines = [(reader.line_num, cells) for cells in reader if cells]
     names = lines[0][1] if lines else []
     if len(set(names)) != len(names):
-        raise UserError(f"{path}: two of its columns have one name: {names}; rename one")
+        raise UserError(f"{path}: two of its columns have the same name: {names}; rename one")
     for number, cells in lines:
         if len(cells) != len(names):
             raise UserError(f"{path}, line {number}: {len(cells)} cells, the first line names {len(names)} columns; "
@@ -161,7 +161,7 @@ class Parquet:
     """Rows of a parquet file; one row group at a time is held in memory.
 
     Raises:
-        UserError: it is no parquet file, or two of its columns have one name.
+        UserError: it is no parquet file, or two of its columns have the same name.
     """
 
     def __init__(self, path: str):
@@ -172,7 +172,7 @@ class Parquet:
             metadata, names = self.file.metadata, self.file.schema_arrow.names
             sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         if len(set(names)) != len(names):
-            raise UserError(f"{path}: two of its columns have one name: {names}; rename one")
+            raise UserError(f"{path}: two of its columns have the same name: {names}; rename one")
         self.path, self.ends = path, list(accumulate(sizes))
         self.group: int = -1
         self.table: Any = None

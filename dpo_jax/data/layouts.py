@@ -1,4 +1,4 @@
-"""Which layout the rows of a source have, told from their columns, and what a user should know of that choice."""
+"""The layout of a source's rows, inferred from their columns, and hints at what it leaves unread or reads as text."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -37,14 +37,14 @@ _JSON_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\
 
 
 def _renames(needed: set[str], columns: Sequence[str]) -> dict[str, str]:
-    """Our names that a file lacks -> its columns that are likely meant."""
+    """Our names that a file lacks -> its columns that they probably stand for."""
     missing = sorted(needed - set(columns))
     named = {ours: [name for name in _OTHER_NAMES.get(ours, ()) if name in columns] for ours in missing}
     return {ours: names[0] for ours, names in named.items() if names}
 
 
 def _fits_none(columns: Sequence[str], stage: Stage) -> str:
-    """The layout that lacks least, the widest of several, with the renames that make it fit."""
+    """A line that names the layout with fewest columns missing, the widest of several, and renames that make it fit."""
 
     def lacks(one: tuple[str, set[str]]) -> tuple[int, int, int]:
         missing = len(one[1] - set(columns))
@@ -65,14 +65,14 @@ def _fits_none(columns: Sequence[str], stage: Stage) -> str:
 
 
 def _begins(value: object) -> str | None:
-    """Role of the first of several messages."""
+    """Role of the first message of a list; None: this is no list of messages."""
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
         return None
     return value[0].get("role") or value[0].get("from")
 
 
 def _without_prompt(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> str:
-    """The layout of rows with `chosen` and `rejected` and no prompt that is known by its name."""
+    """The layout of rows with `chosen` and `rejected` and no column named prompt."""
     chosen = [row.get("chosen") for row in rows]
     texts = [value for value in chosen if isinstance(value, str)]
     if any(ASSISTANT_TURN in value for value in texts):
@@ -97,15 +97,15 @@ def _without_prompt(columns: Sequence[str], rows: Sequence[Mapping], stage: Stag
 
 
 def detect_schema(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> str:
-    """Name of the layout, told from the columns; `rows` are the first few, which tell what the columns alone do not.
+    """Name of the layout, inferred from the columns and, where they leave it open, from the first few `rows`.
 
     Raises:
-        UserError: the columns fit no layout of the stage, or nothing tells which of them is the prompt.
+        UserError: the columns fit no layout of the stage, or none of them is clearly the prompt.
     """
-    found = next(((name, needed) for name, needed in _COLUMNS[stage] if needed <= set(columns)), None)
-    if found is None:
+    fitting = next(((name, needed) for name, needed in _COLUMNS[stage] if needed <= set(columns)), None)
+    if fitting is None:
         raise UserError(_fits_none(columns, stage))
-    name, needed = found
+    name, needed = fitting
     if needed == {"chosen", "rejected"}:
         return _without_prompt(columns, rows, stage)
     if needed == {"messages", "chosen", "rejected"} and any(
@@ -123,7 +123,7 @@ def _is_answered(row: Mapping) -> bool:
 
 
 def parser_of(schema: str, columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> Parser:
-    """The parser of a source: of its `schema`, or of the one that its columns tell when that is `auto`.
+    """The parser of a source: of its `schema`, inferred from the columns when that is `auto`.
 
     Raises:
         UserError: no layout fits, or the stage does not know the schema.
@@ -136,12 +136,12 @@ def parser_of(schema: str, columns: Sequence[str], rows: Sequence[Mapping], stag
 
 
 def hints(parser: Parser, columns: Sequence[str], rows: Sequence[Mapping]) -> list[str]:
-    """What is read otherwise than a user may think: columns that are not read, messages that are plain text."""
-    found = []
+    """What a user may not expect: columns that are not read, messages that are read as plain text."""
+    lines = []
     ignored = [name for name in columns if name not in parser.columns]
     if ignored:
-        found.append(f"columns that are not read: {', '.join(ignored)}")
-    found += [
+        lines.append(f"columns that are not read: {', '.join(ignored)}")
+    lines += [
         f"{name} is not part of the prompt: call it system, and the prompt instruction (text) or conversations "
         "(messages), with columns"
         for name in ("system", "system_prompt")
@@ -150,6 +150,6 @@ def hints(parser: Parser, columns: Sequence[str], rows: Sequence[Mapping]) -> li
     for name in sorted(parser.columns & {"prompt", "chosen", "rejected", "answer", "completion", "output", "text"}):
         count = sum(isinstance(row.get(name), str) and bool(_JSON_MESSAGES.match(row[name])) for row in rows)
         if count:
-            found.append(f"{name} looks like JSON text of messages in {count} of the first {len(rows)} rows, and is "
+            lines.append(f"{name} looks like JSON text of messages in {count} of the first {len(rows)} rows, and is "
                          "read as plain text: store the messages as lists")  # fmt: skip
-    return found
+    return lines

@@ -217,7 +217,7 @@ class Packer:
         return [rows + [[] for _ in range(most - len(rows))] for rows in parts]
 
     def shape(self, parts: Sequence[Sequence[Sequence[Unit]]]) -> BatchShape:
-        """The smallest of ``shapes`` that holds the step; beyond them, a rounded-up one that may compile anew."""
+        """The smallest of ``shapes`` that holds the step; beyond them, a rounded-up one that may compile again."""
         needed = step_shape(parts, self.row_length)
         for shape in self.shapes:
             if shape.holds(needed):

@@ -1,7 +1,7 @@
 """Rows of every usual layout -> one ``Example``, or the ``Problem`` that says why not.
 
 A layout ("schema") is a function from a row to prompt and answers; the tables below name them, per stage, with the
-columns that each reads. Which one a source has is told in ``layouts``. Nothing here knows tokens.
+columns that each reads. ``layouts`` infers the one of a source. Nothing here knows tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ _GIVEN_BY_US = {"conversation", "messages", "tools", "tokenize", "add_generation
                 "continue_final_message", "return_dict", "return_tensors"}  # fmt: skip
 _SEEN_OR_HEARD = ("image", "images", "video", "videos", "audio", "audios")
 _EMPTY = ("''", "b''", "[]", "[None]", "{}")  # by repr, since a picture may be of any type
-MOST_WEIGHT = 1e30  # float32 can hold the sum of many
+MAX_WEIGHT = 1e30  # float32 can hold the sum of many
 ASSISTANT_TURN, _HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
 
 
@@ -62,7 +62,7 @@ def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages
 
 
 def _check_prompt_column(prompt: str, messages: Messages) -> None:
-    """A text prompt beside whole conversations must be the one that they hold, in part or as a rendering of it."""
+    """A text prompt next to whole conversations must be the one that they hold, in part or as a rendering of it."""
     users = [message["content"].strip() for message in messages if message["role"] == "user"]
     if not any(prompt.strip() in content or content in prompt for content in users):
         raise BadRow("prompts_differ", f"the prompt column is not in the conversation: {values.shown(prompt)}")
@@ -112,7 +112,7 @@ def _transcripts(row: Mapping):
 
 
 def _implicit_prompt(row: Mapping):
-    """Two texts; both answers keep a character, and the space that comes before them."""
+    """Two texts, split where they differ; each answer keeps a character at least, and the space before it."""
     chosen, rejected = values.text("chosen", row.get("chosen")), values.text("rejected", row.get("rejected"))
     size = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
     size -= chosen[:size].endswith(" ")
@@ -144,18 +144,18 @@ def _history(row: Mapping) -> Messages:
     if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
         raise BadRow("missing_field", f"history is {values.shown(pairs)}, not a list of [instruction, answer]")
     return [
-        {"role": role, "content": values.text(f"history[{place}]", said)}
-        for place, pair in enumerate(pairs)
+        {"role": role, "content": values.text(f"history[{index}]", said)}
+        for index, pair in enumerate(pairs)
         for role, said in zip(("user", "assistant"), pair, strict=True)
     ]
 
 
 def _instruction(row: Mapping) -> Messages:
-    """Instruction and input are one user message: how they look as text is the chat template's affair."""
-    parts = [values.text("instruction", row.get("instruction"))]
+    """Instruction and input are one user message, whose looks as text are up to the chat template."""
+    texts = [values.text("instruction", row.get("instruction"))]
     if row.get("input") is not None and values.text("input", row["input"]).strip():
-        parts.append(row["input"])
-    return [*_system(row), *_history(row), {"role": "user", "content": "\n\n".join(parts)}]
+        texts.append(row["input"])
+    return [*_system(row), *_history(row), {"role": "user", "content": "\n\n".join(texts)}]
 
 
 def _alpaca(row: Mapping):
@@ -207,8 +207,8 @@ def _plain(row: Mapping):
 def _weight(row: Mapping) -> float:
     weight = row.get("weight", 1.0)
     given = values.number(weight)
-    if given is None or not 0 <= given <= MOST_WEIGHT:
-        raise BadRow("missing_field", f"weight is {values.shown(weight)}, not a number from 0 to {MOST_WEIGHT:g}")
+    if given is None or not 0 <= given <= MAX_WEIGHT:
+        raise BadRow("missing_field", f"weight is {values.shown(weight)}, not a number from 0 to {MAX_WEIGHT:g}")
     return given
 
 
@@ -253,7 +253,7 @@ def _check_turns(prompt: Messages, answer: Messages) -> None:
 
 
 def _check_learned(answer: Messages) -> None:
-    """Only a conversation for fine-tuning can hold messages of the assistant that are read and not learned."""
+    """Messages of the assistant that are read and not learned belong in conversations for fine-tuning only."""
     if any(message.get("weight") == 0 for message in answer):
         raise BadRow("missing_field", "an answer holds a message of weight 0, and the whole of an answer is learned")
 
@@ -272,7 +272,7 @@ class Parser:
     """Reads the rows of a layout: a function of a row's number and the row."""
 
     layout: Callable[[Mapping], tuple]
-    columns: frozenset[str]  # what it looks at; it is shown nothing else
+    columns: frozenset[str]  # what it reads; it gets no others
     num_answers: int
 
     def __call__(self, index: int, row: Mapping) -> Example | Problem:
@@ -293,22 +293,21 @@ class Parser:
 
 
 _PAIR, _EVERY = "chosen rejected", f"weight tools chat_template_kwargs {' '.join(_SEEN_OR_HEARD)}"
-_PREFERENCE: dict[str, tuple[Callable, str]] = {
+_PAIRS: dict[str, tuple[Callable, str]] = {
     "preference": (_preference, f"prompt {_PAIR}"),
     "transcripts": (_transcripts, _PAIR),
-    "implicit_prompt": (_implicit_prompt, _PAIR),
     "sharegpt": (_sharegpt, f"system conversations messages {_PAIR}"),
     "alpaca": (_alpaca, f"system history instruction input {_PAIR}"),
     "openai": (_openai, "input preferred_output non_preferred_output"),
 }
-_SFT = _PREFERENCE | {  # of a pair, the chosen answer is learned
+_PREFERENCE = _PAIRS | {"implicit_prompt": (_implicit_prompt, _PAIR)}
+_SFT = _PAIRS | {  # the chosen answer is learned
     "prompt_answer": (_prompt_answer, "prompt answer completion"),
     "messages": (_whole_conversation, "messages"),
     "text": (_plain, "text"),
     "sharegpt": (_sharegpt_sft, f"system conversations messages {_PAIR}"),
     "alpaca": (_alpaca_sft, f"system history instruction input output {_PAIR}"),
 }
-del _SFT["implicit_prompt"]  # where the answer begins is told by the other one only
 
 
 def _parsers(layouts: Mapping[str, tuple[Callable, str]], num_answers: int) -> dict[str, Parser]:

@@ -48,7 +48,7 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
     """
     if not isinstance(source, SourceConfig):
         dataset = _plain_dataset(source)
-        return Rows(_Foreign("data", dataset), {}, len(dataset))
+        return Rows(_LibraryRows("data", dataset), {}, len(dataset))
     rows = _kind(source).load(source)
     if len(rows) == 0:
         raise UserError(f"{source.path}: it holds no rows; name a source that has some")
@@ -75,7 +75,7 @@ def fingerprint(source: "SourceConfig | datasets.Dataset") -> str:
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind of source: how it is opened, what tells its content, which options it heeds."""
+    """One kind of source: how it is opened, what identifies its content, which options it supports."""
 
     load: Callable[[SourceConfig], Any]  # what has a length and gives rows by index
     identity: Callable[[SourceConfig], list]
@@ -115,8 +115,8 @@ def _kind_name(path: str) -> str:
 # ------------------------------------------------------------------------------------------- Hugging Face datasets
 
 
-class _Foreign:
-    """Rows that a library decodes when they are asked for."""
+class _LibraryRows:
+    """Rows that a library decodes on demand."""
 
     def __init__(self, label: str, rows: Any):
         self.label, self.rows = label, rows
@@ -186,7 +186,7 @@ def _folder_hash(path: str) -> str:
 
 def _dataset_kind(load: Callable[[SourceConfig], "datasets.Dataset"], *options: str) -> _Kind:
     return _Kind(
-        lambda source: _Foreign(source.path, load(source)), lambda source: _dataset_identity(load(source)), options
+        lambda source: _LibraryRows(source.path, load(source)), lambda source: _dataset_identity(load(source)), options
     )
 
 
@@ -196,7 +196,7 @@ def _dataset_kind(load: Callable[[SourceConfig], "datasets.Dataset"], *options: 
 class _Tfds:
     """A TFDS split with bytes as text and a sequence of dicts as a list of dicts."""
 
-    def __init__(self, rows: _Foreign, features):
+    def __init__(self, rows: _LibraryRows, features):
         self.rows, self.features = rows, features
 
     def __len__(self) -> int:
@@ -252,7 +252,7 @@ def _load_tfds(source: SourceConfig) -> _Tfds:
     builder = _tfds_builder(source)
     with from_outside(f"{source.path}: split: {source.split!r}", f"check split and data_dir {source.data_dir}"):
         rows = builder.as_data_source(source.split, file_format="array_record")
-    return _Tfds(_Foreign(source.path, rows), builder.info.features)
+    return _Tfds(_LibraryRows(source.path, rows), builder.info.features)
 
 
 def _tfds_identity(source: SourceConfig) -> list:

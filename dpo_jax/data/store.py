@@ -1,7 +1,7 @@
 """Examples tokenised once: flat token files, memory-mapped, in a folder named by everything that made them.
 
 A store is a folder ``<key>/`` of plain little-endian arrays, ``problems.jsonl`` (every row that was dropped or
-changed) and ``manifest.json`` (written last: sizes, checksums, counts). It is built beside its place and renamed into
+changed) and ``manifest.json`` (written last: sizes, checksums, counts). It is built next to its place and renamed into
 it, so what lies under a key is whole; if its checksums say otherwise it is built again.
 """
 
@@ -124,10 +124,10 @@ def _open_source(source: SomeSource, place: int, stage: Stage) -> Source:
 
 
 def _check_unchanged(sources: Sequence[SomeSource], before: Sequence[str]) -> None:
-    """Rows that were read while their file changed must not stay under the key of what it held before."""
-    for place, (was, now) in enumerate(zip(before, _fingerprints(sources), strict=True)):
+    """Rows that were read while their file changed must not be stored under the key of its former content."""
+    for index, (was, now) in enumerate(zip(before, _fingerprints(sources), strict=True)):
         if was != now:
-            label = source_label(sources[place], place)
+            label = source_label(sources[index], index)
             raise UserError(f"{label}: it changed while it was tokenised; start again once nothing writes to it")
 
 
@@ -190,7 +190,7 @@ def _check_some_left(report: dict[str, Any]) -> None:
             f"{name} {cause['count']} (row {cause['first'][0]['row']}: {cause['first'][0]['detail']})"
             for name, cause in report["dropped"].items()
         )
-        raise UserError(f"{report['source']}: none of its {report['rows']} rows can be used: {causes}; mend the data")
+        raise UserError(f"{report['source']}: none of its {report['rows']} rows can be used: {causes}; fix the data")
 
 
 def _write(folder: Path, sources: Sequence[Source], job: Job, workers: int | None, made_from: dict[str, Any]) -> None:

@@ -64,20 +64,21 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
     return text
 
 
-def _require_template(own: str | dict[str, str] | None, example: Example) -> None:
-    if own is None:
+def _require_template(chosen: str | dict[str, str] | None, example: Example) -> None:
+    if chosen is None:
         raise UserError(f"row {example.row}: it holds messages, and the tokenizer has no chat template; "
                         "give a file with one as data.chat_template")  # fmt: skip
-    if isinstance(own, dict) and "default" not in own and not (example.tools is not None and "tool_use" in own):
+    with_tools = example.tools is not None and isinstance(chosen, dict) and "tool_use" in chosen
+    if isinstance(chosen, dict) and "default" not in chosen and not with_tools:
         raise UserError(f"row {example.row}: the tokenizer has several chat templates and no default: "
-                        f"{', '.join(sorted(own))}; name one of them as data.chat_template")  # fmt: skip
+                        f"{', '.join(sorted(chosen))}; name one of them as data.chat_template")  # fmt: skip
 
 
 def _set_clock(template: Template, example: Example) -> None:
     """Give the template that this row takes a function of the set date in place of the machine's clock."""
     text = template.tokenizer.get_chat_template(tools=example.tools)
     if reads_clock(text):
-        # apply_chat_template renders this very object, kept by text; of what it is given it passes on plain data only
+        # apply_chat_template takes this object from a cache keyed by the text; it passes only plain data to a template
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         compiled = _compile_jinja_template(text)
@@ -103,13 +104,13 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-# ------------------------------------------------------------------------------------------- nothing may vanish
+# ------------------------------------------------------------------------------------------- every part must show
 
 _Path = tuple[int | str, ...]  # keys from a list of messages down to one value
 
 
 def missing_part(template: Template, example: Example, messages: Messages, text: str) -> str | None:
-    """What of the messages has no influence on their rendering `text`, in words; None: all is there.
+    """The first part of the messages that has no influence on their rendering `text`, in words; None: all have.
 
     Each content, and each tool call's name and arguments, is replaced by a marker. Templates may strip, move, merge or
     shorten what they are given: a marker in the new rendering, or any change of it, is enough. First all markers are
@@ -128,8 +129,8 @@ def missing_part(template: Template, example: Example, messages: Messages, text:
         except Refused as refused:
             refusal = f": with other words in its place the template fails: {refused}"
         if refusal is not None:
-            place, what = int(path[0]), " ".join(map(str, path[1:]))
-            return f"{what} of message {place} ({messages[place]['role']}) is not in the rendered conversation{refusal}"
+            index, what = int(path[0]), " ".join(map(str, path[1:]))
+            return f"{what} of message {index} ({messages[index]['role']}) is not in the rendered conversation{refusal}"
     return None
 
 
@@ -147,22 +148,23 @@ def _shown(template: Template, example: Example, messages: Messages, parts: dict
             text = render(template, example, marked)
         except Refused:
             text = ""
-        found = (path for number, path in enumerate(markers) if _marker(number, "") in text)
-        template.shown[structure] = frozenset(found)
+        template.shown[structure] = frozenset(
+            path for number, path in enumerate(markers) if _marker(number, "") in text
+        )
     return template.shown[structure]
 
 
 def _parts(messages: Messages) -> Iterator[tuple[_Path, Any]]:
     """What has to be rendered: contents that are more than white space, names and arguments of tool calls."""
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message["content"].strip():
-            yield (place, "content"), message["content"]
+            yield (index, "content"), message["content"]
         for number, call in enumerate(message.get("tool_calls", ())):
             inside = ("function",) if isinstance(call.get("function"), dict) else ()
             function = call["function"] if inside else call
             for key in ("name", "arguments"):
                 if function.get(key):
-                    yield (place, "tool_calls", number, *inside, key), function[key]
+                    yield (index, "tool_calls", number, *inside, key), function[key]
 
 
 def _marker(number: int, value: Any) -> Any:

@@ -183,11 +183,11 @@ def _whole(coder: _Coder, example: Example) -> _Pieces | Problem:
     spans, notes = turns
     if notes and coder.data.fates.template_not_prefix != "repair":
         return notes[0]
-    starts = [text[:place] for span in spans for place in span]
+    starts = [text[:position] for span in spans for position in span]
     ids, *heads = _encode(coder, example.row, [text, *starts], special=False)
-    places = [common_prefix(head, ids) for head in heads]
+    bounds = [common_prefix(head, ids) for head in heads]
     learned = [False] * len(ids)
-    for start, end in zip(places[::2], places[1::2], strict=True):
+    for start, end in zip(bounds[::2], bounds[1::2], strict=True):
         learned[start:end] = [True] * (end - start)
     pieces = _parted(ids, learned)
     if pieces is None:
@@ -222,23 +222,23 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
     when others follow (Qwen3 takes out thoughts): then it is the longest tail of its own rendering that stands there.
     """
     spans, changed = [], None
-    for place, message in enumerate(messages):
-        if message["role"] != "assistant" or place == 0 or message.get("weight") == 0:
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index == 0 or message.get("weight") == 0:
             continue
-        before = render(coder.template, example, messages[:place], prompt=True)
-        through = render(coder.template, example, messages[: place + 1])
+        before = render(coder.template, example, messages[:index], prompt=True)
+        through = render(coder.template, example, messages[: index + 1])
         start = _common_text(before, text)
         end = len(through)
         if start < len(before) or not text.startswith(through):
-            changed = place
+            changed = index
             # a content may begin as what the generation prompt ends with, so the turn's start is seen beside a marker
-            marked = [*messages[:place], message | {"content": MARKER}, *messages[place + 1 :]]
+            marked = [*messages[:index], message | {"content": MARKER}, *messages[index + 1 :]]
             start = _common_text(before, render(coder.template, example, marked))
-            turn = through[_common_text(before, render(coder.template, example, marked[: place + 1])) :]
+            turn = through[_common_text(before, render(coder.template, example, marked[: index + 1])) :]
             tails = (turn[cut:] for cut in range(len(turn)))
             tail = next((tail for tail in tails if tail.strip() and text.startswith(tail, start)), None)
             if tail is None or (spans and start < spans[-1][1]):
-                return _not_prefix(example.row, f"message {place} cannot be found in the rendered conversation")
+                return _not_prefix(example.row, f"message {index} cannot be found in the rendered conversation")
             end = start + len(tail)
         spans.append((start, end))
     detail = f"message {changed} is rendered otherwise when messages follow it"

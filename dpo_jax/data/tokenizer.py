@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_jax.errors import UserError, from_outside
+from dpo_jax.errors import UserError, from_outside, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,24 +47,25 @@ def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -
     return tokenizer
 
 
-def _chosen_template(path: str, own: Any, chosen: str | None) -> str | dict[str, str] | None:
-    """Text of a template; several by name, of which each row takes its own; or None."""
-    texts = list(own.values()) if isinstance(own, dict) else [own or ""]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{path}: chat_template is no text: {own!r:.60}; correct it, or give a file as "
+def _chosen_template(path: str, brought: Any, chosen: str | None) -> str | dict[str, str] | None:
+    """Text of the chosen template, or of the one that the tokenizer brought; or several by name; or None."""
+    named = brought if isinstance(brought, dict) else {}
+    if not all(isinstance(text, str) for text in (named.values() if named else [brought or ""])):
+        raise UserError(f"{path}: chat_template is not text: {shown(brought)}; correct it, or give a file as "
                         "data.chat_template")  # fmt: skip
-    names = own if isinstance(own, dict) else {}
-    if chosen is None or chosen in names:
-        return (own or None) if chosen is None else names[chosen]
+    if chosen is None:
+        return brought or None
+    if chosen in named:
+        return named[chosen]
     try:
         return Path(chosen).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        others = f"; the tokenizer's own templates are {', '.join(sorted(names))}" if names else ""
+        others = f"; the tokenizer's own templates are {', '.join(sorted(named))}" if named else ""
         raise UserError(f"data.chat_template: {chosen!r} cannot be read: {error}{others}") from None
 
 
 def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
-    """Warn where transformers encodes text otherwise than the tokenizer's own tokenizer.json says.
+    """Warn where transformers splits text differently from the tokenizer's own tokenizer.json.
 
     By the model type in config.json it may choose a class that brings its own rules of splitting, and of
     tokenizer.json reads the vocabulary alone.
@@ -102,14 +103,14 @@ def tokenizer_hash(tokenizer: Any) -> str:
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids), roles,
                getattr(tokenizer, "split_special_tokens", False)]  # fmt: skip
     probes = [_ids(tokenizer, text, special=True) for text in vocabulary_texts(tokenizer)]  # what no file states
-    parts = [state, added, special, tokenizer.chat_template, probes]
-    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    identity = [state, added, special, tokenizer.chat_template, probes]
+    return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Ids that a tokenizer puts before and after every text.
 
-    They are seen around a text of its own vocabulary, of whose tokens it adds none.
+    They are read off a text made of its own vocabulary that holds none of them itself.
 
     Raises:
         UserError: it adds tokens in another way, or encodes no text at all.
@@ -143,5 +144,5 @@ def _ids(tokenizer: Any, text: str, special: bool) -> list[int] | None:
     """None: the tokenizer cannot encode the text."""
     try:
         return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    except Exception:  # noqa: BLE001  tokenizers raises this very class for words out of vocabulary
+    except Exception:  # noqa: BLE001 (of tokenizers, for words out of vocabulary)
         return None

@@ -11,7 +11,7 @@ from dpo_jax import errors
 
 Messages = list[dict]
 
-MOST_NESTED = 100  # levels of lists and objects; more is no data, and would exhaust the stack of whoever walks it
+MAX_NESTING = 100  # levels of lists and objects; more would exhaust the stack of whatever walks a value
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool",  # the names that ShareGPT files use
           "user": "user", "assistant": "assistant", "system": "system", "tool": "tool"}  # fmt: skip
 _CALL_ROLE = "function_call"  # of a ShareGPT turn whose text is the JSON of a tool call
@@ -26,15 +26,15 @@ def read_json(text: str | bytes) -> Any:
     """The value of JSON text from outside.
 
     Raises:
-        ValueError: it is not JSON, holds a number too long to be read, or is nested deeper than MOST_NESTED.
+        ValueError: it is not JSON, holds a number too long to be read, or is nested deeper than MAX_NESTING.
     """
-    too_deep = f"lists and objects are nested more than {MOST_NESTED} deep"
+    too_deep = f"lists and objects are nested more than {MAX_NESTING} deep"
     try:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(too_deep) from None
     level = [value]
-    for _ in range(MOST_NESTED):
+    for _ in range(MAX_NESTING):
         level = [
             item
             for outer in level
@@ -72,7 +72,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _from_text(name: str, value: Any) -> Any:
-    """What JSON text says, its nulls included: nobody but its writer put them there. Empty text is no value."""
+    """The value of JSON text, with its nulls, which its writer meant; None for empty text."""
     if not isinstance(value, str):
         return value
     try:
@@ -82,7 +82,7 @@ def _from_text(name: str, value: Any) -> Any:
 
 
 def _check_characters(name: str, value: Any) -> None:
-    """Chat templates write any part of a value, so each text in it must be whole."""
+    """Chat templates may write any part of a value, so each text in it must be valid."""
     if isinstance(value, str):
         text(name, value)
     elif isinstance(value, Mapping):
@@ -95,7 +95,7 @@ def _check_characters(name: str, value: Any) -> None:
 
 
 def number(value: Any) -> float | None:
-    """A number, or its text, as files of text alone have it; None when it is neither, or too large."""
+    """A number, or its text, as in CSV files; None when it is neither, or too large."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -124,13 +124,13 @@ def json_objects(name: str, value: Any) -> list[dict] | None:
         value = [value] if value else []
     if not isinstance(value, list | tuple):
         raise BadRow("missing_field", f"{name} is {shown(value)}, not a list of objects")
-    found = []
-    for place, item in enumerate(value):
-        given = json_object(f"{name}[{place}]", item)
+    objects = []
+    for index, item in enumerate(value):
+        given = json_object(f"{name}[{index}]", item)
         if given is None:
-            raise BadRow("missing_field", f"{name}[{place}] is {shown(item)}, not an object")
-        found.append(given)
-    return found or None
+            raise BadRow("missing_field", f"{name}[{index}] is {shown(item)}, not an object")
+        objects.append(given)
+    return objects or None
 
 
 # ------------------------------------------------------------------------------------------------------- messages
@@ -169,7 +169,7 @@ def _calls(name: str, value: object) -> list[dict]:
 
 
 def _is_learned(name: str, message: dict) -> bool:
-    """What a message says of itself, which is taken out of it: an assistant's message may be there to be read only."""
+    """Whether a message of the assistant is learned or only read; the keys that say so are removed from it."""
     given = {key: message.pop(key) for key in _LEARNED_BY if key in message}
     for key, value in given.items():
         if number(value) not in (0, 1) and not isinstance(value, bool):
@@ -207,7 +207,7 @@ def messages(name: str, value: object) -> Messages:
         value = [value]
     if not isinstance(value, list | tuple):
         raise BadRow("missing_field", f"{name} is {shown(value)}, not a list of messages")
-    return [_message(f"{name}[{place}]", message) for place, message in enumerate(value)]
+    return [_message(f"{name}[{index}]", message) for index, message in enumerate(value)]
 
 
 def answer(name: str, value: object) -> Messages:

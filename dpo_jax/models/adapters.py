@@ -1,6 +1,6 @@
 """Low-rank adapters: what they start from, how they go into the weights, and PEFT's files of them.
 
-Their tree is told in ``decoder.py``, their names in files follow from the projections' in ``weights.py``. PEFT's
+Their tree is described in ``decoder.py``, their names in files follow from the projections' in ``weights.py``. PEFT's
 format is a directory with ``adapter_config.json`` and ``adapter_model.safetensors``:
 https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.config import LoraConfig
-from dpo_jax.errors import UserError, from_outside, shown
+from dpo_jax.errors import UserError, from_outside, shown, unusable
 from dpo_jax.models.decoder import Lora, Model, Params
 from dpo_jax.models.load import read_json
 from dpo_jax.models.safetensors import Tensor, read_header, write_file
@@ -164,7 +164,7 @@ def _read_options(folder: Path) -> dict[str, Any]:
 
 def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig) -> None:
     def refuse(key: str, why: str) -> UserError:
-        return UserError(f"lora.path: {folder / CONFIG}: {key}: {shown(options.get(key))} cannot be used: {why}")
+        return unusable(f"lora.path: {folder / CONFIG}: {key}", options.get(key), why)
 
     if options.get("peft_type") != "LORA":
         raise refuse("peft_type", "adapters can be LORA only")
@@ -194,8 +194,8 @@ def _check_tensors(folder: Path, found: Mapping[str, Tensor], expected: Mapping[
             raise UserError(f"lora.path: {file} holds {name}, which belongs to none of lora.targets: name {module} "
                             "there, or use other adapters")  # fmt: skip
         if name not in expected:
-            raise UserError(f"lora.path: {file} holds {name}, which this model has no place for: use adapters of the "
-                            "same model")  # fmt: skip
+            raise UserError(f"lora.path: {file} holds {name}, which has no counterpart in this model: use adapters of "
+                            "the same model")  # fmt: skip
     missing = [name for name in expected if name not in found]
     if missing:
         raise UserError(f"lora.path: {file} lacks {missing[0]}, which lora.targets of this model ask for: leave that "
@@ -207,7 +207,7 @@ def _check_tensors(folder: Path, found: Mapping[str, Tensor], expected: Mapping[
 
 
 def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expected: Mapping[str, _Place]) -> None:
-    """Refuse a file by whose words PEFT would leave some of its tensors out, or make more."""
+    """Refuse options by which PEFT would ignore some of the file's tensors, or create others."""
     path, layers = folder / CONFIG, range(model.config.layers)
     targets, excluded = options.get("target_modules"), options.get("exclude_modules") or []
     modules = {
@@ -216,20 +216,20 @@ def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expec
     every = isinstance(targets, str) and targets.lower() == "all-linear"
     chosen = modules if every else _named(path, "target_modules", targets, modules)
     chosen = chosen - _named(path, "exclude_modules", excluded, modules)
-    held = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in expected}
-    if chosen != held:
+    stored = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in expected}
+    if chosen != stored:
         raise UserError(f"lora.path: {path}: target_modules: {shown(targets)} and the tensors of {TENSOR_FILE} differ "
-                        f"at {min(chosen ^ held)}; copy both files again")  # fmt: skip
+                        f"at {min(chosen ^ stored)}; copy both files again")  # fmt: skip
 
 
 def _named(path: Path, key: str, given: Any, modules: set[str]) -> set[str]:
-    """The modules that PEFT takes a pattern, or a list of names and ends of names, for."""
+    """The modules that match a pattern, or a list of names and ends of names, as PEFT matches them."""
     if isinstance(given, str):
         with from_outside(f"lora.path: {path}: {key}", "it must be a regular expression or a list of names"):
             pattern = re.compile(given)
         return set(filter(pattern.fullmatch, modules))
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise UserError(f"lora.path: {path}: {key}: {shown(given)} cannot be used: give a list of names")
+        raise unusable(f"lora.path: {path}: {key}", given, "give a list of names")
     return {module for module in modules if any(f".{module}".endswith(f".{name}") for name in given)}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from dpo_jax.errors import UserError, shown
+from dpo_jax.errors import UserError, shown, unusable
 
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
 
@@ -58,7 +58,7 @@ class _Family:
     """What one ``model_type`` means where its config.json is silent."""
 
     architecture: str
-    keys: frozenset[str]  # keys of its own, beside those that all have
+    keys: frozenset[str]  # keys of its own, next to those that all have
     kv_heads: int | None  # default; None: as many as query heads
     derived: frozenset[str]  # sizes that follow from the others where they are null; elsewhere null is refused
     head_dim: int | None = None  # default; None: hidden / heads
@@ -112,11 +112,11 @@ _NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "layer_types": (None,),
     "quantization_config": (None, {}),
 }
-_MOST_LAYERS, _LARGEST = 10_000, 2**31 - 1  # beyond them a number is a slip, and its arrays would have no end
+_MAX_LAYERS, _MAX_SIZE = 10_000, 2**31 - 1  # larger numbers are mistakes, and their arrays would fit nowhere
 
 
 def _refuse(key: str, value: object, why: str) -> UserError:
-    return UserError(f"config.json: {key}: {shown(value)} cannot be used: {why}")
+    return unusable(f"config.json: {key}", value, why)
 
 
 def _one_of(value: object, options: Sequence[object]) -> bool:
@@ -132,7 +132,7 @@ def _number(hf: Mapping[str, Any], key: str, default: float | None = None, most:
     return value
 
 
-def _size(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = _LARGEST) -> int:
+def _size(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
     value = _number(hf, key, default, most)
     if not isinstance(value, int):
         raise _refuse(key, value, "a whole number is needed")
@@ -245,7 +245,7 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     family = FAMILIES[model_type]
     _check_keys(hf, model_type, family)
     hidden, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
-    layers = _size(hf, "num_hidden_layers", most=_MOST_LAYERS)
+    layers = _size(hf, "num_hidden_layers", most=_MAX_LAYERS)
     derived = {"num_key_value_heads": heads, "head_dim": hidden // heads}
     sizes = {**hf, **{key: derived[key] for key in family.derived if hf.get(key, 0) is None}}
     kv_heads = _size(sizes, "num_key_value_heads", family.kv_heads or heads)
@@ -308,5 +308,5 @@ BUILTIN: dict[str, dict[str, Any]] = {
 def builtin_model(name: str) -> dict[str, Any]:
     """The ``config.json`` of a built-in model, as a new dictionary."""
     if name not in BUILTIN:
-        raise UserError(f"model.path: {name!r} cannot be used: the built-in models are {', '.join(BUILTIN)}")
+        raise unusable("model.path", name, f"the built-in models are {', '.join(BUILTIN)}")
     return dict(BUILTIN[name])

@@ -1,7 +1,7 @@
 """The published shapes of some models, by hub name: what a plan needs before weights are there or access is granted.
 
 Each is what the model's own ``config.json`` says of its computation. A run never reads this: it takes the file that
-lies beside the weights.
+lies next to the weights.
 """
 
 from typing import Any

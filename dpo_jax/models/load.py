@@ -22,7 +22,7 @@ def resolve_model(path: str, revision: str | None, weights: bool = True) -> Path
         UserError: there is no such directory or hub model, it holds no model, or the hub cannot be reached.
     """
     if path.startswith("builtin:"):
-        builtin_model(path)  # says which there are
+        builtin_model(path)  # names those available
         raise UserError(f"model.path: {path} is built in and has no directory; give a directory or a hub name")
     local = Path(path).expanduser()
     if local.is_dir():
@@ -81,7 +81,7 @@ def end_tokens(folder: Path | None, hf_config: dict[str, Any]) -> frozenset[int]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file beside weights holds.
+    """The object in a JSON file of a model directory.
 
     Raises:
         UserError: it cannot be read, or is no JSON object.

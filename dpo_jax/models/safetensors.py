@@ -1,8 +1,8 @@
 """The safetensors file format, read and written tensor by tensor, so that no more than one tensor is in memory.
 
 A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes:
-https://huggingface.co/docs/safetensors/index#format. The format's own library judges the header; plain reads take the
-tensors, since the pages of its memory map would count as the process's memory until the whole file were closed.
+https://huggingface.co/docs/safetensors/index#format. The format's own library validates the header; plain reads take
+the tensors, since the pages of its memory map would count as the process's memory until the whole file were closed.
 """
 
 import json
@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from dpo_jax.errors import UserError, from_outside, shown
+from dpo_jax.errors import UserError, from_outside, shown, unusable
 from dpo_jax.models.load import read_json
 
 DTYPES = {
@@ -69,7 +69,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the safetensors library refuses the file.
     """
-    with from_outside(f"{path}: this is no whole safetensors file", AGAIN):
+    with from_outside(f"{path}: this is not an intact safetensors file", AGAIN):
         with safe_open(path, "numpy"):  # its lengths, offsets, shapes and types, which must cover the file exactly
             pass
         with path.open("rb") as file:
@@ -118,12 +118,11 @@ def _read_index(folder: Path) -> dict[str, str]:
     """File by tensor."""
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise UserError(f"{folder / INDEX}: weight_map: {shown(files)} cannot be used: it has to name the file of each "
-                        f"tensor; {AGAIN}")  # fmt: skip
+        raise unusable(f"{folder / INDEX}: weight_map", files, f"it has to name the file of each tensor; {AGAIN}")
     for tensor, file in files.items():
         if not isinstance(file, str) or PurePath(file).is_absolute() or ".." in PurePath(file).parts:
-            raise UserError(f"{folder / INDEX}: weight_map.{tensor}: {shown(file)} cannot be used: it has to name a "
-                            f"file in this directory; {AGAIN}")  # fmt: skip
+            raise unusable(f"{folder / INDEX}: weight_map.{tensor}", file,
+                           f"it has to name a file in this directory; {AGAIN}")  # fmt: skip
         if not os.path.isfile(folder / file):  # unlike Path.is_file, false for a name that no file can have
             raise UserError(f"{folder}: {shown(file)}, which {INDEX} names, is missing; copy or download it")
     return files

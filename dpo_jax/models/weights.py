@@ -290,10 +290,10 @@ def export_params(
 
 
 def export_target(out_dir: Path, overwrite: bool = False) -> Path:
-    """Where an export to ``out_dir`` goes, behind any links.
+    """The directory of an export to ``out_dir``, links resolved.
 
     Raises:
-        UserError: something is there and ``overwrite`` is false, or it can be no directory of an export.
+        UserError: something is there and ``overwrite`` is false, or it cannot be a directory.
     """
     if out_dir.parts and out_dir.parts[0].endswith(":"):
         raise UserError(f"{out_dir}: this is no local path; export to a local directory and copy that")
@@ -310,7 +310,7 @@ def export_target(out_dir: Path, overwrite: bool = False) -> Path:
 
 @contextmanager
 def whole_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory to write to, beside ``out_dir``, whose name it takes at the end of the block; on an error it goes.
+    """A directory to write to, next to ``out_dir``, whose name it takes at the end of the block; removed on an error.
 
     Raises:
         UserError: ``out_dir`` is not free and ``overwrite`` is false, another export to it is under way, or it cannot
@@ -332,7 +332,7 @@ def whole_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
             if overwrite:
                 _replace(target, unfinished)
             else:
-                os.rename(unfinished, target)  # fails where something has come there meanwhile
+                os.rename(unfinished, target)  # fails if something is there by now
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -349,7 +349,7 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def _replace(target: Path, unfinished: Path) -> None:
-    """Put a new export in the place of an older one."""
+    """Replace an older export, if there is one, by the new one."""
     replaced = target.parent / f".{target.name}.replaced"
     if target.exists():
         _keep_others(replaced, target)  # of an export that was killed below
