@@ -272,7 +272,7 @@ _KINDS = {
     "parquet file": _file_kind(files.Parquet),
     "saved folder": _dataset_kind(_load_saved, "split"),
     "folder of files": _Kind(
-        lambda source: _Foreign(source.path, _load_folder(source)),
+        lambda source: _LibraryRows(source.path, _load_folder(source)),
         lambda source: [_folder_hash(source.path), source.split, source.name],
         ("split", "name"),
     ),
