@@ -137,13 +137,16 @@ def notes_of(parts: Parts) -> list[str]:
         platform=device.platform,
         flags=frozenset(platform_flags(device.platform, device.device_kind, {})),
     )
-    lengths = parts.batches.store.lengths
+    notes, order, lengths = idle_options(parts.config, facts), parts.batches.order, parts.batches.store.lengths
     longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
     made_for = parts.source.hf_config.get("max_position_embeddings", longest)
-    beyond = (
-        f"a prompt and answer have up to {longest} tokens, the model was made for {made_for} (max_position_embeddings)"
-    )
-    return idle_options(parts.config, facts) + [f"{beyond}: lower data.max_length"] * (longest > made_for)
+    if longest > made_for:
+        notes.append(f"a prompt and answer have up to {longest} tokens, the model was made for {made_for} "
+                     "(max_position_embeddings): lower data.max_length")  # fmt: skip
+    if order.batch > order.epoch_draws:
+        notes.append(f"a step holds {order.batch}, more than the {order.epoch_draws} there are to train on, so that "
+                     "some come twice in it: use a smaller batch")  # fmt: skip
+    return notes
 
 
 def train_logps_fn(config: DPOConfig | SFTConfig, model: Model) -> LogpsFn:

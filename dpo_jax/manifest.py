@@ -117,8 +117,10 @@ def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
                         f"{new['format']}: go on with the version that wrote it")  # fmt: skip
     lines = compare_manifest(old, new)
     if lines:
-        raise UserError(f"run.dir: {where} was begun with other options, which would change its result: "
-                        f"{'; '.join(lines)}: put them back, or choose a new run.dir")  # fmt: skip
+        length = any(line.startswith(("run.steps:", "run.epochs:")) for line in lines)
+        longer = " (only run.steps with optimizer.schedule constant may change: others spread over the length)" * length
+        raise UserError(f"run.dir: {where} was started with different options that change the result: "
+                        f"{'; '.join(lines)}: restore these, or choose a new run.dir{longer}")  # fmt: skip
 
 
 def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str:

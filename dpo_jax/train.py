@@ -32,7 +32,7 @@ from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.compiler import compiler_options
 from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.configfile import config_to_yaml
-from dpo_jax.console import lossy_streams, progress_line, say
+from dpo_jax.console import lossy_streams, progress_line, say, warn
 from dpo_jax.data.batches import StepData
 from dpo_jax.errors import Preempted, RunStopped, UserError
 from dpo_jax.logprobs import Params
@@ -186,9 +186,9 @@ def announce(parts: Parts, run: RunDir) -> None:
     size = f"{count_params(parts.model):,} parameters{adapted}"
     say(config.run.progress, f"model: {size}, {parts.model.dtype}; mesh: {mesh}")
     say(config.run.progress, f"data: {order.epoch_draws} to train on{evals}; {dropped}")
-    say(config.run.progress, f"steps: {order.num_steps} of {order.batch}, in rows of {rows} tokens")
+    say(config.run.progress, f"steps: {order.num_steps} of {order.batch} each, in rows of {rows} tokens")
     for line in notes:
-        say(config.run.progress, f"note: {line}")
+        warn(f"note: {line}")
 
 
 def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None:
@@ -208,12 +208,13 @@ def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None
     if hosts.is_writer():
         cut_back(job.run, manifest["offsets"])
         log_event(job.run, "restore", step=manifest["step"])
-    say(show, f"going on from step {manifest['step']}")
+    left = job.parts.batches.order.num_steps - manifest["step"]
+    say(show, f"resuming from step {manifest['step']}, {left} to go")
     for line in rounding_changes(manifest, job.manifest):
-        say(show, f"not bit for bit the same from here on: {line}")
+        warn(f"not bit for bit the same from here on: {line}")
     if job.reference is not None:
         margin = mean_margin(*start_logps(job.parts, job.reference, job.policy(state)))
-        say(show, f"mean margin of the first step's pairs by now: {margin:.6g} nats (0 at the start)")
+        say(show, f"log-ratio margin of step 1's pairs: {margin:.6g} nats, by beta their reward margin")
     return state, Progress(manifest["step"], manifest["extras"]["num_tokens"])
 
 
@@ -388,6 +389,7 @@ def finish(job: Job, state: TrainState) -> None:
     config = job.parts.config
     if config.run.export:
         export_run(job.run, job.run.export, job.parts.model, job.policy(state), overwrite=True)
+        say(config.run.progress, f"export: {job.run.export}")
     if not hosts.is_writer():
         return
     log_event(job.run, "end", step=job.parts.batches.order.num_steps)

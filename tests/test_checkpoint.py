@@ -497,7 +497,7 @@ def test_options_that_matter_are_refused(field):
     lines = compare_manifest(MANIFEST, new)
     assert len(lines) == 1
     assert lines[0].startswith(f"{field}: was ")
-    with pytest.raises(UserError, match=r"run.dir: runs/a was begun with other options") as refused:
+    with pytest.raises(UserError, match=r"run.dir: runs/a was started with different options") as refused:
         refuse_changed(MANIFEST, new, "runs/a")
     assert lines[0] in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -425,14 +425,14 @@ BAD_RUNS = [
         nothing,
         "train c.yaml --run.dir run --loss.beta 0.2 --run.seed 7",
         2,
-        "was begun with other options ... loss.beta: was 0.1, now 0.2 ... run.seed: was 0, now 7 ... put them back",
+        "with different options ... loss.beta: was 0.1, now 0.2 ... run.seed: was 0, now 7 ... restore these",
     ),
     (
         "other data",
         partial(rows, PAIR),
         "train c.yaml --run.dir run",
         2,
-        "was begun with other options ... store: was ",
+        "was started with different options ... store: was ",
     ),
     (
         "another model",

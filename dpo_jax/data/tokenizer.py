@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_jax.errors import UserError, from_outside, shown
+from dpo_jax.errors import UserError, from_outside, reason, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,8 @@ def _chosen_template(path: str, brought: Any, chosen: str | None) -> str | dict[
         return Path(chosen).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         others = f"; the tokenizer's own templates are {', '.join(sorted(named))}" if named else ""
-        raise UserError(f"data.chat_template: {chosen!r} cannot be read: {error}{others}") from None
+        raise UserError(f"data.chat_template: {chosen!r} cannot be read: {reason(error)}: name a file, seen from "
+                        f"{Path.cwd()}{others}") from None  # fmt: skip
 
 
 def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
