@@ -407,7 +407,7 @@ from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import CheckpointConfig
 state = {"w": jax.random.normal(jax.random.key(0), (1 << 23,))}
 checkpoints = Checkpoints(sys.argv[1], CheckpointConfig())
-manifest = {"format": 1}
+manifest = {"format": 2}
 checkpoints.save(1, state, manifest, wait=True)
 checkpoints.save(2, state, manifest)
 os.kill(os.getpid(), signal.SIGKILL)
