@@ -36,7 +36,13 @@ _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclud
 _HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
              "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
              "lora_ga_config", "layers_pattern", "ensure_weight_tying"}  # fmt: skip
-_IDLE = {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "megatron_config": {}}
+_IDLE = {
+    "layers_to_transform": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": [],
+    "megatron_config": {},
+}
 # What to do with adapters that this program cannot train on.
 _MERGE = ("merge these adapters into their model (PEFT's merge_and_unload, then save_pretrained), give the result as "
           "model.path, and leave lora.path out")  # fmt: skip
