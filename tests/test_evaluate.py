@@ -129,7 +129,9 @@ def test_eval_is_the_evaluation_of_the_run_pair_by_pair(made, tmp_path, which):
 
 
 def test_the_export_is_the_trained_model_for_transformers(made, shared, torch, tmp_path):
-    assert ended("export", made / "dpo", tmp_path / "out", output=made / "said") == (0, "")
+    code, said = ended("export", made / "dpo", tmp_path / "out", output=made / "said")
+    assert (code, said.count("\n")) == (0, 1)
+    assert said.startswith(f"exported the model of {made / 'dpo'} at step 4 to {tmp_path / 'out'}: ")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, output_loading_info=True
     )
