@@ -32,7 +32,7 @@ from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.compiler import compiler_options
 from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.configfile import config_to_yaml
-from dpo_jax.console import lossy_streams, progress_line, say, warn
+from dpo_jax.console import lossy_streams, progress_line, say
 from dpo_jax.data.batches import StepData
 from dpo_jax.errors import Preempted, RunStopped, UserError
 from dpo_jax.logprobs import Params
@@ -188,7 +188,7 @@ def announce(parts: Parts, run: RunDir) -> None:
     say(config.run.progress, f"data: {order.epoch_draws} to train on{evals}; {dropped}")
     say(config.run.progress, f"steps: {order.num_steps} of {order.batch} each, in rows of {rows} tokens")
     for line in notes:
-        warn(f"note: {line}")
+        say(config.run.progress, f"note: {line}")
 
 
 def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None:
@@ -211,7 +211,7 @@ def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None
     left = job.parts.batches.order.num_steps - manifest["step"]
     say(show, f"resuming from step {manifest['step']}, {left} to go")
     for line in rounding_changes(manifest, job.manifest):
-        warn(f"not bit for bit the same from here on: {line}")
+        say(show, f"not bit for bit the same from here on: {line}")
     if job.reference is not None:
         margin = mean_margin(*start_logps(job.parts, job.reference, job.policy(state)))
         say(show, f"log-ratio margin of step 1's pairs: {margin:.6g} nats, by beta their reward margin")

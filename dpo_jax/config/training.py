@@ -166,7 +166,7 @@ class RunConfig:
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go in addition to metrics.jsonl."""
     progress: bool = True
-    """Show a live progress line, and say what is about to run; warnings and notes are shown anyway."""
+    """Show a live progress line, notes and what is about to run; False: only warnings and errors."""
     profile_steps: tuple[int, ...] = ()
     """First and last step to trace into folder `profile`, for XProf or Perfetto, such as [10, 12]; this is slow."""
     compiler_flags: dict[str, str] = field(default_factory=dict)
