@@ -287,6 +287,8 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         plain = message.replace(f" {self.called}.", " ")  # the library puts the command's name before its arguments
+        for option in COMMANDS[self.called].arguments if self.called in COMMANDS else ():
+            plain = re.sub(rf"(required: .*?)\b(?<!-){option.lstrip('-')}\b", rf"\1{option}", plain)  # and drops dashes
         raise UserError(f"{plain}: see {' '.join(['dpo-jax', self.called]).rstrip()} --help") from ex
 
 

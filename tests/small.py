@@ -30,7 +30,14 @@ def small_model(kv_heads: int = 8, **options) -> Model:
 @cache
 def small_params(seed: int = 0, kv_heads: int = 8):
     """Random weights, numpy's, at home on any mesh; ``seed`` 1 is another model, to be a reference."""
-    return jax.device_get(jax.jit(small_model(kv_heads).init)(jax.random.key(seed)))
+    draw = np.random.Generator(np.random.Philox(seed))
+    deviation = HF_CONFIG["initializer_range"]
+
+    def leaf(path, leaf):
+        is_norm = path[-1].key.endswith("norm")
+        return (np.ones(leaf.shape) if is_norm else draw.normal(0, deviation, leaf.shape)).astype(leaf.dtype)
+
+    return jax.tree.map_with_path(leaf, small_model(kv_heads).param_shapes())
 
 
 def random_pairs(count: int = 8, seed: int = 0) -> list[Pair]:

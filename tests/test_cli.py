@@ -43,7 +43,7 @@ WRONG = [
     ("train c.yaml --batch.pairs 1.5", "batch.pairs: 1.5 cannot be used: a whole number is needed"),
     ("train c.yaml --beta=0.1", "beta: unknown option: did you mean loss.beta?"),
     ("sft c.yaml --loss.beta 0.1", "loss: this belongs to `dpo-jax train`, not to `dpo-jax sft`: remove it"),
-    ("eval c.yaml", "the following arguments are required: output: see dpo-jax eval --help"),
+    ("eval c.yaml", "the following arguments are required: --output: see dpo-jax eval --help"),
     ("export runs/x", "the following arguments are required: out_dir: see dpo-jax export --help"),
     ("export runs/x out --which newst", "invalid choice: 'newst' (choose from 'newest', 'best')"),
     ("data c.yaml --step 0", "0 does not conform to restriction v>0: see dpo-jax data --help"),

@@ -92,7 +92,7 @@ def test_every_curve_is_run(curves):
     assert {curve for curve, _ in RUNS.values()} == set(curves)
 
 
-QUICK = {"sigmoid", "cached"}  # the others run with -m slow
+QUICK = {"sigmoid"}  # the others run with -m slow
 
 
 @pytest.mark.parametrize(

@@ -68,18 +68,23 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+RARER = {"shared in short rows", "full remat", "dots kept, unrolled"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in RARER else name for name in LAYOUTS]
+)
 def test_layouts_agree(name):
     model, packing = LAYOUTS[name]
     assert_equal(gradient(small_model(**model), pack(PAIRS, **packing)), oracle())
 
 
-@pytest.mark.parametrize("chunk", [1, 50, 1000])
+@pytest.mark.parametrize("chunk", [1, pytest.param(1000, marks=pytest.mark.slow)])
 def test_chunks_agree(chunk):
     assert_equal(gradient(small_model(), pack(PAIRS), chunk=chunk), oracle())
 
 
-@pytest.mark.parametrize("loss", [LOSS, LossConfig(type="ipo"), LossConfig(type="sft")])
+@pytest.mark.parametrize("loss", [LOSS, LossConfig(type="sft")], ids=["with a reference", "without"])
 @pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulated_is_the_whole(loss, parts):
     found = gradient(small_model(), pack(PAIRS, accumulation=parts), accumulation=parts, loss=loss)
@@ -98,10 +103,10 @@ def test_empty_slots_change_nothing():
 
 
 MESHES = [
-    MeshConfig(fsdp=8),
-    MeshConfig(fsdp=4, tensor=2),
-    MeshConfig(fsdp=1, tensor=8),
     MeshConfig(data=2, fsdp=2, tensor=2),
+    pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),
+    pytest.param(MeshConfig(fsdp=4, tensor=2), marks=pytest.mark.slow),
+    pytest.param(MeshConfig(fsdp=1, tensor=8), marks=pytest.mark.slow),
 ]
 
 
@@ -135,12 +140,18 @@ def test_meshes_agree(config, order):
     assert_equal(mesh_gradient(small_model(), mesh), oracle())
 
 
+KEY_HEADS = {"model": small_model(kv_heads=2), "mesh": MeshConfig(fsdp=2, tensor=4)}
+
+
 def test_key_heads_that_tensor_does_not_divide_are_held_whole():
-    model, mesh = small_model(kv_heads=2), make_mesh(MeshConfig(fsdp=2, tensor=4))
-    found = mesh_gradient(model, mesh)
-    assert_equal(found, gradient(model, pack(PAIRS)))
-    layers = param_shardings(model, mesh)["layers"]
+    layers = param_shardings(KEY_HEADS["model"], make_mesh(KEY_HEADS["mesh"]))["layers"]
     assert ["tensor" in layers[name].spec for name in ("query", "key", "value")] == [True, False, False]
+
+
+@pytest.mark.slow
+def test_key_heads_that_are_held_whole_change_nothing():
+    found = mesh_gradient(KEY_HEADS["model"], make_mesh(KEY_HEADS["mesh"]))
+    assert_equal(found, gradient(KEY_HEADS["model"], pack(PAIRS)))
 
 
 def test_a_size_that_tensor_does_not_divide_is_refused():

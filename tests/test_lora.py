@@ -20,7 +20,7 @@ from small import pack, random_pairs, small_model, small_params
 
 from dpo_jax.assemble import scoring_functions
 from dpo_jax.config import LORA_TARGETS, DPOConfig, LoraConfig, LossConfig, MeshConfig, ModelConfig, SFTConfig
-from dpo_jax.configfile import parse_config
+from dpo_jax.configfile import load_yaml, parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.evaluate import evaluate, export
 from dpo_jax.logprobs import make_logps_fn
@@ -300,6 +300,7 @@ def test_evaluation_is_that_of_the_run(made, tmp_path):
     assert start["sets"]["held_out"]["loss"] == pytest.approx(np.log(2), abs=3e-6)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_adapters_of_another_with_a_cached_reference(made, shared, tmp_path):
     """Its reference stays the model without them, so it begins where the other ended."""
     export(made / "run", tmp_path / "adapters", "newest", adapters=True)
@@ -328,11 +329,14 @@ def test_fine_tuning_trains_adapters_too(shared, tmp_path):
         export(tmp_path / "run", tmp_path / "run", "newest", adapters=True)
 
 
-def test_only_a_run_of_adapters_has_some_to_export(shared, tmp_path):
-    given = options(shared, tmp_path, lora={}, batch={"examples": 4, "max_shapes": 1})
-    train(parse_config(given, {"run.steps": 1, "data.eval_fraction": 0}, SFTConfig), devices=ONE)
+def test_only_a_run_of_adapters_has_some_to_export(made, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    config = load_yaml(run / "config.yaml")
+    del config["lora"]
+    (run / "config.yaml").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"--adapters: the run .* trained all weights and has no adapters"):
-        export(tmp_path / "run", tmp_path / "out", "newest", adapters=True)
+        export(run, tmp_path / "out", "newest", adapters=True)
 
 
 # ------------------------------------------------------------------------------------- one step, however laid out
@@ -405,7 +409,7 @@ def assert_equal(found, expected):
     assert float(change) <= 2e-5
 
 
-@pytest.mark.parametrize("model", [{}, {"scan": False, "remat": "full"}], ids=str)
+@pytest.mark.parametrize("model", [{}, pytest.param({"scan": False, "remat": "full"}, marks=pytest.mark.slow)], ids=str)
 def test_adapters_beside_the_weights_are_merged_ones(model):
     assert_equal(one_step(pack(PAIRS), **model), oracle())
 
@@ -424,7 +428,11 @@ ORDERED, PERMUTED = (*range(8),), (5, 2, 7, 0, 3, 6, 1, 4)
 
 @pytest.mark.parametrize(
     ("config", "order"),
-    [(MeshConfig(fsdp=8), PERMUTED), (MeshConfig(fsdp=4, tensor=2), ORDERED), (MeshConfig(fsdp=4, tensor=2), PERMUTED)],
+    [
+        (MeshConfig(fsdp=4, tensor=2), PERMUTED),
+        pytest.param(MeshConfig(fsdp=4, tensor=2), ORDERED, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(fsdp=8), PERMUTED, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_meshes_agree(config, order):
@@ -433,18 +441,18 @@ def test_meshes_agree(config, order):
     assert_equal(one_step(batch, config=config, devices=devices), oracle())
 
 
-@pytest.mark.parametrize("init", ["kaiming", "gaussian", "zero_a"])
-def test_every_start_leaves_the_model_as_it_is(init):
-    model = adapted_model()
-    adapters = start_adapters(model, jax.random.key(0), init)
-    for pair in adapters["layers"].values():
-        zero, drawn = (pair["a"], pair["b"]) if init == "zero_a" else (pair["b"], pair["a"])
-        assert not np.any(zero)
-        assert np.all(np.std(np.asarray(drawn), axis=tuple(range(1, drawn.ndim))) > 0.03)
-    fn, plain = jax.jit(adapted_logps_fn(model)), jax.jit(small_logps_fn())
-    batch, base = pack(PAIRS), small_params()
-    np.testing.assert_array_equal(fn(adapters, batch, base).sum, plain(base, batch).sum)
-    np.testing.assert_array_equal(fn(None, batch, base).sum, plain(base, batch).sum)
+def test_every_start_leaves_the_model_as_it_is():
+    model, batch, base = adapted_model(), pack(PAIRS), small_params()
+    fn = jax.jit(adapted_logps_fn(model))
+    plain = jax.jit(small_logps_fn())(base, batch).sum
+    np.testing.assert_array_equal(fn(None, batch, base).sum, plain)
+    for init in ("kaiming", "gaussian", "zero_a"):
+        adapters = start_adapters(model, jax.random.key(0), init)
+        for pair in adapters["layers"].values():
+            zero, drawn = (pair["a"], pair["b"]) if init == "zero_a" else (pair["b"], pair["a"])
+            assert not np.any(zero)
+            assert np.all(np.std(np.asarray(drawn), axis=tuple(range(1, drawn.ndim))) > 0.03)
+        np.testing.assert_array_equal(fn(adapters, batch, base).sum, plain, err_msg=init)
 
 
 def test_without_adapters_the_program_is_as_before():

@@ -134,7 +134,10 @@ def test_a_cached_reference_is_the_live_one(name):
     assert_equal(gradient(policy, computed("padded")[1], pulled, CONFIGS[name]), oracle(name))
 
 
-@each_loss
+# One of each way that a step has: with and without a reference, pairs compared with pairs, several losses, weights.
+@pytest.mark.parametrize(
+    "name", ["mpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot", "simpo", "ld", "wpo, gradient"))]
+)
 def test_accumulated_is_the_whole(name):
     loss = CONFIGS[name]
     fn = logps_fn(**WANTED)
@@ -146,8 +149,15 @@ def test_accumulated_is_the_whole(name):
     assert_equal((value, jax.device_get(grads)), oracle(name))
 
 
-@pytest.mark.parametrize("kind", ["run", "cached", "not needed"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulation", "kind"),
+    [
+        (2, "run"),
+        (1, "cached"),
+        *(pytest.param(*row, marks=pytest.mark.slow)
+          for row in ((1, "run"), (2, "cached"), (1, "not needed"), (2, "not needed"))),
+    ],
+)  # fmt: skip
 def test_adapters_beside_a_frozen_base(kind, accumulation):
     """The simplest adapter, a difference of weights: base + 0 is the base, and its gradient that of the weights."""
     loss = CONFIGS["simpo" if kind == "not needed" else "sigmoid"]

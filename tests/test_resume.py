@@ -80,6 +80,7 @@ def test_killed_and_stopped_anywhere_a_run_is_as_if_it_never_was(config, tmp_pat
     assert saved_bits(run, STEPS) == saved_bits(whole, STEPS)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_step(config, tmp_path):
     run, whole = tmp_path / "run", tmp_path / "whole"
     wild = ["--optimizer.learning_rate", "1e30", "--optimizer.schedule", "constant", "--optimizer.warmup_steps", "0"]
@@ -119,6 +120,7 @@ def test_the_remedy_for_what_is_not_finite_works(config, shared, tmp_path):
         assert after[0][f"eval_held_out_{name}"] == before[0][f"eval_held_out_{name}"]
 
 
+@pytest.mark.slow
 def test_a_stale_reference_cache_is_refused_at_step_0(config, tmp_path):
     options = ["--reference.mode", "cached", "--data.shuffle", "false", "--data.eval_fraction", "0", "--run.steps", "2"]
     assert ended("train", config, *options, output=tmp_path / "said") == (0, "")  # equal starts pass

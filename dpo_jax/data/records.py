@@ -13,7 +13,8 @@ from dpo_jax.data.values import BadRow, Messages
 
 Stage = Literal["dpo", "sft"]
 _GIVEN_BY_US = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "chat_template",
-                "continue_final_message", "return_dict", "return_tensors"}  # fmt: skip
+                "continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding",
+                "truncation", "max_length", "sanitize_control_tokens", "tokenizer_kwargs"}  # fmt: skip
 _SEEN_OR_HEARD = ("image", "images", "video", "videos", "audio", "audios")
 _EMPTY = ("''", "b''", "[]", "[None]", "{}")  # by repr, since a picture may be of any type
 MAX_WEIGHT = 1e30  # float32 can hold the sum of many
