@@ -168,6 +168,7 @@ def test_a_small_plan_says_what_the_command_prints(tmp_path, capsys):
     assert first["run"]["chip_hours"][0] == pytest.approx(100 * best["step_seconds"] / 3600 * 4)
 
 
+@pytest.mark.slow
 def test_of_the_data_it_takes_the_rows_and_steps_of_the_run(shared, tmp_path):
     path = str(shared / "preference" / "hh_harmless_dev.jsonl")
     config = tiny(
@@ -198,7 +199,7 @@ def test_what_leaves_a_slice_is_told_apart():
     assert found["seconds"]["dcn"] == pytest.approx(found["exchanges"][kind]["gib"] * GIB / dcn)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_what_does_not_fit_is_made_to_fit():
     """A layer wide enough that one chip holds the step of one row, and not of two."""
     hf = known_config("meta-llama/Meta-Llama-3-8B")
@@ -275,7 +276,7 @@ def test_without_the_compiler_closed_forms_still_answer(monkeypatch):
 # Compiled, at the sizes of the recipes
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(("topology", "rows", "most"), [("v5e:4x4", 1, 12.0), ("v5p:2x2x2", 2, 23.0)])
 def test_llama_3_8b_fits_small_slices(topology, rows, most):
     """Full fine-tuning with clipping and a live bfloat16 reference, rows of 4096 tokens."""
@@ -295,8 +296,13 @@ def test_llama_3_8b_fits_small_slices(topology, rows, most):
 TABLE = re.findall(r"^\| \[[\w.]+\]\(([\w.]+)\) \| .+? \| (v[\w\-]+) \|", (CONFIGS / "README.md").read_text(), re.M)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "topology"), TABLE)
+@pytest.mark.parametrize(
+    ("file", "topology"),
+    [
+        pytest.param(*row, marks=pytest.mark.slow if "llama3_8b_v5e16" in row[0] else pytest.mark.weekly)
+        for row in TABLE
+    ],
+)
 def test_every_recipe_fits_its_slice(file, topology):
     """On v6e Llama-3-8B also keeps to 13.5 GiB, at the two rows a chip that its pairs make."""
     rows, most = (2, 13.5) if file == "llama3_8b_v6e16.yaml" else (1, float("inf"))
@@ -345,7 +351,7 @@ def test_memory_of_scores_follows_targets_and_not_the_vocabulary(platform, for_t
     assert more[128256] == pytest.approx(more[32000], rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_memory_of_a_step_follows_targets_and_not_the_vocabulary(for_tpus):
     """The same of the whole step of Llama-3-8B: what twice the targets add is their places in the batch."""
     config = parse_config(CONFIGS / "llama3_8b_v5e16.yaml", {"batch.accumulation": 1, "batch.pairs": 32}, DPOConfig)

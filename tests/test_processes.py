@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from runs import ended, events, joined, num_lines, started_jointly, write_config
-from small import HF_CONFIG, small_model
+from small import HF_CONFIG, small_model, small_params
 
 from dpo_jax import hosts
 from dpo_jax.assemble import assemble
@@ -143,7 +143,7 @@ def export_small(folder) -> int:
     hosts.start_hosts()
     model = small_model()
     shardings = param_shardings(model, make_mesh(MeshConfig(fsdp=4, tensor=2)))
-    params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+    params = jax.device_put(small_params(), shardings)
     export_params(params, model, hf_config=HF_CONFIG, out_dir=folder, dtype="float32", source_dir=None,
                   max_shard_bytes=100_000, overwrite=False)  # fmt: skip
     return 0
