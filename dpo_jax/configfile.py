@@ -251,7 +251,7 @@ def _unknown(dotted: str, key: str, siblings: list[str], root: type) -> str:
         if other is not root and dotted + key in field_names(other):
             return f"this belongs to `dpo-jax {command}`, not to `dpo-jax {COMMAND_OF[root]}`: remove it"
     names = list(field_names(root))
-    near = [ELSEWHERE[key]] if ELSEWHERE.get(key) in names else []
+    near = [ELSEWHERE[key]] if any(f"{name}.".startswith(f"{ELSEWHERE.get(key)}.") for name in names) else []
     near += [dotted + match for match in difflib.get_close_matches(key, siblings, 1, cutoff=0.7)]
     near += [name for name in names if name.endswith(f".{key}")]
     near += [name for name in difflib.get_close_matches(dotted + key, names, 1, cutoff=0.8) if "." in name]

@@ -92,12 +92,12 @@ def _version(package: str) -> str | None:
 
 def compare_manifest(old: Mapping, new: Mapping) -> list[str]:
     """Differences that matter: going on would not be the run that was begun. Each as ``field: was X, now Y``."""
-    return [line for line, fate in _differences(old, new) if fate == "matters"]
+    return [line for line, effect in _differences(old, new) if effect == "matters"]
 
 
 def rounding_changes(old: Mapping, new: Mapping) -> list[str]:
     """Differences after which the run goes on within rounding, but no longer bit for bit."""
-    lines = [line for line, fate in _differences(old, new) if fate == "rounding"]
+    lines = [line for line, effect in _differences(old, new) if effect == "rounding"]
     return lines + [_line(name, a, b) for name, a, b in _changed(old["place"], new["place"])]
 
 
@@ -145,22 +145,22 @@ def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str
 
 
 def _differences(old: Mapping, new: Mapping) -> list[tuple[str, str]]:
-    """Changed identities and options with their fates: matters, rounding or free."""
+    """Changed identities and options with their effects: matters, rounding or free."""
     changed = {name for name, _, _ in _changed(old["identity"], new["identity"])}
     found = [(_line(name, a, b), "matters") for name, a, b in _changed(old["identity"], new["identity"])]
     for name, a, b in _changed(old["config"], new["config"]):
-        fate = _fate(name)
-        if fate == "length":
+        effect = _effect(name)
+        if effect == "length":
             # row shapes are chosen from the run's own steps
-            fate = "matters" if _length_matters(old["config"], new["config"]) else "rounding"
-        elif fate not in ("free", "rounding", "matters"):
-            known = new["identity"].get(fate) is not None and old["identity"].get(fate) is not None
-            fate = "free" if known and fate not in changed else "matters"
-        found.append((_line(name, a, b), fate))
+            effect = "matters" if _length_matters(old["config"], new["config"]) else "rounding"
+        elif effect not in ("free", "rounding", "matters"):
+            known = new["identity"].get(effect) is not None and old["identity"].get(effect) is not None
+            effect = "free" if known and effect not in changed else "matters"
+        found.append((_line(name, a, b), effect))
     return found
 
 
-def _fate(name: str) -> str:
+def _effect(name: str) -> str:
     if name.rpartition(".")[2] in MATTERS:
         return "matters"
     fits = [prefix for prefix in FATES if name == prefix or name.startswith(prefix + ".")]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from small_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
-from dpo_jax.config import DataConfig, FatesConfig, SourceConfig
+from dpo_jax.config import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.data.convert import Chunk, Job, make_convert_rows
 from dpo_jax.data.layouts import SCHEMAS, detect_schema, parser_of
 from dpo_jax.data.records import Example, Problem
@@ -27,7 +27,7 @@ from dpo_jax.data.store import build_or_open_store, open_store
 from dpo_jax.data.tokenizer import load_tokenizer
 
 SHARED = Path(os.environ.get("DPO_JAX_SHARED", Path(__file__).parents[2] / "shared" / "data"))
-DROP_ALL = FatesConfig(missing_field="drop", template_refused="drop", equal_answers="keep")
+DROP_ALL = InvalidRowsConfig(missing_field="drop", template_refused="drop", equal_answers="keep")
 
 
 @cache
@@ -87,9 +87,10 @@ def parser(stage: str, values: list[dict]) -> Any:
     return parser_of("auto", list(dict.fromkeys(name for row in values for name in row)), values, stage)
 
 
-def job(stage: str, coder: Any, fates: FatesConfig = DROP_ALL) -> Job:
-    return Job(data=DataConfig(train=(SourceConfig(path="x"),), max_length=2**16, fates=fates, append_eos=False),
-               tokenizer=coder, stage=stage)  # fmt: skip
+def job(stage: str, coder: Any, invalid_rows: InvalidRowsConfig = DROP_ALL) -> Job:
+    source = SourceConfig(path="x")
+    data = DataConfig(train=(source,), max_length=2**16, invalid_rows=invalid_rows, append_eos=False)
+    return Job(data=data, tokenizer=coder, stage=stage)
 
 
 def examples(chunk: Chunk) -> Iterator[tuple[int, list[list[int]]]]:
@@ -144,7 +145,7 @@ def check_rows(value: tuple[str, str, list]) -> bool:
             assert len(one.detail.splitlines()) <= 1, one.detail
         elif "weight" in row:
             assert one.weight == row["weight"]
-    strict = make_convert_rows(job(stage, coder, FatesConfig(template_refused="drop")))
+    strict = make_convert_rows(job(stage, coder, InvalidRowsConfig(template_refused="drop")))
     refused(lambda: strict("rows.jsonl", parse, 0, values), "rows.jsonl", "row ")
     chunk, was_refused = refused(
         lambda: make_convert_rows(job(stage, coder))("rows.jsonl", parse, 0, values), "rows.jsonl", "row "
@@ -295,7 +296,7 @@ def built_store() -> tuple[Path, SourceConfig]:
 
 
 def build(folder: Path, source: SourceConfig) -> Any:
-    data = DataConfig(train=(source,), max_length=64, fates=DROP_ALL)
+    data = DataConfig(train=(source,), max_length=64, invalid_rows=DROP_ALL)
     return build_or_open_store(folder, (source,), data, tokenizer("bytes"), "dpo", 1)
 
 

@@ -29,7 +29,7 @@ from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
     DPOConfig,
-    FatesConfig,
+    InvalidRowsConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -486,7 +486,9 @@ MATTER = {
     "run.seed": {"run": RunConfig(dir="runs/a", steps=100, seed=1)},
     "run.steps": {"run": RunConfig(dir="runs/a", steps=200)},
     "data.shuffle": {"data": replace(make_config().data, shuffle=False)},
-    "data.fates.too_long": {"data": replace(make_config().data, fates=FatesConfig(too_long="drop"))},
+    "data.invalid_rows.too_long": {
+        "data": replace(make_config().data, invalid_rows=InvalidRowsConfig(too_long="drop"))
+    },
     "model.dtype": {"model": ModelConfig(path="models/a", dtype="bfloat16")},
 }
 

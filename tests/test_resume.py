@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs import ended, events, num_lines, saved_bits, started, write_config
 
-from dpo_jax.config import FatesConfig
+from dpo_jax.config import InvalidRowsConfig
 from dpo_jax.configfile import load_yaml
 from dpo_jax.rundir import read_json
 
@@ -178,7 +178,7 @@ def test_an_epoch_killed_at_random_is_the_epoch(hh, tmp_path):
     trained = sum(row.get("pairs", 0) for row in rows)
     dropped = sum(data["dropped"].values())
     print("rows:", data, "trained:", trained)
-    assert set(data["dropped"]) <= set(FatesConfig.__dataclass_fields__)
+    assert set(data["dropped"]) <= set(InvalidRowsConfig.__dataclass_fields__)
     assert (data["rows"], trained) == (1697, data["train"])
     assert trained + data["evals"]["held_out"] + dropped == 1697
     accuracy = [row["eval_held_out_rewards/accuracies"] for row in (rows[0], rows[-1])]

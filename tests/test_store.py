@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from small_tokenizer import make_tokenizer
 
-from dpo_jax.config import DataConfig, FatesConfig, SourceConfig
+from dpo_jax.config import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.data import convert, sources, store
 from dpo_jax.data.layouts import parser_of
 from dpo_jax.data.records import Problem
@@ -89,7 +89,7 @@ def test_every_real_row_is_kept_as_tokenised_or_named_with_its_cause(hh, tmp_pat
 def test_several_sources_and_row_weights(tmp_path):
     first = write_rows(tmp_path / "a.jsonl", [row | {"weight": 0.5} for row in PAIRS[:3]])
     second = write_rows(tmp_path / "b.jsonl", [PAIRS[3], PAIRS[4] | {"chosen": None}, PAIRS[5]])
-    data = config(first, second, fates=FatesConfig(missing_field="drop"))
+    data = config(first, second, invalid_rows=InvalidRowsConfig(missing_field="drop"))
     built = build(tmp_path / "store", first, second, data=data)
     assert built.sources.tolist() == [0, 0, 0, 1, 1]
     assert built.rows.tolist() == [0, 1, 2, 0, 2]
@@ -299,7 +299,7 @@ def test_all_that_affects_the_content_is_in_the_key(tmp_path):
         build(tmp_path / "s", source, data=replace(data, max_length=63)),
         build(tmp_path / "s", source, data=replace(data, truncation="keep_end")),
         build(tmp_path / "s", source, data=replace(data, append_eos=False)),
-        build(tmp_path / "s", source, data=replace(data, fates=FatesConfig(too_long="drop"))),
+        build(tmp_path / "s", source, data=replace(data, invalid_rows=InvalidRowsConfig(too_long="drop"))),
         build(tmp_path / "s", source, tokenizer=other_template),
         build(tmp_path / "s", source, stage="sft"),
         build(tmp_path / "s", source, source),
@@ -334,9 +334,11 @@ def test_a_set_of_which_nothing_is_left(tmp_path):
     assert list((tmp_path / "s").iterdir()) == []
 
 
-def test_a_row_whose_fate_is_error(tmp_path):
+def test_an_invalid_row_that_is_an_error(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "p", "chosen": 3, "rejected": "r"}])
-    with pytest.raises(UserError, match=r"a.jsonl, row 40: missing_field: chosen is 3.*data.fates.missing_field"):
+    with pytest.raises(
+        UserError, match=r"a.jsonl, row 40: missing_field: chosen is 3.*data.invalid_rows.missing_field"
+    ):
         build(tmp_path / "s", source)
 
 

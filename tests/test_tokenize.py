@@ -1,4 +1,4 @@
-"""Tokens of examples: boundary, special tokens, templates, truncation, fates."""
+"""Tokens of examples: boundary, special tokens, templates, truncation, invalid rows."""
 
 import pickle
 
@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 import transformers
 
-from dpo_jax.config import DataConfig, FatesConfig, SourceConfig
+from dpo_jax.config import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.data.records import Example, Problem
 from dpo_jax.data.tokenize import NOTES, TokenizedExample, make_tokenize
 from dpo_jax.errors import UserError
@@ -139,16 +139,16 @@ def test_prompt_and_answer_are_the_encoding_of_their_text():
         (pair(user("What"), assistant("is"), assistant("is")), "equal_answers"),
     ],
 )
-def test_fates_of_bad_rows(example, cause):
+def test_how_invalid_rows_are_handled(example, cause):
     tokenizer = make_tokenizer(bos=False, template=CHATML)
-    for fate in ("drop", "error"):
-        problem = make_tokenize(config(fates=FatesConfig(**{cause: fate})), tokenizer, "dpo")(example)
+    for handling in ("drop", "error"):
+        problem = make_tokenize(config(invalid_rows=InvalidRowsConfig(**{cause: handling})), tokenizer, "dpo")(example)
         assert isinstance(problem, Problem)
         assert (problem.row, problem.cause) == (3, cause)
 
 
 def test_equal_answers_can_be_kept_and_are_counted():
-    tokenize = make_tokenize(config(fates=FatesConfig(equal_answers="keep")), make_tokenizer(), "dpo")
+    tokenize = make_tokenize(config(invalid_rows=InvalidRowsConfig(equal_answers="keep")), make_tokenizer(), "dpo")
     made = tokenize(pair("What", " is", " is"))
     assert made.answers[0] == made.answers[1]
     assert [note.cause for note in made.notes] == ["equal_answers"]
@@ -192,8 +192,8 @@ def test_a_template_that_is_no_prefix_of_itself():
     made = make_tokenize(config(), tokenizer, "dpo")(example)
     assert texts(tokenizer, made) == ["What is one", " Paris.", " Lyon."]
     assert [(note.cause, "'two'" in note.detail) for note in made.notes] == [("template_not_prefix", True)]
-    for fate in ("drop", "error"):
-        tokenize = make_tokenize(config(fates=FatesConfig(template_not_prefix=fate)), tokenizer, "dpo")
+    for handling in ("drop", "error"):
+        tokenize = make_tokenize(config(invalid_rows=InvalidRowsConfig(template_not_prefix=handling)), tokenizer, "dpo")
         assert tokenize(example).cause == "template_not_prefix"
 
 
@@ -250,7 +250,7 @@ def test_sft_with_a_template_that_rewrites_history():
     made = sft(Example(3, None, (turns("What", "is", "the", "capital"),)))
     assert learned_text(tokenizer, made) == "is<|im_end|>\n<think></think>capital<|im_end|>\n"
     assert sft(Example(3, None, (turns("What", "is"),))).notes == ()
-    tokenize = make_tokenize(config(fates=FatesConfig(template_not_prefix="drop")), tokenizer, "sft")
+    tokenize = make_tokenize(config(invalid_rows=InvalidRowsConfig(template_not_prefix="drop")), tokenizer, "sft")
     assert tokenize(Example(3, None, (turns("What", "is", "the", "capital"),))).cause == "template_not_prefix"
 
 
@@ -293,8 +293,10 @@ def numbers(count):
 )
 def test_truncation(truncation, limit, bos, expected):
     tokenizer = make_tokenizer(bos)
-    fates = FatesConfig(equal_answers="keep")
-    tokenize = make_tokenize(config(max_length=limit, truncation=truncation, fates=fates), tokenizer, "dpo")
+    invalid_rows = InvalidRowsConfig(equal_answers="keep")
+    tokenize = make_tokenize(
+        config(max_length=limit, truncation=truncation, invalid_rows=invalid_rows), tokenizer, "dpo"
+    )
     made = tokenize(pair(numbers(4), numbers(2), numbers(4)))
     if expected is None:
         assert made.cause == "too_long"
@@ -312,8 +314,10 @@ def test_answers_that_truncation_makes_equal_are_dropped():
 
 
 def test_too_long_can_be_dropped():
-    for fate in ("drop", "error"):
-        tokenize = make_tokenize(config(max_length=9, fates=FatesConfig(too_long=fate)), make_tokenizer(), "dpo")
+    for handling in ("drop", "error"):
+        tokenize = make_tokenize(
+            config(max_length=9, invalid_rows=InvalidRowsConfig(too_long=handling)), make_tokenizer(), "dpo"
+        )
         assert tokenize(pair(numbers(4), numbers(2), numbers(4))).cause == "too_long"
         assert isinstance(tokenize(pair(numbers(4), numbers(2), numbers(3))), TokenizedExample)
 

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 import transformers
 
-from dpo_jax.config import DataConfig, FatesConfig, SourceConfig
+from dpo_jax.config import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.data.layouts import parser_of
 from dpo_jax.data.records import Example, Problem
 from dpo_jax.data.sources import load_rows
@@ -92,7 +92,7 @@ def test_real_templates_end_each_answer_once(shared, template):
     end = {"llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>", "gemma": "<end_of_turn>"}.get(template, "<|im_end|>")
     rows = load_rows(SourceConfig(path=str(shared / "preference" / "dpo_en_sharegpt_form.json"), limit=40))
     parse = parser_of("auto", list(rows[0]), rows[:1], "dpo")
-    options = {"fates": FatesConfig(template_refused="drop"), "max_length": 100_000}
+    options = {"invalid_rows": InvalidRowsConfig(template_refused="drop"), "max_length": 100_000}
     for stage in ("dpo", "sft"):
         tokenize = make_tokenize(config(**options), tokenizer, stage)
         for number, row in enumerate(rows):

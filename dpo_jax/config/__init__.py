@@ -7,7 +7,7 @@ made; what concerns two sections is checked by the config that holds both.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpo_jax.config.data import DataConfig, FatesConfig, SourceConfig
+from dpo_jax.config.data import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.config.loss import COUPLED, LOSS_OPTIONS, NO_REFERENCE, OF_MARGIN, PER_TOKEN, SORTED, LossConfig, LossType
 from dpo_jax.config.model import LORA_TARGETS, LoraConfig, ModelConfig, ReferenceConfig
 from dpo_jax.config.training import (
@@ -35,7 +35,7 @@ __all__ = [
     "CheckpointConfig",
     "DPOConfig",
     "DataConfig",
-    "FatesConfig",
+    "InvalidRowsConfig",
     "LoraConfig",
     "LossConfig",
     "LossType",
@@ -125,6 +125,6 @@ class SFTConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         for cause in ("equal_answers", "prompts_differ"):
-            fate = getattr(self.data.fates, cause)
-            require(fate == getattr(FatesConfig, cause), f"data.fates.{cause}", fate,
+            handling = getattr(self.data.invalid_rows, cause)
+            require(handling == getattr(InvalidRowsConfig, cause), f"data.invalid_rows.{cause}", handling,
                     "fine-tuning has one answer a row, so this cannot happen; leave it out")  # fmt: skip

@@ -43,7 +43,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FatesConfig:
+class InvalidRowsConfig:
     """How invalid rows are handled. Every such row is counted by its cause."""
 
     missing_field: Literal["drop", "error"] = "error"
@@ -95,7 +95,7 @@ class DataConfig:
     """Date, YYYY-MM-DD, that chat templates get in place of today's: Llama 3's write it into the system turn."""
     append_eos: bool = True
     """End each plain-text answer with the end-of-sequence token; chat templates say it themselves."""
-    fates: FatesConfig = field(default_factory=FatesConfig)
+    invalid_rows: InvalidRowsConfig = field(default_factory=InvalidRowsConfig)
     """How invalid rows are handled."""
     store: str | None = None
     """Folder for tokenised data and cached log-probs; default: `store` in the run's parent folder."""
@@ -118,7 +118,7 @@ class DataConfig:
                 "that is the name of the rows that eval_fraction holds out; choose another")  # fmt: skip
         require(_is_date(self.template_date), "data.template_date", self.template_date,
                 "give a date as YYYY-MM-DD")  # fmt: skip
-        require(self.truncation == "keep_start" or self.fates.too_long == "truncate", "data.truncation",
-                self.truncation, f"data.fates.too_long is {self.fates.too_long}, so nothing is cut; leave it at "
-                "keep_start")  # fmt: skip
+        too_long = self.invalid_rows.too_long
+        require(self.truncation == "keep_start" or too_long == "truncate", "data.truncation", self.truncation,
+                f"data.invalid_rows.too_long is {too_long}, so nothing is cut; leave it at keep_start")  # fmt: skip
         require(self.workers is None or self.workers > 0, "data.workers", self.workers, "a positive number is needed")

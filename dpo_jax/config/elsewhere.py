@@ -1,4 +1,4 @@
-"""Names of options in TRL, PEFT and similar trainers -> names here, for the message that refuses such a name."""
+"""Names of options in TRL, PEFT, similar trainers and earlier versions -> names here, for the line that refuses one."""
 
 ELSEWHERE = {
     "model_name_or_path": "model.path", "base_model": "model.path", "torch_dtype": "model.dtype",
@@ -10,6 +10,7 @@ ELSEWHERE = {
     "dataset": "data.train", "dataset_name": "data.train", "datasets": "data.train", "train_file": "data.train",
     "eval_dataset": "data.eval", "test": "data.eval", "val_set_size": "data.eval_fraction",
     "max_seq_length": "data.max_length", "sequence_len": "data.max_length", "truncation_mode": "data.truncation",
+    "fates": "data.invalid_rows",
     "loss_type": "loss.type", "loss_weights": "loss.weights", "f_divergence_type": "loss.f_divergence",
     "f_alpha_divergence_coef": "loss.f_alpha", "use_weighting": "loss.weighting", "gamma": "loss.simpo_gamma",
     "lr": "optimizer.learning_rate", "optim": "optimizer.name", "lr_scheduler": "optimizer.schedule",

@@ -91,7 +91,7 @@ ConvertRows = Callable[[str, Parser, int, Sequence[Mapping]], Chunk]
 
 
 def make_convert_rows(job: Job) -> ConvertRows:
-    """The function (label, parser, number of the first row, rows) -> chunk; a row whose fate is `error` raises."""
+    """The function (label, parser, number of the first row, rows) -> chunk; an invalid row of `error` raises."""
     tokenize = make_tokenize(job.data, job.tokenizer, job.stage)
 
     def convert(label: str, parse: Parser, row: int, values: Mapping) -> TokenizedExample | Problem:
@@ -100,9 +100,10 @@ def make_convert_rows(job: Job) -> ConvertRows:
             made = example if isinstance(example, Problem) else tokenize(example)
         except UserError as error:
             raise UserError(f"{label}, {error}") from None
-        if isinstance(made, Problem) and getattr(job.data.fates, made.cause) == "error":
+        if isinstance(made, Problem) and getattr(job.data.invalid_rows, made.cause) == "error":
             raise UserError(
-                f"{label}, row {row}: {made.cause}: {made.detail}; fix the row, or set data.fates.{made.cause} to drop"
+                f"{label}, row {row}: {made.cause}: {made.detail}; "
+                f"fix the row, or set data.invalid_rows.{made.cause} to drop"
             )
         return made
 
@@ -142,7 +143,7 @@ def converted_chunks(sources: Sequence[Source], job: Job, workers: int | None) -
     """(number of the source, chunk) for all rows of all sources, in their order whatever the number of processes.
 
     Raises:
-        UserError: a row whose fate is `error`, or a process that ended early.
+        UserError: an invalid row of `error`, or a process that ended early.
     """
     chunks = ((number, chunk) for number, source in enumerate(sources) for chunk in _row_chunks(source))
     processes = num_processes(sum(len(source.rows) for source in sources), workers)

@@ -40,7 +40,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a row: `cause` is a field of ``FatesConfig``, or of ``tokenize.NOTES`` for a mere note."""
+    """What is wrong with a row: `cause` is a field of ``InvalidRowsConfig``, or one of ``tokenize.NOTES``."""
 
     row: int
     cause: str

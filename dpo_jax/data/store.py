@@ -98,7 +98,7 @@ def _made_from(sources: Sequence[SomeSource], data: DataConfig, tokenizer: Any, 
         "sources": _fingerprints(sources),
         "schemas": [source.schema if isinstance(source, SourceConfig) else "auto" for source in sources],
         "tokenizer": tokenizer_hash(tokenizer),
-        "fates": asdict(data.fates),
+        "invalid_rows": asdict(data.invalid_rows),
         "max_length": data.max_length,
         "truncation": data.truncation,
         "append_eos": data.append_eos,
@@ -305,8 +305,8 @@ def build_or_open_store(
     may build at once; of several hosts that share the folder let one come first.
 
     Raises:
-        UserError: a source cannot be read or changes meanwhile, nothing of it is left, a row whose fate is `error`, or
-            a folder or disk that cannot be written.
+        UserError: a source cannot be read or changes meanwhile, nothing of it is left, an invalid row of
+            `error`, or a folder or disk that cannot be written.
     """
     made_from = _made_from(sources, data, tokenizer, stage)
     path = folder / _hash(made_from)[:KEY_DIGITS]

@@ -28,7 +28,7 @@ class TokenizedExample:
     """One example in tokens; `prompt + answers[k]` is what the model reads, and `prompt` is never empty.
 
     `targets` tells which tokens of `answers[0]` are learned (SFT on conversations; None: all). `notes` are repairs,
-    truncations and the like, to be counted: causes as in ``FatesConfig``, or of ``NOTES``.
+    truncations and the like, to be counted: causes as in ``InvalidRowsConfig``, or of ``NOTES``.
     """
 
     row: int
@@ -44,9 +44,9 @@ Tokenize = Callable[[Example], TokenizedExample | Problem]
 
 
 def make_tokenize(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", stage: Stage) -> Tokenize:
-    """A picklable function from examples to tokens, by the rules and fates of `data`.
+    """A picklable function from examples to tokens, by the rules of `data`.
 
-    A row whose fate is `drop` or `error` comes back as its ``Problem``; whoever knows the source's name raises.
+    A row to be dropped or refused comes back as its ``Problem``; whoever knows the source's name raises.
 
     Raises:
         UserError: the tokenizer lacks what a row needs: a chat template, an EOS token.
@@ -122,7 +122,7 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
     notes = pieces.notes
     if num_answers == 2 and pieces.answers[0] == pieces.answers[1]:
         equal = Problem(example.row, "equal_answers", f"both answers are the same {len(pieces.answers[0])} tokens")
-        if coder.data.fates.equal_answers != "keep":
+        if coder.data.invalid_rows.equal_answers != "keep":
             return equal
         notes += (equal,)
     prompt, answers, targets = pieces.prompt, tuple(pieces.answers), None
@@ -151,7 +151,7 @@ def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
         if part_at < len(before):
             lost = before[part_at:][:40]
             notes = (_not_prefix(row, f"{lost!r} of the rendered prompt is not in the rendered conversation"),)
-            if coder.data.fates.template_not_prefix != "repair":
+            if coder.data.invalid_rows.template_not_prefix != "repair":
                 return notes[0]
         prompt_ids, *full = _encode(coder, row, [before, *texts], special=False)
         ended = full
@@ -181,7 +181,7 @@ def _whole(coder: _Coder, example: Example) -> _Pieces | Problem:
     if isinstance(turns, Problem):
         return turns
     spans, notes = turns
-    if notes and coder.data.fates.template_not_prefix != "repair":
+    if notes and coder.data.invalid_rows.template_not_prefix != "repair":
         return notes[0]
     starts = [text[:position] for span in spans for position in span]
     ids, *heads = _encode(coder, example.row, [text, *starts], special=False)
@@ -250,12 +250,12 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
 
 def _truncated(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Problem:
     """At most max_length tokens of prompt and answer; the answers share one prompt, so the larger excess is cut."""
-    limit, fates = coder.data.max_length, coder.data.fates
+    limit, handling = coder.data.max_length, coder.data.invalid_rows
     length = len(pieces.prompt) + max(map(len, pieces.answers))
     if length <= limit:
         return pieces
     too_long = Problem(example.row, "too_long", f"{length} tokens, max_length is {limit}")
-    if fates.too_long != "truncate":
+    if handling.too_long != "truncate":
         return too_long
     cut = _CUTS[coder.data.truncation, bool(pieces.learned)](pieces, limit, coder.tokenizer.bos_token_id)
     if cut is None:
