@@ -172,7 +172,7 @@ COMMANDS = {
         },
     ),
     "plan": Command(
-        summary="Compile the train step for a TPU slice that is not there: does it fit, what will it cost.",
+        summary="Compile the train step ahead of time for a TPU topology: memory, and bounds on time and cost.",
         run=_plan,
         config=DPOConfig,
         arguments={

@@ -1,7 +1,7 @@
-"""What a compiled program exchanges between devices, read from its text (HLO after all of the compiler's passes).
+"""The collectives of a compiled program, read from its text (HLO after all of the compiler's passes).
 
 The compiler's own cost analysis counts the body of a loop once and a kernel as nothing. Here an operation counts as
-often as the loops around it run, and once where the compiler spread one exchange over several places.
+often as the loops around it run, and once where the compiler spread one collective over several places.
 """
 
 import re
@@ -17,7 +17,7 @@ ITEM_BITS = {"pred": 8, "token": 0}  # other types name their bits, as f32 and b
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _EXCHANGE = re.compile(rf"(\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
-# Between slices of TPUs an exchange is handed to the hosts, piece by piece; each slice has a program of its own.
+# Between slices of TPUs a collective is handed to the hosts, piece by piece; each slice has a program of its own.
 _HANDED = re.compile(r'\((.*?\]\S*), .*\) send\(.*_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(
@@ -26,7 +26,7 @@ _CALLED = re.compile(
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
-class Exchange(NamedTuple):
+class Collective(NamedTuple):
     """One collective operation."""
 
     kind: str  # one of KINDS
@@ -38,7 +38,7 @@ class Exchange(NamedTuple):
 
     @property
     def moved(self) -> float:
-        """Bytes that a device sends, each time, if the exchange goes round a ring."""
+        """Bytes that a device sends, each time, if it goes round a ring."""
         members = self.groups.shape[1]
         share = (members - 1) / members
         factor = {"all-gather": share, "all-to-all": share, "all-reduce": 2 * share, "reduce-scatter": members - 1,
@@ -50,7 +50,7 @@ class Exchange(NamedTuple):
         return max(len(np.unique(group // devices_per_slice)) for group in self.groups)
 
 
-def exchanges(text: str, num_devices: int) -> list[Exchange]:
+def collectives(text: str, num_devices: int) -> list[Collective]:
     """The collective operations of a program for ``num_devices`` devices, numbered as in its mesh, row by row.
 
     The text may be that of one of several slices, which do the same.
@@ -60,16 +60,16 @@ def exchanges(text: str, num_devices: int) -> list[Exchange]:
     in_slice = int(header[1]) if header else num_devices
     like = np.arange(num_devices).reshape(-1, in_slice).T  # each device, and those like it in the other slices
     times, unclear = _times(computations, entry)
-    found: dict[str, Exchange] = {}
+    found: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines.values():
-            exchange = (_inside(line, in_slice) or _between(line, like)) if times[name] else None
-            if exchange is None:
+            collective = (_inside(line, in_slice) or _between(line, like)) if times[name] else None
+            if collective is None:
                 continue
-            kind, num_bytes, groups = exchange
+            kind, num_bytes, groups = collective
             channel = re.search(r"channel_id=(\d+)", line)
             operation = re.search(r'op_name="([^"]*)"', line)
-            own = Exchange(kind, num_bytes, groups, times[name], operation[1] if operation else "", name in unclear)
+            own = Collective(kind, num_bytes, groups, times[name], operation[1] if operation else "", name in unclear)
             # one that runs beside other work stands, with the same channel, in each piece of that work
             key = f"{channel[1]} {kind} {own.num_bytes} {own.source}" if channel else f"{name} {line}"
             if key not in found or own.times > found[key].times:
@@ -78,7 +78,7 @@ def exchanges(text: str, num_devices: int) -> list[Exchange]:
 
 
 def _inside(line: str, num_devices: int) -> tuple[str, int, np.ndarray] | None:
-    """Kind, bytes and groups of an exchange between devices of one program."""
+    """Kind, bytes and groups of a collective between devices of one program."""
     match = _EXCHANGE.match(line)
     if match is None:
         return None
@@ -203,5 +203,5 @@ def _groups(line: str, kind: str, num_devices: int) -> np.ndarray:
 
 
 def _listed(match: re.Match | None) -> np.ndarray:
-    assert match, "an exchange without devices"
+    assert match, "a collective without devices"
     return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])])

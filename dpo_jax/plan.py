@@ -1,7 +1,7 @@
-"""Compile a run's train step for a TPU slice that is not there: does it fit, what does it move, what will it cost.
+"""Compile a run's train step ahead of time for a TPU topology: does it fit, what does it move, what will it cost.
 
 The very step of the config is compiled ahead of time by the TPU's own compiler, from shapes alone, on any Linux x86-64
-machine. Memory and exchanges are the compiled program's; operations, traffic and times are closed forms.
+machine. Memory and collectives are the compiled program's; operations, traffic and times are closed forms.
 """
 
 import math
@@ -23,12 +23,12 @@ from dpo_jax.data.batches import train_batches
 from dpo_jax.data.packing import assign_rows, make_units
 from dpo_jax.data.sets import DataSets, open_sets
 from dpo_jax.errors import UserError, require
-from dpo_jax.hlo import Exchange, exchanges
+from dpo_jax.hlo import Collective, collectives
 from dpo_jax.models.decoder import Model, count_adapters, count_params
 from dpo_jax.models.flops import Work, causal_pairs
 from dpo_jax.models.known import known_config
 from dpo_jax.policy import ModelSource, build_model, find_model, find_tokenizer
-from dpo_jax.roofline import exchange_times, hardware_flops, matrix_traffic
+from dpo_jax.roofline import collective_times, hardware_flops, matrix_traffic
 from dpo_jax.sharding import row_devices
 from dpo_jax.throughput import model_flops
 
@@ -224,11 +224,11 @@ def _costs(
     spread = devices // tensor
     traffic = matrix_traffic(model, load.slots // load.parts // spread, targets // load.parts // spread,
                              parts=load.parts, tensor=tensor, live_reference=live)  # fmt: skip
-    found = exchanges(text, devices)
+    found = collectives(text, devices)
     seconds = {
         "compute": hardware / devices / chip.device_peak_flops,
         "memory": traffic / (chip.memory_bandwidth / chip.devices),
-        **exchange_times(found, chip, devices // known.slices),
+        **collective_times(found, chip, devices // known.slices),
     }
     bound = max(seconds, key=lambda name: seconds[name])
     best, worst = seconds[bound], sum(seconds.values())
@@ -237,12 +237,12 @@ def _costs(
                     "tokens_per_second": load.pairs * load.unit / t}  # fmt: skip
     costs = {
         "flops": {"model": useful, "hardware": hardware, "model_a_pair": useful / load.pairs},
-        "exchanges": _by_kind(found, devices // known.slices),
-        "exchanges_at_least": any(one.at_least for one in found),
+        "collectives": _by_kind(found, devices // known.slices),
+        "collectives_at_least": any(one.at_least for one in found),
         "seconds": seconds,
         "bound": bound,
-        "at_best": of(best),
-        "one_after_another": of(worst),
+        "full_overlap": of(best),
+        "no_overlap": of(worst),
     }
     if known.sets is not None:
         steps = known.sets.order.num_steps
@@ -260,9 +260,9 @@ def _band(model: Model, load: Load) -> int:
     return min(filter(None, (load.longest, model.config.window)))
 
 
-def _by_kind(found: Sequence[Exchange], devices_per_slice: int) -> dict[str, dict[str, float]]:
-    """How often, and GiB a device, of each kind of exchange; those that leave a slice are kinds of their own."""
-    own: dict[str, list[Exchange]] = defaultdict(list)
+def _by_kind(found: Sequence[Collective], devices_per_slice: int) -> dict[str, dict[str, float]]:
+    """How often, and GiB a device, of each kind of collective; those that leave a slice are kinds of their own."""
+    own: dict[str, list[Collective]] = defaultdict(list)
     for one in found:
         own[f"{one.kind} between slices" if one.slices(devices_per_slice) > 1 else one.kind].append(one)
     return {

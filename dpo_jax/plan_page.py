@@ -28,12 +28,12 @@ def render(plan: dict[str, Any]) -> str:
     lengths = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
     lines = [
         f"{_where(plan)}: {plan['chips']} chips, mesh {mesh}",
-        f"model      {model['path']}: {_weights(model['parameters'])} parameters{adapters}",
-        f"           {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
-        f"step       {batch['pairs']} pairs{parts}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
-        f"           {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens",
+        f"model        {model['path']}: {_weights(model['parameters'])} parameters{adapters}",
+        f"             {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
+        f"step         {batch['pairs']} pairs{parts}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
+        f"             {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens",
         *(
-            ["           ASSUMED: equal lengths that fill the rows; --rows, --lengths or --data say more"]
+            ["             ASSUMED: equal lengths that fill the rows; --rows, --lengths or --data say more"]
             if batch["assumed"]
             else []
         ),
@@ -42,7 +42,7 @@ def render(plan: dict[str, Any]) -> str:
     if "seconds" in plan:
         lines += _cost_lines(plan)
     if "changed" in plan:
-        lines.append("changed    " + ", ".join(f"{option} {value}" for option, value in plan["changed"].items()))
+        lines.append("changed      " + ", ".join(f"{option} {value}" for option, value in plan["changed"].items()))
     if plan["compile_seconds"] is None:
         lines.append('not compiled: pip install "dpo_jax[plan]", on Linux x86-64')
     else:
@@ -56,9 +56,9 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
     verdict = {True: "fits", False: "DOES NOT FIT; --search looks for what would",
                None: "it takes that much at least"}[memory["fits"]]  # fmt: skip
     return [
-        f"memory     {memory['peak']:.2f} of {memory['room']:.2f} GiB a device: {verdict}",
-        f"           {held}",
-        f"save       {save:.3g} GiB each: {_minutes(save, 0.1)} at 100 MB/s, {_minutes(save, 1)} at 1 GB/s",
+        f"memory       {memory['peak']:.2f} of {memory['room']:.2f} GiB a device: {verdict}",
+        f"             {held}",
+        f"save         {save:.3g} GiB each: {_minutes(save, 0.1)} at 100 MB/s, {_minutes(save, 1)} at 1 GB/s",
     ]
 
 
@@ -70,28 +70,28 @@ def _minutes(gib: float, gigabytes_a_second: float) -> str:
 def _cost_lines(plan: dict[str, Any]) -> list[str]:
     flops, seconds = plan["flops"], plan["seconds"]
     needs = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
-    moved = ", ".join(f"{kind} {own['gib']:.3g}" for kind, own in plan["exchanges"].items() if own["gib"] >= 0.005)
-    if plan["exchanges_at_least"]:
+    moved = ", ".join(f"{kind} {own['gib']:.3g}" for kind, own in plan["collectives"].items() if own["gib"] >= 0.005)
+    if plan["collectives_at_least"]:
         moved += ", at least: some stand in loops whose length the data decides"
     if plan["compile_seconds"] is None:
         moved = "unknown, and in none of the times"
     lines = [
-        f"operations {_short(flops['model'])} of the model on real tokens, {_short(flops['model_a_pair'])} a pair",
-        f"           {_short(flops['hardware'])} with padding and what is computed again",
-        f"exchanges  GiB a device and step: {moved or 'none'}",
-        f"time       each resource alone: {needs}; bound by {plan['bound']}",
+        f"operations   {_short(flops['model'])} of the model on real tokens, {_short(flops['model_a_pair'])} a pair",
+        f"             {_short(flops['hardware'])} with padding and what is computed again",
+        f"collectives  GiB a device and step: {moved or 'none'}",
+        f"time         each resource alone: {needs}; bound by {plan['bound']}",
     ]
-    for name, words in (("at_best", "at best"), ("one_after_another", "one by one")):
+    for name, words in (("full_overlap", "full overlap"), ("no_overlap", "no overlap")):
         own = plan[name]
         lines.append(
-            f"{words:10} {own['step_seconds']:.3g} s a step, MFU {own['mfu']:.0%}, "
+            f"{words:12} {own['step_seconds']:.3g} s a step, MFU {own['mfu']:.0%}, "
             f"{own['tokens_per_second']:,.0f} tokens/s, {own['pairs_per_second']:.3g} pairs/s"
         )
     if "run" in plan:
         run = plan["run"]
         low, high = (f"{hours:.3g}" for hours in run["hours"])
         cost = " to ".join(f"{hours:.3g}" for hours in run["chip_hours"])
-        lines.append(f"run        {run['steps']} steps: {low} to {high} hours, {cost} chip-hours")
+        lines.append(f"run          {run['steps']} steps: {low} to {high} hours, {cost} chip-hours")
     return lines
 
 
@@ -110,7 +110,7 @@ def _row(plan: dict[str, Any]) -> list[str]:
              {True: "yes", False: "no", None: "?"}[memory["fits"]]]  # fmt: skip
     if "seconds" not in plan:
         return [*start, *[""] * 5]
-    best, worst = plan["at_best"], plan["one_after_another"]
+    best, worst = plan["full_overlap"], plan["no_overlap"]
     between = lambda name, form: f"{best[name]:{form}} - {worst[name]:{form}}"  # noqa: E731
     hours = " - ".join(f"{own:.3g}" for own in plan["run"]["chip_hours"]) if "run" in plan else ""
     return [*start, between("step_seconds", ".3g"), between("mfu", ".0%"), between("pairs_per_second", ".3g"),

@@ -7,7 +7,7 @@ what it takes if nothing runs beside anything else.
 from collections.abc import Sequence
 
 from dpo_jax.chips import Chip
-from dpo_jax.hlo import Exchange
+from dpo_jax.hlo import Collective
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import Work, projections, recomputed_flops, recomputed_projections, step_flops
 
@@ -43,7 +43,7 @@ def matrix_traffic(model: Model, tokens: int, targets: int, *, parts: int, tenso
     return parts * (c.layers * layer + head)
 
 
-def exchange_times(found: Sequence[Exchange], chip: Chip, devices_per_slice: int) -> dict[str, float]:
+def collective_times(found: Sequence[Collective], chip: Chip, devices_per_slice: int) -> dict[str, float]:
     """Seconds that the links inside a slice (``ici``) and the network between slices (``dcn``) are busy."""
     seconds = {"ici": 0.0, "dcn": 0.0}
     for one in found:

@@ -1,4 +1,4 @@
-"""Exchanges of compiled programs, against programs whose exchanges are known by hand, for CPUs and for TPUs."""
+"""Collectives of compiled programs, against programs whose collectives are known by hand, for CPUs and for TPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.config import MeshConfig
-from dpo_jax.hlo import exchanges
+from dpo_jax.hlo import collectives
 from dpo_jax.sharding import make_mesh
 
 STEPS, ROWS, WIDTH = 5, 8, 1024
@@ -37,7 +37,7 @@ def program(mesh, unknown: bool = False):
 def test_a_loop_and_a_sum(platform, for_tpus):
     devices = jax.devices()[:4] if platform == "cpu" else for_tpus("v5e:2x2")
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices)
-    found = exchanges(program(mesh), mesh.size)
+    found = collectives(program(mesh), mesh.size)
     gathers = [one for one in found if one.kind == "all-gather"]
     assert [(one.num_bytes, one.times) for one in gathers] == [(4 * ROWS * WIDTH, STEPS)]
     assert gathers[0].moved == 4 * ROWS * WIDTH / 2
@@ -53,7 +53,7 @@ def test_a_loop_and_a_sum(platform, for_tpus):
 def test_a_loop_of_unknown_length_is_told(platform, for_tpus):
     devices = jax.devices()[:4] if platform == "cpu" else for_tpus("v5e:2x2")
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices)
-    one, other = (one for one in exchanges(program(mesh, unknown=True), mesh.size))
+    one, other = (one for one in collectives(program(mesh, unknown=True), mesh.size))
     assert {(one.kind, one.at_least), (other.kind, other.at_least)} == {("all-gather", True), ("all-reduce", False)}
     assert one.times == other.times == 1
 
@@ -72,13 +72,13 @@ def test_a_loop_of_unknown_length_is_told(platform, for_tpus):
 def test_every_way_to_write_groups(text, groups):
     line = f"%x = f32[4]{{0}} all-reduce(%y), channel_id=1, {text}, to_apply=%add"
     program = f"ENTRY %main (y: f32[4]) -> f32[4] {{\n  {line}\n}}\n"
-    (one,) = exchanges(program, 4)
+    (one,) = collectives(program, 4)
     np.testing.assert_array_equal(one.groups, groups)
 
 
 def test_a_permutation_moves_its_whole_operand():
     line = ("%s = (f32[4]{0}, f32[4]{0}, u32[]) collective-permute-start(%y), channel_id=1, "
             "source_target_pairs={{0,1},{1,0}}")  # fmt: skip
-    (one,) = exchanges(f"ENTRY %main (y: f32[4]) -> f32[4] {{\n  {line}\n}}\n", 2)
+    (one,) = collectives(f"ENTRY %main (y: f32[4]) -> f32[4] {{\n  {line}\n}}\n", 2)
     assert (one.moved, one.times) == (16, 1)
     np.testing.assert_array_equal(one.groups, [[0, 1], [1, 0]])

@@ -28,7 +28,7 @@ from dpo_jax.configfile import parse_config
 from dpo_jax.data.batches import train_batches
 from dpo_jax.data.sets import open_sets
 from dpo_jax.errors import UserError
-from dpo_jax.hlo import Exchange
+from dpo_jax.hlo import Collective
 from dpo_jax.logprobs import BLOCK, make_logps_fn
 from dpo_jax.models.decoder import Lora, make_model
 from dpo_jax.models.families import builtin_model, decoder_config
@@ -36,7 +36,7 @@ from dpo_jax.models.known import known_config
 from dpo_jax.plan import Known, find_load, plan, plan_slices, search_fit
 from dpo_jax.plan_page import render, table
 from dpo_jax.policy import ModelSource, build_model, find_model, find_tokenizer
-from dpo_jax.roofline import exchange_times, matrix_traffic
+from dpo_jax.roofline import collective_times, matrix_traffic
 from dpo_jax.sharding import make_mesh, row_sharding
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -86,13 +86,13 @@ def test_rows_follow_the_lengths():
 def test_slices_exchange_inside_first_and_their_shares_between():
     chip = CHIPS["v5e"]
     groups = np.arange(8)[None]  # two slices of four
-    one = Exchange("all-reduce", 4 * 10**9, groups, 3, "")
-    found = exchange_times([one], chip, 4)
+    one = Collective("all-reduce", 4 * 10**9, groups, 3, "")
+    found = collective_times([one], chip, 4)
     assert found["ici"] == pytest.approx(3 * 2 * 3 / 4 * 4e9 / chip.ici_bandwidth)
     assert found["dcn"] == pytest.approx(3 * 2 * 1 / 2 * 1e9 / chip.dcn_bandwidth)
-    inside = exchange_times([one._replace(groups=np.arange(8).reshape(2, 4))], chip, 4)
+    inside = collective_times([one._replace(groups=np.arange(8).reshape(2, 4))], chip, 4)
     assert inside == {"ici": pytest.approx(found["ici"]), "dcn": 0}
-    between = exchange_times([one._replace(groups=np.arange(8).reshape(2, 4).T)], chip, 4)
+    between = collective_times([one._replace(groups=np.arange(8).reshape(2, 4).T)], chip, 4)
     assert between == {"ici": 0, "dcn": pytest.approx(3 * 4e9 / chip.dcn_bandwidth)}
 
 
@@ -159,7 +159,7 @@ def test_a_small_plan_says_what_the_command_prints(tmp_path, capsys):
         pytest.approx(memory["peak"])
     )
     assert first["batch"]["fill"] == 16 * 50 / (4 * 256)
-    best, worst = first["at_best"], first["one_after_another"]
+    best, worst = first["full_overlap"], first["no_overlap"]
     assert best["step_seconds"] == max(first["seconds"].values()) == first["seconds"][first["bound"]]
     assert worst["step_seconds"] == pytest.approx(sum(first["seconds"].values()))
     peak = 4 * CHIPS["v5e"].peak_flops
@@ -192,11 +192,13 @@ def test_what_leaves_a_slice_is_told_apart():
     config = tiny(mesh=MeshConfig(data=2))
     found = planned(config, "v5e:2x2", Known(slices=2))
     kind = "all-reduce between slices"
-    assert {name for name in found["exchanges"] if "between" in name} == {kind}
+    assert {name for name in found["collectives"] if "between" in name} == {kind}
     gradients = 4 * found["model"]["parameters"] / GIB
-    assert gradients / 4 < found["exchanges"][kind]["gib"] < gradients  # the compiler adds small ones before it spreads
+    assert (
+        gradients / 4 < found["collectives"][kind]["gib"] < gradients
+    )  # the compiler adds small ones before it spreads
     dcn = CHIPS["v5e"].dcn_bandwidth
-    assert found["seconds"]["dcn"] == pytest.approx(found["exchanges"][kind]["gib"] * GIB / dcn)
+    assert found["seconds"]["dcn"] == pytest.approx(found["collectives"][kind]["gib"] * GIB / dcn)
 
 
 @pytest.mark.weekly
@@ -214,7 +216,7 @@ def test_what_does_not_fit_is_made_to_fit():
     *_, last = search_fit(wide, source, slice_, known, found["memory"]["peak"])
     assert last["memory"]["fits"]
     assert last["changed"]["batch.accumulation"] > 1
-    assert "changed    batch.accumulation" in render(last)
+    assert "changed      batch.accumulation" in render(last)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_refusals(arguments, message, tmp_path, capsys):
 
 
 def test_without_the_compiler_closed_forms_still_answer(monkeypatch):
-    """What is held is the same to the byte, the rest a lower bound; no exchange is known."""
+    """What is held is the same to the byte, the rest a lower bound; no collective is known."""
     compiled = planned(tiny(), "v5e:2x2", Known())
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     found = planned(tiny(), "v5e:2x2", Known())
@@ -267,7 +269,7 @@ def test_without_the_compiler_closed_forms_still_answer(monkeypatch):
     assert found["flops"] == compiled["flops"]
     assert found["seconds"] == compiled["seconds"] | {"ici": 0}
     assert "not compiled" in render(found)
-    assert "exchanges  GiB a device and step: unknown" in render(found)
+    assert "collectives  GiB a device and step: unknown" in render(found)
     large = tiny(model=ModelConfig(path="meta-llama/Meta-Llama-3-70B"), batch=BatchConfig(pairs=16, row_length=4096))
     found = planned(large, "v5e:2x2", Known())
     assert found["memory"]["fits"] is False
