@@ -134,7 +134,7 @@ def run_dpo_jax(folder: Path, job: dict[str, Any], num_steps: int, reference: st
 
 
 def jax_reference_seconds(config: Any) -> float:
-    """Seconds a pair to make the cached reference anew, once its program is compiled."""
+    """Seconds a pair to build the cached reference again, once its program is compiled."""
     import jax
 
     from dpo_jax.assemble import assemble, make_reference

@@ -1,4 +1,4 @@
-# Sourced by babysit.sh: in what state slices and run are, how that is told, and how things are waited for.
+# Sourced by babysit.sh: the state of slices and run, how it is found, and how things are waited for.
 # shellcheck shell=bash disable=SC2034,SC2154
 
 to() { # STATE WHY: one line a transition
@@ -73,7 +73,7 @@ run_is() { # WORDS, one a worker. Whatever one of them has come to, nothing is d
       esac
       ;;
     *' final '*) echo final ;;
-    *' absent '*) echo missing ;; # on new machines, or on some that started anew
+    *' absent '*) echo missing ;; # on new machines, or on some that were restarted
     *' failed '*) echo failed ;;
     *' 42 '*) echo saved ;;
     *' 0 '*) echo finished ;;

@@ -7,7 +7,7 @@
 . "$here/babysit-lib.sh"
 
 arguments=("$@")
-COMMIT=${COMMIT:-$(commit_to_send)} # a slice that is made anew gets the same program
+COMMIT=${COMMIT:-$(commit_to_send)} # a slice that is recreated gets the same program
 export COMMIT YES=1
 check_run "$COMMIT" "$@"
 

@@ -28,7 +28,7 @@ no_arguments() {
 : "${HALT_SECONDS:=120}"   # that stop.sh kill waits before it kills
 : "${ASK_SECONDS:=300}"    # babysit.sh: for an answer of status.sh
 : "${START_SECONDS:=3600}" # babysit.sh: for each of sync.sh, setup.sh, run.sh, delete.sh
-: "${LOST_SECONDS:=1800}"  # babysit.sh: without ssh to a slice that is there, until it is made anew
+: "${LOST_SECONDS:=1800}"  # babysit.sh: without ssh to a slice that is there, until it is recreated
 : "${STALL_SECONDS:=3600}" # babysit.sh: without a new step, until the run is started again; above compiling + log_every
 : "${MAX_RESTARTS:=5}"     # babysit.sh: without a new step, until it gives up
 : "${BACKOFF_SECONDS:=60}" # babysit.sh: after a request that came to nothing; doubles

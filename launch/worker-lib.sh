@@ -27,7 +27,7 @@ state() { # RUN_FOLDER
     [[ -f $1/pid ]] || break
     sleep 0.1
   done
-  say "$id does not run: it was not started here, or its machine started anew"
+  say "$id does not run: it was not started here, or its machine was restarted"
 }
 
 idle() { # refuse if any run goes on here

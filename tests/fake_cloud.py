@@ -1,4 +1,4 @@
-"""A cloud on this machine, for the scripts of launch/: what they may be told, and what becomes of two workers a slice.
+"""A cloud on this machine, for the scripts of launch/: the settings that they get, and two workers a slice.
 
 A stand-in for gcloud keeps requests and slices as files. A worker is a home directory that goes with its slice, `ssh` a
 shell in it, its `python3` a stand-in that installs the trainer: one that does what a plan says, or the real one.

@@ -94,7 +94,7 @@ INDEX_TREE = {
     "metadata": {"total_size": 36},
     "weight_map": {name: file for file, held in SHARDS.items() for name in held},
 }
-# an index, and whether a single file lies beside it
+# an index, and whether a single file is next to it
 indexed = st.tuples(mutated(st.just(INDEX_TREE)), st.integers(0, 4).map(lambda n: n == 0))
 
 

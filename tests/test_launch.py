@@ -1,7 +1,7 @@
 """launch/: what its scripts would do, what they refuse, and what they do to two workers a slice.
 
-The stand-ins are in fake_cloud.py. `UPDATE_GOLDEN=1 pytest tests/test_launch.py` writes the stored output of dry runs
-anew; read the difference before you commit it.
+The stand-ins are in fake_cloud.py. `UPDATE_GOLDEN=1 pytest tests/test_launch.py` rewrites the stored output of dry
+runs; read the difference before you commit it.
 """
 
 import os

@@ -83,7 +83,7 @@ def live(folder):
 
 @pytest.fixture
 def cached(folder):
-    """Its cache is written anew."""
+    """Its cache is written again."""
     parts, start = parts_of(folder, reference__mode="cached")
     for path in parts.batches.store.path.glob("reference-*"):
         path.unlink()
