@@ -143,8 +143,10 @@ def _call_roll(port: int, num_processes: int, timeout: int) -> None:
                 present[process_id] = caller
         absent = sorted(set(range(1, num_processes)) - set(present))
         if absent and not verdict:
-            verdict = (f"process {_listed(absent)} of {num_processes} did not come to {socket.gethostname()}:{port} "
-                       f"within {timeout:g} s: start every process, and open that port between the hosts")  # fmt: skip
+            verdict = (
+                f"timed out after {timeout:g} s waiting for process {_listed(absent)} of {num_processes} at "
+                f"{socket.gethostname()}:{port}: start every process, and open that port between the hosts"
+            )
         for caller in present.values():
             _tell(caller, verdict or "all here")
     if verdict:
@@ -240,8 +242,10 @@ def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
                 raise
             came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(room)}
             absent = sorted(set(range(jax.process_count())) - came)
-            raise HostsMissing(f"{what}: process {_listed(absent)} of {jax.process_count()} did not come within "
-                               f"{timeout:g} s: read its log, then start all processes again") from error  # fmt: skip
+            raise HostsMissing(
+                f"{what}: timed out after {timeout:g} s waiting for process {_listed(absent)} of "
+                f"{jax.process_count()}: read its log, then start all processes again"
+            ) from error
     return values
 
 

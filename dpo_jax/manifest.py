@@ -91,12 +91,12 @@ def _version(package: str) -> str | None:
 
 
 def compare_manifest(old: Mapping, new: Mapping) -> list[str]:
-    """Differences that matter: going on would not be the run that was begun. Each as ``field: was X, now Y``."""
+    """Differences that change the result, so that the run cannot resume. Each as ``field: was X, now Y``."""
     return [line for line, effect in _differences(old, new) if effect == "matters"]
 
 
 def rounding_changes(old: Mapping, new: Mapping) -> list[str]:
-    """Differences after which the run goes on within rounding, but no longer bit for bit."""
+    """Differences after which the run resumes within rounding, but no longer bit for bit."""
     lines = [line for line, effect in _differences(old, new) if effect == "rounding"]
     return lines + [_line(name, a, b) for name, a, b in _changed(old["place"], new["place"])]
 

@@ -84,7 +84,7 @@ def all_finite(values: Mapping[str, float | int]) -> bool:
 
 
 class Tracker:
-    """A tracker in a thread of its own: one that fails or hangs is dropped with one line, and training goes on.
+    """A tracker in a thread of its own: one that fails or hangs is dropped with one line, and training continues.
 
     Raises:
         UserError: its package is not installed.

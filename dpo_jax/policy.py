@@ -55,7 +55,7 @@ def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, w
         run = find_run(path)
         folder = run.root / MODEL_FILES
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.path: the run {path} did not come as far as to have a model; choose another")
+            raise UserError(f"model.path: the run {path} stopped before it saved a model; choose another")
         return ModelSource(read_hf_config(folder), folder, run)
     folder = resolve_model(path, revision, weights)
     return ModelSource(read_hf_config(folder), folder, None)

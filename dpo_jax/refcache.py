@@ -1,8 +1,8 @@
 """The reference's log-probs on disk: computed once for what decides them, proven whole before they are used.
 
-Beside the tokenised data lies ``reference-KEY.npz``, with the log-probs of every row and what made them. While it is
-being computed, ``reference-KEY.part-N.npz`` hold the rows that are done, each part written by one process; a build that
-was cut off goes on from them.
+``reference-KEY.npz``, next to the tokenised data, holds the log-probs of every row and what made them. While it is
+being computed, ``reference-KEY.part-N.npz`` hold the rows that are done, each part written by one process; an
+interrupted build resumes from them.
 """
 
 import hashlib

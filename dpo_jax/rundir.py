@@ -60,7 +60,7 @@ class RunDir:
 
     @property
     def logs(self) -> tuple[Path, ...]:
-        """What is cut back to the step that a run goes on from."""
+        """What is cut back to the step that a run resumes from."""
         return self.metrics, self.timings, self.distributions
 
     @property

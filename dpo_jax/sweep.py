@@ -21,7 +21,7 @@ COLUMNS = {  # heading: metric
 def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
     """Train once for each beta, in ``run.dir``/beta-BETA; one row a beta and evaluation set, also in sweep.json there.
 
-    A run that is there already goes on, or is read if it was done. Without evaluation sets the row is of the last step.
+    A run that exists resumes, or is read if it was done. Without evaluation sets the row is of the last step.
 
     Raises:
         UserError: the config keeps no reference, so that there is no distance from it.

@@ -72,7 +72,7 @@ def trace_edges(window: Sequence[int]) -> set[int]:
 def traced(steps: range, config: RunConfig, run: RunDir) -> Iterator[Iterator[int]]:
     """These steps, counted from 0, with a trace of those that ``config.profile_steps`` names, in ``run.profile``.
 
-    The caller waits at ``trace_edges``. A run that goes on within the window traces what is left of it.
+    The caller waits at ``trace_edges``. A run that resumes within the window traces what is left of it.
     """
     window, running = config.profile_steps, False
 

@@ -100,7 +100,7 @@ def test_a_damaged_step_is_passed_over_by_both(two):
 
 def test_a_process_that_does_not_come_is_named(two):
     _, facts = two
-    assert facts[0]["absent"].startswith("HostsMissing: the end: process 1 of 2 did not come within 1 s")
+    assert facts[0]["absent"].startswith("HostsMissing: the end: timed out after 1 s waiting for process 1 of 2: ")
 
 
 def test_what_two_processes_saved_is_restored_in_one(two):
@@ -141,7 +141,7 @@ def test_processes_that_do_not_start_are_named_to_all_that_did():
     address = f"localhost:{free_port()}"
     told = start_all([(address, 4, 0), (address, 4, 2)], timeout=2)
     assert told[0] == told[1]
-    assert told[0].startswith("HostsMissing: process 1, 3 of 4 did not come to ")
+    assert told[0].startswith("HostsMissing: timed out after 2 s waiting for process 1, 3 of 4 at ")
     assert "\n" not in told[0]
     assert hosts.HostsMissing.exit_code == 1
 
@@ -221,7 +221,10 @@ def slurm(count: int, process_id: int, port: int) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("process_id", "told"),
-    [(0, "process 1, 2 of 3 did not come to "), (1, "process 0 of 3 did not answer process 1 at localhost:")],
+    [
+        (0, "timed out after 1 s waiting for process 1, 2 of 3 at "),
+        (1, "process 0 of 3 did not answer process 1 at localhost:"),
+    ],
 )
 def test_auto_names_who_is_missing(monkeypatch, process_id, told):
     for name, value in slurm(3, process_id, free_port()).items():

@@ -551,7 +551,7 @@ BAD_RUNS = [
         partial(remove, "run/model"),
         "train c.yaml --run.dir next --model.path run",
         2,
-        "model.path: the run run did not come as far as to have a model; choose another",
+        "model.path: the run run stopped before it saved a model; choose another",
     ),
     (
         "nothing to evaluate on",
