@@ -92,12 +92,17 @@ def test_every_curve_is_run(curves):
     assert {curve for curve, _ in RUNS.values()} == set(curves)
 
 
-QUICK = {"sigmoid"}  # the others run with -m slow
+DEFAULT = {"sigmoid"}
+WEEKLY = {"repeated", "fsdp8", "accumulated_sft", "accumulated_aot", "cached_ld"}  # the others run with -m slow
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
-)
+def marks(name: str) -> tuple:
+    if name in DEFAULT:
+        return ()
+    return (pytest.mark.weekly if name in WEEKLY else pytest.mark.slow,)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in RUNS])
 def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_path):
     curve, options = RUNS[name]
     config = parse_config(

@@ -76,6 +76,7 @@ def made(shared, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_newest_or_best_step_of_another(made, tmp_path):
     best, newest = steps(made / "sft")
     assert started_from(made / "dpo") == weights_id(weights(made / "sft", newest))

@@ -138,7 +138,8 @@ def cost_a_pair(shared, folder, **batch) -> float:
     return total / len(sets.train)
 
 
-@pytest.mark.parametrize(("pairs", "row_length"), [(64, "auto"), pytest.param(128, 4096, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("pairs", "row_length"), [(64, "auto"), (128, 4096)])
 def test_sharing_and_packing_save_operations_on_real_dialogues(shared, tmp_path_factory, pairs, row_length):
     folder = tmp_path_factory.getbasetemp() / "dialogues"  # tokenised once
     shared_rows, repeated = (

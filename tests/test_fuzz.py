@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[1]
 WEEKLY = 60
 # name -> (inputs of a default run, what draws them, what checks one)
 TARGETS: dict[str, tuple[int, Callable[[], Any], Callable[[Any], bool]]] = {
-    "rows": (400, fuzz_data.rows, fuzz_data.check_rows),
-    "any rows": (200, lambda: fuzz_data.any_rows, fuzz_data.check_any_row),
-    "data files": (300, fuzz_data.data_files, fuzz_data.check_data_file),
-    "templates": (150, fuzz_data.templates, fuzz_data.check_template),
-    "stores": (100, fuzz_data.stores, fuzz_data.check_store),
+    "rows": (200, fuzz_data.rows, fuzz_data.check_rows),
+    "any rows": (150, lambda: fuzz_data.any_rows, fuzz_data.check_any_row),
+    "data files": (200, fuzz_data.data_files, fuzz_data.check_data_file),
+    "templates": (100, fuzz_data.templates, fuzz_data.check_template),
+    "stores": (60, fuzz_data.stores, fuzz_data.check_store),
     "safetensors": (400, fuzz_models.safetensors_bytes, fuzz_models.check_safetensors),
     "index": (200, lambda: fuzz_models.indexed, fuzz_models.check_index),
     "config.json": (400, fuzz_models.hf_configs, fuzz_models.check_hf_config),
@@ -36,11 +36,11 @@ TARGETS: dict[str, tuple[int, Callable[[], Any], Callable[[Any], bool]]] = {
     "checkpoint manifests": (150, fuzz_runs.manifests, fuzz_runs.check_checkpoint_manifest),
     "restored steps": (10, fuzz_runs.manifests, fuzz_runs.check_restored),
     "reference caches": (100, fuzz_runs.reference_caches, fuzz_runs.check_reference_cache),
-    "configs": (300, fuzz_runs.configs, fuzz_runs.check_config),
+    "configs": (150, fuzz_runs.configs, fuzz_runs.check_config),
     "config bytes": (150, lambda: fuzz_runs.config_bytes, fuzz_runs.check_config_bytes),
     "YAML scalars": (150, lambda: fuzz_runs.plain_scalars, fuzz_runs.check_plain_scalar),
     "command lines": (60, lambda: fuzz_runs.command_lines, fuzz_runs.check_command_line),
-    "overrides": (200, lambda: fuzz_runs.overrides, fuzz_runs.check_override),
+    "overrides": (100, lambda: fuzz_runs.overrides, fuzz_runs.check_override),
 }
 
 

@@ -183,7 +183,8 @@ def one_step(model, mesh=None):
         return jax.device_get(jax.jit(step)(*inputs[:2], place(inputs[2])))
 
 
-@pytest.mark.parametrize("on_mesh", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["mesh", "one device"])
+@pytest.mark.slow
+@pytest.mark.parametrize("on_mesh", [True, False], ids=["mesh", "one device"])
 def test_a_step_with_splash_is_the_step(on_mesh):
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]) if on_mesh else None
     params, value = one_step(small_model(attention="splash", remat="full"), mesh)

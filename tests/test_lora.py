@@ -287,6 +287,7 @@ def test_a_run_of_adapters_goes_on_to_the_same_bytes(made, shared, tmp_path):
     assert saved_bits(run, 3) == saved_bits(whole, 3)
 
 
+@pytest.mark.slow
 def test_evaluation_is_that_of_the_run(made, tmp_path):
     config = parse_config(made / "run" / "config.yaml", {}, DPOConfig)
     found = evaluate(config, tmp_path / "first.jsonl")["sets"]["held_out"]
@@ -319,6 +320,7 @@ def test_a_run_starts_from_adapters_of_another_with_a_cached_reference(made, sha
         train(moved, devices=ONE)
 
 
+@pytest.mark.slow
 def test_fine_tuning_trains_adapters_too(shared, tmp_path):
     given = options(shared, tmp_path, batch={"examples": 4, "max_shapes": 1})
     train(parse_config(given, {"run.steps": 2, "data.eval_fraction": 0}, SFTConfig), devices=ONE)
@@ -419,6 +421,7 @@ def test_a_cached_reference_is_the_base():
     assert_equal(one_step(pack(PAIRS), logps), oracle())
 
 
+@pytest.mark.slow
 def test_an_accumulated_step_is_the_whole():
     assert_equal(one_step(pack(PAIRS, accumulation=2), accumulation=2), oracle())
 
@@ -441,6 +444,7 @@ def test_meshes_agree(config, order):
     assert_equal(one_step(batch, config=config, devices=devices), oracle())
 
 
+@pytest.mark.slow
 def test_every_start_leaves_the_model_as_it_is():
     model, batch, base = adapted_model(), pack(PAIRS), small_params()
     fn = jax.jit(adapted_logps_fn(model))

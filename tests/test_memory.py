@@ -65,6 +65,7 @@ def held(kind: str, loss: LossConfig) -> tuple[float, float]:
     return memory.argument_size_in_bytes, memory.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_a_cached_reference_saves_the_reference_tree():
     weights = 4 * compiled("live", LossConfig())[1] / DEVICES
     assert weights == pytest.approx(8.03e9 / 2, rel=1e-3)
@@ -74,6 +75,7 @@ def test_a_cached_reference_saves_the_reference_tree():
     assert cached[1] <= live[1]
 
 
+@pytest.mark.slow
 def test_adapters_hold_no_second_model():
     """Policy and reference of rank 16 share one tree, and have moments for the adapters alone."""
     loss = LossConfig()
@@ -85,6 +87,7 @@ def test_adapters_hold_no_second_model():
     assert sum(held("lora", loss)) < 0.7 * sum(held("cached", loss))
 
 
+@pytest.mark.slow
 def test_scores_of_all_tokens_are_nowhere():
     """With token statistics and WPO's squares, too: of the vocabulary's dim are the matrices and no scores."""
     for loss in (LossConfig(), LossConfig(weighting="wpo", wpo_gradient=True)):

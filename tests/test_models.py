@@ -168,6 +168,7 @@ def distance(tree, other) -> float:
     return norm(jax.tree.map(lambda x, y: np.asarray(x, np.float64) - np.asarray(y), tree, other)) / norm(other)
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_only_what_is_recomputed(tiny):
     model, params = tiny
     compiled = {

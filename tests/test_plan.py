@@ -257,6 +257,7 @@ def test_refusals(arguments, message, tmp_path, capsys):
     assert message in line
 
 
+@pytest.mark.slow
 def test_without_the_compiler_closed_forms_still_answer(monkeypatch):
     """What is held is the same to the byte, the rest a lower bound; no collective is known."""
     compiled = planned(tiny(), "v5e:2x2", Known())

@@ -104,6 +104,7 @@ def test_held_out_visits_are_new(task):
     assert not seen & {row["prompt"] for row in rows(task, "held_out")}
 
 
+@pytest.mark.slow
 def test_quickstart_teaches_the_rule(tmp_path):
     command = [sys.executable, "-m", "dpo_jax", "quickstart", "--dir", str(tmp_path / "quickstart")]
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as a newcomer has

@@ -34,6 +34,7 @@ def config(shared, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_anywhere_a_run_is_as_if_it_never_was(config, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert ended("train", config, "--run.dir", whole, output=tmp_path / "said") == (0, "")
@@ -107,6 +108,7 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_step(config, t
     assert saved_bits(run, good) == saved_bits(whole, good)
 
 
+@pytest.mark.slow
 def test_the_remedy_for_what_is_not_finite_works(config, shared, tmp_path):
     code, said = ended("train", config, "--loss.beta", "1e37", output=tmp_path / "said")  # the first gradient overflows
     assert code == 43

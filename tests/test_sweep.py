@@ -44,6 +44,7 @@ def run(config: DPOConfig):
     return train(config, devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_a_reference_that_follows_the_policy_is_resumed_and_judged_as_saved(folder):
     """Step 4 is the first that sees the mixture of step 3, which the save of step 3 holds."""
     sync = {"reference__sync_every": 3, "reference__sync_mix": 1.0}
@@ -64,6 +65,7 @@ def test_a_reference_that_follows_the_policy_is_resumed_and_judged_as_saved(fold
     assert summary["sets"]["held_out"]["rewards/margins"] == 0
 
 
+@pytest.mark.slow
 def test_a_larger_beta_moves_less(folder, capsys):
     config = config_of(folder, "sweep", run__steps=12, checkpoint__every=12)
     (folder / "sweep.yaml").write_text(config_to_yaml(config))

@@ -63,6 +63,7 @@ def test_tokens_are_those_of_trl(shared):
     assert digest(examples) == "2355f85cc4967fdf4cc4187088a8675ce71fd0838da89879b9512be9296f3eeb"
 
 
+@pytest.mark.slow
 def test_every_row_of_real_data_is_accounted_for(shared):
     stories = load_tokenizer(str(shared / "models" / "stories260K"), None, None)
     preference = shared / "preference"
