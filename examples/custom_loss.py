@@ -1,4 +1,4 @@
-"""An objective of your own: the log-probs, batches and sharding are the program's, the loss is a function you write."""
+"""An objective of your own on the program's batches and log-probs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,6 @@
 """A whole run from Python: pairs in memory, training with evaluation, and the model as a Hugging Face directory."""
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,8 +13,8 @@ from dpo_jax.train import train
 
 def main() -> None:
     """Train a tiny untrained model on the built-in task's pairs."""
-    with TemporaryDirectory() as name:
-        folder = Path(name)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_task(folder, seed=0)  # its tokenizer; any Hugging Face tokenizer directory will do
         pairs = {
             name: datasets.load_dataset("json", data_files=str(folder / "data" / f"{name}.jsonl"), split="train")
@@ -28,7 +29,8 @@ def main() -> None:
         )
         metrics = train(config, train_set=pairs["train"].take(64), eval_sets={"task": pairs["held_out"].take(32)})
         assert (folder / "run" / "export" / "model.safetensors").exists()
-    print(f"loss 0.693 -> {metrics['loss']:.3f}; held out: {metrics['eval_task_loss']:.3f}")
+        before = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    print(f"held-out loss {before['eval_task_loss']:.3f} -> {metrics['eval_task_loss']:.3f}")
 
 
 if __name__ == "__main__":

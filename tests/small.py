@@ -33,11 +33,11 @@ def small_params(seed: int = 0, kv_heads: int = 8):
     draw = np.random.Generator(np.random.Philox(seed))
     deviation = HF_CONFIG["initializer_range"]
 
-    def leaf(path, leaf):
+    def weights(path, leaf):
         is_norm = path[-1].key.endswith("norm")
         return (np.ones(leaf.shape) if is_norm else draw.normal(0, deviation, leaf.shape)).astype(leaf.dtype)
 
-    return jax.tree.map_with_path(leaf, small_model(kv_heads).param_shapes())
+    return jax.tree.map_with_path(weights, small_model(kv_heads).param_shapes())
 
 
 def random_pairs(count: int = 8, seed: int = 0) -> list[Pair]:

@@ -99,7 +99,7 @@ def test_work_follows_the_rows_and_not_their_square(tmp_path):
         with Profile() as profile:
             assert audit(sets, TOKENIZER)["train"]["near_duplicates"]["groups"] == 0
         calls.append(sum(entry.callcount for entry in profile.getstats()))
-    assert calls[1] < 6 * calls[0]  # four times as many calls, sixteen times if pairs of rows were compared
+    assert calls[1] < 6 * calls[0]  # of Python: four times as many, sixteen times if pairs of rows were compared
 
 
 def test_prompts_shared_with_an_evaluation_set(tmp_path):

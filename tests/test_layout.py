@@ -147,18 +147,18 @@ def test_meshes_agree(config, order):
     assert_equal(mesh_gradient(small_model(), mesh), oracle())
 
 
-KEY_HEADS = {"model": small_model(kv_heads=2), "mesh": MeshConfig(fsdp=2, tensor=4)}
+FEW_HEADS, FEW_HEADS_MESH = small_model(kv_heads=2), MeshConfig(fsdp=2, tensor=4)
 
 
 def test_key_heads_that_tensor_does_not_divide_are_held_whole():
-    layers = param_shardings(KEY_HEADS["model"], make_mesh(KEY_HEADS["mesh"]))["layers"]
+    layers = param_shardings(FEW_HEADS, make_mesh(FEW_HEADS_MESH))["layers"]
     assert ["tensor" in layers[name].spec for name in ("query", "key", "value")] == [True, False, False]
 
 
 @pytest.mark.slow
 def test_key_heads_that_are_held_whole_change_nothing():
-    found = mesh_gradient(KEY_HEADS["model"], make_mesh(KEY_HEADS["mesh"]))
-    assert_equal(found, gradient(KEY_HEADS["model"], pack(PAIRS)))
+    found = mesh_gradient(FEW_HEADS, make_mesh(FEW_HEADS_MESH))
+    assert_equal(found, gradient(FEW_HEADS, pack(PAIRS)))
 
 
 def test_a_size_that_tensor_does_not_divide_is_refused():

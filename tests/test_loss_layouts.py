@@ -134,9 +134,12 @@ def test_a_cached_reference_is_the_live_one(name):
     assert_equal(gradient(policy, computed("padded")[1], pulled, CONFIGS[name]), oracle(name))
 
 
-# One of each way that a step has: with and without a reference, pairs compared with pairs, several losses, weights.
+# Slow: one of each way that a step has: without a reference, pairs compared with pairs, one length, weights.
+ACCUMULATED = {"mpo": (), **dict.fromkeys(("aot", "simpo", "ld", "wpo, gradient"), pytest.mark.slow)}
+
+
 @pytest.mark.parametrize(
-    "name", ["mpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot", "simpo", "ld", "wpo, gradient"))]
+    "name", [pytest.param(name, marks=ACCUMULATED.get(name, pytest.mark.weekly)) for name in CONFIGS]
 )
 def test_accumulated_is_the_whole(name):
     loss = CONFIGS[name]

@@ -201,7 +201,7 @@ def test_what_leaves_a_slice_is_told_apart():
     assert found["seconds"]["dcn"] == pytest.approx(found["collectives"][kind]["gib"] * GIB / dcn)
 
 
-@pytest.mark.weekly
+@pytest.mark.slow
 def test_what_does_not_fit_is_made_to_fit():
     """A layer wide enough that one chip holds the step of one row, and not of two."""
     hf = known_config("meta-llama/Meta-Llama-3-8B")
@@ -302,7 +302,7 @@ TABLE = re.findall(r"^\| \[[\w.]+\]\(([\w.]+)\) \| .+? \| (v[\w\-]+) \|", (CONFI
 @pytest.mark.parametrize(
     ("file", "topology"),
     [
-        pytest.param(*row, marks=pytest.mark.slow if "llama3_8b_v5e16" in row[0] else pytest.mark.weekly)
+        pytest.param(*row, marks=pytest.mark.slow if row[0] == "llama3_8b_v5e16.yaml" else pytest.mark.weekly)
         for row in TABLE
     ],
 )

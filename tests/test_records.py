@@ -208,6 +208,7 @@ CHAT = {"prompt": [Q], "chosen": [A], "rejected": [B]}
         ({"instruction": "q", "history": ["r"], "chosen": "a", "rejected": "b"}, "missing_field", "history is ['r']"),
         (CHAT | {"images": ["cat.jpg"]}, "missing_field", "images is ['cat.jpg'], and models here read text alone"),
         (CHAT | {"chat_template_kwargs": {"tokenize": True}}, "missing_field", "cannot hold ['tokenize']"),
+        (CHAT | {"chat_template_kwargs": {"padding": True}}, "missing_field", "cannot hold ['padding']"),
         (TEXT | {"chosen": ""}, "empty_answer", "no text"),
         (TEXT | {"rejected": " \n"}, "empty_answer", "no text"),
         (CHAT | {"rejected": []}, "empty_answer", "does not end with an assistant message"),
