@@ -161,7 +161,7 @@ def test_a_lost_connection_is_waited_out(cloud):
 
 
 @pytest.mark.slow
-def test_a_slice_that_cannot_be_reached_for_long_is_made_anew(cloud):
+def test_a_slice_that_cannot_be_reached_for_long_is_recreated(cloud):
     cloud.call("create.sh")
     for worker in (0, 1):
         cloud.plan(worker, "exit=0")
@@ -186,7 +186,7 @@ def test_one_worker_that_fails_starts_all_again(cloud, code):
 
 
 @pytest.mark.slow
-def test_a_worker_that_starts_anew_is_set_up_anew(cloud):
+def test_a_worker_that_restarts_is_set_up_again(cloud):
     with cloud.started("babysit.sh", CONFIG) as process:
         until(lambda: "-> running" in cloud.said(), cloud)
         for worker in (0, 1):

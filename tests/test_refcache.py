@@ -122,7 +122,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_file_is_named_and_made_anew(batches, name):
+def test_a_damaged_file_is_named_and_computed_again(batches, name):
     run(batches, Computer())
     (path,) = files(batches)
     good = path.read_bytes()
@@ -151,7 +151,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_file_of_other_rows_is_named_and_made_anew(batches, name):
+def test_a_file_of_other_rows_is_named_and_computed_again(batches, name):
     run(batches, Computer())
     (path,) = files(batches)
     change, reason = WRONG[name]
@@ -184,7 +184,7 @@ def test_a_file_under_a_wrong_name_is_not_taken(batches):
     assert any("it is of another weights" in line for line in said)
 
 
-def test_a_damaged_part_is_named_and_its_rows_made_anew(batches):
+def test_a_damaged_part_is_named_and_its_rows_computed_again(batches):
     first = Computer(cut_off_after=3)
     with pytest.raises(KeyboardInterrupt):
         cached_logps(batches, MADE_BY, first)
