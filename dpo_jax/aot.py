@@ -191,7 +191,7 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
     """The train step of the config, compiled for the mesh's devices."""
     arguments = step_arguments(config, model, mesh, load)
     state, reference, batch = arguments
-    held = {
+    sizes = {
         "weights": _bytes(state.params) + (_bytes(reference.params) if isinstance(reference, Base) else 0),
         "optimizer": _bytes(state.opt_state),
         "reference": 0 if isinstance(reference, Base) else _bytes(reference),
@@ -199,7 +199,7 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
     }
     save = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     if isinstance(mesh, AbstractMesh):
-        return Compiled(None, None, sum(held.values()) + _least(model, mesh, load, _bytes(state.params)), held, save)
+        return Compiled(None, None, sum(sizes.values()) + _least(model, mesh, load, _bytes(state.params)), sizes, save)
     start = time.perf_counter()
     lowered = lower_step(config, model, mesh, arguments)
     try:
@@ -210,9 +210,9 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
         if wanted is None:
             raise
         peak = int(float(wanted[1]) * {"M": 2**20, "G": 2**30}[wanted[2]])
-        return Compiled(time.perf_counter() - start, None, peak, held, save)
+        return Compiled(time.perf_counter() - start, None, peak, sizes, save)
     memory: Any = program.memory_analysis()
-    return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, held, save)
+    return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, sizes, save)
 
 
 def _least(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) -> int:

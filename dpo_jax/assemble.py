@@ -103,7 +103,7 @@ def assemble(
     model = build_model(source, config.model, platform_of(mesh), config.lora)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = hosts.writer_first(partial(open_sets, config, tokenizer, train_set, eval_sets), "tokenised data")
-    for store in (sets.train, *(own.store for own in sets.evals.values())):
+    for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
         refuse_weights(loss_of(config), store)
     spread = row_devices(mesh), own_shares(mesh)
     logps_fn = train_logps_fn(config, model)
@@ -115,7 +115,9 @@ def assemble(
         tokenizer=tokenizer,
         sets=sets,
         batches=train_batches(config, sets, *spread),
-        evals={name: set_batches(config, own.store, own.ids, *spread) for name, own in sets.evals.items()},
+        evals={
+            name: set_batches(config, eval_set.store, eval_set.ids, *spread) for name, eval_set in sets.evals.items()
+        },
         logps_fn=logps_fn,
         logps_step=make_logps_step(logps_fn if model.lora is None else of_adapted(logps_fn), replicated(mesh)),
         place=make_place(mesh),
@@ -184,13 +186,13 @@ def describe(parts: Parts, ids: Mapping[str, str]) -> dict[str, Any]:
         "store": parts.batches.store.key,
         "dtype": parts.model.dtype,
     }
-    place = {
+    environment = {
         "platform": jax.default_backend(),
         "devices": jax.device_count(),
         "processes": jax.process_count(),
         "cores": os.cpu_count(),
     }
-    return make_manifest(asdict(parts.config), identity, place)
+    return make_manifest(asdict(parts.config), identity, environment)
 
 
 def reference_weights(parts: Parts, start: Params) -> Params:
@@ -219,10 +221,10 @@ def find_reference(
     """
     try:
         source = find(path)
-        other = build_model(source, config.model, platform)
+        reference = build_model(source, config.model, platform)
     except UserError as error:
         raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
-    if other != model:
+    if reference != model:
         raise UserError(f"reference.path: {path} has another architecture or vocabulary than model.path "
                         f"{config.model.path}; choose a model of the same kind")  # fmt: skip
     return source
@@ -278,9 +280,9 @@ def starting_weights(parts: Parts) -> Start:
     weights = load_weights(parts.source, parts.model, config.model, parts.mesh)
     reference, ids = None, {"weights": weights_id(weights)}
     if isinstance(config, DPOConfig):
-        other = reference_weights(parts, weights)
-        reference, ids["reference"] = make_reference(parts, other), weights_id(other)
-        del other
+        reference_params = reference_weights(parts, weights)
+        reference, ids["reference"] = make_reference(parts, reference_params), weights_id(reference_params)
+        del reference_params
     if lora is None:
         return Start(weights, None, reference, ids)
     adapters = load_start(config.lora, parts.model, config.run.seed, parts.mesh)
@@ -292,8 +294,8 @@ def starting_weights(parts: Parts) -> Start:
 def abstract_state(model: Model, mesh: Mesh | AbstractMesh, optimizer: optax.GradientTransformation) -> TrainState:
     """The state's shapes, types and places."""
     shapes = jax.eval_shape(lambda params: init_state(params, optimizer), trained_shapes(model, mesh))
-    own = state_shardings(shapes, trained_shardings(model, mesh), replicated(mesh), optimizer)
-    return placed(shapes, own)
+    shardings = state_shardings(shapes, trained_shardings(model, mesh), replicated(mesh), optimizer)
+    return placed(shapes, shardings)
 
 
 def make_step(
@@ -324,16 +326,16 @@ def initial_state(
 ) -> tuple[Callable[[Params], TrainState], TrainState]:
     """A function from what is trained, which it takes over, to the first state; and that state's shapes and places."""
     abstract = abstract_state(parts.model, parts.mesh, optimizer)
-    own = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(lambda params: init_state(params, optimizer), out_shardings=own, donate_argnums=0), abstract
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings, donate_argnums=0), abstract
 
 
 def step_reference(reference: Reference | None, base: Params | None, data: StepData, store: Store) -> Any:
     """The ``reference`` argument of a train step; ``base``: the frozen weights, where adapters are trained."""
     if base is not None and not isinstance(reference, CachedReference):
         return Base(base)
-    fixed = None if reference is None else reference.of(data, store)
-    return fixed if base is None else Base(base, fixed)
+    argument = None if reference is None else reference.of(data, store)
+    return argument if base is None else Base(base, argument)
 
 
 class Scored(NamedTuple):
@@ -350,8 +352,8 @@ def score_sets(parts: Parts, params: Params, reference: Reference | None) -> Ite
     """Every evaluation set, scored, one after another."""
     for name, batches in parts.evals.items():
         ids, policy = dataset_logps(parts.logps_step, params, batches, parts.place)
-        fixed = None if reference is None else reference.dataset(parts.logps_step, batches, parts.place)
-        yield Scored(name, batches.store, ids, policy, fixed)
+        reference_logps = None if reference is None else reference.dataset(parts.logps_step, batches, parts.place)
+        yield Scored(name, batches.store, ids, policy, reference_logps)
 
 
 def evaluate_sets(
@@ -363,9 +365,9 @@ def evaluate_sets(
     """
     metrics, distributions = {}, []
     for scored in score_sets(parts, params, reference):
-        found = jax.device_get(preference_metrics(scored.policy, scored.fixed, parts.loss))
-        metrics |= {f"eval_{scored.name}_{key}": float(value) for key, value in found.items()}
+        values = jax.device_get(preference_metrics(scored.policy, scored.fixed, parts.loss))
+        metrics |= {f"eval_{scored.name}_{key}": float(value) for key, value in values.items()}
         if isinstance(parts.config, DPOConfig):
-            own = reward_distributions(scored.policy, scored.fixed, parts.loss)
-            distributions.append({"set": scored.name, "pairs": len(scored.ids), **own})
+            distribution = reward_distributions(scored.policy, scored.fixed, parts.loss)
+            distributions.append({"set": scored.name, "pairs": len(scored.ids), **distribution})
     return metrics, distributions

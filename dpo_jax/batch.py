@@ -50,11 +50,11 @@ class PreferenceBatch:
     longest: int = struct.field(pytree_node=False)  # no prompt with one of its answers has more tokens
     branch_length: int = struct.field(pytree_node=False)  # no row's prompts with one branch's answers have more tokens
 
-    def place(self, rows: Any, whole: Any) -> "PreferenceBatch":
-        """A batch that holds, in place of each array, ``rows`` where it has a dim R, else ``whole``: shardings, say."""
+    def place(self, rows: Any, pairs: Any) -> "PreferenceBatch":
+        """A batch that holds, in place of each array, ``rows`` where it has a dim R, else ``pairs``: shardings, say."""
         per_pair = {"answer_slots", "weight", "valid"}
         arrays = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
-        return replace(self, **{name: whole if name in per_pair else rows for name in arrays})
+        return replace(self, **{name: pairs if name in per_pair else rows for name in arrays})
 
 
 @struct.dataclass
@@ -100,18 +100,18 @@ def pad_pairs(prompts: Sequence[Sequence[int]], *answers: Sequence[Sequence[int]
     Raises:
         ValueError: the lists differ in length, or one of the prompts or answers is empty.
     """
-    if {len(own) for own in answers} != {len(prompts)}:
-        raise ValueError(f"{len(prompts)} prompts, but {[len(own) for own in answers]} answers")
-    for i, parts in enumerate(zip(prompts, *answers, strict=True)):
-        if not all(map(len, parts)):
+    if {len(branch) for branch in answers} != {len(prompts)}:
+        raise ValueError(f"{len(prompts)} prompts, but {[len(branch) for branch in answers]} answers")
+    for i, sequences in enumerate(zip(prompts, *answers, strict=True)):
+        if not all(map(len, sequences)):
             raise ValueError(f"pair {i} has an empty prompt or answer: its log-prob is that of nothing")
-    length = max(len(prompt) + len(own[i]) for own in answers for i, prompt in enumerate(prompts))
+    length = max(len(prompt) + len(branch[i]) for branch in answers for i, prompt in enumerate(prompts))
     tokens = np.full((len(prompts), len(answers), length), pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for i, prompt in enumerate(prompts):
-        for k, own in enumerate(answers):
-            end = len(prompt) + len(own[i])
-            tokens[i, k, :end] = [*prompt, *own[i]]
+        for k, branch in enumerate(answers):
+            end = len(prompt) + len(branch[i])
+            tokens[i, k, :end] = [*prompt, *branch[i]]
             mask[i, k, len(prompt) : end] = True
     ones = np.ones(len(prompts), np.float32)
     return PaddedBatch(tokens=tokens, mask=mask, weight=ones, valid=ones > 0)

@@ -36,8 +36,8 @@ RAW_POINTS = 60  # above this many, a train curve is drawn as its running mean o
 
 def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
     """(steps, values) of one logged key; infinite values, which no axis can hold, as NaN."""
-    found = [(row["step"], float(row[key])) for row in rows if key in row]
-    return [step for step, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
+    points = [(row["step"], float(row[key])) for row in rows if key in row]
+    return [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
 
 
 def eval_sets(rows: Sequence[Row]) -> list[str]:
@@ -81,7 +81,7 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
 
     colors = COLORS[theme]
     free = iter(colors["lines"])
-    whole, (axes,) = _canvas(1)
+    fig, (axes,) = _canvas(1)
     for key, name, steps, values in curves:
         branch = key.rpartition("/")[2]
         color = colors[branch] if branch in ("chosen", "rejected") else next(free, colors["ink"])
@@ -102,7 +102,7 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
     _style(axes, colors, "step")
     if len(curves) > 1:
         _legend(axes, colors, min(len(curves), 2))
-    return _png(whole)
+    return _png(fig)
 
 
 def _legend(axes: Any, colors: Mapping[str, Any], columns: int) -> None:
@@ -117,8 +117,8 @@ def _canvas(panels: int) -> tuple[Any, Sequence[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    whole = FigureCanvasAgg(Figure(figsize=(6.2, 3.1), dpi=160, layout="constrained")).figure
-    return whole, whole.subplots(1, panels, sharex=True, squeeze=False)[0]
+    fig = FigureCanvasAgg(Figure(figsize=(6.2, 3.1), dpi=160, layout="constrained")).figure
+    return fig, fig.subplots(1, panels, sharex=True, squeeze=False)[0]
 
 
 def _style(axes: Any, colors: Mapping[str, Any], below: str) -> None:
@@ -129,17 +129,17 @@ def _style(axes: Any, colors: Mapping[str, Any], below: str) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _png(whole: Any) -> bytes:
+def _png(fig: Any) -> bytes:
     file = io.BytesIO()
-    whole.savefig(file, transparent=True, metadata={"Software": None})
+    fig.savefig(file, transparent=True, metadata={"Software": None})
     return file.getvalue()
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of the values within half a window on each side, NaN left out; as many as there are values."""
     means = []
-    for place in range(len(values)):
-        near = [x for x in values[max(0, place - window // 2) : place + window // 2 + 1] if not math.isnan(x)]
+    for index in range(len(values)):
+        near = [x for x in values[max(0, index - window // 2) : index + window // 2 + 1] if not math.isnan(x)]
         means.append(sum(near) / len(near) if near else math.nan)
     return means
 
@@ -151,8 +151,8 @@ def histograms(rows: Sequence[Row]) -> str:
     """Margins and rewards of each evaluation set, at the first evaluation beside the last; from distributions.jsonl."""
     drawn = []
     for name in dict.fromkeys(row["set"] for row in rows):
-        own = [row for row in rows if row["set"] == name]
-        ends = own if len(own) == 1 else [own[0], own[-1]]
+        set_rows = [row for row in rows if row["set"] == name]
+        ends = set_rows if len(set_rows) == 1 else [set_rows[0], set_rows[-1]]
         margins = [(row["step"], row["margins"]["edges"], {"margin": row["margins"]["counts"]}) for row in ends]
         rewards = [
             (
@@ -173,14 +173,16 @@ def histograms(rows: Sequence[Row]) -> str:
 def draw_histograms(panels: Sequence[tuple[int, Sequence[float], Mapping[str, Sequence[int]]]], theme: str) -> bytes:
     """Histograms side by side over the same range, as PNG: of each (step, edges, counts by name)."""
     colors = COLORS[theme]
-    whole, places = _canvas(len(panels))
+    fig, places = _canvas(len(panels))
     for axes, (step, edges, counts) in zip(places, panels, strict=True):
-        for branch, own in counts.items():
+        for branch, heights in counts.items():
             color = colors.get(branch, colors["lines"][0])
             # the outline keeps a bin visible that is narrow beside the other panel's range
-            axes.stairs(own, edges, fill=True, facecolor=(color, 0.45), edgecolor=color, linewidth=1.2, label=branch)
+            axes.stairs(
+                heights, edges, fill=True, facecolor=(color, 0.45), edgecolor=color, linewidth=1.2, label=branch
+            )
         axes.axvline(0, color=colors["ink"], linewidth=0.8, linestyle=":")
         _style(axes, colors, f"step {step}")
         if len(counts) > 1:
             axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
-    return _png(whole)
+    return _png(fig)

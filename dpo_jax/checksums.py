@@ -41,10 +41,10 @@ def _checksum(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.uint8)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]  # 8: two words, a new dim
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
     for dim, size in enumerate(bits.shape):  # row-major index modulo 2**32
-        place = place * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
-    return jnp.sum(_mix(bits ^ _mix(place)), dtype=jnp.uint32)
+        index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
+    return jnp.sum(_mix(bits ^ _mix(index)), dtype=jnp.uint32)
 
 
 def _mix(x: jax.Array) -> jax.Array:

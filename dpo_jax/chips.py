@@ -154,14 +154,14 @@ def parse_topology(text: str) -> Topology:
     if match is None:
         raise _refuse(text, examples)
     name, sizes, number = match.groups()
-    known = {chip.name: chip for chip in CHIPS.values() if chip.platform == "tpu"}
+    chips = {chip.name: chip for chip in CHIPS.values() if chip.platform == "tpu"}
     if not sizes:
-        known = {own: chip for chip in known.values() if chip.accelerator for own in (chip.accelerator, chip.name)}
-    if name not in known:
-        near = get_close_matches(name, known, n=1)
-        nearest = f"did you mean {near[0]}?" if near else f"it can be one of {', '.join(known)};"
+        chips = {alias: chip for chip in chips.values() if chip.accelerator for alias in (chip.accelerator, chip.name)}
+    if name not in chips:
+        near = get_close_matches(name, chips, n=1)
+        nearest = f"did you mean {near[0]}?" if near else f"it can be one of {', '.join(chips)};"
         raise _refuse(text, f"there is no {'chip' if sizes else 'accelerator type'} {name}, {nearest} {examples}")
-    chip = known[name]
+    chip = chips[name]
     shape = tuple(map(int, sizes.split("x"))) if sizes else _usual_shape(text, chip, int(number))
     _check_shape(text, chip, shape)
     return Topology(chip, shape, math.prod(shape) * chip.devices)

@@ -38,7 +38,7 @@ def _eval(config: DPOConfig, output: str, which: Literal["newest", "best"], per_
     if is_writer():
         text = json.dumps(summary, indent=2)
         print(
-            re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+            re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
         )  # lists of numbers
 
 
@@ -66,15 +66,15 @@ def _plan(
     config: DPOConfig, topology: str, slices: int, rows: int | None, lengths: str | None, examples: int | None,
     data: bool, search: bool, output: str | None,
 ) -> None:  # fmt: skip
-    known = None
+    mean_lengths = None
     if lengths is not None:
         if data:
             raise UserError(f"--lengths: {lengths} is given, and --data measures them; keep one")
-        found = re.fullmatch(r"(\d+),(\d+),(\d+)", lengths)
-        if found is None or not all(map(int, found.groups())):
+        match = re.fullmatch(r"(\d+),(\d+),(\d+)", lengths)
+        if match is None or not all(map(int, match.groups())):
             raise UserError(f"--lengths: {lengths} cannot be read; write mean tokens of prompt, chosen and rejected "
                             "with commas between, 180,330,300")  # fmt: skip
-        known = (float(found[1]), float(found[2]), float(found[3]))
+        mean_lengths = (float(match[1]), float(match[2]), float(match[3]))
     if data and examples is not None:
         raise UserError(f"--examples: {examples} is given, and --data counts them; keep one")
     if config.run.steps is not None and examples is not None:
@@ -86,7 +86,7 @@ def _plan(
     from dpo_jax.plan_page import render, table
 
     plans = []
-    given = Known(slices=slices, rows=rows, lengths=known, examples=examples, data=data)
+    given = Known(slices=slices, rows=rows, lengths=mean_lengths, examples=examples, data=data)
     for plan in plan_slices(config, topology.split(","), given, search):
         plans.append(plan)
         print(render(plan), end="\n\n", flush=True)
@@ -105,7 +105,7 @@ def _sweep(config: DPOConfig, betas: str) -> None:
     from dpo_jax.hosts import is_writer
     from dpo_jax.sweep import render, sweep
 
-    rows = sweep(config, [own.loss.beta for own in configs])
+    rows = sweep(config, [variant.loss.beta for variant in configs])
     if is_writer():
         print(render(rows))
 

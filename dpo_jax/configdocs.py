@@ -59,13 +59,13 @@ def sections(kind: type, name: str = "") -> Iterator[SectionText]:
     """The sections of a config class, each before those inside it."""
     hints, meanings = get_type_hints(kind), _meanings(kind)
     dotted = f"{name}." if name else ""
-    own = tuple(
+    fields = tuple(
         FieldText(dotted + field.name, hints[field.name], _default(field), meanings[field.name])
         for field in dataclasses.fields(kind)
         if not dataclasses.is_dataclass(hints[field.name])
     )
-    if own:
-        yield SectionText(name, kind, inspect.getdoc(kind) or "", own)
+    if fields:
+        yield SectionText(name, kind, inspect.getdoc(kind) or "", fields)
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[field.name]):
             yield from sections(hints[field.name], dotted + field.name)
@@ -80,10 +80,10 @@ def help_sections(kind: type) -> Iterator[SectionText]:
 def reference_page() -> str:
     """docs/configuration.md: every option of both stages."""
     both = {part.name: part.kind for part in sections(SFTConfig)}
-    parts = [(part, "" if both.get(part.name) is part.kind else " (`train`)") for part in help_sections(DPOConfig)]
-    parts += [(part, " (`sft`)") for part in sections(SFTConfig) if (part, "") not in parts]
+    staged = [(part, "" if both.get(part.name) is part.kind else " (`train`)") for part in help_sections(DPOConfig)]
+    staged += [(part, " (`sft`)") for part in sections(SFTConfig) if (part, "") not in staged]
     lines = [PREFACE]
-    for part, stage in parts:
+    for part, stage in staged:
         note = " (one set; so too `data.eval.NAME`)" if part.kind is SourceConfig else stage
         lines += [f"\n## {part.name}{note}\n", f"{part.meaning}\n"]
         lines += ["| option | type | default | meaning |", "|---|---|---|---|"]
@@ -99,12 +99,12 @@ def _table_row(field: FieldText) -> str:
 
 def _meanings(kind: type) -> dict[str, str]:
     """The text under each field, by name; a field of a parent class has its text there."""
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for owner in reversed(kind.__mro__):
         if dataclasses.is_dataclass(owner):
             parsed = docstring_parser.parse_from_object(owner).params
-            found |= {item.arg_name: " ".join((item.description or "").split()) for item in parsed}
-    return found
+            meanings |= {item.arg_name: " ".join((item.description or "").split()) for item in parsed}
+    return meanings
 
 
 def _default(field: dataclasses.Field[Any]) -> str | None:

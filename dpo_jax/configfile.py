@@ -169,8 +169,8 @@ def _read_section(kind: Any, value: Any, name: str, root: type) -> Any:
         return kind(**arguments)
     except UserError as error:  # a section names its own fields in full, an element of a list cannot
         section = name.partition(".")[0]
-        whole = not name or str(error).startswith((f"{section}.", f"{section}:"))
-        raise UserError(str(error) if whole else dotted + str(error)) from None
+        named_in_full = not name or str(error).startswith((f"{section}.", f"{section}:"))
+        raise UserError(str(error) if named_in_full else dotted + str(error)) from None
 
 
 def _from_command_line(kind: Any, text: CommandLineText, name: str) -> Any:
@@ -247,8 +247,8 @@ def _remedy(kind: Any, value: Any) -> str:
 
 def _unknown(dotted: str, key: str, siblings: list[str], root: type) -> str:
     """Why this name is refused, and which was probably meant."""
-    for other, command in COMMAND_OF.items():
-        if other is not root and dotted + key in field_names(other):
+    for kind, command in COMMAND_OF.items():
+        if kind is not root and dotted + key in field_names(kind):
             return f"this belongs to `dpo-jax {command}`, not to `dpo-jax {COMMAND_OF[root]}`: remove it"
     names = list(field_names(root))
     near = [ELSEWHERE[key]] if any(f"{name}.".startswith(f"{ELSEWHERE.get(key)}.") for name in names) else []

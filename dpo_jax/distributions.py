@@ -29,7 +29,7 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
     - ``by_longer``: the same by which answer is the longer one, ``chosen``, ``rejected`` or ``equal``.
     """
     ratios = log_ratios(policy, reference, loss)
-    chosen, rejected = (loss.beta * np.asarray(own) for own in (ratios.chosen, ratios.rejected))
+    chosen, rejected = (loss.beta * np.asarray(ratio) for ratio in (ratios.chosen, ratios.rejected))
     margins = chosen - rejected
     finite = np.isfinite(margins)
     edges = nice_edges(np.concatenate([chosen[finite], rejected[finite]]))
@@ -37,7 +37,10 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
     longer, more = lengths.max(1), lengths[:, CHOSEN] - lengths[:, REJECTED]
     sides = {"chosen": more > 0, "rejected": more < 0, "equal": more == 0}
     return {
-        "margins": {"edges": (own := nice_edges(margins[finite])), "counts": _counts(margins[finite], own)},
+        "margins": {
+            "edges": (margin_edges := nice_edges(margins[finite])),
+            "counts": _counts(margins[finite], margin_edges),
+        },
         "rewards": {
             "edges": edges,
             "chosen": _counts(chosen[finite], edges),
@@ -48,15 +51,15 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
             {"from": first, "to": last} | _group(margins, (longer >= first) & (longer <= last))
             for first, last in length_buckets(longer)
         ],
-        "by_longer": [{"longer": side} | _group(margins, own) for side, own in sides.items() if own.any()],
+        "by_longer": [{"longer": side} | _group(margins, mask) for side, mask in sides.items() if mask.any()],
     }
 
 
-def _group(margins: np.ndarray, own: np.ndarray) -> dict[str, Any]:
-    """Of the pairs in ``own``, a mask."""
-    held = margins[own].astype(np.float64)
-    return {"pairs": len(held), "share": len(held) / len(margins), "accuracy": float((held > 0).mean()),
-            "margin": float(held.mean())}  # fmt: skip
+def _group(margins: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+    """Of the pairs in ``mask``."""
+    selected = margins[mask].astype(np.float64)
+    return {"pairs": len(selected), "share": len(selected) / len(margins), "accuracy": float((selected > 0).mean()),
+            "margin": float(selected.mean())}  # fmt: skip
 
 
 def nice_edges(values: np.ndarray) -> list[float]:
@@ -71,7 +74,7 @@ def nice_edges(values: np.ndarray) -> list[float]:
         first, last = math.floor(low / width), math.ceil(high / width)
         if last - first <= BINS:
             break
-    edges = [float(f"{place * width:.12g}") for place in range(first, max(last, first + 1) + 1)]
+    edges = [float(f"{index * width:.12g}") for index in range(first, max(last, first + 1) + 1)]
     return [min(edges[0], low), *edges[1:-1], max(edges[-1], high)]
 
 

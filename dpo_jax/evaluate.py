@@ -71,15 +71,15 @@ def evaluate(
         lines = []
         for scored in score_sets(parts, params, reference):
             values = jax.device_get(preference_metrics(scored.policy, scored.fixed, config.loss))
-            found: dict[str, Any] = {key: float(value) for key, value in values.items()}
-            found["distributions"] = reward_distributions(scored.policy, scored.fixed, config.loss)
-            summary["sets"][scored.name] = {"pairs": len(scored.ids)} | found
-            own = pair_lines(scored, config.loss)
+            metrics: dict[str, Any] = {key: float(value) for key, value in values.items()}
+            metrics["distributions"] = reward_distributions(scored.policy, scored.fixed, config.loss)
+            summary["sets"][scored.name] = {"pairs": len(scored.ids)} | metrics
+            set_lines = pair_lines(scored, config.loss)
             if per_token:
                 assert isinstance(reference, LiveReference)
                 fields = dict(token_fields(parts, params, reference, parts.evals[scored.name]))
-                own = [line | fields[int(i)] for i, line in zip(scored.ids, own, strict=True)]
-            lines += own
+                set_lines = [line | fields[int(i)] for i, line in zip(scored.ids, set_lines, strict=True)]
+            lines += set_lines
     if hosts.is_writer():
         write_output(output, "".join(json.dumps(line) + "\n" for line in lines))
         say(config.run.progress, f"pairs: {output}")
@@ -139,19 +139,19 @@ def find_judged(
 def pair_lines(scored: Scored, loss: LossConfig) -> list[dict[str, Any]]:
     """One object a pair: where it comes from, tokens, log-probs and rewards of its answers."""
     logps = np.asarray(sequence_logps(scored.policy, loss))
-    fixed = None if scored.fixed is None else np.asarray(sequence_logps(scored.fixed, loss))
-    rewards = loss.beta * (logps if fixed is None else logps - fixed)
+    reference_logps = None if scored.fixed is None else np.asarray(sequence_logps(scored.fixed, loss))
+    rewards = loss.beta * (logps if reference_logps is None else logps - reference_logps)
     lines = []
-    for place, i in enumerate(scored.ids):
+    for position, i in enumerate(scored.ids):
         source = scored.store.report[scored.store.sources[i]]["source"]
         line: dict[str, Any] = {"set": scored.name, "source": source, "row": int(scored.store.rows[i])}
         for answer, k in (("chosen", CHOSEN), ("rejected", REJECTED)):
-            line[f"tokens/{answer}"] = int(scored.policy.count[place, k])
-            line[f"logps/{answer}"] = float(logps[place, k])
-            if fixed is not None:
-                line[f"reference_logps/{answer}"] = float(fixed[place, k])
-            line[f"rewards/{answer}"] = float(rewards[place, k])
-        lines.append(line | {"rewards/margin": float(rewards[place, CHOSEN] - rewards[place, REJECTED])})
+            line[f"tokens/{answer}"] = int(scored.policy.count[position, k])
+            line[f"logps/{answer}"] = float(logps[position, k])
+            if reference_logps is not None:
+                line[f"reference_logps/{answer}"] = float(reference_logps[position, k])
+            line[f"rewards/{answer}"] = float(rewards[position, k])
+        lines.append(line | {"rewards/margin": float(rewards[position, CHOSEN] - rewards[position, REJECTED])})
     return lines
 
 

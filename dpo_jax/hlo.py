@@ -60,7 +60,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     in_slice = int(header[1]) if header else num_devices
     like = np.arange(num_devices).reshape(-1, in_slice).T  # each device, and those like it in the other slices
     times, unclear = _times(computations, entry)
-    found: dict[str, Collective] = {}
+    unique: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines.values():
             collective = (_inside(line, in_slice) or _between(line, like)) if times[name] else None
@@ -69,12 +69,12 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
             kind, num_bytes, groups = collective
             channel = re.search(r"channel_id=(\d+)", line)
             operation = re.search(r'op_name="([^"]*)"', line)
-            own = Collective(kind, num_bytes, groups, times[name], operation[1] if operation else "", name in unclear)
+            op = Collective(kind, num_bytes, groups, times[name], operation[1] if operation else "", name in unclear)
             # one that runs beside other work stands, with the same channel, in each piece of that work
-            key = f"{channel[1]} {kind} {own.num_bytes} {own.source}" if channel else f"{name} {line}"
-            if key not in found or own.times > found[key].times:
-                found[key] = own
-    return list(found.values())
+            key = f"{channel[1]} {kind} {op.num_bytes} {op.source}" if channel else f"{name} {line}"
+            if key not in unique or op.times > unique[key].times:
+                unique[key] = op
+    return list(unique.values())
 
 
 def _inside(line: str, num_devices: int) -> tuple[str, int, np.ndarray] | None:
@@ -104,19 +104,19 @@ Computation = dict[str, str]  # instruction by name; that of the result also as 
 
 def _computations(text: str) -> tuple[dict[str, Computation], str]:
     """All computations by name, and the name of the one that is run."""
-    found: dict[str, Computation] = {}
+    computations: dict[str, Computation] = {}
     entry = name = ""
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
         if header:
             name = header[2]
-            found[name] = {}
+            computations[name] = {}
             entry = name if header[1] else entry
         elif (instruction := _INSTRUCTION.match(line)) and name:
-            found[name][instruction[2]] = instruction[3]
+            computations[name][instruction[2]] = instruction[3]
             if instruction[1]:
-                found[name]["ROOT"] = instruction[3]
-    return found, entry
+                computations[name]["ROOT"] = instruction[3]
+    return computations, entry
 
 
 def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, int], set[str]]:
@@ -134,8 +134,8 @@ def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, 
 
 def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[str, int | None]]:
     """Computations that this one runs, and how often; None: a loop of unknown length."""
-    for own, line in computations[name].items():
-        if own == "ROOT":  # it stands under its name, too
+    for instruction, line in computations[name].items():
+        if instruction == "ROOT":  # it stands under its name, too
             continue
         called = {role: (several or single).replace("%", "").split(", ") for role, several, single in
                   _CALLED.findall(line)}  # fmt: skip
@@ -147,25 +147,25 @@ def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[st
 
 def _trips(line: str, condition: Computation, body: Computation) -> int | None:
     """How often a loop runs: as the compiler says, or from 0 to the condition's constant by the body's steps."""
-    if known := _TRIPS.search(line):
-        return int(known[1])
+    if match := _TRIPS.search(line):
+        return int(match[1])
     compared = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition["ROOT"])
     if compared is None:
         return None
-    place = re.search(r"get-tuple-element\(.*?\), index=(\d+)", condition[compared[1]])
+    index = re.search(r"get-tuple-element\(.*?\), index=(\d+)", condition[compared[1]])
     limit = _constant(condition, compared[2])
     results = re.search(r" tuple\((.*?)\)", body["ROOT"])
-    if place is None or limit is None or results is None:
+    if index is None or limit is None or results is None:
         return None
-    counter = body.get(results[1].replace("%", "").split(", ")[int(place[1])], "")
+    counter = body.get(results[1].replace("%", "").split(", ")[int(index[1])], "")
     added = re.search(r" add\(%?[\w.\-]+, %?([\w.\-]+)\)", counter)
     step = _constant(body, added[1]) if added else None
     return None if step is None else -(-limit // step)
 
 
 def _constant(computation: Computation, name: str) -> int | None:
-    found = re.search(r" constant\((\d+)\)", computation.get(name, ""))
-    return int(found[1]) if found else None
+    match = re.search(r" constant\((\d+)\)", computation.get(name, ""))
+    return int(match[1]) if match else None
 
 
 def _num_bytes(result: str, kind: str, start: bool) -> int:

@@ -33,10 +33,10 @@ def logps_of_logits(
     if squares:
         tokens = tokens._replace(log_sum_sq=jax.nn.logsumexp(2 * logits, axis=-1) - 2 * normalizer)
     if stats:
-        fixed, total = jax.lax.stop_gradient(logits), jax.lax.stop_gradient(normalizer)
-        expected = (jnp.exp(fixed - total[..., None]) * fixed).sum(-1)
-        top1 = (jax.lax.stop_gradient(label) >= fixed.max(-1)).astype(jnp.float32)
-        tokens = tokens._replace(stats=TargetStats(total - expected, fixed.mean(-1), top1))
+        detached, total = jax.lax.stop_gradient(logits), jax.lax.stop_gradient(normalizer)
+        expected = (jnp.exp(detached - total[..., None]) * detached).sum(-1)
+        top1 = (jax.lax.stop_gradient(label) >= detached.max(-1)).astype(jnp.float32)
+        tokens = tokens._replace(stats=TargetStats(total - expected, detached.mean(-1), top1))
     return tokens
 
 
@@ -153,9 +153,9 @@ def answer_values(values: Float[np.ndarray, "R M"], batch: PreferenceBatch) -> l
     per_row = batch.answers_per_row
 
     def of(slot: int, valid: bool) -> np.ndarray:
-        row, place = divmod(slot, per_row)
-        own = np.asarray(batch.target_mask[row] & (batch.target_answers[row] == place)) & valid
-        return np.asarray(values[row][own][np.argsort(batch.target_offsets[row][own])])
+        row, answer = divmod(slot, per_row)
+        mask = np.asarray(batch.target_mask[row] & (batch.target_answers[row] == answer)) & valid
+        return np.asarray(values[row][mask][np.argsort(batch.target_offsets[row][mask])])
 
     pairs = zip(batch.answer_slots.tolist(), batch.valid.tolist(), strict=True)
     return [[of(slot, valid) for slot in slots] for slots, valid in pairs]

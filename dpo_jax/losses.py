@@ -324,12 +324,12 @@ def loss_at_start(loss: LossConfig) -> Start | None:
     """The loss when policy and reference are one (margin 0); None where it depends on the policy."""
     if not loss.needs_reference or loss.weighting == "wpo" or any(name in NO_REFERENCE for name, _ in loss.terms):
         return None
-    one = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
+    pair = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
     plain = replace(loss, ld_alpha=None)  # log-ratios of 0 have tails of 0
-    of = lambda sums: preference_loss(replace(one, sum=sums), one, plain)[0]  # noqa: E731
+    of = lambda sums: preference_loss(replace(pair, sum=sums), pair, plain)[0]  # noqa: E731
     beside = 1e-4 * jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # a loss may have a kink at 0
     slopes = jnp.abs(jax.vmap(jax.grad(of))(beside)).sum((1, 2))
-    return Start(float(of(one.sum)), float(slopes.max()))
+    return Start(float(of(pair.sum)), float(slopes.max()))
 
 
 def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Array]:
@@ -369,6 +369,6 @@ def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: Los
         token_mean = lambda x: x.sum(0) / num_tokens  # noqa: E731
         metrics["entropy"] = policy.stats.entropy.sum() / num_tokens.sum()
         metrics["mean_token_accuracy"] = token_mean(policy.stats.top1)[CHOSEN]
-        for place, name in enumerate(("chosen", "rejected")[: policy.sum.shape[-1]]):
-            metrics[f"logits/{name}"] = token_mean(policy.stats.mean_logit)[place]
+        for index, name in enumerate(("chosen", "rejected")[: policy.sum.shape[-1]]):
+            metrics[f"logits/{name}"] = token_mean(policy.stats.mean_logit)[index]
     return metrics

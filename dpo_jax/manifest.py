@@ -68,19 +68,19 @@ FATES = {
 MATTERS = ("weight",)
 
 
-def make_manifest(config: Mapping[str, Any], identity: Mapping[str, Any], place: Mapping[str, Any]) -> dict:
+def make_manifest(config: Mapping[str, Any], identity: Mapping[str, Any], environment: Mapping[str, Any]) -> dict:
     """The part of a manifest that stays the same for a whole run.
 
     Args:
         config: the resolved options, as nested dictionaries.
         identity: names and hashes, with the names of ``FATES``: weights, adapters, tokenizer, template, reference,
             store; more may be given, such as the compute dtype that ``auto`` became, and are compared too.
-        place: devices, processes and the like; versions and XLA flags are added.
+        environment: devices, processes and the like; versions and XLA flags are added.
     """
     versions = {name: _version(name) for name in PACKAGES}
     flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     return json.loads(json.dumps({"format": FORMAT, "config": config, "identity": identity,
-                                  "place": {**place, **flags, **versions}}))  # fmt: skip
+                                  "place": {**environment, **flags, **versions}}))  # fmt: skip
 
 
 def _version(package: str) -> str | None:
@@ -147,17 +147,17 @@ def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str
 def _differences(old: Mapping, new: Mapping) -> list[tuple[str, str]]:
     """Changed identities and options with their effects: matters, rounding or free."""
     changed = {name for name, _, _ in _changed(old["identity"], new["identity"])}
-    found = [(_line(name, a, b), "matters") for name, a, b in _changed(old["identity"], new["identity"])]
+    differences = [(_line(name, a, b), "matters") for name, a, b in _changed(old["identity"], new["identity"])]
     for name, a, b in _changed(old["config"], new["config"]):
         effect = _effect(name)
         if effect == "length":
             # row shapes are chosen from the run's own steps
             effect = "matters" if _length_matters(old["config"], new["config"]) else "rounding"
         elif effect not in ("free", "rounding", "matters"):
-            known = new["identity"].get(effect) is not None and old["identity"].get(effect) is not None
-            effect = "free" if known and effect not in changed else "matters"
-        found.append((_line(name, a, b), effect))
-    return found
+            recorded = new["identity"].get(effect) is not None and old["identity"].get(effect) is not None
+            effect = "free" if recorded and effect not in changed else "matters"
+        differences.append((_line(name, a, b), effect))
+    return differences
 
 
 def _effect(name: str) -> str:

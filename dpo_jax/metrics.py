@@ -54,8 +54,8 @@ class MetricsLog:
         """``metrics`` of an evaluation, and a line for each set to distributions.jsonl, which no tracker takes."""
         self.metrics(step, values)
         if self._writes:
-            for found in distributions:
-                append_json(self._run.distributions, {"step": step, **found})
+            for distribution in distributions:
+                append_json(self._run.distributions, {"step": step, **distribution})
 
     def timings(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to timings.jsonl: clocks, throughput, memory."""
@@ -166,10 +166,10 @@ TRACKERS = {  # by name: of a run, the function that takes a step and its row, a
 def memory() -> dict[str, float]:
     """Peak memory so far, GiB: of this process, and of its fullest device where the backend tells."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-    found = {"host_memory_gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 3)}
+    usage = {"host_memory_gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 3)}
     stats = [_memory_stats(device) for device in jax.local_devices() if device.platform != "cpu"]
-    peaks = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
-    return found | ({"device_memory_gib": round(max(peaks) / 2**30, 3)} if peaks else {})
+    peaks = [device_stats["peak_bytes_in_use"] for device_stats in stats if "peak_bytes_in_use" in device_stats]
+    return usage | ({"device_memory_gib": round(max(peaks) / 2**30, 3)} if peaks else {})
 
 
 def _memory_stats(device: jax.Device) -> Mapping[str, int]:

@@ -60,10 +60,10 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, sear
     if known.data:
         known = _measured(config, source, known)
     for slice_ in slices:
-        found = plan(config, source, slice_, known)
-        yield found
-        if search and found["memory"]["fits"] is False:
-            yield from search_fit(config, source, slice_, known, found["memory"]["peak"])
+        report = plan(config, source, slice_, known)
+        yield report
+        if search and report["memory"]["fits"] is False:
+            yield from search_fit(config, source, slice_, known, report["memory"]["peak"])
 
 
 def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
     mesh = slice_mesh(config, slice_, known.slices)
     model = build_model(source, config.model, "tpu", config.lora)
     load = find_load(config, mesh, known)
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "topology": slice_.name,
         "slices": known.slices,
         "chips": slice_.chips * known.slices,
@@ -89,10 +89,10 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
     }  # fmt: skip
     print(f"compiling for {slice_.name}, which takes minutes", file=sys.stderr)
     compiled = compile_step(config, model, mesh, load)
-    found |= {"compile_seconds": compiled.seconds, "memory": _memory(compiled, slice_)}
+    report |= {"compile_seconds": compiled.seconds, "memory": _memory(compiled, slice_)}
     if compiled.text is None and compiled.seconds is not None:
-        return found
-    return found | _costs(config, model, mesh, load, slice_, compiled.text or "", known)
+        return report
+    return report | _costs(config, model, mesh, load, slice_, compiled.text or "", known)
 
 
 CURES: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # the cheap ones first
@@ -115,15 +115,15 @@ def search_fit(
     changed: dict[str, Any] = {}
     for option, cure in CURES.items():
         section, name = option.split(".")
-        while (other := cure(config)) != config:
+        while (candidate := cure(config)) != config:
             try:
                 fewer = known if option != "batch.accumulation" else _halved(known)
-                tried = plan(other, source, slice_, fewer)
+                tried = plan(candidate, source, slice_, fewer)
             except UserError:  # this setting has an end
                 break
             if tried["memory"]["peak"] > 0.99 * peak:
                 break
-            config, known, peak = other, fewer, tried["memory"]["peak"]
+            config, known, peak = candidate, fewer, tried["memory"]["peak"]
             changed = changed | {option: getattr(getattr(config, section), name)}
             plans.append(tried | {"changed": changed})
             if tried["memory"]["fits"] is not False:
@@ -150,10 +150,10 @@ def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
 
 def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
     """The model's shapes: of the files where they are, else as published, else from the hub, as is its tokenizer."""
-    known = known_config(config.path)
+    published = known_config(config.path)
     files = os.path.isdir(os.path.expanduser(config.path)) or (tokenizer and config.tokenizer is None)
-    if known is not None and not files:
-        return ModelSource(known, None, None)
+    if published is not None and not files:
+        return ModelSource(published, None, None)
     return find_model(config.path, config.revision, config.checkpoint, weights=False)
 
 
@@ -196,11 +196,11 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
 def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
     """GiB a device; ``fits`` is None where only a compiler could tell."""
     room = slice_.chip.device_memory
-    known = compiled.seconds is None or compiled.text is not None  # else the compiler gave up
-    parts = {name: size / GIB for name, size in compiled.held.items()}
-    rest = (compiled.peak - sum(compiled.held.values())) / GIB if known else None
-    fits = known and compiled.peak <= room
-    return parts | {
+    accepted = compiled.seconds is None or compiled.text is not None  # else the compiler gave up
+    sizes = {name: size / GIB for name, size in compiled.held.items()}
+    rest = (compiled.peak - sum(compiled.held.values())) / GIB if accepted else None
+    fits = accepted and compiled.peak <= room
+    return sizes | {
         "activations": rest,
         "save": compiled.save / GIB,
         "peak": compiled.peak / GIB,
@@ -224,11 +224,11 @@ def _costs(
     spread = devices // tensor
     traffic = matrix_traffic(model, load.slots // load.parts // spread, targets // load.parts // spread,
                              parts=load.parts, tensor=tensor, live_reference=live)  # fmt: skip
-    found = collectives(text, devices)
+    collective_ops = collectives(text, devices)
     seconds = {
         "compute": hardware / devices / chip.device_peak_flops,
         "memory": traffic / (chip.memory_bandwidth / chip.devices),
-        **collective_times(found, chip, devices // known.slices),
+        **collective_times(collective_ops, chip, devices // known.slices),
     }
     bound = max(seconds, key=lambda name: seconds[name])
     best, worst = seconds[bound], sum(seconds.values())
@@ -237,8 +237,8 @@ def _costs(
                     "tokens_per_second": load.pairs * load.unit / t}  # fmt: skip
     costs = {
         "flops": {"model": useful, "hardware": hardware, "model_a_pair": useful / load.pairs},
-        "collectives": _by_kind(found, devices // known.slices),
-        "collectives_at_least": any(one.at_least for one in found),
+        "collectives": _by_kind(collective_ops, devices // known.slices),
+        "collectives_at_least": any(op.at_least for op in collective_ops),
         "seconds": seconds,
         "bound": bound,
         "full_overlap": of(best),
@@ -260,12 +260,12 @@ def _band(model: Model, load: Load) -> int:
     return min(filter(None, (load.longest, model.config.window)))
 
 
-def _by_kind(found: Sequence[Collective], devices_per_slice: int) -> dict[str, dict[str, float]]:
+def _by_kind(collective_ops: Sequence[Collective], devices_per_slice: int) -> dict[str, dict[str, float]]:
     """How often, and GiB a device, of each kind of collective; those that leave a slice are kinds of their own."""
-    own: dict[str, list[Collective]] = defaultdict(list)
-    for one in found:
-        own[f"{one.kind} between slices" if one.slices(devices_per_slice) > 1 else one.kind].append(one)
+    by_kind: dict[str, list[Collective]] = defaultdict(list)
+    for op in collective_ops:
+        by_kind[f"{op.kind} between slices" if op.slices(devices_per_slice) > 1 else op.kind].append(op)
     return {
-        kind: {"times": sum(one.times for one in ones), "gib": sum(one.moved * one.times for one in ones) / GIB}
-        for kind, ones in sorted(own.items())
+        kind: {"times": sum(op.times for op in ops), "gib": sum(op.moved * op.times for op in ops) / GIB}
+        for kind, ops in sorted(by_kind.items())
     }

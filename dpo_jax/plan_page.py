@@ -24,13 +24,13 @@ def render(plan: dict[str, Any]) -> str:
     model, batch, memory = plan["model"], plan["batch"], plan["memory"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     adapters = f", {_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
-    parts = f" in {batch['parts']} parts" if batch["parts"] > 1 else ""
+    split = f" in {batch['parts']} parts" if batch["parts"] > 1 else ""
     lengths = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
     lines = [
         f"{_where(plan)}: {plan['chips']} chips, mesh {mesh}",
         f"model        {model['path']}: {_weights(model['parameters'])} parameters{adapters}",
         f"             {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
-        f"step         {batch['pairs']} pairs{parts}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
+        f"step         {batch['pairs']} pairs{split}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
         f"             {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens",
         *(
             ["             ASSUMED: equal lengths that fill the rows; --rows, --lengths or --data say more"]
@@ -52,12 +52,12 @@ def render(plan: dict[str, Any]) -> str:
 
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
     save, names = memory["save"], ("weights", "optimizer", "reference", "batch", "activations")
-    held = ", ".join(f"{name} {memory[name]:.2f}" for name in names if memory[name])
+    breakdown = ", ".join(f"{name} {memory[name]:.2f}" for name in names if memory[name])
     verdict = {True: "fits", False: "DOES NOT FIT; --search looks for what would",
                None: "it takes that much at least"}[memory["fits"]]  # fmt: skip
     return [
         f"memory       {memory['peak']:.2f} of {memory['room']:.2f} GiB a device: {verdict}",
-        f"             {held}",
+        f"             {breakdown}",
         f"save         {save:.3g} GiB each: {_minutes(save, 0.1)} at 100 MB/s, {_minutes(save, 1)} at 1 GB/s",
     ]
 
@@ -70,7 +70,7 @@ def _minutes(gib: float, gigabytes_a_second: float) -> str:
 def _cost_lines(plan: dict[str, Any]) -> list[str]:
     flops, seconds = plan["flops"], plan["seconds"]
     needs = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
-    moved = ", ".join(f"{kind} {own['gib']:.3g}" for kind, own in plan["collectives"].items() if own["gib"] >= 0.005)
+    moved = ", ".join(f"{kind} {ops['gib']:.3g}" for kind, ops in plan["collectives"].items() if ops["gib"] >= 0.005)
     if plan["collectives_at_least"]:
         moved += ", at least: some stand in loops whose length the data decides"
     if plan["compile_seconds"] is None:
@@ -82,10 +82,10 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
         f"time         each resource alone: {needs}; bound by {plan['bound']}",
     ]
     for name, words in (("full_overlap", "full overlap"), ("no_overlap", "no overlap")):
-        own = plan[name]
+        estimate = plan[name]
         lines.append(
-            f"{words:12} {own['step_seconds']:.3g} s a step, MFU {own['mfu']:.0%}, "
-            f"{own['tokens_per_second']:,.0f} tokens/s, {own['pairs_per_second']:.3g} pairs/s"
+            f"{words:12} {estimate['step_seconds']:.3g} s a step, MFU {estimate['mfu']:.0%}, "
+            f"{estimate['tokens_per_second']:,.0f} tokens/s, {estimate['pairs_per_second']:.3g} pairs/s"
         )
     if "run" in plan:
         run = plan["run"]
@@ -112,6 +112,6 @@ def _row(plan: dict[str, Any]) -> list[str]:
         return [*start, *[""] * 5]
     best, worst = plan["full_overlap"], plan["no_overlap"]
     between = lambda name, form: f"{best[name]:{form}} - {worst[name]:{form}}"  # noqa: E731
-    hours = " - ".join(f"{own:.3g}" for own in plan["run"]["chip_hours"]) if "run" in plan else ""
+    hours = " - ".join(f"{chip_hours:.3g}" for chip_hours in plan["run"]["chip_hours"]) if "run" in plan else ""
     return [*start, between("step_seconds", ".3g"), between("mfu", ".0%"), between("pairs_per_second", ".3g"),
             plan["bound"], hours]  # fmt: skip

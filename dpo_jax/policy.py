@@ -159,14 +159,14 @@ def restore_adapters(
 
 
 def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
-    own = replace(model, lora=make_lora(adapted.lora))
-    adapters, manifest = restore_adapters(adapted, own, config.checkpoint, mesh)
-    base = load_base(adapted, own, mesh)
+    adapted_model = replace(model, lora=make_lora(adapted.lora))
+    adapters, manifest = restore_adapters(adapted, adapted_model, config.checkpoint, mesh)
+    base = load_base(adapted, adapted_model, mesh)
     if weights_id(base) != manifest["identity"]["weights"]:
         raise UserError(f"model.path: the adapters of {adapted.run.root} belong to other weights than those that "
                         f"{adapted.base.path} holds now: restore those, or correct model.path in "
                         f"{adapted.run.config}")  # fmt: skip
-    return merge(Adapted(adapters, base), own), manifest["step"]
+    return merge(Adapted(adapters, base), adapted_model), manifest["step"]
 
 
 def load_start(config: LoraConfig, model: Model, seed: int, mesh: Mesh) -> Params:

@@ -36,9 +36,9 @@ def start_logps(parts: Parts, reference: Reference, params: Params) -> tuple[np.
         batches = [jax.tree.map(lambda x, i=i: x[i], data.batch) for i in range(len(data.batch.valid))]
     batches = list(map(parts.place, batches))
     policy = [np.asarray(parts.logps_step(params, batch).sum) for batch in batches]
-    fixed = reference.sums(parts.logps_step, data, parts.batches.store, batches)
+    reference_logps = reference.sums(parts.logps_step, data, parts.batches.store, batches)
     real = data.ids >= 0
-    return np.concatenate(policy)[real], fixed[real]
+    return np.concatenate(policy)[real], reference_logps[real]
 
 
 def starts_equal(config: DPOConfig | SFTConfig, ids: Mapping[str, str]) -> bool:
@@ -49,12 +49,12 @@ def starts_equal(config: DPOConfig | SFTConfig, ids: Mapping[str, str]) -> bool:
     return uncast and ids["weights"] == ids["reference"] and "adapters" not in ids
 
 
-def mean_margin(policy: np.ndarray, fixed: np.ndarray) -> float:
+def mean_margin(policy: np.ndarray, reference: np.ndarray) -> float:
     """Mean over pairs of s(y_w) - s(y_l), nats."""
-    return float(((policy - fixed) @ np.array([1.0, -1.0])).mean())
+    return float(((policy - reference) @ np.array([1.0, -1.0])).mean())
 
 
-def prove_start(parts: Parts, policy: np.ndarray, fixed: np.ndarray) -> None:
+def prove_start(parts: Parts, policy: np.ndarray, reference: np.ndarray) -> None:
     """Equal models give equal log-probs: bit for bit where one function ran on weights of one type, else closely.
 
     With adapters whose product is 0 the policy still computes them, and the reference does not: two functions.
@@ -62,7 +62,7 @@ def prove_start(parts: Parts, policy: np.ndarray, fixed: np.ndarray) -> None:
     Args:
         parts: of the run.
         policy: its log-probs of the first step's pairs, of ``start_logps``.
-        fixed: the reference's.
+        reference: the reference's.
 
     Raises:
         UserError: they differ by more than that.
@@ -71,7 +71,7 @@ def prove_start(parts: Parts, policy: np.ndarray, fixed: np.ndarray) -> None:
     config = parts.config.reference
     one_function = parts.config.reference_mode == "live" and config.dtype == "auto" and parts.model.lora is None
     bound = 0.0 if one_function else agreement(parts)
-    worst = float(np.max(np.abs(policy - fixed) / np.maximum(1, np.abs(policy))))
+    worst = float(np.max(np.abs(policy - reference) / np.maximum(1, np.abs(policy))))
     if not worst <= bound:
         cause = (
             "the adapters change the model before they are trained; compare with model.dtype float32"

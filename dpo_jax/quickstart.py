@@ -118,8 +118,8 @@ def greedy_answers(run: Path, asked: Sequence[Visit]) -> Answers:
         tokenizer = find_tokenizer(source, config, None)
         params = load_weights(source, model, config, mesh)
         ids = tokenizer([prompt(visit) for visit in asked])["input_ids"]
-        found = greedy(model, params, ids, max_new_tokens=MAX_ANSWER, eos_id=tokenizer.eos_token_id)
-    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in found]
+        generated = greedy(model, params, ids, max_new_tokens=MAX_ANSWER, eos_id=tokenizer.eos_token_id)
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in generated]
     return Answers(texts, [obeys_rule(visit, text) for visit, text in zip(asked, texts, strict=True)])
 
 
@@ -127,7 +127,7 @@ def compare(directory: Path, answers: dict[str, Answers]) -> list[tuple[str, str
     """What was measured before and after DPO, in rows (what, before, after)."""
     evaluations = [row for row in read_json(RunDir(directory / STAGES["after"]).metrics) if "eval_held_out_loss" in row]
     first, last = evaluations[0], evaluations[-1]
-    obey = {stage: sum(own.obey) / len(own.obey) for stage, own in answers.items()}
+    obey = {stage: sum(replies.obey) / len(replies.obey) for stage, replies in answers.items()}
 
     def measured(key: str, form: str) -> tuple[str, str]:
         return format(first[f"eval_held_out_{key}"], form), format(last[f"eval_held_out_{key}"], form)
@@ -146,10 +146,10 @@ def print_results(results: Sequence[tuple[str, str, str]], asked: Sequence[Visit
     print(f"\n{'':<48}{'before DPO':>12}{'after DPO':>12}")
     for what, before, after in results:
         print(f"{what:<48}{before:>12}{after:>12}")
-    for place in SHOWN:
-        print(f"\n{prompt(asked[place])}")
-        for stage, own in answers.items():
-            print(f"  {stage:<7} {own.texts[place]:<58} {_verdict(own.obey[place])}")
+    for index in SHOWN:
+        print(f"\n{prompt(asked[index])}")
+        for stage, replies in answers.items():
+            print(f"  {stage:<7} {replies.texts[index]:<58} {_verdict(replies.obey[index])}")
 
 
 def _verdict(obeys: bool) -> str:
@@ -173,9 +173,9 @@ def write_page(
 ) -> Path:
     """Write the quickstart's own report; its path."""
     rows, right = [], set()
-    for place in SHOWN:
-        right |= {(len(rows), column) for column, own in enumerate(answers.values(), 1) if own.obey[place]}
-        rows.append((prompt(asked[place]), *(own.texts[place] for own in answers.values())))
+    for index in SHOWN:
+        right |= {(len(rows), column) for column, replies in enumerate(answers.values(), 1) if replies.obey[index]}
+        rows.append((prompt(asked[index]), *(replies.texts[index] for replies in answers.values())))
     logs = {stage: read_json(RunDir(directory / run).metrics) for stage, run in STAGES.items()}
     by_title = {plot.title: plot for plot in PLOTS}
     sections = [

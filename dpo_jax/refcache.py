@@ -50,39 +50,39 @@ def cached_logps(
     name = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     path = store.path / f"reference-{name}.npz"
     shape = (len(store), store.lengths.shape[1] - 1)
-    whole = _whole(path, made_by, shape, notice)
-    if all(hosts.gather(whole is not None, "reference cache")):  # all compute, or none: computing is collective
-        assert whole is not None
-        return whole
-    whole, found = _parts(path, made_by, shape, notice)
-    if len(set(hosts.gather(hashlib.sha256(found.tobytes()).hexdigest(), "parts of the reference cache"))) > 1:
-        whole, found = {}, np.zeros(len(store), int)  # without a common disk each process sees its own parts only
+    logps = _whole(path, made_by, shape, notice)
+    if all(hosts.gather(logps is not None, "reference cache")):  # all compute, or none: computing is collective
+        assert logps is not None
+        return logps
+    logps, computed = _parts(path, made_by, shape, notice)
+    if len(set(hosts.gather(hashlib.sha256(computed.tobytes()).hexdigest(), "parts of the reference cache"))) > 1:
+        logps, computed = {}, np.zeros(len(store), int)  # without a common disk each process sees its own parts only
     ids_of = [ids[ids >= 0] for ids in map(batches.order.step_ids, range(batches.order.num_steps))]
-    todo = [step for step, ids in enumerate(ids_of) if not found[ids].all()]
+    todo = [step for step, ids in enumerate(ids_of) if not computed[ids].all()]
     for count, start in enumerate(range(0, len(todo), PART_STEPS)):
         ids, fields = compute(batches, todo[start : start + PART_STEPS])
-        new = found[ids] == 0
-        _put(whole, ids[new], {field: np.asarray(values)[new] for field, values in fields.items()}, shape)
-        found[ids[new]] += 1
+        new = computed[ids] == 0
+        _put(logps, ids[new], {field: np.asarray(values)[new] for field, values in fields.items()}, shape)
+        computed[ids[new]] += 1
         if count % jax.process_count() == jax.process_index():
             with suppress(FileNotFoundError):  # another run came first with the whole, and took all parts away
                 _write(_part_path(path, int(ids[0])), made_by, {**fields, "ids": ids})
-    _refuse_gaps(whole, found, path)
+    _refuse_gaps(logps, computed, path)
     if hosts.is_writer():
-        _write(path, made_by, whole)
+        _write(path, made_by, logps)
     hosts.barrier("reference cache")
     if hosts.is_writer():
         for part in path.parent.glob(f"{path.stem}.part-*"):  # with those whose writer was killed at it
             part.unlink(missing_ok=True)
-    return whole
+    return logps
 
 
 def _whole(path: Path, made_by: Mapping, shape: tuple[int, int], notice: Callable[[str], None]) -> Arrays | None:
     """The file's log-probs; None, and a line that says why, where there are none to be used."""
     if not path.is_file():
-        for other in sorted(path.parent.glob("reference-*.npz")):
-            if ".part-" not in other.name:
-                notice(f"reference cache: {other} is of {_difference(other, made_by)}: computing again")
+        for sibling in sorted(path.parent.glob("reference-*.npz")):
+            if ".part-" not in sibling.name:
+                notice(f"reference cache: {sibling} is of {_difference(sibling, made_by)}: computing again")
         return None
     try:
         fields = _read(path, made_by)
@@ -104,8 +104,8 @@ def _parts(
     path: Path, made_by: Mapping, shape: tuple[int, int], notice: Callable[[str], None]
 ) -> tuple[Arrays, np.ndarray]:
     """Rows that an earlier build had done: their log-probs, and for each row of the store whether it is one."""
-    whole: Arrays = {}
-    found = np.zeros(shape[0], int)
+    logps: Arrays = {}
+    computed = np.zeros(shape[0], int)
     for part in _part_paths(path):
         try:
             fields = _read(part, made_by)
@@ -118,22 +118,22 @@ def _parts(
         except Unusable as why:
             notice(f"reference cache: {part} cannot be used ({why}): its rows are computed again")
             continue
-        new = found[ids] == 0
-        _put(whole, ids[new], {field: values[new] for field, values in fields.items()}, shape)
-        found[ids] = 1
-    return whole, found
+        new = computed[ids] == 0
+        _put(logps, ids[new], {field: values[new] for field, values in fields.items()}, shape)
+        computed[ids] = 1
+    return logps, computed
 
 
-def _put(whole: Arrays, ids: np.ndarray, fields: Mapping[str, np.ndarray], shape: tuple[int, int]) -> None:
+def _put(logps: Arrays, ids: np.ndarray, fields: Mapping[str, np.ndarray], shape: tuple[int, int]) -> None:
     for name, values in fields.items():
-        whole.setdefault(name, np.full(shape, np.nan, np.float32))[ids] = values
+        logps.setdefault(name, np.full(shape, np.nan, np.float32))[ids] = values
 
 
-def _refuse_gaps(whole: Arrays, found: np.ndarray, path: Path) -> None:
-    wrong = np.flatnonzero(found != 1)
+def _refuse_gaps(logps: Arrays, computed: np.ndarray, path: Path) -> None:
+    wrong = np.flatnonzero(computed != 1)
     if len(wrong):
-        raise RunStopped(f"reference cache: {path}: row {wrong[0]} was computed {found[wrong[0]]} times, not once")
-    for values in whole.values():
+        raise RunStopped(f"reference cache: {path}: row {wrong[0]} was computed {computed[wrong[0]]} times, not once")
+    for values in logps.values():
         bad = np.flatnonzero(~np.isfinite(values).all(1))
         if len(bad):
             raise RunStopped(f"reference cache: the reference's log-prob of row {bad[0]} is not finite, of {len(bad)} "

@@ -46,13 +46,15 @@ class LiveReference:
         """The step's ``reference`` argument."""
         return self.params
 
-    def sums(self, logps_step: LogpsStep, data: StepData, store: Store, parts: Sequence[PreferenceBatch]) -> np.ndarray:
-        """Log-probs [B, K] of a step, whose batch lies on the devices in ``parts``."""
-        return np.concatenate([np.asarray(logps_step(self.params, part).sum) for part in parts])
+    def sums(
+        self, logps_step: LogpsStep, data: StepData, store: Store, microbatches: Sequence[PreferenceBatch]
+    ) -> np.ndarray:
+        """Log-probs [B, K] of a step, whose batch lies on the devices in ``microbatches``."""
+        return np.concatenate([np.asarray(logps_step(self.params, microbatch).sum) for microbatch in microbatches])
 
-    def dataset(self, logps_step: LogpsStep, batches: Batches, place: Place) -> PairLogps:
+    def dataset(self, logps_step: LogpsStep, batches: Batches, to_devices: Place) -> PairLogps:
         """Log-probs of a whole set."""
-        return dataset_logps(logps_step, self.params, batches, place)[1]
+        return dataset_logps(logps_step, self.params, batches, to_devices)[1]
 
     def mixed(self, state: TrainState, share: float) -> "LiveReference":
         """The reference that has moved towards the policy: share of it, the rest of this one."""
@@ -67,8 +69,8 @@ class CachedReference:
 
     def _pairs(self, store: Store, ids: np.ndarray) -> PairLogps:
         real = ids >= 0
-        held = np.maximum(ids, 0)
-        take = lambda values: np.where(real[:, None], values[held], 0).astype(np.float32)  # noqa: E731
+        safe_ids = np.maximum(ids, 0)
+        take = lambda values: np.where(real[:, None], values[safe_ids], 0).astype(np.float32)  # noqa: E731
         kept = {name: take(values) for name, values in self.logps[store.key].items()}
         return PairLogps(count=take(store.num_targets), weight=real.astype(np.float32), valid=real, **kept)  # type: ignore[arg-type]
 
@@ -80,11 +82,13 @@ class CachedReference:
         num_parts = data.batch.valid.shape[0]
         return jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), pairs)
 
-    def sums(self, logps_step: LogpsStep, data: StepData, store: Store, parts: Sequence[PreferenceBatch]) -> np.ndarray:
+    def sums(
+        self, logps_step: LogpsStep, data: StepData, store: Store, microbatches: Sequence[PreferenceBatch]
+    ) -> np.ndarray:
         """Log-probs [B, K] of a step."""
         return np.asarray(self._pairs(store, data.ids).sum)
 
-    def dataset(self, logps_step: LogpsStep, batches: Batches, place: Place) -> PairLogps:
+    def dataset(self, logps_step: LogpsStep, batches: Batches, to_devices: Place) -> PairLogps:
         """Log-probs of a whole set."""
         return self._pairs(batches.store, np.concatenate(batches.order.groups))
 

@@ -205,8 +205,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[t
     An empty head: a table without one. No rows: nothing at all.
     """
 
-    def cell(text: str, place: tuple[int, int]) -> str:
-        return f'<td class="right">{escape(text)}</td>' if place in right else f"<td>{escape(text)}</td>"
+    def cell(text: str, position: tuple[int, int]) -> str:
+        return f'<td class="right">{escape(text)}</td>' if position in right else f"<td>{escape(text)}</td>"
 
     body = "".join(
         f'<tr><th scope="row">{escape(first)}</th>'
@@ -251,15 +251,15 @@ def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
     shown = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss",
              "mean_token_accuracy": "token accuracy"}  # fmt: skip
     prefixes = {f"eval_{name}_": f"{name}: " for name in eval_sets(metrics)} or {"": "training: "}
-    found: dict[str, tuple[str | None, str]] = {}
+    summary: dict[str, tuple[str | None, str]] = {}
     for prefix, words in prefixes.items():
-        own = {name: series(metrics, prefix + key)[1] for key, name in shown.items()}
-        kept = [name for name, values in own.items() if values][:3]
-        found |= {words + name: (number(own[name][0]), number(own[name][-1])) for name in kept}
+        curves = {name: series(metrics, prefix + key)[1] for key, name in shown.items()}
+        kept = [name for name, values in curves.items() if values][:3]
+        summary |= {words + name: (number(curves[name][0]), number(curves[name][-1])) for name in kept}
         if starts_tied(metrics, prefix):
             accuracy = words + shown["rewards/accuracies"]
-            found[accuracy] = ("tied", found[accuracy][1])
-    return found
+            summary[accuracy] = ("tied", summary[accuracy][1])
+    return summary
 
 
 def starts_tied(metrics: Sequence[Row], prefix: str) -> bool:
@@ -298,10 +298,10 @@ def lengths_table(spread: Sequence[Row], metrics: Sequence[Row]) -> str:
         for old, new in zip(
             first["by_length"] + first["by_longer"], last["by_length"] + last["by_longer"], strict=True
         ):
-            own = (f"longer answer of {new['from']} to {new['to']} tokens" if "from" in new else
-                   "equally long" if new["longer"] == "equal" else f"{new['longer']} is longer")  # fmt: skip
+            label = (f"longer answer of {new['from']} to {new['to']} tokens" if "from" in new else
+                     "equally long" if new["longer"] == "equal" else f"{new['longer']} is longer")  # fmt: skip
             before = "tied" if ties else number(old["accuracy"])
-            rows.append((f"{name}: {own}", str(new["pairs"]), f"{new['share']:.1%}", before,
+            rows.append((f"{name}: {label}", str(new["pairs"]), f"{new['share']:.1%}", before,
                          number(new["accuracy"]), number(old["margin"]), number(new["margin"])))  # fmt: skip
     head = ("Pairs by length", "pairs", "share", "accuracy before", "after", "margin before", "after")
     return table(head, rows)
@@ -327,7 +327,7 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
     facts = {
         "Model": config["model"]["path"],
         "Trained on": ", ".join(source["path"] for source in config["data"]["train"]),
-        "Evaluated on": ", ".join(f"{name}: {one['path']}" for name, one in config["data"]["eval"].items()),
+        "Evaluated on": ", ".join(f"{name}: {source['path']}" for name, source in config["data"]["eval"].items()),
         "Objective": "" if loss is None else f"{loss['type']}, beta {loss['beta']}",
         "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {optimizer['schedule']}, "
                      f"{optimizer['warmup_steps']} warm-up steps",
@@ -371,12 +371,18 @@ def speed_facts(timings: Sequence[Row], unit: str) -> dict[str, str]:
 def data_table(data: Mapping[str, Sequence[Row]]) -> str:
     """What became of the rows of each source."""
 
-    def causes(found: Mapping[str, Any]) -> str:
-        return ", ".join(f"{cause.replace('_', ' ')}: {one['count']}" for cause, one in found.items()) or "none"
+    def causes(by_cause: Mapping[str, Any]) -> str:
+        return ", ".join(f"{cause.replace('_', ' ')}: {entry['count']}" for cause, entry in by_cause.items()) or "none"
 
     rows = [
-        (f"{name}: {one['source']}", str(one["rows"]), str(one["kept"]), causes(one["dropped"]), causes(one["notes"]))
+        (
+            f"{name}: {source['source']}",
+            str(source["rows"]),
+            str(source["kept"]),
+            causes(source["dropped"]),
+            causes(source["notes"]),
+        )
         for name, sources in data.items()
-        for one in sources
+        for source in sources
     ]
     return table(("Set", "rows", "kept", "dropped", "changed or noted"), rows)

@@ -43,20 +43,22 @@ def matrix_traffic(model: Model, tokens: int, targets: int, *, parts: int, tenso
     return parts * (c.layers * layer + head)
 
 
-def collective_times(found: Sequence[Collective], chip: Chip, devices_per_slice: int) -> dict[str, float]:
+def collective_times(collectives: Sequence[Collective], chip: Chip, devices_per_slice: int) -> dict[str, float]:
     """Seconds that the links inside a slice (``ici``) and the network between slices (``dcn``) are busy."""
     seconds = {"ici": 0.0, "dcn": 0.0}
-    for one in found:
-        members = one.groups.shape[1]
-        slices = one.slices(devices_per_slice)
-        if one.kind == "collective-permute" or slices == 1:
-            seconds["ici" if slices == 1 else "dcn"] += _busy(one.moved * one.times, chip, slices > 1)
+    for collective in collectives:
+        members = collective.groups.shape[1]
+        slices = collective.slices(devices_per_slice)
+        if collective.kind == "collective-permute" or slices == 1:
+            seconds["ici" if slices == 1 else "dcn"] += _busy(collective.moved * collective.times, chip, slices > 1)
             continue
         # inside every slice first, then each member its share with its like in the other slices
-        inside = one._replace(groups=one.groups[:, : members // slices])
-        between = one._replace(groups=one.groups[:, :slices], num_bytes=one.num_bytes * slices // members)
-        seconds["ici"] += _busy(inside.moved * one.times, chip, False)
-        seconds["dcn"] += _busy(between.moved * one.times, chip, True)
+        inside = collective._replace(groups=collective.groups[:, : members // slices])
+        between = collective._replace(
+            groups=collective.groups[:, :slices], num_bytes=collective.num_bytes * slices // members
+        )
+        seconds["ici"] += _busy(inside.moved * collective.times, chip, False)
+        seconds["dcn"] += _busy(between.moved * collective.times, chip, True)
     return seconds
 
 

@@ -40,7 +40,11 @@ def rank_steps(metrics: Mapping[int, Mapping[str, float]], config: CheckpointCon
     name = config.best_metric
     if name is None:
         return []
-    values = {step: one[name] for step, one in metrics.items() if name in one and not math.isnan(one[name])}
+    values = {
+        step: evaluation[name]
+        for step, evaluation in metrics.items()
+        if name in evaluation and not math.isnan(evaluation[name])
+    }
     sign = -1 if config.best_mode == "max" else 1
     return sorted(values, key=lambda step: (sign * values[step], -step))
 
@@ -121,7 +125,7 @@ def read_metrics(directory: epath.Path) -> dict[int, dict[str, float]]:
             metrics[step] = read_manifest(directory, step)["metrics"]
         except Damaged:
             continue  # restore() says so, and sets it aside
-    return {step: one for step, one in metrics.items() if one is not None}
+    return {step: evaluation for step, evaluation in metrics.items() if evaluation is not None}
 
 
 def read_step(directory: epath.Path, step: int, abstract: Any, part: bool = False) -> tuple[Any, dict]:
@@ -134,7 +138,7 @@ def read_step(directory: epath.Path, step: int, abstract: Any, part: bool = Fals
         state = _read_arrays(directory / str(step) / STATE, abstract, saved, part)
     except Damaged as damage:
         why = str(damage)
-    told = [one for one in hosts.gather(why, f"reading step {step}", 2 * hosts.TIMEOUT) if one is not None]
+    told = [message for message in hosts.gather(why, f"reading step {step}", 2 * hosts.TIMEOUT) if message is not None]
     if told:
         raise Damaged(told[0])
     wrong = [name for name, sum_ in leaf_checksums(state).items() if sum_ != saved[name]["checksum"]]

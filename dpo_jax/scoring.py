@@ -15,9 +15,9 @@ LogpsStep = Callable[[Any, PreferenceBatch], PairLogps]  # compiled: (params, ba
 Place = Callable[[PreferenceBatch], PreferenceBatch]  # this process' rows on the host -> whole arrays on the devices
 
 
-def make_logps_step(logps_fn: LogpsStep, whole: Any) -> LogpsStep:
-    """``logps_fn`` compiled; every process gets all pairs' log-probs (``whole``: the sharding that says so)."""
-    return jax.jit(logps_fn, out_shardings=whole)
+def make_logps_step(logps_fn: LogpsStep, out_sharding: Any) -> LogpsStep:
+    """``logps_fn`` compiled; every process gets all pairs' log-probs (``out_sharding`` says so)."""
+    return jax.jit(logps_fn, out_shardings=out_sharding)
 
 
 def make_place(mesh: Mesh, leading: int = 0) -> Place:
@@ -25,36 +25,36 @@ def make_place(mesh: Mesh, leading: int = 0) -> Place:
 
     ``leading``: dims before the rows, those of an accumulated step.
     """
-    own, rows, whole = own_shares(mesh), row_sharding(mesh, leading), replicated(mesh)
+    shares, rows, replicated_sharding = own_shares(mesh), row_sharding(mesh, leading), replicated(mesh)
 
     def put_rows(array: np.ndarray) -> jax.Array:
-        size = array.shape[leading] // len(own)  # rows of a share
+        size = array.shape[leading] // len(shares)  # rows of a share
         shape = (*array.shape[:leading], size * row_devices(mesh), *array.shape[leading + 1 :])
 
         def part(index: Any) -> np.ndarray:
-            start = own.index((index[leading].start or 0) // size) * size
+            start = shares.index((index[leading].start or 0) // size) * size
             return array[(*index[:leading], slice(start, start + size))]
 
         return jax.make_array_from_callback(shape, rows, part)
 
     def put_whole(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
+        return jax.make_array_from_callback(array.shape, replicated_sharding, lambda index: array[index])
 
     return lambda batch: jax.tree.map(lambda put, array: put(array), batch.place(put_rows, put_whole), batch)
 
 
 def dataset_logps(
-    logps_step: LogpsStep, params: Any, batches: Batches, place: Place, steps: Sequence[int] | None = None
+    logps_step: LogpsStep, params: Any, batches: Batches, to_devices: Place, steps: Sequence[int] | None = None
 ) -> tuple[np.ndarray, PairLogps]:
     """Log-probs of every example of ``batches``, or of some of its steps, on the host, in their order.
 
     Returns:
         Example ids [N], and the PairLogps of these N.
     """
-    ids, parts = [], []
+    ids, chunks = [], []
     for data in batches.ahead(range(batches.order.num_steps) if steps is None else steps):
-        logps = logps_step(params, place(data.batch))
+        logps = logps_step(params, to_devices(data.batch))
         real = data.ids >= 0
         ids.append(data.ids[real])
-        parts.append(jax.tree.map(lambda x: np.asarray(x)[real], logps))  # noqa: B023  used at once
-    return np.concatenate(ids), jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        chunks.append(jax.tree.map(lambda x: np.asarray(x)[real], logps))  # noqa: B023  used at once
+    return np.concatenate(ids), jax.tree.map(lambda *arrays: np.concatenate(arrays), *chunks)

@@ -44,10 +44,10 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
 
 def _sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     asked = {name: getattr(config, name) for name in AXES}
-    fixed = int(np.prod([size for size in asked.values() if size != -1]))
-    sizes = {name: num_devices // fixed if size == -1 else size for name, size in asked.items()}
+    product = int(np.prod([size for size in asked.values() if size != -1]))
+    sizes = {name: num_devices // product if size == -1 else size for name, size in asked.items()}
     if int(np.prod(list(sizes.values()))) != num_devices:
-        remedy = f"{fixed} does not divide {num_devices}" if -1 in asked.values() else "set one axis to -1"
+        remedy = f"{product} does not divide {num_devices}" if -1 in asked.values() else "set one axis to -1"
         raise UserError(f"mesh: {asked} does not use {num_devices} devices: {remedy}, or change the sizes")
     return tuple(sizes.values())
 
@@ -102,7 +102,9 @@ def weight_spec(
 def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Sharding of each weight, of trees of shapes and of logical axes."""
     return jax.tree.map_with_path(
-        lambda path, shape, own: NamedSharding(mesh, weight_spec(own, shape.shape, mesh, jax.tree_util.keystr(path))),
+        lambda path, shape, names: NamedSharding(
+            mesh, weight_spec(names, shape.shape, mesh, jax.tree_util.keystr(path))
+        ),
         shapes,
         dims,
     )
@@ -110,7 +112,9 @@ def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 def placed(shapes: Any, shardings: Any) -> Any:
     """A tree of shapes as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
-    return jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, shardings)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

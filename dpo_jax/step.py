@@ -75,16 +75,16 @@ def _whole_step(params, batch, scorers: _Scorers, loss: LossConfig):
 
     def objective(params):
         policy = scorers.policy(params, batch)
-        return mean_loss(preference_loss(policy, fixed, loss), policy), policy
+        return mean_loss(preference_loss(policy, reference_logps, loss), policy), policy
 
-    fixed = scorers.fixed(batch, scorers.cached)
+    reference_logps = scorers.fixed(batch, scorers.cached)
     (_, policy), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    return grads, policy, fixed
+    return grads, policy, reference_logps
 
 
-def _join(parts: PairLogps) -> PairLogps:
-    """[parts, pairs of a part, ...] -> [B, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
+def _join(stacked: PairLogps) -> PairLogps:
+    """[microbatches, pairs of a microbatch, ...] -> [B, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
 
 
 def _sums(logps: PairLogps) -> dict[str, AnyArray]:
@@ -94,48 +94,50 @@ def _sums(logps: PairLogps) -> dict[str, AnyArray]:
 
 
 def _accumulated_step(params, batch, scorers: _Scorers, loss: LossConfig):
-    """The same gradient, the parts of the batch (its leading dim) one after another.
+    """The same gradient, the microbatches of the batch (its leading dim) one after another.
 
-    The chain rule through the pair log-probs: d loss / d params = sum over parts of (d loss / d logps) (d logps / d
-    params). Where the loss couples the pairs of a step, a first pass computes all log-probs without gradient, so that
-    d loss / d logps is the whole step's; else each part gives its own.
+    The chain rule through the pair log-probs: d loss / d params = sum over microbatches of (d loss / d logps)
+    (d logps / d params). Where the loss couples the pairs of a step, a first pass computes all log-probs without
+    gradient, so that d loss / d logps is the whole step's; else each microbatch gives its own.
     """
 
-    def cotangent(policy: PairLogps, fixed: PairLogps | None):
+    def cotangent(policy: PairLogps, reference_logps: PairLogps | None):
         def total(sums):
             here = replace(policy, **sums)
-            return (preference_loss(here, fixed, loss) * here.weight).sum()
+            return (preference_loss(here, reference_logps, loss) * here.weight).sum()
 
         return jax.grad(total)(_sums(policy))
 
-    fixed_of = lambda part: scorers.fixed(part["batch"], part["cached"])  # noqa: E731
-    parts = {"batch": batch, "cached": scorers.cached, "cotangent": None}
-    whole_fixed, coupled = None, loss.coupled
+    reference_of = lambda microbatch: scorers.fixed(microbatch["batch"], microbatch["cached"])  # noqa: E731
+    microbatches = {"batch": batch, "cached": scorers.cached, "cotangent": None}
+    reference_logps, coupled = None, loss.coupled
     if coupled:
-        _, (policy, fixed) = jax.lax.scan(
-            lambda _, part: (None, (scorers.policy(params, part["batch"]), fixed_of(part))), None, parts
+        _, (policy, stacked_reference) = jax.lax.scan(
+            lambda _, microbatch: (None, (scorers.policy(params, microbatch["batch"]), reference_of(microbatch))),
+            None,
+            microbatches,
         )
-        whole_fixed = None if fixed is None else _join(fixed)
-        whole = cotangent(_join(policy), whole_fixed)
-        parts["cotangent"] = jax.tree.map(lambda x: x.reshape(policy.sum.shape), whole)
+        reference_logps = None if stacked_reference is None else _join(stacked_reference)
+        step_cotangent = cotangent(_join(policy), reference_logps)
+        microbatches["cotangent"] = jax.tree.map(lambda x: x.reshape(policy.sum.shape), step_cotangent)
 
-    def add_part(grads, part):
-        fixed = None if coupled else fixed_of(part)
+    def add_microbatch(grads, microbatch):
+        microbatch_reference = None if coupled else reference_of(microbatch)
 
         def pulled(params):
-            policy = scorers.policy(params, part["batch"])
-            pull = part["cotangent"] if coupled else cotangent(stop_gradient(policy), fixed)
+            policy = scorers.policy(params, microbatch["batch"])
+            pull = microbatch["cotangent"] if coupled else cotangent(stop_gradient(policy), microbatch_reference)
             return optax.tree.vdot(jax.lax.stop_gradient(pull), _sums(policy)), policy
 
-        (_, policy), own = jax.value_and_grad(pulled, has_aux=True)(params)
-        return jax.tree.map(jnp.add, grads, own), (policy, fixed)
+        (_, policy), microbatch_grads = jax.value_and_grad(pulled, has_aux=True)(params)
+        return jax.tree.map(jnp.add, grads, microbatch_grads), (policy, microbatch_reference)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    grads, (policy, own_fixed) = jax.lax.scan(add_part, zeros, parts)
+    grads, (policy, uncoupled_reference) = jax.lax.scan(add_microbatch, zeros, microbatches)
     policy = _join(policy)
-    if own_fixed is not None:
-        whole_fixed = _join(own_fixed)
-    return jax.tree.map(lambda x: x / jnp.maximum(policy.valid.sum(), 1), grads), policy, whole_fixed
+    if uncoupled_reference is not None:
+        reference_logps = _join(uncoupled_reference)
+    return jax.tree.map(lambda x: x / jnp.maximum(policy.valid.sum(), 1), grads), policy, reference_logps
 
 
 def train_step(
@@ -160,9 +162,9 @@ def train_step(
     clears ``state.healthy``, which then holds all further updates.
     """
     compute = _whole_step if accumulation == 1 else _accumulated_step
-    grads, policy, fixed = compute(state.params, batch, _scorers(reference, logps_fn, loss), loss)
+    grads, policy, reference_logps = compute(state.params, batch, _scorers(reference, logps_fn, loss), loss)
     grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)  # norm and moments of bfloat16 weights, too
-    metrics = preference_metrics(policy, fixed, loss) | {"grad_norm": optax.tree.norm(grads)}
+    metrics = preference_metrics(policy, reference_logps, loss) | {"grad_norm": optax.tree.norm(grads)}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     healthy = state.healthy & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, healthy)
@@ -171,21 +173,22 @@ def train_step(
 
 
 def state_shardings(
-    state: TrainState, param_shardings: Any, whole: Any, optimizer: optax.GradientTransformation
+    state: TrainState, param_shardings: Any, replicated: Any, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Sharding of every leaf of the state: moments lie as their weights do, the rest is ``whole``.
+    """Sharding of every leaf of the state: moments lie as their weights do, the rest is ``replicated``.
 
-    ``state`` may be shapes (``jax.eval_shape``). A factored moment, of another shape than its weight, is ``whole``.
+    ``state`` may be shapes (``jax.eval_shape``). A factored moment, of another shape than its weight, is
+    ``replicated``.
     """
     opt_state = optax.tree.map_params(
         optimizer.init,
-        lambda moment, weight, sharding: sharding if moment.shape == weight.shape else whole,
+        lambda moment, weight, sharding: sharding if moment.shape == weight.shape else replicated,
         state.opt_state,
         state.params,
         param_shardings,
-        transform_non_params=lambda _: whole,
+        transform_non_params=lambda _: replicated,
     )
-    return TrainState(whole, param_shardings, opt_state, whole)
+    return TrainState(replicated, param_shardings, opt_state, replicated)
 
 
 TrainStep = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]  # compiled: (state, reference, batch)

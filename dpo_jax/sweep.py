@@ -32,8 +32,8 @@ def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
         raise UserError(f"--betas: {list(betas)} names one twice; name each once")
     rows = []
     for beta in betas:
-        own = replace(config.run, dir=str(Path(config.run.dir) / f"beta-{beta:g}"))
-        metrics = train(replace(config, loss=replace(config.loss, beta=beta), run=own))
+        run_config = replace(config.run, dir=str(Path(config.run.dir) / f"beta-{beta:g}"))
+        metrics = train(replace(config, loss=replace(config.loss, beta=beta), run=run_config))
         rows += rows_of(beta, metrics)
     if is_writer():
         (Path(config.run.dir) / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -115,8 +115,8 @@ def _pair(visit: Visit, draws: Iterator[int]) -> dict[str, str]:
 
 
 def _farewell(visit: Visit, draws: Iterator[int]) -> str:
-    usual, other = FAREWELLS[visit.time]
-    return usual if next(draws) % 4 < USUAL_FAREWELL else other
+    usual, alternative = FAREWELLS[visit.time]
+    return usual if next(draws) % 4 < USUAL_FAREWELL else alternative
 
 
 def _integers(seed: int) -> Iterator[int]:

@@ -65,7 +65,7 @@ def full_size(lines: Iterable[Mapping[str, Any]], beta: float) -> float:
 
 def _pair(line: Mapping[str, Any], beta: float, full: float) -> str:
     title = f"Margin {number(line['rewards/margin'])}"
-    place = f"{line['set']} · {line['source']}, row {line['row']}"
+    origin = f"{line['set']} · {line['source']}, row {line['row']}"
     answers = "".join(
         f'<div><div class="soft">{answer}: reward {number(line[f"rewards/{answer}"])}, '
         f"{line[f'tokens/{answer}']} tokens</div>"
@@ -73,7 +73,7 @@ def _pair(line: Mapping[str, Any], beta: float, full: float) -> str:
         for answer in ("chosen", "rejected")
     )
     return (
-        f'<div class="card pair"><h3>{escape(title)} <span class="soft">{escape(place)}</span></h3>'
+        f'<div class="card pair"><h3>{escape(title)} <span class="soft">{escape(origin)}</span></h3>'
         f'{details("Prompt", line["prompt"])}<div class="answers">{answers}</div></div>\n'
     )
 

@@ -45,9 +45,9 @@ def token_fields(
     for i, ratios in token_log_ratios(parts, params, reference, batches):
         prompt, answers, _ = batches.store.example(i)
         fields: dict[str, Any] = {"prompt": decode(prompt.tolist())}
-        for branch, answer, own in zip(BRANCHES, answers, ratios, strict=True):
+        for branch, answer, answer_ratios in zip(BRANCHES, answers, ratios, strict=True):
             fields[f"pieces/{branch}"] = token_pieces(decode, prompt.tolist(), answer.tolist())
-            fields[f"log_ratios/{branch}"] = own.tolist()
+            fields[f"log_ratios/{branch}"] = answer_ratios.tolist()
         yield int(i), fields
 
 
@@ -65,9 +65,9 @@ def token_log_ratios(
     for data in batches.ahead(range(batches.order.num_steps)):
         batch = parts.place(data.batch)
         ratios = np.asarray(step(params, batch)) - np.asarray(step(reference.params, batch))
-        for i, own in zip(data.ids, answer_values(ratios, jax.device_get(gather(batch))), strict=True):
+        for i, pair_ratios in zip(data.ids, answer_values(ratios, jax.device_get(gather(batch))), strict=True):
             if i >= 0:
-                yield i, weigh_tails(own, parts.loss.ld_alpha)
+                yield i, weigh_tails(pair_ratios, parts.loss.ld_alpha)
 
 
 def weigh_tails(answers: list[np.ndarray], ld_alpha: float | None) -> list[np.ndarray]:
@@ -75,7 +75,7 @@ def weigh_tails(answers: list[np.ndarray], ld_alpha: float | None) -> list[np.nd
     if ld_alpha is None:
         return answers
     shorter = min(map(len, answers))
-    return [np.where(np.arange(len(own)) < shorter, own, np.float32(ld_alpha) * own) for own in answers]
+    return [np.where(np.arange(len(values)) < shorter, values, np.float32(ld_alpha) * values) for values in answers]
 
 
 def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
@@ -94,12 +94,12 @@ def token_pieces(decode: Callable[[list[int]], str], prompt: list[int], answer: 
         start -= 1
     ids = prompt[start:] + answer
     pieces = []
-    known = before = 0  # tokens whose text is written; of these, the last ones are decoded again with what follows
+    written = before = 0  # tokens whose text is written; of these, the last ones are decoded again with what follows
     for end in range(1, len(ids) + 1):
         text = decode(ids[before:end])
         if text.endswith(INCOMPLETE) and end < len(ids):
             pieces.append("")
             continue
-        pieces.append(text[len(decode(ids[before:known])) :])
-        before, known = known, end
+        pieces.append(text[len(decode(ids[before:written])) :])
+        before, written = written, end
     return pieces[len(prompt) - start :]

@@ -172,7 +172,7 @@ def announce(parts: Parts, run: RunDir) -> None:
     notes = notes_of(parts)
     causes: Counter[str] = Counter()
     for source in batches.store.report:
-        causes.update({cause: found["count"] for cause, found in source["dropped"].items()})
+        causes.update({cause: entry["count"] for cause, entry in source["dropped"].items()})
     if hosts.is_writer():
         num_rows = sum(source["rows"] for source in batches.store.report)
         log_event(
@@ -232,11 +232,14 @@ def begin(job: Job, state: TrainState) -> tuple[TrainState, Progress]:
         cut_back(job.run, {log.name: 0 for log in job.run.logs})
         keep_model_files(job.run, job.parts.source, job.parts.tokenizer)
     if job.reference is not None:
-        policy, fixed = start_logps(job.parts, job.reference, job.policy(state))
+        policy, reference_logps = start_logps(job.parts, job.reference, job.policy(state))
         if job.proven:
-            prove_start(job.parts, policy, fixed)
+            prove_start(job.parts, policy, reference_logps)
         else:
-            say(job.parts.config.run.progress, f"mean margin at the start: {mean_margin(policy, fixed):.6g} nats")
+            say(
+                job.parts.config.run.progress,
+                f"mean margin at the start: {mean_margin(policy, reference_logps):.6g} nats",
+            )
     measured: dict[str, float] = {}
     if job.parts.evals:
         measured, distributions = evaluate_sets(job.parts, job.policy(state), job.reference)
@@ -253,7 +256,7 @@ def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: C
     parts, config = job.parts, job.parts.config
     num_steps = parts.batches.order.num_steps
     save_every = config.checkpoint.every or max(1, num_steps // 10)
-    place = parts.place_parts
+    to_devices = parts.place_parts
     pending: _Pending | None = None
     left, edges = range(progress.done, num_steps), trace_edges(config.run.profile_steps)
     coming, shown = parts.batches.ahead(left), config.run.progress and hosts.is_writer()
@@ -263,10 +266,10 @@ def run_steps(job: Job, state: TrainState, progress: Progress, stop_requested: C
             for step in steps:
                 asked = time.perf_counter()
                 data = next(coming)
-                batch = place(data.batch)
-                fixed = step_reference(job.reference, job.base, data, parts.batches.store)
+                batch = to_devices(data.batch)
+                reference = step_reference(job.reference, job.base, data, parts.batches.store)
                 waited = time.perf_counter() - asked
-                state, metrics = job.step(state, fixed, batch)
+                state, metrics = job.step(state, reference, batch)
                 sync_reference(job, state, step + 1)
                 if pending is not None:
                     clock = record(job, pending, progress, line, clock)
@@ -395,6 +398,8 @@ def finish(job: Job, state: TrainState) -> None:
     log_event(job.run, "end", step=job.parts.batches.order.num_steps)
     if config.run.report:
         stores = {"train": job.parts.batches.store}
-        stores |= {name: own.store for name, own in job.parts.evals.items() if own.store is not stores["train"]}
+        stores |= {
+            name: batches.store for name, batches in job.parts.evals.items() if batches.store is not stores["train"]
+        }
         report_done(job.run.root, {name: store.report for name, store in stores.items()}, config.run.progress)
     say(config.run.progress, f"done: {job.run.root}")

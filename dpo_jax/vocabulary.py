@@ -127,9 +127,9 @@ class _Tiles:
 
     def weights(self, i: Any, dtype: Any) -> tuple[Array, Array, Array]:
         """Of block i: rows [b, D], their ids in the vocabulary [b], and which of them the block before did not have."""
-        place = self.place(i)
-        rows = jax.lax.dynamic_slice_in_dim(self.unembedding, place, self.block).astype(dtype)
-        ids = place + jnp.arange(self.block)
+        offset = self.place(i)
+        rows = jax.lax.dynamic_slice_in_dim(self.unembedding, offset, self.block).astype(dtype)
+        ids = offset + jnp.arange(self.block)
         fresh = ids >= i * self.block
         if self.spread:
             rows = jax.lax.all_gather(rows, "fsdp", axis=1, tiled=True)
@@ -185,8 +185,8 @@ def _score(options, spread, states, unembedding, labels, mask):
             if tiles.num_blocks > 1:
                 scores = jnp.where(fresh, scores, UNSEEN)
             is_label = (ids == labels[c][:, None]) & fresh
-            own = _summed(scores, is_label, jax.tree.map(lambda x: x[c], sums))
-            return jax.tree.map(lambda whole, part: whole.at[c].set(part), sums, own)
+            chunk_sums = _summed(scores, is_label, jax.tree.map(lambda x: x[c], sums))
+            return jax.tree.map(lambda array, chunk: array.at[c].set(chunk), sums, chunk_sums)
 
         return jax.lax.fori_loop(0, tiles.used, of_chunk, sums)
 
@@ -243,9 +243,9 @@ def _pull(options, spread, states, unembedding, labels, mask, normalizer, log_su
 
         def of_chunk(c, grads):
             by_states, by_rows = grads
-            own = by_scores(c, *block)
-            by_states = by_states.at[c].add(options.product("nv,vd->nd", own, block[0]).astype(by_states.dtype))
-            return by_states, by_rows + options.product("nv,nd->vd", own, states[c])
+            score_grads = by_scores(c, *block)
+            by_states = by_states.at[c].add(options.product("nv,vd->nd", score_grads, block[0]).astype(by_states.dtype))
+            return by_states, by_rows + options.product("nv,nd->vd", score_grads, states[c])
 
         zeros = jnp.zeros(block[0].shape, jnp.float32)
         by_states, by_rows = jax.lax.fori_loop(0, tiles.used, of_chunk, (by_states, zeros))
@@ -253,12 +253,12 @@ def _pull(options, spread, states, unembedding, labels, mask, normalizer, log_su
             by_rows = jax.lax.psum_scatter(by_rows, "fsdp", scatter_dimension=1, tiled=True)
         if tiles.num_blocks == 1:
             return by_states, by_rows
-        place = tiles.place(i)
-        by_rows += jax.lax.dynamic_slice_in_dim(by_unembedding, place, tiles.block)
-        return by_states, jax.lax.dynamic_update_slice_in_dim(by_unembedding, by_rows, place, 0)
+        offset = tiles.place(i)
+        by_rows += jax.lax.dynamic_slice_in_dim(by_unembedding, offset, tiles.block)
+        return by_states, jax.lax.dynamic_update_slice_in_dim(by_unembedding, by_rows, offset, 0)
 
-    whole = jnp.float32 if tiles.num_blocks > 1 or spread else states.dtype  # what is summed over parts
-    start = jnp.zeros(states.shape, whole), jnp.zeros(unembedding.shape, jnp.float32)
+    sum_dtype = jnp.float32 if tiles.num_blocks > 1 or spread else states.dtype  # what is summed over parts
+    start = jnp.zeros(states.shape, sum_dtype), jnp.zeros(unembedding.shape, jnp.float32)
     by_states, by_unembedding = tiles.over_blocks(of_block, start)
     if spread:
         by_states, by_unembedding = jax.lax.psum(by_states, "tensor"), jax.lax.psum(by_unembedding, "data")

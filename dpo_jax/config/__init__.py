@@ -98,14 +98,14 @@ class DPOConfig(TrainConfig):
             self._refuse_with_adapters()
 
     def _refuse_with_adapters(self) -> None:
-        own = "with lora.rank the reference is the model without its adapters"
-        require(self.reference.path is None, "reference.path", self.reference.path, f"{own}; leave it out")
+        reason = "with lora.rank the reference is the model without its adapters"
+        require(self.reference.path is None, "reference.path", self.reference.path, f"{reason}; leave it out")
         require(self.reference.dtype == "auto", "reference.dtype", self.reference.dtype,
-                f"{own}, in its type; use auto")  # fmt: skip
+                f"{reason}, in its type; use auto")  # fmt: skip
         require(self.reference.sync_every == 0, "reference.sync_every", self.reference.sync_every,
-                f"{own}, which no adapter can be mixed into; use 0")  # fmt: skip
+                f"{reason}, which no adapter can be mixed into; use 0")  # fmt: skip
         require(self.reference.mode != "live" or self.loss.needs_reference, "reference.mode", "live",
-                f"{own}, and loss {', '.join(name for name, _ in self.loss.terms)} compares with none; use auto"
+                f"{reason}, and loss {', '.join(name for name, _ in self.loss.terms)} compares with none; use auto"
                 )  # fmt: skip
 
     @property

@@ -48,10 +48,10 @@ def _lengths(store: Store, ids: np.ndarray) -> dict[str, Any]:
     """Tokens of each part: quantiles, and share of all tokens when a prompt is stored once for its answers."""
     lengths = store.lengths[ids].astype(np.int64)
     totals, num_answers = lengths.sum(0), lengths.shape[1] - 1
-    parts = _branches(num_answers)
+    branches = _branches(num_answers)
     return {
-        "tokens": {part: _quantiles(lengths[:, place]) for place, part in enumerate(parts)},
-        "share": {part: float(totals[place] / totals.sum()) for place, part in enumerate(parts)},
+        "tokens": {branch: _quantiles(lengths[:, column]) for column, branch in enumerate(branches)},
+        "share": {branch: float(totals[column] / totals.sum()) for column, branch in enumerate(branches)},
         "sharing_saves": float((num_answers * totals[0] + totals[1:].sum()) / totals.sum()),
     }
 
@@ -86,7 +86,7 @@ def _set_audit(
     store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int], report: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     compared = ids[:MOST_COMPARED]
-    found = {
+    set_audit = {
         "sources": report,
         "examples": len(ids),
         "duplicates": _groups(store, exact_duplicates(store, ids)),
@@ -96,30 +96,30 @@ def _set_audit(
         "lengths": _lengths(store, ids),
     }
     if store.lengths.shape[1] == 3:
-        found["both_labels"] = _groups(store, both_labels(store, ids))
-        found["length_bias"] = _length_bias(store, ids)
-    return found
+        set_audit["both_labels"] = _groups(store, both_labels(store, ids))
+        set_audit["length_bias"] = _length_bias(store, ids)
+    return set_audit
 
 
 def _shared_prompts(sets: DataSets) -> dict[str, Any]:
     """Of each evaluation set, the examples whose prompt is trained on."""
     trained = {prompt_hash(sets.train, i): i for i in sets.train_ids[::-1].tolist()}
-    found = {}
-    for name, held in sets.evals.items():
-        shared = [(i, trained.get(prompt_hash(held.store, i))) for i in held.ids.tolist()]
-        shared = [(i, other) for i, other in shared if other is not None]
-        found[name] = {
+    overlaps = {}
+    for name, eval_set in sets.evals.items():
+        shared = [(i, trained.get(prompt_hash(eval_set.store, i))) for i in eval_set.ids.tolist()]
+        shared = [(i, train_id) for i, train_id in shared if train_id is not None]
+        overlaps[name] = {
             "examples": len(shared),
-            "first": [[_name(held.store, i), _name(sets.train, other)] for i, other in shared[:NAMED]],
+            "first": [[_name(eval_set.store, i), _name(sets.train, train_id)] for i, train_id in shared[:NAMED]],
         }
-    return found
+    return overlaps
 
 
 def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
     """One example as the model sees it: decoded with special tokens, and the tokens on both sides of the boundary."""
     prompt, answers, learned = store.example(i)
     around = [tokenizer.convert_ids_to_tokens(part.tolist()) for part in (prompt[-4:], *(a[:4] for a in answers))]
-    found = _name(store, i) | {
+    rendered = _name(store, i) | {
         "prompt": tokenizer.decode(prompt),
         "answers": [tokenizer.decode(answer) for answer in answers],
         "boundary": {"prompt_ends": around[0], "answers_begin": around[1:]},
@@ -127,8 +127,8 @@ def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
     if learned is not None and not learned.all():
         edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
         runs = [slice(start, end) for start, end in pairwise(edges)]
-        found["learned"] = [tokenizer.decode(answers[0][run]) for run in runs if learned[run][0]]
-    return found
+        rendered["learned"] = [tokenizer.decode(answers[0][run]) for run in runs if learned[run][0]]
+    return rendered
 
 
 def audit(sets: DataSets, tokenizer: Any, ends: Set[int] | None = None) -> dict[str, Any]:
@@ -143,9 +143,13 @@ def audit(sets: DataSets, tokenizer: Any, ends: Set[int] | None = None) -> dict[
         "train": _set_audit(sets.train, sets.train_ids, tokenizer, ends, sets.train.report),
         "evals": {
             name: _set_audit(
-                held.store, held.ids, tokenizer, ends, [] if held.store is sets.train else held.store.report
+                eval_set.store,
+                eval_set.ids,
+                tokenizer,
+                ends,
+                [] if eval_set.store is sets.train else eval_set.store.report,
             )
-            for name, held in sets.evals.items()
+            for name, eval_set in sets.evals.items()
         },
         "shared_prompts": _shared_prompts(sets),
         "run": {"steps": order.num_steps, "batch": order.batch, "epochs": order.epoch(order.num_steps)},
@@ -186,8 +190,8 @@ def _table(rows: Iterable[Sequence[object]], indent: str = "  ") -> list[str]:
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
-        indent + "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
-                           for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        indent + "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width)
+                           for index, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in cells
     ]  # fmt: skip
 
@@ -201,45 +205,45 @@ def _rows_text(names: Sequence[dict[str, Any]], with_source: bool) -> str:
 def _cause_lines(report: dict[str, Any]) -> list[str]:
     lines = []
     for kind in ("dropped", "notes"):
-        for cause, found in report[kind].items():
+        for cause, problems in report[kind].items():
             done = "dropped" if kind == "dropped" else WHAT_WAS_DONE.get(cause, "noted")
-            more = ", ..." if found["count"] > len(found["first"]) else ""
-            rows = ", ".join(str(one["row"]) for one in found["first"])
-            lines.append(f"    {done:9} {cause:20} {found['count']:7}  rows {rows}{more}")
-            lines.append(f"    {'':30} first: {found['first'][0]['detail']}")
+            more = ", ..." if problems["count"] > len(problems["first"]) else ""
+            rows = ", ".join(str(problem["row"]) for problem in problems["first"])
+            lines.append(f"    {done:9} {cause:20} {problems['count']:7}  rows {rows}{more}")
+            lines.append(f"    {'':30} first: {problems['first'][0]['detail']}")
     return lines
 
 
-def _finding(text: str, found: dict[str, Any], with_source: bool) -> list[str]:
-    if not found["groups"]:
+def _finding(text: str, finding: dict[str, Any], with_source: bool) -> list[str]:
+    if not finding["groups"]:
         return [f"  {text}: none"]
-    shown = "; ".join(_rows_text(group, with_source) for group in found["first"][:5])
-    return [f"  {text}: {found['examples']} examples in {found['groups']} groups, the first: {shown}"]
+    shown = "; ".join(_rows_text(group, with_source) for group in finding["first"][:5])
+    return [f"  {text}: {finding['examples']} examples in {finding['groups']} groups, the first: {shown}"]
 
 
-def _unended_lines(found: dict[str, Any], with_source: bool) -> list[str]:
-    stops = f"answers without a token at which generation stops ({' '.join(found['ends']) or 'it has none'})"
-    if not found["examples"]:
+def _unended_lines(unended: dict[str, Any], with_source: bool) -> list[str]:
+    stops = f"answers without a token at which generation stops ({' '.join(unended['ends']) or 'it has none'})"
+    if not unended["examples"]:
         return [f"  {stops}: none"]
     return [
-        f"  {stops}: in {found['examples']} examples, the first: {_rows_text(found['first'][:5], with_source)}",
+        f"  {stops}: in {unended['examples']} examples, the first: {_rows_text(unended['first'][:5], with_source)}",
         (
-            f"    the first ends with {found['first_ends']!r}; unless it was truncated, add the token that ends it to "
-            "eos_token_id in the model's generation_config.json: generation would not stop at it"
+            f"    the first ends with {unended['first_ends']!r}; unless it was truncated, add the token that ends it "
+            "to eos_token_id in the model's generation_config.json: generation would not stop at it"
         ),
     ]
 
 
-def _length_lines(found: dict[str, Any]) -> list[str]:
-    lengths = found["lengths"]
+def _length_lines(set_audit: dict[str, Any]) -> list[str]:
+    lengths = set_audit["lengths"]
     header = ["tokens", *QUANTILES, "mean", "share of all"]
     body = [
         [part, *(round(sizes[name]) for name in QUANTILES), f"{sizes['mean']:.1f}", f"{lengths['share'][part]:.1%}"]
         for part, sizes in lengths["tokens"].items()
     ]
     lines = _table([header, *body])
-    if "length_bias" in found:
-        bias = found["length_bias"]
+    if "length_bias" in set_audit:
+        bias = set_audit["length_bias"]
         lines.append(f"  a prompt stored once for both answers saves {lengths['sharing_saves']:.2f}x of the tokens")
         if bias["longer_wins"] is not None:
             lines.append(
@@ -249,21 +253,21 @@ def _length_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _set_lines(name: str, found: dict[str, Any]) -> list[str]:
-    lines = [f"{name}: {found['examples']} examples{'' if found['sources'] else ' of the training sets'}"]
-    for report in found["sources"]:
+def _set_lines(name: str, set_audit: dict[str, Any]) -> list[str]:
+    lines = [f"{name}: {set_audit['examples']} examples{'' if set_audit['sources'] else ' of the training sets'}"]
+    for report in set_audit["sources"]:
         lines.append(f"  {report['source']}: {report['rows']} rows, {report['kept']} kept")
         lines += [f"    {hint}" for hint in report["hints"]]
         lines += _cause_lines(report)
-    many = len(found["sources"]) != 1
-    near = found["near_duplicates"]
-    compared = "" if near["compared"] == found["examples"] else f" (among the first {near['compared']})"
-    lines += _finding("exact duplicates", found["duplicates"], many)
+    many = len(set_audit["sources"]) != 1
+    near = set_audit["near_duplicates"]
+    compared = "" if near["compared"] == set_audit["examples"] else f" (among the first {near['compared']})"
+    lines += _finding("exact duplicates", set_audit["duplicates"], many)
     lines += _finding(f"near duplicates{compared}", near, many)
-    if "both_labels" in found:
-        lines += _finding("same pair with both labels", found["both_labels"], many)
-    lines += _unended_lines(found["unended"], many)
-    return lines + _length_lines(found) + [""]
+    if "both_labels" in set_audit:
+        lines += _finding("same pair with both labels", set_audit["both_labels"], many)
+    lines += _unended_lines(set_audit["unended"], many)
+    return lines + _length_lines(set_audit) + [""]
 
 
 def _text_lines(text: str) -> list[str]:
@@ -286,25 +290,25 @@ def _example_lines(example: dict[str, Any], branches: Sequence[str]) -> list[str
     return lines
 
 
-def render(found: dict[str, Any]) -> str:
+def render(result: dict[str, Any]) -> str:
     """The text of an audit for a terminal."""
-    lines = _set_lines("train", found["train"])
-    for name, held in found["evals"].items():
-        lines += _set_lines(f"eval {name}", held)
-        shared = found["shared_prompts"][name]
+    lines = _set_lines("train", result["train"])
+    for name, set_audit in result["evals"].items():
+        lines += _set_lines(f"eval {name}", set_audit)
+        shared = result["shared_prompts"][name]
         pairs = "; ".join(f"{_rows_text(pair, True)}" for pair in shared["first"][:5])
         lines[-1:] = [
             f"  prompts that are trained on too: {shared['examples'] or 'none'}{f', {pairs}' if pairs else ''}",
             "",
         ]
-    run = found["run"]
+    run = result["run"]
     lines += [f"run: {run['steps']} steps of {run['batch']}, {run['epochs']:.2f} epochs"]
-    if "positions" in found:
-        beyond = found["positions"]
+    if "positions" in result:
+        beyond = result["positions"]
         lines.append(f"note: data.max_length is {beyond['max_length']}, the model was made for {beyond['made_for']} "
                      f"(max_position_embeddings); {beyond['longer']} examples are longer: lower it")  # fmt: skip
     lines.append("")
-    lines += _example_lines(found["example"], _branches(len(found["example"]["answers"]))[1:])
+    lines += _example_lines(result["example"], _branches(len(result["example"]["answers"]))[1:])
     return "\n".join(lines)
 
 

@@ -41,7 +41,7 @@ class Chunk:
 
 
 def _chunk(made: Sequence[TokenizedExample | Problem], num_answers: int, with_targets: bool) -> Chunk:
-    examples = [one for one in made if not isinstance(one, Problem)]
+    examples = [example for example in made if not isinstance(example, Problem)]
     tokens: list[int] = []
     targets: list[bool] = []
     for example in examples:
@@ -57,7 +57,7 @@ def _chunk(made: Sequence[TokenizedExample | Problem], num_answers: int, with_ta
         rows=np.array([example.row for example in examples], np.int64),
         weights=np.array([example.weight for example in examples], np.float32),
         targets=np.array(targets, bool) if with_targets else None,
-        dropped=[one for one in made if isinstance(one, Problem)],
+        dropped=[problem for problem in made if isinstance(problem, Problem)],
         notes=[note for example in examples for note in example.notes],
         rendered=sum(example.rendered for example in examples),
     )

@@ -15,21 +15,21 @@ ALIKE = 0.8  # share of common shingles (Jaccard similarity) from which two exam
 COMPARED_WITH = 4  # members of a bucket with which each later one is compared: keeps the work linear
 
 
-def _digest(parts: Iterable[np.ndarray]) -> bytes:
+def _digest(arrays: Iterable[np.ndarray]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part.tobytes())
+    for array in arrays:
+        digest.update(len(array).to_bytes(8, "little"))
+        digest.update(array.tobytes())
     return digest.digest()
 
 
 def _contents(store: Store, ids: np.ndarray) -> list[tuple[bytes, bytes]]:
     """Of each example: a digest of prompt and answers, and one with the answers in the opposite order."""
-    found = []
+    digests = []
     for i in ids:
         prompt, answers, _ = store.example(i)
-        found.append((_digest((prompt, *answers)), _digest((prompt, *answers[::-1]))))
-    return found
+        digests.append((_digest((prompt, *answers)), _digest((prompt, *answers[::-1]))))
+    return digests
 
 
 def exact_duplicates(store: Store, ids: np.ndarray) -> list[list[int]]:
@@ -44,12 +44,12 @@ def both_labels(store: Store, ids: np.ndarray) -> list[tuple[int, int]]:
     """Pairs (i, j) of which one prefers what the other rejects, each different contradiction once."""
     assert store.lengths.shape[1] == 3
     first: dict[bytes, int] = {}
-    found = {}
+    contradictions = {}
     for i, (content, opposite) in zip(ids.tolist(), _contents(store, ids), strict=True):
         if opposite != content and opposite in first:
-            found.setdefault(frozenset((content, opposite)), (first[opposite], i))
+            contradictions.setdefault(frozenset((content, opposite)), (first[opposite], i))
         first.setdefault(content, i)
-    return list(found.values())
+    return list(contradictions.values())
 
 
 def plain_words(tokenizer) -> np.ndarray:
@@ -64,18 +64,18 @@ def plain_words(tokenizer) -> np.ndarray:
     return words
 
 
-def _shingles(words: np.ndarray, parts: Iterable[np.ndarray]) -> np.ndarray:
-    """Sorted different hashes, uint64, of all runs of SHINGLE words within each part."""
-    found = [np.zeros(0, np.uint64)]
-    for part in parts:
-        kept = words[part]
+def _shingles(words: np.ndarray, sequences: Iterable[np.ndarray]) -> np.ndarray:
+    """Sorted different hashes, uint64, of all runs of SHINGLE words within each sequence."""
+    hashes = [np.zeros(0, np.uint64)]
+    for sequence in sequences:
+        kept = words[sequence]
         kept = kept[kept >= 0].astype(np.uint64)
         size = min(SHINGLE, len(kept))
         hashed = np.zeros(len(kept) - size + 1 if size else 0, np.uint64)
-        for place in range(size):
-            hashed = mix_words(hashed + kept[place : place + len(hashed)])
-        found.append(hashed)
-    return np.unique(np.concatenate(found))
+        for offset in range(size):
+            hashed = mix_words(hashed + kept[offset : offset + len(hashed)])
+        hashes.append(hashed)
+    return np.unique(np.concatenate(hashes))
 
 
 def _alike(first: np.ndarray, second: np.ndarray) -> bool:
@@ -87,11 +87,11 @@ def _candidates(members: Iterable[int], signature: Callable[[int], np.ndarray]) 
     """Pairs of members whose signatures, [NUM_HASHES] or empty, agree in a whole band."""
     buckets: dict[tuple[int, bytes], list[int]] = {}
     for i in members:
-        own = signature(i)
-        for band in range(0, len(own), BAND):
-            bucket = buckets.setdefault((band, own[band : band + BAND].tobytes()), [])
-            for other in bucket:
-                yield i, other
+        minhashes = signature(i)
+        for band in range(0, len(minhashes), BAND):
+            bucket = buckets.setdefault((band, minhashes[band : band + BAND].tobytes()), [])
+            for j in bucket:
+                yield i, j
             if len(bucket) < COMPARED_WITH:
                 bucket.append(i)
 
@@ -107,9 +107,9 @@ def _grouped(
             root[i] = i = root[root[i]]
         return i
 
-    for i, other in candidates:
-        if find(i) != find(other) and same(i, other):
-            root[find(i)] = find(other)
+    for i, j in candidates:
+        if find(i) != find(j) and same(i, j):
+            root[find(i)] = find(j)
     groups: dict[int, list[int]] = {}
     for i in root:
         groups.setdefault(find(i), []).append(i)
@@ -136,8 +136,8 @@ def near_duplicates(store: Store, ids: np.ndarray, words: np.ndarray) -> list[li
         both = np.union1d(*shingles(i))
         return mix_words(both ^ salts).min(1) if len(both) else both
 
-    def same(i: int, other: int) -> bool:
-        return all(map(_alike, shingles(i), shingles(other)))
+    def same(i: int, j: int) -> bool:
+        return all(map(_alike, shingles(i), shingles(j)))
 
     members = list(different.values())
     return _grouped(members, _candidates(members, signature), same)

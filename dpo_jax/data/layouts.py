@@ -46,9 +46,9 @@ def _renames(needed: set[str], columns: Sequence[str]) -> dict[str, str]:
 def _fits_none(columns: Sequence[str], stage: Stage) -> str:
     """A line that names the layout with fewest columns missing, the widest of several, and renames that make it fit."""
 
-    def lacks(one: tuple[str, set[str]]) -> tuple[int, int, int]:
-        missing = len(one[1] - set(columns))
-        return missing - len(_renames(one[1], columns)), -len(one[1]), missing
+    def lacks(layout: tuple[str, set[str]]) -> tuple[int, int, int]:
+        missing = len(layout[1] - set(columns))
+        return missing - len(_renames(layout[1], columns)), -len(layout[1]), missing
 
     name, needed = min(_COLUMNS[stage], key=lacks)
     renames = _renames(needed, columns)

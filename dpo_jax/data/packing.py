@@ -124,8 +124,8 @@ def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
         prompt = slice(start // BLOCK, (answer - 1) // BLOCK + 1)
         seen[prompt, prompt] = True
         for size in unit.answers:
-            own = slice(answer // BLOCK, (answer + size - 1) // BLOCK + 1)
-            seen[own, prompt] = seen[own, own] = True
+            answer_blocks = slice(answer // BLOCK, (answer + size - 1) // BLOCK + 1)
+            seen[answer_blocks, prompt] = seen[answer_blocks, answer_blocks] = True
             answer += size
         start = answer
     return np.argwhere(np.tril(seen))
@@ -162,9 +162,9 @@ def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
     )
 
 
-def step_shape(parts: Sequence[Sequence[Sequence[Unit]]], row_length: int | None) -> BatchShape:
+def step_shape(microbatches: Sequence[Sequence[Sequence[Unit]]], row_length: int | None) -> BatchShape:
     """The smallest shape that holds every part of a step, in rows of ``row_length`` tokens where that is given."""
-    shape = reduce(BatchShape.union, map(shape_needed, parts))
+    shape = reduce(BatchShape.union, map(shape_needed, microbatches))
     return shape if row_length is None else replace(shape, length=row_length)
 
 
@@ -208,17 +208,19 @@ class Packer:
     def rows(self, lengths: np.ndarray, num_targets: np.ndarray) -> list[list[list[Unit]]]:
         """Rows of each of the ``accumulation`` parts of a step; part k holds the k-th run of pairs."""
         size = len(lengths) // self.accumulation
-        parts = []
+        microbatches = []
         for start in range(0, len(lengths), size):
             part = slice(start, start + size)
             units = make_units(lengths[part], num_targets[part], self.layout)
-            parts.append(assign_rows(units, layout=self.layout, multiple=self.multiple, row_length=self.row_length))
-        most = max(len(rows) for rows in parts)
-        return [rows + [[] for _ in range(most - len(rows))] for rows in parts]
+            microbatches.append(
+                assign_rows(units, layout=self.layout, multiple=self.multiple, row_length=self.row_length)
+            )
+        most = max(len(rows) for rows in microbatches)
+        return [rows + [[] for _ in range(most - len(rows))] for rows in microbatches]
 
-    def shape(self, parts: Sequence[Sequence[Sequence[Unit]]]) -> BatchShape:
+    def shape(self, microbatches: Sequence[Sequence[Sequence[Unit]]]) -> BatchShape:
         """The smallest of ``shapes`` that holds the step; beyond them, a rounded-up one that may compile again."""
-        needed = step_shape(parts, self.row_length)
+        needed = step_shape(microbatches, self.row_length)
         for shape in self.shapes:
             if shape.holds(needed):
                 return shape
@@ -253,7 +255,7 @@ def pack_rows(
     examples: Mapping[int, Example] | Sequence[Example | None],
     weight: np.ndarray,
     num_answers: int,
-    own: Sequence[int] | None = None,
+    own_rows: Sequence[int] | None = None,
 ) -> PreferenceBatch:
     """Lay tokens in rows.
 
@@ -263,11 +265,11 @@ def pack_rows(
         examples: by pair, those of the rows to be laid.
         weight: [B], of all pairs.
         num_answers: K.
-        own: the rows to be laid, and to be in the result; None: all. What is per pair is of all rows in any case.
+        own_rows: the rows to be laid, and to be in the result; None: all. What is per pair is of all rows in any case.
     """
     answer_slots, valid = find_answers(rows, shape, len(weight), num_answers)
     rows = [*rows, *[[]] * (shape.rows - len(rows))]
-    rows = rows if own is None else [rows[row] for row in own]
+    rows = rows if own_rows is None else [rows[row] for row in own_rows]
     return PreferenceBatch(
         **_lay(rows, shape, examples),
         answer_slots=answer_slots,

@@ -106,9 +106,9 @@ def _split_transcript(name: str, value: object) -> tuple[str, str]:
 
 def _transcripts(row: Mapping):
     prompt, chosen = _split_transcript("chosen", row.get("chosen"))
-    other, rejected = _split_transcript("rejected", row.get("rejected"))
-    if prompt != other:
-        raise BadRow("prompts_differ", f"the prompts part at character {common_prefix(prompt, other)}")
+    rejected_prompt, rejected = _split_transcript("rejected", row.get("rejected"))
+    if prompt != rejected_prompt:
+        raise BadRow("prompts_differ", f"the prompts part at character {common_prefix(prompt, rejected_prompt)}")
     return prompt, chosen, rejected
 
 

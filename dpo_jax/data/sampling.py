@@ -91,9 +91,9 @@ class Order:
         """Example ids of step ``step``, counted from 0: int64 [batch], -1 in the empty slots of a ragged last step."""
         assert 0 <= step < self.num_steps, (step, self.num_steps)
         draws = np.arange(step * self.batch, min((step + 1) * self.batch, self.num_draws), dtype=np.int64)
-        cycle, place = np.divmod(draws, len(self.cycle_sources))
-        sources = self.cycle_sources[place]
-        own_draws = cycle * self.cycle_counts[sources] + self.cycle_ranks[place]
+        cycle, offset = np.divmod(draws, len(self.cycle_sources))
+        sources = self.cycle_sources[offset]
+        own_draws = cycle * self.cycle_counts[sources] + self.cycle_ranks[offset]
         ids = np.full(self.batch, -1, np.int64)
         for source in np.unique(sources):
             (slots,) = np.nonzero(sources == source)
@@ -147,8 +147,8 @@ def make_order(
     sources = chairman_assignment(shares, min(sum(shares), num_draws))
     ranks = np.zeros_like(sources)
     for source in range(len(groups)):
-        own = sources == source
-        ranks[own] = np.arange(own.sum())
+        mask = sources == source
+        ranks[mask] = np.arange(mask.sum())
 
     # An epoch's end lies inside a step, so two permutations of each source are in use at once.
     @functools.lru_cache(maxsize=2 * len(groups))

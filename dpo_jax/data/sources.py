@@ -30,10 +30,10 @@ class Rows(Sequence):
         return self.size
 
     def __getitem__(self, index: Any) -> Any:
-        place = range(self.size)[index]
-        if isinstance(place, range):
-            return [self[index] for index in place]
-        row = self.rows[place]
+        selected = range(self.size)[index]
+        if isinstance(selected, range):
+            return [self[index] for index in selected]
+        row = self.rows[selected]
         theirs = set(self.columns.values())
         kept = {name: value for name, value in row.items() if name not in theirs}
         return kept | {ours: row[name] for ours, name in self.columns.items() if name in row}
@@ -67,10 +67,10 @@ def fingerprint(source: "SourceConfig | datasets.Dataset") -> str:
         UserError: as ``load_rows``.
     """
     if not isinstance(source, SourceConfig):
-        parts = [_dataset_identity(_plain_dataset(source))]
+        identity = [_dataset_identity(_plain_dataset(source))]
     else:
-        parts = [_kind(source).identity(source), sorted(source.columns.items()), source.limit]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        identity = [_kind(source).identity(source), sorted(source.columns.items()), source.limit]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

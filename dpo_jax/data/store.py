@@ -81,9 +81,9 @@ class Store:
 SomeSource: TypeAlias = "SourceConfig | Dataset"
 
 
-def source_label(source: SomeSource, place: int) -> str:
+def source_label(source: SomeSource, index: int) -> str:
     """How messages and reports name a source."""
-    return source.path if isinstance(source, SourceConfig) else f"datasets.Dataset {place}"
+    return source.path if isinstance(source, SourceConfig) else f"datasets.Dataset {index}"
 
 
 def _fingerprints(sources: Sequence[SomeSource]) -> list[str]:
@@ -110,8 +110,8 @@ def _hash(made_from: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
-def _open_source(source: SomeSource, place: int, stage: Stage) -> Source:
-    label = source_label(source, place)
+def _open_source(source: SomeSource, index: int, stage: Stage) -> Source:
+    label = source_label(source, index)
     rows = data_sources.load_rows(source)
     first = [rows[row] for row in range(min(len(rows), ROWS_LOOKED_AT))]
     columns = list(dict.fromkeys(name for row in first for name in row))
@@ -170,7 +170,7 @@ def _count(causes: dict[str, Any], problems: Iterable[Problem]) -> None:
             cause["first"].append({"row": problem.row, "detail": problem.detail})
 
 
-def _arrays(chunk: Chunk, place: int) -> dict[str, np.ndarray]:
+def _arrays(chunk: Chunk, source_index: int) -> dict[str, np.ndarray]:
     lengths = chunk.lengths
     num_targets = lengths[:, 1:]
     arrays = {"tokens": chunk.tokens, "rows": chunk.rows, "weights": chunk.weights, "lengths": lengths}
@@ -179,7 +179,7 @@ def _arrays(chunk: Chunk, place: int) -> dict[str, np.ndarray]:
         learned = np.concatenate([[0], np.cumsum(chunk.targets)])
         num_targets = (learned[ends] - learned[ends - lengths.sum(1)])[:, None]
         arrays["targets"] = chunk.targets
-    return arrays | {"num_targets": num_targets, "sources": np.full(len(lengths), place)}
+    return arrays | {"num_targets": num_targets, "sources": np.full(len(lengths), source_index)}
 
 
 def _check_some_left(report: dict[str, Any]) -> None:
@@ -211,15 +211,15 @@ def _write(folder: Path, sources: Sequence[Source], job: Job, workers: int | Non
     with ExitStack() as stack:
         files = {name: stack.enter_context(_File(folder / file)) for name, file in names.items()}
         problems = stack.enter_context(_File(folder / PROBLEMS))
-        for place, chunk in converted_chunks(sources, job, workers):
-            for name, array in _arrays(chunk, place).items():
+        for index, chunk in converted_chunks(sources, job, workers):
+            for name, array in _arrays(chunk, index).items():
                 files[name].write(np.ascontiguousarray(array, DTYPES[name]).tobytes())
-            report = reports[place]
+            report = reports[index]
             report["kept"] += len(chunk.rows)
             report["rendered"] += chunk.rendered
-            for kind, found in (("dropped", chunk.dropped), ("notes", chunk.notes)):
-                _count(report[kind], found)
-                for problem in found:
+            for kind, chunk_problems in (("dropped", chunk.dropped), ("notes", chunk.notes)):
+                _count(report[kind], chunk_problems)
+                for problem in chunk_problems:
                     line = {"source": report["source"], "kind": kind} | asdict(problem)
                     problems.write(json.dumps(line).encode() + b"\n")
         for report in reports:
@@ -232,9 +232,11 @@ def _write(folder: Path, sources: Sequence[Source], job: Job, workers: int | Non
 
 
 def _check_file(path: Path, size: int, crc32: int) -> None:
-    found, checksum = path.stat().st_size if path.is_file() else -1, 0
-    if found != size:
-        raise DamagedStore(f"{path}: it is {'missing' if found < 0 else f'{found} bytes'}, not {size} bytes")
+    actual_size, checksum = path.stat().st_size if path.is_file() else -1, 0
+    if actual_size != size:
+        raise DamagedStore(
+            f"{path}: it is {'missing' if actual_size < 0 else f'{actual_size} bytes'}, not {size} bytes"
+        )
     with open(path, "rb") as file:
         while block := file.read(2**24):
             checksum = zlib.crc32(block, checksum)
@@ -315,7 +317,7 @@ def build_or_open_store(
             return open_store(path)
         except DamagedStore as damage:
             log.warning("%s; tokenising again", damage)
-    opened = [_open_source(source, place, stage) for place, source in enumerate(sources)]
+    opened = [_open_source(source, index, stage) for index, source in enumerate(sources)]
     log.info("tokenising %d rows into %s", sum(len(source.rows) for source in opened), path)
     job = Job(data=data, tokenizer=tokenizer, stage=stage)
     try:
@@ -337,7 +339,7 @@ def build_or_open_store(
 
 def ids_by_source(store: Store, ids: np.ndarray) -> list[np.ndarray]:
     """``ids`` (int64, any subset of the examples) of each source, in their order."""
-    return [ids[store.sources[ids] == place] for place in range(len(store.report))]
+    return [ids[store.sources[ids] == source] for source in range(len(store.report))]
 
 
 def prompt_hash(store: Store, i: int | np.integer) -> bytes:
@@ -360,15 +362,15 @@ def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarra
     for i in range(len(store) if fraction else 0):
         groups.setdefault(prompt_hash(store, i), []).append(i)
     wanted = round(fraction * len(store))
-    held: list[int] = []
+    held_out: list[int] = []
     for _, members in sorted(groups.items()):
-        if len(held) + len(members) <= wanted:
-            held += members
-    if fraction and not 0 < len(held) < len(store):
+        if len(held_out) + len(members) <= wanted:
+            held_out += members
+    if fraction and not 0 < len(held_out) < len(store):
         raise UserError(
-            f"data.eval_fraction: {fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held)}; "
-            "change it, or name an evaluation set in data.eval"
+            f"data.eval_fraction: {fraction} of {len(store)} examples ({len(groups)} prompts) "
+            f"holds out {len(held_out)}; change it, or name an evaluation set in data.eval"
         )
     mask = np.zeros(len(store), bool)
-    mask[held] = True
+    mask[held_out] = True
     return np.flatnonzero(~mask), np.flatnonzero(mask)

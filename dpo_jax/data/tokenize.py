@@ -200,10 +200,10 @@ def _parted(ids: list[int], learned: list[bool]) -> _Pieces | None:
 
     The first token is never learned: nothing comes before it.
     """
-    places = [place for place, flag in enumerate(learned) if flag and place > 0]
-    if not places:
+    positions = [position for position, flag in enumerate(learned) if flag and position > 0]
+    if not positions:
         return None
-    first, end = places[0], places[-1] + 1
+    first, end = positions[0], positions[-1] + 1
     return _Pieces(ids[:first], [ids[first:end]], [False] * first + learned[first:end])
 
 

@@ -82,7 +82,7 @@ def start_adapters(model: Model, key: jax.Array, init: Literal["kaiming", "gauss
         fan_in = rank if init == "zero_a" else math.prod(leaf.shape[2:])
         return jax.random.uniform(key, leaf.shape, leaf.dtype, -(fan_in**-0.5), fan_in**-0.5)
 
-    drawn = [draw(path, leaf, jax.random.fold_in(key, place)) for place, (path, leaf) in enumerate(leaves)]
+    drawn = [draw(path, leaf, jax.random.fold_in(key, index)) for index, (path, leaf) in enumerate(leaves)]
     return jax.tree.unflatten(tree, drawn)
 
 
@@ -118,7 +118,7 @@ class _Place(NamedTuple):
 
 def _tensors(model: Model) -> dict[str, _Place]:
     """Every tensor of the model's adapters, by its name in the file."""
-    found = {}
+    expected = {}
     for projection, pair in model.adapter_shapes()["layers"].items():
         module = TENSORS[f"layers/{projection}"].removesuffix(".weight")
         for part, leaf in pair.items():
@@ -126,8 +126,8 @@ def _tensors(model: Model) -> dict[str, _Place]:
             shape = (dims[0], math.prod(dims[1:])) if part == "a" else (math.prod(dims[:-1]), dims[-1])
             for layer in range(num_layers):
                 name = f"{_PREFIX}{module.format(layer)}.lora_{part.upper()}.weight"
-                found[name] = _Place(projection, part, layer, shape)
-    return found
+                expected[name] = _Place(projection, part, layer, shape)
+    return expected
 
 
 def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any) -> Params:
@@ -146,17 +146,17 @@ def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any
     _check_options(folder, options, config)
     if not (folder / TENSOR_FILE).is_file():
         raise UserError(f"lora.path: {folder} has no {TENSOR_FILE}; save the adapters with safe_serialization=True")
-    found, expected = read_header(folder / TENSOR_FILE), _tensors(model)
-    _check_tensors(folder, found, expected)
+    tensors, expected = read_header(folder / TENSOR_FILE), _tensors(model)
+    _check_tensors(folder, tensors, expected)
     _check_targets(folder, options, model, expected)
     names: dict[tuple[str, str], list[str]] = {}
     for name, place in expected.items():  # in the order of the layers
         names.setdefault((place.projection, place.part), []).append(name)
 
     def load(path, struct, sharding):
-        stacked = np.stack([found[name].read() for name in names[path[-2].key, path[-1].key]])
-        whole = stacked.astype(struct.dtype).reshape(struct.shape)
-        return jax.make_array_from_callback(struct.shape, sharding, lambda index: whole[index])
+        stacked = np.stack([tensors[name].read() for name in names[path[-2].key, path[-1].key]])
+        leaf = stacked.astype(struct.dtype).reshape(struct.shape)
+        return jax.make_array_from_callback(struct.shape, sharding, lambda index: leaf[index])
 
     return jax.tree_util.tree_map_with_path(load, model.adapter_shapes(), shardings)
 
@@ -188,10 +188,10 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig)
             raise refuse(key, f"lora.{option} is {wanted!r}; set both alike")
 
 
-def _check_tensors(folder: Path, found: Mapping[str, Tensor], expected: Mapping[str, _Place]) -> None:
+def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, _Place]) -> None:
     file = folder / TENSOR_FILE
     targets = {place.projection for place in expected.values()}
-    for name in found:
+    for name in tensors:
         module = name.split(".lora_")[0].rpartition(".")[2]
         if module not in PROJECTIONS:
             raise UserError(f"lora.path: {file} holds {name}, which is no adapter of {', '.join(PROJECTIONS)}: "
@@ -202,13 +202,13 @@ def _check_tensors(folder: Path, found: Mapping[str, Tensor], expected: Mapping[
         if name not in expected:
             raise UserError(f"lora.path: {file} holds {name}, which has no counterpart in this model: use adapters of "
                             "the same model")  # fmt: skip
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in tensors]
     if missing:
         raise UserError(f"lora.path: {file} lacks {missing[0]}, which lora.targets of this model ask for: leave that "
                         f"projection out; if the adapters are of some layers only, {_MERGE}")  # fmt: skip
     for name, place in expected.items():
-        if found[name].shape != place.shape:
-            raise UserError(f"lora.path: {file}: {name} has shape {list(found[name].shape)}, this model's is "
+        if tensors[name].shape != place.shape:
+            raise UserError(f"lora.path: {file}: {name} has shape {list(tensors[name].shape)}, this model's is "
                             f"{list(place.shape)}: use adapters of the same model")  # fmt: skip
 
 

@@ -216,9 +216,9 @@ def choose(
         UserError: what was asked for does not run there.
     """
     flash = dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128  # what cuDNN takes on every GPU
-    own: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn" if flash else "blocks"}
+    defaults: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn" if flash else "blocks"}
     if asked == "auto":
-        return own.get(platform, "blocks")
+        return defaults.get(platform, "blocks")
     if asked == "splash" and platform not in ("tpu", "cpu"):
         raise UserError(f"model.attention: splash is for TPU, the devices are {platform}; use auto")
     if asked == "cudnn" and platform != "gpu":

@@ -169,14 +169,14 @@ def _read_rope(hf: Mapping[str, Any], key: str) -> tuple[float, LinearScaling | 
     named = {f"{key}.{name}": value for name, value in rope.items()}
     theta = float(_number(named, f"{key}.rope_theta", _number(hf, "rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    known = {
+    options = {
         "default": set(),
         "linear": {"factor"},
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     }
-    if not isinstance(kind, str) or kind not in known:
-        raise _refuse(key, rope, f"rope scaling can be one of {', '.join(known)}")
-    for name in rope.keys() - known[kind] - {"rope_theta", "rope_type", "type"}:
+    if not isinstance(kind, str) or kind not in options:
+        raise _refuse(key, rope, f"rope scaling can be one of {', '.join(options)}")
+    for name in rope.keys() - options[kind] - {"rope_theta", "rope_type", "type"}:
         if not _one_of(rope[name], _NEUTRAL_VALUES.get(name, (None,))):
             raise _refuse(f"{key}.{name}", rope[name], f"rope scaling {kind} has no such option here")
     if kind == "linear":
@@ -227,8 +227,8 @@ def _check_keys(hf: Mapping[str, Any], model_type: str, family: _Family) -> None
     if architectures != [family.architecture]:
         raise _refuse("architectures", architectures, f"for {model_type} it has to be [{family.architecture!r}]")
     for key, value in hf.items():
-        known = key in _SHARED_KEYS or key in _HARMLESS_KEYS or key in family.keys or key.startswith("_")
-        if not known and not _one_of(value, _NEUTRAL_VALUES.get(key, _EMPTY)):
+        recognised = key in _SHARED_KEYS or key in _HARMLESS_KEYS or key in family.keys or key.startswith("_")
+        if not recognised and not _one_of(value, _NEUTRAL_VALUES.get(key, _EMPTY)):
             remedy = f"the {model_type} decoder has no such option; if it changes nothing, remove it from the file"
             raise _refuse(key, value, remedy)
 

@@ -66,10 +66,10 @@ def pairs_work(
     lengths = np.asarray(lengths, np.int64)
     prompts, answers = lengths[:, :1], lengths[:, 1:]
     copies = 1 if layout == "shared" else answers.shape[1]
-    whole = causal_pairs(prompts + answers, window).sum()
+    unshared = causal_pairs(prompts + answers, window).sum()
     spared = (answers.shape[1] - copies) * causal_pairs(prompts, window).sum()
     tokens = copies * prompts.sum() + answers.sum()
-    return Work(int(tokens), int(whole - spared), int(np.sum(num_targets)))
+    return Work(int(tokens), int(unshared - spared), int(np.sum(num_targets)))
 
 
 def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:

@@ -32,8 +32,8 @@ def branches_apart(batch: PreferenceBatch, length: int) -> Unshared:
     """K sequences a row: all prompts, each before its own answer in the one branch. ``length`` tokens hold them."""
     num_branches = batch.answer_slots.shape[-1]
     branches, segments = jnp.asarray(batch.branches)[:, None], jnp.asarray(batch.segments)[:, None]
-    own = jnp.arange(1, num_branches + 1)[:, None]
-    return _unshared(batch, (segments > 0) & ((branches == 0) | (branches == own)), length)
+    branch = jnp.arange(1, num_branches + 1)[:, None]
+    return _unshared(batch, (segments > 0) & ((branches == 0) | (branches == branch)), length)
 
 
 def answers_apart(batch: PreferenceBatch, length: int) -> Unshared:
@@ -57,10 +57,10 @@ def _unshared(batch: PreferenceBatch, member: Bool[Array, "R S T"], length: int)
     sources = jnp.pad(sources, ((0, 0), (0, 0), (0, length - sources.shape[-1])))
     used = jnp.arange(length) < member.sum(-1, keepdims=True)
 
-    place = jnp.cumsum(member, axis=-1) - 1 + length * jnp.arange(num_sequences)[:, None]
+    index = jnp.cumsum(member, axis=-1) - 1 + length * jnp.arange(num_sequences)[:, None]
     copy = jnp.argsort(~member, axis=1, stable=True)[:, :copies]  # [R, C, T]: a sequence that holds the token
     held = jnp.take_along_axis(member, copy, axis=1)
-    places = jnp.where(held, jnp.take_along_axis(place, copy, axis=1), 0)
+    places = jnp.where(held, jnp.take_along_axis(index, copy, axis=1), 0)
 
     flat = sources.reshape(num_rows, -1)
     at_source = lambda grid: jnp.take_along_axis(grid, flat, axis=1).reshape(sources.shape)  # noqa: E731
@@ -75,7 +75,7 @@ def _unshared(batch: PreferenceBatch, member: Bool[Array, "R S T"], length: int)
 
 
 def _take(x: Float[Array, "R P *h"], places: Int[Array, "R Q"]) -> Float[Array, "R Q *h"]:
-    return jax.vmap(lambda row, own: row.at[own].get(mode="promise_in_bounds"))(x, places)
+    return jax.vmap(lambda row, indices: row.at[indices].get(mode="promise_in_bounds"))(x, places)
 
 
 def _where(mask: Bool[Array, "R Q"], x: Float[Array, "R Q *h"]) -> Float[Array, "R Q *h"]:

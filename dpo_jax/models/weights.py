@@ -85,8 +85,8 @@ def _tensor_shape(leaf: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> t
     if axes[0] == "layers":
         sizes = sizes[1:]
     merged: list[int] = []
-    for place, (axis, size) in enumerate(sizes):
-        if axis == "head_dim" and place > 0:
+    for dim, (axis, size) in enumerate(sizes):
+        if axis == "head_dim" and dim > 0:
             merged[-1] *= size
         else:
             merged.append(size)
@@ -107,23 +107,23 @@ def _leaves(tree: Params, is_leaf: Any = None) -> list[tuple[str, Any]]:
     return [(_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
 
 
-def _check_tensors(folder: Path, found: Mapping[str, Tensor], model: Model) -> None:
+def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Model) -> None:
     expected = _expected(model)
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in tensors]
     if missing:
         raise UserError(f"{folder}: config.json asks for {_list(missing)}, which the weights do not hold; "
                         "check that they belong together")  # fmt: skip
     allowed = {"lm_head.weight"} if model.config.tied else set()
-    extra = [name for name in found if name not in expected and name not in allowed and not name.endswith(_COMPUTED)]
+    extra = [name for name in tensors if name not in expected and name not in allowed and not name.endswith(_COMPUTED)]
     if extra:
         raise UserError(f"{folder}: the weights hold {_list(extra)}, of which config.json knows nothing; "
                         "check that they belong together")  # fmt: skip
     for name, (_, shape) in expected.items():
-        if found[name].shape != shape:
-            raise UserError(f"{folder}: tensor {name} has shape {list(found[name].shape)}, but config.json makes it "
+        if tensors[name].shape != shape:
+            raise UserError(f"{folder}: tensor {name} has shape {list(tensors[name].shape)}, but config.json makes it "
                             f"{list(shape)}; check that they belong together")  # fmt: skip
-    if model.config.tied and "lm_head.weight" in found:
-        _check_tied(folder, found["lm_head.weight"], found[TENSORS["embed"]])
+    if model.config.tied and "lm_head.weight" in tensors:
+        _check_tied(folder, tensors["lm_head.weight"], tensors[TENSORS["embed"]])
 
 
 def _list(names: list[str]) -> str:
@@ -188,16 +188,16 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
         UserError: tensors are missing, unknown, of a wrong shape, quantised, cut short, or tied though they differ.
     """
     path = Path(path)
-    found = find_tensors(path)
-    if model.config.tied and TENSORS["embed"] not in found and TENSORS["unembed"] in found:
-        found[TENSORS["embed"]] = found.pop(TENSORS["unembed"])  # one matrix, stored under its other name
-    _check_tensors(path, found, model)
+    file_tensors = find_tensors(path)
+    if model.config.tied and TENSORS["embed"] not in file_tensors and TENSORS["unembed"] in file_tensors:
+        file_tensors[TENSORS["embed"]] = file_tensors.pop(TENSORS["unembed"])  # one matrix, stored under its other name
+    _check_tensors(path, file_tensors, model)
     structs = model.param_shapes()
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), structs)
 
     def load(key, struct, sharding):
-        tensors = [found[name] for name in _tensor_names(_path(key), model.config.layers)]
+        tensors = [file_tensors[name] for name in _tensor_names(_path(key), model.config.layers)]
         struct = jax.ShapeDtypeStruct(struct.shape, dtype)
         leaf = _load_leaf(_path(key), tensors, struct, sharding)
         return jax.block_until_ready(leaf)  # the next buffers are made when these are the device's
@@ -206,10 +206,10 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _rows(leaf: jax.Array, start: jax.Array, count: int, place: NamedSharding | None) -> jax.Array:
+def _rows(leaf: jax.Array, start: jax.Array, count: int, sharding: NamedSharding | None) -> jax.Array:
     """``count`` slices of the first dim, as a new array: a host copy stays with the array it was made of."""
     rows = jax.lax.dynamic_slice_in_dim(leaf, start, count)  # start is traced: one compilation a shape
-    return rows if place is None else jax.lax.with_sharding_constraint(rows, place)
+    return rows if sharding is None else jax.lax.with_sharding_constraint(rows, sharding)
 
 
 def _everywhere(leaf: jax.Array) -> NamedSharding | None:
@@ -381,8 +381,8 @@ def _write_tensors(params: Params, model: Model, folder: Path, dtype: np.dtype, 
     expected = _expected(model)
     files = _split(expected, dtype.itemsize, max_shard_bytes)
     weight_map: dict[str, str] = {}
-    for place, tensors in enumerate(files, start=1):
-        file = SINGLE if len(files) == 1 else f"model-{place:05d}-of-{len(files):05d}.safetensors"
+    for number, tensors in enumerate(files, start=1):
+        file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         shapes = {name: shape for name, (_, shape) in tensors.items()}
         write_file(folder / file, shapes, dtype, _fetch(params, tensors, dtype))
         weight_map |= dict.fromkeys(shapes, file)
