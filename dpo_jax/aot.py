@@ -1,4 +1,4 @@
-"""A train step compiled ahead of time, from shapes alone, for TPUs that are not there."""
+"""A train step compiled ahead of time for a TPU topology, from shapes alone."""
 
 import importlib.util
 import math

@@ -345,7 +345,7 @@ class Scored(NamedTuple):
     store: Store
     ids: np.ndarray  # [N] examples
     policy: PairLogps  # of these N
-    fixed: PairLogps | None  # the reference's
+    reference_logps: PairLogps | None
 
 
 def score_sets(parts: Parts, params: Params, reference: Reference | None) -> Iterator[Scored]:
@@ -365,9 +365,9 @@ def evaluate_sets(
     """
     metrics, distributions = {}, []
     for scored in score_sets(parts, params, reference):
-        values = jax.device_get(preference_metrics(scored.policy, scored.fixed, parts.loss))
+        values = jax.device_get(preference_metrics(scored.policy, scored.reference_logps, parts.loss))
         metrics |= {f"eval_{scored.name}_{key}": float(value) for key, value in values.items()}
         if isinstance(parts.config, DPOConfig):
-            distribution = reward_distributions(scored.policy, scored.fixed, parts.loss)
+            distribution = reward_distributions(scored.policy, scored.reference_logps, parts.loss)
             distributions.append({"set": scored.name, "pairs": len(scored.ids), **distribution})
     return metrics, distributions

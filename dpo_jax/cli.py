@@ -286,9 +286,11 @@ class _Parser(jsonargparse.ArgumentParser):
     called = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        plain = message.replace(f" {self.called}.", " ")  # the library puts the command's name before its arguments
-        for option in COMMANDS[self.called].arguments if self.called in COMMANDS else ():
-            plain = re.sub(rf"(required: .*?)\b(?<!-){option.lstrip('-')}\b", rf"\1{option}", plain)  # and drops dashes
+        # the library puts the command's name before its arguments, and drops the dashes of those that are missing
+        what, required, names = message.replace(f" {self.called}.", " ").partition("required: ")
+        options = COMMANDS[self.called].arguments if self.called in COMMANDS else ()
+        flags = {option.lstrip("-").replace("-", "_"): option for option in options}
+        plain = what + required + ", ".join(flags.get(name, name) for name in names.split(", "))
         raise UserError(f"{plain}: see {' '.join(['dpo-jax', self.called]).rstrip()} --help") from ex
 
 

@@ -70,9 +70,9 @@ def evaluate(
         summary: dict = {"policy": policy_of, "sets": {}}
         lines = []
         for scored in score_sets(parts, params, reference):
-            values = jax.device_get(preference_metrics(scored.policy, scored.fixed, config.loss))
+            values = jax.device_get(preference_metrics(scored.policy, scored.reference_logps, config.loss))
             metrics: dict[str, Any] = {key: float(value) for key, value in values.items()}
-            metrics["distributions"] = reward_distributions(scored.policy, scored.fixed, config.loss)
+            metrics["distributions"] = reward_distributions(scored.policy, scored.reference_logps, config.loss)
             summary["sets"][scored.name] = {"pairs": len(scored.ids)} | metrics
             set_lines = pair_lines(scored, config.loss)
             if per_token:
@@ -139,7 +139,8 @@ def find_judged(
 def pair_lines(scored: Scored, loss: LossConfig) -> list[dict[str, Any]]:
     """One object a pair: where it comes from, tokens, log-probs and rewards of its answers."""
     logps = np.asarray(sequence_logps(scored.policy, loss))
-    reference_logps = None if scored.fixed is None else np.asarray(sequence_logps(scored.fixed, loss))
+    theirs = scored.reference_logps
+    reference_logps = None if theirs is None else np.asarray(sequence_logps(theirs, loss))
     rewards = loss.beta * (logps if reference_logps is None else logps - reference_logps)
     lines = []
     for position, i in enumerate(scored.ids):

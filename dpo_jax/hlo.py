@@ -16,7 +16,7 @@ ITEM_BITS = {"pred": 8, "token": 0}  # other types name their bits, as f32 and b
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_EXCHANGE = re.compile(rf"(\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
+_COLLECTIVE = re.compile(rf"(\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 # Between slices of TPUs a collective is handed to the hosts, piece by piece; each slice has a program of its own.
 _HANDED = re.compile(r'\((.*?\]\S*), .*\) send\(.*_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -79,7 +79,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
 def _inside(line: str, num_devices: int) -> tuple[str, int, np.ndarray] | None:
     """Kind, bytes and groups of a collective between devices of one program."""
-    match = _EXCHANGE.match(line)
+    match = _COLLECTIVE.match(line)
     if match is None:
         return None
     result, kind, start = match.groups()

@@ -30,7 +30,7 @@ SEEN_WITHIN = 10.0  # seconds in which a shared file system shows one host's fil
 
 Made = TypeVar("Made")
 
-_turns = itertools.count()  # every process makes the same exchanges in the same order, so this numbers them alike
+_turns = itertools.count()  # every process makes the same gathers in the same order, so this numbers them alike
 
 
 class HostsMissing(UserError):
@@ -87,9 +87,9 @@ def start_hosts(
     if num_processes == 1:
         return
     if process_id == 0:
-        _call_roll(int(port), num_processes, timeout)
+        _wait_for_all(int(port), num_processes, timeout)
     else:
-        _answer_roll(host, int(port), num_processes, process_id, timeout)
+        _report_in(host, int(port), num_processes, process_id, timeout)
     if auto:  # jax finds out the same again, and which devices are this process'
         jax.distributed.initialize(initialization_timeout=timeout)
     else:
@@ -121,7 +121,7 @@ def _number(value: int | None, name: str) -> int | None:
     return int(text)
 
 
-def _call_roll(port: int, num_processes: int, timeout: int) -> None:
+def _wait_for_all(port: int, num_processes: int, timeout: int) -> None:
     """Hold the coordinator's port until every process has said its id there, and tell all what came of it."""
     deadline = time.monotonic() + timeout
     try:
@@ -185,7 +185,7 @@ def _tell(caller: socket.socket, verdict: str) -> None:
             pass  # that process died while it waited; jax's own start will miss it
 
 
-def _answer_roll(host: str, port: int, num_processes: int, process_id: int, timeout: int) -> None:
+def _report_in(host: str, port: int, num_processes: int, process_id: int, timeout: int) -> None:
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -219,7 +219,7 @@ def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
     """Every process's JSON value, by process id. All processes call it, in the same order.
 
     Args:
-        what: names the exchange in errors.
+        what: names the step in errors.
         timeout: seconds to wait for the others.
 
     Raises:

@@ -24,11 +24,11 @@ PACKAGES = ("dpo-jax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "nu
 
 # How a changed option is handled when a run resumes. The longest prefix that fits decides; no prefix: it matters.
 #   free       the arithmetic does not see it
-#   rounding   equal within the layout tolerance: allowed, so that a run can go on with other hardware, but mentioned
+#   rounding   equal within the layout tolerance: allowed, so that a run can resume on other hardware, but mentioned
 #   NAME       it points to something that identity NAME stands for: a moved directory is the same model, and a
 #              changed one is refused under that name
 #   length     see _length_matters
-FATES = {
+EFFECTS = {
     "model.path": "weights",
     "model.revision": "weights",
     "model.checkpoint": "weights",
@@ -73,7 +73,7 @@ def make_manifest(config: Mapping[str, Any], identity: Mapping[str, Any], enviro
 
     Args:
         config: the resolved options, as nested dictionaries.
-        identity: names and hashes, with the names of ``FATES``: weights, adapters, tokenizer, template, reference,
+        identity: names and hashes, with the names of ``EFFECTS``: weights, adapters, tokenizer, template, reference,
             store; more may be given, such as the compute dtype that ``auto`` became, and are compared too.
         environment: devices, processes and the like; versions and XLA flags are added.
     """
@@ -163,8 +163,8 @@ def _differences(old: Mapping, new: Mapping) -> list[tuple[str, str]]:
 def _effect(name: str) -> str:
     if name.rpartition(".")[2] in MATTERS:
         return "matters"
-    fits = [prefix for prefix in FATES if name == prefix or name.startswith(prefix + ".")]
-    return FATES[max(fits, key=len)] if fits else "matters"
+    fits = [prefix for prefix in EFFECTS if name == prefix or name.startswith(prefix + ".")]
+    return EFFECTS[max(fits, key=len)] if fits else "matters"
 
 
 def _length_matters(old: Mapping, new: Mapping) -> bool:

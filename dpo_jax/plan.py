@@ -52,7 +52,7 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, sear
     slices = [parse_topology(text) for text in topologies]
     for slice_ in slices:
         require(known.slices == 1 or slice_.chip.dcn_bandwidth is not None, "--slices", known.slices,
-                f"how fast slices of {slice_.chip.name} exchange is not published; plan one")  # fmt: skip
+                f"the bandwidth between slices of {slice_.chip.name} is not published; plan one")  # fmt: skip
     source = _source(config.model, tokenizer=known.data)
     if config.reference.path is not None:
         find_reference(config, config.reference.path, build_model(source, config.model, "tpu"), "tpu",

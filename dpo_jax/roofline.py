@@ -1,7 +1,7 @@
 """What a step computes and moves on one device, by closed form, and how long that takes at least.
 
 A time is what one resource needs alone, at its peak. The longest of them is a bound that no step beats; their sum is
-what it takes if nothing runs beside anything else.
+what it takes without any overlap.
 """
 
 from collections.abc import Sequence

@@ -247,10 +247,10 @@ def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
         path = run.root / name
         size = path.stat().st_size if path.exists() else 0
         if size < offset:
-            raise UserError(f"{path}: holds {size} bytes, {offset} were there at the step to go on from: put the whole "
-                            "file back, or start in a new run.dir")  # fmt: skip
+            raise UserError(f"{path}: holds {size} bytes, {offset} were there at the step to resume from: put the "
+                            "whole file back, or start in a new run.dir")  # fmt: skip
         if offset and _byte(path, offset - 1) != b"\n":
-            raise UserError(f"{path}: byte {offset} ends no line, though one ended there at the step to go on from: "
+            raise UserError(f"{path}: byte {offset} ends no line, though one ended there at the step to resume from: "
                             "put the unchanged file back, or start in a new run.dir")  # fmt: skip
     for name, offset in offsets.items():
         if (run.root / name).exists():

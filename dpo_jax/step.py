@@ -51,7 +51,7 @@ class _Scorers(NamedTuple):
     reference: Callable[[Any], PairLogps] | None  # None: cached, or there is no reference
     cached: PairLogps | None
 
-    def fixed(self, batch: Any, cached: PairLogps | None) -> PairLogps | None:
+    def reference_logps(self, batch: Any, cached: PairLogps | None) -> PairLogps | None:
         """The reference's log-probs, through which no gradient flows."""
         return cached if self.reference is None else stop_gradient(self.reference(batch))
 
@@ -77,7 +77,7 @@ def _whole_step(params, batch, scorers: _Scorers, loss: LossConfig):
         policy = scorers.policy(params, batch)
         return mean_loss(preference_loss(policy, reference_logps, loss), policy), policy
 
-    reference_logps = scorers.fixed(batch, scorers.cached)
+    reference_logps = scorers.reference_logps(batch, scorers.cached)
     (_, policy), grads = jax.value_and_grad(objective, has_aux=True)(params)
     return grads, policy, reference_logps
 
@@ -108,7 +108,7 @@ def _accumulated_step(params, batch, scorers: _Scorers, loss: LossConfig):
 
         return jax.grad(total)(_sums(policy))
 
-    reference_of = lambda microbatch: scorers.fixed(microbatch["batch"], microbatch["cached"])  # noqa: E731
+    reference_of = lambda microbatch: scorers.reference_logps(microbatch["batch"], microbatch["cached"])  # noqa: E731
     microbatches = {"batch": batch, "cached": scorers.cached, "cotangent": None}
     reference_logps, coupled = None, loss.coupled
     if coupled:

@@ -236,10 +236,8 @@ def begin(job: Job, state: TrainState) -> tuple[TrainState, Progress]:
         if job.proven:
             prove_start(job.parts, policy, reference_logps)
         else:
-            say(
-                job.parts.config.run.progress,
-                f"mean margin at the start: {mean_margin(policy, reference_logps):.6g} nats",
-            )
+            margin = mean_margin(policy, reference_logps)
+            say(job.parts.config.run.progress, f"mean margin at the start: {margin:.6g} nats")
     measured: dict[str, float] = {}
     if job.parts.evals:
         measured, distributions = evaluate_sets(job.parts, job.policy(state), job.reference)
@@ -384,7 +382,7 @@ def _preempt(job: Job, progress: Progress, num_steps: int) -> None:
     if hosts.is_writer():
         log_event(job.run, "preempt", step=progress.done)
     raise Preempted(f"{job.run.root}: stopped after step {progress.done} of {num_steps}, the state is saved: "
-                    "run the same command again to go on")  # fmt: skip
+                    "run the same command again to resume")  # fmt: skip
 
 
 def finish(job: Job, state: TrainState) -> None:
@@ -398,8 +396,6 @@ def finish(job: Job, state: TrainState) -> None:
     log_event(job.run, "end", step=job.parts.batches.order.num_steps)
     if config.run.report:
         stores = {"train": job.parts.batches.store}
-        stores |= {
-            name: batches.store for name, batches in job.parts.evals.items() if batches.store is not stores["train"]
-        }
+        stores |= {name: one.store for name, one in job.parts.evals.items() if one.store is not stores["train"]}
         report_done(job.run.root, {name: store.report for name, store in stores.items()}, config.run.progress)
     say(config.run.progress, f"done: {job.run.root}")

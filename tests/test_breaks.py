@@ -43,7 +43,7 @@ BREAKS = [
           "if not tied(values, agreement(parts)):", "if False:",
           ("test_reference::test_the_first_step_has_margins_of_0_within_the_bound_of_its_arithmetic[wpo-float32-1e-05]",)),
     Break(1, "a run begins without its proof", "train.py",
-          "prove_start(job.parts, policy, fixed)", "pass",
+          "prove_start(job.parts, policy, reference_logps)", "pass",
           ("test_start::test_a_stale_cache_is_refused_before_the_first_step",)),
     # 2: layout changes nothing
     Break(2, "the rejected answer begins where the chosen ends", "data/packing.py",
@@ -69,7 +69,7 @@ BREAKS = [
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[live-separable]",
            "test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]")),
     Break(2, "a loss that couples pairs is accumulated part by part", "step.py",
-          "whole_fixed, coupled = None, loss.coupled", "whole_fixed, coupled = None, False",
+          "reference_logps, coupled = None, loss.coupled", "reference_logps, coupled = None, False",
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]",)),
     # 3: a batch is a pure function of (data, seed, step)
     Break(3, "the seed is not heeded", "data/sampling.py",

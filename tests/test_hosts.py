@@ -183,8 +183,8 @@ def test_strangers_at_the_port_do_not_matter():
 
     threads = [
         threading.Thread(target=call),
-        threading.Thread(target=process, args=(hosts._call_roll, port, 2, 20)),
-        threading.Thread(target=process, args=(hosts._answer_roll, "localhost", port, 2, 1, 20)),
+        threading.Thread(target=process, args=(hosts._wait_for_all, port, 2, 20)),
+        threading.Thread(target=process, args=(hosts._report_in, "localhost", port, 2, 1, 20)),
     ]
     for thread in threads:
         thread.start()

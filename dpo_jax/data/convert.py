@@ -91,7 +91,7 @@ ConvertRows = Callable[[str, Parser, int, Sequence[Mapping]], Chunk]
 
 
 def make_convert_rows(job: Job) -> ConvertRows:
-    """The function (label, parser, number of the first row, rows) -> chunk; an invalid row of `error` raises."""
+    """The function (label, parser, number of the first row, rows) -> chunk; raises at an invalid row of `error`."""
     tokenize = make_tokenize(job.data, job.tokenizer, job.stage)
 
     def convert(label: str, parse: Parser, row: int, values: Mapping) -> TokenizedExample | Problem:
@@ -143,7 +143,7 @@ def converted_chunks(sources: Sequence[Source], job: Job, workers: int | None) -
     """(number of the source, chunk) for all rows of all sources, in their order whatever the number of processes.
 
     Raises:
-        UserError: an invalid row of `error`, or a process that ended early.
+        UserError: an invalid row whose handling is `error`, or a process that ended early.
     """
     chunks = ((number, chunk) for number, source in enumerate(sources) for chunk in _row_chunks(source))
     processes = num_processes(sum(len(source.rows) for source in sources), workers)

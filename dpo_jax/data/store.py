@@ -307,8 +307,8 @@ def build_or_open_store(
     may build at once; of several hosts that share the folder let one come first.
 
     Raises:
-        UserError: a source cannot be read or changes meanwhile, nothing of it is left, an invalid row of
-            `error`, or a folder or disk that cannot be written.
+        UserError: a source cannot be read or changes meanwhile, nothing of it is left, an invalid row whose
+            handling is `error`, or a folder or disk that cannot be written.
     """
     made_from = _made_from(sources, data, tokenizer, stage)
     path = folder / _hash(made_from)[:KEY_DIGITS]

@@ -250,12 +250,12 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
 
 def _truncated(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Problem:
     """At most max_length tokens of prompt and answer; the answers share one prompt, so the larger excess is cut."""
-    limit, handling = coder.data.max_length, coder.data.invalid_rows
+    limit, invalid_rows = coder.data.max_length, coder.data.invalid_rows
     length = len(pieces.prompt) + max(map(len, pieces.answers))
     if length <= limit:
         return pieces
     too_long = Problem(example.row, "too_long", f"{length} tokens, max_length is {limit}")
-    if handling.too_long != "truncate":
+    if invalid_rows.too_long != "truncate":
         return too_long
     cut = _CUTS[coder.data.truncation, bool(pieces.learned)](pieces, limit, coder.tokenizer.bos_token_id)
     if cut is None:

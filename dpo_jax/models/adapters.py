@@ -107,7 +107,7 @@ def merge(weights: Adapted, model: Model) -> Params:
     return jax.jit(whole, out_shardings=jax.tree.map(lambda x: x.sharding, weights.base))(weights)
 
 
-class _Place(NamedTuple):
+class _Slot(NamedTuple):
     """Where a file's tensor belongs."""
 
     projection: str
@@ -116,7 +116,7 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]  # in the file
 
 
-def _tensors(model: Model) -> dict[str, _Place]:
+def _tensors(model: Model) -> dict[str, _Slot]:
     """Every tensor of the model's adapters, by its name in the file."""
     expected = {}
     for projection, pair in model.adapter_shapes()["layers"].items():
@@ -126,7 +126,7 @@ def _tensors(model: Model) -> dict[str, _Place]:
             shape = (dims[0], math.prod(dims[1:])) if part == "a" else (math.prod(dims[:-1]), dims[-1])
             for layer in range(num_layers):
                 name = f"{_PREFIX}{module.format(layer)}.lora_{part.upper()}.weight"
-                expected[name] = _Place(projection, part, layer, shape)
+                expected[name] = _Slot(projection, part, layer, shape)
     return expected
 
 
@@ -150,8 +150,8 @@ def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any
     _check_tensors(folder, tensors, expected)
     _check_targets(folder, options, model, expected)
     names: dict[tuple[str, str], list[str]] = {}
-    for name, place in expected.items():  # in the order of the layers
-        names.setdefault((place.projection, place.part), []).append(name)
+    for name, slot in expected.items():  # in the order of the layers
+        names.setdefault((slot.projection, slot.part), []).append(name)
 
     def load(path, struct, sharding):
         stacked = np.stack([tensors[name].read() for name in names[path[-2].key, path[-1].key]])
@@ -188,9 +188,9 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig)
             raise refuse(key, f"lora.{option} is {wanted!r}; set both alike")
 
 
-def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, _Place]) -> None:
+def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, _Slot]) -> None:
     file = folder / TENSOR_FILE
-    targets = {place.projection for place in expected.values()}
+    targets = {slot.projection for slot in expected.values()}
     for name in tensors:
         module = name.split(".lora_")[0].rpartition(".")[2]
         if module not in PROJECTIONS:
@@ -206,13 +206,13 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mappin
     if missing:
         raise UserError(f"lora.path: {file} lacks {missing[0]}, which lora.targets of this model ask for: leave that "
                         f"projection out; if the adapters are of some layers only, {_MERGE}")  # fmt: skip
-    for name, place in expected.items():
-        if tensors[name].shape != place.shape:
+    for name, slot in expected.items():
+        if tensors[name].shape != slot.shape:
             raise UserError(f"lora.path: {file}: {name} has shape {list(tensors[name].shape)}, this model's is "
-                            f"{list(place.shape)}: use adapters of the same model")  # fmt: skip
+                            f"{list(slot.shape)}: use adapters of the same model")  # fmt: skip
 
 
-def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expected: Mapping[str, _Place]) -> None:
+def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expected: Mapping[str, _Slot]) -> None:
     """Refuse options by which PEFT would ignore some of the file's tensors, or create others."""
     path, layers = folder / CONFIG, range(model.config.layers)
     targets, excluded = options.get("target_modules"), options.get("exclude_modules") or []
@@ -256,8 +256,8 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
     host = jax.device_get(adapters["layers"])
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, place in expected.items():
-            yield name, host[place.projection][place.part][place.layer].reshape(place.shape)
+        for name, slot in expected.items():
+            yield name, host[slot.projection][slot.part][slot.layer].reshape(slot.shape)
 
     options = {
         "peft_type": "LORA",
@@ -273,6 +273,6 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
         "inference_mode": True,
     }
     with whole_directory(out_dir, overwrite=False) as unfinished:
-        shapes = {name: place.shape for name, place in expected.items()}
+        shapes = {name: slot.shape for name, slot in expected.items()}
         write_file(unfinished / TENSOR_FILE, shapes, np.dtype(np.float32), tensors())
         (unfinished / CONFIG).write_text(json.dumps(options, indent=2) + "\n")
