@@ -34,6 +34,11 @@ lists and mappings. The value takes the place of what the file says; of an optio
 
 This page is made from `dpo_jax/config/` by `python -m dpo_jax.configdocs`."""
 
+# The options that most runs set, in the order in which one comes to them.
+FIRST = ("model.path", "data.train", "data.max_length", "loss.type", "loss.beta", "reference.mode",
+         "optimizer.learning_rate", "batch.pairs", "batch.accumulation", "run.dir")  # fmt: skip
+_TABLE_HEAD = ("| option | type | default | meaning |", "|---|---|---|---|")
+
 
 @dataclasses.dataclass(frozen=True)
 class FieldText:
@@ -82,12 +87,13 @@ def reference_page() -> str:
     both = {part.name: part.kind for part in sections(SFTConfig)}
     staged = [(part, "" if both.get(part.name) is part.kind else " (`train`)") for part in help_sections(DPOConfig)]
     staged += [(part, " (`sft`)") for part in sections(SFTConfig) if (part, "") not in staged]
-    lines = [PREFACE]
+    fields = {field.name: field for part, _ in reversed(staged) for field in part.fields}
+    lines = [PREFACE, "\n## The ten that matter\n", "What most runs set; the defaults of all others are sound.\n"]
+    lines += [*_TABLE_HEAD, *(_table_row(fields[name]) for name in FIRST)]
     for part, stage in staged:
         note = " (one set; so too `data.eval.NAME`)" if part.kind is SourceConfig else stage
         lines += [f"\n## {part.name}{note}\n", f"{part.meaning}\n"]
-        lines += ["| option | type | default | meaning |", "|---|---|---|---|"]
-        lines += [_table_row(field) for field in part.fields]
+        lines += [*_TABLE_HEAD, *map(_table_row, part.fields)]
     return "\n".join(lines) + "\n"
 
 

@@ -77,7 +77,7 @@ class RowsConfig:
     max_shapes: int = 4
     """Most row shapes that the run compiles; each is taken only where it saves token slots."""
     accumulation: int = 1
-    """Parts in which the step is computed, one after another; the result does not depend on it."""
+    """Gradient accumulation steps: microbatches computed one after another; the result does not depend on it."""
     target_chunk: int = 1024
     """Answer tokens of a device whose scores exist at one time, over 8192 tokens of the vocabulary."""
 
