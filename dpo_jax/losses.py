@@ -313,14 +313,14 @@ def mean_loss(losses: Float[Array, " B"], policy: PairLogps) -> Float[Array, ""]
     return (losses * policy.weight).sum() / jnp.maximum(policy.valid.sum(), 1)
 
 
-class Start(NamedTuple):
+class AtMarginZero(NamedTuple):
     """Of a loss when policy and reference are one."""
 
     loss: float
     slope: float  # how much the loss moves, at most, for each nat by which log-ratios are off, to either side
 
 
-def loss_at_start(loss: LossConfig) -> Start | None:
+def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
     """The loss when policy and reference are one (margin 0); None where it depends on the policy."""
     if not loss.needs_reference or loss.weighting == "wpo" or any(name in NO_REFERENCE for name, _ in loss.terms):
         return None
@@ -329,7 +329,7 @@ def loss_at_start(loss: LossConfig) -> Start | None:
     of = lambda sums: preference_loss(replace(pair, sum=sums), pair, plain)[0]  # noqa: E731
     beside = 1e-4 * jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # a loss may have a kink at 0
     slopes = jnp.abs(jax.vmap(jax.grad(of))(beside)).sum((1, 2))
-    return Start(float(of(pair.sum)), float(slopes.max()))
+    return AtMarginZero(float(of(pair.sum)), float(slopes.max()))
 
 
 def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Array]:

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from small_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 from dpo_jax.config import DataConfig, InvalidRowsConfig, SourceConfig
-from dpo_jax.data.convert import Chunk, Job, make_convert_rows
+from dpo_jax.data.convert import Chunk, ConvertJob, make_convert_rows
 from dpo_jax.data.layouts import SCHEMAS, detect_schema, parser_of
 from dpo_jax.data.records import Example, Problem
 from dpo_jax.data.sources import load_rows
@@ -87,10 +87,10 @@ def parser(stage: str, values: list[dict]) -> Any:
     return parser_of("auto", list(dict.fromkeys(name for row in values for name in row)), values, stage)
 
 
-def job(stage: str, coder: Any, invalid_rows: InvalidRowsConfig = DROP_ALL) -> Job:
+def job(stage: str, coder: Any, invalid_rows: InvalidRowsConfig = DROP_ALL) -> ConvertJob:
     source = SourceConfig(path="x")
     data = DataConfig(train=(source,), max_length=2**16, invalid_rows=invalid_rows, append_eos=False)
-    return Job(data=data, tokenizer=coder, stage=stage)
+    return ConvertJob(data=data, tokenizer=coder, stage=stage)
 
 
 def examples(chunk: Chunk) -> Iterator[tuple[int, list[list[int]]]]:

@@ -74,7 +74,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ConvertJob:
     """What all rows have in common; travels to each process once."""
 
     data: DataConfig
@@ -90,7 +90,7 @@ class Job:
 ConvertRows = Callable[[str, Parser, int, Sequence[Mapping]], Chunk]
 
 
-def make_convert_rows(job: Job) -> ConvertRows:
+def make_convert_rows(job: ConvertJob) -> ConvertRows:
     """The function (label, parser, number of the first row, rows) -> chunk; raises at an invalid row of `error`."""
     tokenize = make_tokenize(job.data, job.tokenizer, job.stage)
 
@@ -117,7 +117,7 @@ def make_convert_rows(job: Job) -> ConvertRows:
 _convert_rows: ConvertRows  # of a worker process
 
 
-def _start_worker(job: Job) -> None:
+def _start_worker(job: ConvertJob) -> None:
     global _convert_rows  # noqa: PLW0603  a pool hands its workers nothing else
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
     _convert_rows = make_convert_rows(job)
@@ -139,7 +139,7 @@ def num_processes(num_rows: int, workers: int | None) -> int:
     return max(1, min(most, num_rows // MIN_ROWS_A_PROCESS))
 
 
-def converted_chunks(sources: Sequence[Source], job: Job, workers: int | None) -> Iterator[tuple[int, Chunk]]:
+def converted_chunks(sources: Sequence[Source], job: ConvertJob, workers: int | None) -> Iterator[tuple[int, Chunk]]:
     """(number of the source, chunk) for all rows of all sources, in their order whatever the number of processes.
 
     Raises:

@@ -24,7 +24,7 @@ import numpy as np
 
 from dpo_jax.config import DataConfig, SourceConfig
 from dpo_jax.data import sources as data_sources
-from dpo_jax.data.convert import Chunk, Job, Source, converted_chunks
+from dpo_jax.data.convert import Chunk, ConvertJob, Source, converted_chunks
 from dpo_jax.data.layouts import hints, parser_of
 from dpo_jax.data.records import Problem, Stage
 from dpo_jax.data.template import reads_clock
@@ -193,7 +193,9 @@ def _check_some_left(report: dict[str, Any]) -> None:
         raise UserError(f"{report['source']}: none of its {report['rows']} rows can be used: {causes}; fix the data")
 
 
-def _write(folder: Path, sources: Sequence[Source], job: Job, workers: int | None, made_from: dict[str, Any]) -> None:
+def _write(
+    folder: Path, sources: Sequence[Source], job: ConvertJob, workers: int | None, made_from: dict[str, Any]
+) -> None:
     """Write all files of a store into an empty folder, the manifest last."""
     reports = [
         {
@@ -319,7 +321,7 @@ def build_or_open_store(
             log.warning("%s; tokenising again", damage)
     opened = [_open_source(source, index, stage) for index, source in enumerate(sources)]
     log.info("tokenising %d rows into %s", sum(len(source.rows) for source in opened), path)
-    job = Job(data=data, tokenizer=tokenizer, stage=stage)
+    job = ConvertJob(data=data, tokenizer=tokenizer, stage=stage)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
