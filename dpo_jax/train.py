@@ -183,8 +183,8 @@ def announce(parts: Parts, run: RunDir) -> None:
     rows = " or ".join(f"{shape.rows} x {shape.length}" for shape in shapes)
     mesh = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     adapted = f", {count_adapters(parts.model):,} more in adapters" if parts.model.lora is not None else ""
-    size = f"{count_params(parts.model):,} parameters{adapted}"
-    say(config.run.progress, f"model: {size}, {parts.model.dtype}; mesh: {mesh}")
+    size = f"{count_params(parts.model):,} parameters{adapted}, {parts.model.dtype}"
+    say(config.run.progress, f"model: {size}; mesh: {mesh}")
     say(config.run.progress, f"data: {order.epoch_draws} to train on{evals}; {dropped}")
     say(config.run.progress, f"steps: {order.num_steps} of {order.batch} each, in rows of {rows} tokens")
     for line in notes:
@@ -208,8 +208,7 @@ def resume(job: Job, abstract: TrainState) -> tuple[TrainState, Progress] | None
     if hosts.is_writer():
         cut_back(job.run, manifest["offsets"])
         log_event(job.run, "restore", step=manifest["step"])
-    left = job.parts.batches.order.num_steps - manifest["step"]
-    say(show, f"resuming from step {manifest['step']}, {left} to go")
+    say(show, f"resuming from step {manifest['step']} of {job.parts.batches.order.num_steps}")
     for line in rounding_changes(manifest, job.manifest):
         say(show, f"not bit for bit the same from here on: {line}")
     if job.reference is not None:
