@@ -92,17 +92,13 @@ def test_every_curve_is_run(curves):
     assert {curve for curve, _ in RUNS.values()} == set(curves)
 
 
-DEFAULT = {"sigmoid"}
-WEEKLY = {"repeated", "fsdp8", "accumulated_sft", "accumulated_aot", "cached_ld"}  # the others run with -m slow
+# Slow ones differ in what a step computes; weekly ones in the equation alone, which test_losses.py works by hand.
+SLOW = {"ipo", "bco_pair", "aot", "discopop", "sft", "ld", "wpo", "mpo", "linear_warmup", "accumulated", "sync",
+        "padded", "cached", "fsdp4_tensor2", "accumulated_mpo"}  # fmt: skip
+MARKS = {"sigmoid": (), **dict.fromkeys(SLOW, pytest.mark.slow)}
 
 
-def marks(name: str) -> tuple:
-    if name in DEFAULT:
-        return ()
-    return (pytest.mark.weekly if name in WEEKLY else pytest.mark.slow,)
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in RUNS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.weekly)) for name in RUNS])
 def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_path):
     curve, options = RUNS[name]
     config = parse_config(
