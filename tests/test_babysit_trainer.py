@@ -13,7 +13,6 @@ from runs import events, num_lines
 
 from dpo_jax.task import write_task
 
-pytestmark = pytest.mark.slow
 STEPS = 30
 CONFIG = "configs/task.yaml"
 
@@ -79,8 +78,11 @@ def one_worker_killed(cloud, number: signal.Signals) -> None:
 
 @pytest.mark.parametrize(
     ("accident", "number"),
-    [(preempted, signal.SIGTERM), (preempted, signal.SIGKILL), (one_worker_killed, signal.SIGKILL)],
-    ids=["preempted-with-notice", "preempted-without", "one-worker-killed"],
+    [
+        pytest.param(preempted, signal.SIGTERM, id="preempted with notice", marks=pytest.mark.weekly),
+        pytest.param(preempted, signal.SIGKILL, id="preempted without", marks=pytest.mark.slow),
+        pytest.param(one_worker_killed, signal.SIGKILL, id="one worker killed", marks=pytest.mark.weekly),
+    ],
 )
 def test_a_run_to_which_something_happened_is_as_if_it_had_not(cloud, accident, number):
     run_id = f"{accident.__name__}-{number.name}"

@@ -198,7 +198,7 @@ def stopped_at(run, steps: int, processes) -> int:
     return event["step"]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_runs_of_1_2_and_4_processes_are_one_run(given, tmp_path):
     """Four are asked to stop, two are killed, and what the two have saved is gone on with by four and by one."""
     config = write_config(tmp_path / "config.yaml", given)

@@ -171,7 +171,7 @@ def hh(shared, tmp_path):
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_an_epoch_killed_at_random_is_the_epoch(hh, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert ended("train", hh, "--run.dir", whole, output=tmp_path / "said") == (0, "")
