@@ -333,6 +333,12 @@ def test_detection(columns, stage, schema):
     assert detect_schema(sorted(columns), [], stage) == schema
 
 
+def test_a_role_that_is_no_text_is_found_in_its_row():
+    answer = [{"role": [None], "content": "Why?"}, assistant("So.")]
+    problem = parse({"chosen": answer, "rejected": answer})
+    assert (problem.cause, problem.detail) == ("missing_field", "chosen[0] role is [None], not text")
+
+
 @pytest.mark.parametrize(
     ("columns", "stage", "remedy"),
     [

@@ -68,7 +68,8 @@ def _begins(value: object) -> str | None:
     """Role of the first message of a list; None: this is no list of messages."""
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
         return None
-    return value[0].get("role") or value[0].get("from")
+    role = value[0].get("role") or value[0].get("from")
+    return role if isinstance(role, str) else None
 
 
 def _without_prompt(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> str:
