@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from nnx_model import Recurrent
 from plain_model import VOCABULARY, WIDTH, init, plain_logps_fn, random_batch
 
 from dpo_jax import make_train_step
@@ -14,33 +15,16 @@ from dpo_jax.logprobs import make_padded_logps_fn
 from dpo_jax.step import init_state
 
 
-class Recurrent(nnx.Module):
-    """A gated recurrence over the tokens, with a counter that is no parameter."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
-        self.mix = nnx.Linear(2 * WIDTH, 2 * WIDTH, rngs=rngs)
-        self.head = nnx.Linear(WIDTH, VOCABULARY, rngs=rngs)
-
-    def __call__(self, tokens):
-        """Token ids [n, T] to next-token scores [n, T, V]."""
-
-        def step(state, x):
-            gate, new = jnp.split(self.mix(jnp.concatenate([state, x], axis=-1)), 2, axis=-1)
-            state += jax.nn.sigmoid(gate) * (jnp.tanh(new) - state)
-            return state, state
-
-        embedded = self.embed(tokens).swapaxes(0, 1)
-        _, states = jax.lax.scan(step, jnp.zeros_like(embedded[0]), embedded)
-        return self.head(states.swapaxes(0, 1))
-
-
 def plain():
     return init(), plain_logps_fn
 
 
+def recurrent():
+    return Recurrent(VOCABULARY, WIDTH, nnx.Rngs(0))
+
+
 def of_nnx():
-    graph, params = nnx.split(Recurrent(nnx.Rngs(0)), nnx.Param)
+    graph, params = nnx.split(recurrent(), nnx.Param)
     return params, make_padded_logps_fn(lambda params, tokens: nnx.merge(graph, params)(tokens))
 
 
@@ -64,13 +48,13 @@ def test_preferences_are_learned_from_ln_2(model):
 
 def test_a_trained_nnx_model_is_put_together_again():
     params, logps_fn = of_nnx()
-    model = Recurrent(nnx.Rngs(0))
+    model = recurrent()
     optimizer = optax.sgd(0.5)
     step = make_train_step(logps_fn=logps_fn, loss=LossConfig(type="sft"), optimizer=optimizer)
     batch = random_batch(3)
     state, _ = step(init_state(params, optimizer), None, batch)
     nnx.update(model, state.params)
     tokens = jnp.asarray(batch.tokens[:, 0])
-    graph, fresh = nnx.split(Recurrent(nnx.Rngs(0)), nnx.Param)
+    graph, fresh = nnx.split(recurrent(), nnx.Param)
     np.testing.assert_array_equal(model(tokens), nnx.merge(graph, state.params)(tokens))
     assert np.abs(model(tokens) - nnx.merge(graph, fresh)(tokens)).max() > 0.01
