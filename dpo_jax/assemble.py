@@ -221,10 +221,10 @@ def find_reference(
     """
     try:
         source = find(path)
-        reference = build_model(source, config.model, platform)
+        reference_model = build_model(source, config.model, platform)
     except UserError as error:
         raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
-    if reference != model:
+    if reference_model != model:
         raise UserError(f"reference.path: {path} has another architecture or vocabulary than model.path "
                         f"{config.model.path}; choose a model of the same kind")  # fmt: skip
     return source

@@ -231,12 +231,11 @@ def begin(job: Job, state: TrainState) -> tuple[TrainState, Progress]:
         cut_back(job.run, {log.name: 0 for log in job.run.logs})
         keep_model_files(job.run, job.parts.source, job.parts.tokenizer)
     if job.reference is not None:
-        policy, reference_logps = start_logps(job.parts, job.reference, job.policy(state))
+        logps = start_logps(job.parts, job.reference, job.policy(state))
         if job.proven:
-            prove_start(job.parts, policy, reference_logps)
+            prove_start(job.parts, *logps)
         else:
-            margin = mean_margin(policy, reference_logps)
-            say(job.parts.config.run.progress, f"mean margin at the start: {margin:.6g} nats")
+            say(job.parts.config.run.progress, f"mean margin at the start: {mean_margin(*logps):.6g} nats")
     measured: dict[str, float] = {}
     if job.parts.evals:
         measured, distributions = evaluate_sets(job.parts, job.policy(state), job.reference)

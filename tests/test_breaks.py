@@ -43,7 +43,7 @@ BREAKS = [
           "if not tied(values, agreement(parts)):", "if False:",
           ("test_reference::test_the_first_step_has_margins_of_0_within_the_bound_of_its_arithmetic[wpo-float32-1e-05]",)),
     Break(1, "a run begins without its proof", "train.py",
-          "prove_start(job.parts, policy, reference_logps)", "pass",
+          "prove_start(job.parts, *logps)", "pass",
           ("test_start::test_a_stale_cache_is_refused_before_the_first_step",)),
     # 2: layout changes nothing
     Break(2, "the rejected answer begins where the chosen ends", "data/packing.py",
