@@ -85,8 +85,8 @@ def run_dpo_jax(folder: Path, job: dict[str, Any], num_steps: int, reference: st
     import jax
 
     from dpo_jax.config import DPOConfig
-    from dpo_jax.configfile import parse_config
-    from dpo_jax.rundir import read_json
+    from dpo_jax.config.file import parse_config
+    from dpo_jax.runs.directory import read_json
     from dpo_jax.train import train
 
     compiles: list[float] = []
@@ -137,9 +137,9 @@ def jax_reference_seconds(config: Any) -> float:
     """Seconds a pair to build the cached reference again, once its program is compiled."""
     import jax
 
-    from dpo_jax.assemble import assemble, make_reference
-    from dpo_jax.policy import load_weights
-    from dpo_jax.sharding import make_mesh
+    from dpo_jax.methods.setup import assemble, make_reference
+    from dpo_jax.parallel.sharding import make_mesh
+    from dpo_jax.weights.open import load_weights
 
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):

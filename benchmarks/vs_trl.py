@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from programs import PROGRAMS, SHAPES, timed_steps
 
-from dpo_jax.chips import chip_of
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.flops import pairs_work, step_flops
+from dpo_jax.parallel.chips import chip_of
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 _CPU = {"model": None, "shape": "15m", "pairs": SHARED / "preference/hh_harmless_dev.jsonl", "max_length": 768,
@@ -266,7 +266,7 @@ def add_rates(
     """Add each program's rates in the steps timed: of tokens, a prompt counted once; of operations on real tokens.
 
     The operations are those of the program's own layout: TRL computes a prompt for each of its two answers. A chip that
-    is not in `dpo_jax.chips` has no published rate.
+    is not in `dpo_jax.parallel.chips` has no published rate.
     """
     config = decoder_config(json.loads((model / "config.json").read_text()))
     chip = chip_of(matrix["device"])

@@ -15,8 +15,8 @@ from jsonargparse.typing import PositiveInt
 
 import dpo_jax
 from dpo_jax.config import DPOConfig, SFTConfig, TrainConfig
-from dpo_jax.configdocs import help_sections
-from dpo_jax.configfile import COMMAND_OF, CommandLineText, parse_config, type_words
+from dpo_jax.config.docs import help_sections
+from dpo_jax.config.file import COMMAND_OF, CommandLineText, parse_config, type_words
 from dpo_jax.console import lossy_streams, open_descriptors
 from dpo_jax.errors import Preempted, UserError, reason
 
@@ -31,8 +31,8 @@ def _train(config: DPOConfig | SFTConfig) -> None:
 
 
 def _eval(config: DPOConfig, output: str, which: Literal["newest", "best"], per_token: bool) -> None:
-    from dpo_jax.evaluate import evaluate
-    from dpo_jax.hosts import is_writer
+    from dpo_jax.commands.evaluate import evaluate
+    from dpo_jax.parallel.hosts import is_writer
 
     summary = evaluate(config, Path(output), which, per_token)
     if is_writer():
@@ -43,15 +43,15 @@ def _eval(config: DPOConfig, output: str, which: Literal["newest", "best"], per_
 
 
 def _export(run_dir: str, out_dir: str, which: Literal["newest", "best"], adapters: bool) -> None:
-    from dpo_jax.evaluate import export
+    from dpo_jax.commands.export import export
 
     export(Path(run_dir), Path(out_dir), which, adapters)
 
 
 def _data(config: TrainConfig, step: int | None) -> None:
-    from dpo_jax.data.audit import audit_config, render, show_step
-    from dpo_jax.models.load import end_tokens
-    from dpo_jax.policy import find_model, find_tokenizer
+    from dpo_jax.reports.data_audit import audit_config, render, show_step
+    from dpo_jax.weights.hub import end_tokens
+    from dpo_jax.weights.open import find_model, find_tokenizer
 
     source = find_model(config.model.path, config.model.revision, config.model.checkpoint, weights=False)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
@@ -81,9 +81,9 @@ def _plan(
         raise UserError(f"--examples: {examples} says nothing: run.steps is {config.run.steps}; keep one")
     if output is not None and (not Path(output).absolute().parent.is_dir() or Path(output).is_dir()):
         raise UserError(f"--output: {output!r} cannot be written: give a file in a folder that is there")
-    from dpo_jax.evaluate import write_output
-    from dpo_jax.plan import Known, plan_slices
-    from dpo_jax.plan_page import render, table
+    from dpo_jax.commands.evaluate import write_output
+    from dpo_jax.plan.plan import Known, plan_slices
+    from dpo_jax.plan.text import render, table
 
     plans = []
     given = Known(slices=slices, rows=rows, lengths=mean_lengths, examples=examples, data=data)
@@ -102,8 +102,8 @@ def _sweep(config: DPOConfig, betas: str) -> None:
     except ValueError:
         raise UserError(f"--betas: {betas} cannot be read; write numbers with commas between, 0.05,0.1,0.5") from None
     configs = [replace(config, loss=replace(config.loss, beta=value)) for value in values]  # refused before jax comes
-    from dpo_jax.hosts import is_writer
-    from dpo_jax.sweep import render, sweep
+    from dpo_jax.commands.sweep import render, sweep
+    from dpo_jax.parallel.hosts import is_writer
 
     rows = sweep(config, [variant.loss.beta for variant in configs])
     if is_writer():
@@ -111,7 +111,7 @@ def _sweep(config: DPOConfig, betas: str) -> None:
 
 
 def _quickstart(dir: str) -> None:
-    from dpo_jax.quickstart import quickstart
+    from dpo_jax.commands.quickstart import quickstart
 
     quickstart(Path(dir))
 

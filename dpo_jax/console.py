@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 def say(shown: bool, line: str) -> None:
     """A line for the user on stderr, from the first process, above the progress line."""
-    from dpo_jax.hosts import is_writer  # here, because it imports JAX
+    from dpo_jax.parallel.hosts import is_writer  # here, because it imports JAX
 
     if shown and is_writer():
         tqdm.write(line, file=sys.stderr)

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import AnyArray, PaddedBatch, PairLogps, PreferenceBatch, TokenStats
-from dpo_jax.sharding import constrain_rows
-from dpo_jax.vocabulary import Options, TargetStats, TokenLogps, score_targets
+from dpo_jax.ops.token_logps import Options, TargetStats, TokenLogps, score_targets
+from dpo_jax.parallel.sharding import constrain_rows
 
 SUMMED = 32  # log-probs that are summed at once
 BLOCK = 8192  # rows of the vocabulary whose scores exist at one time, unless said otherwise

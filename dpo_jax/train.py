@@ -15,9 +15,16 @@ import jax
 import numpy as np
 import optax
 
-from dpo_jax import hosts
-from dpo_jax.agreement import AGREEMENT, tied
-from dpo_jax.assemble import (
+from dpo_jax.batching.batches import StepData
+from dpo_jax.config import DPOConfig, SFTConfig
+from dpo_jax.config.file import config_to_yaml
+from dpo_jax.console import lossy_streams, progress_line, say
+from dpo_jax.errors import Preempted, RunStopped, UserError
+from dpo_jax.inference.agreement import AGREEMENT, tied
+from dpo_jax.inference.reference import LiveReference, Reference
+from dpo_jax.logprobs import Params
+from dpo_jax.methods.optimizer import make_optimizer, make_schedule
+from dpo_jax.methods.setup import (
     Parts,
     assemble,
     describe,
@@ -28,27 +35,31 @@ from dpo_jax.assemble import (
     starting_weights,
     step_reference,
 )
-from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.compiler import compiler_options
-from dpo_jax.config import DPOConfig, SFTConfig
-from dpo_jax.configfile import config_to_yaml
-from dpo_jax.console import lossy_streams, progress_line, say
-from dpo_jax.data.batches import StepData
-from dpo_jax.errors import Preempted, RunStopped, UserError
-from dpo_jax.logprobs import Params
-from dpo_jax.manifest import new_run, refuse_changed, rounding_changes
-from dpo_jax.metrics import MetricsLog, all_finite, clipped, memory, plain
+from dpo_jax.methods.start_check import check_first, mean_margin, prove_start, start_logps, starts_equal
+from dpo_jax.methods.throughput import step_rates
 from dpo_jax.models.adapters import Adapted
 from dpo_jax.models.decoder import count_adapters, count_params
-from dpo_jax.optimizer import make_optimizer, make_schedule
-from dpo_jax.policy import export_run, keep_model_files
-from dpo_jax.proof import check_first, mean_margin, prove_start, start_logps, starts_equal
-from dpo_jax.reference import LiveReference, Reference
-from dpo_jax.report import report_done
-from dpo_jax.rundir import RunDir, cut_back, hold_run, last_metrics, log_event, log_offsets, lost_saves, replace_text
-from dpo_jax.sharding import make_mesh
+from dpo_jax.parallel import hosts
+from dpo_jax.parallel.compiler import compiler_options
+from dpo_jax.parallel.rendezvous import start_hosts
+from dpo_jax.parallel.sharding import make_mesh
+from dpo_jax.reports.run import report_done
+from dpo_jax.runs.checkpoint import Checkpoints
+from dpo_jax.runs.directory import (
+    RunDir,
+    cut_back,
+    hold_run,
+    last_metrics,
+    log_event,
+    log_offsets,
+    lost_saves,
+    replace_text,
+)
+from dpo_jax.runs.logs import MetricsLog, all_finite, clipped, memory, plain
+from dpo_jax.runs.manifest import new_run, refuse_changed, rounding_changes
+from dpo_jax.runs.profile import refuse_window, trace_edges, traced
 from dpo_jax.step import TrainState, TrainStep
-from dpo_jax.throughput import refuse_window, step_rates, trace_edges, traced
+from dpo_jax.weights.open import export_run, keep_model_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,7 +115,7 @@ def train(
         Preempted: SIGTERM or Ctrl-C came; the state is saved.
         RunStopped: loss or gradient became NaN or infinite; the state before that step is saved.
     """
-    hosts.start_hosts()
+    start_hosts()
     hosts.keep_compilations()
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh), lossy_streams(), held(config.run.dir) as run:

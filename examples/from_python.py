@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 
 import datasets
 
+from dpo_jax.commands.task import write_task
 from dpo_jax.config import BatchConfig, DataConfig, DPOConfig, ModelConfig, OptimizerConfig, RunConfig, SourceConfig
-from dpo_jax.task import write_task
 from dpo_jax.train import train
 
 

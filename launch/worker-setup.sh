@@ -20,7 +20,7 @@ setup() { # PYTHON NFS MOUNT
 }
 
 check() { # all workers together
-  timeout 900 "$base/venv/bin/python" -c 'import jax, dpo_jax.hosts as hosts; hosts.start_hosts()
+  timeout 900 "$base/venv/bin/python" -c 'import jax; from dpo_jax.parallel.rendezvous import start_hosts; start_hosts()
 print(f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of {jax.device_count()} "
       f"devices, {jax.devices()[0].device_kind}")'
 }

@@ -64,8 +64,8 @@ def tpus():
         if os.environ.get("CI") == "true":
             pytest.fail("libtpu is missing: CI must run with the extra test, on Linux x86-64")
         pytest.skip("libtpu is missing: pip install '.[test]', on Linux x86-64")
-    from dpo_jax.aot import slice_devices
-    from dpo_jax.chips import parse_topology
+    from dpo_jax.parallel.chips import parse_topology
+    from dpo_jax.plan.ahead_of_time import slice_devices
 
     return lambda text, slices=1: slice_devices(parse_topology(text), slices)
 
@@ -73,7 +73,7 @@ def tpus():
 @pytest.fixture
 def for_tpus(tpus):
     """As ``tpus``, where a test compiles for them itself."""
-    from dpo_jax.compiler import not_kept
+    from dpo_jax.parallel.compiler import not_kept
 
     with not_kept():
         yield tpus

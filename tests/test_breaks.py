@@ -32,35 +32,35 @@ class Break(NamedTuple):
 
 BREAKS = [
     # 1: step 0 is proven
-    Break(1, "the proof of the start accepts any difference", "proof.py",
+    Break(1, "the proof of the start accepts any difference", "methods/start_check.py",
           "if not worst <= bound:", "if worst < 0:",
           ("test_reference::test_a_start_that_is_its_own_reference_is_proven_bit_for_bit",
            "test_reference::test_a_cached_start_is_proven_within_a_bound")),
-    Break(1, "the first loss is not checked", "proof.py",
+    Break(1, "the first loss is not checked", "methods/start_check.py",
           "if not abs(values[\"loss\"] - expected) <= allowed:", "if False:",
           ("test_reference::test_the_first_step_has_the_loss_of_margin_0[hinge]",)),
-    Break(1, "margins of the first step are not checked", "proof.py",
+    Break(1, "margins of the first step are not checked", "methods/start_check.py",
           "if not tied(values, agreement(parts)):", "if False:",
           ("test_reference::test_the_first_step_has_margins_of_0_within_the_bound_of_its_arithmetic[wpo-float32-1e-05]",)),
     Break(1, "a run begins without its proof", "train.py",
           "prove_start(job.parts, *logps)", "pass",
           ("test_start::test_a_stale_cache_is_refused_before_the_first_step",)),
     # 2: layout changes nothing
-    Break(2, "the rejected answer begins where the chosen ends", "data/packing.py",
+    Break(2, "the rejected answer begins where the chosen ends", "batching/packing.py",
           "sources[0] = start + len(prompt) - 1", "pass",
           ("test_packing::test_both_answers_begin_at_the_prompts_last_token",
            "test_packing::test_every_token_is_laid_once_and_predicted_from_its_place[shared]",
            "test_layout::test_layouts_agree[shared in one row]")),
-    Break(2, "the rejected answer sees the chosen one", "models/attention.py",
+    Break(2, "the rejected answer sees the chosen one", "ops/attention.py",
           "seen &= (branch_s == 0) | (branch_s == branch_q)", "seen &= segment_s > 0",
           ("test_attention::test_attention_is_the_rule[plain-blocks]",
            "test_attention::test_attention_is_the_rule[grouped-xla]",
            "test_layout::test_layouts_agree[shared in one row]")),
-    Break(2, "a token does not see itself", "models/attention.py",
+    Break(2, "a token does not see itself", "ops/attention.py",
           "seen &= position_s <= position_q", "seen &= position_s < position_q",
           ("test_attention::test_attention_is_the_rule[plain-blocks]",
            "test_attention::test_attention_is_the_rule[grouped-xla]")),
-    Break(2, "a pair of blocks is left out", "data/packing.py",
+    Break(2, "a pair of blocks is left out", "batching/packing.py",
           "np.argwhere(np.tril(seen))", "np.argwhere(np.tril(seen))[:-1]",
           ("test_packing::test_visited_blocks_are_those_in_which_something_is_seen[2]",
            "test_layout::test_layouts_agree[shared in one row]")),
@@ -72,16 +72,16 @@ BREAKS = [
           "reference_logps, coupled = None, loss.coupled", "reference_logps, coupled = None, False",
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]",)),
     # 3: a batch is a pure function of (data, seed, step)
-    Break(3, "the seed is not heeded", "data/sampling.py",
+    Break(3, "the seed is not heeded", "batching/order.py",
           "_fold(seed, group)", "_fold(0, group)",
-          ("test_sampling::test_seeds_and_sources_have_orders_of_their_own",
-           "test_sampling::test_permutation_never_changes",
+          ("test_order::test_seeds_and_sources_have_orders_of_their_own",
+           "test_order::test_permutation_never_changes",
            "test_batches::test_a_seed_changes_the_order")),
-    Break(3, "the last step is filled up", "data/sampling.py",
+    Break(3, "the last step is filled up", "batching/order.py",
           "min((step + 1) * self.batch, self.num_draws)", "(step + 1) * self.batch",
-          ("test_sampling::test_every_example_once_an_epoch_and_the_last_step_is_ragged[4]",
+          ("test_order::test_every_example_once_an_epoch_and_the_last_step_is_ragged[4]",
            "test_batches::test_a_step_holds_its_pairs_in_every_layout[{}]")),
-    Break(3, "batches come in another order from ahead", "data/batches.py",
+    Break(3, "batches come in another order from ahead", "batching/batches.py",
           "coming.pop(0)", "coming.pop()",
           ("test_batches::test_a_step_is_the_same_from_any_thread_in_any_order",)),
     Break(3, "means are over slots", "losses.py",
@@ -102,17 +102,17 @@ BREAKS = [
     Break(4, "a resumed run keeps the lines after its save", "train.py",
           "cut_back(job.run, manifest[\"offsets\"])", "pass",
           ("test_start::test_the_steps_after_the_last_save_are_done_again_to_the_same_bytes",)),
-    Break(4, "logs are not cut", "rundir.py",
+    Break(4, "logs are not cut", "runs/directory.py",
           "os.truncate(run.root / name, offset)", "pass",
-          ("test_rundir::test_logs_are_cut_back_to_the_byte",)),
-    Break(4, "checksums of what is restored are not compared", "saved.py",
+          ("test_directory::test_logs_are_cut_back_to_the_byte",)),
+    Break(4, "checksums of what is restored are not compared", "runs/restore.py",
           "if wrong:", "if False:",
           ("test_checkpoint::test_a_damaged_step_is_set_aside_and_the_one_before_taken[flip_a_byte]",)),
     Break(4, "a harmed step changes the state", "step.py",
           "before = replace(state, healthy=healthy)", "before = replace(after, healthy=healthy)",
           ("test_step::test_what_is_not_finite_leaves_the_state_and_holds_it[nan]",)),
     # 5: nothing is silently changed or dropped
-    Break(5, "unknown options are passed over", "configfile.py",
+    Break(5, "unknown options are passed over", "config/file.py",
           "if key not in hints:", "if False:",
           ("test_config::test_what_is_wrong_is_one_line[batch.pair: unknown option: did you mean]",)),
     Break(5, "an option that would not be heeded is taken", "config/__init__.py",
@@ -122,7 +122,7 @@ BREAKS = [
           "notes=(*pieces.notes, too_long)", "notes=pieces.notes",
           ("test_tokenize::test_truncation[keep_start-9-True-expected1]",)),
     # 6: the reference is never updated, donated or aliased
-    Break(6, "the reference is the policy's own arrays", "reference.py",
+    Break(6, "the reference is the policy's own arrays", "inference/reference.py",
           "jnp.copy(x if dtype is None else x.astype(dtype))", "(x if dtype is None else x.astype(dtype))",
           ("test_reference::test_a_copy_shares_no_memory_and_outlives_what_it_copies[None]",
            "test_reference::test_a_live_reference_is_a_copy_of_the_start")),
@@ -137,12 +137,12 @@ BREAKS = [
           "logits = logits.astype(jnp.float32)", "logits = logits.astype(jnp.bfloat16)",
           ("test_logprobs::test_the_mask_is_of_places_and_not_of_the_pad_id",
            "test_logprobs::test_padded_is_packed")),
-    Break(7, "packed scores are normalised in bfloat16", "vocabulary.py",
+    Break(7, "packed scores are normalised in bfloat16", "ops/token_logps.py",
           "normalizer = log_total + sums.largest",
           "normalizer = (log_total + sums.largest).astype(jnp.bfloat16).astype(jnp.float32)",
           ("test_logprobs::test_targets_have_their_log_softmax_in_float32[7-bfloat16]",
            "test_logprobs::test_padded_is_packed")),
-    Break(7, "scores are rounded before they are normalised", "vocabulary.py",
+    Break(7, "scores are rounded before they are normalised", "ops/token_logps.py",
           "jnp.einsum(spec, x, y, preferred_element_type=jnp.float32, precision", "jnp.einsum(spec, x, y, precision",
           ("test_logprobs::test_scores_of_bfloat16_states_are_float32",
            "test_logprobs::test_targets_have_their_log_softmax_in_float32[7-bfloat16]")),
@@ -191,7 +191,8 @@ def copy(shared, tmp_path_factory) -> Path:
 def outcomes(copy: Path, tests: list[str], shared: Path) -> dict[str, str]:
     """First line of why each test failed; the empty text where it passed."""
     report = copy / "report.xml"
-    ids = [f"tests/{file}.py::{name}" for file, name in (test.split("::") for test in tests)]
+    paths = {path.stem: path for path in (copy / "tests").rglob("test_*.py")}
+    ids = [f"{paths[file]}::{name}" for file, name in (test.split("::") for test in tests)]
     environment = os.environ | {
         "DPO_JAX_SHARED": str(shared),
         "PYTHONPATH": str(copy),
@@ -205,7 +206,7 @@ def outcomes(copy: Path, tests: list[str], shared: Path) -> dict[str, str]:
         assert case.find("error") is None, ran.stdout
         assert case.find("skipped") is None, ran.stdout
         failure = case.find("failure")
-        name = f"{case.attrib['classname'].removeprefix('tests.')}::{case.attrib['name']}"
+        name = f"{case.attrib['classname'].rpartition('.')[2]}::{case.attrib['name']}"
         found[name] = "" if failure is None else failure.attrib["message"].splitlines()[0]
     report.unlink()
     assert set(found) == set(tests), ran.stdout

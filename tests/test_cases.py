@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from dpo_jax.batching.sets import open_sets
+from dpo_jax.commands.evaluate import evaluate
 from dpo_jax.config import DPOConfig
-from dpo_jax.configfile import parse_config
-from dpo_jax.data.sets import open_sets
+from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
-from dpo_jax.evaluate import evaluate
-from dpo_jax.policy import find_model, find_tokenizer, keep_model_files
-from dpo_jax.rundir import RunDir
+from dpo_jax.runs.directory import RunDir
+from dpo_jax.weights.open import find_model, find_tokenizer, keep_model_files
 
 
 def user(text):

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from dpo_jax.config import DPOConfig
-from dpo_jax.configfile import parse_config
-from dpo_jax.rundir import read_json
+from dpo_jax.config.file import parse_config
+from dpo_jax.runs.directory import read_json
 from dpo_jax.train import train
 
 RUNS = {

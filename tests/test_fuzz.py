@@ -59,15 +59,15 @@ def test_only_documented_outcomes(name, times, shared, request):
 # What refuses bad input must not hide this program's own faults.
 
 PLANTED = {
-    "options": ("dpo_jax.configfile", "_read"),
+    "options": ("dpo_jax.config.file", "_read"),
     "config.json": ("dpo_jax.models.families", "_size"),
     "files": ("dpo_jax.data.files", "_row"),
     "values": ("dpo_jax.data.values", "text"),
-    "rows": ("dpo_jax.data.records", "_weight"),
+    "rows": ("dpo_jax.data.schemas", "_weight"),
     "templates": ("dpo_jax.data.template", "_require_template"),
     "tokens": ("dpo_jax.data.tokenize", "_truncated"),
     "stores": ("dpo_jax.data.store", "_arrays"),
-    "manifests": ("dpo_jax.sealed", "_checksum"),
+    "manifests": ("dpo_jax.storage", "_checksum"),
 }
 
 

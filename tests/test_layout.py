@@ -10,13 +10,13 @@ import optax
 import pytest
 from small import logps_fn, pack, random_pairs, small_model, small_params
 
+from dpo_jax.batching.to_devices import make_place
 from dpo_jax.config import LossConfig, MeshConfig
 from dpo_jax.errors import UserError
 from dpo_jax.losses import mean_loss, preference_loss
-from dpo_jax.policy import param_shardings
-from dpo_jax.scoring import make_place
-from dpo_jax.sharding import make_mesh, replicated, row_devices
+from dpo_jax.parallel.sharding import make_mesh, replicated, row_devices
 from dpo_jax.step import _accumulated_step, _scorers, init_state, state_shardings, train_step
+from dpo_jax.weights.open import param_shardings
 
 PAIRS = random_pairs()
 LOSS = LossConfig(beta=0.3)

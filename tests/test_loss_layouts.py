@@ -16,14 +16,14 @@ from test_losses import CONFIGS as EVERY
 from test_losses import config_of
 
 from dpo_jax.batch import pad_pairs
+from dpo_jax.batching.to_devices import make_place
 from dpo_jax.config import MeshConfig
 from dpo_jax.logprobs import make_padded_logps_fn
 from dpo_jax.losses import mean_loss, preference_loss
 from dpo_jax.models.decoder import plain_batch
-from dpo_jax.policy import param_shardings
-from dpo_jax.scoring import make_place
-from dpo_jax.sharding import make_mesh, replicated, row_devices
+from dpo_jax.parallel.sharding import make_mesh, replicated, row_devices
 from dpo_jax.step import Base, _accumulated_step, _scorers, _sums, init_state, train_step
+from dpo_jax.weights.open import param_shardings
 
 # Short answers: a unit in the last place of a log-prob of 350 nats, times beta, is more than the tolerance by itself.
 PAIRS = [(prompt, (chosen[:9], rejected[:14]), None) for prompt, (chosen, rejected), _ in random_pairs()]

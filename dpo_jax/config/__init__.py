@@ -8,9 +8,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dpo_jax.config.data import DataConfig, InvalidRowsConfig, SourceConfig
-from dpo_jax.config.loss import COUPLED, LOSS_OPTIONS, NO_REFERENCE, OF_MARGIN, PER_TOKEN, SORTED, LossConfig, LossType
+from dpo_jax.config.loss import (
+    COUPLED,
+    LOSS_OPTIONS,
+    NO_REFERENCE,
+    OF_MARGIN,
+    PER_TOKEN,
+    SORTED,
+    LossConfig,
+    LossType,
+)
 from dpo_jax.config.model import LORA_TARGETS, LoraConfig, ModelConfig, ReferenceConfig
-from dpo_jax.config.training import (
+from dpo_jax.config.run import (
     OPTIMIZER_DEFAULTS,
     BatchConfig,
     CheckpointConfig,

@@ -1,1 +1,1 @@
-"""From files of preferences to packed rows."""
+"""From files of preferences to token ids on disk. Nothing here knows JAX, steps or batches."""

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from dpo_jax.data.records import ASSISTANT_TURN, SCHEMAS, Parser, Stage
+from dpo_jax.data.schemas import ASSISTANT_TURN, SCHEMAS, Parser, Stage
 from dpo_jax.errors import UserError
 
 _PREFERENCE_COLUMNS = (  # the first whose columns are all there

@@ -26,11 +26,11 @@ from dpo_jax.config import DataConfig, SourceConfig
 from dpo_jax.data import sources as data_sources
 from dpo_jax.data.convert import Chunk, ConvertJob, Source, converted_chunks
 from dpo_jax.data.layouts import hints, parser_of
-from dpo_jax.data.records import Problem, Stage
+from dpo_jax.data.schemas import Problem, Stage
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
-from dpo_jax.sealed import seal, unseal
+from dpo_jax.storage import seal, unseal
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from dpo_jax.data.records import Example, Messages
+from dpo_jax.data.schemas import Example, Messages
 from dpo_jax.errors import UserError, reason
 
 RENDER_SECONDS = 10.0  # of processor time for one conversation

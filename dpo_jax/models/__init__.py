@@ -1,1 +1,1 @@
-"""The decoder, its attention, and its weights from and to Hugging Face directories."""
+"""Decoders as pure functions of a parameter tree."""

@@ -26,9 +26,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.models.attention import Implementation, Layout, attend, choose, make_layout
 from dpo_jax.models.families import DecoderConfig, LinearScaling, Llama3Scaling
-from dpo_jax.sharding import constrain_rows
+from dpo_jax.ops.attention import Implementation, Layout, attend, choose, make_layout
+from dpo_jax.parallel.sharding import constrain_rows
 
 Params = dict[str, Any]
 

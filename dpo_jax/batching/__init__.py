@@ -1,0 +1,1 @@
+"""From a store of tokens to the batch of step k on the devices: a pure function of (data, seed, step)."""

@@ -1,0 +1,36 @@
+"""From this process's rows on the host to whole arrays on the devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.batch import PreferenceBatch
+from dpo_jax.parallel.sharding import own_shares, replicated, row_devices, row_sharding
+
+Place = Callable[[PreferenceBatch], PreferenceBatch]  # this process' rows on the host -> whole arrays on the devices
+
+
+def make_place(mesh: Mesh, leading: int = 0) -> Place:
+    """Puts a batch of this process' rows on its devices: all processes' rows together are the arrays.
+
+    ``leading``: dims before the rows, those of an accumulated step.
+    """
+    shares, rows, replicated_sharding = own_shares(mesh), row_sharding(mesh, leading), replicated(mesh)
+
+    def put_rows(array: np.ndarray) -> jax.Array:
+        size = array.shape[leading] // len(shares)  # rows of a share
+        shape = (*array.shape[:leading], size * row_devices(mesh), *array.shape[leading + 1 :])
+
+        def part(index: Any) -> np.ndarray:
+            start = shares.index((index[leading].start or 0) // size) * size
+            return array[(*index[:leading], slice(start, start + size))]
+
+        return jax.make_array_from_callback(shape, rows, part)
+
+    def put_whole(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, replicated_sharding, lambda index: array[index])
+
+    return lambda batch: jax.tree.map(lambda put, array: put(array), batch.place(put_rows, put_whole), batch)

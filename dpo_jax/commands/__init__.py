@@ -1,0 +1,1 @@
+"""The commands but for training, a file each."""

@@ -1,0 +1,151 @@
+"""Judging a model without training it."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from dpo_jax.batch import CHOSEN, REJECTED
+from dpo_jax.commands.token_rewards import refuse_per_token, token_fields
+from dpo_jax.config import DPOConfig, LossConfig
+from dpo_jax.console import say
+from dpo_jax.errors import UserError
+from dpo_jax.inference.distributions import reward_distributions
+from dpo_jax.inference.reference import LiveReference, Reference
+from dpo_jax.logprobs import Params
+from dpo_jax.losses import preference_metrics, sequence_logps
+from dpo_jax.methods.setup import Parts, Scored, assemble, make_reference, reference_weights, score_sets
+from dpo_jax.models.adapters import Adapted, make_lora
+from dpo_jax.parallel import hosts
+from dpo_jax.parallel.rendezvous import start_hosts
+from dpo_jax.parallel.sharding import make_mesh
+from dpo_jax.reports.tokens import token_page
+from dpo_jax.runs.checksums import weights_id
+from dpo_jax.runs.directory import find_run, is_run_dir
+from dpo_jax.runs.restore import restore_part
+from dpo_jax.weights.open import (
+    load_start,
+    load_weights,
+    lora_of,
+    trained_shapes,
+)
+
+
+def evaluate(
+    config: DPOConfig, output: Path, which: Literal["newest", "best"] = "newest", per_token: bool = False
+) -> dict:
+    """Score every pair of the config's evaluation sets; one JSON line a pair in ``output``, the summary returned.
+
+    The policy is what the config's run has come to (its newest or best save, by ``which``) when ``run.dir`` holds one,
+    else the model of ``model.path``; the reference is what the run trains against. Changes no run. ``per_token`` adds
+    what each token adds to the reward (``token_fields``), and writes a page of coloured answers beside ``output``.
+
+    Raises:
+        UserError: the config names no evaluation set, or something in it cannot be used; ``output`` is there already.
+    """
+    page = output.with_suffix(".html")
+    for path in (output, page) if per_token else (output,):
+        if path.exists():
+            raise UserError(f"--output: {path} is there already; choose another name, or take it away first")
+    if per_token:
+        refuse_per_token(config)
+        if page == output:
+            raise UserError(f"--output: {output} is where the page of --per-token goes; choose a name in .jsonl")
+    start_hosts()
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        parts = assemble(config, mesh)
+        if not parts.evals:
+            raise UserError("data.eval: {} names nothing to evaluate on; name a set, or give data.eval_fraction")
+        policy_of, params, reference = find_judged(parts, config, which)
+        missing = "" if is_run_dir(config.run.dir) else f", as no run is in {config.run.dir}"
+        say(config.run.progress, f"judging {policy_of}{missing}")
+        summary: dict = {"policy": policy_of, "sets": {}}
+        lines = []
+        for scored in score_sets(parts, params, reference):
+            values = jax.device_get(preference_metrics(scored.policy, scored.reference_logps, config.loss))
+            metrics: dict[str, Any] = {key: float(value) for key, value in values.items()}
+            metrics["distributions"] = reward_distributions(scored.policy, scored.reference_logps, config.loss)
+            summary["sets"][scored.name] = {"pairs": len(scored.ids)} | metrics
+            set_lines = pair_lines(scored, config.loss)
+            if per_token:
+                assert isinstance(reference, LiveReference)
+                fields = dict(token_fields(parts, params, reference, parts.evals[scored.name]))
+                set_lines = [line | fields[int(i)] for i, line in zip(scored.ids, set_lines, strict=True)]
+            lines += set_lines
+    if hosts.is_writer():
+        write_output(output, "".join(json.dumps(line) + "\n" for line in lines))
+        say(config.run.progress, f"pairs: {output}")
+        if per_token:
+            write_output(page, token_page(lines, config.loss.beta, policy_of))
+            say(config.run.progress, f"tokens: {page}")
+    return summary
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write what ``--output`` names.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written: {error.strerror}; choose another file") from error
+
+
+def find_judged(
+    parts: Parts, config: DPOConfig, which: Literal["newest", "best"]
+) -> tuple[str, Params, Reference | None]:
+    """The policy's name and weights, and the reference: those of the run, or of ``model.path`` when there is none."""
+    start = load_weights(parts.source, parts.model, config.model, parts.mesh)
+    weights = reference_weights(parts, start)
+    if not is_run_dir(config.run.dir):
+        if parts.model.lora is not None:
+            start = Adapted(load_start(config.lora, parts.model, config.run.seed, parts.mesh), start)
+        return config.model.path, start, make_reference(parts, weights)
+    shapes = {"params": trained_shapes(parts.model, parts.mesh)}
+    if config.reference.sync_every:
+        shapes["reference"] = shapes["params"]
+    saved, manifest = restore_part(find_run(config.run.dir).checkpoints, which, shapes)
+    if "reference" not in manifest["identity"]:
+        raise UserError(
+            f"run.dir: {config.run.dir} is a run of fine-tuning: give it as model.path, and another run.dir"
+        )
+    followed = manifest["config"]["reference"].get("sync_every", 0) > 0
+    if manifest["identity"]["reference"] != weights_id(weights) or followed != (config.reference.sync_every > 0):
+        raise UserError(f"run.dir: {config.run.dir} was trained against another reference than this config's: use "
+                        f"{config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
+    trained = make_lora(lora_of(manifest["config"]))
+    if trained != parts.model.lora:
+        raise UserError(f"run.dir: {config.run.dir} was trained with other adapters than this config's ({trained}, now "
+                        f"{parts.model.lora}): use {config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
+    name = f"{config.run.dir} step {manifest['step']}"
+    if parts.model.lora is not None:
+        return name, Adapted(saved["params"], start), make_reference(parts, weights)
+    if config.reference.sync_every:
+        return name, saved["params"], LiveReference(saved["reference"])
+    return name, saved["params"], make_reference(parts, weights)
+
+
+def pair_lines(scored: Scored, loss: LossConfig) -> list[dict[str, Any]]:
+    """One object a pair: where it comes from, tokens, log-probs and rewards of its answers."""
+    logps = np.asarray(sequence_logps(scored.policy, loss))
+    theirs = scored.reference_logps
+    reference_logps = None if theirs is None else np.asarray(sequence_logps(theirs, loss))
+    rewards = loss.beta * (logps if reference_logps is None else logps - reference_logps)
+    lines = []
+    for position, i in enumerate(scored.ids):
+        source = scored.store.report[scored.store.sources[i]]["source"]
+        line: dict[str, Any] = {"set": scored.name, "source": source, "row": int(scored.store.rows[i])}
+        for answer, k in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            line[f"tokens/{answer}"] = int(scored.policy.count[position, k])
+            line[f"logps/{answer}"] = float(logps[position, k])
+            if reference_logps is not None:
+                line[f"reference_logps/{answer}"] = float(reference_logps[position, k])
+            line[f"rewards/{answer}"] = float(rewards[position, k])
+        lines.append(line | {"rewards/margin": float(rewards[position, CHOSEN] - rewards[position, REJECTED])})
+    return lines

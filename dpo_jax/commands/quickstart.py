@@ -1,0 +1,199 @@
+"""The first five minutes: a small model learns a made language, then DPO teaches it what its readers prefer.
+
+Everything runs through the same configs and the same ``train`` as any other run.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_jax.commands.task import RULE, Visit, obeys_rule, prompt, visits, write_task
+from dpo_jax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    DPOConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SFTBatchConfig,
+    SFTConfig,
+    SourceConfig,
+)
+from dpo_jax.reports.charts import plots
+from dpo_jax.reports.html import cards, code, heading, page, paragraph, table
+from dpo_jax.reports.run import PLOTS
+from dpo_jax.runs.directory import RunDir, read_json
+
+SEED = 0
+SHOWN = (1, 26, 35, 60)  # held-out visits whose answers are printed: sea and land, by day and by night
+MAX_ANSWER = 16  # tokens; the language's answers have 13
+STAGES = {"before": "sft", "after": "dpo"}  # run directories
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model answers to every held-out visit."""
+
+    texts: list[str]
+    obey: list[bool]  # the rule, word for word
+
+
+def sft_config(directory: Path) -> SFTConfig:
+    """Stage one: from random weights to a model that speaks the language."""
+    return SFTConfig(
+        model=ModelConfig(path="builtin:tiny", tokenizer=str(directory / "tokenizer"), dtype="float32"),
+        data=DataConfig(train=(_source(directory, "sft"),), eval_fraction=1 / 16, max_length=64, workers=1),
+        optimizer=OptimizerConfig(learning_rate=4e-3, schedule="cosine", warmup_steps=20, b2=0.99),
+        batch=SFTBatchConfig(examples=64),
+        run=RunConfig(dir=str(directory / STAGES["before"]), steps=200, eval_every=50),
+        checkpoint=CheckpointConfig(every=100),
+    )
+
+
+def dpo_config(directory: Path) -> DPOConfig:
+    """Stage two: from that model and pairs to one that obeys the rule."""
+    return DPOConfig(
+        model=ModelConfig(path=str(directory / STAGES["before"]), dtype="float32"),
+        data=DataConfig(
+            train=(_source(directory, "train"),), eval={"held_out": _source(directory, "held_out")}, max_length=64,
+            workers=1,
+        ),
+        loss=LossConfig(beta=10.0),  # close to the reference: both answers are fluent, only their order is to change
+        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=10, b2=0.99),
+        batch=BatchConfig(pairs=64),
+        run=RunConfig(dir=str(directory / STAGES["after"]), steps=100, eval_every=25),
+        checkpoint=CheckpointConfig(every=50),
+    )  # fmt: skip
+
+
+def _source(directory: Path, name: str) -> SourceConfig:
+    return SourceConfig(path=str(directory / "data" / f"{name}.jsonl"))
+
+
+def quickstart(directory: Path) -> None:
+    """Run both stages in a directory, print what was learned, and write ``report.html`` there.
+
+    Run again with the same directory it resumes; a finished run is only evaluated again.
+
+    Raises:
+        UserError: the directory cannot be written, or holds another run.
+    """
+    started = time.perf_counter()
+    directory = directory.expanduser()
+    print(f"A made language: visitors of a shop ask for goods. The rule to be learned:\n{RULE}.\n", flush=True)
+    write_task(directory, SEED)
+
+    from dpo_jax.train import train  # here, because it imports JAX: the first line shall not wait for that
+
+    print("1. Supervised fine-tuning: a model of random weights learns the language, not the rule.", flush=True)
+    train(sft_config(directory))
+    print("\n2. DPO: the same model learns the rule from pairs of answers.", flush=True)
+    train(dpo_config(directory))
+    print("\n3. Both models answer visitors that neither has seen.", flush=True)
+    held_out = visits(SEED)["held_out"]
+    answers = {stage: greedy_answers(directory / run, held_out) for stage, run in STAGES.items()}
+
+    results = compare(directory, answers)
+    print_results(results, held_out, answers)
+    report = write_page(directory, results, held_out, answers)
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at {report}\n\nTo go on:\n{next_steps(directory)}")
+
+
+def greedy_answers(run: Path, asked: Sequence[Visit]) -> Answers:
+    """Greedy answers of a run's newest save."""
+    import jax
+
+    from dpo_jax.config import MeshConfig
+    from dpo_jax.inference.generate import greedy
+    from dpo_jax.parallel.sharding import make_mesh, platform_of
+    from dpo_jax.weights.open import build_model, find_model, find_tokenizer, load_weights
+
+    config = ModelConfig(path=str(run), dtype="float32")
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        source = find_model(config.path, None)
+        model = build_model(source, config, platform_of(mesh))
+        tokenizer = find_tokenizer(source, config, None)
+        params = load_weights(source, model, config, mesh)
+        ids = tokenizer([prompt(visit) for visit in asked])["input_ids"]
+        generated = greedy(model, params, ids, max_new_tokens=MAX_ANSWER, eos_id=tokenizer.eos_token_id)
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in generated]
+    return Answers(texts, [obeys_rule(visit, text) for visit, text in zip(asked, texts, strict=True)])
+
+
+def compare(directory: Path, answers: dict[str, Answers]) -> list[tuple[str, str, str]]:
+    """What was measured before and after DPO, in rows (what, before, after)."""
+    evaluations = [row for row in read_json(RunDir(directory / STAGES["after"]).metrics) if "eval_held_out_loss" in row]
+    first, last = evaluations[0], evaluations[-1]
+    obey = {stage: sum(replies.obey) / len(replies.obey) for stage, replies in answers.items()}
+
+    def measured(key: str, form: str) -> tuple[str, str]:
+        return format(first[f"eval_held_out_{key}"], form), format(last[f"eval_held_out_{key}"], form)
+
+    return [
+        ("held-out pairs ranked right by the reward", "all equal", measured("rewards/accuracies", ".1%")[1]),
+        ("held-out pairs ranked right by log-probability", *measured("logps/accuracies", ".1%")),
+        ("reward of the chosen answers", *measured("rewards/chosen", "+.3f")),
+        ("reward of the rejected answers", *measured("rewards/rejected", "+.3f")),
+        ("greedy answers that obey the rule", f"{obey['before']:.1%}", f"{obey['after']:.1%}"),
+    ]
+
+
+def print_results(results: Sequence[tuple[str, str, str]], asked: Sequence[Visit], answers: dict[str, Answers]) -> None:
+    """The results, and a few answers of both models, on the terminal."""
+    print(f"\n{'':<48}{'before DPO':>12}{'after DPO':>12}")
+    for what, before, after in results:
+        print(f"{what:<48}{before:>12}{after:>12}")
+    for index in SHOWN:
+        print(f"\n{prompt(asked[index])}")
+        for stage, replies in answers.items():
+            print(f"  {stage:<7} {replies.texts[index]:<58} {_verdict(replies.obey[index])}")
+
+
+def _verdict(obeys: bool) -> str:
+    return "as wanted" if obeys else "not as wanted"
+
+
+def next_steps(directory: Path) -> str:
+    """Commands worth trying now."""
+    return "\n".join((
+        "# what the pairs hold, and what would spoil them",
+        f"dpo-jax data {directory}/dpo/config.yaml",
+        "# the second stage again, with another option",
+        f"dpo-jax train {directory}/dpo/config.yaml --run.dir {directory}/ipo --loss.type ipo --loss.beta 0.3",
+        "# the aligned model as a Hugging Face directory",
+        f"dpo-jax export {directory}/dpo {directory}/aligned",
+    ))  # fmt: skip
+
+
+def write_page(
+    directory: Path, results: Sequence[tuple[str, str, str]], asked: Sequence[Visit], answers: dict[str, Answers]
+) -> Path:
+    """Write the quickstart's own report; its path."""
+    rows, right = [], set()
+    for index in SHOWN:
+        right |= {(len(rows), column) for column, replies in enumerate(answers.values(), 1) if replies.obey[index]}
+        rows.append((prompt(asked[index]), *(replies.texts[index] for replies in answers.values())))
+    logs = {stage: read_json(RunDir(directory / run).metrics) for stage, run in STAGES.items()}
+    by_title = {plot.title: plot for plot in PLOTS}
+    sections = [
+        cards({what: (before, after) for what, before, after in (results[0], results[1], results[4])}),
+        heading("The task",
+                paragraph("Visitors of a shop ask for goods in a made language. An answer names the goods first or "
+                          "greets the visitor first; in the supervised data both are equally frequent."),
+                paragraph(f"The rule: {RULE}. Only the preference pairs know it.")),
+        heading("Before and after", table(("Held-out visitors", "before DPO", "after DPO"), results)),
+        heading("Greedy answers", table(("Asked", "before DPO", "after DPO"), rows, frozenset(right)),
+                paragraph("✓: word for word an answer as this visitor wants it.")),
+        heading("Stage two: DPO", plots((by_title[title] for title in (
+            "Loss", "Reward accuracy", "Rewards", "Log-probability of the answers")), logs["after"])),
+        heading("Stage one: supervised fine-tuning",
+                plots((by_title[title] for title in ("Loss", "Token accuracy")), logs["before"])),
+        heading("To go on", code(next_steps(directory))),
+    ]  # fmt: skip
+    report = directory / "report.html"
+    report.write_text(page("Quickstart", f"Supervised fine-tuning, then DPO · {directory}", sections), encoding="utf-8")
+    return report

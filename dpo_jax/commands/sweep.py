@@ -1,0 +1,59 @@
+"""One config at several betas: what each buys in accuracy and margin, and how far it goes from the reference."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dpo_jax.config import DPOConfig
+from dpo_jax.errors import UserError
+from dpo_jax.parallel.hosts import is_writer
+from dpo_jax.train import train
+
+COLUMNS = {  # heading: metric
+    "accuracy": "rewards/accuracies",
+    "reward margin": "rewards/margins",
+    "KL": "kl",
+    "displacement": "displacement",
+}
+
+
+def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
+    """Train once for each beta, in ``run.dir``/beta-BETA; one row a beta and evaluation set, also in sweep.json there.
+
+    A run that exists resumes, or is read if it was done. Without evaluation sets the row is of the last step.
+
+    Raises:
+        UserError: the config keeps no reference, so that there is no distance from it.
+    """
+    if config.reference_mode == "none":
+        raise UserError("reference.mode: none leaves no KL to compare; use live or cached")
+    if len(set(betas)) < len(betas):
+        raise UserError(f"--betas: {list(betas)} names one twice; name each once")
+    rows = []
+    for beta in betas:
+        run_config = replace(config.run, dir=str(Path(config.run.dir) / f"beta-{beta:g}"))
+        metrics = train(replace(config, loss=replace(config.loss, beta=beta), run=run_config))
+        rows += rows_of(beta, metrics)
+    if is_writer():
+        (Path(config.run.dir) / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def rows_of(beta: float, metrics: Mapping[str, float]) -> list[dict]:
+    """A run's last metrics, by evaluation set."""
+    ending = f"_{COLUMNS['accuracy']}"
+    prefixes = [key.removesuffix(ending) + "_" for key in metrics if key.startswith("eval_") and key.endswith(ending)]
+    return [
+        {"beta": beta, "set": prefix.removeprefix("eval_").removesuffix("_") or "last step"}
+        | {heading: metrics[prefix + name] for heading, name in COLUMNS.items()}
+        | {"margin, nats": metrics[prefix + COLUMNS["reward margin"]] / beta}
+        for prefix in prefixes or [""]
+    ]
+
+
+def render(rows: Sequence[Mapping]) -> str:
+    """The rows as a table of Markdown."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    shown = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
+    return "\n".join([*lines, *("| " + " | ".join(map(shown, row.values())) + " |" for row in rows)])

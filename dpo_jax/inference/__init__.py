@@ -1,0 +1,1 @@
+"""Forward passes without gradient: scores of whole sets, the reference, what tokens earn, generation."""

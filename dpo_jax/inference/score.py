@@ -1,0 +1,35 @@
+"""Log-probs of whole sets of examples, for evaluation and for the reference's cache."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.batch import PairLogps, PreferenceBatch
+from dpo_jax.batching.batches import Batches
+from dpo_jax.batching.to_devices import Place
+
+LogpsStep = Callable[[Any, PreferenceBatch], PairLogps]  # compiled: (params, batch on the devices)
+
+
+def make_logps_step(logps_fn: LogpsStep, out_sharding: Any) -> LogpsStep:
+    """``logps_fn`` compiled; every process gets all pairs' log-probs (``out_sharding`` says so)."""
+    return jax.jit(logps_fn, out_shardings=out_sharding)
+
+
+def dataset_logps(
+    logps_step: LogpsStep, params: Any, batches: Batches, to_devices: Place, steps: Sequence[int] | None = None
+) -> tuple[np.ndarray, PairLogps]:
+    """Log-probs of every example of ``batches``, or of some of its steps, on the host, in their order.
+
+    Returns:
+        Example ids [N], and the PairLogps of these N.
+    """
+    ids, chunks = [], []
+    for data in batches.ahead(range(batches.order.num_steps) if steps is None else steps):
+        logps = logps_step(params, to_devices(data.batch))
+        real = data.ids >= 0
+        ids.append(data.ids[real])
+        chunks.append(jax.tree.map(lambda x: np.asarray(x)[real], logps))  # noqa: B023  used at once
+    return np.concatenate(ids), jax.tree.map(lambda *arrays: np.concatenate(arrays), *chunks)

@@ -1,0 +1,49 @@
+"""How fast a run is: rates of a step, its share of what the chips could do, and traces of chosen steps."""
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.batching.batches import StepData
+from dpo_jax.config import DPOConfig, SFTConfig
+from dpo_jax.data.store import Store
+from dpo_jax.models.decoder import Model
+from dpo_jax.models.flops import pairs_work, step_flops
+from dpo_jax.parallel.chips import chip_of
+
+
+def model_flops(config: DPOConfig | SFTConfig, model: Model, lengths: np.ndarray, num_targets: np.ndarray) -> int:
+    """Model operations of a step on its real tokens: padding and what is computed again do not count.
+
+    Args:
+        config: of the run; its layout says how often a prompt passes, its reference whether that passes too.
+        model: the policy.
+        lengths: [B, 1 + K], tokens of the prompt and answers of the step's pairs.
+        num_targets: [B, K], answer tokens that are learned.
+    """
+    preferences = isinstance(config, DPOConfig)
+    layout = config.batch.layout if preferences else "shared"
+    work = pairs_work(lengths, num_targets, layout=layout, window=model.config.window)
+    live = preferences and config.reference_mode == "live"
+    return step_flops(model.config, work, live_reference=live, lora=model.lora)
+
+
+def step_rates(
+    config: DPOConfig | SFTConfig, model: Model, mesh: Mesh, store: Store, data: StepData, seconds: float
+) -> dict[str, float]:
+    """What timings.jsonl says of a step's speed: rates of all devices together.
+
+    ``flops_per_second`` are model operations; ``mfu``, their share of what the devices could do in bfloat16, is there
+    only where the chip is known.
+    """
+    real = data.ids[data.ids >= 0]
+    flops = model_flops(config, model, store.lengths[real], store.num_targets[real])
+    rates = {
+        "step_seconds": seconds,
+        "pairs_per_second": len(real) / seconds,
+        "tokens_per_second": data.used / seconds,
+        "flops_per_second": flops / seconds,
+    }
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    if chip is not None:
+        rates["mfu"] = flops / (seconds * mesh.size * chip.device_peak_flops)
+    return rates

@@ -1,0 +1,1 @@
+"""Array functions that know shapes and a mesh, and no parameters."""

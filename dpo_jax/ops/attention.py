@@ -1,0 +1,229 @@
+"""Attention over packed rows: each token sees its own prompt and its own answer so far, and nothing else.
+
+Shape letters: R rows, T tokens in a row, N query heads, K key/value heads, G = N / K, H head, J pairs of blocks,
+q and s places of queries and keys.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import lcm
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from dpo_jax.batch import BLOCK, PreferenceBatch
+from dpo_jax.errors import UserError
+from dpo_jax.ops import kernels
+from dpo_jax.ops.unpack import Unshared, answers_apart, branches_apart, share, unshare
+from dpo_jax.parallel.sharding import ROWS, in_force
+
+Implementation = Literal["blocks", "xla", "splash", "cudnn"]
+
+
+def sees(query: Int[Array, "3 *j q"], key: Int[Array, "3 *j s"], window: int | None) -> Bool[Array, "*j q s"]:
+    """Which query sees which key, of the (segment, branch, position) of each; order in the row is the caller's part.
+
+    Within a branch positions rise by one, so "not later" is a comparison of positions there; a prompt key is never
+    later than an answer token. ``window``: keys at most window - 1 positions back.
+    """
+    segment_q, branch_q, position_q = (x[..., :, None] for x in query)
+    segment_s, branch_s, position_s = (x[..., None, :] for x in key)
+    seen = (segment_q == segment_s) & (segment_q > 0)
+    seen &= (branch_s == 0) | (branch_s == branch_q)
+    seen &= position_s <= position_q
+    if window is not None:
+        seen &= position_q - position_s < window
+    return seen
+
+
+class Layout(NamedTuple):
+    """What attention takes from a batch: computed once, for all layers."""
+
+    tokens: Int[Array, "R 3 T"]  # segment, branch, position
+    blocks: Int[Array, "R J 2"]
+    unshared: Unshared | None  # of the implementations that need it
+
+
+def make_layout(batch: PreferenceBatch, implementation: Implementation) -> Layout:
+    """The layout of a batch for one implementation, which a batch without what it needs is not given to.
+
+    Raises:
+        ValueError: the batch lists no blocks, or no answers, as a plain one.
+    """
+    if implementation == "blocks" and batch.blocks.shape[-2] == 0:
+        raise ValueError("attention blocks: this batch lists no blocks; use xla")
+    if implementation == "cudnn" and batch.answers_per_row == 0:
+        raise ValueError("attention cudnn: this batch lists no answers; use xla")
+    unshared = None
+    if implementation == "splash":
+        _, length = kernels.splash_sizes(batch.branch_length, batch.longest)
+        unshared = branches_apart(batch, length)
+    elif implementation == "cudnn":
+        unshared = answers_apart(batch, batch.longest)
+    tokens = jnp.stack([batch.segments, batch.branches, batch.positions], axis=1)
+    return Layout(tokens=tokens, blocks=jnp.asarray(batch.blocks), unshared=unshared)
+
+
+def _scores(q, k, spec, scale, softcap):
+    scores = jnp.einsum(spec, q, k, preferred_element_type=jnp.float32) * scale
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _dense_row(q, k, v, tokens, *, scale, window, softcap):
+    """One row under a [T, T] mask. q: [T, K, G, H]; k, v: [T, K, H]."""
+    scores = _scores(q, k, "qkgh,skh->kgqs", scale, softcap)
+    seen = sees(tokens, tokens, window)
+    weights = jax.nn.softmax(scores, axis=-1, where=seen)
+    weights = jnp.where(seen.any(-1)[:, None], weights, 0.0)  # padding sees nothing
+    return jnp.einsum("kgqs,skh->qkgh", weights.astype(v.dtype), v)
+
+
+def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
+    """One row, visiting J pairs of blocks. The softmax of a query block is put together over its pairs.
+
+    Work and memory follow the tokens that are seen, not the square of the row: J * BLOCK^2 scores a head. Heads stand
+    before places, and the queries of a group beside each other (X = G * BLOCK), so that each product is one plain
+    matrix product a key head: on a CPU that is several times faster than leaving the order to the compiler.
+    """
+    length, num_kv_heads, group, head = q.shape
+    num_blocks = length // BLOCK
+    query_block, key_block = blocks[:, 0], blocks[:, 1]
+    used = query_block >= 0
+    segment = jnp.where(used, query_block, num_blocks)  # unused pairs fall into a block that is cut off
+
+    q = q.reshape(num_blocks, BLOCK, num_kv_heads, group, head).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(num_blocks, num_kv_heads, group * BLOCK, head)
+    k, v = (x.reshape(num_blocks, BLOCK, num_kv_heads, head).swapaxes(1, 2) for x in (k, v))
+    tokens = tokens.reshape(3, num_blocks, BLOCK)
+
+    scores = _scores(q[query_block], k[key_block], "jkxh,jksh->jkxs", scale, softcap)
+    seen = sees(tokens[:, query_block], tokens[:, key_block], window) & used[:, None, None]
+    seen = jnp.tile(seen, (1, group, 1))[:, None]  # [J, 1, X, s]
+    scores = jnp.where(seen, scores, -jnp.inf)
+
+    largest = jax.ops.segment_max(jax.lax.stop_gradient(scores.max(-1)), segment, num_blocks + 1)
+    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    weights = jnp.exp(scores - largest[segment][..., None])
+    total = jax.ops.segment_sum(weights.sum(-1), segment, num_blocks + 1)[:num_blocks, ..., None]
+    values = jnp.einsum("jkxs,jksh->jkxh", weights.astype(v.dtype), v[key_block], preferred_element_type=jnp.float32)
+    values = jax.ops.segment_sum(values, segment, num_blocks + 1)[:num_blocks]
+    out = (values / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
+    out = out.reshape(num_blocks, num_kv_heads, group, BLOCK, head).transpose(0, 3, 1, 2, 4)
+    return out.reshape(length, num_kv_heads, group, head)
+
+
+# Each takes q, k, v and the layout of the same rows and heads. `longest` is only for those that need a bound.
+
+
+def _grouped(q, num_kv_heads):
+    num_rows, length, num_heads, head = q.shape
+    return q.reshape(num_rows, length, num_kv_heads, num_heads // num_kv_heads, head)
+
+
+def _dense(q, k, v, layout, *, longest, **options):
+    one_row = partial(_dense_row, **options)
+    return jax.vmap(one_row)(_grouped(q, k.shape[2]), k, v, layout.tokens).reshape(q.shape)
+
+
+def _blocks(q, k, v, layout, *, longest, **options):
+    # The backward pass computes scores again: they are many times larger than q, k and v, which are kept.
+    one_row = jax.checkpoint(partial(_blocks_row, **options))
+    rows = (_grouped(q, k.shape[2]), k, v, layout.tokens, layout.blocks)
+    # a mapped dim of one makes the softmax's gradient 30 times slower in XLA on a CPU
+    out = jax.vmap(one_row)(*rows) if len(q) > 1 else one_row(*(x[0] for x in rows))[None]
+    return out.reshape(q.shape)
+
+
+def _splash(q, k, v, layout, *, longest, scale, window, softcap):
+    to = layout.unshared
+    segments = to.segments.reshape(-1, to.segments.shape[-1])
+    block, _ = kernels.splash_sizes(to.segments.shape[-1], longest)
+    band = longest if window is None else min(window, longest)
+    q = (q * scale).astype(q.dtype)  # before there are more of them
+    q, k, v = (unshare(x, to) for x in (q, k, v))
+    return share(kernels.splash(q, k, v, segments, block=block, band=band, softcap=softcap), to)
+
+
+def _padded(q, k, v, layout, *, longest, scale, window, softcap, implementation):
+    if softcap is not None:
+        raise UserError("model.attention: cudnn has no soft cap of the scores, which this model has; use blocks")
+    to = layout.unshared
+    lengths = (to.segments > 0).sum(-1).reshape(-1)
+    lengths = jnp.maximum(lengths, 1)  # an unused slot has one token that nothing reads
+    q, k, v = (unshare(x, to) for x in (q, k, v))
+    return share(kernels.padded(q, k, v, lengths, window=window, scale=scale, implementation=implementation), to)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "xla": _dense,
+    "blocks": _blocks,
+    "splash": _splash,
+    "cudnn": partial(_padded, implementation="cudnn"),
+}
+
+
+def on_each_device(fn: Callable[..., Array], q: Array, k: Array, v: Array, layout: Layout) -> Array:
+    """``fn(q, k, v, layout)``, each device with its own rows and heads under the mesh in force, if any.
+
+    Nothing is exchanged: a token sees only its own row. Where `tensor` does not divide the key heads, each is repeated
+    as often as it takes for every device to have those of its own query heads, and no others.
+    """
+    if not in_force():
+        return fn(q, k, v, layout)
+    num_kv_heads, num_parts = k.shape[2], jax.sharding.get_abstract_mesh().shape["tensor"]
+    repeats = lcm(num_kv_heads, num_parts) // num_kv_heads
+    k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
+    rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor")
+    # kernels do not say over which axes their results vary
+    split = jax.shard_map(fn, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return split(q, k, v, layout)
+
+
+def attend(
+    q: Float[Array, "R T N H"],
+    k: Float[Array, "R T K H"],
+    v: Float[Array, "R T K H"],
+    layout: Layout,
+    *,
+    implementation: Implementation,
+    scale: float,
+    longest: int,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "R T N H"]:
+    """Softmax attention of packed rows, scores in float32; padding yields 0.
+
+    ``xla`` is the rule as a dense mask, the oracle that all others are checked against, and partitioned by the
+    compiler. ``layout`` is that of the same implementation, ``longest`` that of the batch. ``window`` is a sliding
+    window in positions (not row indices). Queries of one group of N / K heads share a key head.
+
+    Raises:
+        UserError: the implementation has no soft cap.
+    """
+    fn = partial(IMPLEMENTATIONS[implementation], longest=longest, scale=scale, window=window, softcap=softcap)
+    return fn(q, k, v, layout) if implementation == "xla" else on_each_device(fn, q, k, v, layout)
+
+
+def choose(
+    asked: Literal["auto", "blocks", "xla", "splash", "cudnn"], *, platform: str, dtype: str, head_dim: int
+) -> Implementation:
+    """The implementation for devices of ``platform`` (cpu, gpu, tpu) that compute in ``dtype``.
+
+    Raises:
+        UserError: what was asked for does not run there.
+    """
+    flash = dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128  # what cuDNN takes on every GPU
+    defaults: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn" if flash else "blocks"}
+    if asked == "auto":
+        return defaults.get(platform, "blocks")
+    if asked == "splash" and platform not in ("tpu", "cpu"):
+        raise UserError(f"model.attention: splash is for TPU, the devices are {platform}; use auto")
+    if asked == "cudnn" and platform != "gpu":
+        raise UserError(f"model.attention: cudnn is for GPU, the devices are {platform}; use auto")
+    if asked == "cudnn" and not flash:
+        raise UserError(f"model.attention: cudnn computes in bfloat16 with heads of a multiple of 8, at most 128, "
+                        f"not in {dtype} with heads of {head_dim}; use auto")  # fmt: skip
+    return asked

@@ -1,0 +1,265 @@
+"""Log-probs of tokens over a vocabulary, in tiles of some targets by some of its rows, on one device or on a mesh.
+
+The scores of all targets over all of the vocabulary never exist, nor does the whole vocabulary's matrix on a mesh: of
+each block of its rows the width is gathered once (axis `fsdp`), and the block's gradient goes back to its shards once.
+Where `tensor` spreads the vocabulary, each device has its own part, and the parts' normalizers are put together.
+
+Shape letters: R rows, M targets of a row, C chunks of n targets, D model, V vocabulary, b rows of it in a block.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from dpo_jax.batch import AnyArray
+from dpo_jax.parallel.sharding import ROWS, in_force
+
+UNSEEN = -1e30  # the score of what is not in a block; finite, so that 0 times it is 0
+
+
+class TargetStats(NamedTuple):
+    """What only metrics need of each target; float32, without gradient."""
+
+    entropy: Float[Array, "*n"]  # nats
+    mean_logit: Float[Array, "*n"]  # over the vocabulary
+    top1: Float[Array, "*n"]  # 1: the label was the model's first choice
+
+
+class TokenLogps(NamedTuple):
+    """Of each target, float32."""
+
+    logp: Float[Array, "*n"]  # log pi(token | what it sees), nats
+    normalizer: Float[Array, "*n"]  # logsumexp of the scores
+    log_sum_sq: Float[Array, "*n"] | None = None  # log of the sum over V of p^2
+    stats: TargetStats | None = None
+
+
+class Options(NamedTuple):
+    """What is computed, and how; the backward pass is traced elsewhere, so no context can tell it."""
+
+    chunk: int  # targets of a device that have scores at one time
+    block: int  # rows of the vocabulary over which they have them
+    stats: bool = False
+    squares: bool = False
+    precision: str | None = None
+
+    def product(self, spec: str, x: Array, y: Array) -> Array:
+        """A matrix product, float32."""
+        return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32, precision=self.precision)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def score_targets(
+    states: Float[Array, "R M D"],
+    unembedding: Float[Array, "V D"],
+    labels: Int[AnyArray, "R M"],
+    mask: Bool[AnyArray, "R M"],
+    options: Options,
+) -> TokenLogps:
+    """Log-probs of the labels; of what the mask leaves out they have no meaning.
+
+    Differentiable in ``logp`` and ``log_sum_sq``. The gradient is written out, so that the backward pass, too, holds
+    one tile of scores z, and visits only the chunks in which a target is used:
+    d log p_label / dz = onehot(label) - p, and d log sum p^2 / dz = 2 (p^2 / sum p^2 - p).
+    """
+    return _forward(states, unembedding, labels, mask, options)[0]
+
+
+def _forward(states, unembedding, labels, mask, options):
+    tokens = _on_mesh(partial(_score, options), "rwrr", "r")(states, unembedding, labels, mask)
+    return tokens, (states, unembedding, labels, mask, tokens.normalizer, tokens.log_sum_sq)
+
+
+def _backward(options, kept, cotangents):
+    by_tokens = cotangents.logp, cotangents.log_sum_sq
+    gradients = _on_mesh(partial(_pull, options), "rwrrrrr", "rw")(*kept, by_tokens)
+    return *gradients, None, None
+
+
+score_targets.defvjp(_forward, _backward)
+
+
+def _on_mesh(local: Callable[..., Any], takes: str, gives: str) -> Callable[..., Any]:
+    """``local(mesh_in_force, *arrays)`` on every device's own part: "r" is spread by rows, "w" as the vocabulary is."""
+    if not in_force():
+        return partial(local, False)
+    specs = {"r": PartitionSpec(ROWS), "w": PartitionSpec("tensor", "fsdp")}
+    out = tuple(specs[letter] for letter in gives)
+    return jax.shard_map(partial(local, True), in_specs=tuple(specs[letter] for letter in takes),
+                         out_specs=out if len(out) > 1 else out[0], check_vma=False)  # fmt: skip
+
+
+class _Tiles:
+    """The tiles of one device: chunks of its targets by blocks of its part of the vocabulary."""
+
+    def __init__(self, options: Options, spread: bool, unembedding: Array, mask: AnyArray):
+        self.spread, self.unembedding, self.rows, self.targets = spread, unembedding, *mask.shape
+        self.num_chunks = max(1, -(-self.targets // max(1, options.chunk // self.rows)))
+        self.num_blocks = max(1, -(-len(unembedding) // options.block))
+        self.block = -(-len(unembedding) // self.num_blocks)
+        used = self.chunks(mask).any(1) * jnp.arange(1, self.num_chunks + 1)
+        self.used = used.max()  # chunks behind it hold no target
+
+    def chunks(self, x: AnyArray) -> Array:
+        """[R, M, ...] -> [C, n, ...]: scores are then one plain matrix, fastest on a CPU."""
+        size = -(-self.targets // self.num_chunks)
+        x = jnp.pad(x, ((0, 0), (0, self.num_chunks * size - self.targets)) + ((0, 0),) * (x.ndim - 2))
+        x = x.reshape(self.rows, self.num_chunks, size, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(self.num_chunks, -1, *x.shape[3:])
+
+    def unchunk(self, x: Array) -> Array:
+        """[C, n, ...] -> [R, M, ...]."""
+        x = x.reshape(self.num_chunks, self.rows, -1, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(self.rows, -1, *x.shape[3:])[:, : self.targets]
+
+    def over_blocks(self, of_block: Callable[[Any, Any], Any], start: Any) -> Any:
+        """Of the blocks, one after another; a single one needs no loop."""
+        return of_block(0, start) if self.num_blocks == 1 else jax.lax.fori_loop(0, self.num_blocks, of_block, start)
+
+    def place(self, i: Any) -> Any:
+        """Where block i begins; the last one is moved back so that it is whole."""
+        return jnp.minimum(i * self.block, len(self.unembedding) - self.block)
+
+    def weights(self, i: Any, dtype: Any) -> tuple[Array, Array, Array]:
+        """Of block i: rows [b, D], their ids in the vocabulary [b], and which of them the block before did not have."""
+        offset = self.place(i)
+        rows = jax.lax.dynamic_slice_in_dim(self.unembedding, offset, self.block).astype(dtype)
+        ids = offset + jnp.arange(self.block)
+        fresh = ids >= i * self.block
+        if self.spread:
+            rows = jax.lax.all_gather(rows, "fsdp", axis=1, tiled=True)
+            ids += jax.lax.axis_index("tensor") * len(self.unembedding)
+        return rows, ids, fresh
+
+
+class _Sums(NamedTuple):
+    """Over the part of the vocabulary seen so far, [C, n] float32; sums are in units of exp(largest)."""
+
+    largest: Array
+    label: Array  # the label's score
+    total: Array  # of exp(score)
+    squares: Array | None  # of exp(2 score)
+    expected: Array | None  # of exp(score) score
+
+
+def _summed(scores: Array, is_label: Array, before: _Sums) -> _Sums:
+    """The sums with another block's scores [n, b]."""
+    largest = jnp.maximum(before.largest, scores.max(-1))
+    weights, kept = jnp.exp(scores - largest[:, None]), jnp.exp(before.largest - largest)
+    return _Sums(
+        largest=largest,
+        label=before.label + jnp.where(is_label, scores, 0.0).sum(-1),
+        total=before.total * kept + weights.sum(-1),
+        squares=None if before.squares is None else before.squares * kept**2 + (weights**2).sum(-1),
+        expected=None if before.expected is None else before.expected * kept + (weights * scores).sum(-1),
+    )
+
+
+def _over_parts(sums: _Sums) -> _Sums:
+    """The sums over all parts of a vocabulary that `tensor` spreads."""
+    largest = jax.lax.pmax(sums.largest, "tensor")
+    shift = jnp.exp(sums.largest - largest)
+    sums = sums._replace(
+        total=sums.total * shift,
+        squares=None if sums.squares is None else sums.squares * shift**2,
+        expected=None if sums.expected is None else sums.expected * shift,
+    )
+    return jax.lax.psum(sums, "tensor")._replace(largest=largest)
+
+
+def _score(options, spread, states, unembedding, labels, mask):
+    """`TokenLogps` of the targets."""
+    tiles = _Tiles(options, spread, unembedding, mask)
+    states, labels = tiles.chunks(states), tiles.chunks(labels)
+
+    def of_block(i, sums):
+        rows, ids, fresh = tiles.weights(i, states.dtype)
+
+        def of_chunk(c, sums):
+            scores = options.product("nd,vd->nv", states[c], rows)
+            if tiles.num_blocks > 1:
+                scores = jnp.where(fresh, scores, UNSEEN)
+            is_label = (ids == labels[c][:, None]) & fresh
+            chunk_sums = _summed(scores, is_label, jax.tree.map(lambda x: x[c], sums))
+            return jax.tree.map(lambda array, chunk: array.at[c].set(chunk), sums, chunk_sums)
+
+        return jax.lax.fori_loop(0, tiles.used, of_chunk, sums)
+
+    zeros = jnp.zeros(labels.shape, jnp.float32)
+    start = _Sums(zeros + UNSEEN, zeros, zeros, zeros if options.squares else None, zeros if options.stats else None)
+    sums = tiles.over_blocks(of_block, start)
+    if spread:
+        sums = _over_parts(sums)
+    unseen = sums.total == 0  # of chunks that were not visited; NaN is not 0
+    log_total = jnp.log(jnp.where(unseen, 1.0, sums.total))
+    normalizer = log_total + sums.largest
+    tokens = TokenLogps(
+        logp=sums.label - normalizer,
+        normalizer=normalizer,
+        log_sum_sq=None if sums.squares is None else jnp.log(sums.squares) - 2 * log_total,
+        stats=None if sums.expected is None else TargetStats(
+            entropy=normalizer - sums.expected / sums.total,
+            mean_logit=_mean_scores(states, unembedding, spread),
+            top1=(sums.label >= sums.largest).astype(jnp.float32),
+        ),
+    )  # fmt: skip
+    return jax.tree.map(lambda x: tiles.unchunk(jnp.where(unseen, 0.0, x)), tokens)
+
+
+def _mean_scores(states: Array, unembedding: Array, spread: bool) -> Array:
+    """The mean row's score is a token's mean score, without a look at all V."""
+    mean_row = unembedding.mean(0, dtype=jnp.float32)
+    if spread:
+        mean_row = jax.lax.all_gather(jax.lax.pmean(mean_row, "tensor"), "fsdp", axis=0, tiled=True)
+    return jnp.einsum("cnd,d->cn", states.astype(jnp.float32), mean_row, precision=jax.lax.Precision.HIGHEST)
+
+
+def _pull(options, spread, states, unembedding, labels, mask, normalizer, log_sum_sq, by_tokens):
+    """Gradients of states and unembedding, of those of the targets' log-probs."""
+    tiles = _Tiles(options, spread, unembedding, mask)
+    states, labels, normalizer, log_sum_sq, by_logp, by_log_sum_sq = jax.tree.map(
+        tiles.chunks, (states, labels, normalizer, log_sum_sq, *by_tokens)
+    )
+
+    def by_scores(c, rows, ids, fresh):
+        logps = options.product("nd,vd->nv", states[c], rows) - normalizer[c][:, None]
+        probs = jnp.exp(logps)
+        grads = by_logp[c][:, None] * ((ids == labels[c][:, None]) - probs)
+        if options.squares:
+            shares = jnp.exp(2 * logps - log_sum_sq[c][:, None])
+            grads += 2 * by_log_sum_sq[c][:, None] * (shares - probs)
+        if tiles.num_blocks > 1:
+            grads = jnp.where(fresh, grads, 0.0)
+        return grads.astype(states.dtype)
+
+    def of_block(i, grads):
+        by_states, by_unembedding = grads
+        block = tiles.weights(i, states.dtype)
+
+        def of_chunk(c, grads):
+            by_states, by_rows = grads
+            score_grads = by_scores(c, *block)
+            by_states = by_states.at[c].add(options.product("nv,vd->nd", score_grads, block[0]).astype(by_states.dtype))
+            return by_states, by_rows + options.product("nv,nd->vd", score_grads, states[c])
+
+        zeros = jnp.zeros(block[0].shape, jnp.float32)
+        by_states, by_rows = jax.lax.fori_loop(0, tiles.used, of_chunk, (by_states, zeros))
+        if spread:
+            by_rows = jax.lax.psum_scatter(by_rows, "fsdp", scatter_dimension=1, tiled=True)
+        if tiles.num_blocks == 1:
+            return by_states, by_rows
+        offset = tiles.place(i)
+        by_rows += jax.lax.dynamic_slice_in_dim(by_unembedding, offset, tiles.block)
+        return by_states, jax.lax.dynamic_update_slice_in_dim(by_unembedding, by_rows, offset, 0)
+
+    sum_dtype = jnp.float32 if tiles.num_blocks > 1 or spread else states.dtype  # what is summed over parts
+    start = jnp.zeros(states.shape, sum_dtype), jnp.zeros(unembedding.shape, jnp.float32)
+    by_states, by_unembedding = tiles.over_blocks(of_block, start)
+    if spread:
+        by_states, by_unembedding = jax.lax.psum(by_states, "tensor"), jax.lax.psum(by_unembedding, "data")
+    return tiles.unchunk(by_states).astype(states.dtype), by_unembedding.astype(unembedding.dtype)

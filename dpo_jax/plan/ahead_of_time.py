@@ -1,0 +1,230 @@
+"""A train step compiled ahead of time for a TPU topology, from shapes alone."""
+
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jax.stages import Lowered
+from packaging.requirements import Requirement
+
+from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch, up
+from dpo_jax.config import DPOConfig
+from dpo_jax.errors import UserError
+from dpo_jax.methods.optimizer import make_optimizer
+from dpo_jax.methods.setup import abstract_state, make_step, train_logps_fn
+from dpo_jax.models.decoder import Model
+from dpo_jax.models.flops import projections
+from dpo_jax.parallel.chips import Topology
+from dpo_jax.parallel.compiler import compiler_options, not_kept
+from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, placed, replicated, row_devices, row_sharding
+from dpo_jax.step import Base, TrainState
+from dpo_jax.weights.open import placed_shapes
+
+NUM_STEPS = 1000  # of the schedule: a number that the compiled step does not depend on
+# libtpu looks for a TPU, and for other programs that use one; this machine has none
+WITHOUT_TPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+               "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a step is asked for. Lengths are means of a pair: prompt, chosen, rejected."""
+
+    pairs: int  # of a step
+    parts: int
+    rows: int  # of a part, over all devices
+    row_length: int
+    lengths: tuple[float, float, float]
+    copies: int = 1  # of a pair's prompt
+    longest: int  # tokens of a prompt with one answer
+
+    @property
+    def unit(self) -> float:
+        """Tokens of a pair in the rows."""
+        prompt, chosen, rejected = self.lengths
+        return self.copies * prompt + chosen + rejected
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a step has room for."""
+        return self.parts * self.rows * self.row_length
+
+    @property
+    def fill(self) -> float:
+        """Share of the slots that holds tokens."""
+        return self.pairs * self.unit / self.slots
+
+    @property
+    def targets(self) -> int:
+        """Of a row, if it is full."""
+        return up(self.row_length * sum(self.lengths[1:]) / self.unit, BLOCK)
+
+
+def check_pair(requirements: Sequence[str], libtpu: str) -> None:
+    """Refuse a libtpu that the installed jax does not require: it may fail on programs of this jax.
+
+    Args:
+        requirements: of jax, as its metadata lists them; without libtpu among them nothing is known.
+        libtpu: its version.
+
+    Raises:
+        UserError: jax requires another version.
+    """
+    for requirement in map(Requirement, requirements):
+        if requirement.name == "libtpu" and not requirement.specifier.contains(libtpu, prereleases=True):
+            raise UserError(f"libtpu: {libtpu} cannot be used: jax {jax.__version__} requires {requirement.specifier}; "
+                            f"pip install 'libtpu{requirement.specifier}'")  # fmt: skip
+
+
+def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:
+    """Devices of TPU slices that programs can be compiled for, but not run on; libtpu must be there.
+
+    Raises:
+        UserError: it does not belong to the installed jax.
+    """
+    check_pair(metadata.requires("jax") or (), metadata.version("libtpu"))
+    os.environ.update({name: value for name, value in WITHOUT_TPU.items() if name not in os.environ})
+    from jax.experimental import topologies
+
+    options = slice_.options | ({"num_slices": slices} if slices > 1 else {})
+    return topologies.get_topology_desc(slice_.name, "tpu", **options).devices
+
+
+def slice_mesh(config: DPOConfig, slice_: Topology, slices: int) -> Mesh | AbstractMesh:
+    """The config's mesh of devices that only compile; without their compiler, of none at all."""
+    if importlib.util.find_spec("libtpu") is None:
+        return abstract_mesh(config.mesh, slice_.devices * slices)
+    return make_mesh(config.mesh, slice_devices(slice_, slices))
+
+
+def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
+    """The batch's shapes and places."""
+    lead = () if load.parts == 1 else (load.parts,)
+    pairs, answers = load.pairs // load.parts, 2 * math.ceil(load.row_length / load.unit)
+    row, targets = (load.rows, load.row_length), (load.rows, load.targets)
+
+    def empty() -> PreferenceBatch:
+        ints = lambda *shape: jnp.zeros((*lead, *shape), jnp.int32)  # noqa: E731
+        return PreferenceBatch(
+            **{name: ints(*row) for name in ("tokens", "positions", "segments", "branches")},
+            **{f"target_{name}": ints(*targets) for name in ("tokens", "sources", "answers", "offsets")},
+            target_mask=ints(*targets) > 0,
+            answer_slots=ints(pairs, 2),
+            weight=jnp.zeros((*lead, pairs)),
+            valid=ints(pairs) > 0,
+            blocks=ints(load.rows, 16 * (load.row_length // BLOCK), 2),
+            answers_per_row=answers,
+            longest=up(load.longest, BLOCK),
+            branch_length=load.row_length,
+        )
+
+    batch = jax.eval_shape(empty)
+    return placed(batch, batch.place(row_sharding(mesh, len(lead)), replicated(mesh)))
+
+
+def abstract_reference(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Any:
+    """The shapes and places of the step's ``reference`` argument."""
+    weights, mode, cached = placed_shapes(model, mesh), config.reference_mode, None
+    if mode == "live" and model.lora is None and config.reference.dtype != "auto":
+        dtype = jnp.dtype(config.reference.dtype)
+        weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)
+    if mode == "cached":
+        shape = (load.pairs,) if load.parts == 1 else (load.parts, load.pairs // load.parts)
+
+        def empty() -> PairLogps:
+            answers, pairs = jnp.zeros((*shape, 2)), jnp.zeros(shape)
+            tail = None if config.loss.ld_alpha is None else answers
+            return PairLogps(sum=answers, count=answers, weight=pairs, valid=pairs > 0, tail_sum=tail)
+
+        logps = jax.eval_shape(empty)
+        cached = placed(logps, jax.tree.map(lambda _: replicated(mesh), logps))
+    if model.lora is not None:
+        return Base(weights, cached)
+    return {"live": weights, "cached": cached, "none": None}[mode]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler said; without one, what is known of the step. Bytes a device."""
+
+    seconds: float | None  # None: not compiled, and the peak is the least that it takes
+    text: str | None  # None: it does not fit, or was not compiled
+    peak: int
+    held: dict[str, int]  # weights, optimizer, reference, batch
+    save: int  # of all devices together: what a checkpoint writes
+
+
+class Arguments(NamedTuple):
+    """Shapes and places of what the train step takes."""
+
+    state: TrainState
+    reference: Any
+    batch: PreferenceBatch
+
+
+def step_arguments(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Arguments:
+    """Of the config's step, for the devices of a mesh."""
+    state = abstract_state(model, mesh, make_optimizer(config.optimizer, NUM_STEPS))
+    return Arguments(state, abstract_reference(config, model, mesh, load), abstract_batch(load, mesh))
+
+
+def lower_step(config: DPOConfig, model: Model, mesh: Mesh, arguments: Arguments) -> Lowered:
+    """The train step of the config, to be compiled for the mesh's devices."""
+    with not_kept():
+        flags = compiler_options(mesh, config.run.compiler_flags)
+    optimizer = make_optimizer(config.optimizer, NUM_STEPS)
+    step: Any = make_step(config, train_logps_fn(config, model), mesh, optimizer, arguments.state, flags)
+    with jax.set_mesh(mesh):
+        return step.lower(*arguments)
+
+
+def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Compiled:
+    """The train step of the config, compiled for the mesh's devices."""
+    arguments = step_arguments(config, model, mesh, load)
+    state, reference, batch = arguments
+    sizes = {
+        "weights": _bytes(state.params) + (_bytes(reference.params) if isinstance(reference, Base) else 0),
+        "optimizer": _bytes(state.opt_state),
+        "reference": 0 if isinstance(reference, Base) else _bytes(reference),
+        "batch": _bytes(batch),
+    }
+    save = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    if isinstance(mesh, AbstractMesh):
+        return Compiled(None, None, sum(sizes.values()) + _least(model, mesh, load, _bytes(state.params)), sizes, save)
+    start = time.perf_counter()
+    lowered = lower_step(config, model, mesh, arguments)
+    try:
+        with not_kept():
+            program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MG])\)? (?:exceeds|of)", str(error), re.S)
+        if wanted is None:
+            raise
+        peak = int(float(wanted[1]) * {"M": 2**20, "G": 2**30}[wanted[2]])
+        return Compiled(time.perf_counter() - start, None, peak, sizes, save)
+    memory: Any = program.memory_analysis()
+    return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, sizes, save)
+
+
+def _least(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) -> int:
+    """What no compiler can do without: gradients, what each layer keeps, and one layer at work."""
+    c, width = model.config, jnp.dtype(model.dtype).itemsize
+    tokens = load.rows // row_devices(mesh) * load.row_length
+    gradients = trained * (2 if load.parts > 1 else 1)  # of a part, and their sum
+    kept = c.layers * tokens * c.hidden * width
+    matrices = sum(inputs * outputs for inputs, outputs in projections(c).values())
+    return gradients + kept + width * (matrices + 4 * tokens * c.ffn) // mesh.shape["tensor"]
+
+
+def _bytes(tree: Any) -> int:
+    """Of a device, by shapes and places."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,271 @@
+"""Compile a run's train step ahead of time for a TPU topology: does it fit, what does it move, what will it cost.
+
+The very step of the config is compiled ahead of time by the TPU's own compiler, from shapes alone, on any Linux x86-64
+machine. Memory and collectives are the compiled program's; operations, traffic and times are closed forms.
+"""
+
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from dpo_jax.batching.batches import train_batches
+from dpo_jax.batching.packing import assign_rows, make_units
+from dpo_jax.batching.sets import DataSets, open_sets
+from dpo_jax.config import DPOConfig, ModelConfig
+from dpo_jax.errors import UserError, require
+from dpo_jax.methods.setup import find_reference
+from dpo_jax.methods.throughput import model_flops
+from dpo_jax.models.decoder import Model, count_adapters, count_params
+from dpo_jax.models.flops import Work, causal_pairs
+from dpo_jax.parallel.chips import Topology, parse_topology
+from dpo_jax.parallel.sharding import row_devices
+from dpo_jax.plan.ahead_of_time import Compiled, Load, compile_step, slice_mesh
+from dpo_jax.plan.hlo import Collective, collectives
+from dpo_jax.plan.roofline import collective_times, hardware_flops, matrix_traffic
+from dpo_jax.weights.known import known_config
+from dpo_jax.weights.open import ModelSource, build_model, find_model, find_tokenizer
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known beside the config."""
+
+    slices: int = 1
+    rows: int | None = None  # of ``batch.row_length`` tokens, a device and part; None: what the lengths ask for, else 1
+    lengths: tuple[float, float, float] | None = None  # None: rows are taken to be full, of pairs in equal thirds
+    sets: DataSets | None = None  # the data, whose means the lengths are, and which decides the rows and the steps
+    examples: int | None = None  # pairs of the data, for the hours of a run that is not given in steps
+    data: bool = False  # read the data for all of these
+
+
+def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, search: bool) -> Iterator[dict[str, Any]]:
+    """`plan` of each slice, when it is made; with ``search`` each also of ever more frugal settings until one fits."""
+    slices = [parse_topology(text) for text in topologies]
+    for slice_ in slices:
+        require(known.slices == 1 or slice_.chip.dcn_bandwidth is not None, "--slices", known.slices,
+                f"the bandwidth between slices of {slice_.chip.name} is not published; plan one")  # fmt: skip
+    source = _source(config.model, tokenizer=known.data)
+    if config.reference.path is not None:
+        find_reference(config, config.reference.path, build_model(source, config.model, "tpu"), "tpu",
+                       lambda path: _source(ModelConfig(path=path), tokenizer=False))  # fmt: skip
+    if known.data:
+        known = _measured(config, source, known)
+    for slice_ in slices:
+        report = plan(config, source, slice_, known)
+        yield report
+        if search and report["memory"]["fits"] is False:
+            yield from search_fit(config, source, slice_, known, report["memory"]["peak"])
+
+
+def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known) -> dict[str, Any]:
+    """Everything that can be said of the config's step on a slice, as a JSON tree; `plan_page` renders it.
+
+    Raises:
+        UserError: the config cannot run there.
+    """
+    mesh = slice_mesh(config, slice_, known.slices)
+    model = build_model(source, config.model, "tpu", config.lora)
+    load = find_load(config, mesh, known)
+    report: dict[str, Any] = {
+        "topology": slice_.name,
+        "slices": known.slices,
+        "chips": slice_.chips * known.slices,
+        "mesh": dict(mesh.shape),
+        "model": {"path": config.model.path, "parameters": count_params(model), "dtype": model.dtype,
+                  "attention": model.attention, "remat": model.remat,
+                  "adapters": 0 if model.lora is None else count_adapters(model)},
+        "batch": {"pairs": load.pairs, "parts": load.parts, "rows_a_device": load.rows // row_devices(mesh),
+                  "row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths),
+                  "assumed": known.lengths is None},
+    }  # fmt: skip
+    print(f"compiling for {slice_.name}, which takes minutes", file=sys.stderr)
+    compiled = compile_step(config, model, mesh, load)
+    report |= {"compile_seconds": compiled.seconds, "memory": _memory(compiled, slice_)}
+    if compiled.text is None and compiled.seconds is not None:
+        return report
+    return report | _costs(config, model, mesh, load, slice_, compiled.text or "", known)
+
+
+CURES: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # the cheap ones first
+    "model.remat": lambda c: replace(c, model=replace(c.model, remat="full")),
+    "batch.accumulation": lambda c: replace(c, batch=replace(c.batch, accumulation=2 * c.batch.accumulation)),
+    "mesh.tensor": lambda c: replace(c, mesh=replace(c.mesh, tensor=2 * c.mesh.tensor)),
+    "reference.mode": lambda c: replace(c, reference=replace(c.reference, mode="cached", dtype="auto")),
+    "optimizer.moment_dtype": lambda c: replace(c, optimizer=replace(c.optimizer, moment_dtype="bfloat16")),
+}
+
+
+def search_fit(
+    config: DPOConfig, source: ModelSource, slice_: Topology, known: Known, peak: float
+) -> list[dict[str, Any]]:
+    """Plans of ever more frugal settings, each with ``changed``, until one fits or nothing helps any more.
+
+    Each cure is taken as often as it lowers the peak, at first ``peak`` GiB, and is kept.
+    """
+    plans: list[dict[str, Any]] = []
+    changed: dict[str, Any] = {}
+    for option, cure in CURES.items():
+        section, name = option.split(".")
+        while (candidate := cure(config)) != config:
+            try:
+                fewer = known if option != "batch.accumulation" else _halved(known)
+                tried = plan(candidate, source, slice_, fewer)
+            except UserError:  # this setting has an end
+                break
+            if tried["memory"]["peak"] > 0.99 * peak:
+                break
+            config, known, peak = candidate, fewer, tried["memory"]["peak"]
+            changed = changed | {option: getattr(getattr(config, section), name)}
+            plans.append(tried | {"changed": changed})
+            if tried["memory"]["fits"] is not False:
+                return plans
+    return plans
+
+
+def _halved(known: Known) -> Known:
+    if known.rows is None:
+        return known
+    if known.rows % 2:
+        raise UserError(f"--rows: {known.rows} cannot be halved")
+    return replace(known, rows=known.rows // 2)
+
+
+def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
+    """The pairs that the config trains on, and their lengths."""
+    tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
+    sets = open_sets(config, tokenizer)
+    ids = np.concatenate([sets.order.step_ids(step) for step in range(sets.order.num_steps)])
+    prompt, chosen, rejected = sets.train.lengths[ids[ids >= 0]].mean(0).tolist()
+    return replace(known, lengths=(prompt, chosen, rejected), sets=sets)
+
+
+def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
+    """The model's shapes: of the files where they are, else as published, else from the hub, as is its tokenizer."""
+    published = known_config(config.path)
+    files = os.path.isdir(os.path.expanduser(config.path)) or (tokenizer and config.tokenizer is None)
+    if published is not None and not files:
+        return ModelSource(published, None, None)
+    return find_model(config.path, config.revision, config.checkpoint, weights=False)
+
+
+def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Load:
+    """Rows and lengths of a step, from what is known of them."""
+    batch, devices, rows, lengths = config.batch, row_devices(mesh), known.rows, known.lengths
+    require(batch.layout != "padded", "batch.layout", batch.layout,
+            "its rows follow the data; plan shared or repeated")  # fmt: skip
+    if batch.row_length == "auto":
+        raise UserError("batch.row_length: auto takes it from the data, which plan does not read; give a number, such "
+                        "as --batch.row_length 4096")  # fmt: skip
+    pairs = batch.pairs / batch.accumulation  # of a part
+    copies = 1 if batch.layout == "shared" else 2  # of a prompt
+    num_rows = (rows or 1) * devices
+    if lengths is None:
+        room = batch.row_length * min(num_rows / pairs, copies)
+        each = float(int(min(room / (copies + 2), config.data.max_length / 2)))
+        require(each > 0, "batch.row_length", batch.row_length,
+                f"no row has room for {pairs / num_rows:g} pairs; give --rows, or raise it")  # fmt: skip
+        lengths = (each, each, each)
+    load = Load(pairs=batch.pairs, parts=batch.accumulation, rows=num_rows, row_length=batch.row_length,
+                lengths=lengths, copies=copies, longest=min(config.data.max_length, batch.row_length))  # fmt: skip
+    longest = lengths[0] + max(lengths[1:])
+    if longest > config.data.max_length or max(longest, load.unit / copies) > batch.row_length:
+        raise UserError(f"--lengths: {lengths} cannot be: a prompt and an answer have at most data.max_length tokens, "
+                        f"{config.data.max_length}, and a pair a row's, {batch.row_length}; give means")  # fmt: skip
+    if rows is None and known.sets is not None:
+        return replace(load, rows=train_batches(config, known.sets, devices).packer.shapes[-1].rows)
+    if rows is None and known.lengths is not None:
+        alike = np.tile(np.round(lengths).astype(int), (int(pairs), 1))
+        units = make_units(alike, alike[:, 1:], batch.layout)
+        packed = assign_rows(units, layout=batch.layout, multiple=devices, row_length=batch.row_length)
+        return replace(load, rows=len(packed))
+    if load.fill > 1:
+        raise UserError(f"--rows: {rows} rows of {batch.row_length} tokens a device do not hold {pairs:g} pairs of "
+                        f"{load.unit:g} tokens; give more, or raise batch.accumulation")  # fmt: skip
+    return load
+
+
+def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
+    """GiB a device; ``fits`` is None where only a compiler could tell."""
+    room = slice_.chip.device_memory
+    accepted = compiled.seconds is None or compiled.text is not None  # else the compiler gave up
+    sizes = {name: size / GIB for name, size in compiled.held.items()}
+    rest = (compiled.peak - sum(compiled.held.values())) / GIB if accepted else None
+    fits = accepted and compiled.peak <= room
+    return sizes | {
+        "activations": rest,
+        "save": compiled.save / GIB,
+        "peak": compiled.peak / GIB,
+        "room": room / GIB,
+        "fits": None if fits and compiled.seconds is None else fits,
+    }
+
+
+def _costs(
+    config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, slice_: Topology, text: str, known: Known
+) -> dict[str, Any]:
+    """Operations, traffic, times and what follows from them."""
+    chip, live = slice_.chip, config.reference_mode == "live"
+    lengths = np.tile(np.round(load.lengths).astype(int), (load.pairs, 1))
+    targets = int(lengths[:, 1:].sum())
+    useful = model_flops(config, model, lengths, lengths[:, 1:])
+    seen = causal_pairs(np.full(2 * load.rows * load.parts, load.row_length), _band(model, load)).sum()
+    hardware = hardware_flops(model, Work(load.slots, int(seen), targets), live_reference=live)
+
+    devices, tensor = mesh.size, mesh.shape["tensor"]
+    spread = devices // tensor
+    traffic = matrix_traffic(model, load.slots // load.parts // spread, targets // load.parts // spread,
+                             parts=load.parts, tensor=tensor, live_reference=live)  # fmt: skip
+    collective_ops = collectives(text, devices)
+    seconds = {
+        "compute": hardware / devices / chip.device_peak_flops,
+        "memory": traffic / (chip.memory_bandwidth / chip.devices),
+        **collective_times(collective_ops, chip, devices // known.slices),
+    }
+    bound = max(seconds, key=lambda name: seconds[name])
+    best, worst = seconds[bound], sum(seconds.values())
+    of = lambda t: {"step_seconds": t, "mfu": useful / (t * devices * chip.device_peak_flops),  # noqa: E731
+                    "pairs_per_second": load.pairs / t,
+                    "tokens_per_second": load.pairs * load.unit / t}  # fmt: skip
+    costs = {
+        "flops": {"model": useful, "hardware": hardware, "model_a_pair": useful / load.pairs},
+        "collectives": _by_kind(collective_ops, devices // known.slices),
+        "collectives_at_least": any(op.at_least for op in collective_ops),
+        "seconds": seconds,
+        "bound": bound,
+        "full_overlap": of(best),
+        "no_overlap": of(worst),
+    }
+    if known.sets is not None:
+        steps = known.sets.order.num_steps
+    else:
+        epochs = config.run.epochs or 1
+        steps = config.run.steps or (known.examples and math.ceil(epochs * known.examples / load.pairs))
+    if steps:
+        hours = [steps * t / 3600 for t in (best, worst)]
+        costs["run"] = {"steps": steps, "hours": hours, "chip_hours": [t * devices / chip.devices for t in hours]}
+    return costs
+
+
+def _band(model: Model, load: Load) -> int:
+    """Tokens back that the attention kernel looks at most."""
+    return min(filter(None, (load.longest, model.config.window)))
+
+
+def _by_kind(collective_ops: Sequence[Collective], devices_per_slice: int) -> dict[str, dict[str, float]]:
+    """How often, and GiB a device, of each kind of collective; those that leave a slice are kinds of their own."""
+    by_kind: dict[str, list[Collective]] = defaultdict(list)
+    for op in collective_ops:
+        by_kind[f"{op.kind} between slices" if op.slices(devices_per_slice) > 1 else op.kind].append(op)
+    return {
+        kind: {"times": sum(op.times for op in ops), "gib": sum(op.moved * op.times for op in ops) / GIB}
+        for kind, ops in sorted(by_kind.items())
+    }

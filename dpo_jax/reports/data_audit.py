@@ -1,0 +1,342 @@
+"""What the data holds, and what in it spoils learning: as plain data, and as text for a terminal."""
+
+from collections.abc import Iterable, Sequence, Set
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.batching.sets import DataSets, open_sets
+from dpo_jax.config import TrainConfig
+from dpo_jax.data.store import Store, prompt_hash
+from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.errors import UserError
+from dpo_jax.reports.duplicates import both_labels, exact_duplicates, near_duplicates, plain_words
+
+NAMED = 10  # examples named for each finding
+MOST_COMPARED = 100_000  # examples among which near duplicates are looked for
+QUANTILES = {"min": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
+WHAT_WAS_DONE = {"too_long": "truncated", "template_not_prefix": "repaired", "equal_answers": "kept"}
+END = 3  # tokens at the end of an answer, of which one should end it; chat templates put a line break after theirs
+HEAD = 60  # characters of a text that --step shows
+
+
+def _name(store: Store, i: int) -> dict[str, Any]:
+    return {"source": store.report[store.sources[i]]["source"], "row": int(store.rows[i])}
+
+
+def _groups(store: Store, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """A finding: how many groups, how many examples they hold, and the first of them by name."""
+    return {
+        "groups": len(groups),
+        "examples": sum(map(len, groups)),
+        "first": [[_name(store, i) for i in group[:NAMED]] for group in groups[:NAMED]],
+    }
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, float]:
+    values = np.quantile(lengths, list(QUANTILES.values()), method="lower").tolist()
+    return dict(zip(QUANTILES, values, strict=True)) | {"mean": float(lengths.mean())}
+
+
+def _branches(num_answers: int) -> tuple[str, ...]:
+    return ("prompt", "chosen", "rejected") if num_answers == 2 else ("prompt", "answer")
+
+
+def _lengths(store: Store, ids: np.ndarray) -> dict[str, Any]:
+    """Tokens of each part: quantiles, and share of all tokens when a prompt is stored once for its answers."""
+    lengths = store.lengths[ids].astype(np.int64)
+    totals, num_answers = lengths.sum(0), lengths.shape[1] - 1
+    branches = _branches(num_answers)
+    return {
+        "tokens": {branch: _quantiles(lengths[:, column]) for column, branch in enumerate(branches)},
+        "share": {branch: float(totals[column] / totals.sum()) for column, branch in enumerate(branches)},
+        "sharing_saves": float((num_answers * totals[0] + totals[1:].sum()) / totals.sum()),
+    }
+
+
+def _length_bias(store: Store, ids: np.ndarray) -> dict[str, Any]:
+    """How often the longer answer is the chosen one, among pairs whose answers differ in length."""
+    chosen, rejected = store.lengths[ids, 1], store.lengths[ids, 2]
+    differ = int((chosen != rejected).sum())
+    return {
+        "pairs": differ,
+        "longer_wins": float((chosen > rejected).sum() / differ) if differ else None,
+        "mean_chosen": float(chosen.mean()),
+        "mean_rejected": float(rejected.mean()),
+    }
+
+
+def _unended(store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int]) -> dict[str, Any]:
+    """Examples with an answer that teaches no token at which generation stops, and how the first of these ends."""
+    unended = []
+    for i in ids.tolist():
+        tails = [answer[-END:].tolist() for answer in store.example(i)[1]]
+        unended += [(i, tail) for tail in tails if not ends & set(tail)][:1]
+    return {
+        "ends": [tokenizer.decode([token]) for token in sorted(ends)],
+        "examples": len(unended),
+        "first": [_name(store, i) for i, _ in unended[:NAMED]],
+        "first_ends": tokenizer.decode(unended[0][1]) if unended else None,
+    }
+
+
+def _set_audit(
+    store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int], report: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    compared = ids[:MOST_COMPARED]
+    set_audit = {
+        "sources": report,
+        "examples": len(ids),
+        "duplicates": _groups(store, exact_duplicates(store, ids)),
+        "near_duplicates": _groups(store, near_duplicates(store, compared, plain_words(tokenizer)))
+        | {"compared": len(compared)},
+        "unended": _unended(store, compared, tokenizer, ends),
+        "lengths": _lengths(store, ids),
+    }
+    if store.lengths.shape[1] == 3:
+        set_audit["both_labels"] = _groups(store, both_labels(store, ids))
+        set_audit["length_bias"] = _length_bias(store, ids)
+    return set_audit
+
+
+def _shared_prompts(sets: DataSets) -> dict[str, Any]:
+    """Of each evaluation set, the examples whose prompt is trained on."""
+    trained = {prompt_hash(sets.train, i): i for i in sets.train_ids[::-1].tolist()}
+    overlaps = {}
+    for name, eval_set in sets.evals.items():
+        shared = [(i, trained.get(prompt_hash(eval_set.store, i))) for i in eval_set.ids.tolist()]
+        shared = [(i, train_id) for i, train_id in shared if train_id is not None]
+        overlaps[name] = {
+            "examples": len(shared),
+            "first": [[_name(eval_set.store, i), _name(sets.train, train_id)] for i, train_id in shared[:NAMED]],
+        }
+    return overlaps
+
+
+def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
+    """One example as the model sees it: decoded with special tokens, and the tokens on both sides of the boundary."""
+    prompt, answers, learned = store.example(i)
+    around = [tokenizer.convert_ids_to_tokens(part.tolist()) for part in (prompt[-4:], *(a[:4] for a in answers))]
+    rendered = _name(store, i) | {
+        "prompt": tokenizer.decode(prompt),
+        "answers": [tokenizer.decode(answer) for answer in answers],
+        "boundary": {"prompt_ends": around[0], "answers_begin": around[1:]},
+    }
+    if learned is not None and not learned.all():
+        edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
+        runs = [slice(start, end) for start, end in pairwise(edges)]
+        rendered["learned"] = [tokenizer.decode(answers[0][run]) for run in runs if learned[run][0]]
+    return rendered
+
+
+def audit(sets: DataSets, tokenizer: Any, ends: Set[int] | None = None) -> dict[str, Any]:
+    """Counts, findings, lengths and one rendered example of all sets of a run, as plain data (JSON can hold it).
+
+    `ends` are the ids at which the model's generation stops; None: the tokenizer's EOS.
+    """
+    order = sets.order
+    ends = frozenset({tokenizer.eos_token_id} - {None} if ends is None else ends)
+    return {
+        "stage": sets.stage,
+        "train": _set_audit(sets.train, sets.train_ids, tokenizer, ends, sets.train.report),
+        "evals": {
+            name: _set_audit(
+                eval_set.store,
+                eval_set.ids,
+                tokenizer,
+                ends,
+                [] if eval_set.store is sets.train else eval_set.store.report,
+            )
+            for name, eval_set in sets.evals.items()
+        },
+        "shared_prompts": _shared_prompts(sets),
+        "run": {"steps": order.num_steps, "batch": order.batch, "epochs": order.epoch(order.num_steps)},
+        "example": _rendered(sets.train, int(order.step_ids(0)[0]), tokenizer),
+    }
+
+
+def _tokenizer(config: TrainConfig) -> Any:
+    model = config.model
+    return load_tokenizer(model.tokenizer or model.path, model.revision, config.data.chat_template)
+
+
+def audit_config(
+    config: TrainConfig, tokenizer: Any = None, positions: Any = None, ends: Set[int] | None = None
+) -> dict[str, Any]:
+    """``audit`` of the sets of a config; without ``tokenizer`` the one that the model section names.
+
+    ``positions``: the model's ``max_position_embeddings``; `max_length` beyond it becomes a finding.
+
+    Raises:
+        UserError: whatever keeps the tokenizer or a set from being read.
+    """
+    tokenizer = tokenizer or _tokenizer(config)
+    sets = open_sets(config, tokenizer)
+    result = audit(sets, tokenizer, ends)
+    if isinstance(positions, int) and config.data.max_length > positions:
+        lengths = sets.train.lengths
+        longer = int((lengths[:, 0] + lengths[:, 1:].max(1) > positions).sum())
+        result["positions"] = {"max_length": config.data.max_length, "made_for": positions, "longer": longer}
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- as text
+
+
+def _table(rows: Iterable[Sequence[object]], indent: str = "  ") -> list[str]:
+    """Columns of equal width, the first to the left."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        indent + "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width)
+                           for index, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in cells
+    ]  # fmt: skip
+
+
+def _rows_text(names: Sequence[dict[str, Any]], with_source: bool) -> str:
+    return ", ".join(
+        f"{Path(name['source']).name}:{name['row']}" if with_source else str(name["row"]) for name in names
+    )
+
+
+def _cause_lines(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for kind in ("dropped", "notes"):
+        for cause, problems in report[kind].items():
+            done = "dropped" if kind == "dropped" else WHAT_WAS_DONE.get(cause, "noted")
+            more = ", ..." if problems["count"] > len(problems["first"]) else ""
+            rows = ", ".join(str(problem["row"]) for problem in problems["first"])
+            lines.append(f"    {done:9} {cause:20} {problems['count']:7}  rows {rows}{more}")
+            lines.append(f"    {'':30} first: {problems['first'][0]['detail']}")
+    return lines
+
+
+def _finding(text: str, finding: dict[str, Any], with_source: bool) -> list[str]:
+    if not finding["groups"]:
+        return [f"  {text}: none"]
+    shown = "; ".join(_rows_text(group, with_source) for group in finding["first"][:5])
+    return [f"  {text}: {finding['examples']} examples in {finding['groups']} groups, the first: {shown}"]
+
+
+def _unended_lines(unended: dict[str, Any], with_source: bool) -> list[str]:
+    stops = f"answers without a token at which generation stops ({' '.join(unended['ends']) or 'it has none'})"
+    if not unended["examples"]:
+        return [f"  {stops}: none"]
+    return [
+        f"  {stops}: in {unended['examples']} examples, the first: {_rows_text(unended['first'][:5], with_source)}",
+        (
+            f"    the first ends with {unended['first_ends']!r}; unless it was truncated, add the token that ends it "
+            "to eos_token_id in the model's generation_config.json: generation would not stop at it"
+        ),
+    ]
+
+
+def _length_lines(set_audit: dict[str, Any]) -> list[str]:
+    lengths = set_audit["lengths"]
+    header = ["tokens", *QUANTILES, "mean", "share of all"]
+    body = [
+        [part, *(round(sizes[name]) for name in QUANTILES), f"{sizes['mean']:.1f}", f"{lengths['share'][part]:.1%}"]
+        for part, sizes in lengths["tokens"].items()
+    ]
+    lines = _table([header, *body])
+    if "length_bias" in set_audit:
+        bias = set_audit["length_bias"]
+        lines.append(f"  a prompt stored once for both answers saves {lengths['sharing_saves']:.2f}x of the tokens")
+        if bias["longer_wins"] is not None:
+            lines.append(
+                f"  length bias: the longer answer is chosen in {bias['longer_wins']:.1%} of {bias['pairs']} pairs "
+                f"(mean tokens: chosen {bias['mean_chosen']:.1f}, rejected {bias['mean_rejected']:.1f})"
+            )
+    return lines
+
+
+def _set_lines(name: str, set_audit: dict[str, Any]) -> list[str]:
+    lines = [f"{name}: {set_audit['examples']} examples{'' if set_audit['sources'] else ' of the training sets'}"]
+    for report in set_audit["sources"]:
+        lines.append(f"  {report['source']}: {report['rows']} rows, {report['kept']} kept")
+        lines += [f"    {hint}" for hint in report["hints"]]
+        lines += _cause_lines(report)
+    many = len(set_audit["sources"]) != 1
+    near = set_audit["near_duplicates"]
+    compared = "" if near["compared"] == set_audit["examples"] else f" (among the first {near['compared']})"
+    lines += _finding("exact duplicates", set_audit["duplicates"], many)
+    lines += _finding(f"near duplicates{compared}", near, many)
+    if "both_labels" in set_audit:
+        lines += _finding("same pair with both labels", set_audit["both_labels"], many)
+    lines += _unended_lines(set_audit["unended"], many)
+    return lines + _length_lines(set_audit) + [""]
+
+
+def _text_lines(text: str) -> list[str]:
+    """The lines of a text, each marked; control characters are escaped."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return [f"  | {line}" for line in shown.split("\n")]
+
+
+def _example_lines(example: dict[str, Any], branches: Sequence[str]) -> list[str]:
+    lines = [f"first example of step 0: {example['source']}, row {example['row']}"]
+    lines += ["prompt", *_text_lines(example["prompt"])]
+    ends = " ".join(map(repr, example["boundary"]["prompt_ends"]))
+    for branch, answer, begins in zip(branches, example["answers"], example["boundary"]["answers_begin"], strict=True):
+        lines += [f"{branch}, whose tokens begin at ||: {ends} || {' '.join(map(repr, begins))}", *_text_lines(answer)]
+    if "learned" in example:
+        lines.append("learned")
+        for learned in example["learned"]:
+            lines += [*_text_lines(learned), "  ..."]
+        lines.pop()
+    return lines
+
+
+def render(result: dict[str, Any]) -> str:
+    """The text of an audit for a terminal."""
+    lines = _set_lines("train", result["train"])
+    for name, set_audit in result["evals"].items():
+        lines += _set_lines(f"eval {name}", set_audit)
+        shared = result["shared_prompts"][name]
+        pairs = "; ".join(f"{_rows_text(pair, True)}" for pair in shared["first"][:5])
+        lines[-1:] = [
+            f"  prompts that are trained on too: {shared['examples'] or 'none'}{f', {pairs}' if pairs else ''}",
+            "",
+        ]
+    run = result["run"]
+    lines += [f"run: {run['steps']} steps of {run['batch']}, {run['epochs']:.2f} epochs"]
+    if "positions" in result:
+        beyond = result["positions"]
+        lines.append(f"note: data.max_length is {beyond['max_length']}, the model was made for {beyond['made_for']} "
+                     f"(max_position_embeddings); {beyond['longer']} examples are longer: lower it")  # fmt: skip
+    lines.append("")
+    lines += _example_lines(result["example"], _branches(len(result["example"]["answers"]))[1:])
+    return "\n".join(lines)
+
+
+def _text_head(tokenizer: Any, tokens: np.ndarray, last: bool = False) -> str:
+    text = tokenizer.decode(tokens[-HEAD:] if last else tokens[:HEAD])
+    return repr(text[-HEAD:] if last else text[:HEAD])
+
+
+def show_step(config: TrainConfig, step: int, tokenizer: Any = None) -> str:
+    """The examples of step ``step``, numbered from 1 as in metrics.jsonl, a block each: slot, id, source, row, texts.
+
+    Raises:
+        UserError: the run has no such step; whatever keeps the tokenizer or a set from being read.
+    """
+    tokenizer = tokenizer or _tokenizer(config)
+    sets = open_sets(config, tokenizer)
+    if not 1 <= step <= sets.order.num_steps:
+        raise UserError(f"--step: {step} is not a step of this run, which has 1 to {sets.order.num_steps}")
+    lines = [f"step {step} of {sets.order.num_steps}, epoch {sets.order.epoch(step):.4f} when it is done"]
+    for slot, i in enumerate(sets.order.step_ids(step - 1).tolist()):
+        if i < 0:
+            lines.append(f"slot {slot}: empty, the data ends here")
+            continue
+        prompt, answers, _ = sets.train.example(i)
+        name = _name(sets.train, i)
+        sizes = "+".join(map(str, sets.train.lengths[i].tolist()))
+        lines.append(f"slot {slot}: example {i}, {name['source']} row {name['row']}, {sizes} tokens")
+        lines.append(f"  prompt    ...{_text_head(tokenizer, prompt, last=True)}")
+        for branch, answer in zip(_branches(len(answers))[1:], answers, strict=True):
+            lines.append(f"  {branch:9} {_text_head(tokenizer, answer)}")
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""Examples that say the same, and pairs that contradict each other."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from dpo_jax.batching.order import mix_words
+from dpo_jax.data.store import Store
+
+SHINGLE = 4  # tokens in a piece of text that is compared
+NUM_HASHES, BAND = 32, 4  # 8 bands: two texts of similarity s become candidates with chance 1 - (1 - s**4)**8
+ALIKE = 0.8  # share of common shingles (Jaccard similarity) from which two examples are near duplicates
+COMPARED_WITH = 4  # members of a bucket with which each later one is compared: keeps the work linear
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(len(array).to_bytes(8, "little"))
+        digest.update(array.tobytes())
+    return digest.digest()
+
+
+def _contents(store: Store, ids: np.ndarray) -> list[tuple[bytes, bytes]]:
+    """Of each example: a digest of prompt and answers, and one with the answers in the opposite order."""
+    digests = []
+    for i in ids:
+        prompt, answers, _ = store.example(i)
+        digests.append((_digest((prompt, *answers)), _digest((prompt, *answers[::-1]))))
+    return digests
+
+
+def exact_duplicates(store: Store, ids: np.ndarray) -> list[list[int]]:
+    """Groups of examples, of two or more, that are the same tokens throughout; by first member."""
+    groups: dict[bytes, list[int]] = {}
+    for i, (content, _) in zip(ids.tolist(), _contents(store, ids), strict=True):
+        groups.setdefault(content, []).append(i)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def both_labels(store: Store, ids: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs (i, j) of which one prefers what the other rejects, each different contradiction once."""
+    assert store.lengths.shape[1] == 3
+    first: dict[bytes, int] = {}
+    contradictions = {}
+    for i, (content, opposite) in zip(ids.tolist(), _contents(store, ids), strict=True):
+        if opposite != content and opposite in first:
+            contradictions.setdefault(frozenset((content, opposite)), (first[opposite], i))
+        first.setdefault(content, i)
+    return list(contradictions.values())
+
+
+def plain_words(tokenizer) -> np.ndarray:
+    """int64 [V]: tokens that differ in case or in space around them only get one number; space and specials get -1."""
+    numbers: dict[str, int] = {}
+    words = np.full(len(tokenizer), -1, np.int64)
+    special = set(tokenizer.all_special_ids)
+    for token, text in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+        word = "" if token in special or text is None else text.strip("\u0120\u010a\u2581 \n\t\r").lower()
+        if word:
+            words[token] = numbers.setdefault(word, len(numbers))
+    return words
+
+
+def _shingles(words: np.ndarray, sequences: Iterable[np.ndarray]) -> np.ndarray:
+    """Sorted different hashes, uint64, of all runs of SHINGLE words within each sequence."""
+    hashes = [np.zeros(0, np.uint64)]
+    for sequence in sequences:
+        kept = words[sequence]
+        kept = kept[kept >= 0].astype(np.uint64)
+        size = min(SHINGLE, len(kept))
+        hashed = np.zeros(len(kept) - size + 1 if size else 0, np.uint64)
+        for offset in range(size):
+            hashed = mix_words(hashed + kept[offset : offset + len(hashed)])
+        hashes.append(hashed)
+    return np.unique(np.concatenate(hashes))
+
+
+def _alike(first: np.ndarray, second: np.ndarray) -> bool:
+    common = len(np.intersect1d(first, second, assume_unique=True))
+    return common >= ALIKE * (len(first) + len(second) - common)
+
+
+def _candidates(members: Iterable[int], signature: Callable[[int], np.ndarray]) -> Iterator[tuple[int, int]]:
+    """Pairs of members whose signatures, [NUM_HASHES] or empty, agree in a whole band."""
+    buckets: dict[tuple[int, bytes], list[int]] = {}
+    for i in members:
+        minhashes = signature(i)
+        for band in range(0, len(minhashes), BAND):
+            bucket = buckets.setdefault((band, minhashes[band : band + BAND].tobytes()), [])
+            for j in bucket:
+                yield i, j
+            if len(bucket) < COMPARED_WITH:
+                bucket.append(i)
+
+
+def _grouped(
+    members: Iterable[int], candidates: Iterable[tuple[int, int]], same: Callable[[int, int], bool]
+) -> list[list[int]]:
+    """Groups of two or more members that are joined by candidates found to be the same."""
+    root = {i: i for i in members}
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = i = root[root[i]]
+        return i
+
+    for i, j in candidates:
+        if find(i) != find(j) and same(i, j):
+            root[find(i)] = find(j)
+    groups: dict[int, list[int]] = {}
+    for i in root:
+        groups.setdefault(find(i), []).append(i)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def near_duplicates(store: Store, ids: np.ndarray, words: np.ndarray) -> list[list[int]]:
+    """Groups of examples that share ALIKE of the shingles of their prompts, and of their answers, by first member.
+
+    Exact duplicates and pairs with both labels count as one example: the functions above find them. MinHash (Broder
+    1997) with banding proposes candidates, whose shingles are then compared. ``words`` is made by ``plain_words``.
+    """
+    different: dict[bytes, int] = {}
+    for i, contents in zip(ids.tolist(), _contents(store, ids), strict=True):
+        different.setdefault(min(contents), i)
+    salts = mix_words(np.arange(1, NUM_HASHES + 1, dtype=np.uint64))[:, None]
+
+    @lru_cache(maxsize=256)
+    def shingles(i: int) -> tuple[np.ndarray, np.ndarray]:
+        prompt, answers, _ = store.example(i)
+        return _shingles(words, [prompt]), _shingles(words, answers)
+
+    def signature(i: int) -> np.ndarray:
+        both = np.union1d(*shingles(i))
+        return mix_words(both ^ salts).min(1) if len(both) else both
+
+    def same(i: int, j: int) -> bool:
+        return all(map(_alike, shingles(i), shingles(j)))
+
+    members = list(different.values())
+    return _grouped(members, _candidates(members, signature), same)

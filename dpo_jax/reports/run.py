@@ -1,0 +1,271 @@
+"""What a person looks at: one HTML file of a run, with its curves, that needs no other file.
+
+The page has no script and loads nothing; its plots are PNG, once for a light and once for a dark page.
+"""
+
+import statistics
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.config.file import load_yaml
+from dpo_jax.console import say, warn
+from dpo_jax.errors import reason
+from dpo_jax.inference.agreement import AGREEMENT, tied
+from dpo_jax.reports.charts import Plot, Row, eval_sets, histograms, plots, series
+from dpo_jax.reports.html import cards, code, details, facts_table, heading, number, page, paragraph, table
+from dpo_jax.runs.directory import RunDir, read_json
+
+PLOTS = (
+    Plot("Loss", ("loss",), "What is minimised."),
+    Plot(
+        "Reward accuracy",
+        ("rewards/accuracies",),
+        "Pairs whose chosen answer has the higher reward. Equal rewards count as wrong; at the start all are (tied).",
+        share=True,
+    ),
+    Plot("Margin", ("rewards/margins",), "Reward of the chosen answer less that of the rejected one."),
+    Plot(
+        "Rewards",
+        ("rewards/chosen", "rewards/rejected"),
+        "beta x log(policy / reference). Both may fall; what counts is that they part.",
+    ),
+    Plot(
+        "Log-probability of the answers",
+        ("logps/chosen", "logps/rejected"),
+        "Of a whole answer, in nats. Chosen answers that fall far may mean that the policy forgets how to answer.",
+    ),
+    Plot(
+        "Likelihood since the start",
+        ("logps/chosen", "logps/rejected"),
+        "Log-probability of the evaluation sets' answers less that at step 0, in nats. Below 0, they were displaced.",
+        change=True,
+    ),
+    Plot(
+        "Displacement",
+        ("displacement",),
+        "Pairs whose chosen answer is less likely than under the reference.",
+        share=True,
+    ),
+    Plot("KL", ("kl",), "Mean of half the squared log-ratio: how far the policy has moved on these answers, in nats."),
+    Plot(
+        "Gradient weight",
+        ("gradient_weight",),
+        "The weight that DPO gives a pair's gradient: 0.5 at the start, towards 0 once the pair is learned.",
+        share=True,
+    ),
+    Plot("Token accuracy", ("mean_token_accuracy",), "Answer tokens that were the model's first choice."),
+    Plot("Entropy", ("entropy",), "Nats a token; towards 0 the model grows certain of everything."),
+    Plot("Gradient norm", ("grad_norm",), "Before clipping. Rare spikes are harmless, growth is not.", log=True),
+    Plot("Learning rate", ("learning_rate",), "As the schedule gives it."),
+    Plot("Fill of the rows", ("fill",), "Real tokens in each token slot that is computed.", share=True),
+)
+# What a run is judged by, shown before all other metrics.
+FIRST = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+NOT_PLOTTED = {
+    "logps/accuracies": "Pairs whose chosen answer has the higher log-probability, whatever the reference says.",
+    "logits/chosen": "Mean logit over the vocabulary, at the tokens of chosen answers.",
+    "logits/rejected": "Mean logit over the vocabulary, at the tokens of rejected answers.",
+}
+MEANINGS = {key: plot.note for plot in reversed(PLOTS) for key in plot.keys} | NOT_PLOTTED
+SPEED_PLOTS = (
+    Plot("Tokens per second", ("tokens_per_second",), "The first step holds the compilation."),
+    Plot("Seconds per step", ("step_seconds",), "From one step's end to the next one's.", log=True),
+    Plot(
+        "Model FLOPs utilisation",
+        ("mfu",),
+        "Operations that the real tokens ask for, of those that the chips could do in bfloat16.",
+        share=True,
+    ),
+)
+
+
+def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None) -> Path:
+    """Write a run's ``report.html`` from its logs; the path of that file.
+
+    Args:
+        run_dir: of a DPO or fine-tuning run, finished or not.
+        data: what became of the rows of each set, by its name, source by source: ``source``, ``rows``, ``kept``,
+            ``dropped`` and ``notes`` by cause, as the token store reports it. None: nothing is said about it.
+    """
+    run = RunDir(run_dir)
+    config, metrics, timings = load_yaml(run.config), read_json(run.metrics), read_json(run.timings)
+    spread = read_json(run.distributions)
+    kind = "Direct Preference Optimization" if "loss" in config else "Supervised fine-tuning"
+    sections = [
+        cards(headlines(metrics)),
+        heading("Loss, accuracy, margin and rewards" if "loss" in config else "Loss",
+                plots((plot for plot in PLOTS if plot.keys[0] in FIRST), metrics)),
+        heading("Before and after", comparison_table(metrics)),
+        heading("Margins and rewards", histograms(spread)),
+        heading("Accuracy by length", lengths_table(spread, metrics)),
+        heading("What earns the reward", *tokens_hint(run, config, metrics)) if spread else "",
+        heading("The run", facts_table(run_facts(config, metrics, timings))),
+        heading("Data", data_table(data)) if data else "",
+        heading("Other curves", plots((plot for plot in PLOTS if plot.keys[0] not in FIRST), metrics)),
+        heading("Speed", plots(SPEED_PLOTS, timings)),
+        details("Every option of the run (config.yaml)", run.config.read_text(encoding="utf-8")),
+    ]  # fmt: skip
+    run.report.write_text(page(f"{run.root.name}", f"{kind} · {run.root}", sections), encoding="utf-8")
+    return run.report
+
+
+def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], shown: bool) -> None:
+    """``write_report`` of a finished run. A failure is a warning only, with its traceback unless the disk caused it."""
+    try:
+        path = write_report(run_dir, data)
+    except Exception as error:  # noqa: BLE001
+        if not isinstance(error, OSError):
+            warn(traceback.format_exc())
+        warn(f"report: not written ({reason(error)}); the run itself is complete, the same command tries again")
+    else:
+        say(shown, f"report: {path}")
+
+
+# ------------------------------------------------------------------------------------- pieces of a page
+
+
+# ------------------------------------------------------------------------------------- what the logs say
+
+
+def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
+    """First and last value of what matters most, on each evaluation set; of training where there is none."""
+    shown = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss",
+             "mean_token_accuracy": "token accuracy"}  # fmt: skip
+    prefixes = {f"eval_{name}_": f"{name}: " for name in eval_sets(metrics)} or {"": "training: "}
+    summary: dict[str, tuple[str | None, str]] = {}
+    for prefix, words in prefixes.items():
+        curves = {name: series(metrics, prefix + key)[1] for key, name in shown.items()}
+        kept = [name for name, values in curves.items() if values][:3]
+        summary |= {words + name: (number(curves[name][0]), number(curves[name][-1])) for name in kept}
+        if starts_tied(metrics, prefix):
+            accuracy = words + shown["rewards/accuracies"]
+            summary[accuracy] = ("tied", summary[accuracy][1])
+    return summary
+
+
+def starts_tied(metrics: Sequence[Row], prefix: str) -> bool:
+    """Whether no pair had a margin beyond rounding where accuracy was first logged, so that it says nothing.
+
+    The bound is float32's in any arithmetic: an evaluation scores policy and reference by one function.
+    """
+    first = next((row for row in metrics if f"{prefix}rewards/accuracies" in row), {})
+    named = {key.removeprefix(prefix): value for key, value in first.items() if key.startswith(prefix)}
+    return tied(named, AGREEMENT["float32"])
+
+
+def comparison_table(metrics: Sequence[Row]) -> str:
+    """Every evaluation metric at its first and last evaluation, and what it is."""
+    rows = []
+    for name in eval_sets(metrics):
+        prefix = f"eval_{name}_"
+        keys = dict.fromkeys(key for row in metrics for key in row if key.startswith(prefix))
+        for key in sorted(keys, key=lambda key: key.removeprefix(prefix) not in FIRST):
+            steps, values = series(metrics, key)
+            best = max(values) if "accurac" in key else min(values) if key.endswith("loss") else None
+            ties = key == f"{prefix}rewards/accuracies" and starts_tied(metrics, prefix)
+            before = "tied" if ties else number(values[0])
+            rows.append((f"{name}: {key.removeprefix(prefix)}", before, number(values[-1]),
+                         "" if best is None else f"{number(best)} at step {steps[values.index(best)]}",
+                         MEANINGS.get(key.removeprefix(prefix), "")))  # fmt: skip
+    return table(("Evaluation", "before", "after", "best", "what it is"), rows)
+
+
+def lengths_table(spread: Sequence[Row], metrics: Sequence[Row]) -> str:
+    """Reward accuracy by the answers' lengths, at each set's first and last evaluation."""
+    rows = []
+    for name in dict.fromkeys(row["set"] for row in spread):
+        first, *_, last = [row for row in spread if row["set"] == name] * 2
+        ties = starts_tied(metrics, f"eval_{name}_")
+        for old, new in zip(
+            first["by_length"] + first["by_longer"], last["by_length"] + last["by_longer"], strict=True
+        ):
+            label = (f"longer answer of {new['from']} to {new['to']} tokens" if "from" in new else
+                     "equally long" if new["longer"] == "equal" else f"{new['longer']} is longer")  # fmt: skip
+            before = "tied" if ties else number(old["accuracy"])
+            rows.append((f"{name}: {label}", str(new["pairs"]), f"{new['share']:.1%}", before,
+                         number(new["accuracy"]), number(old["margin"]), number(new["margin"])))  # fmt: skip
+    head = ("Pairs by length", "pairs", "share", "accuracy before", "after", "margin before", "after")
+    return table(head, rows)
+
+
+def tokens_hint(run: RunDir, config: Row, metrics: Sequence[Row]) -> tuple[str, ...]:
+    """How to see the reward token by token; nothing where there is no reference to compare with."""
+    if not any(key.endswith("displacement") for row in metrics for key in row):
+        return ()
+    live = " --reference.mode live" if config["reference"]["mode"] == "cached" else ""
+    return (
+        paragraph("The reward is a sum over tokens. This command writes what each token adds, and a page, pairs.html, "
+                  "on which the answers of the largest and smallest margins are coloured by it:"),
+        code(f"dpo-jax eval {run.config} --output {run.root / 'pairs.jsonl'} --per-token{live}"),
+    )  # fmt: skip
+
+
+def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> dict[str, str]:
+    """What the run was, in a few lines."""
+    batch, optimizer, loss = config["batch"], config["optimizer"], config.get("loss")
+    trained = [row for row in metrics if "grad_norm" in row]
+    unit = "pairs" if loss else "examples"
+    facts = {
+        "Model": config["model"]["path"],
+        "Trained on": ", ".join(source["path"] for source in config["data"]["train"]),
+        "Evaluated on": ", ".join(f"{name}: {source['path']}" for name, source in config["data"]["eval"].items()),
+        "Objective": "" if loss is None else f"{loss['type']}, beta {loss['beta']}",
+        "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {optimizer['schedule']}, "
+                     f"{optimizer['warmup_steps']} warm-up steps",
+        "Batch": f"{batch[unit]} {unit} a step",
+        "Seed": str(config["run"]["seed"]),
+    }  # fmt: skip
+    if trained:
+        last = trained[-1]
+        facts["Length"] = f"{last['step']} steps, {number(last['epoch'])} epochs, {last['num_tokens']:,} tokens"
+    if any("clipped" in row for row in trained):
+        count = sum(row.get("clipped", 0) for row in trained)
+        norm = optimizer["max_grad_norm"]
+        facts["Clipped"] = f"{count} of {len(trained)} logged steps, whose gradient norm was above {norm:g}"
+        if 2 * count > len(trained):
+            usual = statistics.median(row["grad_norm"] for row in trained)
+            facts["Clipped"] += (f". Clipping is for spikes, but the usual norm here is {number(usual)} (median): "
+                                 "set optimizer.max_grad_norm above that")  # fmt: skip
+    if timings:
+        facts |= speed_facts(timings, unit)
+        peaks = {name: max(series(timings, f"{name}_memory_gib")[1], default=0.0) for name in ("host", "device")}
+        facts["Peak memory"] = ", ".join(f"{name} {peak:.2f} GiB" for name, peak in peaks.items() if peak)
+    return {name: text for name, text in facts.items() if text}
+
+
+def speed_facts(timings: Sequence[Row], unit: str) -> dict[str, str]:
+    """How fast the run was, its first step apart."""
+    steady = timings[1:] or timings
+    middle = lambda key: statistics.median(row[key] for row in steady)  # noqa: E731
+    facts = {
+        "First step": f"{timings[0]['step_seconds']:.1f} s, compilation included",
+        "Later steps": f"{middle('step_seconds'):.3g} s, {middle('pairs_per_second'):.4g} {unit} a second (medians)",
+    }
+    if all("mfu" in row for row in steady):
+        facts["Of the chips' peak"] = f"{middle('mfu'):.1%} (MFU on real tokens, median)"
+    if all("data_wait_seconds" in row for row in steady):
+        waited = sum(row["data_wait_seconds"] for row in steady) / sum(row["step_seconds"] for row in steady)
+        facts["Waiting for data"] = f"{waited:.1%} of the time"
+    return facts
+
+
+def data_table(data: Mapping[str, Sequence[Row]]) -> str:
+    """What became of the rows of each source."""
+
+    def causes(by_cause: Mapping[str, Any]) -> str:
+        return ", ".join(f"{cause.replace('_', ' ')}: {entry['count']}" for cause, entry in by_cause.items()) or "none"
+
+    rows = [
+        (
+            f"{name}: {source['source']}",
+            str(source["rows"]),
+            str(source["kept"]),
+            causes(source["dropped"]),
+            causes(source["notes"]),
+        )
+        for name, sources in data.items()
+        for source in sources
+    ]
+    return table(("Set", "rows", "kept", "dropped", "changed or noted"), rows)

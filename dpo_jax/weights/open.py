@@ -1,0 +1,248 @@
+"""From ``model.path`` to a model, its weights on the mesh, and its tokenizer."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from dpo_jax.config import LoraConfig, ModelConfig
+from dpo_jax.config.file import load_yaml, read_section
+from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.errors import UserError, from_outside, require
+from dpo_jax.models.adapters import Adapted, make_lora, merge, start_adapters
+from dpo_jax.models.decoder import Model, Params, make_model
+from dpo_jax.models.families import DecoderConfig, builtin_model, decoder_config
+from dpo_jax.parallel.sharding import placed, platform_of, weight_shardings
+from dpo_jax.runs.checksums import weights_id
+from dpo_jax.runs.directory import RunDir, find_run, is_run_dir
+from dpo_jax.runs.restore import restore_part
+from dpo_jax.weights.hub import check_vocabulary, read_hf_config, resolve_model
+from dpo_jax.weights.huggingface import export_params, load_params
+from dpo_jax.weights.peft import export_adapters, load_adapters
+
+MODEL_FILES = "model"  # in a run directory: config.json and tokenizer, so that the run stands alone
+SHARD_BYTES = 4 * 2**30  # size of an exported file
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from."""
+
+    hf_config: dict[str, Any]
+    folder: Path | None  # holds config.json and tokenizer; None: a built-in model
+    run: RunDir | None  # holds the weights, as checkpoints
+
+
+def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, weights: bool = True) -> ModelSource:
+    """What ``model.path`` names; a hub model is downloaded, with its ``weights`` or without.
+
+    Raises:
+        UserError: there is no such model, or it has no revisions or saved steps to choose from.
+    """
+    is_run = is_run_dir(path)
+    require(is_run or checkpoint == "newest", "model.checkpoint", checkpoint,
+            f"{path} is no run directory, so it has no saved steps; leave it at newest")  # fmt: skip
+    local = "a run directory, whose steps model.checkpoint chooses" if is_run else "built in"
+    require(revision is None or not (is_run or path.startswith("builtin:")), "model.revision", revision,
+            f"{path} is {local}; leave it out")  # fmt: skip
+    if path.startswith("builtin:"):
+        return ModelSource(builtin_model(path), None, None)
+    if is_run:
+        run = find_run(path)
+        folder = run.root / MODEL_FILES
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.path: the run {path} stopped before it saved a model; choose another")
+        return ModelSource(read_hf_config(folder), folder, run)
+    folder = resolve_model(path, revision, weights)
+    return ModelSource(read_hf_config(folder), folder, None)
+
+
+def decoder_of(source: ModelSource) -> DecoderConfig:
+    """The model's architecture, from its config.json.
+
+    Raises:
+        UserError: it asks for what the decoder does not compute.
+    """
+    try:
+        return decoder_config(source.hf_config)
+    except UserError as error:
+        raise UserError(f"{source.folder}/{error}" if source.folder else str(error)) from error
+
+
+def build_model(source: ModelSource, config: ModelConfig, platform: str, lora: LoraConfig | None = None) -> Model:
+    """The model as pure functions, for devices of ``platform``, without weights; with the adapters of ``lora``."""
+    return make_model(
+        decoder_of(source),
+        platform=platform,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        attention=config.attention,
+        remat=config.remat,
+        scan=config.scan,
+        matmul_precision=config.matmul_precision,
+        lora=None if lora is None else make_lora(lora),
+    )
+
+
+def load_weights(source: ModelSource, model: Model, config: ModelConfig, mesh: Mesh) -> Params:
+    """The weights, each shard straight to its device. A built-in model's are drawn from a fixed seed."""
+    if source.run is not None:
+        return load_saved(source.run, model, config, mesh)[0]
+    shardings = param_shardings(model, mesh)
+    if source.folder is not None:
+        return load_params(source.folder, model, shardings=shardings, dtype=config.param_dtype)
+    return jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+
+
+def load_saved(run: RunDir, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
+    """The weights that a run saved, adapters merged into theirs, and their step; ``model`` has no adapters."""
+    adapted = adapted_run(run)
+    if adapted is not None:
+        return _load_merged(adapted, model, config, mesh)
+    saved, manifest = restore_part(run.checkpoints, config.checkpoint, {"params": placed_shapes(model, mesh)})
+    return saved["params"], manifest["step"]
+
+
+@dataclass(frozen=True)
+class AdaptedRun:
+    """What a run of adapters says of itself in its config.yaml."""
+
+    run: RunDir
+    lora: LoraConfig
+    base: ModelConfig  # its model.path, and the step of it where that is a run
+
+
+def adapted_run(run: RunDir) -> AdaptedRun | None:
+    """The run's adapters and the model under them; None: it trained all weights."""
+    options = load_yaml(run.config)
+    try:
+        lora = lora_of(options)
+        if lora.rank == 0:
+            return None
+        base = options.get("model")
+        if isinstance(base, Mapping):  # the rest of it is how the run computed
+            base = {name: base[name] for name in ("path", "revision", "checkpoint", "param_dtype") if name in base}
+        return AdaptedRun(run, lora, read_section(ModelConfig, base, "model"))
+    except UserError as error:
+        raise UserError(f"{run.config}: {error}") from error
+
+
+def lora_of(options: Mapping[str, Any]) -> LoraConfig:
+    """The section `lora` of a run's resolved options; runs of versions before adapters have none."""
+    return read_section(LoraConfig, options.get("lora", {}), "lora")
+
+
+def load_base(adapted: AdaptedRun, model: Model, mesh: Mesh) -> Params:
+    """The weights under a run's adapters, in the type that the run held them in.
+
+    Raises:
+        UserError: they are gone.
+    """
+    try:
+        source = find_model(adapted.base.path, adapted.base.revision)
+    except UserError as error:
+        raise UserError(f"{adapted.run.config}: the model that this run's adapters belong to cannot be loaded: "
+                        f"{error}") from error  # fmt: skip
+    return load_weights(source, replace(model, param_dtype=adapted.base.param_dtype), adapted.base, mesh)
+
+
+def restore_adapters(
+    adapted: AdaptedRun, model: Model, which: Literal["newest", "best"], mesh: Mesh
+) -> tuple[Params, dict[str, Any]]:
+    """A run's adapters and their manifest; ``model`` has the run's own adapters."""
+    saved, manifest = restore_part(adapted.run.checkpoints, which, {"params": trained_shapes(model, mesh)})
+    return saved["params"], manifest
+
+
+def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
+    adapted_model = replace(model, lora=make_lora(adapted.lora))
+    adapters, manifest = restore_adapters(adapted, adapted_model, config.checkpoint, mesh)
+    base = load_base(adapted, adapted_model, mesh)
+    if weights_id(base) != manifest["identity"]["weights"]:
+        raise UserError(f"model.path: the adapters of {adapted.run.root} belong to other weights than those that "
+                        f"{adapted.base.path} holds now: restore those, or correct model.path in "
+                        f"{adapted.run.config}")  # fmt: skip
+    return merge(Adapted(adapters, base), adapted_model), manifest["step"]
+
+
+def load_start(config: LoraConfig, model: Model, seed: int, mesh: Mesh) -> Params:
+    """The adapters that a run starts from: drawn from its seed, or those of ``lora.path``."""
+    if config.path is None:
+        draw = partial(start_adapters, model, init=config.init)
+        return jax.jit(draw, out_shardings=trained_shardings(model, mesh))(jax.random.key(seed))
+    return load_adapters(Path(config.path).expanduser(), model, config, trained_shardings(model, mesh))
+
+
+def param_shardings(model: Model, mesh: Mesh | AbstractMesh) -> Any:
+    """Sharding of each weight under the table."""
+    return weight_shardings(model.param_shapes(), model.param_axes(), mesh)
+
+
+def trained_shardings(model: Model, mesh: Mesh | AbstractMesh) -> Any:
+    """Sharding of what is trained: of each adapter, or of each weight where there are none."""
+    if model.lora is None:
+        return param_shardings(model, mesh)
+    return weight_shardings(model.adapter_shapes(), model.adapter_axes(), mesh)
+
+
+def trained_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
+    """What is trained as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
+    if model.lora is None:
+        return placed_shapes(model, mesh)
+    return placed(model.adapter_shapes(), trained_shardings(model, mesh))
+
+
+def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str | None) -> Any:
+    """The model's tokenizer, or the one that ``model.tokenizer`` names."""
+    path = config.tokenizer or source.folder
+    if path is None:
+        raise UserError(f"model.tokenizer: {config.path} brings none; name a directory or hub model that has one")
+    revision = config.revision if config.tokenizer is None and not Path(path).is_dir() else None
+    tokenizer = load_tokenizer(str(path), revision, chat_template)
+    check_vocabulary(max(tokenizer.get_vocab().values(), default=-1) + 1, decoder_of(source), str(path))
+    return tokenizer
+
+
+def placed_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
+    return placed(model.param_shapes(), param_shardings(model, mesh))
+
+
+def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:
+    """Put config.json, tokenizer, chat template and generation config into the run."""
+    folder = run.root / MODEL_FILES
+    with from_outside(f"{folder}: the tokenizer cannot be written", "free space, or fix the tokenizer's files"):
+        tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(source.hf_config, indent=2) + "\n")
+    generation = "generation_config.json"
+    if source.folder is not None and (source.folder / generation).is_file():
+        (folder / generation).write_bytes((source.folder / generation).read_bytes())
+
+
+def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "best"], mesh: Mesh) -> int:
+    """Write the adapters of a run's saved step as a PEFT directory; the step is returned.
+
+    Raises:
+        UserError: the run has none, or ``out_dir`` holds something.
+    """
+    source = find_model(str(run.root), None)
+    adapted = adapted_run(run)
+    if adapted is None:
+        raise UserError(f"--adapters: the run {run.root} trained all weights and has no adapters; leave this out")
+    model = build_model(source, adapted.base, platform_of(mesh), adapted.lora)
+    adapters, manifest = restore_adapters(adapted, model, which, mesh)
+    export_adapters(adapters, model, adapted.lora, adapted.base.path, out_dir)
+    return manifest["step"]
+
+
+def export_run(run: RunDir, out_dir: Path, model: Model, weights: Params | Adapted, overwrite: bool) -> None:
+    """Write a run's weights as a Hugging Face directory, adapters merged into theirs."""
+    params = merge(weights, model) if isinstance(weights, Adapted) else weights
+    folder = run.root / MODEL_FILES
+    export_params(params, model, hf_config=read_hf_config(folder), out_dir=out_dir, dtype=model.param_dtype,
+                  source_dir=folder, max_shard_bytes=SHARD_BYTES, overwrite=overwrite)  # fmt: skip

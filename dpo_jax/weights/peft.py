@@ -1,0 +1,225 @@
+"""Adapters from and to directories in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpo_jax.config import LoraConfig
+from dpo_jax.errors import UserError, from_outside, shown, unusable
+from dpo_jax.models.decoder import Model, Params
+from dpo_jax.models.projections import PROJECTIONS, TENSORS
+from dpo_jax.weights.hub import read_json
+from dpo_jax.weights.huggingface import whole_directory
+from dpo_jax.weights.safetensors import Tensor, read_header, write_file
+
+CONFIG, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # of every tensor's name
+
+
+# Keys of adapter_config.json that are read here, and those that do not change what the adapters compute: dropout is off
+# in this program, the rest concerns tools. Any other key must have a value by which PEFT does nothing: of most it asks
+# whether they are null, so that an empty list or dictionary can act.
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights", "bias"}
+
+
+_HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+             "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
+             "lora_ga_config", "layers_pattern", "ensure_weight_tying"}  # fmt: skip
+
+
+_IDLE = {
+    "layers_to_transform": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": [],
+    "megatron_config": {},
+}
+
+
+# What to do with adapters that this program cannot train on.
+_MERGE = ("merge these adapters into their model (PEFT's merge_and_unload, then save_pretrained), give the result as "
+          "model.path, and leave lora.path out")  # fmt: skip
+
+
+# Starts after which the weights under the adapters are still the model's own.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+class _Slot(NamedTuple):
+    """Where a file's tensor belongs."""
+
+    projection: str
+    part: str  # a or b
+    layer: int
+    shape: tuple[int, ...]  # in the file
+
+
+def _tensors(model: Model) -> dict[str, _Slot]:
+    """Every tensor of the model's adapters, by its name in the file."""
+    expected = {}
+    for projection, pair in model.adapter_shapes()["layers"].items():
+        module = TENSORS[f"layers/{projection}"].removesuffix(".weight")
+        for part, leaf in pair.items():
+            num_layers, *dims = leaf.shape
+            shape = (dims[0], math.prod(dims[1:])) if part == "a" else (math.prod(dims[:-1]), dims[-1])
+            for layer in range(num_layers):
+                name = f"{_PREFIX}{module.format(layer)}.lora_{part.upper()}.weight"
+                expected[name] = _Slot(projection, part, layer, shape)
+    return expected
+
+
+def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any) -> Params:
+    """The adapters of a PEFT directory, as the model's tree, float32.
+
+    Args:
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        model: with the adapters that the options ask for.
+        config: those options.
+        shardings: a sharding for each adapter.
+
+    Raises:
+        UserError: there are none, they are not what the options say, or they ask for what is not computed here.
+    """
+    options = _read_options(folder)
+    _check_options(folder, options, config)
+    if not (folder / TENSOR_FILE).is_file():
+        raise UserError(f"lora.path: {folder} has no {TENSOR_FILE}; save the adapters with safe_serialization=True")
+    tensors, expected = read_header(folder / TENSOR_FILE), _tensors(model)
+    _check_tensors(folder, tensors, expected)
+    _check_targets(folder, options, model, expected)
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, slot in expected.items():  # in the order of the layers
+        names.setdefault((slot.projection, slot.part), []).append(name)
+
+    def load(path, struct, sharding):
+        stacked = np.stack([tensors[name].read() for name in names[path[-2].key, path[-1].key]])
+        leaf = stacked.astype(struct.dtype).reshape(struct.shape)
+        return jax.make_array_from_callback(struct.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree_util.tree_map_with_path(load, model.adapter_shapes(), shardings)
+
+
+def _read_options(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"lora.path: {folder} holds no {CONFIG}; give a directory of adapters in PEFT's format")
+    return read_json(path)
+
+
+def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig) -> None:
+    def refuse(key: str, why: str) -> UserError:
+        return unusable(f"lora.path: {folder / CONFIG}: {key}", options.get(key), why)
+
+    if options.get("peft_type") != "LORA":
+        raise refuse("peft_type", "adapters can be LORA only")
+    if options.get("bias", "none") != "none":
+        raise refuse("bias", f"biases are not trained with adapters; {_MERGE}")
+    if options.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        raise refuse("init_lora_weights", "it changes the weights under the adapters; convert them to plain LoRA first")
+    for key, value in options.items():
+        idle = value is None or (value == _IDLE[key] if key in _IDLE else value is False)
+        if key not in _READ | _HARMLESS and not idle:
+            raise refuse(key, f"this option is not computed here; {_MERGE}")
+    for key, option, wanted in (("r", "rank", config.rank), ("lora_alpha", "alpha", config.alpha),
+                                ("use_rslora", "rslora", config.rslora)):  # fmt: skip
+        if options.get(key, False) != wanted:
+            raise refuse(key, f"lora.{option} is {wanted!r}; set both alike")
+
+
+def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, _Slot]) -> None:
+    file = folder / TENSOR_FILE
+    targets = {slot.projection for slot in expected.values()}
+    for name in tensors:
+        module = name.split(".lora_")[0].rpartition(".")[2]
+        if module not in PROJECTIONS:
+            raise UserError(f"lora.path: {file} holds {name}, which is no adapter of {', '.join(PROJECTIONS)}: "
+                            f"{_MERGE}")  # fmt: skip
+        if PROJECTIONS[module] not in targets:
+            raise UserError(f"lora.path: {file} holds {name}, which belongs to none of lora.targets: name {module} "
+                            "there, or use other adapters")  # fmt: skip
+        if name not in expected:
+            raise UserError(f"lora.path: {file} holds {name}, which has no counterpart in this model: use adapters of "
+                            "the same model")  # fmt: skip
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise UserError(f"lora.path: {file} lacks {missing[0]}, which lora.targets of this model ask for: leave that "
+                        f"projection out; if the adapters are of some layers only, {_MERGE}")  # fmt: skip
+    for name, slot in expected.items():
+        if tensors[name].shape != slot.shape:
+            raise UserError(f"lora.path: {file}: {name} has shape {list(tensors[name].shape)}, this model's is "
+                            f"{list(slot.shape)}: use adapters of the same model")  # fmt: skip
+
+
+def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expected: Mapping[str, _Slot]) -> None:
+    """Refuse options by which PEFT would ignore some of the file's tensors, or create others."""
+    path, layers = folder / CONFIG, range(model.config.layers)
+    targets, excluded = options.get("target_modules"), options.get("exclude_modules") or []
+    modules = {
+        TENSORS[f"layers/{leaf}"].removesuffix(".weight").format(n) for leaf in PROJECTIONS.values() for n in layers
+    }
+    every = isinstance(targets, str) and targets.lower() == "all-linear"
+    chosen = modules if every else _named(path, "target_modules", targets, modules)
+    chosen = chosen - _named(path, "exclude_modules", excluded, modules)
+    stored = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in expected}
+    if chosen != stored:
+        raise UserError(f"lora.path: {path}: target_modules: {shown(targets)} and the tensors of {TENSOR_FILE} differ "
+                        f"at {min(chosen ^ stored)}; copy both files again")  # fmt: skip
+
+
+def _named(path: Path, key: str, given: Any, modules: set[str]) -> set[str]:
+    """The modules that match a pattern, or a list of names and ends of names, as PEFT matches them."""
+    if isinstance(given, str):
+        with from_outside(f"lora.path: {path}: {key}", "it must be a regular expression or a list of names"):
+            pattern = re.compile(given)
+        return set(filter(pattern.fullmatch, modules))
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise unusable(f"lora.path: {path}: {key}", given, "give a list of names")
+    return {module for module in modules if any(f".{module}".endswith(f".{name}") for name in given)}
+
+
+def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: str, out_dir: Path) -> None:
+    """Write adapters as a directory that PEFT loads, in float32.
+
+    Args:
+        adapters: the model's tree of adapters.
+        model: whose they are.
+        config: the options that they were made with.
+        base: what the file says of the model under them.
+        out_dir: directory to make.
+
+    Raises:
+        UserError: ``out_dir`` is not free or cannot be written.
+    """
+    expected = _tensors(model)
+    host = jax.device_get(adapters["layers"])
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, slot in expected.items():
+            yield name, host[slot.projection][slot.part][slot.layer].reshape(slot.shape)
+
+    options = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "use_rslora": config.rslora,
+        "target_modules": list(config.projections),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with whole_directory(out_dir, overwrite=False) as unfinished:
+        shapes = {name: slot.shape for name, slot in expected.items()}
+        write_file(unfinished / TENSOR_FILE, shapes, np.dtype(np.float32), tensors())
+        (unfinished / CONFIG).write_text(json.dumps(options, indent=2) + "\n")

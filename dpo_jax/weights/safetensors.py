@@ -1,0 +1,147 @@
+"""The safetensors file format, read and written tensor by tensor, so that no more than one tensor is in memory.
+
+A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes:
+https://huggingface.co/docs/safetensors/index#format. The format's own library validates the header; plain reads take
+the tensors, since the pages of its memory map would count as the process's memory until the whole file were closed.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+
+from dpo_jax.errors import UserError, from_outside, shown, unusable
+from dpo_jax.weights.hub import read_json
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+AGAIN = "copy or download it again"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies."""
+
+    path: Path
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+    end: int
+
+    def read(self, rows: slice = slice(None)) -> np.ndarray:
+        """The tensor, or rows of its first dim, in the file's type.
+
+        Raises:
+            UserError: the type is none of `DTYPES`, as in quantised files.
+        """
+        if self.code not in DTYPES:
+            raise UserError(
+                f"{self.path}: tensor {self.name} has type {self.code}, which cannot be used: the types are "
+                f"{', '.join(DTYPES)}; take a version of the model that is not quantised"
+            )
+        dtype = DTYPES[self.code]
+        length, *rest = self.shape or (1,)
+        first, last, _ = rows.indices(length)
+        row_bytes = math.prod(rest) * dtype.itemsize
+        with from_outside(f"{self.path}: tensor {self.name}", AGAIN), self.path.open("rb") as file:
+            file.seek(self.start + first * row_bytes)
+            data = np.fromfile(file, np.uint8, (last - first) * row_bytes)
+        return data.view(dtype).reshape((last - first, *rest) if self.shape else ())
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Tensors of one file, by name.
+
+    Raises:
+        UserError: the safetensors library refuses the file.
+    """
+    with from_outside(f"{path}: this is not an intact safetensors file", AGAIN):
+        with safe_open(path, "numpy"):  # its lengths, offsets, shapes and types, which must cover the file exactly
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if not isinstance(entry, dict):  # the library takes a list of the three values too, which nobody writes
+            raise UserError(f"{path}: tensor {name} is described by {shown(entry)}, not by an object; {AGAIN}")
+        start, end = entry["data_offsets"]
+        base = 8 + length
+        tensors[name] = Tensor(path, name, entry["dtype"], tuple(entry["shape"]), base + start, base + end)
+    return tensors
+
+
+def find_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model directory: of the one file, else of the files that its index names, as in transformers.
+
+    Raises:
+        UserError: there are no safetensors, a file of the index is missing, a tensor is not where the index says or in
+            two files.
+    """
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        if list(folder.glob("*.bin")) or list(folder.glob("*.pth")):
+            raise UserError(f"{folder}: the weights are PyTorch pickles, which can run code when read; convert them: "
+                            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)")  # fmt: skip
+        raise UserError(f"{folder}: there is neither {SINGLE} nor {INDEX}; give a folder with a model's weights")
+    files = _read_index(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        for name, tensor in read_header(folder / file).items():
+            if name in tensors:
+                raise UserError(f"{folder}: {tensors[name].path.name} and {file} both hold {name}; save or download "
+                                "the model into an empty directory")  # fmt: skip
+            tensors[name] = tensor
+    for name, file in files.items():
+        if name not in tensors or tensors[name].path != folder / file:
+            raise UserError(f"{folder}: {INDEX} puts tensor {name} in {file}, which lacks it; download both again")
+    return tensors
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """File by tensor."""
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise unusable(f"{folder / INDEX}: weight_map", files, f"it has to name the file of each tensor; {AGAIN}")
+    for tensor, file in files.items():
+        if not isinstance(file, str) or PurePath(file).is_absolute() or ".." in PurePath(file).parts:
+            raise unusable(f"{folder / INDEX}: weight_map.{tensor}", file,
+                           f"it has to name a file in this directory; {AGAIN}")  # fmt: skip
+        if not os.path.isfile(folder / file):  # unlike Path.is_file, false for a name that no file can have
+            raise UserError(f"{folder}: {shown(file)}, which {INDEX} names, is missing; copy or download it")
+    return files
+
+
+def write_file(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterator[tuple[str, np.ndarray]]
+) -> None:
+    """Write tensors of one type as they come, in the order of ``shapes``."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks which framework it is for
+    start = 0
+    for name, shape in shapes.items():
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin on a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):
+            assert (name, tensor.shape) == (expected, shape)
+            file.write(np.ascontiguousarray(tensor, dtype).reshape(-1).view(np.uint8).data)

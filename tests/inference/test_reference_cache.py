@@ -1,0 +1,250 @@
+"""The reference's cache: computed once for what made it, proven before it is used, continued where it was cut off."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_tokenizer import make_tokenizer
+
+from dpo_jax.batching.batches import Batches
+from dpo_jax.batching.order import make_order
+from dpo_jax.batching.packing import Packer
+from dpo_jax.config import DataConfig, SourceConfig
+from dpo_jax.data.store import build_or_open_store
+from dpo_jax.errors import RunStopped
+from dpo_jax.inference import reference_cache as refcache
+from dpo_jax.inference.reference_cache import cached_logps
+
+NUM_ROWS, BATCH = 23, 3
+MADE_BY = {"format": 2, "weights": "a", "dtype": "float32", "tail": True}
+LOGPS = np.random.Generator(np.random.Philox(0)).normal(-50, 9, (NUM_ROWS, 2)).astype(np.float32)
+
+
+def small_store(folder: Path):
+    """A store of as many pairs."""
+    rows = [{"prompt": f"Q{i}", "chosen": "yes", "rejected": "no"} for i in range(NUM_ROWS)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig(path=str(folder / "pairs.jsonl"))
+    data = DataConfig(train=(source,), max_length=64)
+    return build_or_open_store(folder / "store", (source,), data, make_tokenizer(), "dpo", 1)
+
+
+def in_steps(store, batch: int) -> Batches:
+    """Every row once, in file order."""
+    order = make_order(
+        groups=[np.arange(NUM_ROWS)], weights=None, seed=0, shuffle=False, batch=batch, steps=None, epochs=1
+    )
+    return Batches(store, order, Packer("shared", 1, None, 1))
+
+
+@dataclass
+class Computer:
+    """Gives the rows of the steps it is asked for, and remembers them; may be cut off after some calls."""
+
+    calls: list = field(default_factory=list)
+    cut_off_after: int = 10**9
+    logps: np.ndarray = field(default_factory=LOGPS.copy)
+
+    def __call__(self, batches, steps):
+        if len(self.calls) == self.cut_off_after:
+            raise KeyboardInterrupt
+        self.calls.append(list(steps))
+        ids = np.concatenate([batches.order.step_ids(step) for step in steps])
+        ids = ids[ids >= 0]
+        return ids, {"sum": self.logps[ids], "tail_sum": self.logps[ids] / 4}
+
+
+@pytest.fixture
+def batches(tmp_path, monkeypatch):
+    """Eight steps, the last one ragged; a part of the cache is two of them."""
+    monkeypatch.setattr(refcache, "PART_STEPS", 2)
+    return in_steps(small_store(tmp_path), BATCH)
+
+
+def run(batches, compute, made_by=MADE_BY):
+    said = []
+    found = cached_logps(batches, made_by, compute, said.append)
+    np.testing.assert_array_equal(found["sum"], compute.logps)
+    np.testing.assert_array_equal(found["tail_sum"], compute.logps / 4)
+    return said
+
+
+def files(batches, pattern="reference-*"):
+    return sorted(batches.store.path.glob(pattern))
+
+
+def test_it_is_computed_once(batches):
+    first, second = Computer(), Computer()
+    assert run(batches, first) == []
+    assert [len(steps) for steps in first.calls] == [2, 2, 2, 2]
+    assert run(batches, second) == []
+    assert second.calls == []
+    assert len(files(batches)) == 1
+
+
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_a_build_that_was_cut_off_goes_on(batches, done):
+    """Each row is computed once in the two builds together."""
+    first, second = Computer(cut_off_after=done), Computer()
+    with pytest.raises(KeyboardInterrupt):
+        cached_logps(batches, MADE_BY, first)
+    assert len(files(batches, "*.part-*.npz")) == done
+    assert run(batches, second) == []
+    assert sorted(step for call in first.calls + second.calls for step in call) == list(range(8))
+    assert len(files(batches)) == 1
+
+
+def test_another_batch_size_goes_on_too(batches):
+    """Parts hold rows, not steps: rows that are done stay done."""
+    with pytest.raises(KeyboardInterrupt):
+        cached_logps(batches, MADE_BY, Computer(cut_off_after=2))  # rows 0 to 11
+    second = Computer()
+    assert run(in_steps(batches.store, 5), second) == []
+    assert second.calls == [[2, 3], [4]]  # step 2 holds rows 10 to 14
+
+
+DAMAGE = {
+    "empty": (lambda good: b"", "cut off or damaged"),
+    "one byte": (lambda good: good[:1], "cut off or damaged"),
+    "truncated": (lambda good: good[:-10], "cut off or damaged"),
+    "half": (lambda good: good[: len(good) // 2], "cut off or damaged"),
+    "a bit flipped": (
+        lambda good: good.replace(LOGPS.tobytes(), bytes([LOGPS.tobytes()[0] ^ 1]) + LOGPS.tobytes()[1:]),
+        "cut off or damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_named_and_computed_again(batches, name):
+    run(batches, Computer())
+    (path,) = files(batches)
+    good = path.read_bytes()
+    damage, reason = DAMAGE[name]
+    path.write_bytes(damage(good))
+    assert path.read_bytes() != good
+    again = Computer()
+    (line,) = run(batches, again)
+    assert str(path) in line
+    assert reason in line
+    assert len(again.calls) == 4
+    assert path.read_bytes() == good
+
+
+WRONG = {
+    "wrong-checksum": (lambda fields: fields | {"sum": fields["sum"] + 1}, "its checksum is wrong"),
+    "stale": (
+        lambda fields: {k: v[:-1] for k, v in fields.items()},
+        "it holds (22, 2), (22, 2) log-probs, the data has (23, 2)",
+    ),
+    "half-written": (
+        lambda fields: {k: np.where(np.arange(NUM_ROWS)[:, None] < 9, v, np.nan) for k, v in fields.items()},
+        "row 9 has no log-prob",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_file_of_other_rows_is_named_and_computed_again(batches, name):
+    run(batches, Computer())
+    (path,) = files(batches)
+    change, reason = WRONG[name]
+    with np.load(path) as file:
+        fields, about = {k: file[k] for k in file.files if k != "about"}, json.loads(str(file["about"]))
+    fields = change(fields)
+    if name != "wrong-checksum":
+        about["digest"] = refcache._digest(fields)
+    np.savez(path, about=json.dumps(about), **fields)
+    (line,) = run(batches, Computer())
+    assert reason in line
+
+
+def test_a_cache_of_another_model_is_named_and_left_alone(batches):
+    run(batches, Computer())
+    (other,) = files(batches)
+    (line,) = run(batches, Computer(logps=LOGPS - 1), MADE_BY | {"weights": "b", "dtype": "bfloat16"})
+    assert line == f"reference cache: {other} is of another weights, dtype: computing again"
+    assert len(files(batches)) == 2
+    assert run(batches, Computer()) == []
+
+
+def test_a_file_under_a_wrong_name_is_not_taken(batches):
+    run(batches, Computer())
+    (path,) = files(batches)
+    said = run(batches, Computer(logps=LOGPS - 1), MADE_BY | {"weights": "b"})
+    (other,) = set(files(batches)) - {path}
+    other.write_bytes(path.read_bytes())
+    said = run(batches, Computer(logps=LOGPS - 1), MADE_BY | {"weights": "b"})
+    assert any("it is of another weights" in line for line in said)
+
+
+def test_a_damaged_part_is_named_and_its_rows_computed_again(batches):
+    first = Computer(cut_off_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        cached_logps(batches, MADE_BY, first)
+    part = files(batches, "*.part-*.npz")[1]
+    part.write_bytes(part.read_bytes()[:-10])
+    second = Computer()
+    (line,) = run(batches, second)
+    assert str(part) in line
+    assert second.calls == [[2, 3], [6, 7]]
+
+
+def test_rows_that_are_lost_doubled_or_not_finite_stop_the_run(batches):
+    class Loses(Computer):
+        def __call__(self, batches, steps):
+            ids, fields = super().__call__(batches, steps)
+            return ids[1:], {name: values[1:] for name, values in fields.items()}
+
+    with pytest.raises(RunStopped, match=r"row 0 was computed 0 times"):
+        cached_logps(batches, MADE_BY, Loses())
+    bad = LOGPS.copy()
+    bad[4, 1] = np.nan
+    with pytest.raises(RunStopped, match=r"log-prob of row 4 is not finite, of 1 rows in all"):
+        cached_logps(batches, MADE_BY | {"weights": "c"}, Computer(logps=bad))
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import test_refcache as t
+from dpo_jax.inference import reference_cache as refcache
+
+class Slow(t.Computer):
+    def __call__(self, batches, steps):
+        time.sleep(0.05)
+        return super().__call__(batches, steps)
+
+refcache.PART_STEPS = 1
+batches = t.in_steps(t.small_store(Path(sys.argv[1])), 1)
+print("begin", flush=True)
+t.cached_logps(batches, t.MADE_BY, Slow())
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.5, 0.8])
+def test_a_build_killed_by_sigkill_goes_on(batches, monkeypatch, tmp_path, seconds):
+    """Wherever it is killed: what it had done is not done again, and each row is there once."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        cwd=Path(__file__).parent, stdout=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert child.stdout.readline() == b"begin\n"
+    time.sleep(seconds)
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    done = len(files(batches, "*.part-*.npz"))
+    assert 0 < done < NUM_ROWS
+    files(batches, "*.part-*.npz")[0].with_suffix(".partial-1").write_bytes(b"killed at it")
+    monkeypatch.setattr(refcache, "PART_STEPS", 1)
+    second = Computer()
+    assert run(in_steps(batches.store, 1), second) == []
+    assert second.calls == [[step] for step in range(done, NUM_ROWS)]
+    assert not files(batches, "*.part-*")

@@ -1,0 +1,408 @@
+"""The decoder against `transformers` on torch, and against itself in every layout of the program."""
+
+import copy
+import json
+from dataclasses import asdict, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from dpo_jax.batch import PreferenceBatch
+from dpo_jax.errors import UserError
+from dpo_jax.inference.generate import greedy
+from dpo_jax.models.decoder import Model, count_params, make_model, plain_batch
+from dpo_jax.models.families import LinearScaling, Llama3Scaling, builtin_model, decoder_config
+from dpo_jax.weights.hub import read_hf_config
+from dpo_jax.weights.huggingface import load_params
+
+VOCAB, LENGTH = 128, 40
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
+FAMILIES = {
+    "llama2": ("Llama", {"num_key_value_heads": 4}),
+    "llama3": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "llama3.1": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama3.2_tied": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama_linear_rope": (
+        "Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, "head_dim": 24}
+    ),
+    "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
+    "mistral": ("Mistral", {"sliding_window": 8}),
+    "mistral_no_window": ("Mistral", {"sliding_window": None, "hidden_act": "gelu_pytorch_tanh"}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+    "qwen3": ("Qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
+    "qwen3_biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+}  # fmt: skip
+
+
+def hf_model(name: str) -> transformers.PreTrainedModel:
+    """A random model whose every parameter, biases and norms too, matters."""
+    import torch
+
+    kind, options = FAMILIES[name]
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | options))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.15 + (1.0 if "norm" in key else 0.0))
+    return model
+
+
+def some_tokens(rows: int = 2, length: int = LENGTH) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCAB, (rows, length), dtype=np.int32)
+
+
+def plain(tokens: np.ndarray) -> PreferenceBatch:
+    return plain_batch(jnp.asarray(tokens), jnp.full(len(tokens), tokens.shape[1]))
+
+
+def logits(model: Model, params, tokens: np.ndarray) -> np.ndarray:
+    compute = jax.jit(lambda params, rows: model.hidden(params, rows) @ model.unembedding(params).T)
+    return np.asarray(compute(params, plain(tokens)))
+
+
+def hf_logits(model, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Model, dict]:
+    """A model with every option that changes the layer, and parameters that all matter."""
+    config = decoder_config(SIZES | {"model_type": "qwen3", "head_dim": 24, "attention_bias": True})
+    model = Model(config=config, attention="xla")
+    generator = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(generator.normal(0, 0.15, leaf.shape).astype(np.float32))  # noqa: E731
+    params = jax.tree.map(draw, model.param_shapes())
+    norms = lambda path, leaf: leaf + 1 if "norm" in path[-1].key else leaf  # noqa: E731
+    return model, jax.tree_util.tree_map_with_path(norms, params)
+
+
+@pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_transformers(name, tmp_path):
+    theirs = hf_model(name)
+    theirs.save_pretrained(tmp_path)
+    model = Model(config=decoder_config(read_hf_config(tmp_path)), attention="xla")
+    params = load_params(tmp_path, model, shardings=None, dtype="float32")
+    tokens = some_tokens()
+    want = hf_logits(theirs, tokens)
+    assert np.abs(want).max() > 3  # or the tolerance would say little
+    np.testing.assert_allclose(logits(model, params, tokens), want, atol=1e-4, rtol=0)
+    assert count_params(model) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_trained_model_scores_and_continues_as_in_transformers(shared, torch):
+    folder = shared / "models" / "stories260K"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = Model(config=decoder_config(read_hf_config(folder)), attention="xla")
+    params = load_params(folder, model, shardings=None, dtype="float32")
+    text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    tokens = np.array([tokenizer(text).input_ids], np.int32)
+    np.testing.assert_allclose(logits(model, params, tokens), hf_logits(theirs, tokens), atol=1e-4, rtol=0)
+
+    prompts = [tokenizer(text).input_ids for text in ("Once upon a time", "Tom had a big red ball. One day")]
+    answers = greedy(model, params, prompts, max_new_tokens=30, eos_id=1)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        want = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0, len(prompt) :]
+        assert answer == want.tolist()
+
+
+def test_greedy_ends_at_the_end_token(tiny):
+    model, params = tiny
+    prompts = [[3, 1, 4], [5, 9, 2, 6, 5]]
+    free = greedy(model, params, prompts, max_new_tokens=8, eos_id=-1)
+    assert [len(answer) for answer in free] == [8, 8]
+    eos = free[0][3]
+    first = [answer.index(eos) + 1 if eos in answer else 8 for answer in free]
+    ended = greedy(model, params, prompts, max_new_tokens=8, eos_id=eos)
+    assert ended == [answer[:end] for answer, end in zip(free, first, strict=True)]
+
+
+def shared_row(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> PreferenceBatch:
+    """Two copies of [prompt][chosen][rejected], and two tokens of padding."""
+    p, c, r = len(prompt), len(chosen), len(rejected)
+    tokens = np.concatenate([prompt, chosen, rejected] * 2 + [[0, 0]])[None].astype(np.int32)
+    unit = [*range(p + c), *range(p, p + r)]
+    return plain(tokens).replace(
+        positions=jnp.array([unit * 2 + [0, 0]]),
+        segments=jnp.array([[1] * len(unit) + [2] * len(unit) + [0, 0]]),
+        branches=jnp.array([([0] * p + [1] * c + [2] * r) * 2 + [0, 0]]),
+    )
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_an_answer_is_scored_in_a_shared_row_as_alone(tiny, window):
+    model, params = tiny
+    model = replace(model, config=replace(model.config, window=window))
+    hidden = jax.jit(model.hidden)
+    prompt, chosen, rejected = np.split(some_tokens(1, 25)[0], [11, 18])
+    row = np.asarray(hidden(params, shared_row(prompt, chosen, rejected)))[0]
+    for start, answer in ((11, chosen), (18, rejected), (25 + 18, rejected)):
+        alone = np.asarray(hidden(params, plain(np.concatenate([prompt, answer])[None])))[0]
+        np.testing.assert_allclose(row[start : start + len(answer)], alone[11:], atol=2e-6 * np.abs(alone).max())
+
+
+def loss_and_gradient(model: Model, params):
+    def loss(params):
+        scores = model.hidden(params, plain(some_tokens())) @ model.unembedding(params).T
+        return jax.nn.logsumexp(scores.astype(jnp.float32), axis=-1).mean()
+
+    return jax.value_and_grad(loss)(params)
+
+
+def distance(tree, other) -> float:
+    """Norm of the difference, relative to the other's norm."""
+    norm = lambda tree: np.sqrt(sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree)))  # noqa: E731
+    return norm(jax.tree.map(lambda x, y: np.asarray(x, np.float64) - np.asarray(y), tree, other)) / norm(other)
+
+
+@pytest.mark.slow
+def test_scan_and_remat_change_only_what_is_recomputed(tiny):
+    model, params = tiny
+    compiled = {
+        (scan, remat): jax.jit(partial(loss_and_gradient, replace(model, scan=scan, remat=remat)))
+        .lower(params)
+        .compile()
+        for scan, remat in [(True, "none"), (True, "dots"), (True, "full"), (False, "none")]
+    }
+    want, want_gradient = compiled[True, "none"](params)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(want_gradient))
+    for options, step in compiled.items():
+        got, gradient = step(params)
+        np.testing.assert_allclose(got, want, rtol=2e-6)
+        assert distance(gradient, want_gradient) < 2e-6, options
+    # dots: attention's own products are computed again; full: all of them. And the compiler does not undo it.
+    flops = {options: step.cost_analysis()["flops"] for options, step in compiled.items()}
+    assert flops[True, "none"] < flops[True, "dots"] < flops[True, "full"]
+
+
+def test_bfloat16_computes_in_it_and_keeps_parameters_float32(tiny):
+    model, params = tiny
+    half = replace(model, dtype="bfloat16")
+    hidden = jax.jit(half.hidden)(params, plain(some_tokens()))
+    assert hidden.dtype == jnp.bfloat16
+    assert distance(hidden, jax.jit(model.hidden)(params, plain(some_tokens()))) < 0.03
+    _, gradient = jax.jit(partial(loss_and_gradient, half))(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+    stored = replace(model, param_dtype="bfloat16").param_shapes()
+    assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype("bfloat16")}
+
+
+def test_matmul_precision_reaches_every_product_forward_and_backward(tiny):
+    model, params = tiny
+
+    def precisions(setting):
+        model_ = replace(model, matmul_precision=setting)
+        loss = lambda params: model_.hidden(params, plain(some_tokens())).sum()  # noqa: E731
+        lines = jax.jit(jax.grad(loss)).lower(params).as_text().splitlines()
+        products = [line for line in lines if "stablehlo.dot_general" in line]
+        return len(products), sum("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+    assert precisions("highest")[0] == precisions("highest")[1] > 20
+    assert precisions("default")[1] == 0
+
+
+def test_axes_and_shapes_describe_the_parameters(tiny):
+    for kind, options in FAMILIES.values():
+        config = decoder_config(getattr(transformers, f"{kind}Config")(**(SIZES | options)).to_dict())
+        model = Model(config=config)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        assert params == model.param_shapes()
+        sizes = {"layers": config.layers, "vocab": config.vocab, "embed": config.hidden, "heads": config.heads,
+                 "kv_heads": config.kv_heads, "head_dim": config.head_dim, "ffn": config.ffn}  # fmt: skip
+        shapes = jax.tree.map(
+            lambda axes, sizes=sizes: tuple(sizes[axis] for axis in axes), model.param_axes(),
+            is_leaf=lambda leaf: isinstance(leaf, tuple),
+        )  # fmt: skip
+        assert shapes == jax.tree.map(lambda leaf: leaf.shape, params)
+
+
+def test_init_is_of_the_key_and_the_configs_deviation():
+    config = decoder_config(builtin_model("builtin:tiny") | {"initializer_range": 0.05})
+    init = jax.jit(Model(config=config).init)
+    first, again, other = (init(jax.random.key(seed)) for seed in (7, 7, 8))
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), first, again)))
+    assert not np.array_equal(first["embed"], other["embed"])
+    assert float(first["layers"]["gate"].std()) == pytest.approx(0.05, rel=0.02)
+    assert not np.array_equal(first["layers"]["gate"][0], first["layers"]["gate"][1])
+    assert (first["final_norm"] == 1).all()
+
+
+@pytest.mark.parametrize(("name", "count"), [("llama3-8b", 8_030_261_248), ("qwen3-1.7b", 1_720_574_976)])
+def test_known_models_have_their_parameter_counts(shared, name, count):
+    hf = json.loads((shared / "model_configs" / f"{name}.json").read_text())
+    assert count_params(Model(config=decoder_config(hf))) == count
+
+
+def test_auto_options_are_settled():
+    model = make_model(decoder_config(builtin_model("builtin:tiny")), platform="cpu", dtype="auto",
+                       param_dtype="float32", attention="auto", remat="none", scan=True,
+                       matmul_precision="default")  # fmt: skip
+    assert (model.dtype, model.attention) == ("float32", "blocks")
+    assert hash(model) == hash(replace(model))
+
+
+LLAMA = {**SIZES, "model_type": "llama"}
+
+
+def test_both_spellings_of_rotary_options_are_read():
+    old = {"rope_theta": 500.0, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}}
+    want = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+    for options in (old, {"rope_parameters": LLAMA3_ROPE}):
+        config = decoder_config(LLAMA | options)
+        assert (config.rope_theta, config.rope_scaling) == (500.0, want)
+    oldest = {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert decoder_config(LLAMA | oldest).rope_scaling == LinearScaling(factor=2.0)
+    assert decoder_config(LLAMA).rope_theta == 10000.0
+
+
+REFUSED = [
+    ("llama", "model_type", "gemma2", "llama, mistral, qwen2, qwen3"),
+    ("llama", "architectures", ["LlamaForSequenceClassification"], "LlamaForCausalLM"),
+    ("llama", "quantization_config", {"bits": 4}, "no such option"),
+    ("llama", "partial_rotary_factor", 0.5, "no such option"),
+    ("llama", "final_logit_softcapping", 30.0, "no such option"),
+    ("llama", "sliding_window", 8, "no such option"),
+    ("llama", "auto_map", {"AutoModelForCausalLM": "m.M"}, "no such option"),
+    ("llama", "hidden_act", "relu2", "silu"),
+    ("llama", "hidden_size", "64", "positive number"),
+    ("llama", "num_hidden_layers", None, "positive number"),
+    ("llama", "num_key_value_heads", 3, "must divide num_attention_heads, 4"),
+    ("llama", "head_dim", 15, "even"),
+    ("llama", "attention_bias", "yes", "true or false"),
+    ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "default, linear, llama3"),
+    ("llama", "rope_scaling", {"rope_type": "dynamic", "factor": 4.0}, "default, linear, llama3"),
+    ("llama", "rope_parameters", LLAMA3_ROPE | {"partial_rotary_factor": 0.5}, "no such option"),
+    ("llama", "rope_parameters", LLAMA3_ROPE | {"high_freq_factor": 1.0}, "exceed"),
+    ("mistral", "layer_types", ["sliding_attention", "full_attention"], "no such option"),
+    ("qwen2", "layer_types", ["sliding_attention", "full_attention"], "same sliding window"),
+    ("qwen3", "mlp_bias", True, "no such option"),
+    # values that are empty, and change the computation
+    ("llama", "is_causal", False, "no such option"),
+    ("llama", "partial_rotary_factor", 0, "no such option"),
+    ("llama", "original_max_position_embeddings", 0, "no such option"),
+    ("llama", "rope_theta", 0, "positive number"),
+    ("llama", "rope_theta", None, "positive number"),
+    ("llama", "rope_scaling", [], "dictionary"),
+    ("llama", "rope_parameters", LLAMA3_ROPE | {"partial_rotary_factor": False}, "no such option"),
+    ("mistral", "sliding_window", 0, "positive number"),
+    ("mistral", "num_key_value_heads", None, "positive number"),
+    ("qwen2", "head_dim", None, "positive number"),
+    ("qwen3", "head_dim", None, "positive number"),
+    ("qwen2", "max_window_layers", None, "whole number"),
+    ("qwen2", "layer_types", [], "num_hidden_layers, 2, names"),
+    # values of odd types and sizes
+    ("llama", "model_type", ["llama"], "llama, mistral, qwen2, qwen3"),
+    ("llama", "hidden_act", ["silu"], "silu"),
+    ("llama", "rope_scaling", {"rope_type": ["linear"], "factor": 2.0}, "default, linear, llama3"),
+    ("llama", "rope_scaling", {"rope_type": "linear", "factor": {}}, "positive number"),
+    ("llama", "rms_norm_eps", float("nan"), "positive number"),
+    ("llama", "rms_norm_eps", float("inf"), "positive number"),
+    ("llama", "rope_theta", 10**400, "positive number"),
+    ("llama", "vocab_size", 10**400, "positive number"),
+    ("llama", "vocab_size", -1, "positive number"),
+    ("llama", "vocab_size", True, "positive number"),
+    ("llama", "num_hidden_layers", 2e9, "positive number"),
+    ("llama", "num_attention_heads", 4.0, "whole number"),
+    ("llama", "max_position_embeddings", "256", "positive number"),
+    ("llama", "something", "x" * 100_000, "no such option"),
+    ("qwen2", "layer_types", 3, "num_hidden_layers, 2, names"),
+    ("qwen2", "layer_types", [["full_attention"], {}], "same sliding window"),
+    ("qwen2", "use_sliding_window", 1, "true or false"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "key", "value", "why"), REFUSED)
+def test_what_the_decoder_does_not_compute_is_refused_by_name(model_type, key, value, why):
+    with pytest.raises(UserError) as error:
+        decoder_config(SIZES | {"model_type": model_type} | {key: value})
+    assert all(part in str(error.value) for part in (key, why))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+ROPES = [
+    {},
+    {"rope_theta": 5e5},
+    {"rope_scaling": LINEAR},
+    {"rope_scaling": LINEAR, "rope_theta": 5e5},
+    {"rope_scaling": LINEAR | {"rope_theta": 100.0}, "rope_theta": 5e5},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"type": "default", "rope_type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "default"}},
+    {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+    {"rope_parameters": LINEAR | {"rope_theta": 100.0}, "rope_theta": 5e5},
+    {"rope_parameters": LINEAR, "rope_scaling": None},
+    {"rope_parameters": LINEAR, "rope_scaling": {}},
+    {"rope_parameters": LINEAR, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+]
+
+
+@pytest.mark.parametrize("options", ROPES, ids=str)
+def test_rotary_options_are_those_that_transformers_reads(options):
+    expected = transformers.LlamaConfig(**copy.deepcopy(LLAMA | options)).rope_parameters
+    actual = decoder_config(LLAMA | options)
+    assert actual.rope_theta == expected["rope_theta"]
+    kinds = {type(None): "default", LinearScaling: "linear", Llama3Scaling: "llama3"}
+    assert kinds[type(actual.rope_scaling)] == expected["rope_type"]
+    if actual.rope_scaling is not None:
+        assert all(expected[name] == value for name, value in asdict(actual.rope_scaling).items())
+
+
+@pytest.mark.parametrize("new", [
+    {"rope_type": "default"},  # transformers reads the linear one
+    LINEAR | {"factor": 4.0},
+    LINEAR | {"rope_theta": 5e5},  # and forgets this base
+], ids=str)  # fmt: skip
+def test_two_rotary_options_that_disagree_are_refused(new):
+    with pytest.raises(UserError, match="says otherwise"):
+        decoder_config(LLAMA | {"rope_scaling": LINEAR, "rope_parameters": new})
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("Llama", {"num_key_value_heads": None, "head_dim": None}),
+    ("Mistral", {"head_dim": None, "sliding_window": None}),
+    ("Qwen2", {"num_key_value_heads": None, "use_sliding_window": True, "sliding_window": None}),
+    ("Qwen3", {"num_key_value_heads": None, "max_window_layers": 0}),
+    ("Qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+], ids=str)  # fmt: skip
+def test_sizes_and_windows_are_those_that_transformers_reads(kind, options):
+    hf = SIZES | options
+    expected = getattr(transformers, f"{kind}Config")(**hf)
+    actual = decoder_config(hf | {"model_type": kind.lower()})
+    assert actual.kv_heads == expected.num_key_value_heads
+    assert actual.head_dim == getattr(expected, "head_dim", SIZES["hidden_size"] // SIZES["num_attention_heads"])
+    assert actual.window == getattr(expected, "sliding_window", None)
+
+
+def test_mixed_windows_are_refused_and_a_window_of_no_layer_is_none():
+    qwen2 = SIZES | {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}
+    with pytest.raises(UserError, match="max_window_layers: 1"):
+        decoder_config(qwen2 | {"max_window_layers": 1})
+    assert decoder_config(qwen2 | {"max_window_layers": 2}).window is None
+    assert decoder_config(qwen2 | {"max_window_layers": 0}).window == 8
+    assert decoder_config(qwen2 | {"max_window_layers": 0, "use_sliding_window": False}).window is None
+
+
+def test_harmless_keys_pass():
+    harmless = {"attention_dropout": 0.1, "_commit": "x", "partial_rotary_factor": 1.0, "quantization_config": None}
+    assert decoder_config(LLAMA | harmless) == decoder_config(LLAMA)
+
+
+def test_an_unknown_builtin_model_is_refused():
+    with pytest.raises(UserError, match="builtin:tiny"):
+        builtin_model("builtin:huge")

@@ -1,0 +1,55 @@
+"""The shipped configs for slices: parsed strictly, of known models, and such that the slice divides them."""
+
+import re
+from pathlib import Path
+
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from dpo_jax.config import DPOConfig
+from dpo_jax.config.file import parse_config
+from dpo_jax.models.decoder import Model
+from dpo_jax.models.families import decoder_config
+from dpo_jax.parallel.chips import parse_topology
+from dpo_jax.parallel.sharding import AXES, row_devices, weight_shardings
+from dpo_jax.weights.known import known_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TABLE = re.findall(
+    r"^\| \[([\w.]+)\]\(([\w.]+)\) \| (.+?) \| (.+?) \| (\d+) \|", (CONFIGS / "README.md").read_text(), re.M
+)
+SLICES = {name: (model, kind, int(pairs)) for name, _, model, kind, pairs in TABLE if kind != "CPU"}
+
+
+def test_the_table_has_every_config():
+    assert {file for _, file, *_ in TABLE} == {path.name for path in CONFIGS.glob("*.yaml")}
+    assert all(file == f"{name}.yaml" for name, file, *_ in TABLE)
+    assert len(SLICES) == 8
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_a_recipe_fits_its_slice(name):
+    model_name, kind, pairs = SLICES[name]
+    config = parse_config(CONFIGS / f"{name}.yaml", {}, DPOConfig)
+    assert config.model.path.split("/")[-1] in (model_name, f"Meta-{model_name}")
+    assert config.batch.pairs == pairs
+
+    topology = parse_topology(kind)
+    fixed = config.mesh.data * config.mesh.tensor
+    sizes = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+    if config.mesh.fsdp == -1:
+        sizes["fsdp"] = topology.devices // fixed
+    mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    assert mesh.size == topology.devices
+
+    hf = known_config(config.model.path)
+    assert hf is not None
+    decoder = decoder_config(hf)
+    assert decoder.kv_heads % config.mesh.tensor == 0  # else each chip would hold all of them
+    assert (decoder.window or 1 << 20) >= config.data.max_length
+    model = Model(config=decoder)
+    weight_shardings(model.param_shapes(), model.param_axes(), mesh)  # refuses what an axis does not divide
+
+    # the longest pair fits a row, and there are pairs for every row of a part
+    assert 2 * config.data.max_length <= config.batch.row_length
+    assert config.batch.pairs // config.batch.accumulation >= row_devices(mesh)

@@ -1,0 +1,209 @@
+"""Run directories: what is taken for one, who holds it, and logs that can be cut off anywhere."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.errors import RunStopped, UserError
+from dpo_jax.runs import directory as rundir
+from dpo_jax.runs.directory import (
+    RunDir,
+    append_json,
+    cut_back,
+    find_run,
+    hold_run,
+    is_run_dir,
+    log_event,
+    log_offsets,
+    read_json,
+)
+
+ROOT = str(Path(__file__).parents[2])
+
+
+def refused(path, message, function=hold_run):
+    """The error is one line with the path's own text, and the directory is as it was."""
+
+    def listing():
+        return sorted(path.rglob("*")) if isinstance(path, Path) and path.is_dir() else None
+
+    before = listing()
+    with pytest.raises(UserError, match=message) as error:
+        contextlib.ExitStack().enter_context(hold_run(path)) if function is hold_run else function(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert error.value.exit_code == 2
+    assert listing() == before
+
+
+def test_a_run_is_made_held_and_reopened(tmp_path):
+    path = tmp_path / "runs" / "a"
+    assert not is_run_dir(path)
+    with hold_run(path) as run:
+        assert run == RunDir(path)
+        assert is_run_dir(path)
+        log_event(run, "start", version="1")
+    with hold_run(path) as run:
+        log_event(run, "end")
+    events = read_json(run.events)
+    assert [event["event"] for event in events] == ["start", "end"]
+    assert events[0]["pid"] == os.getpid()
+    assert find_run(path) == run
+
+
+def test_an_empty_directory_becomes_a_run(tmp_path):
+    with hold_run(tmp_path):
+        assert is_run_dir(tmp_path)
+
+
+# Bad run directories
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine: 1")
+    refused(tmp_path, "holds other files and no run of this program: choose an empty directory")
+
+
+def test_a_file_in_its_place(tmp_path):
+    (tmp_path / "run").write_text("")
+    refused(tmp_path / "run", "cannot be written .*: choose another directory")
+
+
+def test_a_parent_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file" / "run", "cannot be written .Not a directory.")
+
+
+def test_a_bucket():
+    refused("gs://bucket/run", "is not a local path, and logs can be written to local paths only")
+
+
+def test_no_run_to_read(tmp_path):
+    refused(tmp_path / "none", "does not exist: check the path", find_run)
+    refused(tmp_path, "holds no events.jsonl, so it is no run of this program", find_run)
+
+
+HOLDS = """
+import sys
+from dpo_jax.runs.directory import hold_run
+with hold_run(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_in_use_names_the_process_and_a_killed_one_leaves_it_free(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], env={**os.environ, "PYTHONPATH": ROOT},
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    with child:
+        assert child.stdout.readline() == "held\n"
+        refused(tmp_path, f"is in use by process {child.pid} on .*: wait for it, stop it, or choose another directory")
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        with hold_run(tmp_path):
+            pass
+
+
+def test_a_log_that_is_shorter_than_the_checkpoint_says(tmp_path):
+    with hold_run(tmp_path) as run:
+        append_json(run.metrics, {"step": 1})
+        offsets = log_offsets(run)
+        run.metrics.write_text("")
+        append_json(run.timings, {"step": 2})
+        with pytest.raises(UserError, match=r"metrics.jsonl: holds 0 bytes, 12 were there") as error:
+            cut_back(run, offsets)
+        assert "\n" not in str(error.value)
+        assert run.timings.stat().st_size == 12
+
+
+def test_a_log_that_was_changed(tmp_path):
+    with hold_run(tmp_path) as run:
+        append_json(run.metrics, {"step": 1})
+        offsets = log_offsets(run)
+        run.metrics.write_text('{"step": 1, "note": "mine"}\n')
+        with pytest.raises(UserError, match=r"metrics.jsonl: byte 12 ends no line"):
+            cut_back(run, offsets)
+        assert run.metrics.read_text().endswith('mine"}\n')
+
+
+# Logs
+
+
+def test_logs_are_cut_back_to_the_byte(tmp_path):
+    with hold_run(tmp_path) as run:
+        assert log_offsets(run) == {"metrics.jsonl": 0, "timings.jsonl": 0, "distributions.jsonl": 0}
+        for step in range(3):
+            append_json(run.metrics, {"step": step, "loss": math.log(2)})
+        append_json(run.timings, {"step": 0})
+        offsets, expected = log_offsets(run), run.metrics.read_bytes()
+        append_json(run.metrics, {"step": 3})
+        with open(run.metrics, "a") as file:
+            file.write('{"step": 4, "lo')  # killed while it wrote
+        cut_back(run, offsets)
+        assert run.metrics.read_bytes() == expected
+        assert len(read_json(run.timings)) == 1
+        cut_back(run, {"metrics.jsonl": 0, "timings.jsonl": 0})
+        assert run.metrics.read_bytes() == b""
+
+
+def test_an_event_cut_off_while_written_does_not_spoil_the_next(tmp_path):
+    with hold_run(tmp_path) as run:
+        log_event(run, "start")
+    with open(run.events, "a") as file:
+        file.write('{"event": "sa')
+    assert len(read_json(run.events)) == 1
+    with hold_run(tmp_path) as run:
+        log_event(run, "restore", step=3)
+    assert [event["event"] for event in read_json(run.events)] == ["start", "restore"]
+
+
+def test_values_of_every_kind_read_back_as_they_are(tmp_path):
+    path = tmp_path / "log"
+    third = np.float32(1 / 3)
+    values = {"a": third, "b": jnp.float32(0.1), "c": np.int64(3), "d": True, "e": None, "f": "\u2028é\n", "g": [1.5]}
+    append_json(path, values)
+    append_json(path, {"loss": float("nan"), "low": -math.inf, "high": np.float32(np.inf)})
+    first, second = read_json(path)
+    assert first == {**values, "a": float(third), "b": float(np.float32(0.1)), "c": 3}
+    assert np.float32(first["a"]) == third
+    assert second == {"loss": "NaN", "low": "-Infinity", "high": "Infinity"}
+    assert math.isnan(float(second["loss"]))
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+def test_equal_values_are_equal_bytes(tmp_path):
+    for name, value in (("a", np.float32(0.1)), ("b", float(np.float32(0.1))), ("c", jnp.float32(0.1))):
+        append_json(tmp_path / name, {"x": value})
+    assert len({(tmp_path / name).read_bytes() for name in "abc"}) == 1
+
+
+def test_importing_needs_no_jax():
+    code = "import sys, dpo_jax.runs.directory, dpo_jax.runs.manifest; assert not {'jax', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ROOT})
+
+
+def test_a_full_disk_is_no_half_line(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(RunStopped, match=r"/dev/full: cannot be written \(No space left on device\)") as error:
+        append_json(Path("/dev/full"), {"step": 1})
+    assert (error.value.exit_code, str(error.value).count("\n")) == (43, 0)
+
+
+def test_names_are_those_of_the_design():
+    run = RunDir(Path("r"))
+    names = [run.config, run.checkpoints, run.export, run.metrics, run.timings, run.events, run.report]
+    assert [path.name for path in names] == [
+        "config.yaml", "checkpoints", "export", "metrics.jsonl", "timings.jsonl", "events.jsonl", "report.html",
+    ]  # fmt: skip
+    assert rundir.LOCK == "run.lock"

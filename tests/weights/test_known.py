@@ -1,0 +1,46 @@
+"""Published shapes are read as any config.json, agree with those at hand, and have the published sizes."""
+
+import json
+
+import pytest
+
+from dpo_jax.models.decoder import Model, count_params
+from dpo_jax.models.families import decoder_config
+from dpo_jax.weights.known import KNOWN, known_config
+
+COUNTS = {  # parameters
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "allenai/Llama-3.1-Tulu-3-8B-SFT": 8_030_326_784,
+    "alignment-handbook/zephyr-7b-sft-full": 7_241_732_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_known_models_have_the_published_number_of_parameters(name):
+    hf = known_config(name)
+    assert hf is not None
+    assert count_params(Model(config=decoder_config(hf))) == COUNTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("meta-llama/Meta-Llama-3-8B", "llama3-8b"), ("Qwen/Qwen3-1.7B", "qwen3-1.7b")]
+)
+def test_known_models_are_what_their_files_say(shared, name, file):
+    published = json.loads((shared / "model_configs" / f"{file}.json").read_text())
+    assert decoder_config(KNOWN[name]) == decoder_config(published)
+    assert {key: published.get(key) for key in KNOWN[name]} == KNOWN[name]
+
+
+def test_what_is_not_known_is_none_and_what_is_handed_out_is_a_copy():
+    assert known_config("meta-llama/Llama-4") is None
+    first = known_config("Qwen/Qwen3-8B")
+    assert first is not None
+    first["vocab_size"] = 1
+    assert known_config("Qwen/Qwen3-8B")["vocab_size"] == 151936
+    for name in KNOWN:
+        decoder_config(KNOWN[name])
