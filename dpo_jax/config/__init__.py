@@ -5,7 +5,7 @@ made; what concerns two sections is checked by the config that holds both.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dpo_jax.config.data import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.config.loss import (
@@ -57,8 +57,12 @@ __all__ = [
     "SFTBatchConfig",
     "SFTConfig",
     "SourceConfig",
+    "Stage",
     "TrainConfig",
 ]
+
+
+Stage = Literal["dpo", "sft"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,8 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainConfig):
     """A run of Direct Preference Optimization."""
+
+    stage: ClassVar[Stage] = "dpo"
 
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -118,6 +124,11 @@ class DPOConfig(TrainConfig):
                 )  # fmt: skip
 
     @property
+    def objective(self) -> LossConfig:
+        """What is minimised."""
+        return self.loss
+
+    @property
     def reference_mode(self) -> Literal["live", "cached", "none"]:
         """How the reference is held, with auto settled."""
         if self.reference.mode != "auto":
@@ -128,6 +139,11 @@ class DPOConfig(TrainConfig):
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainConfig):
     """A run of supervised fine-tuning."""
+
+    stage: ClassVar[Stage] = "sft"
+    objective: ClassVar[LossConfig] = LossConfig(type="sft")  # the token mean over the answer
+    reference: ClassVar[ReferenceConfig] = ReferenceConfig(mode="none")
+    reference_mode: ClassVar[Literal["none"]] = "none"
 
     batch: SFTBatchConfig = field(default_factory=SFTBatchConfig)
 

@@ -108,6 +108,11 @@ class BatchConfig(RowsConfig):
         require(self.layout != "padded" or self.row_length == "auto", "batch.row_length", self.row_length,
                 "layout padded takes its length from the data; use auto")  # fmt: skip
 
+    @property
+    def size(self) -> int:
+        """Examples in a step."""
+        return self.pairs
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTBatchConfig(RowsConfig):
@@ -121,6 +126,16 @@ class SFTBatchConfig(RowsConfig):
         require(self.examples > 0, "batch.examples", self.examples, "a positive number is needed")
         require(self.examples % self.accumulation == 0, "batch.accumulation", self.accumulation,
                 f"it must divide batch.examples, {self.examples}")  # fmt: skip
+
+    @property
+    def size(self) -> int:
+        """Examples in a step."""
+        return self.examples
+
+    @property
+    def layout(self) -> Literal["shared"]:
+        """One answer follows its prompt, so that there is nothing to choose."""
+        return "shared"
 
 
 @dataclass(frozen=True, kw_only=True)
