@@ -137,21 +137,22 @@ def jax_reference_seconds(config: Any) -> float:
     """Seconds a pair to build the cached reference again, once its program is compiled."""
     import jax
 
-    from dpo_jax.methods.setup import assemble, make_reference
+    from dpo_jax.methods.dpo import make_reference
+    from dpo_jax.methods.setup import assemble
     from dpo_jax.parallel.sharding import make_mesh
     from dpo_jax.weights.open import load_weights
 
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        parts = assemble(config, mesh)
-        store = parts.batches.store
-        weights = load_weights(parts.source, parts.model, config.model, mesh)
+        setup = assemble(config, mesh)
+        store = setup.batches.store
+        weights = load_weights(setup.source, setup.model, config.model, mesh)
         seconds = 0.0
         for _ in range(2):  # the first compiles
             for old in store.path.glob("reference-*"):
                 old.unlink()
             started = time.perf_counter()
-            make_reference(parts, weights)
+            make_reference(setup, weights)
             seconds = time.perf_counter() - started
     return seconds / len(store)
 
@@ -211,8 +212,8 @@ def trl_arguments(folder: Path, job: dict[str, Any], num_steps: int, precompute:
     return DPOConfig(
         output_dir=str(folder / "run"),
         max_length=job["max_length"],
-        per_device_train_batch_size=job["batch"] // job["trl_parts"],
-        gradient_accumulation_steps=job["trl_parts"],
+        per_device_train_batch_size=job["batch"] // job["trl_setup"],
+        gradient_accumulation_steps=job["trl_setup"],
         gradient_checkpointing=job["remat"] == "full",
         max_steps=num_steps,
         learning_rate=LEARNING_RATE,

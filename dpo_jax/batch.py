@@ -7,7 +7,7 @@ Shape letters, the same in every file: B pairs, R rows, T tokens in a row, M tar
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from flax import struct
 from jaxtyping import Bool, Float, Int
 
 AnyArray = jax.Array | np.ndarray  # numpy's on the host, jax's on the devices
+Params = Any  # a tree of arrays
 CHOSEN, REJECTED = 0, 1  # places on the K axis
 BLOCK = 64  # tokens in a block: rows are whole blocks, and attention visits only the pairs of blocks it needs
 
@@ -55,6 +56,13 @@ class PreferenceBatch:
         per_pair = {"answer_slots", "weight", "valid"}
         arrays = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
         return replace(self, **{name: pairs if name in per_pair else rows for name in arrays})
+
+
+class Adapted(NamedTuple):
+    """The weights of a model with adapters, which alone are trained; without them it is the reference."""
+
+    adapters: Params | None
+    base: Params
 
 
 @struct.dataclass

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.batch import AnyArray, PaddedBatch, PairLogps, PreferenceBatch, TokenStats
+from dpo_jax.batch import AnyArray, PaddedBatch, PairLogps, Params, PreferenceBatch, TokenStats
 from dpo_jax.ops.token_logps import Options, TargetStats, TokenLogps, score_targets
 from dpo_jax.parallel.sharding import constrain_rows
 
 SUMMED = 32  # log-probs that are summed at once
 BLOCK = 8192  # rows of the vocabulary whose scores exist at one time, unless said otherwise
-Params = Any  # a tree of arrays
-LogpsFn = Callable[..., PairLogps]  # (params, batch), or (adapters, batch, base)
+LogpsFn = Callable[[Any, Any], PairLogps]  # (weights, batch); weights are a tree of arrays, such as `Adapted`
 
 
 def logps_of_logits(
@@ -98,8 +97,8 @@ def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False
 
 
 def make_logps_fn(
-    hidden_fn: Callable[..., Float[Array, "R T D"]],
-    unembedding_fn: Callable[..., Float[Array, "V D"]],
+    hidden_fn: Callable[[Params, PreferenceBatch], Float[Array, "R T D"]],
+    unembedding_fn: Callable[[Params], Float[Array, "V D"]],
     *,
     chunk: int,
     block: int = BLOCK,
@@ -108,11 +107,11 @@ def make_logps_fn(
     squares: bool = False,
     precision: str | None = None,
 ) -> LogpsFn:
-    """``logps_fn(params, batch) -> PairLogps`` of a model given as two pure functions, over packed rows.
+    """``logps_fn(weights, batch) -> PairLogps`` of a model given as two pure functions, over packed rows.
 
     Args:
-        hidden_fn: (params, batch) to normalised hidden states; of adapters (params, batch, base).
-        unembedding_fn: (params) to the matrix that scores the vocabulary; of adapters (params, base).
+        hidden_fn: (weights, batch) to normalised hidden states.
+        unembedding_fn: (weights) to the matrix that scores the vocabulary.
         chunk: targets of a device whose scores exist at one time.
         block: rows of the vocabulary over which they do.
         stats: also what only metrics want, `TokenStats`.
@@ -120,29 +119,27 @@ def make_logps_fn(
         squares: also ``log_sum_sq``, which ``loss.weighting: wpo`` asks for.
         precision: of the products with the unembedding, as in ``jax.lax.Precision``; None: jax's default.
     """
+    options = {"chunk": chunk, "block": block, "stats": stats, "squares": squares, "precision": precision}
 
-    def logps_fn(params: Params, batch: PreferenceBatch, *frozen: Params) -> PairLogps:
-        hidden, unembedding = hidden_fn(params, batch, *frozen), unembedding_fn(params, *frozen)
-        tokens = target_logps(
-            hidden, unembedding, batch, chunk=chunk, block=block, stats=stats, squares=squares, precision=precision
-        )
+    def logps_fn(weights: Params, batch: PreferenceBatch) -> PairLogps:
+        tokens = target_logps(hidden_fn(weights, batch), unembedding_fn(weights), batch, **options)
         return pair_logps(tokens, batch, tail=tail)
 
     return logps_fn
 
 
 def make_token_logps_fn(
-    hidden_fn: Callable[..., Float[Array, "R T D"]],
-    unembedding_fn: Callable[..., Float[Array, "V D"]],
+    hidden_fn: Callable[[Params, PreferenceBatch], Float[Array, "R T D"]],
+    unembedding_fn: Callable[[Params], Float[Array, "V D"]],
     *,
     chunk: int,
     block: int = BLOCK,
     precision: str | None = None,
-) -> Callable[..., Float[Array, "R M"]]:
+) -> Callable[[Params, PreferenceBatch], Float[Array, "R M"]]:
     """As ``make_logps_fn``, but of each target by itself; see ``answer_values`` for whose it is."""
 
-    def token_logps_fn(params: Params, batch: PreferenceBatch, *frozen: Params) -> Float[Array, "R M"]:
-        hidden, unembedding = hidden_fn(params, batch, *frozen), unembedding_fn(params, *frozen)
+    def token_logps_fn(weights: Params, batch: PreferenceBatch) -> Float[Array, "R M"]:
+        hidden, unembedding = hidden_fn(weights, batch), unembedding_fn(weights)
         return target_logps(hidden, unembedding, batch, chunk=chunk, block=block, precision=precision).logp
 
     return token_logps_fn

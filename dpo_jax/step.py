@@ -1,4 +1,7 @@
-"""One DPO step: a pure function from state, reference and batch to the next state and the step's metrics."""
+"""One DPO step: a pure function from state, frozen weights and batch to the next state and the step's metrics.
+
+It has two halves, which other ways of training may use by themselves: `pair_gradient` and `apply_gradient`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,82 +12,139 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax.batch import AnyArray, PairLogps, stop_gradient
+from dpo_jax.batch import Adapted, AnyArray, PairLogps, Params, stop_gradient
 from dpo_jax.config import LossConfig
-from dpo_jax.logprobs import LogpsFn, Params
+from dpo_jax.logprobs import LogpsFn
 from dpo_jax.losses import mean_loss, preference_loss, preference_metrics
 
 
 @struct.dataclass
 class TrainState:
-    """What a step changes. ``params`` are the trainable parameters only."""
+    """What a step changes. ``params`` are the trainable parameters only: all weights, or the adapters."""
 
     step: Int[Array, ""]  # updates made
     params: Params
     opt_state: optax.OptState
     healthy: Bool[Array, ""]  # False from the first loss or gradient that is not finite; the state then stays as it was
-
-
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.ones((), bool))
+    reference: Params | None = None  # weights of a reference that follows the policy
 
 
 @struct.dataclass
-class Base:
-    """The ``reference`` argument where ``params`` are adapters: the frozen weights that they are applied beside.
+class Frozen:
+    """What a step only reads; no gradient reaches it.
 
-    The policy is base and adapters, ``logps_fn(params, batch, base)``; the reference is the base without adapters,
-    ``logps_fn(None, batch, base)``, and is computed if the loss compares with one.
+    With adapters the reference is their base without them: it is run if the loss compares with one and neither
+    weights nor log-probs of another are given here.
     """
 
-    params: Params
-    logps: PairLogps | None = None  # the reference's log-probs of the batch, where they are cached
+    base: Params | None = None  # the weights that the adapters belong to, where adapters are trained
+    reference: Params | PairLogps | None = None  # weights of the reference, or its log-probs of the batch
 
 
-class _Scorers(NamedTuple):
-    """What gives a batch its log-probs."""
+class Follow(NamedTuple):
+    """How a reference follows the policy (TR-DPO, arXiv 2404.09656): after ``every`` updates, a share ``mix`` of it."""
 
-    policy: LogpsFn
-    reference: Callable[[Any], PairLogps] | None  # None: cached, or there is no reference
-    cached: PairLogps | None
-
-    def reference_logps(self, batch: Any, cached: PairLogps | None) -> PairLogps | None:
-        """The reference's log-probs, through which no gradient flows."""
-        return cached if self.reference is None else stop_gradient(self.reference(batch))
+    every: int
+    mix: float
 
 
-def _scorers(reference: Params | PairLogps | Base | None, logps_fn: LogpsFn, loss: LossConfig) -> _Scorers:
-    if isinstance(reference, Base):
-        base = jax.lax.stop_gradient(reference.params)
-        run = reference.logps is None and loss.needs_reference
-        return _Scorers(
-            lambda params, batch: logps_fn(params, batch, base),
-            (lambda batch: logps_fn(None, batch, base)) if run else None,
-            reference.logps,
-        )
-    if reference is None or isinstance(reference, PairLogps):
-        return _Scorers(logps_fn, None, reference)
-    return _Scorers(logps_fn, lambda batch: logps_fn(jax.lax.stop_gradient(reference), batch), None)
+def init_state(params: Params, optimizer: optax.GradientTransformation, reference: Params | None = None) -> TrainState:
+    """State before the first step; ``reference``: its weights, in arrays of their own, if it follows the policy."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.ones((), bool), reference)
 
 
-def _whole_step(params, batch, scorers: _Scorers, loss: LossConfig):
-    """Gradient of the mean loss with all pairs at once."""
+# ------------------------------------------------------------------------------------------ gradient of a step's pairs
 
+
+def pair_gradient(
+    params: Params, frozen: Frozen, batch: Any, *, logps_fn: LogpsFn, loss: LossConfig, accumulation: int = 1
+) -> tuple[Params, PairLogps, PairLogps | None]:
+    """Gradient of the mean loss over the pairs of a step, in float32, and the log-probs of policy and reference.
+
+    ``accumulation``: microbatches, computed one after another; the arrays of ``batch`` and of cached log-probs then
+    have a leading dim of that size. The result is that of all pairs at once, for every loss.
+    """
+    base = jax.lax.stop_gradient(frozen.base)
+    cached = frozen.reference if isinstance(frozen.reference, PairLogps) else None
+    weights = None if cached is not None else frozen.reference
+    if frozen.reference is None and base is not None and loss.needs_reference:
+        weights = Adapted(None, base)
+
+    def policy_of(params: Params, batch: Any) -> PairLogps:
+        return logps_fn(params if base is None else Adapted(params, base), batch)
+
+    def reference_of(batch: Any, cached: PairLogps | None) -> PairLogps | None:
+        return cached if weights is None else stop_gradient(logps_fn(jax.lax.stop_gradient(weights), batch))
+
+    gradient = _at_once if accumulation == 1 else _in_two_passes if loss.coupled else _in_one_pass
+    grads, policy, reference = gradient(params, (batch, cached), policy_of, reference_of, loss)
+    return jax.tree.map(lambda x: x.astype(jnp.float32), grads), policy, reference
+
+
+def _at_once(params, fed, policy_of, reference_of, loss):
     def objective(params):
-        policy = scorers.policy(params, batch)
-        return mean_loss(preference_loss(policy, reference_logps, loss), policy), policy
+        policy = policy_of(params, fed[0])
+        return mean_loss(preference_loss(policy, reference, loss), policy), policy
 
-    reference_logps = scorers.reference_logps(batch, scorers.cached)
+    reference = reference_of(*fed)
     (_, policy), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    return grads, policy, reference_logps
+    return grads, policy, reference
 
 
-def _join(stacked: PairLogps) -> PairLogps:
-    """[microbatches, pairs of a microbatch, ...] -> [B, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
+def _in_one_pass(params, fed, policy_of, reference_of, loss):
+    """Microbatch by microbatch, where the loss of a pair depends on that pair alone."""
+
+    def microbatch_gradient(microbatch):
+        reference = reference_of(*microbatch)
+
+        def pulled(params):
+            policy = policy_of(params, microbatch[0])
+            pull = jax.lax.stop_gradient(_pull(stop_gradient(policy), reference, loss))
+            return optax.tree.vdot(pull, _sums(policy)), policy
+
+        (_, policy), grads = jax.value_and_grad(pulled, has_aux=True)(params)
+        return grads, (policy, reference)
+
+    grads, (policy, reference) = _added(microbatch_gradient, fed, params)
+    policy = _join(policy)
+    return _per_pair(grads, policy), policy, None if reference is None else _join(reference)
+
+
+def _in_two_passes(params, fed, policy_of, reference_of, loss):
+    """For a loss that couples the pairs of a step: d loss / d log-probs needs the log-probs of all of them.
+
+    The chain rule: d loss / d params = sum over microbatches of (d loss / d logps) (d logps / d params). The first pass
+    computes the log-probs without gradient, the second pulls d loss / d logps back through each microbatch.
+    """
+
+    def microbatch_logps(_, microbatch):
+        return None, (policy_of(params, microbatch[0]), reference_of(*microbatch))
+
+    def microbatch_gradient(microbatch):
+        def pulled(params):
+            policy = policy_of(params, microbatch[0])
+            return optax.tree.vdot(jax.lax.stop_gradient(microbatch[1]), _sums(policy)), policy
+
+        (_, policy), grads = jax.value_and_grad(pulled, has_aux=True)(params)
+        return grads, policy
+
+    _, (policy, reference) = jax.lax.scan(microbatch_logps, None, fed)
+    reference = None if reference is None else _join(reference)
+    pull = jax.tree.map(lambda x: x.reshape(policy.sum.shape), _pull(_join(policy), reference, loss))
+    grads, policy = _added(microbatch_gradient, (fed[0], pull), params)
+    policy = _join(policy)
+    return _per_pair(grads, policy), policy, reference
+
+
+def _pull(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, AnyArray]:
+    """D (sum of the pairs' losses) / d (sums of log-probs), by name."""
+
+    def total(sums):
+        return (preference_loss(replace(policy, **sums), reference, loss) * policy.weight).sum()
+
+    return jax.grad(total)(_sums(policy))
 
 
 def _sums(logps: PairLogps) -> dict[str, AnyArray]:
@@ -93,89 +153,106 @@ def _sums(logps: PairLogps) -> dict[str, AnyArray]:
     return {name: values for name, values in sums.items() if values is not None}
 
 
-def _accumulated_step(params, batch, scorers: _Scorers, loss: LossConfig):
-    """The same gradient, the microbatches of the batch (its leading dim) one after another.
+def _added(gradient_of: Callable[[Any], tuple[Params, Any]], microbatches: Any, params: Params) -> tuple[Params, Any]:
+    """The float32 sum of the microbatches' gradients, and what else each gave, stacked."""
 
-    The chain rule through the pair log-probs: d loss / d params = sum over microbatches of (d loss / d logps)
-    (d logps / d params). Where the loss couples the pairs of a step, a first pass computes all log-probs without
-    gradient, so that d loss / d logps is the whole step's; else each microbatch gives its own.
+    def add(grads, microbatch):
+        microbatch_grads, rest = gradient_of(microbatch)
+        return jax.tree.map(jnp.add, grads, microbatch_grads), rest
+
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), microbatches)
+
+
+def _join(stacked: PairLogps) -> PairLogps:
+    """[microbatches, pairs of a microbatch, ...] -> [B, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
+
+
+def _per_pair(grads: Params, policy: PairLogps) -> Params:
+    return jax.tree.map(lambda x: x / jnp.maximum(policy.valid.sum(), 1), grads)
+
+
+# ----------------------------------------------------------------------------------------------------------- the update
+
+
+def apply_gradient(
+    state: TrainState,
+    grads: Params,
+    loss: Float[Array, ""],
+    optimizer: optax.GradientTransformation,
+    follow: Follow | None = None,
+) -> tuple[TrainState, Float[Array, ""]]:
+    """The next state, and the norm of the gradient before clipping.
+
+    A loss or gradient that is not finite leaves the state as it was and clears ``healthy``, which then holds all
+    further updates. ``follow``: mix the policy into ``state.reference``, in the reference's type.
     """
+    grad_norm = optax.tree.norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    params = optax.apply_updates(state.params, updates)
+    after = TrainState(state.step + 1, params, opt_state, healthy, state.reference)
+    before = replace(state, healthy=healthy)
+    state = jax.tree.map(lambda new, old: jnp.where(healthy, new, old).astype(old.dtype), after, before)
+    if follow is None:
+        return state, grad_norm
+    due = healthy & (state.step % follow.every == 0)
+    reference = jax.lax.cond(due, partial(_mixed, follow.mix), lambda old, _: old, state.reference, state.params)
+    return replace(state, reference=reference), grad_norm
 
-    def cotangent(policy: PairLogps, reference_logps: PairLogps | None):
-        def total(sums):
-            here = replace(policy, **sums)
-            return (preference_loss(here, reference_logps, loss) * here.weight).sum()
 
-        return jax.grad(total)(_sums(policy))
+def _mixed(share: float, reference: Params, policy: Params) -> Params:
+    mix = lambda old, new: share * new.astype(jnp.float32) + (1 - share) * old.astype(jnp.float32)  # noqa: E731
+    return jax.tree.map(lambda old, new: mix(old, new).astype(old.dtype), reference, policy)
 
-    reference_of = lambda microbatch: scorers.reference_logps(microbatch["batch"], microbatch["cached"])  # noqa: E731
-    microbatches = {"batch": batch, "cached": scorers.cached, "cotangent": None}
-    reference_logps, coupled = None, loss.coupled
-    if coupled:
-        _, (policy, stacked_reference) = jax.lax.scan(
-            lambda _, microbatch: (None, (scorers.policy(params, microbatch["batch"]), reference_of(microbatch))),
-            None,
-            microbatches,
-        )
-        reference_logps = None if stacked_reference is None else _join(stacked_reference)
-        step_cotangent = cotangent(_join(policy), reference_logps)
-        microbatches["cotangent"] = jax.tree.map(lambda x: x.reshape(policy.sum.shape), step_cotangent)
 
-    def add_microbatch(grads, microbatch):
-        microbatch_reference = None if coupled else reference_of(microbatch)
-
-        def pulled(params):
-            policy = scorers.policy(params, microbatch["batch"])
-            pull = microbatch["cotangent"] if coupled else cotangent(stop_gradient(policy), microbatch_reference)
-            return optax.tree.vdot(jax.lax.stop_gradient(pull), _sums(policy)), policy
-
-        (_, policy), microbatch_grads = jax.value_and_grad(pulled, has_aux=True)(params)
-        return jax.tree.map(jnp.add, grads, microbatch_grads), (policy, microbatch_reference)
-
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    grads, (policy, uncoupled_reference) = jax.lax.scan(add_microbatch, zeros, microbatches)
-    policy = _join(policy)
-    if uncoupled_reference is not None:
-        reference_logps = _join(uncoupled_reference)
-    return jax.tree.map(lambda x: x / jnp.maximum(policy.valid.sum(), 1), grads), policy, reference_logps
+# ------------------------------------------------------------------------------------------------------------ the step
 
 
 def train_step(
     state: TrainState,
-    reference: Params | PairLogps | Base | None,
+    frozen: Frozen | Params | PairLogps | None,
     batch: Any,
     *,
     logps_fn: LogpsFn,
     loss: LossConfig,
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
+    follow: Follow | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Make one update; pure, not jitted.
 
-    ``batch`` is whatever ``logps_fn(params, batch) -> PairLogps`` takes; with ``accumulation`` > 1 its leaves (and
-    those of a cached ``reference``) have a leading dim of that size, and the result is that of the whole batch.
-    ``reference``: a parameter tree of the same model, its ``PairLogps`` of this batch, None, or the ``Base`` of
-    adapters. No gradient reaches it.
+    Args:
+        state: of `init_state`; with ``follow`` it holds the reference.
+        frozen: a `Frozen`, or the reference alone: a parameter tree of the same model, its ``PairLogps`` of this batch,
+            or None.
+        batch: whatever ``logps_fn(weights, batch) -> PairLogps`` takes; with ``accumulation`` > 1 its arrays have a
+            leading dim of that size, and the result is that of the whole batch.
+        logps_fn: its weights are ``state.params``, or ``Adapted(state.params, frozen.base)``.
+        loss: the objective.
+        optimizer: from optax.
+        accumulation: microbatches.
+        follow: how ``state.reference`` follows the policy.
 
-    Metrics are float32 scalars named as TRL's: loss, rewards/*, logps/*, grad_norm (before clipping), and token
-    statistics where ``logps_fn`` gives them. A loss or gradient that is not finite leaves the state as it was and
-    clears ``state.healthy``, which then holds all further updates.
+    Returns:
+        The next state, and float32 scalars named as TRL's metrics: loss, rewards/*, logps/*, grad_norm (before
+        clipping), and token statistics where ``logps_fn`` gives them.
     """
-    compute = _whole_step if accumulation == 1 else _accumulated_step
-    grads, policy, reference_logps = compute(state.params, batch, _scorers(reference, logps_fn, loss), loss)
-    grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)  # norm and moments of bfloat16 weights, too
-    metrics = preference_metrics(policy, reference_logps, loss) | {"grad_norm": optax.tree.norm(grads)}
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    healthy = state.healthy & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, healthy)
-    before = replace(state, healthy=healthy)
-    return jax.tree.map(lambda new, old: jnp.where(healthy, new, old).astype(old.dtype), after, before), metrics
+    frozen = frozen if isinstance(frozen, Frozen) else Frozen(reference=frozen)
+    if state.reference is not None:
+        frozen = replace(frozen, reference=state.reference)
+    grads, policy, reference = pair_gradient(
+        state.params, frozen, batch, logps_fn=logps_fn, loss=loss, accumulation=accumulation
+    )
+    metrics = preference_metrics(policy, reference, loss)
+    state, grad_norm = apply_gradient(state, grads, metrics["loss"], optimizer, follow)
+    return state, metrics | {"grad_norm": grad_norm}
 
 
 def state_shardings(
     state: TrainState, param_shardings: Any, replicated: Any, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Sharding of every leaf of the state: moments lie as their weights do, the rest is ``replicated``.
+    """Sharding of every leaf of the state: moments and reference lie as their weights do, the rest is ``replicated``.
 
     ``state`` may be shapes (``jax.eval_shape``). A factored moment, of another shape than its weight, is
     ``replicated``.
@@ -188,10 +265,11 @@ def state_shardings(
         param_shardings,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(replicated, param_shardings, opt_state, replicated)
+    reference = None if state.reference is None else param_shardings
+    return TrainState(replicated, param_shardings, opt_state, replicated, reference)
 
 
-TrainStep = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]  # compiled: (state, reference, batch)
+TrainStep = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]  # compiled: (state, frozen, batch)
 
 
 def make_train_step(
@@ -200,15 +278,18 @@ def make_train_step(
     loss: LossConfig,
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
+    follow: Follow | None = None,
     shardings: TrainState | None = None,
     metrics_sharding: Any = None,
     compiler_options: Mapping[str, str] | None = None,
 ) -> TrainStep:
-    """``train_step`` compiled: ``step(state, reference, batch) -> (state, metrics)``, the old state donated.
+    """``train_step`` compiled: ``step(state, frozen, batch) -> (state, metrics)``, the old state donated.
 
     ``shardings``: of the state, from ``state_shardings``; the new state comes back in the very same ones.
     ``compiler_options``: for XLA, by name.
     """
-    step = partial(train_step, logps_fn=logps_fn, loss=loss, optimizer=optimizer, accumulation=accumulation)
+    step = partial(
+        train_step, logps_fn=logps_fn, loss=loss, optimizer=optimizer, accumulation=accumulation, follow=follow
+    )
     compiled = partial(jax.jit, step, donate_argnums=0, compiler_options=dict(compiler_options or {}))
     return compiled() if shardings is None else compiled(out_shardings=(shardings, metrics_sharding))

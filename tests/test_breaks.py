@@ -40,10 +40,10 @@ BREAKS = [
           "if not abs(values[\"loss\"] - expected) <= allowed:", "if False:",
           ("test_reference::test_the_first_step_has_the_loss_of_margin_0[hinge]",)),
     Break(1, "margins of the first step are not checked", "methods/start_check.py",
-          "if not tied(values, agreement(parts)):", "if False:",
+          "if not tied(values, agreement(setup)):", "if False:",
           ("test_reference::test_the_first_step_has_margins_of_0_within_the_bound_of_its_arithmetic[wpo-float32-1e-05]",)),
-    Break(1, "a run begins without its proof", "train.py",
-          "prove_start(job.parts, *logps)", "pass",
+    Break(1, "a run begins without its proof", "methods/offline.py",
+          "prove_start(self.setup, *logps)", "pass",
           ("test_start::test_a_stale_cache_is_refused_before_the_first_step",)),
     # 2: layout changes nothing
     Break(2, "the rejected answer begins where the chosen ends", "batching/packing.py",
@@ -69,7 +69,7 @@ BREAKS = [
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[live-separable]",
            "test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]")),
     Break(2, "a loss that couples pairs is accumulated part by part", "step.py",
-          "reference_logps, coupled = None, loss.coupled", "reference_logps, coupled = None, False",
+          "_in_two_passes if loss.coupled else _in_one_pass", "_in_one_pass",
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]",)),
     # 3: a batch is a pure function of (data, seed, step)
     Break(3, "the seed is not heeded", "batching/order.py",
@@ -99,8 +99,8 @@ BREAKS = [
            "test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]",
            "test_step::test_what_is_not_finite_leaves_the_state_and_holds_it[nan]")),
     # 4: resume is exact
-    Break(4, "a resumed run keeps the lines after its save", "train.py",
-          "cut_back(job.run, manifest[\"offsets\"])", "pass",
+    Break(4, "a resumed run keeps the lines after its save", "runs/session.py",
+          "cut_back(self.run, manifest[\"offsets\"])", "pass",
           ("test_start::test_the_steps_after_the_last_save_are_done_again_to_the_same_bytes",)),
     Break(4, "logs are not cut", "runs/directory.py",
           "os.truncate(run.root / name, offset)", "pass",

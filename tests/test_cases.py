@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from dpo_jax.batching.sets import open_sets
 from dpo_jax.commands.evaluate import evaluate
 from dpo_jax.config import DPOConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
+from dpo_jax.methods.setup import sets_of
 from dpo_jax.runs.directory import RunDir
 from dpo_jax.weights.open import find_model, find_tokenizer, keep_model_files
 
@@ -127,19 +127,19 @@ def case(shared, tmp_path, monkeypatch):
     return enter
 
 
-def sets_of(folder: Path, **overrides):
+def case_sets(folder: Path, **overrides):
     """The config's tokenizer and sets."""
     config = parse_config(folder / "c.yaml", overrides, DPOConfig)
     tokenizer = find_tokenizer(
         find_model(config.model.path, None, weights=False), config.model, config.data.chat_template
     )
-    return tokenizer, open_sets(config, tokenizer)
+    return tokenizer, sets_of(config, tokenizer)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_conversations_are_rendered_as_by_transformers(case, name):
     prompt, chosen, rejected, tools = CONVERSATIONS[name]
-    tokenizer, sets = sets_of(case(name))
+    tokenizer, sets = case_sets(case(name))
     ids, answers, _ = sets.train.example(0)
     for answer, message in zip(answers, (chosen, rejected), strict=True):
         expected = tokenizer.apply_chat_template([*prompt, message], tools=tools, tokenize=False)
@@ -149,20 +149,20 @@ def test_conversations_are_rendered_as_by_transformers(case, name):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts_are_kept_to_the_character(case, name):
-    tokenizer, sets = sets_of(case(name))
+    tokenizer, sets = case_sets(case(name))
     ids, answers, _ = sets.train.example(0)
     assert tuple(map(tokenizer.decode, (ids, *answers))) == TEXTS[name]
 
 
 @pytest.mark.parametrize("name", TOKENS)
 def test_no_token_of_a_text_is_lost(case, name):
-    _, sets = sets_of(case(name))
+    _, sets = case_sets(case(name))
     prompt, (chosen, _), _ = sets.train.example(0)
     assert (prompt.tolist(), chosen.tolist()) == TOKENS[name]
 
 
 def test_a_split_is_found_by_its_name(case):
-    _, sets = sets_of(case("d16-datasetdict-splits"), **{"data.train.split": "train_prefs"})
+    _, sets = case_sets(case("d16-datasetdict-splits"), **{"data.train.split": "train_prefs"})
     assert sets.train.report[0]["rows"] == 4
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from small import logps_fn, pack, random_pairs, small_model, small_params
 
-from dpo_jax.batching.to_devices import make_place
+from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.config import LossConfig, MeshConfig
 from dpo_jax.errors import UserError
 from dpo_jax.losses import mean_loss, preference_loss
@@ -126,7 +126,7 @@ def mesh_gradient(model, mesh):
         params, reference = (jax.device_put(weights, own) for weights in (start, other))
         abstract = jax.eval_shape(lambda params: init_state(params, optimizer), params)
         shardings = state_shardings(abstract, own, replicated(mesh), optimizer)
-        batch = make_place(mesh)(pack(PAIRS, rows=row_devices(mesh)))
+        batch = make_to_devices(mesh)(pack(PAIRS, rows=row_devices(mesh)))
 
         def step(state, reference, batch):
             return train_step(state, reference, batch, logps_fn=logps_fn(model), loss=LOSS, optimizer=optimizer)

@@ -16,13 +16,13 @@ from test_losses import CONFIGS as EVERY
 from test_losses import config_of
 
 from dpo_jax.batch import pad_pairs
-from dpo_jax.batching.to_devices import make_place
+from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.config import MeshConfig
 from dpo_jax.logprobs import make_padded_logps_fn
 from dpo_jax.losses import mean_loss, preference_loss
 from dpo_jax.models.decoder import plain_batch
 from dpo_jax.parallel.sharding import make_mesh, replicated, row_devices
-from dpo_jax.step import Base, _accumulated_step, _scorers, _sums, init_state, train_step
+from dpo_jax.step import Frozen, _sums, init_state, pair_gradient, train_step
 from dpo_jax.weights.open import param_shardings
 
 # Short answers: a unit in the last place of a log-prob of 350 nats, times beta, is more than the tolerance by itself.
@@ -72,7 +72,7 @@ def computed(layout: str):
             batch = jax.tree.map(jnp.asarray, make_batch())
         else:
             params, reference = (jax.device_put(x, param_shardings(small_model(), mesh)) for x in (params, reference))
-            batch = make_place(mesh)(pack(PAIRS, rows=row_devices(mesh)))
+            batch = make_to_devices(mesh)(pack(PAIRS, rows=row_devices(mesh)))
         forward = jax.jit(fn, out_shardings=replicated(mesh))
         pull = jax.jit(lambda params, cotangent: jax.vjp(lambda p: _sums(fn(p, batch)), params)[1](cotangent)[0])
         policy, fixed = jax.device_get((forward(params, batch), forward(reference, batch)))
@@ -145,9 +145,9 @@ def test_accumulated_is_the_whole(name):
     loss = CONFIGS[name]
     fn = logps_fn(**WANTED)
     reference = None if loss.reference_free else reference_params()
-    grads, policy, fixed = jax.jit(lambda p, r, b: _accumulated_step(p, b, _scorers(r, fn, loss), loss))(
-        small_params(), reference, pack(PAIRS, accumulation=2)
-    )
+    gradient_of = partial(pair_gradient, logps_fn=fn, loss=loss, accumulation=2)
+    batch = pack(PAIRS, accumulation=2)
+    grads, policy, fixed = jax.jit(gradient_of)(small_params(), Frozen(reference=reference), batch)
     value = float(mean_loss(preference_loss(policy, fixed, loss), policy))
     assert_equal((value, jax.device_get(grads)), oracle(name))
 
@@ -165,7 +165,8 @@ def test_adapters_beside_a_frozen_base(kind, accumulation):
     loss = CONFIGS["simpo" if kind == "not needed" else "sigmoid"]
     plain = logps_fn(**WANTED)
 
-    def fn(difference, batch, base):
+    def fn(weights, batch):
+        base, difference = weights.base, weights.adapters
         return plain(base if difference is None else jax.tree.map(jnp.add, base, difference), batch)
 
     base, batch = reference_params(), pack(PAIRS, accumulation=accumulation)
@@ -176,7 +177,7 @@ def test_adapters_beside_a_frozen_base(kind, accumulation):
         cached = cached if accumulation > 1 else jax.tree.map(lambda x: x[0], cached)
     optimizer = optax.sgd(1.0)
     step = jax.jit(partial(train_step, logps_fn=fn, loss=loss, optimizer=optimizer, accumulation=accumulation))
-    after, metrics = step(init_state(difference, optimizer), Base(base, cached), batch)
+    after, metrics = step(init_state(difference, optimizer), Frozen(base, cached), batch)
     grads = jax.tree.map(jnp.subtract, difference, after.params)
     assert_equal((float(metrics["loss"]), grads), oracle("simpo" if kind == "not needed" else "sigmoid"))
     assert ("kl" in metrics) == (kind != "not needed")

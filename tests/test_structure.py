@@ -86,6 +86,27 @@ def test_what_foreign_programs_import_stands_alone(module):
     assert own_imports(tree) <= FOREIGN_FREE[module]
 
 
+WHOLE_CONFIGS = {"methods", "train", "plan", "commands", "cli", "config"}
+
+
+def test_a_whole_config_stops_at_methods():
+    """Below, a function takes one section or plain values, and does not ask which objective is trained."""
+    for name, tree in sources():
+        if name.split(".")[0] in WHOLE_CONFIGS:
+            continue
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert not names & {"DPOConfig", "SFTConfig", "TrainConfig"}, name
+        compared = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Compare)]
+        assert not [text for text in compared if re.search(r"loss\.type\b|\.objective\b", text)], name
+
+
+def test_the_loop_does_not_know_what_is_trained():
+    text = (PACKAGE / "train.py").read_text()
+    assert len(text.splitlines()) < 200
+    words = set(re.findall(r"\w+", text.lower())) - {"dpoconfig", "sftconfig", "loss"}  # loss: in a docstring
+    assert not {"dpo", "sft", "reference", "isinstance", "objective"} & words - {"dpo_jax"}
+
+
 def test_config_is_standard_library_only():
     allowed = set(sys.stdlib_module_names) | {"dpo_jax"}
     trees = {name: tree for name, tree in sources() if name.split(".")[0] in ("errors", "config")}

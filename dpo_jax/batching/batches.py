@@ -1,7 +1,7 @@
 """Step number -> packed batch: a pure function of (data, seed, step), computed a few steps ahead in a thread."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import jax
@@ -9,9 +9,9 @@ import numpy as np
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.batching.order import Order, make_order
-from dpo_jax.batching.packing import Layout, Packer, choose_shapes, pack_rows, step_shape
+from dpo_jax.batching.packing import Packer, choose_shapes, pack_rows, step_shape
 from dpo_jax.batching.sets import DataSets
-from dpo_jax.config import DPOConfig, SFTConfig
+from dpo_jax.config import BatchConfig, SFTBatchConfig
 from dpo_jax.data.store import Store
 
 SAMPLED_STEPS = 2048  # steps whose sizes decide the row shapes
@@ -80,11 +80,24 @@ class Batches:
 
     def ahead(self, steps: Sequence[int]) -> Iterator[StepData]:
         """These steps in order, the next ones packed in a thread meanwhile."""
-        with ThreadPoolExecutor(1, thread_name_prefix="pack") as pool:
-            coming = [pool.submit(self, step) for step in steps[:AHEAD]]
-            for index in range(len(steps)):
-                coming.extend(pool.submit(self, step) for step in steps[index + AHEAD : index + AHEAD + 1])
-                yield coming.pop(0).result()
+        yield from map(Prefetched(self, steps), steps)
+
+
+class Prefetched:
+    """Gives these steps of the batches, asked for in order; the next ones are packed in a thread meanwhile."""
+
+    def __init__(self, batches: Batches, steps: Sequence[int]):
+        self._batches, self._steps = batches, steps
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pack")
+        self._coming: dict[int, Future[StepData]] = {}
+
+    def __call__(self, step: int) -> StepData:
+        """Step ``step``."""
+        index = self._steps.index(step)
+        for coming in self._steps[index : index + AHEAD + 1]:
+            if coming not in self._coming:
+                self._coming[coming] = self._pool.submit(self._batches, coming)
+        return self._coming.pop(step).result()
 
 
 def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,34 +119,32 @@ def make_batches(
 
 
 def train_batches(
-    config: DPOConfig | SFTConfig, sets: DataSets, row_devices: int, own_devices: Sequence[int] | None = None
+    sets: DataSets, batch: BatchConfig | SFTBatchConfig, row_devices: int, shares: Sequence[int] | None = None
 ) -> Batches:
     """The batches of the run's steps.
 
     Args:
-        config: of the run.
         sets: of the run.
+        batch: how their examples are laid in rows.
         row_devices: devices over which rows are spread.
-        own_devices: which of them are this process'; None: all.
+        shares: which of the equal shares of the rows, one a device, are this process's; None: all.
     """
-    packer = _packer(config, row_devices, config.batch.accumulation)
-    return make_batches(sets.train, sets.order, packer, config.batch.max_shapes, own_devices)
+    packer = _packer(batch, row_devices, batch.accumulation)
+    return make_batches(sets.train, sets.order, packer, batch.max_shapes, shares)
 
 
 def set_batches(
-    config: DPOConfig | SFTConfig,
     store: Store,
     ids: np.ndarray,
+    batch: BatchConfig | SFTBatchConfig,
     row_devices: int,
-    own_devices: Sequence[int] | None = None,
+    shares: Sequence[int] | None = None,
 ) -> Batches:
     """Batches that hold each of ``ids`` once, in order; the last one is ragged. The rest as in ``train_batches``."""
-    size = config.batch.pairs if isinstance(config, DPOConfig) else config.batch.examples
-    order = make_order(groups=[ids], weights=None, seed=0, shuffle=False, batch=size, steps=None, epochs=1)
-    return make_batches(store, order, _packer(config, row_devices, 1), config.batch.max_shapes, own_devices)
+    order = make_order(groups=[ids], weights=None, seed=0, shuffle=False, batch=batch.size, steps=None, epochs=1)
+    return make_batches(store, order, _packer(batch, row_devices, 1), batch.max_shapes, shares)
 
 
-def _packer(config: DPOConfig | SFTConfig, row_devices: int, accumulation: int) -> Packer:
-    layout: Layout = config.batch.layout if isinstance(config, DPOConfig) else "shared"
-    row_length = None if config.batch.row_length == "auto" else config.batch.row_length
-    return Packer(layout, row_devices, row_length, accumulation)
+def _packer(batch: BatchConfig | SFTBatchConfig, row_devices: int, accumulation: int) -> Packer:
+    row_length = None if batch.row_length == "auto" else batch.row_length
+    return Packer(batch.layout, row_devices, row_length, accumulation)

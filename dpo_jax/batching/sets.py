@@ -1,4 +1,4 @@
-"""The sets of a run, from its config: the training store with its order, and the evaluation sets by name."""
+"""The sets of a run: the training store with its order, and the evaluation sets by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_jax.batching.order import Order, make_order
-from dpo_jax.config import DPOConfig, SFTConfig, TrainConfig
+from dpo_jax.config import DataConfig
 from dpo_jax.data.schemas import Stage
 from dpo_jax.data.store import Store, build_or_open_store, ids_by_source, split_held_out
 from dpo_jax.errors import UserError
@@ -38,33 +38,49 @@ class DataSets:
     evals: dict[str, EvalSet]
 
 
-def store_folder(config: TrainConfig) -> Path:
-    """Where the run keeps tokenised data and cached log-probs: a local folder.
+def store_folder(store: str | None, run_dir: str) -> Path:
+    """Where a run keeps tokenised data and cached log-probs: a local folder, given or next to the run.
 
     Raises:
-        UserError: the run directory is in a bucket and data.store is not set.
+        UserError: it is in a bucket.
     """
-    given = config.data.store or config.run.dir
+    given = store or run_dir
     if "://" in given:
-        field = "data.store" if config.data.store else "run.dir"
+        field = "data.store" if store else "run.dir"
         raise UserError(f"{field}: {given} is no local folder, which tokenised data needs; set data.store to one")
-    return Path(config.data.store) if config.data.store else Path(config.run.dir).absolute().parent / "store"
+    return Path(store) if store else Path(run_dir).absolute().parent / "store"
 
 
 def open_sets(
-    config: TrainConfig,
+    data: DataConfig,
+    folder: Path,
     tokenizer: Any,
+    stage: Stage,
+    *,
+    size: int,
+    seed: int,
+    steps: int | None,
+    epochs: float | None,
     train: "Dataset | None" = None,
     evals: "Mapping[str, Dataset] | None" = None,
 ) -> DataSets:
-    """The stores of a run, opened or built, and the order of its steps; ``train`` and ``evals`` replace the config's.
+    """The stores of a run, opened or built in ``folder``, and the order of its steps.
+
+    Args:
+        data: the sets, and how they become tokens.
+        folder: of `store_folder`.
+        tokenizer: of the model.
+        stage: what the rows are for.
+        size: examples in a step.
+        seed: of the order.
+        steps: of the run; None: as many as ``epochs`` ask for.
+        epochs: of the run.
+        train: in place of the set to train on that ``data`` names.
+        evals: in place of its evaluation sets.
 
     Raises:
         UserError: whatever is wrong with a source, see ``build_or_open_store`` and ``split_held_out``.
     """
-    assert isinstance(config, DPOConfig | SFTConfig)
-    data, folder = config.data, store_folder(config)
-    stage: Stage = "dpo" if isinstance(config, DPOConfig) else "sft"
     sources = data.train if train is None else (train,)
     store = build_or_open_store(folder, sources, data, tokenizer, stage, data.workers)
     train_ids, held_out = split_held_out(store, data.eval_fraction)
@@ -78,10 +94,10 @@ def open_sets(
     order = make_order(
         groups=ids_by_source(store, train_ids),
         weights=weights or None,
-        seed=config.run.seed,
+        seed=seed,
         shuffle=data.shuffle,
-        batch=config.batch.pairs if isinstance(config, DPOConfig) else config.batch.examples,
-        steps=config.run.steps,
-        epochs=config.run.epochs,
+        batch=size,
+        steps=steps,
+        epochs=epochs,
     )
     return DataSets(stage=stage, train=store, train_ids=train_ids, order=order, evals=sets)

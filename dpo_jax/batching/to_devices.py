@@ -10,10 +10,12 @@ from jax.sharding import Mesh
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.parallel.sharding import own_shares, replicated, row_devices, row_sharding
 
-Place = Callable[[PreferenceBatch], PreferenceBatch]  # this process' rows on the host -> whole arrays on the devices
+ToDevices = Callable[
+    [PreferenceBatch], PreferenceBatch
+]  # this process' rows on the host -> whole arrays on the devices
 
 
-def make_place(mesh: Mesh, leading: int = 0) -> Place:
+def make_to_devices(mesh: Mesh, leading: int = 0) -> ToDevices:
     """Puts a batch of this process' rows on its devices: all processes' rows together are the arrays.
 
     ``leading``: dims before the rows, those of an accumulated step.

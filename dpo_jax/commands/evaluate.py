@@ -7,17 +7,21 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from dpo_jax.batch import CHOSEN, REJECTED
-from dpo_jax.commands.token_rewards import refuse_per_token, token_fields
+from dpo_jax.batch import CHOSEN, REJECTED, Adapted, Params
+from dpo_jax.batching.batches import Batches
 from dpo_jax.config import DPOConfig, LossConfig
 from dpo_jax.console import say
 from dpo_jax.errors import UserError
 from dpo_jax.inference.distributions import reward_distributions
+from dpo_jax.inference.evaluation import ScoredSet, score_sets
 from dpo_jax.inference.reference import LiveReference, Reference
-from dpo_jax.logprobs import Params
-from dpo_jax.losses import preference_metrics, sequence_logps
-from dpo_jax.methods.setup import Parts, Scored, assemble, make_reference, reference_weights, score_sets
-from dpo_jax.models.adapters import Adapted, make_lora
+from dpo_jax.inference.score import model_functions
+from dpo_jax.inference.token_rewards import refuse_per_token, token_fields, token_log_ratios
+from dpo_jax.logprobs import make_token_logps_fn
+from dpo_jax.losses import sequence_logps
+from dpo_jax.methods.dpo import make_reference, reference_weights
+from dpo_jax.methods.setup import Setup, assemble
+from dpo_jax.models.adapters import make_lora
 from dpo_jax.parallel import hosts
 from dpo_jax.parallel.rendezvous import start_hosts
 from dpo_jax.parallel.sharding import make_mesh
@@ -50,29 +54,29 @@ def evaluate(
         if path.exists():
             raise UserError(f"--output: {path} is there already; choose another name, or take it away first")
     if per_token:
-        refuse_per_token(config)
+        refuse_per_token(config.reference_mode)
         if page == output:
             raise UserError(f"--output: {output} is where the page of --per-token goes; choose a name in .jsonl")
     start_hosts()
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        parts = assemble(config, mesh)
-        if not parts.evals:
+        setup = assemble(config, mesh)
+        if not setup.evals:
             raise UserError("data.eval: {} names nothing to evaluate on; name a set, or give data.eval_fraction")
-        policy_of, params, reference = find_judged(parts, config, which)
+        policy_of, weights, reference = find_judged(setup, config, which)
         missing = "" if is_run_dir(config.run.dir) else f", as no run is in {config.run.dir}"
         say(config.run.progress, f"judging {policy_of}{missing}")
         summary: dict = {"policy": policy_of, "sets": {}}
         lines = []
-        for scored in score_sets(parts, params, reference):
-            values = jax.device_get(preference_metrics(scored.policy, scored.reference_logps, config.loss))
-            metrics: dict[str, Any] = {key: float(value) for key, value in values.items()}
-            metrics["distributions"] = reward_distributions(scored.policy, scored.reference_logps, config.loss)
+        for scored in score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference):
+            metrics: dict[str, Any] = dict(scored.metrics(config.loss))
+            metrics["distributions"] = reward_distributions(scored.policy, scored.reference, config.loss)
             summary["sets"][scored.name] = {"pairs": len(scored.ids)} | metrics
             set_lines = pair_lines(scored, config.loss)
             if per_token:
                 assert isinstance(reference, LiveReference)
-                fields = dict(token_fields(parts, params, reference, parts.evals[scored.name]))
+                ratios = _token_log_ratios(setup, weights, reference, setup.evals[scored.name])
+                fields = dict(token_fields(ratios, scored.store, setup.tokenizer))
                 set_lines = [line | fields[int(i)] for i, line in zip(scored.ids, set_lines, strict=True)]
             lines += set_lines
     if hosts.is_writer():
@@ -82,6 +86,14 @@ def evaluate(
             write_output(page, token_page(lines, config.loss.beta, policy_of))
             say(config.run.progress, f"tokens: {page}")
     return summary
+
+
+def _token_log_ratios(setup: Setup, weights: Params, reference: LiveReference, batches: Batches):
+    model, chunk = setup.model, setup.config.batch.target_chunk
+    token_logps_fn = make_token_logps_fn(*model_functions(model), chunk=chunk, precision=model.precision)
+    return token_log_ratios(
+        token_logps_fn, weights, reference, batches, setup.to_devices, setup.mesh, setup.loss.ld_alpha
+    )
 
 
 def write_output(path: Path, text: str) -> None:
@@ -98,16 +110,16 @@ def write_output(path: Path, text: str) -> None:
 
 
 def find_judged(
-    parts: Parts, config: DPOConfig, which: Literal["newest", "best"]
+    setup: Setup, config: DPOConfig, which: Literal["newest", "best"]
 ) -> tuple[str, Params, Reference | None]:
     """The policy's name and weights, and the reference: those of the run, or of ``model.path`` when there is none."""
-    start = load_weights(parts.source, parts.model, config.model, parts.mesh)
-    weights = reference_weights(parts, start)
+    start = load_weights(setup.source, setup.model, config.model, setup.mesh)
+    weights = reference_weights(setup, start)
     if not is_run_dir(config.run.dir):
-        if parts.model.lora is not None:
-            start = Adapted(load_start(config.lora, parts.model, config.run.seed, parts.mesh), start)
-        return config.model.path, start, make_reference(parts, weights)
-    shapes = {"params": trained_shapes(parts.model, parts.mesh)}
+        if setup.model.lora is not None:
+            start = Adapted(load_start(config.lora, setup.model, config.run.seed, setup.mesh), start)
+        return config.model.path, start, make_reference(setup, weights)
+    shapes = {"params": trained_shapes(setup.model, setup.mesh)}
     if config.reference.sync_every:
         shapes["reference"] = shapes["params"]
     saved, manifest = restore_part(find_run(config.run.dir).checkpoints, which, shapes)
@@ -120,21 +132,21 @@ def find_judged(
         raise UserError(f"run.dir: {config.run.dir} was trained against another reference than this config's: use "
                         f"{config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
     trained = make_lora(lora_of(manifest["config"]))
-    if trained != parts.model.lora:
+    if trained != setup.model.lora:
         raise UserError(f"run.dir: {config.run.dir} was trained with other adapters than this config's ({trained}, now "
-                        f"{parts.model.lora}): use {config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
+                        f"{setup.model.lora}): use {config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
     name = f"{config.run.dir} step {manifest['step']}"
-    if parts.model.lora is not None:
-        return name, Adapted(saved["params"], start), make_reference(parts, weights)
+    if setup.model.lora is not None:
+        return name, Adapted(saved["params"], start), make_reference(setup, weights)
     if config.reference.sync_every:
         return name, saved["params"], LiveReference(saved["reference"])
-    return name, saved["params"], make_reference(parts, weights)
+    return name, saved["params"], make_reference(setup, weights)
 
 
-def pair_lines(scored: Scored, loss: LossConfig) -> list[dict[str, Any]]:
+def pair_lines(scored: ScoredSet, loss: LossConfig) -> list[dict[str, Any]]:
     """One object a pair: where it comes from, tokens, log-probs and rewards of its answers."""
     logps = np.asarray(sequence_logps(scored.policy, loss))
-    theirs = scored.reference_logps
+    theirs = scored.reference
     reference_logps = None if theirs is None else np.asarray(sequence_logps(theirs, loss))
     rewards = loss.beta * (logps if reference_logps is None else logps - reference_logps)
     lines = []

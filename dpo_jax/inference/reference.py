@@ -1,12 +1,11 @@
-"""The frozen model that the policy is held to: run beside it, or run once and remembered.
+"""The frozen model that the policy is held to: run in every step, or run once and remembered.
 
 Either way it is made of its own arrays: a copy of the policy's start, never an alias of what the step donates. Only a
-run of adapters needs no copy: its weights are never donated.
+run of adapters needs no copy: its base is never donated.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +14,9 @@ import numpy as np
 
 from dpo_jax.batch import PairLogps, PreferenceBatch
 from dpo_jax.batching.batches import Batches, StepData
-from dpo_jax.batching.to_devices import Place
+from dpo_jax.batching.to_devices import ToDevices
 from dpo_jax.data.store import Store
 from dpo_jax.inference.score import LogpsStep, dataset_logps
-from dpo_jax.step import TrainState
 
 
 def copy_weights(params: Any, dtype: str | None) -> Any:
@@ -26,40 +24,21 @@ def copy_weights(params: Any, dtype: str | None) -> Any:
     return jax.tree.map(lambda x: jnp.copy(x if dtype is None else x.astype(dtype)), params)
 
 
-@partial(jax.jit, static_argnums=2)
-def mix_weights(reference: Any, policy: Any, share: float, healthy: Any) -> Any:
-    """New arrays of share * policy + (1 - share) * reference, in the reference's types; unhealthy: the reference."""
-
-    def mix(old, new):
-        mixed = share * new.astype(jnp.float32) + (1 - share) * old.astype(jnp.float32)
-        return jnp.where(healthy, mixed.astype(old.dtype), old)
-
-    return jax.tree.map(mix, reference, policy)
-
-
 @dataclass(frozen=True)
 class LiveReference:
     """Weights whose forward pass runs in every step: a second tree, or an `Adapted` without adapters."""
 
-    params: Any
-
-    def of(self, data: StepData, store: Store) -> Any:
-        """The step's ``reference`` argument."""
-        return self.params
+    weights: Any
 
     def sums(
         self, logps_step: LogpsStep, data: StepData, store: Store, microbatches: Sequence[PreferenceBatch]
     ) -> np.ndarray:
         """Log-probs [B, K] of a step, whose batch lies on the devices in ``microbatches``."""
-        return np.concatenate([np.asarray(logps_step(self.params, microbatch).sum) for microbatch in microbatches])
+        return np.concatenate([np.asarray(logps_step(self.weights, microbatch).sum) for microbatch in microbatches])
 
-    def dataset(self, logps_step: LogpsStep, batches: Batches, to_devices: Place) -> PairLogps:
+    def dataset(self, logps_step: LogpsStep, batches: Batches, to_devices: ToDevices) -> PairLogps:
         """Log-probs of a whole set."""
-        return dataset_logps(logps_step, self.params, batches, to_devices)[1]
-
-    def mixed(self, state: TrainState, share: float) -> "LiveReference":
-        """The reference that has moved towards the policy: share of it, the rest of this one."""
-        return LiveReference(mix_weights(self.params, state.params, share, state.healthy))
+        return dataset_logps(logps_step, self.weights, batches, to_devices)[1]
 
 
 @dataclass(frozen=True)
@@ -76,12 +55,11 @@ class CachedReference:
         return PairLogps(count=take(store.num_targets), weight=real.astype(np.float32), valid=real, **kept)  # type: ignore[arg-type]
 
     def of(self, data: StepData, store: Store) -> PairLogps:
-        """The step's ``reference`` argument; leading dim: parts of an accumulated step."""
+        """Log-probs of a step, as `dpo_jax.step.Frozen` takes them; leading dim: microbatches."""
         pairs = self._pairs(store, data.ids)
         if data.batch.valid.ndim == 1:
             return pairs
-        num_parts = data.batch.valid.shape[0]
-        return jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), pairs)
+        return jax.tree.map(lambda x: x.reshape(*data.batch.valid.shape, *x.shape[1:]), pairs)
 
     def sums(
         self, logps_step: LogpsStep, data: StepData, store: Store, microbatches: Sequence[PreferenceBatch]
@@ -89,7 +67,7 @@ class CachedReference:
         """Log-probs [B, K] of a step."""
         return np.asarray(self._pairs(store, data.ids).sum)
 
-    def dataset(self, logps_step: LogpsStep, batches: Batches, to_devices: Place) -> PairLogps:
+    def dataset(self, logps_step: LogpsStep, batches: Batches, to_devices: ToDevices) -> PairLogps:
         """Log-probs of a whole set."""
         return self._pairs(batches.store, np.concatenate(batches.order.groups))
 

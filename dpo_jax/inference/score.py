@@ -8,9 +8,17 @@ import numpy as np
 
 from dpo_jax.batch import PairLogps, PreferenceBatch
 from dpo_jax.batching.batches import Batches
-from dpo_jax.batching.to_devices import Place
+from dpo_jax.batching.to_devices import ToDevices
+from dpo_jax.models.decoder import Model
 
-LogpsStep = Callable[[Any, PreferenceBatch], PairLogps]  # compiled: (params, batch on the devices)
+LogpsStep = Callable[[Any, PreferenceBatch], PairLogps]  # compiled: (weights, batch on the devices)
+
+
+def model_functions(model: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Hidden states and unembedding of a model's weights, as `make_logps_fn` takes them."""
+    if model.lora is None:
+        return model.hidden, model.unembedding
+    return lambda w, batch: model.hidden(w.base, batch, w.adapters), lambda w: model.unembedding(w.base)
 
 
 def make_logps_step(logps_fn: LogpsStep, out_sharding: Any) -> LogpsStep:
@@ -19,7 +27,7 @@ def make_logps_step(logps_fn: LogpsStep, out_sharding: Any) -> LogpsStep:
 
 
 def dataset_logps(
-    logps_step: LogpsStep, params: Any, batches: Batches, to_devices: Place, steps: Sequence[int] | None = None
+    logps_step: LogpsStep, weights: Any, batches: Batches, to_devices: ToDevices, steps: Sequence[int] | None = None
 ) -> tuple[np.ndarray, PairLogps]:
     """Log-probs of every example of ``batches``, or of some of its steps, on the host, in their order.
 
@@ -28,7 +36,7 @@ def dataset_logps(
     """
     ids, chunks = [], []
     for data in batches.ahead(range(batches.order.num_steps) if steps is None else steps):
-        logps = logps_step(params, to_devices(data.batch))
+        logps = logps_step(weights, to_devices(data.batch))
         real = data.ids >= 0
         ids.append(data.ids[real])
         chunks.append(jax.tree.map(lambda x: np.asarray(x)[real], logps))  # noqa: B023  used at once

@@ -9,42 +9,40 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from dpo_jax.batch import Params
 from dpo_jax.batching.batches import StepData
 from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.errors import UserError
 from dpo_jax.inference.agreement import AGREEMENT, log_ratio, logps_scale, tied
 from dpo_jax.inference.reference import Reference
-from dpo_jax.logprobs import Params
 from dpo_jax.losses import loss_at_start
-from dpo_jax.methods.setup import Parts
+from dpo_jax.methods.setup import Setup
 
 STEP_CAUSE = ("a mask, the reference or a cached log-prob is wrong; compare with batch.layout padded and "
               "reference.mode live")  # fmt: skip
 
 
-def agreement(parts: Parts) -> float:
+def agreement(setup: Setup) -> float:
     """The bound for this run's arithmetic; float32 products of an accelerator may be as coarse as bfloat16's."""
-    exact = jax.default_backend() == "cpu" or parts.model.matmul_precision == "highest"
-    return AGREEMENT["float32" if parts.model.dtype == "float32" and exact else "bfloat16"]
+    exact = jax.default_backend() == "cpu" or setup.model.matmul_precision == "highest"
+    return AGREEMENT["float32" if setup.model.dtype == "float32" and exact else "bfloat16"]
 
 
-def start_logps(parts: Parts, reference: Reference, params: Params) -> tuple[np.ndarray, np.ndarray]:
+def start_logps(setup: Setup, reference: Reference, weights: Params) -> tuple[np.ndarray, np.ndarray]:
     """Policy's and reference's log-probs [B, K] of the first step's real pairs, by one compiled function."""
-    data = parts.batches(0)
+    data = setup.batches(0)
     batches = [data.batch]
     if data.batch.valid.ndim > 1:
         batches = [jax.tree.map(lambda x, i=i: x[i], data.batch) for i in range(len(data.batch.valid))]
-    batches = list(map(parts.place, batches))
-    policy = [np.asarray(parts.logps_step(params, batch).sum) for batch in batches]
-    reference_logps = reference.sums(parts.logps_step, data, parts.batches.store, batches)
+    batches = list(map(setup.to_devices, batches))
+    policy = [np.asarray(setup.logps_step(weights, batch).sum) for batch in batches]
+    reference_logps = reference.sums(setup.logps_step, data, setup.batches.store, batches)
     real = data.ids >= 0
     return np.concatenate(policy)[real], reference_logps[real]
 
 
 def starts_equal(config: DPOConfig | SFTConfig, ids: Mapping[str, str]) -> bool:
     """Whether policy and reference are the same numbers at the start: same weights, uncast, no trained adapters."""
-    if not isinstance(config, DPOConfig):
-        return False
     uncast = config.reference.dtype in ("auto", config.model.param_dtype)
     return uncast and ids["weights"] == ids["reference"] and "adapters" not in ids
 
@@ -54,35 +52,34 @@ def mean_margin(policy: np.ndarray, reference: np.ndarray) -> float:
     return float(((policy - reference) @ np.array([1.0, -1.0])).mean())
 
 
-def prove_start(parts: Parts, policy: np.ndarray, reference: np.ndarray) -> None:
+def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> None:
     """Equal models give equal log-probs: bit for bit where one function ran on weights of one type, else closely.
 
     With adapters whose product is 0 the policy still computes them, and the reference does not: two functions.
 
     Args:
-        parts: of the run.
+        setup: of the run.
         policy: its log-probs of the first step's pairs, of ``start_logps``.
         reference: the reference's.
 
     Raises:
         UserError: they differ by more than that.
     """
-    assert isinstance(parts.config, DPOConfig)
-    config = parts.config.reference
-    one_function = parts.config.reference_mode == "live" and config.dtype == "auto" and parts.model.lora is None
-    bound = 0.0 if one_function else agreement(parts)
+    config = setup.config.reference
+    one_function = setup.config.reference_mode == "live" and config.dtype == "auto" and setup.model.lora is None
+    bound = 0.0 if one_function else agreement(setup)
     worst = float(np.max(np.abs(policy - reference) / np.maximum(1, np.abs(policy))))
     if not worst <= bound:
         cause = (
             "the adapters change the model before they are trained; compare with model.dtype float32"
-            if parts.model.lora is not None and parts.config.reference_mode == "live"
+            if setup.model.lora is not None and setup.config.reference_mode == "live"
             else "the cache in data.store is stale or damaged; remove its reference-*.npz, or use reference.mode live"
         )
         raise UserError(f"step 0: policy and reference are the same weights, but their log-probs differ by {worst:.3g} "
                         f"of their size (allowed: {bound:g}): {cause}")  # fmt: skip
 
 
-def check_first(parts: Parts, values: Mapping[str, float], data: StepData) -> None:
+def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> None:
     """The first train step of equal models has margins of 0, and the loss that belongs to them.
 
     Equal bits are required of the evaluation function only: in the train step the policy's log-probs come with a
@@ -92,15 +89,15 @@ def check_first(parts: Parts, values: Mapping[str, float], data: StepData) -> No
     Raises:
         UserError: they differ, so the step does not compute what evaluation does.
     """
-    bound = agreement(parts) * logps_scale(values)
-    start = loss_at_start(parts.loss)
+    bound = agreement(setup) * logps_scale(values)
+    start = loss_at_start(setup.loss)
     if start is not None:
-        weight = float(parts.batches.store.weights[data.ids[data.ids >= 0]].mean())
+        weight = float(setup.batches.store.weights[data.ids[data.ids >= 0]].mean())
         expected = start.loss * weight
         allowed = 3e-6 * max(1.0, abs(expected)) + bound * start.slope * max(1.0, weight)
         if not abs(values["loss"] - expected) <= allowed:
             raise UserError(f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (allowed: "
                             f"{allowed:.2g} more or less): {STEP_CAUSE}")  # fmt: skip
-    if not tied(values, agreement(parts)):
+    if not tied(values, agreement(setup)):
         raise UserError(f"step 0: policy and reference are the same weights, but in the train step their log-probs "
                         f"differ by {log_ratio(values):.3g} nats (allowed: {bound:.2g}): {STEP_CAUSE}")  # fmt: skip

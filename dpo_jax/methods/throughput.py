@@ -20,11 +20,8 @@ def model_flops(config: DPOConfig | SFTConfig, model: Model, lengths: np.ndarray
         lengths: [B, 1 + K], tokens of the prompt and answers of the step's pairs.
         num_targets: [B, K], answer tokens that are learned.
     """
-    preferences = isinstance(config, DPOConfig)
-    layout = config.batch.layout if preferences else "shared"
-    work = pairs_work(lengths, num_targets, layout=layout, window=model.config.window)
-    live = preferences and config.reference_mode == "live"
-    return step_flops(model.config, work, live_reference=live, lora=model.lora)
+    work = pairs_work(lengths, num_targets, layout=config.batch.layout, window=model.config.window)
+    return step_flops(model.config, work, live_reference=config.reference_mode == "live", lora=model.lora)
 
 
 def step_rates(

@@ -1,21 +1,15 @@
 """Low-rank adapters: what they start from, and how they go into the weights. Their tree is described in decoder.py."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.batch import Adapted
 from dpo_jax.config import LoraConfig
 from dpo_jax.models.decoder import Lora, Model, Params
 from dpo_jax.models.projections import PROJECTIONS, TURNED
-
-
-class Adapted(NamedTuple):
-    """A policy of adapters, as the scoring functions take it; without adapters it is the reference."""
-
-    adapters: Params | None
-    base: Params
 
 
 def make_lora(config: LoraConfig) -> Lora | None:

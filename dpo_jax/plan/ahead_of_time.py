@@ -26,7 +26,7 @@ from dpo_jax.models.flops import projections
 from dpo_jax.parallel.chips import Topology
 from dpo_jax.parallel.compiler import compiler_options, not_kept
 from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, placed, replicated, row_devices, row_sharding
-from dpo_jax.step import Base, TrainState
+from dpo_jax.step import Frozen, TrainState
 from dpo_jax.weights.open import placed_shapes
 
 NUM_STEPS = 1000  # of the schedule: a number that the compiled step does not depend on
@@ -131,8 +131,8 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
     return placed(batch, batch.place(row_sharding(mesh, len(lead)), replicated(mesh)))
 
 
-def abstract_reference(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Any:
-    """The shapes and places of the step's ``reference`` argument."""
+def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:
+    """The shapes and places of what the step only reads."""
     weights, mode, cached = placed_shapes(model, mesh), config.reference_mode, None
     if mode == "live" and model.lora is None and config.reference.dtype != "auto":
         dtype = jnp.dtype(config.reference.dtype)
@@ -148,8 +148,8 @@ def abstract_reference(config: DPOConfig, model: Model, mesh: Mesh | AbstractMes
         logps = jax.eval_shape(empty)
         cached = placed(logps, jax.tree.map(lambda _: replicated(mesh), logps))
     if model.lora is not None:
-        return Base(weights, cached)
-    return {"live": weights, "cached": cached, "none": None}[mode]
+        return Frozen(weights, cached)
+    return Frozen(reference=weights if mode == "live" and not config.reference.sync_every else cached)
 
 
 @dataclass(frozen=True)
@@ -167,14 +167,14 @@ class Arguments(NamedTuple):
     """Shapes and places of what the train step takes."""
 
     state: TrainState
-    reference: Any
+    frozen: Frozen
     batch: PreferenceBatch
 
 
 def step_arguments(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Arguments:
     """Of the config's step, for the devices of a mesh."""
-    state = abstract_state(model, mesh, make_optimizer(config.optimizer, NUM_STEPS))
-    return Arguments(state, abstract_reference(config, model, mesh, load), abstract_batch(load, mesh))
+    state = abstract_state(config, model, mesh, make_optimizer(config.optimizer, NUM_STEPS))
+    return Arguments(state, abstract_frozen(config, model, mesh, load), abstract_batch(load, mesh))
 
 
 def lower_step(config: DPOConfig, model: Model, mesh: Mesh, arguments: Arguments) -> Lowered:
@@ -190,11 +190,11 @@ def lower_step(config: DPOConfig, model: Model, mesh: Mesh, arguments: Arguments
 def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Compiled:
     """The train step of the config, compiled for the mesh's devices."""
     arguments = step_arguments(config, model, mesh, load)
-    state, reference, batch = arguments
+    state, frozen, batch = arguments
     sizes = {
-        "weights": _bytes(state.params) + (_bytes(reference.params) if isinstance(reference, Base) else 0),
+        "weights": _bytes((state.params, frozen.base)),
         "optimizer": _bytes(state.opt_state),
-        "reference": 0 if isinstance(reference, Base) else _bytes(reference),
+        "reference": _bytes((state.reference, frozen.reference)),
         "batch": _bytes(batch),
     }
     save = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))

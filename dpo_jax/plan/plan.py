@@ -17,10 +17,11 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax.batching.batches import train_batches
 from dpo_jax.batching.packing import assign_rows, make_units
-from dpo_jax.batching.sets import DataSets, open_sets
+from dpo_jax.batching.sets import DataSets
 from dpo_jax.config import DPOConfig, ModelConfig
 from dpo_jax.errors import UserError, require
-from dpo_jax.methods.setup import find_reference
+from dpo_jax.methods.dpo import find_reference
+from dpo_jax.methods.setup import sets_of
 from dpo_jax.methods.throughput import model_flops
 from dpo_jax.models.decoder import Model, count_adapters, count_params
 from dpo_jax.models.flops import Work, causal_pairs
@@ -142,7 +143,7 @@ def _halved(known: Known) -> Known:
 def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
     """The pairs that the config trains on, and their lengths."""
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
-    sets = open_sets(config, tokenizer)
+    sets = sets_of(config, tokenizer)
     ids = np.concatenate([sets.order.step_ids(step) for step in range(sets.order.num_steps)])
     prompt, chosen, rejected = sets.train.lengths[ids[ids >= 0]].mean(0).tolist()
     return replace(known, lengths=(prompt, chosen, rejected), sets=sets)
@@ -181,7 +182,7 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
         raise UserError(f"--lengths: {lengths} cannot be: a prompt and an answer have at most data.max_length tokens, "
                         f"{config.data.max_length}, and a pair a row's, {batch.row_length}; give means")  # fmt: skip
     if rows is None and known.sets is not None:
-        return replace(load, rows=train_batches(config, known.sets, devices).packer.shapes[-1].rows)
+        return replace(load, rows=train_batches(known.sets, config.batch, devices).packer.shapes[-1].rows)
     if rows is None and known.lengths is not None:
         alike = np.tile(np.round(lengths).astype(int), (int(pairs), 1))
         units = make_units(alike, alike[:, 1:], batch.layout)

@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.batching.sets import DataSets, open_sets
-from dpo_jax.config import TrainConfig
+from dpo_jax.batching.sets import DataSets
 from dpo_jax.data.store import Store, prompt_hash
-from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import UserError
 from dpo_jax.reports.duplicates import both_labels, exact_duplicates, near_duplicates, plain_words
 
@@ -157,31 +155,6 @@ def audit(sets: DataSets, tokenizer: Any, ends: Set[int] | None = None) -> dict[
     }
 
 
-def _tokenizer(config: TrainConfig) -> Any:
-    model = config.model
-    return load_tokenizer(model.tokenizer or model.path, model.revision, config.data.chat_template)
-
-
-def audit_config(
-    config: TrainConfig, tokenizer: Any = None, positions: Any = None, ends: Set[int] | None = None
-) -> dict[str, Any]:
-    """``audit`` of the sets of a config; without ``tokenizer`` the one that the model section names.
-
-    ``positions``: the model's ``max_position_embeddings``; `max_length` beyond it becomes a finding.
-
-    Raises:
-        UserError: whatever keeps the tokenizer or a set from being read.
-    """
-    tokenizer = tokenizer or _tokenizer(config)
-    sets = open_sets(config, tokenizer)
-    result = audit(sets, tokenizer, ends)
-    if isinstance(positions, int) and config.data.max_length > positions:
-        lengths = sets.train.lengths
-        longer = int((lengths[:, 0] + lengths[:, 1:].max(1) > positions).sum())
-        result["positions"] = {"max_length": config.data.max_length, "made_for": positions, "longer": longer}
-    return result
-
-
 # ------------------------------------------------------------------------------------------------------- as text
 
 
@@ -317,14 +290,12 @@ def _text_head(tokenizer: Any, tokens: np.ndarray, last: bool = False) -> str:
     return repr(text[-HEAD:] if last else text[:HEAD])
 
 
-def show_step(config: TrainConfig, step: int, tokenizer: Any = None) -> str:
+def show_step(sets: DataSets, step: int, tokenizer: Any) -> str:
     """The examples of step ``step``, numbered from 1 as in metrics.jsonl, a block each: slot, id, source, row, texts.
 
     Raises:
-        UserError: the run has no such step; whatever keeps the tokenizer or a set from being read.
+        UserError: the run has no such step.
     """
-    tokenizer = tokenizer or _tokenizer(config)
-    sets = open_sets(config, tokenizer)
     if not 1 <= step <= sets.order.num_steps:
         raise UserError(f"--step: {step} is not a step of this run, which has 1 to {sets.order.num_steps}")
     lines = [f"step {step} of {sets.order.num_steps}, epoch {sets.order.epoch(step):.4f} when it is done"]

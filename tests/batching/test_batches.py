@@ -9,9 +9,9 @@ from small_tokenizer import make_tokenizer
 from test_packing import assert_holds, pack
 
 from dpo_jax.batching.batches import set_batches, train_batches
-from dpo_jax.batching.sets import open_sets
 from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.config.file import parse_config
+from dpo_jax.methods.setup import sets_of
 
 NUM_PAIRS, PAIRS_A_STEP = 26, 4
 
@@ -42,8 +42,8 @@ def make(folder, kind=DPOConfig, devices=1, **overrides):
         overrides,
         kind,
     )  # fmt: skip
-    sets = open_sets(config, make_tokenizer())
-    return config, sets, train_batches(config, sets, devices)
+    sets = sets_of(config, make_tokenizer())
+    return config, sets, train_batches(sets, config.batch, devices)
 
 
 def assert_same(found, expected):
@@ -127,7 +127,7 @@ def test_few_shapes_hold_the_run(folder):
 def test_a_set_is_held_once_in_order(folder):
     config, sets, _ = make(folder)
     ids = np.arange(0, NUM_PAIRS, 3)
-    batches = set_batches(config, sets.train, ids, 1)
+    batches = set_batches(sets.train, ids, config.batch, 1)
     found = np.concatenate([batches(step).ids for step in range(batches.order.num_steps)])
     assert found.tolist() == [*ids, *[-1] * (-len(ids) % PAIRS_A_STEP)]
 

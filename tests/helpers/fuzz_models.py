@@ -16,7 +16,7 @@ from small import HF_CONFIG
 from transformers import AutoConfig, PretrainedConfig
 
 from dpo_jax.config import LoraConfig
-from dpo_jax.models.adapters import CONFIG, TENSOR_FILE, make_lora, start_adapters
+from dpo_jax.models.adapters import make_lora, start_adapters
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import _HARMLESS_KEYS, DecoderConfig, LinearScaling, Llama3Scaling, decoder_config
 from dpo_jax.weights.hub import read_hf_config

@@ -16,8 +16,10 @@ from dpo_jax.config import DPOConfig, LossConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.inference.agreement import AGREEMENT
+from dpo_jax.inference.evaluation import evaluation_of, score_sets
 from dpo_jax.inference.reference import copy_weights
-from dpo_jax.methods.setup import assemble, evaluate_sets, make_reference, reference_weights
+from dpo_jax.methods.dpo import make_reference, reference_weights
+from dpo_jax.methods.setup import assemble
 from dpo_jax.methods.start_check import check_first, mean_margin, prove_start, start_logps, starts_equal
 from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.runs.checksums import weights_id
@@ -58,8 +60,8 @@ def folder(tmp_path_factory):
 
 
 @cache
-def parts_of(folder, **overrides):
-    """The parts of a run on one device, and its weights at the start."""
+def setup_of(folder, **overrides):
+    """The setup of a run on one device, and its weights at the start."""
     config = parse_config(
         {
             "model": {"path": "builtin:tiny", "tokenizer": str(folder / "tokenizer")},
@@ -72,51 +74,55 @@ def parts_of(folder, **overrides):
         DPOConfig,
     )  # fmt: skip
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    parts = assemble(config, mesh)
-    return parts, load_weights(parts.source, parts.model, config.model, mesh)
+    setup = assemble(config, mesh)
+    return setup, load_weights(setup.source, setup.model, config.model, mesh)
+
+
+def evaluated(setup, weights, reference):
+    scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference)
+    return evaluation_of(scored, setup.loss)
 
 
 @pytest.fixture
 def live(folder):
-    return parts_of(folder)
+    return setup_of(folder)
 
 
 @pytest.fixture
 def cached(folder):
     """Its cache is written again."""
-    parts, start = parts_of(folder, reference__mode="cached")
-    for path in parts.batches.store.path.glob("reference-*"):
+    setup, start = setup_of(folder, reference__mode="cached")
+    for path in setup.batches.store.path.glob("reference-*"):
         path.unlink()
-    return parts, start
+    return setup, start
 
 
 def test_a_live_reference_is_a_copy_of_the_start(live):
-    parts, start = live
-    reference = make_reference(parts, reference_weights(parts, start))
-    assert not pointers(reference.params) & pointers(start)
-    jax.tree.map(np.testing.assert_array_equal, reference.params, start)
-    assert reference.of(parts.batches(0), parts.batches.store) is reference.params
-    assert weights_id(reference.params) == weights_id(start)
+    setup, start = live
+    reference = make_reference(setup, reference_weights(setup, start))
+    assert not pointers(reference.weights) & pointers(start)
+    jax.tree.map(np.testing.assert_array_equal, reference.weights, start)
+    assert weights_id(reference.weights) == weights_id(start)
 
 
 def test_cached_log_probs_are_the_live_ones(live, cached):
     """In every step, empty slots of the last one included, and for the held-out set."""
     live_reference = make_reference(live[0], live[1])
-    parts, start = cached
-    reference = make_reference(parts, start)
-    for step in range(parts.batches.order.num_steps):
-        data = parts.batches(step)
-        batch = parts.place(data.batch)
-        kept = reference.of(data, parts.batches.store)
-        run = jax.device_get(live[0].logps_step(live_reference.params, batch))
+    setup, start = cached
+    reference = make_reference(setup, start)
+    for step in range(setup.batches.order.num_steps):
+        data = setup.batches(step)
+        batch = setup.to_devices(data.batch)
+        kept = reference.of(data, setup.batches.store)
+        run = jax.device_get(live[0].logps_step(live_reference.weights, batch))
         np.testing.assert_allclose(kept.sum, run.sum, rtol=2e-6)
         for name in ("count", "valid", "weight"):
             np.testing.assert_array_equal(getattr(kept, name), getattr(run, name), err_msg=name)
         assert isinstance(kept, PairLogps)
     assert (data.ids < 0).any()
     moved = jax.tree.map(lambda x: x * 1.1, start)
-    ours, own = evaluate_sets(parts, moved, reference)
-    theirs, other = evaluate_sets(live[0], moved, live_reference)
+    ours, own = evaluated(setup, moved, reference)
+    theirs, other = evaluated(live[0], moved, live_reference)
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, rel=1e-4), name
@@ -126,32 +132,32 @@ def test_cached_log_probs_are_the_live_ones(live, cached):
 
 
 def test_cached_log_probs_of_an_accumulated_step_lie_in_its_parts(folder, cached):
-    parts, _ = parts_of(folder, reference__mode="cached", batch__pairs=4, batch__accumulation=2)
+    setup, _ = setup_of(folder, reference__mode="cached", batch__pairs=4, batch__accumulation=2)
     reference = make_reference(cached[0], cached[1])
     for step in range(2):
-        data = parts.batches(step)
-        found = reference.of(data, parts.batches.store)
+        data = setup.batches(step)
+        found = reference.of(data, setup.batches.store)
         assert found.sum.shape == (2, 2, 2)
-        together = reference.sums(parts.logps_step, data, parts.batches.store, [])
+        together = reference.sums(setup.logps_step, data, setup.batches.store, [])
         np.testing.assert_array_equal(found.sum.reshape(4, 2), together)
         np.testing.assert_array_equal(found.valid, data.batch.valid)
 
 
 def test_a_cached_reference_runs_no_forward_pass(cached, live):
     """Counted: a live reference is a second pass in the step and in evaluation, a cached one is none."""
-    parts, start = cached
-    reference = make_reference(parts, start)
+    setup, start = cached
+    reference = make_reference(setup, start)
     passes = []
 
     def counted(params, batch):
         passes.append(batch)
-        return parts.logps_fn(params, batch)
+        return setup.logps_fn(params, batch)
 
-    data = parts.batches(0)
+    data = setup.batches(0)
     optimizer = optax.sgd(1.0)
-    step = partial(train_step, logps_fn=counted, loss=parts.loss, optimizer=optimizer)
-    state, batch = init_state(start, optimizer), parts.place(data.batch)
-    for argument, count in ((start, 2), (reference.of(data, parts.batches.store), 1)):
+    step = partial(train_step, logps_fn=counted, loss=setup.loss, optimizer=optimizer)
+    state, batch = init_state(start, optimizer), setup.to_devices(data.batch)
+    for argument, count in ((start, 2), (reference.of(data, setup.batches.store), 1)):
         passes.clear()
         jax.eval_shape(step, state, argument, batch)
         assert len(passes) == count
@@ -160,14 +166,14 @@ def test_a_cached_reference_runs_no_forward_pass(cached, live):
 
     def counting_step(params, batch):
         scored.append(params)
-        return parts.logps_step(params, batch)
+        return setup.logps_step(params, batch)
 
     moved = jax.tree.map(lambda x: x * 1.1, start)
-    evaluate_sets(replace(parts, logps_step=counting_step), moved, reference)
+    evaluated(replace(setup, logps_step=counting_step), moved, reference)
     assert scored
     assert all(params is moved for params in scored)
     num_batches = len(scored)
-    evaluate_sets(replace(parts, logps_step=counting_step), moved, make_reference(*live))
+    evaluated(replace(setup, logps_step=counting_step), moved, make_reference(*live))
     assert len(scored) == 3 * num_batches
 
 
@@ -175,43 +181,43 @@ def test_a_cached_reference_runs_no_forward_pass(cached, live):
 
 
 def test_a_start_that_is_its_own_reference_is_proven_bit_for_bit(live):
-    parts, start = live
-    policy, fixed = start_logps(parts, make_reference(parts, start), start)
+    setup, start = live
+    policy, fixed = start_logps(setup, make_reference(setup, start), start)
     np.testing.assert_array_equal(policy, fixed)
     assert policy.shape == (3, 2)
-    prove_start(parts, policy, fixed)
+    prove_start(setup, policy, fixed)
     other = jax.tree.map(lambda x: x * (1 + 1e-6), start)
-    policy, _ = start_logps(parts, make_reference(parts, start), other)
+    policy, _ = start_logps(setup, make_reference(setup, start), other)
     with pytest.raises(UserError, match=r"step 0: policy and reference are the same weights, .* \(allowed: 0\)"):
-        prove_start(parts, policy, fixed)
+        prove_start(setup, policy, fixed)
     with pytest.raises(UserError, match="differ by nan"):
-        prove_start(parts, policy * np.nan, fixed)
+        prove_start(setup, policy * np.nan, fixed)
 
 
 def test_a_cached_start_is_proven_within_a_bound(cached):
-    parts, start = cached
-    policy, fixed = start_logps(parts, make_reference(parts, start), start)
-    prove_start(parts, policy, fixed)
+    setup, start = cached
+    policy, fixed = start_logps(setup, make_reference(setup, start), start)
+    prove_start(setup, policy, fixed)
     with pytest.raises(UserError, match=r"the cache in data\.store is stale or damaged"):
-        prove_start(parts, policy, fixed * (1 + 3e-5))
+        prove_start(setup, policy, fixed * (1 + 3e-5))
 
 
 @pytest.mark.parametrize("weight", [1.0, 3000.0])
 def test_a_weighed_first_step_is_no_false_alarm(live, weight):
-    parts, _ = live
-    store = replace(parts.batches.store, weights=np.full(NUM_PAIRS, weight, np.float32))
-    parts = replace(parts, batches=replace(parts.batches, store=store))
-    data = parts.batches(0)
+    setup, _ = live
+    store = replace(setup.batches.store, weights=np.full(NUM_PAIRS, weight, np.float32))
+    setup = replace(setup, batches=replace(setup.batches, store=store))
+    data = setup.batches(0)
     loss = np.float32(np.log(2) * weight) * (1 + 1e-6)
     values = {"loss": loss, "logps/chosen": -4.0, "logps/rejected": -1.0, "kl": 0.0}
-    check_first(parts, values, data)
+    check_first(setup, values, data)
     with pytest.raises(UserError, match=r"step 0: the loss is"):
-        check_first(parts, values | {"loss": 1.001 * values["loss"]}, data)
+        check_first(setup, values | {"loss": 1.001 * values["loss"]}, data)
 
 
 def test_only_the_same_numbers_start_equal(folder):
     same, other = {"weights": "a", "reference": "a"}, {"weights": "a", "reference": "b"}
-    config = parts_of(folder)[0].config
+    config = setup_of(folder)[0].config
     assert starts_equal(config, same)
     assert not starts_equal(config, other)
     assert not starts_equal(config, same | {"adapters": "c"})
@@ -228,34 +234,34 @@ def test_the_margin_of_another_reference_is_said():
 @pytest.mark.parametrize("weighting", ["none", "wpo"])  # of wpo the first loss is not known
 def test_the_first_step_has_margins_of_0_within_the_bound_of_its_arithmetic(live, dtype, bound, weighting):
     """Also where margins of two signs cancel, so that loss and mean margin are right."""
-    parts, _ = live
-    parts = replace(parts, config=replace(parts.config, loss=LossConfig(weighting=weighting)),
-                    model=replace(parts.model, dtype=dtype))  # fmt: skip
+    setup, _ = live
+    setup = replace(setup, config=replace(setup.config, loss=LossConfig(weighting=weighting)),
+                    model=replace(setup.model, dtype=dtype))  # fmt: skip
     values = {"loss": np.log(2), "logps/chosen": -30.0, "logps/rejected": -40.0, "rewards/margins": 0.0}
-    check_first(parts, values | {"kl": (0.9 * bound * 40) ** 2 / 2}, parts.batches(0))
+    check_first(setup, values | {"kl": (0.9 * bound * 40) ** 2 / 2}, setup.batches(0))
     for kl in ((1.1 * bound * 40) ** 2 / 2, np.nan):
         with pytest.raises(UserError, match=r"step 0: .* in the train step their log-probs differ by"):
-            check_first(parts, values | {"kl": kl}, parts.batches(0))
+            check_first(setup, values | {"kl": kl}, setup.batches(0))
 
 
 @pytest.mark.parametrize("type_", ["sigmoid", "hinge", "ipo", "sppo_hard"])
 def test_the_first_step_has_the_loss_of_margin_0(live, type_):
-    parts, start = live
-    parts = replace(parts, config=replace(parts.config, loss=LossConfig(type=type_)))
-    data = parts.batches(0)
+    setup, start = live
+    setup = replace(setup, config=replace(setup.config, loss=LossConfig(type=type_)))
+    data = setup.batches(0)
     expected = {"sigmoid": np.log(2), "hinge": 1, "ipo": 25, "sppo_hard": 50}[type_]
     values = {"loss": expected, "logps/chosen": -40.0, "logps/rejected": -15.0, "kl": 0.0}
-    check_first(parts, values, data)
+    check_first(setup, values, data)
     for wrong in (1.001, 0.999, np.nan):
         with pytest.raises(UserError, match=r"step 0: the loss is .* but at margin 0 it is"):
-            check_first(parts, values | {"loss": expected * wrong}, data)
+            check_first(setup, values | {"loss": expected * wrong}, data)
     if type_ == "sigmoid":  # and it is what the step computes
         optimizer = optax.sgd(1.0)
         step = jax.jit(
             lambda state, reference, batch: train_step(
-                state, reference, batch, logps_fn=parts.logps_fn, loss=parts.loss, optimizer=optimizer
+                state, reference, batch, logps_fn=setup.logps_fn, loss=setup.loss, optimizer=optimizer
             )
         )
-        _, metrics = step(init_state(start, optimizer), start, parts.place(data.batch))
-        check_first(parts, jax.device_get(metrics), data)
+        _, metrics = step(init_state(start, optimizer), start, setup.to_devices(data.batch))
+        check_first(setup, jax.device_get(metrics), data)
         assert abs(float(metrics["loss"]) - np.log(2)) < 3e-6

@@ -57,10 +57,10 @@ def test_a_run_logs_its_operations_and_traces_its_steps(config):
     run = RunDir(Path(config.run.dir))
     rows = read_json(run.timings)
     assert len(rows) == STEPS
-    parts = assemble(config, make_mesh(config.mesh, jax.devices()[:1]))
+    setup = assemble(config, make_mesh(config.mesh, jax.devices()[:1]))
     seen = 2 * (sum(range(13)) + sum(range(9)) - sum(range(5)))  # two sequences, their prompt once
     work = Work(tokens=2 * (PROMPT + sum(ANSWERS)), seen=seen, targets=2 * sum(ANSWERS))
-    expected = step_flops(parts.model.config, work, live_reference=True)
+    expected = step_flops(setup.model.config, work, live_reference=True)
     for row in rows:
         assert row["flops_per_second"] * row["step_seconds"] == pytest.approx(expected)
         assert row["data_wait_seconds"] >= 0
@@ -77,9 +77,9 @@ def test_a_run_logs_its_operations_and_traces_its_steps(config):
 
 
 def test_layout_reference_and_adapters_decide_what_a_step_asks_for(config):
-    parts = assemble(config, make_mesh(config.mesh, jax.devices()[:1]))
-    store = parts.batches.store
-    count = lambda config: model_flops(config, parts.model, store.lengths[:2], store.num_targets[:2])  # noqa: E731
+    setup = assemble(config, make_mesh(config.mesh, jax.devices()[:1]))
+    store = setup.batches.store
+    count = lambda config: model_flops(config, setup.model, store.lengths[:2], store.num_targets[:2])  # noqa: E731
     live = count(config)
     cached = count(replace(config, reference=replace(config.reference, mode="cached")))
     assert live * 3 == cached * 4
@@ -87,14 +87,14 @@ def test_layout_reference_and_adapters_decide_what_a_step_asks_for(config):
 
 
 def test_utilisation_is_of_all_devices_of_a_known_chip(config, tpus):
-    parts = assemble(config, make_mesh(config.mesh, jax.devices()[:1]))
+    setup = assemble(config, make_mesh(config.mesh, jax.devices()[:1]))
     mesh = Mesh(np.array(tpus("v5e:2x2")).reshape(1, 4, 1), ("data", "fsdp", "tensor"))
-    data = parts.batches(0)
-    rates = step_rates(config, parts.model, mesh, parts.batches.store, data, seconds=0.5)
+    data = setup.batches(0)
+    rates = step_rates(config, setup.model, mesh, setup.batches.store, data, seconds=0.5)
     assert rates["mfu"] == pytest.approx(rates["flops_per_second"] / (4 * CHIPS["v5e"].peak_flops))
     assert rates["pairs_per_second"] == 4
     halves = Mesh(np.array(tpus("tpu7x:2x2x1")).reshape(1, 8, 1), mesh.axis_names)  # 2 devices a chip
-    rates = step_rates(config, parts.model, halves, parts.batches.store, data, seconds=0.5)
+    rates = step_rates(config, setup.model, halves, setup.batches.store, data, seconds=0.5)
     assert rates["mfu"] == pytest.approx(rates["flops_per_second"] / (4 * CHIPS["tpu7x"].peak_flops))
 
 

@@ -18,21 +18,21 @@ from safetensors.numpy import load_file, save_file
 from small import logps_fn as small_logps_fn
 from small import pack, random_pairs, small_model, small_params
 
-from dpo_jax.batching.to_devices import make_place
+from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.commands.evaluate import evaluate
 from dpo_jax.commands.export import export
 from dpo_jax.config import LORA_TARGETS, DPOConfig, LoraConfig, LossConfig, MeshConfig, ModelConfig, SFTConfig
 from dpo_jax.config.file import load_yaml, parse_config
 from dpo_jax.errors import UserError
+from dpo_jax.inference.score import model_functions
 from dpo_jax.logprobs import make_logps_fn
 from dpo_jax.losses import mean_loss, preference_loss
-from dpo_jax.methods.setup import scoring_functions
 from dpo_jax.models.adapters import Adapted, make_lora, merge, start_adapters
 from dpo_jax.models.decoder import Model, plain_batch
 from dpo_jax.models.families import decoder_config
 from dpo_jax.parallel.sharding import make_mesh, replicated
 from dpo_jax.runs.directory import RunDir, read_json
-from dpo_jax.step import Base, init_state, make_train_step, state_shardings
+from dpo_jax.step import Frozen, init_state, make_train_step, state_shardings
 from dpo_jax.train import train
 from dpo_jax.weights.hub import read_hf_config
 from dpo_jax.weights.huggingface import load_params
@@ -370,7 +370,7 @@ def adapted_model(**more) -> Model:
 
 
 def adapted_logps_fn(model: Model):
-    return make_logps_fn(*scoring_functions(model), chunk=64)
+    return make_logps_fn(*model_functions(model), chunk=64)
 
 
 def one_step(batch, logps=None, accumulation=1, config=None, devices=None, **model_options):
@@ -382,15 +382,15 @@ def one_step(batch, logps=None, accumulation=1, config=None, devices=None, **mod
     with jax.set_mesh(mesh):
         adapters = jax.device_put(host_adapters, trained_shardings(model, mesh))
         base = jax.device_put(host_base, param_shardings(model, mesh))
-        place = make_place(mesh, int(accumulation > 1))
+        place = make_to_devices(mesh, int(accumulation > 1))
         batch = place(batch)
         abstract = jax.eval_shape(lambda params: init_state(params, optimizer), adapters)
         shardings = state_shardings(abstract, trained_shardings(model, mesh), replicated(mesh), optimizer)
         step = make_train_step(logps_fn=fn, loss=LOSS, optimizer=optimizer, accumulation=accumulation,
                                shardings=shardings, metrics_sharding=replicated(mesh))  # fmt: skip
-        scored = jax.vmap(fn, (None, 0, None)) if accumulation > 1 else fn
-        sums = jax.jit(scored, out_shardings=replicated(mesh))(adapters, batch, base).sum.reshape(-1, 2)
-        after, metrics = step(init_state(adapters, optimizer), Base(base, logps), batch)
+        scored = jax.vmap(fn, (None, 0)) if accumulation > 1 else fn
+        sums = jax.jit(scored, out_shardings=replicated(mesh))(Adapted(adapters, base), batch).sum.reshape(-1, 2)
+        after, metrics = step(init_state(adapters, optimizer), Frozen(base, logps), batch)
     jax.tree.map(np.testing.assert_array_equal, base, host_base)  # and it was not donated
     for leaf, own in zip(jax.tree.leaves(after.params), jax.tree.leaves(shardings.params), strict=True):
         assert leaf.sharding.is_equivalent_to(own, leaf.ndim)

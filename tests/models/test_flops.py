@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dpo_jax.batching.batches import train_batches
-from dpo_jax.batching.sets import open_sets
 from dpo_jax.config import BatchConfig, DataConfig, DPOConfig, LoraConfig, ModelConfig, RunConfig, SourceConfig
 from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.methods.setup import sets_of
 from dpo_jax.models.adapters import make_lora
 from dpo_jax.models.decoder import Lora, Model, plain_batch
 from dpo_jax.models.families import decoder_config
@@ -117,8 +117,8 @@ def cost_a_pair(shared, folder, **batch) -> float:
         batch=BatchConfig(**batch),
         run=RunConfig(dir=str(folder / "run"), epochs=1),
     )  # fmt: skip
-    sets = open_sets(config, load_tokenizer(str(shared / "tokenizers" / "qwen3"), None, None))
-    batches = train_batches(config, sets, row_devices=1)
+    sets = sets_of(config, load_tokenizer(str(shared / "tokenizers" / "qwen3"), None, None))
+    batches = train_batches(sets, config.batch, row_devices=1)
     model = decoder_config(json.loads((shared / "model_configs" / "llama3-8b.json").read_text()))
     total = 0
     for step in range(sets.order.num_steps):

@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from small import Pair, logps_fn, pack, random_pairs, small_model, small_params
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.batching.to_devices import make_place
+from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.config import LossConfig, MeshConfig
 from dpo_jax.errors import UserError
 from dpo_jax.ops import attention
@@ -179,7 +179,7 @@ def one_step(model, mesh=None):
     if mesh is None:
         return jax.device_get(jax.jit(step)(*inputs))
     with jax.set_mesh(mesh):
-        place = make_place(mesh)
+        place = make_to_devices(mesh)
         return jax.device_get(jax.jit(step)(*inputs[:2], place(inputs[2])))
 
 

@@ -12,6 +12,7 @@ from runs import ended, events, joined, num_lines, started_jointly, write_config
 from small import HF_CONFIG, small_model, small_params
 
 from dpo_jax.batch import PreferenceBatch
+from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.config import DPOConfig, MeshConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.data import store as store_module
@@ -84,10 +85,11 @@ def look_at_rows(given: dict) -> dict:
     for name, (sizes, order, accumulation) in MESHES.items():
         config = parse_config(given, {"batch.pairs": 12, "batch.accumulation": accumulation}, DPOConfig)
         mesh = make_mesh(sizes, [jax.devices()[i] for i in order])
-        parts = assemble(config, mesh)
-        batches = replace(parts.batches, store=counted(parts.batches.store))
+        setup = assemble(config, mesh)
+        to_devices = make_to_devices(mesh, int(accumulation > 1))
+        batches = replace(setup.batches, store=counted(setup.batches.store))
         steps = [batches(step) for step in range(batches.order.num_steps)]
-        expected = [replace(parts.batches, own=None)(step) for step in range(len(steps))]
+        expected = [replace(setup.batches, own=None)(step) for step in range(len(steps))]
         facts[name] = {
             "own": own_shares(mesh),
             "ids": [data.ids.tolist() for data in steps],
@@ -95,8 +97,7 @@ def look_at_rows(given: dict) -> dict:
             "read": batches.store.read,
             "rows": steps[0].batch.tokens.shape[-2] / expected[0].batch.tokens.shape[-2],
             "wrong": [
-                wrong_shards(parts.place_parts(data.batch), whole.batch)
-                for data, whole in zip(steps, expected, strict=True)
+                wrong_shards(to_devices(data.batch), whole.batch) for data, whole in zip(steps, expected, strict=True)
             ],
         }
     store_module.converted_chunks = convert

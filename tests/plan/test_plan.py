@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from dpo_jax.batching.batches import train_batches
-from dpo_jax.batching.sets import open_sets
 from dpo_jax.cli import main
 from dpo_jax.config import (
     BatchConfig,
@@ -27,6 +26,7 @@ from dpo_jax.config import (
 from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import BLOCK, make_logps_fn
+from dpo_jax.methods.setup import sets_of
 from dpo_jax.models.decoder import Lora, make_model
 from dpo_jax.models.families import builtin_model, decoder_config
 from dpo_jax.parallel.chips import CHIPS, parse_topology
@@ -179,8 +179,8 @@ def test_of_the_data_it_takes_the_rows_and_steps_of_the_run(shared, tmp_path):
     )
     found = planned(config, "v5e:2x2", Known(data=True))
     source = find_model(config.model.path, None)
-    sets = open_sets(config, find_tokenizer(source, config.model, None))
-    batches = train_batches(config, sets, row_devices=4)
+    sets = sets_of(config, find_tokenizer(source, config.model, None))
+    batches = train_batches(sets, config.batch, row_devices=4)
     steps = range(sets.order.num_steps)
     assert found["run"]["steps"] == len(steps) == math.ceil(2 * len(sets.train) / 16)
     assert 4 * found["batch"]["rows_a_device"] == max(batches(step).batch.tokens.shape[1] for step in steps)

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from small_tokenizer import make_tokenizer
 
-from dpo_jax.batching.sets import open_sets, store_folder
+from dpo_jax.batching.sets import store_folder
+from dpo_jax.commands.data import audit_config
 from dpo_jax.config import DataConfig, DPOConfig, ModelConfig, RunConfig, SFTBatchConfig, SFTConfig, SourceConfig
 from dpo_jax.errors import UserError
-from dpo_jax.reports.data_audit import audit, audit_config, render, show_step
+from dpo_jax.methods.setup import sets_of
+from dpo_jax.reports.data_audit import audit, render, show_step
 
 TOKENIZER = make_tokenizer()
 STEMS = ["barn", "cliff", "dove", "earl", "fork", "golf", "hatch"]
@@ -85,7 +87,7 @@ def test_near_duplicates_are_the_pairs_that_a_full_comparison_finds(shared, tmp_
         parts.append((shingles([turns[0][0] + "\n\nAssistant:"]), shingles([turns[0][1], turns[1][1]])))
     alike = lambda a, b: len(a & b) >= 0.8 * len(a | b)  # noqa: E731
     expected = {(i, j) for i in range(len(rows)) for j in range(i) if all(map(alike, parts[i], parts[j]))}
-    sets = open_sets(config(tmp_path, {"train": rows}, max_length=100_000), TOKENIZER)
+    sets = sets_of(config(tmp_path, {"train": rows}, max_length=100_000), TOKENIZER)
     assert len(sets.train) == len(rows)
     found = audit(sets, TOKENIZER)["train"]["near_duplicates"]
     assert found["groups"] == len(expected) >= 30  # of two each
@@ -95,7 +97,7 @@ def test_near_duplicates_are_the_pairs_that_a_full_comparison_finds(shared, tmp_
 def test_work_follows_the_rows_and_not_their_square(tmp_path):
     calls = []
     for rows in (100, 400):
-        sets = open_sets(config(tmp_path, {"train": [pair(i) for i in range(rows)]}), TOKENIZER)
+        sets = sets_of(config(tmp_path, {"train": [pair(i) for i in range(rows)]}), TOKENIZER)
         with Profile() as profile:
             assert audit(sets, TOKENIZER)["train"]["near_duplicates"]["groups"] == 0
         calls.append(sum(entry.callcount for entry in profile.getstats()))
@@ -187,7 +189,7 @@ def test_fine_tuning_data(tmp_path):
     shown = render(found)
     assert shown.endswith("\nlearned\n  | ab</s>\n  ...\n  | c</s>")
     assert "rejected" not in shown
-    assert show_step(given, 1, TOKENIZER).startswith("step 1 of 2, ")
+    assert show_step(sets_of(given, TOKENIZER), 1, TOKENIZER).startswith("step 1 of 2, ")
 
 
 def test_answers_that_teach_no_end_are_found(tmp_path):
@@ -204,10 +206,10 @@ def test_answers_that_teach_no_end_are_found(tmp_path):
 
 def test_a_step_shows_exactly_its_examples(tmp_path):
     given = config(tmp_path, {"train": [pair(i) for i in range(70)]})
-    sets = open_sets(given, TOKENIZER)
+    sets = sets_of(given, TOKENIZER)
     shown = []
     for step in range(sets.order.num_steps):
-        block = show_step(given, step + 1, TOKENIZER)
+        block = show_step(sets_of(given, TOKENIZER), step + 1, TOKENIZER)
         ids = [int(i) for i in re.findall(r"example (\d+), ", block)]
         assert ids == [i for i in sets.order.step_ids(step).tolist() if i >= 0]
         assert [int(row) for row in re.findall(r"row (\d+), ", block)] == sets.train.rows[ids].tolist()
@@ -217,7 +219,7 @@ def test_a_step_shows_exactly_its_examples(tmp_path):
     assert Counter(shown) == Counter(range(70))
     assert block.count("empty, the data ends here") == 128 - 70
     with pytest.raises(UserError, match="--step: 3 is not a step of this run, which has 1 to 2"):
-        show_step(given, 3, TOKENIZER)
+        show_step(sets_of(given, TOKENIZER), 3, TOKENIZER)
 
 
 def test_weighted_sets_reach_the_order(tmp_path):
@@ -228,7 +230,7 @@ def test_weighted_sets_reach_the_order(tmp_path):
     given = DPOConfig(
         model=ModelConfig(path="/nowhere"), data=DataConfig(train=train), run=RunConfig(dir=str(tmp_path / "r"))
     )
-    sets = open_sets(given, TOKENIZER)
+    sets = sets_of(given, TOKENIZER)
     ids = sets.order.step_ids(0)
     assert np.bincount(sets.train.sources[ids[ids >= 0]]).tolist() == [45, 15]
 
@@ -245,12 +247,7 @@ def test_the_audit_loads_the_tokenizer_of_the_config(tmp_path):
 
 
 def test_a_bucket_is_no_place_for_the_store(tmp_path):
-    rows = {"train": [pair(0)]}
-    given = config(tmp_path, rows)
-    assert store_folder(given) == tmp_path / "runs" / "store"
-    bucket = DPOConfig(model=given.model, data=given.data, run=RunConfig(dir="gs://bucket/run"))
+    assert store_folder(None, str(tmp_path / "runs" / "a")) == tmp_path / "runs" / "store"
     with pytest.raises(UserError, match=r"run.dir: gs://bucket/run.*set data.store"):
-        store_folder(bucket)
-    assert store_folder(
-        DPOConfig(model=given.model, data=config(tmp_path, rows, store="elsewhere").data, run=bucket.run)
-    ) == Path("elsewhere")
+        store_folder(None, "gs://bucket/run")
+    assert store_folder("elsewhere", "gs://bucket/run") == Path("elsewhere")

@@ -8,6 +8,7 @@ from itertools import pairwise
 import jax
 import numpy as np
 import pytest
+from dpo_jax.commands.token_rewards import decoder, token_pieces, weigh_tails
 from runs import ended, write_config
 from small import logps_fn, pack, random_pairs, small_model, small_params
 from small_tokenizer import make_tokenizer
@@ -15,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.batch import PairLogps
 from dpo_jax.cli import main
-from dpo_jax.commands.token_rewards import decoder, token_pieces, weigh_tails
 from dpo_jax.config import LossConfig
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.inference.distributions import BINS, nice_edges, reward_distributions

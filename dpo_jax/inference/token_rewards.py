@@ -1,17 +1,18 @@
 """Which tokens earn a reward: an answer's implicit reward is beta times a sum over its tokens, so each has its part."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dpo_jax.batching.batches import Batches
-from dpo_jax.config import DPOConfig
+from dpo_jax.batching.to_devices import ToDevices
+from dpo_jax.data.store import Store
 from dpo_jax.errors import UserError
 from dpo_jax.inference.reference import LiveReference
-from dpo_jax.logprobs import Params, answer_values, make_token_logps_fn
-from dpo_jax.methods.setup import Parts, of_adapted, scoring_functions
+from dpo_jax.logprobs import answer_values
 from dpo_jax.parallel.sharding import replicated
 
 BRANCHES = ("chosen", "rejected")
@@ -19,55 +20,59 @@ HEAD = 4  # tokens of the prompt that are decoded before an answer's: what a tok
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for a part of a character
 
 
-def refuse_per_token(config: DPOConfig) -> None:
+def refuse_per_token(reference_mode: Literal["live", "cached", "none"]) -> None:
     """Tokens need a reference that can be run.
 
     Raises:
         UserError: there is none, or it is a cache of sums.
     """
-    if config.reference_mode == "cached":
-        raise UserError("--per-token: reference.mode cached keeps the sums of whole answers only; "
-                        "add --reference.mode live")  # fmt: skip
-    if config.reference_mode == "none":
-        raise UserError("--per-token: reference.mode none leaves nothing to compare a token with; leave --per-token "
-                        "out, or take a loss that has a reference, and reference.mode live")  # fmt: skip
+    if reference_mode == "cached":
+        raise UserError(
+            "--per-token: reference.mode cached keeps the sums of whole answers only; add --reference.mode live"
+        )
+    if reference_mode == "none":
+        raise UserError(
+            "--per-token: reference.mode none leaves nothing to compare a token with; leave --per-token out, or take a "
+            "loss that has a reference, and reference.mode live"
+        )
 
 
 def token_fields(
-    parts: Parts, params: Params, reference: LiveReference, batches: Batches
+    ratios: Iterable[tuple[int, list[np.ndarray]]], store: Store, tokenizer: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(example id, fields) of every pair of a set.
+    """(example id, fields) of every pair whose ``token_log_ratios`` are given.
 
     The fields: ``prompt``; ``pieces/ANSWER``, the text of each token of an answer; ``log_ratios/ANSWER``, of each
     token log pi - log ref, nats, as the loss weighs it. Their sum is the answer's log-ratio.
     """
-    decode = decoder(parts.tokenizer)
-    for i, ratios in token_log_ratios(parts, params, reference, batches):
-        prompt, answers, _ = batches.store.example(i)
+    decode = decoder(tokenizer)
+    for i, pair_ratios in ratios:
+        prompt, answers, _ = store.example(i)
         fields: dict[str, Any] = {"prompt": decode(prompt.tolist())}
-        for branch, answer, answer_ratios in zip(BRANCHES, answers, ratios, strict=True):
+        for branch, answer, answer_ratios in zip(BRANCHES, answers, pair_ratios, strict=True):
             fields[f"pieces/{branch}"] = token_pieces(decode, prompt.tolist(), answer.tolist())
             fields[f"log_ratios/{branch}"] = answer_ratios.tolist()
         yield int(i), fields
 
 
 def token_log_ratios(
-    parts: Parts, params: Params, reference: LiveReference, batches: Batches
+    token_logps_fn: Callable[..., Any],
+    weights: Any,
+    reference: LiveReference,
+    batches: Batches,
+    to_devices: ToDevices,
+    mesh: Mesh,
+    ld_alpha: float | None = None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(example id, log-ratios of each answer's tokens, float32) of every pair; policy and reference by one program."""
-    token_logps = make_token_logps_fn(
-        *scoring_functions(parts.model), chunk=parts.config.batch.target_chunk, precision=parts.model.precision
-    )
-    if parts.model.lora is not None:
-        token_logps = of_adapted(token_logps)
-    step = jax.jit(token_logps, out_shardings=replicated(parts.mesh))
-    gather = jax.jit(lambda batch: batch, out_shardings=replicated(parts.mesh))  # a pair may lie in rows of two hosts
+    token_logps = jax.jit(token_logps_fn, out_shardings=replicated(mesh))
+    gather = jax.jit(lambda batch: batch, out_shardings=replicated(mesh))  # a pair may lie in rows of two hosts
     for data in batches.ahead(range(batches.order.num_steps)):
-        batch = parts.place(data.batch)
-        ratios = np.asarray(step(params, batch)) - np.asarray(step(reference.params, batch))
+        batch = to_devices(data.batch)
+        ratios = np.asarray(token_logps(weights, batch)) - np.asarray(token_logps(reference.weights, batch))
         for i, pair_ratios in zip(data.ids, answer_values(ratios, jax.device_get(gather(batch))), strict=True):
             if i >= 0:
-                yield i, weigh_tails(pair_ratios, parts.loss.ld_alpha)
+                yield i, weigh_tails(pair_ratios, ld_alpha)
 
 
 def weigh_tails(answers: list[np.ndarray], ld_alpha: float | None) -> list[np.ndarray]:

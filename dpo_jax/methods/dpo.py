@@ -1,0 +1,116 @@
+"""Direct Preference Optimization: pairs of answers, and a reference that the policy is held to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.batch import Adapted, Params
+from dpo_jax.batching.batches import Batches, set_batches
+from dpo_jax.config import BatchConfig, DPOConfig, ModelConfig, SFTBatchConfig, SFTConfig
+from dpo_jax.data.store import Store
+from dpo_jax.errors import UserError
+from dpo_jax.inference.reference import CachedReference, LiveReference, Reference, copy_weights
+from dpo_jax.inference.reference_cache import cached_logps
+from dpo_jax.inference.score import dataset_logps, make_logps_step
+from dpo_jax.logprobs import make_logps_fn
+from dpo_jax.methods.offline import Offline, Start, make_offline
+from dpo_jax.methods.setup import Setup, load_policy
+from dpo_jax.models.decoder import Model
+from dpo_jax.parallel.sharding import own_shares, platform_of, replicated, row_devices
+from dpo_jax.runs.checksums import weights_id
+from dpo_jax.weights.open import ModelSource, build_model, find_model, load_weights
+
+
+def dpo(setup: Setup) -> tuple[Offline, Start]:
+    """The method, and what it starts from.
+
+    The reference is made of them on resume, too: never of a restored policy.
+    """
+    policy = load_policy(setup)
+    weights = reference_weights(setup, policy.weights)
+    policy.ids["reference"] = weights_id(weights)
+    return make_offline(setup, policy, make_reference(setup, weights))
+
+
+def reference_weights(setup: Setup, start: Params) -> Params:
+    """Weights of the reference: the policy's start itself, or those of ``reference.path``; to be copied, not kept.
+
+    Raises:
+        UserError: the other model has another architecture or vocabulary.
+    """
+    config = setup.config
+    path = config.reference.path
+    if path is None:
+        return start
+    source = find_reference(config, path, setup.model, platform_of(setup.mesh), partial(find_model, revision=None))
+    options = ModelConfig(path=path, param_dtype=config.model.param_dtype)
+    return load_weights(source, setup.model, options, setup.mesh)
+
+
+def find_reference(
+    config: DPOConfig | SFTConfig, path: str, model: Model, platform: str, find: Callable[[str], ModelSource]
+) -> ModelSource:
+    """The model that ``reference.path`` names, by ``find``; it must have the architecture of ``model``, the policy.
+
+    Raises:
+        UserError: there is no such model, or it has another architecture or vocabulary.
+    """
+    try:
+        source = find(path)
+        reference_model = build_model(source, config.model, platform)
+    except UserError as error:
+        raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
+    if reference_model != model:
+        raise UserError(
+            f"reference.path: {path} has another architecture or vocabulary than model.path {config.model.path}; "
+            "choose a model of the same kind"
+        )
+    return source
+
+
+def make_reference(setup: Setup, weights: Params) -> Reference | None:
+    """The reference, of ``weights`` that stay the caller's; None where the config wants none."""
+    config = setup.config
+    match config.reference_mode:
+        case "none":
+            return None
+        case "live" if setup.model.lora is not None:
+            return LiveReference(Adapted(None, weights))  # nothing changes them, so they need no copy
+        case "live":
+            dtype = None if config.reference.dtype == "auto" else config.reference.dtype
+            return LiveReference(copy_weights(weights, dtype))
+    return _cached_reference(setup, weights)
+
+
+def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
+    config, model, mesh = setup.config, setup.model, setup.mesh
+    tail = setup.loss.ld_alpha is not None
+    made_by = {
+        "format": 2,
+        "tail": tail,
+        "weights": weights_id(weights),
+        "decoder": asdict(model.config),
+        "dtype": model.dtype,
+        "matmul_precision": model.matmul_precision,
+        "platform": jax.default_backend(),
+    }
+    functions = model.hidden, model.unembedding
+    logps_fn = make_logps_fn(*functions, chunk=config.batch.target_chunk, tail=tail, precision=model.precision)
+    logps_step = make_logps_step(logps_fn, replicated(mesh))  # without the statistics that metrics want
+
+    def compute(batches: Batches, steps: Sequence[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        ids, logps = dataset_logps(logps_step, weights, batches, setup.to_devices, steps)
+        return ids, {name: getattr(logps, name) for name in ("sum", "tail_sum") if getattr(logps, name) is not None}
+
+    stores = {batches.store.key: batches.store for batches in (setup.batches, *setup.evals.values())}
+    return CachedReference(
+        {key: cached_logps(_whole_set(store, config.batch, mesh), made_by, compute) for key, store in stores.items()}
+    )
+
+
+def _whole_set(store: Store, batch: BatchConfig | SFTBatchConfig, mesh: Mesh) -> Batches:
+    return set_batches(store, np.arange(len(store)), batch, row_devices(mesh), own_shares(mesh))

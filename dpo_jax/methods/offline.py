@@ -1,0 +1,239 @@
+"""Training on a fixed set of examples: what fine-tuning and DPO share, and differ in by their reference alone."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from dpo_jax.batch import Adapted, Params, PreferenceBatch
+from dpo_jax.batching.batches import Prefetched, StepData
+from dpo_jax.batching.to_devices import ToDevices, make_to_devices
+from dpo_jax.inference.agreement import AGREEMENT, tied
+from dpo_jax.inference.evaluation import evaluation_of, score_sets
+from dpo_jax.inference.reference import CachedReference, LiveReference, Reference
+from dpo_jax.methods.optimizer import make_optimizer, make_schedule
+from dpo_jax.methods.setup import Policy, Setup, abstract_state, describe, follow_of, make_step
+from dpo_jax.methods.start_check import check_first, mean_margin, prove_start, start_logps, starts_equal
+from dpo_jax.methods.throughput import step_rates
+from dpo_jax.parallel.compiler import compiler_options
+from dpo_jax.runs.directory import RunDir
+from dpo_jax.runs.manifest import new_run
+from dpo_jax.step import Frozen, TrainState, TrainStep, init_state
+from dpo_jax.weights.open import export_run, keep_model_files
+
+
+class Start(NamedTuple):
+    """What a first state is made of; its arrays are the caller's only, so that a resumed run can drop them."""
+
+    trained: Params  # the weights, or the adapters
+    reference: Params | None  # the weights of a reference that follows the policy
+
+
+class OfflineInput(NamedTuple):
+    """The arguments of a step, on the devices, and what the logs say of it."""
+
+    frozen: Frozen
+    batch: PreferenceBatch
+    facts: "OfflineFacts"
+
+
+@dataclass(frozen=True)
+class Offline:
+    """A method whose data are there before it begins: step k's batch is a pure function of (data, seed, k)."""
+
+    setup: Setup
+    manifest: dict[str, Any]
+    abstract_state: TrainState
+    first_state: Callable[[Start], TrainState]  # compiled; takes the arrays over
+    step: TrainStep
+    schedule: optax.Schedule
+    base: Params | None  # the frozen weights, where adapters are trained
+    reference: Reference | None  # None: there is none, or it is a part of the state
+    proven: bool  # the reference is the policy's own start, so the first step's values are known
+    packed: Prefetched
+    to_devices: ToDevices  # of a step, whose microbatches come before the rows
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run."""
+        return self.setup.batches.order.num_steps
+
+    @property
+    def evaluates(self) -> bool:
+        """There is an evaluation set."""
+        return bool(self.setup.evals)
+
+    def weights(self, state: TrainState) -> Any:
+        """The weights that score."""
+        return state.params if self.base is None else Adapted(state.params, self.base)
+
+    def reference_of(self, state: TrainState) -> Reference | None:
+        """The reference of a state: its own, where it follows the policy."""
+        return self.reference if state.reference is None else LiveReference(state.reference)
+
+    def check_start(self, state: TrainState) -> str | None:
+        """Prove that policy and reference agree, where they are the same weights; else say how they differ."""
+        reference = self.reference_of(state)
+        if reference is None:
+            return None
+        logps = start_logps(self.setup, reference, self.weights(state))
+        if self.proven:
+            prove_start(self.setup, *logps)
+            return None
+        return f"mean margin at the start: {mean_margin(*logps):.6g} nats"
+
+    def resumed(self, state: TrainState) -> str | None:
+        """The margin, from which a person sees that the run resumes where it was."""
+        reference = self.reference_of(state)
+        if reference is None:
+            return None
+        margin = mean_margin(*start_logps(self.setup, reference, self.weights(state)))
+        return f"log-ratio margin of step 1's pairs: {margin:.6g} nats, by beta their reward margin"
+
+    def batch(self, step: int, state: TrainState) -> OfflineInput:
+        """The rows of the data set, and the reference's log-probs of them where these are cached."""
+        asked = time.perf_counter()
+        data = self.packed(step)
+        batch = self.to_devices(data.batch)
+        reference = None
+        if isinstance(self.reference, CachedReference):
+            reference = self.reference.of(data, self.setup.batches.store)
+        elif isinstance(self.reference, LiveReference) and self.base is None:
+            reference = self.reference.weights
+        facts = OfflineFacts(self, data, time.perf_counter() - asked)
+        return OfflineInput(Frozen(self.base, reference), batch, facts)
+
+    def update(self, state: TrainState, data: OfflineInput) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One compiled train step."""
+        return self.step(state, data.frozen, data.batch)
+
+    def recovered(self, state: TrainState) -> TrainState:
+        """A step that was not finite left everything as it was, but for its mark."""
+        return replace(state, healthy=jax.device_put(np.ones((), bool), state.healthy.sharding))
+
+    def evaluate(self, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics of the evaluation sets, and the distributions that these summarise."""
+        setup = self.setup
+        weights, reference = self.weights(state), self.reference_of(state)
+        scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference)
+        return evaluation_of(scored, setup.loss)
+
+    def keep_files(self, run: RunDir) -> None:
+        """Put config.json and tokenizer into a new run."""
+        keep_model_files(run, self.setup.source, self.setup.tokenizer)
+
+    def export(self, run: RunDir, state: TrainState) -> None:
+        """Write a Hugging Face directory, adapters merged into their model."""
+        export_run(run, run.export, self.setup.model, self.weights(state), overwrite=True)
+
+    def data_report(self) -> dict[str, list[dict[str, Any]]]:
+        """How many rows of each set were kept, and why others were not."""
+        train = self.setup.batches.store
+        evals = {name: one.store for name, one in self.setup.evals.items() if one.store is not train}
+        return {name: store.report for name, store in {"train": train, **evals}.items()}
+
+
+@dataclass(frozen=True)
+class OfflineFacts:
+    """What the logs say of a step."""
+
+    method: Offline
+    data: StepData
+    waited: float  # seconds for its batch
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The step's examples."""
+        return self.data.ids[self.data.ids >= 0]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is summed over a run."""
+        return {"num_tokens": self.data.num_tokens}
+
+    def logged(self, metrics: Mapping[str, float | int], totals: Mapping[str, int]) -> dict[str, float | int]:
+        """The line of metrics.jsonl; ``totals`` are the run's so far."""
+        config, order = self.method.setup.config, self.method.setup.batches.order
+        facts = {
+            "learning_rate": float(np.float32(jax.device_get(self.method.schedule(self.data.step)))),
+            "epoch": order.epoch(self.data.step + 1),
+            **totals,
+            "pairs": len(self.ids),
+            "fill": self.data.fill,
+        }
+        limit = config.optimizer.max_grad_norm
+        clipped = {} if limit is None else {"clipped": int(metrics["grad_norm"] > np.float32(limit))}
+        return {**metrics, **facts, **clipped}
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """What timings.jsonl says of the step's speed."""
+        setup = self.method.setup
+        rates = step_rates(setup.config, setup.model, setup.mesh, setup.batches.store, self.data, seconds)
+        return rates | {"data_wait_seconds": self.waited}
+
+    def shown(self, metrics: Mapping[str, float | int], seconds: float) -> dict[str, str]:
+        """What the progress line shows."""
+        shown = {"loss": f"{metrics['loss']:.4f}"}
+        if "rewards/accuracies" in metrics:
+            # a warm-up's first update may change nothing
+            ties = self.is_proven or tied(metrics, AGREEMENT["float32"])
+            accuracy = "tied" if ties else f"{metrics['rewards/accuracies']:.2f}"
+            shown |= {"acc": accuracy, "margin": f"{metrics['rewards/margins']:.3f}"}
+        unit = "pairs/s" if self.method.setup.config.stage == "dpo" else "examples/s"
+        return shown | {unit: f"{len(self.ids) / seconds:.1f}"}
+
+    @property
+    def is_proven(self) -> bool:
+        """It is a first step whose values are known."""
+        return self.data.step == 0 and self.method.proven
+
+    def check(self, metrics: Mapping[str, float | int]) -> None:
+        """Compare a first step with what is known of it."""
+        if self.is_proven:
+            check_first(self.method.setup, metrics, self.data)
+
+    def advice(self) -> str:
+        """What to do if the step is not finite."""
+        setup = self.method.setup
+        store, report = setup.batches.store, setup.sets.train.report
+        rows = ", ".join(f"{report[store.sources[i]]['source']}:{store.rows[i]}" for i in self.ids)
+        root = Path(setup.config.run.dir).expanduser().absolute()
+        options = new_run(self.method.manifest["config"], root, keeps_reference=self.method.reference is not None)
+        return (
+            f"look at rows {rows}, or start a new run with a lower optimizer.learning_rate: --run.dir NEW, or from "
+            f"this save, if the metrics before are sound: {options}"
+        )
+
+
+def make_offline(setup: Setup, policy: Policy, reference: Reference | None) -> tuple[Offline, Start]:
+    """The method, and what it starts from; ``reference`` is made of the policy's start or of another model."""
+    config, mesh, num_steps = setup.config, setup.mesh, setup.batches.order.num_steps
+    flags = compiler_options(mesh, config.run.compiler_flags)
+    optimizer = make_optimizer(config.optimizer, num_steps)
+    abstract = abstract_state(config, setup.model, mesh, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    follows = follow_of(config) is not None and isinstance(reference, LiveReference)
+    start = Start(policy.trained, reference.weights if follows else None)
+    method = Offline(
+        setup=setup,
+        manifest=describe(setup, policy.ids),
+        abstract_state=abstract,
+        first_state=jax.jit(
+            lambda start: init_state(start.trained, optimizer, start.reference),
+            out_shardings=shardings,
+            donate_argnums=0,
+        ),
+        step=make_step(config, setup.logps_fn, mesh, optimizer, abstract, flags),
+        schedule=make_schedule(config.optimizer, num_steps),
+        base=None if policy.adapters is None else policy.weights,
+        reference=None if follows else reference,
+        proven=reference is not None and starts_equal(config, policy.ids),
+        packed=Prefetched(setup.batches, range(num_steps)),
+        to_devices=make_to_devices(mesh, leading=int(config.batch.accumulation > 1)),
+    )
+    return method, start

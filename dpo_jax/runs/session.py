@@ -1,0 +1,268 @@
+"""An open run: resume, log, save, stop. It takes any pytree and does not know what is trained.
+
+Every process calls everything here alike; only the writer writes.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from dpo_jax.config import CheckpointConfig, RunConfig
+from dpo_jax.console import progress_line, say
+from dpo_jax.errors import Preempted, UserError
+from dpo_jax.parallel import hosts
+from dpo_jax.runs.checkpoint import Checkpoints
+from dpo_jax.runs.directory import RunDir, cut_back, hold_run, log_event, log_offsets, lost_saves, replace_text
+from dpo_jax.runs.logs import MetricsLog, all_finite, memory, plain
+from dpo_jax.runs.manifest import refuse_changed, rounding_changes
+from dpo_jax.runs.profile import trace_edges, traced
+
+
+class StepFacts(Protocol):
+    """What the logs say of a step besides its metrics, from the method that made it."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What is summed over a run."""
+
+    def logged(self, metrics: Mapping[str, float | int], totals: Mapping[str, int]) -> Mapping[str, float | int]:
+        """The line of metrics.jsonl: functions of (data, seed, step); ``totals`` are the run's counts so far."""
+
+    def rates(self, seconds: float) -> Mapping[str, float]:
+        """What timings.jsonl says of the step's speed."""
+
+    def shown(self, metrics: Mapping[str, float | int], seconds: float) -> Mapping[str, str]:
+        """What the progress line shows."""
+
+    def check(self, metrics: Mapping[str, float | int]) -> None:
+        """Raise `UserError` if the metrics are not what is known of this step."""
+
+    def advice(self) -> str:
+        """What to do if loss or gradient is not finite."""
+
+
+class NotFinite(Exception):
+    """Loss or gradient of a step is NaN or infinite; ``done`` steps before it were good."""
+
+    def __init__(self, text: str, done: int):
+        super().__init__(text)
+        self.done = done
+
+
+class _Pending(NamedTuple):
+    """A step whose metrics are still on the devices."""
+
+    step: int
+    metrics: Mapping[str, jax.Array]
+    facts: StepFacts
+
+
+@contextmanager
+def lock_run(directory: str) -> Iterator[RunDir]:
+    """The run directory, locked by the process that writes to it."""
+    with ExitStack() as stack:
+        run, error = RunDir(Path(directory).expanduser().absolute()), None
+        if hosts.is_writer():
+            try:
+                run = stack.enter_context(hold_run(directory))
+                log_event(run, "start", devices=jax.device_count(), processes=jax.process_count())
+            except UserError as refused:
+                error = refused
+        hosts.agree(error, "run directory")
+        yield run
+
+
+@contextmanager
+def open_session(
+    run: RunDir, config: RunConfig, checkpoint: CheckpointConfig, manifest: Mapping[str, Any], num_steps: int
+) -> Iterator["Session"]:
+    """The session of a locked run of ``num_steps``; ``manifest`` says what a resumed run must find unchanged."""
+    with (
+        Checkpoints(run.checkpoints, checkpoint) as saves,
+        MetricsLog(run, config, hosts.is_writer()) as log,
+        hosts.stop_signals() as stop_requested,
+    ):
+        save_every = checkpoint.every or max(1, num_steps // 10)
+        yield Session(run, config, manifest, num_steps, save_every, saves, log, stop_requested)
+
+
+@dataclass(frozen=True)
+class Due:
+    """What follows a step."""
+
+    evaluation: bool = False
+    save: bool = False
+    stop: bool = False
+
+
+class Session:
+    """A run's logs, saves and clocks. Metrics of a step are read while the next one runs."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        config: RunConfig,
+        manifest: Mapping[str, Any],
+        num_steps: int,
+        save_every: int,
+        saves: Checkpoints,
+        log: MetricsLog,
+        stop_requested: Callable[[int], bool],
+    ):
+        self.run, self._config, self._manifest = run, config, manifest
+        self._num_steps, self._save_every = num_steps, save_every
+        self._saves, self._log, self._stop_requested = saves, log, stop_requested
+        self._totals: dict[str, int] = {}
+        self._pending: _Pending | None = None
+        self._evaluation: Mapping[str, float] | None = None  # of the step that is about to be saved
+        self._due = Due()
+
+    # ------------------------------------------------------------------------------------------- beginning, resuming
+
+    def resume(self, abstract_state: Any) -> tuple[Any, int] | None:
+        """The newest good save and its step, with the logs cut back to it; None: nothing was saved yet."""
+        saved = self._saves.manifest()
+        if saved is not None:
+            refuse_changed(saved, self._manifest, str(self.run.root))
+        restored = self._saves.restore(abstract_state)
+        if restored is None:
+            hosts.agree(lost_saves(self.run) if hosts.is_writer() else None, "saved steps")
+            return None
+        state, manifest = restored
+        if hosts.is_writer():
+            cut_back(self.run, manifest["offsets"])
+            log_event(self.run, "restore", step=manifest["step"])
+        self.say(f"resuming from step {manifest['step']} of {self._num_steps}")
+        for line in rounding_changes(manifest, self._manifest):
+            self.say(f"not bit for bit the same from here on: {line}")
+        self._totals = dict(manifest["extras"])
+        return state, manifest["step"]
+
+    def begin(self) -> None:
+        """Empty what an earlier attempt logged before its first save."""
+        if hosts.is_writer():
+            cut_back(self.run, {log.name: 0 for log in self.run.logs})
+
+    def write_config(self, text: str) -> None:
+        """Keep the resolved options; on resume, too: those that are free to change may have changed."""
+        if hosts.is_writer():
+            replace_text(self.run.config, text)
+
+    def say(self, line: str | None) -> None:
+        """A line for the user, if there is one."""
+        if line is not None:
+            say(self._config.progress, line)
+
+    # ------------------------------------------------------------------------------------------------------ the steps
+
+    @contextmanager
+    def steps(self, first: int, evaluates: bool) -> Iterator[Iterator[int]]:
+        """The steps that are left, counted from 0, with progress line and profiler.
+
+        ``evaluates``: there is something to evaluate on, when ``run.eval_every`` says so and after the last step.
+        """
+        self._evaluates = evaluates
+        self._edges, left = trace_edges(self._config.profile_steps), range(first, self._num_steps)
+        shown = self._config.progress and hosts.is_writer()
+        with (
+            progress_line(first, self._num_steps, "step", shown) as self._line,
+            traced(left, self._config, self.run) as steps,
+        ):
+            self._clock = time.perf_counter()
+            yield steps
+
+    def log(self, step: int, metrics: Mapping[str, jax.Array], facts: StepFacts) -> None:
+        """Take a step's metrics, and log those of the step before; its own, too, where something follows it.
+
+        Raises:
+            NotFinite: naming step and rows.
+        """
+        if self._pending is not None:
+            self._read(self._pending)
+        self._pending = _Pending(step, metrics, facts)
+        done = step + 1
+        last = done == self._num_steps
+        stop = self._stop_requested(done) and not last
+        self._due = Due(
+            evaluation=self._evaluates and (last or _every(self._config.eval_every, done)),
+            save=last or stop or _every(self._save_every, done),
+            stop=stop,
+        )
+        if self._due.evaluation or self._due.save or done in self._edges:
+            self._read(self._pending)
+            self._pending = None
+
+    def _read(self, pending: _Pending) -> None:
+        """Wait for a step, check it, log it."""
+        metrics = {name: plain(value) for name, value in jax.device_get(pending.metrics).items()}
+        now = time.perf_counter()
+        done, facts = pending.step + 1, pending.facts
+        if not all_finite(metrics):
+            self._due = Due()
+            raise NotFinite(
+                f"step {done}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run is stopped, the "
+                f"state after step {pending.step} is saved; {facts.advice()}",
+                pending.step,
+            )
+        facts.check(metrics)
+        for name, count in facts.counts.items():
+            self._totals[name] = self._totals.get(name, 0) + count
+        seconds, self._clock = now - self._clock, now
+        if _every(self._config.log_every, done) or done == self._num_steps:
+            self._log.metrics(done, facts.logged(metrics, self._totals))
+            self._log.timings(done, {**facts.rates(seconds), **memory()})
+        self._line.set_postfix(facts.shown(metrics, seconds), refresh=False)
+        self._line.update(1)
+
+    # ---------------------------------------------------------------------------------------------- what follows a step
+
+    @property
+    def due(self) -> Due:
+        """What follows the step that was logged last, in this order."""
+        return self._due
+
+    def log_evaluation(
+        self, step: int, metrics: Mapping[str, float], distributions: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Log an evaluation after ``step`` steps; before the first step it shows whether the best can be told."""
+        if metrics:
+            self._log.evaluation(step, metrics, distributions)
+        if step == 0:
+            self._saves.refuse_unmeasured(metrics)
+        self._evaluation = metrics
+        self._clock = time.perf_counter()
+
+    def save(self, step: int, state: Any, wait: bool = False) -> None:
+        """Begin to save the state after ``step`` steps, with the lengths of the logs at this moment."""
+        started = time.perf_counter()
+        offsets = log_offsets(self.run) if hosts.is_writer() else {}
+        manifest = {**self._manifest, "offsets": offsets, "extras": self._totals}
+        evaluation = self._evaluation if self._due.evaluation else None
+        self._saves.save(step, state, manifest, evaluation, wait=wait or self._due.stop)
+        if hosts.is_writer():
+            log_event(self.run, "save", step=step, seconds=round(time.perf_counter() - started, 3))
+        self._clock = time.perf_counter()
+
+    def stop_if_asked(self, step: int) -> None:
+        """End a run that was asked to stop, after its save.
+
+        Raises:
+            Preempted: it was.
+        """
+        if not self._due.stop:
+            return
+        if hosts.is_writer():
+            log_event(self.run, "preempt", step=step)
+        raise Preempted(
+            f"{self.run.root}: stopped after step {step} of {self._num_steps}, the state is saved: "
+            "run the same command again to resume"
+        )
+
+
+def _every(interval: int, done: int) -> bool:
+    return interval > 0 and done % interval == 0
