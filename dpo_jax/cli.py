@@ -16,7 +16,7 @@ from jsonargparse.typing import PositiveInt
 import dpo_jax
 from dpo_jax.config import DPOConfig, SFTConfig, TrainConfig
 from dpo_jax.config.docs import help_sections
-from dpo_jax.config.file import COMMAND_OF, CommandLineText, parse_config, type_words
+from dpo_jax.config.file import COMMAND_OF, CommandLineText, parse_config
 from dpo_jax.console import lossy_streams, open_descriptors
 from dpo_jax.errors import Preempted, UserError, reason
 
@@ -319,6 +319,6 @@ def _explain_fields(parser: jsonargparse.ArgumentParser, config: type[TrainConfi
     for section in help_sections(config):
         group = parser.add_argument_group(f"{section.name}: {section.meaning.rstrip('.')}")
         for entry in section.fields:
-            default = "must be given" if entry.default is None else f"default: {entry.default}"
-            text = f"{entry.meaning} ({type_words(entry.type)}; {default})".replace("%", "%%")
+            default = "required" if entry.default is None else f"default: {entry.default}"
+            text = f"{entry.meaning} ({entry.values}; {default})".replace("%", "%%")
             group.add_argument(f"--{entry.name}", metavar="VALUE", default=SUPPRESS, help=text)

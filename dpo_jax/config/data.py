@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Literal
 
+from dpo_jax.config.section import Section, ranged
 from dpo_jax.errors import require
 
 TEMPLATE_DATE = "2024-07-26"  # the one that Llama 3.1's template falls back to
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
+class SourceConfig(Section):
     """One set of examples."""
 
     path: str
@@ -30,21 +31,17 @@ class SourceConfig:
     """Layout of the rows; auto infers it from the columns."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames, this program's column name to the file's: {prompt: question}."""
-    weight: float | None = None
+    weight: float | None = ranged(None, above=0)
     """Share of the pairs drawn from this set; give it to every set or to none."""
-    limit: int | None = None
+    limit: int | None = ranged(None, above=0)
     """Take only the first rows."""
-
-    def __post_init__(self):
-        require(
-            self.weight is None or 0 < self.weight < float("inf"), "weight", self.weight, "a positive number is needed"
-        )
-        require(self.limit is None or self.limit > 0, "limit", self.limit, "a positive number is needed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InvalidRowsConfig:
+class InvalidRowsConfig(Section):
     """How invalid rows are handled. Every such row is counted by its cause."""
+
+    section = "data.invalid_rows"
 
     missing_field: Literal["drop", "error"] = "error"
     """A field is absent, null or not text."""
@@ -74,16 +71,18 @@ def _is_date(text: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """What is learned from."""
+
+    section = "data"
 
     train: tuple[SourceConfig, ...]
     """Sets to train on."""
     eval: dict[str, SourceConfig] = field(default_factory=dict)
     """Sets to evaluate on, by name."""
-    eval_fraction: float = 0.0
+    eval_fraction: float = ranged(0.0, at_least=0, below=1)
     """Share of the training rows held out as the evaluation set `held_out`."""
-    max_length: int = 1024
+    max_length: int = ranged(1024, at_least=2)
     """Most tokens of a prompt and one of its answers."""
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
     """keep_start cuts the answer's end (a prompt that leaves no room is dropped); keep_end cuts the prompt's start."""
@@ -99,26 +98,23 @@ class DataConfig:
     """How invalid rows are handled."""
     store: str | None = None
     """Folder for tokenised data and cached log-probs; default: `store` in the run's parent folder."""
-    workers: int | None = None
+    workers: int | None = ranged(None, above=0)
     """Processes that tokenise; default: one a core."""
 
     def __post_init__(self):
-        require(len(self.train) > 0, "data.train", self.train, "name at least one set")
-        weighted = [source.weight is not None for source in self.train]
-        require(all(weighted) or not any(weighted), "data.train", [source.weight for source in self.train],
-                "give every set a weight, or none")  # fmt: skip
-        require(len(self.train) > 1 or not any(weighted), "data.train.0.weight", self.train[0].weight,
-                "this is the only set, so all pairs are drawn from it; leave it out")  # fmt: skip
+        super().__post_init__()
+        self.refuse("train", not self.train, "name at least one set")
+        weights = [source.weight for source in self.train]
+        weighted = [weight is not None for weight in weights]
+        require(all(weighted) or not any(weighted), "data.train", weights, "give every set a weight, or none")
+        only = "this is the only set, so all pairs are drawn from it; leave it out"
+        require(len(weights) > 1 or not any(weighted), "data.train.0.weight", weights[0], only)
         for name, source in self.eval.items():
-            require(source.weight is None, f"data.eval.{name}.weight", source.weight,
-                    "each pair of an evaluation set counts once; leave it out")  # fmt: skip
-        require(0 <= self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "it lies in [0, 1)")
-        require(self.max_length >= 2, "data.max_length", self.max_length, "a prompt and an answer need 2 tokens")
-        require("held_out" not in self.eval or self.eval_fraction == 0, "data.eval", "held_out",
-                "that is the name of the rows that eval_fraction holds out; choose another")  # fmt: skip
-        require(_is_date(self.template_date), "data.template_date", self.template_date,
-                "give a date as YYYY-MM-DD")  # fmt: skip
+            remedy = "each pair of an evaluation set counts once; leave it out"
+            require(source.weight is None, f"data.eval.{name}.weight", source.weight, remedy)
+        taken = "held_out" in self.eval and self.eval_fraction > 0
+        require(not taken, "data.eval", "held_out", "eval_fraction holds out rows under this name; choose another")
+        self.refuse("template_date", not _is_date(self.template_date), "give a date as YYYY-MM-DD")
         too_long = self.invalid_rows.too_long
-        require(self.truncation == "keep_start" or too_long == "truncate", "data.truncation", self.truncation,
-                f"data.invalid_rows.too_long is {too_long}, so nothing is cut; leave it at keep_start")  # fmt: skip
-        require(self.workers is None or self.workers > 0, "data.workers", self.workers, "a positive number is needed")
+        why = f"data.invalid_rows.too_long is {too_long}, so nothing is cut"
+        self.refuse_idle("truncation", too_long != "truncate", why)

@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from dpo_jax.config.section import Section, ranged
 from dpo_jax.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The policy: where its weights come from and how it computes."""
+
+    section = "model"
 
     path: str
     """Hugging Face directory, run directory of this program, hub name, or builtin:tiny."""
@@ -39,12 +42,14 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Section):
     """Low-rank adapters, trained in place of the weights; the reference is then the model without them."""
 
-    rank: int = 0
+    section = "lora"
+
+    rank: int = ranged(0, at_least=0)
     """Rank of each adapter; 0: no adapters, all weights are trained."""
-    alpha: float = 16.0
+    alpha: float = ranged(16.0, above=0)
     """Adapters count alpha / rank."""
     targets: tuple[str, ...] = LORA_TARGETS
     """Projections that get an adapter, by their names in Hugging Face models or by shell patterns of these."""
@@ -57,19 +62,15 @@ class LoraConfig:
     """Directory of adapters in PEFT's format to start from; they must have this rank, alpha, rslora and targets."""
 
     def __post_init__(self):
-        require(self.rank >= 0, "lora.rank", self.rank, "it cannot be negative")
-        require(0 < self.alpha < float("inf"), "lora.alpha", self.alpha, "it must be positive")
-        require(len(self.targets) > 0, "lora.targets", self.targets, f"choose from {', '.join(LORA_TARGETS)}")
+        super().__post_init__()
+        choices = ", ".join(LORA_TARGETS)
+        self.refuse("targets", not self.targets, f"choose from {choices}")
         for pattern in self.targets:
-            require(any(fnmatchcase(name, pattern) for name in LORA_TARGETS), "lora.targets", pattern,
-                    f"it matches none of {', '.join(LORA_TARGETS)}; * matches all, and several are "
-                    "written as a list, [q_proj, v_proj]")  # fmt: skip
+            remedy = f"it matches none of {choices}; * matches all, and several are a list, [q_proj, v_proj]"
+            require(any(fnmatchcase(name, pattern) for name in LORA_TARGETS), "lora.targets", pattern, remedy)
         for option in ("alpha", "targets", "rslora", "init", "path"):
-            value, default = getattr(self, option), type(self).__dataclass_fields__[option].default
-            require(self.rank > 0 or value == default, f"lora.{option}", value,
-                    "lora.rank is 0, so there are no adapters; set a rank, or leave this out")  # fmt: skip
-        require(self.path is None or self.init == "kaiming", "lora.init", self.init,
-                f"the adapters start from lora.path {self.path}; leave it out")  # fmt: skip
+            self.refuse_idle(option, self.rank == 0, "lora.rank is 0, so there are no adapters")
+        self.refuse_idle("init", self.path is not None, f"the adapters start from lora.path {self.path}")
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -83,8 +84,10 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceConfig:
+class ReferenceConfig(Section):
     """The frozen model that the policy is held to."""
+
+    section = "reference"
 
     mode: Literal["auto", "live", "cached", "none"] = "auto"
     """live: its forward pass runs in every step; cached: its log-probs are computed once and kept on disk; none: there
@@ -93,13 +96,11 @@ class ReferenceConfig:
     """Another model than the policy's own start, with the same vocabulary."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type in which a live reference is held; auto: the type of the policy's weights."""
-    sync_every: int = 0
+    sync_every: int = ranged(0, at_least=0)
     """Steps after which the policy is mixed into a live reference, again and again; 0: never."""
-    sync_mix: float = 0.6
+    sync_mix: float = ranged(0.6, above=0, at_most=1)
     """Share of the policy in that mixture; 1 copies the policy."""
 
     def __post_init__(self):
-        require(self.sync_every >= 0, "reference.sync_every", self.sync_every, "it cannot be negative")
-        require(0 < self.sync_mix <= 1, "reference.sync_mix", self.sync_mix, "it lies in (0, 1]")
-        require(self.sync_mix == 0.6 or self.sync_every > 0, "reference.sync_mix", self.sync_mix,
-                "reference.sync_every is 0, so nothing is mixed; leave it at 0.6")  # fmt: skip
+        super().__post_init__()
+        self.refuse_idle("sync_mix", self.sync_every == 0, "reference.sync_every is 0, so nothing is mixed")

@@ -16,7 +16,7 @@ from dpo_jax.batch import PairLogps, PreferenceBatch
 from dpo_jax.batching.batches import Batches, StepData, set_batches, train_batches
 from dpo_jax.batching.sets import DataSets, open_sets
 from dpo_jax.batching.to_devices import Place, make_place
-from dpo_jax.config import SORTED, DPOConfig, LossConfig, ModelConfig, SFTConfig
+from dpo_jax.config import LOSS_TRAITS, DPOConfig, LossConfig, ModelConfig, SFTConfig
 from dpo_jax.config.idle import Facts, idle_options
 from dpo_jax.data.store import Store
 from dpo_jax.data.template import reads_clock
@@ -85,7 +85,7 @@ def loss_of(config: DPOConfig | SFTConfig) -> LossConfig:
 
 def refuse_weights(loss: LossConfig, store: Store) -> None:
     """A loss that sorts the pairs of a step has no loss of a pair that could be weighed."""
-    sorts = [name for name, _ in loss.terms if name in SORTED]
+    sorts = [name for name, _ in loss.terms if LOSS_TRAITS[name].sorts]
     weighed = np.flatnonzero(store.weights != 1)
     if sorts and len(weighed):
         row, weight = store.rows[weighed[0]], store.weights[weighed[0]]
