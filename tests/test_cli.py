@@ -30,15 +30,15 @@ def outcome(capsys, *argv) -> tuple[int, str, str]:
 
 # (arguments, the line): each another way to be wrong
 WRONG = [
-    ("", "which command? choose from train, sft, eval, export, data, plan, sweep, quickstart"),
-    ("trian c.yaml", "trian: there is no such command: did you mean train?"),
-    ("dance", "dance: there is no such command: choose from train, sft, eval, export, data, plan, sweep, quickstart"),
+    ("", "give a command: choose from train, sft, eval, export, data, plan, sweep, quickstart"),
+    ("trian c.yaml", "trian: unknown command: did you mean train?"),
+    ("dance", "dance: unknown command: choose from train, sft, eval, export, data, plan, sweep, quickstart"),
     ("--verbose", "unrecognized arguments: --verbose: see dpo-jax --help"),
     ("train", "the following arguments are required: config: see dpo-jax train --help"),
     ("train c.yaml more", "unrecognized arguments: more: see dpo-jax train --help"),
     ("train nope.yaml", "nope.yaml: config file not found"),
-    ("train c.yaml --loss.beta", "--loss.beta: it has no value: write --loss.beta VALUE"),
-    ("train c.yaml --loss.beta --run.steps 3", "--loss.beta: it has no value: write --loss.beta VALUE"),
+    ("train c.yaml --loss.beta", "--loss.beta: the value is missing: write --loss.beta VALUE"),
+    ("train c.yaml --loss.beta --run.steps 3", "--loss.beta: the value is missing: write --loss.beta VALUE"),
     ("train c.yaml --run.stepz 3", "run.stepz: unknown option: did you mean run.steps?"),
     ("train c.yaml --batch.pairs 1.5", "batch.pairs must be an integer, got 1.5"),
     ("train c.yaml --beta=0.1", "beta: unknown option: did you mean loss.beta?"),
@@ -195,4 +195,4 @@ def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "dpo_jax", "nope"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2
-    assert done.stderr.startswith("dpo-jax: error: nope: there is no such command")
+    assert done.stderr.startswith("dpo-jax: error: nope: unknown command")

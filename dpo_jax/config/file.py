@@ -30,14 +30,7 @@ Kind = TypeVar("Kind", bound=Section)
 COMMAND_OF: dict[type[TrainConfig], str] = {DPOConfig: "train", SFTConfig: "sft"}
 SHORTHAND = {SourceConfig: "path"}  # a string in place of one of these is its field
 SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}
-WORDS: dict[type, str] = {
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    str: "a string",
-    NoneType: "null",
-    SourceConfig: "a data set",
-}
+SCALAR_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
 
 
 class CommandLineText(str):
@@ -130,7 +123,7 @@ def _choices(kind: Any) -> list[str]:
         return [word for option in get_args(kind) for word in _choices(option)]
     if get_origin(kind) is Literal:
         return [str(choice) for choice in get_args(kind)]
-    return [WORDS[kind]]
+    return ["a data set" if kind is SourceConfig else SCALAR_WORDS[kind]]
 
 
 # Reading a tree of plain values as typed dataclasses. `name` is the dotted name of the value; `root`, the class of the
@@ -179,7 +172,7 @@ def _read_section(kind: type[Section], value: Any, name: str, root: type) -> Sec
     if not isinstance(value, Mapping):
         raise UserError(name, value, f"it is a section; set its options by name, such as {name}.{next(iter(types))}")
     prefix = f"{name}." if name else ""
-    refuse_unknown(value, types, prefix, root)
+    _refuse_unknown(value, types, prefix, root)
     arguments = {}
     for field in dataclasses.fields(kind):
         option = prefix + field.name
@@ -198,16 +191,8 @@ def _read_section(kind: type[Section], value: Any, name: str, root: type) -> Sec
         raise error if kind.section else UserError(prefix + str(error)) from None
 
 
-def refuse_unknown(keys: Collection[Any], options: Collection[str], prefix: str, root: type) -> None:
-    """Refuse the first of the keys that is not among the options of its section, and say which was probably meant.
-
-    Args:
-        prefix: of the section's dotted names, such as ``data.train.0.``; "" for the whole config.
-        root: class of the whole config.
-
-    Raises:
-        UserError: a key is unknown, or belongs to another command.
-    """
+def _refuse_unknown(keys: Collection[Any], options: Collection[str], prefix: str, root: type) -> None:
+    """Refuse a key that is none of the options of the section with this prefix, and say which was probably meant."""
     unknown = next((key for key in keys if key not in options), None)
     if unknown is None:
         return
@@ -301,7 +286,8 @@ def _put(kind: Any, node: Any, where: tuple[str, ...], rest: Sequence[str], valu
         return _put_in_list(get_args(kind)[0], node, where, rest, value)
     if kind in SHORTHAND and isinstance(node, str):
         node = {SHORTHAND[kind]: node}
-    if not isinstance(node, Mapping) and (node is not None or not _has_names(kind)):
+    named = dataclasses.is_dataclass(kind) or get_origin(kind) is dict
+    if not isinstance(node, Mapping) and (node is not None or not named):
         raise UserError(f"{name}: {dotted} is {shown(node)}, which has no options: set {dotted} itself")
     node = node or {}
     key, inside = rest[0], None
@@ -327,10 +313,6 @@ def _put_in_list(kind: Any, node: Any, where: tuple[str, ...], rest: Sequence[st
     index = int(rest[0])
     entries[index] = _put(kind, entries[index], (*where, rest[0]), rest[1:], value)
     return entries
-
-
-def _has_names(kind: Any) -> bool:
-    return dataclasses.is_dataclass(kind) or get_origin(kind) is dict
 
 
 # The core schema of YAML 1.2, on PyYAML, whose own is that of 1.1.

@@ -58,35 +58,35 @@ class LossConfig(Section):
     section = "loss"
 
     type: LossType | None = None
-    """The loss; default: sigmoid, which is DPO. Several at once: types."""
+    """The loss; default: sigmoid, which is DPO. For several at once, see types."""
     types: tuple[LossType, ...] = ()
-    """Several losses of the same pairs, added; [sigmoid, sft] is RPO, [sigmoid, bco_pair, sft] is MPO."""
+    """Several losses of the same pairs, summed; [sigmoid, sft] is RPO, [sigmoid, bco_pair, sft] is MPO."""
     weights: tuple[float, ...] = ranged((), above=0)
-    """Weight of each of types; default: 1 each."""
+    """Weights of types, in order; default: 1 each."""
     beta: float = ranged(0.1, above=0)
-    """Weight of the KL term; larger keeps the policy closer to the reference. Of orpo: weight of the odds ratio."""
+    """Weight of the KL term; larger keeps the policy closer to the reference. For orpo: weight of the odds ratio."""
     label_smoothing: float = ranged(0.0, at_least=0, below=0.5)
-    """Chance that a label is wrong: sigmoid (cDPO), robust, aot, aot_unpaired; exo_pair needs it above 0."""
+    """Probability that a label is wrong: for sigmoid (cDPO), robust, aot, aot_unpaired; exo_pair needs more than 0."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
-    """Divergence from the reference that the loss stands for; reverse_kl is DPO's own."""
+    """Divergence from the reference that the loss penalizes; reverse_kl is that of DPO."""
     f_alpha: float = 0.5
     """Coefficient of f_divergence alpha; towards 1 it becomes reverse_kl."""
     ld_alpha: float | None = ranged(None, at_least=0, at_most=1)
-    """LD-DPO: weight of the tokens of the longer answer beyond the length of the shorter; null: 1, all count alike."""
+    """LD-DPO: weight of the longer answer's tokens beyond the length of the shorter; null: 1, all count alike."""
     weighting: Literal["none", "wpo"] = "none"
-    """wpo: each pair weighs as much as the policy would have written its answers."""
+    """wpo: weigh each pair by how likely the policy is to write its answers."""
     wpo_gradient: bool = False
-    """Let the gradient through the weights of wpo; False: they are constants, as in TRL 1.16."""
+    """Let the gradient through the weights of wpo; false: they are constants, as in TRL 1.16."""
     reference_free: bool = False
     """Take the reference's log-probs as 0 in a loss that has one."""
     ipo_average: bool = True
-    """Log-ratios of ipo are means over tokens; False: sums, as in the first code of its authors."""
+    """Average ipo's log-ratios over tokens; false: sum them, as in the authors' first code."""
     discopop_tau: float = ranged(0.05, above=0, below=1)
     """Temperature of discopop's mixture."""
     dpop_lambda: float = ranged(50.0, at_least=0)
     """Weight of dpop's penalty on a chosen answer that falls below the reference."""
     simpo_gamma: float = ranged(0.5, at_least=0)
-    """Margin that simpo asks for, in units of its reward."""
+    """Target margin of simpo, in units of its reward."""
     cpo_weight: float = ranged(1.0, at_least=0)
     """Weight of cpo's likelihood of the chosen answer, the mean over its tokens."""
 
@@ -94,7 +94,7 @@ class LossConfig(Section):
         super().__post_init__()
         if self.type is None and not self.types:
             object.__setattr__(self, "type", "sigmoid")
-        self.refuse("types", bool(self.type and self.types), f"loss.type {self.type} is given too; keep one")
+        self.refuse("types", self.type and self.types, f"loss.type {self.type} is given too; keep one")
         self.refuse("types", len(set(self.types)) < len(self.types), "name each loss once")
         unequal = len(self.weights) not in (0, len(self.types))
         self.refuse("weights", unequal, f"give one for each of loss.types, {len(self.types)}")
@@ -104,23 +104,23 @@ class LossConfig(Section):
         traits = {name: LOSS_TRAITS[name] for name, _ in self.terms}
         names = _listed(traits)
         for option in (option for row in LOSS_TRAITS.values() for option in row.options):
-            unowned = not any(option in row.options for row in traits.values())
-            self.refuse_idle(option, unowned, f"{names} has no such option")
-        unsmoothed = "exo_pair" in traits and self.label_smoothing == 0
-        self.refuse("label_smoothing", unsmoothed, "exo_pair is infinite at 0; try 0.001")
-        of_margin = _listed(name for name, row in LOSS_TRAITS.items() if row.of_margin)
+            owned = any(option in row.options for row in traits.values())
+            self.refuse_idle(option, not owned, f"{names} has no such option")
+        infinite = "exo_pair" in traits and self.label_smoothing == 0
+        self.refuse("label_smoothing", infinite, "exo_pair is infinite at 0; try 0.001")
+        divergent = _listed(name for name, row in LOSS_TRAITS.items() if row.of_margin)
         others = _listed(name for name, row in traits.items() if not row.of_margin)
-        self.refuse_idle("f_divergence", bool(others), f"it is defined for {of_margin}, not for {others}")
-        plain = self.f_divergence != "alpha"
-        self.refuse_idle("f_alpha", plain, f"f_divergence {self.f_divergence} has no coefficient")
-        per_token = _listed(n for n, row in traits.items() if row.per_token or (n == "ipo" and self.ipo_average))
-        self.refuse_idle("ld_alpha", bool(per_token), f"{per_token} divides by the lengths already")
+        self.refuse_idle("f_divergence", others, f"it is defined for {divergent}, not for {others}")
+        divergence = self.f_divergence
+        self.refuse_idle("f_alpha", divergence != "alpha", f"f_divergence {divergence} has no coefficient")
+        divided = _listed(n for n, row in traits.items() if row.per_token or (n == "ipo" and self.ipo_average))
+        self.refuse_idle("ld_alpha", divided, f"{divided} divides by the lengths already")
         coupled = _listed(name for name, row in traits.items() if row.coupled)
-        self.refuse_idle("weighting", bool(coupled), f"{coupled} has no loss of a pair by itself")
+        self.refuse_idle("weighting", coupled, f"{coupled} couples the pairs of a step, so none can be weighed alone")
         self.refuse_idle("wpo_gradient", self.weighting == "none", "weighting none has no weights")
         compares = any(row.reference for row in traits.values())
         self.refuse_idle("reference_free", not compares, f"{names} has no reference anyway")
-        self.refuse_idle("reference_free", "dpop" in traits, "dpop is a penalty on falling below the reference")
+        self.refuse_idle("reference_free", "dpop" in traits, "dpop penalizes falling below the reference")
 
     @property
     def terms(self) -> tuple[tuple[LossType, float], ...]:

@@ -1,4 +1,4 @@
-"""Options of the update, of a step's rows, of the mesh, of the run and of its saves."""
+"""Options of the optimizer, the batch, the mesh, the run and its checkpoints."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,36 +16,36 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {  # also says which of these 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
-    """The update."""
+    """The optimizer and its learning-rate schedule."""
 
     section = "optimizer"
 
     name: Literal["adamw", "lion", "adafactor", "rmsprop"] = "adamw"
-    """rmsprop is the DPO paper's own."""
+    """The update rule; rmsprop is that of the DPO paper."""
     learning_rate: float = ranged(5e-7, above=0)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
-    """Shape after the warm-up; wsd stays at the peak, then falls over decay_steps."""
+    """Shape after the warmup; wsd stays at the peak, then decays over decay_steps."""
     warmup_steps: int = ranged(0, at_least=0)
-    """Steps over which the rate rises from 0 to its peak."""
+    """Steps over which the learning rate rises from 0 to its peak."""
     decay_steps: int | None = ranged(None, above=0)
-    """Steps of wsd's fall; default: a tenth of the run."""
+    """Steps of wsd's decay; default: a tenth of the run."""
     final_fraction: float = ranged(0.0, at_least=0, at_most=1)
-    """Rate at the end as a share of the peak, for linear, cosine and wsd."""
+    """Final learning rate as a share of the peak, for linear, cosine and wsd."""
     b1: float | None = ranged(None, at_least=0, below=1)
-    """Decay of the first moment; default: 0.9 (adamw, lion)."""
+    """Decay rate of the first moment; default: 0.9 (adamw, lion)."""
     b2: float | None = ranged(None, at_least=0, below=1)
-    """Decay of the second moment; default: 0.999 (adamw), 0.99 (lion, rmsprop)."""
+    """Decay rate of the second moment; default: 0.999 (adamw), 0.99 (lion, rmsprop)."""
     eps: float | None = ranged(None, at_least=0, below=1)
     """Added to the root of the second moment; default: 1e-8 (adamw, rmsprop)."""
     weight_decay: float = ranged(0.0, at_least=0)
     """Decoupled weight decay."""
     decay_mask: Literal["matrices", "all"] = "matrices"
-    """What weight decay acts on: matrices leaves out norms and biases."""
+    """Which weights decay; matrices leaves out norms and biases."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the first moment."""
+    """Dtype of the first moment."""
     max_grad_norm: float | None = ranged(1.0, above=0)
-    """Gradients are scaled down to this global norm; null: never."""
+    """Gradients are clipped to this global norm; null: no clipping."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,28 +59,29 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class RowsConfig(Section):
-    """How a step's examples are laid in rows of tokens."""
+    """How the examples of a step are packed into rows of tokens."""
 
     section = "batch"
 
     row_length: Literal["auto"] | int = ranged("auto", at_least=64, multiple_of=64)
-    """Tokens in a row; auto: one row for each data-parallel device, in the few lengths that the data asks for."""
+    """Tokens per row; auto: one row per data-parallel device, in a few lengths that fit the data."""
     max_shapes: int = ranged(4, above=0)
-    """Most row shapes that the run compiles; each is taken only where it saves token slots."""
+    """Maximum number of row shapes to compile; each is used only where it saves token slots."""
     accumulation: int = ranged(1, above=0)
     """Gradient accumulation steps: microbatches computed one after another; the result does not depend on it."""
     target_chunk: int = ranged(1024, above=0)
-    """Answer tokens of a device whose scores exist at one time, over 8192 tokens of the vocabulary."""
+    """Answer tokens per device whose logits exist at once, for 8192 tokens of the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(RowsConfig):
-    """How a step's pairs are laid in rows of tokens."""
+    """The pairs of a step, and how they are packed into rows of tokens."""
 
     pairs: int = ranged(64, above=0)
-    """Pairs in a step, over all devices and hosts."""
+    """Pairs per step, over all devices and hosts."""
     layout: Literal["shared", "repeated", "padded"] = "shared"
-    """shared: a prompt stored and computed once for its two answers; repeated: twice; padded: one sequence a row."""
+    """shared: a prompt is stored and computed once for its two answers; repeated: twice; padded: one sequence per
+    row."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,10 +96,10 @@ class BatchConfig(RowsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SFTBatchConfig(RowsConfig):
-    """How a step's examples are laid in rows of tokens."""
+    """The examples of a step, and how they are packed into rows of tokens."""
 
     examples: int = ranged(64, above=0)
-    """Examples in a step, over all devices and hosts."""
+    """Examples per step, over all devices and hosts."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -118,16 +119,16 @@ class SFTBatchConfig(RowsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):
-    """Devices along each axis of the mesh; one of them may be -1: the rest."""
+    """Devices along each axis of the mesh; one axis may be -1, which takes the rest."""
 
     section = "mesh"
 
     data: int = ranged(1, above=0, also=-1)
     """Copies of the model, each with its own rows."""
     fsdp: int = ranged(-1, above=0, also=-1)
-    """Devices over which weights, optimizer state and rows are spread."""
+    """Devices that shard weights, optimizer state and rows."""
     tensor: int = ranged(1, above=0, also=-1)
-    """Devices over which each layer's heads and features are spread."""
+    """Devices that shard each layer's heads and features."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -137,18 +138,18 @@ class MeshConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
-    """The run itself."""
+    """The run: directory, length, logs and output."""
 
     section = "run"
 
     dir: str
-    """Run directory; starting again with the same one continues the run."""
+    """Run directory; starting again with the same one resumes the run."""
     steps: int | None = ranged(None, above=0)
     """Length in steps; or give epochs."""
     epochs: float | None = ranged(None, above=0)
-    """Length in passes over the training data; or give steps. Neither: 1 epoch."""
-    seed: int = ranged(0, at_least=0, below=2**63)
-    """Decides the order of the data, and what adapters start from."""
+    """Length in passes over the training data; or give steps. Default: 1 epoch."""
+    seed: int = ranged(0, at_least=0)
+    """Determines the order of the data and the initial adapters."""
     log_every: int = ranged(1, above=0)
     """Steps between lines of metrics.jsonl."""
     eval_every: int = ranged(0, at_least=0)
@@ -156,18 +157,18 @@ class RunConfig(Section):
     token_stats: bool = True
     """Also log entropy, mean logits and token accuracy."""
     export: bool = False
-    """Write the Hugging Face directory `export` at the end."""
+    """Write a Hugging Face directory, `export`, at the end."""
     report: bool = True
     """Write report.html at the end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go in addition to metrics.jsonl."""
     progress: bool = True
-    """Show a live progress line, notes and what is about to run; False: only warnings and errors."""
+    """Show progress, notes and what is about to run; false: only warnings and errors."""
     profile_steps: tuple[int, ...] = ranged((), above=0)
-    """First and last step to trace into folder `profile`, for XProf or Perfetto, such as [10, 12]; this is slow."""
+    """First and last step to trace into folder `profile`, for XProf or Perfetto, such as [10, 12]; tracing is slow."""
     compiler_flags: dict[str, str] = field(default_factory=dict)
-    """XLA options of the train step, by name, added to or replacing those that the program sets on TPUs; an empty value
-    leaves one of these out."""
+    """XLA options of the train step, by name; they add to or replace those set by default on TPUs, of which an empty
+    value removes one."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -180,20 +181,20 @@ class RunConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
-    """What is kept, and when."""
+    """When checkpoints are saved, and which are kept."""
 
     section = "checkpoint"
 
     every: int = ranged(0, at_least=0)
-    """Steps between saves; 0: a tenth of the run. The last step is saved always."""
+    """Steps between checkpoints; 0: a tenth of the run. The last step is always saved."""
     keep: int = ranged(2, above=0)
-    """Newest saves kept."""
+    """Number of latest checkpoints kept."""
     keep_best: int = ranged(0, at_least=0)
-    """Best saves kept as well, by best_metric."""
+    """Number of best checkpoints kept as well, by best_metric."""
     best_metric: str | None = None
-    """Evaluation metric that tells the best, such as eval_held_out_rewards/accuracies."""
+    """Evaluation metric that ranks checkpoints, such as eval_held_out_rewards/accuracies."""
     best_mode: Literal["max", "min"] = "max"
-    """Whether more or less of it is better."""
+    """Whether a higher or a lower best_metric is better."""
 
     def __post_init__(self):
         super().__post_init__()

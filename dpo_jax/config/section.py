@@ -58,15 +58,17 @@ class Section:
                 name = self._dotted(option.name, str(index))
                 if isinstance(entry, float) and not math.isfinite(entry):
                     raise must_be(name, "finite", entry)
+                if isinstance(entry, int) and entry.bit_length() > 63:
+                    raise must_be(name, "a 64-bit integer", entry)
                 if allowed is not None and isinstance(entry, int | float) and entry not in allowed:
                     raise must_be(name, f"{null}{allowed}", entry)
 
-    def refuse(self, option: str, when: bool, remedy: str) -> None:
+    def refuse(self, option: str, when: object, remedy: str) -> None:
         """Refuse the value of an option, named from this section on, if ``when``."""
         if when:
             raise UserError(self._dotted(option), reduce(getattr, option.split("."), self), remedy)
 
-    def refuse_idle(self, option: str, when: bool, why: str) -> None:
+    def refuse_idle(self, option: str, when: object, why: str) -> None:
         """Refuse any value of an option but its default if ``when``: it would have no effect."""
         *path, name = option.split(".")
         owner: Any = reduce(getattr, path, self)
