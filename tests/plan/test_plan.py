@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_made_to_fit():
     [
         (["--topology", "v5e:4x5"], "topology: 'v5e:4x5' cannot be used"),
         (["--topology", "v5e:2x2", "--lengths", "1,2"], "--lengths: '1,2' cannot be used: write mean tokens"),
-        (["--topology", "v5e:2x2", "--slices", "2"], "mesh.data: 1 copies cannot be spread over 2 slices"),
+        (["--topology", "v5e:2x2", "--slices", "2"], "mesh.data: 1 cannot be used: make it a multiple of the 2 slices"),
         (["--topology", "v4:2x2x1", "--slices", "2"], "--slices: 2 cannot be used: the bandwidth between slices of v4"),
         (["--topology", "v5e:2x2", "--mesh.tensor", "8"], "mesh:"),
         (["--topology", "v5e:2x2", "--lengths", "200,50,40"], "--lengths: (200.0, 50.0, 40.0) cannot be: a prompt and"),
@@ -247,7 +247,10 @@ def test_what_does_not_fit_is_made_to_fit():
             "run.compiler_flags: {'xla_foo': '3'} cannot be",
         ),
         (["--topology", "v5e:2x2", "--mesh.tensor", "3"], "does not use 4 devices: 3 does not divide 4"),
-        (["--topology", "v5e:2x2", "--data", "--lengths", "1,2,3"], "--lengths: 1,2,3 is given, and --data measures"),
+        (
+            ["--topology", "v5e:2x2", "--data", "--lengths", "1,2,3"],
+            "--lengths: '1,2,3' cannot be used: --data measures",
+        ),
     ],
 )
 def test_refusals(arguments, message, tmp_path, capsys):
