@@ -1,4 +1,4 @@
-"""The commands. Each reads its config wholly, and refuses what is wrong, before anything heavy is imported."""
+"""The commands. Each reads and checks its whole config before anything heavy is imported."""
 
 import json
 import re
@@ -6,7 +6,6 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -16,12 +15,14 @@ from jsonargparse.typing import PositiveInt
 import dpo_jax
 from dpo_jax.config import DPOConfig, SFTConfig, TrainConfig
 from dpo_jax.config.docs import help_sections
-from dpo_jax.config.file import COMMAND_OF, CommandLineText, parse_config, type_words
+from dpo_jax.config.file import COMMAND_OF, CommandLineText, parse_config
 from dpo_jax.console import lossy_streams, open_descriptors
-from dpo_jax.errors import Preempted, UserError, reason
+from dpo_jax.errors import Preempted, UserError, reason, require, suggestion
 
 CONFIG_OF = {command: config for config, command in COMMAND_OF.items()}
 INTERRUPTED = 130  # the shell's code for control-C
+
+Which = Literal["newest", "best"]
 
 
 def _train(config: DPOConfig | SFTConfig) -> None:
@@ -30,19 +31,18 @@ def _train(config: DPOConfig | SFTConfig) -> None:
     train(config)
 
 
-def _eval(config: DPOConfig, output: str, which: Literal["newest", "best"], per_token: bool) -> None:
+def _eval(config: DPOConfig, output: str, which: Which, per_token: bool) -> None:
     from dpo_jax.commands.evaluate import evaluate
     from dpo_jax.parallel.hosts import is_writer
 
     summary = evaluate(config, Path(output), which, per_token)
     if is_writer():
         text = json.dumps(summary, indent=2)
-        print(
-            re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-        )  # lists of numbers
+        number_list = r"\[\s+([^][{}]*?)\s+\]"  # goes on one line
+        print(re.sub(number_list, lambda match: f"[{' '.join(match[1].split())}]", text))
 
 
-def _export(run_dir: str, out_dir: str, which: Literal["newest", "best"], adapters: bool) -> None:
+def _export(run_dir: str, out_dir: str, which: Which, adapters: bool) -> None:
     from dpo_jax.commands.export import export
 
     export(Path(run_dir), Path(out_dir), which, adapters)
@@ -55,24 +55,24 @@ def _data(config: DPOConfig | SFTConfig, step: int | None) -> None:
 
 
 def _plan(
-    config: DPOConfig, topology: str, slices: int, rows: int | None, lengths: str | None, examples: int | None,
-    data: bool, search: bool, output: str | None,
-) -> None:  # fmt: skip
-    mean_lengths = None
-    if lengths is not None:
-        if data:
-            raise UserError(f"--lengths: {lengths} is given, and --data measures them; keep one")
-        match = re.fullmatch(r"(\d+),(\d+),(\d+)", lengths)
-        if match is None or not all(map(int, match.groups())):
-            raise UserError(f"--lengths: {lengths} cannot be read; write mean tokens of prompt, chosen and rejected "
-                            "with commas between, 180,330,300")  # fmt: skip
-        mean_lengths = (float(match[1]), float(match[2]), float(match[3]))
-    if data and examples is not None:
-        raise UserError(f"--examples: {examples} is given, and --data counts them; keep one")
-    if config.run.steps is not None and examples is not None:
-        raise UserError(f"--examples: {examples} says nothing: run.steps is {config.run.steps}; keep one")
-    if output is not None and (not Path(output).absolute().parent.is_dir() or Path(output).is_dir()):
-        raise UserError(f"--output: {output!r} cannot be written: give a file in a folder that is there")
+    config: DPOConfig,
+    topology: str,
+    slices: int,
+    rows: int | None,
+    lengths: str | None,
+    examples: int | None,
+    data: bool,
+    search: bool,
+    output: str | None,
+) -> None:
+    require(lengths is None or not data, "--lengths", lengths, "--data measures them; keep one")
+    require(examples is None or not data, "--examples", examples, "--data counts them; keep one")
+    steps = config.run.steps
+    require(examples is None or steps is None, "--examples", examples, f"run.steps is {steps} already; keep one")
+    if output is not None:
+        writable = Path(output).absolute().parent.is_dir() and not Path(output).is_dir()
+        require(writable, "--output", output, "give a file in an existing folder")
+    mean_lengths = None if lengths is None else _mean_lengths(lengths)
     from dpo_jax.commands.evaluate import write_output
     from dpo_jax.plan.plan import Known, plan_slices
     from dpo_jax.plan.text import render, table
@@ -88,11 +88,18 @@ def _plan(
         print(table(plans))
 
 
+def _mean_lengths(text: str) -> tuple[float, float, float]:
+    match = re.fullmatch(r"(\d+),(\d+),(\d+)", text)
+    if match is None or not all(map(int, match.groups())):
+        raise UserError("--lengths", text, "write mean tokens of prompt, chosen and rejected answer as 180,330,300")
+    return float(match[1]), float(match[2]), float(match[3])
+
+
 def _sweep(config: DPOConfig, betas: str) -> None:
     try:
         values = [float(beta) for beta in betas.split(",")]
     except ValueError:
-        raise UserError(f"--betas: {betas} cannot be read; write numbers with commas between, 0.05,0.1,0.5") from None
+        raise UserError("--betas", betas, "write numbers separated by commas, 0.05,0.1,0.5") from None
     configs = [replace(config, loss=replace(config.loss, beta=value)) for value in values]  # refused before jax comes
     from dpo_jax.commands.sweep import render, sweep
     from dpo_jax.parallel.hosts import is_writer
@@ -108,104 +115,87 @@ def _quickstart(dir: str) -> None:
     quickstart(Path(dir))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Command:
     """One command; `config` is the class of the config that it reads, None if it reads none."""
 
-    summary: str
     run: Callable[..., None]
+    summary: str
     config: type[TrainConfig] | None = None
-    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> settings of argparse
 
 
+WHICH: dict[str, Any] = {"choices": ["newest", "best"], "default": "newest"}
 COMMANDS = {
-    "train": Command(summary="Direct Preference Optimization.", run=_train, config=DPOConfig),
-    "sft": Command(
-        summary="Supervised fine-tuning, to make the model that train starts from.", run=_train, config=SFTConfig
-    ),
+    "train": Command(_train, "Train with Direct Preference Optimization.", DPOConfig),
+    "sft": Command(_train, "Supervised fine-tuning, for the model that train starts from.", SFTConfig),
     "eval": Command(
-        summary="Log-probs and rewards of the evaluation sets, pair by pair; a summary to stdout, as JSON.",
-        run=_eval,
-        config=DPOConfig,
-        arguments={
-            "--output": {"type": str, "required": True, "help": "JSON lines, one a pair, are written here."},
-            "--which": {
-                "choices": ["newest", "best"],
-                "default": "newest",
-                "help": "Which saved step to judge.",
-            },
-            "--per-token": {
-                "action": "store_true",
-                "help": "Also what each token adds to the reward, and a page of coloured answers next to --output.",
-            },
+        _eval,
+        "Log-probs and rewards of every evaluation pair; prints a summary as JSON.",
+        DPOConfig,
+        {
+            "--output": {"type": str, "required": True, "help": "File to write: JSON lines, one per pair."},
+            "--which": {**WHICH, "help": "Checkpoint to evaluate."},
+            "--per-token": {"action": "store_true", "help": "Also each token's share of the reward, and a page."},
         },
     ),
     "export": Command(
-        summary="Write a run's model as a Hugging Face directory.",
-        run=_export,
+        _export,
+        "Write a run's model as a Hugging Face directory.",
         arguments={
             "run_dir": {"type": str, "help": "Run directory."},
-            "out_dir": {"type": str, "help": "Directory to be made."},
-            "--which": {"choices": ["newest", "best"], "default": "newest", "help": "Which saved step to take."},
-            "--adapters": {"action": "store_true", "help": "Write the adapters alone, for PEFT; not merged."},
+            "out_dir": {"type": str, "help": "Directory to create."},
+            "--which": {**WHICH, "help": "Checkpoint to export."},
+            "--adapters": {"action": "store_true", "help": "Write the adapters alone, in PEFT's format, not merged."},
         },
     ),
     "data": Command(
-        summary="What the data holds: counts, lengths, problems, one pair as the model sees it.",
-        run=_data,
-        config=DPOConfig,
-        arguments={
-            "--for": {"choices": list(CONFIG_OF), "default": "train", "help": "The command that the config is for."},
-            "--step": {
-                "type": PositiveInt,
-                "default": None,
-                "help": "Print the pairs of this step of metrics.jsonl instead.",
-            },
+        _data,
+        "Audit the data: counts, lengths, problems, and one pair as the model sees it.",
+        DPOConfig,
+        {
+            "--for": {"choices": list(CONFIG_OF), "default": "train", "help": "Command that the config is for."},
+            "--step": {"type": PositiveInt, "help": "Print the pairs of this step of metrics.jsonl instead."},
         },
     ),
     "plan": Command(
-        summary="Compile the train step ahead of time for a TPU topology: memory, and bounds on time and cost.",
-        run=_plan,
-        config=DPOConfig,
-        arguments={
+        _plan,
+        "Compile the train step ahead of time for a TPU topology: memory, and bounds on time and cost.",
+        DPOConfig,
+        {
             "--topology": {
                 "type": str,
                 "required": True,
-                "help": "The slice by its chips, v5e:4x4, or by its type, v5litepod-16; several with commas between.",
+                "help": "Slice, v5e:4x4 or v5litepod-16; or several, v5e:4x4,v6e:4x4.",
             },
-            "--slices": {"type": PositiveInt, "default": 1, "help": "How many of them; mesh.data joins them."},
-            "--rows": {"type": PositiveInt, "default": None, "help": "Rows of batch.row_length tokens a device."},
+            "--slices": {"type": PositiveInt, "default": 1, "help": "Number of slices, joined by mesh.data."},
+            "--rows": {"type": PositiveInt, "help": "Rows of batch.row_length tokens per device."},
             "--lengths": {
                 "type": str,
-                "default": None,
-                "help": "Mean tokens of prompt, chosen and rejected answer: 180,330,300. Default: rows are full.",
+                "help": "Mean tokens of prompt, chosen, rejected: 180,330,300. Default: full rows.",
             },
-            "--examples": {
-                "type": PositiveInt,
-                "default": None,
-                "help": "Pairs of the data, for the hours of the run.",
-            },
-            "--data": {"action": "store_true", "help": "Read the config's data for lengths and pairs."},
+            "--examples": {"type": PositiveInt, "help": "Number of pairs, for the hours of the run."},
+            "--data": {"action": "store_true", "help": "Read the config's data for lengths and number of pairs."},
             "--search": {"action": "store_true", "help": "If it does not fit, look for settings that do."},
-            "--output": {"type": str, "default": None, "help": "All of it as JSON is written here."},
+            "--output": {"type": str, "help": "JSON file to write the plans to."},
         },
     ),
     "sweep": Command(
-        summary="Train once for each of several betas; a table of accuracy, margin and KL.",
-        run=_sweep,
-        config=DPOConfig,
-        arguments={"--betas": {"type": str, "required": True, "help": "Numbers with commas between: 0.05,0.1,0.5"}},
+        _sweep,
+        "Train once for each of several betas; prints a table of accuracy, margin and KL.",
+        DPOConfig,
+        {"--betas": {"type": str, "required": True, "help": "Numbers separated by commas: 0.05,0.1,0.5."}},
     ),
     "quickstart": Command(
-        summary="Both stages on a built-in task, without network, in about two minutes; with a report.",
-        run=_quickstart,
-        arguments={"--dir": {"type": str, "default": "runs/quickstart", "help": "Where the runs and the report go."}},
+        _quickstart,
+        "Both stages on a built-in task, without network, in about two minutes, with a report.",
+        arguments={"--dir": {"type": str, "default": "runs/quickstart", "help": "Folder for the runs and the report."}},
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. A cause that the user can fix is one line on stderr."""
+    """Run a command and return its exit code. An error that the user can fix is one line on stderr."""
     open_descriptors()
     with lossy_streams() as (out, err):
         try:
@@ -238,9 +228,8 @@ def _run(argv: list[str]) -> None:
     if name not in COMMANDS:
         if name.startswith("-"):
             _parser("").parse_args(argv)  # --help and --version end here
-        near = get_close_matches(name, COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
-        raise UserError(f"{name or 'COMMAND'}: there is no such command: {hint}" if name else f"which command? {hint}")
+        hint = suggestion(name, COMMANDS)
+        raise UserError(f"{name}: unknown command: {hint}" if name else f"give a command: {hint}")
     command, rest = COMMANDS[name], argv[1:]
     overrides: dict[str, CommandLineText] = {}
     if command.config is not None:
@@ -255,7 +244,7 @@ def _run(argv: list[str]) -> None:
 
 
 def split_overrides(args: list[str], own: Collection[str]) -> tuple[list[str], dict[str, CommandLineText]]:
-    """Take ``--section.key value`` and ``--section.key=value`` out of the arguments; of two alike the last counts."""
+    """Split arguments from ``--section.key value`` and ``--section.key=value``; the last of equal names counts."""
     rest: list[str] = []
     overrides: dict[str, CommandLineText] = {}
     words = iter(args)
@@ -266,19 +255,19 @@ def split_overrides(args: list[str], own: Collection[str]) -> tuple[list[str], d
             continue
         value = value if equals else next(words, "--")
         if value.startswith("--") and not equals:
-            raise UserError(f"{option}: it has no value: write {option} VALUE")
+            raise UserError(f"{option}: the value is missing: write {option} VALUE")
         overrides.pop(option[2:], None)
         overrides[option[2:]] = CommandLineText(value)
     return rest, overrides
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Raises what is wrong as one line, for `main` to print."""
+    """Raises usage errors as one line, for `main` to print."""
 
     called = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # the library puts the command's name before its arguments, and drops the dashes of those that are missing
+        # the library puts the command's name before its arguments, and drops the dashes of missing ones
         what, required, names = message.replace(f" {self.called}.", " ").partition("required: ")
         options = COMMANDS[self.called].arguments if self.called in COMMANDS else ()
         flags = {option.lstrip("-").replace("-", "_"): option for option in options}
@@ -287,9 +276,9 @@ class _Parser(jsonargparse.ArgumentParser):
 
 
 def _parser(called: str) -> jsonargparse.ArgumentParser:
-    """The parser of all commands; the one that is called also explains its config's fields."""
-    parser = _Parser(prog="dpo-jax", version=dpo_jax.__version__, allow_abbrev=False,
-                     description="Align a language model with preferences, in JAX.")  # fmt: skip
+    """The parser of all commands; only the help of the one that is called lists the options of its config."""
+    about = "Align a language model with preferences, in JAX."
+    parser = _Parser(prog="dpo-jax", version=dpo_jax.__version__, allow_abbrev=False, description=about)
     parser.called = called
     subcommands = parser.add_subcommands(dest="command", metavar="COMMAND", title="commands", description=None, help="")
     for name, command in COMMANDS.items():
@@ -301,16 +290,16 @@ def _parser(called: str) -> jsonargparse.ArgumentParser:
         for option, settings in command.arguments.items():
             inner.add_argument(option, **settings)
         if command.config is not None and name == called:
-            _explain_fields(inner, command.config)
+            _list_options(inner, command.config)
         subcommands.add_subcommand(name, inner, help=command.summary)
     return parser
 
 
-def _explain_fields(parser: jsonargparse.ArgumentParser, config: type[TrainConfig]) -> None:
-    """For --help only: overrides never reach the parser, they are read by `parse_config`."""
+def _list_options(parser: jsonargparse.ArgumentParser, config: type[TrainConfig]) -> None:
+    """For --help only: `split_overrides` takes overrides out before the parser sees them."""
     for section in help_sections(config):
         group = parser.add_argument_group(f"{section.name}: {section.meaning.rstrip('.')}")
         for entry in section.fields:
-            default = "must be given" if entry.default is None else f"default: {entry.default}"
-            text = f"{entry.meaning} ({type_words(entry.type)}; {default})".replace("%", "%%")
+            default = "required" if entry.default is None else f"default: {entry.default}"
+            text = f"{entry.meaning} ({entry.values}; {default})".replace("%", "%%")
             group.add_argument(f"--{entry.name}", metavar="VALUE", default=SUPPRESS, help=text)

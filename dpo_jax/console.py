@@ -1,4 +1,4 @@
-"""Terminal output of a command. What a closed pipe or a full disk does not take is lost; the command continues."""
+"""Terminal output. Text that a closed pipe or a full disk refuses is dropped, and the command continues."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ warn = partial(say, True)  # whatever run.progress says
 
 
 def progress_line(done: int, total: int, unit: str, shown: bool) -> tqdm:
-    """A live line on stderr: steps, time left, and what ``set_postfix`` is given."""
+    """A live line on stderr: steps, time left, and the values of ``set_postfix``."""
     return tqdm(total=total, initial=done, unit=unit, disable=not shown, dynamic_ncols=True, leave=True)
 
 
@@ -34,7 +34,7 @@ class LossyStream:
         self.lost: Exception | None = None
 
     def write(self, text: str) -> int:
-        """Write, with escapes in place of characters that the encoding lacks."""
+        """Write, escaping characters that the encoding lacks."""
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self._try("write", text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
@@ -44,7 +44,7 @@ class LossyStream:
         self._try("flush")
 
     def discard(self) -> None:
-        """After a loss, drop what is still buffered: flushing it would fail when the interpreter exits."""
+        """After a loss, drop the buffer: flushing it would fail when the interpreter exits."""
         self.flush()
         if self.lost is not None:
             with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # not every stream is a file
@@ -62,8 +62,8 @@ class LossyStream:
 
 @contextmanager
 def lossy_streams() -> Iterator[tuple[LossyStream, LossyStream]]:
-    """Inside, nothing that any library writes to stdout or stderr can raise; yields both streams."""
-    with open(os.devnull, "w") as nowhere:  # for those that were closed before the interpreter started
+    """Make writes to stdout and stderr, by any library, never raise; yields both streams."""
+    with open(os.devnull, "w") as nowhere:  # in place of streams closed before the interpreter started
         out, err = LossyStream(sys.stdout or nowhere), LossyStream(sys.stderr or nowhere)
         with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
             try:
@@ -74,7 +74,7 @@ def lossy_streams() -> Iterator[tuple[LossyStream, LossyStream]]:
 
 
 def open_descriptors() -> None:
-    """Open descriptors 0 to 2 if closed: a log would get the number, and with it what libraries write to stderr."""
+    """Open descriptors 0 to 2 if closed: else a log would get such a number, and what libraries write to stderr."""
     for number in range(3):
         try:
             os.fstat(number)

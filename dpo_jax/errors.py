@@ -1,49 +1,60 @@
-"""What can go wrong for a user, and the exit code each kind carries."""
+"""Errors that a user can fix, each one line, and the exit code of each kind."""
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 
 class UserError(Exception):
     """Wrong usage, config, data, model or run directory: one line that names the thing, the value and the remedy.
 
-    Names and values come from outside, so the text may be given with any characters; those that would break the line
-    or steer a terminal are replaced.
+    ``UserError(name, value, remedy)`` makes that sentence; ``UserError(text)`` takes another one. Names and values come
+    from outside, so they may have any characters; those that would break the line or steer a terminal are replaced.
     """
 
     exit_code = 2
 
-    def __init__(self, text: str):
+    def __init__(self, name: str, value: object = None, remedy: str = ""):
+        text = f"{name}: {shown(value)} cannot be used: {remedy}" if remedy else name
         plain = (c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
         super().__init__("".join(plain))
 
 
 class Preempted(UserError):
-    """The run was asked to stop and saved its state; running the same command again continues it."""
+    """The run was asked to stop and saved its state; the same command resumes it."""
 
     exit_code = 42
 
 
 class RunStopped(UserError):
-    """The run met something that a restart will not cure, such as a loss that is not finite."""
+    """The run stopped for a cause that a restart will not cure, such as a loss that is not finite."""
 
     exit_code = 43
 
 
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
-    """Raise one line that names the thing, its value and the remedy, unless the condition holds."""
+    """Raise ``UserError(name, value, remedy)`` unless the condition holds."""
     if not condition:
-        raise unusable(name, value, remedy)
+        raise UserError(name, value, remedy)
 
 
-def unusable(name: str, value: object, remedy: str) -> UserError:
-    """The line that names a thing, its value and the remedy."""
-    return UserError(f"{name}: {shown(value)} cannot be used: {remedy}")
+unusable = UserError
+
+
+def must_be(name: str, wanted: str, value: object, hint: str = "") -> UserError:
+    """The line for a value of the wrong type or out of its range: ``batch.pairs must be positive, got 0``."""
+    return UserError(f"{name} must be {wanted}, got {shown(value)}" + (hint and f": {hint}"))
+
+
+def suggestion(name: str, choices: Collection[str]) -> str:
+    """``did you mean X?`` with the choice most like an unknown name; if there is none, all choices."""
+    near = get_close_matches(name, choices, 1)
+    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
 
 
 class _Short(reprlib.Repr):
-    """A bounded ``repr``: what a file or caller gives may be endless, by its size or by references to itself."""
+    """A bounded ``repr``: what a file or caller gives may be huge, or contain itself."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +69,7 @@ shown = _Short().repr
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one short line; its type too, where the text alone says little (``KeyError: 'x'``)."""
+    """The text of an error in one short line, with its type where the text alone says little (``KeyError: 'x'``)."""
     text, name = " ".join(str(error).split())[:200], type(error).__name__
     if not text:
         return name
@@ -67,10 +78,10 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def from_outside(name: str, remedy: str) -> Iterator[None]:
-    """Inside, whatever a library raises over something from outside becomes one line: name, reason, remedy.
+    """Turn whatever a library raises over outside input into one line: name, reason, remedy.
 
     For single calls into libraries that read what others wrote: tokenizers, templates, configs, archives. They raise
-    anything, so the type says nothing. Code of this program does not belong inside: its own faults must keep their
+    anything, so the type says nothing. Code of this program does not belong inside: its own bugs must keep their
     tracebacks.
 
     Raises:

@@ -20,7 +20,7 @@ from jax.nn import sigmoid as logistic
 from jaxtyping import Array, Float
 
 from dpo_jax.batch import CHOSEN, REJECTED, AnyArray, PairLogps
-from dpo_jax.config import NO_REFERENCE, LossConfig
+from dpo_jax.config import LOSS_TRAITS, LossConfig
 
 LARGEST_EXPONENT = 80.0  # exp of more leaves float32
 
@@ -322,7 +322,8 @@ class AtMarginZero(NamedTuple):
 
 def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
     """The loss when policy and reference are one (margin 0); None where it depends on the policy."""
-    if not loss.needs_reference or loss.weighting == "wpo" or any(name in NO_REFERENCE for name, _ in loss.terms):
+    compared = loss.needs_reference and all(LOSS_TRAITS[name].reference for name, _ in loss.terms)
+    if not compared or loss.weighting == "wpo":
         return None
     pair = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
     plain = replace(loss, ld_alpha=None)  # log-ratios of 0 have tails of 0

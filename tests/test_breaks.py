@@ -113,10 +113,10 @@ BREAKS = [
           ("test_step::test_what_is_not_finite_leaves_the_state_and_holds_it[nan]",)),
     # 5: nothing is silently changed or dropped
     Break(5, "unknown options are passed over", "config/file.py",
-          "if key not in hints:", "if False:",
+          "if unknown is None:", "if True:",
           ("test_config::test_what_is_wrong_is_one_line[batch.pair: unknown option: did you mean]",)),
     Break(5, "an option that would not be heeded is taken", "config/__init__.py",
-          "require(self.reference.dtype == \"auto\" or mode == \"live\",", "require(True,",
+          "self.refuse_idle(\"reference.dtype\", mode != \"live\",", "self.refuse_idle(\"reference.dtype\", False,",
           ("test_config::test_what_is_wrong_is_one_line[reference.dtype: 'bfloat16' cannot be us0]",)),
     Break(5, "a truncated example is not counted", "data/tokenize.py",
           "notes=(*pieces.notes, too_long)", "notes=pieces.notes",

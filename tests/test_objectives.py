@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from dpo_jax.config import LOSS_OPTIONS, LossConfig, LossType
+from dpo_jax.config import LOSS_TRAITS, LossConfig, LossType
 from dpo_jax.losses import LOSSES, loss_at_start
 
 PAGE = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
@@ -19,7 +19,7 @@ ROWS = {
 
 
 def test_every_loss_has_its_row():
-    assert list(ROWS) == list(LOSSES) == list(get_args(LossType))
+    assert list(ROWS) == list(LOSSES) == list(LOSS_TRAITS) == list(get_args(LossType))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -29,7 +29,7 @@ def test_a_row_says_what_the_code_does(name):
     loss = LossConfig(type=name, label_smoothing=0.001 if name == "exo_pair" else 0.0)
     start = loss_at_start(loss)
     assert at_start == ("policy" if start is None else f"{start.loss:.4g}")
-    assert set(re.findall(r"`(\w+)`", options)) == {option for option, owners in LOSS_OPTIONS.items() if name in owners}
+    assert set(re.findall(r"`(\w+)`", options)) == set(LOSS_TRAITS[name].options)
     papers = set(re.findall(r"\d{4}\.\d{5}", LOSSES[name].__doc__))
     assert papers == set(re.findall(r"\d{4}\.\d{5}", source))
     assert when

@@ -8,16 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from dpo_jax.config.data import DataConfig, InvalidRowsConfig, SourceConfig
-from dpo_jax.config.loss import (
-    COUPLED,
-    LOSS_OPTIONS,
-    NO_REFERENCE,
-    OF_MARGIN,
-    PER_TOKEN,
-    SORTED,
-    LossConfig,
-    LossType,
-)
+from dpo_jax.config.loss import LOSS_TRAITS, LossConfig, LossType
 from dpo_jax.config.model import LORA_TARGETS, LoraConfig, ModelConfig, ReferenceConfig
 from dpo_jax.config.run import (
     OPTIMIZER_DEFAULTS,
@@ -29,17 +20,12 @@ from dpo_jax.config.run import (
     RunConfig,
     SFTBatchConfig,
 )
-from dpo_jax.errors import require
+from dpo_jax.config.section import Section
 
 __all__ = [
-    "COUPLED",
     "LORA_TARGETS",
-    "LOSS_OPTIONS",
-    "NO_REFERENCE",
-    "OF_MARGIN",
+    "LOSS_TRAITS",
     "OPTIMIZER_DEFAULTS",
-    "PER_TOKEN",
-    "SORTED",
     "BatchConfig",
     "CheckpointConfig",
     "DPOConfig",
@@ -66,7 +52,7 @@ Stage = Literal["dpo", "sft"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """What both stages have in common."""
 
     model: ModelConfig
@@ -78,11 +64,11 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self):
-        draws = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
-        require(self.run.seed == 0 or draws, "run.seed", self.run.seed,
-                "data.shuffle is false and no adapter is initialized, so nothing is random; leave it at 0")  # fmt: skip
-        require(self.optimizer.decay_mask == "matrices" or self.lora.rank == 0, "optimizer.decay_mask",
-                self.optimizer.decay_mask, "all adapters are matrices; leave it at matrices")  # fmt: skip
+        super().__post_init__()
+        random = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
+        why = "data.shuffle is false and no adapter is initialized, so nothing is random"
+        self.refuse_idle("run.seed", not random, why)
+        self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "all adapters are matrices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,29 +85,22 @@ class DPOConfig(TrainConfig):
         super().__post_init__()
         mode, loss = self.reference_mode, self.loss
         names = ", ".join(name for name, _ in loss.terms)
-        require(mode != "none" or not loss.needs_reference, "reference.mode", self.reference.mode,
-                f"loss {names} compares with a reference; use live or cached, or set loss.reference_free")  # fmt: skip
-        require(mode == "none" or not loss.reference_free, "reference.mode", self.reference.mode,
-                "loss.reference_free takes no reference; use none")  # fmt: skip
-        require(self.reference.dtype == "auto" or mode == "live", "reference.dtype", self.reference.dtype,
-                f"only a live reference is held in a type of its own, this one is {mode}; use auto")  # fmt: skip
-        require(self.reference.path is None or mode != "none", "reference.path", self.reference.path,
-                "reference.mode is none; leave it out, or use live or cached")  # fmt: skip
-        require(self.reference.sync_every == 0 or mode == "live", "reference.sync_every", self.reference.sync_every,
-                f"only a live reference can follow the policy, this one is {mode}; use 0")  # fmt: skip
-        if self.lora.rank:
-            self._refuse_with_adapters()
-
-    def _refuse_with_adapters(self) -> None:
-        reason = "with lora.rank the reference is the model without its adapters"
-        require(self.reference.path is None, "reference.path", self.reference.path, f"{reason}; leave it out")
-        require(self.reference.dtype == "auto", "reference.dtype", self.reference.dtype,
-                f"{reason}, in its type; use auto")  # fmt: skip
-        require(self.reference.sync_every == 0, "reference.sync_every", self.reference.sync_every,
-                f"{reason}, which no adapter can be mixed into; use 0")  # fmt: skip
-        require(self.reference.mode != "live" or self.loss.needs_reference, "reference.mode", "live",
-                f"{reason}, and loss {', '.join(name for name, _ in self.loss.terms)} compares with none; use auto"
-                )  # fmt: skip
+        remedy = f"loss {names} compares with a reference; use live or cached, or set loss.reference_free"
+        self.refuse("reference.mode", loss.needs_reference and mode == "none", remedy)
+        unread = loss.reference_free and mode != "none"
+        self.refuse("reference.mode", unread, "loss.reference_free takes no reference; use none")
+        why = f"only a live reference has a dtype of its own, this one is {mode}"
+        self.refuse_idle("reference.dtype", mode != "live", why)
+        self.refuse_idle("reference.path", mode == "none", "reference.mode is none")
+        why = f"only a live reference can follow the policy, this one is {mode}"
+        self.refuse_idle("reference.sync_every", mode != "live", why)
+        base = "with lora.rank the reference is the model without its adapters"
+        adapted = self.lora.rank > 0
+        self.refuse_idle("reference.path", adapted, base)
+        self.refuse_idle("reference.dtype", adapted, f"{base}, in its dtype")
+        self.refuse_idle("reference.sync_every", adapted, f"{base}, which does not move")
+        unread = adapted and self.reference.mode == "live" and not loss.needs_reference
+        self.refuse("reference.mode", unread, f"{base}, and loss {names} compares with none; use auto")
 
     @property
     def objective(self) -> LossConfig:
@@ -149,7 +128,6 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        why = "fine-tuning has one answer per row, so this cannot happen"
         for cause in ("equal_answers", "prompts_differ"):
-            handling = getattr(self.data.invalid_rows, cause)
-            require(handling == getattr(InvalidRowsConfig, cause), f"data.invalid_rows.{cause}", handling,
-                    "fine-tuning has one answer a row, so this cannot happen; leave it out")  # fmt: skip
+            self.refuse_idle(f"data.invalid_rows.{cause}", True, why)

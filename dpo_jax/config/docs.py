@@ -5,36 +5,36 @@
 
 import dataclasses
 import inspect
-import json
 import sys
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any
 
 import docstring_parser
 
 from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig
-from dpo_jax.config.file import type_words
+from dpo_jax.config.file import field_types, type_words
+from dpo_jax.config.section import written
 
 PREFACE = """# Configuration
 
-A run is described by a YAML file. Any option can be set after it on the command line by its dotted name, also inside
-lists and mappings. The value takes the place of what the file says; of an option given twice the last counts:
+A run is described by a YAML file. Any option can be set on the command line by its dotted name, also inside lists and
+mappings. It replaces the value in the file; if an option is given twice, the last one counts:
 
     dpo-jax train configs/tiny_cpu.yaml --loss.beta 0.05 --data.train.0.limit 100 --data.eval.test held_out.jsonl
 
-- YAML is read by the rules of version 1.2: `5e-7` is a number, `yes` is text. What versions read differently, such as
-  `012`, is text.
-- Types are strict: `"8"` is no number, `1.0` no whole number, `1` no truth value. Unknown names are errors.
-- A path alone may stand for a set, `pairs.jsonl` for `{path: pairs.jsonl}`, and one entry alone for a list of it. The
-  index may be left out where there is one set only: `--data.train.limit 100`.
-- An option that the other options leave without effect is an error. One that has none only because of the data,
-  the length of the run or the devices, such as a warm-up longer than the run, is noted when the run starts.
-- Relative paths are seen from the working directory.
-- The run directory's `config.yaml` has every default spelled out, and can be used as a config itself.
+- YAML is read by the rules of version 1.2: `5e-7` is a number, `yes` is a string. What YAML versions read differently,
+  such as `012`, is a string.
+- Types are strict: `"8"` is not a number, `1.0` is not an integer, `1` is not a boolean. Unknown names are errors.
+- A path alone may stand for a data set, `pairs.jsonl` for `{path: pairs.jsonl}`, and a single entry for a list of one.
+  The index may be left out if there is only one data set: `--data.train.limit 100`.
+- An option that has no effect next to the other options is an error. One that has no effect only because of the data,
+  the length of the run or the devices, such as a warmup longer than the run, is noted when the run starts.
+- Relative paths are relative to the working directory.
+- The run directory's `config.yaml` spells out every default, and is itself a valid config.
 
-This page is made from `dpo_jax/config/` by `python -m dpo_jax.config.docs`."""
+This page is generated from `dpo_jax/config/` by `python -m dpo_jax.config.docs`."""
 
-# The options that most runs set, in the order in which one comes to them.
+# The options that most runs set, in the order in which a reader meets them.
 FIRST = ("model.path", "data.train", "data.max_length", "loss.type", "loss.beta", "reference.mode",
          "optimizer.learning_rate", "batch.pairs", "batch.accumulation", "run.dir")  # fmt: skip
 _TABLE_HEAD = ("| option | type | default | meaning |", "|---|---|---|---|")
@@ -42,17 +42,17 @@ _TABLE_HEAD = ("| option | type | default | meaning |", "|---|---|---|---|")
 
 @dataclasses.dataclass(frozen=True)
 class FieldText:
-    """One option: its dotted name, type, default as in YAML (None: it must be given) and meaning."""
+    """One option: its dotted name, values in words, default as in YAML (None: it is required) and meaning."""
 
     name: str
-    type: Any
+    values: str
     default: str | None
     meaning: str
 
 
 @dataclasses.dataclass(frozen=True)
 class SectionText:
-    """One section: its dotted name, class, meaning and own fields."""
+    """One section: its dotted name, class, meaning and fields."""
 
     name: str
     kind: type
@@ -62,44 +62,44 @@ class SectionText:
 
 def sections(kind: type, name: str = "") -> Iterator[SectionText]:
     """The sections of a config class, each before those inside it."""
-    hints, meanings = get_type_hints(kind), _meanings(kind)
-    dotted = f"{name}." if name else ""
+    types, meanings = field_types(kind), _meanings(kind)
+    prefix = f"{name}." if name else ""
+    options = [field for field in dataclasses.fields(kind) if not dataclasses.is_dataclass(types[field.name])]
     fields = tuple(
-        FieldText(dotted + field.name, hints[field.name], _default(field), meanings[field.name])
-        for field in dataclasses.fields(kind)
-        if not dataclasses.is_dataclass(hints[field.name])
+        FieldText(prefix + field.name, _values(field, types[field.name]), _default(field), meanings[field.name])
+        for field in options
     )
     if fields:
         yield SectionText(name, kind, inspect.getdoc(kind) or "", fields)
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from sections(hints[field.name], dotted + field.name)
+    for option, option_type in types.items():
+        if dataclasses.is_dataclass(option_type):
+            yield from sections(option_type, prefix + option)
 
 
 def help_sections(kind: type) -> Iterator[SectionText]:
-    """What `sections` gives, and the options of one entry of data.train."""
+    """The `sections` of a config class, and the options of one entry of data.train."""
     yield from sections(kind)
     yield from sections(SourceConfig, "data.train.0")
 
 
 def reference_page() -> str:
-    """docs/configuration.md: every option of both stages."""
+    """The text of docs/configuration.md: every option of both stages."""
     both = {part.name: part.kind for part in sections(SFTConfig)}
     staged = [(part, "" if both.get(part.name) is part.kind else " (`train`)") for part in help_sections(DPOConfig)]
     staged += [(part, " (`sft`)") for part in sections(SFTConfig) if (part, "") not in staged]
     fields = {field.name: field for part, _ in reversed(staged) for field in part.fields}
-    lines = [PREFACE, "\n## The ten that matter\n", "What most runs set; the defaults of all others are sound.\n"]
+    lines = [PREFACE, "\n## The ten that matter\n", "Most runs set these; the other defaults are sound.\n"]
     lines += [*_TABLE_HEAD, *(_table_row(fields[name]) for name in FIRST)]
     for part, stage in staged:
-        note = " (one set; so too `data.eval.NAME`)" if part.kind is SourceConfig else stage
+        note = " (one data set; also `data.eval.NAME`)" if part.kind is SourceConfig else stage
         lines += [f"\n## {part.name}{note}\n", f"{part.meaning}\n"]
         lines += [*_TABLE_HEAD, *map(_table_row, part.fields)]
     return "\n".join(lines) + "\n"
 
 
 def _table_row(field: FieldText) -> str:
-    default = "must be given" if field.default is None else f"`{field.default}`"
-    cells = [f"`{field.name}`", type_words(field.type), default, field.meaning]
+    default = "required" if field.default is None else f"`{field.default}`"
+    cells = [f"`{field.name}`", field.values, default, field.meaning]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -113,12 +113,15 @@ def _meanings(kind: type) -> dict[str, str]:
     return meanings
 
 
+def _values(field: dataclasses.Field[Any], kind: Any) -> str:
+    allowed = field.metadata.get("range")
+    return type_words(kind) if allowed is None else f"{type_words(kind)}; {allowed}"
+
+
 def _default(field: dataclasses.Field[Any]) -> str | None:
     if field.default_factory is not dataclasses.MISSING:
-        return json.dumps(field.default_factory())
-    if field.default is dataclasses.MISSING:
-        return None
-    return field.default if isinstance(field.default, str) else json.dumps(field.default)
+        return written(field.default_factory())
+    return None if field.default is dataclasses.MISSING else written(field.default)
 
 
 if __name__ == "__main__":

@@ -1,75 +1,76 @@
-"""Options of the model, of its adapters and of the reference."""
+"""Options of the model, its adapters and the reference."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from dpo_jax.config.section import Section, ranged
 from dpo_jax.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The policy: where its weights come from and how it computes."""
 
+    section = "model"
+
     path: str
-    """Hugging Face directory, run directory of this program, hub name, or builtin:tiny."""
+    """Hugging Face directory or hub name, run directory of this program, or builtin:tiny."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     checkpoint: Literal["newest", "best"] = "newest"
-    """Which step to take when path is a run directory."""
+    """Checkpoint to load if path is a run directory."""
     tokenizer: str | None = None
-    """Directory or hub name of the tokenizer, when it is not next to the weights."""
+    """Directory or hub name of the tokenizer, if it is not next to the weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the arithmetic; auto: bfloat16 on TPU and GPU, float32 on CPU. Log-probs are float32 always."""
+    """Compute dtype; auto: bfloat16 on TPU and GPU, float32 on CPU. Log-probs are always float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the trained weights; small learning rates vanish in bfloat16."""
+    """Dtype of the trained weights; small learning rates vanish in bfloat16."""
     attention: Literal["auto", "blocks", "xla", "splash", "cudnn"] = "auto"
-    """splash: TPU's kernel; cudnn: CUDA's, in bfloat16; blocks: only the blocks of the row that hold a pair's own keys;
-    xla: the whole row under a mask, for checks. auto: the platform's own, else blocks."""
+    """splash: TPU kernel; cudnn: CUDA kernel, in bfloat16; blocks: only the blocks of a row that hold a pair's own
+    keys; xla: the whole row under a mask, for checks; auto: the platform's kernel, else blocks."""
     matmul_precision: Literal["default", "high", "highest"] = "default"
-    """Precision of float32 matrix products on TPU and GPU; highest to compare figures with a CPU."""
+    """Precision of float32 matrix products on TPU and GPU; use highest to compare with a CPU."""
     remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass computes again, layer by layer: nothing, all but matrix products, or everything. The more,
-    the less memory; on a CPU it costs next to no time, on an accelerator up to a third more."""
+    """What the backward pass recomputes, layer by layer: nothing, all but matrix products, or everything. Recomputing
+    saves memory; it costs next to no time on a CPU, up to a third on an accelerator."""
     scan: bool = True
-    """Compile one layer and loop over it; False unrolls the layers."""
+    """Compile one layer and loop over it; false unrolls the layers."""
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank adapters, trained in place of the weights; the reference is then the model without them."""
+class LoraConfig(Section):
+    """Low-rank adapters, trained instead of the weights; the reference is then the model without them."""
 
-    rank: int = 0
+    section = "lora"
+
+    rank: int = ranged(0, at_least=0)
     """Rank of each adapter; 0: no adapters, all weights are trained."""
-    alpha: float = 16.0
-    """Adapters count alpha / rank."""
+    alpha: float = ranged(16.0, above=0)
+    """Adapters are scaled by alpha / rank."""
     targets: tuple[str, ...] = LORA_TARGETS
-    """Projections that get an adapter, by their names in Hugging Face models or by shell patterns of these."""
+    """Projections that get an adapter: their names in Hugging Face models, or shell patterns of these."""
     rslora: bool = False
-    """Adapters count alpha / sqrt(rank) instead, so that a higher rank learns no slower."""
+    """Scale adapters by alpha / sqrt(rank) instead, so that a higher rank learns no slower."""
     init: Literal["kaiming", "gaussian", "zero_a"] = "kaiming"
-    """Start of A and B, whose product is 0: A uniform in 1/sqrt(inputs) or normal with deviation 1/rank, and B 0; or A
-    0, and B uniform in 1/sqrt(rank)."""
+    """kaiming: A uniform within 1/sqrt(inputs), B zero; gaussian: A normal with standard deviation 1/rank, B zero;
+    zero_a: A zero, B uniform within 1/sqrt(rank)."""
     path: str | None = None
-    """Directory of adapters in PEFT's format to start from; they must have this rank, alpha, rslora and targets."""
+    """Directory of adapters in PEFT's format to start from, with the same rank, alpha, rslora and targets."""
 
     def __post_init__(self):
-        require(self.rank >= 0, "lora.rank", self.rank, "it cannot be negative")
-        require(0 < self.alpha < float("inf"), "lora.alpha", self.alpha, "it must be positive")
-        require(len(self.targets) > 0, "lora.targets", self.targets, f"choose from {', '.join(LORA_TARGETS)}")
+        super().__post_init__()
+        choices = ", ".join(LORA_TARGETS)
+        self.refuse("targets", not self.targets, f"choose from {choices}")
         for pattern in self.targets:
-            require(any(fnmatchcase(name, pattern) for name in LORA_TARGETS), "lora.targets", pattern,
-                    f"it matches none of {', '.join(LORA_TARGETS)}; * matches all, and several are "
-                    "written as a list, [q_proj, v_proj]")  # fmt: skip
+            remedy = f"it matches none of {choices}; * matches all, and several are a list, [q_proj, v_proj]"
+            require(any(fnmatchcase(name, pattern) for name in LORA_TARGETS), "lora.targets", pattern, remedy)
         for option in ("alpha", "targets", "rslora", "init", "path"):
-            value, default = getattr(self, option), type(self).__dataclass_fields__[option].default
-            require(self.rank > 0 or value == default, f"lora.{option}", value,
-                    "lora.rank is 0, so there are no adapters; set a rank, or leave this out")  # fmt: skip
-        require(self.path is None or self.init == "kaiming", "lora.init", self.init,
-                f"the adapters start from lora.path {self.path}; leave it out")  # fmt: skip
+            self.refuse_idle(option, self.rank == 0, "lora.rank is 0, so there are no adapters")
+        self.refuse_idle("init", self.path is not None, f"the adapters start from lora.path {self.path}")
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -83,23 +84,23 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceConfig:
-    """The frozen model that the policy is held to."""
+class ReferenceConfig(Section):
+    """The frozen model that the policy is compared with."""
+
+    section = "reference"
 
     mode: Literal["auto", "live", "cached", "none"] = "auto"
-    """live: its forward pass runs in every step; cached: its log-probs are computed once and kept on disk; none: there
-    is no reference; auto: live if the loss needs one, else none."""
+    """live: a forward pass in every step; cached: log-probs computed once and kept on disk; none: no reference; auto:
+    live if the loss needs one, else none."""
     path: str | None = None
-    """Another model than the policy's own start, with the same vocabulary."""
+    """Model to use instead of the policy's initial weights, with the same vocabulary."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type in which a live reference is held; auto: the type of the policy's weights."""
-    sync_every: int = 0
-    """Steps after which the policy is mixed into a live reference, again and again; 0: never."""
-    sync_mix: float = 0.6
-    """Share of the policy in that mixture; 1 copies the policy."""
+    """Dtype of a live reference; auto: that of the policy's weights."""
+    sync_every: int = ranged(0, at_least=0)
+    """Steps between updates of a live reference towards the policy; 0: never."""
+    sync_mix: float = ranged(0.6, above=0, at_most=1)
+    """Share of the policy in such an update; 1 copies the policy."""
 
     def __post_init__(self):
-        require(self.sync_every >= 0, "reference.sync_every", self.sync_every, "it cannot be negative")
-        require(0 < self.sync_mix <= 1, "reference.sync_mix", self.sync_mix, "it lies in (0, 1]")
-        require(self.sync_mix == 0.6 or self.sync_every > 0, "reference.sync_mix", self.sync_mix,
-                "reference.sync_every is 0, so nothing is mixed; leave it at 0.6")  # fmt: skip
+        super().__post_init__()
+        self.refuse_idle("sync_mix", self.sync_every == 0, "reference.sync_every is 0, so nothing is mixed")

@@ -17,7 +17,7 @@ from dpo_jax.batch import Params
 from dpo_jax.batching.batches import Batches, set_batches, train_batches
 from dpo_jax.batching.sets import DataSets, open_sets, store_folder
 from dpo_jax.batching.to_devices import ToDevices, make_to_devices
-from dpo_jax.config import SORTED, DPOConfig, LossConfig, SFTConfig
+from dpo_jax.config import LOSS_TRAITS, DPOConfig, LossConfig, SFTConfig
 from dpo_jax.config.idle import Facts, idle_options
 from dpo_jax.console import say
 from dpo_jax.data.store import Store
@@ -127,7 +127,7 @@ def sets_of(
 
 def refuse_weights(loss: LossConfig, store: Store) -> None:
     """A loss that sorts the pairs of a step has no loss of a pair that could be weighed."""
-    sorts = [name for name, _ in loss.terms if name in SORTED]
+    sorts = [name for name, _ in loss.terms if LOSS_TRAITS[name].sorts]
     weighed = np.flatnonzero(store.weights != 1)
     if sorts and len(weighed):
         row, weight = store.rows[weighed[0]], store.weights[weighed[0]]

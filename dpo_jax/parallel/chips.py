@@ -1,18 +1,17 @@
-"""What accelerators can do, by their makers' pages: one table, and the names under which they are asked for.
+"""Published figures of accelerators, in one table, and the names of TPU slices.
 
-A *chip* is what is sold and counted; a *device* is what JAX shows. Rates are of a whole chip, bytes and seconds, peaks
-without sparsity. Sources are beside the figures; ``device_memory`` of TPUs is what their compiler states as available
-(libtpu 0.0.50; 0.0.42 leaves 0.01 GiB more of v5p, v6e and tpu7x): less than the chip holds, but for v5p, of which it
-is a little more than the page says.
+A *chip* is what is sold and counted; a *device* is what JAX shows. Rates are per chip, in bytes and seconds; peaks are
+without sparsity. Sources stand next to the figures. ``device_memory`` of TPUs is what their compiler states as
+available (libtpu 0.0.50; 0.0.42 leaves 0.01 GiB more on v5p, v6e and tpu7x): less than the published memory, except
+for v5p, where it is a little more.
 """
 
 import math
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, suggestion
 
 GIB = 2**30
 _HOST = (2, 2, 1)  # chips of one host, by the axes of the torus, in TPU slices of several hosts
@@ -24,31 +23,31 @@ class Chip:
 
     name: str  # as in a topology, such as v5e:4x4
     platform: Literal["tpu", "gpu"]
-    kinds: tuple[str, ...]  # jax's `device.device_kind`
-    peak_flops: float  # bfloat16 floating-point operations a second
+    kinds: tuple[str, ...]  # `device.device_kind` in JAX
+    peak_flops: float  # bfloat16 operations per second
     memory: int  # bytes, as published
-    device_memory: int  # bytes that a program can use on one device
+    device_memory: int  # bytes available to a program on one device
     memory_bandwidth: float
-    link_bandwidth: float  # of one link to another chip, in one direction while as much comes in the other
+    link_bandwidth: float  # of one link to another chip, per direction, both in use
     links: int
-    torus_dims: int  # dimensions of the torus that the links make; 0: through a switch, all to all
-    dcn_bandwidth: float | None  # to other slices or hosts, a chip's share of its host's; None: not published
+    torus_dims: int  # dimensions of the torus of links; 0: a switch joins all chips
+    dcn_bandwidth: float | None  # to other slices or hosts, per chip; None: not published
     chips_per_host: int  # in slices of several hosts
-    max_chips: int  # in one slice, or one group of GPUs that the links join
-    devices: int = 1  # of a chip
+    max_chips: int  # in one slice, or one group of linked GPUs
+    devices: int = 1  # per chip
     accelerator: str | None = None  # Google Cloud's accelerator type is this, a dash and a number ...
     counted: int = 1  # ... of chips times this
     compiler_name: str = "default"  # `chip_config_name` of libtpu
-    source: str  # page of the maker, or paper, with these figures
+    source: str  # maker's page, or paper, with these figures
 
     @property
     def device_peak_flops(self) -> float:
-        """Operations a second of one device."""
+        """bfloat16 operations per second of one device."""
         return self.peak_flops / self.devices
 
     @property
     def ici_bandwidth(self) -> float:
-        """Bytes a second over all links together, one direction; the makers' figures count both directions."""
+        """Bytes per second over all links, in one direction; the makers' figures count both."""
         return self.links * self.link_bandwidth
 
 
@@ -124,17 +123,17 @@ class Topology(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As ``parse_topology`` and libtpu take it."""
+        """The name that ``parse_topology`` and libtpu accept."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def chips(self) -> int:
-        """Chips of the slice."""
+        """Number of chips in the slice."""
         return math.prod(self.shape)
 
     @property
     def options(self) -> dict[str, Any]:
-        """What ``jax.experimental.topologies.get_topology_desc`` needs besides ``name``, so that devices are right."""
+        """Arguments of ``jax.experimental.topologies.get_topology_desc`` that make its devices right."""
         bounds = _HOST if self.chips > 1 else (1, 1, 1)
         return {"chip_config_name": self.chip.compiler_name, "chips_per_host_bounds": bounds}
 
@@ -142,52 +141,51 @@ class Topology(NamedTuple):
 def parse_topology(text: str) -> Topology:
     """A slice by its chips, ``v5e:4x4``, or by Google Cloud's accelerator type, ``v5litepod-16``.
 
-    Google Cloud's ``v5litepod`` may also be written ``v5e``. An accelerator type has the shape that Google Cloud gives
-    it, as near to a square or cube as powers of two allow. Of v4 and v5p its number counts TensorCores, two a chip:
-    ``v5p-128`` has 64 chips.
+    ``v5litepod`` may also be written ``v5e``. An accelerator type has the shape that Google Cloud gives it, as close to
+    a square or cube as powers of two allow. For v4 and v5p its number counts TensorCores, two per chip: ``v5p-128`` has
+    64 chips.
 
     Raises:
-        UserError: there is no such chip, type or shape.
+        UserError: the chip, type or shape does not exist.
     """
     examples = "write v5e:4x4, v5p:4x4x8 or v6e:4x4, or an accelerator type such as v5litepod-16 or v5p-128"
     match = re.fullmatch(r"([a-z]\w*)(?::(\d+(?:x\d+)*)|-(\d+))", text)
     if match is None:
-        raise _refuse(text, examples)
+        raise UserError("topology", text, examples)
     name, sizes, number = match.groups()
     chips = {chip.name: chip for chip in CHIPS.values() if chip.platform == "tpu"}
     if not sizes:
         chips = {alias: chip for chip in chips.values() if chip.accelerator for alias in (chip.accelerator, chip.name)}
     if name not in chips:
-        near = get_close_matches(name, chips, n=1)
-        nearest = f"did you mean {near[0]}?" if near else f"it can be one of {', '.join(chips)};"
-        raise _refuse(text, f"there is no {'chip' if sizes else 'accelerator type'} {name}, {nearest} {examples}")
+        kind = "chip" if sizes else "accelerator type"
+        raise UserError("topology", text, f"{name} is not a known {kind}: {suggestion(name, chips)}")
     chip = chips[name]
     shape = tuple(map(int, sizes.split("x"))) if sizes else _usual_shape(text, chip, int(number))
     _check_shape(text, chip, shape)
     return Topology(chip, shape, math.prod(shape) * chip.devices)
 
 
-def _refuse(text: str, why: str) -> UserError:
-    return UserError(f"topology: {text!r} cannot be used: {why}")
-
-
 def _usual_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
     chips, odd = divmod(number, chip.counted)
     if odd or chips < 1 or chips & (chips - 1):
-        unit = "chips" if chip.counted == 1 else "TensorCores, two a chip,"
-        raise _refuse(text, f"its number of {unit} is no power of two; name the shape, such as "
-                            f"{chip.name}:{'x'.join('4' * chip.torus_dims)}")  # fmt: skip
+        unit = "chips" if chip.counted == 1 else "TensorCores, two per chip,"
+        raise UserError("topology", text, f"its number of {unit} is not a power of two; give a shape, {_example(chip)}")
     least, more = divmod(chips.bit_length() - 1, chip.torus_dims)
     shape = (2**least,) * (chip.torus_dims - more) + (2 ** (least + 1),) * more
-    return shape if least else shape[::-1]  # the four chips of a host lie in the first two dimensions
+    return shape if least else shape[::-1]  # a host's four chips are in the first two dimensions
 
 
 def _check_shape(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
-    example = f"{chip.name}:{'x'.join('4' * chip.torus_dims)}"
+    example = _example(chip)
     if len(shape) != chip.torus_dims:
-        raise _refuse(text, f"{chip.name} has {chip.torus_dims} dimensions, this has {len(shape)}; such as {example}")
+        dims = f"{chip.name} has {chip.torus_dims} dimensions, not {len(shape)}"
+        raise UserError("topology", text, f"{dims}; write {example}")
     whole_hosts = all(size > 0 and size % host == 0 for size, host in zip(shape, _HOST, strict=False))
     if not whole_hosts and math.prod(shape) != 1:
-        raise _refuse(text, f"the first two sizes must be even, since a host holds 2x2 chips; such as {example}")
+        raise UserError("topology", text, f"a host has 2x2 chips, so the first two sizes must be even, as in {example}")
     if math.prod(shape) > chip.max_chips:
-        raise _refuse(text, f"a slice of {chip.name} has at most {chip.max_chips} chips; take fewer, or several slices")
+        raise UserError("topology", text, f"a slice has at most {chip.max_chips} chips; use fewer, or several slices")
+
+
+def _example(chip: Chip) -> str:
+    return f"{chip.name}:{'x'.join('4' * chip.torus_dims)}"

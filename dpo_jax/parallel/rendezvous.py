@@ -1,17 +1,18 @@
-"""Start the processes of a run together: each finds process 0 before JAX is asked to join them."""
+"""The rendezvous of the processes of a run: each connects to process 0 before JAX joins them."""
 
 import os
 import socket
 import time
 
 import jax
-from jax._src import clusters  # the only way to what jax finds out
+from jax._src import clusters  # the only access to its cluster detection
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, must_be
 from dpo_jax.parallel.hosts import TIMEOUT, HostsMissing, listed
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "DPO_JAX_COORDINATOR", "DPO_JAX_NUM_PROCESSES", "DPO_JAX_PROCESS_ID"
 START_TIMEOUT = "DPO_JAX_START_TIMEOUT"
+ALL_HERE = "all here"
 
 
 def start_hosts(
@@ -20,18 +21,20 @@ def start_hosts(
     process_id: int | None = None,
     timeout: int | None = None,
 ) -> None:
-    """Join the processes of this run; call it before anything else touches jax. A no-op when there is one process.
+    """Join the processes of this run, before anything else uses jax. Does nothing for a single process.
 
-    What is not given is taken from the environment: ``DPO_JAX_COORDINATOR``, ``DPO_JAX_NUM_PROCESSES``,
+    Settings that are not given come from the environment: ``DPO_JAX_COORDINATOR``, ``DPO_JAX_NUM_PROCESSES``,
     ``DPO_JAX_PROCESS_ID``, ``DPO_JAX_START_TIMEOUT``.
 
     Args:
-        coordinator: ``host:port`` of process 0, the port free there and open to the others; or ``auto``: jax asks the
-            TPU's or the cluster's own services for all three, and the port is jax's own.
-        timeout: seconds until every process must have come.
+        coordinator: ``host:port`` of process 0, where the port is free and open to the others; or ``auto``: jax asks
+            the TPU's or the cluster's own services for all three settings, and the port is jax's own.
+        num_processes: of the whole run.
+        process_id: of this process, from 0.
+        timeout: seconds to wait for every process.
 
     Raises:
-        HostsMissing: naming the processes that did not come. (jax alone would abort the process without saying who.)
+        HostsMissing: names the processes that did not connect. (jax alone would abort without naming them.)
         UserError: a setting is missing or wrong, or two processes have the same id.
     """
     coordinator = coordinator or os.environ.get(COORDINATOR)
@@ -46,37 +49,37 @@ def start_hosts(
     if coordinator is None or num_processes is None or process_id is None:
         settings = {COORDINATOR: coordinator, NUM_PROCESSES: num_processes, PROCESS_ID: process_id}
         missing = [name for name, value in settings.items() if value is None]
-        raise UserError(f"{', '.join(missing)}: not set, while the other host settings are: give all three, or none")
+        raise UserError(f"{', '.join(missing)}: not set, unlike the other host settings: set all three, or none")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"{COORDINATOR}: {coordinator!r} is no address: write host:port, such as 10.0.0.2:8476")
+        raise UserError(COORDINATOR, coordinator, "write host:port, such as 10.0.0.2:8476")
     if not 0 <= process_id < num_processes:
-        raise UserError(f"{PROCESS_ID}: {process_id} is none of the {num_processes} processes: count from 0")
+        raise UserError(PROCESS_ID, process_id, f"count the {num_processes} processes from 0")
     if num_processes == 1:
         return
     if process_id == 0:
         _wait_for_all(int(port), num_processes, timeout)
     else:
         _report_in(host, int(port), num_processes, process_id, timeout)
-    if auto:  # jax finds out the same again, and which devices are this process'
+    if auto:  # jax detects the same again, and which devices belong to this process
         jax.distributed.initialize(initialization_timeout=timeout)
     else:
-        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout,
-                                   cluster_detection_method="deactivate")  # fmt: skip
+        options = {"initialization_timeout": timeout, "cluster_detection_method": "deactivate"}
+        jax.distributed.initialize(coordinator, num_processes, process_id, **options)
 
 
 def _ask_cluster(timeout: int) -> tuple[str, int, int]:
-    """Coordinator, number of processes and id of this one, as jax finds them out for itself."""
+    """Coordinator, number of processes and id of this one, as jax detects them."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     find = clusters.ClusterEnv.auto_detect_unset_distributed_params
     try:
         coordinator, num_processes, process_id, _ = find(address, None, None, None, None, timeout)
     except (OSError, RuntimeError) as error:  # no answer from the services, or process 0 has no address yet
-        raise HostsMissing(f"{COORDINATOR}: auto finds no other process ({' '.join(str(error).split())}): "
-                           "start all processes again") from error  # fmt: skip
+        cause = " ".join(str(error).split())
+        raise HostsMissing(f"{COORDINATOR}: auto finds no other process ({cause}): start all again") from error
     if coordinator is None or num_processes is None or process_id is None:
-        raise UserError(f"{COORDINATOR}: auto finds neither a TPU nor a cluster that jax knows: set {COORDINATOR} to "
-                        f"host:port, and {NUM_PROCESSES} and {PROCESS_ID}")  # fmt: skip
+        remedy = f"set it to host:port, and {NUM_PROCESSES} and {PROCESS_ID} too"
+        raise UserError(f"{COORDINATOR}: auto finds neither a TPU nor a cluster that jax supports: {remedy}")
     return coordinator, num_processes, process_id
 
 
@@ -85,18 +88,18 @@ def _number(value: int | None, name: str) -> int | None:
     if value is not None or not text:
         return value
     if not text.isdigit():
-        raise UserError(f"{name}: {text!r} is no whole number: set it to one")
+        raise must_be(name, "an integer", text)
     return int(text)
 
 
 def _wait_for_all(port: int, num_processes: int, timeout: int) -> None:
-    """Hold the coordinator's port until every process has said its id there, and tell all what came of it."""
+    """Listen on the coordinator's port until every process has sent its id, then send all the outcome."""
     deadline = time.monotonic() + timeout
     try:
         server = socket.create_server(("", port), backlog=max(num_processes, 128))
     except OSError as error:
-        raise UserError(f"{COORDINATOR}: port {port} cannot be opened ({error.strerror}): free it, or choose another"
-                        ) from error  # fmt: skip
+        remedy = "free it, or choose another"
+        raise UserError(f"{COORDINATOR}: port {port} cannot be opened ({error.strerror}): {remedy}") from error
     present: dict[int, socket.socket] = {}
     verdict = ""
     with server:
@@ -116,13 +119,13 @@ def _wait_for_all(port: int, num_processes: int, timeout: int) -> None:
                 f"{socket.gethostname()}:{port}: start every process, and open that port between the hosts"
             )
         for caller in present.values():
-            _tell(caller, verdict or "all here")
+            _tell(caller, verdict or ALL_HERE)
     if verdict:
         raise HostsMissing(verdict)
 
 
 def _hear(caller: socket.socket, num_processes: int, present: dict) -> tuple[int | None, str]:
-    """The id that a caller says, and what is wrong with it for all ("": nothing); strangers are hung up on."""
+    """The id that a caller sends, and an error for all processes ("": none); strangers are disconnected."""
     try:
         caller.settimeout(2.0)
         word, size, process_id = caller.makefile("r").readline().split()
@@ -133,24 +136,24 @@ def _hear(caller: socket.socket, num_processes: int, present: dict) -> tuple[int
         caller.close()
         return None, ""
     if size != num_processes:
-        verdict = f"process {process_id} counts {size} processes and process 0 counts {num_processes}: "
+        verdict = f"process {process_id} expects {size} processes and process 0 expects {num_processes}: "
         return process_id, verdict + f"give every process the same {NUM_PROCESSES}"
     if process_id == 0 or process_id in present:
-        verdict = f"process id {process_id} was given to two processes: give each its own {PROCESS_ID}"
+        verdict = f"two processes have process id {process_id}: give each its own {PROCESS_ID}"
         _tell(caller, verdict)
         return None, verdict
     return process_id, ""
 
 
 def _tell(caller: socket.socket, verdict: str) -> None:
-    """Answer, and let the caller hang up first, so that the port is free at once for jax's own service."""
+    """Answer, and let the caller close first, so that the port is free at once for jax's own service."""
     with caller:
         try:
             caller.sendall((verdict + "\n").encode())
             caller.settimeout(1.0)
             caller.recv(1)
         except OSError:
-            pass  # that process died while it waited; jax's own start will miss it
+            pass  # that process died while waiting; jax's own start will miss it
 
 
 def _report_in(host: str, port: int, num_processes: int, process_id: int, timeout: int) -> None:
@@ -159,15 +162,17 @@ def _report_in(host: str, port: int, num_processes: int, process_id: int, timeou
         try:
             with socket.create_connection((host, port), timeout=5.0) as call:
                 call.sendall(f"dpo_jax {num_processes} {process_id}\n".encode())
-                call.settimeout(max(deadline - time.monotonic(), 0) + 10.0)  # process 0 may have started later
+                call.settimeout(
+                    max(deadline - time.monotonic(), 0) + 10.0
+                )  # process 0 may have started later than this one
                 verdict = call.makefile("r").readline().strip()
-                if verdict == "all here":
+                if verdict == ALL_HERE:
                     return
                 if verdict:
                     raise HostsMissing(verdict)
         except OSError:
-            pass  # process 0 is not there yet
+            pass  # process 0 is not listening yet
         if time.monotonic() > deadline:
-            raise HostsMissing(f"process 0 of {num_processes} did not answer process {process_id} at {host}:{port} "
-                               f"within {timeout:g} s: start it, and open that port between the hosts")  # fmt: skip
+            who = f"process {process_id} of {num_processes} timed out after {timeout:g} s waiting for process 0"
+            raise HostsMissing(f"{who} at {host}:{port}: start it, and open that port between the hosts")
         time.sleep(0.2)

@@ -1,7 +1,7 @@
-"""Where arrays lie: one table from logical axes to mesh axes, and the shardings that follow from it.
+"""Shardings: one table from logical axes to mesh axes, and what follows from it.
 
-`axis` is an axis of the mesh, `dim` a dimension of an array. Mesh axes: `data` holds copies of the model, `fsdp`
-spreads weights and rows, `tensor` spreads each layer's heads and features.
+`axis` is an axis of the mesh, `dim` a dimension of an array. Mesh axes: `data` holds copies of the model, `fsdp` shards
+weights and rows, `tensor` shards each layer's heads and features.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from dpo_jax.config import MeshConfig
 from dpo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # rows of a batch are spread over both
+ROWS = ("data", "fsdp")  # a batch is sharded by rows over both
 
-# logical axis of a weight -> (mesh axis, whether a size that the axis does not divide is stored whole instead)
+# logical axis of a weight -> (mesh axis, whether a size that the mesh axis does not divide is replicated instead)
 RULES: dict[str, tuple[str | None, bool]] = {
     "layers": (None, False),
     "vocab": ("tensor", False),
@@ -32,13 +32,13 @@ RULES: dict[str, tuple[str | None, bool]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh of all devices (or those given) in the shape of the config; -1 takes what the others leave."""
+    """Mesh of all devices (or those given) in the shape of the config; -1 takes what the other axes leave."""
     devices = list(jax.devices() if devices is None else devices)
     return Mesh(_arranged(devices, _sizes(config, len(devices))), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
-    """The same mesh of devices that are nowhere: enough for shapes and shardings."""
+    """The same mesh without devices: enough for shapes and shardings."""
     return AbstractMesh(_sizes(config, num_devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -53,16 +53,15 @@ def _sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 
 
 def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
-    """The devices as an array of that shape, so that on TPUs an axis runs along their links.
+    """The devices as an array of that shape, in which the axes run along the links of TPUs.
 
-    Several slices are joined by axis `data` alone: it is what little has to pass between them.
+    Only axis `data` spans slices, because copies of the model exchange the least.
     """
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape[0] % slices:
-        raise UserError(f"mesh.data: {shape[0]} copies cannot be spread over {slices} slices; make it a multiple, "
-                        "since only copies of the model pass so little that it can go between slices")  # fmt: skip
+        raise UserError("mesh.data", shape[0], f"make it a multiple of the {slices} slices, which only this axis spans")
     inside = (shape[0] // slices, *shape[1:])
     if slices == 1:
         return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
@@ -71,24 +70,29 @@ def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def row_devices(mesh: Mesh | AbstractMesh) -> int:
-    """Devices over which rows are spread: the number of rows is a multiple of it."""
+    """Number of devices that shard the rows of a batch: the number of rows is a multiple of it."""
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
 def platform_of(mesh: Mesh) -> str:
-    """What its devices are: cpu, gpu or tpu; not of this process where it compiles for others."""
+    """Platform of its devices, cpu, gpu or tpu, which may differ from that of this process."""
     return mesh.devices.flat[0].platform
 
 
 def weight_spec(
     dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, name: str
 ) -> PartitionSpec:
-    """The table applied to one weight; two dims on one mesh axis, or a size that does not divide, are refused."""
+    """The table applied to one weight.
+
+    Raises:
+        UserError: a mesh axis does not divide the size of a dim.
+        ValueError: two dims are on one mesh axis.
+    """
     spec: list[str | None] = []
     for dim, size in zip(dims, shape, strict=True):
-        axis, may_be_whole = RULES[dim] if dim is not None else (None, False)
+        axis, may_replicate = RULES[dim] if dim is not None else (None, False)
         if axis is not None and size % mesh.shape[axis]:
-            if not may_be_whole:
+            if not may_replicate:
                 raise UserError(
                     f"mesh.{axis}: {mesh.shape[axis]} does not divide the {dim} size {size} of {name}; choose a divisor"
                 )
@@ -100,7 +104,7 @@ def weight_spec(
 
 
 def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Sharding of each weight, of trees of shapes and of logical axes."""
+    """Sharding of each weight, from trees of shapes and of logical axes."""
     return jax.tree.map_with_path(
         lambda path, shape, names: NamedSharding(
             mesh, weight_spec(names, shape.shape, mesh, jax.tree_util.keystr(path))
@@ -111,7 +115,7 @@ def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
-    """A tree of shapes as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
+    """A tree of shapes as `jax.ShapeDtypeStruct`, each with its sharding."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
     )
@@ -123,14 +127,14 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def row_sharding(mesh: Mesh | AbstractMesh, leading: int = 0) -> NamedSharding:
-    """Rows over their devices; ``leading`` dims before the rows stay whole."""
+    """Sharding by rows; ``leading`` dims before the rows are not sharded."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
 
 
 def own_shares(mesh: Mesh) -> tuple[int, ...]:
-    """Which of the equal shares of the rows, one a row device, lie on devices of this process; rising."""
-    places = row_sharding(mesh).addressable_devices_indices_map((row_devices(mesh),)).values()
-    return tuple(sorted({rows.start or 0 for (rows,) in filter(None, places)}))
+    """Which of the equal shares of the rows, one per row device, are on devices of this process; ascending."""
+    slices = row_sharding(mesh).addressable_devices_indices_map((row_devices(mesh),)).values()
+    return tuple(sorted({rows.start or 0 for (rows,) in filter(None, slices)}))
 
 
 def in_force() -> bool:
@@ -139,5 +143,5 @@ def in_force() -> bool:
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keep the first dim of an activation spread as rows are, under the mesh in force, if any."""
+    """Keep the first dim of an activation sharded as rows are, under the mesh in force, if any."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if in_force() else x

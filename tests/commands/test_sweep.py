@@ -89,8 +89,8 @@ def test_a_larger_beta_moves_less(folder, capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--betas", "0.1,x"], "--betas: 0.1,x cannot be read; write numbers with commas between"),
-        (["--betas", "0.1,-1"], "loss.beta: -1.0 cannot be used: it must be positive"),
+        (["--betas", "0.1,x"], "--betas: '0.1,x' cannot be used: write numbers separated by commas"),
+        (["--betas", "0.1,-1"], "loss.beta must be positive, got -1.0"),
         (["--betas", "0.1,0.1"], "--betas: [0.1, 0.1] names one twice"),
         (["--betas", "0.1", "--loss.type", "simpo"], "reference.mode: none leaves no KL to compare"),
     ],

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig
+from dpo_jax.config import DPOConfig, LossConfig, RunConfig, SFTConfig, SourceConfig
 from dpo_jax.config.docs import help_sections, reference_page, sections
 from dpo_jax.config.elsewhere import ELSEWHERE
 from dpo_jax.config.file import CommandLineText, config_to_yaml, field_names, load_yaml, parse_config
 from dpo_jax.config.idle import IDLE, Facts, idle_options
+from dpo_jax.config.section import Range
 from dpo_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -159,70 +160,76 @@ def test_names_of_other_trainers_lead_to_options():
 
 # (overrides, what the line must hold): each another path through the code
 BAD = [
-    ({"batch__pairs": "8"}, "batch.pairs: '8' cannot be used: a whole number is needed; take away the quotes"),
-    ({"batch__pairs": 8.0}, "batch.pairs: 8.0 cannot be used: a whole number is needed"),
-    ({"batch__pairs": True}, "batch.pairs: True cannot be used: a whole number is needed"),
-    ({"loss__beta": "5e-7"}, "loss.beta: '5e-7' cannot be used: a number is needed; take away the quotes"),
-    ({"loss__beta": False}, "loss.beta: False cannot be used: a number is needed"),
-    ({"optimizer__learning_rate": float("inf")}, "optimizer.learning_rate: inf cannot be used: a number is needed"),
-    ({"run__epochs": float("nan")}, "run.epochs: nan cannot be used: a number or null is needed"),
-    ({"run__export": "yes"}, "run.export: 'yes' cannot be used: true or false is needed"),
-    ({"run__export": 1}, "run.export: 1 cannot be used: true or false is needed"),
-    ({"model__path": 3}, "model.path: 3 cannot be used: text is needed; put it in quotes"),
-    ({"model__path": None}, "model.path: None cannot be used: text is needed"),
+    ({"batch__pairs": "8"}, "batch.pairs must be an integer, got '8': remove the quotes"),
+    ({"batch__pairs": 8.0}, "batch.pairs must be an integer, got 8.0"),
+    ({"batch__pairs": True}, "batch.pairs must be an integer, got True"),
+    ({"loss__beta": "5e-7"}, "loss.beta must be a number, got '5e-7': remove the quotes"),
+    ({"loss__beta": False}, "loss.beta must be a number, got False"),
+    ({"optimizer__learning_rate": float("inf")}, "optimizer.learning_rate must be a number, got inf"),
+    ({"run__epochs": float("nan")}, "run.epochs must be a number or null, got nan"),
+    ({"run__export": "yes"}, "run.export must be true or false, got 'yes'"),
+    ({"run__export": 1}, "run.export must be true or false, got 1"),
+    ({"model__path": 3}, "model.path must be a string, got 3: put it in quotes"),
+    ({"model__path": None}, "model.path must be a string, got None"),
     ({"loss__type": "sigmod"}, "did you mean sigmoid?"),
     ({"loss__type": "DPO"}, "did you mean sigmoid?"),
     ({"loss__type": "rpo"}, "did you mean [sigmoid, sft] as loss.types?"),
-    ({"loss__type": "kto"}, "simpo, orpo, cpo, sft or null is needed"),
+    ({"loss__type": "kto"}, "simpo, orpo, cpo, sft or null, got 'kto'"),
     (
         {"loss__type": ["sigmoid", "sft"]},
         "loss.type: ['sigmoid', 'sft'] cannot be used: several are given as loss.types",
     ),
     ({"loss__types": "sigmoid, sft"}, "loss.types: 'sigmoid, sft' cannot be used: a list is written [sigmoid, sft]"),
-    ({"loss__type": "\ud800"}, "sft or null is needed"),
-    ({"run__steps": 1e3}, "run.steps: 1000.0 cannot be used: a whole number or null is needed; write 1000"),
-    ({"run__steps": 2**63}, "a whole number or null is needed; this is out of range"),
-    ({"loss__beta": 10**400}, "loss.beta: a number of 1329 bits cannot be used: a number is needed; this is out of"),
-    ({"optimizer__max_grad_norm": "none"}, "a number or null is needed; did you mean null?"),
-    ({"model__tokenizer": ""}, "model.tokenizer: '' cannot be used: the text is empty"),
-    ({"run__dir": "a\0"}, "run.dir: 'a\\x00' cannot be used: text is needed, in UTF-8 and without NUL characters"),
+    ({"loss__type": "\ud800"}, "sft or null, got '\\ud800'"),
+    ({"run__steps": 1e3}, "run.steps must be an integer or null, got 1000.0: write 1000"),
+    ({"run__steps": 2**63}, "run.steps must be an integer or null, got 9223372036854775808: it is out of range"),
+    ({"loss__beta": 10**400}, "loss.beta must be a number, got a number of 1329 bits: it is out of"),
+    ({"optimizer__max_grad_norm": "none"}, "must be a number or null, got 'none': did you mean null?"),
+    ({"model__tokenizer": ""}, "model.tokenizer: '' cannot be used: the string is empty"),
+    ({"run__dir": "a\0"}, "run.dir must be a string, got 'a\\x00': write UTF-8 without NUL characters"),
     ({"output_dir": "x"}, "output_dir: unknown option: did you mean run.dir?"),
     ({"data__test": "x"}, "data.test: unknown option: did you mean data.eval?"),
     ({"model__model": "x"}, "model.model: unknown option: choose from path, revision"),
-    ({"batch__row_length": "automatic"}, "batch.row_length: 'automatic' cannot be used: auto or a whole number"),
+    ({"batch__row_length": "automatic"}, "batch.row_length must be auto or an integer, got 'automatic'"),
     ({"data__fates": {"too_long": "drop"}}, "data.fates: unknown option: did you mean data.invalid_rows?"),
     ({"batch__pair": 8}, "batch.pair: unknown option: did you mean batch.pairs?"),
     ({"los": {"beta": 1}}, "los: unknown option: did you mean loss?"),
     ({"beta": 0.1}, "beta: unknown option: did you mean loss.beta?"),
     ({"run__learning_rate": 0.1}, "run.learning_rate: unknown option: did you mean optimizer.learning_rate?"),
     ({"mesh__zzz": 1}, "mesh.zzz: unknown option: choose from data, fsdp, tensor"),
-    ({"batch__examples": 8}, "batch.examples: this belongs to `dpo-jax sft`, not to `dpo-jax train`: remove it"),
-    ({"loss": 3}, "loss: 3 cannot be used: this is a section"),
-    ({"loss": None}, "loss: None cannot be used: this is a section"),
-    ({"data__eval": "held.jsonl"}, "data.eval: 'held.jsonl' cannot be used: write names with their values"),
-    ({"data__eval": {1: "x"}}, "data.eval: the name: 1 cannot be used: text is needed"),
-    ({"data__train__columns": "prompt=question"}, "write names with their values, such as {prompt: question}"),
+    ({"batch__examples": 8}, "batch.examples: belongs to `dpo-jax sft`, not to `dpo-jax train`: remove it"),
+    ({"loss": 3}, "loss: 3 cannot be used: it is a section"),
+    ({"loss": None}, "loss: None cannot be used: it is a section"),
+    ({"data__eval": "held.jsonl"}, "data.eval: 'held.jsonl' cannot be used: give names with their values"),
+    ({"data__eval": {1: "x"}}, "data.eval: a name must be a string, got 1"),
+    ({"data__train__columns": "prompt=question"}, "give names with their values, such as {prompt: question}"),
     ({"data__train": []}, "data.train: () cannot be used: name at least one set"),
     (
         {"data__train": [{"path": "a", "limt": 1}]},
         "data.train.0.limt: unknown option: did you mean data.train.0.limit?",
     ),
-    ({"data__train": [{"path": "a", "limit": 0}]}, "data.train.0.limit: 0 cannot be used: a positive number is needed"),
-    ({"data__train": ["a", {"split": "x"}]}, "data.train.1.path: missing"),
-    ({"data__eval": {"x": {"path": 1}}}, "data.eval.x.path: 1 cannot be used: text is needed"),
-    ({"run__trackers": ["wandb", "wandbb"]}, "run.trackers.1: 'wandbb' cannot be used: tensorboard or wandb is needed"),
-    ({"model__path__x": 1}, "model.path.x: model.path is 'm', which has no parts: set model.path itself"),
-    ({"data__store__x": 1}, "data.store.x: data.store is None, which has no parts: set data.store itself"),
+    ({"data__train": [{"path": "a", "limit": 0}]}, "data.train.0.limit must be null or positive, got 0"),
+    (
+        {"data__train": ["a", {"split": "x"}]},
+        "data.train.1.path is required: set it in the config or with --data.train.1.path",
+    ),
+    ({"data__eval": {"x": {"path": 1}}}, "data.eval.x.path must be a string, got 1"),
+    ({"run__trackers": ["wandb", "wandbb"]}, "run.trackers.1 must be tensorboard or wandb, got 'wandbb'"),
+    ({"model__path__x": 1}, "model.path.x: model.path is 'm', which has no options: set model.path itself"),
+    ({"data__store__x": 1}, "data.store.x: data.store is None, which has no options: set data.store itself"),
     ({".".join("a" * 5000): 1}, "a: unknown option"),
-    ({"data__train__" + "9" * 5000: 1}, "data.train has 1 entries, numbered from 0"),
-    ({"data__train": ["a"], "data__train__1__path": "b"}, "data.train has 1 entries, numbered from 0: '1' is none"),
+    ({"data__train__" + "9" * 5000: 1}, "9999': it has 1, counted from 0"),
+    (
+        {"data__train": ["a"], "data__train__1__path": "b"},
+        "data.train.1.path: data.train has no entry '1': it has 1, counted from 0",
+    ),
     ({"batch__pairs": 3, "batch__accumulation": 2}, "batch.accumulation: 2 cannot be used: it must divide batch.pairs"),
     ({"run__steps": 1, "run__epochs": 1}, "run.steps: 1 cannot be used: run.epochs 1.0 is given too"),
     ({"reference__mode": "cached", "reference__dtype": "bfloat16"}, "reference.dtype: 'bfloat16' cannot be used"),
     ({"reference__mode": "none"}, "reference.mode: 'none' cannot be used: loss sigmoid compares with a reference"),
     ({"reference__sync_every": 5, "reference__mode": "cached"}, "reference.sync_every: 5 cannot be used"),
-    ({"lora__rank": -1}, "lora.rank: -1 cannot be used: it cannot be negative"),
-    ({"lora__rank": 4, "lora__alpha": 0.0}, "lora.alpha: 0.0 cannot be used: it must be positive"),
+    ({"lora__rank": -1}, "lora.rank must be at least 0, got -1"),
+    ({"lora__rank": 4, "lora__alpha": 0.0}, "lora.alpha must be positive, got 0.0"),
     ({"lora__rank": 4, "lora__targets": []}, "lora.targets: () cannot be used"),
     (
         {"lora__rank": 4, "lora__targets": ["q_proj", "w1"]},
@@ -239,16 +246,19 @@ BAD = [
     ({"lora__rank": 4, "reference__sync_every": 5}, "reference.sync_every: 5 cannot be used: with lora.rank"),
     ({"lora__rank": 4, "reference__mode": "live", "loss__type": "simpo"}, "reference.mode: 'live' cannot be used"),
     ({"reference__sync_mix": 0.5}, "reference.sync_mix: 0.5 cannot be used: reference.sync_every is 0"),
-    ({"reference__sync_every": 5, "reference__sync_mix": 0.0}, "reference.sync_mix: 0.0 cannot be used"),
+    (
+        {"reference__sync_every": 5, "reference__sync_mix": 0.0},
+        "reference.sync_mix must be positive and at most 1, got 0.0",
+    ),
     ({"loss__type": "simpo", "reference__path": "x"}, "reference.path: 'x' cannot be used: reference.mode is none"),
     ({"loss__reference_free": True, "reference__mode": "live"}, "reference.mode: 'live' cannot be used"),
     ({"loss__type": "simpo", "loss__reference_free": True}, "loss.reference_free: True cannot be used: simpo has no"),
-    ({"loss__type": "dpop", "loss__reference_free": True}, "loss.reference_free: True cannot be used: dpop is a"),
+    ({"loss__type": "dpop", "loss__reference_free": True}, "loss.reference_free: True cannot be used: dpop penalizes"),
     ({"loss__type": "hinge", "loss__types": ["ipo"]}, "loss.types: ('ipo',) cannot be used: loss.type hinge is given"),
     ({"loss__types": ["ipo", "ipo"]}, "loss.types: ('ipo', 'ipo') cannot be used: name each loss once"),
     ({"loss__types": ["ipo"], "loss__weights": [1, 2]}, "loss.weights: (1.0, 2.0) cannot be used: give one for each"),
     ({"loss__weights": [1.0]}, "loss.weights: (1.0,) cannot be used: give one for each of loss.types, 0"),
-    ({"loss__types": ["ipo"], "loss__weights": [0]}, "loss.weights: (0.0,) cannot be used: positive numbers"),
+    ({"loss__types": ["ipo"], "loss__weights": [0]}, "loss.weights.0 must be positive, got 0.0"),
     ({"loss__type": "exo_pair"}, "loss.label_smoothing: 0.0 cannot be used: exo_pair is infinite at 0"),
     ({"loss__type": "hinge", "loss__label_smoothing": 0.1}, "loss.label_smoothing: 0.1 cannot be used: hinge has no"),
     ({"loss__discopop_tau": 0.1}, "loss.discopop_tau: 0.1 cannot be used: sigmoid has no such option"),
@@ -257,12 +267,12 @@ BAD = [
     ({"loss__type": "ipo", "loss__f_divergence": "js"}, "loss.f_divergence: 'js' cannot be used: it is defined for"),
     ({"loss__f_alpha": 0.7}, "loss.f_alpha: 0.7 cannot be used: f_divergence reverse_kl has no coefficient"),
     ({"loss__type": "ipo", "loss__ld_alpha": 0.5}, "loss.ld_alpha: 0.5 cannot be used: ipo divides by the lengths"),
-    ({"loss__ld_alpha": 1.5}, "loss.ld_alpha: 1.5 cannot be used: it lies in [0, 1]"),
+    ({"loss__ld_alpha": 1.5}, "loss.ld_alpha must be null or at least 0 and at most 1, got 1.5"),
     (
         {"loss__type": "aot", "loss__weighting": "wpo"},
-        "loss.weighting: 'wpo' cannot be used: aot has no loss of a pair",
+        "loss.weighting: 'wpo' cannot be used: aot couples the pairs",
     ),
-    ({"loss__type": "dpop", "loss__dpop_lambda": -1.0}, "loss.dpop_lambda: -1.0 cannot be used"),
+    ({"loss__type": "dpop", "loss__dpop_lambda": -1.0}, "loss.dpop_lambda must be at least 0, got -1.0"),
     ({"loss__wpo_gradient": True}, "loss.wpo_gradient: True cannot be used: weighting none has no weights"),
 ]
 
@@ -284,6 +294,62 @@ def test_the_loss_is_settled_in_the_config_that_is_kept():
         assert parse_config(yaml.safe_load(config_to_yaml(config)), {}, DPOConfig) == config
 
 
+# (bounds, words, numbers inside, numbers outside)
+RANGES = [
+    ({"above": 0}, "positive", [1, 1e-9], [0, -1]),
+    ({"at_least": 0}, "at least 0", [0, 1], [-1, -1e-9]),
+    ({"above": 0, "at_most": 1}, "positive and at most 1", [0.1, 1], [0, 1.1]),
+    ({"at_least": 0, "below": 0.5}, "at least 0 and below 0.5", [0, 0.4], [-0.1, 0.5]),
+    ({"at_least": 64, "multiple_of": 64}, "at least 64 and a multiple of 64", [64, 192], [0, 65, -64]),
+    ({"above": 0, "also": -1}, "-1 or positive", [-1, 1], [-2, 0]),
+]
+
+
+@pytest.mark.parametrize(("bounds", "words", "inside", "outside"), RANGES, ids=[words for _, words, _, _ in RANGES])
+def test_a_range_is_checked_as_it_is_written(bounds, words, inside, outside):
+    allowed = Range(**bounds)
+    assert str(allowed) == words
+    assert [number in allowed for number in (*inside, *outside)] == [True] * len(inside) + [False] * len(outside)
+
+
+def test_the_page_gives_the_range_that_is_checked():
+    values = {field.name: field.values for kind in (DPOConfig, SFTConfig) for part in help_sections(kind)
+              for field in part.fields}  # fmt: skip
+    ranges = {name: text.partition("; ")[2] for name, text in values.items() if ";" in text}
+    positive = {"data.train.0.limit", "data.train.0.weight", "data.workers", "lora.alpha", "loss.beta", "loss.weights",
+                "optimizer.learning_rate", "optimizer.decay_steps", "optimizer.max_grad_norm", "batch.pairs",
+                "batch.examples", "batch.max_shapes", "batch.accumulation", "batch.target_chunk", "run.steps",
+                "run.epochs", "run.log_every", "run.profile_steps", "checkpoint.keep"}  # fmt: skip
+    from_0 = {"lora.rank", "loss.dpop_lambda", "loss.simpo_gamma", "loss.cpo_weight", "optimizer.warmup_steps",
+              "optimizer.weight_decay", "reference.sync_every", "run.eval_every", "run.seed", "checkpoint.every",
+              "checkpoint.keep_best"}  # fmt: skip
+    assert ranges == {
+        **dict.fromkeys(positive, "positive"),
+        **dict.fromkeys(from_0, "at least 0"),
+        **dict.fromkeys(["mesh.data", "mesh.fsdp", "mesh.tensor"], "-1 or positive"),
+        **dict.fromkeys(["optimizer.b1", "optimizer.b2", "optimizer.eps"], "at least 0 and below 1"),
+        "data.eval_fraction": "at least 0 and below 1",
+        "data.max_length": "at least 2",
+        "batch.row_length": "at least 64 and a multiple of 64",
+        "optimizer.final_fraction": "at least 0 and at most 1",
+        "reference.sync_mix": "positive and at most 1",
+        "loss.label_smoothing": "at least 0 and below 0.5",
+        "loss.ld_alpha": "at least 0 and at most 1",
+        "loss.discopop_tau": "positive and below 1",
+    }
+    assert refused(batch__pairs=0) == "batch.pairs must be positive, got 0"
+    assert refused(optimizer__b1=1.0) == "optimizer.b1 must be null or at least 0 and below 1, got 1.0"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sections_made_in_python_hold_finite_numbers(value):
+    with pytest.raises(UserError, match=r"^run.seed must be a 64-bit integer, got 9223372036854775808$"):
+        RunConfig(dir="x", seed=2**63)
+    for name in ("beta", "f_alpha", "weights"):
+        with pytest.raises(UserError, match=rf"^loss\.{name}\S* must be finite, got {value}$"):
+            LossConfig(types=("ipo",), **{name: (value,) if name == "weights" else value})
+
+
 @pytest.mark.parametrize(("overrides", "line"), BAD, ids=[line[:40] for _, line in BAD])
 def test_what_is_wrong_is_one_line(overrides, line):
     assert line in refused(**overrides)
@@ -292,13 +358,13 @@ def test_what_is_wrong_is_one_line(overrides, line):
 def test_missing_fields_are_named():
     for name in ("model.path", "data.train", "run.dir"):
         section = name.split(".")[0]
-        with pytest.raises(UserError, match=f"^{re.escape(name)}: missing: set it in the config or with --{name}$"):
+        with pytest.raises(UserError, match=f"^{re.escape(name)} is required: set it in the config or with --{name}$"):
             parse_config({key: value for key, value in LEAST.items() if key != section}, {}, DPOConfig)
 
 
 def test_sft_refuses_what_is_of_dpo():
     for name in ("loss__beta", "reference__mode", "batch__pairs", "batch__layout"):
-        assert "this belongs to `dpo-jax train`, not to `dpo-jax sft`: remove it" in refused(SFTConfig, **{name: 1})
+        assert "belongs to `dpo-jax train`, not to `dpo-jax sft`: remove it" in refused(SFTConfig, **{name: 1})
     assert parse(SFTConfig, batch__examples=3).batch.examples == 3
 
 
@@ -325,10 +391,10 @@ def test_text_of_the_command_line_is_read_by_the_type_of_its_field():
         SourceConfig(path="b"),
     )
     for name, text, line in [
-        ("batch__pairs", '"8"', "take away the quotes"),
-        ("batch__pairs", "8.0", "a whole number is needed"),
-        ("batch__pairs", "[", "batch.pairs: line 1, column 2: this is not YAML"),
-        ("batch", "{pairs: 8}", "this is a section; set its options by name"),
+        ("batch__pairs", '"8"', "remove the quotes"),
+        ("batch__pairs", "8.0", "batch.pairs must be an integer, got 8.0"),
+        ("batch__pairs", "[", "batch.pairs: line 1, column 2: invalid YAML"),
+        ("batch", "{pairs: 8}", "it is a section; set its options by name"),
     ]:
         with pytest.raises(UserError, match=re.escape(line)):
             typed(**{name: text})
@@ -361,7 +427,7 @@ def test_an_only_set_is_named_with_or_without_its_index(written):
 
 
 def test_of_several_sets_the_flag_says_which():
-    line = "data.train.split: data.train has 3 sets: say which, data.train.0.split to data.train.2.split"
+    line = "data.train.split: data.train has 3 data sets: choose one, data.train.0.split to data.train.2.split"
     assert refused(data__train=["a", {"path": "b"}, "c"], data__train__split="x") == line
     train = parse(data__train=["a", {"path": "b"}], data__train__0__split="x", data__train__1__limit=2).data.train
     assert train == (SourceConfig(path="a", split="x"), SourceConfig(path="b", limit=2))
@@ -448,9 +514,9 @@ for _ in range(40):
         ([], "the config: [] cannot be used"),
         (b"c.yaml", "the config: b'c.yaml' cannot be used"),
         ({1: 2}, "1: unknown option"),
-        ({**LEAST, "data": {"train": ENDLESS}}, "data.train.0: [[[...]]] cannot be used: this is a section"),
+        ({**LEAST, "data": {"train": ENDLESS}}, "data.train.0: [[[...]]] cannot be used: it is a section"),
         ({**LEAST, "data": {"train": BOMB}}, "data.train.0: [[[...], [...], "),
-        ({**LEAST, "run": {"dir": {"r"}}}, "run.dir: {'r'} cannot be used: text is needed"),
+        ({**LEAST, "run": {"dir": {"r"}}}, "run.dir must be a string, got {'r'}"),
         ("nul\0.yaml", "the config file cannot be read: embedded null byte: check the path"),
         ("x" * 5000, "the config file cannot be read: File name too long: check the path"),
     ],
@@ -467,21 +533,21 @@ def test_sources_that_are_no_config(source, line):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("a: !!timestamp x\n", "c.yaml: this is not YAML: AttributeError: "),
-        ("a: !!int x\n", "c.yaml: this is not YAML: invalid literal for int()"),
-        ("a: !!bool x\n", "c.yaml: this is not YAML: KeyError: 'x'"),
-        (f"a: {'9' * 5000}\n", "c.yaml: this is not YAML: Exceeds the limit (4300 digits)"),
-        ("a: " + "[" * 3000, "c.yaml: this is not YAML: RecursionError: "),
-        ("a: *b\n", "c.yaml: line 1, column 4: this is not YAML: found undefined alias 'b'"),
-        ("&a {*a : 1}\n", "c.yaml: line 1, column 1: this is not YAML: the name {} is not text"),
-        ("a: 1\nb: [\n", "c.yaml: line 3, column 1: this is not YAML: "),
-        ("a: 1\nb: 2\na: 3\n", "c.yaml: line 3, column 1: this is not YAML: 'a' is given twice"),
-        ("a: {1: x}\n", "c.yaml: line 1, column 5: this is not YAML: the name 1 is not text"),
-        ("a: !!python/name:os.system x\n", "c.yaml: line 1, column 4: this is not YAML: "),
-        ("a: \x07\n", "c.yaml: this is not YAML: "),
+        ("a: !!timestamp x\n", "c.yaml: invalid YAML: AttributeError: "),
+        ("a: !!int x\n", "c.yaml: invalid YAML: invalid literal for int()"),
+        ("a: !!bool x\n", "c.yaml: invalid YAML: KeyError: 'x'"),
+        (f"a: {'9' * 5000}\n", "c.yaml: invalid YAML: Exceeds the limit (4300 digits)"),
+        ("a: " + "[" * 3000, "c.yaml: invalid YAML: RecursionError: "),
+        ("a: *b\n", "c.yaml: line 1, column 4: invalid YAML: found undefined alias 'b'"),
+        ("&a {*a : 1}\n", "c.yaml: line 1, column 1: invalid YAML: the key {} is not a string"),
+        ("a: 1\nb: [\n", "c.yaml: line 3, column 1: invalid YAML: "),
+        ("a: 1\nb: 2\na: 3\n", "c.yaml: line 3, column 1: invalid YAML: the key 'a' appears twice"),
+        ("a: {1: x}\n", "c.yaml: line 1, column 5: invalid YAML: the key 1 is not a string"),
+        ("a: !!python/name:os.system x\n", "c.yaml: line 1, column 4: invalid YAML: "),
+        ("a: \x07\n", "c.yaml: invalid YAML: "),
         ("a: \xff\n", "c.yaml: byte 3 is not UTF-8"),
-        ("", "c.yaml: it holds nothing, not sections"),
-        ("- a\n", "c.yaml: it holds a list, not sections"),
+        ("", "c.yaml: holds nothing, not sections"),
+        ("- a\n", "c.yaml: holds a list, not sections"),
     ],
 )
 def test_files_that_are_no_config(tmp_path, text, line):
@@ -492,9 +558,9 @@ def test_files_that_are_no_config(tmp_path, text, line):
 
 
 def test_paths_that_are_no_config(tmp_path):
-    with pytest.raises(UserError, match=r"nope\.yaml: there is no such config file: check the path, seen from "):
+    with pytest.raises(UserError, match=r"nope\.yaml: config file not found: check the path, relative to "):
         load_yaml(tmp_path / "nope.yaml")
-    with pytest.raises(UserError, match=r"this is a directory: give a config file, such as .*config\.yaml"):
+    with pytest.raises(UserError, match=r"is a directory: give a config file, such as .*config\.yaml"):
         load_yaml(tmp_path)
 
 

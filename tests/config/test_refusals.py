@@ -313,7 +313,7 @@ BAD_MODELS = [
         "nothing to leave out",
         nothing,
         "--run.compiler_flags.xla_foo=",
-        "run.compiler_flags: xla_foo: nothing sets it, so an empty value leaves nothing out",
+        "run.compiler_flags: xla_foo is not set by default, so there is nothing to leave out",
     ),
     (
         "no builtin",

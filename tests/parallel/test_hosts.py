@@ -149,19 +149,19 @@ def test_processes_that_do_not_start_are_named_to_all_that_did():
 def test_a_coordinator_that_does_not_start_is_named():
     address = f"localhost:{free_port()}"
     (told,) = start_all([(address, 2, 1)], timeout=1)
-    assert told.startswith(f"HostsMissing: process 0 of 2 did not answer process 1 at {address} within 1 s: ")
+    assert told.startswith(f"HostsMissing: process 1 of 2 timed out after 1 s waiting for process 0 at {address}: ")
 
 
 def test_one_id_for_two_processes():
     address = f"localhost:{free_port()}"
     told = start_all([(address, 3, 0), (address, 3, 1), (address, 3, 1)], timeout=10)
-    assert all("process id 1 was given to two processes" in line for line in told), told
+    assert all("two processes have process id 1" in line for line in told), told
 
 
 def test_processes_that_count_differently():
     address = f"localhost:{free_port()}"
     told = start_all([(address, 2, 0), (address, 3, 1)], timeout=10)
-    assert all("process 1 counts 3 processes and process 0 counts 2" in line for line in told), told
+    assert all("process 1 expects 3 processes and process 0 expects 2" in line for line in told), told
 
 
 def test_strangers_at_the_port_do_not_matter():
@@ -199,8 +199,8 @@ def test_strangers_at_the_port_do_not_matter():
     ("arguments", "message"),
     [
         (("localhost:1", None, None), "DPO_JAX_NUM_PROCESSES, DPO_JAX_PROCESS_ID: not set"),
-        (("localhost", 2, 0), "DPO_JAX_COORDINATOR: 'localhost' is no address: write host:port"),
-        (("localhost:1", 2, 2), "DPO_JAX_PROCESS_ID: 2 is none of the 2 processes: count from 0"),
+        (("localhost", 2, 0), "DPO_JAX_COORDINATOR: 'localhost' cannot be used: write host:port"),
+        (("localhost:1", 2, 2), "DPO_JAX_PROCESS_ID: 2 cannot be used: count the 2 processes from 0"),
     ],
 )
 def test_wrong_settings(arguments, message):
@@ -223,7 +223,7 @@ def slurm(count: int, process_id: int, port: int) -> dict[str, str]:
     ("process_id", "told"),
     [
         (0, "timed out after 1 s waiting for process 1, 2 of 3 at "),
-        (1, "process 0 of 3 did not answer process 1 at localhost:"),
+        (1, "process 1 of 3 timed out after 1 s waiting for process 0 at localhost:"),
     ],
 )
 def test_auto_names_who_is_missing(monkeypatch, process_id, told):
@@ -236,7 +236,9 @@ def test_auto_names_who_is_missing(monkeypatch, process_id, told):
 
 def test_auto_without_a_cluster_is_refused(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    with pytest.raises(UserError, match=r"DPO_JAX_COORDINATOR: auto finds neither a TPU nor a cluster that jax knows"):
+    with pytest.raises(
+        UserError, match=r"DPO_JAX_COORDINATOR: auto finds neither a TPU nor a cluster that jax supports"
+    ):
         rendezvous.start_hosts("auto")
 
 
@@ -268,7 +270,7 @@ def test_auto_joins(tmp_path):
 
 def test_wrong_environment(monkeypatch):
     monkeypatch.setenv(rendezvous.PROCESS_ID, "one")
-    with pytest.raises(UserError, match="DPO_JAX_PROCESS_ID: 'one' is no whole number"):
+    with pytest.raises(UserError, match="DPO_JAX_PROCESS_ID must be an integer, got 'one'"):
         rendezvous.start_hosts()
 
 

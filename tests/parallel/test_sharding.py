@@ -68,9 +68,7 @@ def test_only_copies_of_the_model_lie_in_several_slices(config, tpus):
 
 
 def test_one_copy_in_two_slices_is_refused(tpus):
-    with pytest.raises(
-        UserError, match=r"^mesh.data: 1 copies cannot be spread over 2 slices; make it a multiple"
-    ) as e:
+    with pytest.raises(UserError, match=r"^mesh.data: 1 cannot be used: make it a multiple of the 2 slices") as e:
         make_mesh(MeshConfig(), tpus("v5e:4x4", slices=2))
     assert "\n" not in str(e.value)
 

@@ -222,17 +222,20 @@ def test_what_does_not_fit_is_made_to_fit():
     ("arguments", "message"),
     [
         (["--topology", "v5e:4x5"], "topology: 'v5e:4x5' cannot be used"),
-        (["--topology", "v5e:2x2", "--lengths", "1,2"], "--lengths: 1,2 cannot be read; write mean tokens"),
-        (["--topology", "v5e:2x2", "--slices", "2"], "mesh.data: 1 copies cannot be spread over 2 slices"),
+        (["--topology", "v5e:2x2", "--lengths", "1,2"], "--lengths: '1,2' cannot be used: write mean tokens"),
+        (["--topology", "v5e:2x2", "--slices", "2"], "mesh.data: 1 cannot be used: make it a multiple of the 2 slices"),
         (["--topology", "v4:2x2x1", "--slices", "2"], "--slices: 2 cannot be used: the bandwidth between slices of v4"),
         (["--topology", "v5e:2x2", "--mesh.tensor", "8"], "mesh:"),
         (["--topology", "v5e:2x2", "--lengths", "200,50,40"], "--lengths: (200.0, 50.0, 40.0) cannot be: a prompt and"),
-        (["--topology", "v5e:2x2", "--output", "no/plan.json"], "--output: 'no/plan.json' cannot be written"),
-        (["--topology", "v5e:2x2", "--output", ""], "--output: '' cannot be written: give a file"),
-        (["--topology", "v5e:2x2", "--data", "--examples", "9"], "--examples: 9 is given, and --data counts them"),
+        (
+            ["--topology", "v5e:2x2", "--output", "no/plan.json"],
+            "--output: 'no/plan.json' cannot be used: give a file in an existing",
+        ),
+        (["--topology", "v5e:2x2", "--output", ""], "--output: '' cannot be used: give a file"),
+        (["--topology", "v5e:2x2", "--data", "--examples", "9"], "--examples: 9 cannot be used: --data counts them"),
         (
             ["--topology", "v5e:2x2", "--run.steps", "9", "--examples", "9"],
-            "--examples: 9 says nothing: run.steps is 9",
+            "--examples: 9 cannot be used: run.steps is 9",
         ),
         (["--topology", "v5e:1x1", "--batch.pairs", "256"], "batch.row_length: 256 cannot be used: no row has room"),
         (
@@ -244,7 +247,10 @@ def test_what_does_not_fit_is_made_to_fit():
             "run.compiler_flags: {'xla_foo': '3'} cannot be",
         ),
         (["--topology", "v5e:2x2", "--mesh.tensor", "3"], "does not use 4 devices: 3 does not divide 4"),
-        (["--topology", "v5e:2x2", "--data", "--lengths", "1,2,3"], "--lengths: 1,2,3 is given, and --data measures"),
+        (
+            ["--topology", "v5e:2x2", "--data", "--lengths", "1,2,3"],
+            "--lengths: '1,2,3' cannot be used: --data measures",
+        ),
     ],
 )
 def test_refusals(arguments, message, tmp_path, capsys):
