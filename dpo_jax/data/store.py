@@ -30,7 +30,7 @@ from dpo_jax.data.schemas import Problem, Stage
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
-from dpo_jax.storage import seal, unseal
+from dpo_jax.storage import list_files, seal, sync, unseal
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -157,8 +157,7 @@ class _File:
         self.crc32 = zlib.crc32(data, self.crc32)
 
     def finish(self) -> dict[str, int]:
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        sync(self.file)
         return {"size": self.size, "crc32": self.crc32}
 
 
@@ -276,7 +275,7 @@ def open_store(path: Path) -> Store:
 
 def _remove_leftovers(folder: Path) -> None:
     """What builds that were killed have left; a younger one may still be at work."""
-    for path in folder.glob(TEMPORARY + "*"):
+    for path in list_files(folder, TEMPORARY + "*"):
         newest = max((file.stat().st_mtime for file in path.glob("*/*")), default=path.stat().st_mtime)
         if time.time() - newest > STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
