@@ -136,7 +136,7 @@ BAD_DATA = [
         "unknown columns",
         partial(write, "pairs.jsonl", lines_of([{"question": "a", "good": "b"}])),
         "",
-        "pairs.jsonl: columns ['good', 'question'] fit no layout of dpo;  ... {chosen: COLUMN, prompt: question",
+        "pairs.jsonl: columns ['good', 'question'] fit no schema of dpo;  ... {chosen: COLUMN, prompt: question",
     ),
     (
         "no such column",
