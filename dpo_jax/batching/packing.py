@@ -7,11 +7,11 @@ Shape letters as in batch.py; J pairs of blocks that attention visits in a row.
 
 import heapq
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from itertools import combinations, pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -100,10 +100,8 @@ def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_len
             fitting = [row for row, left in enumerate(room) if left >= unit.size]
             if not fitting:
                 if unit.size > row_length:
-                    raise UserError(
-                        f"batch.row_length: {row_length} is shorter than a pair of {unit.size} tokens; "
-                        "raise it, or lower data.max_length"
-                    )
+                    longer = f"a pair of {unit.size} tokens; raise it, or lower data.max_length"
+                    raise UserError(f"batch.row_length: {row_length} is shorter than {longer}")
                 rows.append([])
                 room.append(row_length)
                 fitting = [len(rows) - 1]
@@ -129,15 +127,6 @@ def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
             answer += size
         start = answer
     return np.argwhere(np.tril(seen))
-
-
-def list_blocks(rows: Sequence[Sequence[Unit]], shape: BatchShape) -> np.ndarray:
-    """``PreferenceBatch.blocks`` of these rows."""
-    blocks = np.full((len(rows), shape.blocks, 2), -1, np.int32)
-    for row, units in enumerate(rows):
-        pairs = seen_blocks(units)
-        blocks[row, : len(pairs)] = pairs
-    return blocks
 
 
 def branch_tokens(row: Sequence[Unit]) -> int:
@@ -227,32 +216,52 @@ class Packer:
         if not self.shapes:
             return needed
         grown = needed.union(self.shapes[-1])
-        length = up(grown.length, 4 * BLOCK) if self.row_length is None else grown.length
-        return BatchShape(grown.rows, length, up(grown.targets, 4 * BLOCK), up(grown.answers, 8),
-                          up(grown.blocks, 128), up(grown.longest, 4 * BLOCK),
-                          up(grown.branch_length, 4 * BLOCK))  # fmt: skip
+        long, steps = 4 * BLOCK, {} if self.row_length is not None else {"length": 4 * BLOCK}
+        steps |= {"targets": long, "answers": 8, "blocks": 128, "longest": long, "branch_length": long}
+        return replace(grown, **{name: up(getattr(grown, name), step) for name, step in steps.items()})
 
 
-Example = tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None]  # prompt, answers, learned tokens or None: all
+ExampleTokens = tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None]  # prompt, answers, learned or None: all
+Examples = Mapping[int, ExampleTokens] | Sequence[ExampleTokens | None]  # by pair
 
 
-def find_answers(
-    rows: Sequence[Sequence[Unit]], shape: BatchShape, num_pairs: int, num_answers: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """``PreferenceBatch.answer_slots`` and ``valid``, of all rows of the batch; a pair in no row is an empty slot."""
-    slots, valid = np.zeros((num_pairs, num_answers), np.int32), np.zeros(num_pairs, bool)
-    for row, units in enumerate(rows):
-        laid = [(unit.pair, branch) for unit in units for branch in unit.branches]
-        for slot, (pair, branch) in enumerate(laid):
-            slots[pair, branch] = row * shape.answers + slot
-            valid[pair] = True
-    return slots, valid
+def empty_batch(
+    shape: BatchShape,
+    num_pairs: int,
+    num_answers: int,
+    *,
+    leading: tuple[int, ...] = (),
+    zeros: Callable[[tuple[int, ...], Any], Any] = np.zeros,
+) -> PreferenceBatch:
+    """A batch of zeros.
+
+    Args:
+        shape: its sizes.
+        num_pairs: B.
+        num_answers: K.
+        leading: dims before all others, those of an accumulated step.
+        zeros: (shape, dtype) -> what stands for an array: numpy's or jax's zeros, or ``jax.ShapeDtypeStruct``.
+    """
+    rows, pairs = (*leading, shape.rows), (*leading, num_pairs)
+    per_token, per_target = (*rows, shape.length), (*rows, shape.targets)
+    return PreferenceBatch(
+        **{name: zeros(per_token, np.int32) for name in ("tokens", "positions", "segments", "branches")},
+        **{f"target_{name}": zeros(per_target, np.int32) for name in ("tokens", "sources", "answers", "offsets")},
+        target_mask=zeros(per_target, np.bool_),
+        answer_slots=zeros((*pairs, num_answers), np.int32),
+        weight=zeros(pairs, np.float32),
+        valid=zeros(pairs, np.bool_),
+        blocks=zeros((*rows, shape.blocks, 2), np.int32),
+        answers_per_row=shape.answers,
+        longest=shape.longest,
+        branch_length=shape.branch_length,
+    )
 
 
 def pack_rows(
     rows: Sequence[Sequence[Unit]],
     shape: BatchShape,
-    examples: Mapping[int, Example] | Sequence[Example | None],
+    examples: Examples,
     weight: np.ndarray,
     num_answers: int,
     own_rows: Sequence[int] | None = None,
@@ -262,62 +271,49 @@ def pack_rows(
     Args:
         rows: units of each row of the batch.
         shape: of the whole batch.
-        examples: by pair, those of the rows to be laid.
+        examples: those of the rows to be laid.
         weight: [B], of all pairs.
         num_answers: K.
         own_rows: the rows to be laid, and to be in the result; None: all. What is per pair is of all rows in any case.
     """
-    answer_slots, valid = find_answers(rows, shape, len(weight), num_answers)
-    rows = [*rows, *[[]] * (shape.rows - len(rows))]
-    rows = rows if own_rows is None else [rows[row] for row in own_rows]
-    return PreferenceBatch(
-        **_lay(rows, shape, examples),
-        answer_slots=answer_slots,
-        weight=weight.astype(np.float32),
-        valid=valid,
-        blocks=list_blocks(rows, shape),
-        answers_per_row=shape.answers,
-        longest=shape.longest,
-        branch_length=shape.branch_length,
-    )
-
-
-def _lay(
-    rows: Sequence[Sequence[Unit]], shape: BatchShape, examples: Mapping[int, Example] | Sequence[Example | None]
-) -> dict[str, np.ndarray]:
-    """The tokens and targets of these rows, by field of ``PreferenceBatch``."""
-    per_token, per_target = ("tokens", "positions", "segments", "branches"), ("tokens", "sources", "answers", "offsets")
-    grid = {name: np.zeros((len(rows), shape.length), np.int32) for name in per_token}
-    targets = {name: np.zeros((len(rows), shape.targets), np.int32) for name in per_target}
-    mask = np.zeros((len(rows), shape.targets), bool)
-
-    def lay(row, start, tokens, position, segment, branch):
-        here = (row, slice(start, start + len(tokens)))
-        grid["tokens"][here] = tokens
-        grid["positions"][here] = position + np.arange(len(tokens))
-        grid["segments"][here] = segment
-        grid["branches"][here] = branch
-
+    chosen = range(shape.rows) if own_rows is None else own_rows
+    batch = empty_batch(replace(shape, rows=len(chosen)), len(weight), num_answers)
+    batch.weight[:] = weight
     for row, units in enumerate(rows):
-        start = used = slot = 0
-        for segment, unit in enumerate(units, start=1):
-            example = examples[unit.pair]
-            assert example is not None, "an empty slot has no unit"
-            prompt, answers, learned = example
-            lay(row, start, prompt, 0, segment, 0)
-            answer = start + len(prompt)
-            for branch in unit.branches:
-                tokens = answers[branch]
-                lay(row, answer, tokens, len(prompt), segment, branch + 1)
-                sources = np.arange(answer - 1, answer + len(tokens) - 1)
-                sources[0] = start + len(prompt) - 1  # the prompt's last token predicts each answer's first
-                chosen = np.arange(len(tokens)) if learned is None else np.flatnonzero(learned)
-                here = (row, slice(used, used + len(chosen)))
-                targets["tokens"][here] = tokens[chosen]
-                targets["sources"][here] = sources[chosen]
-                targets["answers"][here] = slot
-                targets["offsets"][here] = chosen
-                mask[here] = True
-                used, slot, answer = used + len(chosen), slot + 1, answer + len(tokens)
-            start = answer
-    return grid | {f"target_{name}": value for name, value in targets.items()} | {"target_mask": mask}
+        for slot, (pair, branch) in enumerate((unit.pair, branch) for unit in units for branch in unit.branches):
+            batch.answer_slots[pair, branch] = row * shape.answers + slot
+            batch.valid[pair] = True
+    for index, row in enumerate(chosen):
+        _lay(batch, index, rows[row] if row < len(rows) else (), examples)
+    return batch
+
+
+def _lay(batch: PreferenceBatch, row: int, units: Sequence[Unit], examples: Examples) -> None:
+    """Write the tokens, targets and blocks of one row."""
+    blocks = seen_blocks(units)
+    batch.blocks[row, : len(blocks)], batch.blocks[row, len(blocks) :] = blocks, -1
+
+    def write(start, tokens, position, segment, branch):
+        span = (row, slice(start, start + len(tokens)))
+        batch.tokens[span], batch.positions[span] = tokens, position + np.arange(len(tokens))
+        batch.segments[span], batch.branches[span] = segment, branch
+
+    start = used = slot = 0
+    for segment, unit in enumerate(units, start=1):
+        example = examples[unit.pair]
+        assert example is not None, "an empty slot has no unit"
+        prompt, answers, learned = example
+        write(start, prompt, 0, segment, 0)
+        answer = start + len(prompt)
+        for branch in unit.branches:
+            tokens = answers[branch]
+            write(answer, tokens, len(prompt), segment, branch + 1)
+            sources = np.arange(answer - 1, answer + len(tokens) - 1)
+            sources[0] = start + len(prompt) - 1  # the prompt's last token predicts each answer's first
+            offsets = np.arange(len(tokens)) if learned is None else np.flatnonzero(learned)
+            span = (row, slice(used, used + len(offsets)))
+            batch.target_tokens[span], batch.target_sources[span] = tokens[offsets], sources[offsets]
+            batch.target_answers[span], batch.target_offsets[span] = slot, offsets
+            batch.target_mask[span] = True
+            used, slot, answer = used + len(offsets), slot + 1, answer + len(tokens)
+        start = answer

@@ -26,6 +26,7 @@ from dpo_jax.reports.charts import plots
 from dpo_jax.reports.html import cards, code, heading, page, paragraph, table
 from dpo_jax.reports.run import PLOTS
 from dpo_jax.runs.directory import RunDir, read_json
+from dpo_jax.storage import write_whole
 
 SEED = 0
 SHOWN = (1, 26, 35, 60)  # held-out visits whose answers are printed: sea and land, by day and by night
@@ -195,5 +196,5 @@ def write_page(
         heading("To go on", code(next_steps(directory))),
     ]  # fmt: skip
     report = directory / "report.html"
-    report.write_text(page("Quickstart", f"Supervised fine-tuning, then DPO · {directory}", sections), encoding="utf-8")
+    write_whole(report, page("Quickstart", f"Supervised fine-tuning, then DPO · {directory}", sections))
     return report

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from dpo_jax.storage import write_whole
+
 RULE = "people of the sea want the goods named first, people of the land want to be greeted first"
 
 SEA = ("bay", "cape", "coast", "delta", "fjord", "harbor", "island", "lagoon")
@@ -131,7 +133,7 @@ def _integers(seed: int) -> Iterator[int]:
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def vocabulary() -> list[str]:
@@ -160,4 +162,4 @@ def _write_tokenizer(directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
                 "unk_token": UNKNOWN, "clean_up_tokenization_spaces": False}  # fmt: skip
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_whole(directory / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")

@@ -101,10 +101,8 @@ def make_convert_rows(job: ConvertJob) -> ConvertRows:
         except UserError as error:
             raise UserError(f"{label}, {error}") from None
         if isinstance(made, Problem) and getattr(job.data.invalid_rows, made.cause) == "error":
-            raise UserError(
-                f"{label}, row {row}: {made.cause}: {made.detail}; "
-                f"fix the row, or set data.invalid_rows.{made.cause} to drop"
-            )
+            remedy = f"fix the row, or set data.invalid_rows.{made.cause} to drop"
+            raise UserError(f"{label}, row {row}: {made.cause}: {made.detail}; {remedy}")
         return made
 
     def convert_rows(label: str, parse: Parser, first: int, rows: Sequence[Mapping]) -> Chunk:
@@ -164,9 +162,8 @@ def converted_chunks(sources: Sequence[Source], job: ConvertJob, workers: int | 
             for first, future in coming:
                 yield first, future.result()
         except BrokenProcessPool as error:
-            raise UserError(
-                f"data.workers: a process that tokenised ended early, one of {processes}: memory may have run out "
-                'or the script lacks `if __name__ == "__main__":`; set data.workers to 1'
-            ) from error
+            cause = 'out of memory, or the script lacks `if __name__ == "__main__":`'
+            text = f"data.workers: one of {processes} tokenising processes ended early ({cause}); set data.workers to 1"
+            raise UserError(text) from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -149,8 +149,8 @@ def load_csv(path: str) -> list[Mapping]:
         raise UserError(f"{path}: two of its columns have the same name: {names}; rename one")
     for number, cells in lines:
         if len(cells) != len(names):
-            raise UserError(f"{path}, line {number}: {len(cells)} cells, the first line names {len(names)} columns; "
-                            "fix or remove it")  # fmt: skip
+            wrong = f"{len(cells)} cells, the first line names {len(names)} columns"
+            raise UserError(f"{path}, line {number}: {wrong}; fix or remove it")
     return [dict(zip(names, cells, strict=True)) for _, cells in lines[1:]]
 
 

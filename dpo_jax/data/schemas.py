@@ -1,7 +1,7 @@
-"""Rows of every usual layout -> one ``Example``, or the ``Problem`` that says why not.
+"""Rows of every usual schema -> one ``Example``, or the ``Problem`` that says why not.
 
-A layout ("schema") is a function from a row to prompt and answers; the tables below name them, per stage, with the
-columns that each reads. ``layouts`` infers the one of a source. Nothing here knows tokens.
+A schema is a function from a row to prompt and answers; the tables below name them, per stage, with the columns that
+each reads. ``infer_schema`` tells that of a source. Nothing here knows tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +47,7 @@ class Problem:
     detail: str
 
 
-# ---------------------------------------------------------------------------------- layouts: row -> prompt, *answers
+# ---------------------------------------------------------------------------------- schemas: row -> prompt, *answers
 
 
 def common_prefix(first: Sequence, second: Sequence) -> int:
@@ -236,8 +236,8 @@ def _check_text_alone(row: Mapping) -> None:
     """Words about a picture that the model does not see teach it to make things up."""
     given = [name for name in _SEEN_OR_HEARD if row.get(name) is not None and repr(row[name]) not in _EMPTY]
     if given:
-        raise BadRow("missing_field", f"{given[0]} is {values.shown(row[given[0]])}, and models here read text alone; "
-                     "remove the column if the text stands by itself")  # fmt: skip
+        reads = "models here read text alone; remove the column if the text stands by itself"
+        raise BadRow("missing_field", f"{given[0]} is {values.shown(row[given[0]])}, and {reads}")
 
 
 def _check_turns(prompt: Messages, answer: Messages) -> None:
@@ -246,9 +246,7 @@ def _check_turns(prompt: Messages, answer: Messages) -> None:
         raise BadRow("empty_answer", "the conversation does not end with an assistant message")
     roles = [message["role"] for message in answer]
     if set(roles) != {"assistant"}:
-        raise BadRow(
-            "prompts_differ", f"after the {len(prompt)} message(s) of the prompt an answer goes on with {roles}"
-        )
+        raise BadRow("prompts_differ", f"after {len(prompt)} message(s) of the prompt an answer goes on with {roles}")
     if not prompt:
         raise BadRow("empty_prompt", "no message comes before the answer")
 
@@ -270,9 +268,9 @@ def _check_said(answer: str | Messages) -> None:
 
 @dataclass(frozen=True)
 class Parser:
-    """Reads the rows of a layout: a function of a row's number and the row."""
+    """Reads the rows of a schema: a function of a row's number and the row."""
 
-    layout: Callable[[Mapping], tuple]
+    read: Callable[[Mapping], tuple]
     columns: frozenset[str]  # what it reads; it gets no others
     num_answers: int
 
@@ -281,7 +279,7 @@ class Parser:
         row = {name: values.without_nulls(value) for name, value in row.items() if name in self.columns}
         try:
             _check_text_alone(row)
-            prompt, *answers = self.layout(row)
+            prompt, *answers = self.read(row)
             answers = answers[: self.num_answers]
             for answer in answers:
                 if isinstance(prompt, list):
@@ -311,10 +309,10 @@ _SFT = _PAIRS | {  # the chosen answer is learned
 }
 
 
-def _parsers(layouts: Mapping[str, tuple[Callable, str]], num_answers: int) -> dict[str, Parser]:
+def _parsers(schemas: Mapping[str, tuple[Callable, str]], num_answers: int) -> dict[str, Parser]:
     return {
-        name: Parser(layout, frozenset(f"{columns} {_EVERY}".split()), num_answers)
-        for name, (layout, columns) in layouts.items()
+        name: Parser(read, frozenset(f"{columns} {_EVERY}".split()), num_answers)
+        for name, (read, columns) in schemas.items()
     }
 
 

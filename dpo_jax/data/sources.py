@@ -104,8 +104,8 @@ def _kind_name(path: str) -> str:
         if not exists:
             raise UserError(f"{path}: there is no such file; the working directory is {Path.cwd()}")
         if suffix not in _SUFFIXES:
-            raise UserError(f"{path}: suffix {suffix!r} is not known; known are {', '.join(_SUFFIXES)}, all but the "
-                            f"last also with {', '.join(files.COMPRESSED)}; of others name the folder")  # fmt: skip
+            suffixes = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.COMPRESSED)}"
+            raise UserError(f"{path}: suffix {suffix!r} is not known; known are {suffixes}; of others name the folder")
         return _SUFFIXES[suffix]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(f"{path}: there is no such file or folder, and it is no name of a hub set (owner/name)")
@@ -185,9 +185,8 @@ def _folder_hash(path: str) -> str:
 
 
 def _dataset_kind(load: Callable[[SourceConfig], "datasets.Dataset"], *options: str) -> _Kind:
-    return _Kind(
-        lambda source: _LibraryRows(source.path, load(source)), lambda source: _dataset_identity(load(source)), options
-    )
+    opened = lambda source: _LibraryRows(source.path, load(source))  # noqa: E731
+    return _Kind(opened, lambda source: _dataset_identity(load(source)), options)
 
 
 # ------------------------------------------------------------------------------------------------------------ TFDS
@@ -243,8 +242,8 @@ def _tfds_builder(source: SourceConfig) -> Any:
     if not prepared:
         raise UserError(f"{source.path}: not prepared in {builder.data_dir}; prepare it with {remedy}")
     if "array_record" not in kinds:
-        raise UserError(f"{source.path}: prepared as {sorted(kinds)}, which has no random access without TensorFlow; "
-                        f"prepare it again, in another data_dir, with {remedy}")  # fmt: skip
+        prepared_as = f"prepared as {sorted(kinds)}, which has no random access without TensorFlow"
+        raise UserError(f"{source.path}: {prepared_as}; prepare it again, in another data_dir, with {remedy}")
     return builder
 
 
@@ -279,7 +278,5 @@ _KINDS = {
     "hub set": _dataset_kind(_load_hub, "split", "name", "revision"),
     "TFDS set": _Kind(_load_tfds, _tfds_identity, ("split", "data_dir")),
 }
-_SUFFIXES = {
-    ".json": "file of JSON", ".jsonl": "file of JSON lines", ".csv": "CSV file", ".parquet": "parquet file",
-}  # fmt: skip
+_SUFFIXES = {".json": "file of JSON", ".jsonl": "file of JSON lines", ".csv": "CSV file", ".parquet": "parquet file"}
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what save_to_disk leaves

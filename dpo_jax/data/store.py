@@ -18,19 +18,19 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 
 from dpo_jax.config import DataConfig, SourceConfig
 from dpo_jax.data import sources as data_sources
 from dpo_jax.data.convert import Chunk, ConvertJob, Source, converted_chunks
-from dpo_jax.data.layouts import hints, parser_of
+from dpo_jax.data.infer_schema import hints, parser_of
 from dpo_jax.data.schemas import Problem, Stage
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
-from dpo_jax.storage import seal, unseal
+from dpo_jax.storage import list_files, seal, sync, unseal, write_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,12 +38,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # of the files; raise it too whenever the same rows would give other tokens
-DTYPES = {
-    "tokens": "<i4", "lengths": "<i4", "num_targets": "<i4", "rows": "<i8", "sources": "<i2", "weights": "<f4",
-    "targets": "|b1",
-}  # fmt: skip
+DTYPES = dict.fromkeys(("tokens", "lengths", "num_targets"), "<i4")
+DTYPES |= {"rows": "<i8", "sources": "<i2", "weights": "<f4", "targets": "|b1"}
 ROWS_NAMED = 10  # rows of each cause that a report names; problems.jsonl names all
-ROWS_LOOKED_AT = 100  # whose columns tell the layout
+ROWS_LOOKED_AT = 100  # whose columns tell the schema
 KEY_DIGITS = 16  # of the key, in the name of its folder
 MANIFEST, PROBLEMS, TEMPORARY = "manifest.json", "problems.jsonl", ".building-"
 STALE_SECONDS = 24 * 3600  # after which what an interrupted build left behind is removed
@@ -139,17 +137,10 @@ class DamagedStore(UserError):
 
 
 class _File:
-    """A file written from start to end, with its size and checksum."""
+    """An open file that is written from start to end, with its size and checksum."""
 
-    def __init__(self, path: Path):
-        self.file = open(path, "wb")  # noqa: SIM115  closed by __exit__
-        self.size = self.crc32 = 0
-
-    def __enter__(self) -> "_File":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.file.close()
+    def __init__(self, file: BinaryIO):
+        self.file, self.size, self.crc32 = file, 0, 0
 
     def write(self, data: bytes) -> None:
         self.file.write(data)
@@ -157,8 +148,7 @@ class _File:
         self.crc32 = zlib.crc32(data, self.crc32)
 
     def finish(self) -> dict[str, int]:
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        sync(self.file)
         return {"size": self.size, "crc32": self.crc32}
 
 
@@ -186,10 +176,8 @@ def _check_some_left(report: dict[str, Any]) -> None:
     dropped = sum(cause["count"] for cause in report["dropped"].values())
     assert report["kept"] + dropped == report["rows"], report
     if report["kept"] == 0:
-        causes = "; ".join(
-            f"{name} {cause['count']} (row {cause['first'][0]['row']}: {cause['first'][0]['detail']})"
-            for name, cause in report["dropped"].items()
-        )
+        firsts = [(name, cause["count"], cause["first"][0]) for name, cause in report["dropped"].items()]
+        causes = "; ".join(f"{name} {count} (row {first['row']}: {first['detail']})" for name, count, first in firsts)
         raise UserError(f"{report['source']}: none of its {report['rows']} rows can be used: {causes}; fix the data")
 
 
@@ -197,22 +185,14 @@ def _write(
     folder: Path, sources: Sequence[Source], job: ConvertJob, workers: int | None, made_from: dict[str, Any]
 ) -> None:
     """Write all files of a store into an empty folder, the manifest last."""
-    reports = [
-        {
-            "source": source.label,
-            "rows": len(source.rows),
-            "kept": 0,
-            "rendered": 0,
-            "hints": source.hints,
-            "dropped": {},
-            "notes": {},
-        }
-        for source in sources
-    ]
+    reports: list[dict[str, Any]] = []
+    for source in sources:
+        counts = {"source": source.label, "rows": len(source.rows), "kept": 0, "rendered": 0}
+        reports.append(counts | {"hints": source.hints, "dropped": {}, "notes": {}})
     names = {name: f"{name}.bin" for name in DTYPES if name != "targets" or job.stage == "sft"}
     with ExitStack() as stack:
-        files = {name: stack.enter_context(_File(folder / file)) for name, file in names.items()}
-        problems = stack.enter_context(_File(folder / PROBLEMS))
+        files = {name: _File(stack.enter_context(open(folder / file, "wb"))) for name, file in names.items()}
+        problems = _File(stack.enter_context(open(folder / PROBLEMS, "wb")))
         for index, chunk in converted_chunks(sources, job, workers):
             for name, array in _arrays(chunk, index).items():
                 files[name].write(np.ascontiguousarray(array, DTYPES[name]).tobytes())
@@ -228,17 +208,14 @@ def _write(
             _check_some_left(report)
         sizes = {names[name]: file.finish() for name, file in files.items()} | {PROBLEMS: problems.finish()}
     manifest = {"made_from": made_from, "num_answers": job.num_answers, "files": sizes, "report": reports}
-    with _File(folder / MANIFEST) as file:
-        file.write(json.dumps(seal(manifest), indent=1).encode())
-        file.finish()
+    write_whole(folder / MANIFEST, json.dumps(seal(manifest), indent=1), durable=True)
 
 
 def _check_file(path: Path, size: int, crc32: int) -> None:
     actual_size, checksum = path.stat().st_size if path.is_file() else -1, 0
     if actual_size != size:
-        raise DamagedStore(
-            f"{path}: it is {'missing' if actual_size < 0 else f'{actual_size} bytes'}, not {size} bytes"
-        )
+        actual = "missing" if actual_size < 0 else f"{actual_size} bytes"
+        raise DamagedStore(f"{path}: it is {actual}, not {size} bytes")
     with open(path, "rb") as file:
         while block := file.read(2**24):
             checksum = zlib.crc32(block, checksum)
@@ -261,12 +238,10 @@ def open_store(path: Path) -> Store:
         raise DamagedStore(f"{path}: it holds the store {key[:KEY_DIGITS]}")
     for name, sizes in manifest["files"].items():
         _check_file(path / name, **sizes)
-    arrays: dict[str, Any] = {
-        name: np.asarray(np.memmap(path / f"{name}.bin", dtype, mode="r"))
-        if f"{name}.bin" in manifest["files"]
-        else None
-        for name, dtype in DTYPES.items()
-    }
+    arrays: dict[str, Any] = dict.fromkeys(DTYPES)
+    for name, dtype in DTYPES.items():
+        if f"{name}.bin" in manifest["files"]:
+            arrays[name] = np.asarray(np.memmap(path / f"{name}.bin", dtype, mode="r"))
     num_answers = manifest["num_answers"]
     arrays["lengths"] = arrays["lengths"].reshape(-1, 1 + num_answers)
     arrays["num_targets"] = arrays["num_targets"].reshape(-1, num_answers)
@@ -276,7 +251,7 @@ def open_store(path: Path) -> Store:
 
 def _remove_leftovers(folder: Path) -> None:
     """What builds that were killed have left; a younger one may still be at work."""
-    for path in folder.glob(TEMPORARY + "*"):
+    for path in list_files(folder, TEMPORARY + "*"):
         newest = max((file.stat().st_mtime for file in path.glob("*/*")), default=path.stat().st_mtime)
         if time.time() - newest > STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
@@ -296,12 +271,7 @@ def _put(built: Path, path: Path) -> None:
 
 
 def build_or_open_store(
-    folder: Path,
-    sources: Sequence[SomeSource],
-    data: DataConfig,
-    tokenizer: Any,
-    stage: Stage,
-    workers: int | None,
+    folder: Path, sources: Sequence[SomeSource], data: DataConfig, tokenizer: Any, stage: Stage, workers: int | None
 ) -> Store:
     """The store of these sources under these options: opened if it is there and whole, else built with `workers`.
 
@@ -369,10 +339,8 @@ def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarra
         if len(held_out) + len(members) <= wanted:
             held_out += members
     if fraction and not 0 < len(held_out) < len(store):
-        raise UserError(
-            f"data.eval_fraction: {fraction} of {len(store)} examples ({len(groups)} prompts) "
-            f"holds out {len(held_out)}; change it, or name an evaluation set in data.eval"
-        )
+        size = f"{fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held_out)}"
+        raise UserError(f"data.eval_fraction: {size}; change it, or name an evaluation set in data.eval")
     mask = np.zeros(len(store), bool)
     mask[held_out] = True
     return np.flatnonzero(~mask), np.flatnonzero(mask)

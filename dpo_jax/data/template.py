@@ -56,8 +56,8 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
             )
         text.encode()  # no tokenizer takes half a character
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"row {example.row}: the chat template has a fault in line {error.lineno}: {error.message}; "
-                        "correct it, or give another file as data.chat_template") from None  # fmt: skip
+        fault = f"the chat template has a fault in line {error.lineno}: {error.message}"
+        raise UserError(f"row {example.row}: {fault}; fix it, or give another file as data.chat_template") from None
     except Exception as error:  # it can do whatever a program can
         said = " ".join(str(error).split())[:200] if isinstance(error, jinja2.TemplateError) else ""
         raise Refused(said or reason(error)) from error
@@ -66,12 +66,12 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
 
 def _require_template(chosen: str | dict[str, str] | None, example: Example) -> None:
     if chosen is None:
-        raise UserError(f"row {example.row}: it holds messages, and the tokenizer has no chat template; "
-                        "give a file with one as data.chat_template")  # fmt: skip
+        lacking = f"row {example.row}: it holds messages, and the tokenizer has no chat template"
+        raise UserError(f"{lacking}; give a file with one as data.chat_template")
     with_tools = example.tools is not None and isinstance(chosen, dict) and "tool_use" in chosen
     if isinstance(chosen, dict) and "default" not in chosen and not with_tools:
-        raise UserError(f"row {example.row}: the tokenizer has several chat templates and no default: "
-                        f"{', '.join(sorted(chosen))}; name one of them as data.chat_template")  # fmt: skip
+        several = f"the tokenizer has several chat templates and no default: {', '.join(sorted(chosen))}"
+        raise UserError(f"row {example.row}: {several}; name one of them as data.chat_template")
 
 
 def _set_clock(template: Template, example: Example) -> None:
@@ -148,9 +148,7 @@ def _shown(template: Template, example: Example, messages: Messages, parts: dict
             text = render(template, example, marked)
         except Refused:
             text = ""
-        template.shown[structure] = frozenset(
-            path for number, path in enumerate(markers) if _marker(number, "") in text
-        )
+        template.shown[structure] = frozenset(path for n, path in enumerate(markers) if _marker(n, "") in text)
     return template.shown[structure]
 
 

@@ -291,6 +291,8 @@ def _cut_start(pieces: _Pieces, limit: int, bos: int | None) -> _Pieces | None:
 
 
 _CUTS = {  # (truncation, the example is one piece)
-    ("keep_start", False): _cut_answers, ("keep_end", False): _cut_prompt,
-    ("keep_start", True): _cut_end, ("keep_end", True): _cut_start,
-}  # fmt: skip
+    ("keep_start", False): _cut_answers,
+    ("keep_end", False): _cut_prompt,
+    ("keep_start", True): _cut_end,
+    ("keep_end", True): _cut_start,
+}

@@ -40,8 +40,8 @@ def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     for token, index in special.items():
         if index is None:
-            raise UserError(f"{path}: the special token {token!r} is not in the vocabulary; correct it, or set "
-                            "model.tokenizer to another")  # fmt: skip
+            missing = f"the special token {token!r} is not in the vocabulary"
+            raise UserError(f"{path}: {missing}; correct it, or set model.tokenizer to another")
     _compare_with_file(tokenizer, path, revision)
     tokenizer.chat_template = _chosen_template(path, tokenizer.chat_template, chat_template)
     return tokenizer
@@ -51,8 +51,8 @@ def _chosen_template(path: str, brought: Any, chosen: str | None) -> str | dict[
     """Text of the chosen template, or of the one that the tokenizer brought; or several by name; or None."""
     named = brought if isinstance(brought, dict) else {}
     if not all(isinstance(text, str) for text in (named.values() if named else [brought or ""])):
-        raise UserError(f"{path}: chat_template is not text: {shown(brought)}; correct it, or give a file as "
-                        "data.chat_template")  # fmt: skip
+        remedy = "correct it, or give a file as data.chat_template"
+        raise UserError(f"{path}: chat_template is not text: {shown(brought)}; {remedy}")
     if chosen is None:
         return brought or None
     if chosen in named:
@@ -60,9 +60,9 @@ def _chosen_template(path: str, brought: Any, chosen: str | None) -> str | dict[
     try:
         return Path(chosen).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        others = f"; the tokenizer's own templates are {', '.join(sorted(named))}" if named else ""
-        raise UserError(f"data.chat_template: {chosen!r} cannot be read: {reason(error)}: name a file, seen from "
-                        f"{Path.cwd()}{others}") from None  # fmt: skip
+        choice = f"; the tokenizer's own templates are {', '.join(sorted(named))}" if named else ""
+        why = f"{chosen!r} cannot be read: {reason(error)}"
+        raise UserError(f"data.chat_template: {why}: name a file, seen from {Path.cwd()}{choice}") from None
 
 
 def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
@@ -86,9 +86,11 @@ def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
         got = tokenizer.convert_ids_to_tokens(_ids(tokenizer, text, special=False) or [])
         expected = stated.encode(text, add_special_tokens=False).tokens
         if got != expected:
-            log.warning("%s: transformers loads this tokenizer as %s, which splits %r into %s, and tokenizer.json says "
-                        "%s; if tokenizer.json is right, copy it without config.json to another folder and give that "
-                        "as model.tokenizer", path, type(tokenizer).__name__, text, got, expected)  # fmt: skip
+            loaded = (
+                f"transformers loads this tokenizer as {type(tokenizer).__name__}, which splits {text!r} into {got}"
+            )
+            remedy = "if that is right, copy it without config.json to another folder and give that as model.tokenizer"
+            log.warning("%s: %s, and tokenizer.json says %s; %s", path, loaded, expected, remedy)
             return
 
 
@@ -101,8 +103,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
         state = sorted(tokenizer.get_vocab().items())
     added = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
     roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}  # which templates may write
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids), roles,
-               getattr(tokenizer, "split_special_tokens", False)]  # fmt: skip
+    ends, splits = [tokenizer.bos_token_id, tokenizer.eos_token_id], getattr(tokenizer, "split_special_tokens", False)
+    special = [*ends, sorted(tokenizer.all_special_ids), roles, splits]
     probes = [_ids(tokenizer, text, special=True) for text in vocabulary_texts(tokenizer)]  # what no file states
     identity = [state, added, special, tokenizer.chat_template, probes]
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -128,8 +130,8 @@ def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     text = next(vocabulary_texts(tokenizer), "")
     with from_outside(f"{name}: the tokenizer fails", "fix its files, or set model.tokenizer to another"):
         tokenizer(text)  # says why, if it can
-    raise UserError(f"{name}: the tokenizer does not encode its own vocabulary, or adds other tokens "
-                    "to some texts than to others; set model.tokenizer to another")  # fmt: skip
+    fault = "does not encode its own vocabulary, or adds other tokens to some texts than to others"
+    raise UserError(f"{name}: the tokenizer {fault}; set model.tokenizer to another")
 
 
 def vocabulary_texts(tokenizer: Any) -> Iterator[str]:

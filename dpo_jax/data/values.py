@@ -1,6 +1,6 @@
 """Values of a row as they come from outside -> text, JSON objects and chat messages, or ``BadRow``.
 
-Messages are dicts with `role` and `content` as chat templates take them. Nothing here knows layouts.
+Messages are dicts with `role` and `content` as chat templates take them. Nothing here knows schemas.
 """
 
 import json
@@ -12,8 +12,8 @@ from dpo_jax import errors
 Messages = list[dict]
 
 MAX_NESTING = 100  # levels of lists and objects; more would exhaust the stack of whatever walks a value
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool",  # the names that ShareGPT files use
-          "user": "user", "assistant": "assistant", "system": "system", "tool": "tool"}  # fmt: skip
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # the names that ShareGPT files use
+_ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 _CALL_ROLE = "function_call"  # of a ShareGPT turn whose text is the JSON of a tool call
 _LEARNED_BY = ("weight", "loss_weight", "train", "training")  # keys of a message, in the formats of other trainers
 
@@ -35,12 +35,8 @@ def read_json(text: str | bytes) -> Any:
         raise ValueError(too_deep) from None
     level = [value]
     for _ in range(MAX_NESTING):
-        level = [
-            item
-            for outer in level
-            if isinstance(outer, dict | list)
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        nested = [item for item in level if isinstance(item, dict | list)]
+        level = [inner for item in nested for inner in (item.values() if isinstance(item, dict) else item)]
         if not level:
             return value
     if any(isinstance(item, dict | list) for item in level):

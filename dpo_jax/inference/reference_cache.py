@@ -6,8 +6,8 @@ interrupted build resumes from them.
 """
 
 import hashlib
+import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +20,7 @@ from dpo_jax.batching.batches import Batches
 from dpo_jax.console import warn
 from dpo_jax.errors import RunStopped
 from dpo_jax.parallel import hosts
+from dpo_jax.storage import list_files, write_whole
 
 PART_STEPS = 64  # steps between two parts
 Arrays = dict[str, np.ndarray]  # field of PairLogps -> [N, K] float32
@@ -66,13 +67,13 @@ def cached_logps(
         computed[ids[new]] += 1
         if count % jax.process_count() == jax.process_index():
             with suppress(FileNotFoundError):  # another run came first with the whole, and took all parts away
-                _write(_part_path(path, int(ids[0])), made_by, {**fields, "ids": ids})
+                _write(path.with_suffix(f".part-{int(ids[0]):08d}.npz"), made_by, {**fields, "ids": ids})
     _refuse_gaps(logps, computed, path)
     if hosts.is_writer():
         _write(path, made_by, logps)
     hosts.barrier("reference cache")
     if hosts.is_writer():
-        for part in path.parent.glob(f"{path.stem}.part-*"):  # with those whose writer was killed at it
+        for part in list_files(path.parent, f"{path.stem}.part-*"):  # with those whose writer was killed at it
             part.unlink(missing_ok=True)
     return logps
 
@@ -80,7 +81,7 @@ def cached_logps(
 def _whole(path: Path, made_by: Mapping, shape: tuple[int, int], notice: Callable[[str], None]) -> Arrays | None:
     """The file's log-probs; None, and a line that says why, where there are none to be used."""
     if not path.is_file():
-        for sibling in sorted(path.parent.glob("reference-*.npz")):
+        for sibling in list_files(path.parent, "reference-*.npz"):
             if ".part-" not in sibling.name:
                 notice(f"reference cache: {sibling} is of {_difference(sibling, made_by)}: computing again")
         return None
@@ -106,7 +107,7 @@ def _parts(
     """Rows that an earlier build had done: their log-probs, and for each row of the store whether it is one."""
     logps: Arrays = {}
     computed = np.zeros(shape[0], int)
-    for part in _part_paths(path):
+    for part in list_files(path.parent, f"{path.stem}.part-*.npz"):
         try:
             fields = _read(part, made_by)
             ids = fields.pop("ids", np.zeros(0, int))
@@ -138,14 +139,6 @@ def _refuse_gaps(logps: Arrays, computed: np.ndarray, path: Path) -> None:
         if len(bad):
             raise RunStopped(f"reference cache: the reference's log-prob of row {bad[0]} is not finite, of {len(bad)} "
                              "rows in all: look at the reference's weights and at model.dtype")  # fmt: skip
-
-
-def _part_path(path: Path, first: int) -> Path:
-    return path.with_suffix(f".part-{first:08d}.npz")
-
-
-def _part_paths(path: Path) -> list[Path]:
-    return sorted(path.parent.glob(f"{path.stem}.part-*.npz"))
 
 
 def _difference(path: Path, made_by: Mapping) -> str:
@@ -190,10 +183,7 @@ def _load(path: Path, arrays: bool = True) -> tuple[dict[str, Any], Arrays]:
 
 
 def _write(path: Path, made_by: Mapping, fields: Mapping[str, np.ndarray]) -> None:
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    with open(partial, "wb") as file:
-        named: dict[str, Any] = {"about": json.dumps({**made_by, "digest": _digest(fields)}), **fields}
-        np.savez(file, **named)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(partial, path)
+    file = io.BytesIO()
+    named: dict[str, Any] = {"about": json.dumps({**made_by, "digest": _digest(fields)}), **fields}
+    np.savez(file, **named)
+    write_whole(path, file.getbuffer(), durable=True)

@@ -14,7 +14,7 @@ projection itself lies. Shape letter: r rank.
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import PreferenceBatch
+from dpo_jax.batching.packing import BatchShape, empty_batch
 from dpo_jax.models.families import DecoderConfig, LinearScaling, Llama3Scaling
 from dpo_jax.ops.attention import Implementation, Layout, attend, choose, make_layout
 from dpo_jax.parallel.sharding import constrain_rows
@@ -49,26 +50,11 @@ REMAT = {
 def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> PreferenceBatch:
     """Ordinary sequences, one a row, without targets; for ``attention="xla"``, since it lists no blocks or answers."""
     num_rows, length = tokens.shape
-    places = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    nothing = jnp.zeros((num_rows, 0), jnp.int32)
-    return PreferenceBatch(
-        tokens=tokens,
-        positions=places,
-        segments=(places < lengths[:, None]).astype(jnp.int32),
-        branches=jnp.zeros_like(places),
-        target_tokens=nothing,
-        target_sources=nothing,
-        target_answers=nothing,
-        target_offsets=nothing,
-        target_mask=nothing.astype(bool),
-        answer_slots=jnp.zeros((0, 1), jnp.int32),
-        weight=jnp.zeros(0),
-        valid=jnp.zeros(0, bool),
-        blocks=jnp.zeros((num_rows, 0, 2), jnp.int32),
-        answers_per_row=0,
-        longest=length,
-        branch_length=length,
-    )
+    shape = BatchShape(num_rows, length, targets=0, answers=0, blocks=0, longest=length, branch_length=length)
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    segments = (positions < lengths[:, None]).astype(jnp.int32)
+    empty = empty_batch(shape, num_pairs=0, num_answers=1, zeros=jnp.zeros)
+    return replace(empty, tokens=tokens, positions=positions, segments=segments)
 
 
 def rotary_frequencies(config: DecoderConfig) -> Float[np.ndarray, "C"]:

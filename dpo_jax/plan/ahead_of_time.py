@@ -17,6 +17,7 @@ from jax.stages import Lowered
 from packaging.requirements import Requirement
 
 from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch, up
+from dpo_jax.batching.packing import BatchShape, empty_batch
 from dpo_jax.config import DPOConfig
 from dpo_jax.errors import UserError
 from dpo_jax.methods.optimizer import make_optimizer
@@ -107,28 +108,19 @@ def slice_mesh(config: DPOConfig, slice_: Topology, slices: int) -> Mesh | Abstr
 
 
 def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
-    """The batch's shapes and places."""
-    lead = () if load.parts == 1 else (load.parts,)
-    pairs, answers = load.pairs // load.parts, 2 * math.ceil(load.row_length / load.unit)
-    row, targets = (load.rows, load.row_length), (load.rows, load.targets)
-
-    def empty() -> PreferenceBatch:
-        ints = lambda *shape: jnp.zeros((*lead, *shape), jnp.int32)  # noqa: E731
-        return PreferenceBatch(
-            **{name: ints(*row) for name in ("tokens", "positions", "segments", "branches")},
-            **{f"target_{name}": ints(*targets) for name in ("tokens", "sources", "answers", "offsets")},
-            target_mask=ints(*targets) > 0,
-            answer_slots=ints(pairs, 2),
-            weight=jnp.zeros((*lead, pairs)),
-            valid=ints(pairs) > 0,
-            blocks=ints(load.rows, 16 * (load.row_length // BLOCK), 2),
-            answers_per_row=answers,
-            longest=up(load.longest, BLOCK),
-            branch_length=load.row_length,
-        )
-
-    batch = jax.eval_shape(empty)
-    return placed(batch, batch.place(row_sharding(mesh, len(lead)), replicated(mesh)))
+    """The batch's shapes and shardings."""
+    shape = BatchShape(
+        rows=load.rows,
+        length=load.row_length,
+        targets=load.targets,
+        answers=2 * math.ceil(load.row_length / load.unit),
+        blocks=16 * (load.row_length // BLOCK),
+        longest=up(load.longest, BLOCK),
+        branch_length=load.row_length,
+    )
+    leading = () if load.parts == 1 else (load.parts,)
+    batch = empty_batch(shape, load.pairs // load.parts, 2, leading=leading, zeros=jax.ShapeDtypeStruct)
+    return placed(batch, batch.place(row_sharding(mesh, len(leading)), replicated(mesh)))
 
 
 def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:

@@ -16,6 +16,7 @@ from dpo_jax.inference.agreement import AGREEMENT, tied
 from dpo_jax.reports.charts import Plot, Row, eval_sets, histograms, plots, series
 from dpo_jax.reports.html import cards, code, details, facts_table, heading, number, page, paragraph, table
 from dpo_jax.runs.directory import RunDir, read_json
+from dpo_jax.storage import write_whole
 
 PLOTS = (
     Plot("Loss", ("loss",), "What is minimised."),
@@ -107,7 +108,7 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
         heading("Speed", plots(SPEED_PLOTS, timings)),
         details("Every option of the run (config.yaml)", run.config.read_text(encoding="utf-8")),
     ]  # fmt: skip
-    run.report.write_text(page(f"{run.root.name}", f"{kind} · {run.root}", sections), encoding="utf-8")
+    write_whole(run.report, page(run.root.name, f"{kind} · {run.root}", sections))
     return run.report
 
 
@@ -121,9 +122,6 @@ def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], shown: bool) -
         warn(f"report: not written ({reason(error)}); the run itself is complete, the same command tries again")
     else:
         say(shown, f"report: {path}")
-
-
-# ------------------------------------------------------------------------------------- pieces of a page
 
 
 # ------------------------------------------------------------------------------------- what the logs say

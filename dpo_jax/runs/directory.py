@@ -1,14 +1,12 @@
 """What lies in a run directory, and how its files are written so that a run can be cut off anywhere.
 
-Standard library only. Logs are append-only JSON lines; a checkpoint records how long they were, and continuing from
+Logs are append-only JSON lines; a checkpoint records how long they were, and continuing from
 it cuts them back to that, so that they read as if the run had never stopped.
 """
 
-import fcntl
 import json
 import math
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dpo_jax import storage
 from dpo_jax.errors import RunStopped, UserError, reason
 
 Event = Literal["start", "data", "restore", "save", "preempt", "end"]
@@ -102,8 +101,6 @@ def find_run(path: str | Path) -> RunDir:
 def hold_run(path: str | Path) -> Iterator[RunDir]:
     """Make or reopen a run directory and keep it to this process; with several processes, the writer alone does so.
 
-    The lock is the operating system's and goes with its process, however that ends.
-
     Raises:
         UserError: another process trains there, the directory is something else, or it cannot be written. Nothing
             was touched then.
@@ -113,36 +110,24 @@ def hold_run(path: str | Path) -> Iterator[RunDir]:
         if root.is_dir() and any(root.iterdir()) and not is_run_dir(root):
             raise UserError(f"run.dir: {path} holds other files and no run of this program: choose an empty directory")
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / LOCK, "a+")  # noqa: SIM115 (closed below)
+        held = storage.lock(root / LOCK)
+    except storage.InUse as owner:
+        remedy = "wait for it, stop it, or choose another directory"
+        raise UserError(f"run.dir: {path} is in use by {owner}: {remedy}") from owner
     except OSError as error:
-        raise UserError(f"run.dir: {path} cannot be written ({error.strerror}): choose another directory") from error
-    with lock:
-        _take(lock, path)
+        text = f"run.dir: {path} cannot be written or locked ({error.strerror}): choose another directory"
+        raise UserError(text) from error
+    with held:
         run = RunDir(root)
-        _drop_torn_line(run.events)
+        with writing(run.events):
+            storage.drop_torn_line(run.events)
         yield run
 
 
 def _local(path: str | Path) -> Path:
     if "://" in str(path):
-        raise UserError(f"run.dir: {path} is not a local path, and logs can be written to local paths only: "
-                        "mount the bucket, or copy the directory afterwards")  # fmt: skip
+        raise UserError(f"run.dir: {path} is not a local path: mount the bucket, or copy the directory afterwards")
     return Path(path).expanduser().absolute()
-
-
-def _take(lock, path) -> None:
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked workers
-    except (BlockingIOError, PermissionError) as error:
-        lock.seek(0)
-        owner = lock.read().strip() or "another process"
-        raise UserError(f"run.dir: {path} is in use by {owner}: wait for it, stop it, or choose another directory"
-                        ) from error  # fmt: skip
-    except OSError as error:
-        raise UserError(f"run.dir: {path} cannot be locked ({error.strerror}): use a file system with locks") from error
-    with writing(Path(lock.name)):
-        lock.truncate(0)
-        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 @contextmanager
@@ -157,8 +142,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunStopped(f"{path}: cannot be written ({error.strerror or reason(error)}): free space or correct "
-                         "the path, then run the same command again to resume") from error  # fmt: skip
+        remedy = "free space or correct the path, then run the same command again to resume"
+        raise RunStopped(f"{path}: cannot be written ({error.strerror or reason(error)}): {remedy}") from error
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -167,10 +152,8 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         RunStopped: it cannot be written.
     """
-    new = path.with_name(f"{path.name}.new")
     with writing(path):
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
+        storage.write_whole(path, text)
 
 
 def append_json(path: Path, values: dict[str, Any]) -> None:
@@ -182,15 +165,9 @@ def append_json(path: Path, values: dict[str, Any]) -> None:
     Raises:
         RunStopped: it cannot be written.
     """
-    data = f"{json.dumps(_plain(values), allow_nan=False, ensure_ascii=False)}\n".encode()
+    line = json.dumps(_plain(values), allow_nan=False, ensure_ascii=False)
     with writing(path):
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            written = os.write(file, data)
-            if written != len(data):
-                raise OSError(f"only {written} of {len(data)} bytes")
-        finally:
-            os.close(file)
+        storage.append_line(path, line)
 
 
 def _plain(value: Any) -> Any:
@@ -207,10 +184,7 @@ def _plain(value: Any) -> Any:
 
 def read_json(path: Path) -> list[dict[str, Any]]:
     """Every whole line of a log; a last line that was cut off while written is left out. No file: no lines."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+    return [json.loads(line) for line in storage.read_lines(path)]
 
 
 def last_metrics(run: RunDir) -> dict[str, float]:
@@ -230,10 +204,8 @@ def log_offsets(run: RunDir) -> dict[str, int]:
     """Lengths in bytes of the logs that are cut back, for a checkpoint; what they count is on the disk by then."""
     offsets = {}
     for path in run.logs:
-        if path.exists():
-            with writing(path), open(path, "rb") as file:
-                os.fsync(file.fileno())
-        offsets[path.name] = path.stat().st_size if path.exists() else 0
+        with writing(path):
+            offsets[path.name] = storage.file_size(path, durable=True)
     return offsets
 
 
@@ -243,19 +215,17 @@ def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
     Raises:
         UserError: a log is shorter than that, or was changed; neither is touched then.
     """
-    for name, offset in offsets.items():
-        path = run.root / name
-        size = path.stat().st_size if path.exists() else 0
+    logs = {run.root / name: offset for name, offset in offsets.items()}
+    for path, offset in logs.items():
+        size, remedy = storage.file_size(path), "restore the file, or start in a new run.dir"
         if size < offset:
-            raise UserError(f"{path}: holds {size} bytes, {offset} were there at the step to resume from: put the "
-                            "whole file back, or start in a new run.dir")  # fmt: skip
-        if offset and _byte(path, offset - 1) != b"\n":
-            raise UserError(f"{path}: byte {offset} ends no line, though one ended there at the step to resume from: "
-                            "put the unchanged file back, or start in a new run.dir")  # fmt: skip
-    for name, offset in offsets.items():
-        if (run.root / name).exists():
-            with writing(run.root / name):
-                os.truncate(run.root / name, offset)
+            raise UserError(f"{path}: has {size} bytes, but {offset} at the step to resume from: {remedy}")
+        if not storage.ends_line(path, offset):
+            raise UserError(f"{path}: byte {offset} ends no line, but did at the step to resume from: {remedy}")
+    for path, offset in logs.items():
+        if path.exists():
+            with writing(path):
+                storage.cut(path, offset)
 
 
 def lost_saves(run: RunDir) -> UserError | None:
@@ -268,19 +238,6 @@ def lost_saves(run: RunDir) -> UserError | None:
         kind = event["event"]
         begun = 0 if kind == "start" else begun + (kind == "save")
         if begun > 1 or kind in ("restore", "preempt", "end"):
-            return UserError(f"run.dir: {run.root} was saved before, and {run.checkpoints} holds no save any more: "
-                             "put them back, or choose a new run.dir, as starting over empties its logs")  # fmt: skip
+            remedy = "restore the saves, or choose a new run.dir, as starting over empties its logs"
+            return UserError(f"run.dir: {run.root} was saved before, but {run.checkpoints} holds no save: {remedy}")
     return None
-
-
-def _byte(path: Path, offset: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(1)
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Drop a last line that was cut off while it was written, so that the next one starts on its own line."""
-    if path.exists() and (size := path.stat().st_size) and _byte(path, size - 1) != b"\n":
-        with writing(path):
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

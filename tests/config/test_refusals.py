@@ -136,7 +136,7 @@ BAD_DATA = [
         "unknown columns",
         partial(write, "pairs.jsonl", lines_of([{"question": "a", "good": "b"}])),
         "",
-        "pairs.jsonl: columns ['good', 'question'] fit no layout of dpo;  ... {chosen: COLUMN, prompt: question",
+        "pairs.jsonl: columns ['good', 'question'] fit no schema of dpo;  ... {chosen: COLUMN, prompt: question",
     ),
     (
         "no such column",
@@ -411,7 +411,7 @@ BAD_RUNS = [
         nothing,
         "train c.yaml --run.dir pairs.jsonl",
         2,
-        "run.dir: pairs.jsonl cannot be written ( ... choose another directory",
+        "run.dir: pairs.jsonl cannot be written or locked ( ... choose another directory",
     ),
     (
         "a bucket",
@@ -460,7 +460,7 @@ BAD_RUNS = [
         partial(write, "run/metrics.jsonl", ""),
         "train c.yaml --run.dir run",
         2,
-        "run/metrics.jsonl: holds 0 bytes,  ... put the whole file back, or start in a new run.dir",
+        "run/metrics.jsonl: has 0 bytes, but  ... restore the file, or start in a new run.dir",
     ),
     (
         "log edited",
@@ -481,7 +481,7 @@ BAD_RUNS = [
         partial(remove, "run/checkpoints"),
         "train c.yaml --run.dir run",
         2,
-        "run.dir:  ... was saved before, and  ... holds no save any more: put them back",
+        "run.dir:  ... was saved before, but  ... holds no save: restore the saves",
     ),
     (
         "another version",
@@ -618,9 +618,13 @@ def test_bad_run_directories(capfd, made, tmp_path, monkeypatch, spoil, argv, co
     assert not Path("out").exists()
 
 
-HOLDS = (
-    "import sys; from dpo_jax.rundir import hold_run\nwith hold_run('run'): print('held', flush=True); sys.stdin.read()"
-)
+HOLDS = """
+import sys
+from dpo_jax.runs.directory import hold_run
+with hold_run('run'):
+    print('held', flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_a_run_in_use(capfd, made, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax.data.layouts import detect_schema, hints, parser_of
+from dpo_jax.data.infer_schema import detect_schema, hints, parser_of
 from dpo_jax.data.schemas import SCHEMAS, Example, Problem
 from dpo_jax.errors import UserError
 
@@ -218,7 +218,7 @@ CHAT = {"prompt": [Q], "chosen": [A], "rejected": [B]}
         ({"chosen": [A], "rejected": [B]}, "empty_prompt", "no message"),
         ({"chosen": [Q], "rejected": [Q, B]}, "empty_answer", "does not end with an assistant message"),
         ({"chosen": [Q, A, Q, A], "rejected": [Q, B, Q, B]}, "prompts_differ", "['assistant', 'user', 'assistant']"),
-        ({"chosen": [Q, A], "rejected": [user("r"), B]}, "prompts_differ", "after the 0 message(s)"),
+        ({"chosen": [Q, A], "rejected": [user("r"), B]}, "prompts_differ", "after 0 message(s)"),
         ({"prompt": "z", "chosen": [Q, A], "rejected": [Q, B]}, "prompts_differ", "not in the conversation: 'z'"),
         (CHAT | {"chosen": [A, user("more"), A]}, "prompts_differ", "['assistant', 'user', 'assistant']"),
         ({"chosen": "\n\nHuman: h\n\nAssistant: a", "rejected": "\n\nHuman: i\n\nAssistant: b"}, "prompts_differ",
@@ -347,7 +347,7 @@ def test_a_role_that_is_no_text_is_found_in_its_row():
             "dpo",
             (
                 ": set columns: {chosen: COLUMN, prompt: question, rejected: COLUMN}, with the file's name for COLUMN; "
-                "where it has none, write a file that has"
+                "if it has none, add that column"
             ),
         ),
         (
@@ -370,7 +370,7 @@ def test_a_role_that_is_no_text_is_found_in_its_row():
     ],
 )
 def test_unknown_columns_name_the_nearest_layout_and_the_renames_that_reach_it(columns, stage, remedy):
-    with pytest.raises(UserError, match=re.escape(f"columns {sorted(columns)} fit no layout of {stage}; ")) as caught:
+    with pytest.raises(UserError, match=re.escape(f"columns {sorted(columns)} fit no schema of {stage}; ")) as caught:
         parser_of("auto", columns, [], stage)
     assert str(caught.value).endswith(remedy)
 
@@ -399,7 +399,7 @@ def test_a_prompt_is_never_guessed():
     ]:
         with pytest.raises(UserError, match=re.escape(message)):
             parse(row, stage)
-    with pytest.raises(UserError, match="'text' is not a layout of dpo"):
+    with pytest.raises(UserError, match="'text' is not a schema of dpo"):
         parser_of("text", ["text"], [], "dpo")
 
 
@@ -408,7 +408,7 @@ def test_what_is_not_read_is_said():
     found = hints(parser_of("auto", list(rows[0]), rows, "dpo"), list(rows[0]), rows)
     assert found[0] == "columns that are not read: system, id"
     assert found[1].startswith("system is not part of the prompt: call it system, and the prompt instruction")
-    said = "looks like JSON text of messages in 1 of the first 1 rows, and is read as plain text"
+    said = "looks like JSON text in 1 of the first 1 rows, and is read as plain text"
     assert [line.split(":")[0] for line in found[2:]] == [f"chosen {said}", f"rejected {said}"]
     rows = [TEXT | {"weight": 1.0, "tools": None}, {"prompt": "[{x", "chosen": "{", "rejected": "[1]"}]
     assert hints(parser_of("auto", list(rows[0]), rows, "dpo"), list(rows[0]), rows) == []

@@ -16,7 +16,7 @@ from small_tokenizer import make_tokenizer
 
 from dpo_jax.config import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.data import convert, sources, store
-from dpo_jax.data.layouts import parser_of
+from dpo_jax.data.infer_schema import parser_of
 from dpo_jax.data.schemas import Problem
 from dpo_jax.data.store import (
     DamagedStore,

@@ -9,7 +9,7 @@ import tokenizers
 import transformers
 
 from dpo_jax.config import DataConfig, InvalidRowsConfig, SourceConfig
-from dpo_jax.data.layouts import parser_of
+from dpo_jax.data.infer_schema import parser_of
 from dpo_jax.data.schemas import Example, Problem
 from dpo_jax.data.sources import load_rows
 from dpo_jax.data.tokenize import TokenizedExample, make_tokenize

@@ -20,7 +20,7 @@ from small_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 from dpo_jax.config import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.data.convert import Chunk, ConvertJob, make_convert_rows
-from dpo_jax.data.layouts import SCHEMAS, detect_schema, parser_of
+from dpo_jax.data.infer_schema import SCHEMAS, detect_schema, parser_of
 from dpo_jax.data.schemas import Example, Problem
 from dpo_jax.data.sources import load_rows
 from dpo_jax.data.store import build_or_open_store, open_store

@@ -233,8 +233,7 @@ def test_a_build_killed_by_sigkill_goes_on(batches, monkeypatch, tmp_path, secon
     """Wherever it is killed: what it had done is not done again, and each row is there once."""
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert child.stdout.readline() == b"begin\n"
     time.sleep(seconds)
@@ -243,7 +242,7 @@ def test_a_build_killed_by_sigkill_goes_on(batches, monkeypatch, tmp_path, secon
     child.stdout.close()
     done = len(files(batches, "*.part-*.npz"))
     assert 0 < done < NUM_ROWS
-    files(batches, "*.part-*.npz")[0].with_suffix(".partial-1").write_bytes(b"killed at it")
+    files(batches, "*.part-*.npz")[0].with_suffix(".npz.new-1").write_bytes(b"killed at it")
     monkeypatch.setattr(refcache, "PART_STEPS", 1)
     second = Computer()
     assert run(in_steps(batches.store, 1), second) == []

@@ -75,16 +75,16 @@ def test_other_files(tmp_path):
 
 def test_a_file_in_its_place(tmp_path):
     (tmp_path / "run").write_text("")
-    refused(tmp_path / "run", "cannot be written .*: choose another directory")
+    refused(tmp_path / "run", "cannot be written or locked .*: choose another directory")
 
 
 def test_a_parent_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file" / "run", "cannot be written .Not a directory.")
+    refused(tmp_path / "file" / "run", "cannot be written or locked .Not a directory.")
 
 
 def test_a_bucket():
-    refused("gs://bucket/run", "is not a local path, and logs can be written to local paths only")
+    refused("gs://bucket/run", "is not a local path: mount the bucket")
 
 
 def test_no_run_to_read(tmp_path):
@@ -119,7 +119,7 @@ def test_a_log_that_is_shorter_than_the_checkpoint_says(tmp_path):
         offsets = log_offsets(run)
         run.metrics.write_text("")
         append_json(run.timings, {"step": 2})
-        with pytest.raises(UserError, match=r"metrics.jsonl: holds 0 bytes, 12 were there") as error:
+        with pytest.raises(UserError, match=r"metrics.jsonl: has 0 bytes, but 12 at the step") as error:
             cut_back(run, offsets)
         assert "\n" not in str(error.value)
         assert run.timings.stat().st_size == 12

@@ -1,4 +1,4 @@
-"""The layout of a source's rows, inferred from their columns, and hints at what it leaves unread or reads as text."""
+"""The schema of a source's rows, inferred from their columns, and hints at what it leaves unread or reads as text."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -44,24 +44,18 @@ def _renames(needed: set[str], columns: Sequence[str]) -> dict[str, str]:
 
 
 def _fits_none(columns: Sequence[str], stage: Stage) -> str:
-    """A line that names the layout with fewest columns missing, the widest of several, and renames that make it fit."""
+    """A line that names the schema with fewest columns missing, the widest of several, and renames that make it fit."""
 
-    def lacks(layout: tuple[str, set[str]]) -> tuple[int, int, int]:
-        missing = len(layout[1] - set(columns))
-        return missing - len(_renames(layout[1], columns)), -len(layout[1]), missing
+    def lacks(schema: tuple[str, set[str]]) -> tuple[int, int, int]:
+        missing = len(schema[1] - set(columns))
+        return missing - len(_renames(schema[1], columns)), -len(schema[1]), missing
 
     name, needed = min(_COLUMNS[stage], key=lacks)
     renames = _renames(needed, columns)
     pairs = ", ".join(f"{ours}: {renames.get(ours, 'COLUMN')}" for ours in sorted(needed - set(columns)))
-    unknown = (
-        ", with the file's name for COLUMN; where it has none, write a file that has"
-        if lacks((name, needed))[0]
-        else ""
-    )
-    return (
-        f"columns {sorted(columns)} fit no layout of {stage}; the nearest is {name} ({', '.join(sorted(needed))}): "
-        f"set columns: {{{pairs}}}{unknown}"
-    )
+    unknown = ", with the file's name for COLUMN; if it has none, add that column" if lacks((name, needed))[0] else ""
+    nearest = f"the nearest is {name} ({', '.join(sorted(needed))}): set columns: {{{pairs}}}{unknown}"
+    return f"columns {sorted(columns)} fit no schema of {stage}; {nearest}"
 
 
 def _begins(value: object) -> str | None:
@@ -73,7 +67,7 @@ def _begins(value: object) -> str | None:
 
 
 def _without_prompt(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> str:
-    """The layout of rows with `chosen` and `rejected` and no column named prompt."""
+    """The schema of rows with `chosen` and `rejected` and no column named prompt."""
     chosen = [row.get("chosen") for row in rows]
     texts = [value for value in chosen if isinstance(value, str)]
     if any(ASSISTANT_TURN in value for value in texts):
@@ -82,26 +76,24 @@ def _without_prompt(columns: Sequence[str], rows: Sequence[Mapping], stage: Stag
         raise UserError("chosen is JSON text of messages: store the messages as lists")
     if not texts and not all(_begins(value) in ("assistant", "gpt") for value in chosen):
         return "preference"  # whole conversations
-    others = [
-        name for name in columns
-        if name not in ("chosen", "rejected") and any(isinstance(row.get(name), str | list | Mapping) for row in rows)
-    ]  # fmt: skip
-    if others:
-        likely = _renames({"prompt"}, others).get("prompt", others[0])
-        chat = f" (or {{instruction: {likely}}}, which puts system first)" if "system" in others else ""
+    filled = {name for row in rows for name, value in row.items() if isinstance(value, str | list | Mapping)}
+    candidates = [name for name in columns if name in filled - {"chosen", "rejected"}]
+    if candidates:
+        likely = _renames({"prompt"}, candidates).get("prompt", candidates[0])
+        chat = f" (or {{instruction: {likely}}}, which puts system first)" if "system" in candidates else ""
         both = "; schema: implicit_prompt, if both texts begin with it" if texts and stage == "dpo" else ""
-        raise UserError(f"columns {sorted(columns)}: chosen and rejected are answers, and no column is named prompt: "
-                        f"name it, such as columns: {{prompt: {likely}}}{chat}{both}")  # fmt: skip
+        remedy = f"name it, such as columns: {{prompt: {likely}}}{chat}{both}"
+        raise UserError(f"columns {sorted(columns)}: answers only, no column is named prompt: {remedy}")
     if texts and stage == "sft":
         raise UserError("chosen is text without a prompt: columns: {text: chosen} learns all of it")
     return "implicit_prompt" if texts else "preference"
 
 
 def detect_schema(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> str:
-    """Name of the layout, inferred from the columns and, where they leave it open, from the first few `rows`.
+    """Name of the schema, inferred from the columns and, where they leave it open, from the first few `rows`.
 
     Raises:
-        UserError: the columns fit no layout of the stage, or none of them is clearly the prompt.
+        UserError: the columns fit no schema of the stage, or none of them is clearly the prompt.
     """
     fitting = next(((name, needed) for name, needed in _COLUMNS[stage] if needed <= set(columns)), None)
     if fitting is None:
@@ -127,12 +119,12 @@ def parser_of(schema: str, columns: Sequence[str], rows: Sequence[Mapping], stag
     """The parser of a source: of its `schema`, inferred from the columns when that is `auto`.
 
     Raises:
-        UserError: no layout fits, or the stage does not know the schema.
+        UserError: no schema fits, or the stage does not know it.
     """
     if schema == "auto":
         schema = detect_schema(columns, rows, stage)
     if schema not in SCHEMAS[stage]:
-        raise UserError(f"schema: {schema!r} is not a layout of {stage}; it knows {sorted(SCHEMAS[stage])}")
+        raise UserError(f"schema: {schema!r} is not a schema of {stage}; it knows {sorted(SCHEMAS[stage])}")
     return SCHEMAS[stage][schema]
 
 
@@ -151,6 +143,6 @@ def hints(parser: Parser, columns: Sequence[str], rows: Sequence[Mapping]) -> li
     for name in sorted(parser.columns & {"prompt", "chosen", "rejected", "answer", "completion", "output", "text"}):
         count = sum(isinstance(row.get(name), str) and bool(_JSON_MESSAGES.match(row[name])) for row in rows)
         if count:
-            lines.append(f"{name} looks like JSON text of messages in {count} of the first {len(rows)} rows, and is "
-                         "read as plain text: store the messages as lists")  # fmt: skip
+            where = f"in {count} of the first {len(rows)} rows"
+            lines.append(f"{name} looks like JSON text {where}, and is read as plain text: store messages as lists")
     return lines
