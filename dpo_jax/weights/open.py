@@ -16,7 +16,8 @@ from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import UserError, from_outside, require
 from dpo_jax.models.adapters import Adapted, make_lora, merge, start_adapters
 from dpo_jax.models.decoder import Model, Params, make_model
-from dpo_jax.models.families import DecoderConfig, builtin_model, decoder_config
+from dpo_jax.models.families import builtin_model, decoder_config
+from dpo_jax.models.options import DecoderConfig
 from dpo_jax.parallel.sharding import placed, platform_of, weight_shardings
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import RunDir, find_run, is_run_dir

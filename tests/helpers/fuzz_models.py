@@ -18,7 +18,8 @@ from transformers import AutoConfig, PretrainedConfig
 from dpo_jax.config import LoraConfig
 from dpo_jax.models.adapters import CONFIG, TENSOR_FILE, make_lora, start_adapters
 from dpo_jax.models.decoder import Model
-from dpo_jax.models.families import _HARMLESS_KEYS, DecoderConfig, LinearScaling, Llama3Scaling, decoder_config
+from dpo_jax.models.families import _HARMLESS_KEYS, decoder_config
+from dpo_jax.models.options import DecoderConfig, LinearScaling, Llama3Scaling
 from dpo_jax.weights.hub import read_hf_config
 from dpo_jax.weights.peft import _HARMLESS, export_adapters, load_adapters
 from dpo_jax.weights.safetensors import DTYPES, INDEX, SINGLE, Tensor, find_tensors, read_header

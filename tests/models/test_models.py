@@ -15,7 +15,8 @@ from dpo_jax.batch import PreferenceBatch
 from dpo_jax.errors import UserError
 from dpo_jax.inference.generate import greedy
 from dpo_jax.models.decoder import Model, count_params, make_model, plain_batch
-from dpo_jax.models.families import LinearScaling, Llama3Scaling, builtin_model, decoder_config
+from dpo_jax.models.families import builtin_model, decoder_config
+from dpo_jax.models.options import LinearScaling, Llama3Scaling
 from dpo_jax.weights.hub import read_hf_config
 from dpo_jax.weights.huggingface import load_params
 

@@ -27,8 +27,9 @@ from dpo_jax.config import (
 from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import BLOCK, make_logps_fn
-from dpo_jax.models.decoder import Lora, make_model
+from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import builtin_model, decoder_config
+from dpo_jax.models.options import Lora
 from dpo_jax.parallel.chips import CHIPS, parse_topology
 from dpo_jax.parallel.sharding import make_mesh, row_sharding
 from dpo_jax.plan import ahead_of_time as aot
