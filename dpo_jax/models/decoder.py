@@ -81,7 +81,9 @@ class Decoder(DecoderModule):
         )
         layout = make_layout(batch, self.attention)
         x = constrain_rows(x)
-        x, _ = layers(c, self.param_dtype, self.lora, self.attention, batch.longest, name="layers")(x, angles, layout)
+        (kind,) = c.pattern  # what is scanned is one period of the pattern
+        stack = layers(c, self.param_dtype, self.lora, kind, self.attention, batch.longest, name="layers")
+        x, _ = stack(x, angles, layout)
         return self.rms_norm("final", x)
 
 
@@ -137,8 +139,8 @@ class Model:
         return _axis_names(self._abstract("lora"))
 
     def _module(self, lora: Lora | None) -> Decoder:
-        return Decoder(self.config, jnp.dtype(self.param_dtype), lora, jnp.dtype(self.dtype), self.attention,
-                       self.remat, self.scan)  # fmt: skip
+        param_dtype, dtype = jnp.dtype(self.param_dtype), jnp.dtype(self.dtype)
+        return Decoder(self.config, param_dtype, lora, dtype, self.attention, self.remat, self.scan)
 
     def _boxed(self, key: Array, part: Literal["params", "lora"] = "params") -> Params:
         batch = plain_batch(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))

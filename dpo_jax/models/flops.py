@@ -77,7 +77,7 @@ def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of each matrix of a layer."""
 
     def size(letters: str) -> int:
-        return math.prod(config.sizes[AXES[letter]] for letter in letters)
+        return math.prod(config.size(AXES[letter]) for letter in letters)
 
     return {row.name: (size(row.inputs), size(row.outputs)) for row in LAYER.values()}
 

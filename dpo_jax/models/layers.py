@@ -23,7 +23,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dpo_jax.models.options import DecoderConfig, LinearScaling, Llama3Scaling, Lora
+from dpo_jax.models.options import DecoderConfig, LayerKind, LinearScaling, Llama3Scaling, Lora
 from dpo_jax.models.projections import AXES, LAYER
 from dpo_jax.ops.attention import Implementation, Layout, attend
 from dpo_jax.parallel.sharding import constrain_rows
@@ -91,8 +91,8 @@ class DecoderModule(nn.Module):
     lora: Lora | None
 
     def _shape(self, letters: str) -> tuple[int, ...]:
-        sizes = {**self.config.sizes, "rank": 0 if self.lora is None else self.lora.rank}
-        return tuple(sizes[AXES[letter]] for letter in letters)
+        rank = 0 if self.lora is None else self.lora.rank
+        return tuple(rank if letter == "r" else self.config.size(AXES[letter]) for letter in letters)
 
     def weight(self, name: str, letters: str, init: nn.initializers.Initializer) -> Array:
         """The parameter ``name``."""
@@ -147,6 +147,7 @@ class DecoderModule(nn.Module):
 class Layer(DecoderModule):
     """Attention, then feed-forward, each on the normalised residual stream."""
 
+    kind: LayerKind
     attention: Implementation
     longest: int  # tokens
 
@@ -161,7 +162,7 @@ class Layer(DecoderModule):
         if c.qk_norm:
             q, k = self.rms_norm("query", q), self.rms_norm("key", k)
         q, k = rotate(q, angles), rotate(k, angles)
-        options = {"scale": c.head_dim**-0.5, "longest": self.longest, "window": c.window}
+        options = {"scale": c.head_dim**-0.5, "longest": self.longest, "window": self.kind.window}
         x += self.linear("out", attend(q, k, v, layout, implementation=self.attention, **options))
 
         y = self.rms_norm("ffn", x)

@@ -24,6 +24,13 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What the layers at one place of the repeating pattern have of their own."""
+
+    window: int | None = None  # a token sees keys at most window - 1 positions back
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Everything that decides what the decoder computes."""
 
@@ -42,21 +49,19 @@ class DecoderConfig:
     out_bias: bool = False  # of the projection after attention
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head
-    window: int | None = None  # a token sees keys at most window - 1 positions back
+    pattern: tuple[LayerKind, ...] = (LayerKind(),)  # kinds of the layers, repeated; the decoder computes one kind
     tied: bool = False  # the unembedding is the embedding
     init_std: float = 0.02
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Size of each logical axis of the parameters."""
-        return {
-            "vocab": self.vocab,
-            "embed": self.hidden,
-            "heads": self.heads,
-            "kv_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "ffn": self.ffn,
-        }
+    def window(self) -> int | None:
+        """The window of every layer."""
+        (kind,) = self.pattern
+        return kind.window
+
+    def size(self, axis: str) -> int:
+        """Size of a logical axis of the parameters, which but for ``embed`` are called as the fields are."""
+        return self.hidden if axis == "embed" else getattr(self, axis)
 
 
 @dataclass(frozen=True, kw_only=True)
