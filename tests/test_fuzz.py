@@ -60,7 +60,7 @@ def test_only_documented_outcomes(name, times, shared, request):
 
 PLANTED = {
     "options": ("dpo_jax.config.file", "_read"),
-    "config.json": ("dpo_jax.models.families", "_size"),
+    "config.json": ("dpo_jax.models.families", "size"),
     "files": ("dpo_jax.data.files", "_row"),
     "values": ("dpo_jax.data.values", "text"),
     "rows": ("dpo_jax.data.schemas", "_weight"),

@@ -14,6 +14,7 @@ from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.config import LossConfig, MeshConfig
 from dpo_jax.errors import UserError
 from dpo_jax.losses import mean_loss, preference_loss
+from dpo_jax.models.options import LayerKind
 from dpo_jax.parallel.sharding import make_mesh, replicated, row_devices
 from dpo_jax.step import _accumulated_step, _scorers, init_state, state_shardings, train_step
 from dpo_jax.weights.open import param_shardings
@@ -168,7 +169,7 @@ def test_a_size_that_tensor_does_not_divide_is_refused():
 
 def test_windows_count_positions_not_places():
     """A window of 40 positions: what an answer sees does not depend on where its prompt lies in the row."""
-    windowed = lambda model: replace(model, config=replace(model.config, window=40))  # noqa: E731
+    windowed = lambda model: replace(model, config=replace(model.config, pattern=(LayerKind(window=40),)))  # noqa: E731
     alone = jax.jit(logps_fn(windowed(small_model(attention="xla"))))(small_params(), pack(PAIRS, layout="padded"))
     shared = jax.jit(logps_fn(windowed(small_model())))(small_params(), pack(PAIRS))
     np.testing.assert_allclose(shared.sum, alone.sum, rtol=2e-6)

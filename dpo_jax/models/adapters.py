@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they start from, and how they go into the weights. Their tree is described in decoder.py."""
+"""Low-rank adapters: what they start from, and how they go into the weights. Their tree is described in layers.py."""
 
 import math
 from typing import Literal
@@ -8,15 +8,16 @@ import jax.numpy as jnp
 
 from dpo_jax.batch import Adapted
 from dpo_jax.config import LoraConfig
-from dpo_jax.models.decoder import Lora, Model, Params
-from dpo_jax.models.projections import PROJECTIONS, TURNED
+from dpo_jax.models.decoder import Model, Params
+from dpo_jax.models.options import Lora
+from dpo_jax.models.projections import BY_TARGET, LAYER
 
 
 def make_lora(config: LoraConfig) -> Lora | None:
     """What the model computes for these options; None: no adapters."""
     if config.rank == 0:
         return None
-    targets = frozenset(PROJECTIONS[name] for name in config.projections)
+    targets = frozenset(BY_TARGET[name].name for name in config.projections)
     return Lora(rank=config.rank, scale=config.scale, targets=targets)
 
 
@@ -46,17 +47,17 @@ def merge(weights: Adapted, model: Model) -> Params:
     assert model.lora is not None
     scale = model.lora.scale
 
-    def add(weight: jax.Array, pair: Params, leaf: str) -> jax.Array:
+    def add(name: str, weight: jax.Array, pair: Params) -> jax.Array:
         num_layers, rank = pair["a"].shape[:2]
         a, b = pair["a"].reshape(num_layers, rank, -1), pair["b"].reshape(num_layers, -1, rank)
         product = jnp.einsum("lor,lri->loi", b, a, precision=jax.lax.Precision.HIGHEST)
-        product = product.swapaxes(1, 2) if f"layers/{leaf}" in TURNED else product
+        product = product.swapaxes(1, 2) if LAYER[name].turned else product
         return weight.astype(jnp.float32) + scale * product.reshape(weight.shape)
 
     def whole(weights: Adapted) -> Params:
         assert weights.adapters is not None
         layers = weights.base["layers"]
-        changed = {leaf: add(layers[leaf], pair, leaf) for leaf, pair in weights.adapters["layers"].items()}
+        changed = {name: add(name, layers[name], pair) for name, pair in weights.adapters["layers"].items()}
         return jax.tree.map(lambda x: x.astype(model.param_dtype), {**weights.base, "layers": {**layers, **changed}})
 
     return jax.jit(whole, out_shardings=jax.tree.map(lambda x: x.sharding, weights.base))(weights)

@@ -9,13 +9,14 @@ These are *model* operations, the same for every kernel and memory setting. What
 time, to save memory, is ``recomputed_flops``; model and recomputed ones together are what the hardware does.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from dpo_jax.models.decoder import Lora
-from dpo_jax.models.families import DecoderConfig
+from dpo_jax.models.options import DecoderConfig, Lora
+from dpo_jax.models.projections import AXES, LAYER
 
 
 class Work(NamedTuple):
@@ -74,11 +75,11 @@ def pairs_work(
 
 def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of each matrix of a layer."""
-    c, queries, keys = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    return {
-        "query": (c.hidden, queries), "key": (c.hidden, keys), "value": (c.hidden, keys), "out": (queries, c.hidden),
-        "gate": (c.hidden, c.ffn), "up": (c.hidden, c.ffn), "down": (c.ffn, c.hidden),
-    }  # fmt: skip
+
+    def size(letters: str) -> int:
+        return math.prod(config.size(AXES[letter]) for letter in letters)
+
+    return {row.name: (size(row.inputs), size(row.outputs)) for row in LAYER.values()}
 
 
 def forward_flops(config: DecoderConfig, work: Work) -> Flops:
@@ -118,7 +119,8 @@ def recomputed_projections(config: DecoderConfig, remat: Literal["none", "dots",
 
     ``full``: of all but the last, whose result nothing in the layer needs. Else the products are kept.
     """
-    return {name: size for name, size in projections(config).items() if remat == "full" and name != "down"}
+    *all_but_last, _ = projections(config).items()
+    return dict(all_but_last) if remat == "full" else {}
 
 
 def recomputed_flops(config: DecoderConfig, work: Work, remat: Literal["none", "dots", "full"]) -> int:

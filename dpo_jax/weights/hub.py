@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import UserError, from_outside
-from dpo_jax.models.families import DecoderConfig, builtin_model
+from dpo_jax.models.options import DecoderConfig
+from dpo_jax.weights.known import builtin_model
 
 # Of a hub repository, only what is read here: never PyTorch pickles, other formats' copies, or code.
 _HUB_FILES = ["*.json", "tokenizer.model", "*.txt", "*.jinja", "additional_chat_templates/*"]

@@ -1,6 +1,6 @@
 """Weights from and to Hugging Face directories, tensor by tensor, and their hash.
 
-Shape letters as in ``decoder.py``. A layer's tensors are the slices [L] of one parameter; a parameter is built in host
+Shape letters as in ``layers.py``. A layer's tensors are the slices [L] of one parameter; a parameter is built in host
 buffers that hold only what this process's devices own of it, and is handed over before the next is begun.
 """
 

@@ -1,77 +1,95 @@
-"""The published shapes of some models, by hub name: what a plan needs before weights are there or access is granted.
+"""Models whose ``config.json`` comes with the program: built-in ones, and the published shapes of some of the hub.
 
-Each is what the model's own ``config.json`` says of its computation. A run never reads this: it takes the file that
-lies next to the weights.
+The latter are what a plan needs before weights are there or access is granted; each is what the model's own file says
+of its computation. A run never reads them: it takes the file that lies next to the weights.
 """
 
 from typing import Any
 
-_LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-                          "rms_norm_eps": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": False}  # fmt: skip
-_LLAMA3 = _LLAMA | {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0}
-_LONG_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-         "original_max_position_embeddings": 8192}  # fmt: skip
+from dpo_jax.errors import unusable
 
-_LLAMA3_8B = _LLAMA3 | {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "max_position_embeddings": 8192,
-}  # fmt: skip
-_LLAMA3_70B = _LLAMA3 | {
-    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-    "max_position_embeddings": 8192,
-}  # fmt: skip
-_LONG_CONTEXT = {"max_position_embeddings": 131072, "rope_scaling": _LONG_ROPE | {"factor": 8.0}}
-_LLAMA32_1B = _LLAMA3 | {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64,
-    "tie_word_embeddings": True, "max_position_embeddings": 131072, "rope_scaling": _LONG_ROPE | {"factor": 32.0},
-}  # fmt: skip
-_MISTRAL_7B = {
-    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096,
-    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "hidden_act": "silu", "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "sliding_window": 4096, "tie_word_embeddings": False, "initializer_range": 0.02,
-}  # fmt: skip
-_QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8,
-    "head_dim": 128, "hidden_act": "silu", "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000, "attention_bias": False, "use_sliding_window": False, "sliding_window": None,
-    "initializer_range": 0.02,
-}  # fmt: skip
-_SMOLLM2_135M = _LLAMA | {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
-    "rope_theta": 100000, "tie_word_embeddings": True, "initializer_range": 0.041666666666666664,
-    "is_llama_config": True, "rope_interleaved": False,
-}  # fmt: skip
+Shapes = dict[str, Any]
 
-KNOWN: dict[str, dict[str, Any]] = {
+
+def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> Shapes:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return dict(zip(names, (hidden, ffn, layers, heads, kv_heads), strict=True))
+
+
+_ALL = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": False}
+_LLAMA = _ALL | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+_LLAMA3 = _LLAMA | {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
+_LLAMA3_8B = _LLAMA3 | _sizes(4096, 14336, 32, 32, 8)
+_LLAMA3_70B = _LLAMA3 | _sizes(8192, 28672, 80, 64, 8)
+
+
+def _long(factor: float) -> Shapes:
+    """Llama 3.1's longer context."""
+    rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192}
+    return {"max_position_embeddings": 131072, "rope_scaling": rope}
+
+
+_LLAMA32_1B = _LLAMA3 | _sizes(2048, 8192, 16, 32, 8) | _long(32.0) | {"head_dim": 64, "tie_word_embeddings": True}
+_MISTRAL_7B = _ALL | _sizes(4096, 14336, 32, 32, 8)
+_MISTRAL_7B |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": 32000}
+_MISTRAL_7B |= {"max_position_embeddings": 32768, "rope_theta": 10000.0, "sliding_window": 4096}
+_QWEN3 = _ALL | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "head_dim": 128}
+_QWEN3 |= {"max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000}
+_QWEN3 |= {"attention_bias": False, "use_sliding_window": False, "sliding_window": None}
+_SMOLLM2_135M = _LLAMA | _sizes(576, 1536, 30, 9, 3) | {"vocab_size": 49152, "head_dim": 64, "rope_theta": 100000}
+_SMOLLM2_135M |= {"max_position_embeddings": 8192, "tie_word_embeddings": True, "initializer_range": 1 / 24}
+_SMOLLM2_135M |= {"is_llama_config": True, "rope_interleaved": False}
+
+KNOWN: dict[str, Shapes] = {
     "meta-llama/Meta-Llama-3-8B": _LLAMA3_8B,
     "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA3_8B,
-    "meta-llama/Llama-3.1-8B": _LLAMA3_8B | _LONG_CONTEXT,
-    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA3_8B | _LONG_CONTEXT,
+    "meta-llama/Llama-3.1-8B": _LLAMA3_8B | _long(8.0),
+    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA3_8B | _long(8.0),
     "meta-llama/Llama-3.2-1B": _LLAMA32_1B,
     "meta-llama/Llama-3.2-1B-Instruct": _LLAMA32_1B,
     "meta-llama/Meta-Llama-3-70B": _LLAMA3_70B,
     "meta-llama/Meta-Llama-3-70B-Instruct": _LLAMA3_70B,
-    "meta-llama/Llama-3.1-70B": _LLAMA3_70B | _LONG_CONTEXT,
-    "meta-llama/Llama-3.1-70B-Instruct": _LLAMA3_70B | _LONG_CONTEXT,
-    "allenai/Llama-3.1-Tulu-3-8B-SFT": _LLAMA3_8B | _LONG_CONTEXT | {"vocab_size": 128264},  # one token more, up to 8s
+    "meta-llama/Llama-3.1-70B": _LLAMA3_70B | _long(8.0),
+    "meta-llama/Llama-3.1-70B-Instruct": _LLAMA3_70B | _long(8.0),
+    "allenai/Llama-3.1-Tulu-3-8B-SFT": _LLAMA3_8B | _long(8.0) | {"vocab_size": 128264},  # one token more, up to 8s
     "mistralai/Mistral-7B-v0.1": _MISTRAL_7B,
     "HuggingFaceH4/mistral-7b-sft-beta": _MISTRAL_7B,
     "alignment-handbook/zephyr-7b-sft-full": _MISTRAL_7B,
-    "Qwen/Qwen3-1.7B": _QWEN3 | {
-        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
-        "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen3-8B": _QWEN3 | {
-        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
+    "Qwen/Qwen3-1.7B": _QWEN3 | _sizes(2048, 6144, 28, 16, 8) | {"tie_word_embeddings": True},
+    "Qwen/Qwen3-8B": _QWEN3 | _sizes(4096, 12288, 36, 32, 8),
     "HuggingFaceTB/SmolLM2-135M": _SMOLLM2_135M,
     "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
-}  # fmt: skip
+}
+
+# Untrained.
+BUILTIN: dict[str, Shapes] = {
+    "builtin:tiny": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.08,  # a width of 64 learns nothing for long from the usual 0.02
+    }
+}
 
 
-def known_config(name: str) -> dict[str, Any] | None:
+def known_config(name: str) -> Shapes | None:
     """The ``config.json`` of a hub model, as a new dictionary; None for one that is not known."""
     return dict(KNOWN[name]) if name in KNOWN else None
+
+
+def builtin_model(name: str) -> Shapes:
+    """The ``config.json`` of a built-in model, as a new dictionary."""
+    if name not in BUILTIN:
+        raise unusable("model.path", name, f"the built-in models are {', '.join(BUILTIN)}")
+    return dict(BUILTIN[name])

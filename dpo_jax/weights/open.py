@@ -16,13 +16,15 @@ from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import UserError, from_outside, require
 from dpo_jax.models.adapters import Adapted, make_lora, merge, start_adapters
 from dpo_jax.models.decoder import Model, Params, make_model
-from dpo_jax.models.families import DecoderConfig, builtin_model, decoder_config
+from dpo_jax.models.families import decoder_config
+from dpo_jax.models.options import DecoderConfig
 from dpo_jax.parallel.sharding import placed, platform_of, weight_shardings
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import RunDir, find_run, is_run_dir
 from dpo_jax.runs.restore import restore_part
 from dpo_jax.weights.hub import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.weights.huggingface import export_params, load_params
+from dpo_jax.weights.known import builtin_model
 from dpo_jax.weights.peft import export_adapters, load_adapters
 
 MODEL_FILES = "model"  # in a run directory: config.json and tokenizer, so that the run stands alone

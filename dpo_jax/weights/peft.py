@@ -16,7 +16,7 @@ import numpy as np
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import UserError, from_outside, shown, unusable
 from dpo_jax.models.decoder import Model, Params
-from dpo_jax.models.projections import PROJECTIONS, TENSORS
+from dpo_jax.models.projections import BY_TARGET, LAYER, TENSORS
 from dpo_jax.weights.hub import read_json
 from dpo_jax.weights.huggingface import whole_directory
 from dpo_jax.weights.safetensors import Tensor, read_header, write_file
@@ -140,10 +140,10 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mappin
     targets = {slot.projection for slot in expected.values()}
     for name in tensors:
         module = name.split(".lora_")[0].rpartition(".")[2]
-        if module not in PROJECTIONS:
-            raise UserError(f"lora.path: {file} holds {name}, which is no adapter of {', '.join(PROJECTIONS)}: "
+        if module not in BY_TARGET:
+            raise UserError(f"lora.path: {file} holds {name}, which is no adapter of {', '.join(BY_TARGET)}: "
                             f"{_MERGE}")  # fmt: skip
-        if PROJECTIONS[module] not in targets:
+        if BY_TARGET[module].name not in targets:
             raise UserError(f"lora.path: {file} holds {name}, which belongs to none of lora.targets: name {module} "
                             "there, or use other adapters")  # fmt: skip
         if name not in expected:
@@ -163,9 +163,7 @@ def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expec
     """Refuse options by which PEFT would ignore some of the file's tensors, or create others."""
     path, layers = folder / CONFIG, range(model.config.layers)
     targets, excluded = options.get("target_modules"), options.get("exclude_modules") or []
-    modules = {
-        TENSORS[f"layers/{leaf}"].removesuffix(".weight").format(n) for leaf in PROJECTIONS.values() for n in layers
-    }
+    modules = {TENSORS[f"layers/{name}"].removesuffix(".weight").format(n) for name in LAYER for n in layers}
     every = isinstance(targets, str) and targets.lower() == "all-linear"
     chosen = modules if every else _named(path, "target_modules", targets, modules)
     chosen = chosen - _named(path, "exclude_modules", excluded, modules)

@@ -18,9 +18,11 @@ from transformers import AutoConfig, PretrainedConfig
 from dpo_jax.config import LoraConfig
 from dpo_jax.models.adapters import make_lora, start_adapters
 from dpo_jax.models.decoder import Model
-from dpo_jax.models.families import _HARMLESS_KEYS, DecoderConfig, LinearScaling, Llama3Scaling, decoder_config
+from dpo_jax.models.families import decoder_config
+from dpo_jax.models.families.keys import HARMLESS_KEYS
+from dpo_jax.models.options import DecoderConfig, LinearScaling, Llama3Scaling
 from dpo_jax.weights.hub import read_hf_config
-from dpo_jax.weights.peft import _HARMLESS, export_adapters, load_adapters
+from dpo_jax.weights.peft import _HARMLESS, CONFIG, TENSOR_FILE, export_adapters, load_adapters
 from dpo_jax.weights.safetensors import DTYPES, INDEX, SINGLE, Tensor, find_tensors, read_header
 
 # --------------------------------------------------------------------------------------------- safetensors
@@ -210,7 +212,7 @@ def check_hf_config(tree: Any) -> bool:
         if was_refused:
             return False
         # what says nothing of the computation may be anything here
-        read = {key: value for key, value in read_hf_config(folder).items() if key not in _HARMLESS_KEYS}
+        read = {key: value for key, value in read_hf_config(folder).items() if key not in HARMLESS_KEYS}
         # transformers takes 1.0 but not 1 for these
         read |= {key: float(read[key]) for key in ("rms_norm_eps", "initializer_range") if read.get(key) is not None}
         (folder / "config.json").write_text(json.dumps(read))

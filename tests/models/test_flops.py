@@ -13,9 +13,10 @@ from dpo_jax.config import BatchConfig, DataConfig, DPOConfig, LoraConfig, Model
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.methods.setup import sets_of
 from dpo_jax.models.adapters import make_lora
-from dpo_jax.models.decoder import Lora, Model, plain_batch
+from dpo_jax.models.decoder import Model, plain_batch
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.flops import Flops, Work, causal_pairs, forward_flops, pairs_work, recomputed_flops, step_flops
+from dpo_jax.models.options import Lora
 
 SMALL = decoder_config({
     "model_type": "llama", "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3,

@@ -15,9 +15,11 @@ from dpo_jax.batch import PreferenceBatch
 from dpo_jax.errors import UserError
 from dpo_jax.inference.generate import greedy
 from dpo_jax.models.decoder import Model, count_params, make_model, plain_batch
-from dpo_jax.models.families import LinearScaling, Llama3Scaling, builtin_model, decoder_config
+from dpo_jax.models.families import decoder_config
+from dpo_jax.models.options import LayerKind, LinearScaling, Llama3Scaling
 from dpo_jax.weights.hub import read_hf_config
 from dpo_jax.weights.huggingface import load_params
+from dpo_jax.weights.known import builtin_model
 
 VOCAB, LENGTH = 128, 40
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -145,7 +147,7 @@ def shared_row(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> 
 @pytest.mark.parametrize("window", [None, 6])
 def test_an_answer_is_scored_in_a_shared_row_as_alone(tiny, window):
     model, params = tiny
-    model = replace(model, config=replace(model.config, window=window))
+    model = replace(model, config=replace(model.config, pattern=(LayerKind(window=window),)))
     hidden = jax.jit(model.hidden)
     prompt, chosen, rejected = np.split(some_tokens(1, 25)[0], [11, 18])
     row = np.asarray(hidden(params, shared_row(prompt, chosen, rejected)))[0]

@@ -27,8 +27,9 @@ from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import BLOCK, make_logps_fn
 from dpo_jax.methods.setup import sets_of
-from dpo_jax.models.decoder import Lora, make_model
-from dpo_jax.models.families import builtin_model, decoder_config
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config
+from dpo_jax.models.options import Lora
 from dpo_jax.parallel.chips import CHIPS, parse_topology
 from dpo_jax.parallel.sharding import make_mesh, row_sharding
 from dpo_jax.plan import ahead_of_time as aot
@@ -36,7 +37,7 @@ from dpo_jax.plan.hlo import Collective
 from dpo_jax.plan.plan import Known, find_load, plan, plan_slices, search_fit
 from dpo_jax.plan.roofline import collective_times, matrix_traffic
 from dpo_jax.plan.text import render, table
-from dpo_jax.weights.known import known_config
+from dpo_jax.weights.known import builtin_model, known_config
 from dpo_jax.weights.open import ModelSource, build_model, find_model, find_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"

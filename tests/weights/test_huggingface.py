@@ -24,10 +24,11 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.decoder import Model, Params, plain_batch
-from dpo_jax.models.families import builtin_model, decoder_config
+from dpo_jax.models.families import decoder_config
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.weights.hub import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.weights.huggingface import export_params, load_params, whole_directory
+from dpo_jax.weights.known import builtin_model
 from dpo_jax.weights.safetensors import INDEX, SINGLE, find_tensors
 
 TINY = builtin_model("builtin:tiny")

@@ -1,0 +1,107 @@
+"""Which decoders exist, and how a Hugging Face ``config.json`` becomes the typed options of one.
+
+Every key of the file is either read here, known to leave the computation as it is, or refused by name.
+"""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from dpo_jax.errors import unusable
+from dpo_jax.models.families import llama, mistral, qwen2, qwen3
+from dpo_jax.models.families.family import Family
+from dpo_jax.models.families.keys import EMPTY, HARMLESS_KEYS, NEUTRAL_VALUES, SHARED_KEYS
+from dpo_jax.models.families.rope import rope
+from dpo_jax.models.families.values import MAX_LAYERS, flag, number, one_of, refuse, size
+from dpo_jax.models.options import Activation, DecoderConfig
+
+FAMILIES = {"llama": llama.FAMILY, "mistral": mistral.FAMILY, "qwen2": qwen2.FAMILY, "qwen3": qwen3.FAMILY}
+
+
+def _check_keys(hf: Mapping[str, Any], model_type: str, family: Family) -> None:
+    architectures = hf.get("architectures") or [family.architecture]
+    if architectures != [family.architecture]:
+        raise refuse("architectures", architectures, f"for {model_type} it has to be [{family.architecture!r}]")
+    for key, value in hf.items():
+        recognised = key in SHARED_KEYS or key in HARMLESS_KEYS or key in family.keys or key.startswith("_")
+        if not recognised and not one_of(value, NEUTRAL_VALUES.get(key, EMPTY)):
+            remedy = f"the {model_type} decoder has no such option; if it changes nothing, remove it from the file"
+            raise refuse(key, value, remedy)
+
+
+def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
+    """Typed options out of a parsed Hugging Face ``config.json``.
+
+    Raises:
+        UserError: unknown ``model_type``, or a key whose value asks for what the decoder does not compute.
+    """
+    model_type = hf.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise refuse("model_type", model_type, f"it can be one of {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    _check_keys(hf, model_type, family)
+    hidden, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
+    layers = size(hf, "num_hidden_layers", most=MAX_LAYERS)
+    derived = {"num_key_value_heads": heads, "head_dim": hidden // heads}
+    sizes = {**hf, **{key: derived[key] for key in family.derived if hf.get(key, 0) is None}}
+    kv_heads = size(sizes, "num_key_value_heads", family.kv_heads or heads)
+    if heads % kv_heads:
+        raise refuse("num_key_value_heads", kv_heads, f"it must divide num_attention_heads, {heads}")
+    if hf.get("head_dim") is None and family.head_dim is None and hidden % heads:
+        raise refuse("num_attention_heads", heads, f"it must divide hidden_size, {hidden}, or head_dim must be given")
+    head_dim = size(sizes, "head_dim", family.head_dim or hidden // heads)
+    if head_dim % 2:
+        raise refuse("head_dim", head_dim, "rotary embeddings need an even number")
+    activation = hf.get("hidden_act", "silu")
+    if activation not in get_args(Activation):
+        raise refuse("hidden_act", activation, f"it can be one of {', '.join(get_args(Activation))}")
+    if "max_position_embeddings" in hf:
+        size(hf, "max_position_embeddings")
+    rope_theta, rope_scaling = rope(hf)
+    return DecoderConfig(
+        vocab=size(hf, "vocab_size"),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=size(hf, "intermediate_size"),
+        rms_eps=float(number(hf, "rms_norm_eps", 1e-6)),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        activation=activation,
+        qkv_bias=family.qkv_bias or flag(hf, "attention_bias"),
+        out_bias=flag(hf, "attention_bias"),
+        mlp_bias=flag(hf, "mlp_bias"),
+        qk_norm=family.qk_norm,
+        pattern=family.pattern(hf, layers),
+        tied=flag(hf, "tie_word_embeddings"),
+        init_std=float(number(hf, "initializer_range", 0.02)),
+    )
+
+
+# Untrained models that come with the program, as config.json has them.
+BUILTIN: dict[str, dict[str, Any]] = {
+    "builtin:tiny": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.08,  # a width of 64 learns nothing for long from the usual 0.02
+    }
+}
+
+
+def builtin_model(name: str) -> dict[str, Any]:
+    """The ``config.json`` of a built-in model, as a new dictionary."""
+    if name not in BUILTIN:
+        raise unusable("model.path", name, f"the built-in models are {', '.join(BUILTIN)}")
+    return dict(BUILTIN[name])

@@ -1,0 +1,14 @@
+"""Qwen3, dense: Llama with RMSNorm of each query and key head, heads of 128, and windows as Qwen2 has them."""
+
+from dpo_jax.models.families import qwen2
+from dpo_jax.models.families.family import Family
+
+FAMILY = Family(
+    architecture="Qwen3ForCausalLM",
+    keys=qwen2.WINDOW_KEYS | {"attention_bias"},
+    pattern=qwen2.pattern,
+    derived=frozenset({"num_key_value_heads"}),
+    kv_heads=32,
+    head_dim=128,
+    qk_norm=True,
+)

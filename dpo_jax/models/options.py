@@ -1,0 +1,73 @@
+"""Options that decide what a decoder computes: hashable, without arrays. Shape letters as in ``layers.py``."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Rotary positions divided by ``factor`` (arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1: slow rotations are divided by ``factor``, fast ones kept, those between are blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What the layers at one place of the repeating pattern have of their own."""
+
+    window: int | None = None  # a token sees keys at most window - 1 positions back
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Everything that decides what the decoder computes."""
+
+    vocab: int  # V
+    hidden: int  # D
+    layers: int  # L
+    heads: int  # N
+    kv_heads: int  # K
+    head_dim: int  # H
+    ffn: int  # F
+    rms_eps: float
+    rope_theta: float
+    rope_scaling: LinearScaling | Llama3Scaling | None = None
+    activation: Activation = "silu"
+    qkv_bias: bool = False
+    out_bias: bool = False  # of the projection after attention
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each query and key head
+    pattern: tuple[LayerKind, ...] = (LayerKind(),)  # kinds of the layers, repeated; the decoder computes one kind
+    tied: bool = False  # the unembedding is the embedding
+    init_std: float = 0.02
+
+    @property
+    def window(self) -> int | None:
+        """The window of every layer."""
+        (kind,) = self.pattern
+        return kind.window
+
+    def size(self, axis: str) -> int:
+        """Size of a logical axis of the parameters, which but for ``embed`` are called as the fields are."""
+        return self.hidden if axis == "embed" else getattr(self, axis)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters: y += scale * (x A^T) B^T beside every target (arXiv 2106.09685)."""
+
+    rank: int
+    scale: float
+    targets: frozenset[str]  # names of `projections.LAYER`

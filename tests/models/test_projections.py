@@ -1,0 +1,35 @@
+"""The table of a layer against what the config names and what the model declares."""
+
+from dataclasses import fields
+
+from dpo_jax.config import LORA_TARGETS
+from dpo_jax.models.decoder import Model
+from dpo_jax.models.families import decoder_config
+from dpo_jax.models.options import DecoderConfig
+from dpo_jax.models.projections import BY_TARGET, LAYER, TENSORS, TURNED
+
+BIASED = {"model_type": "llama", "vocab_size": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "attention_bias": True,
+          "mlp_bias": True}  # fmt: skip
+
+
+def test_adapters_can_be_asked_for_by_the_names_of_the_table():
+    assert tuple(BY_TARGET) == LORA_TARGETS
+
+
+def test_only_gate_and_up_are_stored_inputs_first():
+    assert {"layers/gate", "layers/up"} == TURNED
+    assert [LAYER[name].inputs + ">" + LAYER[name].outputs for name in ("query", "out", "gate", "down")] == [
+        "D>NH", "NH>D", "D>F", "F>D",
+    ]  # fmt: skip
+
+
+def test_each_row_is_a_parameter_with_its_axes_bias_and_tensor():
+    axes = Model(config=decoder_config(BIASED)).param_axes()["layers"]
+    for name, row in LAYER.items():
+        assert row.bias in {field.name for field in fields(DecoderConfig)}
+        sizes = {"D": "embed", "F": "ffn", "N": "heads", "K": "kv_heads", "H": "head_dim"}
+        assert axes[name] == ("layers", *(sizes[letter] for letter in row.letters[1]))
+        assert axes[f"{name}_bias"] == ("layers", *(sizes[letter] for letter in row.outputs))
+        assert TENSORS[f"layers/{name}"] == f"model.layers.{{}}.{row.module}.weight"
+        assert TENSORS[f"layers/{name}_bias"] == f"model.layers.{{}}.{row.module}.bias"
