@@ -55,9 +55,6 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, referenc
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.ones((), bool), reference)
 
 
-# ------------------------------------------------------------------------------------------ gradient of a step's pairs
-
-
 def pair_gradient(
     params: Params, frozen: Frozen, batch: Any, *, logps_fn: LogpsFn, loss: LossConfig, accumulation: int = 1
 ) -> tuple[Params, PairLogps, PairLogps | None]:
@@ -107,9 +104,9 @@ def _in_one_pass(params, fed, policy_of, reference_of, loss):
         (_, policy), grads = jax.value_and_grad(pulled, has_aux=True)(params)
         return grads, (policy, reference)
 
-    grads, (policy, reference) = _added(microbatch_gradient, fed, params)
-    policy = _join(policy)
-    return _per_pair(grads, policy), policy, None if reference is None else _join(reference)
+    grads, logps = _added(microbatch_gradient, fed, params)
+    policy, reference = _join(logps)
+    return _per_pair(grads, policy), policy, reference
 
 
 def _in_two_passes(params, fed, policy_of, reference_of, loss):
@@ -130,9 +127,9 @@ def _in_two_passes(params, fed, policy_of, reference_of, loss):
         (_, policy), grads = jax.value_and_grad(pulled, has_aux=True)(params)
         return grads, policy
 
-    _, (policy, reference) = jax.lax.scan(microbatch_logps, None, fed)
-    reference = None if reference is None else _join(reference)
-    pull = jax.tree.map(lambda x: x.reshape(policy.sum.shape), _pull(_join(policy), reference, loss))
+    _, stacked = jax.lax.scan(microbatch_logps, None, fed)
+    policy, reference = _join(stacked)
+    pull = jax.tree.map(lambda x: x.reshape(stacked[0].sum.shape), _pull(policy, reference, loss))
     grads, policy = _added(microbatch_gradient, (fed[0], pull), params)
     policy = _join(policy)
     return _per_pair(grads, policy), policy, reference
@@ -163,16 +160,13 @@ def _added(gradient_of: Callable[[Any], tuple[Params, Any]], microbatches: Any, 
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), microbatches)
 
 
-def _join(stacked: PairLogps) -> PairLogps:
-    """[microbatches, pairs of a microbatch, ...] -> [B, ...]."""
+def _join(stacked: Any) -> Any:
+    """Log-probs [microbatches, pairs of a microbatch, ...] -> [B, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
 
 
 def _per_pair(grads: Params, policy: PairLogps) -> Params:
     return jax.tree.map(lambda x: x / jnp.maximum(policy.valid.sum(), 1), grads)
-
-
-# ----------------------------------------------------------------------------------------------------------- the update
 
 
 def apply_gradient(
@@ -206,9 +200,6 @@ def _mixed(share: float, reference: Params, policy: Params) -> Params:
     return jax.tree.map(lambda old, new: mix(old, new).astype(old.dtype), reference, policy)
 
 
-# ------------------------------------------------------------------------------------------------------------ the step
-
-
 def train_step(
     state: TrainState,
     frozen: Frozen | Params | PairLogps | None,
@@ -222,21 +213,13 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Make one update; pure, not jitted.
 
-    Args:
-        state: of `init_state`; with ``follow`` it holds the reference.
-        frozen: a `Frozen`, or the reference alone: a parameter tree of the same model, its ``PairLogps`` of this batch,
-            or None.
-        batch: whatever ``logps_fn(weights, batch) -> PairLogps`` takes; with ``accumulation`` > 1 its arrays have a
-            leading dim of that size, and the result is that of the whole batch.
-        logps_fn: its weights are ``state.params``, or ``Adapted(state.params, frozen.base)``.
-        loss: the objective.
-        optimizer: from optax.
-        accumulation: microbatches.
-        follow: how ``state.reference`` follows the policy.
+    ``frozen``: a `Frozen`, or the reference alone: a parameter tree of the same model, its ``PairLogps`` of the batch,
+    or None. ``batch`` is what ``logps_fn(weights, batch) -> PairLogps`` takes, whose weights are ``state.params`` or
+    ``Adapted(state.params, frozen.base)``; ``accumulation`` as in `pair_gradient`. ``follow``: how ``state.reference``
+    follows the policy.
 
-    Returns:
-        The next state, and float32 scalars named as TRL's metrics: loss, rewards/*, logps/*, grad_norm (before
-        clipping), and token statistics where ``logps_fn`` gives them.
+    Metrics are float32 scalars named as TRL's: loss, rewards/*, logps/*, grad_norm (before clipping), and token
+    statistics where ``logps_fn`` gives them.
     """
     frozen = frozen if isinstance(frozen, Frozen) else Frozen(reference=frozen)
     if state.reference is not None:

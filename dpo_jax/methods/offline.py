@@ -23,6 +23,7 @@ from dpo_jax.methods.throughput import step_rates
 from dpo_jax.parallel.compiler import compiler_options
 from dpo_jax.runs.directory import RunDir
 from dpo_jax.runs.manifest import new_run
+from dpo_jax.runs.session import Metrics, StepFacts
 from dpo_jax.step import Frozen, TrainState, TrainStep, init_state
 from dpo_jax.weights.open import export_run, keep_model_files
 
@@ -39,7 +40,7 @@ class OfflineInput(NamedTuple):
 
     frozen: Frozen
     batch: PreferenceBatch
-    facts: "OfflineFacts"
+    facts: StepFacts
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,52 @@ class Offline:
             reference = self.reference.of(data, self.setup.batches.store)
         elif isinstance(self.reference, LiveReference) and self.base is None:
             reference = self.reference.weights
-        facts = OfflineFacts(self, data, time.perf_counter() - asked)
-        return OfflineInput(Frozen(self.base, reference), batch, facts)
+        return OfflineInput(Frozen(self.base, reference), batch, self._facts(data, time.perf_counter() - asked))
+
+    def _facts(self, data: StepData, waited: float) -> StepFacts:
+        setup, ids = self.setup, data.ids[data.ids >= 0]
+        config, order, store = setup.config, setup.batches.order, setup.batches.store
+        proven = self.proven and data.step == 0  # a first step whose values are known
+
+        def logged(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:
+            limit = config.optimizer.max_grad_norm
+            return {
+                **metrics,
+                "learning_rate": float(np.float32(jax.device_get(self.schedule(data.step)))),
+                "epoch": order.epoch(data.step + 1),
+                **totals,
+                "pairs": len(ids),
+                "fill": data.fill,
+                **({} if limit is None else {"clipped": int(metrics["grad_norm"] > np.float32(limit))}),
+            }
+
+        def rates(seconds: float) -> dict[str, float]:
+            rates = step_rates(config, setup.model, setup.mesh, store, data, seconds)
+            return rates | {"data_wait_seconds": waited}
+
+        def shown(metrics: Metrics, seconds: float) -> dict[str, str]:
+            shown = {"loss": f"{metrics['loss']:.4f}"}
+            if "rewards/accuracies" in metrics:
+                ties = proven or tied(metrics, AGREEMENT["float32"])  # a warm-up's first update may change nothing
+                shown["acc"] = "tied" if ties else f"{metrics['rewards/accuracies']:.2f}"
+                shown["margin"] = f"{metrics['rewards/margins']:.3f}"
+            unit = "pairs/s" if config.stage == "dpo" else "examples/s"
+            return shown | {unit: f"{len(ids) / seconds:.1f}"}
+
+        def check(metrics: Metrics) -> None:
+            if proven:
+                check_first(setup, metrics, data)
+
+        def advice() -> str:
+            rows = ", ".join(f"{store.report[store.sources[i]]['source']}:{store.rows[i]}" for i in ids)
+            root = Path(config.run.dir).expanduser().absolute()
+            options = new_run(self.manifest["config"], root, keeps_reference=self.reference is not None)
+            return (
+                f"look at rows {rows}, or start a new run with a lower optimizer.learning_rate: --run.dir NEW, or from "
+                f"this save, if the metrics before are sound: {options}"
+            )
+
+        return StepFacts({"num_tokens": data.num_tokens}, logged, rates, shown, check, advice)
 
     def update(self, state: TrainState, data: OfflineInput) -> tuple[TrainState, dict[str, jax.Array]]:
         """One compiled train step."""
@@ -136,78 +181,6 @@ class Offline:
         train = self.setup.batches.store
         evals = {name: one.store for name, one in self.setup.evals.items() if one.store is not train}
         return {name: store.report for name, store in {"train": train, **evals}.items()}
-
-
-@dataclass(frozen=True)
-class OfflineFacts:
-    """What the logs say of a step."""
-
-    method: Offline
-    data: StepData
-    waited: float  # seconds for its batch
-
-    @property
-    def ids(self) -> np.ndarray:
-        """The step's examples."""
-        return self.data.ids[self.data.ids >= 0]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """What is summed over a run."""
-        return {"num_tokens": self.data.num_tokens}
-
-    def logged(self, metrics: Mapping[str, float | int], totals: Mapping[str, int]) -> dict[str, float | int]:
-        """The line of metrics.jsonl; ``totals`` are the run's so far."""
-        config, order = self.method.setup.config, self.method.setup.batches.order
-        facts = {
-            "learning_rate": float(np.float32(jax.device_get(self.method.schedule(self.data.step)))),
-            "epoch": order.epoch(self.data.step + 1),
-            **totals,
-            "pairs": len(self.ids),
-            "fill": self.data.fill,
-        }
-        limit = config.optimizer.max_grad_norm
-        clipped = {} if limit is None else {"clipped": int(metrics["grad_norm"] > np.float32(limit))}
-        return {**metrics, **facts, **clipped}
-
-    def rates(self, seconds: float) -> dict[str, float]:
-        """What timings.jsonl says of the step's speed."""
-        setup = self.method.setup
-        rates = step_rates(setup.config, setup.model, setup.mesh, setup.batches.store, self.data, seconds)
-        return rates | {"data_wait_seconds": self.waited}
-
-    def shown(self, metrics: Mapping[str, float | int], seconds: float) -> dict[str, str]:
-        """What the progress line shows."""
-        shown = {"loss": f"{metrics['loss']:.4f}"}
-        if "rewards/accuracies" in metrics:
-            # a warm-up's first update may change nothing
-            ties = self.is_proven or tied(metrics, AGREEMENT["float32"])
-            accuracy = "tied" if ties else f"{metrics['rewards/accuracies']:.2f}"
-            shown |= {"acc": accuracy, "margin": f"{metrics['rewards/margins']:.3f}"}
-        unit = "pairs/s" if self.method.setup.config.stage == "dpo" else "examples/s"
-        return shown | {unit: f"{len(self.ids) / seconds:.1f}"}
-
-    @property
-    def is_proven(self) -> bool:
-        """It is a first step whose values are known."""
-        return self.data.step == 0 and self.method.proven
-
-    def check(self, metrics: Mapping[str, float | int]) -> None:
-        """Compare a first step with what is known of it."""
-        if self.is_proven:
-            check_first(self.method.setup, metrics, self.data)
-
-    def advice(self) -> str:
-        """What to do if the step is not finite."""
-        setup = self.method.setup
-        store, report = setup.batches.store, setup.sets.train.report
-        rows = ", ".join(f"{report[store.sources[i]]['source']}:{store.rows[i]}" for i in self.ids)
-        root = Path(setup.config.run.dir).expanduser().absolute()
-        options = new_run(self.method.manifest["config"], root, keeps_reference=self.method.reference is not None)
-        return (
-            f"look at rows {rows}, or start a new run with a lower optimizer.learning_rate: --run.dir NEW, or from "
-            f"this save, if the metrics before are sound: {options}"
-        )
 
 
 def make_offline(setup: Setup, policy: Policy, reference: Reference | None) -> tuple[Offline, Start]:

@@ -6,9 +6,8 @@ Every process calls everything here alike; only the writer writes.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,28 +21,18 @@ from dpo_jax.runs.logs import MetricsLog, all_finite, memory, plain
 from dpo_jax.runs.manifest import refuse_changed, rounding_changes
 from dpo_jax.runs.profile import trace_edges, traced
 
+Metrics = Mapping[str, float | int]
 
-class StepFacts(Protocol):
-    """What the logs say of a step besides its metrics, from the method that made it."""
 
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """What is summed over a run."""
+class StepFacts(NamedTuple):
+    """What the logs say of a step besides its metrics, as the method that made it knows it."""
 
-    def logged(self, metrics: Mapping[str, float | int], totals: Mapping[str, int]) -> Mapping[str, float | int]:
-        """The line of metrics.jsonl: functions of (data, seed, step); ``totals`` are the run's counts so far."""
-
-    def rates(self, seconds: float) -> Mapping[str, float]:
-        """What timings.jsonl says of the step's speed."""
-
-    def shown(self, metrics: Mapping[str, float | int], seconds: float) -> Mapping[str, str]:
-        """What the progress line shows."""
-
-    def check(self, metrics: Mapping[str, float | int]) -> None:
-        """Raise `UserError` if the metrics are not what is known of this step."""
-
-    def advice(self) -> str:
-        """What to do if loss or gradient is not finite."""
+    counts: Mapping[str, int]  # what is summed over a run
+    logged: Callable[[Metrics, Mapping[str, int]], Metrics]  # metrics and the run's counts so far -> metrics.jsonl
+    rates: Callable[[float], Mapping[str, float]]  # seconds of the step -> timings.jsonl
+    shown: Callable[[Metrics, float], Mapping[str, str]]  # metrics and seconds -> the progress line
+    check: Callable[[Metrics], None]  # raises `UserError` if the metrics are not what is known of this step
+    advice: Callable[[], str]  # what to do if loss or gradient is not finite
 
 
 class NotFinite(Exception):
@@ -91,9 +80,8 @@ def open_session(
         yield Session(run, config, manifest, num_steps, save_every, saves, log, stop_requested)
 
 
-@dataclass(frozen=True)
-class Due:
-    """What follows a step."""
+class Due(NamedTuple):
+    """What follows a step, in this order."""
 
     evaluation: bool = False
     save: bool = False
@@ -120,7 +108,7 @@ class Session:
         self._totals: dict[str, int] = {}
         self._pending: _Pending | None = None
         self._evaluation: Mapping[str, float] | None = None  # of the step that is about to be saved
-        self._due = Due()
+        self.due = Due()  # what follows the step that was logged last
 
     # ------------------------------------------------------------------------------------------- beginning, resuming
 
@@ -188,12 +176,12 @@ class Session:
         done = step + 1
         last = done == self._num_steps
         stop = self._stop_requested(done) and not last
-        self._due = Due(
+        self.due = Due(
             evaluation=self._evaluates and (last or _every(self._config.eval_every, done)),
             save=last or stop or _every(self._save_every, done),
             stop=stop,
         )
-        if self._due.evaluation or self._due.save or done in self._edges:
+        if self.due.evaluation or self.due.save or done in self._edges:
             self._read(self._pending)
             self._pending = None
 
@@ -203,7 +191,7 @@ class Session:
         now = time.perf_counter()
         done, facts = pending.step + 1, pending.facts
         if not all_finite(metrics):
-            self._due = Due()
+            self.due = Due()
             raise NotFinite(
                 f"step {done}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run is stopped, the "
                 f"state after step {pending.step} is saved; {facts.advice()}",
@@ -221,11 +209,6 @@ class Session:
 
     # ---------------------------------------------------------------------------------------------- what follows a step
 
-    @property
-    def due(self) -> Due:
-        """What follows the step that was logged last, in this order."""
-        return self._due
-
     def log_evaluation(
         self, step: int, metrics: Mapping[str, float], distributions: Sequence[Mapping[str, Any]]
     ) -> None:
@@ -242,8 +225,8 @@ class Session:
         started = time.perf_counter()
         offsets = log_offsets(self.run) if hosts.is_writer() else {}
         manifest = {**self._manifest, "offsets": offsets, "extras": self._totals}
-        evaluation = self._evaluation if self._due.evaluation else None
-        self._saves.save(step, state, manifest, evaluation, wait=wait or self._due.stop)
+        evaluation = self._evaluation if self.due.evaluation else None
+        self._saves.save(step, state, manifest, evaluation, wait=wait or self.due.stop)
         if hosts.is_writer():
             log_event(self.run, "save", step=step, seconds=round(time.perf_counter() - started, 3))
         self._clock = time.perf_counter()
@@ -254,7 +237,7 @@ class Session:
         Raises:
             Preempted: it was.
         """
-        if not self._due.stop:
+        if not self.due.stop:
             return
         if hosts.is_writer():
             log_event(self.run, "preempt", step=step)
