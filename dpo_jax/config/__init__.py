@@ -16,7 +16,6 @@ from dpo_jax.config.run import (
     CheckpointConfig,
     MeshConfig,
     OptimizerConfig,
-    RowsConfig,
     RunConfig,
     SFTBatchConfig,
 )
@@ -38,7 +37,6 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ReferenceConfig",
-    "RowsConfig",
     "RunConfig",
     "SFTBatchConfig",
     "SFTConfig",

@@ -144,7 +144,7 @@ def _read(kind: Any, value: Any, name: str, root: type) -> Any:
         if listed and f"{name}s" in field_names(root):
             raise UserError(name, value, f"several are given as {name}s")
         raise must_be(name, type_words(kind), value, _hint(kind, value))
-    return float(value) if type(value) is int and not _takes(kind, int) else value
+    return float(value) if type(value) is int and int not in (kind, *get_args(kind)) else value
 
 
 def _read_list(kind: Any, value: Any, name: str, root: type) -> tuple[Any, ...]:
@@ -245,15 +245,12 @@ def _is_usable(kind: Any, value: Any) -> bool:
     return type(value) not in (int, float) or abs(value) <= most
 
 
-def _takes(kind: Any, scalar: type) -> bool:
-    return kind is scalar or scalar in get_args(kind)
-
-
 def _hint(kind: Any, value: Any) -> str:
     """How to write a value of the wrong type; "" if nothing is known."""
-    if type(value) is str and _takes(kind, str) and not _is_usable(kind, value):
+    scalars = (kind, *get_args(kind))
+    if type(value) is str and str in scalars and not _is_usable(kind, value):
         return "write UTF-8 without NUL characters"
-    if type(value) is int and (_takes(kind, int) or _takes(kind, float)):
+    if type(value) is int and (int in scalars or float in scalars):
         return "it is out of range"
     if type(value) is float and value.is_integer() and _accepts(kind, int(value)):
         return f"write {int(value)}"
