@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -261,8 +262,9 @@ def _hint(kind: Any, value: Any) -> str:
         near += ["null"] if value.lower() == "none" and _accepts(kind, None) else []
         if near:
             return f"did you mean {near[0]}?"
-        if _accepts(kind, _parse_scalar(value)):
-            return "remove the quotes"
+        with suppress(UserError):
+            if _accepts(kind, _parse_yaml(value, "")):
+                return "remove the quotes"
     return "put it in quotes" if _accepts(kind, str(value)) else ""
 
 
@@ -360,10 +362,3 @@ def _parse_yaml(text: str, origin: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
         raise UserError(f"{origin}: {where}: invalid YAML: {error.problem or error.context}") from None
-
-
-def _parse_scalar(text: str) -> Any:
-    try:
-        return _parse_yaml(text, "")
-    except UserError:
-        return text
