@@ -54,17 +54,8 @@ def _data(config: DPOConfig | SFTConfig, step: int | None) -> None:
     print(describe_data(config, step))
 
 
-def _plan(
-    config: DPOConfig,
-    topology: str,
-    slices: int,
-    rows: int | None,
-    lengths: str | None,
-    examples: int | None,
-    data: bool,
-    search: bool,
-    output: str | None,
-) -> None:
+def _plan(config: DPOConfig, topology: str, search: bool, output: str | None, **load: Any) -> None:
+    lengths, examples, data = load["lengths"], load["examples"], load["data"]
     require(lengths is None or not data, "--lengths", lengths, "--data measures them; keep one")
     require(examples is None or not data, "--examples", examples, "--data counts them; keep one")
     steps = config.run.steps
@@ -72,14 +63,13 @@ def _plan(
     if output is not None:
         writable = Path(output).absolute().parent.is_dir() and not Path(output).is_dir()
         require(writable, "--output", output, "give a file in an existing folder")
-    mean_lengths = None if lengths is None else _mean_lengths(lengths)
+    load["lengths"] = None if lengths is None else _mean_lengths(lengths)
     from dpo_jax.commands.evaluate import write_output
     from dpo_jax.plan.plan import Known, plan_slices
     from dpo_jax.plan.text import render, table
 
     plans = []
-    given = Known(slices=slices, rows=rows, lengths=mean_lengths, examples=examples, data=data)
-    for plan in plan_slices(config, topology.split(","), given, search):
+    for plan in plan_slices(config, topology.split(","), Known(**load), search):
         plans.append(plan)
         print(render(plan), end="\n\n", flush=True)
         if output is not None:
@@ -123,6 +113,11 @@ class Command:
     summary: str
     config: type[TrainConfig] | None = None
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> settings of argparse
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Name of each argument in Python -> name on the command line."""
+        return {option.lstrip("-").replace("-", "_"): option for option in self.arguments}
 
 
 WHICH: dict[str, Any] = {"choices": ["newest", "best"], "default": "newest"}
@@ -170,10 +165,7 @@ COMMANDS = {
             },
             "--slices": {"type": PositiveInt, "default": 1, "help": "Number of slices, joined by mesh.data."},
             "--rows": {"type": PositiveInt, "help": "Rows of batch.row_length tokens per device."},
-            "--lengths": {
-                "type": str,
-                "help": "Mean tokens of prompt, chosen, rejected: 180,330,300. Default: full rows.",
-            },
+            "--lengths": {"type": str, "help": "Mean tokens of prompt, chosen, rejected: 180,330,300; else full rows."},
             "--examples": {"type": PositiveInt, "help": "Number of pairs, for the hours of the run."},
             "--data": {"action": "store_true", "help": "Read the config's data for lengths and number of pairs."},
             "--search": {"action": "store_true", "help": "If it does not fit, look for settings that do."},
@@ -235,8 +227,7 @@ def _run(argv: list[str]) -> None:
     if command.config is not None:
         rest, overrides = split_overrides(rest, own={"--help", *command.arguments})
     given = _parser(name).parse_args([name, *rest])[name]
-    names = [option.lstrip("-").replace("-", "_") for option in command.arguments]
-    arguments = {name: given[name] for name in names}
+    arguments = {name: given[name] for name in command.names}
     if command.config is not None:
         kind = CONFIG_OF[arguments.pop("for")] if "for" in arguments else command.config
         arguments["config"] = parse_config(given["config"], overrides, kind)
@@ -269,8 +260,7 @@ class _Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # the library puts the command's name before its arguments, and drops the dashes of missing ones
         what, required, names = message.replace(f" {self.called}.", " ").partition("required: ")
-        options = COMMANDS[self.called].arguments if self.called in COMMANDS else ()
-        flags = {option.lstrip("-").replace("-", "_"): option for option in options}
+        flags = COMMANDS[self.called].names if self.called in COMMANDS else {}
         plain = what + required + ", ".join(flags.get(name, name) for name in names.split(", "))
         raise UserError(f"{plain}: see {' '.join(['dpo-jax', self.called]).rstrip()} --help") from ex
 

@@ -210,12 +210,8 @@ def sft(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 
 
 LOSSES: dict[str, Callable[[LogRatios, LossConfig], Float[Array, " B"]]] = {
-    loss.__name__: loss
-    for loss in (
-        sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down,
-        discopop, sigmoid_norm, dpop, simpo, orpo, cpo, sft,
-    )
-}  # fmt: skip
+    name: globals()[name] for name in LOSS_TRAITS
+}
 
 
 def _smoothed(z: Float[Array, " B"], c: LossConfig) -> Float[Array, " B"]:

@@ -116,7 +116,7 @@ BREAKS = [
           "if unknown is None:", "if True:",
           ("test_config::test_what_is_wrong_is_one_line[batch.pair: unknown option: did you mean]",)),
     Break(5, "an option that would not be heeded is taken", "config/__init__.py",
-          "self.refuse_idle(\"reference.dtype\", mode != \"live\",", "self.refuse_idle(\"reference.dtype\", False,",
+          "mode != \"live\", f\"only mode", "False, f\"only mode",
           ("test_config::test_what_is_wrong_is_one_line[reference.dtype: 'bfloat16' cannot be us0]",)),
     Break(5, "a truncated example is not counted", "data/tokenize.py",
           "notes=(*pieces.notes, too_long)", "notes=pieces.notes",

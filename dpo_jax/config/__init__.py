@@ -16,7 +16,6 @@ from dpo_jax.config.run import (
     CheckpointConfig,
     MeshConfig,
     OptimizerConfig,
-    RowsConfig,
     RunConfig,
     SFTBatchConfig,
 )
@@ -38,7 +37,6 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ReferenceConfig",
-    "RowsConfig",
     "RunConfig",
     "SFTBatchConfig",
     "SFTConfig",
@@ -66,8 +64,7 @@ class TrainConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         random = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
-        why = "data.shuffle is false and no adapter is initialized, so nothing is random"
-        self.refuse_idle("run.seed", not random, why)
+        self.refuse_idle("run.seed", not random, "nothing is random: data.shuffle is false, no adapter is initialized")
         self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "all adapters are matrices")
 
 
@@ -89,11 +86,9 @@ class DPOConfig(TrainConfig):
         self.refuse("reference.mode", loss.needs_reference and mode == "none", remedy)
         unread = loss.reference_free and mode != "none"
         self.refuse("reference.mode", unread, "loss.reference_free takes no reference; use none")
-        why = f"only a live reference has a dtype of its own, this one is {mode}"
-        self.refuse_idle("reference.dtype", mode != "live", why)
+        for option in ("dtype", "sync_every"):
+            self.refuse_idle(f"reference.{option}", mode != "live", f"only mode live has it, this is {mode}")
         self.refuse_idle("reference.path", mode == "none", "reference.mode is none")
-        why = f"only a live reference can follow the policy, this one is {mode}"
-        self.refuse_idle("reference.sync_every", mode != "live", why)
         base = "with lora.rank the reference is the model without its adapters"
         adapted = self.lora.rank > 0
         self.refuse_idle("reference.path", adapted, base)
@@ -104,12 +99,12 @@ class DPOConfig(TrainConfig):
 
     @property
     def objective(self) -> LossConfig:
-        """What is minimised."""
+        """What is minimized."""
         return self.loss
 
     @property
     def reference_mode(self) -> Literal["live", "cached", "none"]:
-        """How the reference is held, with auto settled."""
+        """How the reference is computed, with auto resolved."""
         if self.reference.mode != "auto":
             return self.reference.mode
         return "live" if self.loss.needs_reference else "none"

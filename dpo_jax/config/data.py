@@ -38,10 +38,8 @@ class SourceConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InvalidRowsConfig(Section):
+class InvalidRowsConfig(Section, name="data.invalid_rows"):
     """How invalid rows are handled. Each is counted by its cause."""
-
-    section = "data.invalid_rows"
 
     missing_field: Literal["drop", "error"] = "error"
     """A field is missing, null or not a string."""
@@ -72,10 +70,8 @@ def _is_date(text: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Section):
+class DataConfig(Section, name="data"):
     """The data to learn from."""
-
-    section = "data"
 
     train: tuple[SourceConfig, ...]
     """Data sets to train on."""

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import docstring_parser
 
@@ -40,8 +40,7 @@ FIRST = ("model.path", "data.train", "data.max_length", "loss.type", "loss.beta"
 _TABLE_HEAD = ("| option | type | default | meaning |", "|---|---|---|---|")
 
 
-@dataclasses.dataclass(frozen=True)
-class FieldText:
+class FieldText(NamedTuple):
     """One option: its dotted name, values in words, default as in YAML (None: it is required) and meaning."""
 
     name: str
@@ -50,8 +49,7 @@ class FieldText:
     meaning: str
 
 
-@dataclasses.dataclass(frozen=True)
-class SectionText:
+class SectionText(NamedTuple):
     """One section: its dotted name, class, meaning and fields."""
 
     name: str
@@ -64,11 +62,8 @@ def sections(kind: type, name: str = "") -> Iterator[SectionText]:
     """The sections of a config class, each before those inside it."""
     types, meanings = field_types(kind), _meanings(kind)
     prefix = f"{name}." if name else ""
-    options = [field for field in dataclasses.fields(kind) if not dataclasses.is_dataclass(types[field.name])]
-    fields = tuple(
-        FieldText(prefix + field.name, _values(field, types[field.name]), _default(field), meanings[field.name])
-        for field in options
-    )
+    options = (field for field in dataclasses.fields(kind) if not dataclasses.is_dataclass(types[field.name]))
+    fields = tuple(_field_text(field, types[field.name], meanings[field.name], prefix) for field in options)
     if fields:
         yield SectionText(name, kind, inspect.getdoc(kind) or "", fields)
     for option, option_type in types.items():
@@ -113,15 +108,12 @@ def _meanings(kind: type) -> dict[str, str]:
     return meanings
 
 
-def _values(field: dataclasses.Field[Any], kind: Any) -> str:
-    allowed = field.metadata.get("range")
-    return type_words(kind) if allowed is None else f"{type_words(kind)}; {allowed}"
-
-
-def _default(field: dataclasses.Field[Any]) -> str | None:
+def _field_text(field: dataclasses.Field[Any], kind: Any, meaning: str, prefix: str) -> FieldText:
+    values = "; ".join([type_words(kind), *(str(allowed) for allowed in field.metadata.values())])
+    default = None if field.default is dataclasses.MISSING else written(field.default)
     if field.default_factory is not dataclasses.MISSING:
-        return written(field.default_factory())
-    return None if field.default is dataclasses.MISSING else written(field.default)
+        default = written(field.default_factory())
+    return FieldText(prefix + field.name, values, default, meaning)
 
 
 if __name__ == "__main__":

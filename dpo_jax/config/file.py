@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -144,7 +145,7 @@ def _read(kind: Any, value: Any, name: str, root: type) -> Any:
         if listed and f"{name}s" in field_names(root):
             raise UserError(name, value, f"several are given as {name}s")
         raise must_be(name, type_words(kind), value, _hint(kind, value))
-    return float(value) if type(value) is int and not _takes(kind, int) else value
+    return float(value) if type(value) is int and int not in (kind, *get_args(kind)) else value
 
 
 def _read_list(kind: Any, value: Any, name: str, root: type) -> tuple[Any, ...]:
@@ -245,15 +246,12 @@ def _is_usable(kind: Any, value: Any) -> bool:
     return type(value) not in (int, float) or abs(value) <= most
 
 
-def _takes(kind: Any, scalar: type) -> bool:
-    return kind is scalar or scalar in get_args(kind)
-
-
 def _hint(kind: Any, value: Any) -> str:
     """How to write a value of the wrong type; "" if nothing is known."""
-    if type(value) is str and _takes(kind, str) and not _is_usable(kind, value):
+    scalars = (kind, *get_args(kind))
+    if type(value) is str and str in scalars and not _is_usable(kind, value):
         return "write UTF-8 without NUL characters"
-    if type(value) is int and (_takes(kind, int) or _takes(kind, float)):
+    if type(value) is int and (int in scalars or float in scalars):
         return "it is out of range"
     if type(value) is float and value.is_integer() and _accepts(kind, int(value)):
         return f"write {int(value)}"
@@ -264,8 +262,9 @@ def _hint(kind: Any, value: Any) -> str:
         near += ["null"] if value.lower() == "none" and _accepts(kind, None) else []
         if near:
             return f"did you mean {near[0]}?"
-        if _accepts(kind, _parse_scalar(value)):
-            return "remove the quotes"
+        with suppress(UserError):
+            if _accepts(kind, _parse_yaml(value, "")):
+                return "remove the quotes"
     return "put it in quotes" if _accepts(kind, str(value)) else ""
 
 
@@ -363,10 +362,3 @@ def _parse_yaml(text: str, origin: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
         raise UserError(f"{origin}: {where}: invalid YAML: {error.problem or error.context}") from None
-
-
-def _parse_scalar(text: str) -> Any:
-    try:
-        return _parse_yaml(text, "")
-    except UserError:
-        return text

@@ -52,10 +52,8 @@ LOSS_TRAITS: dict[LossType, Traits] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig(Section):
+class LossConfig(Section, name="loss"):
     """The objective; see docs/objectives.md for equations, papers and when to use which."""
-
-    section = "loss"
 
     type: LossType | None = None
     """The loss; default: sigmoid, which is DPO. For several at once, see types."""

@@ -9,10 +9,8 @@ from dpo_jax.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Section):
+class ModelConfig(Section, name="model"):
     """The policy: where its weights come from and how it computes."""
-
-    section = "model"
 
     path: str
     """Hugging Face directory or hub name, run directory of this program, or builtin:tiny."""
@@ -42,10 +40,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(Section):
+class LoraConfig(Section, name="lora"):
     """Low-rank adapters, trained instead of the weights; the reference is then the model without them."""
-
-    section = "lora"
 
     rank: int = ranged(0, at_least=0)
     """Rank of each adapter; 0: no adapters, all weights are trained."""
@@ -84,10 +80,8 @@ class LoraConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceConfig(Section):
+class ReferenceConfig(Section, name="reference"):
     """The frozen model that the policy is compared with."""
-
-    section = "reference"
 
     mode: Literal["auto", "live", "cached", "none"] = "auto"
     """live: a forward pass in every step; cached: log-probs computed once and kept on disk; none: no reference; auto:

@@ -15,10 +15,8 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {  # also says which of these 
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(Section):
+class OptimizerConfig(Section, name="optimizer"):
     """The optimizer and its learning-rate schedule."""
-
-    section = "optimizer"
 
     name: Literal["adamw", "lion", "adafactor", "rmsprop"] = "adamw"
     """The update rule; rmsprop is that of the DPO paper."""
@@ -58,10 +56,8 @@ class OptimizerConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsConfig(Section):
+class RowsConfig(Section, name="batch"):
     """How the examples of a step are packed into rows of tokens."""
-
-    section = "batch"
 
     row_length: Literal["auto"] | int = ranged("auto", at_least=64, multiple_of=64)
     """Tokens per row; auto: one row per data-parallel device, in a few lengths that fit the data."""
@@ -85,7 +81,7 @@ class BatchConfig(RowsConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse("accumulation", self.pairs % self.accumulation != 0, f"it must divide batch.pairs, {self.pairs}")
+        self.refuse("accumulation", self.pairs % self.accumulation, f"it must divide batch.pairs, {self.pairs}")
         self.refuse_idle("row_length", self.layout == "padded", "layout padded takes its length from the data")
 
     @property
@@ -103,8 +99,9 @@ class SFTBatchConfig(RowsConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        uneven = self.examples % self.accumulation != 0
-        self.refuse("accumulation", uneven, f"it must divide batch.examples, {self.examples}")
+        self.refuse(
+            "accumulation", self.examples % self.accumulation, f"it must divide batch.examples, {self.examples}"
+        )
 
     @property
     def size(self) -> int:
@@ -118,10 +115,8 @@ class SFTBatchConfig(RowsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshConfig(Section):
+class MeshConfig(Section, name="mesh"):
     """Devices along each axis of the mesh; one axis may be -1, which takes the rest."""
-
-    section = "mesh"
 
     data: int = ranged(1, above=0, also=-1)
     """Copies of the model, each with its own rows."""
@@ -137,10 +132,8 @@ class MeshConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Section):
+class RunConfig(Section, name="run"):
     """The run: directory, length, logs and output."""
-
-    section = "run"
 
     dir: str
     """Run directory; starting again with the same one resumes the run."""
@@ -180,10 +173,8 @@ class RunConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, name="checkpoint"):
     """When checkpoints are saved, and which are kept."""
-
-    section = "checkpoint"
 
     every: int = ranged(0, at_least=0)
     """Steps between checkpoints; 0: a tenth of the run. The last step is always saved."""

@@ -2,7 +2,9 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from functools import reduce
 from types import NoneType
 from typing import Any, ClassVar, TypeVar, get_args
@@ -12,43 +14,46 @@ from dpo_jax.errors import UserError, must_be
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """The numbers that a field may hold; None: no bound."""
+BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # words, and whether a number keeps the bound
+    "above": ("above", operator.gt),
+    "at_least": ("at least", operator.ge),
+    "at_most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+    "multiple_of": ("a multiple of", lambda number, unit: number % unit == 0),
+}
 
-    above: float | None = None
-    at_least: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-    multiple_of: int | None = None
-    also: int | None = None  # one number outside the bounds
+
+class Range:
+    """The numbers that keep all of some ``BOUNDS``, and ``also`` one other."""
+
+    def __init__(self, also: int | None = None, **bounds: float):
+        self.also, self.bounds = also, [(*BOUNDS[name], bound) for name, bound in bounds.items()]
 
     def __contains__(self, number: float) -> bool:
-        return number == self.also or (
-            (self.above is None or number > self.above)
-            and (self.at_least is None or number >= self.at_least)
-            and (self.at_most is None or number <= self.at_most)
-            and (self.below is None or number < self.below)
-            and (self.multiple_of is None or number % self.multiple_of == 0)
-        )
+        return number == self.also or all(keeps(number, bound) for _, keeps, bound in self.bounds)
 
     def __str__(self) -> str:
-        bounds = {name.replace("_", " "): bound for name, bound in asdict(self).items() if bound is not None}
-        also = f"{bounds.pop('also')} or " if "also" in bounds else ""
-        text = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
-        return also + text.replace("above 0", "positive").replace("multiple", "a multiple")
+        text = " and ".join(f"{words} {bound}" for words, _, bound in self.bounds).replace("above 0", "positive")
+        return text if self.also is None else f"{self.also} or {text}"
 
 
-def ranged(default: Value, **bounds: float) -> Value:
+def ranged(default: Value, also: int | None = None, **bounds: float) -> Value:
     """A field with a default and the bounds of a `Range`, which hold for its numbers, also inside a list."""
-    return field(default=default, metadata={"range": Range(**bounds)})  # type: ignore[bad-return, bad-argument-type]
+    return field(default=default, metadata={"range": Range(also, **bounds)})  # type: ignore[bad-return]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A section, or a whole config; made only of values that pass its checks."""
+    """A section, whose class gives its dotted name; without a name, a whole config or an entry of a list.
 
-    section: ClassVar[str] = ""  # its dotted name; of a whole config and of entries of a list: ""
+    Raises:
+        UserError: a number is not finite or out of its range; named in full, but for an entry of a list.
+    """
+
+    section: ClassVar[str] = ""
+
+    def __init_subclass__(cls, name: str | None = None):
+        cls.section = cls.section if name is None else name
 
     def __post_init__(self):
         for option in fields(self):

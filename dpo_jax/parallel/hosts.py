@@ -48,6 +48,11 @@ def listed(processes: list[int]) -> str:
     return shown if len(processes) <= 16 else f"{shown} and {len(processes) - 16} more"
 
 
+def timed_out(timeout: int, absent: list[int], num_processes: int) -> str:
+    """The message about the processes that did not arrive within ``timeout`` seconds."""
+    return f"timed out after {timeout:g} s waiting for process {listed(absent)} of {num_processes}"
+
+
 def is_writer() -> bool:
     """Whether this process writes the files of the run: logs, config, exports."""
     return jax.process_index() == 0
@@ -80,10 +85,8 @@ def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
                 raise
             present = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(room)}
             absent = sorted(set(range(jax.process_count())) - present)
-            raise HostsMissing(
-                f"{what}: timed out after {timeout:g} s waiting for process {listed(absent)} of "
-                f"{jax.process_count()}: read its log, then start all processes again"
-            ) from error
+            who = timed_out(timeout, absent, jax.process_count())
+            raise HostsMissing(f"{what}: {who}: read its log, then restart all processes") from error
     return values
 
 

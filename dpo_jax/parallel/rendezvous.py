@@ -8,11 +8,11 @@ import jax
 from jax._src import clusters  # the only access to its cluster detection
 
 from dpo_jax.errors import UserError, must_be
-from dpo_jax.parallel.hosts import TIMEOUT, HostsMissing, listed
+from dpo_jax.parallel.hosts import TIMEOUT, HostsMissing, timed_out
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "DPO_JAX_COORDINATOR", "DPO_JAX_NUM_PROCESSES", "DPO_JAX_PROCESS_ID"
 START_TIMEOUT = "DPO_JAX_START_TIMEOUT"
-ALL_HERE = "all here"
+ALL_HERE, START = "all here", "start every process, and open that port between the hosts"
 
 
 def start_hosts(
@@ -29,8 +29,6 @@ def start_hosts(
     Args:
         coordinator: ``host:port`` of process 0, where the port is free and open to the others; or ``auto``: jax asks
             the TPU's or the cluster's own services for all three settings, and the port is jax's own.
-        num_processes: of the whole run.
-        process_id: of this process, from 0.
         timeout: seconds to wait for every process.
 
     Raises:
@@ -114,10 +112,7 @@ def _wait_for_all(port: int, num_processes: int, timeout: int) -> None:
                 present[process_id] = caller
         absent = sorted(set(range(1, num_processes)) - set(present))
         if absent and not verdict:
-            verdict = (
-                f"timed out after {timeout:g} s waiting for process {listed(absent)} of {num_processes} at "
-                f"{socket.gethostname()}:{port}: start every process, and open that port between the hosts"
-            )
+            verdict = f"{timed_out(timeout, absent, num_processes)} at {socket.gethostname()}:{port}: {START}"
         for caller in present.values():
             _tell(caller, verdict or ALL_HERE)
     if verdict:
@@ -162,9 +157,7 @@ def _report_in(host: str, port: int, num_processes: int, process_id: int, timeou
         try:
             with socket.create_connection((host, port), timeout=5.0) as call:
                 call.sendall(f"dpo_jax {num_processes} {process_id}\n".encode())
-                call.settimeout(
-                    max(deadline - time.monotonic(), 0) + 10.0
-                )  # process 0 may have started later than this one
+                call.settimeout(max(deadline - time.monotonic(), 0) + 10.0)  # process 0 may have started later
                 verdict = call.makefile("r").readline().strip()
                 if verdict == ALL_HERE:
                     return
@@ -173,6 +166,6 @@ def _report_in(host: str, port: int, num_processes: int, process_id: int, timeou
         except OSError:
             pass  # process 0 is not listening yet
         if time.monotonic() > deadline:
-            who = f"process {process_id} of {num_processes} timed out after {timeout:g} s waiting for process 0"
-            raise HostsMissing(f"{who} at {host}:{port}: start it, and open that port between the hosts")
+            who = f"process {process_id} {timed_out(timeout, [0], num_processes)}"
+            raise HostsMissing(f"{who} at {host}:{port}: {START}")
         time.sleep(0.2)

@@ -93,9 +93,7 @@ def weight_spec(
         axis, may_replicate = RULES[dim] if dim is not None else (None, False)
         if axis is not None and size % mesh.shape[axis]:
             if not may_replicate:
-                raise UserError(
-                    f"mesh.{axis}: {mesh.shape[axis]} does not divide the {dim} size {size} of {name}; choose a divisor"
-                )
+                raise UserError(f"mesh.{axis}", mesh.shape[axis], f"use a divisor of the {dim} size {size} of {name}")
             axis = None
         if axis is not None and axis in spec:
             raise ValueError(f"{name}: dims {tuple(dims)} put the mesh axis {axis!r} twice")
@@ -105,20 +103,17 @@ def weight_spec(
 
 def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Sharding of each weight, from trees of shapes and of logical axes."""
-    return jax.tree.map_with_path(
-        lambda path, shape, names: NamedSharding(
-            mesh, weight_spec(names, shape.shape, mesh, jax.tree_util.keystr(path))
-        ),
-        shapes,
-        dims,
-    )
+
+    def sharding(path, leaf, names):
+        return NamedSharding(mesh, weight_spec(names, leaf.shape, mesh, jax.tree_util.keystr(path)))
+
+    return jax.tree.map_with_path(sharding, shapes, dims)
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
     """A tree of shapes as `jax.ShapeDtypeStruct`, each with its sharding."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
-    )
+    with_sharding = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(with_sharding, shapes, shardings)
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

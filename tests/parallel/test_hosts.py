@@ -149,7 +149,7 @@ def test_processes_that_do_not_start_are_named_to_all_that_did():
 def test_a_coordinator_that_does_not_start_is_named():
     address = f"localhost:{free_port()}"
     (told,) = start_all([(address, 2, 1)], timeout=1)
-    assert told.startswith(f"HostsMissing: process 1 of 2 timed out after 1 s waiting for process 0 at {address}: ")
+    assert told.startswith(f"HostsMissing: process 1 timed out after 1 s waiting for process 0 of 2 at {address}: ")
 
 
 def test_one_id_for_two_processes():
@@ -223,7 +223,7 @@ def slurm(count: int, process_id: int, port: int) -> dict[str, str]:
     ("process_id", "told"),
     [
         (0, "timed out after 1 s waiting for process 1, 2 of 3 at "),
-        (1, "process 1 of 3 timed out after 1 s waiting for process 0 at localhost:"),
+        (1, "process 1 timed out after 1 s waiting for process 0 of 3 at localhost:"),
     ],
 )
 def test_auto_names_who_is_missing(monkeypatch, process_id, told):
