@@ -1,0 +1,22 @@
+"""What the data of a config holds, as text, before anything is trained on it."""
+
+from dpo_jax.batching.sets import open_sets
+from dpo_jax.config import TrainConfig
+from dpo_jax.reports.data_audit import audit, render, show_step
+from dpo_jax.weights.hub import end_tokens
+from dpo_jax.weights.open import find_model, find_tokenizer
+
+
+def describe_data(config: TrainConfig, step: int | None) -> str:
+    """The audit of all sets, or the examples of step ``step``, counted from 1.
+
+    Raises:
+        UserError: the model, its tokenizer or a set cannot be read, or the run has no such step.
+    """
+    source = find_model(config.model.path, config.model.revision, config.model.checkpoint, weights=False)
+    tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
+    sets = open_sets(config, tokenizer)
+    if step is not None:
+        return show_step(sets, step, tokenizer)
+    positions, ends = source.hf_config.get("max_position_embeddings"), end_tokens(source.folder, source.hf_config)
+    return render(audit(sets, tokenizer, ends=ends, max_length=config.data.max_length, positions=positions))
