@@ -32,6 +32,9 @@ SEED = 0
 SHOWN = (1, 26, 35, 60)  # held-out visits whose answers are printed: sea and land, by day and by night
 MAX_ANSWER = 16  # tokens; the language's answers have 13
 STAGES = {"before": "sft", "after": "dpo"}  # run directories
+TASK = """Visitors of a shop ask for goods in a made language. An answer names the goods first or greets the visitor \
+first; in the supervised data both are equally frequent."""
+RIGHT = "✓: word for word an answer as this visitor wants it."
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,16 @@ def sft_config(directory: Path) -> SFTConfig:
 
 def dpo_config(directory: Path) -> DPOConfig:
     """Stage two: from that model and pairs to one that obeys the rule."""
+    held_out = {"held_out": _source(directory, "held_out")}
     return DPOConfig(
         model=ModelConfig(path=str(directory / STAGES["before"]), dtype="float32"),
-        data=DataConfig(
-            train=(_source(directory, "train"),), eval={"held_out": _source(directory, "held_out")}, max_length=64,
-            workers=1,
-        ),
+        data=DataConfig(train=(_source(directory, "train"),), eval=held_out, max_length=64, workers=1),
         loss=LossConfig(beta=10.0),  # close to the reference: both answers are fluent, only their order is to change
         optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=10, b2=0.99),
         batch=BatchConfig(pairs=64),
         run=RunConfig(dir=str(directory / STAGES["after"]), steps=100, eval_every=25),
         checkpoint=CheckpointConfig(every=50),
-    )  # fmt: skip
+    )
 
 
 def _source(directory: Path, name: str) -> SourceConfig:
@@ -160,14 +161,13 @@ def _verdict(obeys: bool) -> str:
 
 def next_steps(directory: Path) -> str:
     """Commands worth trying now."""
-    return "\n".join((
-        "# what the pairs hold, and what would spoil them",
-        f"dpo-jax data {directory}/dpo/config.yaml",
-        "# the second stage again, with another option",
-        f"dpo-jax train {directory}/dpo/config.yaml --run.dir {directory}/ipo --loss.type ipo --loss.beta 0.3",
-        "# the aligned model as a Hugging Face directory",
-        f"dpo-jax export {directory}/dpo {directory}/aligned",
-    ))  # fmt: skip
+    return f"""\
+# what the pairs hold, and what would spoil them
+dpo-jax data {directory}/dpo/config.yaml
+# the second stage again, with another option
+dpo-jax train {directory}/dpo/config.yaml --run.dir {directory}/ipo --loss.type ipo --loss.beta 0.3
+# the aligned model as a Hugging Face directory
+dpo-jax export {directory}/dpo {directory}/aligned"""
 
 
 def write_page(
@@ -179,22 +179,18 @@ def write_page(
         right |= {(len(rows), column) for column, replies in enumerate(answers.values(), 1) if replies.obey[index]}
         rows.append((prompt(asked[index]), *(replies.texts[index] for replies in answers.values())))
     logs = {stage: read_json(RunDir(directory / run).metrics) for stage, run in STAGES.items()}
-    by_title = {plot.title: plot for plot in PLOTS}
+    curves = lambda stage, *titles: plots((plot for plot in PLOTS if plot.title in titles), logs[stage])  # noqa: E731
+    compared = ("Loss", "Reward accuracy", "Rewards", "Log-probability of the answers")
+    columns = ("before DPO", "after DPO")
     sections = [
         cards({what: (before, after) for what, before, after in (results[0], results[1], results[4])}),
-        heading("The task",
-                paragraph("Visitors of a shop ask for goods in a made language. An answer names the goods first or "
-                          "greets the visitor first; in the supervised data both are equally frequent."),
-                paragraph(f"The rule: {RULE}. Only the preference pairs know it.")),
-        heading("Before and after", table(("Held-out visitors", "before DPO", "after DPO"), results)),
-        heading("Greedy answers", table(("Asked", "before DPO", "after DPO"), rows, frozenset(right)),
-                paragraph("✓: word for word an answer as this visitor wants it.")),
-        heading("Stage two: DPO", plots((by_title[title] for title in (
-            "Loss", "Reward accuracy", "Rewards", "Log-probability of the answers")), logs["after"])),
-        heading("Stage one: supervised fine-tuning",
-                plots((by_title[title] for title in ("Loss", "Token accuracy")), logs["before"])),
+        heading("The task", paragraph(TASK), paragraph(f"The rule: {RULE}. Only the preference pairs know it.")),
+        heading("Before and after", table(("Held-out visitors", *columns), results)),
+        heading("Greedy answers", table(("Asked", *columns), rows, frozenset(right)), paragraph(RIGHT)),
+        heading("Stage two: DPO", curves("after", *compared)),
+        heading("Stage one: supervised fine-tuning", curves("before", "Loss", "Token accuracy")),
         heading("To go on", code(next_steps(directory))),
-    ]  # fmt: skip
+    ]
     report = directory / "report.html"
     write_whole(report, page("Quickstart", f"Supervised fine-tuning, then DPO · {directory}", sections))
     return report

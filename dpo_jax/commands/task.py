@@ -160,6 +160,6 @@ def _write_tokenizer(directory: Path) -> None:
     tokenizer.add_special_tokens([BOS, EOS, PAD, UNKNOWN])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
-                "unk_token": UNKNOWN, "clean_up_tokenization_spaces": False}  # fmt: skip
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNKNOWN}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "clean_up_tokenization_spaces": False}
     write_whole(directory / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")

@@ -32,15 +32,12 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
     chosen, rejected = (loss.beta * np.asarray(ratio) for ratio in (ratios.chosen, ratios.rejected))
     margins = chosen - rejected
     finite = np.isfinite(margins)
-    edges = nice_edges(np.concatenate([chosen[finite], rejected[finite]]))
+    edges, margin_edges = nice_edges(np.concatenate([chosen[finite], rejected[finite]])), nice_edges(margins[finite])
     lengths = np.asarray(policy.count).astype(np.int64)
     longer, more = lengths.max(1), lengths[:, CHOSEN] - lengths[:, REJECTED]
     sides = {"chosen": more > 0, "rejected": more < 0, "equal": more == 0}
     return {
-        "margins": {
-            "edges": (margin_edges := nice_edges(margins[finite])),
-            "counts": _counts(margins[finite], margin_edges),
-        },
+        "margins": {"edges": margin_edges, "counts": _counts(margins[finite], margin_edges)},
         "rewards": {
             "edges": edges,
             "chosen": _counts(chosen[finite], edges),
@@ -58,8 +55,8 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
 def _group(margins: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
     """Of the pairs in ``mask``."""
     selected = margins[mask].astype(np.float64)
-    return {"pairs": len(selected), "share": len(selected) / len(margins), "accuracy": float((selected > 0).mean()),
-            "margin": float(selected.mean())}  # fmt: skip
+    share, accuracy = len(selected) / len(margins), float((selected > 0).mean())
+    return {"pairs": len(selected), "share": share, "accuracy": accuracy, "margin": float(selected.mean())}
 
 
 def nice_edges(values: np.ndarray) -> list[float]:

@@ -90,11 +90,9 @@ def _whole(path: Path, made_by: Mapping, shape: tuple[int, int], notice: Callabl
         if any(values.shape != shape for values in fields.values()):
             shapes = ", ".join(str(values.shape) for values in fields.values())
             raise Unusable(f"it holds {shapes} log-probs, the data has {shape}")
-        bad = [
-            int(np.argmin(np.isfinite(values).all(1))) for values in fields.values() if not np.isfinite(values).all()
-        ]
-        if bad:
-            raise Unusable(f"row {bad[0]} has no log-prob")
+        finite = np.all([np.isfinite(values).all(1) for values in fields.values()], axis=0)
+        if not finite.all():
+            raise Unusable(f"row {int(np.argmin(finite))} has no log-prob")
     except Unusable as why:
         notice(f"reference cache: {path} cannot be used ({why}): computing again")
         return None
@@ -112,9 +110,8 @@ def _parts(
             fields = _read(part, made_by)
             ids = fields.pop("ids", np.zeros(0, int))
             inside = ids.ndim == 1 and len(np.unique(ids)) == len(ids) and ((ids >= 0) & (ids < shape[0])).all()
-            if not inside or not all(
-                values.shape == (len(ids), shape[1]) and np.isfinite(values).all() for values in fields.values()
-            ):
+            arrays = fields.values()
+            if not inside or not all(x.shape == (len(ids), shape[1]) and np.isfinite(x).all() for x in arrays):
                 raise Unusable("its rows are not those of the data")
         except Unusable as why:
             notice(f"reference cache: {part} cannot be used ({why}): its rows are computed again")
@@ -137,8 +134,9 @@ def _refuse_gaps(logps: Arrays, computed: np.ndarray, path: Path) -> None:
     for values in logps.values():
         bad = np.flatnonzero(~np.isfinite(values).all(1))
         if len(bad):
-            raise RunStopped(f"reference cache: the reference's log-prob of row {bad[0]} is not finite, of {len(bad)} "
-                             "rows in all: look at the reference's weights and at model.dtype")  # fmt: skip
+            remedy = "check the reference's weights and model.dtype"
+            wrong_rows = f"the reference's log-prob of row {bad[0]} is not finite, of {len(bad)} rows in all"
+            raise RunStopped(f"reference cache: {wrong_rows}: {remedy}")
 
 
 def _difference(path: Path, made_by: Mapping) -> str:

@@ -82,8 +82,9 @@ def check_pair(requirements: Sequence[str], libtpu: str) -> None:
     """
     for requirement in map(Requirement, requirements):
         if requirement.name == "libtpu" and not requirement.specifier.contains(libtpu, prereleases=True):
-            raise UserError(f"libtpu: {libtpu} cannot be used: jax {jax.__version__} requires {requirement.specifier}; "
-                            f"pip install 'libtpu{requirement.specifier}'")  # fmt: skip
+            wanted = requirement.specifier
+            remedy = f"jax {jax.__version__} requires {wanted}; pip install 'libtpu{wanted}'"
+            raise UserError(f"libtpu: {libtpu} cannot be used: {remedy}")
 
 
 def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:

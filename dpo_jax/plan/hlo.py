@@ -20,9 +20,8 @@ _COLLECTIVE = re.compile(rf"(\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 # Between slices of TPUs a collective is handed to the hosts, piece by piece; each slice has a program of its own.
 _HANDED = re.compile(r'\((.*?\]\S*), .*\) send\(.*_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(calls|body|condition|to_apply|branch_computations|called_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
-)
+_ROLES = "calls|body|condition|to_apply|branch_computations|called_computations"
+_CALLED = re.compile(rf"({_ROLES})=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
@@ -41,9 +40,8 @@ class Collective(NamedTuple):
         """Bytes that a device sends, each time, if it goes round a ring."""
         members = self.groups.shape[1]
         share = (members - 1) / members
-        factor = {"all-gather": share, "all-to-all": share, "all-reduce": 2 * share, "reduce-scatter": members - 1,
-                  "collective-permute": 1.0}  # fmt: skip
-        return factor[self.kind] * self.num_bytes
+        ring = {"all-gather": share, "all-to-all": share, "all-reduce": 2 * share, "reduce-scatter": members - 1}
+        return ring.get(self.kind, 1.0) * self.num_bytes  # a permute sends all of it, once
 
     def slices(self, devices_per_slice: int) -> int:
         """How many slices it spans."""
@@ -137,8 +135,8 @@ def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[st
     for instruction, line in computations[name].items():
         if instruction == "ROOT":  # it stands under its name, too
             continue
-        called = {role: (several or single).replace("%", "").split(", ") for role, several, single in
-                  _CALLED.findall(line)}  # fmt: skip
+        matches = _CALLED.findall(line)
+        called = {role: (several or single).replace("%", "").split(", ") for role, several, single in matches}
         for role, names in called.items():
             for inner in names:
                 looped = role == "body"

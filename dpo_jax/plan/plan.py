@@ -19,7 +19,7 @@ from dpo_jax.batching.batches import train_batches
 from dpo_jax.batching.packing import assign_rows, make_units
 from dpo_jax.batching.sets import DataSets
 from dpo_jax.config import DPOConfig, ModelConfig
-from dpo_jax.errors import UserError, require
+from dpo_jax.errors import UserError, require, unusable
 from dpo_jax.methods.dpo import find_reference
 from dpo_jax.methods.setup import sets_of
 from dpo_jax.methods.throughput import model_flops
@@ -52,12 +52,12 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, sear
     """`plan` of each slice, when it is made; with ``search`` each also of ever more frugal settings until one fits."""
     slices = [parse_topology(text) for text in topologies]
     for slice_ in slices:
-        require(known.slices == 1 or slice_.chip.dcn_bandwidth is not None, "--slices", known.slices,
-                f"the bandwidth between slices of {slice_.chip.name} is not published; plan one")  # fmt: skip
+        remedy = f"the bandwidth between slices of {slice_.chip.name} is not published; plan one"
+        require(known.slices == 1 or slice_.chip.dcn_bandwidth is not None, "--slices", known.slices, remedy)
     source = _source(config.model, tokenizer=known.data)
     if config.reference.path is not None:
-        find_reference(config, config.reference.path, build_model(source, config.model, "tpu"), "tpu",
-                       lambda path: _source(ModelConfig(path=path), tokenizer=False))  # fmt: skip
+        find = lambda path: _source(ModelConfig(path=path), tokenizer=False)  # noqa: E731
+        find_reference(config, config.reference.path, build_model(source, config.model, "tpu"), "tpu", find)
     if known.data:
         known = _measured(config, source, known)
     for slice_ in slices:
@@ -76,18 +76,18 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
     mesh = slice_mesh(config, slice_, known.slices)
     model = build_model(source, config.model, "tpu", config.lora)
     load = find_load(config, mesh, known)
+    adapters = 0 if model.lora is None else count_adapters(model)
+    options = {"dtype": model.dtype, "attention": model.attention, "remat": model.remat, "adapters": adapters}
+    steps = {"pairs": load.pairs, "parts": load.parts, "rows_a_device": load.rows // row_devices(mesh)}
+    fill = {"row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths)}
     report: dict[str, Any] = {
         "topology": slice_.name,
         "slices": known.slices,
         "chips": slice_.chips * known.slices,
         "mesh": dict(mesh.shape),
-        "model": {"path": config.model.path, "parameters": count_params(model), "dtype": model.dtype,
-                  "attention": model.attention, "remat": model.remat,
-                  "adapters": 0 if model.lora is None else count_adapters(model)},
-        "batch": {"pairs": load.pairs, "parts": load.parts, "rows_a_device": load.rows // row_devices(mesh),
-                  "row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths),
-                  "assumed": known.lengths is None},
-    }  # fmt: skip
+        "model": {"path": config.model.path, "parameters": count_params(model)} | options,
+        "batch": steps | fill | {"assumed": known.lengths is None},
+    }
     print(f"compiling for {slice_.name}, which takes minutes", file=sys.stderr)
     compiled = compile_step(config, model, mesh, load)
     report |= {"compile_seconds": compiled.seconds, "memory": _memory(compiled, slice_)}
@@ -161,26 +161,34 @@ def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
 def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Load:
     """Rows and lengths of a step, from what is known of them."""
     batch, devices, rows, lengths = config.batch, row_devices(mesh), known.rows, known.lengths
-    require(batch.layout != "padded", "batch.layout", batch.layout,
-            "its rows follow the data; plan shared or repeated")  # fmt: skip
+    remedy = "its rows follow the data; plan shared or repeated"
+    require(batch.layout != "padded", "batch.layout", batch.layout, remedy)
     if batch.row_length == "auto":
-        raise UserError("batch.row_length: auto takes it from the data, which plan does not read; give a number, such "
-                        "as --batch.row_length 4096")  # fmt: skip
+        raise unusable("batch.row_length", "auto", "plan needs a number, such as --batch.row_length 4096")
     pairs = batch.pairs / batch.accumulation  # of a part
     copies = 1 if batch.layout == "shared" else 2  # of a prompt
     num_rows = (rows or 1) * devices
     if lengths is None:
         room = batch.row_length * min(num_rows / pairs, copies)
         each = float(int(min(room / (copies + 2), config.data.max_length / 2)))
-        require(each > 0, "batch.row_length", batch.row_length,
-                f"no row has room for {pairs / num_rows:g} pairs; give --rows, or raise it")  # fmt: skip
+        remedy = f"no row has room for {pairs / num_rows:g} pairs; give --rows, or raise it"
+        require(each > 0, "batch.row_length", batch.row_length, remedy)
         lengths = (each, each, each)
-    load = Load(pairs=batch.pairs, parts=batch.accumulation, rows=num_rows, row_length=batch.row_length,
-                lengths=lengths, copies=copies, longest=min(config.data.max_length, batch.row_length))  # fmt: skip
-    longest = lengths[0] + max(lengths[1:])
-    if longest > config.data.max_length or max(longest, load.unit / copies) > batch.row_length:
-        raise UserError(f"--lengths: {lengths} cannot be: a prompt and an answer have at most data.max_length tokens, "
-                        f"{config.data.max_length}, and a pair a row's, {batch.row_length}; give means")  # fmt: skip
+    load = Load(
+        pairs=batch.pairs,
+        parts=batch.accumulation,
+        rows=num_rows,
+        row_length=batch.row_length,
+        lengths=lengths,
+        copies=copies,
+        longest=min(config.data.max_length, batch.row_length),
+    )
+    longest, most = lengths[0] + max(lengths[1:]), config.data.max_length
+    fits = longest <= most and max(longest, load.unit / copies) <= batch.row_length
+    limits = (
+        f"a prompt and an answer have at most data.max_length tokens, {most}, and a pair a row's, {batch.row_length}"
+    )
+    require(fits, "--lengths", lengths, f"{limits}; give means")
     if rows is None and known.sets is not None:
         return replace(load, rows=train_batches(known.sets, config.batch, devices).packer.shapes[-1].rows)
     if rows is None and known.lengths is not None:
@@ -189,8 +197,9 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
         packed = assign_rows(units, layout=batch.layout, multiple=devices, row_length=batch.row_length)
         return replace(load, rows=len(packed))
     if load.fill > 1:
-        raise UserError(f"--rows: {rows} rows of {batch.row_length} tokens a device do not hold {pairs:g} pairs of "
-                        f"{load.unit:g} tokens; give more, or raise batch.accumulation")  # fmt: skip
+        room = f"{rows} rows of {batch.row_length} tokens a device"
+        remedy = "give more, or raise batch.accumulation"
+        raise UserError(f"--rows: {room} do not hold {pairs:g} pairs of {load.unit:g} tokens; {remedy}")
     return load
 
 
@@ -223,8 +232,8 @@ def _costs(
 
     devices, tensor = mesh.size, mesh.shape["tensor"]
     spread = devices // tensor
-    traffic = matrix_traffic(model, load.slots // load.parts // spread, targets // load.parts // spread,
-                             parts=load.parts, tensor=tensor, live_reference=live)  # fmt: skip
+    tokens, predicted = (count // load.parts // spread for count in (load.slots, targets))
+    traffic = matrix_traffic(model, tokens, predicted, parts=load.parts, tensor=tensor, live_reference=live)
     collective_ops = collectives(text, devices)
     seconds = {
         "compute": hardware / devices / chip.device_peak_flops,
@@ -233,17 +242,19 @@ def _costs(
     }
     bound = max(seconds, key=lambda name: seconds[name])
     best, worst = seconds[bound], sum(seconds.values())
-    of = lambda t: {"step_seconds": t, "mfu": useful / (t * devices * chip.device_peak_flops),  # noqa: E731
-                    "pairs_per_second": load.pairs / t,
-                    "tokens_per_second": load.pairs * load.unit / t}  # fmt: skip
+
+    def rates(t: float) -> dict[str, float]:
+        speed = {"pairs_per_second": load.pairs / t, "tokens_per_second": load.pairs * load.unit / t}
+        return {"step_seconds": t, "mfu": useful / (t * devices * chip.device_peak_flops)} | speed
+
     costs = {
         "flops": {"model": useful, "hardware": hardware, "model_a_pair": useful / load.pairs},
         "collectives": _by_kind(collective_ops, devices // known.slices),
         "collectives_at_least": any(op.at_least for op in collective_ops),
         "seconds": seconds,
         "bound": bound,
-        "full_overlap": of(best),
-        "no_overlap": of(worst),
+        "full_overlap": rates(best),
+        "no_overlap": rates(worst),
     }
     if known.sets is not None:
         steps = known.sets.order.num_steps

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+ASSUMED = "             ASSUMED: equal lengths that fill the rows; --rows, --lengths or --data say more"
 UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
@@ -32,11 +33,7 @@ def render(plan: dict[str, Any]) -> str:
         f"             {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
         f"step         {batch['pairs']} pairs{split}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
         f"             {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens",
-        *(
-            ["             ASSUMED: equal lengths that fill the rows; --rows, --lengths or --data say more"]
-            if batch["assumed"]
-            else []
-        ),
+        *[ASSUMED] * batch["assumed"],
         *_memory_lines(memory),
     ]
     if "seconds" in plan:
@@ -53,10 +50,9 @@ def render(plan: dict[str, Any]) -> str:
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
     save, names = memory["save"], ("weights", "optimizer", "reference", "batch", "activations")
     breakdown = ", ".join(f"{name} {memory[name]:.2f}" for name in names if memory[name])
-    verdict = {True: "fits", False: "DOES NOT FIT; --search looks for what would",
-               None: "it takes that much at least"}[memory["fits"]]  # fmt: skip
+    verdicts = {True: "fits", False: "DOES NOT FIT; --search looks for what would", None: "it takes that much at least"}
     return [
-        f"memory       {memory['peak']:.2f} of {memory['room']:.2f} GiB a device: {verdict}",
+        f"memory       {memory['peak']:.2f} of {memory['room']:.2f} GiB a device: {verdicts[memory['fits']]}",
         f"             {breakdown}",
         f"save         {save:.3g} GiB each: {_minutes(save, 0.1)} at 100 MB/s, {_minutes(save, 1)} at 1 GB/s",
     ]
@@ -100,18 +96,18 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
     head = ["slice", "chips", "GiB", "of", "fits", "s/step", "MFU", "pairs/s", "bound by", "chip-hours"]
     rows = [head, *map(_row, plans)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)  # fmt: skip
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _row(plan: dict[str, Any]) -> list[str]:
     memory = plan["memory"]
-    start = [_where(plan), str(plan["chips"]), f"{memory['peak']:.2f}", f"{memory['room']:.2f}",
-             {True: "yes", False: "no", None: "?"}[memory["fits"]]]  # fmt: skip
+    fits = {True: "yes", False: "no", None: "?"}[memory["fits"]]
+    start = [_where(plan), str(plan["chips"]), f"{memory['peak']:.2f}", f"{memory['room']:.2f}", fits]
     if "seconds" not in plan:
         return [*start, *[""] * 5]
     best, worst = plan["full_overlap"], plan["no_overlap"]
     between = lambda name, form: f"{best[name]:{form}} - {worst[name]:{form}}"  # noqa: E731
     hours = " - ".join(f"{chip_hours:.3g}" for chip_hours in plan["run"]["chip_hours"]) if "run" in plan else ""
-    return [*start, between("step_seconds", ".3g"), between("mfu", ".0%"), between("pairs_per_second", ".3g"),
-            plan["bound"], hours]  # fmt: skip
+    speed = [between("step_seconds", ".3g"), between("mfu", ".0%"), between("pairs_per_second", ".3g")]
+    return [*start, *speed, plan["bound"], hours]

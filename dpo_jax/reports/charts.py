@@ -87,8 +87,8 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
         color = colors[branch] if branch in ("chosen", "rejected") else next(free, colors["ink"])
         words = "." + " ".join(filter(None, (name or "training", branch if len(plot.keys) > 1 else "")))  # dot: _legend
         if name:
-            axes.plot(steps, values, color=color, label=words, linewidth=1.2, linestyle="--", marker="o", markersize=5,
-                      markeredgecolor="none", zorder=3)  # fmt: skip
+            dots = {"linestyle": "--", "marker": "o", "markersize": 5, "markeredgecolor": "none"}
+            axes.plot(steps, values, color=color, label=words, linewidth=1.2, zorder=3, **dots)
         elif len(steps) > RAW_POINTS:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(steps, running_mean(values, len(values) // 20), color=color, label=words, linewidth=1.8)
@@ -154,33 +154,24 @@ def histograms(rows: Sequence[Row]) -> str:
         set_rows = [row for row in rows if row["set"] == name]
         ends = set_rows if len(set_rows) == 1 else [set_rows[0], set_rows[-1]]
         margins = [(row["step"], row["margins"]["edges"], {"margin": row["margins"]["counts"]}) for row in ends]
-        rewards = [
-            (
-                row["step"],
-                row["rewards"]["edges"],
-                {answer: row["rewards"][answer] for answer in ("chosen", "rejected")},
-            )
-            for row in ends
-        ]
-        drawn += [
-            figure(f"{name}: margins", "Pairs by margin. Left of 0 the rejected answer is preferred.",
-                   partial(draw_histograms, margins)),
-            figure(f"{name}: rewards", "Answers by reward.", partial(draw_histograms, rewards)),
-        ]  # fmt: skip
+        counts = [{answer: row["rewards"][answer] for answer in ("chosen", "rejected")} for row in ends]
+        rewards = [(row["step"], row["rewards"]["edges"], both) for row, both in zip(ends, counts, strict=True)]
+        note = "Pairs by margin. Left of 0 the rejected answer is preferred."
+        drawn.append(figure(f"{name}: margins", note, partial(draw_histograms, margins)))
+        drawn.append(figure(f"{name}: rewards", "Answers by reward.", partial(draw_histograms, rewards)))
     return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
 
 
 def draw_histograms(panels: Sequence[tuple[int, Sequence[float], Mapping[str, Sequence[int]]]], theme: str) -> bytes:
     """Histograms side by side over the same range, as PNG: of each (step, edges, counts by name)."""
     colors = COLORS[theme]
-    fig, places = _canvas(len(panels))
-    for axes, (step, edges, counts) in zip(places, panels, strict=True):
+    fig, columns = _canvas(len(panels))
+    for axes, (step, edges, counts) in zip(columns, panels, strict=True):
         for branch, heights in counts.items():
             color = colors.get(branch, colors["lines"][0])
             # the outline keeps a bin visible that is narrow beside the other panel's range
-            axes.stairs(
-                heights, edges, fill=True, facecolor=(color, 0.45), edgecolor=color, linewidth=1.2, label=branch
-            )
+            face = (color, 0.45)
+            axes.stairs(heights, edges, fill=True, facecolor=face, edgecolor=color, linewidth=1.2, label=branch)
         axes.axvline(0, color=colors["ink"], linewidth=0.8, linestyle=":")
         _style(axes, colors, f"step {step}")
         if len(counts) > 1:

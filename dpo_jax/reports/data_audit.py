@@ -84,12 +84,12 @@ def _set_audit(
     store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int], report: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     compared = ids[:MOST_COMPARED]
+    near = _groups(store, near_duplicates(store, compared, plain_words(tokenizer)))
     set_audit = {
         "sources": report,
         "examples": len(ids),
         "duplicates": _groups(store, exact_duplicates(store, ids)),
-        "near_duplicates": _groups(store, near_duplicates(store, compared, plain_words(tokenizer)))
-        | {"compared": len(compared)},
+        "near_duplicates": near | {"compared": len(compared)},
         "unended": _unended(store, compared, tokenizer, ends),
         "lengths": _lengths(store, ids),
     }
@@ -129,50 +129,52 @@ def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
     return rendered
 
 
-def audit(sets: DataSets, tokenizer: Any, ends: Set[int] | None = None) -> dict[str, Any]:
+def audit(
+    sets: DataSets, tokenizer: Any, *, ends: Set[int] | None = None, max_length: int = 0, positions: Any = None
+) -> dict[str, Any]:
     """Counts, findings, lengths and one rendered example of all sets of a run, as plain data (JSON can hold it).
 
-    `ends` are the ids at which the model's generation stops; None: the tokenizer's EOS.
+    Args:
+        sets: what is looked at.
+        tokenizer: decodes it.
+        ends: ids at which the model's generation stops; None: the tokenizer's EOS.
+        max_length: ``data.max_length``; beyond ``positions`` it becomes a finding.
+        positions: the model's ``max_position_embeddings``.
     """
-    order = sets.order
+    order, train = sets.order, sets.train
     ends = frozenset({tokenizer.eos_token_id} - {None} if ends is None else ends)
-    return {
+    evals = {}
+    for name, eval_set in sets.evals.items():
+        report = [] if eval_set.store is train else eval_set.store.report
+        evals[name] = _set_audit(eval_set.store, eval_set.ids, tokenizer, ends, report)
+    result = {
         "stage": sets.stage,
-        "train": _set_audit(sets.train, sets.train_ids, tokenizer, ends, sets.train.report),
-        "evals": {
-            name: _set_audit(
-                eval_set.store,
-                eval_set.ids,
-                tokenizer,
-                ends,
-                [] if eval_set.store is sets.train else eval_set.store.report,
-            )
-            for name, eval_set in sets.evals.items()
-        },
+        "train": _set_audit(train, sets.train_ids, tokenizer, ends, train.report),
+        "evals": evals,
         "shared_prompts": _shared_prompts(sets),
         "run": {"steps": order.num_steps, "batch": order.batch, "epochs": order.epoch(order.num_steps)},
-        "example": _rendered(sets.train, int(order.step_ids(0)[0]), tokenizer),
+        "example": _rendered(train, int(order.step_ids(0)[0]), tokenizer),
     }
+    if isinstance(positions, int) and max_length > positions:
+        longer = int((train.lengths[:, 0] + train.lengths[:, 1:].max(1) > positions).sum())
+        result["positions"] = {"max_length": max_length, "made_for": positions, "longer": longer}
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------- as text
 
 
-def _table(rows: Iterable[Sequence[object]], indent: str = "  ") -> list[str]:
+def _table(rows: Iterable[Sequence[object]]) -> list[str]:
     """Columns of equal width, the first to the left."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        indent + "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width)
-                           for index, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in cells
-    ]  # fmt: skip
+    padded = ([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for first, *rest in cells)
+    return [f"  {'  '.join(row)}".rstrip() for row in padded]
 
 
 def _rows_text(names: Sequence[dict[str, Any]], with_source: bool) -> str:
-    return ", ".join(
-        f"{Path(name['source']).name}:{name['row']}" if with_source else str(name["row"]) for name in names
-    )
+    source = lambda name: f"{Path(name['source']).name}:" if with_source else ""  # noqa: E731
+    return ", ".join(f"{source(name)}{name['row']}" for name in names)
 
 
 def _cause_lines(report: dict[str, Any]) -> list[str]:
@@ -198,12 +200,10 @@ def _unended_lines(unended: dict[str, Any], with_source: bool) -> list[str]:
     stops = f"answers without a token at which generation stops ({' '.join(unended['ends']) or 'it has none'})"
     if not unended["examples"]:
         return [f"  {stops}: none"]
+    remedy = "add its last token to eos_token_id in the model's generation_config.json: generation would not stop there"
     return [
         f"  {stops}: in {unended['examples']} examples, the first: {_rows_text(unended['first'][:5], with_source)}",
-        (
-            f"    the first ends with {unended['first_ends']!r}; unless it was truncated, add the token that ends it "
-            "to eos_token_id in the model's generation_config.json: generation would not stop at it"
-        ),
+        f"    the first ends with {unended['first_ends']!r}; unless it was truncated, {remedy}",
     ]
 
 
@@ -219,10 +219,9 @@ def _length_lines(set_audit: dict[str, Any]) -> list[str]:
         bias = set_audit["length_bias"]
         lines.append(f"  a prompt stored once for both answers saves {lengths['sharing_saves']:.2f}x of the tokens")
         if bias["longer_wins"] is not None:
-            lines.append(
-                f"  length bias: the longer answer is chosen in {bias['longer_wins']:.1%} of {bias['pairs']} pairs "
-                f"(mean tokens: chosen {bias['mean_chosen']:.1f}, rejected {bias['mean_rejected']:.1f})"
-            )
+            means = f"(mean tokens: chosen {bias['mean_chosen']:.1f}, rejected {bias['mean_rejected']:.1f})"
+            wins = f"{bias['longer_wins']:.1%} of {bias['pairs']} pairs {means}"
+            lines.append(f"  length bias: the longer answer is chosen in {wins}")
     return lines
 
 
@@ -270,16 +269,15 @@ def render(result: dict[str, Any]) -> str:
         lines += _set_lines(f"eval {name}", set_audit)
         shared = result["shared_prompts"][name]
         pairs = "; ".join(f"{_rows_text(pair, True)}" for pair in shared["first"][:5])
-        lines[-1:] = [
-            f"  prompts that are trained on too: {shared['examples'] or 'none'}{f', {pairs}' if pairs else ''}",
-            "",
-        ]
+        count = f"{shared['examples'] or 'none'}{f', {pairs}' if pairs else ''}"
+        lines[-1:] = [f"  prompts that are trained on too: {count}", ""]
     run = result["run"]
     lines += [f"run: {run['steps']} steps of {run['batch']}, {run['epochs']:.2f} epochs"]
     if "positions" in result:
         beyond = result["positions"]
-        lines.append(f"note: data.max_length is {beyond['max_length']}, the model was made for {beyond['made_for']} "
-                     f"(max_position_embeddings); {beyond['longer']} examples are longer: lower it")  # fmt: skip
+        made_for = f"the model was made for {beyond['made_for']} (max_position_embeddings)"
+        longer = f"{beyond['longer']} examples are longer: lower it"
+        lines.append(f"note: data.max_length is {beyond['max_length']}, {made_for}; {longer}")
     lines.append("")
     lines += _example_lines(result["example"], _branches(len(result["example"]["answers"]))[1:])
     return "\n".join(lines)

@@ -27,11 +27,7 @@ PLOTS = (
         share=True,
     ),
     Plot("Margin", ("rewards/margins",), "Reward of the chosen answer less that of the rejected one."),
-    Plot(
-        "Rewards",
-        ("rewards/chosen", "rewards/rejected"),
-        "beta x log(policy / reference). Both may fall; what counts is that they part.",
-    ),
+    Plot("Rewards", ("rewards/chosen", "rewards/rejected"), "beta x log(policy / reference). Their gap counts."),
     Plot(
         "Log-probability of the answers",
         ("logps/chosen", "logps/rejected"),
@@ -43,25 +39,17 @@ PLOTS = (
         "Log-probability of the evaluation sets' answers less that at step 0, in nats. Below 0, they were displaced.",
         change=True,
     ),
-    Plot(
-        "Displacement",
-        ("displacement",),
-        "Pairs whose chosen answer is less likely than under the reference.",
-        share=True,
-    ),
+    Plot("Displacement", ("displacement",), "Pairs whose chosen answer the reference finds likelier.", share=True),
     Plot("KL", ("kl",), "Mean of half the squared log-ratio: how far the policy has moved on these answers, in nats."),
-    Plot(
-        "Gradient weight",
-        ("gradient_weight",),
-        "The weight that DPO gives a pair's gradient: 0.5 at the start, towards 0 once the pair is learned.",
-        share=True,
-    ),
+    Plot("Gradient weight", ("gradient_weight",), "Of a pair: 0.5 at the start, towards 0 once learned.", share=True),
     Plot("Token accuracy", ("mean_token_accuracy",), "Answer tokens that were the model's first choice."),
     Plot("Entropy", ("entropy",), "Nats a token; towards 0 the model grows certain of everything."),
     Plot("Gradient norm", ("grad_norm",), "Before clipping. Rare spikes are harmless, growth is not.", log=True),
     Plot("Learning rate", ("learning_rate",), "As the schedule gives it."),
     Plot("Fill of the rows", ("fill",), "Real tokens in each token slot that is computed.", share=True),
 )
+TOKENS_HINT = """The reward is a sum over tokens. This command writes what each token adds, and a page, pairs.html, \
+on which the answers of the largest and smallest margins are coloured by it:"""
 # What a run is judged by, shown before all other metrics.
 FIRST = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 NOT_PLOTTED = {
@@ -73,12 +61,7 @@ MEANINGS = {key: plot.note for plot in reversed(PLOTS) for key in plot.keys} | N
 SPEED_PLOTS = (
     Plot("Tokens per second", ("tokens_per_second",), "The first step holds the compilation."),
     Plot("Seconds per step", ("step_seconds",), "From one step's end to the next one's.", log=True),
-    Plot(
-        "Model FLOPs utilisation",
-        ("mfu",),
-        "Operations that the real tokens ask for, of those that the chips could do in bfloat16.",
-        share=True,
-    ),
+    Plot("Model FLOPs utilisation", ("mfu",), "Operations on real tokens over the chips' bfloat16 peak.", share=True),
 )
 
 
@@ -94,20 +77,21 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
     config, metrics, timings = load_yaml(run.config), read_json(run.metrics), read_json(run.timings)
     spread = read_json(run.distributions)
     kind = "Direct Preference Optimization" if "loss" in config else "Supervised fine-tuning"
+    first = "Loss, accuracy, margin and rewards" if "loss" in config else "Loss"
+    curves = {judged: [plot for plot in PLOTS if (plot.keys[0] in FIRST) == judged] for judged in (True, False)}
     sections = [
         cards(headlines(metrics)),
-        heading("Loss, accuracy, margin and rewards" if "loss" in config else "Loss",
-                plots((plot for plot in PLOTS if plot.keys[0] in FIRST), metrics)),
+        heading(first, plots(curves[True], metrics)),
         heading("Before and after", comparison_table(metrics)),
         heading("Margins and rewards", histograms(spread)),
         heading("Accuracy by length", lengths_table(spread, metrics)),
         heading("What earns the reward", *tokens_hint(run, config, metrics)) if spread else "",
         heading("The run", facts_table(run_facts(config, metrics, timings))),
         heading("Data", data_table(data)) if data else "",
-        heading("Other curves", plots((plot for plot in PLOTS if plot.keys[0] not in FIRST), metrics)),
+        heading("Other curves", plots(curves[False], metrics)),
         heading("Speed", plots(SPEED_PLOTS, timings)),
         details("Every option of the run (config.yaml)", run.config.read_text(encoding="utf-8")),
-    ]  # fmt: skip
+    ]
     write_whole(run.report, page(run.root.name, f"{kind} · {run.root}", sections))
     return run.report
 
@@ -129,8 +113,8 @@ def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], shown: bool) -
 
 def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
     """First and last value of what matters most, on each evaluation set; of training where there is none."""
-    shown = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss",
-             "mean_token_accuracy": "token accuracy"}  # fmt: skip
+    shown = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss"}
+    shown["mean_token_accuracy"] = "token accuracy"
     prefixes = {f"eval_{name}_": f"{name}: " for name in eval_sets(metrics)} or {"": "training: "}
     summary: dict[str, tuple[str | None, str]] = {}
     for prefix, words in prefixes.items():
@@ -159,14 +143,13 @@ def comparison_table(metrics: Sequence[Row]) -> str:
     for name in eval_sets(metrics):
         prefix = f"eval_{name}_"
         keys = dict.fromkeys(key for row in metrics for key in row if key.startswith(prefix))
-        for key in sorted(keys, key=lambda key: key.removeprefix(prefix) not in FIRST):
-            steps, values = series(metrics, key)
-            best = max(values) if "accurac" in key else min(values) if key.endswith("loss") else None
-            ties = key == f"{prefix}rewards/accuracies" and starts_tied(metrics, prefix)
+        for metric in sorted((key.removeprefix(prefix) for key in keys), key=lambda metric: metric not in FIRST):
+            steps, values = series(metrics, prefix + metric)
+            best = max(values) if "accurac" in metric else min(values) if metric.endswith("loss") else None
+            best_at = "" if best is None else f"{number(best)} at step {steps[values.index(best)]}"
+            ties = metric == "rewards/accuracies" and starts_tied(metrics, prefix)
             before = "tied" if ties else number(values[0])
-            rows.append((f"{name}: {key.removeprefix(prefix)}", before, number(values[-1]),
-                         "" if best is None else f"{number(best)} at step {steps[values.index(best)]}",
-                         MEANINGS.get(key.removeprefix(prefix), "")))  # fmt: skip
+            rows.append((f"{name}: {metric}", before, number(values[-1]), best_at, MEANINGS.get(metric, "")))
     return table(("Evaluation", "before", "after", "best", "what it is"), rows)
 
 
@@ -176,16 +159,19 @@ def lengths_table(spread: Sequence[Row], metrics: Sequence[Row]) -> str:
     for name in dict.fromkeys(row["set"] for row in spread):
         first, *_, last = [row for row in spread if row["set"] == name] * 2
         ties = starts_tied(metrics, f"eval_{name}_")
-        for old, new in zip(
-            first["by_length"] + first["by_longer"], last["by_length"] + last["by_longer"], strict=True
-        ):
-            label = (f"longer answer of {new['from']} to {new['to']} tokens" if "from" in new else
-                     "equally long" if new["longer"] == "equal" else f"{new['longer']} is longer")  # fmt: skip
-            before = "tied" if ties else number(old["accuracy"])
-            rows.append((f"{name}: {label}", str(new["pairs"]), f"{new['share']:.1%}", before,
-                         number(new["accuracy"]), number(old["margin"]), number(new["margin"])))  # fmt: skip
+        for kind in ("by_length", "by_longer"):
+            for old, new in zip(first[kind], last[kind], strict=True):
+                start = (f"{name}: {_length_label(new)}", str(new["pairs"]), f"{new['share']:.1%}")
+                accuracies = ("tied" if ties else number(old["accuracy"]), number(new["accuracy"]))
+                rows.append((*start, *accuracies, number(old["margin"]), number(new["margin"])))
     head = ("Pairs by length", "pairs", "share", "accuracy before", "after", "margin before", "after")
     return table(head, rows)
+
+
+def _length_label(bucket: Row) -> str:
+    if "from" in bucket:
+        return f"longer answer of {bucket['from']} to {bucket['to']} tokens"
+    return "equally long" if bucket["longer"] == "equal" else f"{bucket['longer']} is longer"
 
 
 def tokens_hint(run: RunDir, config: Row, metrics: Sequence[Row]) -> tuple[str, ...]:
@@ -193,11 +179,8 @@ def tokens_hint(run: RunDir, config: Row, metrics: Sequence[Row]) -> tuple[str, 
     if not any(key.endswith("displacement") for row in metrics for key in row):
         return ()
     live = " --reference.mode live" if config["reference"]["mode"] == "cached" else ""
-    return (
-        paragraph("The reward is a sum over tokens. This command writes what each token adds, and a page, pairs.html, "
-                  "on which the answers of the largest and smallest margins are coloured by it:"),
-        code(f"dpo-jax eval {run.config} --output {run.root / 'pairs.jsonl'} --per-token{live}"),
-    )  # fmt: skip
+    command = f"dpo-jax eval {run.config} --output {run.root / 'pairs.jsonl'} --per-token{live}"
+    return paragraph(TOKENS_HINT), code(command)
 
 
 def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> dict[str, str]:
@@ -205,16 +188,16 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
     batch, optimizer, loss = config["batch"], config["optimizer"], config.get("loss")
     trained = [row for row in metrics if "grad_norm" in row]
     unit = "pairs" if loss else "examples"
+    steps = f"{optimizer['schedule']}, {optimizer['warmup_steps']} warm-up steps"
     facts = {
         "Model": config["model"]["path"],
         "Trained on": ", ".join(source["path"] for source in config["data"]["train"]),
         "Evaluated on": ", ".join(f"{name}: {source['path']}" for name, source in config["data"]["eval"].items()),
         "Objective": "" if loss is None else f"{loss['type']}, beta {loss['beta']}",
-        "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {optimizer['schedule']}, "
-                     f"{optimizer['warmup_steps']} warm-up steps",
+        "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {steps}",
         "Batch": f"{batch[unit]} {unit} a step",
         "Seed": str(config["run"]["seed"]),
-    }  # fmt: skip
+    }
     if trained:
         last = trained[-1]
         facts["Length"] = f"{last['step']} steps, {number(last['epoch'])} epochs, {last['num_tokens']:,} tokens"
@@ -223,9 +206,9 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
         norm = optimizer["max_grad_norm"]
         facts["Clipped"] = f"{count} of {len(trained)} logged steps, whose gradient norm was above {norm:g}"
         if 2 * count > len(trained):
-            usual = statistics.median(row["grad_norm"] for row in trained)
-            facts["Clipped"] += (f". Clipping is for spikes, but the usual norm here is {number(usual)} (median): "
-                                 "set optimizer.max_grad_norm above that")  # fmt: skip
+            usual = f"{number(statistics.median(row['grad_norm'] for row in trained))} (median)"
+            remedy = "set optimizer.max_grad_norm above that"
+            facts["Clipped"] += f". Clipping is for spikes, but the usual norm here is {usual}: {remedy}"
     if timings:
         facts |= speed_facts(timings, unit)
         peaks = {name: max(series(timings, f"{name}_memory_gib")[1], default=0.0) for name in ("host", "device")}
@@ -255,15 +238,9 @@ def data_table(data: Mapping[str, Sequence[Row]]) -> str:
     def causes(by_cause: Mapping[str, Any]) -> str:
         return ", ".join(f"{cause.replace('_', ' ')}: {entry['count']}" for cause, entry in by_cause.items()) or "none"
 
-    rows = [
-        (
-            f"{name}: {source['source']}",
-            str(source["rows"]),
-            str(source["kept"]),
-            causes(source["dropped"]),
-            causes(source["notes"]),
-        )
-        for name, sources in data.items()
-        for source in sources
-    ]
+    rows = []
+    for name, sources in data.items():
+        for source in sources:
+            counts = (str(source["rows"]), str(source["kept"]), causes(source["dropped"]), causes(source["notes"]))
+            rows.append((f"{name}: {source['source']}", *counts))
     return table(("Set", "rows", "kept", "dropped", "changed or noted"), rows)

@@ -80,7 +80,7 @@ def test_rows_follow_the_lengths():
     assert find_load(replace(few, data=replace(few.data, max_length=32)), mesh, Known()).lengths == (16, 16, 16)
     with pytest.raises(UserError, match=r"--rows: 1 rows of 256 tokens a device do not hold 32 pairs of 50 tokens"):
         find_load(config, mesh, Known(lengths=(20, 16, 14), rows=1))
-    with pytest.raises(UserError, match=r"batch.row_length: auto takes it from the data, which plan does not read"):
+    with pytest.raises(UserError, match=r"batch.row_length: 'auto' cannot be used: plan needs a number"):
         find_load(tiny(batch=BatchConfig(pairs=64)), mesh, Known())
 
 
@@ -227,7 +227,10 @@ def test_what_does_not_fit_is_made_to_fit():
         (["--topology", "v5e:2x2", "--slices", "2"], "mesh.data: 1 cannot be used: make it a multiple of the 2 slices"),
         (["--topology", "v4:2x2x1", "--slices", "2"], "--slices: 2 cannot be used: the bandwidth between slices of v4"),
         (["--topology", "v5e:2x2", "--mesh.tensor", "8"], "mesh:"),
-        (["--topology", "v5e:2x2", "--lengths", "200,50,40"], "--lengths: (200.0, 50.0, 40.0) cannot be: a prompt and"),
+        (
+            ["--topology", "v5e:2x2", "--lengths", "200,50,40"],
+            "--lengths: (200.0, 50.0, 40.0) cannot be used: a prompt and",
+        ),
         (
             ["--topology", "v5e:2x2", "--output", "no/plan.json"],
             "--output: 'no/plan.json' cannot be used: give a file in an existing",

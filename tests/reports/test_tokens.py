@@ -8,7 +8,6 @@ from itertools import pairwise
 import jax
 import numpy as np
 import pytest
-from dpo_jax.commands.token_rewards import decoder, token_pieces, weigh_tails
 from runs import ended, write_config
 from small import logps_fn, pack, random_pairs, small_model, small_params
 from small_tokenizer import make_tokenizer
@@ -19,6 +18,7 @@ from dpo_jax.cli import main
 from dpo_jax.config import LossConfig
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.inference.distributions import BINS, nice_edges, reward_distributions
+from dpo_jax.inference.token_rewards import decoder, token_pieces, weigh_tails
 from dpo_jax.logprobs import answer_values, make_logps_fn, make_token_logps_fn
 from dpo_jax.losses import preference_metrics, sequence_logps
 from dpo_jax.reports.tokens import SHOWN, coloured, full_size, token_page
