@@ -1,6 +1,7 @@
 """Judging a model without training it."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,18 +124,16 @@ def find_judged(
     if config.reference.sync_every:
         shapes["reference"] = shapes["params"]
     saved, manifest = restore_part(find_run(config.run.dir).checkpoints, which, shapes)
+    refuse = partial(UserError, "run.dir", config.run.dir)
     if "reference" not in manifest["identity"]:
-        raise UserError(
-            f"run.dir: {config.run.dir} is a run of fine-tuning: give it as model.path, and another run.dir"
-        )
+        raise refuse("it is a run of fine-tuning; give it as model.path, and another run.dir")
     followed = manifest["config"]["reference"].get("sync_every", 0) > 0
     if manifest["identity"]["reference"] != weights_id(weights) or followed != (config.reference.sync_every > 0):
-        raise UserError(f"run.dir: {config.run.dir} was trained against another reference than this config's: use "
-                        f"{config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
+        raise refuse("it was trained against another reference; use its config.yaml, or another run.dir")
     trained = make_lora(lora_of(manifest["config"]))
     if trained != setup.model.lora:
-        raise UserError(f"run.dir: {config.run.dir} was trained with other adapters than this config's ({trained}, now "
-                        f"{setup.model.lora}): use {config.run.dir}/config.yaml, or another run.dir")  # fmt: skip
+        adapters = f"it was trained with other adapters ({trained}, now {setup.model.lora})"
+        raise refuse(f"{adapters}; use its config.yaml, or another run.dir")
     name = f"{config.run.dir} step {manifest['step']}"
     if setup.model.lora is not None:
         return name, Adapted(saved["params"], start), make_reference(setup, weights)

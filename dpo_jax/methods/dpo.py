@@ -65,9 +65,9 @@ def find_reference(
     except UserError as error:
         raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
     if reference_model != model:
+        policy = f"model.path {config.model.path}"
         raise UserError(
-            f"reference.path: {path} has another architecture or vocabulary than model.path {config.model.path}; "
-            "choose a model of the same kind"
+            f"reference.path: {path} has another architecture or vocabulary than {policy}; choose one alike"
         )
     return source
 

@@ -19,9 +19,8 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     rest = max(num_steps - config.warmup_steps, 1)
     if (config.decay_steps or 0) > rest:
-        left = max(num_steps - config.warmup_steps, 0)
-        raise UserError(f"optimizer.decay_steps: {config.decay_steps} is more than the {left} steps after the warm-up; "
-                        "lower it or optimizer.warmup_steps, or train for longer")  # fmt: skip
+        remedy = f"{max(num_steps - config.warmup_steps, 0)} steps follow the warmup; lower it, or train for longer"
+        raise UserError("optimizer.decay_steps", config.decay_steps, remedy)
     match config.schedule:
         case "constant":
             after = optax.constant_schedule(peak)

@@ -130,11 +130,9 @@ def refuse_weights(loss: LossConfig, store: Store) -> None:
     sorts = [name for name, _ in loss.terms if LOSS_TRAITS[name].sorts]
     weighed = np.flatnonzero(store.weights != 1)
     if sorts and len(weighed):
-        row, weight = store.rows[weighed[0]], store.weights[weighed[0]]
-        raise UserError(
-            f"loss.type: {sorts[0]} sorts the pairs of a step, but row {row} of the data has weight {weight:g}: "
-            "remove the column weight, or choose another loss"
-        )
+        weight = f"row {store.rows[weighed[0]]} of the data has weight {store.weights[weighed[0]]:g}"
+        remedy = f"it sorts the pairs of a step, but {weight}; remove the column weight, or choose another loss"
+        raise UserError("loss.type", sorts[0], remedy)
 
 
 # ------------------------------------------------------------------------------------------------- what is said of it
@@ -187,15 +185,11 @@ def notes_of(setup: Setup) -> list[str]:
     longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
     made_for = setup.source.hf_config.get("max_position_embeddings", longest)
     if longest > made_for:
-        notes.append(
-            f"a prompt and answer have up to {longest} tokens, the model was made for {made_for} "
-            "(max_position_embeddings): lower data.max_length"
-        )
+        made = f"the model was made for {made_for} (max_position_embeddings)"
+        notes.append(f"a prompt and answer have up to {longest} tokens, {made}: lower data.max_length")
     if order.batch > order.epoch_draws:
-        notes.append(
-            f"a step holds {order.batch}, more than the {order.epoch_draws} there are to train on, so that some come "
-            "twice in it: use a smaller batch"
-        )
+        twice = f"more than the {order.epoch_draws} there are to train on, so some come twice in it"
+        notes.append(f"a step holds {order.batch}, {twice}: use a smaller batch")
     return notes
 
 

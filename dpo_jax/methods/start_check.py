@@ -18,8 +18,9 @@ from dpo_jax.inference.reference import Reference
 from dpo_jax.losses import loss_at_start
 from dpo_jax.methods.setup import Setup
 
-STEP_CAUSE = ("a mask, the reference or a cached log-prob is wrong; compare with batch.layout padded and "
-              "reference.mode live")  # fmt: skip
+STEP_CAUSE = (
+    "a mask, the reference or a cached log-prob is wrong; compare with batch.layout padded and reference.mode live"
+)
 
 
 def agreement(setup: Setup) -> float:
@@ -75,8 +76,10 @@ def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> None
             if setup.model.lora is not None and setup.config.reference_mode == "live"
             else "the cache in data.store is stale or damaged; remove its reference-*.npz, or use reference.mode live"
         )
-        raise UserError(f"step 0: policy and reference are the same weights, but their log-probs differ by {worst:.3g} "
-                        f"of their size (allowed: {bound:g}): {cause}")  # fmt: skip
+        raise UserError(
+            f"step 0: policy and reference are the same weights, but their log-probs differ by {worst:.3g} "
+            f"of their size (allowed: {bound:g}): {cause}"
+        )
 
 
 def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> None:
@@ -96,8 +99,12 @@ def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> No
         expected = start.loss * weight
         allowed = 3e-6 * max(1.0, abs(expected)) + bound * start.slope * max(1.0, weight)
         if not abs(values["loss"] - expected) <= allowed:
-            raise UserError(f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (allowed: "
-                            f"{allowed:.2g} more or less): {STEP_CAUSE}")  # fmt: skip
+            raise UserError(
+                f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (allowed: "
+                f"{allowed:.2g} more or less): {STEP_CAUSE}"
+            )
     if not tied(values, agreement(setup)):
-        raise UserError(f"step 0: policy and reference are the same weights, but in the train step their log-probs "
-                        f"differ by {log_ratio(values):.3g} nats (allowed: {bound:.2g}): {STEP_CAUSE}")  # fmt: skip
+        raise UserError(
+            f"step 0: policy and reference are the same weights, but in the train step their log-probs "
+            f"differ by {log_ratio(values):.3g} nats (allowed: {bound:.2g}): {STEP_CAUSE}"
+        )

@@ -565,7 +565,7 @@ BAD_RUNS = [
         other_weights,
         "eval c.yaml --run.dir run --output o.jsonl --data.eval.x pairs.jsonl --model.path other",
         2,
-        "run.dir:  ... was trained against another reference",
+        "run.dir: ... cannot be used: it was trained against another reference",
     ),
     (
         "an output that is there",
