@@ -22,6 +22,7 @@ from dpo_jax.methods.start_check import check_first, mean_margin, prove_start, s
 from dpo_jax.methods.throughput import step_rates
 from dpo_jax.parallel.compiler import compiler_options
 from dpo_jax.runs.directory import RunDir
+from dpo_jax.runs.logs import clipped
 from dpo_jax.runs.manifest import new_run
 from dpo_jax.runs.session import Metrics, StepFacts
 from dpo_jax.step import Frozen, TrainState, TrainStep, init_state
@@ -114,7 +115,6 @@ class Offline:
         proven = self.proven and data.step == 0  # a first step whose values are known
 
         def logged(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:
-            limit = config.optimizer.max_grad_norm
             return {
                 **metrics,
                 "learning_rate": float(np.float32(jax.device_get(self.schedule(data.step)))),
@@ -122,7 +122,7 @@ class Offline:
                 **totals,
                 "pairs": len(ids),
                 "fill": data.fill,
-                **({} if limit is None else {"clipped": int(metrics["grad_norm"] > np.float32(limit))}),
+                **clipped(metrics, config.optimizer.max_grad_norm),
             }
 
         def rates(seconds: float) -> dict[str, float]:
