@@ -123,15 +123,15 @@ class Command:
 WHICH: dict[str, Any] = {"choices": ["newest", "best"], "default": "newest"}
 COMMANDS = {
     "train": Command(_train, "Train with Direct Preference Optimization.", DPOConfig),
-    "sft": Command(_train, "Supervised fine-tuning, for the model that train starts from.", SFTConfig),
+    "sft": Command(_train, "Fine-tune with supervision, to make the model that train starts from.", SFTConfig),
     "eval": Command(
         _eval,
-        "Log-probs and rewards of every evaluation pair; prints a summary as JSON.",
+        "Score every evaluation pair, log-probs and rewards; print a summary as JSON.",
         DPOConfig,
         {
             "--output": {"type": str, "required": True, "help": "File to write: JSON lines, one per pair."},
             "--which": {**WHICH, "help": "Checkpoint to evaluate."},
-            "--per-token": {"action": "store_true", "help": "Also each token's share of the reward, and a page."},
+            "--per-token": {"action": "store_true", "help": "Also each token's reward, and a page of colored answers."},
         },
     ),
     "export": Command(
@@ -174,13 +174,13 @@ COMMANDS = {
     ),
     "sweep": Command(
         _sweep,
-        "Train once for each of several betas; prints a table of accuracy, margin and KL.",
+        "Train once for each of several betas; print a table of accuracy, margin and KL.",
         DPOConfig,
         {"--betas": {"type": str, "required": True, "help": "Numbers separated by commas: 0.05,0.1,0.5."}},
     ),
     "quickstart": Command(
         _quickstart,
-        "Both stages on a built-in task, without network, in about two minutes, with a report.",
+        "Run both stages on a built-in task, without network, in about two minutes, and write a report.",
         arguments={"--dir": {"type": str, "default": "runs/quickstart", "help": "Folder for the runs and the report."}},
     ),
 }
@@ -275,7 +275,7 @@ def _parser(called: str) -> jsonargparse.ArgumentParser:
         inner = _Parser(description=command.summary, allow_abbrev=False)
         inner.called = name
         if command.config is not None:
-            inner.usage = f"dpo-jax {name} CONFIG.yaml [--section.key VALUE ...]"
+            inner.usage = f"dpo-jax {name} CONFIG.yaml [options] [--section.key VALUE ...]"
             inner.add_argument("config", type=str, metavar="CONFIG.yaml", help="See docs/configuration.md.")
         for option, settings in command.arguments.items():
             inner.add_argument(option, **settings)

@@ -1,4 +1,4 @@
-"""Names of options in TRL, PEFT, similar trainers and earlier versions -> names here, for the line that refuses one."""
+"""Option names of TRL, PEFT, similar trainers and earlier versions -> names here, which a refusal suggests."""
 
 ELSEWHERE = {
     "model_name_or_path": "model.path", "base_model": "model.path", "torch_dtype": "model.dtype",

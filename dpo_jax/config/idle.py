@@ -1,6 +1,6 @@
-"""Options that have no effect because of a run's data, length or devices; they are not refused but noted at its start.
+"""Options that have no effect because of a run's data, length or devices: noted when it starts, not refused.
 
-A value that can have no effect with any data is refused when its section is checked. A bound that nothing reaches
+A value that has no effect with any data is refused when its section is checked. A bound that nothing reaches
 (``max_length``, ``limit``, ``max_shapes``, ``keep``) and the handling of invalid rows that do not occur are not idle.
 """
 
@@ -24,15 +24,15 @@ class Facts(NamedTuple):
 
 
 Idle = Callable[[Any, Facts], bool]
-IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, whether a value of it is idle, why; {fact} is filled in
+IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, whether its value is idle, why; {facts} are filled in
     ("optimizer.warmup_steps", lambda value, run: value >= run.steps,
      "the run has {steps} steps, so the learning rate never reaches its peak"),
     ("reference.sync_every", lambda value, run: value > run.steps,
      "the run has {steps} steps, so the reference never moves"),
     ("checkpoint.every", lambda value, run: value > run.steps,
-     "the run has {steps} steps, so only the last one is saved"),
+     "the run has {steps} steps, so only the last step is saved"),
     ("run.log_every", lambda value, run: value > run.steps,
-     "the run has {steps} steps, so only the last one is logged"),
+     "the run has {steps} steps, so only the last step is logged"),
     ("run.eval_every", lambda value, run: run.eval_sets > 0 and value > run.steps,
      "the run has {steps} steps, so it evaluates only before the first and after the last"),
     ("run.eval_every", lambda value, run: run.eval_sets == 0 and value > 0,
@@ -51,7 +51,7 @@ IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, whether a value of it is 
 
 
 def idle_options(config: Any, facts: Facts) -> list[str]:
-    """A line for each option of a config, of either stage, that has no effect in a run with these facts."""
+    """A line for each option of a config that has no effect in a run with these facts."""
     lines = []
     for option, idle, why in IDLE:
         section, _, _ = option.partition(".")

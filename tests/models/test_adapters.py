@@ -232,11 +232,11 @@ def test_tensors_of_a_file_that_are_not_used_are_refused(shared, peft_folder, tm
 @pytest.mark.parametrize(("text", "line"), [
     ("lora: 3", "lora: 3"),
     ("lora: {rank: [4]}", "lora.rank"),
-    ("lora: {rank: 4, targets: 3}", "lora.targets: 3"),
+    ("lora: {rank: 4, targets: 3}", "lora.targets must be a string, got 3"),
     ("lora: {rank: 4, more: 1}", "lora.more"),
     ("lora: {rank: 4}", "model: None"),
     ("{lora: {rank: 4}, model: {path: [x]}}", "model.path"),
-    ("{lora: {rank: 4}, model: {}}", "model.path: missing"),
+    ("{lora: {rank: 4}, model: {}}", "model.path is required"),
 ])  # fmt: skip
 def test_an_edited_config_of_a_run_is_refused_by_name(tmp_path, text, line):
     (tmp_path / "config.yaml").write_text(text)
