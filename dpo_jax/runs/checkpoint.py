@@ -1,7 +1,7 @@
 """Saving steps of a run: in the background, each whole or absent, the newest and the best kept.
 
 A step is a directory with two items that Orbax commits together: ``state``, the arrays, and ``manifest``, JSON (see
-manifest.py) with the shape, type and checksum of every array. No file but this and saved.py knows Orbax.
+manifest.py) with the shape, type and checksum of every array. No file but this and restore.py knows Orbax.
 """
 
 import json
@@ -31,6 +31,7 @@ from dpo_jax.runs.restore import (
 from dpo_jax.storage import seal
 
 DAMAGED = ".damaged"
+Json = Mapping[str, Any]
 
 
 class Checkpoints:
@@ -65,17 +66,8 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Steps that are on the disk, oldest first, as process 0 sees it; a save still under way is not among them."""
+        """Steps that are on the disk as process 0 sees it, oldest first; a save in progress is not among them."""
         return hosts.gather(saved_steps(self.directory), "saved steps")[0]
-
-    def newest(self) -> int | None:
-        """The last saved step."""
-        return max(self.steps(), default=None)
-
-    def best(self) -> int | None:
-        """The saved step with the best ``best_metric``; of equals the later; None: no saved step has it."""
-        saved = {step: self._metrics[step] for step in self.steps() if step in self._metrics}
-        return next(iter(rank_steps(saved, self.config)), None)
 
     def manifest(self) -> dict | None:
         """Manifest of the newest step that has one, to be compared before any array is read; None: there is none."""
@@ -86,16 +78,15 @@ class Checkpoints:
                 continue  # restore() says so, and sets it aside
         return None
 
-    def refuse_unmeasured(self, metrics: Mapping[str, Any]) -> None:
-        """Raise one line if these metrics of an evaluation cannot tell the best step."""
+    def refuse_unmeasured(self, metrics: Json) -> None:
+        """Raise one line if these metrics of an evaluation do not say which step is best."""
         name = self.config.best_metric
         if name is not None and name not in metrics:
             names = ", ".join(sorted(metrics))
             remedy = f"available: {names}" if metrics else "there is no evaluation set: give data.eval"
             raise UserError(f"checkpoint.best_metric: {name!r} is not an evaluation metric; {remedy}")
 
-    def save(self, step: int, state: Any, manifest: Mapping[str, Any], metrics: Mapping[str, Any] | None = None,
-             wait: bool = False) -> bool:  # fmt: skip
+    def save(self, step: int, state: Any, manifest: Json, metrics: Json | None = None, wait: bool = False) -> bool:
         """Begin to save a step; the arrays may be donated to the next step as soon as this returns.
 
         Args:
@@ -133,7 +124,7 @@ class Checkpoints:
         return True
 
     def wait(self) -> None:
-        """Until the save under way is on the disk; raises ``RunStopped`` on every process if it was not written."""
+        """Wait until the save in progress is on the disk; ``RunStopped`` on every process if it was not written."""
         if self._manager is None or self._pending is None:
             return
         step, error = self._pending, None
@@ -156,27 +147,21 @@ class Checkpoints:
             self._manager.close()
             self._manager = None
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict] | None:
-        """The newest step that proves good, or the one named.
-
-        A step that is not whole is renamed to ``STEP.damaged`` with one line that says why, and the next older one is
-        tried. A named step is taken or refused.
+    def restore(self, abstract_state: Any) -> tuple[Any, dict] | None:
+        """The newest step that proves good; a damaged one is renamed to ``STEP.damaged``, and one line says why.
 
         Args:
             abstract_state: the state's pytree of ``jax.ShapeDtypeStruct``, with the shardings wanted: any number of
                 devices and processes.
-            step: take this one.
 
         Returns:
             State and manifest; None: nothing was ever saved here.
 
         Raises:
             RunStopped: there were saves and none is good. The run never starts over by itself.
-            UserError: the state has other arrays than this run, or the named step is absent or damaged.
+            UserError: the state has other arrays than this run.
         """
         assert self._pending is None, "restore before the first save"
-        if step is not None:
-            return self._restore_named(abstract_state, step)
         reasons = {}
         for candidate in reversed(self.steps()):
             try:
@@ -186,19 +171,10 @@ class Checkpoints:
                 self._set_aside(candidate, str(damage))
         names = sorted(path.name for path in self.directory.iterdir() if DAMAGED in path.name)
         if names:
-            told = "".join(f"; {number}: {reason}" for number, reason in reasons.items())
-            raise RunStopped(f"checkpoints: no save in {self.directory} is good ({', '.join(names)}{told}): put a good "
-                             "copy of a step back, or choose a new run.dir")  # fmt: skip
+            why = "".join(f"; {number}: {reason}" for number, reason in reasons.items())
+            remedy = "restore a good copy of a step, or choose a new run.dir"
+            raise RunStopped(f"checkpoints: no save in {self.directory} is good ({', '.join(names)}{why}): {remedy}")
         return None
-
-    def _restore_named(self, abstract_state: Any, step: int) -> tuple[Any, dict]:
-        if step not in self.steps():
-            raise UserError(f"checkpoint of step {step}: not in {self.directory}: use one of {self.steps()}")
-        try:
-            return read_step(self.directory, step, abstract_state)
-        except Damaged as damage:
-            raise UserError(f"checkpoint of step {step}: {self.directory / str(step)} is damaged ({damage}): "
-                            f"use another of {self.steps()}") from damage  # fmt: skip
 
     def _set_aside(self, step: int, reason: str) -> None:
         path = self.directory / str(step)
@@ -258,5 +234,5 @@ def _surfaced(directory: epath.Path, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise RunStopped(f"checkpoint of step {step}: could not be written to {directory} ({reason(error)}): "
-                         "free space or correct the path, then run the same command again") from error  # fmt: skip
+        failed = f"checkpoint of step {step}: could not be written to {directory} ({reason(error)})"
+        raise RunStopped(f"{failed}: free space or correct the path, then run the same command again") from error

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 def describe_leaves(tree: Any) -> dict[str, dict]:
     """Shape and dtype of every array, by its path in the tree, such as ``params/layers/w``."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"):
-            {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in paths}  # fmt: skip
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    types = [{"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for _, leaf in paths]
+    return dict(zip(names, types, strict=True))
 
 
 def leaf_checksums(tree: Any) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What lies in a run directory, and how its files are written so that a run can be cut off anywhere.
+"""What a run directory holds, and how its files are written so that a run can be killed at any moment.
 
 Logs are append-only JSON lines; a checkpoint records how long they were, and continuing from
 it cuts them back to that, so that they read as if the run had never stopped.
@@ -21,61 +21,35 @@ Event = Literal["start", "data", "restore", "save", "preempt", "end"]
 LOCK, EVENTS = "run.lock", "events.jsonl"
 
 
+class _Inside:
+    """A path below the root of a run."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, run: "RunDir", kind: type) -> Path:
+        return run.root / self.name
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Paths of one run."""
 
     root: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved options, every default spelled out."""
-        return self.root / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Saved steps, each with its manifest."""
-        return self.root / "checkpoints"
-
-    @property
-    def export(self) -> Path:
-        """The model as a Hugging Face directory."""
-        return self.root / "export"
-
-    @property
-    def metrics(self) -> Path:
-        """One object a logged step: functions of data, seed and step only."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def timings(self) -> Path:
-        """Clocks, throughput and memory of the same steps."""
-        return self.root / "timings.jsonl"
-
-    @property
-    def distributions(self) -> Path:
-        """One object an evaluation and set: what its means stand for."""
-        return self.root / "distributions.jsonl"
+    config = _Inside("config.yaml")  # the resolved options, every default spelled out
+    checkpoints = _Inside("checkpoints")  # saved steps, each with its manifest
+    export = _Inside("export")  # the model as a Hugging Face directory
+    metrics = _Inside("metrics.jsonl")  # one object a logged step: functions of data, seed and step only
+    timings = _Inside("timings.jsonl")  # clocks, throughput and memory of the same steps
+    distributions = _Inside("distributions.jsonl")  # one object an evaluation and set: what its means stand for
+    events = _Inside(EVENTS)  # what happened to the run: never cut back
+    profile = _Inside("profile")  # traces of the steps that ``run.profile_steps`` names
+    report = _Inside("report.html")  # what a person looks at
 
     @property
     def logs(self) -> tuple[Path, ...]:
         """What is cut back to the step that a run resumes from."""
         return self.metrics, self.timings, self.distributions
-
-    @property
-    def events(self) -> Path:
-        """What happened to the run: never cut back."""
-        return self.root / EVENTS
-
-    @property
-    def profile(self) -> Path:
-        """Traces of the steps that ``run.profile_steps`` names."""
-        return self.root / "profile"
-
-    @property
-    def report(self) -> Path:
-        """What a person looks at."""
-        return self.root / "report.html"
 
 
 def is_run_dir(path: str | Path) -> bool:
@@ -110,14 +84,14 @@ def hold_run(path: str | Path) -> Iterator[RunDir]:
         if root.is_dir() and any(root.iterdir()) and not is_run_dir(root):
             raise UserError(f"run.dir: {path} holds other files and no run of this program: choose an empty directory")
         root.mkdir(parents=True, exist_ok=True)
-        held = storage.lock(root / LOCK)
+        lock = storage.lock(root / LOCK)
     except storage.InUse as owner:
         remedy = "wait for it, stop it, or choose another directory"
         raise UserError(f"run.dir: {path} is in use by {owner}: {remedy}") from owner
     except OSError as error:
         text = f"run.dir: {path} cannot be written or locked ({error.strerror}): choose another directory"
         raise UserError(text) from error
-    with held:
+    with lock:
         run = RunDir(root)
         with writing(run.events):
             storage.drop_torn_line(run.events)
@@ -137,7 +111,7 @@ def writing(path: Path) -> Iterator[None]:
     What was written halfway is cut off when the run resumes.
 
     Raises:
-        RunStopped: a full disk, one that became read-only, or the like.
+        RunStopped: a full disk, a read-only one, or the like.
     """
     try:
         yield
@@ -229,7 +203,7 @@ def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
 
 
 def lost_saves(run: RunDir) -> UserError | None:
-    """What is wrong when no save is there though the events tell of one that was finished; None: it is a new run.
+    """The error when no save is there although the events name a finished one; None: it is a new run.
 
     A save is finished when the same process began another, or said that it ended or was stopped.
     """

@@ -136,8 +136,7 @@ def _tensorboard(run: RunDir):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise UserError("run.trackers: tensorboard needs the package tensorboardX: pip install 'dpo_jax[tracking]'"
-                        ) from error  # fmt: skip
+        raise UserError("run.trackers: tensorboardX is not installed: pip install 'dpo_jax[tracking]'") from error
     writer = SummaryWriter(str(run.root / "tensorboard"))
 
     def track(step: int, row: Mapping[str, float | int]) -> None:
@@ -152,7 +151,7 @@ def _wandb(run: RunDir):
     try:
         import wandb
     except ImportError as error:
-        raise UserError("run.trackers: wandb needs the package wandb: pip install 'dpo_jax[tracking]'") from error
+        raise UserError("run.trackers: wandb is not installed: pip install 'dpo_jax[tracking]'") from error
     tracked = wandb.init(dir=str(run.root), id=run.root.name, resume="allow")
     return lambda step, row: tracked.log(dict(row), step=step), lambda failed: tracked.finish(exit_code=int(failed))
 
@@ -164,7 +163,7 @@ TRACKERS = {  # by name: of a run, the function that takes a step and its row, a
 
 
 def memory() -> dict[str, float]:
-    """Peak memory so far, GiB: of this process, and of its fullest device where the backend tells."""
+    """Peak memory so far, GiB: of this process, and of its fullest device where the backend reports it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     usage = {"host_memory_gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 3)}
     stats = [_memory_stats(device) for device in jax.local_devices() if device.platform != "cpu"]

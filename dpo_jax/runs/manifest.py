@@ -74,13 +74,13 @@ def make_manifest(config: Mapping[str, Any], identity: Mapping[str, Any], enviro
     Args:
         config: the resolved options, as nested dictionaries.
         identity: names and hashes, with the names of ``EFFECTS``: weights, adapters, tokenizer, template, reference,
-            store; more may be given, such as the compute dtype that ``auto`` became, and are compared too.
+            store; more may be given, such as the compute dtype that ``auto`` chose, and are compared too.
         environment: devices, processes and the like; versions and XLA flags are added.
     """
     versions = {name: _version(name) for name in PACKAGES}
     flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    return json.loads(json.dumps({"format": FORMAT, "config": config, "identity": identity,
-                                  "place": {**environment, **flags, **versions}}))  # fmt: skip
+    place = {**environment, **flags, **versions}
+    return json.loads(json.dumps({"format": FORMAT, "config": config, "identity": identity, "place": place}))
 
 
 def _version(package: str) -> str | None:
@@ -113,14 +113,15 @@ def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
         UserError: there are such differences, or the checkpoint's layout is of another version.
     """
     if old["format"] != new["format"]:
-        raise UserError(f"run.dir: {where} was written in checkpoint format {old['format']}, this version reads "
-                        f"{new['format']}: go on with the version that wrote it")  # fmt: skip
+        differs = f"was written in checkpoint format {old['format']}, this version reads {new['format']}"
+        raise UserError(f"run.dir: {where} {differs}: use the version that wrote it")
     lines = compare_manifest(old, new)
     if lines:
         length = any(line.startswith(("run.steps:", "run.epochs:")) for line in lines)
         longer = " (only run.steps with optimizer.schedule constant may change: others spread over the length)" * length
-        raise UserError(f"run.dir: {where} was started with different options that change the result: "
-                        f"{'; '.join(lines)}: restore these, or choose a new run.dir{longer}")  # fmt: skip
+        remedy = f"restore these, or choose a new run.dir{longer}"
+        started = f"run.dir: {where} was started with different options that change the result"
+        raise UserError(f"{started}: {'; '.join(lines)}: {remedy}")
 
 
 def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str:
@@ -146,12 +147,12 @@ def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str
 
 def _differences(old: Mapping, new: Mapping) -> list[tuple[str, str]]:
     """Changed identities and options with their effects: matters, rounding or free."""
-    changed = {name for name, _, _ in _changed(old["identity"], new["identity"])}
-    differences = [(_line(name, a, b), "matters") for name, a, b in _changed(old["identity"], new["identity"])]
+    identities = _changed(old["identity"], new["identity"])
+    changed = {name for name, _, _ in identities}
+    differences = [(_line(*identity), "matters") for identity in identities]
     for name, a, b in _changed(old["config"], new["config"]):
         effect = _effect(name)
-        if effect == "length":
-            # row shapes are chosen from the run's own steps
+        if effect == "length":  # row shapes are chosen from the run's own steps
             effect = "matters" if _length_matters(old["config"], new["config"]) else "rounding"
         elif effect not in ("free", "rounding", "matters"):
             recorded = new["identity"].get(effect) is not None and old["identity"].get(effect) is not None

@@ -1,21 +1,20 @@
 """Traces of the steps that ``run.profile_steps`` names."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import jax
 
 from dpo_jax.config import RunConfig
 from dpo_jax.console import say
-from dpo_jax.errors import UserError
+from dpo_jax.errors import require
 from dpo_jax.runs.directory import RunDir
 
 
 def refuse_window(window: Sequence[int], num_steps: int) -> None:
     """Raise one line if the run ends before the last step to be traced."""
-    if window and window[-1] > num_steps:
-        raise UserError(f"run.profile_steps: {list(window)} cannot be used: the run has {num_steps} steps; "
-                        "choose earlier ones")  # fmt: skip
+    remedy = f"the run has {num_steps} steps; choose earlier ones"
+    require(not window or window[-1] <= num_steps, "run.profile_steps", list(window), remedy)
 
 
 def trace_edges(window: Sequence[int]) -> set[int]:
@@ -29,30 +28,24 @@ def traced(steps: range, config: RunConfig, run: RunDir) -> Iterator[Iterator[in
 
     The caller waits at ``trace_edges``. A run that resumes within the window traces what is left of it.
     """
-    window, running = config.profile_steps, False
+    window, trace = config.profile_steps, ExitStack()
 
     def stop() -> None:
-        nonlocal running
-        if running:
-            running = False
-            jax.profiler.stop_trace()
-            say(config.progress, f"trace of steps {window[0]} to {window[1]}: {run.profile}")
+        jax.profiler.stop_trace()
+        say(config.progress, f"trace of steps {window[0]} to {window[1]}: {run.profile}")
 
     def walk() -> Iterator[int]:
-        nonlocal running
         for step in steps:
             if not window or not window[0] <= step + 1 <= window[1]:
                 yield step
                 continue
-            if not running:
-                running = True
+            if step + 1 == max(window[0], steps.start + 1):
                 jax.profiler.start_trace(run.profile)
+                trace.callback(stop)
             with jax.profiler.StepTraceAnnotation("step", step_num=step + 1):
                 yield step
             if step + 1 == window[1]:
-                stop()
+                trace.close()
 
-    try:
+    with trace:  # a run may be stopped within the window
         yield walk()
-    finally:
-        stop()  # the run was stopped within the window

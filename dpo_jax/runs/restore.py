@@ -1,6 +1,6 @@
 """Reading saved steps: nothing is taken for good before the checksums of its arrays agree with its manifest.
 
-Every process calls these alike and comes to the same finding.
+Every process makes the same calls and gets the same result.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from dpo_jax.runs.manifest import FORMAT
 from dpo_jax.storage import SEAL, unseal
 
 STATE, MANIFEST = "state", "manifest"
-# Errors while reading that tell of the machine's or the storage's state and not of the checkpoint's: by type, by text.
+# Errors of the machine or the storage, not of the checkpoint: by type, by text.
 NOT_DAMAGE = (MemoryError, PermissionError, TimeoutError, ConnectionError, jax.errors.JaxRuntimeError)
 NOT_ITS_FAULT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
 
@@ -40,17 +40,15 @@ def rank_steps(metrics: Mapping[int, Mapping[str, float]], config: CheckpointCon
     name = config.best_metric
     if name is None:
         return []
-    values = {
-        step: evaluation[name]
-        for step, evaluation in metrics.items()
-        if name in evaluation and not math.isnan(evaluation[name])
-    }
+    values = {step: evaluation[name] for step, evaluation in metrics.items() if name in evaluation}
+    values = {step: value for step, value in values.items() if not math.isnan(value)}
     sign = -1 if config.best_mode == "max" else 1
     return sorted(values, key=lambda step: (sign * values[step], -step))
 
 
-def restore_part(directory, which: Literal["newest", "best"], abstract: Mapping[str, Any],
-                 notice: Callable[[str], None] = warn) -> tuple[dict[str, Any], dict]:  # fmt: skip
+def restore_part(
+    directory, which: Literal["newest", "best"], abstract: Mapping[str, Any], notice: Callable[[str], None] = warn
+) -> tuple[dict[str, Any], dict]:
     """Some fields of the state of a finished or running run; changes nothing there.
 
     Args:
@@ -110,8 +108,8 @@ def read_manifest(directory: epath.Path, step: int) -> dict:
             raise Damaged(f"its manifest cannot be used: {error}") from error
         manifest = {"format": 1}
     if manifest["format"] != FORMAT:
-        raise UserError(f"checkpoint of step {step}: {directory} has format {manifest['format']!r}, this version reads "
-                        f"{FORMAT}: use the version that wrote it")  # fmt: skip
+        differs = f"has format {manifest['format']!r}, this version reads {FORMAT}"
+        raise UserError(f"checkpoint of step {step}: {directory} {differs}: use the version that wrote it")
     if manifest.get("step") != step:
         raise Damaged(f"its manifest is that of step {manifest.get('step')}")
     return manifest
@@ -138,9 +136,9 @@ def read_step(directory: epath.Path, step: int, abstract: Any, part: bool = Fals
         state = _read_arrays(directory / str(step) / STATE, abstract, saved, part)
     except Damaged as damage:
         why = str(damage)
-    told = [message for message in hosts.gather(why, f"reading step {step}", 2 * hosts.TIMEOUT) if message is not None]
-    if told:
-        raise Damaged(told[0])
+    damages = hosts.gather(why, f"reading step {step}", 2 * hosts.TIMEOUT)
+    if any(damages):
+        raise Damaged(next(filter(None, damages)))
     wrong = [name for name, sum_ in leaf_checksums(state).items() if sum_ != saved[name]["checksum"]]
     if wrong:
         raise Damaged(f"the checksum of {wrong[0]} is wrong" + f", and of {len(wrong) - 1} more" * (len(wrong) > 1))
@@ -149,13 +147,11 @@ def read_step(directory: epath.Path, step: int, abstract: Any, part: bool = Fals
 
 
 def _read_arrays(path: epath.Path, abstract: Any, saved: Mapping[str, dict], part: bool) -> Any:
-    names = list(saved)  # in the tree's own order
-    leaves, tree = jax.tree.flatten(abstract)
-    as_saved = [jax.ShapeDtypeStruct(leaf.shape, saved[name]["dtype"], sharding=leaf.sharding)
-                for name, leaf in zip(names, leaves, strict=True)]  # fmt: skip
-    item = jax.tree.unflatten(tree, as_saved)
-    options = ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                                     partial_restore=part)  # fmt: skip
+    dtypes = jax.tree.unflatten(jax.tree.structure(abstract), [leaf["dtype"] for leaf in saved.values()])
+    as_saved = lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)  # noqa: E731
+    item = jax.tree.map(as_saved, abstract, dtypes)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    options = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=part)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _PatientReader()))
     try:
         # The handler itself, not the manager: a process that fails must not leave the others at Orbax's barrier.
@@ -189,8 +185,8 @@ def _refuse_other_leaves(abstract: Any, saved: Mapping[str, dict], path: epath.P
             differ.append(f"{name}: saved {_shown(a)}, needed {_shown(b)}")
     if differ:
         more = f"; and {len(differ) - 4} more" * (len(differ) > 4)
-        raise UserError(f"checkpoint {path}: holds other arrays than this run: {'; '.join(differ[:4])}{more}: use the "
-                        "options it was written with")  # fmt: skip
+        remedy = "use the options it was written with"
+        raise UserError(f"checkpoint {path}: holds other arrays than this run: {'; '.join(differ[:4])}{more}: {remedy}")
 
 
 def _shown(leaf: Mapping | None) -> str:

@@ -474,7 +474,7 @@ BAD_RUNS = [
         damage,
         "train c.yaml --run.dir run",
         43,
-        "checkpoints: no save in  ... is good ( ... put a good copy of a step back, or choose a new run.dir",
+        "checkpoints: no save in  ... is good ( ... restore a good copy of a step, or choose a new run.dir",
     ),
     (
         "saves gone",

@@ -37,7 +37,7 @@ from dpo_jax.errors import RunStopped, UserError
 from dpo_jax.runs.checkpoint import Checkpoints
 from dpo_jax.runs.checksums import leaf_checksums
 from dpo_jax.runs.manifest import compare_manifest, make_manifest, refuse_changed, rounding_changes
-from dpo_jax.runs.restore import rank_steps, restore_part
+from dpo_jax.runs.restore import rank_steps, read_step, restore_part
 from dpo_jax.storage import seal, unseal
 
 KEEP = CheckpointConfig(keep=9)
@@ -132,23 +132,19 @@ def test_restores_bit_for_bit_onto_other_numbers_of_devices(saved, num_devices):
     assert manifest["config"] == json.loads(json.dumps(asdict(make_config())))
 
 
-def test_a_named_step_and_steps_already_saved(saved):
+def test_an_older_step_and_steps_already_saved(saved):
     checkpoints = Checkpoints(saved, KEEP)
     state = make_state(mesh_of(8), 1)
-    assert_equal(checkpoints.restore(abstract(state, mesh_of(8)), step=1)[0], state)
+    assert_equal(read_step(checkpoints.directory, 1, abstract(state, mesh_of(8)))[0], state)
     assert checkpoints.steps() == [1, 2, 3]
-    assert checkpoints.newest() == 3
-    assert checkpoints.best() is None
     assert checkpoints.save(3, state, MANIFEST) is False
-    with pytest.raises(UserError, match=r"step 7.*use one of \[1, 2, 3\]"):
-        checkpoints.restore(abstract(state, mesh_of(8)), step=7)
 
 
 def test_nothing_saved_is_none(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", KEEP)
     assert checkpoints.restore(abstract(make_state(mesh_of(8)), mesh_of(8))) is None
     assert checkpoints.manifest() is None
-    assert checkpoints.newest() is None
+    assert checkpoints.steps() == []
 
 
 def test_a_save_under_way_does_not_see_the_steps_after_it(tmp_path):
@@ -163,7 +159,7 @@ def test_a_save_under_way_does_not_see_the_steps_after_it(tmp_path):
                 state = update(state)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     for step in range(1, 4):
-        restored, _ = Checkpoints(tmp_path, KEEP).restore(target, step)
+        restored, _ = read_step(checkpoints.directory, step, target)
         assert np.unique(np.asarray(restored["w"])) == 10 * (step - 1) + 1
 
 
@@ -197,7 +193,6 @@ def test_newest_and_best_are_kept_also_over_a_restart(tmp_path):
                 checkpoints.save(step, state, manifest_of(replace(make_config(), checkpoint=config)), metrics)
     checkpoints = Checkpoints(tmp_path, config)
     assert checkpoints.steps() == [2, 5, 6]
-    assert checkpoints.best() == 2
     target = abstract(state.params, mesh_of(8))
     assert restore_params(tmp_path, "best", target)[1]["step"] == 2
     assert restore_params(tmp_path, "newest", target)[1]["step"] == 6
@@ -340,13 +335,6 @@ def test_a_run_whose_saves_are_all_damaged_never_starts_over(copy):
         with pytest.raises(RunStopped, match=r"no save in .* is good \(1.damaged, 2.damaged, 3.damaged") as stopped:
             Checkpoints(copy, KEEP, lambda line: None).restore(target)
         assert "\n" not in str(stopped.value)
-
-
-def test_a_damaged_step_that_was_named_is_refused_and_left(copy):
-    truncate_arrays(copy / "2")
-    with pytest.raises(UserError, match=r"step 2: .* is damaged"):
-        Checkpoints(copy, KEEP).restore(abstract(make_state(mesh_of(8)), mesh_of(8)), step=2)
-    assert (copy / "2").is_dir()
 
 
 def test_other_arrays_are_refused_and_nothing_set_aside(copy):

@@ -56,5 +56,5 @@ def test_a_tracker_that_hangs_is_waited_for_no_longer_than_said(tmp_path, monkey
 
 def test_a_package_that_is_missing_is_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    with pytest.raises(UserError, match="wandb needs the package wandb: pip install"):
+    with pytest.raises(UserError, match="wandb is not installed: pip install"):
         MetricsLog(RunDir(tmp_path), RunConfig(dir=str(tmp_path), trackers=("wandb",)), writes=True)
