@@ -51,10 +51,10 @@ def _export(run_dir: str, out_dir: str, which: Literal["newest", "best"], adapte
 def _data(config: TrainConfig, step: int | None) -> None:
     from dpo_jax.reports.data_audit import audit_config, render, show_step
     from dpo_jax.weights.hub import end_tokens
-    from dpo_jax.weights.open import find_model, find_tokenizer
+    from dpo_jax.weights.open import open_model
 
-    source = find_model(config.model.path, config.model.revision, config.model.checkpoint, weights=False)
-    tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
+    opened = open_model(config.model, "cpu", weights=False)
+    source, tokenizer = opened.source, opened.tokenizer(config.data.chat_template)
     if step is None:
         positions, ends = source.hf_config.get("max_position_embeddings"), end_tokens(source.folder, source.hf_config)
         print(render(audit_config(config, tokenizer, positions, ends)))
