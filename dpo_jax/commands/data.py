@@ -4,7 +4,7 @@ from dpo_jax.config import DPOConfig, SFTConfig
 from dpo_jax.methods.setup import sets_of
 from dpo_jax.reports.data_audit import audit, render, show_step
 from dpo_jax.weights.hub import end_tokens
-from dpo_jax.weights.open import find_model, find_tokenizer
+from dpo_jax.weights.open import open_model
 
 
 def describe_data(config: DPOConfig | SFTConfig, step: int | None) -> str:
@@ -13,8 +13,8 @@ def describe_data(config: DPOConfig | SFTConfig, step: int | None) -> str:
     Raises:
         UserError: the model, its tokenizer or a set cannot be read, or the run has no such step.
     """
-    source = find_model(config.model.path, config.model.revision, config.model.checkpoint, weights=False)
-    tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
+    opened = open_model(config.model, "cpu", weights=False)
+    source, tokenizer = opened.source, opened.tokenizer(config.data.chat_template)
     sets = sets_of(config, tokenizer)
     if step is not None:
         return show_step(sets, step, tokenizer)

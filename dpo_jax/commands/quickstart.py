@@ -111,17 +111,14 @@ def greedy_answers(run: Path, asked: Sequence[Visit]) -> Answers:
     from dpo_jax.config import MeshConfig
     from dpo_jax.inference.generate import greedy
     from dpo_jax.parallel.sharding import make_mesh, platform_of
-    from dpo_jax.weights.open import build_model, find_model, find_tokenizer, load_weights
+    from dpo_jax.weights.open import open_model
 
-    config = ModelConfig(path=str(run), dtype="float32")
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        source = find_model(config.path, None)
-        model = build_model(source, config, platform_of(mesh))
-        tokenizer = find_tokenizer(source, config, None)
-        params = load_weights(source, model, config, mesh)
+        opened = open_model(ModelConfig(path=str(run), dtype="float32"), platform_of(mesh))
+        tokenizer, params = opened.tokenizer(), opened.load(mesh)
         ids = tokenizer([prompt(visit) for visit in asked])["input_ids"]
-        generated = greedy(model, params, ids, max_new_tokens=MAX_ANSWER, eos_id=tokenizer.eos_token_id)
+        generated = greedy(opened.model, params, ids, max_new_tokens=MAX_ANSWER, eos_id=tokenizer.eos_token_id)
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in generated]
     return Answers(texts, [obeys_rule(visit, text) for visit, text in zip(asked, texts, strict=True)])
 

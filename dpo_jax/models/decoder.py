@@ -1,6 +1,5 @@
 """The decoder of the Llama line as pure functions of its parameters. Shape letters as in ``layers.py``."""
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.batching.packing import BatchShape, empty_batch
+from dpo_jax.config import ModelConfig
 from dpo_jax.models.layers import DecoderModule, Layer, rotary_frequencies
 from dpo_jax.models.options import DecoderConfig, Lora
 from dpo_jax.ops.attention import Implementation, choose, make_layout
@@ -49,13 +49,12 @@ class Decoder(DecoderModule):
         """Hidden states after the final norm."""
         c = self.config
         if not c.tied:
-            self.matrix("unembed", "VD")
-        x = self.matrix("embed", "VD")[batch.tokens].astype(self.dtype)
+            self.weight("unembed", "VD")
+        x = self.weight("embed", "VD")[batch.tokens].astype(self.dtype)
         angles = jnp.asarray(batch.positions, jnp.float32)[..., None] * rotary_frequencies(c)
-        layer = Layer
-        if REMAT[self.remat] is not None:
-            # a scan's own loop keeps XLA from merging the second forward pass with the first; unrolled, it might
-            layer = nn.remat(Layer, policy=REMAT[self.remat], prevent_cse=not self.scan)
+        # a scan's own loop keeps XLA from merging the second forward pass with the first; unrolled, it might
+        policy = REMAT[self.remat]
+        layer = Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=not self.scan)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, "lora": 0},
@@ -92,7 +91,8 @@ class Model:
         if adapters is not None:
             assert self.lora is not None, "this model has no adapters"
             variables, lora = {"params": params, "lora": adapters}, self.lora
-        with self._precision():
+        # in force while tracing, so it reaches attention too, and the backward pass takes it from the forward pass
+        with jax.default_matmul_precision(self.precision):
             return cast("Array", self._module(lora).apply(variables, batch))
 
     @property
@@ -137,43 +137,29 @@ class Model:
         # the key is made inside: the mesh in force may be of devices that only compile
         return jax.eval_shape(lambda: self._boxed(jax.random.key(0), part))
 
-    def _precision(self) -> AbstractContextManager:
-        # in force while tracing, so it reaches attention too, and the backward pass takes it from the forward pass
-        return jax.default_matmul_precision(self.precision)
-
 
 def _axis_names(boxed: Params) -> Params:
     is_box = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
     return jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_box)
 
 
-def make_model(
-    config: DecoderConfig,
-    *,
-    platform: str,
-    dtype: Literal["auto", "float32", "bfloat16"],
-    param_dtype: Literal["float32", "bfloat16"],
-    attention: Literal["auto", "blocks", "xla", "splash", "cudnn"],
-    remat: Literal["none", "dots", "full"],
-    scan: bool,
-    matmul_precision: Literal["default", "high", "highest"],
-    lora: Lora | None = None,
-) -> Model:
-    """The model, with each ``auto`` settled for devices of ``platform``; other options as in `config.ModelConfig`.
+def make_model(config: DecoderConfig, options: ModelConfig, platform: str, lora: Lora | None = None) -> Model:
+    """The model, with each ``auto`` of the options settled for devices of ``platform``.
 
     Raises:
         UserError: the attention asked for does not run on that platform.
     """
+    dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     return Model(
         config=config,
         dtype=dtype,
-        param_dtype=param_dtype,
-        attention=choose(attention, platform=platform, dtype=dtype, head_dim=config.head_dim),
-        remat=remat,
-        scan=scan,
-        matmul_precision=matmul_precision,
+        param_dtype=options.param_dtype,
+        attention=choose(options.attention, platform=platform, dtype=dtype, head_dim=config.head_dim),
+        remat=options.remat,
+        scan=options.scan,
+        matmul_precision=options.matmul_precision,
         lora=lora,
     )
 

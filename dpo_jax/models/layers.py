@@ -94,21 +94,20 @@ class DecoderModule(nn.Module):
         rank = 0 if self.lora is None else self.lora.rank
         return tuple(rank if letter == "r" else self.config.size(AXES[letter]) for letter in letters)
 
-    def weight(self, name: str, letters: str, init: nn.initializers.Initializer) -> Array:
-        """The parameter ``name``."""
-        boxed = nn.with_logical_partitioning(init, tuple(AXES[letter] for letter in letters))
-        return cast("Array", self.param(name, boxed, self._shape(letters), self.param_dtype))
+    def _boxed(self, init: Any, letters: str) -> Any:
+        return nn.with_logical_partitioning(init, tuple(AXES[letter] for letter in letters))
 
-    def matrix(self, name: str, letters: str) -> Array:
-        """A matrix drawn from a normal distribution."""
-        return self.weight(name, letters, nn.initializers.normal(self.config.init_std))
+    def weight(self, name: str, letters: str, init: nn.initializers.Initializer | None = None) -> Array:
+        """The parameter ``name``; without ``init`` it is drawn from a normal distribution."""
+        boxed = self._boxed(init or nn.initializers.normal(self.config.init_std), letters)
+        return cast("Array", self.param(name, boxed, self._shape(letters), self.param_dtype))
 
     def linear(self, name: str, x: Array) -> Array:
         """The projection ``name`` of the table applied to x, with its bias and adapter where there are such."""
         row = LAYER[name]
         # the precision in force now is not in force when the backward pass is traced
         precision = jax.config.values["jax_default_matmul_precision"]
-        y = checkpoint_name(project(x, self.matrix(name, row.letters[1]), row.spec, precision), "projected")
+        y = checkpoint_name(project(x, self.weight(name, row.letters[1]), row.spec, precision), "projected")
         if getattr(self.config, row.bias):
             y += self.weight(f"{name}_bias", row.outputs, nn.initializers.zeros).astype(x.dtype)
         if self.lora is not None and name in self.lora.targets:
@@ -119,20 +118,12 @@ class DecoderModule(nn.Module):
         """(x A^T) B^T of the adapter next to a projection."""
         row = LAYER[name]
         operand, _, result = row.letters
-        pair = cast(
-            "dict[str, Array]", self.variable("lora", name, partial(self._zeros, row.inputs, row.outputs)).value
-        )
-        x = jnp.einsum(f"{operand},r{row.inputs}->RTr", x, pair["a"].astype(x.dtype))
-        return jnp.einsum(f"RTr,{row.outputs}r->{result}", x, pair["b"].astype(x.dtype))
-
-    def _zeros(self, inputs: str, outputs: str) -> dict[str, Any]:
-        """Shapes and axes of an adapter; what it really starts from is drawn in adapters.py."""
-
-        def boxed(letters: str) -> Any:
-            axes = tuple(AXES[letter] for letter in letters)
-            return nn.with_logical_partitioning(jnp.zeros, axes)(self._shape(letters), jnp.float32)
-
-        return {"a": boxed(f"r{inputs}"), "b": boxed(f"{outputs}r")}
+        a, b = f"r{row.inputs}", f"{row.outputs}r"
+        zeros = lambda letters: self._boxed(jnp.zeros, letters)(self._shape(letters), jnp.float32)  # noqa: E731
+        # zeros for shapes and axes: what adapters start from is drawn in adapters.py
+        pair = self.variable("lora", name, lambda: {"a": zeros(a), "b": zeros(b)}).value
+        x = jnp.einsum(f"{operand},{a}->RTr", x, pair["a"].astype(x.dtype))
+        return jnp.einsum(f"RTr,{b}->{result}", x, pair["b"].astype(x.dtype))
 
     def rms_norm(self, name: str, x: Array) -> Array:
         """Divide by sqrt(mean(x^2) + eps) over the last dim and scale, in float32 (arXiv 1910.07467)."""

@@ -30,8 +30,9 @@ def resolve_model(path: str, revision: str | None, weights: bool = True) -> Path
         if revision is not None:
             raise UserError(f"model.revision: {revision!r} cannot be used: {path} is a local directory; leave it out")
         if not (local / "config.json").is_file():
-            raise UserError(f"model.path: {path} holds neither config.json nor checkpoints/; "
-                            "give a Hugging Face model directory or a run directory")  # fmt: skip
+            raise UserError(
+                f"model.path: {path} holds neither config.json nor checkpoints/; give a model or run directory"
+            )
         return local
     if local.exists():
         raise UserError(f"model.path: {path} is a file; give the directory that holds config.json and the weights")
@@ -48,10 +49,9 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_HUB_IGNORED)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         at = "" if revision is None else f" at revision {revision}"
-        raise UserError(f"model.path: {name} is no local directory, and the Hugging Face hub gave no model of that "
-                        f"name{at}: {type(error).__name__}: {reason}") from error  # fmt: skip
+        raise UserError(f"model.path: {name} is no local directory, and the hub gave no model{at}: {why}") from error
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"model.path: hub model {name} has no config.json; give one in the transformers format")
     return Path(folder)
@@ -97,5 +97,5 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_vocabulary(num_tokens: int, config: DecoderConfig, tokenizer: str) -> None:
     """Refuse a tokenizer with more tokens (its largest id + 1) than the model has embeddings."""
     if num_tokens > config.vocab:
-        raise UserError(f"{tokenizer}: the tokenizer has {num_tokens} tokens and the model {config.vocab} embeddings; "
-                        "give the model's own tokenizer, or resize the model's embeddings first")  # fmt: skip
+        sizes = f"the tokenizer has {num_tokens} tokens and the model {config.vocab} embeddings"
+        raise UserError(f"{tokenizer}: {sizes}; give the model's own tokenizer, or resize the embeddings first")

@@ -13,14 +13,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax.errors import UserError, reason
+from dpo_jax.errors import UserError, reason, unusable
 from dpo_jax.models.decoder import Model, Params
+from dpo_jax.models.flops import projections
 from dpo_jax.models.projections import TENSORS, TURNED
 from dpo_jax.parallel.hosts import is_writer
 from dpo_jax.weights.safetensors import INDEX, SINGLE, Tensor, find_tensors, write_file
@@ -36,67 +37,59 @@ COMPANIONS = (
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
-_Tensors = dict[str, tuple[str, tuple[int, ...]]]  # tensor of a file -> (its parameter, its shape in the file)
+
+class Slot(NamedTuple):
+    """What a file's tensor is of the parameters."""
+
+    leaf: str
+    layer: int | None  # the slice of the parameter; None: all of it
+    shape: tuple[int, ...]  # in the file
+
+
+def group(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> dict[str, list[Tensor]]:
+    """The tensors of each parameter, in the order of the layers."""
+    by_leaf: dict[str, list[Tensor]] = {}
+    for name, slot in slots.items():
+        by_leaf.setdefault(slot.leaf, []).append(tensors[name])
+    return by_leaf
+
+
+def _leaves(tree: Params) -> dict[str, Any]:
+    return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _path(path: tuple[Any, ...]) -> str:
     return "/".join(part.key for part in path)
 
 
-def _is_stacked(leaf: str) -> bool:
-    """Whether the parameter has a layer dim, the first."""
-    return "{}" in TENSORS[leaf]
-
-
-def _tensor_names(leaf: str, layers: int) -> list[str]:
-    """Names of the tensors that make up a parameter: one, or one a layer."""
-    name = TENSORS[leaf]
-    return [name.format(layer) for layer in range(layers)] if _is_stacked(leaf) else [name]
-
-
-def _tensor_shape(leaf: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The file's shape of one tensor: heads and their dims are one dim there, and a layer stands alone."""
-    sizes = list(zip(axes, shape, strict=True))
-    if axes[0] == "layers":
-        sizes = sizes[1:]
-    merged: list[int] = []
-    for dim, (axis, size) in enumerate(sizes):
-        if axis == "head_dim" and dim > 0:
-            merged[-1] *= size
-        else:
-            merged.append(size)
-    return tuple(reversed(merged)) if leaf in TURNED else tuple(merged)
-
-
-def _expected(model: Model) -> _Tensors:
-    """Every tensor that the model's directory must hold."""
-    axes = dict(_leaves(model.param_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple)))
-    return {
-        name: (leaf, _tensor_shape(leaf, axes[leaf], struct.shape))
-        for leaf, struct in _leaves(model.param_shapes())
-        for name in _tensor_names(leaf, model.config.layers)
-    }
-
-
-def _leaves(tree: Params, is_leaf: Any = None) -> list[tuple[str, Any]]:
-    return [(_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
+def _slots(model: Model) -> dict[str, Slot]:
+    """Every tensor that the model's directory must hold; heads and their dims are one dim there."""
+    slots, sizes = {}, projections(model.config)
+    for leaf, struct in _leaves(model.param_shapes()).items():
+        stacked, _, name = leaf.rpartition("/")
+        dims = sizes.get(name, (math.prod(struct.shape[1:]),))
+        shape = dims[::-1] if stacked else struct.shape
+        for layer in range(model.config.layers) if stacked else (None,):
+            slots[TENSORS[leaf].format(layer)] = Slot(leaf, layer, shape)
+    return slots
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Model) -> None:
-    expected = _expected(model)
+    def refuse(why: str) -> UserError:
+        return UserError(f"{folder}: {why}; check that they belong together")
+
+    expected = _slots(model)
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise UserError(f"{folder}: config.json asks for {_list(missing)}, which the weights do not hold; "
-                        "check that they belong together")  # fmt: skip
+        raise refuse(f"config.json asks for {_list(missing)}, which the weights do not hold")
     allowed = {"lm_head.weight"} if model.config.tied else set()
     extra = [name for name in tensors if name not in expected and name not in allowed and not name.endswith(_COMPUTED)]
     if extra:
-        raise UserError(f"{folder}: the weights hold {_list(extra)}, of which config.json knows nothing; "
-                        "check that they belong together")  # fmt: skip
-    for name, (_, shape) in expected.items():
-        if tensors[name].shape != shape:
-            raise UserError(f"{folder}: tensor {name} has shape {list(tensors[name].shape)}, but config.json makes it "
-                            f"{list(shape)}; check that they belong together")  # fmt: skip
+        raise refuse(f"the weights hold {_list(extra)}, which config.json does not ask for")
+    for name, slot in expected.items():
+        actual = tensors[name].shape
+        if actual != slot.shape:
+            raise refuse(f"tensor {name} has shape {list(actual)}, but config.json makes it {list(slot.shape)}")
     if model.config.tied and "lm_head.weight" in tensors:
         _check_tied(folder, tensors["lm_head.weight"], tensors[TENSORS["embed"]])
 
@@ -112,8 +105,8 @@ def _check_tied(folder: Path, unembed: Tensor, embed: Tensor) -> None:
         for rows in (slice(start, start + chunk) for start in range(0, embed.shape[0], chunk))
     )
     if not same:
-        raise UserError(f"{folder}: tie_word_embeddings: True cannot be used: lm_head.weight differs from "
-                        f"{TENSORS['embed']}; set it to false in config.json")  # fmt: skip
+        remedy = f"lm_head.weight differs from {TENSORS['embed']}; set it to false in config.json"
+        raise unusable(f"{folder}: tie_word_embeddings", True, remedy)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -128,13 +121,13 @@ def _load_leaf(
     leaf: str, tensors: list[Tensor], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
     """One parameter, of which only the slices of this process's devices are held; each tensor is read once."""
-    stacked = _is_stacked(leaf)
+    stacked = "/" in leaf
     spans = {
         device: tuple(s.indices(n)[:2] for s, n in zip(index or (), struct.shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(struct.shape).items()
     }
-    buffers = {span: _aligned(tuple(stop - start for start, stop in span), np.dtype(struct.dtype))
-               for span in set(spans.values())}  # fmt: skip
+    sizes = {span: tuple(stop - start for start, stop in span) for span in spans.values()}
+    buffers = {span: _aligned(size, np.dtype(struct.dtype)) for span, size in sizes.items()}
     for layer, tensor in enumerate(tensors):
         needed = {span: buffer for span, buffer in buffers.items() if not stacked or span[0][0] <= layer < span[0][1]}
         if not needed:
@@ -142,10 +135,8 @@ def _load_leaf(
         value = tensor.read().T if leaf in TURNED else tensor.read()
         value = value.reshape(struct.shape[1:] if stacked else struct.shape)
         for span, buffer in needed.items():
-            if stacked:
-                buffer[layer - span[0][0]] = value[tuple(slice(*s) for s in span[1:])]
-            else:
-                buffer[...] = value[tuple(slice(*s) for s in span)]
+            target, rest = (layer - span[0][0], span[1:]) if stacked else (..., span)
+            buffer[target] = value[tuple(slice(*s) for s in rest)]
     shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
 
@@ -171,10 +162,11 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), structs)
 
+    by_leaf = group(file_tensors, _slots(model))
+
     def load(key, struct, sharding):
-        tensors = [file_tensors[name] for name in _tensor_names(_path(key), model.config.layers)]
         struct = jax.ShapeDtypeStruct(struct.shape, dtype)
-        leaf = _load_leaf(_path(key), tensors, struct, sharding)
+        leaf = _load_leaf(_path(key), by_leaf[_path(key)], struct, sharding)
         return jax.block_until_ready(leaf)  # the next buffers are made when these are the device's
 
     return jax.tree_util.tree_map_with_path(load, structs, shardings)
@@ -195,28 +187,27 @@ def _everywhere(leaf: jax.Array) -> NamedSharding | None:
     return NamedSharding(leaf.sharding.mesh, PartitionSpec())
 
 
-def _fetch(params: Params, tensors: _Tensors, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """The file's tensors, in the order of ``tensors``, each fetched from the devices when it is asked for."""
-    leaves = dict(_leaves(params))
-    for name, (leaf, shape) in tensors.items():
-        value = leaves[leaf]
-        layer = int(name.split(".")[2]) if _is_stacked(leaf) else None
-        start, count = (0, len(value)) if layer is None else (layer, 1)
+def _fetch(params: Params, slots: Mapping[str, Slot], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """The file's tensors, in the order of ``slots``, each fetched from the devices when it is asked for."""
+    leaves = _leaves(params)
+    for name, slot in slots.items():
+        value = leaves[slot.leaf]
+        start, count = (0, len(value)) if slot.layer is None else (slot.layer, 1)
         value = _rows(value, start, count, _everywhere(value))
         value = np.asarray(value).astype(dtype, copy=False)
-        yield name, np.ascontiguousarray(value[0].T) if leaf in TURNED else value.reshape(shape)
+        yield name, np.ascontiguousarray(value[0].T) if slot.leaf in TURNED else value.reshape(slot.shape)
 
 
-def _split(tensors: _Tensors, itemsize: int, max_shard_bytes: int) -> list[_Tensors]:
+def _split(slots: Mapping[str, Slot], itemsize: int, max_shard_bytes: int) -> list[dict[str, Slot]]:
     """The tensors of each file: in order, a new file when the next tensor would not fit."""
-    files: list[_Tensors] = [{}]
+    files: list[dict[str, Slot]] = [{}]
     room = max_shard_bytes
-    for name, (leaf, shape) in tensors.items():
-        size = math.prod(shape) * itemsize
+    for name, slot in slots.items():
+        size = math.prod(slot.shape) * itemsize
         if files[-1] and size > room:
             files.append({})
             room = max_shard_bytes
-        files[-1][name] = leaf, shape
+        files[-1][name] = slot
         room -= size
     return files
 
@@ -229,8 +220,8 @@ def export_params(
     out_dir: Path,
     dtype: Any,
     source_dir: Path | None,
-    max_shard_bytes: int,
     overwrite: bool,
+    max_shard_bytes: int = 4 * 2**30,
 ) -> None:
     """Write a directory that `transformers` and inference servers load.
 
@@ -238,21 +229,21 @@ def export_params(
     all call this, and one writes: each tensor is on every host for the moment that it is fetched.
 
     Args:
-        params: the model's parameter tree, on any devices.
+        params: of ``model``, on any devices.
         model: whose parameters they are.
         hf_config: the ``config.json`` that the model was made from.
         out_dir: directory to make.
         dtype: of the tensors in the files: float32, bfloat16 or float16.
         source_dir: directory to copy tokenizer, chat template and generation config from; None: copy nothing.
-        max_shard_bytes: size of a file at which the next one begins; a file holds at least one tensor.
         overwrite: replace an earlier export; other files in ``out_dir`` stay.
+        max_shard_bytes: size of a file at which the next one begins; a file holds at least one tensor.
 
     Raises:
         UserError: ``out_dir`` is not free and ``overwrite`` is false, or it cannot be written.
     """
     dtype = np.dtype(dtype)
     if not is_writer():
-        for _ in _fetch(params, _expected(model), dtype):
+        for _ in _fetch(params, _slots(model), dtype):
             pass  # the devices of all processes fetch together
         return
     with whole_directory(Path(out_dir), overwrite) as unfinished:
@@ -300,8 +291,8 @@ def whole_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
         try:
             unfinished.mkdir()
         except FileExistsError:
-            raise UserError(f"{unfinished}: another export to {target} is under way, or one was killed; wait for it, "
-                            "or remove this directory") from None  # fmt: skip
+            why = f"another export to {target} is running, or one was killed; wait, or remove this directory"
+            raise UserError(f"{unfinished}: {why}") from None
         try:
             yield unfinished
             if overwrite:
@@ -319,8 +310,8 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{target}: the export cannot be written ({reason(error)}); free space or give access there, "
-                        "or name another directory") from error  # fmt: skip
+        remedy = "free space, grant access or name another directory"
+        raise UserError(f"{target}: the export cannot be written ({reason(error)}); {remedy}") from error
 
 
 def _replace(target: Path, unfinished: Path) -> None:
@@ -353,15 +344,15 @@ def _copy_companions(source_dir: Path, folder: Path) -> None:
 
 
 def _write_tensors(params: Params, model: Model, folder: Path, dtype: np.dtype, max_shard_bytes: int) -> None:
-    expected = _expected(model)
-    files = _split(expected, dtype.itemsize, max_shard_bytes)
+    slots = _slots(model)
+    files = _split(slots, dtype.itemsize, max_shard_bytes)
     weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(files, start=1):
-        file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        shapes = {name: shape for name, (_, shape) in tensors.items()}
-        write_file(folder / file, shapes, dtype, _fetch(params, tensors, dtype))
-        weight_map |= dict.fromkeys(shapes, file)
+    for index, part in enumerate(files, start=1):
+        file = SINGLE if len(files) == 1 else f"model-{index:05d}-of-{len(files):05d}.safetensors"
+        shapes = {name: slot.shape for name, slot in part.items()}
+        write_file(folder / file, shapes, dtype, _fetch(params, part, dtype))
+        weight_map |= dict.fromkeys(part, file)
     if len(files) > 1:
-        total = sum(math.prod(shape) for _, shape in expected.values()) * dtype.itemsize
+        total = sum(math.prod(slot.shape) for slot in slots.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

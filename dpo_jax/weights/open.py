@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,6 @@ from dpo_jax.weights.known import builtin_model
 from dpo_jax.weights.peft import export_adapters, load_adapters
 
 MODEL_FILES = "model"  # in a run directory: config.json and tokenizer, so that the run stands alone
-SHARD_BYTES = 4 * 2**30  # size of an exported file
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,13 @@ def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, w
     Raises:
         UserError: there is no such model, or it has no revisions or saved steps to choose from.
     """
-    is_run = is_run_dir(path)
-    require(is_run or checkpoint == "newest", "model.checkpoint", checkpoint,
-            f"{path} is no run directory, so it has no saved steps; leave it at newest")  # fmt: skip
-    local = "a run directory, whose steps model.checkpoint chooses" if is_run else "built in"
-    require(revision is None or not (is_run or path.startswith("builtin:")), "model.revision", revision,
-            f"{path} is {local}; leave it out")  # fmt: skip
-    if path.startswith("builtin:"):
+    is_run, is_builtin = is_run_dir(path), path.startswith("builtin:")
+    remedy = f"{path} is no run directory, so it has no saved steps; leave it at newest"
+    require(is_run or checkpoint == "newest", "model.checkpoint", checkpoint, remedy)
+    kind = "a run directory, whose steps model.checkpoint chooses" if is_run else "built in"
+    remedy = f"{path} is {kind}; leave it out"
+    require(revision is None or not (is_run or is_builtin), "model.revision", revision, remedy)
+    if is_builtin:
         return ModelSource(builtin_model(path), None, None)
     if is_run:
         run = find_run(path)
@@ -78,17 +77,40 @@ def decoder_of(source: ModelSource) -> DecoderConfig:
 
 def build_model(source: ModelSource, config: ModelConfig, platform: str, lora: LoraConfig | None = None) -> Model:
     """The model as pure functions, for devices of ``platform``, without weights; with the adapters of ``lora``."""
-    return make_model(
-        decoder_of(source),
-        platform=platform,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        attention=config.attention,
-        remat=config.remat,
-        scan=config.scan,
-        matmul_precision=config.matmul_precision,
-        lora=None if lora is None else make_lora(lora),
-    )
+    return make_model(decoder_of(source), config, platform, None if lora is None else make_lora(lora))
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that was found; what it computes, its tokenizer and its weights are made when they are asked for."""
+
+    source: ModelSource
+    config: ModelConfig
+    platform: str
+    lora: LoraConfig | None
+
+    @cached_property
+    def model(self) -> Model:
+        """As `build_model` makes it."""
+        return build_model(self.source, self.config, self.platform, self.lora)
+
+    def tokenizer(self, chat_template: str | None = None) -> Any:
+        """As `find_tokenizer` finds it."""
+        return find_tokenizer(self.source, self.config, chat_template)
+
+    def load(self, mesh: Mesh) -> Params:
+        """The weights, as `load_weights` places them; without adapters of its own."""
+        return load_weights(self.source, self.model, self.config, mesh)
+
+
+def open_model(config: ModelConfig, platform: str, lora: LoraConfig | None = None, weights: bool = True) -> OpenModel:
+    """What ``model.path`` names, for devices of ``platform``; a hub model is downloaded, with its ``weights`` or not.
+
+    Raises:
+        UserError: as `find_model`; what the result makes later may raise as the functions that make it.
+    """
+    source = find_model(config.path, config.revision, config.checkpoint, weights=weights)
+    return OpenModel(source, config, platform, lora)
 
 
 def load_weights(source: ModelSource, model: Model, config: ModelConfig, mesh: Mesh) -> Params:
@@ -139,37 +161,21 @@ def lora_of(options: Mapping[str, Any]) -> LoraConfig:
     return read_section(LoraConfig, options.get("lora", {}), "lora")
 
 
-def load_base(adapted: AdaptedRun, model: Model, mesh: Mesh) -> Params:
-    """The weights under a run's adapters, in the type that the run held them in.
-
-    Raises:
-        UserError: they are gone.
-    """
+def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
+    """As `load_saved`, of a run of adapters: its model is loaded in the type that the run held it in."""
     try:
         source = find_model(adapted.base.path, adapted.base.revision)
     except UserError as error:
-        raise UserError(f"{adapted.run.config}: the model that this run's adapters belong to cannot be loaded: "
-                        f"{error}") from error  # fmt: skip
-    return load_weights(source, replace(model, param_dtype=adapted.base.param_dtype), adapted.base, mesh)
-
-
-def restore_adapters(
-    adapted: AdaptedRun, model: Model, which: Literal["newest", "best"], mesh: Mesh
-) -> tuple[Params, dict[str, Any]]:
-    """A run's adapters and their manifest; ``model`` has the run's own adapters."""
-    saved, manifest = restore_part(adapted.run.checkpoints, which, {"params": trained_shapes(model, mesh)})
-    return saved["params"], manifest
-
-
-def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
-    adapted_model = replace(model, lora=make_lora(adapted.lora))
-    adapters, manifest = restore_adapters(adapted, adapted_model, config.checkpoint, mesh)
-    base = load_base(adapted, adapted_model, mesh)
+        what = "the model that this run's adapters belong to cannot be loaded"
+        raise UserError(f"{adapted.run.config}: {what}: {error}") from error
+    model = replace(model, lora=make_lora(adapted.lora))
+    shapes = {"params": trained_shapes(model, mesh)}
+    saved, manifest = restore_part(adapted.run.checkpoints, config.checkpoint, shapes)
+    base = load_weights(source, replace(model, param_dtype=adapted.base.param_dtype), adapted.base, mesh)
     if weights_id(base) != manifest["identity"]["weights"]:
-        raise UserError(f"model.path: the adapters of {adapted.run.root} belong to other weights than those that "
-                        f"{adapted.base.path} holds now: restore those, or correct model.path in "
-                        f"{adapted.run.config}")  # fmt: skip
-    return merge(Adapted(adapters, base), adapted_model), manifest["step"]
+        what = f"the adapters of {adapted.run.root} belong to other weights than those that {adapted.base.path} holds"
+        raise UserError(f"model.path: {what}: restore those, or correct model.path in {adapted.run.config}")
+    return merge(Adapted(saved["params"], base), model), manifest["step"]
 
 
 def load_start(config: LoraConfig, model: Model, seed: int, mesh: Mesh) -> Params:
@@ -237,8 +243,8 @@ def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "be
     if adapted is None:
         raise UserError(f"--adapters: the run {run.root} trained all weights and has no adapters; leave this out")
     model = build_model(source, adapted.base, platform_of(mesh), adapted.lora)
-    adapters, manifest = restore_adapters(adapted, model, which, mesh)
-    export_adapters(adapters, model, adapted.lora, adapted.base.path, out_dir)
+    saved, manifest = restore_part(run.checkpoints, which, {"params": trained_shapes(model, mesh)})
+    export_adapters(saved["params"], model, adapted.lora, adapted.base.path, out_dir)
     return manifest["step"]
 
 
@@ -246,5 +252,7 @@ def export_run(run: RunDir, out_dir: Path, model: Model, weights: Params | Adapt
     """Write a run's weights as a Hugging Face directory, adapters merged into theirs."""
     params = merge(weights, model) if isinstance(weights, Adapted) else weights
     folder = run.root / MODEL_FILES
-    export_params(params, model, hf_config=read_hf_config(folder), out_dir=out_dir, dtype=model.param_dtype,
-                  source_dir=folder, max_shard_bytes=SHARD_BYTES, overwrite=overwrite)  # fmt: skip
+    hf_config, dtype = read_hf_config(folder), model.param_dtype
+    export_params(
+        params, model, hf_config=hf_config, out_dir=out_dir, dtype=dtype, source_dir=folder, overwrite=overwrite
+    )

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from dpo_jax.errors import UserError, from_outside, shown, unusable
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.projections import BY_TARGET, LAYER, TENSORS
 from dpo_jax.weights.hub import read_json
-from dpo_jax.weights.huggingface import whole_directory
+from dpo_jax.weights.huggingface import Slot, group, whole_directory
 from dpo_jax.weights.safetensors import Tensor, read_header, write_file
 
 CONFIG, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -29,52 +29,39 @@ _PREFIX = "base_model.model."  # of every tensor's name
 # in this program, the rest concerns tools. Any other key must have a value by which PEFT does nothing: of most it asks
 # whether they are null, so that an empty list or dictionary can act.
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights", "bias"}
-
-
-_HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-             "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
-             "lora_ga_config", "layers_pattern", "ensure_weight_tying"}  # fmt: skip
-
-
+_HARMLESS = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "layers_pattern", "ensure_weight_tying",
+}  # fmt: skip
 _IDLE = {
     "layers_to_transform": None,
+    "modules_to_save": [],
     "rank_pattern": {},
     "alpha_pattern": {},
-    "modules_to_save": [],
     "megatron_config": {},
 }
-
-
 # What to do with adapters that this program cannot train on.
-_MERGE = ("merge these adapters into their model (PEFT's merge_and_unload, then save_pretrained), give the result as "
-          "model.path, and leave lora.path out")  # fmt: skip
-
-
+_MERGE = "merge these adapters into their model (PEFT's merge_and_unload) and give the result, saved, as model.path"
 # Starts after which the weights under the adapters are still the model's own.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-class _Slot(NamedTuple):
-    """Where a file's tensor belongs."""
-
-    projection: str
-    part: str  # a or b
-    layer: int
-    shape: tuple[int, ...]  # in the file
-
-
-def _tensors(model: Model) -> dict[str, _Slot]:
-    """Every tensor of the model's adapters, by its name in the file."""
-    expected = {}
+def _tensors(model: Model) -> dict[str, Slot]:
+    """Every tensor of the model's adapters, by its name in the file; a leaf is PROJECTION/a or PROJECTION/b."""
+    slots = {}
     for projection, pair in model.adapter_shapes()["layers"].items():
-        module = TENSORS[f"layers/{projection}"].removesuffix(".weight")
         for part, leaf in pair.items():
             num_layers, *dims = leaf.shape
             shape = (dims[0], math.prod(dims[1:])) if part == "a" else (math.prod(dims[:-1]), dims[-1])
             for layer in range(num_layers):
-                name = f"{_PREFIX}{module.format(layer)}.lora_{part.upper()}.weight"
-                expected[name] = _Slot(projection, part, layer, shape)
-    return expected
+                name = f"{_PREFIX}{_module(projection, layer)}.lora_{part.upper()}.weight"
+                slots[name] = Slot(f"{projection}/{part}", layer, shape)
+    return slots
+
+
+def _module(projection: str, layer: int) -> str:
+    return TENSORS[f"layers/{projection}"].removesuffix(".weight").format(layer)
 
 
 def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any) -> Params:
@@ -89,30 +76,23 @@ def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any
     Raises:
         UserError: there are none, they are not what the options say, or they ask for what is not computed here.
     """
-    options = _read_options(folder)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"lora.path: {folder} holds no {CONFIG}; give a directory of adapters in PEFT's format")
+    options = read_json(folder / CONFIG)
     _check_options(folder, options, config)
     if not (folder / TENSOR_FILE).is_file():
         raise UserError(f"lora.path: {folder} has no {TENSOR_FILE}; save the adapters with safe_serialization=True")
     tensors, expected = read_header(folder / TENSOR_FILE), _tensors(model)
     _check_tensors(folder, tensors, expected)
     _check_targets(folder, options, model, expected)
-    names: dict[tuple[str, str], list[str]] = {}
-    for name, slot in expected.items():  # in the order of the layers
-        names.setdefault((slot.projection, slot.part), []).append(name)
+    by_leaf = group(tensors, expected)
 
     def load(path, struct, sharding):
-        stacked = np.stack([tensors[name].read() for name in names[path[-2].key, path[-1].key]])
+        stacked = np.stack([tensor.read() for tensor in by_leaf[f"{path[-2].key}/{path[-1].key}"]])
         leaf = stacked.astype(struct.dtype).reshape(struct.shape)
         return jax.make_array_from_callback(struct.shape, sharding, lambda index: leaf[index])
 
     return jax.tree_util.tree_map_with_path(load, model.adapter_shapes(), shardings)
-
-
-def _read_options(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise UserError(f"lora.path: {folder} holds no {CONFIG}; give a directory of adapters in PEFT's format")
-    return read_json(path)
 
 
 def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig) -> None:
@@ -129,48 +109,46 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig)
         idle = value is None or (value == _IDLE[key] if key in _IDLE else value is False)
         if key not in _READ | _HARMLESS and not idle:
             raise refuse(key, f"this option is not computed here; {_MERGE}")
-    for key, option, wanted in (("r", "rank", config.rank), ("lora_alpha", "alpha", config.alpha),
-                                ("use_rslora", "rslora", config.rslora)):  # fmt: skip
-        if options.get(key, False) != wanted:
-            raise refuse(key, f"lora.{option} is {wanted!r}; set both alike")
+    for key, option in (("r", "rank"), ("lora_alpha", "alpha"), ("use_rslora", "rslora")):
+        if options.get(key, False) != getattr(config, option):
+            raise refuse(key, f"lora.{option} is {getattr(config, option)!r}; set both alike")
 
 
-def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, _Slot]) -> None:
-    file = folder / TENSOR_FILE
-    targets = {slot.projection for slot in expected.values()}
+def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Slot]) -> None:
+    def refuse(why: str) -> UserError:
+        return UserError(f"lora.path: {folder / TENSOR_FILE} {why}")
+
+    targets = {slot.leaf.partition("/")[0] for slot in expected.values()}
     for name in tensors:
         module = name.split(".lora_")[0].rpartition(".")[2]
         if module not in BY_TARGET:
-            raise UserError(f"lora.path: {file} holds {name}, which is no adapter of {', '.join(BY_TARGET)}: "
-                            f"{_MERGE}")  # fmt: skip
+            raise refuse(f"holds {name}, which is no adapter of {', '.join(BY_TARGET)}: {_MERGE}")
         if BY_TARGET[module].name not in targets:
-            raise UserError(f"lora.path: {file} holds {name}, which belongs to none of lora.targets: name {module} "
-                            "there, or use other adapters")  # fmt: skip
+            raise refuse(f"holds {name}, which belongs to none of lora.targets: add {module}, or use other adapters")
         if name not in expected:
-            raise UserError(f"lora.path: {file} holds {name}, which has no counterpart in this model: use adapters of "
-                            "the same model")  # fmt: skip
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise UserError(f"lora.path: {file} lacks {missing[0]}, which lora.targets of this model ask for: leave that "
-                        f"projection out; if the adapters are of some layers only, {_MERGE}")  # fmt: skip
+            raise refuse(f"holds {name}, which has no counterpart in this model: use adapters of the same model")
     for name, slot in expected.items():
-        if tensors[name].shape != slot.shape:
-            raise UserError(f"lora.path: {file}: {name} has shape {list(tensors[name].shape)}, this model's is "
-                            f"{list(slot.shape)}: use adapters of the same model")  # fmt: skip
+        if name not in tensors:
+            raise refuse(
+                f"lacks {name}, which lora.targets ask for: leave it out, or if only some layers have it, {_MERGE}"
+            )
+        given, wanted = list(tensors[name].shape), list(slot.shape)
+        if given != wanted:
+            raise refuse(f"holds {name} of shape {given}, this model's is {wanted}: use adapters of the same model")
 
 
-def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expected: Mapping[str, _Slot]) -> None:
+def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expected: Mapping[str, Slot]) -> None:
     """Refuse options by which PEFT would ignore some of the file's tensors, or create others."""
-    path, layers = folder / CONFIG, range(model.config.layers)
+    path = folder / CONFIG
     targets, excluded = options.get("target_modules"), options.get("exclude_modules") or []
-    modules = {TENSORS[f"layers/{name}"].removesuffix(".weight").format(n) for name in LAYER for n in layers}
+    modules = {_module(name, layer) for name in LAYER for layer in range(model.config.layers)}
     every = isinstance(targets, str) and targets.lower() == "all-linear"
     chosen = modules if every else _named(path, "target_modules", targets, modules)
     chosen = chosen - _named(path, "exclude_modules", excluded, modules)
     stored = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in expected}
     if chosen != stored:
-        raise UserError(f"lora.path: {path}: target_modules: {shown(targets)} and the tensors of {TENSOR_FILE} differ "
-                        f"at {min(chosen ^ stored)}; copy both files again")  # fmt: skip
+        difference = f"{shown(targets)} and the tensors of {TENSOR_FILE} differ at {min(chosen ^ stored)}"
+        raise UserError(f"lora.path: {path}: target_modules: {difference}; copy both files again")
 
 
 def _named(path: Path, key: str, given: Any, modules: set[str]) -> set[str]:
@@ -188,9 +166,9 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
     """Write adapters as a directory that PEFT loads, in float32.
 
     Args:
-        adapters: the model's tree of adapters.
+        adapters: the tree of ``model``, made with the options of ``config``.
         model: whose they are.
-        config: the options that they were made with.
+        config: goes into adapter_config.json.
         base: what the file says of the model under them.
         out_dir: directory to make.
 
@@ -202,7 +180,8 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, slot in expected.items():
-            yield name, host[slot.projection][slot.part][slot.layer].reshape(slot.shape)
+            projection, _, part = slot.leaf.partition("/")
+            yield name, host[projection][part][slot.layer].reshape(slot.shape)
 
     options = {
         "peft_type": "LORA",

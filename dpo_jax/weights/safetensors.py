@@ -49,10 +49,8 @@ class Tensor:
             UserError: the type is none of `DTYPES`, as in quantised files.
         """
         if self.code not in DTYPES:
-            raise UserError(
-                f"{self.path}: tensor {self.name} has type {self.code}, which cannot be used: the types are "
-                f"{', '.join(DTYPES)}; take a version of the model that is not quantised"
-            )
+            why = f"supported are {', '.join(DTYPES)}; take a version of the model that is not quantised"
+            raise UserError(f"{self.path}: tensor {self.name} has type {self.code}, which cannot be used: {why}")
         dtype = DTYPES[self.code]
         length, *rest = self.shape or (1,)
         first, last, _ = rows.indices(length)
@@ -97,16 +95,16 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
         return read_header(folder / SINGLE)
     if not (folder / INDEX).is_file():
         if list(folder.glob("*.bin")) or list(folder.glob("*.pth")):
-            raise UserError(f"{folder}: the weights are PyTorch pickles, which can run code when read; convert them: "
-                            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)")  # fmt: skip
+            remedy = "convert them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            raise UserError(f"{folder}: the weights are PyTorch pickles, which can run code when read; {remedy}")
         raise UserError(f"{folder}: there is neither {SINGLE} nor {INDEX}; give a folder with a model's weights")
     files = _read_index(folder)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         for name, tensor in read_header(folder / file).items():
             if name in tensors:
-                raise UserError(f"{folder}: {tensors[name].path.name} and {file} both hold {name}; save or download "
-                                "the model into an empty directory")  # fmt: skip
+                both = f"{tensors[name].path.name} and {file} both hold {name}"
+                raise UserError(f"{folder}: {both}; save or download the model into an empty directory")
             tensors[name] = tensor
     for name, file in files.items():
         if name not in tensors or tensors[name].path != folder / file:
@@ -121,8 +119,8 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise unusable(f"{folder / INDEX}: weight_map", files, f"it has to name the file of each tensor; {AGAIN}")
     for tensor, file in files.items():
         if not isinstance(file, str) or PurePath(file).is_absolute() or ".." in PurePath(file).parts:
-            raise unusable(f"{folder / INDEX}: weight_map.{tensor}", file,
-                           f"it has to name a file in this directory; {AGAIN}")  # fmt: skip
+            remedy = f"it has to name a file in this directory; {AGAIN}"
+            raise unusable(f"{folder / INDEX}: weight_map.{tensor}", file, remedy)
         if not os.path.isfile(folder / file):  # unlike Path.is_file, false for a name that no file can have
             raise UserError(f"{folder}: {shown(file)}, which {INDEX} names, is missing; copy or download it")
     return files

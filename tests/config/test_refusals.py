@@ -271,7 +271,7 @@ BAD_MODELS = [
         "fewer layers",
         partial(configure_model, num_hidden_layers=4),
         "",
-        "model: the weights hold model.layers.4. ... of which config.json knows nothing",
+        "model: the weights hold model.layers.4. ... which config.json does not ask for",
     ),
     (
         "another width",

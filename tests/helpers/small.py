@@ -8,7 +8,7 @@ import numpy as np
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.batching.packing import Packer, pack_rows
 from dpo_jax.logprobs import make_logps_fn
-from dpo_jax.models.decoder import Model, make_model
+from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
 
 HF_CONFIG = {
@@ -22,9 +22,7 @@ Pair = tuple[np.ndarray, tuple[np.ndarray, np.ndarray], None]
 
 def small_model(kv_heads: int = 8, **options) -> Model:
     """The model, by default as a run on one CPU device has it."""
-    settled = {"platform": "cpu", "dtype": "float32", "param_dtype": "float32", "attention": "blocks",
-               "remat": "none", "scan": True, "matmul_precision": "default"} | options  # fmt: skip
-    return make_model(decoder_config(HF_CONFIG | {"num_key_value_heads": kv_heads}), **settled)
+    return Model(config=decoder_config(HF_CONFIG | {"num_key_value_heads": kv_heads}), **options)
 
 
 @cache

@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 from dpo_jax.batch import PreferenceBatch
+from dpo_jax.config import ModelConfig
 from dpo_jax.errors import UserError
 from dpo_jax.inference.generate import greedy
 from dpo_jax.models.decoder import Model, count_params, make_model, plain_batch
@@ -249,9 +250,7 @@ def test_known_models_have_their_parameter_counts(shared, name, count):
 
 
 def test_auto_options_are_settled():
-    model = make_model(decoder_config(builtin_model("builtin:tiny")), platform="cpu", dtype="auto",
-                       param_dtype="float32", attention="auto", remat="none", scan=True,
-                       matmul_precision="default")  # fmt: skip
+    model = make_model(decoder_config(builtin_model("builtin:tiny")), ModelConfig(path="unused"), "cpu")
     assert (model.dtype, model.attention) == ("float32", "blocks")
     assert hash(model) == hash(replace(model))
 

@@ -99,8 +99,7 @@ def test_slices_exchange_inside_first_and_their_shares_between():
 
 def test_traffic_of_a_layer_is_that_of_its_operands():
     config = decoder_config(builtin_model("builtin:tiny"))
-    model = make_model(config, platform="tpu", dtype="bfloat16", param_dtype="float32", attention="auto", remat="none",
-                       scan=True, matmul_precision="default")  # fmt: skip
+    model = make_model(config, ModelConfig(path="unused", remat="none"), "tpu")
     d, n, k, f = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim, config.ffn
     sizes = [(d, n), (d, k), (d, k), (n, d), (d, f), (d, f), (f, d)]
     one_product = 2 * config.layers * sum(7 * (inputs + outputs) + inputs * outputs for inputs, outputs in sizes)

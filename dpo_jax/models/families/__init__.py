@@ -8,10 +8,9 @@ from typing import Any, get_args
 
 from dpo_jax.errors import unusable
 from dpo_jax.models.families import llama, mistral, qwen2, qwen3
-from dpo_jax.models.families.family import Family
+from dpo_jax.models.families.family import MAX_LAYERS, Family, flag, number, one_of, refuse, size
 from dpo_jax.models.families.keys import EMPTY, HARMLESS_KEYS, NEUTRAL_VALUES, SHARED_KEYS
 from dpo_jax.models.families.rope import rope
-from dpo_jax.models.families.values import MAX_LAYERS, flag, number, one_of, refuse, size
 from dpo_jax.models.options import Activation, DecoderConfig
 
 FAMILIES = {"llama": llama.FAMILY, "mistral": mistral.FAMILY, "qwen2": qwen2.FAMILY, "qwen3": qwen3.FAMILY}

@@ -1,9 +1,10 @@
-"""What a family's file says of its ``model_type``."""
+"""What a family's file is made of: the table that it fills, and the reading of values of its ``config.json``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_jax.errors import UserError, unusable
 from dpo_jax.models.options import LayerKind
 
 Pattern = Callable[[Mapping[str, Any], int], tuple[LayerKind, ...]]
@@ -26,3 +27,40 @@ class Family:
     head_dim: int | None = None  # default; None: hidden / heads
     qkv_bias: bool = False  # always; else attention_bias, if that is one of its keys, says
     qk_norm: bool = False
+
+
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1  # larger numbers are mistakes, and their arrays would fit nowhere
+
+
+def refuse(key: str, value: object, why: str) -> UserError:
+    """The error that names a key of the file, its value and what is wrong with it."""
+    return unusable(f"config.json: {key}", value, why)
+
+
+def one_of(value: object, options: Sequence[object]) -> bool:
+    """As ``in``, but also for what is read from a file and cannot be compared or hashed; 1 is not True here."""
+    return any(value is option or (type(value) is type(option) and value == option) for option in options)
+
+
+def number(hf: Mapping[str, Any], key: str, default: float | None = None, most: float = 1e30) -> Any:
+    """A positive number; an absent key takes the default."""
+    value = hf.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+        raise refuse(key, value, f"a positive number is needed, at most {most:g}")
+    return value
+
+
+def size(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
+    """A positive whole number; an absent key takes the default."""
+    value = number(hf, key, default, most)
+    if not isinstance(value, int):
+        raise refuse(key, value, "a whole number is needed")
+    return value
+
+
+def flag(hf: Mapping[str, Any], key: str) -> bool:
+    """True or false; an absent key is false."""
+    value = hf.get(key, False)
+    if not isinstance(value, bool):
+        raise refuse(key, value, "true or false is needed")
+    return value

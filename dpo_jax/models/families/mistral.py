@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models.families.family import Family
-from dpo_jax.models.families.values import size
+from dpo_jax.models.families.family import Family, size
 from dpo_jax.models.options import LayerKind
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models.families.family import Family
-from dpo_jax.models.families.values import flag, refuse, size
+from dpo_jax.models.families.family import Family, flag, refuse, size
 from dpo_jax.models.options import LayerKind
 
 WINDOW_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})

@@ -5,8 +5,8 @@ from dataclasses import fields
 from typing import Any
 
 from dpo_jax.errors import shown
+from dpo_jax.models.families.family import number, one_of, refuse, size
 from dpo_jax.models.families.keys import NEUTRAL_VALUES
-from dpo_jax.models.families.values import number, one_of, refuse, size
 from dpo_jax.models.options import LinearScaling, Llama3Scaling
 
 Scaling = LinearScaling | Llama3Scaling | None
