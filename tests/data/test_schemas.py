@@ -421,9 +421,9 @@ def test_a_named_schema_overrules_the_columns():
 
 
 def test_every_row_of_the_documentation_is_read_as_it_says():
-    """Each JSON row of docs/data.md parses, under the layout that the paragraph before it names."""
+    """Each JSON row of docs/data.md parses, under the schema that the paragraph before it names."""
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-    dpo, sft = text.split("## Layouts for supervised fine-tuning")
+    dpo, sft = text.split("## Schemas for supervised fine-tuning")
     for stage, part in (("dpo", dpo), ("sft", sft)):
         schema, seen = None, set()
         for name, text in re.findall(r"^`(\w+)`:|^```json\n(.*?)\n```", part, re.MULTILINE | re.DOTALL):
