@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_jax.batching.order import Order, make_order
-from dpo_jax.config import DataConfig
-from dpo_jax.data.schemas import Stage
+from dpo_jax.config import DataConfig, Stage
 from dpo_jax.data.store import Store, build_or_open_store, ids_by_source, split_held_out
 from dpo_jax.errors import UserError
 

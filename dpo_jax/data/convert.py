@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.config import DataConfig
-from dpo_jax.data.schemas import Parser, Problem, Stage
+from dpo_jax.config import DataConfig, Stage
+from dpo_jax.data.schemas import Parser, Problem
 from dpo_jax.data.sources import Rows
 from dpo_jax.data.tokenize import TokenizedExample, make_tokenize
 from dpo_jax.errors import UserError

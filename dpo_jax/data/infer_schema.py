@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from dpo_jax.data.schemas import ASSISTANT_TURN, SCHEMAS, Parser, Stage
+from dpo_jax.config import Stage
+from dpo_jax.data.schemas import ASSISTANT_TURN, SCHEMAS, Parser
 from dpo_jax.errors import UserError
 
 _PREFERENCE_COLUMNS = (  # the first whose columns are all there

@@ -6,12 +6,11 @@ each reads. ``infer_schema`` tells that of a source. Nothing here knows tokens.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from dpo_jax.config import Stage
 from dpo_jax.data import values
 from dpo_jax.data.values import BadRow, Messages
 
-Stage = Literal["dpo", "sft"]
 _GIVEN_BY_US = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "chat_template",
                 "continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding",
                 "truncation", "max_length", "sanitize_control_tokens", "tokenizer_kwargs"}  # fmt: skip

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 
-from dpo_jax.config import DataConfig, SourceConfig
+from dpo_jax.config import DataConfig, SourceConfig, Stage
 from dpo_jax.data import sources as data_sources
 from dpo_jax.data.convert import Chunk, ConvertJob, Source, converted_chunks
 from dpo_jax.data.infer_schema import hints, parser_of
-from dpo_jax.data.schemas import Problem, Stage
+from dpo_jax.data.schemas import Problem
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dpo_jax.config import DataConfig
-from dpo_jax.data.schemas import Example, Messages, Problem, Stage, common_prefix
+from dpo_jax.config import DataConfig, Stage
+from dpo_jax.data.schemas import Example, Messages, Problem, common_prefix
 from dpo_jax.data.template import Refused, Template, missing_part, render
 from dpo_jax.data.tokenizer import added_around
 from dpo_jax.errors import UserError, from_outside

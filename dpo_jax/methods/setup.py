@@ -37,11 +37,9 @@ from dpo_jax.runs.profile import refuse_window
 from dpo_jax.step import Follow, TrainState, TrainStep, init_state, make_train_step, state_shardings
 from dpo_jax.weights.open import (
     ModelSource,
-    build_model,
-    find_model,
-    find_tokenizer,
     load_start,
     load_weights,
+    open_model,
     trained_shapes,
     trained_shardings,
 )
@@ -79,9 +77,8 @@ def assemble(
     eval_sets: "Mapping[str, Dataset] | None" = None,
 ) -> Setup:
     """Find the model, tokenise the data, lay out every step; nothing is compiled and no weight is loaded yet."""
-    source = find_model(config.model.path, config.model.revision, config.model.checkpoint)
-    model = build_model(source, config.model, platform_of(mesh), config.lora)
-    tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
+    opened = open_model(config.model, platform_of(mesh), config.lora)
+    model, tokenizer = opened.model, opened.tokenizer(config.data.chat_template)
     sets = hosts.writer_first(partial(sets_of, config, tokenizer, train_set, eval_sets), "tokenised data")
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
         refuse_weights(config.objective, store)
@@ -92,7 +89,7 @@ def assemble(
     return Setup(
         config=config,
         mesh=mesh,
-        source=source,
+        source=opened.source,
         model=model,
         tokenizer=tokenizer,
         sets=sets,
