@@ -1,7 +1,7 @@
 """Layout changes nothing: the same pairs at equal weights, however they are laid out and computed."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.losses import mean_loss, preference_loss
 from dpo_jax.models.options import LayerKind
 from dpo_jax.parallel.sharding import make_mesh, replicated, row_devices
-from dpo_jax.step import _accumulated_step, _scorers, init_state, state_shardings, train_step
+from dpo_jax.step import Frozen, init_state, pair_gradient, state_shardings, train_step
 from dpo_jax.weights.open import param_shardings
 
 PAIRS = random_pairs()
@@ -29,9 +29,8 @@ def gradient(model, batch, reference=None, chunk=64, accumulation=1, loss=LOSS):
     params, other = (small_params(seed, model.config.kv_heads) for seed in (0, 1))
     reference = other if reference is None else reference
     if accumulation > 1:
-        grads, policy, fixed = jax.jit(lambda p, r, b: _accumulated_step(p, b, _scorers(r, fn, loss), loss))(
-            params, reference, batch
-        )
+        gradient_of = jax.jit(partial(pair_gradient, logps_fn=fn, loss=loss, accumulation=accumulation))
+        grads, policy, fixed = gradient_of(params, Frozen(reference=reference), batch)
         return policy.sum, mean_loss(preference_loss(policy, fixed, loss), policy), grads
 
     def objective(params, reference, batch):

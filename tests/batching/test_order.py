@@ -156,5 +156,5 @@ def test_nothing_to_draw_is_refused():
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
 def test_a_weight_is_a_positive_number(weight):
-    with pytest.raises(UserError, match=f"weight: {weight} cannot be used"):
+    with pytest.raises(UserError, match=rf"weight must be .*, got {weight}"):
         SourceConfig(path="a.jsonl", weight=weight)

@@ -14,7 +14,7 @@ from unittest import mock
 
 import jax
 import numpy as np
-import test_refcache
+import small_cache
 import yaml
 from etils import epath
 from fuzzing import ODD_NUMBERS, as_json, damaged, mutated, odd_values, refused
@@ -107,9 +107,9 @@ def check_restored(data: bytes) -> bool:
 @cache
 def cache_file() -> tuple[Any, Path]:
     """Batches, and their cache as it was written."""
-    batches = test_refcache.in_steps(test_refcache.small_store(Path(mkdtemp(prefix="fuzzed-cache-"))), 23)
-    test_refcache.run(batches, test_refcache.Computer())
-    (path,) = test_refcache.files(batches)
+    batches = small_cache.in_steps(small_cache.small_store(Path(mkdtemp(prefix="fuzzed-cache-"))), 23)
+    small_cache.run(batches, small_cache.Computer())
+    (path,) = small_cache.files(batches)
     path.rename(path.with_suffix(".good"))
     return batches, path
 
@@ -123,8 +123,8 @@ def check_reference_cache(data: bytes) -> bool:
     batches, path = cache_file()
     path.write_bytes(data)
     said: list[str] = []
-    found = cached_logps(batches, test_refcache.MADE_BY, test_refcache.Computer(), said.append)
-    assert np.array_equal(found["sum"], test_refcache.LOGPS)
+    found = cached_logps(batches, small_cache.MADE_BY, small_cache.Computer(), said.append)
+    assert np.array_equal(found["sum"], small_cache.LOGPS)
     assert all(len(line.splitlines()) == 1 and str(path) in line for line in said)
     return not said
 

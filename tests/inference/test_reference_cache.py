@@ -5,59 +5,16 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
-from small_tokenizer import make_tokenizer
+from small_cache import LOGPS, MADE_BY, NUM_ROWS, Computer, files, in_steps, run, small_store
 
-from dpo_jax.batching.batches import Batches
-from dpo_jax.batching.order import make_order
-from dpo_jax.batching.packing import Packer
-from dpo_jax.config import DataConfig, SourceConfig
-from dpo_jax.data.store import build_or_open_store
 from dpo_jax.errors import RunStopped
 from dpo_jax.inference import reference_cache as refcache
 from dpo_jax.inference.reference_cache import cached_logps
 
-NUM_ROWS, BATCH = 23, 3
-MADE_BY = {"format": 2, "weights": "a", "dtype": "float32", "tail": True}
-LOGPS = np.random.Generator(np.random.Philox(0)).normal(-50, 9, (NUM_ROWS, 2)).astype(np.float32)
-
-
-def small_store(folder: Path):
-    """A store of as many pairs."""
-    rows = [{"prompt": f"Q{i}", "chosen": "yes", "rejected": "no"} for i in range(NUM_ROWS)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = SourceConfig(path=str(folder / "pairs.jsonl"))
-    data = DataConfig(train=(source,), max_length=64)
-    return build_or_open_store(folder / "store", (source,), data, make_tokenizer(), "dpo", 1)
-
-
-def in_steps(store, batch: int) -> Batches:
-    """Every row once, in file order."""
-    order = make_order(
-        groups=[np.arange(NUM_ROWS)], weights=None, seed=0, shuffle=False, batch=batch, steps=None, epochs=1
-    )
-    return Batches(store, order, Packer("shared", 1, None, 1))
-
-
-@dataclass
-class Computer:
-    """Gives the rows of the steps it is asked for, and remembers them; may be cut off after some calls."""
-
-    calls: list = field(default_factory=list)
-    cut_off_after: int = 10**9
-    logps: np.ndarray = field(default_factory=LOGPS.copy)
-
-    def __call__(self, batches, steps):
-        if len(self.calls) == self.cut_off_after:
-            raise KeyboardInterrupt
-        self.calls.append(list(steps))
-        ids = np.concatenate([batches.order.step_ids(step) for step in steps])
-        ids = ids[ids >= 0]
-        return ids, {"sum": self.logps[ids], "tail_sum": self.logps[ids] / 4}
+BATCH = 3
 
 
 @pytest.fixture
@@ -65,18 +22,6 @@ def batches(tmp_path, monkeypatch):
     """Eight steps, the last one ragged; a part of the cache is two of them."""
     monkeypatch.setattr(refcache, "PART_STEPS", 2)
     return in_steps(small_store(tmp_path), BATCH)
-
-
-def run(batches, compute, made_by=MADE_BY):
-    said = []
-    found = cached_logps(batches, made_by, compute, said.append)
-    np.testing.assert_array_equal(found["sum"], compute.logps)
-    np.testing.assert_array_equal(found["tail_sum"], compute.logps / 4)
-    return said
-
-
-def files(batches, pattern="reference-*"):
-    return sorted(batches.store.path.glob(pattern))
 
 
 def test_it_is_computed_once(batches):
@@ -213,7 +158,7 @@ def test_rows_that_are_lost_doubled_or_not_finite_stop_the_run(batches):
 KILLED = """
 import sys, time
 from pathlib import Path
-import test_reference_cache as t
+import small_cache as t
 from dpo_jax.inference import reference_cache as refcache
 
 class Slow(t.Computer):
