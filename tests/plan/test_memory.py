@@ -51,7 +51,7 @@ def compiled(kind: str, loss: LossConfig):
     model = make_model(decoder_config(LLAMA_3_8B), platform="cpu", dtype="float32", param_dtype="float32",
                        attention="auto", remat="full", scan=True, matmul_precision="default",
                        lora=make_lora(config.lora))  # fmt: skip
-    load = Load(pairs=PAIRS, parts=1, rows=ROWS, row_length=LENGTH, longest=LENGTH,
+    load = Load(pairs=PAIRS, microbatches=1, rows=ROWS, row_length=LENGTH, longest=LENGTH,
                 lengths=(LENGTH / 4, LENGTH / 8, LENGTH / 8))  # fmt: skip
     assert load.targets == TARGETS
     arguments = step_arguments(config, model, mesh, load)
