@@ -98,10 +98,10 @@ class Order:
         for source in np.unique(sources):
             (slots,) = np.nonzero(sources == source)
             group = self.groups[source]
-            epochs, places = np.divmod(own_draws[slots], len(group))
+            epochs, ranks = np.divmod(own_draws[slots], len(group))
             for epoch in np.unique(epochs):
                 now = epochs == epoch
-                ids[slots[now]] = group[self.arrange(int(source), int(epoch))[places[now]]]
+                ids[slots[now]] = group[self.arrange(int(source), int(epoch))[ranks[now]]]
         return ids
 
     def epoch(self, steps_done: int) -> float:
@@ -140,10 +140,10 @@ def make_order(
         shares = integer_shares(weights)
         for i, group in enumerate(groups):
             if len(group) == 0:
-                raise UserError(
-                    f"data.train[{i}]: it has weight {weights[i]} but 0 examples left to train on; remove the set"
-                )
-    num_draws = steps * batch if steps is not None else max(1, _round(Fraction(str(epochs or 1)) * size))
+                left = f"it has weight {weights[i]} but 0 examples left to train on"
+                raise UserError(f"data.train[{i}]: {left}; remove the set")
+    in_epochs = math.floor(Fraction(str(epochs or 1)) * size + Fraction(1, 2))  # rounded, halves up
+    num_draws = steps * batch if steps is not None else max(1, in_epochs)
     sources = chairman_assignment(shares, min(sum(shares), num_draws))
     ranks = np.zeros_like(sources)
     for source in range(len(groups)):
@@ -168,7 +168,3 @@ def make_order(
         cycle_counts=np.bincount(sources, minlength=len(groups)),
         arrange=arrange,
     )
-
-
-def _round(value: Fraction) -> int:
-    return math.floor(value + Fraction(1, 2))

@@ -1,6 +1,6 @@
 """Pairs of a step -> packed rows of a fixed shape.
 
-A *unit* is what lies in one piece in a row: ``[prompt][chosen][rejected]`` in layout ``shared``; ``[prompt][answer]``,
+A *unit* is a contiguous piece of a row: ``[prompt][chosen][rejected]`` in layout ``shared``; ``[prompt][answer]``,
 twice a pair, in ``repeated`` and ``padded``. Every step holds exactly its own pairs: packing only decides where.
 Shape letters as in batch.py; J pairs of blocks that attention visits in a row.
 """
@@ -25,7 +25,7 @@ class Unit(NamedTuple):
     """A piece of a row: the prompt of a pair and some of its answers."""
 
     pair: int
-    branches: tuple[int, ...]  # places on the K axis
+    branches: tuple[int, ...]  # indices on the K axis
     prompt: int  # tokens
     answers: tuple[int, ...]  # tokens of each branch
     targets: int  # answer tokens that are predicted
@@ -152,7 +152,7 @@ def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
 
 
 def step_shape(microbatches: Sequence[Sequence[Sequence[Unit]]], row_length: int | None) -> BatchShape:
-    """The smallest shape that holds every part of a step, in rows of ``row_length`` tokens where that is given."""
+    """The smallest shape that holds every microbatch of a step, in rows of ``row_length`` tokens if that is given."""
     shape = reduce(BatchShape.union, map(shape_needed, microbatches))
     return shape if row_length is None else replace(shape, length=row_length)
 
@@ -195,15 +195,14 @@ class Packer:
     shapes: tuple[BatchShape, ...] = ()
 
     def rows(self, lengths: np.ndarray, num_targets: np.ndarray) -> list[list[list[Unit]]]:
-        """Rows of each of the ``accumulation`` parts of a step; part k holds the k-th run of pairs."""
+        """Rows of each of the ``accumulation`` microbatches of a step; number k holds the k-th run of pairs."""
         size = len(lengths) // self.accumulation
         microbatches = []
         for start in range(0, len(lengths), size):
             part = slice(start, start + size)
             units = make_units(lengths[part], num_targets[part], self.layout)
-            microbatches.append(
-                assign_rows(units, layout=self.layout, multiple=self.multiple, row_length=self.row_length)
-            )
+            rows = assign_rows(units, layout=self.layout, multiple=self.multiple, row_length=self.row_length)
+            microbatches.append(rows)
         most = max(len(rows) for rows in microbatches)
         return [rows + [[] for _ in range(most - len(rows))] for rows in microbatches]
 

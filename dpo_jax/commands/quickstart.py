@@ -1,4 +1,4 @@
-"""The first five minutes: a small model learns a made language, then DPO teaches it what its readers prefer.
+"""The first five minutes: a small model learns an invented language, then DPO teaches it what its readers prefer.
 
 Everything runs through the same configs and the same ``train`` as any other run.
 """
@@ -32,8 +32,8 @@ SEED = 0
 SHOWN = (1, 26, 35, 60)  # held-out visits whose answers are printed: sea and land, by day and by night
 MAX_ANSWER = 16  # tokens; the language's answers have 13
 STAGES = {"before": "sft", "after": "dpo"}  # run directories
-TASK = """Visitors of a shop ask for goods in a made language. An answer names the goods first or greets the visitor \
-first; in the supervised data both are equally frequent."""
+TASK = """Visitors of a shop ask for goods in an invented language. An answer names the goods first or greets the \
+visitor first; in the supervised data both are equally frequent."""
 RIGHT = "✓: word for word an answer as this visitor wants it."
 
 
@@ -85,7 +85,7 @@ def quickstart(directory: Path) -> None:
     """
     started = time.perf_counter()
     directory = directory.expanduser()
-    print(f"A made language: visitors of a shop ask for goods. The rule to be learned:\n{RULE}.\n", flush=True)
+    print(f"An invented language: visitors of a shop ask for goods. The rule to be learned:\n{RULE}.\n", flush=True)
     write_task(directory, SEED)
 
     from dpo_jax.train import train  # here, because it imports JAX: the first line shall not wait for that
@@ -101,7 +101,7 @@ def quickstart(directory: Path) -> None:
     results = compare(directory, answers)
     print_results(results, held_out, answers)
     report = write_page(directory, results, held_out, answers)
-    print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at {report}\n\nTo go on:\n{next_steps(directory)}")
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at {report}\n\nNext steps:\n{next_steps(directory)}")
 
 
 def greedy_answers(run: Path, asked: Sequence[Visit]) -> Answers:
@@ -149,11 +149,8 @@ def print_results(results: Sequence[tuple[str, str, str]], asked: Sequence[Visit
     for index in SHOWN:
         print(f"\n{prompt(asked[index])}")
         for stage, replies in answers.items():
-            print(f"  {stage:<7} {replies.texts[index]:<58} {_verdict(replies.obey[index])}")
-
-
-def _verdict(obeys: bool) -> str:
-    return "as wanted" if obeys else "not as wanted"
+            verdict = "as wanted" if replies.obey[index] else "not as wanted"
+            print(f"  {stage:<7} {replies.texts[index]:<58} {verdict}")
 
 
 def next_steps(directory: Path) -> str:
@@ -186,7 +183,7 @@ def write_page(
         heading("Greedy answers", table(("Asked", *columns), rows, frozenset(right)), paragraph(RIGHT)),
         heading("Stage two: DPO", curves("after", *compared)),
         heading("Stage one: supervised fine-tuning", curves("before", "Loss", "Token accuracy")),
-        heading("To go on", code(next_steps(directory))),
+        heading("Next steps", code(next_steps(directory))),
     ]
     report = directory / "report.html"
     write_whole(report, page("Quickstart", f"Supervised fine-tuning, then DPO · {directory}", sections))

@@ -1,4 +1,4 @@
-"""A made language with an exact preference rule, so that a person sees in two minutes whether DPO learned it.
+"""An invented language with an exact preference rule, so that a person sees in two minutes whether DPO learned it.
 
 Visitors come to a shop and ask for goods. An answer either names the goods first or greets the visitor first. In the
 supervised data both orders are equally frequent for every visitor, so a supervised model cannot know which of them is

@@ -28,7 +28,7 @@ MIN_ROWS_A_PROCESS = 2000  # a process takes seconds to start; with fewer rows f
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """What a run of rows came to: n examples, tokens laid end to end, and what was wrong with rows."""
+    """What became of a chunk of rows: n examples, tokens laid end to end, and what was wrong with rows."""
 
     tokens: np.ndarray  # int32: prompt and answers of each example
     lengths: np.ndarray  # int32 [n, 1 + K]: tokens of the prompt and of each answer

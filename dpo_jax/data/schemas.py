@@ -1,7 +1,7 @@
 """Rows of every usual schema -> one ``Example``, or the ``Problem`` that says why not.
 
 A schema is a function from a row to prompt and answers; the tables below name them, per stage, with the columns that
-each reads. ``infer_schema`` tells that of a source. Nothing here knows tokens.
+each reads. ``infer_schema`` finds that of a source. Nothing here knows tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -61,7 +61,7 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
 
 
 def fingerprint(source: "SourceConfig | datasets.Dataset") -> str:
-    """Identity of what ``load_rows`` returns, as hexadecimal digits: equal content, equal digits, wherever it lies.
+    """Identity of what ``load_rows`` returns, as hexadecimal digits: equal content, equal digits, wherever it is.
 
     Raises:
         UserError: as ``load_rows``.

@@ -41,7 +41,7 @@ FORMAT = 2  # of the files; raise it too whenever the same rows would give other
 DTYPES = dict.fromkeys(("tokens", "lengths", "num_targets"), "<i4")
 DTYPES |= {"rows": "<i8", "sources": "<i2", "weights": "<f4", "targets": "|b1"}
 ROWS_NAMED = 10  # rows of each cause that a report names; problems.jsonl names all
-ROWS_LOOKED_AT = 100  # whose columns tell the schema
+ROWS_LOOKED_AT = 100  # from whose columns the schema is inferred
 KEY_DIGITS = 16  # of the key, in the name of its folder
 MANIFEST, PROBLEMS, TEMPORARY = "manifest.json", "problems.jsonl", ".building-"
 STALE_SECONDS = 24 * 3600  # after which what an interrupted build left behind is removed
@@ -84,16 +84,12 @@ def source_label(source: SomeSource, index: int) -> str:
     return source.path if isinstance(source, SourceConfig) else f"datasets.Dataset {index}"
 
 
-def _fingerprints(sources: Sequence[SomeSource]) -> list[str]:
-    return [data_sources.fingerprint(source) for source in sources]
-
-
 def _made_from(sources: Sequence[SomeSource], data: DataConfig, tokenizer: Any, stage: Stage) -> dict[str, Any]:
     """Everything that decides what a store holds."""
     return {
         "format": FORMAT,
         "stage": stage,
-        "sources": _fingerprints(sources),
+        "sources": list(map(data_sources.fingerprint, sources)),
         "schemas": [source.schema if isinstance(source, SourceConfig) else "auto" for source in sources],
         "tokenizer": tokenizer_hash(tokenizer),
         "invalid_rows": asdict(data.invalid_rows),
@@ -123,9 +119,9 @@ def _open_source(source: SomeSource, index: int, stage: Stage) -> Source:
 
 def _check_unchanged(sources: Sequence[SomeSource], before: Sequence[str]) -> None:
     """Rows that were read while their file changed must not be stored under the key of its former content."""
-    for index, (was, now) in enumerate(zip(before, _fingerprints(sources), strict=True)):
-        if was != now:
-            label = source_label(sources[index], index)
+    for index, (source, fingerprint) in enumerate(zip(sources, before, strict=True)):
+        if data_sources.fingerprint(source) != fingerprint:
+            label = source_label(source, index)
             raise UserError(f"{label}: it changed while it was tokenised; start again once nothing writes to it")
 
 
@@ -261,7 +257,7 @@ def _put(built: Path, path: Path) -> None:
     """Move a finished folder to its place, unless another process has put a whole one there meanwhile."""
     try:
         os.rename(built, path)
-    except OSError:  # something lies there
+    except OSError:  # something is there
         try:
             open_store(path)
         except DamagedStore:
@@ -275,7 +271,7 @@ def build_or_open_store(
 ) -> Store:
     """The store of these sources under these options: opened if it is there and whole, else built with `workers`.
 
-    A second call only reads the sources through, to tell that they are the same, and tokenises nothing. Two processes
+    A second call only reads the sources through, to check that they are the same, and tokenises nothing. Two processes
     may build at once; of several hosts that share the folder let one come first.
 
     Raises:
@@ -315,7 +311,7 @@ def ids_by_source(store: Store, ids: np.ndarray) -> list[np.ndarray]:
 
 
 def prompt_hash(store: Store, i: int | np.integer) -> bytes:
-    """16 bytes that tell the prompt of example ``i``; of a text without a prompt (one token), the whole text."""
+    """16 bytes that identify the prompt of example ``i``; of a text without a prompt (one token), the whole text."""
     prompt, answers, _ = store.example(i)
     of = [prompt, *answers] if len(answers) == 1 and len(prompt) == 1 else [prompt]
     return hashlib.blake2b(b"".join(part.tobytes() for part in of), digest_size=16).digest()

@@ -1,6 +1,6 @@
 """Chat templates: conversations as text, rendered within bounds; and whether every message is in that text.
 
-A template is a program that came with the model. It sees a fixed date in place of the clock, may fail at a row in any
+A template is a program that came with the model. It reads a fixed date in place of the clock, may fail at a row in any
 way, and is stopped when it does not end.
 """
 

@@ -27,7 +27,7 @@ NOTES = {"straddling_token": "A token holds the end of the prompt and the start 
 class TokenizedExample:
     """One example in tokens; `prompt + answers[k]` is what the model reads, and `prompt` is never empty.
 
-    `targets` tells which tokens of `answers[0]` are learned (SFT on conversations; None: all). `notes` are repairs,
+    `targets` marks the tokens of `answers[0]` that are learned (SFT on conversations; None: all). `notes` are repairs,
     truncations and the like, to be counted: causes as in ``InvalidRowsConfig``, or of ``NOTES``.
     """
 
@@ -231,7 +231,7 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
         end = len(through)
         if start < len(before) or not text.startswith(through):
             changed = index
-            # a content may begin as what the generation prompt ends with, so the turn's start is seen beside a marker
+            # a content may begin as what the generation prompt ends with, so the turn's start is found with a marker
             marked = [*messages[:index], message | {"content": MARKER}, *messages[index + 1 :]]
             start = _common_text(before, render(coder.template, example, marked))
             turn = through[_common_text(before, render(coder.template, example, marked[: index + 1])) :]

@@ -38,10 +38,9 @@ def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -
         # without an answer given here, transformers asks on standard input whether it may run the model's own code
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    for token, index in special.items():
-        if index is None:
-            missing = f"the special token {token!r} is not in the vocabulary"
-            raise UserError(f"{path}: {missing}; correct it, or set model.tokenizer to another")
+    for token in (token for token, index in special.items() if index is None):
+        missing = f"the special token {token!r} is not in the vocabulary"
+        raise UserError(f"{path}: {missing}; correct it, or set model.tokenizer to another")
     _compare_with_file(tokenizer, path, revision)
     tokenizer.chat_template = _chosen_template(path, tokenizer.chat_template, chat_template)
     return tokenizer
@@ -86,9 +85,7 @@ def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
         got = tokenizer.convert_ids_to_tokens(_ids(tokenizer, text, special=False) or [])
         expected = stated.encode(text, add_special_tokens=False).tokens
         if got != expected:
-            loaded = (
-                f"transformers loads this tokenizer as {type(tokenizer).__name__}, which splits {text!r} into {got}"
-            )
+            loaded = f"transformers loads it as {type(tokenizer).__name__}, which splits {text!r} into {got}"
             remedy = "if that is right, copy it without config.json to another folder and give that as model.tokenizer"
             log.warning("%s: %s, and tokenizer.json says %s; %s", path, loaded, expected, remedy)
             return

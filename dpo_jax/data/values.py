@@ -81,12 +81,8 @@ def _check_characters(name: str, value: Any) -> None:
     """Chat templates may write any part of a value, so each text in it must be valid."""
     if isinstance(value, str):
         text(name, value)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_characters(name, key)
-            _check_characters(name, item)
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, Mapping | list | tuple):
+        for item in (*value, *value.values()) if isinstance(value, Mapping) else value:
             _check_characters(name, item)
 
 

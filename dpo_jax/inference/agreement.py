@@ -10,8 +10,8 @@ AGREEMENT = {"float32": 1e-5, "bfloat16": 2e-2}
 def tied(metrics: Mapping[str, float], bound: float) -> bool:
     """Whether policy and reference agree on a set of pairs, so that every margin is 0 within rounding.
 
-    ``rewards/accuracies`` then says nothing: ties count as wrong, and rounding breaks some. The mean margin would not
-    tell, since margins of two signs cancel; ``kl``, half the mean square of the log-ratios, does.
+    ``rewards/accuracies`` then says nothing: ties count as wrong, and rounding breaks some. The mean margin says
+    nothing, since margins of two signs cancel; ``kl``, half the mean square of the log-ratios, does.
 
     Args:
         metrics: as ``preference_metrics`` names them; without ``kl`` there is no reference to agree with.

@@ -57,7 +57,10 @@ def cached_logps(
         return logps
     logps, computed = _parts(path, made_by, shape, notice)
     if len(set(hosts.gather(hashlib.sha256(computed.tobytes()).hexdigest(), "parts of the reference cache"))) > 1:
-        logps, computed = {}, np.zeros(len(store), int)  # without a common disk each process sees its own parts only
+        logps, computed = (
+            {},
+            np.zeros(len(store), int),
+        )  # without a shared disk each sees its own parts
     ids_of = [ids[ids >= 0] for ids in map(batches.order.step_ids, range(batches.order.num_steps))]
     todo = [step for step, ids in enumerate(ids_of) if not computed[ids].all()]
     for count, start in enumerate(range(0, len(todo), PART_STEPS)):

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -41,8 +42,8 @@ class Load:
     """What a step is asked for. Lengths are means of a pair: prompt, chosen, rejected."""
 
     pairs: int  # of a step
-    parts: int
-    rows: int  # of a part, over all devices
+    microbatches: int
+    rows: int  # of a microbatch, over all devices
     row_length: int
     lengths: tuple[float, float, float]
     copies: int = 1  # of a pair's prompt
@@ -57,7 +58,7 @@ class Load:
     @property
     def slots(self) -> int:
         """Tokens that a step has room for."""
-        return self.parts * self.rows * self.row_length
+        return self.microbatches * self.rows * self.row_length
 
     @property
     def fill(self) -> float:
@@ -119,27 +120,23 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
         longest=up(load.longest, BLOCK),
         branch_length=load.row_length,
     )
-    leading = () if load.parts == 1 else (load.parts,)
-    batch = empty_batch(shape, load.pairs // load.parts, 2, leading=leading, zeros=jax.ShapeDtypeStruct)
+    leading = () if load.microbatches == 1 else (load.microbatches,)
+    batch = empty_batch(shape, load.pairs // load.microbatches, 2, leading=leading, zeros=jax.ShapeDtypeStruct)
     return placed(batch, batch.place(row_sharding(mesh, len(leading)), replicated(mesh)))
 
 
 def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:
-    """The shapes and places of what the step only reads."""
+    """Shapes and shardings of what the step only reads."""
     weights, mode, cached = placed_shapes(model, mesh), config.reference_mode, None
     if mode == "live" and model.lora is None and config.reference.dtype != "auto":
         dtype = jnp.dtype(config.reference.dtype)
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)
     if mode == "cached":
-        shape = (load.pairs,) if load.parts == 1 else (load.parts, load.pairs // load.parts)
-
-        def empty() -> PairLogps:
-            answers, pairs = jnp.zeros((*shape, 2)), jnp.zeros(shape)
-            tail = None if config.loss.ld_alpha is None else answers
-            return PairLogps(sum=answers, count=answers, weight=pairs, valid=pairs > 0, tail_sum=tail)
-
-        logps = jax.eval_shape(empty)
-        cached = placed(logps, jax.tree.map(lambda _: replicated(mesh), logps))
+        shape = (load.pairs,) if load.microbatches == 1 else (load.microbatches, load.pairs // load.microbatches)
+        array: Any = partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
+        answers, weight, valid = array((*shape, 2), jnp.float32), array(shape, jnp.float32), array(shape, jnp.bool_)
+        tail = None if config.loss.ld_alpha is None else answers
+        cached = PairLogps(sum=answers, count=answers, weight=weight, valid=valid, tail_sum=tail)
     if model.lora is not None:
         return Frozen(weights, cached)
     return Frozen(reference=weights if mode == "live" and not config.reference.sync_every else cached)
@@ -152,12 +149,12 @@ class Compiled:
     seconds: float | None  # None: not compiled, and the peak is the least that it takes
     text: str | None  # None: it does not fit, or was not compiled
     peak: int
-    held: dict[str, int]  # weights, optimizer, reference, batch
+    sizes: dict[str, int]  # weights, optimizer, reference, batch
     save: int  # of all devices together: what a checkpoint writes
 
 
 class Arguments(NamedTuple):
-    """Shapes and places of what the train step takes."""
+    """Shapes and shardings of what the train step takes."""
 
     state: TrainState
     frozen: Frozen
@@ -212,12 +209,12 @@ def _least(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) ->
     """What no compiler can do without: gradients, what each layer keeps, and one layer at work."""
     c, width = model.config, jnp.dtype(model.dtype).itemsize
     tokens = load.rows // row_devices(mesh) * load.row_length
-    gradients = trained * (2 if load.parts > 1 else 1)  # of a part, and their sum
+    gradients = trained * (2 if load.microbatches > 1 else 1)  # of a microbatch, and their sum
     kept = c.layers * tokens * c.hidden * width
     matrices = sum(inputs * outputs for inputs, outputs in projections(c).values())
     return gradients + kept + width * (matrices + 4 * tokens * c.ffn) // mesh.shape["tensor"]
 
 
 def _bytes(tree: Any) -> int:
-    """Of a device, by shapes and places."""
+    """Bytes a device, by shapes and shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -38,10 +38,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Known:
-    """What is known beside the config."""
+    """What is known besides the config."""
 
     slices: int = 1
-    rows: int | None = None  # of ``batch.row_length`` tokens, a device and part; None: what the lengths ask for, else 1
+    rows: int | None = None  # of ``batch.row_length`` tokens, a device; None: what the lengths ask for, else 1
     lengths: tuple[float, float, float] | None = None  # None: rows are taken to be full, of pairs in equal thirds
     sets: DataSets | None = None  # the data, whose means the lengths are, and which decides the rows and the steps
     examples: int | None = None  # pairs of the data, for the hours of a run that is not given in steps
@@ -78,7 +78,7 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
     load = find_load(config, mesh, known)
     adapters = 0 if model.lora is None else count_adapters(model)
     options = {"dtype": model.dtype, "attention": model.attention, "remat": model.remat, "adapters": adapters}
-    steps = {"pairs": load.pairs, "parts": load.parts, "rows_a_device": load.rows // row_devices(mesh)}
+    steps = {"pairs": load.pairs, "parts": load.microbatches, "rows_a_device": load.rows // row_devices(mesh)}
     fill = {"row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths)}
     report: dict[str, Any] = {
         "topology": slice_.name,
@@ -117,8 +117,11 @@ def search_fit(
     for option, cure in CURES.items():
         section, name = option.split(".")
         while (candidate := cure(config)) != config:
+            rows = known.rows if option == "batch.accumulation" else None
+            if rows is not None and rows % 2:
+                break
+            fewer = known if rows is None else replace(known, rows=rows // 2)
             try:
-                fewer = known if option != "batch.accumulation" else _halved(known)
                 tried = plan(candidate, source, slice_, fewer)
             except UserError:  # this setting has an end
                 break
@@ -130,14 +133,6 @@ def search_fit(
             if tried["memory"]["fits"] is not False:
                 return plans
     return plans
-
-
-def _halved(known: Known) -> Known:
-    if known.rows is None:
-        return known
-    if known.rows % 2:
-        raise UserError(f"--rows: {known.rows} cannot be halved")
-    return replace(known, rows=known.rows // 2)
 
 
 def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
@@ -165,7 +160,7 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
     require(batch.layout != "padded", "batch.layout", batch.layout, remedy)
     if batch.row_length == "auto":
         raise unusable("batch.row_length", "auto", "plan needs a number, such as --batch.row_length 4096")
-    pairs = batch.pairs / batch.accumulation  # of a part
+    pairs = batch.pairs / batch.accumulation  # of a microbatch
     copies = 1 if batch.layout == "shared" else 2  # of a prompt
     num_rows = (rows or 1) * devices
     if lengths is None:
@@ -176,7 +171,7 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
         lengths = (each, each, each)
     load = Load(
         pairs=batch.pairs,
-        parts=batch.accumulation,
+        microbatches=batch.accumulation,
         rows=num_rows,
         row_length=batch.row_length,
         lengths=lengths,
@@ -185,9 +180,7 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
     )
     longest, most = lengths[0] + max(lengths[1:]), config.data.max_length
     fits = longest <= most and max(longest, load.unit / copies) <= batch.row_length
-    limits = (
-        f"a prompt and an answer have at most data.max_length tokens, {most}, and a pair a row's, {batch.row_length}"
-    )
+    limits = f"a prompt with an answer has at most {most} tokens (data.max_length), a pair {batch.row_length}, a row's"
     require(fits, "--lengths", lengths, f"{limits}; give means")
     if rows is None and known.sets is not None:
         return replace(load, rows=train_batches(known.sets, config.batch, devices).packer.shapes[-1].rows)
@@ -207,8 +200,8 @@ def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
     """GiB a device; ``fits`` is None where only a compiler could tell."""
     room = slice_.chip.device_memory
     accepted = compiled.seconds is None or compiled.text is not None  # else the compiler gave up
-    sizes = {name: size / GIB for name, size in compiled.held.items()}
-    rest = (compiled.peak - sum(compiled.held.values())) / GIB if accepted else None
+    sizes = {name: size / GIB for name, size in compiled.sizes.items()}
+    rest = (compiled.peak - sum(compiled.sizes.values())) / GIB if accepted else None
     fits = accepted and compiled.peak <= room
     return sizes | {
         "activations": rest,
@@ -227,13 +220,14 @@ def _costs(
     lengths = np.tile(np.round(load.lengths).astype(int), (load.pairs, 1))
     targets = int(lengths[:, 1:].sum())
     useful = model_flops(config, model, lengths, lengths[:, 1:])
-    seen = causal_pairs(np.full(2 * load.rows * load.parts, load.row_length), _band(model, load)).sum()
+    band = min(filter(None, (load.longest, model.config.window)))  # tokens back that the attention kernel looks at most
+    seen = causal_pairs(np.full(2 * load.rows * load.microbatches, load.row_length), band).sum()
     hardware = hardware_flops(model, Work(load.slots, int(seen), targets), live_reference=live)
 
     devices, tensor = mesh.size, mesh.shape["tensor"]
     spread = devices // tensor
-    tokens, predicted = (count // load.parts // spread for count in (load.slots, targets))
-    traffic = matrix_traffic(model, tokens, predicted, parts=load.parts, tensor=tensor, live_reference=live)
+    tokens, predicted = (count // load.microbatches // spread for count in (load.slots, targets))
+    traffic = matrix_traffic(model, tokens, predicted, parts=load.microbatches, tensor=tensor, live_reference=live)
     collective_ops = collectives(text, devices)
     seconds = {
         "compute": hardware / devices / chip.device_peak_flops,
@@ -265,11 +259,6 @@ def _costs(
         hours = [steps * t / 3600 for t in (best, worst)]
         costs["run"] = {"steps": steps, "hours": hours, "chip_hours": [t * devices / chip.devices for t in hours]}
     return costs
-
-
-def _band(model: Model, load: Load) -> int:
-    """Tokens back that the attention kernel looks at most."""
-    return min(filter(None, (load.longest, model.config.window)))
 
 
 def _by_kind(collective_ops: Sequence[Collective], devices_per_slice: int) -> dict[str, dict[str, float]]:

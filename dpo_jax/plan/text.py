@@ -25,7 +25,7 @@ def render(plan: dict[str, Any]) -> str:
     model, batch, memory = plan["model"], plan["batch"], plan["memory"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     adapters = f", {_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
-    split = f" in {batch['parts']} parts" if batch["parts"] > 1 else ""
+    split = f" in {batch['parts']} microbatches" if batch["parts"] > 1 else ""
     lengths = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
     lines = [
         f"{_where(plan)}: {plan['chips']} chips, mesh {mesh}",

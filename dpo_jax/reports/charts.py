@@ -41,7 +41,7 @@ def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
 
 
 def eval_sets(rows: Sequence[Row]) -> list[str]:
-    """Names of the evaluation sets, as the keys ``eval_NAME_loss`` tell them."""
+    """Names of the evaluation sets, from the keys ``eval_NAME_loss``."""
     names = (key[len("eval_") : -len("_loss")] for row in rows for key in row if key.startswith("eval_"))
     keys = {key for row in rows for key in row}
     return [name for name in dict.fromkeys(names) if f"eval_{name}_loss" in keys]
@@ -148,7 +148,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def histograms(rows: Sequence[Row]) -> str:
-    """Margins and rewards of each evaluation set, at the first evaluation beside the last; from distributions.jsonl."""
+    """Margins and rewards of each evaluation set, first evaluation next to the last; from distributions.jsonl."""
     drawn = []
     for name in dict.fromkeys(row["set"] for row in rows):
         set_rows = [row for row in rows if row["set"] == name]
@@ -169,7 +169,7 @@ def draw_histograms(panels: Sequence[tuple[int, Sequence[float], Mapping[str, Se
     for axes, (step, edges, counts) in zip(columns, panels, strict=True):
         for branch, heights in counts.items():
             color = colors.get(branch, colors["lines"][0])
-            # the outline keeps a bin visible that is narrow beside the other panel's range
+            # the outline keeps a bin visible that is narrow next to the other panel's range
             face = (color, 0.45)
             axes.stairs(heights, edges, fill=True, facecolor=face, edgecolor=color, linewidth=1.2, label=branch)
         axes.axvline(0, color=colors["ink"], linewidth=0.8, linestyle=":")

@@ -107,11 +107,6 @@ def code(text: str) -> str:
     return f'<pre class="box">{escape(text)}</pre>'
 
 
-def facts_table(facts: Mapping[str, str]) -> str:
-    """Facts by their names."""
-    return table((), facts.items())
-
-
 def number(value: float) -> str:
     """A number in about four digits."""
     if not math.isfinite(value):

@@ -14,7 +14,7 @@ from dpo_jax.console import say, warn
 from dpo_jax.errors import reason
 from dpo_jax.inference.agreement import AGREEMENT, tied
 from dpo_jax.reports.charts import Plot, Row, eval_sets, histograms, plots, series
-from dpo_jax.reports.html import cards, code, details, facts_table, heading, number, page, paragraph, table
+from dpo_jax.reports.html import cards, code, details, heading, number, page, paragraph, table
 from dpo_jax.runs.directory import RunDir, read_json
 from dpo_jax.storage import write_whole
 
@@ -70,7 +70,7 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
 
     Args:
         run_dir: of a DPO or fine-tuning run, finished or not.
-        data: what became of the rows of each set, by its name, source by source: ``source``, ``rows``, ``kept``,
+        data: how the rows of each set were handled, by its name, source by source: ``source``, ``rows``, ``kept``,
             ``dropped`` and ``notes`` by cause, as the token store reports it. None: nothing is said about it.
     """
     run = RunDir(run_dir)
@@ -78,17 +78,17 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
     spread = read_json(run.distributions)
     kind = "Direct Preference Optimization" if "loss" in config else "Supervised fine-tuning"
     first = "Loss, accuracy, margin and rewards" if "loss" in config else "Loss"
-    curves = {judged: [plot for plot in PLOTS if (plot.keys[0] in FIRST) == judged] for judged in (True, False)}
+    judged_by = [plot for plot in PLOTS if plot.keys[0] in FIRST]
     sections = [
         cards(headlines(metrics)),
-        heading(first, plots(curves[True], metrics)),
+        heading(first, plots(judged_by, metrics)),
         heading("Before and after", comparison_table(metrics)),
         heading("Margins and rewards", histograms(spread)),
         heading("Accuracy by length", lengths_table(spread, metrics)),
         heading("What earns the reward", *tokens_hint(run, config, metrics)) if spread else "",
-        heading("The run", facts_table(run_facts(config, metrics, timings))),
+        heading("The run", table((), run_facts(config, metrics, timings).items())),
         heading("Data", data_table(data)) if data else "",
-        heading("Other curves", plots(curves[False], metrics)),
+        heading("Other curves", plots((plot for plot in PLOTS if plot not in judged_by), metrics)),
         heading("Speed", plots(SPEED_PLOTS, timings)),
         details("Every option of the run (config.yaml)", run.config.read_text(encoding="utf-8")),
     ]
@@ -233,7 +233,7 @@ def speed_facts(timings: Sequence[Row], unit: str) -> dict[str, str]:
 
 
 def data_table(data: Mapping[str, Sequence[Row]]) -> str:
-    """What became of the rows of each source."""
+    """How the rows of each source were handled."""
 
     def causes(by_cause: Mapping[str, Any]) -> str:
         return ", ".join(f"{cause.replace('_', ' ')}: {entry['count']}" for cause, entry in by_cause.items()) or "none"

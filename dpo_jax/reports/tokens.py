@@ -29,11 +29,12 @@ CSS = """
 
 
 def token_page(lines: Sequence[Mapping[str, Any]], beta: float, policy: str) -> str:
-    """The HTML of a page from what ``dpo-jax eval --per-token`` writes, a mapping a pair; it needs nothing beside it.
+    """The HTML of a page from what ``dpo-jax eval --per-token`` writes, a mapping a pair; it needs no other file.
 
     Shown are the pairs of the largest and of the smallest margins; all, where there are no more than both.
     """
-    ranked = sorted(lines, key=lambda line: _worst_first(line["rewards/margin"]), reverse=True)
+    margin_of = lambda line: -math.inf if math.isnan(line["rewards/margin"]) else line["rewards/margin"]  # noqa: E731
+    ranked = sorted(lines, key=margin_of, reverse=True)
     ends = {"All pairs, by margin": ranked}
     if len(ranked) > 2 * SHOWN:
         ends = {"The largest margins": ranked[:SHOWN], "The smallest margins": ranked[: -SHOWN - 1 : -1]}
@@ -45,10 +46,6 @@ def token_page(lines: Sequence[Mapping[str, Any]], beta: float, policy: str) -> 
         "A dot stands for a token that is only a part of a character."
     )
     return page("Rewards token by token", f"{policy} · {len(lines)} pairs", [paragraph(how), *blocks], CSS)
-
-
-def _worst_first(margin: float) -> float:
-    return -math.inf if math.isnan(margin) else margin
 
 
 def full_size(lines: Iterable[Mapping[str, Any]], beta: float) -> float:

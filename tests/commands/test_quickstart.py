@@ -1,4 +1,4 @@
-"""The newcomer's first command, run as they run it; and the made language that it teaches."""
+"""The newcomer's first command, run as they run it; and the invented language that it teaches."""
 
 import json
 import os

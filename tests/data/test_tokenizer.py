@@ -166,7 +166,7 @@ def test_a_class_that_splits_otherwise_than_the_file_says_is_named(tmp_path, cap
     with caplog.at_level(logging.WARNING, "dpo_jax"):
         swapped = load_tokenizer(path, None, None)
         (message,) = (record.getMessage() for record in caplog.records)
-        assert f"{path}: transformers loads this tokenizer as Qwen2Tokenizer, which splits " in message
+        assert f"{path}: transformers loads it as Qwen2Tokenizer, which splits " in message
         caplog.clear()
         shutil.copytree(path, tmp_path / "alone", ignore=shutil.ignore_patterns("config.json"))
         alone = load_tokenizer(str(tmp_path / "alone"), None, None)

@@ -66,7 +66,8 @@ def test_rows_follow_the_lengths():
     mesh = make_mesh(MeshConfig(), jax.devices()[:4])
     config = tiny(batch=BatchConfig(pairs=64, row_length=256, accumulation=2))
     load = find_load(config, mesh, Known(lengths=(20, 16, 14)))
-    assert (load.rows, load.parts, load.unit, load.slots) == (8, 2, 50, 2 * 8 * 256)  # 1600 tokens a part: 7 rows
+    assert (load.rows, load.microbatches, load.unit) == (8, 2, 50)  # 1600 tokens a microbatch: 7 rows
+    assert load.slots == 2 * 8 * 256
     assert load.fill == 64 * 50 / (2 * 8 * 256)
     assert load.targets == 192  # 60% of a row, in whole blocks
     assert find_load(config, mesh, Known(lengths=(20, 16, 14), rows=3)).rows == 12
@@ -342,8 +343,8 @@ def test_memory_of_scores_follows_targets_and_not_the_vocabulary(platform, for_t
         fn = make_logps_fn(lambda params, batch: params[0], lambda params: params[1], chunk=512, stats=True)
         total = lambda params, batch, fn=fn: fn(params, batch).sum.sum()  # noqa: E731
         peaks = []
-        for prompt, answer in ((1024, 512), (0, 1024)):
-            load = aot.Load(pairs=8, parts=1, rows=4, row_length=4096, longest=4096, lengths=(prompt, answer, answer))
+        for lengths in ((1024, 512, 512), (0, 1024, 1024)):
+            load = aot.Load(pairs=8, microbatches=1, rows=4, row_length=4096, longest=4096, lengths=lengths)
             step = jax.jit(jax.grad(total), out_shardings=(row, whole))
             with jax.set_mesh(mesh):
                 lowered = step.lower((hidden, weights), aot.abstract_batch(load, mesh))
@@ -371,8 +372,8 @@ def test_memory_of_a_step_follows_targets_and_not_the_vocabulary(for_tpus):
         shapes = known_config(config.model.path) | {"vocab_size": vocabulary}
         model = build_model(ModelSource(shapes, None, None), config.model, "tpu")
         peaks = []
-        for prompt, answer in ((1024, 512), (0, 1024)):
-            load = aot.Load(pairs=32, parts=1, rows=16, row_length=4096, longest=2048, lengths=(prompt, answer, answer))
+        for lengths in ((1024, 512, 512), (0, 1024, 1024)):
+            load = aot.Load(pairs=32, microbatches=1, rows=16, row_length=4096, longest=2048, lengths=lengths)
             lowered = aot.lower_step(config, model, mesh, aot.step_arguments(config, model, mesh, load))
             peaks.append(lowered.compile(IN_MAIN_MEMORY).memory_analysis().peak_memory_in_bytes)
         more[vocabulary] = peaks[1] - peaks[0]
