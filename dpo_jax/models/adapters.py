@@ -15,10 +15,8 @@ from dpo_jax.models.projections import BY_TARGET, LAYER
 
 def make_lora(config: LoraConfig) -> Lora | None:
     """What the model computes for these options; None: no adapters."""
-    if config.rank == 0:
-        return None
     targets = frozenset(BY_TARGET[name].name for name in config.projections)
-    return Lora(rank=config.rank, scale=config.scale, targets=targets)
+    return Lora(rank=config.rank, scale=config.scale, targets=targets) if config.rank > 0 else None
 
 
 def start_adapters(model: Model, key: jax.Array, init: Literal["kaiming", "gaussian", "zero_a"]) -> Params:

@@ -69,14 +69,12 @@ def project(x: Float[Array, "..."], matrix: Float[Array, "..."], spec: str, prec
 def _project_backward(spec, precision, kept, g):
     x, matrix = kept
     operand, weights, result = spec.replace("->", ",").split(",")
-    by_x = jnp.einsum(f"{result},{weights}->{operand}", g, matrix.astype(x.dtype), precision=precision)
+    product = partial(jnp.einsum, precision=precision)
+    by_x = product(f"{result},{weights}->{operand}", g, matrix.astype(x.dtype))
     # Compilers turn the first factor. That with the matrix's first dim is the narrow one, or needs no turning: else
     # this is the slowest part of a layer on a CPU.
-    factors = [(result, g), (operand, x)]
-    (first, a), (second, b) = sorted(factors, key=lambda factor: weights[0] not in factor[0])
-    by_matrix = jnp.einsum(
-        f"{first},{second}->{weights}", a, b, precision=precision, preferred_element_type=jnp.float32
-    )
+    (first, a), (second, b) = sorted([(result, g), (operand, x)], key=lambda factor: weights[0] not in factor[0])
+    by_matrix = product(f"{first},{second}->{weights}", a, b, preferred_element_type=jnp.float32)
     return by_x, by_matrix.astype(matrix.dtype)
 
 

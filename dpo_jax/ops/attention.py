@@ -224,6 +224,6 @@ def choose(
     if asked == "cudnn" and platform != "gpu":
         raise UserError(f"model.attention: cudnn is for GPU, the devices are {platform}; use auto")
     if asked == "cudnn" and not flash:
-        raise UserError(f"model.attention: cudnn computes in bfloat16 with heads of a multiple of 8, at most 128, "
-                        f"not in {dtype} with heads of {head_dim}; use auto")  # fmt: skip
+        limits = "computes in bfloat16 with heads of a multiple of 8, at most 128"
+        raise UserError(f"model.attention: cudnn {limits}, not in {dtype} with heads of {head_dim}; use auto")
     return asked

@@ -90,8 +90,8 @@ def _on_mesh(local: Callable[..., Any], takes: str, gives: str) -> Callable[...,
         return partial(local, False)
     specs = {"r": PartitionSpec(ROWS), "w": PartitionSpec("tensor", "fsdp")}
     out = tuple(specs[letter] for letter in gives)
-    return jax.shard_map(partial(local, True), in_specs=tuple(specs[letter] for letter in takes),
-                         out_specs=out if len(out) > 1 else out[0], check_vma=False)  # fmt: skip
+    in_specs, out_specs = tuple(specs[letter] for letter in takes), out if len(out) > 1 else out[0]
+    return jax.shard_map(partial(local, True), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 class _Tiles:
@@ -198,16 +198,14 @@ def _score(options, spread, states, unembedding, labels, mask):
     unseen = sums.total == 0  # of chunks that were not visited; NaN is not 0
     log_total = jnp.log(jnp.where(unseen, 1.0, sums.total))
     normalizer = log_total + sums.largest
-    tokens = TokenLogps(
-        logp=sums.label - normalizer,
-        normalizer=normalizer,
-        log_sum_sq=None if sums.squares is None else jnp.log(sums.squares) - 2 * log_total,
-        stats=None if sums.expected is None else TargetStats(
-            entropy=normalizer - sums.expected / sums.total,
-            mean_logit=_mean_scores(states, unembedding, spread),
-            top1=(sums.label >= sums.largest).astype(jnp.float32),
-        ),
-    )  # fmt: skip
+    logp = sums.label - normalizer
+    log_sum_sq = None if sums.squares is None else jnp.log(sums.squares) - 2 * log_total
+    stats = None
+    if sums.expected is not None:
+        entropy = normalizer - sums.expected / sums.total
+        mean_logit = _mean_scores(states, unembedding, spread)
+        stats = TargetStats(entropy, mean_logit, top1=(sums.label >= sums.largest).astype(jnp.float32))
+    tokens = TokenLogps(logp, normalizer, log_sum_sq, stats)
     return jax.tree.map(lambda x: tiles.unchunk(jnp.where(unseen, 0.0, x)), tokens)
 
 

@@ -30,9 +30,7 @@ def resolve_model(path: str, revision: str | None, weights: bool = True) -> Path
         if revision is not None:
             raise UserError(f"model.revision: {revision!r} cannot be used: {path} is a local directory; leave it out")
         if not (local / "config.json").is_file():
-            raise UserError(
-                f"model.path: {path} holds neither config.json nor checkpoints/; give a model or run directory"
-            )
+            raise UserError(f"model.path: {path} holds neither config.json nor checkpoints/; give a model or a run")
         return local
     if local.exists():
         raise UserError(f"model.path: {path} is a file; give the directory that holds config.json and the weights")

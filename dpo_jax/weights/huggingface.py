@@ -46,14 +46,6 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]  # in the file
 
 
-def group(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> dict[str, list[Tensor]]:
-    """The tensors of each parameter, in the order of the layers."""
-    by_leaf: dict[str, list[Tensor]] = {}
-    for name, slot in slots.items():
-        by_leaf.setdefault(slot.leaf, []).append(tensors[name])
-    return by_leaf
-
-
 def _leaves(tree: Params) -> dict[str, Any]:
     return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -82,16 +74,16 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Model) ->
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise refuse(f"config.json asks for {_list(missing)}, which the weights do not hold")
-    allowed = {"lm_head.weight"} if model.config.tied else set()
-    extra = [name for name in tensors if name not in expected and name not in allowed and not name.endswith(_COMPUTED)]
+    allowed = expected.keys() | ({TENSORS["unembed"]} if model.config.tied else set())
+    extra = [name for name in tensors if name not in allowed and not name.endswith(_COMPUTED)]
     if extra:
         raise refuse(f"the weights hold {_list(extra)}, which config.json does not ask for")
     for name, slot in expected.items():
         actual = tensors[name].shape
         if actual != slot.shape:
             raise refuse(f"tensor {name} has shape {list(actual)}, but config.json makes it {list(slot.shape)}")
-    if model.config.tied and "lm_head.weight" in tensors:
-        _check_tied(folder, tensors["lm_head.weight"], tensors[TENSORS["embed"]])
+    if model.config.tied and TENSORS["unembed"] in tensors:
+        _check_tied(folder, tensors[TENSORS["unembed"]], tensors[TENSORS["embed"]])
 
 
 def _list(names: list[str]) -> str:
@@ -105,7 +97,7 @@ def _check_tied(folder: Path, unembed: Tensor, embed: Tensor) -> None:
         for rows in (slice(start, start + chunk) for start in range(0, embed.shape[0], chunk))
     )
     if not same:
-        remedy = f"lm_head.weight differs from {TENSORS['embed']}; set it to false in config.json"
+        remedy = f"{TENSORS['unembed']} differs from {TENSORS['embed']}; set it to false in config.json"
         raise unusable(f"{folder}: tie_word_embeddings", True, remedy)
 
 
@@ -141,35 +133,38 @@ def _load_leaf(
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
 
 
+def load_tree(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot], structs: Params, shardings: Any) -> Params:
+    """The parameters ``structs`` from the tensors of ``slots``, each shard straight to its device."""
+    by_leaf: dict[str, list[Tensor]] = {}
+    for name, slot in slots.items():  # in the order of the layers
+        by_leaf.setdefault(slot.leaf, []).append(tensors[name])
+
+    def load(path, struct, sharding):
+        leaf = _path(path)  # the next buffers are made when these are the device's
+        return jax.block_until_ready(_load_leaf(leaf, by_leaf[leaf], struct, sharding))
+
+    return jax.tree_util.tree_map_with_path(load, structs, shardings)
+
+
 def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) -> Params:
     """Weights of a Hugging Face directory as the model's parameter tree, each shard straight to its device.
 
     Args:
         path: directory with ``model.safetensors``, or its index and files.
-        model: whose parameters they are.
         shardings: a `jax.sharding.Sharding` for each parameter; None: all on the first device.
         dtype: of the parameters, whatever the files hold.
 
     Raises:
         UserError: tensors are missing, unknown, of a wrong shape, quantised, cut short, or tied though they differ.
     """
-    path = Path(path)
-    file_tensors = find_tensors(path)
-    if model.config.tied and TENSORS["embed"] not in file_tensors and TENSORS["unembed"] in file_tensors:
-        file_tensors[TENSORS["embed"]] = file_tensors.pop(TENSORS["unembed"])  # one matrix, stored under its other name
-    _check_tensors(path, file_tensors, model)
-    structs = model.param_shapes()
+    tensors, embed, unembed = find_tensors(Path(path)), TENSORS["embed"], TENSORS["unembed"]
+    if model.config.tied and embed not in tensors and unembed in tensors:
+        tensors[embed] = tensors.pop(unembed)  # one matrix, stored under its other name
+    _check_tensors(path, tensors, model)
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.param_shapes())
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), structs)
-
-    by_leaf = group(file_tensors, _slots(model))
-
-    def load(key, struct, sharding):
-        struct = jax.ShapeDtypeStruct(struct.shape, dtype)
-        leaf = _load_leaf(_path(key), by_leaf[_path(key)], struct, sharding)
-        return jax.block_until_ready(leaf)  # the next buffers are made when these are the device's
-
-    return jax.tree_util.tree_map_with_path(load, structs, shardings)
+    return load_tree(tensors, _slots(model), structs, shardings)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -187,7 +182,7 @@ def _everywhere(leaf: jax.Array) -> NamedSharding | None:
     return NamedSharding(leaf.sharding.mesh, PartitionSpec())
 
 
-def _fetch(params: Params, slots: Mapping[str, Slot], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def fetch_tensors(params: Params, slots: Mapping[str, Slot], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """The file's tensors, in the order of ``slots``, each fetched from the devices when it is asked for."""
     leaves = _leaves(params)
     for name, slot in slots.items():
@@ -200,8 +195,7 @@ def _fetch(params: Params, slots: Mapping[str, Slot], dtype: np.dtype) -> Iterat
 
 def _split(slots: Mapping[str, Slot], itemsize: int, max_shard_bytes: int) -> list[dict[str, Slot]]:
     """The tensors of each file: in order, a new file when the next tensor would not fit."""
-    files: list[dict[str, Slot]] = [{}]
-    room = max_shard_bytes
+    files, room = [{}], max_shard_bytes
     for name, slot in slots.items():
         size = math.prod(slot.shape) * itemsize
         if files[-1] and size > room:
@@ -230,9 +224,7 @@ def export_params(
 
     Args:
         params: of ``model``, on any devices.
-        model: whose parameters they are.
         hf_config: the ``config.json`` that the model was made from.
-        out_dir: directory to make.
         dtype: of the tensors in the files: float32, bfloat16 or float16.
         source_dir: directory to copy tokenizer, chat template and generation config from; None: copy nothing.
         overwrite: replace an earlier export; other files in ``out_dir`` stay.
@@ -243,7 +235,7 @@ def export_params(
     """
     dtype = np.dtype(dtype)
     if not is_writer():
-        for _ in _fetch(params, _slots(model), dtype):
+        for _ in fetch_tensors(params, _slots(model), dtype):
             pass  # the devices of all processes fetch together
         return
     with whole_directory(Path(out_dir), overwrite) as unfinished:
@@ -350,7 +342,7 @@ def _write_tensors(params: Params, model: Model, folder: Path, dtype: np.dtype, 
     for index, part in enumerate(files, start=1):
         file = SINGLE if len(files) == 1 else f"model-{index:05d}-of-{len(files):05d}.safetensors"
         shapes = {name: slot.shape for name, slot in part.items()}
-        write_file(folder / file, shapes, dtype, _fetch(params, part, dtype))
+        write_file(folder / file, shapes, dtype, fetch_tensors(params, part, dtype))
         weight_map |= dict.fromkeys(part, file)
     if len(files) > 1:
         total = sum(math.prod(slot.shape) for slot in slots.values()) * dtype.itemsize

@@ -25,9 +25,8 @@ _LLAMA3_70B = _LLAMA3 | _sizes(8192, 28672, 80, 64, 8)
 
 def _long(factor: float) -> Shapes:
     """Llama 3.1's longer context."""
-    rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    rope |= {"original_max_position_embeddings": 8192}
-    return {"max_position_embeddings": 131072, "rope_scaling": rope}
+    bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": factor} | bands}
 
 
 _LLAMA32_1B = _LLAMA3 | _sizes(2048, 8192, 16, 32, 8) | _long(32.0) | {"head_dim": 64, "tie_word_embeddings": True}
@@ -62,25 +61,13 @@ KNOWN: dict[str, Shapes] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
 }
 
-# Untrained.
-BUILTIN: dict[str, Shapes] = {
-    "builtin:tiny": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_act": "silu",
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.08,  # a width of 64 learns nothing for long from the usual 0.02
-    }
-}
+# Untrained; a width of 64 learns nothing for long from the usual deviation of 0.02.
+BUILTIN: dict[str, Shapes] = {"builtin:tiny": {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 64,
+    "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_act": "silu", "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "tie_word_embeddings": True, "initializer_range": 0.08,
+}}  # fmt: skip
 
 
 def known_config(name: str) -> Shapes | None:

@@ -200,9 +200,8 @@ def trained_shardings(model: Model, mesh: Mesh | AbstractMesh) -> Any:
 
 def trained_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """What is trained as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
-    if model.lora is None:
-        return placed_shapes(model, mesh)
-    return placed(model.adapter_shapes(), trained_shardings(model, mesh))
+    shapes = model.param_shapes() if model.lora is None else model.adapter_shapes()
+    return placed(shapes, trained_shardings(model, mesh))
 
 
 def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str | None) -> Any:

@@ -6,11 +6,10 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from dpo_jax.config import LoraConfig
@@ -18,7 +17,7 @@ from dpo_jax.errors import UserError, from_outside, shown, unusable
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.projections import BY_TARGET, LAYER, TENSORS
 from dpo_jax.weights.hub import read_json
-from dpo_jax.weights.huggingface import Slot, group, whole_directory
+from dpo_jax.weights.huggingface import Slot, fetch_tensors, load_tree, whole_directory
 from dpo_jax.weights.safetensors import Tensor, read_header, write_file
 
 CONFIG, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -48,7 +47,7 @@ _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def _tensors(model: Model) -> dict[str, Slot]:
-    """Every tensor of the model's adapters, by its name in the file; a leaf is PROJECTION/a or PROJECTION/b."""
+    """Every tensor of the model's adapters, by its name in the file; a leaf is layers/PROJECTION/a or b."""
     slots = {}
     for projection, pair in model.adapter_shapes()["layers"].items():
         for part, leaf in pair.items():
@@ -56,7 +55,7 @@ def _tensors(model: Model) -> dict[str, Slot]:
             shape = (dims[0], math.prod(dims[1:])) if part == "a" else (math.prod(dims[:-1]), dims[-1])
             for layer in range(num_layers):
                 name = f"{_PREFIX}{_module(projection, layer)}.lora_{part.upper()}.weight"
-                slots[name] = Slot(f"{projection}/{part}", layer, shape)
+                slots[name] = Slot(f"layers/{projection}/{part}", layer, shape)
     return slots
 
 
@@ -65,13 +64,7 @@ def _module(projection: str, layer: int) -> str:
 
 
 def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any) -> Params:
-    """The adapters of a PEFT directory, as the model's tree, float32.
-
-    Args:
-        folder: holds adapter_config.json and adapter_model.safetensors.
-        model: with the adapters that the options ask for.
-        config: those options.
-        shardings: a sharding for each adapter.
+    """The adapters of a PEFT directory, as the tree of ``model``, whose adapters are those of ``config``; float32.
 
     Raises:
         UserError: there are none, they are not what the options say, or they ask for what is not computed here.
@@ -85,14 +78,7 @@ def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any
     tensors, expected = read_header(folder / TENSOR_FILE), _tensors(model)
     _check_tensors(folder, tensors, expected)
     _check_targets(folder, options, model, expected)
-    by_leaf = group(tensors, expected)
-
-    def load(path, struct, sharding):
-        stacked = np.stack([tensor.read() for tensor in by_leaf[f"{path[-2].key}/{path[-1].key}"]])
-        leaf = stacked.astype(struct.dtype).reshape(struct.shape)
-        return jax.make_array_from_callback(struct.shape, sharding, lambda index: leaf[index])
-
-    return jax.tree_util.tree_map_with_path(load, model.adapter_shapes(), shardings)
+    return load_tree(tensors, expected, model.adapter_shapes(), shardings)
 
 
 def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig) -> None:
@@ -118,7 +104,7 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mappin
     def refuse(why: str) -> UserError:
         return UserError(f"lora.path: {folder / TENSOR_FILE} {why}")
 
-    targets = {slot.leaf.partition("/")[0] for slot in expected.values()}
+    targets = {slot.leaf.split("/")[1] for slot in expected.values()}
     for name in tensors:
         module = name.split(".lora_")[0].rpartition(".")[2]
         if module not in BY_TARGET:
@@ -163,26 +149,14 @@ def _named(path: Path, key: str, given: Any, modules: set[str]) -> set[str]:
 
 
 def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: str, out_dir: Path) -> None:
-    """Write adapters as a directory that PEFT loads, in float32.
+    """Write the adapters of ``model``, made with ``config``, as a directory that PEFT loads, in float32.
 
-    Args:
-        adapters: the tree of ``model``, made with the options of ``config``.
-        model: whose they are.
-        config: goes into adapter_config.json.
-        base: what the file says of the model under them.
-        out_dir: directory to make.
+    ``base`` is what the directory says of the model under them.
 
     Raises:
         UserError: ``out_dir`` is not free or cannot be written.
     """
-    expected = _tensors(model)
-    host = jax.device_get(adapters["layers"])
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, slot in expected.items():
-            projection, _, part = slot.leaf.partition("/")
-            yield name, host[projection][part][slot.layer].reshape(slot.shape)
-
+    slots = _tensors(model)
     options = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -197,6 +171,6 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
         "inference_mode": True,
     }
     with whole_directory(out_dir, overwrite=False) as unfinished:
-        shapes = {name: slot.shape for name, slot in expected.items()}
-        write_file(unfinished / TENSOR_FILE, shapes, np.dtype(np.float32), tensors())
+        shapes, dtype = {name: slot.shape for name, slot in slots.items()}, np.dtype(np.float32)
+        write_file(unfinished / TENSOR_FILE, shapes, dtype, fetch_tensors(adapters, slots, dtype))
         (unfinished / CONFIG).write_text(json.dumps(options, indent=2) + "\n")

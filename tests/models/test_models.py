@@ -157,6 +157,15 @@ def test_an_answer_is_scored_in_a_shared_row_as_alone(tiny, window):
         np.testing.assert_allclose(row[start : start + len(answer)], alone[11:], atol=2e-6 * np.abs(alone).max())
 
 
+def test_layers_of_several_kinds_are_not_computed_as_one_kind(tiny):
+    model, _ = tiny
+    mixed = replace(model, config=replace(model.config, pattern=(LayerKind(window=6), LayerKind())))
+    with pytest.raises(ValueError, match="too many values"):
+        _ = mixed.config.window
+    with pytest.raises(ValueError, match="too many values"):
+        mixed.param_shapes()
+
+
 def loss_and_gradient(model: Model, params):
     def loss(params):
         scores = model.hidden(params, plain(some_tokens())) @ model.unembedding(params).T

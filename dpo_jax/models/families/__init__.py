@@ -6,7 +6,6 @@ Every key of the file is either read here, known to leave the computation as it 
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from dpo_jax.errors import unusable
 from dpo_jax.models.families import llama, mistral, qwen2, qwen3
 from dpo_jax.models.families.family import MAX_LAYERS, Family, flag, number, one_of, refuse, size
 from dpo_jax.models.families.keys import EMPTY, HARMLESS_KEYS, NEUTRAL_VALUES, SHARED_KEYS
@@ -76,31 +75,3 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         tied=flag(hf, "tie_word_embeddings"),
         init_std=float(number(hf, "initializer_range", 0.02)),
     )
-
-
-# Untrained models that come with the program, as config.json has them.
-BUILTIN: dict[str, dict[str, Any]] = {
-    "builtin:tiny": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_act": "silu",
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.08,  # a width of 64 learns nothing for long from the usual 0.02
-    }
-}
-
-
-def builtin_model(name: str) -> dict[str, Any]:
-    """The ``config.json`` of a built-in model, as a new dictionary."""
-    if name not in BUILTIN:
-        raise unusable("model.path", name, f"the built-in models are {', '.join(BUILTIN)}")
-    return dict(BUILTIN[name])
