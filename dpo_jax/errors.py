@@ -39,9 +39,6 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
         raise UserError(name, value, remedy)
 
 
-unusable = UserError
-
-
 def must_be(name: str, wanted: str, value: object, hint: str = "") -> UserError:
     """The line for a value of the wrong type or out of its range: ``batch.pairs must be positive, got 0``."""
     return UserError(f"{name} must be {wanted}, got {shown(value)}" + (hint and f": {hint}"))

@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.batch import PreferenceBatch
+from dpo_jax.batch import Params, PreferenceBatch
 from dpo_jax.batching.packing import BatchShape, empty_batch
 from dpo_jax.config import ModelConfig
 from dpo_jax.models.layers import DecoderModule, Layer, rotary_frequencies
 from dpo_jax.models.options import DecoderConfig, Lora
-from dpo_jax.ops.attention import Implementation, choose, make_layout
+from dpo_jax.ops.attention import Implementation, choose, make_inputs
 from dpo_jax.parallel.sharding import constrain_rows
-
-Params = dict[str, Any]
 
 # What is kept of a layer's forward pass for its backward pass; None: no rematerialisation.
 REMAT = {
@@ -64,11 +62,11 @@ class Decoder(DecoderModule):
             unroll=1 if self.scan else c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        layout = make_layout(batch, self.attention)
+        inputs = make_inputs(batch, self.attention)
         x = constrain_rows(x)
         (kind,) = c.pattern  # what is scanned is one period of the pattern
         stack = layers(c, self.param_dtype, self.lora, kind, self.attention, batch.longest, name="layers")
-        x, _ = stack(x, angles, layout)
+        x, _ = stack(x, angles, inputs)
         return self.rms_norm("final", x)
 
 

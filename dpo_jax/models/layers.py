@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from dpo_jax.models.options import DecoderConfig, LayerKind, LinearScaling, Llama3Scaling, Lora
 from dpo_jax.models.projections import AXES, LAYER
-from dpo_jax.ops.attention import Implementation, Layout, attend
+from dpo_jax.ops.attention import AttentionInputs, Implementation, attend
 from dpo_jax.parallel.sharding import constrain_rows
 
 ACTIVATIONS = {
@@ -142,7 +142,7 @@ class Layer(DecoderModule):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "R T D"], angles: Float[Array, "R T C"], layout: Layout
+        self, x: Float[Array, "R T D"], angles: Float[Array, "R T C"], inputs: AttentionInputs
     ) -> tuple[Float[Array, "R T D"], None]:
         """The residual stream after the layer; `nn.scan` asks for a second result."""
         c = self.config
@@ -152,7 +152,7 @@ class Layer(DecoderModule):
             q, k = self.rms_norm("query", q), self.rms_norm("key", k)
         q, k = rotate(q, angles), rotate(k, angles)
         options = {"scale": c.head_dim**-0.5, "longest": self.longest, "window": self.kind.window}
-        x += self.linear("out", attend(q, k, v, layout, implementation=self.attention, **options))
+        x += self.linear("out", attend(q, k, v, inputs, implementation=self.attention, **options))
 
         y = self.rms_norm("ffn", x)
         gate, up = self.linear("gate", y), self.linear("up", y)

@@ -39,7 +39,7 @@ def sees(query: Int[Array, "3 *j q"], key: Int[Array, "3 *j s"], window: int | N
     return seen
 
 
-class Layout(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What attention takes from a batch: computed once, for all layers."""
 
     tokens: Int[Array, "R 3 T"]  # segment, branch, position
@@ -47,8 +47,8 @@ class Layout(NamedTuple):
     unshared: Unshared | None  # of the implementations that need it
 
 
-def make_layout(batch: PreferenceBatch, implementation: Implementation) -> Layout:
-    """The layout of a batch for one implementation, which a batch without what it needs is not given to.
+def make_inputs(batch: PreferenceBatch, implementation: Implementation) -> AttentionInputs:
+    """What one implementation takes of a batch, which a batch without what it needs is not given to.
 
     Raises:
         ValueError: the batch lists no blocks, or no answers, as a plain one.
@@ -64,7 +64,7 @@ def make_layout(batch: PreferenceBatch, implementation: Implementation) -> Layou
     elif implementation == "cudnn":
         unshared = answers_apart(batch, batch.longest)
     tokens = jnp.stack([batch.segments, batch.branches, batch.positions], axis=1)
-    return Layout(tokens=tokens, blocks=jnp.asarray(batch.blocks), unshared=unshared)
+    return AttentionInputs(tokens=tokens, blocks=jnp.asarray(batch.blocks), unshared=unshared)
 
 
 def _scores(q, k, spec, scale, softcap):
@@ -115,7 +115,7 @@ def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
     return out.reshape(length, num_kv_heads, group, head)
 
 
-# Each takes q, k, v and the layout of the same rows and heads. `longest` is only for those that need a bound.
+# Each takes q, k, v and the inputs of the same rows and heads. `longest` is only for those that need a bound.
 
 
 def _grouped(q, num_kv_heads):
@@ -123,22 +123,22 @@ def _grouped(q, num_kv_heads):
     return q.reshape(num_rows, length, num_kv_heads, num_heads // num_kv_heads, head)
 
 
-def _dense(q, k, v, layout, *, longest, **options):
+def _dense(q, k, v, inputs, *, longest, **options):
     one_row = partial(_dense_row, **options)
-    return jax.vmap(one_row)(_grouped(q, k.shape[2]), k, v, layout.tokens).reshape(q.shape)
+    return jax.vmap(one_row)(_grouped(q, k.shape[2]), k, v, inputs.tokens).reshape(q.shape)
 
 
-def _blocks(q, k, v, layout, *, longest, **options):
+def _blocks(q, k, v, inputs, *, longest, **options):
     # The backward pass computes scores again: they are many times larger than q, k and v, which are kept.
     one_row = jax.checkpoint(partial(_blocks_row, **options))
-    rows = (_grouped(q, k.shape[2]), k, v, layout.tokens, layout.blocks)
+    rows = (_grouped(q, k.shape[2]), k, v, inputs.tokens, inputs.blocks)
     # a mapped dim of one makes the softmax's gradient 30 times slower in XLA on a CPU
     out = jax.vmap(one_row)(*rows) if len(q) > 1 else one_row(*(x[0] for x in rows))[None]
     return out.reshape(q.shape)
 
 
-def _splash(q, k, v, layout, *, longest, scale, window, softcap):
-    to = layout.unshared
+def _splash(q, k, v, inputs, *, longest, scale, window, softcap):
+    to = inputs.unshared
     segments = to.segments.reshape(-1, to.segments.shape[-1])
     block, _ = kernels.splash_sizes(to.segments.shape[-1], longest)
     band = longest if window is None else min(window, longest)
@@ -147,10 +147,10 @@ def _splash(q, k, v, layout, *, longest, scale, window, softcap):
     return share(kernels.splash(q, k, v, segments, block=block, band=band, softcap=softcap), to)
 
 
-def _padded(q, k, v, layout, *, longest, scale, window, softcap, implementation):
+def _padded(q, k, v, inputs, *, longest, scale, window, softcap, implementation):
     if softcap is not None:
         raise UserError("model.attention: cudnn has no soft cap of the scores, which this model has; use blocks")
-    to = layout.unshared
+    to = inputs.unshared
     lengths = (to.segments > 0).sum(-1).reshape(-1)
     lengths = jnp.maximum(lengths, 1)  # an unused slot has one token that nothing reads
     q, k, v = (unshare(x, to) for x in (q, k, v))
@@ -165,28 +165,28 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 }
 
 
-def on_each_device(fn: Callable[..., Array], q: Array, k: Array, v: Array, layout: Layout) -> Array:
-    """``fn(q, k, v, layout)``, each device with its own rows and heads under the mesh in force, if any.
+def on_each_device(fn: Callable[..., Array], q: Array, k: Array, v: Array, inputs: AttentionInputs) -> Array:
+    """``fn(q, k, v, inputs)``, each device with its own rows and heads under the mesh in force, if any.
 
     Nothing is exchanged: a token sees only its own row. Where `tensor` does not divide the key heads, each is repeated
     as often as it takes for every device to have those of its own query heads, and no others.
     """
     if not in_force():
-        return fn(q, k, v, layout)
+        return fn(q, k, v, inputs)
     num_kv_heads, num_parts = k.shape[2], jax.sharding.get_abstract_mesh().shape["tensor"]
     repeats = lcm(num_kv_heads, num_parts) // num_kv_heads
     k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
     rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor")
     # kernels do not say over which axes their results vary
     split = jax.shard_map(fn, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-    return split(q, k, v, layout)
+    return split(q, k, v, inputs)
 
 
 def attend(
     q: Float[Array, "R T N H"],
     k: Float[Array, "R T K H"],
     v: Float[Array, "R T K H"],
-    layout: Layout,
+    inputs: AttentionInputs,
     *,
     implementation: Implementation,
     scale: float,
@@ -197,14 +197,14 @@ def attend(
     """Softmax attention of packed rows, scores in float32; padding yields 0.
 
     ``xla`` is the rule as a dense mask, the oracle that all others are checked against, and partitioned by the
-    compiler. ``layout`` is that of the same implementation, ``longest`` that of the batch. ``window`` is a sliding
+    compiler. ``inputs`` is that of the same implementation, ``longest`` that of the batch. ``window`` is a sliding
     window in positions (not row indices). Queries of one group of N / K heads share a key head.
 
     Raises:
         UserError: the implementation has no soft cap.
     """
     fn = partial(IMPLEMENTATIONS[implementation], longest=longest, scale=scale, window=window, softcap=softcap)
-    return fn(q, k, v, layout) if implementation == "xla" else on_each_device(fn, q, k, v, layout)
+    return fn(q, k, v, inputs) if implementation == "xla" else on_each_device(fn, q, k, v, inputs)
 
 
 def choose(

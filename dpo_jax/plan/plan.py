@@ -19,7 +19,7 @@ from dpo_jax.batching.batches import train_batches
 from dpo_jax.batching.packing import assign_rows, make_units
 from dpo_jax.batching.sets import DataSets
 from dpo_jax.config import DPOConfig, ModelConfig
-from dpo_jax.errors import UserError, require, unusable
+from dpo_jax.errors import UserError, require
 from dpo_jax.methods.dpo import find_reference
 from dpo_jax.methods.setup import sets_of
 from dpo_jax.methods.throughput import model_flops
@@ -159,7 +159,7 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
     remedy = "its rows follow the data; plan shared or repeated"
     require(batch.layout != "padded", "batch.layout", batch.layout, remedy)
     if batch.row_length == "auto":
-        raise unusable("batch.row_length", "auto", "plan needs a number, such as --batch.row_length 4096")
+        raise UserError("batch.row_length", "auto", "plan needs a number, such as --batch.row_length 4096")
     pairs = batch.pairs / batch.accumulation  # of a microbatch
     copies = 1 if batch.layout == "shared" else 2  # of a prompt
     num_rows = (rows or 1) * devices

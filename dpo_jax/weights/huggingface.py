@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax.errors import UserError, reason, unusable
+from dpo_jax.errors import UserError, reason
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.flops import projections
 from dpo_jax.models.projections import TENSORS, TURNED
@@ -98,7 +98,7 @@ def _check_tied(folder: Path, unembed: Tensor, embed: Tensor) -> None:
     )
     if not same:
         remedy = f"{TENSORS['unembed']} differs from {TENSORS['embed']}; set it to false in config.json"
-        raise unusable(f"{folder}: tie_word_embeddings", True, remedy)
+        raise UserError(f"{folder}: tie_word_embeddings", True, remedy)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

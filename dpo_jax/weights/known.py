@@ -6,7 +6,7 @@ of its computation. A run never reads them: it takes the file that lies next to 
 
 from typing import Any
 
-from dpo_jax.errors import unusable
+from dpo_jax.errors import UserError
 
 Shapes = dict[str, Any]
 
@@ -78,5 +78,5 @@ def known_config(name: str) -> Shapes | None:
 def builtin_model(name: str) -> Shapes:
     """The ``config.json`` of a built-in model, as a new dictionary."""
     if name not in BUILTIN:
-        raise unusable("model.path", name, f"the built-in models are {', '.join(BUILTIN)}")
+        raise UserError("model.path", name, f"the built-in models are {', '.join(BUILTIN)}")
     return dict(BUILTIN[name])

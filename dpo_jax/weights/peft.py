@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.config import LoraConfig
-from dpo_jax.errors import UserError, from_outside, shown, unusable
+from dpo_jax.errors import UserError, from_outside, shown
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.projections import BY_TARGET, LAYER, TENSORS
 from dpo_jax.weights.hub import read_json
@@ -83,7 +83,7 @@ def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any
 
 def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig) -> None:
     def refuse(key: str, why: str) -> UserError:
-        return unusable(f"lora.path: {folder / CONFIG}: {key}", options.get(key), why)
+        return UserError(f"lora.path: {folder / CONFIG}: {key}", options.get(key), why)
 
     if options.get("peft_type") != "LORA":
         raise refuse("peft_type", "adapters can be LORA only")
@@ -144,7 +144,7 @@ def _named(path: Path, key: str, given: Any, modules: set[str]) -> set[str]:
             pattern = re.compile(given)
         return set(filter(pattern.fullmatch, modules))
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise unusable(f"lora.path: {path}: {key}", given, "give a list of names")
+        raise UserError(f"lora.path: {path}: {key}", given, "give a list of names")
     return {module for module in modules if any(f".{module}".endswith(f".{name}") for name in given)}
 
 

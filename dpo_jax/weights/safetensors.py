@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from dpo_jax.errors import UserError, from_outside, shown, unusable
+from dpo_jax.errors import UserError, from_outside, shown
 from dpo_jax.weights.hub import read_json
 
 DTYPES = {
@@ -116,11 +116,11 @@ def _read_index(folder: Path) -> dict[str, str]:
     """File by tensor."""
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise unusable(f"{folder / INDEX}: weight_map", files, f"it has to name the file of each tensor; {AGAIN}")
+        raise UserError(f"{folder / INDEX}: weight_map", files, f"it has to name the file of each tensor; {AGAIN}")
     for tensor, file in files.items():
         if not isinstance(file, str) or PurePath(file).is_absolute() or ".." in PurePath(file).parts:
             remedy = f"it has to name a file in this directory; {AGAIN}"
-            raise unusable(f"{folder / INDEX}: weight_map.{tensor}", file, remedy)
+            raise UserError(f"{folder / INDEX}: weight_map.{tensor}", file, remedy)
         if not os.path.isfile(folder / file):  # unlike Path.is_file, false for a name that no file can have
             raise UserError(f"{folder}: {shown(file)}, which {INDEX} names, is missing; copy or download it")
     return files

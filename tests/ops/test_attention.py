@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small import pack, random_pairs
 
-from dpo_jax.ops.attention import attend, make_layout
+from dpo_jax.ops.attention import attend, make_inputs
 
 HEAD = 8
 BATCH = pack(random_pairs(5), rows=2)
@@ -29,8 +29,8 @@ def random_inputs(num_heads, num_kv_heads, seed=0):
 
 def attention(implementation, **options):
     """``attend`` of the batch as a function of q, k and v."""
-    layout = make_layout(BATCH, implementation)
-    return partial(attend, layout=layout, implementation=implementation, longest=BATCH.longest, **options)
+    inputs = make_inputs(BATCH, implementation)
+    return partial(attend, inputs=inputs, implementation=implementation, longest=BATCH.longest, **options)
 
 
 def oracle(q, k, v, window=None, softcap=None):

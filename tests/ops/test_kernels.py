@@ -18,7 +18,7 @@ from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.config import LossConfig, MeshConfig
 from dpo_jax.errors import UserError
 from dpo_jax.ops import attention
-from dpo_jax.ops.attention import attend, choose, make_layout
+from dpo_jax.ops.attention import attend, choose, make_inputs
 from dpo_jax.ops.kernels import splash_sizes
 from dpo_jax.ops.unpack import share, unshare
 from dpo_jax.parallel.sharding import make_mesh, platform_of, replicated, row_sharding
@@ -72,8 +72,8 @@ def computed(name, implementation):
 
     @jax.jit
     def run(q, k, v, batch):
-        layout = make_layout(batch, implementation)
-        fn = partial(attend, layout=layout, implementation=implementation, longest=batch.longest, **options)
+        inputs = make_inputs(batch, implementation)
+        fn = partial(attend, inputs=inputs, implementation=implementation, longest=batch.longest, **options)
         out, pull = jax.vjp(fn, q, k, v)
         return out, *pull(jnp.asarray(weighting))
 
@@ -122,7 +122,7 @@ def test_gathers_are_the_transposes_of_what_they_pull_back(name):
 
     @jax.jit
     def run(x, batch):
-        to = make_layout(batch, name).unshared
+        to = make_inputs(batch, name).unshared
         y, pull = jax.vjp(lambda x: unshare(x, to), x)
         g = jnp.where(to.segments.reshape(*y.shape[:2], 1, 1) > 0, y**3, 0)
         z, pull_back = jax.vjp(lambda y: share(y, to), g)
@@ -153,14 +153,14 @@ def test_key_heads_are_repeated_just_enough():
     q, k, v = (jnp.asarray(draw.normal(size=(*batch.tokens.shape, n, 8)), jnp.float32) for n in (6, 2, 2))
     seen, dense = [], partial(attention.IMPLEMENTATIONS["xla"], longest=batch.longest, scale=1.0, window=None)
 
-    def watched(q, k, v, layout):
+    def watched(q, k, v, inputs):
         seen.append((q.shape[2], k.shape[2]))
-        return dense(q, k, v, layout, softcap=None)
+        return dense(q, k, v, inputs, softcap=None)
 
-    layout = make_layout(batch, "xla")
-    wanted = jax.jit(watched)(q, k, v, layout)
+    inputs = make_inputs(batch, "xla")
+    wanted = jax.jit(watched)(q, k, v, inputs)
     with jax.set_mesh(mesh):
-        found = jax.jit(partial(attention.on_each_device, watched))(q, k, v, layout)
+        found = jax.jit(partial(attention.on_each_device, watched))(q, k, v, inputs)
     assert seen == [(6, 2), (2, 2)]
     np.testing.assert_allclose(found, wanted, atol=2e-6)
 
@@ -206,7 +206,7 @@ def test_splash_visits_only_the_band():
     batch = pack([pair for seed in range(8) for pair in random_pairs(8, seed)])
     assert (batch.longest, batch.branch_length) == (192, 5120)
     q = jnp.zeros((*batch.tokens.shape, 2, 8))
-    options = {"layout": make_layout(batch, "splash"), "implementation": "splash", "scale": 1.0}
+    options = {"inputs": make_inputs(batch, "splash"), "implementation": "splash", "scale": 1.0}
     seen = lambda **more: grids(jax.make_jaxpr(lambda q: attend(q, q, q, **options, **more))(q).jaxpr)  # noqa: E731
     assert seen(longest=batch.longest) == {(2, 10, 2)}
     assert seen(longest=1100) == {(2, 10, 4)}
@@ -252,18 +252,18 @@ def test_kernels_are_refused_where_they_do_not_run(asked, platform, dtype, said)
 def test_a_plain_batch_is_refused_where_it_says_too_little():
     batch = BATCHES["random"]()
     with pytest.raises(ValueError, match="no blocks"):
-        make_layout(replace(batch, blocks=batch.blocks[:, :0]), "blocks")
+        make_inputs(replace(batch, blocks=batch.blocks[:, :0]), "blocks")
     with pytest.raises(ValueError, match="no answers"):
-        make_layout(replace(batch, answers_per_row=0), "cudnn")
+        make_inputs(replace(batch, answers_per_row=0), "cudnn")
 
 
 def layer_of(batch, implementation):
     """Attention of one layer and its gradients, as a function of q, k, v and the batch."""
 
     def run(q, k, v, batch):
-        layout = make_layout(batch, implementation)
+        inputs = make_inputs(batch, implementation)
         options = {"implementation": implementation, "longest": batch.longest, "scale": 0.1}
-        out, pull = jax.vjp(partial(attend, layout=layout, **options), q, k, v)
+        out, pull = jax.vjp(partial(attend, inputs=inputs, **options), q, k, v)
         return out, pull(out)
 
     return jax.jit(run)

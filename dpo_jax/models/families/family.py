@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_jax.errors import UserError, unusable
+from dpo_jax.errors import UserError
 from dpo_jax.models.options import LayerKind
 
 Pattern = Callable[[Mapping[str, Any], int], tuple[LayerKind, ...]]
@@ -30,7 +30,7 @@ MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1  # larger numbers are mistakes, and the
 
 def refuse(key: str, value: object, why: str) -> UserError:
     """The error that names a key of the file, its value and what is wrong with it."""
-    return unusable(f"config.json: {key}", value, why)
+    return UserError(f"config.json: {key}", value, why)
 
 
 def one_of(value: object, options: Sequence[object]) -> bool:
