@@ -4,9 +4,9 @@ import json
 
 from small_tokenizer import make_tokenizer
 
-from dpo_jax.batching.sets import open_sets
 from dpo_jax.commands.data import describe_data
 from dpo_jax.config import DataConfig, DPOConfig, ModelConfig, RunConfig, SourceConfig
+from dpo_jax.methods.setup import sets_of
 from dpo_jax.reports.data_audit import audit, render, show_step
 
 
@@ -20,7 +20,7 @@ def test_sets_are_read_with_the_tokenizer_of_the_config(tmp_path):
         data=DataConfig(train=(SourceConfig(path=str(tmp_path / "pairs.jsonl")),), max_length=4096),
         run=RunConfig(dir=str(tmp_path / "run")),
     )
-    sets = open_sets(config, tokenizer)
+    sets = sets_of(config, tokenizer)
     assert describe_data(config, 1) == show_step(sets, 1, tokenizer)
     expected = audit(sets, tokenizer, ends=frozenset(), max_length=4096, positions=512)
     assert describe_data(config, None) == render(expected)

@@ -137,7 +137,7 @@ def test_no_window_is_no_trace(tmp_path):
 
 @pytest.mark.parametrize("window", [(3,), (0, 2), (4, 3), (1, 2, 3)])
 def test_a_window_is_a_first_and_a_last_step(window):
-    with pytest.raises(UserError, match=r"run\.profile_steps: .* counted from 1, such as \[10, 12\]"):
+    with pytest.raises(UserError, match=r"run\.profile_steps(: .* counted from 1, such as \[10, 12\]|\.0 must be pos)"):
         RunConfig(dir="unused", profile_steps=window)
 
 
