@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.batch import CHOSEN, REJECTED, PreferenceBatch, pad_pairs
+from dpo_jax.batch import CHOSEN, REJECTED, PaddedBatch, pad_pairs
 from dpo_jax.logprobs import make_padded_logps_fn
 
 
@@ -16,7 +16,7 @@ def apply(params: dict, tokens: jax.Array) -> jax.Array:
 logps_fn = make_padded_logps_fn(apply)
 
 
-def loss_fn(params: dict, reference: dict, batch: PreferenceBatch, beta: float = 0.5, target: float = 2.0) -> jax.Array:
+def loss_fn(params: dict, reference: dict, batch: PaddedBatch, beta: float = 0.5, target: float = 2.0) -> jax.Array:
     """Half the squared distance of beta times the margin from a target, over the pairs; scalar."""
     log_ratios = logps_fn(params, batch).sum - jax.lax.stop_gradient(logps_fn(reference, batch).sum)  # [B, 2]
     margins = beta * (log_ratios[:, CHOSEN] - log_ratios[:, REJECTED])
@@ -27,7 +27,8 @@ def main() -> None:
     """Train on two pairs."""
     keys = jax.random.split(jax.random.key(0), 2)
     params = {"embed": jax.random.normal(keys[0], (64, 32)), "head": 0.1 * jax.random.normal(keys[1], (32, 64))}
-    reference, optimizer = params, optax.adam(1e-2)
+    reference = jax.tree.map(jnp.copy, params)  # a real copy, as a step that donates its parameters needs
+    optimizer = optax.adam(1e-2)
     batch = pad_pairs([[1, 7], [1, 8, 9]], [[20, 21, 2], [22, 2]], [[30, 2], [31, 32, 2]])  # prompts, chosen, rejected
 
     @jax.jit
