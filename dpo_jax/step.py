@@ -58,7 +58,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, referenc
 def pair_gradient(
     params: Params, frozen: Frozen, batch: Any, *, logps_fn: LogpsFn, loss: LossConfig, accumulation: int = 1
 ) -> tuple[Params, PairLogps, PairLogps | None]:
-    """Gradient of the mean loss over the pairs of a step, in float32, and the log-probs of policy and reference.
+    """Gradient of the mean loss over the pairs of a step, and the log-probs of policy and reference.
 
     ``accumulation``: microbatches, computed one after another; the arrays of ``batch`` and of cached log-probs then
     have a leading dim of that size. The result is that of all pairs at once, for every loss.
@@ -76,8 +76,7 @@ def pair_gradient(
         return cached if weights is None else stop_gradient(logps_fn(jax.lax.stop_gradient(weights), batch))
 
     gradient = _at_once if accumulation == 1 else _in_two_passes if loss.coupled else _in_one_pass
-    grads, policy, reference = gradient(params, (batch, cached), policy_of, reference_of, loss)
-    return jax.tree.map(lambda x: x.astype(jnp.float32), grads), policy, reference
+    return gradient(params, (batch, cached), policy_of, reference_of, loss)
 
 
 def _at_once(params, fed, policy_of, reference_of, loss):
@@ -181,6 +180,7 @@ def apply_gradient(
     A loss or gradient that is not finite leaves the state as it was and clears ``healthy``, which then holds all
     further updates. ``follow``: mix the policy into ``state.reference``, in the reference's type.
     """
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)  # of bfloat16 weights, too
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(grad_norm)

@@ -12,10 +12,12 @@ from dpo_jax.errors import RunStopped
 from dpo_jax.methods import METHODS, Method
 from dpo_jax.methods.setup import announce, assemble
 from dpo_jax.parallel import hosts
+from dpo_jax.parallel.compiler import compiler_options
 from dpo_jax.parallel.rendezvous import start_hosts
 from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.reports.run import report_done
 from dpo_jax.runs.directory import RunDir, last_metrics, log_event
+from dpo_jax.runs.profile import refuse_window
 from dpo_jax.runs.session import NotFinite, Session, lock_run, open_session
 
 if TYPE_CHECKING:
@@ -44,8 +46,10 @@ def train(
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh), lossy_streams(), lock_run(config.run.dir) as run:
         setup = assemble(config, mesh, train_set, eval_sets)  # model and data, laid out; no weights yet
+        refuse_window(config.run.profile_steps, setup.batches.order.num_steps)
+        flags = compiler_options(mesh, config.run.compiler_flags)  # refused before weights are loaded
         announce(setup, run)
-        method, start = METHODS[config.stage](setup)
+        method, start = METHODS[config.stage](setup, flags)
         with open_session(run, config.run, config.checkpoint, method.manifest, method.num_steps) as session:
             resumed = session.resume(method.abstract_state)
             state, first = resumed or (method.first_state(start), 0)

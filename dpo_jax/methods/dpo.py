@@ -1,6 +1,6 @@
 """Direct Preference Optimization: pairs of answers, and a reference that the policy is held to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -25,15 +25,15 @@ from dpo_jax.runs.checksums import weights_id
 from dpo_jax.weights.open import ModelSource, build_model, find_model, load_weights
 
 
-def dpo(setup: Setup) -> tuple[Offline, Start]:
+def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
     """The method, and what it starts from.
 
     The reference is made of them on resume, too: never of a restored policy.
     """
     policy = load_policy(setup)
     weights = reference_weights(setup, policy.weights)
-    policy.ids["reference"] = weights_id(weights)
-    return make_offline(setup, policy, make_reference(setup, weights))
+    policy = policy._replace(ids=policy.ids | {"reference": weights_id(weights)})
+    return make_offline(setup, policy, make_reference(setup, weights), flags)
 
 
 def reference_weights(setup: Setup, start: Params) -> Params:

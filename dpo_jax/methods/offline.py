@@ -20,7 +20,6 @@ from dpo_jax.methods.optimizer import make_optimizer, make_schedule
 from dpo_jax.methods.setup import Policy, Setup, abstract_state, describe, follow_of, make_step
 from dpo_jax.methods.start_check import check_first, mean_margin, prove_start, start_logps, starts_equal
 from dpo_jax.methods.throughput import step_rates
-from dpo_jax.parallel.compiler import compiler_options
 from dpo_jax.runs.directory import RunDir
 from dpo_jax.runs.logs import clipped
 from dpo_jax.runs.manifest import new_run
@@ -142,9 +141,8 @@ class Offline:
             if proven:
                 check_first(setup, metrics, data)
 
-        def advice() -> str:
+        def advice(root: Path) -> str:
             rows = ", ".join(f"{store.report[store.sources[i]]['source']}:{store.rows[i]}" for i in ids)
-            root = Path(config.run.dir).expanduser().absolute()
             options = new_run(self.manifest["config"], root, keeps_reference=self.reference is not None)
             return (
                 f"look at rows {rows}, or start a new run with a lower optimizer.learning_rate: --run.dir NEW, or from "
@@ -183,10 +181,11 @@ class Offline:
         return {name: store.report for name, store in {"train": train, **evals}.items()}
 
 
-def make_offline(setup: Setup, policy: Policy, reference: Reference | None) -> tuple[Offline, Start]:
+def make_offline(
+    setup: Setup, policy: Policy, reference: Reference | None, flags: Mapping[str, str]
+) -> tuple[Offline, Start]:
     """The method, and what it starts from; ``reference`` is made of the policy's start or of another model."""
     config, mesh, num_steps = setup.config, setup.mesh, setup.batches.order.num_steps
-    flags = compiler_options(mesh, config.run.compiler_flags)
     optimizer = make_optimizer(config.optimizer, num_steps)
     abstract = abstract_state(config, setup.model, mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)

@@ -33,7 +33,6 @@ from dpo_jax.parallel.sharding import own_shares, placed, platform_of, replicate
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import RunDir, log_event
 from dpo_jax.runs.manifest import make_manifest
-from dpo_jax.runs.profile import refuse_window
 from dpo_jax.step import Follow, TrainState, TrainStep, init_state, make_train_step, state_shardings
 from dpo_jax.weights.open import (
     ModelSource,
@@ -57,7 +56,6 @@ class Setup:
     source: ModelSource
     model: Model
     tokenizer: Any
-    sets: DataSets
     batches: Batches  # of the run's steps
     evals: dict[str, Batches]
     logps_fn: LogpsFn
@@ -84,7 +82,6 @@ def assemble(
         refuse_weights(config.objective, store)
     spread = row_devices(mesh), own_shares(mesh)
     batches = train_batches(sets, config.batch, *spread)
-    refuse_window(config.run.profile_steps, batches.order.num_steps)
     logps_fn = train_logps_fn(config, model)
     return Setup(
         config=config,
@@ -92,7 +89,6 @@ def assemble(
         source=opened.source,
         model=model,
         tokenizer=tokenizer,
-        sets=sets,
         batches=batches,
         evals={name: set_batches(one.store, one.ids, config.batch, *spread) for name, one in sets.evals.items()},
         logps_fn=logps_fn,

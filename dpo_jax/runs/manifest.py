@@ -19,7 +19,7 @@ from typing import Any
 
 from dpo_jax.errors import UserError
 
-FORMAT = 2  # since 2 a manifest is sealed
+FORMAT = 3  # since 2 a manifest is sealed, since 3 the state holds a reference that follows the policy
 PACKAGES = ("dpo-jax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
 
 # How a changed option is handled when a run resumes. The longest prefix that fits decides; no prefix: it matters.

@@ -32,7 +32,7 @@ class StepFacts(NamedTuple):
     rates: Callable[[float], Mapping[str, float]]  # seconds of the step -> timings.jsonl
     shown: Callable[[Metrics, float], Mapping[str, str]]  # metrics and seconds -> the progress line
     check: Callable[[Metrics], None]  # raises `UserError` if the metrics are not what is known of this step
-    advice: Callable[[], str]  # what to do if loss or gradient is not finite
+    advice: Callable[[Path], str]  # the run's root -> what to do if loss or gradient is not finite
 
 
 class NotFinite(Exception):
@@ -194,7 +194,7 @@ class Session:
             self.due = Due()
             raise NotFinite(
                 f"step {done}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run is stopped, the "
-                f"state after step {pending.step} is saved; {facts.advice()}",
+                f"state after step {pending.step} is saved; {facts.advice(self.run.root)}",
                 pending.step,
             )
         facts.check(metrics)

@@ -395,7 +395,7 @@ from dpo_jax.runs.checkpoint import Checkpoints
 from dpo_jax.config import CheckpointConfig
 state = {"w": jax.random.normal(jax.random.key(0), (1 << 23,))}
 checkpoints = Checkpoints(sys.argv[1], CheckpointConfig())
-manifest = {"format": 2}
+manifest = {"format": 3}
 checkpoints.save(1, state, manifest, wait=True)
 checkpoints.save(2, state, manifest)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -544,7 +544,7 @@ def test_a_longer_run_goes_on_only_where_its_steps_stay_the_same():
 
 
 def test_another_format_is_refused():
-    with pytest.raises(UserError, match="checkpoint format 0, this version reads 2"):
+    with pytest.raises(UserError, match="checkpoint format 0, this version reads 3"):
         refuse_changed({**MANIFEST, "format": 0}, MANIFEST, "runs/a")
 
 
