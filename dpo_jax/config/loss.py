@@ -114,7 +114,7 @@ class LossConfig(Section, name="loss"):
         per_token_losses = _listed(n for n, row in traits.items() if row.per_token or (n == "ipo" and self.ipo_average))
         self.refuse_idle("ld_alpha", per_token_losses, f"{per_token_losses} divides by the lengths already")
         coupling = _listed(name for name, row in traits.items() if row.coupled)
-        self.refuse_idle("weighting", coupling, f"{coupling} couples the pairs of a step, so none can be weighted alone")
+        self.refuse_idle("weighting", coupling, f"{coupling} couples the pairs of a step, so they cannot be weighted")
         self.refuse_idle("wpo_gradient", self.weighting == "none", "weighting none has no weights")
         needs_reference = any(row.reference for row in traits.values())
         self.refuse_idle("reference_free", not needs_reference, f"{names} has no reference anyway")

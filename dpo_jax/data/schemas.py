@@ -170,10 +170,10 @@ def _alpaca_sft(row: Mapping):
 
 
 def _openai_input(row: Mapping) -> dict:
-    given = values.json_object("input", row.get("input"))
-    if given is None:
+    request = values.json_object("input", row.get("input"))
+    if request is None:
         raise BadRow("missing_field", "input is absent or null")
-    return given
+    return request
 
 
 def _openai(row: Mapping):
@@ -206,10 +206,10 @@ def _plain(row: Mapping):
 
 def _weight(row: Mapping) -> float:
     weight = row.get("weight", 1.0)
-    given = values.number(weight)
-    if given is None or not 0 <= given <= MAX_WEIGHT:
+    number = values.number(weight)
+    if number is None or not 0 <= number <= MAX_WEIGHT:
         raise BadRow("missing_field", f"weight is {values.shown(weight)}, not a number from 0 to {MAX_WEIGHT:g}")
-    return given
+    return number
 
 
 def _tools(row: Mapping) -> list | None:
@@ -225,18 +225,18 @@ def _tools(row: Mapping) -> list | None:
 
 def _template_kwargs(row: Mapping) -> dict | None:
     kwargs = values.json_object("chat_template_kwargs", row.get("chat_template_kwargs"))
-    taken = sorted(set(kwargs or ()) & _GIVEN_BY_US)
-    if taken:
-        raise BadRow("missing_field", f"chat_template_kwargs cannot hold {taken}, which this program sets itself")
+    reserved = sorted(set(kwargs or ()) & _GIVEN_BY_US)
+    if reserved:
+        raise BadRow("missing_field", f"chat_template_kwargs cannot hold {reserved}, which this program sets itself")
     return kwargs
 
 
 def _check_text_alone(row: Mapping) -> None:
     """Words about a picture that the model does not see teach it to make things up."""
-    given = [name for name in _SEEN_OR_HEARD if row.get(name) is not None and repr(row[name]) not in _EMPTY]
-    if given:
-        reads = "models here read text alone; remove the column if the text stands by itself"
-        raise BadRow("missing_field", f"{given[0]} is {values.shown(row[given[0]])}, and {reads}")
+    media_columns = [name for name in _SEEN_OR_HEARD if row.get(name) is not None and repr(row[name]) not in _EMPTY]
+    if media_columns:
+        fault = "models here read text alone; remove the column if the text stands by itself"
+        raise BadRow("missing_field", f"{media_columns[0]} is {values.shown(row[media_columns[0]])}, and {fault}")
 
 
 def _check_turns(prompt: Messages, answer: Messages) -> None:
@@ -258,10 +258,10 @@ def _check_learned(answer: Messages) -> None:
 
 def _check_said(answer: str | Messages) -> None:
     if isinstance(answer, str):
-        said = answer.strip()
+        has_text = answer.strip()
     else:
-        said = any(m["content"].strip() or m.get("tool_calls") for m in answer if m["role"] == "assistant")
-    if not said:
+        has_text = any(m["content"].strip() or m.get("tool_calls") for m in answer if m["role"] == "assistant")
+    if not has_text:
         raise BadRow("empty_answer", "an answer has no text")
 
 

@@ -34,8 +34,8 @@ class Rows(Sequence):
         if isinstance(selected, range):
             return [self[index] for index in selected]
         row = self.rows[selected]
-        theirs = set(self.columns.values())
-        kept = {name: value for name, value in row.items() if name not in theirs}
+        renamed_columns = set(self.columns.values())
+        kept = {name: value for name, value in row.items() if name not in renamed_columns}
         return kept | {ours: row[name] for ours, name in self.columns.items() if name in row}
 
 
@@ -53,10 +53,10 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
     if len(rows) == 0:
         raise UserError(f"{source.path}: it holds no rows; name a source that has some")
     if source.columns:
-        seen = {name: None for index in range(min(len(rows), 100)) for name in rows[index]}
+        names = {name: None for index in range(min(len(rows), 100)) for name in rows[index]}
         for ours, theirs in source.columns.items():
-            if theirs not in seen:
-                raise UserError(f"{source.path}: columns: {ours}: there is no {theirs!r}; there are {list(seen)}")
+            if theirs not in names:
+                raise UserError(f"{source.path}: columns: {ours}: there is no {theirs!r}; there are {list(names)}")
     return Rows(rows, source.columns, min(len(rows), source.limit or len(rows)))
 
 
@@ -87,9 +87,9 @@ def _kind(source: SourceConfig) -> _Kind:
     kind = _KINDS[name]
     defaults = {"split": "train", "name": None, "revision": None, "data_dir": None}
     for option, default in defaults.items():
-        given = getattr(source, option)
-        if given != default and option not in kind.options:
-            raise UserError(f"{source.path}: {option}: {given!r} does not apply to a {name}; leave it out")
+        value = getattr(source, option)
+        if value != default and option not in kind.options:
+            raise UserError(f"{source.path}: {option}: {value!r} does not apply to a {name}; leave it out")
     return kind
 
 
@@ -149,14 +149,14 @@ def _load_saved(source: SourceConfig) -> "datasets.Dataset":
     import datasets
 
     with from_outside(source.path, "it must be a folder of datasets.save_to_disk"):
-        saved = datasets.load_from_disk(source.path)
-    if isinstance(saved, datasets.DatasetDict):
-        if source.split not in saved:
-            raise UserError(f"{source.path}: split: there is no {source.split!r}; there are {sorted(saved)}")
-        return saved[source.split].with_format(None)
-    if source.split not in ("train", str(saved.split)):
+        dataset = datasets.load_from_disk(source.path)
+    if isinstance(dataset, datasets.DatasetDict):
+        if source.split not in dataset:
+            raise UserError(f"{source.path}: split: there is no {source.split!r}; there are {sorted(dataset)}")
+        return dataset[source.split].with_format(None)
+    if source.split not in ("train", str(dataset.split)):
         raise UserError(f"{source.path}: split: {source.split!r}: the folder holds one set, no splits; leave it out")
-    return saved.with_format(None)
+    return dataset.with_format(None)
 
 
 def _load_hub(source: SourceConfig) -> "datasets.Dataset":
@@ -179,14 +179,14 @@ def _load_folder(source: SourceConfig) -> "datasets.Dataset":
 
 def _folder_hash(path: str) -> str:
     """Of names and contents of all files in a folder, hexadecimal."""
-    inside = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    named = [[str(file.relative_to(path)), files.file_hash(str(file))] for file in inside]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    paths = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    hashes = [[str(file.relative_to(path)), files.file_hash(str(file))] for file in paths]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def _dataset_kind(load: Callable[[SourceConfig], "datasets.Dataset"], *options: str) -> _Kind:
-    opened = lambda source: _LibraryRows(source.path, load(source))  # noqa: E731
-    return _Kind(opened, lambda source: _dataset_identity(load(source)), options)
+    open_rows = lambda source: _LibraryRows(source.path, load(source))  # noqa: E731
+    return _Kind(open_rows, lambda source: _dataset_identity(load(source)), options)
 
 
 # ------------------------------------------------------------------------------------------------------------ TFDS
@@ -228,22 +228,22 @@ def _tfds_builder(source: SourceConfig) -> Any:
     import tensorflow_datasets as tfds
 
     name = source.path.removeprefix("tfds:")
-    check = f"check the name and data_dir {source.data_dir}"
-    with from_outside(f"{source.path}: TFDS cannot open it", check):
+    name_remedy = f"check the name and data_dir {source.data_dir}"
+    with from_outside(f"{source.path}: TFDS cannot open it", name_remedy):
         if source.data_dir and os.path.isfile(os.path.join(source.data_dir, "dataset_info.json")):
             builder = tfds.builder_from_directory(source.data_dir)
         else:
             builder: Any = tfds.builder(name, data_dir=source.data_dir)
-        prepared = builder.is_prepared()
+        is_prepared = builder.is_prepared()
         kinds = {kind.value for kind in builder.info.available_file_formats()}
     if builder.info.name != re.split("[:/]", name)[0]:
-        raise UserError(f"{source.path}: {source.data_dir} holds the set {builder.info.name!r}; {check}")
+        raise UserError(f"{source.path}: {source.data_dir} holds the set {builder.info.name!r}; {name_remedy}")
     remedy = f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
-    if not prepared:
+    if not is_prepared:
         raise UserError(f"{source.path}: not prepared in {builder.data_dir}; prepare it with {remedy}")
     if "array_record" not in kinds:
-        prepared_as = f"prepared as {sorted(kinds)}, which has no random access without TensorFlow"
-        raise UserError(f"{source.path}: {prepared_as}; prepare it again, in another data_dir, with {remedy}")
+        fault = f"prepared as {sorted(kinds)}, which has no random access without TensorFlow"
+        raise UserError(f"{source.path}: {fault}; prepare it again, in another data_dir, with {remedy}")
     return builder
 
 

@@ -107,14 +107,14 @@ def _hash(made_from: dict[str, Any]) -> str:
 def _open_source(source: SomeSource, index: int, stage: Stage) -> Source:
     label = source_label(source, index)
     rows = data_sources.load_rows(source)
-    first = [rows[row] for row in range(min(len(rows), ROWS_LOOKED_AT))]
-    columns = list(dict.fromkeys(name for row in first for name in row))
+    sample = [rows[row] for row in range(min(len(rows), ROWS_LOOKED_AT))]
+    columns = list(dict.fromkeys(name for row in sample for name in row))
     schema = source.schema if isinstance(source, SourceConfig) else "auto"
     try:
-        parse = parser_of(schema, columns, first, stage)
+        parse = parser_of(schema, columns, sample, stage)
     except UserError as error:
         raise UserError(f"{label}: {error}") from None
-    return Source(label=label, rows=rows, parse=parse, hints=hints(parse, columns, first))
+    return Source(label=label, rows=rows, parse=parse, hints=hints(parse, columns, sample))
 
 
 def _check_unchanged(sources: Sequence[SomeSource], before: Sequence[str]) -> None:
@@ -172,8 +172,8 @@ def _check_some_left(report: dict[str, Any]) -> None:
     dropped = sum(cause["count"] for cause in report["dropped"].values())
     assert report["kept"] + dropped == report["rows"], report
     if report["kept"] == 0:
-        firsts = [(name, cause["count"], cause["first"][0]) for name, cause in report["dropped"].items()]
-        causes = "; ".join(f"{name} {count} (row {first['row']}: {first['detail']})" for name, count, first in firsts)
+        examples = [(name, cause["count"], cause["first"][0]) for name, cause in report["dropped"].items()]
+        causes = "; ".join(f"{name} {count} (row {first['row']}: {first['detail']})" for name, count, first in examples)
         raise UserError(f"{report['source']}: none of its {report['rows']} rows can be used: {causes}; fix the data")
 
 
@@ -210,8 +210,8 @@ def _write(
 def _check_file(path: Path, size: int, crc32: int) -> None:
     actual_size, checksum = path.stat().st_size if path.is_file() else -1, 0
     if actual_size != size:
-        actual = "missing" if actual_size < 0 else f"{actual_size} bytes"
-        raise DamagedStore(f"{path}: it is {actual}, not {size} bytes")
+        actual_text = "missing" if actual_size < 0 else f"{actual_size} bytes"
+        raise DamagedStore(f"{path}: it is {actual_text}, not {size} bytes")
     with open(path, "rb") as file:
         while block := file.read(2**24):
             checksum = zlib.crc32(block, checksum)
@@ -285,18 +285,18 @@ def build_or_open_store(
             return open_store(path)
         except DamagedStore as damage:
             log.warning("%s; tokenising again", damage)
-    opened = [_open_source(source, index, stage) for index, source in enumerate(sources)]
-    log.info("tokenising %d rows into %s", sum(len(source.rows) for source in opened), path)
+    open_sources = [_open_source(source, index, stage) for index, source in enumerate(sources)]
+    log.info("tokenising %d rows into %s", sum(len(source.rows) for source in open_sources), path)
     job = ConvertJob(data=data, tokenizer=tokenizer, stage=stage)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder, ignore_cleanup_errors=True) as temporary:
-            built = Path(temporary) / "store"
-            built.mkdir()
-            _write(built, opened, job, workers, made_from)
+            build_folder = Path(temporary) / "store"
+            build_folder.mkdir()
+            _write(build_folder, open_sources, job, workers, made_from)
             _check_unchanged(sources, made_from["sources"])
-            _put(built, path)
+            _put(build_folder, path)
     except OSError as error:
         raise UserError(f"data.store: {folder}: {error}; free some space, or name another folder") from None
     return open_store(path)
@@ -313,8 +313,8 @@ def ids_by_source(store: Store, ids: np.ndarray) -> list[np.ndarray]:
 def prompt_hash(store: Store, i: int | np.integer) -> bytes:
     """16 bytes that identify the prompt of example ``i``; of a text without a prompt (one token), the whole text."""
     prompt, answers, _ = store.example(i)
-    of = [prompt, *answers] if len(answers) == 1 and len(prompt) == 1 else [prompt]
-    return hashlib.blake2b(b"".join(part.tobytes() for part in of), digest_size=16).digest()
+    sequences = [prompt, *answers] if len(answers) == 1 and len(prompt) == 1 else [prompt]
+    return hashlib.blake2b(b"".join(ids.tobytes() for ids in sequences), digest_size=16).digest()
 
 
 def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -329,10 +329,10 @@ def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarra
     groups: dict[bytes, list[int]] = {}
     for i in range(len(store) if fraction else 0):
         groups.setdefault(prompt_hash(store, i), []).append(i)
-    wanted = round(fraction * len(store))
+    target_size = round(fraction * len(store))
     held_out: list[int] = []
     for _, members in sorted(groups.items()):
-        if len(held_out) + len(members) <= wanted:
+        if len(held_out) + len(members) <= target_size:
             held_out += members
     if fraction and not 0 < len(held_out) < len(store):
         size = f"{fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held_out)}"

@@ -59,15 +59,15 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
         fault = f"the chat template has a fault in line {error.lineno}: {error.message}"
         raise UserError(f"row {example.row}: {fault}; fix it, or give another file as data.chat_template") from None
     except Exception as error:  # it can do whatever a program can
-        said = " ".join(str(error).split())[:200] if isinstance(error, jinja2.TemplateError) else ""
-        raise Refused(said or reason(error)) from error
+        message = " ".join(str(error).split())[:200] if isinstance(error, jinja2.TemplateError) else ""
+        raise Refused(message or reason(error)) from error
     return text
 
 
 def _require_template(chosen: str | dict[str, str] | None, example: Example) -> None:
     if chosen is None:
-        lacking = f"row {example.row}: it holds messages, and the tokenizer has no chat template"
-        raise UserError(f"{lacking}; give a file with one as data.chat_template")
+        fault = f"row {example.row}: it holds messages, and the tokenizer has no chat template"
+        raise UserError(f"{fault}; give a file with one as data.chat_template")
     with_tools = example.tools is not None and isinstance(chosen, dict) and "tool_use" in chosen
     if isinstance(chosen, dict) and "default" not in chosen and not with_tools:
         several = f"the tokenizer has several chat templates and no default: {', '.join(sorted(chosen))}"
@@ -95,13 +95,13 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError(f"it did not end within {seconds:g} s of processor time")
 
-    before = signal.signal(signal.SIGVTALRM, stop)
+    previous_handler = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1)  # again each second: one exception may be lost in a callback
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGVTALRM, previous_handler)
 
 
 # ------------------------------------------------------------------------------------------- every part must show
@@ -123,9 +123,9 @@ def missing_part(template: Template, example: Example, messages: Messages, text:
     for path, value in parts.items():
         if path in shown:
             continue
-        changed = _replaced(messages, path, _marker(0, value))
+        marked_messages = _replaced(messages, path, _marker(0, value))
         try:
-            refusal = "" if render(template, example, changed) == text else None
+            refusal = "" if render(template, example, marked_messages) == text else None
         except Refused as refused:
             refusal = f": with other words in its place the template fails: {refused}"
         if refusal is not None:
@@ -137,15 +137,15 @@ def missing_part(template: Template, example: Example, messages: Messages, text:
 def _shown(template: Template, example: Example, messages: Messages, parts: dict[_Path, Any]) -> frozenset[_Path]:
     """Parts whose markers stand in the rendering when every part is replaced by one."""
     markers = {path: _marker(number, value) for number, (path, value) in enumerate(parts.items())}
-    marked = messages
+    marked_messages = messages
     for path, marker in markers.items():
-        marked = _replaced(marked, path, marker)
-    structure = repr((marked, example.tools, example.template_kwargs))
+        marked_messages = _replaced(marked_messages, path, marker)
+    structure = repr((marked_messages, example.tools, example.template_kwargs))
     if structure not in template.shown:
         if len(template.shown) == STRUCTURES_KEPT:
             template.shown.clear()
         try:
-            text = render(template, example, marked)
+            text = render(template, example, marked_messages)
         except Refused:
             text = ""
         template.shown[structure] = frozenset(path for n, path in enumerate(markers) if _marker(n, "") in text)
@@ -158,11 +158,11 @@ def _parts(messages: Messages) -> Iterator[tuple[_Path, Any]]:
         if message["content"].strip():
             yield (index, "content"), message["content"]
         for number, call in enumerate(message.get("tool_calls", ())):
-            inside = ("function",) if isinstance(call.get("function"), dict) else ()
-            function = call["function"] if inside else call
+            path_prefix = ("function",) if isinstance(call.get("function"), dict) else ()
+            function = call["function"] if path_prefix else call
             for key in ("name", "arguments"):
                 if function.get(key):
-                    yield (index, "tool_calls", number, *inside, key), function[key]
+                    yield (index, "tool_calls", number, *path_prefix, key), function[key]
 
 
 def _marker(number: int, value: Any) -> Any:

@@ -79,10 +79,10 @@ def _encode(coder: _Coder, row: int, texts: Sequence[str], special: bool) -> lis
 
 def _one_bos(ids: list[int], bos: int | None) -> list[int]:
     """A text that begins with a written BOS gets a second one from the tokenizer."""
-    extra = 0
-    while bos is not None and ids[extra : extra + 2] == [bos, bos]:
-        extra += 1
-    return ids[extra:]
+    num_extra = 0
+    while bos is not None and ids[num_extra : num_extra + 2] == [bos, bos]:
+        num_extra += 1
+    return ids[num_extra:]
 
 
 def _with_eos(coder: _Coder, ids: list[int], row: int) -> list[int]:
@@ -121,10 +121,10 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
         return pieces
     notes = pieces.notes
     if num_answers == 2 and pieces.answers[0] == pieces.answers[1]:
-        equal = Problem(example.row, "equal_answers", f"both answers are the same {len(pieces.answers[0])} tokens")
+        problem = Problem(example.row, "equal_answers", f"both answers are the same {len(pieces.answers[0])} tokens")
         if coder.data.invalid_rows.equal_answers != "keep":
-            return equal
-        notes += (equal,)
+            return problem
+        notes += (problem,)
     prompt, answers, targets = pieces.prompt, tuple(pieces.answers), None
     if not all(pieces.learned[len(prompt) :]):
         targets = pieces.learned[len(prompt) :]
@@ -141,19 +141,19 @@ def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
         prompt_ids, *full = _encode(coder, row, [prompt, *(prompt + answer for answer in answers)], special=True)
         ended = [_with_eos(coder, ids, row) for ids in full]
     else:
-        before = render(coder.template, example, prompt, prompt=True)
+        prompt_text = render(coder.template, example, prompt, prompt=True)
         texts = [render(coder.template, example, prompt + answer) for answer in answers]
         for answer, text in zip(answers, texts, strict=True):
-            lost = missing_part(coder.template, example, prompt + answer, text)
-            if lost is not None:
-                return Problem(row, "message_not_rendered", lost)
-        part_at = min(_common_text(before, text) for text in texts)
-        if part_at < len(before):
-            lost = before[part_at:][:40]
-            notes = (_not_prefix(row, f"{lost!r} of the rendered prompt is not in the rendered conversation"),)
+            omission = missing_part(coder.template, example, prompt + answer, text)
+            if omission is not None:
+                return Problem(row, "message_not_rendered", omission)
+        divergence = min(_common_text(prompt_text, text) for text in texts)
+        if divergence < len(prompt_text):
+            omission = prompt_text[divergence:][:40]
+            notes = (_not_prefix(row, f"{omission!r} of the rendered prompt is not in the rendered conversation"),)
             if coder.data.invalid_rows.template_not_prefix != "repair":
                 return notes[0]
-        prompt_ids, *full = _encode(coder, row, [before, *texts], special=False)
+        prompt_ids, *full = _encode(coder, row, [prompt_text, *texts], special=False)
         ended = full
     size = min(common_prefix(prompt_ids, ids) for ids in full)
     if size == 0:
@@ -174,9 +174,9 @@ def _whole(coder: _Coder, example: Example) -> _Pieces | Problem:
         ids = _with_eos(coder, ids, example.row)
         return _parted(ids, [True] * len(ids)) or Problem(example.row, "empty_answer", "the text is a single token")
     text = render(coder.template, example, answer)
-    lost = missing_part(coder.template, example, answer, text)
-    if lost is not None:
-        return Problem(example.row, "message_not_rendered", lost)
+    omission = missing_part(coder.template, example, answer, text)
+    if omission is not None:
+        return Problem(example.row, "message_not_rendered", omission)
     turns = _assistant_turns(coder, example, answer, text)
     if isinstance(turns, Problem):
         return turns
@@ -221,28 +221,28 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
     A turn starts where the conversation before it, ready for an answer, ends. Templates may render a turn otherwise
     when others follow (Qwen3 takes out thoughts): then it is the longest tail of its own rendering that stands there.
     """
-    spans, changed = [], None
+    spans, changed_index = [], None
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0 or message.get("weight") == 0:
             continue
-        before = render(coder.template, example, messages[:index], prompt=True)
-        through = render(coder.template, example, messages[: index + 1])
-        start = _common_text(before, text)
-        end = len(through)
-        if start < len(before) or not text.startswith(through):
-            changed = index
+        prompt_text = render(coder.template, example, messages[:index], prompt=True)
+        turn_text = render(coder.template, example, messages[: index + 1])
+        start = _common_text(prompt_text, text)
+        end = len(turn_text)
+        if start < len(prompt_text) or not text.startswith(turn_text):
+            changed_index = index
             # a content may begin as what the generation prompt ends with, so the turn's start is found with a marker
-            marked = [*messages[:index], message | {"content": MARKER}, *messages[index + 1 :]]
-            start = _common_text(before, render(coder.template, example, marked))
-            turn = through[_common_text(before, render(coder.template, example, marked[: index + 1])) :]
+            marked_messages = [*messages[:index], message | {"content": MARKER}, *messages[index + 1 :]]
+            start = _common_text(prompt_text, render(coder.template, example, marked_messages))
+            turn = turn_text[_common_text(prompt_text, render(coder.template, example, marked_messages[: index + 1])) :]
             tails = (turn[cut:] for cut in range(len(turn)))
             tail = next((tail for tail in tails if tail.strip() and text.startswith(tail, start)), None)
             if tail is None or (spans and start < spans[-1][1]):
                 return _not_prefix(example.row, f"message {index} cannot be found in the rendered conversation")
             end = start + len(tail)
         spans.append((start, end))
-    detail = f"message {changed} is rendered otherwise when messages follow it"
-    return spans, () if changed is None else (_not_prefix(example.row, detail),)
+    detail = f"message {changed_index} is rendered otherwise when messages follow it"
+    return spans, () if changed_index is None else (_not_prefix(example.row, detail),)
 
 
 # ----------------------------------------------------------------------------------------------- truncation
@@ -259,8 +259,8 @@ def _truncated(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Pr
         return too_long
     cut = _CUTS[coder.data.truncation, bool(pieces.learned)](pieces, limit, coder.tokenizer.bos_token_id)
     if cut is None:
-        left = "the prompt fills it" if coder.data.truncation == "keep_start" else "the answer fills it"
-        return replace(too_long, detail=f"{too_long.detail}, and {left}")
+        cause = "the prompt fills it" if coder.data.truncation == "keep_start" else "the answer fills it"
+        return replace(too_long, detail=f"{too_long.detail}, and {cause}")
     return replace(cut, notes=(*pieces.notes, too_long))
 
 

@@ -48,20 +48,20 @@ def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -
 
 def _chosen_template(path: str, brought: Any, chosen: str | None) -> str | dict[str, str] | None:
     """Text of the chosen template, or of the one that the tokenizer brought; or several by name; or None."""
-    named = brought if isinstance(brought, dict) else {}
-    if not all(isinstance(text, str) for text in (named.values() if named else [brought or ""])):
+    templates = brought if isinstance(brought, dict) else {}
+    if not all(isinstance(text, str) for text in (templates.values() if templates else [brought or ""])):
         remedy = "correct it, or give a file as data.chat_template"
         raise UserError(f"{path}: chat_template is not text: {shown(brought)}; {remedy}")
     if chosen is None:
         return brought or None
-    if chosen in named:
-        return named[chosen]
+    if chosen in templates:
+        return templates[chosen]
     try:
         return Path(chosen).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        choice = f"; the tokenizer's own templates are {', '.join(sorted(named))}" if named else ""
-        why = f"{chosen!r} cannot be read: {reason(error)}"
-        raise UserError(f"data.chat_template: {why}: name a file, seen from {Path.cwd()}{choice}") from None
+        choice = f"; the tokenizer's own templates are {', '.join(sorted(templates))}" if templates else ""
+        fault = f"{chosen!r} cannot be read: {reason(error)}"
+        raise UserError(f"data.chat_template: {fault}: name a file, seen from {Path.cwd()}{choice}") from None
 
 
 def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
@@ -80,12 +80,12 @@ def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
         file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if file is None:
             return
-        stated = tokenizers.Tokenizer.from_file(file)
+        file_tokenizer = tokenizers.Tokenizer.from_file(file)
     for text in vocabulary_texts(tokenizer):
-        got = tokenizer.convert_ids_to_tokens(_ids(tokenizer, text, special=False) or [])
-        expected = stated.encode(text, add_special_tokens=False).tokens
-        if got != expected:
-            loaded = f"transformers loads it as {type(tokenizer).__name__}, which splits {text!r} into {got}"
+        actual = tokenizer.convert_ids_to_tokens(_ids(tokenizer, text, special=False) or [])
+        expected = file_tokenizer.encode(text, add_special_tokens=False).tokens
+        if actual != expected:
+            loaded = f"transformers loads it as {type(tokenizer).__name__}, which splits {text!r} into {actual}"
             remedy = "if that is right, copy it without config.json to another folder and give that as model.tokenizer"
             log.warning("%s: %s, and tokenizer.json says %s; %s", path, loaded, expected, remedy)
             return
@@ -98,12 +98,12 @@ def tokenizer_hash(tokenizer: Any) -> str:
         state |= {"truncation": None, "padding": None}  # left by the latest call
     else:
         state = sorted(tokenizer.get_vocab().items())
-    added = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
+    added_tokens = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
     roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}  # which templates may write
-    ends, splits = [tokenizer.bos_token_id, tokenizer.eos_token_id], getattr(tokenizer, "split_special_tokens", False)
-    special = [*ends, sorted(tokenizer.all_special_ids), roles, splits]
+    splits = getattr(tokenizer, "split_special_tokens", False)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids), roles, splits]
     probes = [_ids(tokenizer, text, special=True) for text in vocabulary_texts(tokenizer)]  # what no file states
-    identity = [state, added, special, tokenizer.chat_template, probes]
+    identity = [state, added_tokens, special, tokenizer.chat_template, probes]
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -115,14 +115,14 @@ def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     Raises:
         UserError: it adds tokens in another way, or encodes no text at all.
     """
-    nothing, added = (_ids(tokenizer, "", special) or [] for special in (False, True))
+    bare, added = (_ids(tokenizer, "", special) or [] for special in (False, True))
     for text in vocabulary_texts(tokenizer):
-        bare, full = (_ids(tokenizer, text, special) or [] for special in (False, True))
-        if not bare or not set(bare).isdisjoint(added) or len(full) - len(bare) != len(added) - len(nothing):
+        ids, full = (_ids(tokenizer, text, special) or [] for special in (False, True))
+        if not ids or not set(ids).isdisjoint(added) or len(full) - len(ids) != len(added) - len(bare):
             continue
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return full[:start], full[start + len(bare) :]
+        for start in range(len(full) - len(ids) + 1):
+            if full[start : start + len(ids)] == ids:
+                return full[:start], full[start + len(ids) :]
     name = tokenizer.name_or_path or "model.tokenizer"
     text = next(vocabulary_texts(tokenizer), "")
     with from_outside(f"{name}: the tokenizer fails", "fix its files, or set model.tokenizer to another"):

@@ -118,10 +118,10 @@ def json_objects(name: str, value: Any) -> list[dict] | None:
         raise BadRow("missing_field", f"{name} is {shown(value)}, not a list of objects")
     objects = []
     for index, item in enumerate(value):
-        given = json_object(f"{name}[{index}]", item)
-        if given is None:
+        parsed = json_object(f"{name}[{index}]", item)
+        if parsed is None:
             raise BadRow("missing_field", f"{name}[{index}] is {shown(item)}, not an object")
-        objects.append(given)
+        objects.append(parsed)
     return objects or None
 
 
@@ -133,9 +133,9 @@ def _content(name: str, value: object) -> str:
     if not isinstance(value, list):
         return text(name, value)
     kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in value]
-    others = sorted({str(kind) for kind in kinds if kind != "text"})
-    if others:
-        raise BadRow("missing_field", f"{name} has content that is not text: {others}")
+    other_kinds = sorted({str(kind) for kind in kinds if kind != "text"})
+    if other_kinds:
+        raise BadRow("missing_field", f"{name} has content that is not text: {other_kinds}")
     return "".join(text(name, part.get("text")) for part in value)
 
 
@@ -162,11 +162,11 @@ def _calls(name: str, value: object) -> list[dict]:
 
 def _is_learned(name: str, message: dict) -> bool:
     """Whether a message of the assistant is learned or only read; the keys that say so are removed from it."""
-    given = {key: message.pop(key) for key in _LEARNED_BY if key in message}
-    for key, value in given.items():
+    flags = {key: message.pop(key) for key in _LEARNED_BY if key in message}
+    for key, value in flags.items():
         if number(value) not in (0, 1) and not isinstance(value, bool):
             raise BadRow("missing_field", f"{name} {key} is {shown(value)}: a message is learned, 1, or not, 0")
-    return all(value is True or number(value) == 1 for value in given.values())
+    return all(value is True or number(value) == 1 for value in flags.values())
 
 
 def _message(name: str, value: object) -> dict:
