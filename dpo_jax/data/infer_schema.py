@@ -136,8 +136,8 @@ def hints(parser: Parser, columns: Sequence[str], rows: Sequence[Mapping]) -> li
     if unread_columns:
         lines.append(f"columns that are not read: {', '.join(unread_columns)}")
     lines += [
-        f"{name} is not part of the prompt: call it system, and the prompt instruction (text) or conversations "
-        "(messages), with columns"
+        f"{name} is not part of the prompt: use columns to rename it to system, and the prompt to instruction (text) "
+        "or conversations (messages)"
         for name in ("system", "system_prompt")
         if name in unread_columns
     ]
