@@ -172,7 +172,7 @@ def test_a_dataset_in_hand():
             r"unknown suffix '.tsv'; use .json, .jsonl, .csv, .parquet, all but",
         ),
         ("rows.parquet.gz", b"x", "unknown suffix '.gz'"),
-        ("rows.tar.gz", b"x", "suffix '.tar' is not known"),
+        ("rows.tar.gz", b"x", "unknown suffix '.tar'"),
         ("deep.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 2: .* more than 100 deep"),
         ("deep.json", b"[" * 100_000, "more than 100 deep"),
         ("digits.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "line 1: not JSON: Exceeds the limit"),
