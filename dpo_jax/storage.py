@@ -140,7 +140,7 @@ def unseal(text: bytes) -> dict[str, Any]:
         content = json.loads(text)
         checksum = content.pop(SEAL, None) if isinstance(content, dict) else None
         canonical = json.dumps(content, sort_keys=True)
-    except Exception as error:  # nested too deeply, half a character, ...
+    except Exception as error:  # nested too deeply, a lone surrogate, ...
         raise ValueError(f"it is not JSON: {reason(error)}") from error
     if checksum != _checksum(canonical):
         raise ValueError("its checksum is wrong")
