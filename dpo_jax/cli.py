@@ -1,4 +1,4 @@
-"""The commands. Each reads and checks its whole config before anything heavy is imported."""
+"""Command-line interface. Each command reads and checks its whole config before it imports anything heavy."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def _eval(config: DPOConfig, output: str, which: Which, per_token: bool) -> None
     summary = evaluate(config, Path(output), which, per_token)
     if is_writer():
         text = json.dumps(summary, indent=2)
-        number_list = r"\[\s+([^][{}]*?)\s+\]"  # goes on one line
+        number_list = r"\[\s+([^][{}]*?)\s+\]"  # printed on one line
         print(re.sub(number_list, lambda match: f"[{' '.join(match[1].split())}]", text))
 
 
@@ -61,8 +61,8 @@ def _plan(config: DPOConfig, topology: str, search: bool, output: str | None, **
     steps = config.run.steps
     require(examples is None or steps is None, "--examples", examples, f"run.steps is {steps} already; keep one")
     if output is not None:
-        writable = Path(output).absolute().parent.is_dir() and not Path(output).is_dir()
-        require(writable, "--output", output, "give a file in an existing folder")
+        is_writable = Path(output).absolute().parent.is_dir() and not Path(output).is_dir()
+        require(is_writable, "--output", output, "give a file in an existing folder")
     load["lengths"] = None if lengths is None else _mean_lengths(lengths)
     from dpo_jax.commands.evaluate import write_output
     from dpo_jax.plan.plan import Known, plan_slices
@@ -90,7 +90,7 @@ def _sweep(config: DPOConfig, betas: str) -> None:
         values = [float(beta) for beta in betas.split(",")]
     except ValueError:
         raise UserError("--betas", betas, "write numbers separated by commas, 0.05,0.1,0.5") from None
-    configs = [replace(config, loss=replace(config.loss, beta=value)) for value in values]  # refused before jax comes
+    configs = [replace(config, loss=replace(config.loss, beta=value)) for value in values]  # checked before jax import
     from dpo_jax.commands.sweep import render, sweep
     from dpo_jax.parallel.hosts import is_writer
 
@@ -107,7 +107,7 @@ def _quickstart(dir: str) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """One command; `config` is the class of the config that it reads, None if it reads none."""
+    """One command; `config` is the class of the config that it reads, None for a command without a config."""
 
     run: Callable[..., None]
     summary: str
@@ -187,7 +187,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code. An error that the user can fix is one line on stderr."""
+    """Run a command and return its exit code; print a ``UserError`` as one line on stderr."""
     open_descriptors()
     with lossy_streams() as (out, err):
         try:
@@ -222,71 +222,71 @@ def _run(argv: list[str]) -> None:
             _parser("").parse_args(argv)  # --help and --version end here
         hint = suggestion(name, COMMANDS)
         raise UserError(f"{name}: unknown command: {hint}" if name else f"give a command: {hint}")
-    command, rest = COMMANDS[name], argv[1:]
+    command, remaining = COMMANDS[name], argv[1:]
     overrides: dict[str, CommandLineText] = {}
     if command.config is not None:
-        rest, overrides = split_overrides(rest, own={"--help", *command.arguments})
-    given = _parser(name).parse_args([name, *rest])[name]
-    arguments = {name: given[name] for name in command.names}
+        remaining, overrides = split_overrides(remaining, own={"--help", *command.arguments})
+    namespace = _parser(name).parse_args([name, *remaining])[name]
+    arguments = {name: namespace[name] for name in command.names}
     if command.config is not None:
-        kind = CONFIG_OF[arguments.pop("for")] if "for" in arguments else command.config
-        arguments["config"] = parse_config(given["config"], overrides, kind)
+        config_class = CONFIG_OF[arguments.pop("for")] if "for" in arguments else command.config
+        arguments["config"] = parse_config(namespace["config"], overrides, config_class)
     command.run(**arguments)
 
 
 def split_overrides(args: list[str], own: Collection[str]) -> tuple[list[str], dict[str, CommandLineText]]:
-    """Split arguments from ``--section.key value`` and ``--section.key=value``; the last of equal names counts."""
-    rest: list[str] = []
+    """Separate arguments from overrides (``--section.key value`` or ``--section.key=value``); the last one wins."""
+    remaining: list[str] = []
     overrides: dict[str, CommandLineText] = {}
-    words = iter(args)
-    for word in words:
-        option, equals, value = word.partition("=")
-        if not word.startswith("--") or option in own:
-            rest.append(word)
+    tokens = iter(args)
+    for token in tokens:
+        option, equals, value = token.partition("=")
+        if not token.startswith("--") or option in own:
+            remaining.append(token)
             continue
-        value = value if equals else next(words, "--")
+        value = value if equals else next(tokens, "--")
         if value.startswith("--") and not equals:
             raise UserError(f"{option}: the value is missing: write {option} VALUE")
         overrides.pop(option[2:], None)
         overrides[option[2:]] = CommandLineText(value)
-    return rest, overrides
+    return remaining, overrides
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Raises usage errors as one line, for `main` to print."""
+    """Argument parser that raises usage errors as a one-line ``UserError``, which `main` prints."""
 
     called = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # the library puts the command's name before its arguments, and drops the dashes of missing ones
-        what, required, names = message.replace(f" {self.called}.", " ").partition("required: ")
+        # jsonargparse prefixes arguments with the command's name and drops the dashes of missing ones
+        summary, separator, names = message.replace(f" {self.called}.", " ").partition("required: ")
         flags = COMMANDS[self.called].names if self.called in COMMANDS else {}
-        plain = what + required + ", ".join(flags.get(name, name) for name in names.split(", "))
-        raise UserError(f"{plain}: see {' '.join(['dpo-jax', self.called]).rstrip()} --help") from ex
+        usage = summary + separator + ", ".join(flags.get(name, name) for name in names.split(", "))
+        raise UserError(f"{usage}: see {' '.join(['dpo-jax', self.called]).rstrip()} --help") from ex
 
 
 def _parser(called: str) -> jsonargparse.ArgumentParser:
-    """The parser of all commands; only the help of the one that is called lists the options of its config."""
-    about = "Align a language model with preferences, in JAX."
-    parser = _Parser(prog="dpo-jax", version=dpo_jax.__version__, allow_abbrev=False, description=about)
+    """Return the parser of all commands; only the help of the called command lists its config options."""
+    description = "Align a language model with preferences, in JAX."
+    parser = _Parser(prog="dpo-jax", version=dpo_jax.__version__, allow_abbrev=False, description=description)
     parser.called = called
     subcommands = parser.add_subcommands(dest="command", metavar="COMMAND", title="commands", description=None, help="")
     for name, command in COMMANDS.items():
-        inner = _Parser(description=command.summary, allow_abbrev=False)
-        inner.called = name
+        subparser = _Parser(description=command.summary, allow_abbrev=False)
+        subparser.called = name
         if command.config is not None:
-            inner.usage = f"dpo-jax {name} CONFIG.yaml [options] [--section.key VALUE ...]"
-            inner.add_argument("config", type=str, metavar="CONFIG.yaml", help="See docs/configuration.md.")
+            subparser.usage = f"dpo-jax {name} CONFIG.yaml [options] [--section.key VALUE ...]"
+            subparser.add_argument("config", type=str, metavar="CONFIG.yaml", help="See docs/configuration.md.")
         for option, settings in command.arguments.items():
-            inner.add_argument(option, **settings)
+            subparser.add_argument(option, **settings)
         if command.config is not None and name == called:
-            _list_options(inner, command.config)
-        subcommands.add_subcommand(name, inner, help=command.summary)
+            _list_options(subparser, command.config)
+        subcommands.add_subcommand(name, subparser, help=command.summary)
     return parser
 
 
 def _list_options(parser: jsonargparse.ArgumentParser, config: type[TrainConfig]) -> None:
-    """For --help only: `split_overrides` takes overrides out before the parser sees them."""
+    """Add config options to ``--help``; `split_overrides` removes overrides before the parser sees them."""
     for section in help_sections(config):
         group = parser.add_argument_group(f"{section.name}: {section.meaning.rstrip('.')}")
         for entry in section.fields:

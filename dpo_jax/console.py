@@ -1,4 +1,4 @@
-"""Terminal output. Text that a closed pipe or a full disk refuses is dropped, and the command continues."""
+"""Terminal output. Text that cannot be written (closed pipe, full disk) is dropped, and the command continues."""
 
 import os
 import sys
@@ -11,44 +11,44 @@ from tqdm import tqdm
 
 
 def say(shown: bool, line: str) -> None:
-    """A line for the user on stderr, from the first process, above the progress line."""
-    from dpo_jax.parallel.hosts import is_writer  # here, because it imports JAX
+    """Print a line on stderr, above the progress bar, from process 0 only."""
+    from dpo_jax.parallel.hosts import is_writer  # imported lazily, because it imports JAX
 
     if shown and is_writer():
         tqdm.write(line, file=sys.stderr)
 
 
-warn = partial(say, True)  # whatever run.progress says
+warn = partial(say, True)  # regardless of run.progress
 
 
 def progress_line(done: int, total: int, unit: str, shown: bool) -> tqdm:
-    """A live line on stderr: steps, time left, and the values of ``set_postfix``."""
+    """Return a progress bar on stderr: steps, time left, and the values passed to ``set_postfix``."""
     return tqdm(total=total, initial=done, unit=unit, disable=not shown, dynamic_ncols=True, leave=True)
 
 
 class LossyStream:
-    """A text stream that drops what it cannot write; ``lost`` is the first error, None while nothing was lost."""
+    """Text stream that drops text it cannot write; ``lost`` is the first error, None if nothing was dropped."""
 
     def __init__(self, stream: Any):
         self._stream = stream
         self.lost: Exception | None = None
 
     def write(self, text: str) -> int:
-        """Write, escaping characters that the encoding lacks."""
+        """Write text, escaping characters that the stream's encoding cannot represent."""
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self._try("write", text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        """Flush."""
+        """Flush the stream; an error is recorded in ``lost``."""
         self._try("flush")
 
     def discard(self) -> None:
-        """After a loss, drop the buffer: flushing it would fail when the interpreter exits."""
+        """Drop the buffer if a write failed, because flushing it at interpreter exit would fail again."""
         self.flush()
         if self.lost is not None:
-            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # not every stream is a file
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+            with suppress(OSError, ValueError), open(os.devnull, "w") as devnull:  # not every stream is a file
+                os.dup2(devnull.fileno(), self._stream.fileno())
 
     def _try(self, action: str, *text: str) -> None:
         try:
@@ -62,9 +62,9 @@ class LossyStream:
 
 @contextmanager
 def lossy_streams() -> Iterator[tuple[LossyStream, LossyStream]]:
-    """Make writes to stdout and stderr, by any library, never raise; yields both streams."""
-    with open(os.devnull, "w") as nowhere:  # in place of streams closed before the interpreter started
-        out, err = LossyStream(sys.stdout or nowhere), LossyStream(sys.stderr or nowhere)
+    """Context manager that keeps writes to stdout and stderr, by any library, from raising; yields both streams."""
+    with open(os.devnull, "w") as devnull:  # in place of streams closed before the interpreter started
+        out, err = LossyStream(sys.stdout or devnull), LossyStream(sys.stderr or devnull)
         with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
             try:
                 yield out, err
@@ -74,9 +74,9 @@ def lossy_streams() -> Iterator[tuple[LossyStream, LossyStream]]:
 
 
 def open_descriptors() -> None:
-    """Open descriptors 0 to 2 if closed: else a log would get such a number, and what libraries write to stderr."""
+    """Open file descriptors 0 to 2 if closed; otherwise a log file could get number 2 and receive stderr output."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, so this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # open() takes the lowest free number, this one

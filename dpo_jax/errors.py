@@ -1,4 +1,4 @@
-"""Errors that a user can fix, each one line, and the exit code of each kind."""
+"""One-line errors that a user can fix, and the exit code of each kind."""
 
 import reprlib
 from collections.abc import Collection, Iterator
@@ -7,18 +7,18 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Wrong usage, config, data, model or run directory: one line that names the thing, the value and the remedy.
+    """Error in usage, config, data, model or run directory: one line that names the option, its value and a remedy.
 
-    ``UserError(name, value, remedy)`` makes that sentence; ``UserError(text)`` takes another one. Names and values come
-    from outside, so they may have any characters; those that would break the line or steer a terminal are replaced.
+    ``UserError(name, value, remedy)`` composes that line; ``UserError(text)`` uses the text as it is. Names and values
+    are untrusted input: characters that would break the line or control a terminal are replaced.
     """
 
     exit_code = 2
 
     def __init__(self, name: str, value: object = None, remedy: str = ""):
         text = f"{name}: {shown(value)} cannot be used: {remedy}" if remedy else name
-        plain = (c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
-        super().__init__("".join(plain))
+        printable = (c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+        super().__init__("".join(printable))
 
 
 class Preempted(UserError):
@@ -28,7 +28,7 @@ class Preempted(UserError):
 
 
 class RunStopped(UserError):
-    """The run stopped for a cause that a restart will not cure, such as a loss that is not finite."""
+    """The run stopped for a reason that a restart would not fix, such as a non-finite loss."""
 
     exit_code = 43
 
@@ -40,18 +40,18 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
 
 
 def must_be(name: str, wanted: str, value: object, hint: str = "") -> UserError:
-    """The line for a value of the wrong type or out of its range: ``batch.pairs must be positive, got 0``."""
+    """Return the error for a value of the wrong type or out of range: ``batch.pairs must be positive, got 0``."""
     return UserError(f"{name} must be {wanted}, got {shown(value)}" + (hint and f": {hint}"))
 
 
 def suggestion(name: str, choices: Collection[str]) -> str:
-    """``did you mean X?`` with the choice most like an unknown name; if there is none, all choices."""
-    near = get_close_matches(name, choices, 1)
-    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
+    """Return ``did you mean X?`` with the choice closest to an unknown name, or list all choices if none is close."""
+    matches = get_close_matches(name, choices, 1)
+    return f"did you mean {matches[0]}?" if matches else f"choose from {', '.join(choices)}"
 
 
 class _Short(reprlib.Repr):
-    """A bounded ``repr``: what a file or caller gives may be huge, or contain itself."""
+    """``repr`` with bounded length and depth, because input from files and callers may be huge or contain itself."""
 
     def __init__(self):
         super().__init__()
@@ -62,11 +62,11 @@ class _Short(reprlib.Repr):
 
 
 shown = _Short().repr
-"""``repr`` of a value from outside, for messages: short, however large or deep the value is."""
+"""Return a short ``repr`` of an untrusted value for messages, however large or deeply nested the value is."""
 
 
 def reason(error: BaseException) -> str:
-    """The text of an error in one short line, with its type where the text alone says little (``KeyError: 'x'``)."""
+    """Return an error's text as one short line, with its type if the text alone is unclear (``KeyError: 'x'``)."""
     text, name = " ".join(str(error).split())[:200], type(error).__name__
     if not text:
         return name
@@ -75,14 +75,13 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def from_outside(name: str, remedy: str) -> Iterator[None]:
-    """Turn whatever a library raises over outside input into one line: name, reason, remedy.
+    """Context manager that turns any exception of a library into a one-line ``UserError``: name, reason, remedy.
 
-    For single calls into libraries that read what others wrote: tokenizers, templates, configs, archives. They raise
-    anything, so the type says nothing. Code of this program does not belong inside: its own bugs must keep their
-    tracebacks.
+    For single calls into libraries that parse untrusted files: tokenizers, templates, configs, archives. They may raise
+    any type of exception. Never put code of this program inside: its own bugs must keep their tracebacks.
 
     Raises:
-        UserError: the library raised something.
+        UserError: the library raised an exception.
     """
     try:
         yield

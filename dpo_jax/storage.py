@@ -1,6 +1,6 @@
-"""Files, written so that a process killed anywhere leaves each of them readable; JSON objects with a checksum.
+"""File writers that leave every file readable if the process is killed at any point, and JSON with a checksum.
 
-The only writers there are. They know local paths, raise ``OSError``, and do not know what they write.
+The functions take local paths, raise ``OSError`` and know nothing about what they write.
 """
 
 import fcntl
@@ -19,56 +19,56 @@ SEAL = "sha256"
 
 
 class InUse(Exception):
-    """Another process holds the lock; the text names that process."""
+    """Another process holds the lock; the error text names that process."""
 
 
 def write_whole(path: Path, content: str | bytes | memoryview, *, durable: bool = False) -> None:
-    """Write a file so that it always holds its old content or its new one, whole; with ``durable`` after a crash too.
+    """Write a file atomically: readers see its complete old or new content, also after a crash if ``durable``.
 
-    Several processes may write the same path: the last one stays.
+    Several processes may write the same path: the last write wins.
     """
-    new = path.with_name(f"{path.name}.new-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.new-{os.getpid()}")
     try:
-        with open(new, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             if durable:
                 sync(file)
-        os.replace(new, path)
+        os.replace(temporary, path)
     except BaseException:
-        new.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append a line in one write: whatever happens, only the last line of a file can lack its end."""
+    """Append a line in a single write, so that after a crash at most the last line of the file is incomplete."""
     line = f"{text}\n".encode()
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        if (written := os.write(file, line)) != len(line):
-            raise OSError(f"only {written} of {len(line)} bytes")
+        if (num_written := os.write(descriptor, line)) != len(line):
+            raise OSError(f"only {num_written} of {len(line)} bytes")
     finally:
-        os.close(file)
+        os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file without those that are empty, and without a last one that lacks its end; no file: none."""
+    """Return the non-empty lines of a file without an unterminated last line; an empty list if there is no file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [line for line in text[: text.rfind("\n") + 1].split("\n") if line]
 
 
 def drop_torn_line(path: Path) -> None:
-    """Remove a last line that lacks its end, so that the next one starts on a line of its own."""
+    """Remove an unterminated last line, so that the next append starts on a new line."""
     if not ends_line(path, file_size(path)):
         cut(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def cut(path: Path, size: int) -> None:
-    """Shorten a file to its first ``size`` bytes."""
+    """Truncate a file to its first ``size`` bytes."""
     os.truncate(path, size)
 
 
 def ends_line(path: Path, size: int) -> bool:
-    """Whether the first ``size`` bytes of a file are whole lines."""
+    """Return whether the first ``size`` bytes of a file end at a line end."""
     if size == 0:
         return True
     with open(path, "rb") as file:
@@ -77,7 +77,7 @@ def ends_line(path: Path, size: int) -> bool:
 
 
 def file_size(path: Path, *, durable: bool = False) -> int:
-    """Bytes of a file, 0 without one; with ``durable`` they are on the disk by then."""
+    """Return the size of a file in bytes, 0 if it does not exist; with ``durable``, flush it to disk first."""
     if not path.exists():
         return 0
     if durable:
@@ -87,23 +87,23 @@ def file_size(path: Path, *, durable: bool = False) -> int:
 
 
 def sync(file: IO) -> None:
-    """Return when what was written to an open file is on the disk."""
+    """Flush an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def list_files(folder: Path, pattern: str) -> list[Path]:
-    """Paths in a folder whose names match, sorted."""
+    """Return the sorted paths in a folder whose names match a glob pattern."""
     return sorted(folder.glob(pattern))
 
 
 def lock(path: Path) -> IO:
-    """Keep a file, which then names this process, until what is returned is closed.
+    """Lock a file and write the name of this process into it; closing the returned file releases the lock.
 
-    The lock is the operating system's and goes with its process, however that ends.
+    The operating system releases the lock when the process ends, for whatever reason.
 
     Raises:
-        InUse: another process keeps it.
+        InUse: another process holds the lock.
     """
     file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
     try:
@@ -122,25 +122,25 @@ def lock(path: Path) -> IO:
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with its checksum added; ``unseal`` gives the content back from its JSON text.
+    """Return the content with its checksum added; ``unseal`` returns the original content from its JSON text.
 
     Args:
-        content: JSON values by name, without the name ``SEAL``.
+        content: JSON values by key; the key ``SEAL`` is reserved.
     """
     return {**content, SEAL: _checksum(json.dumps(content, sort_keys=True))}
 
 
 def unseal(text: bytes) -> dict[str, Any]:
-    """The content that was sealed, whatever has happened to its JSON text since.
+    """Parse the JSON text of a sealed object, verify its checksum and return the content.
 
     Raises:
-        ValueError: this is no text of a sealed object, or it was changed.
+        ValueError: the text is not a sealed JSON object, or its content was changed.
     """
     try:
         content = json.loads(text)
         checksum = content.pop(SEAL, None) if isinstance(content, dict) else None
         canonical = json.dumps(content, sort_keys=True)
-    except Exception as error:  # nested too deeply, half a character, ...
+    except Exception as error:  # nested too deeply, a lone surrogate, ...
         raise ValueError(f"it is not JSON: {reason(error)}") from error
     if checksum != _checksum(canonical):
         raise ValueError("its checksum is wrong")

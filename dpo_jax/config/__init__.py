@@ -1,7 +1,7 @@
-"""Every option of a run, in one place: its name, type, default and meaning. Standard library only.
+"""Every option of a run: its name, type, default and meaning. Imports only the standard library.
 
-A config is a tree of frozen dataclasses. The text under a field is its ``--help``. A section checks itself when it is
-made; what concerns two sections is checked by the config that holds both.
+A config is a tree of frozen dataclasses. The docstring under a field is its ``--help`` text. A section validates itself
+when constructed; constraints between two sections are checked by the config that holds both.
 """
 
 from dataclasses import dataclass, field
@@ -51,7 +51,7 @@ Stage = Literal["dpo", "sft"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
-    """What both stages have in common."""
+    """Sections that both stages have."""
 
     model: ModelConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -63,8 +63,8 @@ class TrainConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        random = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
-        self.refuse_idle("run.seed", not random, "nothing is random: data.shuffle is false, no adapter is initialized")
+        seeded = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
+        self.refuse_idle("run.seed", not seeded, "nothing is random: data.shuffle is false, no adapter is initialized")
         self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "all adapters are matrices")
 
 
@@ -84,27 +84,27 @@ class DPOConfig(TrainConfig):
         names = ", ".join(name for name, _ in loss.terms)
         remedy = f"loss {names} compares with a reference; use live or cached, or set loss.reference_free"
         self.refuse("reference.mode", loss.needs_reference and mode == "none", remedy)
-        unread = loss.reference_free and mode != "none"
-        self.refuse("reference.mode", unread, "loss.reference_free takes no reference; use none")
+        is_unused = loss.reference_free and mode != "none"
+        self.refuse("reference.mode", is_unused, "loss.reference_free takes no reference; use none")
         for option in ("dtype", "sync_every"):
             self.refuse_idle(f"reference.{option}", mode != "live", f"only mode live has it, this is {mode}")
         self.refuse_idle("reference.path", mode == "none", "reference.mode is none")
-        base = "with lora.rank the reference is the model without its adapters"
-        adapted = self.lora.rank > 0
-        self.refuse_idle("reference.path", adapted, base)
-        self.refuse_idle("reference.dtype", adapted, f"{base}, in its dtype")
-        self.refuse_idle("reference.sync_every", adapted, f"{base}, which does not move")
-        unread = adapted and self.reference.mode == "live" and not loss.needs_reference
-        self.refuse("reference.mode", unread, f"{base}, and loss {names} compares with none; use auto")
+        lora_reference = "with lora.rank the reference is the model without its adapters"
+        has_adapters = self.lora.rank > 0
+        self.refuse_idle("reference.path", has_adapters, lora_reference)
+        self.refuse_idle("reference.dtype", has_adapters, f"{lora_reference}, in its dtype")
+        self.refuse_idle("reference.sync_every", has_adapters, f"{lora_reference}, which does not move")
+        is_unused = has_adapters and self.reference.mode == "live" and not loss.needs_reference
+        self.refuse("reference.mode", is_unused, f"{lora_reference}, and loss {names} compares with none; use auto")
 
     @property
     def objective(self) -> LossConfig:
-        """What is minimized."""
+        """The loss to minimize."""
         return self.loss
 
     @property
     def reference_mode(self) -> Literal["live", "cached", "none"]:
-        """How the reference is computed, with auto resolved."""
+        """How the reference log-probs are computed; ``auto`` is resolved."""
         if self.reference.mode != "auto":
             return self.reference.mode
         return "live" if self.loss.needs_reference else "none"
@@ -115,7 +115,7 @@ class SFTConfig(TrainConfig):
     """A run of supervised fine-tuning."""
 
     stage: ClassVar[Stage] = "sft"
-    objective: ClassVar[LossConfig] = LossConfig(type="sft")  # the token mean over the answer
+    objective: ClassVar[LossConfig] = LossConfig(type="sft")  # mean over the answer tokens
     reference: ClassVar[ReferenceConfig] = ReferenceConfig(mode="none")
     reference_mode: ClassVar[Literal["none"]] = "none"
 
@@ -123,6 +123,6 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        why = "fine-tuning has one answer per row, so this cannot happen"
+        explanation = "fine-tuning has one answer per row, so this cannot happen"
         for cause in ("equal_answers", "prompts_differ"):
-            self.refuse_idle(f"data.invalid_rows.{cause}", True, why)
+            self.refuse_idle(f"data.invalid_rows.{cause}", True, explanation)

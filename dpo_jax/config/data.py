@@ -7,7 +7,7 @@ from typing import Literal
 from dpo_jax.config.section import Section, ranged
 from dpo_jax.errors import require
 
-TEMPLATE_DATE = "2024-07-26"  # the one that Llama 3.1's template falls back to
+TEMPLATE_DATE = "2024-07-26"  # the fallback date of Llama 3.1's template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,16 +103,16 @@ class DataConfig(Section, name="data"):
         super().__post_init__()
         self.refuse("train", not self.train, "name at least one set")
         weights = [source.weight for source in self.train]
-        weighted = [weight is not None for weight in weights]
-        require(all(weighted) or not any(weighted), "data.train", weights, "give every set a weight, or none")
-        only = "this is the only set, so all pairs are drawn from it; leave it out"
-        require(len(weights) > 1 or not any(weighted), "data.train.0.weight", weights[0], only)
+        has_weight = [weight is not None for weight in weights]
+        require(all(has_weight) or not any(has_weight), "data.train", weights, "give every set a weight, or none")
+        only_source = "this is the only set, so all pairs are drawn from it; leave it out"
+        require(len(weights) > 1 or not any(has_weight), "data.train.0.weight", weights[0], only_source)
         for name, source in self.eval.items():
             remedy = "each pair of an evaluation set counts once; leave it out"
             require(source.weight is None, f"data.eval.{name}.weight", source.weight, remedy)
-        taken = "held_out" in self.eval and self.eval_fraction > 0
-        require(not taken, "data.eval", "held_out", "eval_fraction holds out rows under this name; choose another")
+        name_taken = "held_out" in self.eval and self.eval_fraction > 0
+        require(not name_taken, "data.eval", "held_out", "eval_fraction holds out rows under this name; choose another")
         self.refuse("template_date", not _is_date(self.template_date), "give a date as YYYY-MM-DD")
         too_long = self.invalid_rows.too_long
-        why = f"data.invalid_rows.too_long is {too_long}, so nothing is cut"
-        self.refuse_idle("truncation", too_long != "truncate", why)
+        explanation = f"data.invalid_rows.too_long is {too_long}, so nothing is cut"
+        self.refuse_idle("truncation", too_long != "truncate", explanation)

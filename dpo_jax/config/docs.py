@@ -1,6 +1,6 @@
-"""The text under each field of a config, for ``--help`` and docs/configuration.md.
+"""Documentation of config fields, taken from their docstrings, for ``--help`` and docs/configuration.md.
 
-``python -m dpo_jax.config.docs > docs/configuration.md`` writes that page again.
+``python -m dpo_jax.config.docs > docs/configuration.md`` regenerates that page.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ mappings. It replaces the value in the file; if an option is given twice, the la
 
 This page is generated from `dpo_jax/config/` by `python -m dpo_jax.config.docs`."""
 
-# The options that most runs set, in the order in which a reader meets them.
+# The options that most runs set, in reading order.
 FIRST = ("model.path", "data.train", "data.max_length", "loss.type", "loss.beta", "reference.mode",
          "optimizer.learning_rate", "batch.pairs", "batch.accumulation", "run.dir")  # fmt: skip
 _TABLE_HEAD = ("| option | type | default | meaning |", "|---|---|---|---|")
 
 
 class FieldText(NamedTuple):
-    """One option: its dotted name, values in words, default as in YAML (None: it is required) and meaning."""
+    """One option: dotted name, allowed values in words, default as YAML (None: required) and meaning."""
 
     name: str
     values: str
@@ -50,7 +50,7 @@ class FieldText(NamedTuple):
 
 
 class SectionText(NamedTuple):
-    """One section: its dotted name, class, meaning and fields."""
+    """One section: dotted name, class, meaning and fields."""
 
     name: str
     kind: type
@@ -59,7 +59,7 @@ class SectionText(NamedTuple):
 
 
 def sections(kind: type, name: str = "") -> Iterator[SectionText]:
-    """The sections of a config class, each before those inside it."""
+    """Yield the sections of a config class, each before its subsections."""
     types, meanings = field_types(kind), _meanings(kind)
     prefix = f"{name}." if name else ""
     options = (field for field in dataclasses.fields(kind) if not dataclasses.is_dataclass(types[field.name]))
@@ -72,23 +72,23 @@ def sections(kind: type, name: str = "") -> Iterator[SectionText]:
 
 
 def help_sections(kind: type) -> Iterator[SectionText]:
-    """The `sections` of a config class, and the options of one entry of data.train."""
+    """Yield the `sections` of a config class, then the options of one entry of data.train."""
     yield from sections(kind)
     yield from sections(SourceConfig, "data.train.0")
 
 
 def reference_page() -> str:
-    """The text of docs/configuration.md: every option of both stages."""
-    both = {part.name: part.kind for part in sections(SFTConfig)}
-    staged = [(part, "" if both.get(part.name) is part.kind else " (`train`)") for part in help_sections(DPOConfig)]
-    staged += [(part, " (`sft`)") for part in sections(SFTConfig) if (part, "") not in staged]
-    fields = {field.name: field for part, _ in reversed(staged) for field in part.fields}
+    """Return the text of docs/configuration.md: every option of both stages."""
+    kinds = {text.name: text.kind for text in sections(SFTConfig)}
+    entries = [(text, "" if kinds.get(text.name) is text.kind else " (`train`)") for text in help_sections(DPOConfig)]
+    entries += [(text, " (`sft`)") for text in sections(SFTConfig) if (text, "") not in entries]
+    fields = {field.name: field for text, _ in reversed(entries) for field in text.fields}
     lines = [PREFACE, "\n## The ten that matter\n", "Most runs set these; the other defaults are sound.\n"]
     lines += [*_TABLE_HEAD, *(_table_row(fields[name]) for name in FIRST)]
-    for part, stage in staged:
-        note = " (one data set; also `data.eval.NAME`)" if part.kind is SourceConfig else stage
-        lines += [f"\n## {part.name}{note}\n", f"{part.meaning}\n"]
-        lines += [*_TABLE_HEAD, *map(_table_row, part.fields)]
+    for text, stage in entries:
+        note = " (one data set; also `data.eval.NAME`)" if text.kind is SourceConfig else stage
+        lines += [f"\n## {text.name}{note}\n", f"{text.meaning}\n"]
+        lines += [*_TABLE_HEAD, *map(_table_row, text.fields)]
     return "\n".join(lines) + "\n"
 
 
@@ -99,7 +99,7 @@ def _table_row(field: FieldText) -> str:
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """The text under each field, by name; a field of a parent class has its text there."""
+    """Return the docstring under each field, by field name; inherited fields are documented in the parent class."""
     meanings: dict[str, str] = {}
     for owner in reversed(kind.__mro__):
         if dataclasses.is_dataclass(owner):

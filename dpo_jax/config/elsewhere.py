@@ -1,4 +1,4 @@
-"""Option names of TRL, PEFT, similar trainers and earlier versions -> names here, which a refusal suggests."""
+"""Option names of TRL, PEFT, similar trainers and earlier versions -> names here, suggested for unknown options."""
 
 ELSEWHERE = {
     "model_name_or_path": "model.path", "base_model": "model.path", "torch_dtype": "model.dtype",

@@ -1,8 +1,8 @@
-"""Configs as text: YAML in, checked against the types of config/; YAML out, every default spelled out.
+"""Read configs from YAML, checked against the types of config/, and write them with every default spelled out.
 
-YAML is read by the rules of version 1.2: ``5e-7`` is a number and ``yes`` is a string. What versions read differently,
-such as ``012``, is a string. A key that appears twice is an error. Types are strict: ``"8"`` is not a number, ``1.0``
-not an integer, ``1`` not a boolean.
+YAML follows version 1.2: ``5e-7`` is a number and ``yes`` is a string. Values that YAML versions read differently, such
+as ``012``, are strings. A duplicate key is an error. Types are strict: ``"8"`` is not a number, ``1.0`` not an integer,
+``1`` not a boolean.
 """
 
 import dataclasses
@@ -29,23 +29,22 @@ Config = TypeVar("Config", bound=TrainConfig)
 Kind = TypeVar("Kind", bound=Section)
 
 COMMAND_OF: dict[type[TrainConfig], str] = {DPOConfig: "train", SFTConfig: "sft"}
-SHORTHAND = {SourceConfig: "path"}  # a string in place of one of these is its field
+SHORTHAND = {SourceConfig: "path"}  # section that a string may replace -> the field that the string sets
 SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}
 SCALAR_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
 
 
 class CommandLineText(str):
-    """Text of an override, read as the type of its field asks."""
+    """Text of an override, to be parsed according to the type of its field."""
 
 
 def parse_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any], kind: type[Config]) -> Config:
     """Read and check a whole config.
 
     Args:
-        source: path of a YAML file, or the mapping that such a file would hold.
-        overrides: values by dotted name, also inside lists: ``{"run.steps": 5, "data.train.0.limit": 100}``; they
-            replace those of the source, in order. The index of a list's only entry may be left out:
-            ``data.train.limit``.
+        source: path of a YAML file, or a mapping with the same content.
+        overrides: values by dotted name, also inside lists: ``{"run.steps": 5, "data.train.0.limit": 100}``; applied
+            to the source in order. The index of a list's only entry may be omitted: ``data.train.limit``.
         kind: DPOConfig or SFTConfig.
 
     Raises:
@@ -60,21 +59,21 @@ def parse_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str,
 
 
 def read_section(kind: type[Kind], value: Any, name: str) -> Kind:
-    """One section of a config, such as ``lora``, from what a YAML file holds under its name.
+    """Read and check one config section, such as ``lora``, from its parsed YAML value.
 
     Raises:
-        UserError: a name, type or value in it is wrong.
+        UserError: a name, type or value in the section is wrong.
     """
     return _read(kind, value, name, DPOConfig)
 
 
 def config_to_yaml(config: TrainConfig) -> str:
-    """The config with every default spelled out; `parse_config` gives back an equal one."""
+    """Return the config as YAML with every default spelled out; `parse_config` reads back an equal config."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**16)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds."""
+    """Read the mapping of sections in a YAML file."""
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a directory: give a config file, such as {path / 'config.yaml'}")
@@ -83,25 +82,25 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: config file not found: check the path, relative to {Path.cwd()}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8: save the config file as UTF-8 text") from None
-    except (OSError, ValueError) as error:  # a path that the system does not take is one or the other
+    except (OSError, ValueError) as error:  # a path invalid on this system raises either
         cause = getattr(error, "strerror", None) or reason(error)
         raise UserError(f"{shown(str(path))}: the config file cannot be read: {cause}: check the path") from None
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        content = {list: "a list", NoneType: "nothing"}.get(type(tree), shown(tree))
-        raise UserError(f"{path}: holds {content}, not sections: see docs/configuration.md")
+        content_text = {list: "a list", NoneType: "nothing"}.get(type(tree), shown(tree))
+        raise UserError(f"{path}: holds {content_text}, not sections: see docs/configuration.md")
     return tree
 
 
 @cache
 def field_types(kind: type) -> dict[str, Any]:
-    """Type of each field of a section, by name, in order."""
+    """Return the type of each field of a section, by name, in order of definition."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def field_names(kind: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all sections and fields, in order."""
+    """Yield the dotted names of all sections and fields, in order of definition."""
     for name, field_type in field_types(kind).items():
         yield prefix + name
         if dataclasses.is_dataclass(field_type):
@@ -109,7 +108,7 @@ def field_names(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def type_words(kind: Any) -> str:
-    """The values of a type, in words."""
+    """Describe the allowed values of a type in words."""
     if get_origin(kind) is tuple:
         return f"{type_words(get_args(kind)[0])}, or several as a list"
     if get_origin(kind) is dict:
@@ -119,7 +118,7 @@ def type_words(kind: Any) -> str:
 
 
 def _choices(kind: Any) -> list[str]:
-    """The words for each alternative of a type."""
+    """Return the words for each alternative of a type."""
     if get_origin(kind) in (Union, UnionType):
         return [word for option in get_args(kind) for word in _choices(option)]
     if get_origin(kind) is Literal:
@@ -127,8 +126,8 @@ def _choices(kind: Any) -> list[str]:
     return ["a data set" if kind is SourceConfig else SCALAR_WORDS[kind]]
 
 
-# Reading a tree of plain values as typed dataclasses. `name` is the dotted name of the value; `root`, the class of the
-# whole config, has the names among which an unknown one is looked for.
+# Conversion of plain values to typed dataclasses. `name` is the dotted name of the value; `root` is the class of the
+# whole config, whose option names are searched for a suggestion when a name is unknown.
 
 
 def _read(kind: Any, value: Any, name: str, root: type) -> Any:
@@ -141,8 +140,8 @@ def _read(kind: Any, value: Any, name: str, root: type) -> Any:
     if get_origin(kind) is dict:
         return _read_names(get_args(kind)[1], value, name, root)
     if not _accepts(kind, value):
-        listed = isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)
-        if listed and f"{name}s" in field_names(root):
+        is_list = isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)
+        if is_list and f"{name}s" in field_names(root):
             raise UserError(name, value, f"several are given as {name}s")
         raise must_be(name, type_words(kind), value, _hint(kind, value))
     return float(value) if type(value) is int and int not in (kind, *get_args(kind)) else value
@@ -174,56 +173,56 @@ def _read_section(kind: type[Section], value: Any, name: str, root: type) -> Sec
         raise UserError(name, value, f"it is a section; set its options by name, such as {name}.{next(iter(types))}")
     prefix = f"{name}." if name else ""
     _refuse_unknown(value, types, prefix, root)
-    arguments = {}
+    options = {}
     for field in dataclasses.fields(kind):
         option = prefix + field.name
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.name in value:
-            arguments[field.name] = _read(types[field.name], value[field.name], option, root)
-            if arguments[field.name] == "":
+            options[field.name] = _read(types[field.name], value[field.name], option, root)
+            if options[field.name] == "":
                 raise UserError(option, "", "the string is empty; give a value, or leave it out")
         elif required and dataclasses.is_dataclass(types[field.name]):
-            arguments[field.name] = _read(types[field.name], {}, option, root)
+            options[field.name] = _read(types[field.name], {}, option, root)
         elif required:
             raise UserError(f"{option} is required: set it in the config or with --{option}")
     try:
-        return kind(**arguments)
+        return kind(**options)
     except UserError as error:  # an entry of a list does not know its own name
         raise error if kind.section else UserError(prefix + str(error)) from None
 
 
 def _refuse_unknown(keys: Collection[Any], options: Collection[str], prefix: str, root: type) -> None:
-    """Refuse a key that is none of the options of the section with this prefix, and say which was probably meant."""
+    """Refuse a key that is not an option of the section with this prefix, and suggest the option probably meant."""
     unknown = next((key for key in keys if key not in options), None)
     if unknown is None:
         return
     key, names = str(unknown), list(field_names(root))
     for kind, command in COMMAND_OF.items():
         if kind is not root and prefix + key in field_names(kind):
-            here = COMMAND_OF[root]
-            raise UserError(f"{prefix}{key}: belongs to `dpo-jax {command}`, not to `dpo-jax {here}`: remove it")
-    near = [ELSEWHERE[key]] if any(f"{name}.".startswith(f"{ELSEWHERE.get(key)}.") for name in names) else []
-    near += [prefix + match for match in difflib.get_close_matches(key, options, 1, cutoff=0.7)]
-    near += [name for name in names if name.endswith(f".{key}")]
-    near += [name for name in difflib.get_close_matches(prefix + key, names, 1, cutoff=0.8) if "." in name]
-    remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(options)}"
+            this = COMMAND_OF[root]
+            raise UserError(f"{prefix}{key}: belongs to `dpo-jax {command}`, not to `dpo-jax {this}`: remove it")
+    candidates = [ELSEWHERE[key]] if any(f"{name}.".startswith(f"{ELSEWHERE.get(key)}.") for name in names) else []
+    candidates += [prefix + match for match in difflib.get_close_matches(key, options, 1, cutoff=0.7)]
+    candidates += [name for name in names if name.endswith(f".{key}")]
+    candidates += [name for name in difflib.get_close_matches(prefix + key, names, 1, cutoff=0.8) if "." in name]
+    remedy = f"did you mean {candidates[0]}?" if candidates else f"choose from {', '.join(options)}"
     raise UserError(f"{prefix}{key}: unknown option: {remedy}")
 
 
 def _from_command_line(kind: Any, text: CommandLineText, name: str) -> Any:
-    """Text for a string field as it is; else YAML. A bracket begins a list or mapping."""
-    plain = str(text)
-    if plain == "null" and _accepts(kind, None):
+    """Return text unchanged for a string field, else parsed as YAML; a bracket starts a list or mapping."""
+    plain_text = str(text)
+    if plain_text == "null" and _accepts(kind, None):
         return None
     if dataclasses.is_dataclass(kind) and kind not in SHORTHAND:
-        return text  # a whole section would drop what the file says in it
+        return text  # refused later: a whole section would replace the one in the file
     if dataclasses.is_dataclass(kind) or get_origin(kind) in (tuple, dict):
-        return _parse_yaml(plain, name) if plain.startswith(("[", "{")) else text
-    return plain if _accepts(kind, plain) else _parse_yaml(plain, name)
+        return _parse_yaml(plain_text, name) if plain_text.startswith(("[", "{")) else text
+    return plain_text if _accepts(kind, plain_text) else _parse_yaml(plain_text, name)
 
 
 def _example(value: Any) -> str:
-    """A mapping as it was probably meant: of ``name:value``, ``--name=value`` or a value alone."""
+    """Return the mapping probably meant by ``name:value``, ``--name=value`` or a bare value."""
     if not isinstance(value, str):
         return "{name: value}"
     pair = re.fullmatch(r"-*([\w.]+) ?[:=] ?(\S+)", value)
@@ -239,15 +238,15 @@ def _accepts(kind: Any, value: Any) -> bool:
 
 
 def _is_usable(kind: Any, value: Any) -> bool:
-    """Numbers are finite, integers fit in 64 bits; strings can be written as UTF-8 and be a path."""
+    """Check that numbers are finite, integers fit in 64 bits, and strings are valid UTF-8 without NUL."""
     if isinstance(value, str):
         return re.search("[\0\ud800-\udfff]", value) is None
-    most = 2**63 - 1 if kind is int else sys.float_info.max
-    return type(value) not in (int, float) or abs(value) <= most
+    limit = 2**63 - 1 if kind is int else sys.float_info.max
+    return type(value) not in (int, float) or abs(value) <= limit
 
 
 def _hint(kind: Any, value: Any) -> str:
-    """How to write a value of the wrong type; "" if nothing is known."""
+    """Return a hint on how to write a value of the wrong type, "" if there is none."""
     scalars = (kind, *get_args(kind))
     if type(value) is str and str in scalars and not _is_usable(kind, value):
         return "write UTF-8 without NUL characters"
@@ -257,64 +256,64 @@ def _hint(kind: Any, value: Any) -> str:
         return f"write {int(value)}"
     if isinstance(value, str):
         choices = _choices(kind)
-        near = [ALSO_CALLED[value.lower()]] if "sigmoid" in choices and value.lower() in ALSO_CALLED else []
-        near += difflib.get_close_matches(value, choices, 1, cutoff=0.7)
-        near += ["null"] if value.lower() == "none" and _accepts(kind, None) else []
-        if near:
-            return f"did you mean {near[0]}?"
+        candidates = [ALSO_CALLED[value.lower()]] if "sigmoid" in choices and value.lower() in ALSO_CALLED else []
+        candidates += difflib.get_close_matches(value, choices, 1, cutoff=0.7)
+        candidates += ["null"] if value.lower() == "none" and _accepts(kind, None) else []
+        if candidates:
+            return f"did you mean {candidates[0]}?"
         with suppress(UserError):
             if _accepts(kind, _parse_yaml(value, "")):
                 return "remove the quotes"
     return "put it in quotes" if _accepts(kind, str(value)) else ""
 
 
-# Overrides: a value put into a tree of plain values by its dotted name.
+# Overrides: insertion of a value into a tree of plain values by its dotted name.
 
 
 def _put(kind: Any, node: Any, where: tuple[str, ...], rest: Sequence[str], value: Any) -> Any:
-    """The node with a value put in at the path ``rest``; the caller's tree stays as it is.
+    """Return a copy of the node with a value set at the path ``rest``; the caller's tree is not modified.
 
-    ``kind`` is the node's type; None: its name is unknown, which is refused later. ``where`` is the path to the node.
+    ``kind`` is the node's type, None for an unknown name, which is refused later. ``where`` is the path to the node.
     """
     if not rest or kind is None:
         return value
-    dotted, name = ".".join(where), ".".join((*where, *rest))
+    node_name, name = ".".join(where), ".".join((*where, *rest))
     if isinstance(node, CommandLineText):
-        node = _from_command_line(kind, node, dotted)
+        node = _from_command_line(kind, node, node_name)
     if get_origin(kind) is tuple:
         return _put_in_list(get_args(kind)[0], node, where, rest, value)
     if kind in SHORTHAND and isinstance(node, str):
         node = {SHORTHAND[kind]: node}
-    named = dataclasses.is_dataclass(kind) or get_origin(kind) is dict
-    if not isinstance(node, Mapping) and (node is not None or not named):
-        raise UserError(f"{name}: {dotted} is {shown(node)}, which has no options: set {dotted} itself")
+    has_names = dataclasses.is_dataclass(kind) or get_origin(kind) is dict
+    if not isinstance(node, Mapping) and (node is not None or not has_names):
+        raise UserError(f"{name}: {node_name} is {shown(node)}, which has no options: set {node_name} itself")
     node = node or {}
-    key, inside = rest[0], None
+    key, value_type = rest[0], None
     if dataclasses.is_dataclass(kind):
-        inside = field_types(kind).get(key)
+        value_type = field_types(kind).get(key)
     elif get_origin(kind) is dict:
-        inside = get_args(kind)[1]
-    return {**node, key: _put(inside, node.get(key), (*where, key), rest[1:], value)}
+        value_type = get_args(kind)[1]
+    return {**node, key: _put(value_type, node.get(key), (*where, key), rest[1:], value)}
 
 
 def _put_in_list(kind: Any, node: Any, where: tuple[str, ...], rest: Sequence[str], value: Any) -> list[Any]:
-    """As `_put`, for a list of ``kind``. One data set may stand for a list of it, so its index may be left out."""
-    dotted, name = ".".join(where), ".".join((*where, *rest))
-    alone = [] if node is None and kind not in SHORTHAND else [node]
-    entries = list(node) if isinstance(node, list | tuple) else alone
+    """Like `_put`, for a list of ``kind``. The index may be omitted if the list has a single data set."""
+    list_name, name = ".".join(where), ".".join((*where, *rest))
+    single_entry = [] if node is None and kind not in SHORTHAND else [node]
+    entries = list(node) if isinstance(node, list | tuple) else single_entry
     if kind in SHORTHAND and not rest[0].isdecimal():
         if len(entries) != 1:
-            choice = " to ".join(".".join((dotted, str(index), *rest)) for index in (0, len(entries) - 1))
-            raise UserError(f"{name}: {dotted} has {len(entries)} data sets: choose one, {choice}")
+            choice = " to ".join(".".join((list_name, str(index), *rest)) for index in (0, len(entries) - 1))
+            raise UserError(f"{name}: {list_name} has {len(entries)} data sets: choose one, {choice}")
         rest = ["0", *rest]
     if rest[0] not in map(str, range(len(entries))):
-        raise UserError(f"{name}: {dotted} has no entry {rest[0]!r}: it has {len(entries)}, counted from 0")
+        raise UserError(f"{name}: {list_name} has no entry {rest[0]!r}: it has {len(entries)}, counted from 0")
     index = int(rest[0])
     entries[index] = _put(kind, entries[index], (*where, rest[0]), rest[1:], value)
     return entries
 
 
-# The core schema of YAML 1.2, on PyYAML, whose own is that of 1.1.
+# The core schema of YAML 1.2 on top of PyYAML, which implements 1.1.
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
 _FLOAT = re.compile(
@@ -325,23 +324,23 @@ _NULL = re.compile(r"(~|null|Null|NULL|)$")
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (none of 1.1; PyYAML has it as a class attribute too)
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (drops those of 1.1; a class attribute in PyYAML too)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str) or key in seen:
+            if not isinstance(key, str) or key in keys:
                 problem = "appears twice" if isinstance(key, str) else "is not a string"
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {shown(key)} {problem}", key_node.start_mark
                 )
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would not read as a string."""
+    """YAML dumper that quotes strings which YAML 1.1 or 1.2 would read as another type."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
@@ -360,5 +359,5 @@ def _parse_yaml(text: str, origin: str) -> Any:
         if not isinstance(error, yaml.MarkedYAMLError):
             raise
         mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
-        raise UserError(f"{origin}: {where}: invalid YAML: {error.problem or error.context}") from None
+        position = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+        raise UserError(f"{origin}: {position}: invalid YAML: {error.problem or error.context}") from None

@@ -1,7 +1,7 @@
-"""Options that have no effect because of a run's data, length or devices: noted when it starts, not refused.
+"""Options that have no effect because of a run's data, length or devices: reported when it starts, not refused.
 
-A value that has no effect with any data is refused when its section is checked. A bound that nothing reaches
-(``max_length``, ``limit``, ``max_shapes``, ``keep``) and the handling of invalid rows that do not occur are not idle.
+A value that has no effect with any data is an error of its section. Limits that are never reached (``max_length``,
+``limit``, ``max_shapes``, ``keep``) and handling of invalid rows that do not occur do not count as idle.
 """
 
 from collections.abc import Callable
@@ -12,19 +12,19 @@ from dpo_jax.config.data import TEMPLATE_DATE
 
 
 class Facts(NamedTuple):
-    """A run's data, length and devices."""
+    """Facts about a run's data, length and devices that decide whether an option has an effect."""
 
     steps: int
     eval_sets: int
-    examples: int  # to train and evaluate on
-    messages: int  # of these, rendered by a chat template
-    dated: bool  # by a template that asks for the date
-    platform: str  # of the devices, such as tpu
-    flags: frozenset[str]  # compiler options that are set on these devices by default
+    examples: int  # number of training and evaluation examples
+    messages: int  # number of examples rendered by a chat template
+    dated: bool  # whether a chat template that rendered examples asks for the date
+    platform: str  # platform of the devices, such as tpu
+    flags: frozenset[str]  # compiler options set by default on these devices
 
 
 Idle = Callable[[Any, Facts], bool]
-IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, whether its value is idle, why; {facts} are filled in
+IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, predicate, explanation with {fields of Facts}
     ("optimizer.warmup_steps", lambda value, run: value >= run.steps,
      "the run has {steps} steps, so the learning rate never reaches its peak"),
     ("reference.sync_every", lambda value, run: value > run.steps,
@@ -51,7 +51,7 @@ IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, whether its value is idle
 
 
 def idle_options(config: Any, facts: Facts) -> list[str]:
-    """A line for each option of a config that has no effect in a run with these facts."""
+    """Return one line for each option of a config that has no effect in a run with these facts."""
     lines = []
     for option, idle, why in IDLE:
         section, _, _ = option.partition(".")

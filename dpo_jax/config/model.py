@@ -70,12 +70,12 @@ class LoraConfig(Section, name="lora"):
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The targets with their patterns settled, in the order of the layer."""
+        """Projections that match ``targets``, in layer order."""
         return tuple(name for name in LORA_TARGETS if any(fnmatchcase(name, pattern) for pattern in self.targets))
 
     @property
     def scale(self) -> float:
-        """What the product B A counts."""
+        """Factor of the product B A."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 from dpo_jax.config.section import Section, ranged
 from dpo_jax.errors import require
 
-OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {  # also says which of these an optimizer has
+OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {  # an optimizer has only the options listed for it
     "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
     "lion": {"b1": 0.9, "b2": 0.99},
     "adafactor": {},
@@ -66,7 +66,7 @@ class RowsConfig(Section, name="batch"):
     accumulation: int = ranged(1, above=0)
     """Gradient accumulation steps: microbatches computed one after another; the result does not depend on it."""
     target_chunk: int = ranged(1024, above=0)
-    """Answer tokens per device whose logits exist at once, for 8192 tokens of the vocabulary."""
+    """Answer tokens per device whose logits are in memory at once, for 8192 tokens of the vocabulary at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +110,13 @@ class SFTBatchConfig(RowsConfig):
 
     @property
     def layout(self) -> Literal["shared"]:
-        """One answer follows its prompt, so that there is nothing to choose."""
+        """Always ``shared``, because each prompt has a single answer."""
         return "shared"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section, name="mesh"):
-    """Devices along each axis of the mesh; one axis may be -1, which takes the rest."""
+    """Devices along each axis of the mesh; one axis may be -1: all remaining devices."""
 
     data: int = ranged(1, above=0, also=-1)
     """Copies of the model, each with its own rows."""
@@ -150,26 +150,26 @@ class RunConfig(Section, name="run"):
     token_stats: bool = True
     """Also log entropy, mean logits and token accuracy."""
     export: bool = False
-    """Write a Hugging Face directory, `export`, at the end."""
+    """Export the model in Hugging Face format to folder `export` at the end."""
     report: bool = True
     """Write report.html at the end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where metrics go in addition to metrics.jsonl."""
+    """Trackers that receive metrics in addition to metrics.jsonl."""
     progress: bool = True
     """Show progress, notes and what is about to run; false: only warnings and errors."""
     profile_steps: tuple[int, ...] = ranged((), above=0)
     """First and last step to trace into folder `profile`, for XProf or Perfetto, such as [10, 12]; tracing is slow."""
     compiler_flags: dict[str, str] = field(default_factory=dict)
-    """XLA options of the train step, by name; they add to or replace those set by default on TPUs, of which an empty
-    value removes one."""
+    """XLA options of the train step, by name; they add to or replace the defaults set on TPUs; an empty value removes a
+    default."""
 
     def __post_init__(self):
         super().__post_init__()
-        both = self.steps is not None and self.epochs is not None
-        self.refuse("steps", both, f"run.epochs {self.epochs} is given too; keep one")
-        in_order = len(self.profile_steps) == 2 and self.profile_steps[0] <= self.profile_steps[1]
+        both_given = self.steps is not None and self.epochs is not None
+        self.refuse("steps", both_given, f"run.epochs {self.epochs} is given too; keep one")
+        is_ordered = len(self.profile_steps) == 2 and self.profile_steps[0] <= self.profile_steps[1]
         remedy = "give the first and the last step, counted from 1, such as [10, 12]"
-        self.refuse("profile_steps", self.profile_steps != () and not in_order, remedy)
+        self.refuse("profile_steps", self.profile_steps != () and not is_ordered, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +189,6 @@ class CheckpointConfig(Section, name="checkpoint"):
 
     def __post_init__(self):
         super().__post_init__()
-        alone = (self.keep_best > 0) != (self.best_metric is not None)
-        self.refuse("best_metric", alone, f"keep_best is {self.keep_best}; give both or neither")
+        one_missing = (self.keep_best > 0) != (self.best_metric is not None)
+        self.refuse("best_metric", one_missing, f"keep_best is {self.keep_best}; give both or neither")
         self.refuse_idle("best_mode", self.best_metric is None, "there is no checkpoint.best_metric to judge by")

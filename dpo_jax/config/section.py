@@ -1,4 +1,4 @@
-"""What every section of a config has: ranges next to its fields, and one line for each value that is refused."""
+"""Base class of config sections: ranges declared next to the fields, and a one-line error for each invalid value."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from dpo_jax.errors import UserError, must_be
 Value = TypeVar("Value")
 
 
-BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # words, and whether a number keeps the bound
+BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # name -> words, test of (number, bound)
     "above": ("above", operator.gt),
     "at_least": ("at least", operator.ge),
     "at_most": ("at most", operator.le),
@@ -24,7 +24,7 @@ BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # words, and 
 
 
 class Range:
-    """The numbers that keep all of some ``BOUNDS``, and ``also`` one other."""
+    """Numbers that satisfy all given ``BOUNDS``, plus the single value ``also``."""
 
     def __init__(self, also: int | None = None, **bounds: float):
         self.also, self.bounds = also, [(*BOUNDS[name], bound) for name, bound in bounds.items()]
@@ -38,16 +38,16 @@ class Range:
 
 
 def ranged(default: Value, also: int | None = None, **bounds: float) -> Value:
-    """A field with a default and the bounds of a `Range`, which hold for its numbers, also inside a list."""
+    """Return a dataclass field with a default and a `Range` that applies to its number, or to each one in a list."""
     return field(default=default, metadata={"range": Range(also, **bounds)})  # type: ignore[bad-return]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A section, whose class gives its dotted name; without a name, a whole config or an entry of a list.
+    """Base of config sections; the subclass sets the dotted name (none for a whole config or an entry of a list).
 
     Raises:
-        UserError: a number is not finite or out of its range; named in full, but for an entry of a list.
+        UserError: a number is not finite or out of range; names the option in full, except for an entry of a list.
     """
 
     section: ClassVar[str] = ""
@@ -58,7 +58,7 @@ class Section:
     def __post_init__(self):
         for option in fields(self):
             value, allowed = getattr(self, option.name), option.metadata.get("range")
-            null = "null or " if NoneType in get_args(option.type) else ""
+            null_prefix = "null or " if NoneType in get_args(option.type) else ""
             for index, entry in enumerate(value) if isinstance(value, tuple) else [("", value)]:
                 name = self._dotted(option.name, str(index))
                 if isinstance(entry, float) and not math.isfinite(entry):
@@ -66,15 +66,15 @@ class Section:
                 if isinstance(entry, int) and entry.bit_length() > 63:
                     raise must_be(name, "a 64-bit integer", entry)
                 if allowed is not None and isinstance(entry, int | float) and entry not in allowed:
-                    raise must_be(name, f"{null}{allowed}", entry)
+                    raise must_be(name, f"{null_prefix}{allowed}", entry)
 
     def refuse(self, option: str, when: object, remedy: str) -> None:
-        """Refuse the value of an option, named from this section on, if ``when``."""
+        """Raise ``UserError`` for an option, named relative to this section, if ``when`` holds."""
         if when:
             raise UserError(self._dotted(option), reduce(getattr, option.split("."), self), remedy)
 
     def refuse_idle(self, option: str, when: object, why: str) -> None:
-        """Refuse any value of an option but its default if ``when``: it would have no effect."""
+        """Refuse every value of an option but its default if ``when`` holds, because it would have no effect."""
         *path, name = option.split(".")
         owner: Any = reduce(getattr, path, self)
         default = getattr(type(owner), name)
@@ -86,5 +86,5 @@ class Section:
 
 
 def written(value: Any) -> str:
-    """A default as in YAML."""
+    """Return a default value as YAML text."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,1 +1,1 @@
-"""From files of preferences to token ids on disk. Nothing here knows JAX, steps or batches."""
+"""From preference data files to token ids on disk. Nothing here depends on JAX, steps or batches."""

@@ -1,7 +1,7 @@
-"""Rows -> chunks of token arrays, in the order of the rows, by as many processes as it pays for.
+"""Convert rows to chunks of token arrays, in row order, with worker processes if there are enough rows.
 
-Processes are started afresh (never forked from this one: it may hold JAX's threads), so a script that calls this for
-more than a few thousand rows needs the usual ``if __name__ == "__main__":`` guard.
+Workers are spawned, never forked, because the parent may have JAX threads. A script that converts more than a few
+thousand rows therefore needs the usual ``if __name__ == "__main__":`` guard.
 """
 
 import multiprocessing
@@ -22,22 +22,22 @@ from dpo_jax.data.tokenize import TokenizedExample, make_tokenize
 from dpo_jax.errors import UserError
 
 CHUNK_ROWS = 256
-CHUNKS_AHEAD = 4  # for each process, handed out before their results are taken: bounds memory
-MIN_ROWS_A_PROCESS = 2000  # a process takes seconds to start; with fewer rows for each it does not pay
+CHUNKS_AHEAD = 4  # chunks in flight per process; bounds memory
+MIN_ROWS_A_PROCESS = 2000  # a process takes seconds to start, which does not pay off for fewer rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """What became of a chunk of rows: n examples, tokens laid end to end, and what was wrong with rows."""
+    """Result of converting a chunk of rows: n examples with concatenated tokens, and the problems of the rows."""
 
-    tokens: np.ndarray  # int32: prompt and answers of each example
+    tokens: np.ndarray  # int32: prompt and answers of each example, concatenated
     lengths: np.ndarray  # int32 [n, 1 + K]: tokens of the prompt and of each answer
-    rows: np.ndarray  # int64 [n]
+    rows: np.ndarray  # int64 [n]: row of each example in its source
     weights: np.ndarray  # float32 [n]
-    targets: np.ndarray | None  # bool, as tokens: answer tokens that are learned; None: all of them
-    dropped: list[Problem]  # the rows that gave no example
-    notes: list[Problem]  # what was changed in the others
-    rendered: int  # examples that a chat template rendered
+    targets: np.ndarray | None  # bool, same shape as tokens: answer tokens to learn; None: all of them
+    dropped: list[Problem]  # one problem per row without an example
+    notes: list[Problem]  # repairs, truncations and the like in the other rows
+    rendered: int  # number of examples rendered by a chat template
 
 
 def _chunk(made: Sequence[TokenizedExample | Problem], num_answers: int, with_targets: bool) -> Chunk:
@@ -65,17 +65,17 @@ def _chunk(made: Sequence[TokenizedExample | Problem], num_answers: int, with_ta
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A set as conversion needs it; travels to other processes, its rows chunk by chunk."""
+    """One data set to convert; its parser and chunks of its rows are pickled to worker processes."""
 
-    label: str  # as messages name it
+    label: str  # name in messages
     rows: Rows
     parse: Parser
-    hints: list[str]  # on how its rows are read
+    hints: list[str]  # for the user, on how the rows are read
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertJob:
-    """What all rows have in common; travels to each process once."""
+    """Settings shared by all rows; pickled to each worker process once."""
 
     data: DataConfig
     tokenizer: Any
@@ -83,7 +83,7 @@ class ConvertJob:
 
     @property
     def num_answers(self) -> int:
-        """K."""
+        """K, the number of answers per example."""
         return 2 if self.stage == "dpo" else 1
 
 
@@ -91,33 +91,33 @@ ConvertRows = Callable[[str, Parser, int, Sequence[Mapping]], Chunk]
 
 
 def make_convert_rows(job: ConvertJob) -> ConvertRows:
-    """The function (label, parser, number of the first row, rows) -> chunk; raises at an invalid row of `error`."""
+    """Return a function (label, parser, first row, rows) -> chunk; it raises at invalid rows handled as `error`."""
     tokenize = make_tokenize(job.data, job.tokenizer, job.stage)
 
     def convert(label: str, parse: Parser, row: int, values: Mapping) -> TokenizedExample | Problem:
         example = parse(row, values)
         try:
-            made = example if isinstance(example, Problem) else tokenize(example)
+            result = example if isinstance(example, Problem) else tokenize(example)
         except UserError as error:
             raise UserError(f"{label}, {error}") from None
-        if isinstance(made, Problem) and getattr(job.data.invalid_rows, made.cause) == "error":
-            remedy = f"fix the row, or set data.invalid_rows.{made.cause} to drop"
-            raise UserError(f"{label}, row {row}: {made.cause}: {made.detail}; {remedy}")
-        return made
+        if isinstance(result, Problem) and getattr(job.data.invalid_rows, result.cause) == "error":
+            remedy = f"fix the row, or set data.invalid_rows.{result.cause} to drop"
+            raise UserError(f"{label}, row {row}: {result.cause}: {result.detail}; {remedy}")
+        return result
 
     def convert_rows(label: str, parse: Parser, first: int, rows: Sequence[Mapping]) -> Chunk:
-        made = [convert(label, parse, row, values) for row, values in enumerate(rows, start=first)]
-        return _chunk(made, job.num_answers, with_targets=job.stage == "sft")
+        results = [convert(label, parse, row, values) for row, values in enumerate(rows, start=first)]
+        return _chunk(results, job.num_answers, with_targets=job.stage == "sft")
 
     return convert_rows
 
 
-_convert_rows: ConvertRows  # of a worker process
+_convert_rows: ConvertRows  # set in each worker process
 
 
 def _start_worker(job: ConvertJob) -> None:
-    global _convert_rows  # noqa: PLW0603  a pool hands its workers nothing else
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
+    global _convert_rows  # noqa: PLW0603  a pool's initializer can pass state to tasks only this way
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers already use all cores
     _convert_rows = make_convert_rows(job)
 
 
@@ -132,16 +132,16 @@ def _row_chunks(source: Source) -> Iterator[tuple[str, Parser, int, list[Mapping
 
 
 def num_processes(num_rows: int, workers: int | None) -> int:
-    """Processes worth starting: ``workers`` or one a core at most, and enough rows for each."""
-    most = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    return max(1, min(most, num_rows // MIN_ROWS_A_PROCESS))
+    """Number of worker processes: at most ``workers`` (None: one per core), each with enough rows to pay off."""
+    limit = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return max(1, min(limit, num_rows // MIN_ROWS_A_PROCESS))
 
 
 def converted_chunks(sources: Sequence[Source], job: ConvertJob, workers: int | None) -> Iterator[tuple[int, Chunk]]:
-    """(number of the source, chunk) for all rows of all sources, in their order whatever the number of processes.
+    """Yield (source index, chunk) for all rows of all sources, in an order that does not depend on ``workers``.
 
     Raises:
-        UserError: an invalid row whose handling is `error`, or a process that ended early.
+        UserError: a row is invalid and its handling is `error`, or a worker process ended early.
     """
     chunks = ((number, chunk) for number, source in enumerate(sources) for chunk in _row_chunks(source))
     processes = num_processes(sum(len(source.rows) for source in sources), workers)
@@ -151,15 +151,15 @@ def converted_chunks(sources: Sequence[Source], job: ConvertJob, workers: int | 
             yield number, convert_rows(*chunk)
         return
     context = multiprocessing.get_context("spawn")
-    coming: deque[tuple[int, Future[Chunk]]] = deque()
+    pending: deque[tuple[int, Future[Chunk]]] = deque()
     with ProcessPoolExecutor(processes, context, _start_worker, (job,)) as pool:
         try:
             for number, chunk in chunks:
-                coming.append((number, pool.submit(_work, *chunk)))
-                if len(coming) == CHUNKS_AHEAD * processes:
-                    first, future = coming.popleft()
+                pending.append((number, pool.submit(_work, *chunk)))
+                if len(pending) == CHUNKS_AHEAD * processes:
+                    first, future = pending.popleft()
                     yield first, future.result()
-            for first, future in coming:
+            for first, future in pending:
                 yield first, future.result()
         except BrokenProcessPool as error:
             cause = 'out of memory, or the script lacks `if __name__ == "__main__":`'

@@ -1,6 +1,6 @@
-"""Rows of one file: JSON, JSON lines, CSV (these also compressed) or parquet, each a sequence of dicts.
+"""Read rows of one file as a sequence of dicts: parquet, or JSON, JSON lines and CSV, optionally compressed.
 
-What is not compressed and not parquet is read with the standard library alone.
+Uncompressed files other than parquet are read with the standard library alone.
 """
 
 import csv
@@ -20,42 +20,42 @@ from typing import Any, BinaryIO
 from dpo_jax.data.values import read_json
 from dpo_jax.errors import UserError, from_outside
 
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # pyarrow's names
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # suffix -> pyarrow's codec name
 
 
 def file_suffix(path: str) -> str:
-    """The suffix of a file's format, below that of its compression: `.jsonl` of `pairs.jsonl.gz`."""
+    """Return the suffix of a file's format without that of its compression: `.jsonl` for `pairs.jsonl.gz`."""
     name = Path(path.lower())
-    inner = name.with_suffix("").suffix
-    return inner if name.suffix in COMPRESSED and inner != ".parquet" else name.suffix
+    inner_suffix = name.with_suffix("").suffix
+    return inner_suffix if name.suffix in COMPRESSED and inner_suffix != ".parquet" else name.suffix
 
 
 def file_hash(path: str) -> str:
-    """sha256 of the file's bytes, hexadecimal.
+    """Return the hexadecimal sha256 of a file's bytes.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     with from_outside(path, "it must be a readable file"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _opened(path: str) -> BinaryIO:
-    """A seekable file of the bytes; a compressed one is decompressed into a temporary file."""
-    kind = COMPRESSED.get(Path(path.lower()).suffix)
-    if kind is None:
+    """Open a file as a seekable binary stream; a compressed file is decompressed into a temporary file."""
+    codec = COMPRESSED.get(Path(path.lower()).suffix)
+    if codec is None:
         with from_outside(path, "it must be a readable file"):
             return open(path, "rb")
     import pyarrow as pa
 
     with ExitStack() as stack:
-        plain = stack.enter_context(tempfile.TemporaryFile())
+        decompressed = stack.enter_context(tempfile.TemporaryFile())
         remedy = f"replace it if it is damaged; it is decompressed into {tempfile.gettempdir()}, which needs the space"
-        with from_outside(path, remedy), pa.input_stream(path, compression=kind) as stream:
-            shutil.copyfileobj(stream, plain)
-        plain.seek(0)
+        with from_outside(path, remedy), pa.input_stream(path, compression=codec) as stream:
+            shutil.copyfileobj(stream, decompressed)
+        decompressed.seek(0)
         stack.pop_all()
-    return plain
+    return decompressed
 
 
 # ----------------------------------------------------------------------------------------------------------- JSON
@@ -76,7 +76,7 @@ def _object(path: str, position: str, row: object) -> Mapping:
 
 
 class _JsonLines:
-    """One object a line; only the offsets of the lines are in memory, 8 bytes a row."""
+    """Rows of a file with one JSON object per line; keeps only line offsets in memory, 8 bytes per row."""
 
     def __init__(self, path: str, file: BinaryIO):
         self.path, self.starts, self.file = path, array("Q"), file
@@ -103,10 +103,10 @@ class _JsonLines:
 
 
 def load_json(path: str) -> Any:
-    """A list of objects, or one object a line.
+    """Load rows from a JSON list of objects, or from one JSON object per line.
 
     Raises:
-        UserError: it cannot be read, or is neither.
+        UserError: the file cannot be read, or is neither.
     """
     file = _opened(path)
     is_list = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
@@ -122,10 +122,10 @@ def load_json(path: str) -> Any:
 
 
 def load_json_lines(path: str) -> Any:
-    """One object a line, read on demand; blank lines are skipped.
+    """Open rows with one JSON object per line, parsed on access; blank lines are skipped.
 
     Raises:
-        UserError: the file cannot be read. A line that is not JSON is refused when it is read.
+        UserError: the file cannot be read. Accessing a line that is not JSON raises it later.
     """
     return _JsonLines(path, _opened(path))
 
@@ -134,12 +134,12 @@ def load_json_lines(path: str) -> Any:
 
 
 def load_csv(path: str) -> list[Mapping]:
-    """Rows of text, named by the first line; cells with commas, quotes or line ends are quoted.
+    """Load CSV rows as text; the first line names the columns. Cells with commas, quotes or newlines are quoted.
 
     Raises:
-        UserError: it cannot be read, two columns have the same name, or a row has more or fewer cells than names.
+        UserError: the file cannot be read, two columns share a name, or a row has more or fewer cells than columns.
     """
-    csv.field_size_limit(2**31 - 1)  # its own limit, 128 KiB a cell, is less than a conversation may need
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB per cell is too small for some conversations
     with _opened(path) as file:
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
         with from_outside(path, "it must be UTF-8 text with commas between cells"):
@@ -149,8 +149,8 @@ def load_csv(path: str) -> list[Mapping]:
         raise UserError(f"{path}: two of its columns have the same name: {names}; rename one")
     for number, cells in lines:
         if len(cells) != len(names):
-            wrong = f"{len(cells)} cells, the first line names {len(names)} columns"
-            raise UserError(f"{path}, line {number}: {wrong}; fix or remove it")
+            fault = f"{len(cells)} cells, the first line names {len(names)} columns"
+            raise UserError(f"{path}, line {number}: {fault}; fix or remove it")
     return [dict(zip(names, cells, strict=True)) for _, cells in lines[1:]]
 
 
@@ -158,10 +158,10 @@ def load_csv(path: str) -> list[Mapping]:
 
 
 class Parquet:
-    """Rows of a parquet file; one row group at a time is held in memory.
+    """Rows of a parquet file; keeps one row group at a time in memory.
 
     Raises:
-        UserError: it is no parquet file, or two of its columns have the same name.
+        UserError: the file is not parquet, or two columns have the same name.
     """
 
     def __init__(self, path: str):

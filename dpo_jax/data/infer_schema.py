@@ -1,4 +1,4 @@
-"""The schema of a source's rows, inferred from their columns, and hints at what it leaves unread or reads as text."""
+"""Infer the schema of a source from its columns, and hint at columns not read or messages read as plain text."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from dpo_jax.config import Stage
 from dpo_jax.data.schemas import ASSISTANT_TURN, SCHEMAS, Parser
 from dpo_jax.errors import UserError
 
-_PREFERENCE_COLUMNS = (  # the first whose columns are all there
+_PREFERENCE_COLUMNS = (  # the first schema whose columns are all present is chosen
     ("openai", {"input", "preferred_output", "non_preferred_output"}),
     ("sharegpt", {"conversations", "chosen", "rejected"}),
     ("preference", {"prompt", "chosen", "rejected"}),
@@ -25,7 +25,7 @@ _SFT_COLUMNS = (
     ("text", {"text"}),
 )
 _COLUMNS: dict[Stage, tuple] = {"dpo": _PREFERENCE_COLUMNS, "sft": _SFT_COLUMNS}
-_OTHER_NAMES = {  # that public sets give to our columns
+_OTHER_NAMES = {  # our column name -> names of that column in public data sets
     "prompt": ("question", "query", "input", "instruction", "problem", "context", "history", "post"),
     "chosen": ("chosen_response", "response_chosen", "preferred", "accepted", "better", "response_j", "positive"),
     "rejected": ("rejected_response", "response_rejected", "dispreferred", "worse", "response_k", "negative"),
@@ -38,14 +38,14 @@ _JSON_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\
 
 
 def _renames(needed: set[str], columns: Sequence[str]) -> dict[str, str]:
-    """Our names that a file lacks -> its columns that they probably stand for."""
+    """Map each of our column names that is missing to the column of the file that probably corresponds to it."""
     missing = sorted(needed - set(columns))
-    named = {ours: [name for name in _OTHER_NAMES.get(ours, ()) if name in columns] for ours in missing}
-    return {ours: names[0] for ours, names in named.items() if names}
+    matches = {ours: [name for name in _OTHER_NAMES.get(ours, ()) if name in columns] for ours in missing}
+    return {ours: names[0] for ours, names in matches.items() if names}
 
 
 def _fits_none(columns: Sequence[str], stage: Stage) -> str:
-    """A line that names the schema with fewest columns missing, the widest of several, and renames that make it fit."""
+    """Return a message with the closest schema (fewest columns missing, then most columns) and the renames it needs."""
 
     def lacks(schema: tuple[str, set[str]]) -> tuple[int, int, int]:
         missing = len(schema[1] - set(columns))
@@ -54,13 +54,13 @@ def _fits_none(columns: Sequence[str], stage: Stage) -> str:
     name, needed = min(_COLUMNS[stage], key=lacks)
     renames = _renames(needed, columns)
     pairs = ", ".join(f"{ours}: {renames.get(ours, 'COLUMN')}" for ours in sorted(needed - set(columns)))
-    unknown = ", with the file's name for COLUMN; if it has none, add that column" if lacks((name, needed))[0] else ""
-    nearest = f"the nearest is {name} ({', '.join(sorted(needed))}): set columns: {{{pairs}}}{unknown}"
+    hint = ", with the file's name for COLUMN; if it has none, add that column" if lacks((name, needed))[0] else ""
+    nearest = f"the nearest is {name} ({', '.join(sorted(needed))}): set columns: {{{pairs}}}{hint}"
     return f"columns {sorted(columns)} fit no schema of {stage}; {nearest}"
 
 
 def _begins(value: object) -> str | None:
-    """Role of the first message of a list; None: this is no list of messages."""
+    """Return the role of the first message in a list, None if the value is not a list of messages."""
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
         return None
     role = value[0].get("role") or value[0].get("from")
@@ -68,7 +68,7 @@ def _begins(value: object) -> str | None:
 
 
 def _without_prompt(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> str:
-    """The schema of rows with `chosen` and `rejected` and no column named prompt."""
+    """Return the schema of rows with `chosen` and `rejected` but no column named prompt."""
     chosen = [row.get("chosen") for row in rows]
     texts = [value for value in chosen if isinstance(value, str)]
     if any(ASSISTANT_TURN in value for value in texts):
@@ -77,13 +77,13 @@ def _without_prompt(columns: Sequence[str], rows: Sequence[Mapping], stage: Stag
         raise UserError("chosen is JSON text of messages: store the messages as lists")
     if not texts and not all(_begins(value) in ("assistant", "gpt") for value in chosen):
         return "preference"  # whole conversations
-    filled = {name for row in rows for name, value in row.items() if isinstance(value, str | list | Mapping)}
-    candidates = [name for name in columns if name in filled - {"chosen", "rejected"}]
+    content_columns = {name for row in rows for name, value in row.items() if isinstance(value, str | list | Mapping)}
+    candidates = [name for name in columns if name in content_columns - {"chosen", "rejected"}]
     if candidates:
-        likely = _renames({"prompt"}, candidates).get("prompt", candidates[0])
-        chat = f" (or {{instruction: {likely}}}, which puts system first)" if "system" in candidates else ""
-        both = "; schema: implicit_prompt, if both texts begin with it" if texts and stage == "dpo" else ""
-        remedy = f"name it, such as columns: {{prompt: {likely}}}{chat}{both}"
+        prompt_column = _renames({"prompt"}, candidates).get("prompt", candidates[0])
+        chat = f" (or {{instruction: {prompt_column}}}, which puts system first)" if "system" in candidates else ""
+        implicit = "; schema: implicit_prompt, if both texts begin with it" if texts and stage == "dpo" else ""
+        remedy = f"name it, such as columns: {{prompt: {prompt_column}}}{chat}{implicit}"
         raise UserError(f"columns {sorted(columns)}: answers only, no column is named prompt: {remedy}")
     if texts and stage == "sft":
         raise UserError("chosen is text without a prompt: columns: {text: chosen} learns all of it")
@@ -91,15 +91,15 @@ def _without_prompt(columns: Sequence[str], rows: Sequence[Mapping], stage: Stag
 
 
 def detect_schema(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> str:
-    """Name of the schema, inferred from the columns and, where they leave it open, from the first few `rows`.
+    """Infer the name of the schema from the columns and, where these are ambiguous, from the first few `rows`.
 
     Raises:
         UserError: the columns fit no schema of the stage, or none of them is clearly the prompt.
     """
-    fitting = next(((name, needed) for name, needed in _COLUMNS[stage] if needed <= set(columns)), None)
-    if fitting is None:
+    match = next(((name, needed) for name, needed in _COLUMNS[stage] if needed <= set(columns)), None)
+    if match is None:
         raise UserError(_fits_none(columns, stage))
-    name, needed = fitting
+    name, needed = match
     if needed == {"chosen", "rejected"}:
         return _without_prompt(columns, rows, stage)
     if needed == {"messages", "chosen", "rejected"} and any(
@@ -117,10 +117,10 @@ def _is_answered(row: Mapping) -> bool:
 
 
 def parser_of(schema: str, columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> Parser:
-    """The parser of a source: of its `schema`, inferred from the columns when that is `auto`.
+    """Return the parser of a source's `schema`, inferred from the columns if it is `auto`.
 
     Raises:
-        UserError: no schema fits, or the stage does not know it.
+        UserError: no schema fits, or the stage does not support the schema.
     """
     if schema == "auto":
         schema = detect_schema(columns, rows, stage)
@@ -130,20 +130,20 @@ def parser_of(schema: str, columns: Sequence[str], rows: Sequence[Mapping], stag
 
 
 def hints(parser: Parser, columns: Sequence[str], rows: Sequence[Mapping]) -> list[str]:
-    """What a user may not expect: columns that are not read, messages that are read as plain text."""
+    """Return hints about possible surprises: columns that are not read, messages that are read as plain text."""
     lines = []
-    ignored = [name for name in columns if name not in parser.columns]
-    if ignored:
-        lines.append(f"columns that are not read: {', '.join(ignored)}")
+    unread_columns = [name for name in columns if name not in parser.columns]
+    if unread_columns:
+        lines.append(f"columns that are not read: {', '.join(unread_columns)}")
     lines += [
-        f"{name} is not part of the prompt: call it system, and the prompt instruction (text) or conversations "
-        "(messages), with columns"
+        f"{name} is not part of the prompt: use columns to rename it to system, and the prompt to instruction (text) "
+        "or conversations (messages)"
         for name in ("system", "system_prompt")
-        if name in ignored
+        if name in unread_columns
     ]
     for name in sorted(parser.columns & {"prompt", "chosen", "rejected", "answer", "completion", "output", "text"}):
         count = sum(isinstance(row.get(name), str) and bool(_JSON_MESSAGES.match(row[name])) for row in rows)
         if count:
-            where = f"in {count} of the first {len(rows)} rows"
-            lines.append(f"{name} looks like JSON text {where}, and is read as plain text: store messages as lists")
+            frequency = f"in {count} of the first {len(rows)} rows"
+            lines.append(f"{name} looks like JSON text {frequency}, and is read as plain text: store messages as lists")
     return lines

@@ -1,7 +1,7 @@
-"""Rows of every usual schema -> one ``Example``, or the ``Problem`` that says why not.
+"""Parse a row of any supported schema into an ``Example``, or a ``Problem`` that states why it is invalid.
 
-A schema is a function from a row to prompt and answers; the tables below name them, per stage, with the columns that
-each reads. ``infer_schema`` finds that of a source. Nothing here knows tokens.
+A schema is a function from a row to prompt and answers; the tables at the end list the schemas of each stage and the
+columns that each reads. ``infer_schema`` selects the schema of a source. Nothing here depends on tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +15,18 @@ _GIVEN_BY_US = {"conversation", "messages", "tools", "tokenize", "add_generation
                 "continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding",
                 "truncation", "max_length", "sanitize_control_tokens", "tokenizer_kwargs"}  # fmt: skip
 _SEEN_OR_HEARD = ("image", "images", "video", "videos", "audio", "audios")
-_EMPTY = ("''", "b''", "[]", "[None]", "{}")  # by repr, since a picture may be of any type
-MAX_WEIGHT = 1e30  # float32 can hold the sum of many
+_EMPTY = ("''", "b''", "[]", "[None]", "{}")  # compared by repr, because images may be of any type
+MAX_WEIGHT = 1e30  # the sum of many still fits in float32
 ASSISTANT_TURN, _HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
 
 
 @dataclass(frozen=True)
 class Example:
-    """What is learned from one row.
+    """Training example from one row.
 
-    DPO: `prompt` and `answers` = (chosen, rejected). SFT: `answers` = (answer,). Text goes with text, messages with
-    messages. `prompt` is None for SFT rows that are one piece: a text (all of it but the first token is learned), or a
-    whole conversation (its assistant turns are learned).
+    DPO: `prompt` and `answers` = (chosen, rejected). SFT: `answers` = (answer,). Prompt and answers are either all text
+    or all messages. `prompt` is None for SFT rows without a separate prompt: a text (all tokens but the first are
+    learned), or a whole conversation (its assistant turns are learned).
     """
 
     row: int
@@ -39,7 +39,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a row: `cause` is a field of ``InvalidRowsConfig``, or one of ``tokenize.NOTES``."""
+    """Problem with a row; `cause` is a field of ``InvalidRowsConfig`` or a key of ``tokenize.NOTES``."""
 
     row: int
     cause: str
@@ -50,26 +50,26 @@ class Problem:
 
 
 def common_prefix(first: Sequence, second: Sequence) -> int:
-    """How many leading items are equal."""
+    """Return the length of the common prefix of two sequences."""
     pairs = zip(first, second, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """Two whole conversations -> their common leading messages, and what follows in each, at least one message."""
+    """Split two whole conversations into their common leading messages and the rest of each, at least one message."""
     size = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
     return chosen[:size], chosen[size:], rejected[size:]
 
 
 def _check_prompt_column(prompt: str, messages: Messages) -> None:
-    """A text prompt next to whole conversations must be the one that they hold, in part or as a rendering of it."""
+    """Check that a text prompt next to whole conversations is part of a user message, or a rendering of one."""
     users = [message["content"].strip() for message in messages if message["role"] == "user"]
     if not any(prompt.strip() in content or content in prompt for content in users):
         raise BadRow("prompts_differ", f"the prompt column is not in the conversation: {values.shown(prompt)}")
 
 
 def _after_prompt(prompt: Messages, answer: Messages) -> Messages:
-    """Answers given as the whole conversation lose the prompt that they repeat."""
+    """Remove the prompt from an answer that repeats it as the start of a whole conversation."""
     return answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
 
 
@@ -107,12 +107,12 @@ def _transcripts(row: Mapping):
     prompt, chosen = _split_transcript("chosen", row.get("chosen"))
     rejected_prompt, rejected = _split_transcript("rejected", row.get("rejected"))
     if prompt != rejected_prompt:
-        raise BadRow("prompts_differ", f"the prompts part at character {common_prefix(prompt, rejected_prompt)}")
+        raise BadRow("prompts_differ", f"the prompts diverge at character {common_prefix(prompt, rejected_prompt)}")
     return prompt, chosen, rejected
 
 
 def _implicit_prompt(row: Mapping):
-    """Two texts, split where they differ; each answer keeps a character at least, and the space before it."""
+    """Split two texts where they first differ; each answer keeps at least one character, and the space before it."""
     chosen, rejected = values.text("chosen", row.get("chosen")), values.text("rejected", row.get("rejected"))
     size = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
     size -= chosen[:size].endswith(" ")
@@ -139,7 +139,7 @@ def _sharegpt_sft(row: Mapping):
 
 
 def _history(row: Mapping) -> Messages:
-    """The turns before the last, given as pairs of instruction and answer."""
+    """Return the turns before the last one, stored as pairs of instruction and answer."""
     pairs = row.get("history") or []
     if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
         raise BadRow("missing_field", f"history is {values.shown(pairs)}, not a list of [instruction, answer]")
@@ -151,7 +151,7 @@ def _history(row: Mapping) -> Messages:
 
 
 def _instruction(row: Mapping) -> Messages:
-    """Instruction and input are one user message, whose looks as text are up to the chat template."""
+    """Join instruction and input into one user message; the chat template decides how it is rendered."""
     texts = [values.text("instruction", row.get("instruction"))]
     if row.get("input") is not None and values.text("input", row["input"]).strip():
         texts.append(row["input"])
@@ -163,17 +163,17 @@ def _alpaca(row: Mapping):
 
 
 def _alpaca_sft(row: Mapping):
-    """With a history, a conversation like any other, whose every answer is learned."""
+    """Parse an Alpaca row; one with a history becomes a whole conversation, in which every answer is learned."""
     name = "output" if "output" in row else "chosen"
     prompt, answer = _instruction(row), values.answer(name, row.get(name))
     return (None, prompt + answer) if row.get("history") else (prompt, answer)
 
 
 def _openai_input(row: Mapping) -> dict:
-    given = values.json_object("input", row.get("input"))
-    if given is None:
+    request = values.json_object("input", row.get("input"))
+    if request is None:
         raise BadRow("missing_field", "input is absent or null")
-    return given
+    return request
 
 
 def _openai(row: Mapping):
@@ -206,14 +206,14 @@ def _plain(row: Mapping):
 
 def _weight(row: Mapping) -> float:
     weight = row.get("weight", 1.0)
-    given = values.number(weight)
-    if given is None or not 0 <= given <= MAX_WEIGHT:
+    number = values.number(weight)
+    if number is None or not 0 <= number <= MAX_WEIGHT:
         raise BadRow("missing_field", f"weight is {values.shown(weight)}, not a number from 0 to {MAX_WEIGHT:g}")
-    return given
+    return number
 
 
 def _tools(row: Mapping) -> list | None:
-    """Tools as chat templates take them; ShareGPT files give the bare functions."""
+    """Return tools in the format of chat templates; ShareGPT files contain only the functions."""
     tools = row.get("tools")
     if tools is None and "preferred_output" in row:
         tools = _openai_input(row).get("tools")
@@ -225,56 +225,56 @@ def _tools(row: Mapping) -> list | None:
 
 def _template_kwargs(row: Mapping) -> dict | None:
     kwargs = values.json_object("chat_template_kwargs", row.get("chat_template_kwargs"))
-    taken = sorted(set(kwargs or ()) & _GIVEN_BY_US)
-    if taken:
-        raise BadRow("missing_field", f"chat_template_kwargs cannot hold {taken}, which this program sets itself")
+    reserved = sorted(set(kwargs or ()) & _GIVEN_BY_US)
+    if reserved:
+        raise BadRow("missing_field", f"chat_template_kwargs cannot hold {reserved}, which this program sets itself")
     return kwargs
 
 
 def _check_text_alone(row: Mapping) -> None:
-    """Words about a picture that the model does not see teach it to make things up."""
-    given = [name for name in _SEEN_OR_HEARD if row.get(name) is not None and repr(row[name]) not in _EMPTY]
-    if given:
-        reads = "models here read text alone; remove the column if the text stands by itself"
-        raise BadRow("missing_field", f"{given[0]} is {values.shown(row[given[0]])}, and {reads}")
+    """Refuse rows with images, video or audio: text about media that the model cannot see teaches it to hallucinate."""
+    media_columns = [name for name in _SEEN_OR_HEARD if row.get(name) is not None and repr(row[name]) not in _EMPTY]
+    if media_columns:
+        fault = "only text is supported; remove the column if the text makes sense without it"
+        raise BadRow("missing_field", f"{media_columns[0]} is {values.shown(row[media_columns[0]])}, and {fault}")
 
 
 def _check_turns(prompt: Messages, answer: Messages) -> None:
-    """Whatever is not said by the assistant belongs to the prompt, which both answers share."""
+    """Check that an answer has assistant messages only; all others belong to the prompt, which both answers share."""
     if not answer or answer[-1]["role"] != "assistant":
         raise BadRow("empty_answer", "the conversation does not end with an assistant message")
     roles = [message["role"] for message in answer]
     if set(roles) != {"assistant"}:
-        raise BadRow("prompts_differ", f"after {len(prompt)} message(s) of the prompt an answer goes on with {roles}")
+        raise BadRow("prompts_differ", f"after {len(prompt)} message(s) of the prompt an answer continues with {roles}")
     if not prompt:
         raise BadRow("empty_prompt", "no message comes before the answer")
 
 
 def _check_learned(answer: Messages) -> None:
-    """Messages of the assistant that are read and not learned belong in conversations for fine-tuning only."""
+    """Refuse answers with messages that are not learned; these are supported only in fine-tuning conversations."""
     if any(message.get("weight") == 0 for message in answer):
-        raise BadRow("missing_field", "an answer holds a message of weight 0, and the whole of an answer is learned")
+        raise BadRow("missing_field", "an answer has a message of weight 0, but all messages of an answer are learned")
 
 
 def _check_said(answer: str | Messages) -> None:
     if isinstance(answer, str):
-        said = answer.strip()
+        has_text = answer.strip()
     else:
-        said = any(m["content"].strip() or m.get("tool_calls") for m in answer if m["role"] == "assistant")
-    if not said:
+        has_text = any(m["content"].strip() or m.get("tool_calls") for m in answer if m["role"] == "assistant")
+    if not has_text:
         raise BadRow("empty_answer", "an answer has no text")
 
 
 @dataclass(frozen=True)
 class Parser:
-    """Reads the rows of a schema: a function of a row's number and the row."""
+    """Parser for the rows of one schema, called with a row's index and the row."""
 
     read: Callable[[Mapping], tuple]
-    columns: frozenset[str]  # what it reads; it gets no others
+    columns: frozenset[str]  # the only columns that `read` is given
     num_answers: int
 
     def __call__(self, index: int, row: Mapping) -> Example | Problem:
-        """The example of a row, or what is wrong with it."""
+        """Return the example of a row, or its problem."""
         row = {name: values.without_nulls(value) for name, value in row.items() if name in self.columns}
         try:
             _check_text_alone(row)

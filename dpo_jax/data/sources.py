@@ -1,6 +1,6 @@
-"""Where rows come from: files, folders, the Hugging Face hub, TFDS. Every source is a sequence of dicts, read lazily.
+"""Load rows from files, folders, the Hugging Face hub or TFDS as a sequence of dicts, read lazily.
 
-The libraries that only some sources need are imported when such a source is opened.
+Libraries that only some sources need are imported when such a source is opened.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Rows(Sequence):
-    """The first `size` rows of a source, with columns renamed (our name -> theirs); each is read when asked for."""
+    """The first `size` rows of a source, read on access, with renamed columns (our name -> the source's name)."""
 
     def __init__(self, rows: Any, columns: Mapping[str, str], size: int):
         self.rows, self.columns, self.size = rows, columns, size
@@ -34,17 +34,17 @@ class Rows(Sequence):
         if isinstance(selected, range):
             return [self[index] for index in selected]
         row = self.rows[selected]
-        theirs = set(self.columns.values())
-        kept = {name: value for name, value in row.items() if name not in theirs}
+        renamed_columns = set(self.columns.values())
+        kept = {name: value for name, value in row.items() if name not in renamed_columns}
         return kept | {ours: row[name] for ours, name in self.columns.items() if name in row}
 
 
 def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
-    """The rows of a source, by index; columns renamed and cut to `limit` as the source says.
+    """Open the rows of a source, with its `columns` renamed and at most `limit` rows.
 
     Raises:
-        UserError: the source is missing, empty or broken, or an option does not apply to it. A line that is not JSON is
-            found when it is read.
+        UserError: the source is missing, empty or broken, or an option does not apply to it. Accessing a line that is
+            not JSON raises it later.
     """
     if not isinstance(source, SourceConfig):
         dataset = _plain_dataset(source)
@@ -53,18 +53,18 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
     if len(rows) == 0:
         raise UserError(f"{source.path}: it holds no rows; name a source that has some")
     if source.columns:
-        seen = {name: None for index in range(min(len(rows), 100)) for name in rows[index]}
+        names = {name: None for index in range(min(len(rows), 100)) for name in rows[index]}
         for ours, theirs in source.columns.items():
-            if theirs not in seen:
-                raise UserError(f"{source.path}: columns: {ours}: there is no {theirs!r}; there are {list(seen)}")
+            if theirs not in names:
+                raise UserError(f"{source.path}: columns: {ours}: no column {theirs!r}; available: {list(names)}")
     return Rows(rows, source.columns, min(len(rows), source.limit or len(rows)))
 
 
 def fingerprint(source: "SourceConfig | datasets.Dataset") -> str:
-    """Identity of what ``load_rows`` returns, as hexadecimal digits: equal content, equal digits, wherever it is.
+    """Return a hexadecimal hash of what ``load_rows`` returns; equal content has an equal hash, whatever its path.
 
     Raises:
-        UserError: as ``load_rows``.
+        UserError: as in ``load_rows``.
     """
     if not isinstance(source, SourceConfig):
         identity = [_dataset_identity(_plain_dataset(source))]
@@ -75,10 +75,10 @@ def fingerprint(source: "SourceConfig | datasets.Dataset") -> str:
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind of source: how it is opened, what identifies its content, which options it supports."""
+    """One kind of source: how to open it, how to identify its content, and which options it supports."""
 
-    load: Callable[[SourceConfig], Any]  # what has a length and gives rows by index
-    identity: Callable[[SourceConfig], list]
+    load: Callable[[SourceConfig], Any]  # returns a sequence of rows, with length and indexing
+    identity: Callable[[SourceConfig], list]  # returns JSON values that are equal for equal content
     options: tuple[str, ...] = ()
 
 
@@ -87,9 +87,9 @@ def _kind(source: SourceConfig) -> _Kind:
     kind = _KINDS[name]
     defaults = {"split": "train", "name": None, "revision": None, "data_dir": None}
     for option, default in defaults.items():
-        given = getattr(source, option)
-        if given != default and option not in kind.options:
-            raise UserError(f"{source.path}: {option}: {given!r} does not apply to a {name}; leave it out")
+        value = getattr(source, option)
+        if value != default and option not in kind.options:
+            raise UserError(f"{source.path}: {option}: {value!r} does not apply to a {name}; leave it out")
     return kind
 
 
@@ -105,10 +105,10 @@ def _kind_name(path: str) -> str:
             raise UserError(f"{path}: there is no such file; the working directory is {Path.cwd()}")
         if suffix not in _SUFFIXES:
             suffixes = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.COMPRESSED)}"
-            raise UserError(f"{path}: suffix {suffix!r} is not known; known are {suffixes}; of others name the folder")
+            raise UserError(f"{path}: unknown suffix {suffix!r}; use {suffixes}; for other files give the folder")
         return _SUFFIXES[suffix]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise UserError(f"{path}: there is no such file or folder, and it is no name of a hub set (owner/name)")
+        raise UserError(f"{path}: there is no such file or folder, and it is not the name of a hub set (owner/name)")
     return "hub set"
 
 
@@ -116,7 +116,7 @@ def _kind_name(path: str) -> str:
 
 
 class _LibraryRows:
-    """Rows that a library decodes on demand."""
+    """Rows that a library decodes on access; its exceptions become ``UserError``."""
 
     def __init__(self, label: str, rows: Any):
         self.label, self.rows = label, rows
@@ -130,7 +130,7 @@ class _LibraryRows:
 
 
 def _plain_dataset(rows: object) -> "datasets.Dataset":
-    """The set with rows as plain Python values."""
+    """Return the data set with rows as plain Python values."""
     import datasets
 
     if not isinstance(rows, datasets.Dataset):
@@ -142,21 +142,21 @@ def _plain_dataset(rows: object) -> "datasets.Dataset":
 
 
 def _dataset_identity(rows: "datasets.Dataset") -> list:
-    return [rows._fingerprint]  # the library's only name for a set's content
+    return [rows._fingerprint]  # the library has no public identifier of a data set's content
 
 
 def _load_saved(source: SourceConfig) -> "datasets.Dataset":
     import datasets
 
     with from_outside(source.path, "it must be a folder of datasets.save_to_disk"):
-        saved = datasets.load_from_disk(source.path)
-    if isinstance(saved, datasets.DatasetDict):
-        if source.split not in saved:
-            raise UserError(f"{source.path}: split: there is no {source.split!r}; there are {sorted(saved)}")
-        return saved[source.split].with_format(None)
-    if source.split not in ("train", str(saved.split)):
+        dataset = datasets.load_from_disk(source.path)
+    if isinstance(dataset, datasets.DatasetDict):
+        if source.split not in dataset:
+            raise UserError(f"{source.path}: split: no split {source.split!r}; available: {sorted(dataset)}")
+        return dataset[source.split].with_format(None)
+    if source.split not in ("train", str(dataset.split)):
         raise UserError(f"{source.path}: split: {source.split!r}: the folder holds one set, no splits; leave it out")
-    return saved.with_format(None)
+    return dataset.with_format(None)
 
 
 def _load_hub(source: SourceConfig) -> "datasets.Dataset":
@@ -170,7 +170,7 @@ def _load_hub(source: SourceConfig) -> "datasets.Dataset":
 def _load_folder(source: SourceConfig) -> "datasets.Dataset":
     import datasets
 
-    # the library knows local files by their times only, and would give old rows for a file that was replaced
+    # the library identifies local files by their times only, and could return cached rows of a replaced file
     cache = os.path.join(datasets.config.HF_DATASETS_CACHE, "dpo_jax", _folder_hash(source.path))
     remedy = f"check path, name and split {source.split!r}"
     with from_outside(f"{source.path}: this folder of files cannot be loaded", remedy):
@@ -178,22 +178,22 @@ def _load_folder(source: SourceConfig) -> "datasets.Dataset":
 
 
 def _folder_hash(path: str) -> str:
-    """Of names and contents of all files in a folder, hexadecimal."""
-    inside = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    named = [[str(file.relative_to(path)), files.file_hash(str(file))] for file in inside]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    """Return a hexadecimal hash of the names and contents of all files in a folder."""
+    paths = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    hashes = [[str(file.relative_to(path)), files.file_hash(str(file))] for file in paths]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def _dataset_kind(load: Callable[[SourceConfig], "datasets.Dataset"], *options: str) -> _Kind:
-    opened = lambda source: _LibraryRows(source.path, load(source))  # noqa: E731
-    return _Kind(opened, lambda source: _dataset_identity(load(source)), options)
+    open_rows = lambda source: _LibraryRows(source.path, load(source))  # noqa: E731
+    return _Kind(open_rows, lambda source: _dataset_identity(load(source)), options)
 
 
 # ------------------------------------------------------------------------------------------------------------ TFDS
 
 
 class _Tfds:
-    """A TFDS split with bytes as text and a sequence of dicts as a list of dicts."""
+    """Rows of a TFDS split, with bytes decoded to text and sequences of dicts as lists of dicts."""
 
     def __init__(self, rows: _LibraryRows, features):
         self.rows, self.features = rows, features
@@ -206,7 +206,7 @@ class _Tfds:
 
 
 def _unrolled(feature: Any, value: Any) -> Any:
-    """TFDS keeps a sequence of dicts as a dict of sequences."""
+    """Convert a TFDS value to Python values; TFDS stores a sequence of dicts as a dict of sequences."""
     import numpy as np
     import tensorflow_datasets as tfds
 
@@ -228,22 +228,22 @@ def _tfds_builder(source: SourceConfig) -> Any:
     import tensorflow_datasets as tfds
 
     name = source.path.removeprefix("tfds:")
-    check = f"check the name and data_dir {source.data_dir}"
-    with from_outside(f"{source.path}: TFDS cannot open it", check):
+    name_remedy = f"check the name and data_dir {source.data_dir}"
+    with from_outside(f"{source.path}: TFDS cannot open it", name_remedy):
         if source.data_dir and os.path.isfile(os.path.join(source.data_dir, "dataset_info.json")):
             builder = tfds.builder_from_directory(source.data_dir)
         else:
             builder: Any = tfds.builder(name, data_dir=source.data_dir)
-        prepared = builder.is_prepared()
+        is_prepared = builder.is_prepared()
         kinds = {kind.value for kind in builder.info.available_file_formats()}
     if builder.info.name != re.split("[:/]", name)[0]:
-        raise UserError(f"{source.path}: {source.data_dir} holds the set {builder.info.name!r}; {check}")
+        raise UserError(f"{source.path}: {source.data_dir} holds the set {builder.info.name!r}; {name_remedy}")
     remedy = f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
-    if not prepared:
+    if not is_prepared:
         raise UserError(f"{source.path}: not prepared in {builder.data_dir}; prepare it with {remedy}")
     if "array_record" not in kinds:
-        prepared_as = f"prepared as {sorted(kinds)}, which has no random access without TensorFlow"
-        raise UserError(f"{source.path}: {prepared_as}; prepare it again, in another data_dir, with {remedy}")
+        fault = f"prepared as {sorted(kinds)}, which has no random access without TensorFlow"
+        raise UserError(f"{source.path}: {fault}; prepare it again, in another data_dir, with {remedy}")
     return builder
 
 
@@ -279,4 +279,4 @@ _KINDS = {
     "TFDS set": _Kind(_load_tfds, _tfds_identity, ("split", "data_dir")),
 }
 _SUFFIXES = {".json": "file of JSON", ".jsonl": "file of JSON lines", ".csv": "CSV file", ".parquet": "parquet file"}
-_SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what save_to_disk leaves
+_SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # files written by save_to_disk

@@ -1,8 +1,8 @@
-"""Examples tokenised once: flat token files, memory-mapped, in a folder named by everything that made them.
+"""Token store: examples tokenised once into flat, memory-mapped files, in a folder named by a hash of all inputs.
 
 A store is a folder ``<key>/`` of plain little-endian arrays, ``problems.jsonl`` (every row that was dropped or
-changed) and ``manifest.json`` (written last: sizes, checksums, counts). It is built next to its place and renamed into
-it, so what lies under a key is whole; if its checksums say otherwise it is built again.
+changed) and ``manifest.json`` (written last: sizes, checksums, counts). It is built in a temporary folder and renamed
+atomically, so a folder named by a key is complete; if its checksums do not match, it is built again.
 """
 
 import hashlib
@@ -37,37 +37,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files; raise it too whenever the same rows would give other tokens
+FORMAT = 2  # version of the files; increment it also when the same rows would yield different tokens
 DTYPES = dict.fromkeys(("tokens", "lengths", "num_targets"), "<i4")
 DTYPES |= {"rows": "<i8", "sources": "<i2", "weights": "<f4", "targets": "|b1"}
-ROWS_NAMED = 10  # rows of each cause that a report names; problems.jsonl names all
-ROWS_LOOKED_AT = 100  # from whose columns the schema is inferred
-KEY_DIGITS = 16  # of the key, in the name of its folder
+ROWS_NAMED = 10  # rows listed per cause in a report; problems.jsonl lists all
+ROWS_LOOKED_AT = 100  # rows from whose columns the schema is inferred
+KEY_DIGITS = 16  # hexadecimal digits of the key in the folder's name
 MANIFEST, PROBLEMS, TEMPORARY = "manifest.json", "problems.jsonl", ".building-"
-STALE_SECONDS = 24 * 3600  # after which what an interrupted build left behind is removed
+STALE_SECONDS = 24 * 3600  # age at which the temporary folder of an interrupted build is removed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """N tokenised examples of K answers each, opened by ``open_store``; arrays are read-only maps of files."""
+    """N tokenised examples of K answers each, opened by ``open_store``; arrays are read-only memory maps."""
 
     path: Path
-    key: str  # sha256, hexadecimal, over everything that decides the content
-    tokens: np.ndarray  # int32: prompt and answers of every example, end to end
-    starts: np.ndarray  # int64 [N]: where each example begins in tokens
+    key: str  # hexadecimal sha256 of everything that determines the content
+    tokens: np.ndarray  # int32: prompt and answers of every example, concatenated
+    starts: np.ndarray  # int64 [N]: offset of each example in tokens
     lengths: np.ndarray  # int32 [N, 1 + K]: tokens of the prompt and of each answer
-    num_targets: np.ndarray  # int32 [N, K]: answer tokens that are learned
-    rows: np.ndarray  # int64 [N]: row in its source
-    sources: np.ndarray  # int16 [N]: place of its source in `report`
+    num_targets: np.ndarray  # int32 [N, K]: answer tokens to learn
+    rows: np.ndarray  # int64 [N]: row in the example's source
+    sources: np.ndarray  # int16 [N]: index of the example's source in `report`
     weights: np.ndarray  # float32 [N]
-    targets: np.ndarray | None  # bool, as tokens: answer tokens that are learned; None: all of them
-    report: list[dict[str, Any]]  # of each source: label, rows, kept, rendered, hints, dropped and notes by cause
+    targets: np.ndarray | None  # bool, same shape as tokens: answer tokens to learn; None: all of them
+    report: list[dict[str, Any]]  # per source: source, rows, kept, rendered, hints, and dropped and notes by cause
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def example(self, i: int | np.integer) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None]:
-        """(prompt, answers, which tokens of the one answer are learned or None for all) of example ``i``, as views."""
+        """Return views of example ``i``: prompt, answers, and the mask of tokens to learn in answer 0 (None: all)."""
         ends = self.starts[i] + np.cumsum(self.lengths[i], dtype=np.int64)
         prompt = self.tokens[self.starts[i] : ends[0]]
         answers = tuple(self.tokens[start:end] for start, end in pairwise(ends))
@@ -80,12 +80,12 @@ SomeSource: TypeAlias = "SourceConfig | Dataset"
 
 
 def source_label(source: SomeSource, index: int) -> str:
-    """How messages and reports name a source."""
+    """Return the name of a source in messages and reports."""
     return source.path if isinstance(source, SourceConfig) else f"datasets.Dataset {index}"
 
 
 def _made_from(sources: Sequence[SomeSource], data: DataConfig, tokenizer: Any, stage: Stage) -> dict[str, Any]:
-    """Everything that decides what a store holds."""
+    """Return everything that determines the content of a store."""
     return {
         "format": FORMAT,
         "stage": stage,
@@ -107,18 +107,18 @@ def _hash(made_from: dict[str, Any]) -> str:
 def _open_source(source: SomeSource, index: int, stage: Stage) -> Source:
     label = source_label(source, index)
     rows = data_sources.load_rows(source)
-    first = [rows[row] for row in range(min(len(rows), ROWS_LOOKED_AT))]
-    columns = list(dict.fromkeys(name for row in first for name in row))
+    sample = [rows[row] for row in range(min(len(rows), ROWS_LOOKED_AT))]
+    columns = list(dict.fromkeys(name for row in sample for name in row))
     schema = source.schema if isinstance(source, SourceConfig) else "auto"
     try:
-        parse = parser_of(schema, columns, first, stage)
+        parse = parser_of(schema, columns, sample, stage)
     except UserError as error:
         raise UserError(f"{label}: {error}") from None
-    return Source(label=label, rows=rows, parse=parse, hints=hints(parse, columns, first))
+    return Source(label=label, rows=rows, parse=parse, hints=hints(parse, columns, sample))
 
 
 def _check_unchanged(sources: Sequence[SomeSource], before: Sequence[str]) -> None:
-    """Rows that were read while their file changed must not be stored under the key of its former content."""
+    """Raise if a source changed during tokenisation: its rows must not be stored under the key of the old content."""
     for index, (source, fingerprint) in enumerate(zip(sources, before, strict=True)):
         if data_sources.fingerprint(source) != fingerprint:
             label = source_label(source, index)
@@ -129,11 +129,11 @@ def _check_unchanged(sources: Sequence[SomeSource], before: Sequence[str]) -> No
 
 
 class DamagedStore(UserError):
-    """A store folder that is partial, or not what its manifest says."""
+    """A store folder is incomplete or does not match its manifest."""
 
 
 class _File:
-    """An open file that is written from start to end, with its size and checksum."""
+    """File written sequentially, with a running size and checksum."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.size, self.crc32 = file, 0, 0
@@ -172,15 +172,15 @@ def _check_some_left(report: dict[str, Any]) -> None:
     dropped = sum(cause["count"] for cause in report["dropped"].values())
     assert report["kept"] + dropped == report["rows"], report
     if report["kept"] == 0:
-        firsts = [(name, cause["count"], cause["first"][0]) for name, cause in report["dropped"].items()]
-        causes = "; ".join(f"{name} {count} (row {first['row']}: {first['detail']})" for name, count, first in firsts)
+        examples = [(name, cause["count"], cause["first"][0]) for name, cause in report["dropped"].items()]
+        causes = "; ".join(f"{name} {count} (row {first['row']}: {first['detail']})" for name, count, first in examples)
         raise UserError(f"{report['source']}: none of its {report['rows']} rows can be used: {causes}; fix the data")
 
 
 def _write(
     folder: Path, sources: Sequence[Source], job: ConvertJob, workers: int | None, made_from: dict[str, Any]
 ) -> None:
-    """Write all files of a store into an empty folder, the manifest last."""
+    """Write all files of a store into an empty folder; the manifest is written last."""
     reports: list[dict[str, Any]] = []
     for source in sources:
         counts = {"source": source.label, "rows": len(source.rows), "kept": 0, "rendered": 0}
@@ -210,8 +210,8 @@ def _write(
 def _check_file(path: Path, size: int, crc32: int) -> None:
     actual_size, checksum = path.stat().st_size if path.is_file() else -1, 0
     if actual_size != size:
-        actual = "missing" if actual_size < 0 else f"{actual_size} bytes"
-        raise DamagedStore(f"{path}: it is {actual}, not {size} bytes")
+        actual_text = "missing" if actual_size < 0 else f"{actual_size} bytes"
+        raise DamagedStore(f"{path}: it is {actual_text}, not {size} bytes")
     with open(path, "rb") as file:
         while block := file.read(2**24):
             checksum = zlib.crc32(block, checksum)
@@ -220,10 +220,10 @@ def _check_file(path: Path, size: int, crc32: int) -> None:
 
 
 def open_store(path: Path) -> Store:
-    """Open a store folder, every byte of it checked.
+    """Open a store folder after verifying the checksum of every file.
 
     Raises:
-        DamagedStore: it is partial, or a file is not what the manifest says.
+        DamagedStore: the folder is incomplete, or a file does not match the manifest.
     """
     try:
         manifest = unseal((path / MANIFEST).read_bytes())
@@ -246,7 +246,7 @@ def open_store(path: Path) -> Store:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What builds that were killed have left; a younger one may still be at work."""
+    """Remove temporary folders of killed builds; a recent folder may belong to a running build and is kept."""
     for path in list_files(folder, TEMPORARY + "*"):
         newest = max((file.stat().st_mtime for file in path.glob("*/*")), default=path.stat().st_mtime)
         if time.time() - newest > STALE_SECONDS:
@@ -254,14 +254,14 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _put(built: Path, path: Path) -> None:
-    """Move a finished folder to its place, unless another process has put a whole one there meanwhile."""
+    """Move a finished store to its final path, unless another process has put an intact one there meanwhile."""
     try:
         os.rename(built, path)
-    except OSError:  # something is there
+    except OSError:  # the path exists
         try:
             open_store(path)
         except DamagedStore:
-            with suppress(OSError):  # another process is just doing the same
+            with suppress(OSError):  # another process is replacing it too
                 os.rename(path, built.with_name("damaged"))
                 os.rename(built, path)
 
@@ -269,14 +269,14 @@ def _put(built: Path, path: Path) -> None:
 def build_or_open_store(
     folder: Path, sources: Sequence[SomeSource], data: DataConfig, tokenizer: Any, stage: Stage, workers: int | None
 ) -> Store:
-    """The store of these sources under these options: opened if it is there and whole, else built with `workers`.
+    """Open the store of these sources and options if an intact one exists, else build it with `workers` processes.
 
-    A second call only reads the sources through, to check that they are the same, and tokenises nothing. Two processes
-    may build at once; of several hosts that share the folder let one come first.
+    A second call only reads the sources to hash them, and tokenises nothing. Two processes may build concurrently; if
+    several hosts share the folder, let one of them build first.
 
     Raises:
-        UserError: a source cannot be read or changes meanwhile, nothing of it is left, an invalid row whose
-            handling is `error`, or a folder or disk that cannot be written.
+        UserError: a source cannot be read, changes during the build or has no valid row, a row is invalid and its
+            handling is `error`, or the folder cannot be written.
     """
     made_from = _made_from(sources, data, tokenizer, stage)
     path = folder / _hash(made_from)[:KEY_DIGITS]
@@ -285,18 +285,18 @@ def build_or_open_store(
             return open_store(path)
         except DamagedStore as damage:
             log.warning("%s; tokenising again", damage)
-    opened = [_open_source(source, index, stage) for index, source in enumerate(sources)]
-    log.info("tokenising %d rows into %s", sum(len(source.rows) for source in opened), path)
+    open_sources = [_open_source(source, index, stage) for index, source in enumerate(sources)]
+    log.info("tokenising %d rows into %s", sum(len(source.rows) for source in open_sources), path)
     job = ConvertJob(data=data, tokenizer=tokenizer, stage=stage)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder, ignore_cleanup_errors=True) as temporary:
-            built = Path(temporary) / "store"
-            built.mkdir()
-            _write(built, opened, job, workers, made_from)
+            build_folder = Path(temporary) / "store"
+            build_folder.mkdir()
+            _write(build_folder, open_sources, job, workers, made_from)
             _check_unchanged(sources, made_from["sources"])
-            _put(built, path)
+            _put(build_folder, path)
     except OSError as error:
         raise UserError(f"data.store: {folder}: {error}; free some space, or name another folder") from None
     return open_store(path)
@@ -306,22 +306,22 @@ def build_or_open_store(
 
 
 def ids_by_source(store: Store, ids: np.ndarray) -> list[np.ndarray]:
-    """``ids`` (int64, any subset of the examples) of each source, in their order."""
+    """Split example ``ids`` (int64, any subset) by source, keeping their order."""
     return [ids[store.sources[ids] == source] for source in range(len(store.report))]
 
 
 def prompt_hash(store: Store, i: int | np.integer) -> bytes:
-    """16 bytes that identify the prompt of example ``i``; of a text without a prompt (one token), the whole text."""
+    """Return a 16-byte hash of example ``i``'s prompt, or of the whole text if it has no prompt (one token)."""
     prompt, answers, _ = store.example(i)
-    of = [prompt, *answers] if len(answers) == 1 and len(prompt) == 1 else [prompt]
-    return hashlib.blake2b(b"".join(part.tobytes() for part in of), digest_size=16).digest()
+    sequences = [prompt, *answers] if len(answers) == 1 and len(prompt) == 1 else [prompt]
+    return hashlib.blake2b(b"".join(ids.tobytes() for ids in sequences), digest_size=16).digest()
 
 
 def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(ids to train on, ids held out), int64 and rising: a function of the data alone, seed and order of rows apart.
+    """Return (training ids, held-out ids), int64 and ascending; the split depends on neither seed nor row order.
 
-    All examples of one prompt fall on one side. Prompts are held out in the order of a hash of their tokens, those too
-    many for what is left to reach round(fraction * N) examples excepted.
+    All examples of a prompt fall on the same side. Prompts are held out in the order of a hash of their tokens until
+    round(fraction * N) examples are reached; a prompt with too many examples for the remainder is skipped.
 
     Raises:
         UserError: the fraction leaves either side empty.
@@ -329,10 +329,10 @@ def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarra
     groups: dict[bytes, list[int]] = {}
     for i in range(len(store) if fraction else 0):
         groups.setdefault(prompt_hash(store, i), []).append(i)
-    wanted = round(fraction * len(store))
+    target_size = round(fraction * len(store))
     held_out: list[int] = []
     for _, members in sorted(groups.items()):
-        if len(held_out) + len(members) <= wanted:
+        if len(held_out) + len(members) <= target_size:
             held_out += members
     if fraction and not 0 < len(held_out) < len(store):
         size = f"{fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held_out)}"

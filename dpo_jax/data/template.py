@@ -1,7 +1,7 @@
-"""Chat templates: conversations as text, rendered within bounds; and whether every message is in that text.
+"""Render conversations with chat templates, under a time limit, and check that every message is in the output.
 
-A template is a program that came with the model. It reads a fixed date in place of the clock, may fail at a row in any
-way, and is stopped when it does not end.
+A template is a program that comes with the model. It gets a fixed date instead of the clock, may fail on a row in any
+way, and is stopped if it does not terminate.
 """
 
 import signal
@@ -15,34 +15,34 @@ from typing import Any
 from dpo_jax.data.schemas import Example, Messages
 from dpo_jax.errors import UserError, reason
 
-RENDER_SECONDS = 10.0  # of processor time for one conversation
+RENDER_SECONDS = 10.0  # limit on the processor time of rendering one conversation
 STRUCTURES_KEPT = 1000
 
 
 class Refused(Exception):
-    """The chat template does not take this conversation."""
+    """The chat template fails on this conversation."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """The chat template of a tokenizer, and the date it reads from the clock."""
+    """The chat template of a tokenizer, and the date that it gets instead of today's."""
 
-    tokenizer: Any  # a PreTrainedTokenizerBase, whose types are too wide to be of use
+    tokenizer: Any  # a PreTrainedTokenizerBase, whose type annotations are too broad to help
     date: str
-    shown: dict[str, frozenset["_Path"]] = field(default_factory=dict)  # of `_shown`, by structure of a conversation
+    shown: dict[str, frozenset["_Path"]] = field(default_factory=dict)  # cache of `_shown`, by conversation structure
 
 
 def reads_clock(chat_template: str | dict[str, str] | None) -> bool:
-    """Whether what a template writes may depend on the date."""
+    """Return whether the output of a template may depend on the date."""
     return "strftime_now" in str(chat_template)
 
 
 def render(template: Template, example: Example, messages: Messages, prompt: bool = False) -> str:
-    """Text of a conversation; `prompt` adds what the template writes before an answer.
+    """Render a conversation as text; `prompt` appends the template's generation prompt.
 
     Raises:
-        Refused: the template fails at these messages, or does not end.
-        UserError: there is no template, none for this row, or it is not Jinja.
+        Refused: the template fails on these messages, or does not terminate.
+        UserError: there is no template, none for this row, or it is not valid Jinja.
     """
     import jinja2
 
@@ -54,20 +54,20 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
             text = template.tokenizer.apply_chat_template(
                 messages, tools=example.tools, add_generation_prompt=prompt, tokenize=False, **variables
             )
-        text.encode()  # no tokenizer takes half a character
+        text.encode()  # raises at a lone surrogate, which no tokenizer accepts
     except jinja2.TemplateSyntaxError as error:
         fault = f"the chat template has a fault in line {error.lineno}: {error.message}"
         raise UserError(f"row {example.row}: {fault}; fix it, or give another file as data.chat_template") from None
-    except Exception as error:  # it can do whatever a program can
-        said = " ".join(str(error).split())[:200] if isinstance(error, jinja2.TemplateError) else ""
-        raise Refused(said or reason(error)) from error
+    except Exception as error:  # a template may raise anything
+        message = " ".join(str(error).split())[:200] if isinstance(error, jinja2.TemplateError) else ""
+        raise Refused(message or reason(error)) from error
     return text
 
 
 def _require_template(chosen: str | dict[str, str] | None, example: Example) -> None:
     if chosen is None:
-        lacking = f"row {example.row}: it holds messages, and the tokenizer has no chat template"
-        raise UserError(f"{lacking}; give a file with one as data.chat_template")
+        fault = f"row {example.row}: it holds messages, and the tokenizer has no chat template"
+        raise UserError(f"{fault}; give a file with one as data.chat_template")
     with_tools = example.tools is not None and isinstance(chosen, dict) and "tool_use" in chosen
     if isinstance(chosen, dict) and "default" not in chosen and not with_tools:
         several = f"the tokenizer has several chat templates and no default: {', '.join(sorted(chosen))}"
@@ -75,10 +75,10 @@ def _require_template(chosen: str | dict[str, str] | None, example: Example) -> 
 
 
 def _set_clock(template: Template, example: Example) -> None:
-    """Give the template that this row takes a function of the set date in place of the machine's clock."""
+    """Replace the clock of this row's template by a function of the configured date."""
     text = template.tokenizer.get_chat_template(tools=example.tools)
     if reads_clock(text):
-        # apply_chat_template takes this object from a cache keyed by the text; it passes only plain data to a template
+        # apply_chat_template uses this same object, cached by template text, and passes only plain data to a template
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         compiled = _compile_jinja_template(text)
@@ -87,34 +87,34 @@ def _set_clock(template: Template, example: Example) -> None:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside after so much processor time; no limit outside of a process's main thread."""
+    """Context manager that raises TimeoutError after ``seconds`` of processor time; no-op outside the main thread."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"it did not end within {seconds:g} s of processor time")
+        raise TimeoutError(f"it did not finish within {seconds:g} s of processor time")
 
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1)  # again each second: one exception may be lost in a callback
+    previous_handler = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1)  # repeats each second: a callback may swallow one exception
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGVTALRM, previous_handler)
 
 
 # ------------------------------------------------------------------------------------------- every part must show
 
-_Path = tuple[int | str, ...]  # keys from a list of messages down to one value
+_Path = tuple[int | str, ...]  # indices and keys that lead from a list of messages to one value
 
 
 def missing_part(template: Template, example: Example, messages: Messages, text: str) -> str | None:
-    """The first part of the messages that has no influence on their rendering `text`, in words; None: all have.
+    """Describe the first part of the messages that does not affect their rendering `text`; None if all parts do.
 
     Each content, and each tool call's name and arguments, is replaced by a marker. Templates may strip, move, merge or
-    shorten what they are given: a marker in the new rendering, or any change of it, is enough. First all markers are
-    put in at once: what then shows depends on roles and not on words, and serves the next row of that structure too.
+    shorten their input, so a marker in the new rendering, or any change of the rendering, is enough. All markers are
+    inserted at once first: which of them appear depends on roles, not on words, so the result is cached by structure.
     """
     parts = dict(_parts(messages))
     shown = _shown(template, example, messages, parts)
@@ -123,11 +123,11 @@ def missing_part(template: Template, example: Example, messages: Messages, text:
     for path, value in parts.items():
         if path in shown:
             continue
-        changed = _replaced(messages, path, _marker(0, value))
+        marked_messages = _replaced(messages, path, _marker(0, value))
         try:
-            refusal = "" if render(template, example, changed) == text else None
+            refusal = "" if render(template, example, marked_messages) == text else None
         except Refused as refused:
-            refusal = f": with other words in its place the template fails: {refused}"
+            refusal = f": with other text in its place the template fails: {refused}"
         if refusal is not None:
             index, what = int(path[0]), " ".join(map(str, path[1:]))
             return f"{what} of message {index} ({messages[index]['role']}) is not in the rendered conversation{refusal}"
@@ -135,17 +135,17 @@ def missing_part(template: Template, example: Example, messages: Messages, text:
 
 
 def _shown(template: Template, example: Example, messages: Messages, parts: dict[_Path, Any]) -> frozenset[_Path]:
-    """Parts whose markers stand in the rendering when every part is replaced by one."""
+    """Return the parts whose markers appear in the rendering when all parts are replaced by markers at once."""
     markers = {path: _marker(number, value) for number, (path, value) in enumerate(parts.items())}
-    marked = messages
+    marked_messages = messages
     for path, marker in markers.items():
-        marked = _replaced(marked, path, marker)
-    structure = repr((marked, example.tools, example.template_kwargs))
+        marked_messages = _replaced(marked_messages, path, marker)
+    structure = repr((marked_messages, example.tools, example.template_kwargs))
     if structure not in template.shown:
         if len(template.shown) == STRUCTURES_KEPT:
             template.shown.clear()
         try:
-            text = render(template, example, marked)
+            text = render(template, example, marked_messages)
         except Refused:
             text = ""
         template.shown[structure] = frozenset(path for n, path in enumerate(markers) if _marker(n, "") in text)
@@ -153,26 +153,26 @@ def _shown(template: Template, example: Example, messages: Messages, parts: dict
 
 
 def _parts(messages: Messages) -> Iterator[tuple[_Path, Any]]:
-    """What has to be rendered: contents that are more than white space, names and arguments of tool calls."""
+    """Yield the parts that must be rendered: non-blank contents, and the names and arguments of tool calls."""
     for index, message in enumerate(messages):
         if message["content"].strip():
             yield (index, "content"), message["content"]
         for number, call in enumerate(message.get("tool_calls", ())):
-            inside = ("function",) if isinstance(call.get("function"), dict) else ()
-            function = call["function"] if inside else call
+            path_prefix = ("function",) if isinstance(call.get("function"), dict) else ()
+            function = call["function"] if path_prefix else call
             for key in ("name", "arguments"):
                 if function.get(key):
-                    yield (index, "tool_calls", number, *inside, key), function[key]
+                    yield (index, "tool_calls", number, *path_prefix, key), function[key]
 
 
 def _marker(number: int, value: Any) -> Any:
-    """A value of the same kind that stands nowhere else; an object keeps its names, which a template may ask for."""
+    """Return a unique value of the same kind; an object keeps its keys, which a template may access."""
     text = f"zqxj{number}jxqz"
     return dict.fromkeys(value, text) if isinstance(value, dict) else text
 
 
 def _replaced(value: Any, path: _Path, new: Any) -> Any:
-    """A copy with another value at `path`."""
+    """Return a copy with the value at `path` replaced."""
     if not path:
         return new
     copy = value.copy()

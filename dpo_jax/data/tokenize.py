@@ -1,7 +1,7 @@
-"""Examples -> token ids: chat template, boundary of prompt and answer, special tokens, truncation.
+"""Tokenize examples: chat template, boundary between prompt and answer, special tokens, truncation.
 
-The prompt ends where the encoding of the prompt alone and those of prompt + answer part; what straddles belongs to the
-answer. Special tokens come once: BOS as the tokenizer or the template writes it, EOS after plain-text answers.
+The prompt ends where the encodings of the prompt alone and of prompt + answer diverge; a token that spans the boundary
+belongs to the answer. Special tokens occur once: BOS as written by tokenizer or template, EOS after plain-text answers.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,17 +18,17 @@ from dpo_jax.errors import UserError, from_outside
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MARKER = "zqxj"  # a content that no generation prompt has in common with
-NOTES = {"straddling_token": "A token holds the end of the prompt and the start of an answer; it counts to the answer."}
-"""Causes that are counted only: nothing is wrong with the row."""
+MARKER = "zqxj"  # message content that shares no prefix with the end of a generation prompt
+NOTES = {"straddling_token": "A token spans the boundary between prompt and answer; it belongs to the answer."}
+"""Causes that are counted but do not make a row invalid."""
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """One example in tokens; `prompt + answers[k]` is what the model reads, and `prompt` is never empty.
+    """Token ids of one example; the model reads `prompt + answers[k]`, and `prompt` is never empty.
 
-    `targets` marks the tokens of `answers[0]` that are learned (SFT on conversations; None: all). `notes` are repairs,
-    truncations and the like, to be counted: causes as in ``InvalidRowsConfig``, or of ``NOTES``.
+    `targets` marks the tokens of `answers[0]` to learn (SFT on conversations; None: all). `notes` are repairs,
+    truncations and the like, counted by cause: a field of ``InvalidRowsConfig`` or a key of ``NOTES``.
     """
 
     row: int
@@ -37,19 +37,19 @@ class TokenizedExample:
     targets: list[bool] | None
     weight: float
     notes: tuple[Problem, ...] = ()
-    rendered: bool = False  # by a chat template
+    rendered: bool = False  # whether a chat template rendered it
 
 
 Tokenize = Callable[[Example], TokenizedExample | Problem]
 
 
 def make_tokenize(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", stage: Stage) -> Tokenize:
-    """A picklable function from examples to tokens, by the rules of `data`.
+    """Return a picklable function that tokenizes examples as `data` configures.
 
-    A row to be dropped or refused comes back as its ``Problem``; whoever knows the source's name raises.
+    For a row to drop or refuse it returns the ``Problem``; the caller, who knows the name of the source, raises.
 
     Raises:
-        UserError: the tokenizer lacks what a row needs: a chat template, an EOS token.
+        UserError: a row needs a chat template or an EOS token that the tokenizer lacks.
     """
     _, after = added_around(tokenizer)
     coder = _Coder(data, tokenizer, Template(tokenizer, data.template_date), after)
@@ -61,16 +61,16 @@ def make_tokenize(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", stage:
 
 @dataclass(frozen=True)
 class _Coder:
-    """The tokenizer, its chat template, and what it puts after a text by itself."""
+    """The tokenizer, its chat template, and the ids that it appends to every text."""
 
     data: DataConfig
-    tokenizer: Any  # a PreTrainedTokenizerBase, whose types are too wide to be of use
+    tokenizer: Any  # a PreTrainedTokenizerBase, whose type annotations are too broad to help
     template: Template
     after: list[int]
 
 
 def _encode(coder: _Coder, row: int, texts: Sequence[str], special: bool) -> list[list[int]]:
-    """Ids of texts, with one BOS at most at the start, and none of what the tokenizer itself puts at the end."""
+    """Encode texts with at most one leading BOS, and without the ids that the tokenizer appends itself."""
     with from_outside(f"row {row}: the tokenizer cannot encode the text", "remove the row, or set model.tokenizer"):
         encoded = coder.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
     bos, num_after = coder.tokenizer.bos_token_id, len(coder.after) if special else 0
@@ -78,15 +78,15 @@ def _encode(coder: _Coder, row: int, texts: Sequence[str], special: bool) -> lis
 
 
 def _one_bos(ids: list[int], bos: int | None) -> list[int]:
-    """A text that begins with a written BOS gets a second one from the tokenizer."""
-    extra = 0
-    while bos is not None and ids[extra : extra + 2] == [bos, bos]:
-        extra += 1
-    return ids[extra:]
+    """Remove duplicate leading BOS ids: the tokenizer adds one to a text that already starts with one."""
+    num_extra = 0
+    while bos is not None and ids[num_extra : num_extra + 2] == [bos, bos]:
+        num_extra += 1
+    return ids[num_extra:]
 
 
 def _with_eos(coder: _Coder, ids: list[int], row: int) -> list[int]:
-    """Ids of a plain text, ended by one EOS if the config asks for it."""
+    """Append EOS to the ids of a plain text, unless it is there already or data.append_eos is false."""
     eos = coder.tokenizer.eos_token_id
     if not coder.data.append_eos:
         return ids
@@ -100,11 +100,11 @@ def _with_eos(coder: _Coder, ids: list[int], row: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Tokens of an example before truncation."""
+    """Prompt and answer ids of an example, before or after truncation."""
 
     prompt: list[int]
     answers: list[list[int]]
-    learned: list[bool] = field(default_factory=list)  # of prompt + answers[0]; empty unless the example is one piece
+    learned: list[bool] = field(default_factory=list)  # for prompt + answers[0]; empty if example.prompt is not None
     notes: tuple[Problem, ...] = ()
 
 
@@ -121,10 +121,10 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
         return pieces
     notes = pieces.notes
     if num_answers == 2 and pieces.answers[0] == pieces.answers[1]:
-        equal = Problem(example.row, "equal_answers", f"both answers are the same {len(pieces.answers[0])} tokens")
+        problem = Problem(example.row, "equal_answers", f"both answers are the same {len(pieces.answers[0])} tokens")
         if coder.data.invalid_rows.equal_answers != "keep":
-            return equal
-        notes += (equal,)
+            return problem
+        notes += (problem,)
     prompt, answers, targets = pieces.prompt, tuple(pieces.answers), None
     if not all(pieces.learned[len(prompt) :]):
         targets = pieces.learned[len(prompt) :]
@@ -133,7 +133,7 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
 
 
 def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
-    """Prompt and answers, parted at the longest common token prefix of the prompt alone and all of prompt + answer."""
+    """Split at the longest common token prefix of the encoded prompt and every encoded prompt + answer."""
     row, notes = example.row, ()
     prompt: Any = example.prompt
     answers: Any = example.answers
@@ -141,19 +141,19 @@ def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
         prompt_ids, *full = _encode(coder, row, [prompt, *(prompt + answer for answer in answers)], special=True)
         ended = [_with_eos(coder, ids, row) for ids in full]
     else:
-        before = render(coder.template, example, prompt, prompt=True)
+        prompt_text = render(coder.template, example, prompt, prompt=True)
         texts = [render(coder.template, example, prompt + answer) for answer in answers]
         for answer, text in zip(answers, texts, strict=True):
-            lost = missing_part(coder.template, example, prompt + answer, text)
-            if lost is not None:
-                return Problem(row, "message_not_rendered", lost)
-        part_at = min(_common_text(before, text) for text in texts)
-        if part_at < len(before):
-            lost = before[part_at:][:40]
-            notes = (_not_prefix(row, f"{lost!r} of the rendered prompt is not in the rendered conversation"),)
+            omission = missing_part(coder.template, example, prompt + answer, text)
+            if omission is not None:
+                return Problem(row, "message_not_rendered", omission)
+        divergence = min(_common_text(prompt_text, text) for text in texts)
+        if divergence < len(prompt_text):
+            omission = prompt_text[divergence:][:40]
+            notes = (_not_prefix(row, f"{omission!r} of the rendered prompt is not in the rendered conversation"),)
             if coder.data.invalid_rows.template_not_prefix != "repair":
                 return notes[0]
-        prompt_ids, *full = _encode(coder, row, [before, *texts], special=False)
+        prompt_ids, *full = _encode(coder, row, [prompt_text, *texts], special=False)
         ended = full
     size = min(common_prefix(prompt_ids, ids) for ids in full)
     if size == 0:
@@ -167,16 +167,16 @@ def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
 
 
 def _whole(coder: _Coder, example: Example) -> _Pieces | Problem:
-    """A text, learned but for its first token; or a conversation, of which the assistant's turns are learned."""
+    """Tokenize a text, learned except for its first token, or a conversation, whose assistant turns are learned."""
     answer: Any = example.answers[0]
     if isinstance(answer, str):
         (ids,) = _encode(coder, example.row, [answer], special=True)
         ids = _with_eos(coder, ids, example.row)
         return _parted(ids, [True] * len(ids)) or Problem(example.row, "empty_answer", "the text is a single token")
     text = render(coder.template, example, answer)
-    lost = missing_part(coder.template, example, answer, text)
-    if lost is not None:
-        return Problem(example.row, "message_not_rendered", lost)
+    omission = missing_part(coder.template, example, answer, text)
+    if omission is not None:
+        return Problem(example.row, "message_not_rendered", omission)
     turns = _assistant_turns(coder, example, answer, text)
     if isinstance(turns, Problem):
         return turns
@@ -196,9 +196,9 @@ def _whole(coder: _Coder, example: Example) -> _Pieces | Problem:
 
 
 def _parted(ids: list[int], learned: list[bool]) -> _Pieces | None:
-    """The prompt up to the first learned token, the answer up to the last one; None when there is none.
+    """Split before the first learned token and drop all tokens after the last one; None if no token is learned.
 
-    The first token is never learned: nothing comes before it.
+    The first token is never learned, because no token precedes it.
     """
     positions = [position for position, flag in enumerate(learned) if flag and position > 0]
     if not positions:
@@ -216,40 +216,40 @@ def _common_text(first: str, second: str) -> int:
 
 
 def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: str):
-    """([start, end) in `text` of each assistant turn that has a message before it, notes); or the problem.
+    """Return ([start, end) in `text` of each learned assistant turn that follows a message, notes), or the problem.
 
-    A turn starts where the conversation before it, ready for an answer, ends. Templates may render a turn otherwise
-    when others follow (Qwen3 takes out thoughts): then it is the longest tail of its own rendering that stands there.
+    A turn starts where the preceding conversation with its generation prompt ends. A template may render a turn
+    differently when others follow (Qwen3 removes thoughts); the turn is then the longest tail of it that matches.
     """
-    spans, changed = [], None
+    spans, changed_index = [], None
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0 or message.get("weight") == 0:
             continue
-        before = render(coder.template, example, messages[:index], prompt=True)
-        through = render(coder.template, example, messages[: index + 1])
-        start = _common_text(before, text)
-        end = len(through)
-        if start < len(before) or not text.startswith(through):
-            changed = index
-            # a content may begin as what the generation prompt ends with, so the turn's start is found with a marker
-            marked = [*messages[:index], message | {"content": MARKER}, *messages[index + 1 :]]
-            start = _common_text(before, render(coder.template, example, marked))
-            turn = through[_common_text(before, render(coder.template, example, marked[: index + 1])) :]
+        prompt_text = render(coder.template, example, messages[:index], prompt=True)
+        turn_text = render(coder.template, example, messages[: index + 1])
+        start = _common_text(prompt_text, text)
+        end = len(turn_text)
+        if start < len(prompt_text) or not text.startswith(turn_text):
+            changed_index = index
+            # content may start like the end of the generation prompt, so a marker is used to find the turn's start
+            marked_messages = [*messages[:index], message | {"content": MARKER}, *messages[index + 1 :]]
+            start = _common_text(prompt_text, render(coder.template, example, marked_messages))
+            turn = turn_text[_common_text(prompt_text, render(coder.template, example, marked_messages[: index + 1])) :]
             tails = (turn[cut:] for cut in range(len(turn)))
             tail = next((tail for tail in tails if tail.strip() and text.startswith(tail, start)), None)
             if tail is None or (spans and start < spans[-1][1]):
                 return _not_prefix(example.row, f"message {index} cannot be found in the rendered conversation")
             end = start + len(tail)
         spans.append((start, end))
-    detail = f"message {changed} is rendered otherwise when messages follow it"
-    return spans, () if changed is None else (_not_prefix(example.row, detail),)
+    detail = f"message {changed_index} is rendered differently when messages follow it"
+    return spans, () if changed_index is None else (_not_prefix(example.row, detail),)
 
 
 # ----------------------------------------------------------------------------------------------- truncation
 
 
 def _truncated(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Problem:
-    """At most max_length tokens of prompt and answer; the answers share one prompt, so the larger excess is cut."""
+    """Truncate so that the prompt and its longest answer have max_length tokens; the answers share one prompt."""
     limit, invalid_rows = coder.data.max_length, coder.data.invalid_rows
     length = len(pieces.prompt) + max(map(len, pieces.answers))
     if length <= limit:
@@ -259,8 +259,8 @@ def _truncated(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Pr
         return too_long
     cut = _CUTS[coder.data.truncation, bool(pieces.learned)](pieces, limit, coder.tokenizer.bos_token_id)
     if cut is None:
-        left = "the prompt fills it" if coder.data.truncation == "keep_start" else "the answer fills it"
-        return replace(too_long, detail=f"{too_long.detail}, and {left}")
+        cause = "the prompt fills it" if coder.data.truncation == "keep_start" else "the answer fills it"
+        return replace(too_long, detail=f"{too_long.detail}, and {cause}")
     return replace(cut, notes=(*pieces.notes, too_long))
 
 
@@ -270,13 +270,13 @@ def _cut_answers(pieces: _Pieces, limit: int, bos: int | None) -> _Pieces | None
 
 
 def _cut_prompt(pieces: _Pieces, limit: int, bos: int | None) -> _Pieces | None:
-    """A BOS at the start stays there: models lean on it."""
+    """Cut the start of the prompt but keep a leading BOS, because models rely on it."""
     room = limit - max(map(len, pieces.answers))
     return replace(pieces, prompt=_tail(pieces.prompt, pieces.prompt, room, bos)) if room > 0 else None
 
 
 def _tail(items: list, ids: list[int], size: int, bos: int | None) -> list:
-    """The last `size` items, the first of which is the one that belongs to a leading BOS, if there is one."""
+    """Return `size` items: that of a leading BOS, if there is one, and the last ones."""
     head = 1 if ids[0] == bos else 0
     return items[:head] + items[len(items) - (size - head) :]
 
@@ -290,7 +290,7 @@ def _cut_start(pieces: _Pieces, limit: int, bos: int | None) -> _Pieces | None:
     return _parted(_tail(ids, ids, limit, bos), _tail(pieces.learned, ids, limit, bos))
 
 
-_CUTS = {  # (truncation, the example is one piece)
+_CUTS = {  # (data.truncation, whether the example has no separate prompt) -> function
     ("keep_start", False): _cut_answers,
     ("keep_end", False): _cut_prompt,
     ("keep_start", True): _cut_end,

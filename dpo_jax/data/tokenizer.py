@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face: loaded without running a model's own code, hashed, and what they add to a text."""
+"""Load Hugging Face tokenizers without running remote code, hash them, and detect the tokens they add to a text."""
 
 import json
 import logging
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 256  # texts made of a tokenizer's vocabulary, from which its behaviour is read
+SAMPLES = 256  # texts made of a tokenizer's vocabulary, used to probe its behaviour
 TOKENS_A_SAMPLE = 4
 
 
 def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a directory or hub name. Python files that it brings are never run.
+    """Load the tokenizer of a directory or hub name; Python files in its repository are never run.
 
     Args:
         path: directory or hub name.
         revision: branch, tag or commit of a hub name.
-        chat_template: file with a chat template, or the name of one of the tokenizer's own; None: its own.
+        chat_template: file with a chat template, or the name of one of the tokenizer's own; None: its default.
 
     Raises:
         UserError: there is no such tokenizer or template.
@@ -35,7 +35,7 @@ def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -
     from transformers import AutoTokenizer
 
     with from_outside(f"{path}: no tokenizer can be loaded", "fix its files, or set model.tokenizer to another"):
-        # without an answer given here, transformers asks on standard input whether it may run the model's own code
+        # unless this is False, transformers asks on standard input whether it may run the model's own code
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     for token in (token for token, index in special.items() if index is None):
@@ -47,28 +47,28 @@ def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -
 
 
 def _chosen_template(path: str, brought: Any, chosen: str | None) -> str | dict[str, str] | None:
-    """Text of the chosen template, or of the one that the tokenizer brought; or several by name; or None."""
-    named = brought if isinstance(brought, dict) else {}
-    if not all(isinstance(text, str) for text in (named.values() if named else [brought or ""])):
+    """Return the chosen template's text, or the tokenizer's own template (a dict if it has several), or None."""
+    templates = brought if isinstance(brought, dict) else {}
+    if not all(isinstance(text, str) for text in (templates.values() if templates else [brought or ""])):
         remedy = "correct it, or give a file as data.chat_template"
         raise UserError(f"{path}: chat_template is not text: {shown(brought)}; {remedy}")
     if chosen is None:
         return brought or None
-    if chosen in named:
-        return named[chosen]
+    if chosen in templates:
+        return templates[chosen]
     try:
         return Path(chosen).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        choice = f"; the tokenizer's own templates are {', '.join(sorted(named))}" if named else ""
-        why = f"{chosen!r} cannot be read: {reason(error)}"
-        raise UserError(f"data.chat_template: {why}: name a file, seen from {Path.cwd()}{choice}") from None
+        choice = f"; the tokenizer's own templates are {', '.join(sorted(templates))}" if templates else ""
+        fault = f"{chosen!r} cannot be read: {reason(error)}"
+        raise UserError(f"data.chat_template: {fault}: give a file, relative to {Path.cwd()}{choice}") from None
 
 
 def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
-    """Warn where transformers splits text differently from the tokenizer's own tokenizer.json.
+    """Warn if transformers splits text differently from the tokenizer's own tokenizer.json.
 
-    By the model type in config.json it may choose a class that brings its own rules of splitting, and of
-    tokenizer.json reads the vocabulary alone.
+    The model type in config.json may select a class with its own splitting rules, which reads only the vocabulary from
+    tokenizer.json.
     """
     if not tokenizer.is_fast or type(tokenizer).__name__ in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         return
@@ -80,49 +80,49 @@ def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
         file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if file is None:
             return
-        stated = tokenizers.Tokenizer.from_file(file)
+        file_tokenizer = tokenizers.Tokenizer.from_file(file)
     for text in vocabulary_texts(tokenizer):
-        got = tokenizer.convert_ids_to_tokens(_ids(tokenizer, text, special=False) or [])
-        expected = stated.encode(text, add_special_tokens=False).tokens
-        if got != expected:
-            loaded = f"transformers loads it as {type(tokenizer).__name__}, which splits {text!r} into {got}"
+        actual = tokenizer.convert_ids_to_tokens(_ids(tokenizer, text, special=False) or [])
+        expected = file_tokenizer.encode(text, add_special_tokens=False).tokens
+        if actual != expected:
+            loaded = f"transformers loads it as {type(tokenizer).__name__}, which splits {text!r} into {actual}"
             remedy = "if that is right, copy it without config.json to another folder and give that as model.tokenizer"
             log.warning("%s: %s, and tokenizer.json says %s; %s", path, loaded, expected, remedy)
             return
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Identity of all that decides token ids: vocabulary, merges, added and special tokens, chat template."""
+    """Return a hash of everything that determines token ids: vocabulary, merges, added and special tokens, template."""
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state |= {"truncation": None, "padding": None}  # left by the latest call
+        state |= {"truncation": None, "padding": None}  # set by the latest call, not part of the identity
     else:
         state = sorted(tokenizer.get_vocab().items())
-    added = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
-    roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}  # which templates may write
-    ends, splits = [tokenizer.bos_token_id, tokenizer.eos_token_id], getattr(tokenizer, "split_special_tokens", False)
-    special = [*ends, sorted(tokenizer.all_special_ids), roles, splits]
-    probes = [_ids(tokenizer, text, special=True) for text in vocabulary_texts(tokenizer)]  # what no file states
-    identity = [state, added, special, tokenizer.chat_template, probes]
+    added_tokens = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
+    roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}  # templates may write these
+    splits = getattr(tokenizer, "split_special_tokens", False)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids), roles, splits]
+    probes = [_ids(tokenizer, text, special=True) for text in vocabulary_texts(tokenizer)]  # behaviour not in any file
+    identity = [state, added_tokens, special, tokenizer.chat_template, probes]
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids that a tokenizer puts before and after every text.
+    """Return the ids that a tokenizer adds before and after every text.
 
-    They are read off a text made of its own vocabulary that holds none of them itself.
+    They are detected on a text made of the tokenizer's vocabulary that contains none of them itself.
 
     Raises:
-        UserError: it adds tokens in another way, or encodes no text at all.
+        UserError: the tokenizer adds tokens in another way, or encodes no text at all.
     """
-    nothing, added = (_ids(tokenizer, "", special) or [] for special in (False, True))
+    bare, added = (_ids(tokenizer, "", special) or [] for special in (False, True))
     for text in vocabulary_texts(tokenizer):
-        bare, full = (_ids(tokenizer, text, special) or [] for special in (False, True))
-        if not bare or not set(bare).isdisjoint(added) or len(full) - len(bare) != len(added) - len(nothing):
+        ids, full = (_ids(tokenizer, text, special) or [] for special in (False, True))
+        if not ids or not set(ids).isdisjoint(added) or len(full) - len(ids) != len(added) - len(bare):
             continue
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return full[:start], full[start + len(bare) :]
+        for start in range(len(full) - len(ids) + 1):
+            if full[start : start + len(ids)] == ids:
+                return full[:start], full[start + len(ids) :]
     name = tokenizer.name_or_path or "model.tokenizer"
     text = next(vocabulary_texts(tokenizer), "")
     with from_outside(f"{name}: the tokenizer fails", "fix its files, or set model.tokenizer to another"):
@@ -132,7 +132,7 @@ def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def vocabulary_texts(tokenizer: Any) -> Iterator[str]:
-    """Texts of a few tokens that follow each other in the vocabulary, spread over all of it; the same every time."""
+    """Yield deterministic sample texts, each of a few consecutive vocabulary entries, spread over the vocabulary."""
     special = set(tokenizer.all_special_ids)
     ids = sorted(index for index in tokenizer.get_vocab().values() if index not in special)
     step = max(1, len(ids) // SAMPLES)
@@ -141,7 +141,7 @@ def vocabulary_texts(tokenizer: Any) -> Iterator[str]:
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int] | None:
-    """None: the tokenizer cannot encode the text."""
+    """Encode a text; None if the tokenizer cannot encode it."""
     try:
         return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     except Exception:  # noqa: BLE001 (of tokenizers, for words out of vocabulary)

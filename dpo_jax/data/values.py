@@ -1,6 +1,6 @@
-"""Values of a row as they come from outside -> text, JSON objects and chat messages, or ``BadRow``.
+"""Convert untrusted values of a row to text, JSON objects and chat messages, or raise ``BadRow``.
 
-Messages are dicts with `role` and `content` as chat templates take them. Nothing here knows schemas.
+Messages are dicts with `role` and `content`, as chat templates expect. Nothing here depends on schemas.
 """
 
 import json
@@ -11,22 +11,22 @@ from dpo_jax import errors
 
 Messages = list[dict]
 
-MAX_NESTING = 100  # levels of lists and objects; more would exhaust the stack of whatever walks a value
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # the names that ShareGPT files use
+MAX_NESTING = 100  # levels of lists and objects; more could overflow the stack of recursive functions
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # role names in ShareGPT files
 _ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
-_CALL_ROLE = "function_call"  # of a ShareGPT turn whose text is the JSON of a tool call
-_LEARNED_BY = ("weight", "loss_weight", "train", "training")  # keys of a message, in the formats of other trainers
+_CALL_ROLE = "function_call"  # role of a ShareGPT turn whose text is the JSON of a tool call
+_LEARNED_BY = ("weight", "loss_weight", "train", "training")  # keys of a message in other trainers' formats
 
 
 class BadRow(Exception):
-    """A row that cannot be used: (cause, detail)."""
+    """An invalid row; the arguments are (cause, detail)."""
 
 
 def read_json(text: str | bytes) -> Any:
-    """The value of JSON text from outside.
+    """Parse untrusted JSON text.
 
     Raises:
-        ValueError: it is not JSON, holds a number too long to be read, or is nested deeper than MAX_NESTING.
+        ValueError: the text is not JSON, has a number too long to parse, or is nested deeper than MAX_NESTING.
     """
     too_deep = f"lists and objects are nested more than {MAX_NESTING} deep"
     try:
@@ -45,30 +45,30 @@ def read_json(text: str | bytes) -> Any:
 
 
 def shown(value: object) -> str:
-    """A value as messages show it: short, on one line."""
+    """Return a short one-line ``repr`` of a value for messages."""
     return "absent or null" if value is None else errors.shown(value)
 
 
 def text(name: str, value: object) -> str:
-    """A value that must be text."""
+    """Return a value that must be text; raises ``BadRow`` if it is not, or has a lone surrogate."""
     if not isinstance(value, str):
         raise BadRow("missing_field", f"{name} is {shown(value)}, not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadRow("missing_field", f"{name} holds half a character (a lone surrogate) at {error.start}") from None
+        raise BadRow("missing_field", f"{name} has a lone surrogate (half a character) at {error.start}") from None
     return value
 
 
 def without_nulls(value: Any) -> Any:
-    """Tables give every object of a column the same keys; those that a row did not have are null."""
+    """Remove null keys recursively: in tables all objects of a column have the same keys, null where a row has none."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _from_text(name: str, value: Any) -> Any:
-    """The value of JSON text, with its nulls, which its writer meant; None for empty text."""
+    """Parse a value that is JSON text, keeping its nulls, which are intentional there; None for empty text."""
     if not isinstance(value, str):
         return value
     try:
@@ -78,7 +78,7 @@ def _from_text(name: str, value: Any) -> Any:
 
 
 def _check_characters(name: str, value: Any) -> None:
-    """Chat templates may write any part of a value, so each text in it must be valid."""
+    """Check that every text in a value is valid, because chat templates may write any part of it."""
     if isinstance(value, str):
         text(name, value)
     elif isinstance(value, Mapping | list | tuple):
@@ -87,7 +87,7 @@ def _check_characters(name: str, value: Any) -> None:
 
 
 def number(value: Any) -> float | None:
-    """A number, or its text, as in CSV files; None when it is neither, or too large."""
+    """Convert a number, or text of one as in CSV files, to float; None if it is neither, or too large."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -97,7 +97,7 @@ def number(value: Any) -> float | None:
 
 
 def json_object(name: str, value: Any) -> dict | None:
-    """An object, or its JSON text; None when absent or empty."""
+    """Return an object given as such or as JSON text; None if absent or empty."""
     value = _from_text(name, value)
     if value is None:
         return None
@@ -108,7 +108,7 @@ def json_object(name: str, value: Any) -> dict | None:
 
 
 def json_objects(name: str, value: Any) -> list[dict] | None:
-    """A list of objects, or one object alone, or either as JSON text, item by item or whole; None when empty."""
+    """Return a list of objects; the value may be one object, and it or its items may be JSON text. None if empty."""
     value = _from_text(name, value)
     if value is None:
         return None
@@ -118,10 +118,10 @@ def json_objects(name: str, value: Any) -> list[dict] | None:
         raise BadRow("missing_field", f"{name} is {shown(value)}, not a list of objects")
     objects = []
     for index, item in enumerate(value):
-        given = json_object(f"{name}[{index}]", item)
-        if given is None:
+        parsed = json_object(f"{name}[{index}]", item)
+        if parsed is None:
             raise BadRow("missing_field", f"{name}[{index}] is {shown(item)}, not an object")
-        objects.append(given)
+        objects.append(parsed)
     return objects or None
 
 
@@ -129,18 +129,18 @@ def json_objects(name: str, value: Any) -> list[dict] | None:
 
 
 def _content(name: str, value: object) -> str:
-    """Text of a message; the parts of a content list are joined when all are text."""
+    """Return the text of a message; the parts of a content list are joined if all are text."""
     if not isinstance(value, list):
         return text(name, value)
     kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in value]
-    others = sorted({str(kind) for kind in kinds if kind != "text"})
-    if others:
-        raise BadRow("missing_field", f"{name} has content that is not text: {others}")
+    other_kinds = sorted({str(kind) for kind in kinds if kind != "text"})
+    if other_kinds:
+        raise BadRow("missing_field", f"{name} has content that is not text: {other_kinds}")
     return "".join(text(name, part.get("text")) for part in value)
 
 
 def _tool_call(name: str, call: dict) -> dict:
-    """A call with its arguments as the object that templates write as JSON."""
+    """Return a tool call with its arguments parsed to an object, which templates write as JSON."""
     if "function" not in call and "name" not in call:
         raise BadRow("missing_field", f"{name} is {shown(call)}, which names no function")
     if "function" not in call:
@@ -153,7 +153,7 @@ def _tool_call(name: str, call: dict) -> dict:
 
 
 def _calls(name: str, value: object) -> list[dict]:
-    """Tool calls of a ShareGPT turn: JSON text of one object with name and arguments, or of a list of them."""
+    """Parse the tool calls of a ShareGPT turn: JSON text of an object with name and arguments, or a list of them."""
     calls = json_objects(name, value)
     if calls is None:
         raise BadRow("missing_field", f"{name} holds no tool call")
@@ -161,12 +161,12 @@ def _calls(name: str, value: object) -> list[dict]:
 
 
 def _is_learned(name: str, message: dict) -> bool:
-    """Whether a message of the assistant is learned or only read; the keys that say so are removed from it."""
-    given = {key: message.pop(key) for key in _LEARNED_BY if key in message}
-    for key, value in given.items():
+    """Return whether an assistant message is learned or only read, and remove the keys that state it."""
+    flags = {key: message.pop(key) for key in _LEARNED_BY if key in message}
+    for key, value in flags.items():
         if number(value) not in (0, 1) and not isinstance(value, bool):
-            raise BadRow("missing_field", f"{name} {key} is {shown(value)}: a message is learned, 1, or not, 0")
-    return all(value is True or number(value) == 1 for value in given.values())
+            raise BadRow("missing_field", f"{name} {key} is {shown(value)}: give 1 to learn the message, 0 not to")
+    return all(value is True or number(value) == 1 for value in flags.values())
 
 
 def _message(name: str, value: object) -> dict:
@@ -194,7 +194,7 @@ def _message(name: str, value: object) -> dict:
 
 
 def messages(name: str, value: object) -> Messages:
-    """A list of messages, or one message alone."""
+    """Return the messages of a value, which is a list of messages or a single message."""
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list | tuple):
@@ -203,10 +203,10 @@ def messages(name: str, value: object) -> Messages:
 
 
 def answer(name: str, value: object) -> Messages:
-    """Messages of an answer to a conversation; plain text is one assistant message."""
+    """Return the messages of an answer; plain text becomes a single assistant message."""
     return [{"role": "assistant", "content": text(name, value)}] if isinstance(value, str) else messages(name, value)
 
 
 def is_messages(value: object) -> bool:
-    """Whether a value is meant as messages, not as text."""
+    """Return whether a value represents messages rather than text."""
     return isinstance(value, list | tuple | Mapping)

@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, where arrays lie, agreement between hosts, what a chip can do."""
+"""Devices and processes: the mesh, array shardings, agreement between hosts, and figures of accelerator chips."""

@@ -1,9 +1,9 @@
-"""Published figures of accelerators, in one table, and the names of TPU slices.
+"""Table of published accelerator figures, and parsing of TPU topology names.
 
-A *chip* is what is sold and counted; a *device* is what JAX shows. Rates are per chip, in bytes and seconds; peaks are
-without sparsity. Sources stand next to the figures. ``device_memory`` of TPUs is what their compiler states as
-available (libtpu 0.0.50; 0.0.42 leaves 0.01 GiB more on v5p, v6e and tpu7x): less than the published memory, except
-for v5p, where it is a little more.
+A *chip* is the physical unit that is sold and counted; a *device* is one entry of ``jax.devices()``. Rates are per chip
+and per second, bandwidths in bytes; peaks are without sparsity. Each entry names its source. ``device_memory`` of TPUs
+is the amount that the compiler reports as available (libtpu 0.0.50; 0.0.42 reports 0.01 GiB more on v5p, v6e and
+tpu7x): less than the published memory, except on v5p, where it is slightly more.
 """
 
 import math
@@ -14,40 +14,40 @@ from typing import Any, Literal, NamedTuple
 from dpo_jax.errors import UserError, suggestion
 
 GIB = 2**30
-_HOST = (2, 2, 1)  # chips of one host, by the axes of the torus, in TPU slices of several hosts
+_HOST = (2, 2, 1)  # chips of one host along each torus axis, in multi-host TPU slices
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One kind of accelerator."""
+    """Published figures of one accelerator."""
 
-    name: str  # as in a topology, such as v5e:4x4
+    name: str  # prefix of its topology names, such as v5e in v5e:4x4
     platform: Literal["tpu", "gpu"]
-    kinds: tuple[str, ...]  # `device.device_kind` in JAX
+    kinds: tuple[str, ...]  # values of `device.device_kind` in JAX
     peak_flops: float  # bfloat16 operations per second
     memory: int  # bytes, as published
     device_memory: int  # bytes available to a program on one device
     memory_bandwidth: float
-    link_bandwidth: float  # of one link to another chip, per direction, both in use
+    link_bandwidth: float  # of one link to another chip, per direction, with both directions in use
     links: int
-    torus_dims: int  # dimensions of the torus of links; 0: a switch joins all chips
+    torus_dims: int  # dimensions of the torus of links; 0: all chips are joined by a switch
     dcn_bandwidth: float | None  # to other slices or hosts, per chip; None: not published
-    chips_per_host: int  # in slices of several hosts
-    max_chips: int  # in one slice, or one group of linked GPUs
+    chips_per_host: int  # in multi-host slices
+    max_chips: int  # in one slice, or in one group of linked GPUs
     devices: int = 1  # per chip
-    accelerator: str | None = None  # Google Cloud's accelerator type is this, a dash and a number ...
-    counted: int = 1  # ... of chips times this
+    accelerator: str | None = None  # prefix of Google Cloud's accelerator type, PREFIX-NUMBER
+    counted: int = 1  # units per chip in that NUMBER: 2 where it counts TensorCores
     compiler_name: str = "default"  # `chip_config_name` of libtpu
-    source: str  # maker's page, or paper, with these figures
+    source: str  # vendor page or paper with these figures
 
     @property
     def device_peak_flops(self) -> float:
-        """bfloat16 operations per second of one device."""
+        """Peak bfloat16 operations per second of one device."""
         return self.peak_flops / self.devices
 
     @property
     def ici_bandwidth(self) -> float:
-        """Bytes per second over all links, in one direction; the makers' figures count both."""
+        """Bytes per second over all links in one direction; vendors' figures count both directions."""
         return self.links * self.link_bandwidth
 
 
@@ -110,7 +110,7 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls ``device_kind``; None for one not in the table, such as a CPU."""
+    """Return the chip whose JAX name is ``device_kind``, None if it is not in the table, such as a CPU."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
 
 
@@ -123,7 +123,7 @@ class Topology(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name that ``parse_topology`` and libtpu accept."""
+        """Topology name, as ``parse_topology`` and libtpu accept it."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -133,17 +133,17 @@ class Topology(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of ``jax.experimental.topologies.get_topology_desc`` that make its devices right."""
+        """Keyword arguments of ``jax.experimental.topologies.get_topology_desc`` that describe this slice."""
         bounds = _HOST if self.chips > 1 else (1, 1, 1)
         return {"chip_config_name": self.chip.compiler_name, "chips_per_host_bounds": bounds}
 
 
 def parse_topology(text: str) -> Topology:
-    """A slice by its chips, ``v5e:4x4``, or by Google Cloud's accelerator type, ``v5litepod-16``.
+    """Parse a TPU slice name: a chip and shape, ``v5e:4x4``, or Google Cloud's accelerator type, ``v5litepod-16``.
 
-    ``v5litepod`` may also be written ``v5e``. An accelerator type has the shape that Google Cloud gives it, as close to
-    a square or cube as powers of two allow. For v4 and v5p its number counts TensorCores, two per chip: ``v5p-128`` has
-    64 chips.
+    ``v5litepod`` may also be written ``v5e``. An accelerator type stands for the shape that Google Cloud assigns to it,
+    as close to a square or cube as powers of two allow. For v4 and v5p its number counts TensorCores, two per chip:
+    ``v5p-128`` has 64 chips.
 
     Raises:
         UserError: the chip, type or shape does not exist.
@@ -166,22 +166,22 @@ def parse_topology(text: str) -> Topology:
 
 
 def _usual_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
-    chips, odd = divmod(number, chip.counted)
-    if odd or chips < 1 or chips & (chips - 1):
+    chips, remainder = divmod(number, chip.counted)
+    if remainder or chips < 1 or chips & (chips - 1):
         unit = "chips" if chip.counted == 1 else "TensorCores, two per chip,"
         raise UserError("topology", text, f"its number of {unit} is not a power of two; give a shape, {_example(chip)}")
-    least, more = divmod(chips.bit_length() - 1, chip.torus_dims)
-    shape = (2**least,) * (chip.torus_dims - more) + (2 ** (least + 1),) * more
-    return shape if least else shape[::-1]  # a host's four chips are in the first two dimensions
+    exponent, num_larger = divmod(chips.bit_length() - 1, chip.torus_dims)
+    shape = (2**exponent,) * (chip.torus_dims - num_larger) + (2 ** (exponent + 1),) * num_larger
+    return shape if exponent else shape[::-1]  # a host's four chips span the first two dimensions
 
 
 def _check_shape(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
     example = _example(chip)
     if len(shape) != chip.torus_dims:
-        dims = f"{chip.name} has {chip.torus_dims} dimensions, not {len(shape)}"
-        raise UserError("topology", text, f"{dims}; write {example}")
-    whole_hosts = all(size > 0 and size % host == 0 for size, host in zip(shape, _HOST, strict=False))
-    if not whole_hosts and math.prod(shape) != 1:
+        fault = f"{chip.name} has {chip.torus_dims} dimensions, not {len(shape)}"
+        raise UserError("topology", text, f"{fault}; write {example}")
+    fills_hosts = all(size > 0 and size % host == 0 for size, host in zip(shape, _HOST, strict=False))
+    if not fills_hosts and math.prod(shape) != 1:
         raise UserError("topology", text, f"a host has 2x2 chips, so the first two sizes must be even, as in {example}")
     if math.prod(shape) > chip.max_chips:
         raise UserError("topology", text, f"a slice has at most {chip.max_chips} chips; use fewer, or several slices")

@@ -1,10 +1,9 @@
-"""Compiler options, each with its reason; passed with the program, not by environment variables.
+"""Default compiler options and the reason for each; passed to each compilation, not set in the environment.
 
-The defaults are documented or in published use, and change scheduling, not results beyond rounding. Left out, because
-their gain was not measured here but their cost was: a larger scoped VMEM (``xla_tpu_scoped_vmem_limit_kib``, which
-MaxText raises to 98304 on v6e; compilation took two to four times as long), and whole all-gathers instead of windowed
-products (``xla_jf_spmd_threshold_for_windowed_einsum_mib``; up to a ninth more memory). ``run.compiler_flags`` is the
-place to try them.
+The defaults are documented or in published use; they change scheduling but no results beyond rounding. Two options are
+left out, whose cost was measured here but not their gain: a larger scoped VMEM (``xla_tpu_scoped_vmem_limit_kib``,
+which MaxText raises to 98304 on v6e; compilation took 2 to 4 times as long), and full all-gathers instead of windowed
+einsums (``xla_jf_spmd_threshold_for_windowed_einsum_mib``; up to 1/9 more memory). ``run.compiler_flags`` can set them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,52 +18,52 @@ from dpo_jax.errors import UserError
 
 
 class Flag(NamedTuple):
-    """One option."""
+    """One default compiler option."""
 
     name: str
     value: str
     why: str
-    kinds: tuple[str, ...] = ()  # device kinds that it is for, as JAX names them; (): all of the platform
+    kinds: tuple[str, ...] = ()  # device kinds that it applies to, in JAX's names; (): all of the platform
 
 
 _V5E = ("TPU v5 lite", "TPU v5e")
-# What MaxText publishes for all-gathers of FSDP on TPUs, benchmarks/xla_flags_library.py.
+# MaxText's published flags for FSDP all-gathers on TPUs (benchmarks/xla_flags_library.py).
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "tpu": (
         Flag("xla_enable_async_all_gather", "true", "weights are gathered during other computations"),
         Flag("xla_tpu_enable_async_collective_fusion", "true", "these computations are fused with the gather"),
-        # libtpu 0.0.50 refuses this one on other chips, where it "might lead to incorrect results, hang"
+        # libtpu 0.0.50 rejects this flag on other chips, where it "might lead to incorrect results, hang"
         Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "for all-gathers too", _V5E),
         Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "over several computations"),
         Flag("xla_tpu_overlap_compute_collective_tc", "true", "the core computes while its links are busy"),
     ),
 }
-_BOOLEANS = {"true": "True", "false": "False"}  # the spelling that options of every platform accept
+_BOOLEANS = {"true": "True", "false": "False"}  # spelling accepted by the options of every platform
 
 
 @contextmanager
 def not_kept() -> Iterator[None]:
-    """Keep programs out of JAX's cache on disk: one compiled for absent devices cannot be read back."""
+    """Disable writes to JAX's compilation cache, which cannot load programs compiled for absent devices."""
     option = "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.values[option]
+    previous = jax.config.values[option]
     jax.config.update(option, float("inf"))
     try:
         yield
     finally:
-        jax.config.update(option, before)
+        jax.config.update(option, previous)
 
 
 def platform_flags(platform: str, kind: str, overrides: Mapping[str, str]) -> dict[str, str]:
-    """The options for devices of a platform, such as tpu, and kind, as ``jax.jit`` and ``lowered.compile`` take them.
+    """Return compiler options for ``jax.jit`` or ``lowered.compile``, for one platform (such as tpu) and device kind.
 
-    ``overrides`` is ``run.compiler_flags``: they add to or replace the flags of the table; an empty value removes one.
+    ``overrides`` (``run.compiler_flags``) add to or replace the flags of the table; an empty value removes a flag.
 
     Raises:
-        UserError: what is to be removed is set on no platform.
+        UserError: an override removes a flag that is set on no platform.
     """
-    set_here = {flag.name for flags in FLAGS.values() for flag in flags}
-    for name in (name for name, value in overrides.items() if not value and name not in set_here):
-        remedy = f"give it a value, or remove it; set on TPUs: {', '.join(sorted(set_here))}"
+    default_names = {flag.name for flags in FLAGS.values() for flag in flags}
+    for name in (name for name, value in overrides.items() if not value and name not in default_names):
+        remedy = f"give it a value, or remove it; set on TPUs: {', '.join(sorted(default_names))}"
         raise UserError(f"run.compiler_flags: {name} is not set by default, so there is nothing to leave out: {remedy}")
     defaults = (flag for flag in FLAGS.get(platform, ()) if not flag.kinds or kind in flag.kinds)
     options = {flag.name: flag.value for flag in defaults} | dict(overrides)
@@ -72,10 +71,10 @@ def platform_flags(platform: str, kind: str, overrides: Mapping[str, str]) -> di
 
 
 def compiler_options(mesh: Mesh, overrides: Mapping[str, str]) -> dict[str, str]:
-    """``platform_flags`` of the mesh's devices, checked by their compiler.
+    """Return ``platform_flags`` of the mesh's devices, validated by compiling a trivial program with them.
 
     Raises:
-        UserError: the compiler has no such option, or cannot read its value.
+        UserError: the compiler does not know an option, or cannot parse its value.
     """
     device = mesh.devices.flat[0]
     options = platform_flags(device.platform, device.device_kind, overrides)

@@ -1,6 +1,6 @@
-"""Agreement between the processes of a run, and stopping all of them at the same step.
+"""Agreement between the processes of a run, and a coordinated stop at the same step.
 
-With a single process, everything here returns at once.
+With a single process, all functions return immediately.
 """
 
 import itertools
@@ -14,134 +14,134 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed  # the only access to its coordination service
+from jax._src import distributed  # no public API gives access to the coordination service
 from jax.experimental import multihost_utils
 
 from dpo_jax import errors
 from dpo_jax.errors import UserError
 
 TIMEOUT = 600  # seconds that processes wait for each other by default
-PATIENCE = 7 * 24 * 3600  # seconds to wait for work of unknown length; if the working process dies, jax ends all
-SEEN_WITHIN = 10.0  # seconds until a shared file system must show one host's file to the others
+PATIENCE = 7 * 24 * 3600  # timeout in seconds for work of unknown length; if a process dies, jax ends all of them
+SEEN_WITHIN = 10.0  # seconds within which a file written by one host must be visible to the others
 
 Made = TypeVar("Made")
 
-_turns = itertools.count()  # every process gathers in the same order, so these numbers agree
+_turns = itertools.count()  # every process gathers in the same order, so these numbers match
 
 
 class HostsMissing(UserError):
-    """Some processes did not arrive in time; restarting all of them may help."""
+    """Some processes timed out; restarting all of them may help."""
 
     exit_code = 1
 
 
 def keep_compilations() -> None:
-    """Cache compiled programs on disk, unless the user has chosen a folder, so that a restart is fast."""
+    """Cache compiled programs in the user's home, unless a cache folder is set, so that a restart is fast."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dpo_jax" / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def listed(processes: list[int]) -> str:
-    """Process ids in a message, at most 16."""
+    """Format process ids for a message, at most 16 of them."""
     shown = ", ".join(map(str, processes[:16]))
     return shown if len(processes) <= 16 else f"{shown} and {len(processes) - 16} more"
 
 
 def timed_out(timeout: int, absent: list[int], num_processes: int) -> str:
-    """The message about the processes that did not arrive within ``timeout`` seconds."""
+    """Return the message about processes that did not arrive within ``timeout`` seconds."""
     return f"timed out after {timeout:g} s waiting for process {listed(absent)} of {num_processes}"
 
 
 def is_writer() -> bool:
-    """Whether this process writes the files of the run: logs, config, exports."""
+    """Return whether this process, process 0, writes the files of the run: logs, config, exports."""
     return jax.process_index() == 0
 
 
 def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
-    """The JSON values of all processes, by process id. Every process must call it, in the same order.
+    """Gather one JSON value per process, ordered by process id. All processes must make the same calls in order.
 
     Args:
-        what: named in errors.
-        timeout: seconds to wait for the others.
+        what: name of the operation, for error messages.
+        timeout: seconds to wait for the other processes.
 
     Raises:
-        HostsMissing: names the processes that sent nothing in time.
+        HostsMissing: some processes sent no value in time; names them.
     """
     if jax.process_count() == 1:
         return [value]
     client = distributed.global_state.client
     assert client is not None, "several processes must be started by start_hosts"
-    room = f"dpo_jax/{next(_turns)}/{what.replace('/', '_')}/"
-    client.key_value_set(f"{room}{jax.process_index()}", json.dumps(value))
+    prefix = f"dpo_jax/{next(_turns)}/{what.replace('/', '_')}/"
+    client.key_value_set(f"{prefix}{jax.process_index()}", json.dumps(value))
     deadline = time.monotonic() + timeout
     values = []
     for process in range(jax.process_count()):
-        left = max(int(1000 * (deadline - time.monotonic())), 1)
+        remaining_ms = max(int(1000 * (deadline - time.monotonic())), 1)
         try:
-            values.append(json.loads(client.blocking_key_value_get(f"{room}{process}", left)))
+            values.append(json.loads(client.blocking_key_value_get(f"{prefix}{process}", remaining_ms)))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-            present = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(room)}
-            absent = sorted(set(range(jax.process_count())) - present)
-            who = timed_out(timeout, absent, jax.process_count())
-            raise HostsMissing(f"{what}: {who}: read its log, then restart all processes") from error
+            arrived = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(prefix)}
+            absent = sorted(set(range(jax.process_count())) - arrived)
+            fault = timed_out(timeout, absent, jax.process_count())
+            raise HostsMissing(f"{what}: {fault}: read its log, then restart all processes") from error
     return values
 
 
 def barrier(what: str, timeout: int = TIMEOUT) -> None:
-    """Wait for every process; raises ``HostsMissing`` with the names of those that do not arrive."""
+    """Wait for all processes; raises ``HostsMissing`` with the ids of those that do not arrive in time."""
     gather(None, what, timeout)
 
 
 def make_shared(directory, what: str) -> None:
-    """Create a directory (an ``epath.Path`` or ``pathlib.Path``) and check that all processes see the same one.
+    """Create a directory (an ``epath.Path`` or ``pathlib.Path``) and verify that all processes share it.
 
     Raises:
-        UserError: it cannot be created, or another process does not see what process 0 writes there.
+        UserError: the directory cannot be created, or a process does not see a file that process 0 wrote there.
     """
     error, probe = None, directory / f".seen-by-all-{time.time_ns()}"
-    several = jax.process_count() > 1
+    is_multiprocess = jax.process_count() > 1
     if is_writer():
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            if several:
+            if is_multiprocess:
                 probe.touch()
         except OSError as cause:
             error = UserError(f"{what}: {directory} cannot be written ({cause.strerror}): choose another run.dir")
     agree(error, what)
-    if not several:
+    if not is_multiprocess:
         return
     probe = directory / gather(probe.name, what)[0]
     deadline = time.monotonic() + SEEN_WITHIN
-    while not (seen := probe.exists()) and time.monotonic() < deadline:
+    while not (is_visible := probe.exists()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    blind = [process for process, sees in enumerate(gather(seen, what)) if not sees]
+    blind_processes = [process for process, sees in enumerate(gather(is_visible, what)) if not sees]
     if is_writer():
         probe.unlink()
-    if blind:
-        blind_to = f"process {listed(blind)} does not see what process 0 wrote there"
-        raise UserError(f"{what}: {directory} is not shared: {blind_to}: use a run.dir that all hosts mount")
+    if blind_processes:
+        fault = f"process {listed(blind_processes)} does not see what process 0 wrote there"
+        raise UserError(f"{what}: {directory} is not shared: {fault}: use a run.dir that all hosts mount")
 
 
 def writer_first(make: Callable[[], Made], what: str) -> Made:
-    """``make()`` on process 0, then on all others at once, which find its files on the shared disk.
+    """Call ``make()`` on process 0, then on all others, which find the files of process 0 on the shared disk.
 
-    Waits as long as it takes. A ``UserError`` of one process is raised on all.
+    The others wait up to ``PATIENCE``. A ``UserError`` on any process is raised on all of them.
     """
-    made, error = [], None
+    results, error = [], None
     for turn in (is_writer(), not is_writer()):
         try:
-            made += [make()] if turn else []
+            results += [make()] if turn else []
         except UserError as refused:
             error = refused
         agree(error, what, timeout=PATIENCE)
-    return made[0]
+    return results[0]
 
 
 def agree(error: UserError | None, what: str, timeout: int = TIMEOUT) -> None:
-    """Raise the error of the first process that has one on every process, so that all stop alike."""
+    """Raise the first process's error on every process, so that all stop together; no-op if none has an error."""
     report = None if error is None else [type(error).__name__, str(error)]
     for kind, text in filter(None, gather(report, what, timeout)):
         raise getattr(errors, kind, UserError)(text) from error
@@ -149,26 +149,26 @@ def agree(error: UserError | None, what: str, timeout: int = TIMEOUT) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Delay a request to stop until the end of a step; yields ``stop_requested(step) -> bool``.
+    """Context manager that defers a stop signal to the end of a step; yields ``stop_requested(step) -> bool``.
 
-    Every process must call ``stop_requested`` after every step. It becomes true at the same step in all of them,
-    whichever received the request, SIGTERM. With several processes jax's own handler, installed when they started,
-    agrees on a step that none has passed. With one process Ctrl-C is a request too; a second Ctrl-C interrupts at once.
+    Every process must call ``stop_requested`` after every step. It returns True at the same step in all processes,
+    whichever of them received SIGTERM: jax's own handler, installed at startup, agrees on a step that no process has
+    passed. In a single-process run, Ctrl-C requests a stop too; a second Ctrl-C interrupts immediately.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    requested = False
+    stop_requested = False
 
     def request(number, frame):
-        nonlocal requested
-        requested = True
-        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        nonlocal stop_requested
+        stop_requested = True
+        signal.signal(signal.SIGINT, previous_handlers[signal.SIGINT])
         print(f"\n{signal.Signals(number).name}: stopping after this step; Ctrl-C stops at once", file=sys.stderr)
 
-    previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous_handlers = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda step: requested
+        yield lambda step: stop_requested
     finally:
-        for number, handler in previous.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

@@ -1,11 +1,11 @@
-"""The rendezvous of the processes of a run: each connects to process 0 before JAX joins them."""
+"""Rendezvous of the processes of a run: each connects to process 0 before ``jax.distributed`` starts."""
 
 import os
 import socket
 import time
 
 import jax
-from jax._src import clusters  # the only access to its cluster detection
+from jax._src import clusters  # cluster detection has no public API
 
 from dpo_jax.errors import UserError, must_be
 from dpo_jax.parallel.hosts import TIMEOUT, HostsMissing, timed_out
@@ -21,19 +21,19 @@ def start_hosts(
     process_id: int | None = None,
     timeout: int | None = None,
 ) -> None:
-    """Join the processes of this run, before anything else uses jax. Does nothing for a single process.
+    """Connect the processes of this run; call it before anything else uses jax. No-op for a single process.
 
-    Settings that are not given come from the environment: ``DPO_JAX_COORDINATOR``, ``DPO_JAX_NUM_PROCESSES``,
-    ``DPO_JAX_PROCESS_ID``, ``DPO_JAX_START_TIMEOUT``.
+    Arguments default to the environment variables ``DPO_JAX_COORDINATOR``, ``DPO_JAX_NUM_PROCESSES``,
+    ``DPO_JAX_PROCESS_ID`` and ``DPO_JAX_START_TIMEOUT``.
 
     Args:
-        coordinator: ``host:port`` of process 0, where the port is free and open to the others; or ``auto``: jax asks
-            the TPU's or the cluster's own services for all three settings, and the port is jax's own.
-        timeout: seconds to wait for every process.
+        coordinator: ``host:port`` of process 0, with a free port that the other processes can reach; or ``auto``: jax
+            gets all three settings from the TPU's or the cluster's services and chooses the port.
+        timeout: seconds to wait until all processes have connected.
 
     Raises:
-        HostsMissing: names the processes that did not connect. (jax alone would abort without naming them.)
-        UserError: a setting is missing or wrong, or two processes have the same id.
+        HostsMissing: some processes did not connect; names them. (jax alone would abort without naming them.)
+        UserError: a setting is missing or invalid, or two processes have the same id.
     """
     coordinator = coordinator or os.environ.get(COORDINATOR)
     num_processes = _number(num_processes, NUM_PROCESSES)
@@ -59,7 +59,7 @@ def start_hosts(
         _wait_for_all(int(port), num_processes, timeout)
     else:
         _report_in(host, int(port), num_processes, process_id, timeout)
-    if auto:  # jax detects the same again, and which devices belong to this process
+    if auto:  # jax detects the same settings again, and the devices of this process
         jax.distributed.initialize(initialization_timeout=timeout)
     else:
         options = {"initialization_timeout": timeout, "cluster_detection_method": "deactivate"}
@@ -67,11 +67,11 @@ def start_hosts(
 
 
 def _ask_cluster(timeout: int) -> tuple[str, int, int]:
-    """Coordinator, number of processes and id of this one, as jax detects them."""
+    """Return the coordinator, number of processes and id of this process, as detected by jax."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    find = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
     try:
-        coordinator, num_processes, process_id, _ = find(address, None, None, None, None, timeout)
+        coordinator, num_processes, process_id, _ = detect(address, None, None, None, None, timeout)
     except (OSError, RuntimeError) as error:  # no answer from the services, or process 0 has no address yet
         cause = " ".join(str(error).split())
         raise HostsMissing(f"{COORDINATOR}: auto finds no other process ({cause}): start all again") from error
@@ -91,43 +91,43 @@ def _number(value: int | None, name: str) -> int | None:
 
 
 def _wait_for_all(port: int, num_processes: int, timeout: int) -> None:
-    """Listen on the coordinator's port until every process has sent its id, then send all the outcome."""
+    """Listen on the coordinator's port until every process has sent its id, then send the outcome to all of them."""
     deadline = time.monotonic() + timeout
     try:
         server = socket.create_server(("", port), backlog=max(num_processes, 128))
     except OSError as error:
         remedy = "free it, or choose another"
         raise UserError(f"{COORDINATOR}: port {port} cannot be opened ({error.strerror}): {remedy}") from error
-    present: dict[int, socket.socket] = {}
+    callers: dict[int, socket.socket] = {}
     verdict = ""
     with server:
-        while not verdict and len(present) < num_processes - 1:
+        while not verdict and len(callers) < num_processes - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 caller, _ = server.accept()
             except TimeoutError:
                 break
-            process_id, verdict = _hear(caller, num_processes, present)
+            process_id, verdict = _hear(caller, num_processes, callers)
             if process_id is not None:
-                present[process_id] = caller
-        absent = sorted(set(range(1, num_processes)) - set(present))
-        if absent and not verdict:
-            verdict = f"{timed_out(timeout, absent, num_processes)} at {socket.gethostname()}:{port}: {START}"
-        for caller in present.values():
+                callers[process_id] = caller
+        missing_ids = sorted(set(range(1, num_processes)) - set(callers))
+        if missing_ids and not verdict:
+            verdict = f"{timed_out(timeout, missing_ids, num_processes)} at {socket.gethostname()}:{port}: {START}"
+        for caller in callers.values():
             _tell(caller, verdict or ALL_HERE)
     if verdict:
         raise HostsMissing(verdict)
 
 
 def _hear(caller: socket.socket, num_processes: int, present: dict) -> tuple[int | None, str]:
-    """The id that a caller sends, and an error for all processes ("": none); strangers are disconnected."""
+    """Return the caller's process id and an error for all processes ("": none); disconnect unrelated clients."""
     try:
         caller.settimeout(2.0)
-        word, size, process_id = caller.makefile("r").readline().split()
+        magic, size, process_id = caller.makefile("r").readline().split()
         size, process_id = int(size), int(process_id)
     except (OSError, ValueError):
-        word, size, process_id = "", 0, -1
-    if word != "dpo_jax" or process_id < 0:
+        magic, size, process_id = "", 0, -1
+    if magic != "dpo_jax" or process_id < 0:
         caller.close()
         return None, ""
     if size != num_processes:
@@ -141,24 +141,24 @@ def _hear(caller: socket.socket, num_processes: int, present: dict) -> tuple[int
 
 
 def _tell(caller: socket.socket, verdict: str) -> None:
-    """Answer, and let the caller close first, so that the port is free at once for jax's own service."""
+    """Send the verdict and let the caller close first, so that jax's service can bind the port immediately."""
     with caller:
         try:
             caller.sendall((verdict + "\n").encode())
             caller.settimeout(1.0)
             caller.recv(1)
         except OSError:
-            pass  # that process died while waiting; jax's own start will miss it
+            pass  # that process died while waiting; jax.distributed will time out on it
 
 
 def _report_in(host: str, port: int, num_processes: int, process_id: int, timeout: int) -> None:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            with socket.create_connection((host, port), timeout=5.0) as call:
-                call.sendall(f"dpo_jax {num_processes} {process_id}\n".encode())
-                call.settimeout(max(deadline - time.monotonic(), 0) + 10.0)  # process 0 may have started later
-                verdict = call.makefile("r").readline().strip()
+            with socket.create_connection((host, port), timeout=5.0) as conn:
+                conn.sendall(f"dpo_jax {num_processes} {process_id}\n".encode())
+                conn.settimeout(max(deadline - time.monotonic(), 0) + 10.0)  # process 0 may have started later
+                verdict = conn.makefile("r").readline().strip()
                 if verdict == ALL_HERE:
                     return
                 if verdict:
@@ -166,6 +166,6 @@ def _report_in(host: str, port: int, num_processes: int, process_id: int, timeou
         except OSError:
             pass  # process 0 is not listening yet
         if time.monotonic() > deadline:
-            who = f"process {process_id} {timed_out(timeout, [0], num_processes)}"
-            raise HostsMissing(f"{who} at {host}:{port}: {START}")
+            fault = f"process {process_id} {timed_out(timeout, [0], num_processes)}"
+            raise HostsMissing(f"{fault} at {host}:{port}: {START}")
         time.sleep(0.2)

@@ -1,6 +1,6 @@
-"""Shardings: one table from logical axes to mesh axes, and what follows from it.
+"""The mesh, the table from logical axes to mesh axes, and the shardings derived from it.
 
-`axis` is an axis of the mesh, `dim` a dimension of an array. Mesh axes: `data` holds copies of the model, `fsdp` shards
+`axis` is an axis of the mesh, `dim` a dimension of an array. Mesh axes: `data` replicates the model, `fsdp` shards
 weights and rows, `tensor` shards each layer's heads and features.
 """
 
@@ -24,7 +24,7 @@ RULES: dict[str, tuple[str | None, bool]] = {
     "vocab": ("tensor", False),
     "embed": ("fsdp", False),
     "heads": ("tensor", False),
-    "kv_heads": ("tensor", True),  # fewer key/value heads than devices: each holds them all
+    "kv_heads": ("tensor", True),  # replicated if there are fewer key/value heads than devices
     "head_dim": (None, False),
     "ffn": ("tensor", False),
     "rank": (None, False),  # of adapters
@@ -32,61 +32,61 @@ RULES: dict[str, tuple[str | None, bool]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh of all devices (or those given) in the shape of the config; -1 takes what the other axes leave."""
+    """Build the configured mesh over all devices (or those given); an axis of -1 takes the remaining devices."""
     devices = list(jax.devices() if devices is None else devices)
     return Mesh(_arranged(devices, _sizes(config, len(devices))), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
-    """The same mesh without devices: enough for shapes and shardings."""
+    """Build the configured mesh without devices, sufficient to compute shapes and shardings."""
     return AbstractMesh(_sizes(config, num_devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    asked = {name: getattr(config, name) for name in AXES}
-    product = int(np.prod([size for size in asked.values() if size != -1]))
-    sizes = {name: num_devices // product if size == -1 else size for name, size in asked.items()}
+    requested_sizes = {name: getattr(config, name) for name in AXES}
+    product = int(np.prod([size for size in requested_sizes.values() if size != -1]))
+    sizes = {name: num_devices // product if size == -1 else size for name, size in requested_sizes.items()}
     if int(np.prod(list(sizes.values()))) != num_devices:
-        remedy = f"{product} does not divide {num_devices}" if -1 in asked.values() else "set one axis to -1"
-        raise UserError(f"mesh: {asked} does not use {num_devices} devices: {remedy}, or change the sizes")
+        remedy = f"{product} does not divide {num_devices}" if -1 in requested_sizes.values() else "set one axis to -1"
+        raise UserError(f"mesh: {requested_sizes} does not use {num_devices} devices: {remedy}, or change the sizes")
     return tuple(sizes.values())
 
 
 def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
-    """The devices as an array of that shape, in which the axes run along the links of TPUs.
+    """Arrange the devices in an array of the given shape, with mesh axes along the TPU's interconnect.
 
-    Only axis `data` spans slices, because copies of the model exchange the least.
+    Only axis `data` spans slices, because data parallelism communicates the least.
     """
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape[0] % slices:
         raise UserError("mesh.data", shape[0], f"make it a multiple of the {slices} slices, which only this axis spans")
-    inside = (shape[0] // slices, *shape[1:])
+    slice_shape = (shape[0] // slices, *shape[1:])
     if slices == 1:
-        return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
-    between = (slices, *(1,) * len(inside[1:]))
-    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_device_mesh(slice_shape, devices, allow_split_physical_axes=True)
+    dcn_shape = (slices, *(1,) * len(slice_shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(slice_shape, dcn_shape, devices, allow_split_physical_axes=True)
 
 
 def row_devices(mesh: Mesh | AbstractMesh) -> int:
-    """Number of devices that shard the rows of a batch: the number of rows is a multiple of it."""
+    """Return the number of devices that shard the rows of a batch; the number of rows must be a multiple of it."""
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
 def platform_of(mesh: Mesh) -> str:
-    """Platform of its devices, cpu, gpu or tpu, which may differ from that of this process."""
+    """Return the platform of the mesh's devices (cpu, gpu or tpu), which may differ from that of this process."""
     return mesh.devices.flat[0].platform
 
 
 def weight_spec(
     dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, name: str
 ) -> PartitionSpec:
-    """The table applied to one weight.
+    """Apply ``RULES`` to one weight.
 
     Raises:
         UserError: a mesh axis does not divide the size of a dim.
-        ValueError: two dims are on one mesh axis.
+        ValueError: two dims map to the same mesh axis.
     """
     spec: list[str | None] = []
     for dim, size in zip(dims, shape, strict=True):
@@ -102,7 +102,7 @@ def weight_spec(
 
 
 def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Sharding of each weight, from trees of shapes and of logical axes."""
+    """Return the sharding of each weight, from matching trees of shapes and logical axes."""
 
     def sharding(path, leaf, names):
         return NamedSharding(mesh, weight_spec(names, leaf.shape, mesh, jax.tree_util.keystr(path)))
@@ -111,32 +111,32 @@ def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
-    """A tree of shapes as `jax.ShapeDtypeStruct`, each with its sharding."""
-    with_sharding = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(with_sharding, shapes, shardings)
+    """Return a tree of `jax.ShapeDtypeStruct` with the given shapes and shardings."""
+    to_struct = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(to_struct, shapes, shardings)
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def row_sharding(mesh: Mesh | AbstractMesh, leading: int = 0) -> NamedSharding:
-    """Sharding by rows; ``leading`` dims before the rows are not sharded."""
+    """Return the sharding by rows; ``leading`` dims before the row dim are not sharded."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
 
 
 def own_shares(mesh: Mesh) -> tuple[int, ...]:
-    """Which of the equal shares of the rows, one per row device, are on devices of this process; ascending."""
+    """Return ascending indices of the row shards (one per row device) held by devices of this process."""
     slices = row_sharding(mesh).addressable_devices_indices_map((row_devices(mesh),)).values()
     return tuple(sorted({rows.start or 0 for (rows,) in filter(None, slices)}))
 
 
 def in_force() -> bool:
-    """Whether a mesh with these axes is in force (``jax.set_mesh``)."""
+    """Return whether a mesh with these axes is active (``jax.set_mesh``)."""
     return set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keep the first dim of an activation sharded as rows are, under the mesh in force, if any."""
+    """Constrain the first dim of an activation to the row sharding; no-op without an active mesh."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if in_force() else x

@@ -104,7 +104,7 @@ BAD_DATA = [
         "suffix",
         partial(write, "pairs.tsv", "a"),
         "--data.train pairs.tsv",
-        "pairs.tsv: suffix '.tsv' is not known; known are",
+        "pairs.tsv: unknown suffix '.tsv'; use",
     ),
     ("empty", partial(write, "pairs.jsonl", "\n"), "", "pairs.jsonl: it holds no rows; name a source that has some"),
     (
@@ -142,7 +142,7 @@ BAD_DATA = [
         "no such column",
         nothing,
         "--data.train.columns.prompt question",
-        "pairs.jsonl: columns: prompt: there is no 'question'; there are ['prompt', 'chosen', 'rejected']",
+        "pairs.jsonl: columns: prompt: no column 'question'; available: ['prompt', 'chosen', 'rejected']",
     ),
     (
         "option of another kind",

@@ -183,8 +183,8 @@ CHAT = {"prompt": [Q], "chosen": [A], "rejected": [B]}
         (CHAT | {"tools": "[" * 100_000}, "missing_field", "nested more than 100 deep"),
         (CHAT | {"tools": "[" * 101 + "]" * 101}, "missing_field", "nested more than 100 deep"),
         (CHAT | {"tools": "[" + "1" * 5000 + "]"}, "missing_field", "not JSON (Exceeds the limit (4300 digits)"),
-        (CHAT | {"tools": '[{"\\ud83d": 1}]'}, "missing_field", "tools[0] holds half a character"),
-        (CHAT | {"prompt": [Q | {"name": "\ud83d"}]}, "missing_field", "prompt[0] holds half a character"),
+        (CHAT | {"tools": '[{"\\ud83d": 1}]'}, "missing_field", "tools[0] has a lone surrogate"),
+        (CHAT | {"prompt": [Q | {"name": "\ud83d"}]}, "missing_field", "prompt[0] has a lone surrogate"),
         (CHAT | {"chosen": [assistant([{"type": ["x"]}])]}, "missing_field", "not text: [\"['x']\"]"),
         (CHAT | {"chosen": [assistant(["x"])]}, "missing_field", "not text: ['str']"),
         (CHAT | {"chosen": [{"role": {}, "content": "x"}]}, "missing_field", "chosen[0] role is {}, not text"),
@@ -203,10 +203,10 @@ CHAT = {"prompt": [Q], "chosen": [A], "rejected": [B]}
         (TEXT | {"weight": 1e31}, "missing_field", "weight is 1e+31, not a number from 0 to 1e+30"),
         (TEXT | {"weight": "heavy"}, "missing_field", "weight is 'heavy', not a number"),
         (TEXT | {"weight": True}, "missing_field", "weight is True, not a number"),
-        (CHAT | {"prompt": [Q, A | {"weight": -0.1}, Q]}, "missing_field", "prompt[1] weight is -0.1: a message is"),
-        (CHAT | {"chosen": [A, A | {"weight": 0}]}, "missing_field", "an answer holds a message of weight 0"),
+        (CHAT | {"prompt": [Q, A | {"weight": -0.1}, Q]}, "missing_field", "prompt[1] weight is -0.1: give 1 to learn"),
+        (CHAT | {"chosen": [A, A | {"weight": 0}]}, "missing_field", "an answer has a message of weight 0"),
         ({"instruction": "q", "history": ["r"], "chosen": "a", "rejected": "b"}, "missing_field", "history is ['r']"),
-        (CHAT | {"images": ["cat.jpg"]}, "missing_field", "images is ['cat.jpg'], and models here read text alone"),
+        (CHAT | {"images": ["cat.jpg"]}, "missing_field", "images is ['cat.jpg'], and only text is supported"),
         (CHAT | {"chat_template_kwargs": {"tokenize": True}}, "missing_field", "cannot hold ['tokenize']"),
         (CHAT | {"chat_template_kwargs": {"padding": True}}, "missing_field", "cannot hold ['padding']"),
         (TEXT | {"chosen": ""}, "empty_answer", "no text"),
@@ -407,7 +407,9 @@ def test_what_is_not_read_is_said():
     rows = [{"system": "s", "prompt": "q", "chosen": json.dumps([A]), "rejected": "[{'role': 'assistant'}]", "id": 3}]
     found = hints(parser_of("auto", list(rows[0]), rows, "dpo"), list(rows[0]), rows)
     assert found[0] == "columns that are not read: system, id"
-    assert found[1].startswith("system is not part of the prompt: call it system, and the prompt instruction")
+    assert found[1].startswith(
+        "system is not part of the prompt: use columns to rename it to system, and the prompt to"
+    )
     said = "looks like JSON text in 1 of the first 1 rows, and is read as plain text"
     assert [line.split(":")[0] for line in found[2:]] == [f"chosen {said}", f"rejected {said}"]
     rows = [TEXT | {"weight": 1.0, "tools": None}, {"prompt": "[{x", "chosen": "{", "rejected": "[1]"}]

@@ -87,7 +87,7 @@ def test_columns_and_limit(tmp_path, kind):
         for row in ROWS[:2]
     ]
     assert len(load_rows(SourceConfig(path=path, limit=100))) == 7
-    with pytest.raises(UserError, match=r"columns: prompt: there is no 'question'; there are \['prompt', 'ch"):
+    with pytest.raises(UserError, match=r"columns: prompt: no column 'question'; available: \['prompt', 'ch"):
         load_rows(SourceConfig(path=path, columns={"prompt": "question"}))
 
 
@@ -119,7 +119,7 @@ def test_what_a_library_raises_over_a_row_names_the_row(tmp_path):
 
 def test_paths_that_no_file_can_have():
     for path in ("a/" * 3000, "a\0b", "\ud83d"):
-        with pytest.raises(UserError, match="no such file or folder, and it is no name of a hub set"):
+        with pytest.raises(UserError, match="no such file or folder, and it is not the name of a hub set"):
             load_rows(SourceConfig(path=path))
 
 
@@ -128,7 +128,7 @@ def test_splits(tmp_path):
         path = write_source(tmp_path, kind).path
         assert len(load_rows(SourceConfig(path=path, split="test"))) == 1
         assert fingerprint(SourceConfig(path=path, split="test")) != fingerprint(SourceConfig(path=path))
-        with pytest.raises(UserError, match=r"there is no 'val'; there are|Unknown split .val.. Should be one of"):
+        with pytest.raises(UserError, match=r"no split 'val'; available: |Unknown split .val.. Should be one of"):
             load_rows(SourceConfig(path=path, split="val"))
     assert len(load_rows(SourceConfig(path=str(tmp_path / "folder"), split="train[:3]"))) == 3
 
@@ -162,17 +162,17 @@ def test_a_dataset_in_hand():
     ("name", "content", "message"),
     [
         ("absent.jsonl", None, "there is no such file; the working directory is"),
-        ("not/a/hub/name", None, "no such file or folder, and it is no name of a hub set"),
+        ("not/a/hub/name", None, "no such file or folder, and it is not the name of a hub set"),
         ("empty.jsonl", b"\n \n", "it holds no rows"),
         ("empty.json", b"", "it holds no rows"),
         ("empty_list.json", b"[]", "it holds no rows"),
         (
             "rows.tsv",
             b"a\tb\n",
-            r"suffix '.tsv' is not known; known are .json, .jsonl, .csv, .parquet, all but",
+            r"unknown suffix '.tsv'; use .json, .jsonl, .csv, .parquet, all but",
         ),
-        ("rows.parquet.gz", b"x", "suffix '.gz' is not known"),
-        ("rows.tar.gz", b"x", "suffix '.tar' is not known"),
+        ("rows.parquet.gz", b"x", "unknown suffix '.gz'"),
+        ("rows.tar.gz", b"x", "unknown suffix '.tar'"),
         ("deep.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 2: .* more than 100 deep"),
         ("deep.json", b"[" * 100_000, "more than 100 deep"),
         ("digits.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "line 1: not JSON: Exceeds the limit"),
