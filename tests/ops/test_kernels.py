@@ -109,7 +109,7 @@ def test_cudnn_layout_is_the_rule(name, cudnn_by_xla):
 
 
 def test_cudnn_has_no_soft_cap():
-    with pytest.raises(UserError, match="no soft cap"):
+    with pytest.raises(UserError, match="no soft-capping"):
         computed("head 128, soft cap, window of a block", "cudnn")
 
 
