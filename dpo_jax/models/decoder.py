@@ -84,7 +84,7 @@ class Model:
     lora: Lora | None = None
 
     def hidden(self, params: Params, batch: PreferenceBatch, adapters: Params | None = None) -> Float[Array, "R T D"]:
-        """Return hidden states after the final norm, in the compute dtype; of the base model if ``adapters`` is None."""
+        """Return hidden states after the final norm, in the compute dtype; of the base model if no ``adapters``."""
         variables, lora = {"params": params}, None
         if adapters is not None:
             assert self.lora is not None, "the model has no adapters"

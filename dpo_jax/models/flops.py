@@ -83,7 +83,7 @@ def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 
 def forward_flops(config: DecoderConfig, work: Work) -> Flops:
-    """Count a forward pass: 2 per weight and token, 4 per head feature and visible pair, 2 per logit feature."""
+    """Count a forward pass: 2 per weight and token (unembedding: target), 4 per head, feature and visible pair."""
     weights = sum(inputs * outputs for inputs, outputs in projections(config).values())
     return Flops(
         linear=2 * config.layers * weights * work.tokens,
