@@ -81,9 +81,9 @@ def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False
     tail_sum = None
     if tail:
         slots = jnp.where(batch.valid[:, None], batch.answer_slots, num_slots)  # num_slots is out of range: dropped
-        shorter = jnp.broadcast_to(count.min(1, keepdims=True), slots.shape)
-        shorter = jnp.zeros(num_slots).at[slots].set(shorter, mode="drop").reshape(mask.shape[0], -1)
-        in_tail = batch.target_offsets >= jnp.take_along_axis(shorter, batch.target_answers, axis=1)
+        shorter_counts = jnp.broadcast_to(count.min(1, keepdims=True), slots.shape)
+        shorter_counts = jnp.zeros(num_slots).at[slots].set(shorter_counts, mode="drop").reshape(mask.shape[0], -1)
+        in_tail = batch.target_offsets >= jnp.take_along_axis(shorter_counts, batch.target_answers, axis=1)
         tail_sum = per_answer(jnp.where(in_tail, tokens.logp, 0.0))
     return PairLogps(
         sum=per_answer(tokens.logp),

@@ -102,9 +102,9 @@ class Prefetched:
 
 def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return lengths [B, 1 + K] and target counts [B, K] of a step; 0 in empty slots."""
-    real = (ids >= 0)[:, None]
+    is_real = (ids >= 0)[:, None]
     clipped_ids = np.maximum(ids, 0)
-    return np.where(real, store.lengths[clipped_ids], 0), np.where(real, store.num_targets[clipped_ids], 0)
+    return np.where(is_real, store.lengths[clipped_ids], 0), np.where(is_real, store.num_targets[clipped_ids], 0)
 
 
 def make_batches(
@@ -114,8 +114,8 @@ def make_batches(
     stride = max(1, order.num_steps // SAMPLED_STEPS)
     steps = range(0, order.num_steps, stride)
     needed = [step_shape(packer.rows(*_sizes(store, order.step_ids(step))), packer.row_length) for step in steps]
-    most = min(max_shapes, 1 + order.num_steps // STEPS_A_SHAPE)
-    return Batches(store, order, replace(packer, shapes=choose_shapes(needed, most)), own_shares)
+    shape_limit = min(max_shapes, 1 + order.num_steps // STEPS_A_SHAPE)
+    return Batches(store, order, replace(packer, shapes=choose_shapes(needed, shape_limit)), own_shares)
 
 
 def train_batches(

@@ -43,9 +43,9 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 def integer_shares(weights: Sequence[float]) -> list[int]:
     """Return the smallest integers in the ratio of the weights, which are read as exact decimals."""
-    exact = [Fraction(str(weight)) for weight in weights]
-    common = math.lcm(*(share.denominator for share in exact))
-    shares = [int(share * common) for share in exact]
+    fractions = [Fraction(str(weight)) for weight in weights]
+    denominator = math.lcm(*(share.denominator for share in fractions))
+    shares = [int(share * denominator) for share in fractions]
     divisor = math.gcd(*shares)
     return [share // divisor for share in shares]
 
@@ -144,8 +144,8 @@ def make_order(
         for i, group in enumerate(groups):
             if len(group) == 0:
                 raise UserError(f"data.train[{i}]: weight {weights[i]}, but 0 training examples left; remove the set")
-    in_epochs = math.floor(Fraction(str(epochs or 1)) * size + Fraction(1, 2))  # rounded half up
-    num_draws = steps * batch if steps is not None else max(1, in_epochs)
+    epochs_draws = math.floor(Fraction(str(epochs or 1)) * size + Fraction(1, 2))  # rounded half up
+    num_draws = steps * batch if steps is not None else max(1, epochs_draws)
     sources = chairman_assignment(shares, min(sum(shares), num_draws))
     ranks = np.zeros_like(sources)
     for source in range(len(groups)):

@@ -139,15 +139,15 @@ def branch_tokens(row: Sequence[Unit]) -> int:
 
 def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
     """Return the smallest shape that holds these rows, with sizes rounded up to whole blocks."""
-    most = lambda measure: max((measure(row) for row in rows), default=0)  # noqa: E731
+    largest = lambda measure: max((measure(row) for row in rows), default=0)  # noqa: E731
     return BatchShape(
         rows=len(rows),
-        length=up(most(lambda row: sum(unit.size for unit in row)), BLOCK),
-        targets=up(most(lambda row: sum(unit.targets for unit in row)), BLOCK),
-        answers=max(1, most(lambda row: sum(len(unit.answers) for unit in row))),
-        blocks=up(most(lambda row: len(seen_blocks(row))), 16),
-        longest=up(most(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
-        branch_length=up(most(branch_tokens), BLOCK),
+        length=up(largest(lambda row: sum(unit.size for unit in row)), BLOCK),
+        targets=up(largest(lambda row: sum(unit.targets for unit in row)), BLOCK),
+        answers=max(1, largest(lambda row: sum(len(unit.answers) for unit in row))),
+        blocks=up(largest(lambda row: len(seen_blocks(row))), 16),
+        longest=up(largest(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
+        branch_length=up(largest(branch_tokens), BLOCK),
     )
 
 
@@ -203,8 +203,8 @@ class Packer:
             units = make_units(lengths[pairs], num_targets[pairs], self.layout)
             rows = assign_rows(units, layout=self.layout, multiple=self.multiple, row_length=self.row_length)
             microbatches.append(rows)
-        most = max(len(rows) for rows in microbatches)
-        return [rows + [[] for _ in range(most - len(rows))] for rows in microbatches]
+        num_rows = max(len(rows) for rows in microbatches)
+        return [rows + [[] for _ in range(num_rows - len(rows))] for rows in microbatches]
 
     def shape(self, microbatches: Sequence[Sequence[Sequence[Unit]]]) -> BatchShape:
         """Return the smallest of ``shapes`` that holds the step, else a larger, rounded-up one that may be compiled."""
@@ -215,8 +215,8 @@ class Packer:
         if not self.shapes:
             return needed
         grown = needed.union(self.shapes[-1])
-        long, steps = 4 * BLOCK, {} if self.row_length is not None else {"length": 4 * BLOCK}
-        steps |= {"targets": long, "answers": 8, "blocks": 128, "longest": long, "branch_length": long}
+        token_sizes = ("targets", "longest", "branch_length", *(("length",) if self.row_length is None else ()))
+        steps = {"answers": 8, "blocks": 128} | dict.fromkeys(token_sizes, 4 * BLOCK)
         return replace(grown, **{name: up(getattr(grown, name), step) for name, step in steps.items()})
 
 

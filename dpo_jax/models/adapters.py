@@ -25,7 +25,7 @@ def start_adapters(model: Model, key: jax.Array, init: Literal["kaiming", "gauss
     kaiming and gaussian match PEFT; zero_a is Init[B] of arXiv 2406.08447.
     """
     shapes = model.adapter_shapes()
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
 
     def draw(path, leaf, key):
         rank = leaf.shape[1] if path[-1].key == "a" else leaf.shape[-1]
@@ -36,8 +36,8 @@ def start_adapters(model: Model, key: jax.Array, init: Literal["kaiming", "gauss
         fan_in = rank if init == "zero_a" else math.prod(leaf.shape[2:])
         return jax.random.uniform(key, leaf.shape, leaf.dtype, -(fan_in**-0.5), fan_in**-0.5)
 
-    drawn = [draw(path, leaf, jax.random.fold_in(key, index)) for index, (path, leaf) in enumerate(leaves)]
-    return jax.tree.unflatten(tree, drawn)
+    arrays = [draw(path, leaf, jax.random.fold_in(key, index)) for index, (path, leaf) in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, arrays)
 
 
 def merge(weights: Adapted, model: Model) -> Params:

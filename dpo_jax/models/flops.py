@@ -43,8 +43,8 @@ class Flops(NamedTuple):
 def causal_pairs(length: Int[np.ndarray, "*n"], window: int | None) -> Int[np.ndarray, "*n"]:
     """Count the (query, key) pairs of a causal sequence: token p sees p + 1 keys, or the last ``window`` of them."""
     length = np.asarray(length, np.int64)
-    inside = length if window is None else np.minimum(length, window)
-    return inside * (inside + 1) // 2 + (length - inside) * inside
+    capped_length = length if window is None else np.minimum(length, window)
+    return capped_length * (capped_length + 1) // 2 + (length - capped_length) * capped_length
 
 
 def pairs_work(

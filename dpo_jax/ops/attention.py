@@ -91,8 +91,8 @@ def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
     length, num_kv_heads, group, head = q.shape
     num_blocks = length // BLOCK
     query_block, key_block = blocks[:, 0], blocks[:, 1]
-    used = query_block >= 0
-    segment = jnp.where(used, query_block, num_blocks)  # unused pairs go to an extra block that is dropped
+    is_used = query_block >= 0
+    segment = jnp.where(is_used, query_block, num_blocks)  # unused pairs go to an extra block that is dropped
 
     q = q.reshape(num_blocks, BLOCK, num_kv_heads, group, head).transpose(0, 2, 3, 1, 4)
     q = q.reshape(num_blocks, num_kv_heads, group * BLOCK, head)
@@ -100,7 +100,7 @@ def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
     tokens = tokens.reshape(3, num_blocks, BLOCK)
 
     scores = _scores(q[query_block], k[key_block], "jkxh,jksh->jkxs", scale, softcap)
-    seen = sees(tokens[:, query_block], tokens[:, key_block], window) & used[:, None, None]
+    seen = sees(tokens[:, query_block], tokens[:, key_block], window) & is_used[:, None, None]
     seen = jnp.tile(seen, (1, group, 1))[:, None]  # [J, 1, X, s]
     scores = jnp.where(seen, scores, -jnp.inf)
 

@@ -130,11 +130,11 @@ class _Tiles:
         offset = self.place(i)
         rows = jax.lax.dynamic_slice_in_dim(self.unembedding, offset, self.block).astype(dtype)
         ids = offset + jnp.arange(self.block)
-        fresh = ids >= i * self.block
+        is_new = ids >= i * self.block
         if self.spread:
             rows = jax.lax.all_gather(rows, "fsdp", axis=1, tiled=True)
             ids += jax.lax.axis_index("tensor") * len(self.unembedding)
-        return rows, ids, fresh
+        return rows, ids, is_new
 
 
 class _Sums(NamedTuple):
@@ -177,13 +177,13 @@ def _score(options, spread, states, unembedding, labels, mask):
     states, labels = tiles.chunks(states), tiles.chunks(labels)
 
     def of_block(i, sums):
-        rows, ids, fresh = tiles.weights(i, states.dtype)
+        rows, ids, is_new = tiles.weights(i, states.dtype)
 
         def of_chunk(c, sums):
             scores = options.product("nd,vd->nv", states[c], rows)
             if tiles.num_blocks > 1:
-                scores = jnp.where(fresh, scores, UNSEEN)
-            is_label = (ids == labels[c][:, None]) & fresh
+                scores = jnp.where(is_new, scores, UNSEEN)
+            is_label = (ids == labels[c][:, None]) & is_new
             chunk_sums = _summed(scores, is_label, jax.tree.map(lambda x: x[c], sums))
             return jax.tree.map(lambda array, chunk: array.at[c].set(chunk), sums, chunk_sums)
 
@@ -194,8 +194,8 @@ def _score(options, spread, states, unembedding, labels, mask):
     sums = tiles.over_blocks(of_block, start)
     if spread:
         sums = _over_parts(sums)
-    unseen = sums.total == 0  # true in chunks that were not visited; NaN is not 0
-    log_total = jnp.log(jnp.where(unseen, 1.0, sums.total))
+    is_unvisited = sums.total == 0  # true in chunks that were not visited; NaN is not 0
+    log_total = jnp.log(jnp.where(is_unvisited, 1.0, sums.total))
     normalizer = log_total + sums.largest
     logp = sums.label - normalizer
     log_sum_sq = None if sums.squares is None else jnp.log(sums.squares) - 2 * log_total
@@ -205,7 +205,7 @@ def _score(options, spread, states, unembedding, labels, mask):
         mean_logit = _mean_scores(states, unembedding, spread)
         stats = TargetStats(entropy, mean_logit, top1=(sums.label >= sums.largest).astype(jnp.float32))
     tokens = TokenLogps(logp, normalizer, log_sum_sq, stats)
-    return jax.tree.map(lambda x: tiles.unchunk(jnp.where(unseen, 0.0, x)), tokens)
+    return jax.tree.map(lambda x: tiles.unchunk(jnp.where(is_unvisited, 0.0, x)), tokens)
 
 
 def _mean_scores(states: Array, unembedding: Array, spread: bool) -> Array:
@@ -223,7 +223,7 @@ def _pull(options, spread, states, unembedding, labels, mask, normalizer, log_su
         tiles.chunks, (states, labels, normalizer, log_sum_sq, *by_tokens)
     )
 
-    def by_scores(c, rows, ids, fresh):
+    def by_scores(c, rows, ids, is_new):
         logps = options.product("nd,vd->nv", states[c], rows) - normalizer[c][:, None]
         probs = jnp.exp(logps)
         grads = by_logp[c][:, None] * ((ids == labels[c][:, None]) - probs)
@@ -231,7 +231,7 @@ def _pull(options, spread, states, unembedding, labels, mask, normalizer, log_su
             shares = jnp.exp(2 * logps - log_sum_sq[c][:, None])
             grads += 2 * by_log_sum_sq[c][:, None] * (shares - probs)
         if tiles.num_blocks > 1:
-            grads = jnp.where(fresh, grads, 0.0)
+            grads = jnp.where(is_new, grads, 0.0)
         return grads.astype(states.dtype)
 
     def of_block(i, grads):

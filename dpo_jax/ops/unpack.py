@@ -55,22 +55,22 @@ def _unshared(batch: PreferenceBatch, member: Bool[Array, "R S T"], length: int)
     copies = batch.answer_slots.shape[-1]
     sources = jnp.argsort(~member, axis=-1, stable=True)[..., :length]
     sources = jnp.pad(sources, ((0, 0), (0, 0), (0, length - sources.shape[-1])))
-    used = jnp.arange(length) < member.sum(-1, keepdims=True)
+    is_used = jnp.arange(length) < member.sum(-1, keepdims=True)
 
     index = jnp.cumsum(member, axis=-1) - 1 + length * jnp.arange(num_sequences)[:, None]
     copy = jnp.argsort(~member, axis=1, stable=True)[:, :copies]  # [R, C, T]: sequence of each copy
     has_copy = jnp.take_along_axis(member, copy, axis=1)
     copy_index = jnp.where(has_copy, jnp.take_along_axis(index, copy, axis=1), 0)
 
-    flat = sources.reshape(num_rows, -1)
-    at_source = lambda grid: jnp.take_along_axis(grid, flat, axis=1).reshape(sources.shape)  # noqa: E731
+    flat_sources = sources.reshape(num_rows, -1)
+    at_source = lambda grid: jnp.take_along_axis(grid, flat_sources, axis=1).reshape(sources.shape)  # noqa: E731
     slot_index = jnp.arange(num_sequences * length).reshape(num_sequences, length)
     return Unshared(
         sources=sources.astype(jnp.int32),
-        segments=jnp.where(used, at_source(jnp.asarray(batch.segments)), 0),
+        segments=jnp.where(is_used, at_source(jnp.asarray(batch.segments)), 0),
         places=copy_index.astype(jnp.int32),
         held=has_copy,
-        first=used & (at_source(copy_index[:, 0]) == slot_index),
+        first=is_used & (at_source(copy_index[:, 0]) == slot_index),
     )
 
 
@@ -89,8 +89,8 @@ def _where(mask: Bool[Array, "R Q"], x: Float[Array, "R Q *h"]) -> Float[Array, 
 def unshare(x: Float[Array, "R T N H"], to: Unshared) -> Float[Array, "RS U N H"]:
     """Gather rows into sequences; padding holds arbitrary tokens, which receive no gradient."""
     num_rows, num_sequences, length = to.sources.shape
-    taken = _take(x, to.sources.reshape(num_rows, -1))
-    return taken.reshape(num_rows * num_sequences, length, *x.shape[2:])
+    gathered = _take(x, to.sources.reshape(num_rows, -1))
+    return gathered.reshape(num_rows * num_sequences, length, *x.shape[2:])
 
 
 def _unshare_backward(to, g):
@@ -112,8 +112,8 @@ def share(y: Float[Array, "RS U N H"], to: Unshared) -> Float[Array, "R T N H"]:
 
 def _share_backward(to, g):
     num_rows, num_sequences, length = to.sources.shape
-    taken = _where(to.first.reshape(num_rows, -1), _take(g, to.sources.reshape(num_rows, -1)))
-    return taken.reshape(num_rows * num_sequences, length, *g.shape[2:]), None
+    gathered = _where(to.first.reshape(num_rows, -1), _take(g, to.sources.reshape(num_rows, -1)))
+    return gathered.reshape(num_rows * num_sequences, length, *g.shape[2:]), None
 
 
 share.defvjp(lambda y, to: (share(y, to), to), _share_backward)

@@ -18,11 +18,11 @@ def rope(hf: Mapping[str, Any]) -> tuple[float, Scaling]:
 
     Two spellings must agree: transformers uses only the older one, base included, and other programs the newer.
     """
-    old, new = (_read(hf, key) for key in ("rope_scaling", "rope_parameters"))
-    if old and new and old != new:
+    older_rope, newer_rope = (_read(hf, key) for key in ("rope_scaling", "rope_parameters"))
+    if older_rope and newer_rope and older_rope != newer_rope:
         why = f"rope_parameters, {shown(hf['rope_parameters'])}, disagrees; remove the wrong one from the file"
         raise refuse("rope_scaling", hf["rope_scaling"], why)
-    return old or new or (float(number(hf, "rope_theta", 10000.0)), None)
+    return older_rope or newer_rope or (float(number(hf, "rope_theta", 10000.0)), None)
 
 
 def _read(hf: Mapping[str, Any], key: str) -> tuple[float, Scaling] | None:
@@ -32,8 +32,8 @@ def _read(hf: Mapping[str, Any], key: str) -> tuple[float, Scaling] | None:
         raise refuse(key, options, "it must be a dictionary")
     if not options:
         return None
-    named = {f"{key}.{name}": value for name, value in options.items()}
-    theta = float(number(named, f"{key}.rope_theta", number(hf, "rope_theta", 10000.0)))
+    keyed_options = {f"{key}.{name}": value for name, value in options.items()}
+    theta = float(number(keyed_options, f"{key}.rope_theta", number(hf, "rope_theta", 10000.0)))
     name = options.get("rope_type", options.get("type", "default"))
     if not isinstance(name, str) or name not in KINDS:
         raise refuse(key, options, f"choose the rope scaling from {', '.join(KINDS)}")
@@ -47,8 +47,8 @@ def _read(hf: Mapping[str, Any], key: str) -> tuple[float, Scaling] | None:
 
     def value(name: str) -> Any:
         if name == "original_max_position_embeddings":
-            return size(named, f"{key}.{name}", hf.get("max_position_embeddings"))
-        return float(number(named, f"{key}.{name}"))
+            return size(keyed_options, f"{key}.{name}", hf.get("max_position_embeddings"))
+        return float(number(keyed_options, f"{key}.{name}"))
 
     scaling = kind(**{name: value(name) for name in names})
     if isinstance(scaling, Llama3Scaling) and scaling.high_freq_factor <= scaling.low_freq_factor:
