@@ -14,7 +14,7 @@ from dpo_jax.batching.sets import DataSets
 from dpo_jax.config import BatchConfig, SFTBatchConfig
 from dpo_jax.data.store import Store
 
-SAMPLED_STEPS = 2048  # maximum number of steps sampled to choose the row shapes
+SAMPLED_STEPS = 2048  # approximate number of steps sampled to choose the row shapes
 AHEAD = 2  # number of batches to prefetch
 STEPS_A_SHAPE = 24  # steps that pay for compiling one more shape
 
