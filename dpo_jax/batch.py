@@ -1,7 +1,7 @@
-"""What a step is fed and what it is judged by: packed rows of tokens, and log-probs of answers.
+"""Inputs and outputs of the model in a training step: packed rows of tokens, and log-probs of answers.
 
-Shape letters, the same in every file: B pairs, R rows, T tokens in a row, M targets in a row, K answers of a prompt
-(2: chosen, rejected; 1 when fine-tuning), A answer slots in a row, V vocabulary, D model width.
+Shape letters, the same in every file: B pairs, R rows, T tokens per row, M targets per row, K answers per prompt
+(2: chosen, rejected; 1 in fine-tuning), A answer slots per row, V vocabulary, D model width.
 """
 
 import math
@@ -14,52 +14,52 @@ import numpy as np
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
-AnyArray = jax.Array | np.ndarray  # numpy's on the host, jax's on the devices
-Params = Any  # a tree of arrays
-CHOSEN, REJECTED = 0, 1  # places on the K axis
-BLOCK = 64  # tokens in a block: rows are whole blocks, and attention visits only the pairs of blocks it needs
+AnyArray = jax.Array | np.ndarray  # numpy on the host, JAX on the devices
+Params = Any  # pytree of arrays
+CHOSEN, REJECTED = 0, 1  # indices on the K axis
+BLOCK = 64  # tokens per block: a row is a whole number of blocks; attention visits only the block pairs it needs
 
 
 def up(number: float, multiple: int) -> int:
-    """The next multiple, at least one."""
+    """Round up to a multiple of ``multiple``; the result is at least ``multiple``."""
     return multiple * max(1, math.ceil(number / multiple))
 
 
 @struct.dataclass
 class PreferenceBatch:
-    """Pairs of one step, packed into rows; a row holds whole units ``[prompt][chosen][rejected]``, one after another.
+    """Pairs of one step, packed into rows; each row holds whole units ``[prompt][chosen][rejected]`` back to back.
 
-    A token sees a key when both lie in one segment, the key is not later, and the key is in the prompt (branch 0) or
-    in the token's own branch. So both answers follow one stored copy of their prompt, and labels are no plain shift:
-    every target names the token whose hidden state predicts it (the last prompt token predicts both first tokens).
+    A token attends to a key if both are in the same segment, the key is not later, and the key is in the prompt
+    (branch 0) or in the token's own branch. So both answers share one copy of their prompt, and labels are not a plain
+    shift: each target names the token that predicts it (the last prompt token predicts both answers' first tokens).
     """
 
     tokens: Int[AnyArray, "*a R T"]
-    positions: Int[AnyArray, "*a R T"]  # for the rotary embedding; `rejected` restarts where the prompt ends
-    segments: Int[AnyArray, "*a R T"]  # 0: padding; else one more than the unit's place in its row
+    positions: Int[AnyArray, "*a R T"]  # rotary positions; those of `rejected` restart at the end of the prompt
+    segments: Int[AnyArray, "*a R T"]  # 0: padding; else 1 + the unit's index in its row
     branches: Int[AnyArray, "*a R T"]  # 0: prompt; 1: chosen; 2: rejected
-    target_tokens: Int[AnyArray, "*a R M"]  # the token to be predicted
-    target_sources: Int[AnyArray, "*a R M"]  # index, in the row, of the token that predicts it
-    target_answers: Int[AnyArray, "*a R M"]  # answer slot, in the row, that the target belongs to
-    target_offsets: Int[AnyArray, "*a R M"]  # place of the target in its answer, from 0
-    target_mask: Bool[AnyArray, "*a R M"]  # False: an unused target
-    answer_slots: Int[AnyArray, "*a B K"]  # where answer (pair, branch) was laid: row * answers_per_row + slot
-    weight: Float[AnyArray, "*a B"]  # weight of the pair in the loss
-    valid: Bool[AnyArray, "*a B"]  # False: an empty slot of a ragged last step
-    blocks: Int[AnyArray, "*a R J 2"]  # (query block, key block) between which something is seen, sorted; -1: unused
+    target_tokens: Int[AnyArray, "*a R M"]  # token to predict
+    target_sources: Int[AnyArray, "*a R M"]  # index in the row of the token that predicts it
+    target_answers: Int[AnyArray, "*a R M"]  # answer slot in the row that the target belongs to
+    target_offsets: Int[AnyArray, "*a R M"]  # index of the target in its answer, from 0
+    target_mask: Bool[AnyArray, "*a R M"]  # False: unused target
+    answer_slots: Int[AnyArray, "*a B K"]  # location of answer (pair, branch): row * answers_per_row + slot
+    weight: Float[AnyArray, "*a B"]  # loss weight of the pair
+    valid: Bool[AnyArray, "*a B"]  # False: empty slot of a ragged last step
+    blocks: Int[AnyArray, "*a R J 2"]  # sorted (query block, key block) pairs with any visible key; -1: unused
     answers_per_row: int = struct.field(pytree_node=False)
-    longest: int = struct.field(pytree_node=False)  # no prompt with one of its answers has more tokens
-    branch_length: int = struct.field(pytree_node=False)  # no row's prompts with one branch's answers have more tokens
+    longest: int = struct.field(pytree_node=False)  # upper bound on tokens of a prompt plus one of its answers
+    branch_length: int = struct.field(pytree_node=False)  # upper bound on a row's prompt tokens plus one branch's
 
     def place(self, rows: Any, pairs: Any) -> "PreferenceBatch":
-        """A batch that holds, in place of each array, ``rows`` where it has a dim R, else ``pairs``: shardings, say."""
+        """Replace each array that has a dim R by ``rows`` and every other array by ``pairs``, e.g. by shardings."""
         per_pair = {"answer_slots", "weight", "valid"}
         arrays = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
         return replace(self, **{name: pairs if name in per_pair else rows for name in arrays})
 
 
 class Adapted(NamedTuple):
-    """The weights of a model with adapters, which alone are trained; without them it is the reference."""
+    """Weights of a model with adapters: only the adapters are trained, and the base alone is the reference model."""
 
     adapters: Params | None
     base: Params
@@ -67,34 +67,34 @@ class Adapted(NamedTuple):
 
 @struct.dataclass
 class TokenStats:
-    """Sums over answer tokens that only metrics need, each [B, K] float32; divide by ``PairLogps.count``."""
+    """Sums over answer tokens, used only by metrics, each [B, K] float32; divide by ``PairLogps.count`` for means."""
 
     entropy: Float[AnyArray, "B K"]  # nats
     mean_logit: Float[AnyArray, "B K"]  # mean over the vocabulary, summed over tokens
-    top1: Float[AnyArray, "B K"]  # tokens that were the model's first choice
+    top1: Float[AnyArray, "B K"]  # number of tokens that were the model's top prediction
 
 
 @struct.dataclass
 class PairLogps:
-    """Log-probabilities of the answers of each pair, in nats, float32."""
+    """Log-probs of each pair's answers, in nats, float32."""
 
-    sum: Float[AnyArray, "B K"]  # log pi(y | x): summed over the answer's tokens
-    count: Float[AnyArray, "B K"]  # |y|: tokens of the answer
+    sum: Float[AnyArray, "B K"]  # log pi(y | x), summed over the answer's tokens
+    count: Float[AnyArray, "B K"]  # |y|, number of tokens in the answer
     weight: Float[AnyArray, " B"]
     valid: Bool[AnyArray, " B"]
-    tail_sum: Float[AnyArray, "B K"] | None = None  # of sum, the tokens beyond the pair's shorter answer (LD-DPO)
-    log_sum_sq: Float[AnyArray, "B K"] | None = None  # summed over tokens: log of the sum over V of p^2 (WPO)
+    tail_sum: Float[AnyArray, "B K"] | None = None  # sum over tokens past the shorter answer's length (LD-DPO)
+    log_sum_sq: Float[AnyArray, "B K"] | None = None  # log of the sum over V of p^2, summed over tokens (WPO)
     stats: TokenStats | None = None
 
 
 def stop_gradient(logps: PairLogps) -> PairLogps:
-    """The same numbers, through which no gradient flows."""
+    """Return the same values with gradients stopped."""
     return jax.tree.map(jax.lax.stop_gradient, logps)
 
 
 @struct.dataclass
 class PaddedBatch:
-    """Pairs for a model that takes plain tokens: every prompt with each of its answers, padded on the right."""
+    """Pairs for a model that takes plain tokens: each prompt followed by each of its answers, right-padded."""
 
     tokens: Int[AnyArray, "*a B K T"]
     mask: Bool[AnyArray, "*a B K T"]  # True: an answer token, whose log-prob counts
@@ -103,16 +103,16 @@ class PaddedBatch:
 
 
 def pad_pairs(prompts: Sequence[Sequence[int]], *answers: Sequence[Sequence[int]], pad_id: int = 0) -> PaddedBatch:
-    """Token lists -> ``PaddedBatch``: ``pad_pairs(prompts, chosen, rejected)``, each a list of B lists of token ids.
+    """Build a ``PaddedBatch``: ``pad_pairs(prompts, chosen, rejected)``, each a list of B lists of token ids.
 
     Raises:
-        ValueError: the lists differ in length, or one of the prompts or answers is empty.
+        ValueError: the lists differ in length, or a prompt or answer is empty.
     """
     if {len(branch) for branch in answers} != {len(prompts)}:
-        raise ValueError(f"{len(prompts)} prompts, but {[len(branch) for branch in answers]} answers")
+        raise ValueError(f"{len(prompts)} prompts, but {[*map(len, answers)]} answers; pass lists of equal length")
     for i, sequences in enumerate(zip(prompts, *answers, strict=True)):
         if not all(map(len, sequences)):
-            raise ValueError(f"pair {i} has an empty prompt or answer: its log-prob is that of nothing")
+            raise ValueError(f"pair {i} has an empty prompt or answer, so it has no log-prob; remove the pair")
     length = max(len(prompt) + len(branch[i]) for branch in answers for i, prompt in enumerate(prompts))
     tokens = np.full((len(prompts), len(answers), length), pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)

@@ -1,6 +1,6 @@
-"""Log-probs of a batch's targets from hidden states, and their sums over the answers of each pair.
+"""Log-probs of a batch's targets from hidden states, and their sums over each pair's answers.
 
-Shape letters: R rows, T tokens, M targets, D model, V vocabulary, B pairs, K answers of a prompt, A answer slots in a
+Shape letters: R rows, T tokens, M targets, D model, V vocabulary, B pairs, K answers per prompt, A answer slots of a
 row.
 """
 
@@ -16,15 +16,15 @@ from dpo_jax.batch import AnyArray, PaddedBatch, PairLogps, Params, PreferenceBa
 from dpo_jax.ops.token_logps import Options, TargetStats, TokenLogps, score_targets
 from dpo_jax.parallel.sharding import constrain_rows
 
-SUMMED = 32  # log-probs that are summed at once
-BLOCK = 8192  # rows of the vocabulary whose scores exist at one time, unless said otherwise
-LogpsFn = Callable[[Any, Any], PairLogps]  # (weights, batch); weights are a tree of arrays, such as `Adapted`
+SUMMED = 32  # log-probs per partial sum
+BLOCK = 8192  # default number of vocabulary rows whose logits are in memory at a time
+LogpsFn = Callable[[Any, Any], PairLogps]  # (weights, batch); weights are a pytree of arrays, such as `Adapted`
 
 
 def logps_of_logits(
     logits: Float[Array, "*n V"], labels: Int[AnyArray, "*n"], *, stats: bool = False, squares: bool = False
 ) -> TokenLogps:
-    """Log-softmax at the labels, in float32. A label's score is picked by a masked sum, local where V is sharded."""
+    """Compute log-softmax at the labels in float32. A masked sum picks the label's logit, local if V is sharded."""
     logits = logits.astype(jnp.float32)
     label = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], logits, 0.0).sum(-1)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
@@ -50,10 +50,10 @@ def target_logps(
     squares: bool = False,
     precision: str | None = None,
 ) -> TokenLogps:
-    """Log-probs of the batch's targets [R, M]; differentiable in ``logp`` and ``log_sum_sq``.
+    """Compute the log-probs of the batch's targets [R, M]; differentiable in ``logp`` and ``log_sum_sq``.
 
-    At most ``chunk`` targets a device have scores at one time, over ``block`` rows of the vocabulary, in the backward
-    pass, too. What stands in the place of an unused target has no meaning.
+    Logits exist for at most ``chunk`` targets per device and ``block`` vocabulary rows at a time, in the backward pass
+    too. Values at unused targets are undefined.
     """
     states = constrain_rows(jnp.take_along_axis(hidden, batch.target_sources[..., None], axis=1))
     options = Options(chunk, block, stats, squares, precision)
@@ -61,7 +61,7 @@ def target_logps(
 
 
 def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False) -> PairLogps:
-    """Sums over each answer's targets, gathered from the rows into [B, K]; 0 in empty slots."""
+    """Sum over each answer's targets and gather the sums from the rows into [B, K]; 0 in empty slots."""
     mask = batch.target_mask
     num_rows = mask.shape[0]
     num_slots = num_rows * batch.answers_per_row
@@ -70,7 +70,7 @@ def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False
     member = member.reshape(num_rows, -1, SUMMED, batch.answers_per_row)
 
     def per_answer(values: Float[Array, "R M"]) -> Float[Array, "B K"]:
-        # in two stages: one long float32 sum would lose a digit
+        # in two stages: one long float32 sum would lose precision
         values = jnp.pad(jnp.where(mask, values, 0.0), ((0, 0), (0, -mask.shape[1] % SUMMED))).reshape(
             num_rows, -1, SUMMED
         )
@@ -80,10 +80,10 @@ def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False
     count = per_answer(jnp.ones_like(tokens.logp))
     tail_sum = None
     if tail:
-        slots = jnp.where(batch.valid[:, None], batch.answer_slots, num_slots)  # empty ones are dropped
-        shorter = jnp.broadcast_to(count.min(1, keepdims=True), slots.shape)
-        shorter = jnp.zeros(num_slots).at[slots].set(shorter, mode="drop").reshape(mask.shape[0], -1)
-        in_tail = batch.target_offsets >= jnp.take_along_axis(shorter, batch.target_answers, axis=1)
+        slots = jnp.where(batch.valid[:, None], batch.answer_slots, num_slots)  # num_slots is out of range: dropped
+        shorter_counts = jnp.broadcast_to(count.min(1, keepdims=True), slots.shape)
+        shorter_counts = jnp.zeros(num_slots).at[slots].set(shorter_counts, mode="drop").reshape(mask.shape[0], -1)
+        in_tail = batch.target_offsets >= jnp.take_along_axis(shorter_counts, batch.target_answers, axis=1)
         tail_sum = per_answer(jnp.where(in_tail, tokens.logp, 0.0))
     return PairLogps(
         sum=per_answer(tokens.logp),
@@ -107,17 +107,17 @@ def make_logps_fn(
     squares: bool = False,
     precision: str | None = None,
 ) -> LogpsFn:
-    """``logps_fn(weights, batch) -> PairLogps`` of a model given as two pure functions, over packed rows.
+    """Make ``logps_fn(weights, batch) -> PairLogps`` over packed rows, for a model given as two pure functions.
 
     Args:
-        hidden_fn: (weights, batch) to normalised hidden states.
-        unembedding_fn: (weights) to the matrix that scores the vocabulary.
-        chunk: targets of a device whose scores exist at one time.
-        block: rows of the vocabulary over which they do.
-        stats: also what only metrics want, `TokenStats`.
-        tail: also ``tail_sum``, which ``loss.ld_alpha`` asks for.
-        squares: also ``log_sum_sq``, which ``loss.weighting: wpo`` asks for.
-        precision: of the products with the unembedding, as in ``jax.lax.Precision``; None: jax's default.
+        hidden_fn: (weights, batch) -> normalized hidden states.
+        unembedding_fn: (weights) -> the matrix that maps hidden states to logits.
+        chunk: targets per device whose logits are in memory at a time.
+        block: vocabulary rows over which these logits are computed at a time.
+        stats: also compute `TokenStats`, used only by metrics.
+        tail: also compute ``tail_sum``, required by ``loss.ld_alpha``.
+        squares: also compute ``log_sum_sq``, required by ``loss.weighting: wpo``.
+        precision: of the products with the unembedding, as in ``jax.lax.Precision``; None: JAX's default.
     """
     options = {"chunk": chunk, "block": block, "stats": stats, "squares": squares, "precision": precision}
 
@@ -136,7 +136,7 @@ def make_token_logps_fn(
     block: int = BLOCK,
     precision: str | None = None,
 ) -> Callable[[Params, PreferenceBatch], Float[Array, "R M"]]:
-    """As ``make_logps_fn``, but of each target by itself; see ``answer_values`` for whose it is."""
+    """Like ``make_logps_fn``, but per target; ``answer_values`` regroups the result by pair and answer."""
 
     def token_logps_fn(weights: Params, batch: PreferenceBatch) -> Float[Array, "R M"]:
         hidden, unembedding = hidden_fn(weights, batch), unembedding_fn(weights)
@@ -146,22 +146,22 @@ def make_token_logps_fn(
 
 
 def answer_values(values: Float[np.ndarray, "R M"], batch: PreferenceBatch) -> list[list[np.ndarray]]:
-    """What stands at the targets, by pair and answer, in the order of the answer's tokens; empty in empty slots."""
+    """Group per-target values by pair and answer, in the answer's token order; arrays are empty in empty slots."""
     per_row = batch.answers_per_row
 
-    def of(slot: int, valid: bool) -> np.ndarray:
+    def slot_values(slot: int, valid: bool) -> np.ndarray:
         row, answer = divmod(slot, per_row)
         mask = np.asarray(batch.target_mask[row] & (batch.target_answers[row] == answer)) & valid
         return np.asarray(values[row][mask][np.argsort(batch.target_offsets[row][mask])])
 
     pairs = zip(batch.answer_slots.tolist(), batch.valid.tolist(), strict=True)
-    return [[of(slot, valid) for slot in slots] for slots, valid in pairs]
+    return [[slot_values(slot, valid) for slot in slots] for slots, valid in pairs]
 
 
 def make_padded_logps_fn(
     apply: Callable[[Params, Int[AnyArray, "n T"]], Float[Array, "n T V"]], *, tail: bool = False, squares: bool = False
 ) -> LogpsFn:
-    """``logps_fn`` of any model from tokens to next-token scores, over a ``PaddedBatch``; no packing, full scores.
+    """Make ``logps_fn`` over a ``PaddedBatch`` for any model from tokens to next-token logits; no packing or chunking.
 
     ``tail`` and ``squares`` as in ``make_logps_fn``.
     """

@@ -1,12 +1,12 @@
-"""The objectives: pure functions of the policy's and the reference's pair log-probs.
+"""Training objectives: pure functions of the pair log-probs of policy and reference.
 
-With x a prompt, y_w its chosen and y_l its rejected answer, and the log-ratio s(y) = log pi(y|x) - log ref(y|x), an
-answer's implicit reward is beta * s(y) (Rafailov et al. 2023, arXiv 2305.18290, eq. 5) and the pair's margin is
-D = s(y_w) - s(y_l). beta weighs the KL term: a *larger* beta keeps the policy closer to the reference. |y| is an
-answer's number of tokens, sigma the logistic function, e the label smoothing.
+Let x be a prompt, y_w its chosen and y_l its rejected answer, and s(y) = log pi(y|x) - log ref(y|x) the log-ratio. An
+answer's implicit reward is beta * s(y) (Rafailov et al. 2023, arXiv 2305.18290, eq. 5), and the pair's margin is
+D = s(y_w) - s(y_l). beta weights the KL term: a *larger* beta keeps the policy closer to the reference. |y| is the
+number of tokens in an answer, sigma the logistic function, e the label smoothing.
 
-Each loss is one line of a paper, per pair, float32, shape [B]; `LOSSES` names them for the config. "At margin 0" is the
-value where policy and reference are one.
+Each loss is one equation of a paper, per pair, float32, shape [B]; `LOSSES` maps config names to losses. "At margin 0"
+gives the value when policy and reference are identical.
 """
 
 from collections.abc import Callable
@@ -22,20 +22,20 @@ from jaxtyping import Array, Float
 from dpo_jax.batch import CHOSEN, REJECTED, AnyArray, PairLogps
 from dpo_jax.config import LOSS_TRAITS, LossConfig
 
-LARGEST_EXPONENT = 80.0  # exp of more leaves float32
+LARGEST_EXPONENT = 80.0  # exponents are clipped here, so that exp stays finite in float32
 
 
 class LogRatios(NamedTuple):
-    """What a loss sees of a step; each [B] float32."""
+    """Inputs of a loss for one step; each field is [B] float32."""
 
     chosen: Float[Array, " B"]  # s(y_w)
     rejected: Float[Array, " B"]  # s(y_l)
-    margin: Float[Array, " B"]  # D = f(s(y_w)) - f(s(y_l)); f(s) = s unless another divergence is asked for
+    margin: Float[Array, " B"]  # D = f(s(y_w)) - f(s(y_l)); f(s) = s unless another divergence is configured
     chosen_count: Float[Array, " B"]  # |y_w|, at least 1
     rejected_count: Float[Array, " B"]
     chosen_logps: Float[Array, " B"]  # log pi(y_w|x)
     rejected_logps: Float[Array, " B"]
-    valid: Float[Array, " B"]  # 1: a pair; 0: an empty slot
+    valid: Float[Array, " B"]  # 1: real pair; 0: empty slot
 
 
 def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
@@ -55,8 +55,8 @@ def hinge(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 def ipo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     """(s(y_w)/|y_w| - s(y_l)/|y_l| - 1/(2 beta))^2; 1/(4 beta^2) at margin 0.
 
-    IPO: Azar et al. 2023, arXiv 2310.12036, eq. 17. Log-ratios are means over tokens, as the paper's authors advise
-    for answers of different lengths; with ``ipo_average`` off they are the equation's sums.
+    IPO: Azar et al. 2023, arXiv 2310.12036, eq. 17. Log-ratios are averaged over tokens, as the paper's authors advise
+    for answers of different lengths; with ``ipo_average=False`` they are sums, as in the equation.
     """
     margin = r.chosen / r.chosen_count - r.rejected / r.rejected_count if c.ipo_average else r.chosen - r.rejected
     return (margin - 1 / (2 * c.beta)) ** 2
@@ -65,7 +65,7 @@ def ipo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 def exo_pair(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     """KL(p || q), p = (sigma(z), sigma(-z)), q = (1-e, e), z = beta D; -ln 2 - (log(1-e) + log e)/2 at margin 0.
 
-    The reverse KL of the model's preference to the smoothed label: EXO of pairs, Ji et al. 2024, arXiv 2402.00856.
+    Reverse KL from the model's preference to the smoothed label: pairwise EXO, Ji et al. 2024, arXiv 2402.00856.
     """
     z = c.beta * r.margin
     yes = logistic(z) * (log_sigmoid(z) - jnp.log1p(-c.label_smoothing))
@@ -75,7 +75,7 @@ def exo_pair(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 def nca_pair(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     """-log sigma(beta s_w) - (log sigma(-beta s_w) + log sigma(-beta s_l))/2; 2 ln 2 at margin 0.
 
-    NCA of pairs: Chen et al. 2024, arXiv 2402.05369. Each reward is held by itself, so the chosen one cannot fall.
+    Pairwise NCA: Chen et al. 2024, arXiv 2402.05369. Separate terms keep the chosen reward from falling.
     """
     chosen, rejected = c.beta * r.chosen, c.beta * r.rejected
     return -log_sigmoid(chosen) - 0.5 * log_sigmoid(-chosen) - 0.5 * log_sigmoid(-rejected)
@@ -84,7 +84,7 @@ def nca_pair(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 def robust(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     """[-(1-e) log sigma(beta D) + e log sigma(-beta D)] / (1-2e); ln 2 at margin 0.
 
-    The unbiased estimate of DPO's loss where labels are flipped with chance e: Chowdhury et al. 2024, arXiv 2403.00409.
+    Unbiased estimate of the DPO loss when labels flip with probability e: Chowdhury et al. 2024, arXiv 2403.00409.
     """
     z, e = c.beta * r.margin, c.label_smoothing
     return (-(1 - e) * log_sigmoid(z) + e * log_sigmoid(-z)) / (1 - 2 * e)
@@ -101,16 +101,16 @@ def bco_pair(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 def sppo_hard(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     """(s_w - 1/(2 beta))^2 + (s_l + 1/(2 beta))^2; 1/(2 beta^2) at margin 0.
 
-    SPPO with the labels as certain wins: Wu et al. 2024, arXiv 2405.00675.
+    SPPO with each label as a win of probability 1: Wu et al. 2024, arXiv 2405.00675.
     """
     return (r.chosen - 1 / (2 * c.beta)) ** 2 + (r.rejected + 1 / (2 * c.beta)) ** 2
 
 
 def aot(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """As sigmoid of d = sort(log pi(y_w) - log pi(y_l)) - sort(log ref(y_w) - log ref(y_l)); ln 2 at margin 0.
+    """Sigmoid loss of d = sort(log pi(y_w) - log pi(y_l)) - sort(log ref(y_w) - log ref(y_l)); ln 2 at margin 0.
 
-    Alignment via optimal transport, paired: Melnyk et al. 2024, arXiv 2406.05882. The sort is over the whole step. A
-    pair's loss is that of its own policy margin and the reference margin of the same rank.
+    Alignment via optimal transport, paired: Melnyk et al. 2024, arXiv 2406.05882. The sort runs over the whole
+    step: each policy margin is matched with the reference margin of the same rank.
     """
     policy = r.chosen_logps - r.rejected_logps
     reference = (r.chosen_logps - r.chosen) - (r.rejected_logps - r.rejected)
@@ -118,10 +118,10 @@ def aot(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 
 
 def aot_unpaired(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """As sigmoid of d = sort(s(y_w)) - sort(s(y_l)); ln 2 at margin 0.
+    """Sigmoid loss of d = sort(s(y_w)) - sort(s(y_l)); ln 2 at margin 0.
 
-    Alignment via optimal transport, unpaired: Melnyk et al. 2024, arXiv 2406.05882. The sort is over the whole step. A
-    pair's loss is that of its own chosen answer and the rejected answer of the same rank.
+    Alignment via optimal transport, unpaired: Melnyk et al. 2024, arXiv 2406.05882. The sort runs over the whole
+    step: each chosen answer is matched with the rejected answer of the same rank.
     """
     return _smoothed(c.beta * (r.chosen - _same_rank(r.chosen, r.rejected, r.valid)), c)
 
@@ -145,10 +145,10 @@ def apo_down(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 def discopop(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     """-(1-m) log sigma(z) + m exp(-z), m = sigma(z/tau), z = beta D; (ln 2 + 1)/2 at margin 0.
 
-    The log-ratio modulated loss found by search: Lu et al. 2024, arXiv 2406.08414.
+    Log-ratio modulated loss discovered by LLM-driven search: Lu et al. 2024, arXiv 2406.08414.
     """
     z = c.beta * r.margin
-    product = jnp.exp(log_sigmoid(z / c.discopop_tau) - z)  # m exp(-z), of which exp(-z) alone may be infinite
+    product = jnp.exp(log_sigmoid(z / c.discopop_tau) - z)  # m exp(-z) in one exponential: exp(-z) alone may overflow
     return -logistic(-z / c.discopop_tau) * log_sigmoid(z) + product
 
 
@@ -163,7 +163,7 @@ def sigmoid_norm(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 def dpop(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     """-log sigma(beta (D - lambda max(0, -s_w))); ln 2 at margin 0.
 
-    DPO-Positive: Pal et al. 2024, arXiv 2402.13228, eq. 3. A chosen answer that falls below the reference costs.
+    DPO-Positive: Pal et al. 2024, arXiv 2402.13228, eq. 3. Penalizes a chosen answer less likely than under ref.
     """
     return -log_sigmoid(c.beta * (r.margin - c.dpop_lambda * jax.nn.relu(-r.chosen)))
 
@@ -185,7 +185,7 @@ def orpo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     chosen, rejected = r.chosen_logps / r.chosen_count, r.rejected_logps / r.rejected_count
 
     def log_odds(logp):
-        logp = jnp.minimum(logp, -jnp.finfo(logp.dtype).tiny)  # certainty has no odds
+        logp = jnp.minimum(logp, -jnp.finfo(logp.dtype).tiny)  # the odds of probability 1 are infinite
         return logp - jnp.log(-jnp.expm1(logp))
 
     return -chosen - c.beta * log_sigmoid(log_odds(chosen) - log_odds(rejected))
@@ -194,17 +194,17 @@ def orpo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 def cpo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     """-log sigma(beta (log pi(y_w|x) - log pi(y_l|x))) - w log pi(y_w|x)/|y_w|; needs no reference.
 
-    Contrastive preference optimization: Xu et al. 2024, arXiv 2401.08417, with the likelihood per token as in the
-    authors' code; w is ``cpo_weight``.
+    Contrastive preference optimization: Xu et al. 2024, arXiv 2401.08417, with the log-likelihood per token, as in
+    the authors' code; w is ``cpo_weight``.
     """
     likelihood = r.chosen_logps / r.chosen_count
     return -log_sigmoid(c.beta * (r.chosen_logps - r.rejected_logps)) - c.cpo_weight * likelihood
 
 
 def sft(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """-log pi(y_w|x), as the mean over all chosen tokens of the step; needs no reference and no rejected answer.
+    """-log pi(y_w|x), averaged over all chosen tokens of the step; needs no reference and no rejected answer.
 
-    The mean over tokens couples the pairs of a step: each pair's part is scaled by pairs / tokens of the whole step.
+    The mean over tokens couples the pairs of a step: each pair's loss is scaled by the step's pairs / tokens.
     """
     return -r.chosen_logps * r.valid.sum() / jnp.maximum((r.chosen_count * r.valid).sum(), 1)
 
@@ -219,16 +219,16 @@ def _smoothed(z: Float[Array, " B"], c: LossConfig) -> Float[Array, " B"]:
 
 
 def _same_rank(x: Float[Array, " B"], other: Float[Array, " B"], valid: Float[Array, " B"]) -> Float[Array, " B"]:
-    """Of each x, the value of ``other`` that stands in the sorted order where x stands in its own; over real pairs."""
+    """For each value of x, return the value of ``other`` that has the same rank among the real pairs."""
     order = lambda values: jnp.argsort(jnp.where(valid > 0, jax.lax.stop_gradient(values), jnp.inf))  # noqa: E731
     return other[order(other)][jnp.argsort(order(x))]
 
 
 def divergence_score(s: Float[Array, " B"], c: LossConfig) -> Float[Array, " B"]:
-    """f(s) of a log-ratio, f'(u) of the divergence at u = exp(s) up to a constant: f-DPO, Wang et al. 2023.
+    """Return f(s) = f'(u), the divergence's derivative at u = exp(s), up to a constant: f-DPO, Wang et al. 2023.
 
     arXiv 2309.16240, table 1: reverse KL s, forward KL -1/u, Jensen-Shannon log(u / (1 + u)), alpha
-    u^(alpha-1) / (alpha-1). Exponents are held at 80, beyond which float32 ends.
+    u^(alpha-1) / (alpha-1). Exponents are clipped at 80 to stay within float32.
     """
     match c.f_divergence:
         case "reverse_kl":
@@ -237,15 +237,15 @@ def divergence_score(s: Float[Array, " B"], c: LossConfig) -> Float[Array, " B"]
             return -jnp.exp(jnp.minimum(-s, LARGEST_EXPONENT))
         case "js":
             return log_sigmoid(s)
-    power = c.f_alpha - 1  # less the constant 1 / power, which the margin does not see and float32 would
+    power = c.f_alpha - 1  # the constant 1 / power is dropped: it cancels in the margin but costs precision
     return s if power == 0 else jnp.expm1(jnp.minimum(power * s, LARGEST_EXPONENT)) / power
 
 
 def sequence_logps(logps: PairLogps, loss: LossConfig) -> Float[AnyArray, "B K"]:
-    """Log pi(y|x) as the loss counts it.
+    """Return log pi(y|x) with the loss's token weights.
 
-    With ``ld_alpha``, tokens beyond the length of the pair's shorter answer weigh that much: LD-DPO, Liu et al. 2024,
-    arXiv 2409.06411, for policy and reference alike.
+    ``ld_alpha`` is the weight of tokens beyond the length of the pair's shorter answer, for both policy and reference:
+    LD-DPO, Liu et al. 2024, arXiv 2409.06411.
     """
     if loss.ld_alpha is None:
         return logps.sum
@@ -255,7 +255,7 @@ def sequence_logps(logps: PairLogps, loss: LossConfig) -> Float[AnyArray, "B K"]
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> LogRatios:
-    """s(y) of both answers; without a reference, or free of it, log pi(y|x) itself. With one answer, y_l is y_w."""
+    """Compute s(y) of both answers; log pi(y|x) itself if reference-free. With one answer per prompt, y_l is y_w."""
     logps = jnp.asarray(sequence_logps(policy, loss))
     ratio = (
         logps
@@ -280,8 +280,8 @@ def log_ratios(policy: PairLogps, reference: PairLogps | None, loss: LossConfig)
 def wpo_weight(policy: PairLogps, loss: LossConfig) -> Float[Array, " B"]:
     """w(y_w) w(y_l), w(y) = exp of the mean over tokens of log(p_token / sum_v p_v^2): WPO, Zhou et al. 2024.
 
-    arXiv 2406.11827, the weights aligned by the expected probability of a sampled token. Constants, unless
-    ``wpo_gradient``.
+    arXiv 2406.11827, with weights aligned by the expected probability of a sampled token. They carry no gradient unless
+    ``wpo_gradient`` is set.
     """
     if policy.log_sum_sq is None:
         raise ValueError("loss.weighting wpo: the log-probs have no log_sum_sq; make logps_fn with squares=True")
@@ -290,12 +290,12 @@ def wpo_weight(policy: PairLogps, loss: LossConfig) -> Float[Array, " B"]:
 
 
 def preference_loss(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Float[Array, " B"]:
-    """Loss of each pair, 0 in empty slots; no gradient flows into the reference.
+    """Compute the loss of each pair, 0 in empty slots; no gradient flows into the reference.
 
-    The step's loss is ``mean_loss`` of these: the weighted sum over pairs, divided by the number of pairs.
+    The step's loss is the ``mean_loss`` of these: the weighted sum over pairs, divided by the number of pairs.
 
     Raises:
-        ValueError: the log-probs lack what the loss asks for.
+        ValueError: the log-probs lack a field that the loss needs.
     """
     ratios = log_ratios(policy, reference, loss)
     losses = sum(weight * LOSSES[name](ratios, loss) for name, weight in loss.terms)
@@ -305,39 +305,39 @@ def preference_loss(policy: PairLogps, reference: PairLogps | None, loss: LossCo
 
 
 def mean_loss(losses: Float[Array, " B"], policy: PairLogps) -> Float[Array, ""]:
-    """sum_i weight_i loss_i / (number of real pairs)."""
+    """Return sum_i weight_i loss_i / (number of real pairs)."""
     return (losses * policy.weight).sum() / jnp.maximum(policy.valid.sum(), 1)
 
 
 class AtMarginZero(NamedTuple):
-    """Of a loss when policy and reference are one."""
+    """Value and slope of a loss when policy and reference are identical."""
 
     loss: float
-    slope: float  # how much the loss moves, at most, for each nat by which log-ratios are off, to either side
+    slope: float  # largest change of the loss per nat of error in the log-ratios, in either direction
 
 
 def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
-    """The loss when policy and reference are one (margin 0); None where it depends on the policy."""
+    """Return the loss when policy and reference are identical (margin 0), or None if it depends on the policy."""
     compared = loss.needs_reference and all(LOSS_TRAITS[name].reference for name, _ in loss.terms)
     if not compared or loss.weighting == "wpo":
         return None
     pair = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
     plain = replace(loss, ld_alpha=None)  # log-ratios of 0 have tails of 0
     of = lambda sums: preference_loss(replace(pair, sum=sums), pair, plain)[0]  # noqa: E731
-    beside = 1e-4 * jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # a loss may have a kink at 0
+    beside = 1e-4 * jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # losses may have a kink at 0
     slopes = jnp.abs(jax.vmap(jax.grad(of))(beside)).sum((1, 2))
     return AtMarginZero(float(of(pair.sum)), float(slopes.max()))
 
 
 def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Array]:
-    """TRL's metrics of a set of pairs: means over real pairs, and over answer tokens for token statistics; scalars.
+    """Compute TRL's metrics, as scalars: means over real pairs; token statistics are means over answer tokens.
 
-    Rewards are beta * log-ratio, whatever the loss; `rewards/accuracies` counts chosen > rejected strictly, so equal
-    rewards count as wrong. Against a reference also ``displacement``, the share of pairs whose chosen answer has become
-    less likely; ``gradient_weight``, the mean of sigma(-margin of rewards), with which DPO weighs a pair's gradient
-    (Rafailov et al. 2023, eq. 7); and ``kl``, the mean over answers of s(y)^2 / 2: KL(policy || reference) to second
-    order, were the answers the policy's own. With one answer a prompt (fine-tuning), only the loss and the token
-    statistics.
+    Rewards are beta * log-ratio for every loss; `rewards/accuracies` counts chosen > rejected strictly, so ties count
+    as wrong. With a reference there are also ``displacement``, the fraction of pairs whose chosen answer has become
+    less likely; ``gradient_weight``, the mean of sigma(-reward margin), DPO's weight of a pair's gradient (Rafailov et
+    al. 2023, eq. 7); and ``kl``, the mean over answers of s(y)^2 / 2, which would be KL(policy || reference) to second
+    order if the policy had sampled the answers. With one answer per prompt (fine-tuning) there are only the loss and
+    the token statistics.
     """
     num_pairs = jnp.maximum(policy.valid.sum(), 1)
     pair_mean = lambda x: (x * policy.valid).sum() / num_pairs  # noqa: E731

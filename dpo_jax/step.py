@@ -1,6 +1,6 @@
 """One DPO step: a pure function from state, frozen weights and batch to the next state and the step's metrics.
 
-It has two halves, which other ways of training may use by themselves: `pair_gradient` and `apply_gradient`.
+Its two halves, `pair_gradient` and `apply_gradient`, can be reused separately by other training methods.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,46 +22,46 @@ from dpo_jax.losses import mean_loss, preference_loss, preference_metrics
 
 @struct.dataclass
 class TrainState:
-    """What a step changes. ``params`` are the trainable parameters only: all weights, or the adapters."""
+    """State that a step updates. ``params`` are the trainable parameters only: all weights, or the adapters."""
 
-    step: Int[Array, ""]  # updates made
+    step: Int[Array, ""]  # number of updates made
     params: Params
     opt_state: optax.OptState
-    healthy: Bool[Array, ""]  # False from the first loss or gradient that is not finite; the state then stays as it was
+    healthy: Bool[Array, ""]  # False from the first non-finite loss or gradient on; the state is then frozen
     reference: Params | None = None  # weights of a reference that follows the policy
 
 
 @struct.dataclass
 class Frozen:
-    """What a step only reads; no gradient reaches it.
+    """Read-only inputs of a step, which receive no gradient.
 
-    With adapters the reference is their base without them: it is run if the loss compares with one and neither
-    weights nor log-probs of another are given here.
+    With adapters, the base model without adapters is the default reference: it is run if the loss needs a reference
+    and ``reference`` is None.
     """
 
-    base: Params | None = None  # the weights that the adapters belong to, where adapters are trained
-    reference: Params | PairLogps | None = None  # weights of the reference, or its log-probs of the batch
+    base: Params | None = None  # base weights, if adapters are trained
+    reference: Params | PairLogps | None = None  # reference weights, or the reference log-probs of the batch
 
 
 class Follow(NamedTuple):
-    """How a reference follows the policy (TR-DPO, arXiv 2404.09656): after ``every`` updates, a share ``mix`` of it."""
+    """TR-DPO (arXiv 2404.09656): every ``every`` updates, mix a fraction ``mix`` of the policy into the reference."""
 
     every: int
     mix: float
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, reference: Params | None = None) -> TrainState:
-    """State before the first step; ``reference``: its weights, in arrays of their own, if it follows the policy."""
+    """Return the initial state; ``reference``: weights, not aliased with ``params``, of a reference that follows it."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.ones((), bool), reference)
 
 
 def pair_gradient(
     params: Params, frozen: Frozen, batch: Any, *, logps_fn: LogpsFn, loss: LossConfig, accumulation: int = 1
 ) -> tuple[Params, PairLogps, PairLogps | None]:
-    """Gradient of the mean loss over the pairs of a step, and the log-probs of policy and reference.
+    """Compute the gradient of a step's mean loss and the log-probs of policy and reference.
 
-    ``accumulation``: microbatches, computed one after another; the arrays of ``batch`` and of cached log-probs then
-    have a leading dim of that size. The result is that of all pairs at once, for every loss.
+    ``accumulation``: number of microbatches, computed sequentially; if above 1, the arrays of ``batch`` and of cached
+    log-probs have a leading dim of that size. For every loss the result equals that of all pairs at once.
     """
     base = jax.lax.stop_gradient(frozen.base)
     cached = frozen.reference if isinstance(frozen.reference, PairLogps) else None
@@ -90,7 +90,7 @@ def _at_once(params, fed, policy_of, reference_of, loss):
 
 
 def _in_one_pass(params, fed, policy_of, reference_of, loss):
-    """Microbatch by microbatch, where the loss of a pair depends on that pair alone."""
+    """Accumulate over microbatches, for losses in which each pair's loss depends on that pair alone."""
 
     def microbatch_gradient(microbatch):
         reference = reference_of(*microbatch)
@@ -109,10 +109,10 @@ def _in_one_pass(params, fed, policy_of, reference_of, loss):
 
 
 def _in_two_passes(params, fed, policy_of, reference_of, loss):
-    """For a loss that couples the pairs of a step: d loss / d log-probs needs the log-probs of all of them.
+    """Accumulate over microbatches, for losses that couple pairs: d loss / d logps needs the log-probs of all of them.
 
-    The chain rule: d loss / d params = sum over microbatches of (d loss / d logps) (d logps / d params). The first pass
-    computes the log-probs without gradient, the second pulls d loss / d logps back through each microbatch.
+    By the chain rule, d loss / d params = sum over microbatches of (d loss / d logps) (d logps / d params). The first
+    pass computes the log-probs without gradient; the second pulls d loss / d logps back through each microbatch.
     """
 
     def microbatch_logps(_, microbatch):
@@ -135,7 +135,7 @@ def _in_two_passes(params, fed, policy_of, reference_of, loss):
 
 
 def _pull(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, AnyArray]:
-    """D (sum of the pairs' losses) / d (sums of log-probs), by name."""
+    """Gradient of the weighted sum of pair losses with respect to each of `_sums`, by name."""
 
     def total(sums):
         return (preference_loss(replace(policy, **sums), reference, loss) * policy.weight).sum()
@@ -144,23 +144,23 @@ def _pull(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> d
 
 
 def _sums(logps: PairLogps) -> dict[str, AnyArray]:
-    """What the loss is differentiated by."""
+    """Return the log-prob sums that the loss is differentiated with respect to, by name."""
     sums = {"sum": logps.sum, "tail_sum": logps.tail_sum, "log_sum_sq": logps.log_sum_sq}
     return {name: values for name, values in sums.items() if values is not None}
 
 
 def _added(gradient_of: Callable[[Any], tuple[Params, Any]], microbatches: Any, params: Params) -> tuple[Params, Any]:
-    """The float32 sum of the microbatches' gradients, and what else each gave, stacked."""
+    """Sum the microbatches' gradients in float32 and stack their auxiliary outputs."""
 
     def add(grads, microbatch):
-        microbatch_grads, rest = gradient_of(microbatch)
-        return jax.tree.map(jnp.add, grads, microbatch_grads), rest
+        microbatch_grads, aux = gradient_of(microbatch)
+        return jax.tree.map(jnp.add, grads, microbatch_grads), aux
 
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), microbatches)
 
 
 def _join(stacked: Any) -> Any:
-    """Log-probs [microbatches, pairs of a microbatch, ...] -> [B, ...]."""
+    """Reshape log-probs [microbatches, pairs per microbatch, ...] -> [B, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
 
 
@@ -175,10 +175,10 @@ def apply_gradient(
     optimizer: optax.GradientTransformation,
     follow: Follow | None = None,
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """The next state, and the norm of the gradient before clipping.
+    """Return the next state and the gradient norm before clipping.
 
-    A loss or gradient that is not finite leaves the state as it was and clears ``healthy``, which then holds all
-    further updates. ``follow``: mix the policy into ``state.reference``, in the reference's type.
+    A non-finite loss or gradient leaves the state unchanged and clears ``healthy``, which blocks all further updates.
+    ``follow``: mix the policy into ``state.reference``, in the reference's dtype.
     """
     grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)  # of bfloat16 weights, too
     grad_norm = optax.tree.norm(grads)
@@ -213,13 +213,13 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Make one update; pure, not jitted.
 
-    ``frozen``: a `Frozen`, or the reference alone: a parameter tree of the same model, its ``PairLogps`` of the batch,
-    or None. ``batch`` is what ``logps_fn(weights, batch) -> PairLogps`` takes, whose weights are ``state.params`` or
+    ``frozen``: a `Frozen`, or just the reference: a parameter tree of the same model, its ``PairLogps`` of the batch,
+    or None. ``batch`` is passed to ``logps_fn(weights, batch) -> PairLogps``, where the weights are ``state.params`` or
     ``Adapted(state.params, frozen.base)``; ``accumulation`` as in `pair_gradient`. ``follow``: how ``state.reference``
     follows the policy.
 
-    Metrics are float32 scalars named as TRL's: loss, rewards/*, logps/*, grad_norm (before clipping), and token
-    statistics where ``logps_fn`` gives them.
+    Metrics are float32 scalars with TRL's names: loss, rewards/*, logps/*, grad_norm (before clipping), and token
+    statistics if ``logps_fn`` computes them.
     """
     frozen = frozen if isinstance(frozen, Frozen) else Frozen(reference=frozen)
     if state.reference is not None:
@@ -235,10 +235,10 @@ def train_step(
 def state_shardings(
     state: TrainState, param_shardings: Any, replicated: Any, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Sharding of every leaf of the state: moments and reference lie as their weights do, the rest is ``replicated``.
+    """Sharding of every leaf of the state: moments and reference as their weights, everything else ``replicated``.
 
-    ``state`` may be shapes (``jax.eval_shape``). A factored moment, of another shape than its weight, is
-    ``replicated``.
+    ``state`` may be a tree of shapes (``jax.eval_shape``). A factored moment, whose shape differs from its weight's,
+    is ``replicated``.
     """
     opt_state = optax.tree.map_params(
         optimizer.init,
@@ -266,10 +266,10 @@ def make_train_step(
     metrics_sharding: Any = None,
     compiler_options: Mapping[str, str] | None = None,
 ) -> TrainStep:
-    """``train_step`` compiled: ``step(state, frozen, batch) -> (state, metrics)``, the old state donated.
+    """Compile ``train_step`` to ``step(state, frozen, batch) -> (state, metrics)``, which donates the old state.
 
-    ``shardings``: of the state, from ``state_shardings``; the new state comes back in the very same ones.
-    ``compiler_options``: for XLA, by name.
+    ``shardings``: of the state, from ``state_shardings``; the new state has the same ones.
+    ``compiler_options``: XLA options by name.
     """
     step = partial(
         train_step, logps_fn=logps_fn, loss=loss, optimizer=optimizer, accumulation=accumulation, follow=follow

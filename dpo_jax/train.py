@@ -1,4 +1,4 @@
-"""A run, from its config to an aligned model: one loop for every method, which does not know what is trained."""
+"""Run training from a config to an exported model: one loop for all methods, independent of what is trained."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,21 +31,21 @@ def train(
     eval_sets: "Mapping[str, Dataset] | None" = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, float]:
-    """Run the method that the config is of; an interrupted run resumes from its latest checkpoint.
+    """Train with the config's method; an interrupted run resumes from its latest checkpoint.
 
-    ``train_set`` and ``eval_sets`` stand in for those that the config names, ``devices`` for all there are. Returns
-    the last step's metrics and the last evaluation.
+    ``train_set`` and ``eval_sets`` replace the data sets named in the config; ``devices`` defaults to all devices.
+    Returns the last step's metrics and the last evaluation.
 
     Raises:
-        UserError: something in config, data, model or run directory is wrong.
-        Preempted: SIGTERM or Ctrl-C came; the state is saved.
+        UserError: config, data, model or run directory is invalid.
+        Preempted: SIGTERM or Ctrl-C was received; the state is saved.
         RunStopped: loss or gradient became NaN or infinite; the state before that step is saved.
     """
     start_hosts()
     hosts.keep_compilations()
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh), lossy_streams(), lock_run(config.run.dir) as run:
-        setup = assemble(config, mesh, train_set, eval_sets)  # model and data, laid out; no weights yet
+        setup = assemble(config, mesh, train_set, eval_sets)  # model and data, without weights so far
         refuse_window(config.run.profile_steps, setup.batches.order.num_steps)
         flags = compiler_options(mesh, config.run.compiler_flags)  # refused before weights are loaded
         announce(setup, run)
@@ -65,7 +65,7 @@ def train(
 
 
 def begin(session: Session, method: Method, state: Any) -> None:
-    """Start a new run: its start is proven and evaluated."""
+    """Start a new run: verify and evaluate its initial state."""
     session.begin()
     if hosts.is_writer():
         method.keep_files(session.run)
@@ -74,9 +74,9 @@ def begin(session: Session, method: Method, state: Any) -> None:
 
 
 def run_steps(session: Session, method: Method, state: Any, first: int) -> Any:
-    """Every step that is left.
+    """Run all remaining steps and return the final state.
 
-    Order at a step's end: its metrics, evaluation, save, stop; so that a save holds all that came before it.
+    Each step ends with metrics, evaluation, save and stop, in this order, so that a save covers all that precedes it.
     """
     with session.steps(first, method.evaluates) as steps:
         try:
@@ -89,14 +89,14 @@ def run_steps(session: Session, method: Method, state: Any, first: int) -> Any:
                 if session.due.save:
                     session.save(step + 1, state)
                 session.stop_if_asked(step + 1)
-        except NotFinite as bad:
-            session.save(bad.done, method.recovered(state), wait=True)
-            raise RunStopped(str(bad)) from bad
+        except NotFinite as error:
+            session.save(error.done, method.recovered(state), wait=True)
+            raise RunStopped(str(error)) from error
     return state
 
 
 def finish(config: DPOConfig | SFTConfig, method: Method, run: RunDir, state: Any) -> None:
-    """Export, report, and say where they are."""
+    """Export the model, write the report, and log their paths."""
     if config.run.export:
         method.export(run, state)
         say(config.run.progress, f"export: {run.export}")

@@ -1,1 +1,1 @@
-"""From a store of tokens to the batch of step k on the devices: a pure function of (data, seed, step)."""
+"""Build the batch of step k on the devices from a token store: a pure function of (data, seed, step)."""

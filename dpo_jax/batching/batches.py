@@ -1,4 +1,4 @@
-"""Step number -> packed batch: a pure function of (data, seed, step), computed a few steps ahead in a thread."""
+"""Packed batch of a step: a pure function of (data, seed, step), prefetched a few steps ahead in a thread."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,39 +14,39 @@ from dpo_jax.batching.sets import DataSets
 from dpo_jax.config import BatchConfig, SFTBatchConfig
 from dpo_jax.data.store import Store
 
-SAMPLED_STEPS = 2048  # steps whose sizes decide the row shapes
-AHEAD = 2  # batches made before they are asked for
-STEPS_A_SHAPE = 24  # a run of fewer steps does not win back the compilation of another shape
+SAMPLED_STEPS = 2048  # approximate number of steps sampled to choose the row shapes
+AHEAD = 2  # number of batches to prefetch
+STEPS_A_SHAPE = 24  # steps that pay for compiling one more shape
 
 
 @dataclass(frozen=True)
 class StepData:
-    """One step's pairs, packed; arrays are numpy's."""
+    """Packed pairs of one step, as numpy arrays."""
 
     step: int
     ids: np.ndarray  # [B] example ids, -1 in empty slots
-    batch: PreferenceBatch  # of its rows, this process' own; leading dim: parts of the step, when it is accumulated
-    num_tokens: int  # tokens of each prompt with each of its answers, as TRL counts them
+    batch: PreferenceBatch  # this process's rows; leading dim: microbatches, if the step is accumulated
+    num_tokens: int  # counted as in TRL: each answer together with its prompt
     used: int  # real tokens in the rows of all processes
-    slots: int  # token slots of these rows
+    slots: int  # token slots in these rows
 
     @property
     def fill(self) -> float:
-        """Real tokens / token slots."""
+        """Fraction of token slots that hold real tokens."""
         return self.used / self.slots
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a run: ``batches(step)``, steps counted from 0.
+    """Batches of a run: ``batches(step)``, with steps counted from 0.
 
-    Which pair lies in which row follows from lengths, and is the same in every process; each lays its own rows alone.
+    The assignment of pairs to rows depends on lengths only and is the same in every process; each packs only its rows.
     """
 
     store: Store
     order: Order
     packer: Packer
-    own: Sequence[int] | None = None  # of the packer.multiple equal shares of the rows, this process'; None: all
+    own: Sequence[int] | None = None  # this process's row shares, of packer.multiple equal ones; None: all
 
     def __call__(self, step: int) -> StepData:
         """Pack step ``step``."""
@@ -79,12 +79,12 @@ class Batches:
         return [row for share in shares for row in range(share * size, (share + 1) * size)]
 
     def ahead(self, steps: Sequence[int]) -> Iterator[StepData]:
-        """These steps in order, the next ones packed in a thread meanwhile."""
+        """Yield these steps in order, while a thread packs the next ones."""
         yield from map(Prefetched(self, steps), steps)
 
 
 class Prefetched:
-    """Gives these steps of the batches, asked for in order; the next ones are packed in a thread meanwhile."""
+    """Batches of the given steps, to be requested in order, while a thread packs the next ones."""
 
     def __init__(self, batches: Batches, steps: Sequence[int]):
         self._batches, self._steps = batches, steps
@@ -92,42 +92,42 @@ class Prefetched:
         self._coming: dict[int, Future[StepData]] = {}
 
     def __call__(self, step: int) -> StepData:
-        """Step ``step``."""
+        """Return step ``step``."""
         index = self._steps.index(step)
-        for coming in self._steps[index : index + AHEAD + 1]:
-            if coming not in self._coming:
-                self._coming[coming] = self._pool.submit(self._batches, coming)
+        for near_step in self._steps[index : index + AHEAD + 1]:
+            if near_step not in self._coming:
+                self._coming[near_step] = self._pool.submit(self._batches, near_step)
         return self._coming.pop(step).result()
 
 
 def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths [B, 1 + K] and learned answer tokens [B, K] of a step; 0 in empty slots."""
-    real = (ids >= 0)[:, None]
+    """Return lengths [B, 1 + K] and target counts [B, K] of a step; 0 in empty slots."""
+    is_real = (ids >= 0)[:, None]
     clipped_ids = np.maximum(ids, 0)
-    return np.where(real, store.lengths[clipped_ids], 0), np.where(real, store.num_targets[clipped_ids], 0)
+    return np.where(is_real, store.lengths[clipped_ids], 0), np.where(is_real, store.num_targets[clipped_ids], 0)
 
 
 def make_batches(
     store: Store, order: Order, packer: Packer, max_shapes: int, own_shares: Sequence[int] | None = None
 ) -> Batches:
-    """Batches with row shapes chosen from the sizes of the run's own steps; ``own_shares`` as in ``Batches``."""
+    """Make batches whose row shapes are chosen from the run's own steps; ``own_shares`` as ``own`` in ``Batches``."""
     stride = max(1, order.num_steps // SAMPLED_STEPS)
     steps = range(0, order.num_steps, stride)
     needed = [step_shape(packer.rows(*_sizes(store, order.step_ids(step))), packer.row_length) for step in steps]
-    most = min(max_shapes, 1 + order.num_steps // STEPS_A_SHAPE)
-    return Batches(store, order, replace(packer, shapes=choose_shapes(needed, most)), own_shares)
+    shape_limit = min(max_shapes, 1 + order.num_steps // STEPS_A_SHAPE)
+    return Batches(store, order, replace(packer, shapes=choose_shapes(needed, shape_limit)), own_shares)
 
 
 def train_batches(
     sets: DataSets, batch: BatchConfig | SFTBatchConfig, row_devices: int, shares: Sequence[int] | None = None
 ) -> Batches:
-    """The batches of the run's steps.
+    """Make the training batches of a run.
 
     Args:
-        sets: of the run.
-        batch: how their examples are laid in rows.
-        row_devices: devices over which rows are spread.
-        shares: which of the equal shares of the rows, one a device, are this process's; None: all.
+        sets: data sets of the run.
+        batch: batch size and layout.
+        row_devices: number of devices over which rows are sharded.
+        shares: indices of the row shares, one per device, that belong to this process; None: all.
     """
     packer = _packer(batch, row_devices, batch.accumulation)
     return make_batches(sets.train, sets.order, packer, batch.max_shapes, shares)
@@ -140,7 +140,7 @@ def set_batches(
     row_devices: int,
     shares: Sequence[int] | None = None,
 ) -> Batches:
-    """Batches that hold each of ``ids`` once, in order; the last one is ragged. The rest as in ``train_batches``."""
+    """Make batches that hold each id once, in order; the last may be ragged. Args as in ``train_batches``."""
     order = make_order(groups=[ids], weights=None, seed=0, shuffle=False, batch=batch.size, steps=None, epochs=1)
     return make_batches(store, order, _packer(batch, row_devices, 1), batch.max_shapes, shares)
 

@@ -1,8 +1,8 @@
-"""Pairs of a step -> packed rows of a fixed shape.
+"""Pack the pairs of a step into rows of a fixed shape.
 
-A *unit* is a contiguous piece of a row: ``[prompt][chosen][rejected]`` in layout ``shared``; ``[prompt][answer]``,
-twice a pair, in ``repeated`` and ``padded``. Every step holds exactly its own pairs: packing only decides where.
-Shape letters as in batch.py; J pairs of blocks that attention visits in a row.
+A *unit* is a contiguous span of a row: ``[prompt][chosen][rejected]`` in layout ``shared``; ``[prompt][answer]``, one
+per answer, in ``repeated`` and ``padded``. Packing decides only where pairs are placed, never which pairs a step has.
+Shape letters as in batch.py; J block pairs per row that attention visits.
 """
 
 import heapq
@@ -22,48 +22,48 @@ Layout = Literal["shared", "repeated", "padded"]
 
 
 class Unit(NamedTuple):
-    """A piece of a row: the prompt of a pair and some of its answers."""
+    """Contiguous span of a row: the prompt of a pair and one or more of its answers."""
 
     pair: int
     branches: tuple[int, ...]  # indices on the K axis
     prompt: int  # tokens
     answers: tuple[int, ...]  # tokens of each branch
-    targets: int  # answer tokens that are predicted
+    targets: int  # number of answer tokens to predict
 
     @property
     def size(self) -> int:
-        """Tokens of the unit."""
+        """Number of tokens in the unit."""
         return self.prompt + sum(self.answers)
 
 
 @dataclass(frozen=True, order=True)
 class BatchShape:
-    """The static sizes of a packed batch: one compilation each."""
+    """Static sizes of a packed batch; each distinct shape is compiled once."""
 
     rows: int  # R
     length: int  # T
     targets: int  # M
     answers: int  # A
     blocks: int  # J
-    longest: int  # tokens of a prompt with one of its answers
-    branch_length: int  # tokens of a row's prompts with one branch of their answers
+    longest: int  # bound on tokens of a prompt plus one of its answers
+    branch_length: int  # bound on a row's prompt tokens plus one branch's answer tokens
 
     def holds(self, other: "BatchShape") -> bool:
-        """Whether a batch that needs ``other`` fits."""
+        """Whether this shape is at least ``other`` in every size."""
         return all(getattr(self, f.name) >= getattr(other, f.name) for f in fields(self))
 
     def union(self, other: "BatchShape") -> "BatchShape":
-        """The smallest shape that holds both."""
+        """Return the smallest shape that holds both."""
         return BatchShape(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
 def make_units(lengths: np.ndarray, num_targets: np.ndarray, layout: Layout) -> list[Unit]:
-    """Units of a step.
+    """Make the units of a step.
 
     Args:
         lengths: [B, 1 + K], tokens of prompt and answers; all 0 in an empty slot.
-        num_targets: [B, K], answer tokens that are learned.
-        layout: what makes a unit.
+        num_targets: [B, K], number of answer tokens to predict.
+        layout: ``shared`` puts all answers of a pair in one unit; else each answer has its own.
     """
     units = []
     for pair, (prompt, *answers) in enumerate(lengths.tolist()):
@@ -78,12 +78,12 @@ def make_units(lengths: np.ndarray, num_targets: np.ndarray, layout: Layout) -> 
 
 
 def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_length: int | None) -> list[list[Unit]]:
-    """Rows of units; their number is a multiple of ``multiple``, the devices that rows are spread over.
+    """Assign units to rows; the number of rows is a multiple of ``multiple``, the number of devices that shard rows.
 
-    ``row_length`` None: ``multiple`` rows of near equal load (longest unit first, into the shortest row). Else rows of
-    that length, as many as it takes (longest unit first, into the fullest row that has room).
+    With ``row_length=None``, ``multiple`` rows of similar load (longest unit first, into the shortest row); otherwise
+    as many rows of that length as needed (longest unit first, into the fullest row with room for it).
     """
-    longest_first = sorted(units, key=lambda unit: -unit.size)  # stable: equal sizes keep their order
+    longest_first = sorted(units, key=lambda unit: -unit.size)  # stable sort: units of equal size keep their order
     rows: list[list[Unit]]
     if layout == "padded":
         rows = [[unit] for unit in units]
@@ -100,8 +100,8 @@ def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_len
             fitting = [row for row, left in enumerate(room) if left >= unit.size]
             if not fitting:
                 if unit.size > row_length:
-                    longer = f"a pair of {unit.size} tokens; raise it, or lower data.max_length"
-                    raise UserError(f"batch.row_length: {row_length} is shorter than {longer}")
+                    reason = f"{row_length} is shorter than a pair of {unit.size} tokens"
+                    raise UserError(f"batch.row_length: {reason}; raise it, or lower data.max_length")
                 rows.append([])
                 room.append(row_length)
                 fitting = [len(rows) - 1]
@@ -113,24 +113,24 @@ def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_len
 
 
 def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
-    """[J, 2]: the (query block, key block) between which some token sees another, sorted."""
+    """Return the sorted (query block, key block) pairs, [J, 2], in which any query sees any key."""
     num_blocks = up(sum(unit.size for unit in row), BLOCK) // BLOCK
     seen = np.zeros((num_blocks, num_blocks), bool)
     start = 0
     for unit in row:
-        answer = start + unit.prompt
-        prompt = slice(start // BLOCK, (answer - 1) // BLOCK + 1)
+        answer_start = start + unit.prompt
+        prompt = slice(start // BLOCK, (answer_start - 1) // BLOCK + 1)
         seen[prompt, prompt] = True
         for size in unit.answers:
-            answer_blocks = slice(answer // BLOCK, (answer + size - 1) // BLOCK + 1)
-            seen[answer_blocks, prompt] = seen[answer_blocks, answer_blocks] = True
-            answer += size
-        start = answer
+            answer = slice(answer_start // BLOCK, (answer_start + size - 1) // BLOCK + 1)
+            seen[answer, prompt] = seen[answer, answer] = True
+            answer_start += size
+        start = answer_start
     return np.argwhere(np.tril(seen))
 
 
 def branch_tokens(row: Sequence[Unit]) -> int:
-    """Tokens of the row's prompts and of its answers in the branch that has most."""
+    """Number of tokens in the row's prompts plus its answers in the largest branch."""
     answers: Counter[int] = Counter()
     for unit in row:
         answers.update(dict(zip(unit.branches, unit.answers, strict=True)))
@@ -138,33 +138,33 @@ def branch_tokens(row: Sequence[Unit]) -> int:
 
 
 def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
-    """The smallest shape that holds these rows, in whole blocks."""
-    most = lambda of: max((of(row) for row in rows), default=0)  # noqa: E731
+    """Return the smallest shape that holds these rows, with sizes rounded up to whole blocks."""
+    largest = lambda measure: max((measure(row) for row in rows), default=0)  # noqa: E731
     return BatchShape(
         rows=len(rows),
-        length=up(most(lambda row: sum(unit.size for unit in row)), BLOCK),
-        targets=up(most(lambda row: sum(unit.targets for unit in row)), BLOCK),
-        answers=max(1, most(lambda row: sum(len(unit.answers) for unit in row))),
-        blocks=up(most(lambda row: len(seen_blocks(row))), 16),
-        longest=up(most(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
-        branch_length=up(most(branch_tokens), BLOCK),
+        length=up(largest(lambda row: sum(unit.size for unit in row)), BLOCK),
+        targets=up(largest(lambda row: sum(unit.targets for unit in row)), BLOCK),
+        answers=max(1, largest(lambda row: sum(len(unit.answers) for unit in row))),
+        blocks=up(largest(lambda row: len(seen_blocks(row))), 16),
+        longest=up(largest(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
+        branch_length=up(largest(branch_tokens), BLOCK),
     )
 
 
 def step_shape(microbatches: Sequence[Sequence[Sequence[Unit]]], row_length: int | None) -> BatchShape:
-    """The smallest shape that holds every microbatch of a step, in rows of ``row_length`` tokens if that is given."""
+    """Return the smallest shape that holds every microbatch of a step, with rows of ``row_length`` tokens if given."""
     shape = reduce(BatchShape.union, map(shape_needed, microbatches))
     return shape if row_length is None else replace(shape, length=row_length)
 
 
 def choose_shapes(needed: Sequence[BatchShape], most: int, worth: float = 0.05) -> tuple[BatchShape, ...]:
-    """At most ``most`` shapes, smallest first, that hold all of ``needed`` with the fewest token slots.
+    """Choose at most ``most`` shapes, smallest first, that hold all of ``needed`` with the fewest token slots.
 
-    Another shape is taken only when it saves the share ``worth`` of the slots: each costs a compilation.
+    Each shape costs a compilation, so one is added only if it saves at least the fraction ``worth`` of the slots.
     """
     slots = lambda shape: shape.rows * shape.length  # noqa: E731
     sizes = sorted({slots(shape) for shape in needed})
-    if len(sizes) > 24:  # enough candidates to choose from
+    if len(sizes) > 24:  # limits the number of combinations to try
         sizes = sorted({sizes[round(i * (len(sizes) - 1) / 23)] for i in range(24)})
     count = np.array([sum(low < slots(s) <= high for s in needed) for low, high in pairwise([0, *sizes])])
     best, best_cost = (sizes[-1],), int(count.sum() * sizes[-1])
@@ -186,28 +186,28 @@ def choose_shapes(needed: Sequence[BatchShape], most: int, worth: float = 0.05) 
 
 @dataclass(frozen=True)
 class Packer:
-    """How the pairs of a step become rows; ``shapes`` are the compiled sizes, smallest first."""
+    """How the pairs of a step are packed into rows; ``shapes`` are the compiled shapes, smallest first."""
 
     layout: Layout
-    multiple: int  # devices over which rows are spread
+    multiple: int  # number of devices that shard the rows
     row_length: int | None  # None: auto
     accumulation: int
     shapes: tuple[BatchShape, ...] = ()
 
     def rows(self, lengths: np.ndarray, num_targets: np.ndarray) -> list[list[list[Unit]]]:
-        """Rows of each of the ``accumulation`` microbatches of a step; number k holds the k-th run of pairs."""
+        """Pack the step into ``accumulation`` microbatches of consecutive pairs; return the rows of each."""
         size = len(lengths) // self.accumulation
         microbatches = []
         for start in range(0, len(lengths), size):
-            part = slice(start, start + size)
-            units = make_units(lengths[part], num_targets[part], self.layout)
+            pairs = slice(start, start + size)
+            units = make_units(lengths[pairs], num_targets[pairs], self.layout)
             rows = assign_rows(units, layout=self.layout, multiple=self.multiple, row_length=self.row_length)
             microbatches.append(rows)
-        most = max(len(rows) for rows in microbatches)
-        return [rows + [[] for _ in range(most - len(rows))] for rows in microbatches]
+        num_rows = max(len(rows) for rows in microbatches)
+        return [rows + [[] for _ in range(num_rows - len(rows))] for rows in microbatches]
 
     def shape(self, microbatches: Sequence[Sequence[Sequence[Unit]]]) -> BatchShape:
-        """The smallest of ``shapes`` that holds the step; beyond them, a rounded-up one that may compile again."""
+        """Return the smallest of ``shapes`` that holds the step, else a larger, rounded-up one that may be compiled."""
         needed = step_shape(microbatches, self.row_length)
         for shape in self.shapes:
             if shape.holds(needed):
@@ -215,12 +215,12 @@ class Packer:
         if not self.shapes:
             return needed
         grown = needed.union(self.shapes[-1])
-        long, steps = 4 * BLOCK, {} if self.row_length is not None else {"length": 4 * BLOCK}
-        steps |= {"targets": long, "answers": 8, "blocks": 128, "longest": long, "branch_length": long}
+        token_sizes = ("targets", "longest", "branch_length", *(("length",) if self.row_length is None else ()))
+        steps = {"answers": 8, "blocks": 128} | dict.fromkeys(token_sizes, 4 * BLOCK)
         return replace(grown, **{name: up(getattr(grown, name), step) for name, step in steps.items()})
 
 
-ExampleTokens = tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None]  # prompt, answers, learned or None: all
+ExampleTokens = tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None]  # prompt, answers, target mask (None: all)
 Examples = Mapping[int, ExampleTokens] | Sequence[ExampleTokens | None]  # by pair
 
 
@@ -232,14 +232,14 @@ def empty_batch(
     leading: tuple[int, ...] = (),
     zeros: Callable[[tuple[int, ...], Any], Any] = np.zeros,
 ) -> PreferenceBatch:
-    """A batch of zeros.
+    """Make a batch of zeros.
 
     Args:
-        shape: its sizes.
+        shape: sizes of the batch.
         num_pairs: B.
         num_answers: K.
-        leading: dims before all others, those of an accumulated step.
-        zeros: (shape, dtype) -> what stands for an array: numpy's or jax's zeros, or ``jax.ShapeDtypeStruct``.
+        leading: leading dims, those of an accumulated step.
+        zeros: (shape, dtype) -> array or stand-in: numpy's or JAX's ``zeros``, or ``jax.ShapeDtypeStruct``.
     """
     rows, pairs = (*leading, shape.rows), (*leading, num_pairs)
     per_token, per_target = (*rows, shape.length), (*rows, shape.targets)
@@ -265,24 +265,24 @@ def pack_rows(
     num_answers: int,
     own_rows: Sequence[int] | None = None,
 ) -> PreferenceBatch:
-    """Lay tokens in rows.
+    """Write the tokens and targets of units into the rows of a batch.
 
     Args:
         rows: units of each row of the batch.
-        shape: of the whole batch.
-        examples: those of the rows to be laid.
-        weight: [B], of all pairs.
+        shape: shape of the whole batch.
+        examples: tokens of the pairs in the rows to write.
+        weight: [B], weights of all pairs.
         num_answers: K.
-        own_rows: the rows to be laid, and to be in the result; None: all. What is per pair is of all rows in any case.
+        own_rows: indices of the rows to write and return; None: all. Per-pair arrays always cover all rows.
     """
-    chosen = range(shape.rows) if own_rows is None else own_rows
-    batch = empty_batch(replace(shape, rows=len(chosen)), len(weight), num_answers)
+    row_indices = range(shape.rows) if own_rows is None else own_rows
+    batch = empty_batch(replace(shape, rows=len(row_indices)), len(weight), num_answers)
     batch.weight[:] = weight
     for row, units in enumerate(rows):
         for slot, (pair, branch) in enumerate((unit.pair, branch) for unit in units for branch in unit.branches):
             batch.answer_slots[pair, branch] = row * shape.answers + slot
             batch.valid[pair] = True
-    for index, row in enumerate(chosen):
+    for index, row in enumerate(row_indices):
         _lay(batch, index, rows[row] if row < len(rows) else (), examples)
     return batch
 
@@ -308,7 +308,7 @@ def _lay(batch: PreferenceBatch, row: int, units: Sequence[Unit], examples: Exam
             tokens = answers[branch]
             write(answer, tokens, len(prompt), segment, branch + 1)
             sources = np.arange(answer - 1, answer + len(tokens) - 1)
-            sources[0] = start + len(prompt) - 1  # the prompt's last token predicts each answer's first
+            sources[0] = start + len(prompt) - 1  # the last prompt token predicts the first token of each answer
             offsets = np.arange(len(tokens)) if learned is None else np.flatnonzero(learned)
             span = (row, slice(used, used + len(offsets)))
             batch.target_tokens[span], batch.target_sources[span] = tokens[offsets], sources[offsets]

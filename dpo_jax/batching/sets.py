@@ -1,4 +1,4 @@
-"""The sets of a run: the training store with its order, and the evaluation sets by name."""
+"""Data sets of a run: the training store with its order, and the evaluation sets by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ HELD_OUT = "held_out"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSet:
-    """Examples to evaluate on, in the order of the ids."""
+    """Evaluation examples of a store, in the order of ``ids``."""
 
     store: Store
     ids: np.ndarray  # int64
@@ -28,25 +28,25 @@ class EvalSet:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSets:
-    """All that a run learns from and is judged by."""
+    """Training and evaluation sets of a run."""
 
     stage: Stage
     train: Store
-    train_ids: np.ndarray  # int64: without those held out
-    order: Order  # of the training examples
+    train_ids: np.ndarray  # int64, without held-out examples
+    order: Order  # order of the training examples
     evals: dict[str, EvalSet]
 
 
 def store_folder(store: str | None, run_dir: str) -> Path:
-    """Where a run keeps tokenised data and cached log-probs: a local folder, given or next to the run.
+    """Return the local folder for tokenized data and cached log-probs: ``store``, or one next to the run directory.
 
     Raises:
-        UserError: it is in a bucket.
+        UserError: the folder is in a bucket.
     """
-    given = store or run_dir
-    if "://" in given:
+    location = store or run_dir
+    if "://" in location:
         field = "data.store" if store else "run.dir"
-        raise UserError(f"{field}: {given} is no local folder, which tokenised data needs; set data.store to one")
+        raise UserError(f"{field}: {location} is not a local folder; set data.store to one for tokenized data")
     return Path(store) if store else Path(run_dir).absolute().parent / "store"
 
 
@@ -63,30 +63,30 @@ def open_sets(
     train: "Dataset | None" = None,
     evals: "Mapping[str, Dataset] | None" = None,
 ) -> DataSets:
-    """The stores of a run, opened or built in ``folder``, and the order of its steps.
+    """Open or build the stores of a run in ``folder``, and make the order of its steps.
 
     Args:
-        data: the sets, and how they become tokens.
-        folder: of `store_folder`.
-        tokenizer: of the model.
-        stage: what the rows are for.
-        size: examples in a step.
-        seed: of the order.
-        steps: of the run; None: as many as ``epochs`` ask for.
-        epochs: of the run.
-        train: in place of the set to train on that ``data`` names.
-        evals: in place of its evaluation sets.
+        data: the data sets and their tokenization.
+        folder: as from `store_folder`.
+        tokenizer: the model's tokenizer.
+        stage: training stage that the rows are for.
+        size: examples per step.
+        seed: seed of the order.
+        steps: number of steps; None: determined by ``epochs``.
+        epochs: number of epochs, if ``steps`` is None.
+        train: replaces the training sets of ``data``.
+        evals: replaces the evaluation sets of ``data``.
 
     Raises:
-        UserError: whatever is wrong with a source, see ``build_or_open_store`` and ``split_held_out``.
+        UserError: a source is invalid, see ``build_or_open_store`` and ``split_held_out``.
     """
     sources = data.train if train is None else (train,)
     store = build_or_open_store(folder, sources, data, tokenizer, stage, data.workers)
     train_ids, held_out = split_held_out(store, data.eval_fraction)
     sets = {}
     for name, source in (data.eval if evals is None else evals).items():
-        opened = build_or_open_store(folder, (source,), data, tokenizer, stage, data.workers)
-        sets[name] = EvalSet(store=opened, ids=np.arange(len(opened)))
+        eval_store = build_or_open_store(folder, (source,), data, tokenizer, stage, data.workers)
+        sets[name] = EvalSet(store=eval_store, ids=np.arange(len(eval_store)))
     if data.eval_fraction:
         sets[HELD_OUT] = EvalSet(store=store, ids=held_out)
     weights = [source.weight for source in data.train if source.weight is not None] if train is None else []

@@ -1,4 +1,4 @@
-"""From this process's rows on the host to whole arrays on the devices."""
+"""Transfer each process's rows from the host to global arrays on the devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,29 +10,27 @@ from jax.sharding import Mesh
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.parallel.sharding import own_shares, replicated, row_devices, row_sharding
 
-ToDevices = Callable[
-    [PreferenceBatch], PreferenceBatch
-]  # this process' rows on the host -> whole arrays on the devices
+ToDevices = Callable[[PreferenceBatch], PreferenceBatch]  # this process's rows on the host -> global arrays
 
 
 def make_to_devices(mesh: Mesh, leading: int = 0) -> ToDevices:
-    """Puts a batch of this process' rows on its devices: all processes' rows together are the arrays.
+    """Make a function that puts this process's rows on its devices, as part of arrays that span all processes.
 
-    ``leading``: dims before the rows, those of an accumulated step.
+    ``leading``: number of dims before the rows, 1 if the step is accumulated.
     """
     shares, rows, replicated_sharding = own_shares(mesh), row_sharding(mesh, leading), replicated(mesh)
 
     def put_rows(array: np.ndarray) -> jax.Array:
-        size = array.shape[leading] // len(shares)  # rows of a share
+        size = array.shape[leading] // len(shares)  # rows per share
         shape = (*array.shape[:leading], size * row_devices(mesh), *array.shape[leading + 1 :])
 
-        def part(index: Any) -> np.ndarray:
+        def device_rows(index: Any) -> np.ndarray:
             start = shares.index((index[leading].start or 0) // size) * size
             return array[(*index[:leading], slice(start, start + size))]
 
-        return jax.make_array_from_callback(shape, rows, part)
+        return jax.make_array_from_callback(shape, rows, device_rows)
 
-    def put_whole(array: np.ndarray) -> jax.Array:
+    def put_replicated(array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, replicated_sharding, lambda index: array[index])
 
-    return lambda batch: jax.tree.map(lambda put, array: put(array), batch.place(put_rows, put_whole), batch)
+    return lambda batch: jax.tree.map(lambda put, array: put(array), batch.place(put_rows, put_replicated), batch)

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they start from, and how they go into the weights. Their tree is described in layers.py."""
+"""Low-rank adapters: initialization, and merging into the weights. layers.py describes their tree."""
 
 import math
 from typing import Literal
@@ -14,18 +14,18 @@ from dpo_jax.models.projections import BY_TARGET, LAYER
 
 
 def make_lora(config: LoraConfig) -> Lora | None:
-    """What the model computes for these options; None: no adapters."""
+    """Return the adapter options of a model, or None if the config has no adapters."""
     targets = frozenset(BY_TARGET[name].name for name in config.projections)
     return Lora(rank=config.rank, scale=config.scale, targets=targets) if config.rank > 0 else None
 
 
 def start_adapters(model: Model, key: jax.Array, init: Literal["kaiming", "gaussian", "zero_a"]) -> Params:
-    """Adapters whose product B A is 0; by ``init`` as in `config.LoraConfig`.
+    """Initialize adapters so that their product B A is 0; ``init`` as in `config.LoraConfig`.
 
-    kaiming and gaussian are PEFT's; zero_a is Init[B] of arXiv 2406.08447.
+    kaiming and gaussian match PEFT; zero_a is Init[B] of arXiv 2406.08447.
     """
     shapes = model.adapter_shapes()
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
 
     def draw(path, leaf, key):
         rank = leaf.shape[1] if path[-1].key == "a" else leaf.shape[-1]
@@ -36,12 +36,12 @@ def start_adapters(model: Model, key: jax.Array, init: Literal["kaiming", "gauss
         fan_in = rank if init == "zero_a" else math.prod(leaf.shape[2:])
         return jax.random.uniform(key, leaf.shape, leaf.dtype, -(fan_in**-0.5), fan_in**-0.5)
 
-    drawn = [draw(path, leaf, jax.random.fold_in(key, index)) for index, (path, leaf) in enumerate(leaves)]
-    return jax.tree.unflatten(tree, drawn)
+    arrays = [draw(path, leaf, jax.random.fold_in(key, index)) for index, (path, leaf) in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, arrays)
 
 
 def merge(weights: Adapted, model: Model) -> Params:
-    """New weights W + scale * B A, computed in float32, in the type of the model's parameters, lying as the old do."""
+    """Merge adapters: W + scale * B A, computed in float32, in the model's parameter dtype and the base's sharding."""
     assert model.lora is not None
     scale = model.lora.scale
 
@@ -52,10 +52,11 @@ def merge(weights: Adapted, model: Model) -> Params:
         product = product.swapaxes(1, 2) if LAYER[name].turned else product
         return weight.astype(jnp.float32) + scale * product.reshape(weight.shape)
 
-    def whole(weights: Adapted) -> Params:
+    def merged(weights: Adapted) -> Params:
         assert weights.adapters is not None
         layers = weights.base["layers"]
-        changed = {name: add(name, layers[name], pair) for name, pair in weights.adapters["layers"].items()}
-        return jax.tree.map(lambda x: x.astype(model.param_dtype), {**weights.base, "layers": {**layers, **changed}})
+        merged_layers = {name: add(name, layers[name], pair) for name, pair in weights.adapters["layers"].items()}
+        params = {**weights.base, "layers": {**layers, **merged_layers}}
+        return jax.tree.map(lambda x: x.astype(model.param_dtype), params)
 
-    return jax.jit(whole, out_shardings=jax.tree.map(lambda x: x.sharding, weights.base))(weights)
+    return jax.jit(merged, out_shardings=jax.tree.map(lambda x: x.sharding, weights.base))(weights)

@@ -1,4 +1,4 @@
-"""The decoder of the Llama line as pure functions of its parameters. Shape letters as in ``layers.py``."""
+"""Llama-style decoder as pure functions of its parameters. Shape letters as in ``layers.py``."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -16,7 +16,7 @@ from dpo_jax.models.options import DecoderConfig, Lora
 from dpo_jax.ops.attention import Implementation, choose, make_inputs
 from dpo_jax.parallel.sharding import constrain_rows
 
-# What is kept of a layer's forward pass for its backward pass; None: no rematerialisation.
+# What to save of a layer's forward pass for its backward pass; None: everything, without rematerialization.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names("projected"),
@@ -25,7 +25,7 @@ REMAT = {
 
 
 def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> PreferenceBatch:
-    """Ordinary sequences, one a row, without targets; for ``attention="xla"``, since it lists no blocks or answers."""
+    """Make a batch with one plain sequence per row and no targets, blocks or answers; needs ``attention="xla"``."""
     num_rows, length = tokens.shape
     shape = BatchShape(num_rows, length, targets=0, answers=0, blocks=0, longest=length, branch_length=length)
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
@@ -35,7 +35,7 @@ def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> Prefere
 
 
 class Decoder(DecoderModule):
-    """Token ids to normalised hidden states."""
+    """Flax module that maps token ids to normalized hidden states."""
 
     dtype: Any
     attention: Implementation
@@ -44,13 +44,13 @@ class Decoder(DecoderModule):
 
     @nn.compact
     def __call__(self, batch: PreferenceBatch) -> Float[Array, "R T D"]:
-        """Hidden states after the final norm."""
+        """Return hidden states after the final norm."""
         c = self.config
         if not c.tied:
             self.weight("unembed", "VD")
         x = self.weight("embed", "VD")[batch.tokens].astype(self.dtype)
         angles = jnp.asarray(batch.positions, jnp.float32)[..., None] * rotary_frequencies(c)
-        # a scan's own loop keeps XLA from merging the second forward pass with the first; unrolled, it might
+        # inside a scan XLA cannot merge the recomputed forward pass with the first; unrolled, it could
         policy = REMAT[self.remat]
         layer = Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=not self.scan)
         layers = nn.scan(
@@ -64,7 +64,7 @@ class Decoder(DecoderModule):
         )
         inputs = make_inputs(batch, self.attention)
         x = constrain_rows(x)
-        (kind,) = c.pattern  # what is scanned is one period of the pattern
+        (kind,) = c.pattern  # the scan steps over periods of the pattern
         stack = layers(c, self.param_dtype, self.lora, kind, self.attention, batch.longest, name="layers")
         x, _ = stack(x, angles, inputs)
         return self.rms_norm("final", x)
@@ -72,7 +72,7 @@ class Decoder(DecoderModule):
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A decoder as pure functions of its parameters: hashable, without arrays. Options as in `config.ModelConfig`."""
+    """Decoder as pure functions of its parameters; hashable, holds no arrays. Options as in `config.ModelConfig`."""
 
     config: DecoderConfig
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -84,42 +84,42 @@ class Model:
     lora: Lora | None = None
 
     def hidden(self, params: Params, batch: PreferenceBatch, adapters: Params | None = None) -> Float[Array, "R T D"]:
-        """Hidden states after the final norm, in the compute dtype; without ``adapters``, those of the model alone."""
+        """Return hidden states after the final norm, in the compute dtype; of the base model if no ``adapters``."""
         variables, lora = {"params": params}, None
         if adapters is not None:
-            assert self.lora is not None, "this model has no adapters"
+            assert self.lora is not None, "the model has no adapters"
             variables, lora = {"params": params, "lora": adapters}, self.lora
-        # in force while tracing, so it reaches attention too, and the backward pass takes it from the forward pass
+        # active while tracing, so it applies to attention too, and the backward pass inherits it from the forward pass
         with jax.default_matmul_precision(self.precision):
             return cast("Array", self._module(lora).apply(variables, batch))
 
     @property
     def precision(self) -> str | None:
-        """As `jax.default_matmul_precision` takes it."""
+        """Value for `jax.default_matmul_precision`."""
         return None if self.matmul_precision == "default" else self.matmul_precision
 
     def unembedding(self, params: Params) -> Float[Array, "V D"]:
-        """The matrix whose rows score the vocabulary: logits = hidden @ unembedding.T."""
+        """Return the unembedding matrix: logits = hidden @ unembedding.T."""
         return params["embed" if self.config.tied else "unembed"]
 
     def init(self, key: Array) -> Params:
-        """Untrained parameters: matrices normal with the config's deviation, biases 0, norms 1."""
+        """Initialize parameters: matrices normal with standard deviation ``init_std``, biases 0, norms 1."""
         return nn.unbox(self._boxed(key))
 
     def param_shapes(self) -> Params:
-        """The parameter tree with a `jax.ShapeDtypeStruct` at each leaf."""
+        """Return the parameter tree with a `jax.ShapeDtypeStruct` at each leaf."""
         return nn.unbox(self._abstract())
 
     def param_axes(self) -> Params:
-        """The parameter tree with the logical axis names, a tuple, at each leaf."""
+        """Return the parameter tree with a tuple of logical axis names at each leaf."""
         return _axis_names(self._abstract())
 
     def adapter_shapes(self) -> Params:
-        """The tree of adapters with a `jax.ShapeDtypeStruct` at each leaf; they are float32."""
+        """Return the adapter tree with a `jax.ShapeDtypeStruct` at each leaf; adapters are float32."""
         return nn.unbox(self._abstract("lora"))
 
     def adapter_axes(self) -> Params:
-        """The tree of adapters with the logical axis names, a tuple, at each leaf."""
+        """Return the adapter tree with a tuple of logical axis names at each leaf."""
         return _axis_names(self._abstract("lora"))
 
     def _module(self, lora: Lora | None) -> Decoder:
@@ -132,7 +132,7 @@ class Model:
         return dict(module.init(key, batch)[part])
 
     def _abstract(self, part: Literal["params", "lora"] = "params") -> Params:
-        # the key is made inside: the mesh in force may be of devices that only compile
+        # the key is made inside, because the mesh in force may have compile-only devices
         return jax.eval_shape(lambda: self._boxed(jax.random.key(0), part))
 
 
@@ -142,10 +142,10 @@ def _axis_names(boxed: Params) -> Params:
 
 
 def make_model(config: DecoderConfig, options: ModelConfig, platform: str, lora: Lora | None = None) -> Model:
-    """The model, with each ``auto`` of the options settled for devices of ``platform``.
+    """Make the model, resolving each ``auto`` option for devices of ``platform``.
 
     Raises:
-        UserError: the attention asked for does not run on that platform.
+        UserError: the requested attention does not run on that platform.
     """
     dtype = options.dtype
     if dtype == "auto":
@@ -163,10 +163,10 @@ def make_model(config: DecoderConfig, options: ModelConfig, platform: str, lora:
 
 
 def count_params(model: Model) -> int:
-    """Number of parameters without adapters; tied embeddings count once."""
+    """Count the parameters without adapters; tied embeddings count once."""
     return sum(leaf.size for leaf in jax.tree.leaves(model.param_shapes()))
 
 
 def count_adapters(model: Model) -> int:
-    """Number of parameters in adapters."""
+    """Count the adapter parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(model.adapter_shapes()))

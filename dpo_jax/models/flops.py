@@ -1,12 +1,12 @@
-"""Floating-point operations of a decoder, by closed form: what compilers count leaves out kernels and loops.
+"""Floating-point operations of a decoder, in closed form, because compiler counts omit kernels and loops.
 
-A product of an [a, b] and a [b, c] matrix is 2 a b c operations. Only the matrix products count: projections and
-feed-forward of each token, attention of each (query, key) pair that is seen, and the vocabulary's scores of each
-predicted token. Norms, rotations, activations and softmax are left out, as in everybody's MFU; they are some percent of
-a small model and next to nothing in a large one.
+The product of an [a, b] and a [b, c] matrix is 2 a b c operations. Only matrix products count: projections and
+feed-forward of each token, attention of each visible (query, key) pair, and the unembedding of each predicted token.
+Norms, rotary embeddings, activations and softmax are left out, as is usual for MFU; they are a few percent in a small
+model and negligible in a large one.
 
-These are *model* operations, the same for every kernel and memory setting. What the backward pass computes a second
-time, to save memory, is ``recomputed_flops``; model and recomputed ones together are what the hardware does.
+These are *model* operations, the same for every kernel and memory setting. ``recomputed_flops`` counts what the
+backward pass recomputes to save memory; the hardware executes the sum of both.
 """
 
 import math
@@ -20,31 +20,31 @@ from dpo_jax.models.projections import AXES, LAYER
 
 
 class Work(NamedTuple):
-    """What a forward pass is asked for; counts over all rows of a batch."""
+    """Workload of a forward pass; counts over all rows of a batch."""
 
-    tokens: int  # that pass through the layers: real ones for an MFU, slots for what a layout costs
-    seen: int  # (query, key) pairs between which attention looks, in each layer
-    targets: int  # tokens that are predicted, each from scores of the whole vocabulary
+    tokens: int  # tokens through the layers: real ones for MFU, all slots for the cost of a layout
+    seen: int  # visible (query, key) pairs in each layer
+    targets: int  # tokens to predict, each with logits over the whole vocabulary
 
 
 class Flops(NamedTuple):
-    """Operations by where they arise."""
+    """Operations by kind of matrix product."""
 
     linear: int  # projections and feed-forward
     attention: int  # scores and weighted values
-    unembedding: int  # scores over the vocabulary
+    unembedding: int  # logits
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum over all kinds."""
         return sum(self)
 
 
 def causal_pairs(length: Int[np.ndarray, "*n"], window: int | None) -> Int[np.ndarray, "*n"]:
-    """(query, key) pairs of a causal sequence: token p sees p + 1 keys, or the last ``window`` of them."""
+    """Count the (query, key) pairs of a causal sequence: token p sees p + 1 keys, or the last ``window`` of them."""
     length = np.asarray(length, np.int64)
-    inside = length if window is None else np.minimum(length, window)
-    return inside * (inside + 1) // 2 + (length - inside) * inside
+    capped_length = length if window is None else np.minimum(length, window)
+    return capped_length * (capped_length + 1) // 2 + (length - capped_length) * capped_length
 
 
 def pairs_work(
@@ -54,27 +54,27 @@ def pairs_work(
     layout: Literal["shared", "repeated", "padded"],
     window: int | None,
 ) -> Work:
-    """Work of the real tokens of B prompts with K answers each; a slot whose lengths are 0 is empty.
+    """Compute the workload of the real tokens of B prompts with K answers each; slots with lengths 0 are empty.
 
-    In layout ``shared`` a prompt passes once and its answers each continue it; else it passes once an answer.
+    In layout ``shared`` a prompt is processed once and all its answers continue it; otherwise, once per answer.
 
     Args:
         lengths: [B, 1 + K], tokens of prompt and answers.
-        num_targets: tokens of each answer that are learned.
+        num_targets: number of tokens to predict in each answer.
         layout: as in `config.BatchConfig`.
-        window: of the model; None: a token sees all before it.
+        window: the model's window; None: a token sees all earlier ones.
     """
     lengths = np.asarray(lengths, np.int64)
     prompts, answers = lengths[:, :1], lengths[:, 1:]
     copies = 1 if layout == "shared" else answers.shape[1]
     unshared = causal_pairs(prompts + answers, window).sum()
-    spared = (answers.shape[1] - copies) * causal_pairs(prompts, window).sum()
+    saved = (answers.shape[1] - copies) * causal_pairs(prompts, window).sum()
     tokens = copies * prompts.sum() + answers.sum()
-    return Work(int(tokens), int(unshared - spared), int(np.sum(num_targets)))
+    return Work(int(tokens), int(unshared - saved), int(np.sum(num_targets)))
 
 
 def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of each matrix of a layer."""
+    """Return the (input, output) size of each matrix of a layer, by name."""
 
     def size(letters: str) -> int:
         return math.prod(config.size(AXES[letter]) for letter in letters)
@@ -83,7 +83,7 @@ def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 
 def forward_flops(config: DecoderConfig, work: Work) -> Flops:
-    """A forward pass: 2 operations a weight and token, 4 a head, feature and seen pair, 2 a vocabulary weight."""
+    """Count a forward pass: 2 per weight and token (unembedding: target), 4 per head, feature and visible pair."""
     weights = sum(inputs * outputs for inputs, outputs in projections(config).values())
     return Flops(
         linear=2 * config.layers * weights * work.tokens,
@@ -93,19 +93,19 @@ def forward_flops(config: DecoderConfig, work: Work) -> Flops:
 
 
 def adapter_flops(config: DecoderConfig, work: Work, lora: Lora) -> int:
-    """What adapters add to a forward pass: (x A^T) B^T."""
+    """Count the operations that adapters add to a forward pass: (x A^T) B^T."""
     sizes = projections(config)
     return 2 * config.layers * lora.rank * sum(sum(sizes[name]) for name in lora.targets) * work.tokens
 
 
 def step_flops(config: DecoderConfig, work: Work, *, live_reference: bool, lora: Lora | None = None) -> int:
-    """Model operations of a training step over ``work``.
+    """Count the model operations of a training step over ``work``.
 
-    Every product y = W x costs as much again for the gradient by x, and once more for that by W. So training is 3
-    forward passes where all weights are trained. With adapters (``lora``) the model's own matrices, the
-    unembedding among them, need no gradient by W: 2 forward passes of them, 3 of attention, whose both factors have
-    gradients, and 3 of the adapters. (The gradient by the input of the first layer, which only embeddings need, is
-    counted there too.) A live reference is one forward pass more, a cached one costs nothing.
+    Every product y = W x costs the same again for the gradient of x, and once more for that of W, so full training
+    costs 3 forward passes. With adapters (``lora``) the base matrices, including the unembedding, need no gradient of
+    W: they cost 2 forward passes, while attention, whose factors both have gradients, and the adapters cost 3. (The
+    input gradient of the first layer, needed only by embeddings, is counted too.) A live reference adds one forward
+    pass; a cached one costs nothing.
     """
     forward = forward_flops(config, work)
     trained = 3 if lora is None else 2
@@ -115,19 +115,19 @@ def step_flops(config: DecoderConfig, work: Work, *, live_reference: bool, lora:
 
 
 def recomputed_projections(config: DecoderConfig, remat: Literal["none", "dots", "full"]) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of each matrix of a layer whose product the backward pass computes a second time.
+    """Return the (input, output) size of each matrix of a layer whose product the backward pass recomputes.
 
-    ``full``: of all but the last, whose result nothing in the layer needs. Else the products are kept.
+    ``full``: all matrices but the last, whose result nothing in the layer needs. Otherwise none: products are saved.
     """
     *all_but_last, _ = projections(config).items()
     return dict(all_but_last) if remat == "full" else {}
 
 
 def recomputed_flops(config: DecoderConfig, work: Work, remat: Literal["none", "dots", "full"]) -> int:
-    """Operations that the backward pass of the policy computes a second time; ``remat`` as in `config.ModelConfig`.
+    """Count the operations that the policy's backward pass recomputes; ``remat`` as in `config.ModelConfig`.
 
-    Always: the vocabulary's scores, chunk by chunk, and attention's scores, which every kernel but the oracle makes
-    again. ``dots``: attention's forward pass too. ``full``: ``recomputed_projections``, too.
+    Always: the logits, chunk by chunk, and the attention scores, which every kernel but the oracle recomputes.
+    ``dots``: also attention's forward pass. ``full``: also ``recomputed_projections``.
     """
     forward = forward_flops(config, work)
     weights = sum(inputs * outputs for inputs, outputs in recomputed_projections(config, remat).values())

@@ -1,16 +1,16 @@
-"""The layer of the decoder, and the modules that declare its parameters from the table in projections.py.
+"""Decoder layer, and the modules that declare its parameters from the table in projections.py.
 
-Shape letters: R rows, T tokens in a row, D model, F feed-forward, N query heads, K key/value heads, H head,
-C = H / 2 rotated pairs of a head, V vocabulary, L layers, r rank.
+Shape letters: R rows, T tokens per row, D model, F feed-forward, N query heads, K key/value heads, H head dim,
+C = H / 2 rotated pairs per head, V vocabulary, L layers, r rank.
 
 A parameter tree is a plain nested dictionary. Matrices keep the orientation of the Hugging Face files, outputs first
-([N, H, D] of a query projection), so that loading is stacking and exporting is slicing. Only `gate` and `up` are turned
-([D, F]): their gradient then needs the transpose of its smaller factor. No layout of the program or of the mesh changes
-the tree.
+([N, H, D] for the query projection), so that loading is stacking and exporting is slicing. Only `gate` and `up` are
+transposed ([D, F]): their gradient then needs the transpose of its smaller factor. The tree does not depend on the
+mesh or on any layout option.
 
-Adapters are a second Flax collection, `lora`, whose tree mirrors that of the parameters: next to a projection lie `a`
-[r, inputs] and `b` [outputs, r], heads apart, e.g. [L, r, D] and [L, N, H, r] of the queries, whatever way the
-projection itself lies.
+Adapters are a second Flax collection, `lora`, whose tree mirrors the parameter tree: each target projection has `a`
+[r, inputs] and `b` [outputs, r] with separate head dims, e.g. [L, r, D] and [L, N, H, r] for queries, regardless of the
+orientation of the projection itself.
 """
 
 from functools import partial
@@ -36,21 +36,21 @@ ACTIVATIONS = {
 
 
 def rotary_frequencies(config: DecoderConfig) -> Float[np.ndarray, "C"]:
-    """Radians a position of each rotated pair; see `options` for the scalings."""
+    """Return the radians per position of each rotated pair; see `options` for the scalings."""
     frequency = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     match config.rope_scaling:
         case LinearScaling(factor=factor):
             frequency = frequency / factor
         case Llama3Scaling() as scaling:
             turns = scaling.original_max_position_embeddings * frequency / (2 * np.pi)  # in the original context
-            fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-            fast = np.clip(fast, 0, 1)
-            frequency = fast * frequency + (1 - fast) * frequency / scaling.factor
+            blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+            blend = np.clip(blend, 0, 1)
+            frequency = blend * frequency + (1 - blend) * frequency / scaling.factor
     return frequency.astype(np.float32)
 
 
 def rotate(x: Float[Array, "R T N H"], angles: Float[Array, "R T C"]) -> Float[Array, "R T N H"]:
-    """Rotary embedding in float32; the first half of a head is paired with its second half."""
+    """Apply rotary embeddings in float32; the first half of a head is paired with its second half."""
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -59,9 +59,9 @@ def rotate(x: Float[Array, "R T N H"], angles: Float[Array, "R T C"]) -> Float[A
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def project(x: Float[Array, "..."], matrix: Float[Array, "..."], spec: str, precision: str | None) -> Array:
-    """``einsum(spec, x, matrix)`` in the type of x; the matrix's gradient is summed and reduced in float32.
+    """Compute ``einsum(spec, x, matrix)`` in x's dtype; the matrix's gradient is accumulated and reduced in float32.
 
-    JAX's own rule would round a device's share of the gradient to the type of x before the shares are added.
+    JAX's own rule would round each device's partial gradient to x's dtype before the all-reduce.
     """
     return jnp.einsum(spec, x, matrix.astype(x.dtype), precision=precision)
 
@@ -71,8 +71,8 @@ def _project_backward(spec, precision, kept, g):
     operand, weights, result = spec.replace("->", ",").split(",")
     product = partial(jnp.einsum, precision=precision)
     by_x = product(f"{result},{weights}->{operand}", g, matrix.astype(x.dtype))
-    # Compilers turn the first factor. That with the matrix's first dim is the narrow one, or needs no turning: else
-    # this is the slowest part of a layer on a CPU.
+    # XLA transposes the first factor. Put first the one with the matrix's first dim: it is the narrower one or needs no
+    # transpose. In the other order this is the slowest part of a layer on a CPU.
     (first, a), (second, b) = sorted([(result, g), (operand, x)], key=lambda factor: weights[0] not in factor[0])
     by_matrix = product(f"{first},{second}->{weights}", a, b, preferred_element_type=jnp.float32)
     return by_x, by_matrix.astype(matrix.dtype)
@@ -82,7 +82,7 @@ project.defvjp(lambda x, matrix, spec, precision: (project(x, matrix, spec, prec
 
 
 class DecoderModule(nn.Module):
-    """A module that declares each parameter by the letters of its dims, whose sizes the config knows."""
+    """Base module that declares each parameter by the letters of its dims; the config gives their sizes."""
 
     config: DecoderConfig
     param_dtype: Any
@@ -96,14 +96,14 @@ class DecoderModule(nn.Module):
         return nn.with_logical_partitioning(init, tuple(AXES[letter] for letter in letters))
 
     def weight(self, name: str, letters: str, init: nn.initializers.Initializer | None = None) -> Array:
-        """The parameter ``name``; without ``init`` it is drawn from a normal distribution."""
+        """Declare the parameter ``name``; the default ``init`` is a normal distribution."""
         boxed = self._boxed(init or nn.initializers.normal(self.config.init_std), letters)
         return cast("Array", self.param(name, boxed, self._shape(letters), self.param_dtype))
 
     def linear(self, name: str, x: Array) -> Array:
-        """The projection ``name`` of the table applied to x, with its bias and adapter where there are such."""
+        """Apply projection ``name`` of the table to x, with its bias and adapter, if any."""
         row = LAYER[name]
-        # the precision in force now is not in force when the backward pass is traced
+        # read now, because the precision context is not active when the backward pass is traced
         precision = jax.config.values["jax_default_matmul_precision"]
         y = checkpoint_name(project(x, self.weight(name, row.letters[1]), row.spec, precision), "projected")
         if getattr(self.config, row.bias):
@@ -113,12 +113,12 @@ class DecoderModule(nn.Module):
         return y
 
     def adapter(self, name: str, x: Array) -> Array:
-        """(x A^T) B^T of the adapter next to a projection."""
+        """Compute (x A^T) B^T with the adapter of projection ``name``."""
         row = LAYER[name]
         operand, _, result = row.letters
         a, b = f"r{row.inputs}", f"{row.outputs}r"
         zeros = lambda letters: self._boxed(jnp.zeros, letters)(self._shape(letters), jnp.float32)  # noqa: E731
-        # zeros for shapes and axes: what adapters start from is drawn in adapters.py
+        # zeros only declare shapes and axes; adapters.py draws the initial values
         pair = self.variable("lora", name, lambda: {"a": zeros(a), "b": zeros(b)}).value
         x = jnp.einsum(f"{operand},{a}->RTr", x, pair["a"].astype(x.dtype))
         return jnp.einsum(f"RTr,{b}->{result}", x, pair["b"].astype(x.dtype))
@@ -127,14 +127,14 @@ class DecoderModule(nn.Module):
         """Divide by sqrt(mean(x^2) + eps) over the last dim and scale, in float32 (arXiv 1910.07467)."""
         letter = "H" if x.ndim == 4 else "D"
         scale = self.weight(f"{name}_norm", letter, nn.initializers.ones).astype(jnp.float32)
-        # one dim of tokens: under a leading dim of one row, XLA's gradient is 8 times slower on a CPU
+        # merge rows and tokens: with a leading dim of 1, XLA's gradient is 8 times slower on a CPU
         x32 = x.astype(jnp.float32).reshape(-1, *x.shape[2:])
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_eps)
         return (x32 * scale).astype(x.dtype).reshape(x.shape)
 
 
 class Layer(DecoderModule):
-    """Attention, then feed-forward, each on the normalised residual stream."""
+    """Pre-norm decoder layer: attention, then feed-forward."""
 
     kind: LayerKind
     attention: Implementation
@@ -144,7 +144,7 @@ class Layer(DecoderModule):
     def __call__(
         self, x: Float[Array, "R T D"], angles: Float[Array, "R T C"], inputs: AttentionInputs
     ) -> tuple[Float[Array, "R T D"], None]:
-        """The residual stream after the layer; `nn.scan` asks for a second result."""
+        """Return the residual stream after the layer, and None, since `nn.scan` needs a second result."""
         c = self.config
         y = self.rms_norm("attention", x)
         q, k, v = self.linear("query", y), self.linear("key", y), self.linear("value", y)

@@ -1,4 +1,4 @@
-"""Options that decide what a decoder computes: hashable, without arrays. Shape letters as in ``layers.py``."""
+"""Options that define what a decoder computes; hashable, without arrays. Shape letters as in ``layers.py``."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,14 +8,14 @@ Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Rotary positions divided by ``factor`` (arXiv 2306.15595)."""
+    """Linear scaling: rotary positions are divided by ``factor`` (arXiv 2306.15595)."""
 
     factor: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1: slow rotations are divided by ``factor``, fast ones kept, those between are blended."""
+    """Llama 3.1 scaling: low frequencies are divided by ``factor``, high ones kept, those in between blended."""
 
     factor: float
     low_freq_factor: float
@@ -25,14 +25,14 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """What the layers at one place of the repeating pattern have of their own."""
+    """Options of the layers at one index of the repeating pattern."""
 
     window: int | None = None  # a token sees keys at most window - 1 positions back
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Everything that decides what the decoder computes."""
+    """All options that define what the decoder computes."""
 
     vocab: int  # V
     hidden: int  # D
@@ -46,27 +46,27 @@ class DecoderConfig:
     rope_scaling: LinearScaling | Llama3Scaling | None = None
     activation: Activation = "silu"
     qkv_bias: bool = False
-    out_bias: bool = False  # of the projection after attention
+    out_bias: bool = False  # bias of the projection after attention
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head
-    pattern: tuple[LayerKind, ...] = (LayerKind(),)  # kinds of the layers, repeated; the decoder computes one kind
+    pattern: tuple[LayerKind, ...] = (LayerKind(),)  # repeated over the layers; only one kind is supported
     tied: bool = False  # the unembedding is the embedding
     init_std: float = 0.02
 
     @property
     def window(self) -> int | None:
-        """The window of every layer."""
+        """Sliding window, the same in every layer."""
         (kind,) = self.pattern
         return kind.window
 
     def size(self, axis: str) -> int:
-        """Size of a logical axis of the parameters, which but for ``embed`` are called as the fields are."""
+        """Return the size of a logical parameter axis: the field of the same name, or ``hidden`` for ``embed``."""
         return self.hidden if axis == "embed" else getattr(self, axis)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters: y += scale * (x A^T) B^T beside every target (arXiv 2106.09685)."""
+    """Low-rank adapters: y += scale * (x A^T) B^T for every target projection (arXiv 2106.09685)."""
 
     rank: int
     scale: float

@@ -1,7 +1,7 @@
-"""The table of a layer: what its matrices multiply, and where they lie in Hugging Face files.
+"""Table of a layer's matrices: their products, and their tensor names in Hugging Face files.
 
-One row a matrix. Parameters, biases, adapters, LoRA targets, names in files, axes for the mesh, operation counts and
-memory bounds all follow from it.
+It has one row per matrix. Parameters, biases, adapters, LoRA targets, tensor names, mesh axes, operation counts and
+memory bounds are all derived from it.
 """
 
 from typing import NamedTuple
@@ -11,43 +11,43 @@ AXES = {"V": "vocab", "D": "embed", "N": "heads", "K": "kv_heads", "H": "head_di
 
 
 class Projection(NamedTuple):
-    """A matrix that every layer has, and its bias."""
+    """A matrix of every layer, with its optional bias."""
 
-    name: str  # parameter of the layer; that of the bias is NAME_bias
-    spec: str  # "x,matrix->y" as `jnp.einsum` takes it: the order of the letters is that of the parameter's dims
-    module: str  # of a layer in the files, with tensors MODULE.weight and MODULE.bias
-    bias: str  # the option of `DecoderConfig` that says whether there is one
+    name: str  # name of the layer's parameter; its bias is NAME_bias
+    spec: str  # "x,matrix->y" for `jnp.einsum`; its matrix letters give the order of the parameter's dims
+    module: str  # module of a layer in the files, with tensors MODULE.weight and MODULE.bias
+    bias: str  # option of `DecoderConfig` that enables the bias
 
     @property
     def letters(self) -> tuple[str, str, str]:
-        """Letters of x, of the matrix and of y."""
+        """Dim letters of x, of the matrix and of y."""
         x, matrix, y = self.spec.replace("->", ",").split(",")
         return x, matrix, y
 
     @property
     def inputs(self) -> str:
-        """Letters of the matrix over which the product sums."""
+        """Matrix letters that the product contracts."""
         _, matrix, y = self.letters
         return "".join(letter for letter in matrix if letter not in y)
 
     @property
     def outputs(self) -> str:
-        """Letters of the matrix that the result has; the bias has these."""
+        """Matrix letters that remain in the result; these are the dims of the bias."""
         _, matrix, y = self.letters
         return "".join(letter for letter in matrix if letter in y)
 
     @property
     def turned(self) -> bool:
-        """Whether the matrix lies inputs first; in the files outputs are first always."""
+        """Whether the matrix is stored inputs first; in the files outputs always come first."""
         return self.letters[1].startswith(self.inputs)
 
     @property
     def target(self) -> str:
-        """What `config.LoraConfig` calls it, as PEFT does."""
+        """Name of the projection in `config.LoraConfig`, the same as in PEFT."""
         return self.module.rpartition(".")[2]
 
 
-# In the order of the computation.
+# In order of computation.
 LAYER = {row.name: row for row in (
     Projection("query", "RTD,NHD->RTNH", "self_attn.q_proj", "qkv_bias"),
     Projection("key", "RTD,KHD->RTKH", "self_attn.k_proj", "qkv_bias"),
@@ -67,7 +67,7 @@ _OF_LAYER = {
     **{row.name: f"{row.module}.weight" for row in LAYER.values()},
     **{f"{row.name}_bias": f"{row.module}.bias" for row in LAYER.values()},
 }
-# Parameter -> tensor of the file; {} is the layer.
+# Parameter -> tensor in the file; {} stands for the layer index.
 TENSORS = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",

@@ -1,1 +1,1 @@
-"""Array functions that know shapes and a mesh, and no parameters."""
+"""Array functions of shapes and a mesh, independent of model parameters."""

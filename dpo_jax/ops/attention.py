@@ -1,7 +1,7 @@
-"""Attention over packed rows: each token sees its own prompt and its own answer so far, and nothing else.
+"""Attention over packed rows: each token attends only to its own prompt and to its own answer so far.
 
-Shape letters: R rows, T tokens in a row, N query heads, K key/value heads, G = N / K, H head, J pairs of blocks,
-q and s places of queries and keys.
+Shape letters: R rows, T tokens per row, N query heads, K key/value heads, G = N / K, H head dim, J block pairs,
+q and s indices of queries and keys.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ Implementation = Literal["blocks", "xla", "splash", "cudnn"]
 
 
 def sees(query: Int[Array, "3 *j q"], key: Int[Array, "3 *j s"], window: int | None) -> Bool[Array, "*j q s"]:
-    """Which query sees which key, of the (segment, branch, position) of each; order in the row is the caller's part.
+    """Attention mask from the (segment, branch, position) of each query and key; it does not depend on the row order.
 
-    Within a branch positions rise by one, so "not later" is a comparison of positions there; a prompt key is never
-    later than an answer token. ``window``: keys at most window - 1 positions back.
+    Positions increase by one within a branch, so "not later" compares positions; a prompt key is never later than an
+    answer token. ``window``: only keys at most window - 1 positions back.
     """
     segment_q, branch_q, position_q = (x[..., :, None] for x in query)
     segment_s, branch_s, position_s = (x[..., None, :] for x in key)
@@ -40,23 +40,23 @@ def sees(query: Int[Array, "3 *j q"], key: Int[Array, "3 *j s"], window: int | N
 
 
 class AttentionInputs(NamedTuple):
-    """What attention takes from a batch: computed once, for all layers."""
+    """Attention inputs derived from a batch, computed once for all layers."""
 
     tokens: Int[Array, "R 3 T"]  # segment, branch, position
     blocks: Int[Array, "R J 2"]
-    unshared: Unshared | None  # of the implementations that need it
+    unshared: Unshared | None  # for splash and cudnn only
 
 
 def make_inputs(batch: PreferenceBatch, implementation: Implementation) -> AttentionInputs:
-    """What one implementation takes of a batch, which a batch without what it needs is not given to.
+    """Make the inputs that an implementation needs from a batch.
 
     Raises:
-        ValueError: the batch lists no blocks, or no answers, as a plain one.
+        ValueError: the batch lacks the block or answer indices that it needs, as a plain batch does.
     """
     if implementation == "blocks" and batch.blocks.shape[-2] == 0:
-        raise ValueError("attention blocks: this batch lists no blocks; use xla")
+        raise ValueError("attention blocks: this batch has no blocks; use xla")
     if implementation == "cudnn" and batch.answers_per_row == 0:
-        raise ValueError("attention cudnn: this batch lists no answers; use xla")
+        raise ValueError("attention cudnn: this batch has no answers; use xla")
     unshared = None
     if implementation == "splash":
         _, length = kernels.splash_sizes(batch.branch_length, batch.longest)
@@ -73,26 +73,26 @@ def _scores(q, k, spec, scale, softcap):
 
 
 def _dense_row(q, k, v, tokens, *, scale, window, softcap):
-    """One row under a [T, T] mask. q: [T, K, G, H]; k, v: [T, K, H]."""
+    """Attention in one row with a dense [T, T] mask. q: [T, K, G, H]; k, v: [T, K, H]."""
     scores = _scores(q, k, "qkgh,skh->kgqs", scale, softcap)
     seen = sees(tokens, tokens, window)
     weights = jax.nn.softmax(scores, axis=-1, where=seen)
-    weights = jnp.where(seen.any(-1)[:, None], weights, 0.0)  # padding sees nothing
+    weights = jnp.where(seen.any(-1)[:, None], weights, 0.0)  # padding attends to nothing
     return jnp.einsum("kgqs,skh->qkgh", weights.astype(v.dtype), v)
 
 
 def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
-    """One row, visiting J pairs of blocks. The softmax of a query block is put together over its pairs.
+    """Attention in one row over J block pairs; the softmax of a query block is combined across its pairs.
 
-    Work and memory follow the tokens that are seen, not the square of the row: J * BLOCK^2 scores a head. Heads stand
-    before places, and the queries of a group beside each other (X = G * BLOCK), so that each product is one plain
-    matrix product a key head: on a CPU that is several times faster than leaving the order to the compiler.
+    Work and memory scale with the visible blocks, not with T^2: J * BLOCK^2 scores per head. Head dims precede token
+    dims, and the queries of a group are adjacent (X = G * BLOCK), so that each product is one plain matrix product per
+    key head: on a CPU this is several times faster than leaving the order to the compiler.
     """
     length, num_kv_heads, group, head = q.shape
     num_blocks = length // BLOCK
     query_block, key_block = blocks[:, 0], blocks[:, 1]
-    used = query_block >= 0
-    segment = jnp.where(used, query_block, num_blocks)  # unused pairs fall into a block that is cut off
+    is_used = query_block >= 0
+    segment = jnp.where(is_used, query_block, num_blocks)  # unused pairs go to an extra block that is dropped
 
     q = q.reshape(num_blocks, BLOCK, num_kv_heads, group, head).transpose(0, 2, 3, 1, 4)
     q = q.reshape(num_blocks, num_kv_heads, group * BLOCK, head)
@@ -100,7 +100,7 @@ def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
     tokens = tokens.reshape(3, num_blocks, BLOCK)
 
     scores = _scores(q[query_block], k[key_block], "jkxh,jksh->jkxs", scale, softcap)
-    seen = sees(tokens[:, query_block], tokens[:, key_block], window) & used[:, None, None]
+    seen = sees(tokens[:, query_block], tokens[:, key_block], window) & is_used[:, None, None]
     seen = jnp.tile(seen, (1, group, 1))[:, None]  # [J, 1, X, s]
     scores = jnp.where(seen, scores, -jnp.inf)
 
@@ -115,7 +115,7 @@ def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
     return out.reshape(length, num_kv_heads, group, head)
 
 
-# Each takes q, k, v and the inputs of the same rows and heads. `longest` is only for those that need a bound.
+# Each takes q, k, v and the inputs of the same rows and heads; only some use the bound `longest`.
 
 
 def _grouped(q, num_kv_heads):
@@ -129,10 +129,10 @@ def _dense(q, k, v, inputs, *, longest, **options):
 
 
 def _blocks(q, k, v, inputs, *, longest, **options):
-    # The backward pass computes scores again: they are many times larger than q, k and v, which are kept.
+    # The backward pass recomputes the scores: they are many times larger than q, k and v, which are saved.
     one_row = jax.checkpoint(partial(_blocks_row, **options))
     rows = (_grouped(q, k.shape[2]), k, v, inputs.tokens, inputs.blocks)
-    # a mapped dim of one makes the softmax's gradient 30 times slower in XLA on a CPU
+    # vmap over a dim of size 1 makes the softmax gradient 30 times slower in XLA on a CPU
     out = jax.vmap(one_row)(*rows) if len(q) > 1 else one_row(*(x[0] for x in rows))[None]
     return out.reshape(q.shape)
 
@@ -142,17 +142,17 @@ def _splash(q, k, v, inputs, *, longest, scale, window, softcap):
     segments = to.segments.reshape(-1, to.segments.shape[-1])
     block, _ = kernels.splash_sizes(to.segments.shape[-1], longest)
     band = longest if window is None else min(window, longest)
-    q = (q * scale).astype(q.dtype)  # before there are more of them
+    q = (q * scale).astype(q.dtype)  # before unsharing multiplies them
     q, k, v = (unshare(x, to) for x in (q, k, v))
     return share(kernels.splash(q, k, v, segments, block=block, band=band, softcap=softcap), to)
 
 
 def _padded(q, k, v, inputs, *, longest, scale, window, softcap, implementation):
     if softcap is not None:
-        raise UserError("model.attention: cudnn has no soft cap of the scores, which this model has; use blocks")
+        raise UserError("model.attention: cudnn has no soft-capping of scores, which this model needs; use blocks")
     to = inputs.unshared
     lengths = (to.segments > 0).sum(-1).reshape(-1)
-    lengths = jnp.maximum(lengths, 1)  # an unused slot has one token that nothing reads
+    lengths = jnp.maximum(lengths, 1)  # the kernel needs one token in an unused slot; nothing reads it
     q, k, v = (unshare(x, to) for x in (q, k, v))
     return share(kernels.padded(q, k, v, lengths, window=window, scale=scale, implementation=implementation), to)
 
@@ -166,20 +166,20 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 
 
 def on_each_device(fn: Callable[..., Array], q: Array, k: Array, v: Array, inputs: AttentionInputs) -> Array:
-    """``fn(q, k, v, inputs)``, each device with its own rows and heads under the mesh in force, if any.
+    """Run ``fn(q, k, v, inputs)`` on each device's rows and heads, under the mesh in force, if any.
 
-    Nothing is exchanged: a token sees only its own row. Where `tensor` does not divide the key heads, each is repeated
-    as often as it takes for every device to have those of its own query heads, and no others.
+    It needs no collectives: a token attends only within its row. If `tensor` does not divide the key heads, they are
+    repeated just often enough that each device has exactly those of its own query heads.
     """
     if not in_force():
         return fn(q, k, v, inputs)
-    num_kv_heads, num_parts = k.shape[2], jax.sharding.get_abstract_mesh().shape["tensor"]
-    repeats = lcm(num_kv_heads, num_parts) // num_kv_heads
+    num_kv_heads, num_shards = k.shape[2], jax.sharding.get_abstract_mesh().shape["tensor"]
+    repeats = lcm(num_kv_heads, num_shards) // num_kv_heads
     k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
     rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor")
-    # kernels do not say over which axes their results vary
-    split = jax.shard_map(fn, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-    return split(q, k, v, inputs)
+    # check_vma=False: kernels do not declare over which axes their results vary
+    mapped = jax.shard_map(fn, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return mapped(q, k, v, inputs)
 
 
 def attend(
@@ -194,14 +194,14 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "R T N H"]:
-    """Softmax attention of packed rows, scores in float32; padding yields 0.
+    """Softmax attention over packed rows, with scores in float32; padding yields 0.
 
-    ``xla`` is the rule as a dense mask, the oracle that all others are checked against, and partitioned by the
-    compiler. ``inputs`` is that of the same implementation, ``longest`` that of the batch. ``window`` is a sliding
-    window in positions (not row indices). Queries of one group of N / K heads share a key head.
+    ``xla`` applies `sees` as a dense mask; it is the oracle that all others are tested against and is partitioned by
+    the compiler. ``inputs`` must be made for the same implementation; ``longest`` is the batch's. ``window`` is a
+    sliding window in positions (not row indices). Each group of N / K query heads shares a key head.
 
     Raises:
-        UserError: the implementation has no soft cap.
+        UserError: the implementation does not support soft-capping.
     """
     fn = partial(IMPLEMENTATIONS[implementation], longest=longest, scale=scale, window=window, softcap=softcap)
     return fn(q, k, v, inputs) if implementation == "xla" else on_each_device(fn, q, k, v, inputs)
@@ -210,20 +210,20 @@ def attend(
 def choose(
     asked: Literal["auto", "blocks", "xla", "splash", "cudnn"], *, platform: str, dtype: str, head_dim: int
 ) -> Implementation:
-    """The implementation for devices of ``platform`` (cpu, gpu, tpu) that compute in ``dtype``.
+    """Choose the implementation for devices of ``platform`` (cpu, gpu, tpu) that compute in ``dtype``.
 
     Raises:
-        UserError: what was asked for does not run there.
+        UserError: the requested implementation does not run there.
     """
-    flash = dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128  # what cuDNN takes on every GPU
+    flash = dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128  # supported by cuDNN on every GPU
     defaults: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn" if flash else "blocks"}
     if asked == "auto":
         return defaults.get(platform, "blocks")
     if asked == "splash" and platform not in ("tpu", "cpu"):
-        raise UserError(f"model.attention: splash is for TPU, the devices are {platform}; use auto")
+        raise UserError(f"model.attention: splash is for TPU, but the devices are {platform}; use auto")
     if asked == "cudnn" and platform != "gpu":
-        raise UserError(f"model.attention: cudnn is for GPU, the devices are {platform}; use auto")
+        raise UserError(f"model.attention: cudnn is for GPU, but the devices are {platform}; use auto")
     if asked == "cudnn" and not flash:
-        limits = "computes in bfloat16 with heads of a multiple of 8, at most 128"
-        raise UserError(f"model.attention: cudnn {limits}, not in {dtype} with heads of {head_dim}; use auto")
+        limits = "cudnn needs bfloat16 and a head_dim that is a multiple of 8 and at most 128"
+        raise UserError(f"model.attention: {limits}, got {dtype} and {head_dim}; use auto")
     return asked

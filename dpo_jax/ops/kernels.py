@@ -1,6 +1,6 @@
-"""Attention kernels of others, over ordinary causal sequences; every import of an experimental one is here.
+"""Third-party attention kernels for ordinary causal sequences; the only module that imports experimental kernels.
 
-Shape letters: S sequences, U tokens in one, N query heads, K key/value heads, H head.
+Shape letters: S sequences, U tokens per sequence, N query heads, K key/value heads, H head dim.
 """
 
 from functools import partial
@@ -12,14 +12,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float, Int
 
-LANES = 128  # a splash block is a multiple of it
-BLOCKS = ((2048, 1024), (0, 512))  # (tokens of the longest sequence, tokens in a block at most): docs/decisions.md
+LANES = 128  # a splash block size is a multiple of this
+BLOCKS = ((2048, 1024), (0, 512))  # (minimum longest sequence, maximum block size), in tokens: docs/decisions.md
 
 
 def splash_sizes(length: int, longest: int) -> tuple[int, int]:
-    """Tokens in a block, and in a whole number of blocks that hold ``length`` tokens."""
-    most = next(block for reach, block in BLOCKS if longest >= reach)
-    count = -(-length // most)
+    """Return the block size in tokens, and ``length`` rounded up to a whole number of blocks."""
+    max_block = next(block for reach, block in BLOCKS if longest >= reach)
+    count = -(-length // max_block)
     block = LANES * -(-length // (LANES * count))
     return block, count * block
 
@@ -34,14 +34,14 @@ def splash(
     band: int,
     softcap: float | None,
 ) -> Float[Array, "S U N H"]:
-    """Splash attention: compiled where the program is compiled for a TPU, interpreted elsewhere.
+    """Splash attention: compiled when the program is compiled for a TPU, interpreted otherwise.
 
-    A token sees the tokens of its own segment that are not later and at most ``band`` - 1 places back. Only blocks
-    within the band are visited. Scores are q . k as they are. U is a whole number of blocks of ``block`` tokens.
+    A token attends to tokens of its own segment that are not later and at most ``band`` - 1 tokens back. Only blocks
+    within the band are visited. Scores are unscaled q . k. U is a multiple of ``block``.
     """
     num_heads = q.shape[2]
     run = partial(_run_splash, block=block, band=band, num_heads=num_heads, softcap=softcap)
-    # The platform compiled for, not that of this process: a CPU compiles for TPUs ahead of time.
+    # The target platform, not that of this process: a CPU can compile for TPUs ahead of time.
     return jax.lax.platform_dependent(
         q, k, v, segments, tpu=partial(run, interpret=False), default=partial(run, interpret=True)
     )
@@ -49,8 +49,8 @@ def splash(
 
 def _run_splash(q, k, v, segments, *, block, band, num_heads, softcap, interpret):
     length = q.shape[1]
-    back = band - 1 if band < length else None
-    mask = splash_mask.LocalMask((length, length), window_size=(back, 0), offset=0)
+    window = band - 1 if band < length else None
+    mask = splash_mask.LocalMask((length, length), window_size=(window, 0), offset=0)
     kernel = splash_kernel.make_splash_mha(
         splash_mask.MultiHeadMask([mask] * num_heads),
         block_sizes=splash_kernel.BlockSizes(
@@ -68,7 +68,7 @@ def _run_splash(q, k, v, segments, *, block, band, num_heads, softcap, interpret
         out = cast("Array", kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(ids, ids)))
         return jnp.swapaxes(out, 0, 1)
 
-    # One sequence after another, as the kernel's grid goes too: its log-sums take 128 lanes, [N, U, 128] float32.
+    # Sequential, like the kernel's own grid, to save memory: its log-sum-exps take [N, U, 128] float32.
     return jax.lax.map(one, (q, k, v, segments))
 
 
@@ -82,9 +82,9 @@ def padded(
     scale: float,
     implementation: Literal["cudnn", "xla"],
 ) -> Float[Array, "S U N H"]:
-    """Causal attention of sequences padded behind, one each; what stands in the padding of the result is undefined.
+    """Causal attention over right-padded sequences; the result is undefined at padding tokens.
 
-    ``cudnn`` can be traced only where cuDNN is installed; ``xla`` is the same call for checks elsewhere.
+    ``cudnn`` can be traced only where cuDNN is installed; ``xla`` makes the same call for tests elsewhere.
     """
     return jax.nn.dot_product_attention(
         q,

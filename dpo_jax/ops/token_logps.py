@@ -1,10 +1,10 @@
-"""Log-probs of tokens over a vocabulary, in tiles of some targets by some of its rows, on one device or on a mesh.
+"""Log-probs of tokens, computed in tiles of targets by vocabulary rows, on one device or on a mesh.
 
-The scores of all targets over all of the vocabulary never exist, nor does the whole vocabulary's matrix on a mesh: of
-each block of its rows the width is gathered once (axis `fsdp`), and the block's gradient goes back to its shards once.
-Where `tensor` spreads the vocabulary, each device has its own part, and the parts' normalizers are put together.
+Neither the logits of all targets over the whole vocabulary nor, on a mesh, the whole unembedding matrix ever exist at
+once: each block of vocabulary rows is all-gathered once (axis `fsdp`), and its gradient is reduce-scattered once. If
+`tensor` shards the vocabulary, each device scores its shard, and the shards' normalizers are combined.
 
-Shape letters: R rows, M targets of a row, C chunks of n targets, D model, V vocabulary, b rows of it in a block.
+Shape letters: R rows, M targets per row, C chunks of n targets, D model, V vocabulary, b vocabulary rows per block.
 """
 
 from collections.abc import Callable
@@ -19,37 +19,37 @@ from jaxtyping import Array, Bool, Float, Int
 from dpo_jax.batch import AnyArray
 from dpo_jax.parallel.sharding import ROWS, in_force
 
-UNSEEN = -1e30  # the score of what is not in a block; finite, so that 0 times it is 0
+UNSEEN = -1e30  # score of a masked vocabulary row; finite, so that 0 times it is 0
 
 
 class TargetStats(NamedTuple):
-    """What only metrics need of each target; float32, without gradient."""
+    """Per-target statistics used only by metrics; float32, without gradient."""
 
     entropy: Float[Array, "*n"]  # nats
-    mean_logit: Float[Array, "*n"]  # over the vocabulary
-    top1: Float[Array, "*n"]  # 1: the label was the model's first choice
+    mean_logit: Float[Array, "*n"]  # mean over the vocabulary
+    top1: Float[Array, "*n"]  # 1: the label is the model's top prediction
 
 
 class TokenLogps(NamedTuple):
-    """Of each target, float32."""
+    """Log-probs of each target, float32."""
 
-    logp: Float[Array, "*n"]  # log pi(token | what it sees), nats
+    logp: Float[Array, "*n"]  # log pi(token | context), nats
     normalizer: Float[Array, "*n"]  # logsumexp of the scores
     log_sum_sq: Float[Array, "*n"] | None = None  # log of the sum over V of p^2
     stats: TargetStats | None = None
 
 
 class Options(NamedTuple):
-    """What is computed, and how; the backward pass is traced elsewhere, so no context can tell it."""
+    """Static options; passed explicitly, because no context manager is active when the backward pass is traced."""
 
-    chunk: int  # targets of a device that have scores at one time
-    block: int  # rows of the vocabulary over which they have them
+    chunk: int  # targets per device whose scores exist at a time
+    block: int  # vocabulary rows over which they exist at a time
     stats: bool = False
     squares: bool = False
     precision: str | None = None
 
     def product(self, spec: str, x: Array, y: Array) -> Array:
-        """A matrix product, float32."""
+        """Matrix product accumulated in float32."""
         return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32, precision=self.precision)
 
 
@@ -61,10 +61,10 @@ def score_targets(
     mask: Bool[AnyArray, "R M"],
     options: Options,
 ) -> TokenLogps:
-    """Log-probs of the labels; of what the mask leaves out they have no meaning.
+    """Compute the log-probs of the labels; they are undefined where ``mask`` is False.
 
-    Differentiable in ``logp`` and ``log_sum_sq``. The gradient is written out, so that the backward pass, too, holds
-    one tile of scores z, and visits only the chunks in which a target is used:
+    Differentiable in ``logp`` and ``log_sum_sq``. The gradient is written by hand, so that the backward pass also holds
+    only one tile of scores z and visits only chunks with unmasked targets:
     d log p_label / dz = onehot(label) - p, and d log sum p^2 / dz = 2 (p^2 / sum p^2 - p).
     """
     return _forward(states, unembedding, labels, mask, options)[0]
@@ -85,7 +85,7 @@ score_targets.defvjp(_forward, _backward)
 
 
 def _on_mesh(local: Callable[..., Any], takes: str, gives: str) -> Callable[..., Any]:
-    """``local(mesh_in_force, *arrays)`` on every device's own part: "r" is spread by rows, "w" as the vocabulary is."""
+    """Map ``local(mesh_in_force, *arrays)`` over device shards: "r" is sharded by rows, "w" like the unembedding."""
     if not in_force():
         return partial(local, False)
     specs = {"r": PartitionSpec(ROWS), "w": PartitionSpec("tensor", "fsdp")}
@@ -95,73 +95,73 @@ def _on_mesh(local: Callable[..., Any], takes: str, gives: str) -> Callable[...,
 
 
 class _Tiles:
-    """The tiles of one device: chunks of its targets by blocks of its part of the vocabulary."""
+    """Tiles of one device: chunks of its targets by blocks of its vocabulary shard."""
 
     def __init__(self, options: Options, spread: bool, unembedding: Array, mask: AnyArray):
         self.spread, self.unembedding, self.rows, self.targets = spread, unembedding, *mask.shape
         self.num_chunks = max(1, -(-self.targets // max(1, options.chunk // self.rows)))
         self.num_blocks = max(1, -(-len(unembedding) // options.block))
         self.block = -(-len(unembedding) // self.num_blocks)
-        used = self.chunks(mask).any(1) * jnp.arange(1, self.num_chunks + 1)
-        self.used = used.max()  # chunks behind it hold no target
+        used_up_to = self.chunks(mask).any(1) * jnp.arange(1, self.num_chunks + 1)
+        self.used = used_up_to.max()  # number of chunks to visit; later ones hold no target
 
     def chunks(self, x: AnyArray) -> Array:
-        """[R, M, ...] -> [C, n, ...]: scores are then one plain matrix, fastest on a CPU."""
+        """Reshape [R, M, ...] -> [C, n, ...]: a chunk's scores are then one plain matrix product, fastest on a CPU."""
         size = -(-self.targets // self.num_chunks)
         x = jnp.pad(x, ((0, 0), (0, self.num_chunks * size - self.targets)) + ((0, 0),) * (x.ndim - 2))
         x = x.reshape(self.rows, self.num_chunks, size, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(self.num_chunks, -1, *x.shape[3:])
 
     def unchunk(self, x: Array) -> Array:
-        """[C, n, ...] -> [R, M, ...]."""
+        """Invert `chunks`: [C, n, ...] -> [R, M, ...]."""
         x = x.reshape(self.num_chunks, self.rows, -1, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(self.rows, -1, *x.shape[3:])[:, : self.targets]
 
     def over_blocks(self, of_block: Callable[[Any, Any], Any], start: Any) -> Any:
-        """Of the blocks, one after another; a single one needs no loop."""
+        """Fold ``of_block(i, carry)`` over the blocks in order; a single block needs no loop."""
         return of_block(0, start) if self.num_blocks == 1 else jax.lax.fori_loop(0, self.num_blocks, of_block, start)
 
     def place(self, i: Any) -> Any:
-        """Where block i begins; the last one is moved back so that it is whole."""
+        """Offset of block i; the last block is shifted back to have full size."""
         return jnp.minimum(i * self.block, len(self.unembedding) - self.block)
 
     def weights(self, i: Any, dtype: Any) -> tuple[Array, Array, Array]:
-        """Of block i: rows [b, D], their ids in the vocabulary [b], and which of them the block before did not have."""
+        """Return block i's rows [b, D], their vocabulary ids [b], and a mask of those not in the previous block [b]."""
         offset = self.place(i)
         rows = jax.lax.dynamic_slice_in_dim(self.unembedding, offset, self.block).astype(dtype)
         ids = offset + jnp.arange(self.block)
-        fresh = ids >= i * self.block
+        is_new = ids >= i * self.block
         if self.spread:
             rows = jax.lax.all_gather(rows, "fsdp", axis=1, tiled=True)
             ids += jax.lax.axis_index("tensor") * len(self.unembedding)
-        return rows, ids, fresh
+        return rows, ids, is_new
 
 
 class _Sums(NamedTuple):
-    """Over the part of the vocabulary seen so far, [C, n] float32; sums are in units of exp(largest)."""
+    """Running values over the vocabulary rows visited so far, [C, n] float32; sums are in units of exp(largest)."""
 
-    largest: Array
-    label: Array  # the label's score
-    total: Array  # of exp(score)
-    squares: Array | None  # of exp(2 score)
-    expected: Array | None  # of exp(score) score
+    largest: Array  # largest score
+    label: Array  # score of the label
+    total: Array  # sum of exp(score)
+    squares: Array | None  # sum of exp(2 score)
+    expected: Array | None  # sum of exp(score) score
 
 
 def _summed(scores: Array, is_label: Array, before: _Sums) -> _Sums:
-    """The sums with another block's scores [n, b]."""
+    """Add a block's scores [n, b] to the sums."""
     largest = jnp.maximum(before.largest, scores.max(-1))
-    weights, kept = jnp.exp(scores - largest[:, None]), jnp.exp(before.largest - largest)
+    weights, shift = jnp.exp(scores - largest[:, None]), jnp.exp(before.largest - largest)
     return _Sums(
         largest=largest,
         label=before.label + jnp.where(is_label, scores, 0.0).sum(-1),
-        total=before.total * kept + weights.sum(-1),
-        squares=None if before.squares is None else before.squares * kept**2 + (weights**2).sum(-1),
-        expected=None if before.expected is None else before.expected * kept + (weights * scores).sum(-1),
+        total=before.total * shift + weights.sum(-1),
+        squares=None if before.squares is None else before.squares * shift**2 + (weights**2).sum(-1),
+        expected=None if before.expected is None else before.expected * shift + (weights * scores).sum(-1),
     )
 
 
 def _over_parts(sums: _Sums) -> _Sums:
-    """The sums over all parts of a vocabulary that `tensor` spreads."""
+    """Combine the sums of all vocabulary shards along `tensor`."""
     largest = jax.lax.pmax(sums.largest, "tensor")
     shift = jnp.exp(sums.largest - largest)
     sums = sums._replace(
@@ -173,18 +173,17 @@ def _over_parts(sums: _Sums) -> _Sums:
 
 
 def _score(options, spread, states, unembedding, labels, mask):
-    """`TokenLogps` of the targets."""
     tiles = _Tiles(options, spread, unembedding, mask)
     states, labels = tiles.chunks(states), tiles.chunks(labels)
 
     def of_block(i, sums):
-        rows, ids, fresh = tiles.weights(i, states.dtype)
+        rows, ids, is_new = tiles.weights(i, states.dtype)
 
         def of_chunk(c, sums):
             scores = options.product("nd,vd->nv", states[c], rows)
             if tiles.num_blocks > 1:
-                scores = jnp.where(fresh, scores, UNSEEN)
-            is_label = (ids == labels[c][:, None]) & fresh
+                scores = jnp.where(is_new, scores, UNSEEN)
+            is_label = (ids == labels[c][:, None]) & is_new
             chunk_sums = _summed(scores, is_label, jax.tree.map(lambda x: x[c], sums))
             return jax.tree.map(lambda array, chunk: array.at[c].set(chunk), sums, chunk_sums)
 
@@ -195,8 +194,8 @@ def _score(options, spread, states, unembedding, labels, mask):
     sums = tiles.over_blocks(of_block, start)
     if spread:
         sums = _over_parts(sums)
-    unseen = sums.total == 0  # of chunks that were not visited; NaN is not 0
-    log_total = jnp.log(jnp.where(unseen, 1.0, sums.total))
+    is_unvisited = sums.total == 0  # true in chunks that were not visited; NaN is not 0
+    log_total = jnp.log(jnp.where(is_unvisited, 1.0, sums.total))
     normalizer = log_total + sums.largest
     logp = sums.label - normalizer
     log_sum_sq = None if sums.squares is None else jnp.log(sums.squares) - 2 * log_total
@@ -206,11 +205,11 @@ def _score(options, spread, states, unembedding, labels, mask):
         mean_logit = _mean_scores(states, unembedding, spread)
         stats = TargetStats(entropy, mean_logit, top1=(sums.label >= sums.largest).astype(jnp.float32))
     tokens = TokenLogps(logp, normalizer, log_sum_sq, stats)
-    return jax.tree.map(lambda x: tiles.unchunk(jnp.where(unseen, 0.0, x)), tokens)
+    return jax.tree.map(lambda x: tiles.unchunk(jnp.where(is_unvisited, 0.0, x)), tokens)
 
 
 def _mean_scores(states: Array, unembedding: Array, spread: bool) -> Array:
-    """The mean row's score is a token's mean score, without a look at all V."""
+    """Mean score of each token over V, computed as the score of the mean row."""
     mean_row = unembedding.mean(0, dtype=jnp.float32)
     if spread:
         mean_row = jax.lax.all_gather(jax.lax.pmean(mean_row, "tensor"), "fsdp", axis=0, tiled=True)
@@ -218,13 +217,13 @@ def _mean_scores(states: Array, unembedding: Array, spread: bool) -> Array:
 
 
 def _pull(options, spread, states, unembedding, labels, mask, normalizer, log_sum_sq, by_tokens):
-    """Gradients of states and unembedding, of those of the targets' log-probs."""
+    """Pull cotangents of the log-probs back to states and unembedding."""
     tiles = _Tiles(options, spread, unembedding, mask)
     states, labels, normalizer, log_sum_sq, by_logp, by_log_sum_sq = jax.tree.map(
         tiles.chunks, (states, labels, normalizer, log_sum_sq, *by_tokens)
     )
 
-    def by_scores(c, rows, ids, fresh):
+    def by_scores(c, rows, ids, is_new):
         logps = options.product("nd,vd->nv", states[c], rows) - normalizer[c][:, None]
         probs = jnp.exp(logps)
         grads = by_logp[c][:, None] * ((ids == labels[c][:, None]) - probs)
@@ -232,7 +231,7 @@ def _pull(options, spread, states, unembedding, labels, mask, normalizer, log_su
             shares = jnp.exp(2 * logps - log_sum_sq[c][:, None])
             grads += 2 * by_log_sum_sq[c][:, None] * (shares - probs)
         if tiles.num_blocks > 1:
-            grads = jnp.where(fresh, grads, 0.0)
+            grads = jnp.where(is_new, grads, 0.0)
         return grads.astype(states.dtype)
 
     def of_block(i, grads):
@@ -255,7 +254,7 @@ def _pull(options, spread, states, unembedding, labels, mask, normalizer, log_su
         by_rows += jax.lax.dynamic_slice_in_dim(by_unembedding, offset, tiles.block)
         return by_states, jax.lax.dynamic_update_slice_in_dim(by_unembedding, by_rows, offset, 0)
 
-    sum_dtype = jnp.float32 if tiles.num_blocks > 1 or spread else states.dtype  # what is summed over parts
+    sum_dtype = jnp.float32 if tiles.num_blocks > 1 or spread else states.dtype  # of sums over blocks or shards
     start = jnp.zeros(states.shape, sum_dtype), jnp.zeros(unembedding.shape, jnp.float32)
     by_states, by_unembedding = tiles.over_blocks(of_block, start)
     if spread:

@@ -109,7 +109,7 @@ def test_cudnn_layout_is_the_rule(name, cudnn_by_xla):
 
 
 def test_cudnn_has_no_soft_cap():
-    with pytest.raises(UserError, match="no soft cap"):
+    with pytest.raises(UserError, match="no soft-capping"):
         computed("head 128, soft cap, window of a block", "cudnn")
 
 
@@ -240,8 +240,8 @@ def test_auto_follows_the_devices():
     ("asked", "platform", "dtype", "said"),
     [
         ("cudnn", "gpu", "float32", "bfloat16"),
-        ("cudnn", "cpu", "bfloat16", "for GPU, the devices are cpu"),
-        ("splash", "gpu", "bfloat16", "for TPU, the devices are gpu"),
+        ("cudnn", "cpu", "bfloat16", "for GPU, but the devices are cpu"),
+        ("splash", "gpu", "bfloat16", "for TPU, but the devices are gpu"),
     ],
 )
 def test_kernels_are_refused_where_they_do_not_run(asked, platform, dtype, said):

@@ -1,6 +1,6 @@
-"""Which decoders exist, and how a Hugging Face ``config.json`` becomes the typed options of one.
+"""Supported model families, and conversion of a Hugging Face ``config.json`` to typed decoder options.
 
-Every key of the file is either read here, known to leave the computation as it is, or refused by name.
+Every key of the file is either read here, known not to affect the computation, or refused by name.
 """
 
 from collections.abc import Mapping
@@ -18,23 +18,23 @@ FAMILIES = {"llama": llama.FAMILY, "mistral": mistral.FAMILY, "qwen2": qwen2.FAM
 def _check_keys(hf: Mapping[str, Any], model_type: str, family: Family) -> None:
     architectures = hf.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
-        raise refuse("architectures", architectures, f"for {model_type} it has to be [{family.architecture!r}]")
+        raise refuse("architectures", architectures, f"for {model_type} it must be [{family.architecture!r}]")
     for key, value in hf.items():
         recognised = key in SHARED_KEYS or key in HARMLESS_KEYS or key in family.keys or key.startswith("_")
         if not recognised and not one_of(value, NEUTRAL_VALUES.get(key, EMPTY)):
-            remedy = f"the {model_type} decoder has no such option; if it changes nothing, remove it from the file"
+            remedy = f"the {model_type} decoder has no such option; remove it from the file if it has no effect"
             raise refuse(key, value, remedy)
 
 
 def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Typed options out of a parsed Hugging Face ``config.json``.
+    """Convert a parsed Hugging Face ``config.json`` to typed options.
 
     Raises:
-        UserError: unknown ``model_type``, or a key whose value asks for what the decoder does not compute.
+        UserError: unknown ``model_type``, invalid value, or a key that requests an unsupported computation.
     """
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise refuse("model_type", model_type, f"it can be one of {', '.join(FAMILIES)}")
+        raise refuse("model_type", model_type, f"choose from {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     _check_keys(hf, model_type, family)
     hidden, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
@@ -48,10 +48,10 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         raise refuse("num_attention_heads", heads, f"it must divide hidden_size, {hidden}, or head_dim must be given")
     head_dim = size(sizes, "head_dim", family.head_dim or hidden // heads)
     if head_dim % 2:
-        raise refuse("head_dim", head_dim, "rotary embeddings need an even number")
+        raise refuse("head_dim", head_dim, "it must be even for rotary embeddings")
     activation = hf.get("hidden_act", "silu")
     if activation not in get_args(Activation):
-        raise refuse("hidden_act", activation, f"it can be one of {', '.join(get_args(Activation))}")
+        raise refuse("hidden_act", activation, f"choose from {', '.join(get_args(Activation))}")
     if "max_position_embeddings" in hf:
         size(hf, "max_position_embeddings")
     rope_theta, rope_scaling = rope(hf)

@@ -1,4 +1,4 @@
-"""What a family's file is made of: the table that it fills, and the reading of values of its ``config.json``."""
+"""Building blocks of model families: the `Family` table, and readers for values of ``config.json``."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,51 +12,51 @@ Pattern = Callable[[Mapping[str, Any], int], tuple[LayerKind, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What one ``model_type`` means where its config.json is silent."""
+    """Keys, defaults and fixed options of one ``model_type``."""
 
     architecture: str
-    keys: frozenset[str] = frozenset()  # of config.json that it has beyond those that all families have
-    # the kinds of its layers, of config.json and the number of layers; the default: all are alike, without a window
+    keys: frozenset[str] = frozenset()  # additional keys of config.json, beyond those shared by all families
+    # (config.json, number of layers) -> pattern of layer kinds; default: all layers alike, without a window
     pattern: Pattern = lambda hf, layers: (LayerKind(),)
-    derived: frozenset[str] = frozenset()  # sizes that follow from the others if null; elsewhere null is refused
+    derived: frozenset[str] = frozenset()  # sizes derived from others if null; null is refused for all other sizes
     kv_heads: int | None = None  # default; None: as many as query heads
     head_dim: int | None = None  # default; None: hidden / heads
-    qkv_bias: bool = False  # always; else attention_bias, if that is one of its keys, says
+    qkv_bias: bool = False  # always on; if False, attention_bias decides, if the family has that key
     qk_norm: bool = False
 
 
-MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1  # larger numbers are mistakes, and their arrays would fit nowhere
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1  # larger numbers are mistakes: no memory holds such arrays
 
 
 def refuse(key: str, value: object, why: str) -> UserError:
-    """The error that names a key of the file, its value and what is wrong with it."""
+    """Make the error that names a key of the file, its value, and the reason or remedy."""
     return UserError(f"config.json: {key}", value, why)
 
 
 def one_of(value: object, options: Sequence[object]) -> bool:
-    """As ``in``, but also for what is read from a file and cannot be compared or hashed; 1 is not True here."""
+    """Like ``in``, but strict about types (1 is not True) and safe for values that cannot be compared or hashed."""
     return any(value is option or (type(value) is type(option) and value == option) for option in options)
 
 
 def number(hf: Mapping[str, Any], key: str, default: float | None = None, most: float = 1e30) -> Any:
-    """A positive number; an absent key takes the default."""
+    """Read a positive number; a missing key takes the default."""
     value = hf.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
-        raise refuse(key, value, f"a positive number is needed, at most {most:g}")
+        raise refuse(key, value, f"it must be a positive number, at most {most:g}")
     return value
 
 
 def size(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
-    """A positive whole number; an absent key takes the default."""
+    """Read a positive whole number; a missing key takes the default."""
     value = number(hf, key, default, most)
     if not isinstance(value, int):
-        raise refuse(key, value, "a whole number is needed")
+        raise refuse(key, value, "it must be a whole number")
     return value
 
 
 def flag(hf: Mapping[str, Any], key: str) -> bool:
-    """True or false; an absent key is false."""
+    """Read a Boolean; a missing key is False."""
     value = hf.get(key, False)
     if not isinstance(value, bool):
-        raise refuse(key, value, "true or false is needed")
+        raise refuse(key, value, "it must be true or false")
     return value

@@ -1,4 +1,4 @@
-"""Keys of ``config.json`` that all families have, and those that leave the computation as it is."""
+"""Keys of ``config.json`` that all families read, and keys that do not affect the computation."""
 
 SHARED_KEYS = frozenset({
     "architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -6,7 +6,7 @@ SHARED_KEYS = frozenset({
     "rope_parameters", "max_position_embeddings", "tie_word_embeddings", "initializer_range",
 })  # fmt: skip
 
-# Dropout belongs here: this program trains without any. The rest concerns storage, generation, tokens and tools.
+# Dropout is harmless, since training uses none. The other keys concern storage, generation, tokens and tools.
 HARMLESS_KEYS = frozenset({
     "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
     "decoder_start_token_id", "use_cache", "pretraining_tp", "torch_dtype", "dtype", "transformers_version", "id2label",
@@ -16,9 +16,9 @@ HARMLESS_KEYS = frozenset({
     "diversity_penalty", "num_beams", "num_beam_groups", "num_return_sequences", "encoder_no_repeat_ngram_size",
     "no_repeat_ngram_size", "unsloth_version", "unsloth_fixed", "transformers.js_config", "is_llama_config",
 })  # fmt: skip
-# What an option that is off looks like.
+# Values of an option that is off.
 EMPTY = (None, False, 0, 0.0, "", [], {})
-# Keys that transformers reads in the config of any model, with the values that leave the computation as it is.
+# Keys that transformers reads for every model, with the values that do not affect the computation.
 NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "is_causal": (True, None),
     "partial_rotary_factor": (1, 1.0, None),

@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2, and all that share the type: biases where the config says so, no window, no norms of heads."""
+"""Llama 2, 3, 3.1, 3.2 and other models of this type: biases set by the config, no window, no QK norm."""
 
 from dpo_jax.models.families.family import Family
 

@@ -1,4 +1,4 @@
-"""Mistral: Llama without biases, and with one sliding window for all layers unless it is null."""
+"""Mistral: Llama without biases, with the same sliding window in all layers unless it is null."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,9 @@ from dpo_jax.models.options import LayerKind
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """The number alone decides."""
-    has_none = "sliding_window" in hf and hf["sliding_window"] is None
-    return (LayerKind(window=None if has_none else size(hf, "sliding_window", 4096)),)
+    """Read the window of all layers from ``sliding_window``: null means none, a missing key 4096."""
+    is_null = "sliding_window" in hf and hf["sliding_window"] is None
+    return (LayerKind(window=None if is_null else size(hf, "sliding_window", 4096)),)
 
 
 FAMILY = Family(

@@ -1,4 +1,4 @@
-"""Qwen3, dense: Llama with RMSNorm of each query and key head, heads of 128, and windows as Qwen2 has them."""
+"""Qwen3, dense: Llama with RMSNorm of each query and key head, a default head_dim of 128, and Qwen2's windows."""
 
 from dpo_jax.models.families import qwen2
 from dpo_jax.models.families.family import Family
