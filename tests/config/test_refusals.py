@@ -241,7 +241,7 @@ BAD_MODELS = [
         "config.json cut short",
         partial(edit, "model/config.json", lambda data: data[:40]),
         "",
-        "model/config.json: this is not JSON:  ... copy or download it again",
+        "model/config.json: not valid JSON:  ... copy or download it again",
     ),
     (
         "unknown type",
@@ -259,7 +259,7 @@ BAD_MODELS = [
         "no weights",
         partial(remove, "model/model.safetensors"),
         "",
-        "model: there is neither model.safetensors nor model.safetensors.index.json",
+        "model: contains neither model.safetensors nor model.safetensors.index.json",
     ),
     (
         "weights cut short",
@@ -271,13 +271,13 @@ BAD_MODELS = [
         "fewer layers",
         partial(configure_model, num_hidden_layers=4),
         "",
-        "model: the weights hold model.layers.4. ... which config.json does not ask for",
+        "model: the weights contain model.layers.4. ... which config.json does not call for",
     ),
     (
         "another width",
         partial(configure_model, intermediate_size=256),
         "",
-        "model: tensor model.layers.0.mlp. ... but config.json makes it [",
+        "model: tensor model.layers.0.mlp. ... but config.json implies [",
     ),
     (
         "no tokenizer",
@@ -307,7 +307,7 @@ BAD_MODELS = [
         "saved step of no run",
         nothing,
         "--model.checkpoint best",
-        "model.checkpoint: 'best' cannot be used: model is no run directory, so it has no saved steps; leave it at",
+        "model.checkpoint: 'best' cannot be used: model is not a run directory, so it has no saved steps; leave it at",
     ),
     (
         "nothing to leave out",
@@ -325,7 +325,7 @@ BAD_MODELS = [
         "builtin without tokenizer",
         nothing,
         "--model.path builtin:tiny",
-        "model.tokenizer: builtin:tiny brings none",
+        "model.tokenizer: builtin:tiny has no tokenizer",
     ),
     ("no reference", nothing, "--reference.path ./other", "reference.path: ./other does not exist"),
     (
@@ -338,7 +338,7 @@ BAD_MODELS = [
         "no adapters",
         nothing,
         "--lora.rank 4 --lora.path model",
-        "lora.path: model holds no adapter_config.json; give a directory of adapters in PEFT's format",
+        "lora.path: model contains no adapter_config.json; give a directory of adapters in PEFT's format",
     ),
     ("devices", nothing, "--mesh.fsdp 3", "mesh: {'data': 1, 'fsdp': 3, 'tensor': 1} does not use 8 devices"),
 ]
@@ -523,7 +523,7 @@ BAD_RUNS = [
         nothing,
         "train c.yaml --run.dir next --model.path run --model.revision main",
         2,
-        "model.revision: 'main' cannot be used: run is a run directory, whose steps model.checkpoint chooses; leave",
+        "model.revision: 'main' cannot be used: run is a run directory; choose its step with model.checkpoint; leave",
     ),
     (
         "plan with no reference",
