@@ -48,11 +48,11 @@ class CachedReference:
     logps: Mapping[str, Mapping[str, np.ndarray]]  # store key -> field of PairLogps -> [N, K] float32
 
     def _pairs(self, store: Store, ids: np.ndarray) -> PairLogps:
-        real = ids >= 0
+        is_real = ids >= 0
         safe_ids = np.maximum(ids, 0)
-        take = lambda values: np.where(real[:, None], values[safe_ids], 0).astype(np.float32)  # noqa: E731
+        take = lambda values: np.where(is_real[:, None], values[safe_ids], 0).astype(np.float32)  # noqa: E731
         logps = {name: take(values) for name, values in self.logps[store.key].items()}
-        return PairLogps(count=take(store.num_targets), weight=real.astype(np.float32), valid=real, **logps)  # type: ignore[arg-type]
+        return PairLogps(count=take(store.num_targets), weight=is_real.astype(np.float32), valid=is_real, **logps)  # type: ignore[arg-type]
 
     def of(self, data: StepData, store: Store) -> PairLogps:
         """Look up a step's log-probs for `dpo_jax.step.Frozen`, with a leading microbatch dim if the batch has one."""

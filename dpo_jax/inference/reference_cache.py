@@ -58,8 +58,8 @@ def cached_logps(
     logps, computed = _load_parts(path, made_by, shape, notice)
     if len(set(hosts.gather(hashlib.sha256(computed.tobytes()).hexdigest(), "parts of the reference cache"))) > 1:
         logps, computed = {}, np.zeros(len(store), int)  # without a shared disk, processes see different parts
-    ids_of = [ids[ids >= 0] for ids in map(batches.order.step_ids, range(batches.order.num_steps))]
-    todo = [step for step, ids in enumerate(ids_of) if not computed[ids].all()]
+    step_ids = [ids[ids >= 0] for ids in map(batches.order.step_ids, range(batches.order.num_steps))]
+    todo = [step for step, ids in enumerate(step_ids) if not computed[ids].all()]
     for count, start in enumerate(range(0, len(todo), PART_STEPS)):
         ids, fields = compute(batches, todo[start : start + PART_STEPS])
         is_new = computed[ids] == 0
@@ -175,7 +175,7 @@ def _read(path: Path, made_by: Mapping) -> Arrays:
 def _load(path: Path, arrays: bool = True) -> tuple[dict[str, Any], Arrays]:
     """Load the inputs that a file was made from and, unless ``arrays`` is false, its arrays."""
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             about = {**json.loads(str(file["about"]))}
             return about, {name: file[name] for name in file.files if arrays and name != "about"}
     except Exception as error:  # zip, zlib, numpy and json each raise their own types
@@ -184,6 +184,6 @@ def _load(path: Path, arrays: bool = True) -> tuple[dict[str, Any], Arrays]:
 
 def _write(path: Path, made_by: Mapping, fields: Mapping[str, np.ndarray]) -> None:
     file = io.BytesIO()
-    named: dict[str, Any] = {"about": json.dumps({**made_by, "digest": _digest(fields)}), **fields}
-    np.savez(file, **named)
+    arrays: dict[str, Any] = {"about": json.dumps({**made_by, "digest": _digest(fields)}), **fields}
+    np.savez(file, **arrays)
     write_whole(path, file.getbuffer(), durable=True)

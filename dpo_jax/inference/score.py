@@ -37,7 +37,7 @@ def dataset_logps(
     ids, chunks = [], []
     for data in batches.ahead(range(batches.order.num_steps) if steps is None else steps):
         logps = logps_step(weights, to_devices(data.batch))
-        real = data.ids >= 0
-        ids.append(data.ids[real])
-        chunks.append(jax.tree.map(lambda x: np.asarray(x)[real], logps))  # noqa: B023  used at once
+        is_real = data.ids >= 0
+        ids.append(data.ids[is_real])
+        chunks.append(jax.tree.map(lambda x: np.asarray(x)[is_real], logps))  # noqa: B023  used at once
     return np.concatenate(ids), jax.tree.map(lambda *arrays: np.concatenate(arrays), *chunks)

@@ -58,10 +58,10 @@ def _slots(model: Model) -> dict[str, Slot]:
     """Map the name of each tensor a model directory must contain to its slot; files flatten [heads, head_dim]."""
     slots, sizes = {}, projections(model.config)
     for leaf, struct in _leaves(model.param_shapes()).items():
-        stacked, _, name = leaf.rpartition("/")
+        prefix, _, name = leaf.rpartition("/")
         dims = sizes.get(name, (math.prod(struct.shape[1:]),))
-        shape = dims[::-1] if stacked else struct.shape
-        for layer in range(model.config.layers) if stacked else (None,):
+        shape = dims[::-1] if prefix else struct.shape
+        for layer in range(model.config.layers) if prefix else (None,):
             slots[TENSORS[leaf].format(layer)] = Slot(leaf, layer, shape)
     return slots
 
@@ -92,11 +92,11 @@ def _list(names: list[str]) -> str:
 
 def _check_tied(folder: Path, unembed: Tensor, embed: Tensor) -> None:
     chunk = 4096  # rows, so that neither matrix is ever in memory as a whole
-    equal = unembed.shape == embed.shape and all(
+    is_equal = unembed.shape == embed.shape and all(
         np.array_equal(unembed.read(rows), embed.read(rows))
         for rows in (slice(start, start + chunk) for start in range(0, embed.shape[0], chunk))
     )
-    if not equal:
+    if not is_equal:
         remedy = f"{TENSORS['unembed']} differs from {TENSORS['embed']}; set it to false in config.json"
         raise UserError(f"{folder}: tie_word_embeddings", True, remedy)
 

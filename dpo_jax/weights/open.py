@@ -138,7 +138,7 @@ class AdaptedRun:
 
     run: RunDir
     lora: LoraConfig
-    base: ModelConfig  # names the base model, and the step if the base model is itself a run
+    base: ModelConfig  # the base model, and its step if it is itself a run
 
 
 def adapted_run(run: RunDir) -> AdaptedRun | None:

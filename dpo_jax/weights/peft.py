@@ -116,7 +116,7 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mappin
     for name, slot in expected.items():
         if name not in tensors:
             raise refuse(
-                f"lacks {name}, which lora.targets requires: omit it there or, if some layers have it, {_MERGE}"
+                f"lacks {name}, which lora.targets requires: drop the target or, if some layers have it, {_MERGE}"
             )
         actual, needed = list(tensors[name].shape), list(slot.shape)
         if actual != needed:
@@ -129,11 +129,12 @@ def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expec
     targets, excluded = options.get("target_modules"), options.get("exclude_modules") or []
     modules = {_module(name, layer) for name in LAYER for layer in range(model.config.layers)}
     all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-    targeted = modules if all_linear else _named(path, "target_modules", targets, modules)
-    targeted = targeted - _named(path, "exclude_modules", excluded, modules)
-    stored = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in expected}
-    if targeted != stored:
-        difference = f"{shown(targets)} and the tensors of {TENSOR_FILE} differ at {min(targeted ^ stored)}"
+    target_modules = modules if all_linear else _named(path, "target_modules", targets, modules)
+    target_modules = target_modules - _named(path, "exclude_modules", excluded, modules)
+    stored_modules = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in expected}
+    if target_modules != stored_modules:
+        module = min(target_modules ^ stored_modules)
+        difference = f"{shown(targets)} and the tensors of {TENSOR_FILE} differ at {module}"
         raise UserError(f"lora.path: {path}: target_modules: {difference}; copy both files again")
 
 

@@ -404,7 +404,7 @@ BAD_RUNS = [
         partial(write, "mine/notes.txt", "x"),
         "train c.yaml --run.dir mine",
         2,
-        "run.dir: mine holds other files and no run of this program: choose an empty directory",
+        "run.dir: mine has other files but no run of this program: choose an empty directory",
     ),
     (
         "a file",
@@ -467,21 +467,21 @@ BAD_RUNS = [
         partial(edit, "run/metrics.jsonl", lambda text: text.replace(b"\n", b" ") + b"  "),
         "train c.yaml --run.dir run",
         2,
-        "run/metrics.jsonl: byte  ... ends no line",
+        "run/metrics.jsonl: was edited, as byte  ... no longer ends a line",
     ),
     (
         "saves damaged",
         damage,
         "train c.yaml --run.dir run",
         43,
-        "checkpoints: no save in  ... is good ( ... restore a good copy of a step, or choose a new run.dir",
+        "checkpoints: no checkpoint in  ... is usable ( ... restore a good copy of a step, or choose a new run.dir",
     ),
     (
         "saves gone",
         partial(remove, "run/checkpoints"),
         "train c.yaml --run.dir run",
         2,
-        "run.dir:  ... was saved before, but  ... holds no save: restore the saves",
+        "run.dir:  ... was saved before, but  ... has no checkpoint: restore the checkpoints",
     ),
     (
         "another version",
@@ -495,7 +495,7 @@ BAD_RUNS = [
         nothing,
         "export model out",
         2,
-        "run directory model: holds no events.jsonl, so it is no run of this program: check the path",
+        "run directory model: has no events.jsonl, so it is not a run of this program: check the path",
     ),
     (
         "export onto something",
@@ -509,14 +509,14 @@ BAD_RUNS = [
         nothing,
         "export run out --which best",
         2,
-        "its run named no checkpoint.best_metric, so no step is best: use newest",
+        "its run set no checkpoint.best_metric, so no step is the best: use newest",
     ),
     (
         "start from no best",
         nothing,
         "train c.yaml --run.dir next --model.path run --model.checkpoint best",
         2,
-        "its run named no checkpoint.best_metric",
+        "its run set no checkpoint.best_metric",
     ),
     (
         "revision of a run",
@@ -544,7 +544,7 @@ BAD_RUNS = [
         partial(remove, "run/checkpoints"),
         "train c.yaml --run.dir next --model.path run",
         2,
-        "run/checkpoints: holds no saved step: check the path, or train first",
+        "run/checkpoints: contains no saved step: check the path, or train first",
     ),
     (
         "start from no model",
