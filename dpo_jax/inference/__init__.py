@@ -1,1 +1,1 @@
-"""Forward passes without gradient: scores of whole sets, the reference, what tokens earn, generation."""
+"""Forward passes without gradients: dataset log-probs, the reference, per-token rewards, generation."""

@@ -1,6 +1,6 @@
-"""What the means of an evaluation stand for: how rewards and margins are spread, and which answers they favour.
+"""Distributions behind an evaluation's means: histograms of rewards and margins, and accuracy by answer length.
 
-Plain data (JSON can hold it), and a function of the log-probs alone.
+The results are plain JSON-serializable data and depend on the log-probs alone.
 """
 
 import math
@@ -12,21 +12,21 @@ from dpo_jax.batch import CHOSEN, REJECTED, PairLogps
 from dpo_jax.config import LossConfig
 from dpo_jax.losses import log_ratios
 
-BINS = 24  # of a histogram, at most
-BUCKETS = 5  # of lengths, at most
+BINS = 24  # maximum number of histogram bins
+BUCKETS = 5  # maximum number of length buckets
 
 
 def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Any]:
-    """How rewards and margins of a set of pairs, all real, are spread.
+    """Return the distributions of rewards and margins over a set of pairs without empty slots.
 
-    Returns an object of:
+    The keys of the result:
 
-    - ``margins``: a histogram, ``edges`` and the ``counts`` between them (the last edge belongs to the last bin);
-    - ``rewards``: ``edges`` that both answers share, the counts ``chosen`` and ``rejected``;
-    - ``not_finite``: pairs with a reward that is NaN or infinite, which no histogram counts;
-    - ``by_length``: buckets of the longer answer's tokens, about equally many pairs in each: ``from``, ``to`` (both in
-      it), ``pairs``, ``share`` of all, ``accuracy`` (chosen over rejected, strictly), mean ``margin``;
-    - ``by_longer``: the same by which answer is the longer one, ``chosen``, ``rejected`` or ``equal``.
+    - ``margins``: a histogram with bin ``edges`` and ``counts`` (the last bin includes its upper edge);
+    - ``rewards``: bin ``edges`` shared by both answers, and the counts ``chosen`` and ``rejected``;
+    - ``not_finite``: number of pairs with a NaN or infinite reward, which the histograms leave out;
+    - ``by_length``: buckets by the token count of the longer answer, about equally many pairs in each: ``from``, ``to``
+      (both inclusive), ``pairs``, ``share`` of all pairs, ``accuracy`` (margin > 0), mean ``margin``;
+    - ``by_longer``: the same, grouped by which answer is ``longer``: ``chosen``, ``rejected`` or ``equal``.
     """
     ratios = log_ratios(policy, reference, loss)
     chosen, rejected = (loss.beta * np.asarray(ratio) for ratio in (ratios.chosen, ratios.rejected))
@@ -34,8 +34,8 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
     finite = np.isfinite(margins)
     edges, margin_edges = nice_edges(np.concatenate([chosen[finite], rejected[finite]])), nice_edges(margins[finite])
     lengths = np.asarray(policy.count).astype(np.int64)
-    longer, more = lengths.max(1), lengths[:, CHOSEN] - lengths[:, REJECTED]
-    sides = {"chosen": more > 0, "rejected": more < 0, "equal": more == 0}
+    max_lengths, excess = lengths.max(1), lengths[:, CHOSEN] - lengths[:, REJECTED]
+    sides = {"chosen": excess > 0, "rejected": excess < 0, "equal": excess == 0}
     return {
         "margins": {"edges": margin_edges, "counts": _counts(margins[finite], margin_edges)},
         "rewards": {
@@ -45,24 +45,24 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
         },
         "not_finite": int((~finite).sum()),
         "by_length": [
-            {"from": first, "to": last} | _group(margins, (longer >= first) & (longer <= last))
-            for first, last in length_buckets(longer)
+            {"from": first, "to": last} | _group(margins, (max_lengths >= first) & (max_lengths <= last))
+            for first, last in length_buckets(max_lengths)
         ],
         "by_longer": [{"longer": side} | _group(margins, mask) for side, mask in sides.items() if mask.any()],
     }
 
 
 def _group(margins: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
-    """Of the pairs in ``mask``."""
+    """Return the statistics of the pairs in ``mask``."""
     selected = margins[mask].astype(np.float64)
     share, accuracy = len(selected) / len(margins), float((selected > 0).mean())
     return {"pairs": len(selected), "share": share, "accuracy": accuracy, "margin": float(selected.mean())}
 
 
 def nice_edges(values: np.ndarray) -> list[float]:
-    """Edges of at most ``BINS`` equal bins that hold all values.
+    """Return the edges of at most ``BINS`` bins of equal width that cover all values.
 
-    They are multiples of 1, 2 or 5 times a power of ten, so that 0 is one of them where values lie on both its sides.
+    Edges are multiples of 1, 2 or 5 times a power of ten, so 0 is an edge if the values have both signs.
     """
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
     spread = max(high - low, 1e-6 * max(abs(low), abs(high)), 1e-6)
@@ -80,7 +80,7 @@ def _counts(values: np.ndarray, edges: list[float]) -> list[int]:
 
 
 def length_buckets(lengths: np.ndarray) -> list[tuple[int, int]]:
-    """(first, last) of at most ``BUCKETS`` ranges of lengths that hold every one of them, once."""
+    """Split the lengths into at most ``BUCKETS`` disjoint inclusive ranges (first, last), from their quantiles."""
     ends = np.unique(np.quantile(lengths, np.arange(1, BUCKETS + 1) / BUCKETS, method="inverted_cdf")).tolist()
     firsts = [int(lengths.min()), *(end + 1 for end in ends[:-1])]
     return list(zip(firsts, ends, strict=True))

@@ -1,4 +1,4 @@
-"""Metrics of whole sets of examples: means over all of them, exact for any batch size."""
+"""Metrics of whole evaluation sets: means over all examples, exact for any batch size."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,16 +18,16 @@ from dpo_jax.losses import preference_metrics
 
 
 class ScoredSet(NamedTuple):
-    """An evaluation set and its log-probs."""
+    """An evaluation set with its log-probs."""
 
     name: str
     store: Store
-    ids: np.ndarray  # [N] examples
-    policy: PairLogps  # of these N
+    ids: np.ndarray  # [N] example ids
+    policy: PairLogps  # of these N examples
     reference: PairLogps | None
 
     def metrics(self, loss: LossConfig) -> dict[str, float]:
-        """As `preference_metrics` names them."""
+        """Compute the metrics of `preference_metrics` as floats."""
         values = jax.device_get(preference_metrics(self.policy, self.reference, loss))
         return {name: float(value) for name, value in values.items()}
 
@@ -39,7 +39,7 @@ def score_sets(
     weights: Any,
     reference: Reference | None,
 ) -> Iterator[ScoredSet]:
-    """Every set, scored, one after another."""
+    """Score each set in turn and yield it with the log-probs of policy and reference."""
     for name, batches in sets.items():
         ids, policy = dataset_logps(logps_step, weights, batches, to_devices)
         logps = None if reference is None else reference.dataset(logps_step, batches, to_devices)
@@ -47,14 +47,14 @@ def score_sets(
 
 
 def evaluation_of(scored: Iterator[ScoredSet], loss: LossConfig) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Metrics of every set as ``eval_NAME_METRIC``, and what these means stand for, an object a set.
+    """Return the metrics of all sets as ``eval_NAME_METRIC``, and one object of reward distributions per set.
 
-    Sets of one answer a prompt have no rewards, and so no such object.
+    Sets with one answer per prompt have no rewards and therefore no distributions.
     """
     metrics, distributions = {}, []
-    for one in scored:
-        metrics |= {f"eval_{one.name}_{key}": value for key, value in one.metrics(loss).items()}
-        if one.policy.sum.shape[1] > 1:
-            distribution = reward_distributions(one.policy, one.reference, loss)
-            distributions.append({"set": one.name, "pairs": len(one.ids), **distribution})
+    for scored_set in scored:
+        metrics |= {f"eval_{scored_set.name}_{key}": value for key, value in scored_set.metrics(loss).items()}
+        if scored_set.policy.sum.shape[1] > 1:
+            distribution = reward_distributions(scored_set.policy, scored_set.reference, loss)
+            distributions.append({"set": scored_set.name, "pairs": len(scored_set.ids), **distribution})
     return metrics, distributions

@@ -1,4 +1,4 @@
-"""Greedy answers, for a look at what a model says: a whole forward pass a token, at one shape."""
+"""Greedy decoding for inspecting a model's answers: one full forward pass per token, compiled for one shape."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,8 +16,8 @@ from dpo_jax.models.decoder import Model, Params, plain_batch
 def _extend(
     model: Model, params: Params, tokens: Int[Array, "R T"], lengths: Int[Array, " R"], ends: Int[Array, " R"], eos_id
 ) -> tuple[Int[Array, "R T"], Int[Array, " R"]]:
-    """Fill each row from its length up to its end or its end-of-sequence token; the filled rows and their lengths."""
-    places = jnp.arange(tokens.shape[1])
+    """Extend each row until its end or its end-of-sequence token; return the rows and their new lengths."""
+    positions = jnp.arange(tokens.shape[1])
     unembedding = model.unembedding(params).astype(jnp.float32)
 
     def any_open(state):
@@ -30,7 +30,7 @@ def _extend(
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         token = jnp.argmax(jnp.einsum("RD,VD->RV", last.astype(jnp.float32), unembedding), axis=-1)
         is_open = lengths < ends
-        tokens = jnp.where((places == lengths[:, None]) & is_open[:, None], token[:, None], tokens)
+        tokens = jnp.where((positions == lengths[:, None]) & is_open[:, None], token[:, None], tokens)
         ends = jnp.where(is_open & (token == eos_id), lengths + 1, ends)
         return tokens, lengths + is_open, ends
 
@@ -41,16 +41,16 @@ def _extend(
 def greedy(
     model: Model, params: Params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_id: int
 ) -> list[list[int]]:
-    """The most likely next token, again and again, for all prompts at once.
+    """Decode greedily from all prompts as one batch.
 
     Returns:
-        For each prompt the new tokens, at most ``max_new_tokens``; the last is ``eos_id`` where the model ended.
+        The new tokens of each prompt, at most ``max_new_tokens``, ending in ``eos_id`` if the model generated it.
     """
-    assert all(len(prompt) > 0 for prompt in prompts), "a prompt needs a token to go on from"
+    assert all(len(prompt) > 0 for prompt in prompts), "a prompt must have at least one token"
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), lengths.max() + max_new_tokens), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    dense = replace(model, attention="xla")  # rows are short, and these have no blocks
+    dense = replace(model, attention="xla")  # rows are short, and these batches carry no block indices
     tokens, ends = jax.device_get(_extend(dense, params, tokens, lengths, lengths + max_new_tokens, eos_id))
     return [row[start:end].tolist() for row, start, end in zip(tokens, lengths, ends, strict=True)]

@@ -1,7 +1,7 @@
-"""The frozen model that the policy is held to: run in every step, or run once and remembered.
+"""The frozen reference model: evaluated in every step, or once with its log-probs cached.
 
-Either way it is made of its own arrays: a copy of the policy's start, never an alias of what the step donates. Only a
-run of adapters needs no copy: its base is never donated.
+A live reference is a copy of the initial policy and never an alias of arrays that the step donates. Only a run of
+adapters needs no copy, as its base weights are never donated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,42 +20,42 @@ from dpo_jax.inference.score import LogpsStep, dataset_logps
 
 
 def copy_weights(params: Any, dtype: str | None) -> Any:
-    """New arrays with the same values, cast to ``dtype`` if given. A cast to the same type alone would alias."""
+    """Copy the arrays, cast to ``dtype`` if given. Without the copy, a cast to the same dtype would alias them."""
     return jax.tree.map(lambda x: jnp.copy(x if dtype is None else x.astype(dtype)), params)
 
 
 @dataclass(frozen=True)
 class LiveReference:
-    """Weights whose forward pass runs in every step: a second tree, or an `Adapted` without adapters."""
+    """Reference weights that every step runs: a second parameter tree, or an `Adapted` without adapters."""
 
     weights: Any
 
     def sums(
         self, logps_step: LogpsStep, data: StepData, store: Store, microbatches: Sequence[PreferenceBatch]
     ) -> np.ndarray:
-        """Log-probs [B, K] of a step, whose batch lies on the devices in ``microbatches``."""
+        """Compute the log-probs [B, K] of a step's batch, given as ``microbatches`` on the devices."""
         return np.concatenate([np.asarray(logps_step(self.weights, microbatch).sum) for microbatch in microbatches])
 
     def dataset(self, logps_step: LogpsStep, batches: Batches, to_devices: ToDevices) -> PairLogps:
-        """Log-probs of a whole set."""
+        """Compute the log-probs of all examples of a set."""
         return dataset_logps(logps_step, self.weights, batches, to_devices)[1]
 
 
 @dataclass(frozen=True)
 class CachedReference:
-    """Log-probs of every example of the run's stores, by store key; no weights."""
+    """Cached reference log-probs of every example of the run's stores, without weights."""
 
     logps: Mapping[str, Mapping[str, np.ndarray]]  # store key -> field of PairLogps -> [N, K] float32
 
     def _pairs(self, store: Store, ids: np.ndarray) -> PairLogps:
-        real = ids >= 0
+        is_real = ids >= 0
         safe_ids = np.maximum(ids, 0)
-        take = lambda values: np.where(real[:, None], values[safe_ids], 0).astype(np.float32)  # noqa: E731
-        kept = {name: take(values) for name, values in self.logps[store.key].items()}
-        return PairLogps(count=take(store.num_targets), weight=real.astype(np.float32), valid=real, **kept)  # type: ignore[arg-type]
+        take = lambda values: np.where(is_real[:, None], values[safe_ids], 0).astype(np.float32)  # noqa: E731
+        logps = {name: take(values) for name, values in self.logps[store.key].items()}
+        return PairLogps(count=take(store.num_targets), weight=is_real.astype(np.float32), valid=is_real, **logps)  # type: ignore[arg-type]
 
     def of(self, data: StepData, store: Store) -> PairLogps:
-        """Log-probs of a step, as `dpo_jax.step.Frozen` takes them; leading dim: microbatches."""
+        """Look up a step's log-probs for `dpo_jax.step.Frozen`, with a leading microbatch dim if the batch has one."""
         pairs = self._pairs(store, data.ids)
         if data.batch.valid.ndim == 1:
             return pairs
@@ -64,11 +64,11 @@ class CachedReference:
     def sums(
         self, logps_step: LogpsStep, data: StepData, store: Store, microbatches: Sequence[PreferenceBatch]
     ) -> np.ndarray:
-        """Log-probs [B, K] of a step."""
+        """Look up the log-probs [B, K] of a step."""
         return np.asarray(self._pairs(store, data.ids).sum)
 
     def dataset(self, logps_step: LogpsStep, batches: Batches, to_devices: ToDevices) -> PairLogps:
-        """Log-probs of a whole set."""
+        """Look up the log-probs of all examples of a set."""
         return self._pairs(batches.store, np.concatenate(batches.order.groups))
 
 

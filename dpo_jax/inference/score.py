@@ -1,4 +1,4 @@
-"""Log-probs of whole sets of examples, for evaluation and for the reference's cache."""
+"""Log-probs of whole datasets, for evaluation and for the reference cache."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,29 +15,29 @@ LogpsStep = Callable[[Any, PreferenceBatch], PairLogps]  # compiled: (weights, b
 
 
 def model_functions(model: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Hidden states and unembedding of a model's weights, as `make_logps_fn` takes them."""
+    """Return the functions for hidden states and unembedding of a model, in the form that `make_logps_fn` takes."""
     if model.lora is None:
         return model.hidden, model.unembedding
     return lambda w, batch: model.hidden(w.base, batch, w.adapters), lambda w: model.unembedding(w.base)
 
 
 def make_logps_step(logps_fn: LogpsStep, out_sharding: Any) -> LogpsStep:
-    """``logps_fn`` compiled; every process gets all pairs' log-probs (``out_sharding`` says so)."""
+    """Compile ``logps_fn``; with a replicated ``out_sharding`` every process gets the log-probs of all pairs."""
     return jax.jit(logps_fn, out_shardings=out_sharding)
 
 
 def dataset_logps(
     logps_step: LogpsStep, weights: Any, batches: Batches, to_devices: ToDevices, steps: Sequence[int] | None = None
 ) -> tuple[np.ndarray, PairLogps]:
-    """Log-probs of every example of ``batches``, or of some of its steps, on the host, in their order.
+    """Compute the log-probs of all examples of ``batches``, or of the given ``steps``, in order, on the host.
 
     Returns:
-        Example ids [N], and the PairLogps of these N.
+        Example ids [N], and the PairLogps of these N examples.
     """
     ids, chunks = [], []
     for data in batches.ahead(range(batches.order.num_steps) if steps is None else steps):
         logps = logps_step(weights, to_devices(data.batch))
-        real = data.ids >= 0
-        ids.append(data.ids[real])
-        chunks.append(jax.tree.map(lambda x: np.asarray(x)[real], logps))  # noqa: B023  used at once
+        is_real = data.ids >= 0
+        ids.append(data.ids[is_real])
+        chunks.append(jax.tree.map(lambda x: np.asarray(x)[is_real], logps))  # noqa: B023  used at once
     return np.concatenate(ids), jax.tree.map(lambda *arrays: np.concatenate(arrays), *chunks)

@@ -1,4 +1,4 @@
-"""Which tokens earn a reward: an answer's implicit reward is beta times a sum over its tokens, so each has its part."""
+"""Per-token rewards: an answer's implicit reward is beta times the sum of its tokens' log-ratios."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -16,34 +16,34 @@ from dpo_jax.logprobs import answer_values
 from dpo_jax.parallel.sharding import replicated
 
 BRANCHES = ("chosen", "rejected")
-HEAD = 4  # tokens of the prompt that are decoded before an answer's: what a token reads as may depend on those before
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for a part of a character
+HEAD = 4  # prompt tokens decoded together with the answer, as a token's text may depend on the tokens before it
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder emits for an incomplete character
 
 
 def refuse_per_token(reference_mode: Literal["live", "cached", "none"]) -> None:
-    """Tokens need a reference that can be run.
+    """Require a live reference, which per-token log-ratios need.
 
     Raises:
-        UserError: there is none, or it is a cache of sums.
+        UserError: there is no reference, or only cached sums over answers.
     """
     if reference_mode == "cached":
         raise UserError(
-            "--per-token: reference.mode cached keeps the sums of whole answers only; add --reference.mode live"
+            "--per-token: reference.mode cached stores only sums over whole answers; add --reference.mode live"
         )
     if reference_mode == "none":
         raise UserError(
-            "--per-token: reference.mode none leaves nothing to compare a token with; leave --per-token out, or take a "
-            "loss that has a reference, and reference.mode live"
+            "--per-token: reference.mode none provides nothing to compare tokens with; omit --per-token, or use a loss "
+            "that has a reference, and reference.mode live"
         )
 
 
 def token_fields(
     ratios: Iterable[tuple[int, list[np.ndarray]]], store: Store, tokenizer: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(example id, fields) of every pair whose ``token_log_ratios`` are given.
+    """Yield (example id, fields) for every pair of ``ratios``, which ``token_log_ratios`` yields.
 
-    The fields: ``prompt``; ``pieces/ANSWER``, the text of each token of an answer; ``log_ratios/ANSWER``, of each
-    token log pi - log ref, nats, as the loss weighs it. Their sum is the answer's log-ratio.
+    The fields are ``prompt``; ``pieces/ANSWER``, the text of each token of an answer; and ``log_ratios/ANSWER``, each
+    token's log pi - log ref in nats, weighted as in the loss. The latter sum to the answer's log-ratio.
     """
     decode = decoder(tokenizer)
     for i, pair_ratios in ratios:
@@ -64,7 +64,7 @@ def token_log_ratios(
     mesh: Mesh,
     ld_alpha: float | None = None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(example id, log-ratios of each answer's tokens, float32) of every pair; policy and reference by one program."""
+    """Yield (example id, float32 token log-ratios per answer) for every pair; one program serves both models."""
     token_logps = jax.jit(token_logps_fn, out_shardings=replicated(mesh))
     gather = jax.jit(lambda batch: batch, out_shardings=replicated(mesh))  # a pair may lie in rows of two hosts
     for data in batches.ahead(range(batches.order.num_steps)):
@@ -76,35 +76,35 @@ def token_log_ratios(
 
 
 def weigh_tails(answers: list[np.ndarray], ld_alpha: float | None) -> list[np.ndarray]:
-    """Token values of a pair with LD-DPO's weight on those beyond the shorter answer, as ``losses.sequence_logps``."""
+    """Apply LD-DPO's weight to a pair's tokens beyond the shorter answer's length, as in ``losses.sequence_logps``."""
     if ld_alpha is None:
         return answers
-    shorter = min(map(len, answers))
-    return [np.where(np.arange(len(values)) < shorter, values, np.float32(ld_alpha) * values) for values in answers]
+    min_length = min(map(len, answers))
+    return [np.where(np.arange(len(values)) < min_length, values, np.float32(ld_alpha) * values) for values in answers]
 
 
 def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """Token ids to their text, special tokens written out."""
+    """Return a function that decodes token ids to text and keeps special tokens."""
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def token_pieces(decode: Callable[[list[int]], str], prompt: list[int], answer: list[int]) -> list[str]:
-    """Text of each token of an answer, as it reads after the prompt; together they are the answer's text.
+    """Return the text of each token of an answer, decoded after the prompt; joined, they are the answer's text.
 
-    A character made of several tokens belongs to the last of them, the others are empty; a part of a character that
-    nothing completes is written as the decoder writes it, at the end.
+    A character that spans several tokens belongs to the last of them, and the others are empty. An incomplete
+    character at the end is returned as the decoder emits it.
     """
     start = max(0, len(prompt) - HEAD)
     while start > 0 and decode(prompt[start:]).startswith(INCOMPLETE):
         start -= 1
     ids = prompt[start:] + answer
     pieces = []
-    written = before = 0  # tokens whose text is written; of these, the last ones are decoded again with what follows
+    num_decoded = start_of_last = 0  # the last decoded piece is decoded again as context of the next
     for end in range(1, len(ids) + 1):
-        text = decode(ids[before:end])
+        text = decode(ids[start_of_last:end])
         if text.endswith(INCOMPLETE) and end < len(ids):
             pieces.append("")
             continue
-        pieces.append(text[len(decode(ids[before:written])) :])
-        before, written = written, end
+        pieces.append(text[len(decode(ids[start_of_last:num_decoded])) :])
+        start_of_last, num_decoded = num_decoded, end
     return pieces[len(prompt) - start :]

@@ -1,5 +1,5 @@
-"""A run on disk: a directory of logs (``directory``) and saved steps (``checkpoint``); any pytree can be its state.
+"""A run on disk: a directory of logs (``directory``) and checkpoints (``checkpoint``) of any pytree.
 
-A save holds the state's arrays with their checksums, the lengths of the logs and what made them (``manifest``), so that
-a run that was killed resumes exactly, and one whose options changed is refused. What is trained is not known here.
+A checkpoint holds the state's arrays with their checksums, the lengths of the logs, and the options and inputs of the
+run (``manifest``), so that a killed run resumes exactly and a run whose options changed is refused.
 """

@@ -1,4 +1,4 @@
-"""What arrays a tree holds, and a checksum of each, by its path in the tree."""
+"""Shapes, dtypes and checksums of the arrays of a pytree, by path."""
 
 import hashlib
 import json
@@ -9,24 +9,24 @@ import jax.numpy as jnp
 
 
 def describe_leaves(tree: Any) -> dict[str, dict]:
-    """Shape and dtype of every array, by its path in the tree, such as ``params/layers/w``."""
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    types = [{"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for _, leaf in paths]
+    """Return the shape and dtype of every array by its path in the tree, such as ``params/layers/w``."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    types = [{"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for _, leaf in leaves]
     return dict(zip(names, types, strict=True))
 
 
 def leaf_checksums(tree: Any) -> dict[str, int]:
-    """A 32-bit checksum of the bits of every array, computed where the arrays lie, one read of each.
+    """Compute a 32-bit checksum of the bits of every array on its own devices, reading each array once.
 
-    It is a sum modulo 2**32 of a mix of each element's bits and its place, so it is the same for every sharding and
-    number of devices, and any change to a single element changes it.
+    It is the sum modulo 2**32 of a hash of each element's bits and row-major index. It therefore does not depend on the
+    sharding or the number of devices, and any change to a single element changes it.
     """
     return dict(zip(describe_leaves(tree), map(int, jax.device_get(_checksums(jax.tree.leaves(tree)))), strict=True))
 
 
 def weights_id(params: Any) -> str:
-    """SHA-256 (hex) over path, shape, type and checksum of every weight; how they lie on devices does not matter."""
+    """Return a SHA-256 (hex) over path, shape, dtype and checksum of every weight, independent of the sharding."""
     leaves = describe_leaves(params)
     sums = leaf_checksums(params)
     return hashlib.sha256(json.dumps([leaves, sums], sort_keys=True).encode()).hexdigest()
@@ -40,7 +40,7 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
 def _checksum(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]  # 8: two words, a new dim
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]  # 8 bytes: two words
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     index = jnp.zeros(bits.shape, jnp.uint32)
     for dim, size in enumerate(bits.shape):  # row-major index modulo 2**32
@@ -49,7 +49,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """MurmurHash3's 32-bit finalizer: a bijection, so that different bits at one place never mix to the same."""
+    """MurmurHash3's 32-bit finalizer: a bijection, so that different bits at the same index never collide."""
     x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> jnp.uint32(16))

@@ -1,7 +1,7 @@
-"""What a run directory holds, and how its files are written so that a run can be killed at any moment.
+"""Layout of a run directory, and writing its files so that a run can be killed at any time.
 
-Logs are append-only JSON lines; a checkpoint records how long they were, and continuing from
-it cuts them back to that, so that they read as if the run had never stopped.
+Logs are append-only JSON lines. A checkpoint records their lengths; resuming from it truncates them to these lengths,
+so that they read as if the run had never stopped.
 """
 
 import json
@@ -22,7 +22,7 @@ LOCK, EVENTS = "run.lock", "events.jsonl"
 
 
 class _Inside:
-    """A path below the root of a run."""
+    """Descriptor of a path under the root of a run."""
 
     def __init__(self, name: str):
         self.name = name
@@ -36,53 +36,53 @@ class RunDir:
     """Paths of one run."""
 
     root: Path
-    config = _Inside("config.yaml")  # the resolved options, every default spelled out
+    config = _Inside("config.yaml")  # the resolved options, including all defaults
     checkpoints = _Inside("checkpoints")  # saved steps, each with its manifest
     export = _Inside("export")  # the model as a Hugging Face directory
-    metrics = _Inside("metrics.jsonl")  # one object a logged step: functions of data, seed and step only
+    metrics = _Inside("metrics.jsonl")  # one object per logged step: functions of data, seed and step only
     timings = _Inside("timings.jsonl")  # clocks, throughput and memory of the same steps
-    distributions = _Inside("distributions.jsonl")  # one object an evaluation and set: what its means stand for
-    events = _Inside(EVENTS)  # what happened to the run: never cut back
-    profile = _Inside("profile")  # traces of the steps that ``run.profile_steps`` names
-    report = _Inside("report.html")  # what a person looks at
+    distributions = _Inside("distributions.jsonl")  # one object per evaluation and set: reward distributions
+    events = _Inside(EVENTS)  # starts, saves, restores, stops; never truncated
+    profile = _Inside("profile")  # profiler traces of ``run.profile_steps``
+    report = _Inside("report.html")  # the report for people
 
     @property
     def logs(self) -> tuple[Path, ...]:
-        """What is cut back to the step that a run resumes from."""
+        """The logs that are truncated to the step that a run resumes from."""
         return self.metrics, self.timings, self.distributions
 
 
 def is_run_dir(path: str | Path) -> bool:
-    """Whether a run of this program was ever started in the directory."""
+    """Return whether a run of this program was ever started in the directory."""
     return (Path(path) / EVENTS).is_file() or (Path(path) / LOCK).is_file()
 
 
 def find_run(path: str | Path) -> RunDir:
-    """An existing run, to read from it.
+    """Open an existing run for reading.
 
     Raises:
-        UserError: the path is no run directory.
+        UserError: the path is not a run directory.
     """
     root = _local(path)
     if not root.exists():
         raise UserError(f"run directory {path}: does not exist: check the path")
     if not is_run_dir(root):
-        raise UserError(f"run directory {path}: holds no {EVENTS}, so it is no run of this program: check the path")
+        raise UserError(f"run directory {path}: has no {EVENTS}, so it is not a run of this program: check the path")
     return RunDir(root)
 
 
 @contextmanager
 def hold_run(path: str | Path) -> Iterator[RunDir]:
-    """Make or reopen a run directory and keep it to this process; with several processes, the writer alone does so.
+    """Context manager that creates or reopens a run directory and locks it; only the writer process calls it.
 
     Raises:
-        UserError: another process trains there, the directory is something else, or it cannot be written. Nothing
-            was touched then.
+        UserError: another process trains there, the directory is not a run, or it cannot be written. Nothing in it
+            was changed then.
     """
     root = _local(path)
     try:
         if root.is_dir() and any(root.iterdir()) and not is_run_dir(root):
-            raise UserError(f"run.dir: {path} holds other files and no run of this program: choose an empty directory")
+            raise UserError(f"run.dir: {path} has other files but no run of this program: choose an empty directory")
         root.mkdir(parents=True, exist_ok=True)
         lock = storage.lock(root / LOCK)
     except storage.InUse as owner:
@@ -106,12 +106,12 @@ def _local(path: str | Path) -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, a run's file that cannot be written ends the run with one line, as a save that cannot be written does.
+    """Context manager that turns an ``OSError`` from writing a run's file into a one-line ``RunStopped``.
 
-    What was written halfway is cut off when the run resumes.
+    Partial writes are truncated when the run resumes.
 
     Raises:
-        RunStopped: a full disk, a read-only one, or the like.
+        RunStopped: the file cannot be written, for example on a full or read-only disk.
     """
     try:
         yield
@@ -121,23 +121,23 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it always holds its old text or its new one, whole.
+    """Replace the text of a file atomically.
 
     Raises:
-        RunStopped: it cannot be written.
+        RunStopped: the file cannot be written.
     """
     with writing(path):
         storage.write_whole(path, text)
 
 
 def append_json(path: Path, values: dict[str, Any]) -> None:
-    """Append one line, in one write. Equal values always give equal bytes.
+    """Append one JSON line in a single write. Equal values always give equal bytes.
 
-    Numbers may be numpy or jax scalars; floats are written by ``repr``, the shortest text that reads back to the same
-    float64. JSON has no infinities or NaN: they become the texts "Infinity", "-Infinity", "NaN", which ``float`` reads.
+    Numbers may be numpy or jax scalars; floats are written by ``repr``, the shortest text that reads back as the same
+    float64. JSON has no infinities or NaN: they become the strings "Infinity", "-Infinity", "NaN", as ``float`` reads.
 
     Raises:
-        RunStopped: it cannot be written.
+        RunStopped: the file cannot be written.
     """
     line = json.dumps(_plain(values), allow_nan=False, ensure_ascii=False)
     with writing(path):
@@ -157,25 +157,25 @@ def _plain(value: Any) -> Any:
 
 
 def read_json(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a log; a last line that was cut off while written is left out. No file: no lines."""
+    """Read all complete lines of a log, without a truncated last line; an absent file gives an empty list."""
     return [json.loads(line) for line in storage.read_lines(path)]
 
 
 def last_metrics(run: RunDir) -> dict[str, float]:
-    """The last step's metrics and the last evaluation, as they were logged."""
-    last: dict[str, float] = {}
+    """Return the last logged value of every metric of the run, of training and evaluation."""
+    metrics: dict[str, float] = {}
     for row in read_json(run.metrics):
-        last |= row
-    return last
+        metrics |= row
+    return metrics
 
 
 def log_event(run: RunDir, event: Event, **facts: Any) -> None:
-    """Append what happened, with the time (seconds since 1970, UTC) and this process's id."""
+    """Append an event with the time (seconds since 1970, UTC) and this process's id."""
     append_json(run.events, {"event": event, "time": time.time(), "pid": os.getpid(), **facts})
 
 
 def log_offsets(run: RunDir) -> dict[str, int]:
-    """Lengths in bytes of the logs that are cut back, for a checkpoint; what they count is on the disk by then."""
+    """Return the lengths of the logs in bytes, for a checkpoint, after syncing the logs to disk."""
     offsets = {}
     for path in run.logs:
         with writing(path):
@@ -184,10 +184,10 @@ def log_offsets(run: RunDir) -> dict[str, int]:
 
 
 def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
-    """Shorten the logs to what they were when ``log_offsets`` gave these.
+    """Truncate the logs to the lengths that ``log_offsets`` returned.
 
     Raises:
-        UserError: a log is shorter than that, or was changed; neither is touched then.
+        UserError: a log is shorter than its offset or was edited; no log is changed then.
     """
     logs = {run.root / name: offset for name, offset in offsets.items()}
     for path, offset in logs.items():
@@ -195,7 +195,7 @@ def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
         if size < offset:
             raise UserError(f"{path}: has {size} bytes, but {offset} at the step to resume from: {remedy}")
         if not storage.ends_line(path, offset):
-            raise UserError(f"{path}: byte {offset} ends no line, but did at the step to resume from: {remedy}")
+            raise UserError(f"{path}: was edited, as byte {offset} no longer ends a line: {remedy}")
     for path, offset in logs.items():
         if path.exists():
             with writing(path):
@@ -203,15 +203,15 @@ def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
 
 
 def lost_saves(run: RunDir) -> UserError | None:
-    """The error when no save is there although the events name a finished one; None: it is a new run.
+    """Return the error for a run that has no checkpoint although its events record a finished save; None if new.
 
-    A save is finished when the same process began another, or said that it ended or was stopped.
+    A save is known to have finished once the same process started another, or logged its end or preemption.
     """
-    begun = 0
+    num_saves = 0
     for event in read_json(run.events):
         kind = event["event"]
-        begun = 0 if kind == "start" else begun + (kind == "save")
-        if begun > 1 or kind in ("restore", "preempt", "end"):
-            remedy = "restore the saves, or choose a new run.dir, as starting over empties its logs"
-            return UserError(f"run.dir: {run.root} was saved before, but {run.checkpoints} holds no save: {remedy}")
+        num_saves = 0 if kind == "start" else num_saves + (kind == "save")
+        if num_saves > 1 or kind in ("restore", "preempt", "end"):
+            remedy = "restore the checkpoints, or choose a new run.dir, as starting over empties its logs"
+            return UserError(f"run.dir: {run.root} was saved before, but {run.checkpoints} has no checkpoint: {remedy}")
     return None

@@ -1,11 +1,11 @@
-"""What a checkpoint says about the run that wrote it, and which differences to the run that reads it matter.
+"""The manifest of a checkpoint, and which differences between two manifests prevent a run from resuming.
 
 Plain data, without jax. A manifest is a dictionary of JSON values:
 
     format      version of this layout
     config      the resolved options
-    identity    what the options only point to, by name: the store's key, hashes of weights, tokenizer, template, ...
-    place       versions, XLA flags, devices, processes: the same bits come back only where these are the same
+    identity    contents of what the options point to: the store's key, hashes of weights, tokenizer, template, ...
+    place       versions, XLA flags, devices, processes: results are bit-identical only if these are the same
     step, leaves, metrics       written by checkpoint.py: the step, its arrays with their checksums, its evaluation
     offsets, extras             lengths of the logs, counters of the trainer
 """
@@ -22,11 +22,11 @@ from dpo_jax.errors import UserError
 FORMAT = 3  # since 2 a manifest is sealed, since 3 the state holds a reference that follows the policy
 PACKAGES = ("dpo-jax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
 
-# How a changed option is handled when a run resumes. The longest prefix that fits decides; no prefix: it matters.
-#   free       the arithmetic does not see it
-#   rounding   equal within the layout tolerance: allowed, so that a run can resume on other hardware, but mentioned
-#   NAME       it points to something that identity NAME stands for: a moved directory is the same model, and a
-#              changed one is refused under that name
+# How a changed option is handled when a run resumes, by the longest matching prefix. Without a match, it is refused.
+#   free       does not affect the arithmetic
+#   rounding   changes results within the layout tolerance: allowed with a notice, so that other hardware can resume
+#   NAME       points to something that is compared through identity NAME: a moved directory is the same model, and
+#              changed contents are refused under that name
 #   length     see _length_matters
 EFFECTS = {
     "model.path": "weights",
@@ -42,7 +42,7 @@ EFFECTS = {
     "data.train": "store",
     "data.chat_template": "template",
     "data.template_date": "store",
-    "data.eval": "free",  # what is measured, not what is learned
+    "data.eval": "free",  # affects evaluation only
     "data.store": "free",
     "data.workers": "free",
     "batch.row_length": "rounding",
@@ -64,45 +64,45 @@ EFFECTS = {
     "run.compiler_flags": "rounding",
     "checkpoint": "free",
 }
-# The order in which sets are mixed is no part of the store.
+# Mixing weights of data sets always matter, as the store's key does not include them.
 MATTERS = ("weight",)
 
 
 def make_manifest(config: Mapping[str, Any], identity: Mapping[str, Any], environment: Mapping[str, Any]) -> dict:
-    """The part of a manifest that stays the same for a whole run.
+    """Build the part of a manifest that stays the same for the whole run.
 
     Args:
         config: the resolved options, as nested dictionaries.
-        identity: names and hashes, with the names of ``EFFECTS``: weights, adapters, tokenizer, template, reference,
-            store; more may be given, such as the compute dtype that ``auto`` chose, and are compared too.
+        identity: hashes under the names used in ``EFFECTS``: weights, adapters, tokenizer, template, reference, store.
+            Additional entries, such as the compute dtype that ``auto`` chose, are compared too.
         environment: devices, processes and the like; versions and XLA flags are added.
     """
     versions = {name: _version(name) for name in PACKAGES}
     flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    place = {**environment, **flags, **versions}
-    return json.loads(json.dumps({"format": FORMAT, "config": config, "identity": identity, "place": place}))
+    environment = {**environment, **flags, **versions}
+    return json.loads(json.dumps({"format": FORMAT, "config": config, "identity": identity, "place": environment}))
 
 
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # run from a source checkout
+    except PackageNotFoundError:  # running from a source checkout
         return None
 
 
 def compare_manifest(old: Mapping, new: Mapping) -> list[str]:
-    """Differences that change the result, so that the run cannot resume. Each as ``field: was X, now Y``."""
+    """Return the differences that change the result and prevent resuming, each as ``field: was X, now Y``."""
     return [line for line, effect in _differences(old, new) if effect == "matters"]
 
 
 def rounding_changes(old: Mapping, new: Mapping) -> list[str]:
-    """Differences after which the run resumes within rounding, but no longer bit for bit."""
+    """Return the differences with which a run can resume, but with results that are equal only within rounding."""
     lines = [line for line, effect in _differences(old, new) if effect == "rounding"]
-    return lines + [_line(name, a, b) for name, a, b in _changed(old["place"], new["place"])]
+    return lines + [_line(*change) for change in _changed(old["place"], new["place"])]
 
 
 def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
-    """Raise one line with every difference that matters.
+    """Raise an error that lists every difference that changes the result.
 
     Args:
         old: manifest of the checkpoint.
@@ -110,53 +110,53 @@ def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
         where: the run directory, for the message.
 
     Raises:
-        UserError: there are such differences, or the checkpoint's layout is of another version.
+        UserError: there are such differences, or the checkpoint has another manifest format.
     """
     if old["format"] != new["format"]:
-        differs = f"was written in checkpoint format {old['format']}, this version reads {new['format']}"
-        raise UserError(f"run.dir: {where} {differs}: use the version that wrote it")
+        mismatch = f"was written in checkpoint format {old['format']}, this version reads {new['format']}"
+        raise UserError(f"run.dir: {where} {mismatch}: use the version that wrote it")
     lines = compare_manifest(old, new)
     if lines:
-        length = any(line.startswith(("run.steps:", "run.epochs:")) for line in lines)
-        longer = " (only run.steps with optimizer.schedule constant may change: others spread over the length)" * length
-        remedy = f"restore these, or choose a new run.dir{longer}"
-        started = f"run.dir: {where} was started with different options that change the result"
-        raise UserError(f"{started}: {'; '.join(lines)}: {remedy}")
+        is_length = any(line.startswith(("run.steps:", "run.epochs:")) for line in lines)
+        hint = " (run.steps may change only with optimizer.schedule constant, which ignores the length)" * is_length
+        remedy = f"restore these, or choose a new run.dir{hint}"
+        refusal = f"run.dir: {where} was started with different options that change the result"
+        raise UserError(f"{refusal}: {'; '.join(lines)}: {remedy}")
 
 
 def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str:
-    """Command-line options of a new run that starts from the newest save of a run; all its other options are free.
+    """Return command-line options for a new run that starts from a run's newest step; other options may change.
 
     Args:
-        config: its resolved options, as in the manifest.
-        root: its directory.
-        keeps_reference: name the old reference too; without a name the new start would be the reference.
+        config: the old run's resolved options, as in the manifest.
+        root: the old run's directory.
+        keeps_reference: add the old reference; otherwise the new run's start would become the reference.
     """
     model, options = config["model"], f"--run.dir NEW --model.path {root}"
     if keeps_reference:
         reference = config["reference"]["path"]
-        pinned = reference is None and (model["revision"] is not None or model["checkpoint"] != "newest")
+        is_pinned = reference is None and (model["revision"] is not None or model["checkpoint"] != "newest")
         copy = f"A_COPY_OF_{model['path']}_AT_{model['revision'] or model['checkpoint']}"
-        options += f" --reference.path {copy if pinned else reference or model['path']}"
-    of_the_start = {("model", "revision"): None, ("model", "checkpoint"): "newest", ("lora", "path"): None}
-    for (section, name), plain in of_the_start.items():
-        if config[section][name] != plain:
-            options += f" --{section}.{name} {plain or 'null'}"
+        options += f" --reference.path {copy if is_pinned else reference or model['path']}"
+    start_options = {("model", "revision"): None, ("model", "checkpoint"): "newest", ("lora", "path"): None}
+    for (section, name), default in start_options.items():
+        if config[section][name] != default:
+            options += f" --{section}.{name} {default or 'null'}"
     return options
 
 
 def _differences(old: Mapping, new: Mapping) -> list[tuple[str, str]]:
-    """Changed identities and options with their effects: matters, rounding or free."""
+    """Return the changed identities and options, each with its effect: matters, rounding or free."""
     identities = _changed(old["identity"], new["identity"])
-    changed = {name for name, _, _ in identities}
+    changed_names = {name for name, _, _ in identities}
     differences = [(_line(*identity), "matters") for identity in identities]
     for name, a, b in _changed(old["config"], new["config"]):
         effect = _effect(name)
         if effect == "length":  # row shapes are chosen from the run's own steps
             effect = "matters" if _length_matters(old["config"], new["config"]) else "rounding"
         elif effect not in ("free", "rounding", "matters"):
-            recorded = new["identity"].get(effect) is not None and old["identity"].get(effect) is not None
-            effect = "free" if recorded and effect not in changed else "matters"
+            is_recorded = new["identity"].get(effect) is not None and old["identity"].get(effect) is not None
+            effect = "free" if is_recorded and effect not in changed_names else "matters"
         differences.append((_line(name, a, b), effect))
     return differences
 
@@ -164,22 +164,22 @@ def _differences(old: Mapping, new: Mapping) -> list[tuple[str, str]]:
 def _effect(name: str) -> str:
     if name.rpartition(".")[2] in MATTERS:
         return "matters"
-    fits = [prefix for prefix in EFFECTS if name == prefix or name.startswith(prefix + ".")]
-    return EFFECTS[max(fits, key=len)] if fits else "matters"
+    prefixes = [prefix for prefix in EFFECTS if name == prefix or name.startswith(prefix + ".")]
+    return EFFECTS[max(prefixes, key=len)] if prefixes else "matters"
 
 
 def _length_matters(old: Mapping, new: Mapping) -> bool:
-    """Whether another length of the run changes its steps.
+    """Return whether changing the length of the run changes its steps.
 
-    Schedules other than constant spread over the whole length, and a run counted in epochs may end in a step with
-    empty slots, which a longer one would have filled.
+    Schedules other than constant depend on the length, and the last step of a run given in epochs may have empty
+    slots that a longer run would have filled.
     """
-    counted = old["run"]["steps"] is not None and new["run"]["steps"] is not None
-    return not counted or new["optimizer"]["schedule"] != "constant"
+    in_steps = old["run"]["steps"] is not None and new["run"]["steps"] is not None
+    return not in_steps or new["optimizer"]["schedule"] != "constant"
 
 
 def _changed(old: Mapping, new: Mapping) -> list[tuple[str, Any, Any]]:
-    """Dotted names whose values differ; a name that one side lacks has the value None there."""
+    """Return (dotted name, old value, new value) of every difference, with None for a missing value."""
     old, new = _flat(old), _flat(new)
     return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
 

@@ -1,4 +1,4 @@
-"""Traces of the steps that ``run.profile_steps`` names."""
+"""Profiler traces of the steps in ``run.profile_steps``."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,21 +12,21 @@ from dpo_jax.runs.directory import RunDir
 
 
 def refuse_window(window: Sequence[int], num_steps: int) -> None:
-    """Raise one line if the run ends before the last step to be traced."""
-    remedy = f"the run has {num_steps} steps; choose earlier ones"
+    """Raise ``UserError`` if the run ends before the last step to be traced."""
+    remedy = f"the run has {num_steps} steps; choose earlier steps"
     require(not window or window[-1] <= num_steps, "run.profile_steps", list(window), remedy)
 
 
 def trace_edges(window: Sequence[int]) -> set[int]:
-    """Steps, counted from 1, whose results must be waited for, so that a trace holds its own steps and no other."""
+    """Return the steps, counted from 1, to wait for, so that the trace contains exactly the steps of the window."""
     return {window[0] - 1, window[1]} if window else set()
 
 
 @contextmanager
 def traced(steps: range, config: RunConfig, run: RunDir) -> Iterator[Iterator[int]]:
-    """These steps, counted from 0, with a trace of those that ``config.profile_steps`` names, in ``run.profile``.
+    """Context manager that yields ``steps``, counted from 0, and traces ``config.profile_steps`` to ``run.profile``.
 
-    The caller waits at ``trace_edges``. A run that resumes within the window traces what is left of it.
+    The caller must wait for the steps of ``trace_edges``. A run that resumes within the window traces the rest of it.
     """
     window, trace = config.profile_steps, ExitStack()
 
@@ -47,5 +47,5 @@ def traced(steps: range, config: RunConfig, run: RunDir) -> Iterator[Iterator[in
             if step + 1 == window[1]:
                 trace.close()
 
-    with trace:  # a run may be stopped within the window
+    with trace:  # also closes the trace if the run stops within the window
         yield walk()

@@ -1,6 +1,6 @@
-"""An open run: resume, log, save, stop. It takes any pytree and does not know what is trained.
+"""An open run: resume, log, save, stop. Its state may be any pytree.
 
-Every process calls everything here alike; only the writer writes.
+Every process makes the same calls; only the writer writes.
 """
 
 import time
@@ -25,9 +25,9 @@ Metrics = Mapping[str, float | int]
 
 
 class StepFacts(NamedTuple):
-    """What the logs say of a step besides its metrics, as the method that made it knows it."""
+    """What the training method provides for logging and checking a step, besides its metrics."""
 
-    counts: Mapping[str, int]  # what is summed over a run
+    counts: Mapping[str, int]  # counters to be summed over the run
     logged: Callable[[Metrics, Mapping[str, int]], Metrics]  # metrics and the run's counts so far -> metrics.jsonl
     rates: Callable[[float], Mapping[str, float]]  # seconds of the step -> timings.jsonl
     shown: Callable[[Metrics, float], Mapping[str, str]]  # metrics and seconds -> the progress line
@@ -36,7 +36,7 @@ class StepFacts(NamedTuple):
 
 
 class NotFinite(Exception):
-    """Loss or gradient of a step is NaN or infinite; ``done`` steps before it were good."""
+    """The loss or gradient of a step is NaN or infinite, after ``done`` good steps."""
 
     def __init__(self, text: str, done: int):
         super().__init__(text)
@@ -53,15 +53,15 @@ class _Pending(NamedTuple):
 
 @contextmanager
 def lock_run(directory: str) -> Iterator[RunDir]:
-    """The run directory, locked by the process that writes to it."""
+    """Context manager that yields the run directory, locked by the writer process."""
     with ExitStack() as stack:
         run, error = RunDir(Path(directory).expanduser().absolute()), None
         if hosts.is_writer():
             try:
                 run = stack.enter_context(hold_run(directory))
                 log_event(run, "start", devices=jax.device_count(), processes=jax.process_count())
-            except UserError as refused:
-                error = refused
+            except UserError as refusal:
+                error = refusal
         hosts.agree(error, "run directory")
         yield run
 
@@ -70,7 +70,7 @@ def lock_run(directory: str) -> Iterator[RunDir]:
 def open_session(
     run: RunDir, config: RunConfig, checkpoint: CheckpointConfig, manifest: Mapping[str, Any], num_steps: int
 ) -> Iterator["Session"]:
-    """The session of a locked run of ``num_steps``; ``manifest`` says what a resumed run must find unchanged."""
+    """Context manager for the session of a locked run; a resumed run must match its old ``manifest``."""
     with (
         Checkpoints(run.checkpoints, checkpoint) as saves,
         MetricsLog(run, config, hosts.is_writer()) as log,
@@ -81,7 +81,7 @@ def open_session(
 
 
 class Due(NamedTuple):
-    """What follows a step, in this order."""
+    """The actions due after a step, in this order."""
 
     evaluation: bool = False
     save: bool = False
@@ -89,7 +89,7 @@ class Due(NamedTuple):
 
 
 class Session:
-    """A run's logs, saves and clocks. Metrics of a step are read while the next one runs."""
+    """Logs, checkpoints and clocks of a run. A step's metrics are read while the next step runs."""
 
     def __init__(
         self,
@@ -107,13 +107,13 @@ class Session:
         self._saves, self._log, self._stop_requested = saves, log, stop_requested
         self._totals: dict[str, int] = {}
         self._pending: _Pending | None = None
-        self._evaluation: Mapping[str, float] | None = None  # of the step that is about to be saved
-        self.due = Due()  # what follows the step that was logged last
+        self._evaluation: Mapping[str, float] | None = None  # metrics of the last evaluation
+        self.due = Due()  # actions due after the last logged step
 
     # ------------------------------------------------------------------------------------------- beginning, resuming
 
     def resume(self, abstract_state: Any) -> tuple[Any, int] | None:
-        """The newest good save and its step, with the logs cut back to it; None: nothing was saved yet."""
+        """Restore the newest usable checkpoint and its step, and truncate the logs to it; None if there is none."""
         saved = self._saves.manifest()
         if saved is not None:
             refuse_changed(saved, self._manifest, str(self.run.root))
@@ -127,22 +127,22 @@ class Session:
             log_event(self.run, "restore", step=manifest["step"])
         self.say(f"resuming from step {manifest['step']} of {self._num_steps}")
         for line in rounding_changes(manifest, self._manifest):
-            self.say(f"not bit for bit the same from here on: {line}")
+            self.say(f"results are no longer bit-identical: {line}")
         self._totals = dict(manifest["extras"])
         return state, manifest["step"]
 
     def begin(self) -> None:
-        """Empty what an earlier attempt logged before its first save."""
+        """Empty the logs of an earlier attempt that stopped before its first save."""
         if hosts.is_writer():
             cut_back(self.run, {log.name: 0 for log in self.run.logs})
 
     def write_config(self, text: str) -> None:
-        """Keep the resolved options; on resume, too: those that are free to change may have changed."""
+        """Write the resolved options, also on resume, as some options may have changed."""
         if hosts.is_writer():
             replace_text(self.run.config, text)
 
     def say(self, line: str | None) -> None:
-        """A line for the user, if there is one."""
+        """Print a line for the user; None prints nothing."""
         if line is not None:
             say(self._config.progress, line)
 
@@ -150,35 +150,35 @@ class Session:
 
     @contextmanager
     def steps(self, first: int, evaluates: bool) -> Iterator[Iterator[int]]:
-        """The steps that are left, counted from 0, with progress line and profiler.
+        """Context manager that yields the remaining steps, counted from 0, with progress line and profiler.
 
-        ``evaluates``: there is something to evaluate on, when ``run.eval_every`` says so and after the last step.
+        With ``evaluates``, an evaluation is due every ``run.eval_every`` steps and after the last step.
         """
         self._evaluates = evaluates
-        self._edges, left = trace_edges(self._config.profile_steps), range(first, self._num_steps)
-        shown = self._config.progress and hosts.is_writer()
+        self._edges, remaining = trace_edges(self._config.profile_steps), range(first, self._num_steps)
+        shows_progress = self._config.progress and hosts.is_writer()
         with (
-            progress_line(first, self._num_steps, "step", shown) as self._line,
-            traced(left, self._config, self.run) as steps,
+            progress_line(first, self._num_steps, "step", shows_progress) as self._line,
+            traced(remaining, self._config, self.run) as steps,
         ):
             self._clock = time.perf_counter()
             yield steps
 
     def log(self, step: int, metrics: Mapping[str, jax.Array], facts: StepFacts) -> None:
-        """Take a step's metrics, and log those of the step before; its own, too, where something follows it.
+        """Accept a step's metrics and log those of the previous step, and its own too if an action is due after it.
 
         Raises:
-            NotFinite: naming step and rows.
+            NotFinite: the loss or gradient is not finite; the message names step and rows.
         """
         if self._pending is not None:
             self._read(self._pending)
         self._pending = _Pending(step, metrics, facts)
         done = step + 1
-        last = done == self._num_steps
-        stop = self._stop_requested(done) and not last
+        is_last = done == self._num_steps
+        stop = self._stop_requested(done) and not is_last
         self.due = Due(
-            evaluation=self._evaluates and (last or _every(self._config.eval_every, done)),
-            save=last or stop or _every(self._save_every, done),
+            evaluation=self._evaluates and (is_last or _every(self._config.eval_every, done)),
+            save=is_last or stop or _every(self._save_every, done),
             stop=stop,
         )
         if self.due.evaluation or self.due.save or done in self._edges:
@@ -186,7 +186,7 @@ class Session:
             self._pending = None
 
     def _read(self, pending: _Pending) -> None:
-        """Wait for a step, check it, log it."""
+        """Wait for a step's metrics, check them and log them."""
         metrics = {name: plain(value) for name, value in jax.device_get(pending.metrics).items()}
         now = time.perf_counter()
         done, facts = pending.step + 1, pending.facts
@@ -212,7 +212,7 @@ class Session:
     def log_evaluation(
         self, step: int, metrics: Mapping[str, float], distributions: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Log an evaluation after ``step`` steps; before the first step it shows whether the best can be told."""
+        """Log an evaluation after ``step`` steps; at step 0, also check that it contains ``best_metric``."""
         if metrics:
             self._log.evaluation(step, metrics, distributions)
         if step == 0:
@@ -221,21 +221,21 @@ class Session:
         self._clock = time.perf_counter()
 
     def save(self, step: int, state: Any, wait: bool = False) -> None:
-        """Begin to save the state after ``step`` steps, with the lengths of the logs at this moment."""
-        started = time.perf_counter()
+        """Start saving the state after ``step`` steps, together with the current lengths of the logs."""
+        start_time = time.perf_counter()
         offsets = log_offsets(self.run) if hosts.is_writer() else {}
         manifest = {**self._manifest, "offsets": offsets, "extras": self._totals}
         evaluation = self._evaluation if self.due.evaluation else None
         self._saves.save(step, state, manifest, evaluation, wait=wait or self.due.stop)
         if hosts.is_writer():
-            log_event(self.run, "save", step=step, seconds=round(time.perf_counter() - started, 3))
+            log_event(self.run, "save", step=step, seconds=round(time.perf_counter() - start_time, 3))
         self._clock = time.perf_counter()
 
     def stop_if_asked(self, step: int) -> None:
-        """End a run that was asked to stop, after its save.
+        """End the run after its save if a stop was requested.
 
         Raises:
-            Preempted: it was.
+            Preempted: a stop was requested.
         """
         if not self.due.stop:
             return

@@ -1,1 +1,1 @@
-"""What a user names as a model: its weights on the mesh, its tokenizer, and back to files."""
+"""Models by path or hub name: load weights onto the mesh, load the tokenizer, export both to files."""

@@ -1,4 +1,4 @@
-"""From what the user calls a model to a directory on disk, and what its ``config.json`` says."""
+"""Resolve ``model.path`` to a local directory and read its JSON files, such as ``config.json``."""
 
 import json
 from pathlib import Path
@@ -8,58 +8,58 @@ from dpo_jax.errors import UserError, from_outside
 from dpo_jax.models.options import DecoderConfig
 from dpo_jax.weights.known import builtin_model
 
-# Of a hub repository, only what is read here: never PyTorch pickles, other formats' copies, or code.
+# Download only what this program reads from a hub repository: no PyTorch pickles, copies in other formats, or code.
 _HUB_FILES = ["*.json", "tokenizer.model", "*.txt", "*.jinja", "additional_chat_templates/*"]
 _HUB_WEIGHTS = ["*.safetensors"]
 _HUB_IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
 
 
 def resolve_model(path: str, revision: str | None, weights: bool = True) -> Path:
-    """The local directory of a Hugging Face model: ``path`` itself, or a snapshot of the hub model of that name.
+    """Return the local directory of a Hugging Face model: ``path`` itself, or a snapshot of that hub model.
 
-    Without ``weights`` only config and tokenizer are downloaded.
+    If ``weights`` is false, only config and tokenizer are downloaded.
 
     Raises:
-        UserError: there is no such directory or hub model, it holds no model, or the hub cannot be reached.
+        UserError: the directory or hub model does not exist or contains no model, or the hub cannot be reached.
     """
     if path.startswith("builtin:"):
-        builtin_model(path)  # names those available
+        builtin_model(path)  # an unknown name raises an error that lists the built-in models
         raise UserError(f"model.path: {path} is built in and has no directory; give a directory or a hub name")
-    local = Path(path).expanduser()
-    if local.is_dir():
+    directory = Path(path).expanduser()
+    if directory.is_dir():
         if revision is not None:
             raise UserError(f"model.revision: {revision!r} cannot be used: {path} is a local directory; leave it out")
-        if not (local / "config.json").is_file():
+        if not (directory / "config.json").is_file():
             raise UserError(f"model.path: {path} holds neither config.json nor checkpoints/; give a model or a run")
-        return local
-    if local.exists():
-        raise UserError(f"model.path: {path} is a file; give the directory that holds config.json and the weights")
+        return directory
+    if directory.exists():
+        raise UserError(f"model.path: {path} is a file; give the directory that contains config.json and the weights")
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):
         raise UserError(f"model.path: {path} does not exist; give a directory, a hub name or builtin:tiny")
     return _download(path, revision, _HUB_FILES + _HUB_WEIGHTS if weights else _HUB_FILES)
 
 
 def _download(name: str, revision: str | None, files: list[str]) -> Path:
-    # here, because importing it costs a quarter second that local models need not pay
+    # imported here, because the import takes a quarter of a second and local models do not need it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_HUB_IGNORED)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        at = "" if revision is None else f" at revision {revision}"
-        raise UserError(f"model.path: {name} is no local directory, and the hub gave no model{at}: {why}") from error
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        version = "" if revision is None else f" at revision {revision}"
+        raise UserError(f"model.path: {name} is not a directory, and its download{version} failed: {cause}") from error
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"model.path: hub model {name} has no config.json; give one in the transformers format")
+        raise UserError(f"model.path: hub model {name} has no config.json; give a model in the transformers format")
     return Path(folder)
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of a model directory.
+    """Return the parsed ``config.json`` of a model directory.
 
     Raises:
-        UserError: it is missing or is no JSON object.
+        UserError: the file is missing or is not a JSON object.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -68,32 +68,32 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def end_tokens(folder: Path | None, hf_config: dict[str, Any]) -> frozenset[int]:
-    """Ids at which generation stops: those of a model directory's generation_config.json, else of its config.
+    """Return the end-of-sequence ids from the model directory's generation_config.json or, without one, its config.
 
     Raises:
-        UserError: that file is no JSON object.
+        UserError: generation_config.json is not a JSON object.
     """
     path = None if folder is None else folder / "generation_config.json"
     options = read_json(path) if path is not None and path.is_file() else hf_config
-    given = options.get("eos_token_id")
-    return frozenset(token for token in (given if isinstance(given, list) else [given]) if isinstance(token, int))
+    eos = options.get("eos_token_id")
+    return frozenset(token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model directory.
+    """Return the object in a JSON file of a model directory.
 
     Raises:
-        UserError: it cannot be read, or is no JSON object.
+        UserError: the file cannot be read or is not a JSON object.
     """
-    with from_outside(f"{path}: this is not JSON", "copy or download it again"):
+    with from_outside(f"{path}: not valid JSON", "copy or download it again"):
         content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is needed, this is {type(content).__name__}; copy or download it again")
+        raise UserError(f"{path}: must be a JSON object, got {type(content).__name__}; copy or download it again")
     return content
 
 
 def check_vocabulary(num_tokens: int, config: DecoderConfig, tokenizer: str) -> None:
-    """Refuse a tokenizer with more tokens (its largest id + 1) than the model has embeddings."""
+    """Raise ``UserError`` if ``num_tokens`` (the tokenizer's largest id + 1) exceeds the model's embeddings."""
     if num_tokens > config.vocab:
         sizes = f"the tokenizer has {num_tokens} tokens and the model {config.vocab} embeddings"
         raise UserError(f"{tokenizer}: {sizes}; give the model's own tokenizer, or resize the embeddings first")

@@ -1,7 +1,7 @@
-"""Weights from and to Hugging Face directories, tensor by tensor, and their hash.
+"""Load weights from Hugging Face directories and export them, tensor by tensor.
 
-Shape letters as in ``layers.py``. A layer's tensors are the slices [L] of one parameter; a parameter is built in host
-buffers that hold only what this process's devices own of it, and is handed over before the next is begun.
+Shape letters as in ``layers.py``. A parameter stacks the tensors of all layers along its first dim [L]. It is assembled
+in host buffers that hold only this process's shards, and moved to the devices before the next parameter is read.
 """
 
 import json
@@ -26,9 +26,9 @@ from dpo_jax.models.projections import TENSORS, TURNED
 from dpo_jax.parallel.hosts import is_writer
 from dpo_jax.weights.safetensors import INDEX, SINGLE, Tensor, find_tensors, write_file
 
-# Files of old models hold what is computed here from the config.
+# Files of old models contain this buffer, which this program computes from the config.
 _COMPUTED = "rotary_emb.inv_freq"
-# What a directory has beside weights and config.json, for tokenizers, chat templates and generation.
+# Files next to weights and config.json: tokenizer, chat template and generation config.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
@@ -39,10 +39,10 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class Slot(NamedTuple):
-    """What a file's tensor is of the parameters."""
+    """Which part of the parameter tree a tensor of the file holds."""
 
     leaf: str
-    layer: int | None  # the slice of the parameter; None: all of it
+    layer: int | None  # index into the parameter's first dim; None: the whole parameter
     shape: tuple[int, ...]  # in the file
 
 
@@ -55,13 +55,13 @@ def _path(path: tuple[Any, ...]) -> str:
 
 
 def _slots(model: Model) -> dict[str, Slot]:
-    """Every tensor that the model's directory must hold; heads and their dims are one dim there."""
+    """Map the name of each tensor a model directory must contain to its slot; files flatten [heads, head_dim]."""
     slots, sizes = {}, projections(model.config)
     for leaf, struct in _leaves(model.param_shapes()).items():
-        stacked, _, name = leaf.rpartition("/")
+        prefix, _, name = leaf.rpartition("/")
         dims = sizes.get(name, (math.prod(struct.shape[1:]),))
-        shape = dims[::-1] if stacked else struct.shape
-        for layer in range(model.config.layers) if stacked else (None,):
+        shape = dims[::-1] if prefix else struct.shape
+        for layer in range(model.config.layers) if prefix else (None,):
             slots[TENSORS[leaf].format(layer)] = Slot(leaf, layer, shape)
     return slots
 
@@ -73,15 +73,15 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Model) ->
     expected = _slots(model)
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise refuse(f"config.json asks for {_list(missing)}, which the weights do not hold")
+        raise refuse(f"config.json requires {_list(missing)}, which the weights do not contain")
     allowed = expected.keys() | ({TENSORS["unembed"]} if model.config.tied else set())
     extra = [name for name in tensors if name not in allowed and not name.endswith(_COMPUTED)]
     if extra:
-        raise refuse(f"the weights hold {_list(extra)}, which config.json does not ask for")
+        raise refuse(f"the weights contain {_list(extra)}, which config.json does not call for")
     for name, slot in expected.items():
         actual = tensors[name].shape
         if actual != slot.shape:
-            raise refuse(f"tensor {name} has shape {list(actual)}, but config.json makes it {list(slot.shape)}")
+            raise refuse(f"tensor {name} has shape {list(actual)}, but config.json implies {list(slot.shape)}")
     if model.config.tied and TENSORS["unembed"] in tensors:
         _check_tied(folder, tensors[TENSORS["unembed"]], tensors[TENSORS["embed"]])
 
@@ -91,28 +91,28 @@ def _list(names: list[str]) -> str:
 
 
 def _check_tied(folder: Path, unembed: Tensor, embed: Tensor) -> None:
-    chunk = 4096  # rows: the two are never in memory as a whole
-    same = unembed.shape == embed.shape and all(
+    chunk = 4096  # rows, so that neither matrix is ever in memory as a whole
+    is_equal = unembed.shape == embed.shape and all(
         np.array_equal(unembed.read(rows), embed.read(rows))
         for rows in (slice(start, start + chunk) for start in range(0, embed.shape[0], chunk))
     )
-    if not same:
+    if not is_equal:
         remedy = f"{TENSORS['unembed']} differs from {TENSORS['embed']}; set it to false in config.json"
         raise UserError(f"{folder}: tie_word_embeddings", True, remedy)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that a CPU device takes over without a copy, which asks for a 64-byte boundary."""
+    """Allocate an uninitialized array aligned to 64 bytes, which a CPU device takes over without a copy."""
     size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _load_leaf(
     leaf: str, tensors: list[Tensor], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    """One parameter, of which only the slices of this process's devices are held; each tensor is read once."""
+    """Load one parameter; the host buffers hold only this process's shards, and each tensor is read once."""
     stacked = "/" in leaf
     spans = {
         device: tuple(s.indices(n)[:2] for s, n in zip(index or (), struct.shape, strict=True))
@@ -121,45 +121,45 @@ def _load_leaf(
     sizes = {span: tuple(stop - start for start, stop in span) for span in spans.values()}
     buffers = {span: _aligned(size, np.dtype(struct.dtype)) for span, size in sizes.items()}
     for layer, tensor in enumerate(tensors):
-        needed = {span: buffer for span, buffer in buffers.items() if not stacked or span[0][0] <= layer < span[0][1]}
-        if not needed:
+        targets = {span: buffer for span, buffer in buffers.items() if not stacked or span[0][0] <= layer < span[0][1]}
+        if not targets:
             continue
         value = tensor.read().T if leaf in TURNED else tensor.read()
         value = value.reshape(struct.shape[1:] if stacked else struct.shape)
-        for span, buffer in needed.items():
-            target, rest = (layer - span[0][0], span[1:]) if stacked else (..., span)
-            buffer[target] = value[tuple(slice(*s) for s in rest)]
+        for span, buffer in targets.items():
+            index, value_span = (layer - span[0][0], span[1:]) if stacked else (..., span)
+            buffer[index] = value[tuple(slice(*s) for s in value_span)]
     shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
 
 
 def load_tree(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot], structs: Params, shardings: Any) -> Params:
-    """The parameters ``structs`` from the tensors of ``slots``, each shard straight to its device."""
+    """Load the parameters ``structs`` from the tensors of ``slots``, each shard directly onto its device."""
     by_leaf: dict[str, list[Tensor]] = {}
-    for name, slot in slots.items():  # in the order of the layers
+    for name, slot in slots.items():  # in layer order
         by_leaf.setdefault(slot.leaf, []).append(tensors[name])
 
     def load(path, struct, sharding):
-        leaf = _path(path)  # the next buffers are made when these are the device's
+        leaf = _path(path)  # block, so that these buffers are on the devices before the next are allocated
         return jax.block_until_ready(_load_leaf(leaf, by_leaf[leaf], struct, sharding))
 
     return jax.tree_util.tree_map_with_path(load, structs, shardings)
 
 
 def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) -> Params:
-    """Weights of a Hugging Face directory as the model's parameter tree, each shard straight to its device.
+    """Load the weights of a Hugging Face directory as the model's parameter tree, each shard directly onto its device.
 
     Args:
-        path: directory with ``model.safetensors``, or its index and files.
-        shardings: a `jax.sharding.Sharding` for each parameter; None: all on the first device.
-        dtype: of the parameters, whatever the files hold.
+        path: directory with ``model.safetensors``, or with an index and its shard files.
+        shardings: tree of `jax.sharding.Sharding`, one per parameter; None: all on the first device.
+        dtype: of the parameters; tensors of another dtype are converted.
 
     Raises:
-        UserError: tensors are missing, unknown, of a wrong shape, quantised, cut short, or tied though they differ.
+        UserError: tensors are missing, unknown, of the wrong shape, quantised, truncated, or tied but not equal.
     """
     tensors, embed, unembed = find_tensors(Path(path)), TENSORS["embed"], TENSORS["unembed"]
     if model.config.tied and embed not in tensors and unembed in tensors:
-        tensors[embed] = tensors.pop(unembed)  # one matrix, stored under its other name
+        tensors[embed] = tensors.pop(unembed)  # the tied matrix, stored under the name of the unembedding
     _check_tensors(path, tensors, model)
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.param_shapes())
     if shardings is None:
@@ -169,13 +169,13 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _rows(leaf: jax.Array, start: jax.Array, count: int, sharding: NamedSharding | None) -> jax.Array:
-    """``count`` slices of the first dim, as a new array: a host copy stays with the array it was made of."""
-    rows = jax.lax.dynamic_slice_in_dim(leaf, start, count)  # start is traced: one compilation a shape
+    """Copy ``count`` slices of the first dim to a new array; ``leaf`` itself would cache a host copy when fetched."""
+    rows = jax.lax.dynamic_slice_in_dim(leaf, start, count)  # start is traced: one compilation per shape
     return rows if sharding is None else jax.lax.with_sharding_constraint(rows, sharding)
 
 
 def _everywhere(leaf: jax.Array) -> NamedSharding | None:
-    """Where an array of several processes must lie for each of them to read it; None: this one holds it all."""
+    """Return the replicated sharding that lets every process read ``leaf``; None if this process already can."""
     if leaf.is_fully_addressable:
         return None
     assert isinstance(leaf.sharding, NamedSharding)
@@ -183,7 +183,7 @@ def _everywhere(leaf: jax.Array) -> NamedSharding | None:
 
 
 def fetch_tensors(params: Params, slots: Mapping[str, Slot], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """The file's tensors, in the order of ``slots``, each fetched from the devices when it is asked for."""
+    """Yield the file's tensors in the order of ``slots``, fetching each from the devices lazily."""
     leaves = _leaves(params)
     for name, slot in slots.items():
         value = leaves[slot.leaf]
@@ -194,15 +194,15 @@ def fetch_tensors(params: Params, slots: Mapping[str, Slot], dtype: np.dtype) ->
 
 
 def _split(slots: Mapping[str, Slot], itemsize: int, max_shard_bytes: int) -> list[dict[str, Slot]]:
-    """The tensors of each file: in order, a new file when the next tensor would not fit."""
-    files, room = [{}], max_shard_bytes
+    """Assign tensors to files in order, starting a new file when the next tensor would not fit."""
+    files, free_bytes = [{}], max_shard_bytes
     for name, slot in slots.items():
         size = math.prod(slot.shape) * itemsize
-        if files[-1] and size > room:
+        if files[-1] and size > free_bytes:
             files.append({})
-            room = max_shard_bytes
+            free_bytes = max_shard_bytes
         files[-1][name] = slot
-        room -= size
+        free_bytes -= size
     return files
 
 
@@ -217,26 +217,26 @@ def export_params(
     overwrite: bool,
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Write a directory that `transformers` and inference servers load.
+    """Export a directory that `transformers` and inference servers can load.
 
-    It is written beside ``out_dir`` and takes its name when it is whole. Of several processes that hold the parameters
-    all call this, and one writes: each tensor is on every host for the moment that it is fetched.
+    The export is written next to ``out_dir`` and renamed when complete. Every process must call this and one writes:
+    while a tensor is being fetched, every host holds a copy of it.
 
     Args:
-        params: of ``model``, on any devices.
-        hf_config: the ``config.json`` that the model was made from.
+        params: parameters of ``model``, on any devices.
+        hf_config: the ``config.json`` that the model was built from.
         dtype: of the tensors in the files: float32, bfloat16 or float16.
         source_dir: directory to copy tokenizer, chat template and generation config from; None: copy nothing.
         overwrite: replace an earlier export; other files in ``out_dir`` stay.
-        max_shard_bytes: size of a file at which the next one begins; a file holds at least one tensor.
+        max_shard_bytes: maximum size of a file, unless a single tensor is larger.
 
     Raises:
-        UserError: ``out_dir`` is not free and ``overwrite`` is false, or it cannot be written.
+        UserError: ``out_dir`` is not empty and ``overwrite`` is false, or it cannot be written.
     """
     dtype = np.dtype(dtype)
     if not is_writer():
         for _ in fetch_tensors(params, _slots(model), dtype):
-            pass  # the devices of all processes fetch together
+            pass  # fetching is collective
         return
     with whole_directory(Path(out_dir), overwrite) as unfinished:
         _write_tensors(params, model, unfinished, dtype, max_shard_bytes)
@@ -248,49 +248,49 @@ def export_params(
 
 
 def export_target(out_dir: Path, overwrite: bool = False) -> Path:
-    """The directory of an export to ``out_dir``, links resolved.
+    """Return the path to export to: ``out_dir`` with ``~`` expanded and links resolved.
 
     Raises:
-        UserError: something is there and ``overwrite`` is false, or it cannot be a directory.
+        UserError: ``out_dir`` is not empty and ``overwrite`` is false, or it cannot be a directory.
     """
     if out_dir.parts and out_dir.parts[0].endswith(":"):
-        raise UserError(f"{out_dir}: this is no local path; export to a local directory and copy that")
+        raise UserError(f"{out_dir}: not a local path; export to a local directory and copy that")
     target = Path(os.path.realpath(os.path.expanduser(out_dir)))
     with _writing(target):
         if target.exists() and not target.is_dir():
             raise UserError(f"{out_dir}: this is a file; name a directory to export to")
         if not overwrite and target.is_dir() and any(target.iterdir()):
             raise UserError(f"{out_dir}: it is not empty; name another directory to export to, or empty this one")
-        if not overwrite and target == Path.cwd():  # replaced, it would leave the shell in one that is gone
+        if not overwrite and target == Path.cwd():  # replacing it would leave the shell in a deleted directory
             raise UserError(f"{out_dir}: this is the current directory; name a new one to export to")
     return target
 
 
 @contextmanager
 def whole_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory to write to, next to ``out_dir``, whose name it takes at the end of the block; removed on an error.
+    """Context manager that yields a temporary directory and renames it to ``out_dir``, or removes it on an error.
 
     Raises:
-        UserError: ``out_dir`` is not free and ``overwrite`` is false, another export to it is under way, or it cannot
+        UserError: ``out_dir`` is not empty and ``overwrite`` is false, another export to it is running, or it cannot
             be written.
     """
     target = export_target(out_dir, overwrite)
     unfinished = target.parent / f".{target.name}.partial"
     with _writing(target):
-        if overwrite:  # into a directory that is this process's: a killed one left it
+        if overwrite:  # the caller owns out_dir, so a killed export left this behind
             shutil.rmtree(unfinished, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             unfinished.mkdir()
         except FileExistsError:
-            why = f"another export to {target} is running, or one was killed; wait, or remove this directory"
-            raise UserError(f"{unfinished}: {why}") from None
+            remedy = "wait for it, or remove this directory"
+            raise UserError(f"{unfinished}: another export to {target} is running or was killed; {remedy}") from None
         try:
             yield unfinished
             if overwrite:
                 _replace(target, unfinished)
             else:
-                os.rename(unfinished, target)  # fails if something is there by now
+                os.rename(unfinished, target)  # fails if another process has filled target by now
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -298,7 +298,7 @@ def whole_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """Inside, an error of the file system becomes one line."""
+    """Context manager that turns an ``OSError`` into a one-line ``UserError``."""
     try:
         yield
     except OSError as error:
@@ -307,17 +307,17 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def _replace(target: Path, unfinished: Path) -> None:
-    """Replace an older export, if there is one, by the new one."""
-    replaced = target.parent / f".{target.name}.replaced"
+    """Rename the new export to ``target``, replacing an older one if it exists."""
+    old_export = target.parent / f".{target.name}.replaced"
     if target.exists():
-        _keep_others(replaced, target)  # of an export that was killed below
-        os.rename(target, replaced)
+        _keep_others(old_export, target)  # if an earlier call was killed between the renames below
+        os.rename(target, old_export)
     os.rename(unfinished, target)
-    _keep_others(replaced, target)
+    _keep_others(old_export, target)
 
 
 def _keep_others(replaced: Path, target: Path) -> None:
-    """Move what no export writes from a replaced directory to ``target``, and remove the rest."""
+    """Move files that no export writes from ``replaced`` to ``target``, then remove ``replaced``."""
     if not replaced.is_dir():
         return
     for path in replaced.iterdir():
@@ -339,11 +339,11 @@ def _write_tensors(params: Params, model: Model, folder: Path, dtype: np.dtype, 
     slots = _slots(model)
     files = _split(slots, dtype.itemsize, max_shard_bytes)
     weight_map: dict[str, str] = {}
-    for index, part in enumerate(files, start=1):
+    for index, file_slots in enumerate(files, start=1):
         file = SINGLE if len(files) == 1 else f"model-{index:05d}-of-{len(files):05d}.safetensors"
-        shapes = {name: slot.shape for name, slot in part.items()}
-        write_file(folder / file, shapes, dtype, fetch_tensors(params, part, dtype))
-        weight_map |= dict.fromkeys(part, file)
+        shapes = {name: slot.shape for name, slot in file_slots.items()}
+        write_file(folder / file, shapes, dtype, fetch_tensors(params, file_slots, dtype))
+        weight_map |= dict.fromkeys(file_slots, file)
     if len(files) > 1:
         total = sum(math.prod(slot.shape) for slot in slots.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

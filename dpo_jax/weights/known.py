@@ -1,7 +1,7 @@
-"""Models whose ``config.json`` comes with the program: built-in ones, and the published shapes of some of the hub.
+"""Models whose ``config.json`` ships with the program: built-in models, and the configs of some hub models.
 
-The latter are what a plan needs before weights are there or access is granted; each is what the model's own file says
-of its computation. A run never reads them: it takes the file that lies next to the weights.
+With the latter, ``plan`` needs neither a download nor access to a gated model; each has the keys of the published file
+that affect the computation. A run never reads them: it uses the file next to the weights.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ _LLAMA3_70B = _LLAMA3 | _sizes(8192, 28672, 80, 64, 8)
 
 
 def _long(factor: float) -> Shapes:
-    """Llama 3.1's longer context."""
+    """Return the keys of Llama 3.1's extended context."""
     bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": factor} | bands}
 
@@ -51,7 +51,7 @@ KNOWN: dict[str, Shapes] = {
     "meta-llama/Meta-Llama-3-70B-Instruct": _LLAMA3_70B,
     "meta-llama/Llama-3.1-70B": _LLAMA3_70B | _long(8.0),
     "meta-llama/Llama-3.1-70B-Instruct": _LLAMA3_70B | _long(8.0),
-    "allenai/Llama-3.1-Tulu-3-8B-SFT": _LLAMA3_8B | _long(8.0) | {"vocab_size": 128264},  # one token more, up to 8s
+    "allenai/Llama-3.1-Tulu-3-8B-SFT": _LLAMA3_8B | _long(8.0) | {"vocab_size": 128264},  # one extra token, padded to 8
     "mistralai/Mistral-7B-v0.1": _MISTRAL_7B,
     "HuggingFaceH4/mistral-7b-sft-beta": _MISTRAL_7B,
     "alignment-handbook/zephyr-7b-sft-full": _MISTRAL_7B,
@@ -61,7 +61,7 @@ KNOWN: dict[str, Shapes] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
 }
 
-# Untrained; a width of 64 learns nothing for long from the usual deviation of 0.02.
+# Untrained. At a width of 64 the usual initializer_range of 0.02 would delay learning for long.
 BUILTIN: dict[str, Shapes] = {"builtin:tiny": {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 64,
     "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -71,12 +71,12 @@ BUILTIN: dict[str, Shapes] = {"builtin:tiny": {
 
 
 def known_config(name: str) -> Shapes | None:
-    """The ``config.json`` of a hub model, as a new dictionary; None for one that is not known."""
+    """Return a copy of a hub model's ``config.json``; None for a model not in ``KNOWN``."""
     return dict(KNOWN[name]) if name in KNOWN else None
 
 
 def builtin_model(name: str) -> Shapes:
-    """The ``config.json`` of a built-in model, as a new dictionary."""
+    """Return a copy of a built-in model's ``config.json``."""
     if name not in BUILTIN:
         raise UserError("model.path", name, f"the built-in models are {', '.join(BUILTIN)}")
     return dict(BUILTIN[name])

@@ -1,4 +1,4 @@
-"""From ``model.path`` to a model, its weights on the mesh, and its tokenizer."""
+"""Open what ``model.path`` names: the model, its weights on the mesh, and its tokenizer."""
 
 import json
 from collections.abc import Mapping
@@ -27,28 +27,28 @@ from dpo_jax.weights.huggingface import export_params, load_params
 from dpo_jax.weights.known import builtin_model
 from dpo_jax.weights.peft import export_adapters, load_adapters
 
-MODEL_FILES = "model"  # in a run directory: config.json and tokenizer, so that the run stands alone
+MODEL_FILES = "model"  # folder of a run with config.json and tokenizer, so that the run is self-contained
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from."""
+    """Where a model's config, tokenizer and weights come from."""
 
     hf_config: dict[str, Any]
-    folder: Path | None  # holds config.json and tokenizer; None: a built-in model
-    run: RunDir | None  # holds the weights, as checkpoints
+    folder: Path | None  # with config.json and tokenizer; None: a built-in model
+    run: RunDir | None  # whose checkpoints hold the weights; None: the model is not a run
 
 
 def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, weights: bool = True) -> ModelSource:
-    """What ``model.path`` names; a hub model is downloaded, with its ``weights`` or without.
+    """Find the model that ``model.path`` names; a hub model is downloaded, with or without its ``weights``.
 
     Raises:
-        UserError: there is no such model, or it has no revisions or saved steps to choose from.
+        UserError: the model does not exist, or ``revision`` or ``checkpoint`` does not apply to it.
     """
     is_run, is_builtin = is_run_dir(path), path.startswith("builtin:")
-    remedy = f"{path} is no run directory, so it has no saved steps; leave it at newest"
+    remedy = f"{path} is not a run directory, so it has no saved steps; leave it at newest"
     require(is_run or checkpoint == "newest", "model.checkpoint", checkpoint, remedy)
-    kind = "a run directory, whose steps model.checkpoint chooses" if is_run else "built in"
+    kind = "a run directory; choose its step with model.checkpoint" if is_run else "built in"
     remedy = f"{path} is {kind}; leave it out"
     require(revision is None or not (is_run or is_builtin), "model.revision", revision, remedy)
     if is_builtin:
@@ -64,10 +64,10 @@ def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, w
 
 
 def decoder_of(source: ModelSource) -> DecoderConfig:
-    """The model's architecture, from its config.json.
+    """Return the model's architecture as given by its config.json.
 
     Raises:
-        UserError: it asks for what the decoder does not compute.
+        UserError: config.json requests something that the decoder does not support.
     """
     try:
         return decoder_config(source.hf_config)
@@ -76,13 +76,13 @@ def decoder_of(source: ModelSource) -> DecoderConfig:
 
 
 def build_model(source: ModelSource, config: ModelConfig, platform: str, lora: LoraConfig | None = None) -> Model:
-    """The model as pure functions, for devices of ``platform``, without weights; with the adapters of ``lora``."""
+    """Build the model as pure functions for devices of ``platform``, with the adapters of ``lora``; no weights."""
     return make_model(decoder_of(source), config, platform, None if lora is None else make_lora(lora))
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that was found; what it computes, its tokenizer and its weights are made when they are asked for."""
+    """A model that exists; its functions, tokenizer and weights are created on demand."""
 
     source: ModelSource
     config: ModelConfig
@@ -91,30 +91,30 @@ class OpenModel:
 
     @cached_property
     def model(self) -> Model:
-        """As `build_model` makes it."""
+        """The model as built by `build_model`."""
         return build_model(self.source, self.config, self.platform, self.lora)
 
     def tokenizer(self, chat_template: str | None = None) -> Any:
-        """As `find_tokenizer` finds it."""
+        """Load the tokenizer with `find_tokenizer`."""
         return find_tokenizer(self.source, self.config, chat_template)
 
     def load(self, mesh: Mesh) -> Params:
-        """The weights, as `load_weights` places them; without adapters of its own."""
+        """Load the weights with `load_weights`, without the adapters of ``lora``."""
         return load_weights(self.source, self.model, self.config, mesh)
 
 
 def open_model(config: ModelConfig, platform: str, lora: LoraConfig | None = None, weights: bool = True) -> OpenModel:
-    """What ``model.path`` names, for devices of ``platform``; a hub model is downloaded, with its ``weights`` or not.
+    """Open the model of ``model.path`` for ``platform``; a hub model is downloaded, with or without its ``weights``.
 
     Raises:
-        UserError: as `find_model`; what the result makes later may raise as the functions that make it.
+        UserError: as `find_model`. Members of the result raise the errors of the functions that they call.
     """
     source = find_model(config.path, config.revision, config.checkpoint, weights=weights)
     return OpenModel(source, config, platform, lora)
 
 
 def load_weights(source: ModelSource, model: Model, config: ModelConfig, mesh: Mesh) -> Params:
-    """The weights, each shard straight to its device. A built-in model's are drawn from a fixed seed."""
+    """Load the weights, each shard directly onto its device; those of a built-in model are drawn from a fixed seed."""
     if source.run is not None:
         return load_saved(source.run, model, config, mesh)[0]
     shardings = param_shardings(model, mesh)
@@ -124,7 +124,7 @@ def load_weights(source: ModelSource, model: Model, config: ModelConfig, mesh: M
 
 
 def load_saved(run: RunDir, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
-    """The weights that a run saved, adapters merged into theirs, and their step; ``model`` has no adapters."""
+    """Load a run's saved weights, with adapters merged into the base, and their step; ``model`` has no adapters."""
     adapted = adapted_run(run)
     if adapted is not None:
         return _load_merged(adapted, model, config, mesh)
@@ -134,22 +134,22 @@ def load_saved(run: RunDir, model: Model, config: ModelConfig, mesh: Mesh) -> tu
 
 @dataclass(frozen=True)
 class AdaptedRun:
-    """What a run of adapters says of itself in its config.yaml."""
+    """A run that trained adapters, as described by its config.yaml."""
 
     run: RunDir
     lora: LoraConfig
-    base: ModelConfig  # its model.path, and the step of it where that is a run
+    base: ModelConfig  # the base model, and its step if it is itself a run
 
 
 def adapted_run(run: RunDir) -> AdaptedRun | None:
-    """The run's adapters and the model under them; None: it trained all weights."""
+    """Read a run's adapter options and base model from its config.yaml; None if the run trained all weights."""
     options = load_yaml(run.config)
     try:
         lora = lora_of(options)
         if lora.rank == 0:
             return None
         base = options.get("model")
-        if isinstance(base, Mapping):  # the rest of it is how the run computed
+        if isinstance(base, Mapping):  # the other options only affect how the run computed
             base = {name: base[name] for name in ("path", "revision", "checkpoint", "param_dtype") if name in base}
         return AdaptedRun(run, lora, read_section(ModelConfig, base, "model"))
     except UserError as error:
@@ -157,29 +157,29 @@ def adapted_run(run: RunDir) -> AdaptedRun | None:
 
 
 def lora_of(options: Mapping[str, Any]) -> LoraConfig:
-    """The section `lora` of a run's resolved options; runs of versions before adapters have none."""
+    """Read the `lora` section of a run's resolved options, which runs older than adapters lack."""
     return read_section(LoraConfig, options.get("lora", {}), "lora")
 
 
 def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
-    """As `load_saved`, of a run of adapters: its model is loaded in the type that the run held it in."""
+    """`load_saved` for a run of adapters: the base weights are loaded in the dtype that the run used."""
     try:
         source = find_model(adapted.base.path, adapted.base.revision)
     except UserError as error:
-        what = "the model that this run's adapters belong to cannot be loaded"
-        raise UserError(f"{adapted.run.config}: {what}: {error}") from error
+        raise UserError(f"{adapted.run.config}: the base model of the adapters cannot be loaded: {error}") from error
     model = replace(model, lora=make_lora(adapted.lora))
     shapes = {"params": trained_shapes(model, mesh)}
     saved, manifest = restore_part(adapted.run.checkpoints, config.checkpoint, shapes)
     base = load_weights(source, replace(model, param_dtype=adapted.base.param_dtype), adapted.base, mesh)
     if weights_id(base) != manifest["identity"]["weights"]:
-        what = f"the adapters of {adapted.run.root} belong to other weights than those that {adapted.base.path} holds"
-        raise UserError(f"model.path: {what}: restore those, or correct model.path in {adapted.run.config}")
+        mismatch = f"the adapters of {adapted.run.root} were trained on other weights than those in {adapted.base.path}"
+        remedy = f"restore the original weights, or correct model.path in {adapted.run.config}"
+        raise UserError(f"model.path: {mismatch}: {remedy}")
     return merge(Adapted(saved["params"], base), model), manifest["step"]
 
 
 def load_start(config: LoraConfig, model: Model, seed: int, mesh: Mesh) -> Params:
-    """The adapters that a run starts from: drawn from its seed, or those of ``lora.path``."""
+    """Return the adapters that a run starts from: those of ``lora.path``, or drawn from ``seed`` without one."""
     if config.path is None:
         draw = partial(start_adapters, model, init=config.init)
         return jax.jit(draw, out_shardings=trained_shardings(model, mesh))(jax.random.key(seed))
@@ -187,28 +187,28 @@ def load_start(config: LoraConfig, model: Model, seed: int, mesh: Mesh) -> Param
 
 
 def param_shardings(model: Model, mesh: Mesh | AbstractMesh) -> Any:
-    """Sharding of each weight under the table."""
+    """Return the sharding of each weight, from the table of sharding rules."""
     return weight_shardings(model.param_shapes(), model.param_axes(), mesh)
 
 
 def trained_shardings(model: Model, mesh: Mesh | AbstractMesh) -> Any:
-    """Sharding of what is trained: of each adapter, or of each weight where there are none."""
+    """Return the sharding of each trained parameter: of the adapters, or of all weights if there are none."""
     if model.lora is None:
         return param_shardings(model, mesh)
     return weight_shardings(model.adapter_shapes(), model.adapter_axes(), mesh)
 
 
 def trained_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
-    """What is trained as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
+    """Return the tree of trained parameters as `jax.ShapeDtypeStruct` with shardings."""
     shapes = model.param_shapes() if model.lora is None else model.adapter_shapes()
     return placed(shapes, trained_shardings(model, mesh))
 
 
 def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str | None) -> Any:
-    """The model's tokenizer, or the one that ``model.tokenizer`` names."""
+    """Load the tokenizer that ``model.tokenizer`` names or, without that option, the model's own."""
     path = config.tokenizer or source.folder
     if path is None:
-        raise UserError(f"model.tokenizer: {config.path} brings none; name a directory or hub model that has one")
+        raise UserError(f"model.tokenizer: {config.path} has no tokenizer; give a directory or hub model that has one")
     revision = config.revision if config.tokenizer is None and not Path(path).is_dir() else None
     tokenizer = load_tokenizer(str(path), revision, chat_template)
     check_vocabulary(max(tokenizer.get_vocab().values(), default=-1) + 1, decoder_of(source), str(path))
@@ -216,12 +216,12 @@ def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str 
 
 
 def placed_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct`, each with its place on the mesh."""
+    """Return the parameter tree as `jax.ShapeDtypeStruct` with shardings."""
     return placed(model.param_shapes(), param_shardings(model, mesh))
 
 
 def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:
-    """Put config.json, tokenizer, chat template and generation config into the run."""
+    """Copy config.json, tokenizer, chat template and generation config into the run."""
     folder = run.root / MODEL_FILES
     with from_outside(f"{folder}: the tokenizer cannot be written", "free space, or fix the tokenizer's files"):
         tokenizer.save_pretrained(folder)
@@ -232,15 +232,15 @@ def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:
 
 
 def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "best"], mesh: Mesh) -> int:
-    """Write the adapters of a run's saved step as a PEFT directory; the step is returned.
+    """Export the adapters of a run's newest or best step as a PEFT directory and return the step.
 
     Raises:
-        UserError: the run has none, or ``out_dir`` holds something.
+        UserError: the run has no adapters, or ``out_dir`` is not empty.
     """
     source = find_model(str(run.root), None)
     adapted = adapted_run(run)
     if adapted is None:
-        raise UserError(f"--adapters: the run {run.root} trained all weights and has no adapters; leave this out")
+        raise UserError(f"--adapters: the run {run.root} trained all weights and has no adapters; omit --adapters")
     model = build_model(source, adapted.base, platform_of(mesh), adapted.lora)
     saved, manifest = restore_part(run.checkpoints, which, {"params": trained_shapes(model, mesh)})
     export_adapters(saved["params"], model, adapted.lora, adapted.base.path, out_dir)
@@ -248,7 +248,7 @@ def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "be
 
 
 def export_run(run: RunDir, out_dir: Path, model: Model, weights: Params | Adapted, overwrite: bool) -> None:
-    """Write a run's weights as a Hugging Face directory, adapters merged into theirs."""
+    """Export a run's weights as a Hugging Face directory, with adapters merged into the base weights."""
     params = merge(weights, model) if isinstance(weights, Adapted) else weights
     folder = run.root / MODEL_FILES
     hf_config, dtype = read_hf_config(folder), model.param_dtype

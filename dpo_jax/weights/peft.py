@@ -1,4 +1,4 @@
-"""Adapters from and to directories in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Read and write adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
@@ -24,9 +24,9 @@ CONFIG, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every tensor's name
 
 
-# Keys of adapter_config.json that are read here, and those that do not change what the adapters compute: dropout is off
-# in this program, the rest concerns tools. Any other key must have a value by which PEFT does nothing: of most it asks
-# whether they are null, so that an empty list or dictionary can act.
+# _READ: keys of adapter_config.json that are used. _HARMLESS: keys that do not change what the adapters compute, as
+# dropout is off here and the others are metadata. Any other key must have a value that PEFT ignores. PEFT tests most of
+# them for null only, so an empty list or dictionary can have an effect.
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights", "bias"}
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -40,22 +40,22 @@ _IDLE = {
     "alpha_pattern": {},
     "megatron_config": {},
 }
-# What to do with adapters that this program cannot train on.
-_MERGE = "merge these adapters into their model (PEFT's merge_and_unload) and give the result, saved, as model.path"
-# Starts after which the weights under the adapters are still the model's own.
+# The remedy for adapters that this program does not support.
+_MERGE = "merge these adapters into their model (PEFT's merge_and_unload), save it and set model.path to the result"
+# Initializations that leave the base weights unchanged.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def _tensors(model: Model) -> dict[str, Slot]:
-    """Every tensor of the model's adapters, by its name in the file; a leaf is layers/PROJECTION/a or b."""
+    """Map the name in the file of each adapter tensor to its slot; leaves are layers/PROJECTION/a and b."""
     slots = {}
     for projection, pair in model.adapter_shapes()["layers"].items():
-        for part, leaf in pair.items():
+        for factor, leaf in pair.items():
             num_layers, *dims = leaf.shape
-            shape = (dims[0], math.prod(dims[1:])) if part == "a" else (math.prod(dims[:-1]), dims[-1])
+            shape = (dims[0], math.prod(dims[1:])) if factor == "a" else (math.prod(dims[:-1]), dims[-1])
             for layer in range(num_layers):
-                name = f"{_PREFIX}{_module(projection, layer)}.lora_{part.upper()}.weight"
-                slots[name] = Slot(f"layers/{projection}/{part}", layer, shape)
+                name = f"{_PREFIX}{_module(projection, layer)}.lora_{factor.upper()}.weight"
+                slots[name] = Slot(f"layers/{projection}/{factor}", layer, shape)
     return slots
 
 
@@ -64,13 +64,13 @@ def _module(projection: str, layer: int) -> str:
 
 
 def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any) -> Params:
-    """The adapters of a PEFT directory, as the tree of ``model``, whose adapters are those of ``config``; float32.
+    """Load the adapters of a PEFT directory as the float32 adapter tree of ``model``, which ``config`` describes.
 
     Raises:
-        UserError: there are none, they are not what the options say, or they ask for what is not computed here.
+        UserError: the directory has no adapters, or they contradict ``config`` or need unsupported PEFT features.
     """
     if not (folder / CONFIG).is_file():
-        raise UserError(f"lora.path: {folder} holds no {CONFIG}; give a directory of adapters in PEFT's format")
+        raise UserError(f"lora.path: {folder} contains no {CONFIG}; give a directory of adapters in PEFT's format")
     options = read_json(folder / CONFIG)
     _check_options(folder, options, config)
     if not (folder / TENSOR_FILE).is_file():
@@ -86,18 +86,18 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig)
         return UserError(f"lora.path: {folder / CONFIG}: {key}", options.get(key), why)
 
     if options.get("peft_type") != "LORA":
-        raise refuse("peft_type", "adapters can be LORA only")
+        raise refuse("peft_type", "only LORA adapters are supported")
     if options.get("bias", "none") != "none":
-        raise refuse("bias", f"biases are not trained with adapters; {_MERGE}")
+        raise refuse("bias", f"training biases with adapters is not supported; {_MERGE}")
     if options.get("init_lora_weights", True) not in _PLAIN_STARTS:
-        raise refuse("init_lora_weights", "it changes the weights under the adapters; convert them to plain LoRA first")
+        raise refuse("init_lora_weights", "it changes the base weights; convert the adapters to plain LoRA first")
     for key, value in options.items():
-        idle = value is None or (value == _IDLE[key] if key in _IDLE else value is False)
-        if key not in _READ | _HARMLESS and not idle:
-            raise refuse(key, f"this option is not computed here; {_MERGE}")
+        is_inactive = value is None or (value == _IDLE[key] if key in _IDLE else value is False)
+        if key not in _READ | _HARMLESS and not is_inactive:
+            raise refuse(key, f"this option is not supported; {_MERGE}")
     for key, option in (("r", "rank"), ("lora_alpha", "alpha"), ("use_rslora", "rslora")):
         if options.get(key, False) != getattr(config, option):
-            raise refuse(key, f"lora.{option} is {getattr(config, option)!r}; set both alike")
+            raise refuse(key, f"lora.{option} is {getattr(config, option)!r}; set both to the same value")
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Slot]) -> None:
@@ -108,37 +108,38 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mappin
     for name in tensors:
         module = name.split(".lora_")[0].rpartition(".")[2]
         if module not in BY_TARGET:
-            raise refuse(f"holds {name}, which is no adapter of {', '.join(BY_TARGET)}: {_MERGE}")
+            raise refuse(f"contains {name}, which is not an adapter of {', '.join(BY_TARGET)}: {_MERGE}")
         if BY_TARGET[module].name not in targets:
-            raise refuse(f"holds {name}, which belongs to none of lora.targets: add {module}, or use other adapters")
+            raise refuse(f"contains {name}, which is not in lora.targets: add {module}, or use other adapters")
         if name not in expected:
-            raise refuse(f"holds {name}, which has no counterpart in this model: use adapters of the same model")
+            raise refuse(f"contains {name}, which has no counterpart in this model: use adapters of the same model")
     for name, slot in expected.items():
         if name not in tensors:
             raise refuse(
-                f"lacks {name}, which lora.targets ask for: leave it out, or if only some layers have it, {_MERGE}"
+                f"lacks {name}, which lora.targets requires: drop the target or, if some layers have it, {_MERGE}"
             )
-        given, wanted = list(tensors[name].shape), list(slot.shape)
-        if given != wanted:
-            raise refuse(f"holds {name} of shape {given}, this model's is {wanted}: use adapters of the same model")
+        actual, needed = list(tensors[name].shape), list(slot.shape)
+        if actual != needed:
+            raise refuse(f"has {name} of shape {actual}, but this model needs {needed}: use adapters of the same model")
 
 
 def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expected: Mapping[str, Slot]) -> None:
-    """Refuse options by which PEFT would ignore some of the file's tensors, or create others."""
+    """Refuse options that would make PEFT ignore some tensors of the file, or expect ones that are not in it."""
     path = folder / CONFIG
     targets, excluded = options.get("target_modules"), options.get("exclude_modules") or []
     modules = {_module(name, layer) for name in LAYER for layer in range(model.config.layers)}
-    every = isinstance(targets, str) and targets.lower() == "all-linear"
-    chosen = modules if every else _named(path, "target_modules", targets, modules)
-    chosen = chosen - _named(path, "exclude_modules", excluded, modules)
-    stored = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in expected}
-    if chosen != stored:
-        difference = f"{shown(targets)} and the tensors of {TENSOR_FILE} differ at {min(chosen ^ stored)}"
+    all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+    target_modules = modules if all_linear else _named(path, "target_modules", targets, modules)
+    target_modules = target_modules - _named(path, "exclude_modules", excluded, modules)
+    stored_modules = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in expected}
+    if target_modules != stored_modules:
+        module = min(target_modules ^ stored_modules)
+        difference = f"{shown(targets)} and the tensors of {TENSOR_FILE} differ at {module}"
         raise UserError(f"lora.path: {path}: target_modules: {difference}; copy both files again")
 
 
 def _named(path: Path, key: str, given: Any, modules: set[str]) -> set[str]:
-    """The modules that match a pattern, or a list of names and ends of names, as PEFT matches them."""
+    """Return the modules that a regular expression or a list of names or name suffixes selects, as PEFT does."""
     if isinstance(given, str):
         with from_outside(f"lora.path: {path}: {key}", "it must be a regular expression or a list of names"):
             pattern = re.compile(given)
@@ -149,12 +150,12 @@ def _named(path: Path, key: str, given: Any, modules: set[str]) -> set[str]:
 
 
 def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: str, out_dir: Path) -> None:
-    """Write the adapters of ``model``, made with ``config``, as a directory that PEFT loads, in float32.
+    """Export the adapters of ``model``, which ``config`` describes, as a float32 directory that PEFT can load.
 
-    ``base`` is what the directory says of the model under them.
+    ``base`` becomes ``base_model_name_or_path`` in adapter_config.json.
 
     Raises:
-        UserError: ``out_dir`` is not free or cannot be written.
+        UserError: ``out_dir`` is not empty or cannot be written.
     """
     slots = _tensors(model)
     options = {

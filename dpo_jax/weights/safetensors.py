@@ -1,8 +1,8 @@
-"""The safetensors file format, read and written tensor by tensor, so that no more than one tensor is in memory.
+"""Read and write safetensors files tensor by tensor, so that no more than one tensor is in memory.
 
 A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes:
-https://huggingface.co/docs/safetensors/index#format. The format's own library validates the header; plain reads take
-the tensors, since the pages of its memory map would count as the process's memory until the whole file were closed.
+https://huggingface.co/docs/safetensors/index#format. The safetensors library validates the header; tensors are read
+with plain reads, since pages of the library's memory map count as process memory until the file is closed.
 """
 
 import json
@@ -33,42 +33,42 @@ AGAIN = "copy or download it again"
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies."""
+    """Location, type and shape of one tensor in a file."""
 
     path: Path
     name: str
     code: str
     shape: tuple[int, ...]
-    start: int  # byte in the file
+    start: int  # byte offset in the file
     end: int
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
-        """The tensor, or rows of its first dim, in the file's type.
+        """Read the tensor, or some rows of its first dim, in the file's dtype.
 
         Raises:
-            UserError: the type is none of `DTYPES`, as in quantised files.
+            UserError: the dtype is not in `DTYPES`, as in quantised files.
         """
         if self.code not in DTYPES:
-            why = f"supported are {', '.join(DTYPES)}; take a version of the model that is not quantised"
-            raise UserError(f"{self.path}: tensor {self.name} has type {self.code}, which cannot be used: {why}")
+            remedy = f"supported are {', '.join(DTYPES)}; use a version of the model that is not quantised"
+            raise UserError(f"{self.path}: tensor {self.name} has type {self.code}, which cannot be used: {remedy}")
         dtype = DTYPES[self.code]
-        length, *rest = self.shape or (1,)
+        length, *row_shape = self.shape or (1,)
         first, last, _ = rows.indices(length)
-        row_bytes = math.prod(rest) * dtype.itemsize
+        row_bytes = math.prod(row_shape) * dtype.itemsize
         with from_outside(f"{self.path}: tensor {self.name}", AGAIN), self.path.open("rb") as file:
             file.seek(self.start + first * row_bytes)
             data = np.fromfile(file, np.uint8, (last - first) * row_bytes)
-        return data.view(dtype).reshape((last - first, *rest) if self.shape else ())
+        return data.view(dtype).reshape((last - first, *row_shape) if self.shape else ())
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """Tensors of one file, by name.
+    """Return the tensors of one file by name.
 
     Raises:
-        UserError: the safetensors library refuses the file.
+        UserError: the safetensors library rejects the file.
     """
     with from_outside(f"{path}: this is not an intact safetensors file", AGAIN):
-        with safe_open(path, "numpy"):  # its lengths, offsets, shapes and types, which must cover the file exactly
+        with safe_open(path, "numpy"):  # checks that types, shapes and offsets cover the file exactly
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -76,8 +76,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if not isinstance(entry, dict):  # the library takes a list of the three values too, which nobody writes
-            raise UserError(f"{path}: tensor {name} is described by {shown(entry)}, not by an object; {AGAIN}")
+        if not isinstance(entry, dict):  # the library also accepts a list of the three values, which nobody writes
+            raise UserError(f"{path}: the header entry of {name} must be an object, got {shown(entry)}; {AGAIN}")
         start, end = entry["data_offsets"]
         base = 8 + length
         tensors[name] = Tensor(path, name, entry["dtype"], tuple(entry["shape"]), base + start, base + end)
@@ -85,11 +85,11 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def find_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model directory: of the one file, else of the files that its index names, as in transformers.
+    """Return all tensors of a model directory: of the single file or else of the index's files, as in transformers.
 
     Raises:
-        UserError: there are no safetensors, a file of the index is missing, a tensor is not where the index says or in
-            two files.
+        UserError: there are no safetensors files, a file of the index is missing, or a tensor is not in the file that
+            the index names or is in two files.
     """
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
@@ -97,31 +97,31 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
         if list(folder.glob("*.bin")) or list(folder.glob("*.pth")):
             remedy = "convert them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             raise UserError(f"{folder}: the weights are PyTorch pickles, which can run code when read; {remedy}")
-        raise UserError(f"{folder}: there is neither {SINGLE} nor {INDEX}; give a folder with a model's weights")
+        raise UserError(f"{folder}: contains neither {SINGLE} nor {INDEX}; give a directory with a model's weights")
     files = _read_index(folder)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         for name, tensor in read_header(folder / file).items():
             if name in tensors:
-                both = f"{tensors[name].path.name} and {file} both hold {name}"
-                raise UserError(f"{folder}: {both}; save or download the model into an empty directory")
+                conflict = f"{tensors[name].path.name} and {file} both contain {name}"
+                raise UserError(f"{folder}: {conflict}; save or download the model into an empty directory")
             tensors[name] = tensor
     for name, file in files.items():
         if name not in tensors or tensors[name].path != folder / file:
-            raise UserError(f"{folder}: {INDEX} puts tensor {name} in {file}, which lacks it; download both again")
+            raise UserError(f"{folder}: {INDEX} lists tensor {name} in {file}, which lacks it; download both again")
     return tensors
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """File by tensor."""
+    """Return the file name of each tensor."""
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise UserError(f"{folder / INDEX}: weight_map", files, f"it has to name the file of each tensor; {AGAIN}")
+        raise UserError(f"{folder / INDEX}: weight_map", files, f"it must name the file of each tensor; {AGAIN}")
     for tensor, file in files.items():
         if not isinstance(file, str) or PurePath(file).is_absolute() or ".." in PurePath(file).parts:
-            remedy = f"it has to name a file in this directory; {AGAIN}"
+            remedy = f"it must name a file in this directory; {AGAIN}"
             raise UserError(f"{folder / INDEX}: weight_map.{tensor}", file, remedy)
-        if not os.path.isfile(folder / file):  # unlike Path.is_file, false for a name that no file can have
+        if not os.path.isfile(folder / file):  # unlike Path.is_file, returns False for a name that no file can have
             raise UserError(f"{folder}: {shown(file)}, which {INDEX} names, is missing; copy or download it")
     return files
 
@@ -129,15 +129,15 @@ def _read_index(folder: Path) -> dict[str, str]:
 def write_file(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterator[tuple[str, np.ndarray]]
 ) -> None:
-    """Write tensors of one type as they come, in the order of ``shapes``."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks which framework it is for
+    """Write tensors of one dtype as the iterator yields them, in the order of ``shapes``."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires the framework
     start = 0
     for name, shape in shapes.items():
         end = start + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin on a multiple of 8
+    text += b" " * (-len(text) % 8)  # align the tensors to 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):

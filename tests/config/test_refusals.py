@@ -241,7 +241,7 @@ BAD_MODELS = [
         "config.json cut short",
         partial(edit, "model/config.json", lambda data: data[:40]),
         "",
-        "model/config.json: this is not JSON:  ... copy or download it again",
+        "model/config.json: not valid JSON:  ... copy or download it again",
     ),
     (
         "unknown type",
@@ -259,7 +259,7 @@ BAD_MODELS = [
         "no weights",
         partial(remove, "model/model.safetensors"),
         "",
-        "model: there is neither model.safetensors nor model.safetensors.index.json",
+        "model: contains neither model.safetensors nor model.safetensors.index.json",
     ),
     (
         "weights cut short",
@@ -271,13 +271,13 @@ BAD_MODELS = [
         "fewer layers",
         partial(configure_model, num_hidden_layers=4),
         "",
-        "model: the weights hold model.layers.4. ... which config.json does not ask for",
+        "model: the weights contain model.layers.4. ... which config.json does not call for",
     ),
     (
         "another width",
         partial(configure_model, intermediate_size=256),
         "",
-        "model: tensor model.layers.0.mlp. ... but config.json makes it [",
+        "model: tensor model.layers.0.mlp. ... but config.json implies [",
     ),
     (
         "no tokenizer",
@@ -307,7 +307,7 @@ BAD_MODELS = [
         "saved step of no run",
         nothing,
         "--model.checkpoint best",
-        "model.checkpoint: 'best' cannot be used: model is no run directory, so it has no saved steps; leave it at",
+        "model.checkpoint: 'best' cannot be used: model is not a run directory, so it has no saved steps; leave it at",
     ),
     (
         "nothing to leave out",
@@ -325,7 +325,7 @@ BAD_MODELS = [
         "builtin without tokenizer",
         nothing,
         "--model.path builtin:tiny",
-        "model.tokenizer: builtin:tiny brings none",
+        "model.tokenizer: builtin:tiny has no tokenizer",
     ),
     ("no reference", nothing, "--reference.path ./other", "reference.path: ./other does not exist"),
     (
@@ -338,7 +338,7 @@ BAD_MODELS = [
         "no adapters",
         nothing,
         "--lora.rank 4 --lora.path model",
-        "lora.path: model holds no adapter_config.json; give a directory of adapters in PEFT's format",
+        "lora.path: model contains no adapter_config.json; give a directory of adapters in PEFT's format",
     ),
     ("devices", nothing, "--mesh.fsdp 3", "mesh: {'data': 1, 'fsdp': 3, 'tensor': 1} does not use 8 devices"),
 ]
@@ -404,7 +404,7 @@ BAD_RUNS = [
         partial(write, "mine/notes.txt", "x"),
         "train c.yaml --run.dir mine",
         2,
-        "run.dir: mine holds other files and no run of this program: choose an empty directory",
+        "run.dir: mine has other files but no run of this program: choose an empty directory",
     ),
     (
         "a file",
@@ -467,21 +467,21 @@ BAD_RUNS = [
         partial(edit, "run/metrics.jsonl", lambda text: text.replace(b"\n", b" ") + b"  "),
         "train c.yaml --run.dir run",
         2,
-        "run/metrics.jsonl: byte  ... ends no line",
+        "run/metrics.jsonl: was edited, as byte  ... no longer ends a line",
     ),
     (
         "saves damaged",
         damage,
         "train c.yaml --run.dir run",
         43,
-        "checkpoints: no save in  ... is good ( ... restore a good copy of a step, or choose a new run.dir",
+        "checkpoints: no checkpoint in  ... is usable ( ... restore a good copy of a step, or choose a new run.dir",
     ),
     (
         "saves gone",
         partial(remove, "run/checkpoints"),
         "train c.yaml --run.dir run",
         2,
-        "run.dir:  ... was saved before, but  ... holds no save: restore the saves",
+        "run.dir:  ... was saved before, but  ... has no checkpoint: restore the checkpoints",
     ),
     (
         "another version",
@@ -495,7 +495,7 @@ BAD_RUNS = [
         nothing,
         "export model out",
         2,
-        "run directory model: holds no events.jsonl, so it is no run of this program: check the path",
+        "run directory model: has no events.jsonl, so it is not a run of this program: check the path",
     ),
     (
         "export onto something",
@@ -509,21 +509,21 @@ BAD_RUNS = [
         nothing,
         "export run out --which best",
         2,
-        "its run named no checkpoint.best_metric, so no step is best: use newest",
+        "its run set no checkpoint.best_metric, so no step is the best: use newest",
     ),
     (
         "start from no best",
         nothing,
         "train c.yaml --run.dir next --model.path run --model.checkpoint best",
         2,
-        "its run named no checkpoint.best_metric",
+        "its run set no checkpoint.best_metric",
     ),
     (
         "revision of a run",
         nothing,
         "train c.yaml --run.dir next --model.path run --model.revision main",
         2,
-        "model.revision: 'main' cannot be used: run is a run directory, whose steps model.checkpoint chooses; leave",
+        "model.revision: 'main' cannot be used: run is a run directory; choose its step with model.checkpoint; leave",
     ),
     (
         "plan with no reference",
@@ -544,7 +544,7 @@ BAD_RUNS = [
         partial(remove, "run/checkpoints"),
         "train c.yaml --run.dir next --model.path run",
         2,
-        "run/checkpoints: holds no saved step: check the path, or train first",
+        "run/checkpoints: contains no saved step: check the path, or train first",
     ),
     (
         "start from no model",

@@ -55,13 +55,13 @@ def test_another_batch_size_goes_on_too(batches):
 
 
 DAMAGE = {
-    "empty": (lambda good: b"", "cut off or damaged"),
-    "one byte": (lambda good: good[:1], "cut off or damaged"),
-    "truncated": (lambda good: good[:-10], "cut off or damaged"),
-    "half": (lambda good: good[: len(good) // 2], "cut off or damaged"),
+    "empty": (lambda good: b"", "truncated or damaged"),
+    "one byte": (lambda good: good[:1], "truncated or damaged"),
+    "truncated": (lambda good: good[:-10], "truncated or damaged"),
+    "half": (lambda good: good[: len(good) // 2], "truncated or damaged"),
     "a bit flipped": (
         lambda good: good.replace(LOGPS.tobytes(), bytes([LOGPS.tobytes()[0] ^ 1]) + LOGPS.tobytes()[1:]),
-        "cut off or damaged",
+        "truncated or damaged",
     ),
 }
 
@@ -86,7 +86,7 @@ WRONG = {
     "wrong-checksum": (lambda fields: fields | {"sum": fields["sum"] + 1}, "its checksum is wrong"),
     "stale": (
         lambda fields: {k: v[:-1] for k, v in fields.items()},
-        "it holds (22, 2), (22, 2) log-probs, the data has (23, 2)",
+        "it holds log-probs of shape (22, 2), (22, 2), the data needs (23, 2)",
     ),
     "half-written": (
         lambda fields: {k: np.where(np.arange(NUM_ROWS)[:, None] < 9, v, np.nan) for k, v in fields.items()},
@@ -114,7 +114,7 @@ def test_a_cache_of_another_model_is_named_and_left_alone(batches):
     run(batches, Computer())
     (other,) = files(batches)
     (line,) = run(batches, Computer(logps=LOGPS - 1), MADE_BY | {"weights": "b", "dtype": "bfloat16"})
-    assert line == f"reference cache: {other} is of another weights, dtype: computing again"
+    assert line == f"reference cache: {other} was made with different weights, dtype: recomputing"
     assert len(files(batches)) == 2
     assert run(batches, Computer()) == []
 
@@ -126,7 +126,7 @@ def test_a_file_under_a_wrong_name_is_not_taken(batches):
     (other,) = set(files(batches)) - {path}
     other.write_bytes(path.read_bytes())
     said = run(batches, Computer(logps=LOGPS - 1), MADE_BY | {"weights": "b"})
-    assert any("it is of another weights" in line for line in said)
+    assert any("it was made with different weights" in line for line in said)
 
 
 def test_a_damaged_part_is_named_and_its_rows_computed_again(batches):
@@ -151,7 +151,7 @@ def test_rows_that_are_lost_doubled_or_not_finite_stop_the_run(batches):
         cached_logps(batches, MADE_BY, Loses())
     bad = LOGPS.copy()
     bad[4, 1] = np.nan
-    with pytest.raises(RunStopped, match=r"log-prob of row 4 is not finite, of 1 rows in all"):
+    with pytest.raises(RunStopped, match=r"log-prob of row 4 is not finite \(1 such rows in total\)"):
         cached_logps(batches, MADE_BY | {"weights": "c"}, Computer(logps=bad))
 
 

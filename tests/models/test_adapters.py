@@ -172,17 +172,17 @@ BAD_ADAPTERS = [
     ({"init_lora_weights": "pissa"}, {}, "init_lora_weights: 'pissa' cannot be used"),
     ({"something_new": 1}, {}, "something_new: 1 cannot be used"),
     ({"layers_to_transform": 0}, {}, "layers_to_transform: 0 cannot be used"),  # the first layer alone
-    ({"arrow_config": {}}, {}, "arrow_config: {} cannot be used: this option is not computed here; merge these"),
+    ({"arrow_config": {}}, {}, "arrow_config: {} cannot be used: this option is not supported; merge these"),
     ({"peft_type": ["LORA"]}, {}, "peft_type: ['LORA'] cannot be used"),
     ({"init_lora_weights": {}}, {}, "init_lora_weights: {} cannot be used"),
     ({"bias": None}, {}, "bias: None cannot be used"),
     ({"r": "3"}, {}, "r: '3' cannot be used: lora.rank is 3"),
     ({"lora_alpha": float("nan")}, {}, "lora_alpha: nan cannot be used"),
-    ({}, {"rank": 2}, "r: 3 cannot be used: lora.rank is 2; set both alike"),
-    ({}, {"alpha": 3.0}, "lora_alpha: 1 cannot be used: lora.alpha is 3.0; set both alike"),
-    ({}, {"rslora": True}, "use_rslora: False cannot be used: lora.rslora is True; set both alike"),
-    ({}, {"targets": ("q_proj",)}, "which belongs to none of lora.targets"),
-    ({"target_modules": ["q_proj"]}, {}, "which lora.targets ask for"),
+    ({}, {"rank": 2}, "r: 3 cannot be used: lora.rank is 2; set both to the same value"),
+    ({}, {"alpha": 3.0}, "lora_alpha: 1 cannot be used: lora.alpha is 3.0; set both to the same value"),
+    ({}, {"rslora": True}, "use_rslora: False cannot be used: lora.rslora is True; set both to the same value"),
+    ({}, {"targets": ("q_proj",)}, "which is not in lora.targets"),
+    ({"target_modules": ["q_proj"]}, {}, "which lora.targets requires"),
 ]
 
 
@@ -211,8 +211,8 @@ def test_what_peft_can_say_and_is_not_done_here_is_refused(shared, peft_folder, 
 
 
 FOREIGN_TENSORS = {
-    "base_model.model.model.embed_tokens.weight": "which is no adapter of .* merge these adapters .*merge_and_unload",
-    "base_model.model.lm_head.lora_A.weight": "which is no adapter of .* merge these adapters .*merge_and_unload",
+    "base_model.model.model.embed_tokens.weight": "is not an adapter of .* merge these adapters .*merge_and_unload",
+    "base_model.model.lm_head.lora_A.weight": "is not an adapter of .* merge these adapters .*merge_and_unload",
     "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": "no counterpart in this model: use ",
 }
 
@@ -226,7 +226,7 @@ def test_tensors_of_a_file_that_are_not_used_are_refused(shared, peft_folder, tm
     model = plain_model(shared / "models" / "stories260K", lora)
     with pytest.raises(UserError, match=FOREIGN_TENSORS[name]) as refused:
         load_adapters(tmp_path, model, lora, on_one_device(model.adapter_shapes()))
-    assert f"{file} holds {name}" in str(refused.value)
+    assert f"{file} contains {name}" in str(refused.value)
 
 
 @pytest.mark.parametrize(("text", "line"), [
@@ -249,7 +249,7 @@ def test_adapters_of_another_model_are_refused(shared, peft_folder):
     lora = LoraConfig(rank=3, alpha=1.0)
     hf = read_hf_config(shared / "models" / "stories260K") | {"intermediate_size": 96}
     model = Model(config=decoder_config(hf), lora=make_lora(lora))
-    with pytest.raises(UserError, match=r"mlp.* of shape .* this model's is .* use adapters of the same model"):
+    with pytest.raises(UserError, match=r"mlp.* of shape .* but this model needs .* use adapters of the same model"):
         load_adapters(peft_folder / "all", model, lora, on_one_device(model.adapter_shapes()))
 
 
@@ -260,11 +260,11 @@ def test_a_run_of_adapters_whose_base_has_changed_is_refused(made, tmp_path):
     was = next(line for line in text.splitlines() if line.startswith("  path: ") and "stories260K" in line)
     (run / "config.yaml").write_text(text.replace(was, f"  path: {made / 'run' / 'export'}"))
     with pytest.raises(
-        UserError, match=r"model\.path: the adapters of .* belong to other weights than those that .* holds"
+        UserError, match=r"model\.path: the adapters of .* were trained on other weights than those in .*: restore"
     ):
         export(run, tmp_path / "out", "newest")
     (run / "config.yaml").write_text(text.replace(was, "  path: ./gone"))
-    with pytest.raises(UserError, match=r"config\.yaml: the model that this run's adapters belong to cannot be loaded"):
+    with pytest.raises(UserError, match=r"config\.yaml: the base model of the adapters cannot be loaded"):
         export(run, tmp_path / "out", "newest")
     assert not (tmp_path / "out").exists()
 

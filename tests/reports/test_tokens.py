@@ -163,9 +163,9 @@ def test_parts_of_the_reward_sum_to_it(made, tmp_path, options):
     [
         (
             ["--reference.mode", "cached"],
-            "--per-token: reference.mode cached keeps the sums of whole answers only; add ",
+            "--per-token: reference.mode cached stores only sums over whole answers; add ",
         ),
-        (["--loss.type", "simpo"], "--per-token: reference.mode none leaves nothing to compare a token with; "),
+        (["--loss.type", "simpo"], "--per-token: reference.mode none provides nothing to compare tokens with; "),
         (["--output", "x.html"], "--output: x.html is where the page of --per-token goes; choose a name in .jsonl"),
     ],
 )

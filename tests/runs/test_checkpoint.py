@@ -208,7 +208,7 @@ def test_a_best_metric_that_is_not_measured(tmp_path, saved):
     config = CheckpointConfig(keep_best=1, best_metric="eval_loss")
     with pytest.raises(UserError, match=r"'eval_loss' is not an evaluation metric; available: eval_a/loss"):
         Checkpoints(tmp_path, config).save(1, make_state(mesh_of(8)), MANIFEST, {"eval_a/loss": 1.0})
-    with pytest.raises(UserError, match=r"named no checkpoint.best_metric"):
+    with pytest.raises(UserError, match=r"set no checkpoint.best_metric"):
         restore_params(saved, "best", abstract(make_state(mesh_of(8)).params, mesh_of(8)))
 
 
@@ -332,7 +332,7 @@ def test_a_run_whose_saves_are_all_damaged_never_starts_over(copy):
         truncate_arrays(copy / str(step))
     target = abstract(make_state(mesh_of(8)), mesh_of(8))
     for _ in range(2):  # the second start finds only what was set aside
-        with pytest.raises(RunStopped, match=r"no save in .* is good \(1.damaged, 2.damaged, 3.damaged") as stopped:
+        with pytest.raises(RunStopped, match=r"in .* is usable \(1.damaged, 2.damaged, 3.damaged") as stopped:
             Checkpoints(copy, KEEP, lambda line: None).restore(target)
         assert "\n" not in str(stopped.value)
 

@@ -70,7 +70,7 @@ def test_an_empty_directory_becomes_a_run(tmp_path):
 
 def test_other_files(tmp_path):
     (tmp_path / "config.yaml").write_text("mine: 1")
-    refused(tmp_path, "holds other files and no run of this program: choose an empty directory")
+    refused(tmp_path, "has other files but no run of this program: choose an empty directory")
 
 
 def test_a_file_in_its_place(tmp_path):
@@ -89,7 +89,7 @@ def test_a_bucket():
 
 def test_no_run_to_read(tmp_path):
     refused(tmp_path / "none", "does not exist: check the path", find_run)
-    refused(tmp_path, "holds no events.jsonl, so it is no run of this program", find_run)
+    refused(tmp_path, "has no events.jsonl, so it is not a run of this program", find_run)
 
 
 HOLDS = """
@@ -130,7 +130,7 @@ def test_a_log_that_was_changed(tmp_path):
         append_json(run.metrics, {"step": 1})
         offsets = log_offsets(run)
         run.metrics.write_text('{"step": 1, "note": "mine"}\n')
-        with pytest.raises(UserError, match=r"metrics.jsonl: byte 12 ends no line"):
+        with pytest.raises(UserError, match=r"metrics.jsonl: was edited, as byte 12 no longer ends a line"):
             cut_back(run, offsets)
         assert run.metrics.read_text().endswith('mine"}\n')
 

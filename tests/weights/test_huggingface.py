@@ -184,7 +184,7 @@ def test_an_export_goes_where_it_is_sent_or_is_refused_in_one_line(tmp_path, mon
         "../file/out": "cannot be written (",
         "../loop": "cannot be written (",
         "../" + "x" * 300: "cannot be written (",
-        "gs:/bucket/out": "this is no local path",
+        "gs:/bucket/out": "not a local path",
     }
     for out, line in refused.items():
         with pytest.raises(UserError) as error:
@@ -294,7 +294,7 @@ def index(text: str):
 
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
 DAMAGED = {
-    "missing tensor": (edit_tensors(lambda t: t.pop(GATE)), f"{GATE}, which the weights do not hold"),
+    "missing tensor": (edit_tensors(lambda t: t.pop(GATE)), f"{GATE}, which the weights do not contain"),
     "unknown tensor": (edit_tensors(lambda t: t.update({"model.layers.0.mlp.router": t[NORM]})), "mlp.router"),
     "wrong shape": (edit_tensors(lambda t: t.update({GATE: t[GATE][:-1]})), r"\[191, 64\], but .* \[192, 64\]"),
     "quantised": (edit_tensors(lambda t: t.update({GATE: t[GATE].astype(np.int8)})), "type I8"),
@@ -312,12 +312,12 @@ DAMAGED = {
     "index that leaves for good": (shards("/a.safetensors"), "'/a.safetensors' cannot be used"),
     "index of a number": (shards(3), "weight_map.*: 3 cannot be used"),
     "index of an impossible name": (shards("a" * 3000), "is missing"),
-    "tensor in two files": (shards(twice=True), "a.safetensors and b.safetensors both hold model.norm.weight"),
-    "unreadable index": (index("{"), "index.json: this is not JSON"),
-    "index of a list": (index("[]"), "JSON object is needed"),
+    "tensor in two files": (shards(twice=True), "a.safetensors and b.safetensors both contain model.norm.weight"),
+    "unreadable index": (index("{"), "index.json: not valid JSON"),
+    "index of a list": (index("[]"), "must be a JSON object, got list"),
     "index of nothing": (index("{}"), "weight_map: None cannot be used"),
-    "deep index": (index("[" * 100_000), "index.json: this is not JSON: RecursionError"),
-    "unreadable config": (lambda folder: (folder / "config.json").write_text("{,}"), "not JSON"),
+    "deep index": (index("[" * 100_000), "index.json: not valid JSON: RecursionError"),
+    "unreadable config": (lambda folder: (folder / "config.json").write_text("{,}"), "not valid JSON"),
     "config of another kind": (lambda folder: (folder / "config.json").write_text("[]"), "JSON object"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     "other config": (
@@ -429,8 +429,8 @@ def test_a_model_path_that_is_none_is_refused_in_one_line(tmp_path, monkeypatch)
         str(tmp_path / "empty"): "neither config.json nor checkpoints/",
         str(tmp_path / "none"): "does not exist",
         str(tmp_path / "model.gguf"): "is a file",
-        "nobody/no-such-model": "hub gave no model",
-        "not a name": "hub gave no model",
+        "nobody/no-such-model": "is not a directory, and its download failed",
+        "not a name": "is not a directory, and its download failed",
         "builtin:huge": "built-in models are builtin:tiny",
         "builtin:tiny": "has no directory",
     }

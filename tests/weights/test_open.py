@@ -22,7 +22,7 @@ def test_an_opened_model_has_its_options_adapters_and_weights():
     expected = jax.jit(opened.model.init)(jax.random.key(0))
     actual = opened.load(make_mesh(MeshConfig(), jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
-    with pytest.raises(UserError, match=r"model\.tokenizer: builtin:tiny brings none"):
+    with pytest.raises(UserError, match=r"model\.tokenizer: builtin:tiny has no tokenizer"):
         opened.tokenizer()
 
 
