@@ -63,9 +63,7 @@ def dpo_config(directory: Path) -> DPOConfig:
     return DPOConfig(
         model=ModelConfig(path=str(directory / STAGES["before"]), dtype="float32"),
         data=DataConfig(train=(_source(directory, "train"),), eval=held_out, max_length=64, workers=1),
-        loss=LossConfig(
-            beta=10.0
-        ),  # stay close to the reference: both answers are fluent, only their order should change
+        loss=LossConfig(beta=10.0),  # stay near the reference: both answers are fluent, only the order should change
         optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=10, b2=0.99),
         batch=BatchConfig(pairs=64),
         run=RunConfig(dir=str(directory / STAGES["after"]), steps=100, eval_every=25),
