@@ -203,7 +203,7 @@ def test_answers_that_teach_no_end_are_found(tmp_path):
     assert found["train"]["unended"]["examples"] == 3
     assert f"({TOKENIZER.decode([5])} {TOKENIZER.decode([6])}): in 3 examples, the first: 0, 1, 2\n" in render(found)
     assert f"the first ends with {pair(0)['chosen'][-2:] + '</s>'!r}" in render(found)
-    assert "(it has none): in 3 examples" in render(audited(given, ends=frozenset()))
+    assert "(the model has none): in 3 examples" in render(audited(given, ends=frozenset()))
 
 
 def test_a_step_shows_exactly_its_examples(tmp_path):
