@@ -1,1 +1,1 @@
-"""The commands but for training, a file each."""
+"""Commands other than training, one file each."""

@@ -1,4 +1,4 @@
-"""Judging a model without training it."""
+"""Evaluate a model on preference pairs without training it."""
 
 import json
 from functools import partial
@@ -41,33 +41,33 @@ from dpo_jax.weights.open import (
 def evaluate(
     config: DPOConfig, output: Path, which: Literal["newest", "best"] = "newest", per_token: bool = False
 ) -> dict:
-    """Score every pair of the config's evaluation sets; one JSON line a pair in ``output``, the summary returned.
+    """Score every evaluation pair; write one JSON line per pair to ``output`` and return the summary.
 
-    The policy is what the config's run has come to (its newest or best save, by ``which``) when ``run.dir`` holds one,
-    else the model of ``model.path``; the reference is what the run trains against. Changes no run. ``per_token`` adds
-    what each token adds to the reward (``token_fields``), and writes a page of coloured answers beside ``output``.
+    The policy is the newest or best checkpoint, by ``which``, of the run in ``run.dir``, or the model of ``model.path``
+    if there is no run; the reference is the one that the run trains against. No run is changed. ``per_token`` adds each
+    token's contribution to the reward (``token_fields``) and writes a page of coloured answers next to ``output``.
 
     Raises:
-        UserError: the config names no evaluation set, or something in it cannot be used; ``output`` is there already.
+        UserError: the config names no evaluation set or has an unusable value, or ``output`` already exists.
     """
     page = output.with_suffix(".html")
     for path in (output, page) if per_token else (output,):
         if path.exists():
-            raise UserError(f"--output: {path} is there already; choose another name, or take it away first")
+            raise UserError(f"--output: {path} already exists; choose another name or remove it first")
     if per_token:
         refuse_per_token(config.reference_mode)
         if page == output:
-            raise UserError(f"--output: {output} is where the page of --per-token goes; choose a name in .jsonl")
+            raise UserError(f"--output: {output} is the --per-token page; choose a name ending in .jsonl")
     start_hosts()
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         setup = assemble(config, mesh)
         if not setup.evals:
-            raise UserError("data.eval: {} names nothing to evaluate on; name a set, or give data.eval_fraction")
-        policy_of, weights, reference = find_judged(setup, config, which)
-        missing = "" if is_run_dir(config.run.dir) else f", as no run is in {config.run.dir}"
-        say(config.run.progress, f"judging {policy_of}{missing}")
-        summary: dict = {"policy": policy_of, "sets": {}}
+            raise UserError("data.eval: {} names no evaluation set; add one or set data.eval_fraction")
+        policy_name, weights, reference = find_judged(setup, config, which)
+        run_note = "" if is_run_dir(config.run.dir) else f" (no run in {config.run.dir})"
+        say(config.run.progress, f"evaluating {policy_name}{run_note}")
+        summary: dict = {"policy": policy_name, "sets": {}}
         lines = []
         for scored in score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference):
             metrics: dict[str, Any] = dict(scored.metrics(config.loss))
@@ -84,7 +84,7 @@ def evaluate(
         write_output(output, "".join(json.dumps(line) + "\n" for line in lines))
         say(config.run.progress, f"pairs: {output}")
         if per_token:
-            write_output(page, token_page(lines, config.loss.beta, policy_of))
+            write_output(page, token_page(lines, config.loss.beta, policy_name))
             say(config.run.progress, f"tokens: {page}")
     return summary
 
@@ -98,10 +98,10 @@ def _token_log_ratios(setup: Setup, weights: Params, reference: LiveReference, b
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write what ``--output`` names.
+    """Write ``text`` to the file that ``--output`` names.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,40 +113,40 @@ def write_output(path: Path, text: str) -> None:
 def find_judged(
     setup: Setup, config: DPOConfig, which: Literal["newest", "best"]
 ) -> tuple[str, Params, Reference | None]:
-    """The policy's name and weights, and the reference: those of the run, or of ``model.path`` when there is none."""
-    start = load_weights(setup.source, setup.model, config.model, setup.mesh)
-    weights = reference_weights(setup, start)
+    """Return the policy's name and weights and the reference, of the run or, if there is none, of ``model.path``."""
+    model_weights = load_weights(setup.source, setup.model, config.model, setup.mesh)
+    weights = reference_weights(setup, model_weights)
     if not is_run_dir(config.run.dir):
         if setup.model.lora is not None:
-            start = Adapted(load_start(config.lora, setup.model, config.run.seed, setup.mesh), start)
-        return config.model.path, start, make_reference(setup, weights)
+            model_weights = Adapted(load_start(config.lora, setup.model, config.run.seed, setup.mesh), model_weights)
+        return config.model.path, model_weights, make_reference(setup, weights)
     shapes = {"params": trained_shapes(setup.model, setup.mesh)}
     if config.reference.sync_every:
         shapes["reference"] = shapes["params"]
     saved, manifest = restore_part(find_run(config.run.dir).checkpoints, which, shapes)
     refuse = partial(UserError, "run.dir", config.run.dir)
     if "reference" not in manifest["identity"]:
-        raise refuse("it is a run of fine-tuning; give it as model.path, and another run.dir")
+        raise refuse("it is a fine-tuning run; give it as model.path and choose another run.dir")
     followed = manifest["config"]["reference"].get("sync_every", 0) > 0
     if manifest["identity"]["reference"] != weights_id(weights) or followed != (config.reference.sync_every > 0):
-        raise refuse("it was trained against another reference; use its config.yaml, or another run.dir")
+        raise refuse("it was trained against another reference; use its config.yaml or another run.dir")
     trained = make_lora(lora_of(manifest["config"]))
     if trained != setup.model.lora:
         adapters = f"it was trained with other adapters ({trained}, now {setup.model.lora})"
-        raise refuse(f"{adapters}; use its config.yaml, or another run.dir")
+        raise refuse(f"{adapters}; use its config.yaml or another run.dir")
     name = f"{config.run.dir} step {manifest['step']}"
     if setup.model.lora is not None:
-        return name, Adapted(saved["params"], start), make_reference(setup, weights)
+        return name, Adapted(saved["params"], model_weights), make_reference(setup, weights)
     if config.reference.sync_every:
         return name, saved["params"], LiveReference(saved["reference"])
     return name, saved["params"], make_reference(setup, weights)
 
 
 def pair_lines(scored: ScoredSet, loss: LossConfig) -> list[dict[str, Any]]:
-    """One object a pair: where it comes from, tokens, log-probs and rewards of its answers."""
+    """Return one object per pair: its origin, and the tokens, log-probs and rewards of its answers."""
     logps = np.asarray(sequence_logps(scored.policy, loss))
-    theirs = scored.reference
-    reference_logps = None if theirs is None else np.asarray(sequence_logps(theirs, loss))
+    reference = scored.reference
+    reference_logps = None if reference is None else np.asarray(sequence_logps(reference, loss))
     rewards = loss.beta * (logps if reference_logps is None else logps - reference_logps)
     lines = []
     for position, i in enumerate(scored.ids):

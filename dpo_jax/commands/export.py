@@ -1,4 +1,4 @@
-"""Take a trained model out of its run."""
+"""Export a trained model from its run."""
 
 from pathlib import Path
 from typing import Literal
@@ -15,19 +15,19 @@ from dpo_jax.weights.open import export_run, export_run_adapters, load_saved, op
 
 
 def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"], adapters: bool = False) -> None:
-    """Write the model of a run, its newest or best save, as a Hugging Face directory in float32.
+    """Write the newest or best checkpoint of a run as a Hugging Face directory in float32.
 
-    Adapters are merged into their model; with ``adapters`` they alone are written, as a PEFT directory. One line on
+    Adapters are merged into the base model; with ``adapters`` only they are written, as a PEFT directory. One line on
     stderr says what was written.
 
     Raises:
-        UserError: there is no such run or save, it has no adapters, or ``out_dir`` is not free or cannot be written.
+        UserError: no such run or checkpoint, no adapters to export, or ``out_dir`` is taken or cannot be written.
     """
     run = find_run(run_dir)
-    target = export_target(out_dir)  # before minutes of loading
+    target = export_target(out_dir)  # fails before the weights are loaded, which may take minutes
     if target.is_relative_to(run.root.resolve()) and target != run.export.resolve():
         raise UserError(f"{out_dir}: it lies inside the run {run.root}; export to a directory outside it")
-    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])  # weights pass through one device, whatever their sizes
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])  # one device is enough for weights of any size
     if adapters:
         step = export_run_adapters(run, out_dir, which, mesh)
     else:
@@ -35,5 +35,5 @@ def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"], adapt
         params, step = load_saved(run, opened.model, opened.config, mesh)
         export_run(run, out_dir, opened.model, params, overwrite=False)
     sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
-    what = f"{'adapters' if adapters else 'model'} of {run.root} at step {step}"
-    say(True, f"exported the {what} to {target}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, float32")
+    label = f"{'adapters' if adapters else 'model'} of {run.root} at step {step}"
+    say(True, f"exported the {label} to {target}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, float32")

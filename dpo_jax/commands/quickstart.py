@@ -1,6 +1,6 @@
-"""The first five minutes: a small model learns an invented language, then DPO teaches it what its readers prefer.
+"""Quickstart: a small model learns an invented language, then DPO teaches it what its readers prefer.
 
-Everything runs through the same configs and the same ``train`` as any other run.
+Both stages use the same kind of config and the same ``train`` as any other run.
 """
 
 import time
@@ -39,14 +39,14 @@ RIGHT = "✓: word for word an answer as this visitor wants it."
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model answers to every held-out visit."""
+    """One model's answers to all held-out visits."""
 
     texts: list[str]
-    obey: list[bool]  # the rule, word for word
+    obey: list[bool]  # whether each text obeys the rule, word for word
 
 
 def sft_config(directory: Path) -> SFTConfig:
-    """Stage one: from random weights to a model that speaks the language."""
+    """Return the config of stage one: random weights learn the language."""
     return SFTConfig(
         model=ModelConfig(path="builtin:tiny", tokenizer=str(directory / "tokenizer"), dtype="float32"),
         data=DataConfig(train=(_source(directory, "sft"),), eval_fraction=1 / 16, max_length=64, workers=1),
@@ -58,12 +58,12 @@ def sft_config(directory: Path) -> SFTConfig:
 
 
 def dpo_config(directory: Path) -> DPOConfig:
-    """Stage two: from that model and pairs to one that obeys the rule."""
+    """Return the config of stage two: that model learns the rule from pairs."""
     held_out = {"held_out": _source(directory, "held_out")}
     return DPOConfig(
         model=ModelConfig(path=str(directory / STAGES["before"]), dtype="float32"),
         data=DataConfig(train=(_source(directory, "train"),), eval=held_out, max_length=64, workers=1),
-        loss=LossConfig(beta=10.0),  # close to the reference: both answers are fluent, only their order is to change
+        loss=LossConfig(beta=10.0),  # stay near the reference: both answers are fluent, only the order should change
         optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=10, b2=0.99),
         batch=BatchConfig(pairs=64),
         run=RunConfig(dir=str(directory / STAGES["after"]), steps=100, eval_every=25),
@@ -78,19 +78,19 @@ def _source(directory: Path, name: str) -> SourceConfig:
 def quickstart(directory: Path) -> None:
     """Run both stages in a directory, print what was learned, and write ``report.html`` there.
 
-    Run again with the same directory it resumes; a finished run is only evaluated again.
+    A second call with the same directory resumes; if the runs are finished, it only evaluates them again.
 
     Raises:
         UserError: the directory cannot be written, or holds another run.
     """
     started = time.perf_counter()
     directory = directory.expanduser()
-    print(f"An invented language: visitors of a shop ask for goods. The rule to be learned:\n{RULE}.\n", flush=True)
+    print(f"An invented language: visitors of a shop ask for goods. The rule to learn:\n{RULE}.\n", flush=True)
     write_task(directory, SEED)
 
-    from dpo_jax.train import train  # here, because it imports JAX: the first line shall not wait for that
+    from dpo_jax.train import train  # imported late: the first line should not wait for JAX
 
-    print("1. Supervised fine-tuning: a model of random weights learns the language, not the rule.", flush=True)
+    print("1. Supervised fine-tuning: a randomly initialised model learns the language, not the rule.", flush=True)
     train(sft_config(directory))
     print("\n2. DPO: the same model learns the rule from pairs of answers.", flush=True)
     train(dpo_config(directory))
@@ -105,7 +105,7 @@ def quickstart(directory: Path) -> None:
 
 
 def greedy_answers(run: Path, asked: Sequence[Visit]) -> Answers:
-    """Greedy answers of a run's newest save."""
+    """Generate greedy answers with a run's newest checkpoint."""
     import jax
 
     from dpo_jax.config import MeshConfig
@@ -124,7 +124,7 @@ def greedy_answers(run: Path, asked: Sequence[Visit]) -> Answers:
 
 
 def compare(directory: Path, answers: dict[str, Answers]) -> list[tuple[str, str, str]]:
-    """What was measured before and after DPO, in rows (what, before, after)."""
+    """Return the measurements before and after DPO as rows (name, before, after)."""
     evaluations = [row for row in read_json(RunDir(directory / STAGES["after"]).metrics) if "eval_held_out_loss" in row]
     first, last = evaluations[0], evaluations[-1]
     obey = {stage: sum(replies.obey) / len(replies.obey) for stage, replies in answers.items()}
@@ -142,10 +142,10 @@ def compare(directory: Path, answers: dict[str, Answers]) -> list[tuple[str, str
 
 
 def print_results(results: Sequence[tuple[str, str, str]], asked: Sequence[Visit], answers: dict[str, Answers]) -> None:
-    """The results, and a few answers of both models, on the terminal."""
+    """Print the results and a few answers of both models."""
     print(f"\n{'':<48}{'before DPO':>12}{'after DPO':>12}")
-    for what, before, after in results:
-        print(f"{what:<48}{before:>12}{after:>12}")
+    for name, before, after in results:
+        print(f"{name:<48}{before:>12}{after:>12}")
     for index in SHOWN:
         print(f"\n{prompt(asked[index])}")
         for stage, replies in answers.items():
@@ -154,11 +154,11 @@ def print_results(results: Sequence[tuple[str, str, str]], asked: Sequence[Visit
 
 
 def next_steps(directory: Path) -> str:
-    """Commands worth trying now."""
+    """Return commands worth trying next."""
     return f"""\
-# what the pairs hold, and what would spoil them
+# audit the preference pairs
 dpo-jax data {directory}/dpo/config.yaml
-# the second stage again, with another option
+# run the second stage again with another loss
 dpo-jax train {directory}/dpo/config.yaml --run.dir {directory}/ipo --loss.type ipo --loss.beta 0.3
 # the aligned model as a Hugging Face directory
 dpo-jax export {directory}/dpo {directory}/aligned"""
@@ -167,20 +167,20 @@ dpo-jax export {directory}/dpo {directory}/aligned"""
 def write_page(
     directory: Path, results: Sequence[tuple[str, str, str]], asked: Sequence[Visit], answers: dict[str, Answers]
 ) -> Path:
-    """Write the quickstart's own report; its path."""
-    rows, right = [], set()
+    """Write the quickstart's report and return its path."""
+    rows, obeying = [], set()
     for index in SHOWN:
-        right |= {(len(rows), column) for column, replies in enumerate(answers.values(), 1) if replies.obey[index]}
+        obeying |= {(len(rows), column) for column, replies in enumerate(answers.values(), 1) if replies.obey[index]}
         rows.append((prompt(asked[index]), *(replies.texts[index] for replies in answers.values())))
     logs = {stage: read_json(RunDir(directory / run).metrics) for stage, run in STAGES.items()}
     curves = lambda stage, *titles: plots((plot for plot in PLOTS if plot.title in titles), logs[stage])  # noqa: E731
     compared = ("Loss", "Reward accuracy", "Rewards", "Log-probability of the answers")
     columns = ("before DPO", "after DPO")
     sections = [
-        cards({what: (before, after) for what, before, after in (results[0], results[1], results[4])}),
+        cards({name: (before, after) for name, before, after in (results[0], results[1], results[4])}),
         heading("The task", paragraph(TASK), paragraph(f"The rule: {RULE}. Only the preference pairs know it.")),
         heading("Before and after", table(("Held-out visitors", *columns), results)),
-        heading("Greedy answers", table(("Asked", *columns), rows, frozenset(right)), paragraph(RIGHT)),
+        heading("Greedy answers", table(("Asked", *columns), rows, frozenset(obeying)), paragraph(RIGHT)),
         heading("Stage two: DPO", curves("after", *compared)),
         heading("Stage one: supervised fine-tuning", curves("before", "Loss", "Token accuracy")),
         heading("Next steps", code(next_steps(directory))),

@@ -1,4 +1,4 @@
-"""One config at several betas: what each buys in accuracy and margin, and how far it goes from the reference."""
+"""Train one config at several betas and compare accuracy, margin and distance from the reference."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ COLUMNS = {  # heading: metric
 
 
 def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
-    """Train once for each beta, in ``run.dir``/beta-BETA; one row a beta and evaluation set, also in sweep.json there.
+    """Train once for each beta in ``run.dir``/beta-BETA; return a row per beta and evaluation set, also in sweep.json.
 
-    A run that exists resumes, or is read if it was done. Without evaluation sets the row is of the last step.
+    An existing run resumes; a finished one is only read. Without evaluation sets the row is of the last step.
 
     Raises:
-        UserError: the config keeps no reference, so that there is no distance from it.
+        UserError: the config has no reference, so there is no KL to compare.
     """
     if config.reference_mode == "none":
         raise UserError("reference.mode: none leaves no KL to compare; use live or cached")
     if len(set(betas)) < len(betas):
-        raise UserError(f"--betas: {list(betas)} names one twice; name each once")
+        raise UserError(f"--betas: {list(betas)} has duplicates; give each beta once")
     rows = []
     for beta in betas:
         run_config = replace(config.run, dir=str(Path(config.run.dir) / f"beta-{beta:g}"))
@@ -42,9 +42,9 @@ def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
 
 
 def rows_of(beta: float, metrics: Mapping[str, float]) -> list[dict]:
-    """A run's last metrics, by evaluation set."""
-    ending = f"_{COLUMNS['accuracy']}"
-    prefixes = [key.removesuffix(ending) + "_" for key in metrics if key.startswith("eval_") and key.endswith(ending)]
+    """Return a run's last metrics, one row per evaluation set."""
+    suffix = f"_{COLUMNS['accuracy']}"
+    prefixes = [key.removesuffix(suffix) + "_" for key in metrics if key.startswith("eval_") and key.endswith(suffix)]
     return [
         {"beta": beta, "set": prefix.removeprefix("eval_").removesuffix("_") or "last step"}
         | {heading: metrics[prefix + name] for heading, name in COLUMNS.items()}
@@ -54,7 +54,7 @@ def rows_of(beta: float, metrics: Mapping[str, float]) -> list[dict]:
 
 
 def render(rows: Sequence[Mapping]) -> str:
-    """The rows as a table of Markdown."""
+    """Return the rows as a Markdown table."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    shown = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
-    return "\n".join([*lines, *("| " + " | ".join(map(shown, row.values())) + " |" for row in rows)])
+    text_of = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
+    return "\n".join([*lines, *("| " + " | ".join(map(text_of, row.values())) + " |" for row in rows)])

@@ -1,4 +1,4 @@
-"""An invented language with an exact preference rule, so that a person sees in two minutes whether DPO learned it.
+"""An invented language with an exact preference rule, which shows within two minutes whether DPO learned it.
 
 Visitors come to a shop and ask for goods. An answer either names the goods first or greets the visitor first. In the
 supervised data both orders are equally frequent for every visitor, so a supervised model cannot know which of them is
@@ -26,14 +26,14 @@ GOODS = ("apples", "baskets", "bells", "books", "boots", "candles", "carpets", "
 # The supervised model has to learn which farewell fits the time; the first of each is the more frequent.
 FAREWELLS = {"dawn": ("walk well", "stay warm"), "noon": ("walk well", "stay warm"),
              "dusk": ("sleep well", "rest easy"), "midnight": ("sleep well", "rest easy")}  # fmt: skip
-USUAL_FAREWELL = 3  # in 4
+USUAL_FAREWELL = 3  # times in 4
 
-SIZES = {"sft": 4096, "train": 3072, "held_out": 512}  # multiples of 2 x times x places: every kind equally often
+SIZES = {"sft": 4096, "train": 3072, "held_out": 512}  # multiples of 2 x times x places, to balance all kinds
 BOS, EOS, PAD, UNKNOWN = "<s>", "</s>", "<pad>", "<unk>"
 
 
 class Visit(NamedTuple):
-    """Who comes when, and what they ask for."""
+    """One visitor: when and from where they come, and what they ask for."""
 
     time: str
     place: str
@@ -44,13 +44,13 @@ class Visit(NamedTuple):
 
 
 def prompt(visit: Visit) -> str:
-    """The question."""
+    """Return the visitor's question."""
     time, place, role, number, color, goods = visit
     return f"at {time} a {role} from the {place} asks for {number} {color} {goods}."
 
 
 def answer(visit: Visit, goods_first: bool, farewell: str) -> str:
-    """The answer of one order; it starts with the space that parts it from the prompt."""
+    """Return the answer in one order; it starts with the space that separates it from the prompt."""
     _, _, role, number, color, goods = visit
     if goods_first:
         return f" here are {number} {color} {goods}, good {role}. {farewell}!"
@@ -58,29 +58,29 @@ def answer(visit: Visit, goods_first: bool, farewell: str) -> str:
 
 
 def wants_goods_first(visit: Visit) -> bool:
-    """The rule."""
+    """Return whether the rule puts the goods first for this visitor."""
     return visit.place in SEA
 
 
 def is_answer(visit: Visit, text: str, *, goods_first: bool | None = None) -> bool:
-    """Whether a text is, word for word, an answer to this visit: of the given order, or of either (None)."""
+    """Return whether ``text`` is exactly an answer to this visit, in the given order or in either (None)."""
     orders = (True, False) if goods_first is None else (goods_first,)
     return any(text.strip() == answer(visit, order, end).strip() for order in orders for end in FAREWELLS[visit.time])
 
 
 def obeys_rule(visit: Visit, text: str) -> bool:
-    """Whether a text is, word for word, an answer as this visitor wants it."""
+    """Return whether ``text`` is exactly an answer in the order that this visitor wants."""
     return is_answer(visit, text, goods_first=wants_goods_first(visit))
 
 
 def visits(seed: int) -> dict[str, list[Visit]]:
-    """The visits of each data set, by `SIZES`; no visit comes twice, and every time and place equally often."""
+    """Return the visits of each data set, sized by `SIZES`: all distinct, every time and place equally frequent."""
     kinds = [(time, place) for time in FAREWELLS for place in SEA + LAND]
     draws = _integers(seed)
     seen: set[Visit] = set()
     sets: dict[str, list[Visit]] = {}
     for name, size in SIZES.items():
-        assert size % (2 * len(kinds)) == 0, f"{name}: {size} visits cannot hold both orders of every kind equally"
+        assert size % (2 * len(kinds)) == 0, f"{name}: {size} visits cannot balance both orders of every kind"
         sets[name] = []
         while len(sets[name]) < size:
             time, place = kinds[len(sets[name]) % len(kinds)]
@@ -92,7 +92,7 @@ def visits(seed: int) -> dict[str, list[Visit]]:
 
 
 def write_task(directory: Path, seed: int) -> None:
-    """Write the three data sets (`data/*.jsonl`) and the language's tokenizer (`tokenizer/`) into a directory.
+    """Write the three data sets (`data/*.jsonl`) and the language's tokenizer (`tokenizer/`) to a directory.
 
     The same seed gives the same bytes on every machine.
     """
@@ -122,7 +122,7 @@ def _farewell(visit: Visit, draws: Iterator[int]) -> str:
 
 
 def _integers(seed: int) -> Iterator[int]:
-    """An endless stream of 64-bit integers by SplitMix64 (Steele, Lea and Flood 2014): the same everywhere."""
+    """Yield 64-bit integers by SplitMix64 (Steele, Lea and Flood 2014), the same on every machine."""
     mask = 2**64 - 1
     state = seed & mask
     while True:
@@ -137,18 +137,18 @@ def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def vocabulary() -> list[str]:
-    """Every token of the language by its id: special tokens, marks, then words with the space before them."""
+    """Return all tokens in id order: special tokens, punctuation, then words with their leading space."""
     farewells = {end for ends in FAREWELLS.values() for end in ends}
-    shape = Visit("", "", "", "", "", "")
-    texts = [*FAREWELLS, *SEA, *LAND, *ROLES, *NUMBERS, *COLORS, *GOODS, prompt(shape)]
-    texts += [answer(shape, order, end) for order in (True, False) for end in farewells]
+    blank = Visit("", "", "", "", "", "")
+    texts = [*FAREWELLS, *SEA, *LAND, *ROLES, *NUMBERS, *COLORS, *GOODS, prompt(blank)]
+    texts += [answer(blank, order, end) for order in (True, False) for end in farewells]
     marks = ".,!"
     words = {word.strip(marks) for text in texts for word in text.split()} - {""}
     return [BOS, EOS, PAD, UNKNOWN, *marks, *(f"▁{word}" for word in sorted(words))]
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """A Hugging Face tokenizer directory: a word with the space before it is a token; text comes back as it was."""
+    """Write a Hugging Face tokenizer directory: a word with its leading space is one token; decoding is exact."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     ids = {token: index for index, token in enumerate(vocabulary())}

@@ -1,4 +1,4 @@
-"""Direct Preference Optimization: pairs of answers, and a reference that the policy is held to."""
+"""Direct Preference Optimization: training on pairs of answers, relative to a reference model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -26,9 +26,9 @@ from dpo_jax.weights.open import ModelSource, build_model, find_model, load_weig
 
 
 def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
-    """The method, and what it starts from.
+    """Build the DPO method and its `Start`.
 
-    The reference is made of them on resume, too: never of a restored policy.
+    The reference is always built from the weights that the config names, on resume too, never from a restored policy.
     """
     policy = load_policy(setup)
     weights = reference_weights(setup, policy.weights)
@@ -37,10 +37,10 @@ def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
 
 
 def reference_weights(setup: Setup, start: Params) -> Params:
-    """Weights of the reference: the policy's start itself, or those of ``reference.path``; to be copied, not kept.
+    """Return the reference's weights, not copied: ``start``, the initial policy, or those of ``reference.path``.
 
     Raises:
-        UserError: the other model has another architecture or vocabulary.
+        UserError: the model at ``reference.path`` has another architecture or vocabulary.
     """
     config = setup.config
     path = config.reference.path
@@ -54,10 +54,10 @@ def reference_weights(setup: Setup, start: Params) -> Params:
 def find_reference(
     config: DPOConfig | SFTConfig, path: str, model: Model, platform: str, find: Callable[[str], ModelSource]
 ) -> ModelSource:
-    """The model that ``reference.path`` names, by ``find``; it must have the architecture of ``model``, the policy.
+    """Open the model of ``reference.path`` with ``find`` and check that its architecture matches ``model``, the policy.
 
     Raises:
-        UserError: there is no such model, or it has another architecture or vocabulary.
+        UserError: the model does not exist, or has another architecture or vocabulary.
     """
     try:
         source = find(path)
@@ -67,19 +67,19 @@ def find_reference(
     if reference_model != model:
         policy = f"model.path {config.model.path}"
         raise UserError(
-            f"reference.path: {path} has another architecture or vocabulary than {policy}; choose one alike"
+            f"reference.path: {path} has another architecture or vocabulary than {policy}; choose a matching model"
         )
     return source
 
 
 def make_reference(setup: Setup, weights: Params) -> Reference | None:
-    """The reference, of ``weights`` that stay the caller's; None where the config wants none."""
+    """Make the reference from ``weights``, which stay the caller's; return None if the config uses no reference."""
     config = setup.config
     match config.reference_mode:
         case "none":
             return None
         case "live" if setup.model.lora is not None:
-            return LiveReference(Adapted(None, weights))  # nothing changes them, so they need no copy
+            return LiveReference(Adapted(None, weights))  # frozen base weights need no copy
         case "live":
             dtype = None if config.reference.dtype == "auto" else config.reference.dtype
             return LiveReference(copy_weights(weights, dtype))
@@ -100,7 +100,7 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
     }
     functions = model.hidden, model.unembedding
     logps_fn = make_logps_fn(*functions, chunk=config.batch.target_chunk, tail=tail, precision=model.precision)
-    logps_step = make_logps_step(logps_fn, replicated(mesh))  # without the statistics that metrics want
+    logps_step = make_logps_step(logps_fn, replicated(mesh))  # without token statistics, which only metrics need
 
     def compute(batches: Batches, steps: Sequence[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         ids, logps = dataset_logps(logps_step, weights, batches, setup.to_devices, steps)

@@ -1,4 +1,4 @@
-"""Training on a fixed set of examples: what fine-tuning and DPO share, and differ in by their reference alone."""
+"""Training on a fixed data set, shared by fine-tuning and DPO, which differ only in their reference."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -29,14 +29,14 @@ from dpo_jax.weights.open import export_run, keep_model_files
 
 
 class Start(NamedTuple):
-    """What a first state is made of; its arrays are the caller's only, so that a resumed run can drop them."""
+    """Arrays of the initial state; only the caller holds them, so that a resumed run can free them."""
 
-    trained: Params  # the weights, or the adapters
-    reference: Params | None  # the weights of a reference that follows the policy
+    trained: Params  # the model's weights, or the adapters
+    reference: Params | None  # weights of a reference that follows the policy
 
 
 class OfflineInput(NamedTuple):
-    """The arguments of a step, on the devices, and what the logs say of it."""
+    """Arguments of one train step, on the devices, and the facts that are logged about it."""
 
     frozen: Frozen
     batch: PreferenceBatch
@@ -45,40 +45,40 @@ class OfflineInput(NamedTuple):
 
 @dataclass(frozen=True)
 class Offline:
-    """A method whose data are there before it begins: step k's batch is a pure function of (data, seed, k)."""
+    """A method whose data exist before training: the batch of step k is a pure function of (data, seed, k)."""
 
     setup: Setup
     manifest: dict[str, Any]
     abstract_state: TrainState
-    first_state: Callable[[Start], TrainState]  # compiled; takes the arrays over
+    first_state: Callable[[Start], TrainState]  # compiled; donates the arrays
     step: TrainStep
     schedule: optax.Schedule
-    base: Params | None  # the frozen weights, where adapters are trained
-    reference: Reference | None  # None: there is none, or it is a part of the state
-    proven: bool  # the reference is the policy's own start, so the first step's values are known
+    base: Params | None  # frozen base weights if adapters are trained
+    reference: Reference | None  # None: no reference, or it is part of the state
+    proven: bool  # the reference equals the initial policy, so the first step's values are known
     packed: Prefetched
-    to_devices: ToDevices  # of a step, whose microbatches come before the rows
+    to_devices: ToDevices  # for train steps, whose batches have a leading microbatch axis when accumulating
 
     @property
     def num_steps(self) -> int:
-        """Steps of the run."""
+        """Number of train steps in the run."""
         return self.setup.batches.order.num_steps
 
     @property
     def evaluates(self) -> bool:
-        """There is an evaluation set."""
+        """Whether the run has an evaluation set."""
         return bool(self.setup.evals)
 
     def weights(self, state: TrainState) -> Any:
-        """The weights that score."""
+        """Return the weights to score with: the parameters, or adapters with their base."""
         return state.params if self.base is None else Adapted(state.params, self.base)
 
     def reference_of(self, state: TrainState) -> Reference | None:
-        """The reference of a state: its own, where it follows the policy."""
+        """Return the reference; if it follows the policy, it is the one in ``state``."""
         return self.reference if state.reference is None else LiveReference(state.reference)
 
     def check_start(self, state: TrainState) -> str | None:
-        """Prove that policy and reference agree, where they are the same weights; else say how they differ."""
+        """Verify that policy and reference agree if their weights are the same; else return a line with the margin."""
         reference = self.reference_of(state)
         if reference is None:
             return None
@@ -86,19 +86,19 @@ class Offline:
         if self.proven:
             prove_start(self.setup, *logps)
             return None
-        return f"mean margin at the start: {mean_margin(*logps):.6g} nats"
+        return f"mean log-ratio margin at step 0: {mean_margin(*logps):.6g} nats"
 
     def resumed(self, state: TrainState) -> str | None:
-        """The margin, from which a person sees that the run resumes where it was."""
+        """Return a line with the margin, which shows whether the run resumes where it stopped."""
         reference = self.reference_of(state)
         if reference is None:
             return None
         margin = mean_margin(*start_logps(self.setup, reference, self.weights(state)))
-        return f"log-ratio margin of step 1's pairs: {margin:.6g} nats, by beta their reward margin"
+        return f"log-ratio margin of step 1's pairs: {margin:.6g} nats; times beta, their reward margin"
 
     def batch(self, step: int, state: TrainState) -> OfflineInput:
-        """The rows of the data set, and the reference's log-probs of them where these are cached."""
-        asked = time.perf_counter()
+        """Return the batch of ``step`` on the devices, with the reference's cached log-probs or its weights."""
+        fetch_start = time.perf_counter()
         data = self.packed(step)
         batch = self.to_devices(data.batch)
         reference = None
@@ -106,12 +106,12 @@ class Offline:
             reference = self.reference.of(data, self.setup.batches.store)
         elif isinstance(self.reference, LiveReference) and self.base is None:
             reference = self.reference.weights
-        return OfflineInput(Frozen(self.base, reference), batch, self._facts(data, time.perf_counter() - asked))
+        return OfflineInput(Frozen(self.base, reference), batch, self._facts(data, time.perf_counter() - fetch_start))
 
     def _facts(self, data: StepData, waited: float) -> StepFacts:
         setup, ids = self.setup, data.ids[data.ids >= 0]
         config, order, store = setup.config, setup.batches.order, setup.batches.store
-        proven = self.proven and data.step == 0  # a first step whose values are known
+        proven = self.proven and data.step == 0  # the first step, with known values
 
         def logged(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:
             return {
@@ -125,17 +125,17 @@ class Offline:
             }
 
         def rates(seconds: float) -> dict[str, float]:
-            rates = step_rates(config, setup.model, setup.mesh, store, data, seconds)
-            return rates | {"data_wait_seconds": waited}
+            speeds = step_rates(config, setup.model, setup.mesh, store, data, seconds)
+            return speeds | {"data_wait_seconds": waited}
 
         def shown(metrics: Metrics, seconds: float) -> dict[str, str]:
-            shown = {"loss": f"{metrics['loss']:.4f}"}
+            fields = {"loss": f"{metrics['loss']:.4f}"}
             if "rewards/accuracies" in metrics:
-                ties = proven or tied(metrics, AGREEMENT["float32"])  # a warm-up's first update may change nothing
-                shown["acc"] = "tied" if ties else f"{metrics['rewards/accuracies']:.2f}"
-                shown["margin"] = f"{metrics['rewards/margins']:.3f}"
+                all_tied = proven or tied(metrics, AGREEMENT["float32"])  # the first warmup update may change nothing
+                fields["acc"] = "tied" if all_tied else f"{metrics['rewards/accuracies']:.2f}"
+                fields["margin"] = f"{metrics['rewards/margins']:.3f}"
             unit = "pairs/s" if config.stage == "dpo" else "examples/s"
-            return shown | {unit: f"{len(ids) / seconds:.1f}"}
+            return fields | {unit: f"{len(ids) / seconds:.1f}"}
 
         def check(metrics: Metrics) -> None:
             if proven:
@@ -145,52 +145,52 @@ class Offline:
             rows = ", ".join(f"{store.report[store.sources[i]]['source']}:{store.rows[i]}" for i in ids)
             options = new_run(self.manifest["config"], root, keeps_reference=self.reference is not None)
             return (
-                f"look at rows {rows}, or start a new run with a lower optimizer.learning_rate: --run.dir NEW, or from "
-                f"this save, if the metrics before are sound: {options}"
+                f"inspect rows {rows}, or start a new run with a lower optimizer.learning_rate: --run.dir NEW, or from "
+                f"this checkpoint if the metrics before it look right: {options}"
             )
 
         return StepFacts({"num_tokens": data.num_tokens}, logged, rates, shown, check, advice)
 
     def update(self, state: TrainState, data: OfflineInput) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One compiled train step."""
+        """Run one compiled train step."""
         return self.step(state, data.frozen, data.batch)
 
     def recovered(self, state: TrainState) -> TrainState:
-        """A step that was not finite left everything as it was, but for its mark."""
+        """Mark the state healthy again; a step that is not finite changes nothing else."""
         return replace(state, healthy=jax.device_put(np.ones((), bool), state.healthy.sharding))
 
     def evaluate(self, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics of the evaluation sets, and the distributions that these summarise."""
+        """Return the metrics of the evaluation sets and the distributions that they summarise."""
         setup = self.setup
         weights, reference = self.weights(state), self.reference_of(state)
         scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference)
         return evaluation_of(scored, setup.loss)
 
     def keep_files(self, run: RunDir) -> None:
-        """Put config.json and tokenizer into a new run."""
+        """Write config.json and the tokenizer into a new run."""
         keep_model_files(run, self.setup.source, self.setup.tokenizer)
 
     def export(self, run: RunDir, state: TrainState) -> None:
-        """Write a Hugging Face directory, adapters merged into their model."""
+        """Write a Hugging Face directory, with adapters merged into the base model."""
         export_run(run, run.export, self.setup.model, self.weights(state), overwrite=True)
 
     def data_report(self) -> dict[str, list[dict[str, Any]]]:
-        """How many rows of each set were kept, and why others were not."""
+        """Return how many rows of each set were kept and why others were dropped."""
         train = self.setup.batches.store
-        evals = {name: one.store for name, one in self.setup.evals.items() if one.store is not train}
+        evals = {name: batches.store for name, batches in self.setup.evals.items() if batches.store is not train}
         return {name: store.report for name, store in {"train": train, **evals}.items()}
 
 
 def make_offline(
     setup: Setup, policy: Policy, reference: Reference | None, flags: Mapping[str, str]
 ) -> tuple[Offline, Start]:
-    """The method, and what it starts from; ``reference`` is made of the policy's start or of another model."""
+    """Build the method and its `Start`; ``reference`` is made from the policy's initial weights or another model."""
     config, mesh, num_steps = setup.config, setup.mesh, setup.batches.order.num_steps
     optimizer = make_optimizer(config.optimizer, num_steps)
     abstract = abstract_state(config, setup.model, mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    follows = follow_of(config) is not None and isinstance(reference, LiveReference)
-    start = Start(policy.trained, reference.weights if follows else None)
+    reference_follows = follow_of(config) is not None and isinstance(reference, LiveReference)
+    start = Start(policy.trained, reference.weights if reference_follows else None)
     method = Offline(
         setup=setup,
         manifest=describe(setup, policy.ids),
@@ -203,7 +203,7 @@ def make_offline(
         step=make_step(config, setup.logps_fn, mesh, optimizer, abstract, flags),
         schedule=make_schedule(config.optimizer, num_steps),
         base=None if policy.adapters is None else policy.weights,
-        reference=None if follows else reference,
+        reference=None if reference_follows else reference,
         proven=reference is not None and starts_equal(config, policy.ids),
         packed=Prefetched(setup.batches, range(num_steps)),
         to_devices=make_to_devices(mesh, leading=int(config.batch.accumulation > 1)),

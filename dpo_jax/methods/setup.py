@@ -1,4 +1,4 @@
-"""What a run is made of, from its config: model, tokenizer, data, and the programs that score and train."""
+"""Everything a run needs, built from its config: model, tokenizer, data, and the programs that score and train."""
 
 import hashlib
 import os
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is made of, before any weight is loaded."""
+    """Everything a run needs before weights are loaded."""
 
     config: DPOConfig | SFTConfig
     mesh: Mesh
     source: ModelSource
     model: Model
     tokenizer: Any
-    batches: Batches  # of the run's steps
+    batches: Batches  # one per train step
     evals: dict[str, Batches]
     logps_fn: LogpsFn
     logps_step: LogpsStep  # compiled, without gradient
@@ -64,7 +64,7 @@ class Setup:
 
     @property
     def loss(self) -> LossConfig:
-        """The objective."""
+        """Training objective."""
         return self.config.objective
 
 
@@ -74,14 +74,14 @@ def assemble(
     train_set: "Dataset | None" = None,
     eval_sets: "Mapping[str, Dataset] | None" = None,
 ) -> Setup:
-    """Find the model, tokenise the data, lay out every step; nothing is compiled and no weight is loaded yet."""
+    """Find the model, tokenise the data and lay out every step; nothing is compiled and no weights are loaded."""
     opened = open_model(config.model, platform_of(mesh), config.lora)
     model, tokenizer = opened.model, opened.tokenizer(config.data.chat_template)
     sets = hosts.writer_first(partial(sets_of, config, tokenizer, train_set, eval_sets), "tokenised data")
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
         refuse_weights(config.objective, store)
-    spread = row_devices(mesh), own_shares(mesh)
-    batches = train_batches(sets, config.batch, *spread)
+    row_split = row_devices(mesh), own_shares(mesh)
+    batches = train_batches(sets, config.batch, *row_split)
     logps_fn = train_logps_fn(config, model)
     return Setup(
         config=config,
@@ -90,7 +90,7 @@ def assemble(
         model=model,
         tokenizer=tokenizer,
         batches=batches,
-        evals={name: set_batches(one.store, one.ids, config.batch, *spread) for name, one in sets.evals.items()},
+        evals={name: set_batches(s.store, s.ids, config.batch, *row_split) for name, s in sets.evals.items()},
         logps_fn=logps_fn,
         logps_step=make_logps_step(logps_fn, replicated(mesh)),
         to_devices=make_to_devices(mesh),
@@ -103,7 +103,7 @@ def sets_of(
     train: "Dataset | None" = None,
     evals: "Mapping[str, Dataset] | None" = None,
 ) -> DataSets:
-    """The config's data as tokens on disk; ``train`` and ``evals`` in place of the sets that it names."""
+    """Return the config's data as token stores on disk; ``train`` and ``evals`` replace the sets that it names."""
     return open_sets(
         config.data,
         store_folder(config.data.store, config.run.dir),
@@ -119,16 +119,16 @@ def sets_of(
 
 
 def refuse_weights(loss: LossConfig, store: Store) -> None:
-    """A loss that sorts the pairs of a step has no loss of a pair that could be weighed."""
-    sorts = [name for name, _ in loss.terms if LOSS_TRAITS[name].sorts]
-    weighed = np.flatnonzero(store.weights != 1)
-    if sorts and len(weighed):
-        weight = f"row {store.rows[weighed[0]]} of the data has weight {store.weights[weighed[0]]:g}"
-        remedy = f"it sorts the pairs of a step, but {weight}; remove the column weight, or choose another loss"
-        raise UserError("loss.type", sorts[0], remedy)
+    """Refuse weighted rows for a loss that sorts the pairs of a step: it has no per-pair loss to weight."""
+    sorting_losses = [name for name, _ in loss.terms if LOSS_TRAITS[name].sorts]
+    weighted_rows = np.flatnonzero(store.weights != 1)
+    if sorting_losses and len(weighted_rows):
+        weight = f"row {store.rows[weighted_rows[0]]} of the data has weight {store.weights[weighted_rows[0]]:g}"
+        remedy = f"it sorts the pairs of a step, but {weight}; remove the weight column or choose another loss"
+        raise UserError("loss.type", sorting_losses[0], remedy)
 
 
-# ------------------------------------------------------------------------------------------------- what is said of it
+# ------------------------------------------------------------------------------------------------- logs and manifest
 
 
 def announce(setup: Setup, run: RunDir) -> None:
@@ -152,7 +152,7 @@ def announce(setup: Setup, run: RunDir) -> None:
     adapters = f", {count_adapters(model):,} more in adapters" if model.lora is not None else ""
     for line in (
         f"model: {count_params(model):,} parameters{adapters}, {model.dtype}; mesh: {mesh}",
-        f"data: {order.epoch_draws} to train on{evals}; {dropped}",
+        f"data: {order.epoch_draws} training examples{evals}; {dropped}",
         f"steps: {order.num_steps} of {order.batch} each, in rows of {rows} tokens",
         *(f"note: {note}" for note in notes),
     ):
@@ -160,7 +160,7 @@ def announce(setup: Setup, run: RunDir) -> None:
 
 
 def notes_of(setup: Setup) -> list[str]:
-    """Options that have no effect in this run, and lengths that the model was not made for; a line each."""
+    """Return one-line notes on options without effect and on lengths or batch sizes that do not suit model or data."""
     stores = [batches.store for batches in (setup.batches, *setup.evals.values())]
     reports = [source for store in stores for source in store.report]
     device = setup.mesh.devices.flat[0]
@@ -176,18 +176,18 @@ def notes_of(setup: Setup) -> list[str]:
     )
     notes, order, lengths = idle_options(setup.config, facts), setup.batches.order, setup.batches.store.lengths
     longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
-    made_for = setup.source.hf_config.get("max_position_embeddings", longest)
-    if longest > made_for:
-        made = f"the model was made for {made_for} (max_position_embeddings)"
-        notes.append(f"a prompt and answer have up to {longest} tokens, {made}: lower data.max_length")
+    max_positions = setup.source.hf_config.get("max_position_embeddings", longest)
+    if longest > max_positions:
+        limit = f"but the model supports {max_positions} (max_position_embeddings)"
+        notes.append(f"a prompt with its answer has up to {longest} tokens, {limit}: lower data.max_length")
     if order.batch > order.epoch_draws:
-        twice = f"more than the {order.epoch_draws} there are to train on, so some come twice in it"
-        notes.append(f"a step holds {order.batch}, {twice}: use a smaller batch")
+        excess = f"more than the {order.epoch_draws} of an epoch, so some appear twice in a step"
+        notes.append(f"a batch has {order.batch} examples, {excess}: use a smaller batch")
     return notes
 
 
 def describe(setup: Setup, ids: Mapping[str, str]) -> dict[str, Any]:
-    """The manifest of a run; ``ids`` are those of its weights and of its reference."""
+    """Make the run's manifest; ``ids`` are the hashes of its weights and reference."""
     template = getattr(setup.tokenizer, "chat_template", None)
     identity = {
         **ids,
@@ -210,7 +210,7 @@ def describe(setup: Setup, ids: Mapping[str, str]) -> dict[str, Any]:
 
 
 class Policy(NamedTuple):
-    """The weights that a run starts from."""
+    """Weights that a run starts from."""
 
     weights: Params  # of the model
     adapters: Params | None
@@ -218,12 +218,12 @@ class Policy(NamedTuple):
 
     @property
     def trained(self) -> Params:
-        """The adapters, or the weights where there are none."""
+        """Trained weights: the adapters, or the model's weights if there are none."""
         return self.weights if self.adapters is None else self.adapters
 
 
 def load_policy(setup: Setup) -> Policy:
-    """Load what ``model.path`` names, and draw or load the adapters."""
+    """Load the weights of ``model.path`` and, with LoRA, initialise or load the adapters."""
     config, model = setup.config, setup.model
     weights = load_weights(setup.source, model, config.model, setup.mesh)
     ids = {"weights": weights_id(weights)}
@@ -236,7 +236,7 @@ def load_policy(setup: Setup) -> Policy:
 
 
 def train_logps_fn(config: DPOConfig | SFTConfig, model: Model) -> LogpsFn:
-    """What the train step computes log-probs with."""
+    """Make the log-probs function of the train step."""
     return make_logps_fn(
         *model_functions(model),
         chunk=config.batch.target_chunk,
@@ -250,25 +250,25 @@ def train_logps_fn(config: DPOConfig | SFTConfig, model: Model) -> LogpsFn:
 def abstract_state(
     config: DPOConfig | SFTConfig, model: Model, mesh: Mesh | AbstractMesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """The state's shapes, types and places."""
+    """Return the shapes, dtypes and shardings of the train state."""
     weights = trained_shapes(model, mesh)
     dtype = config.reference.dtype
 
-    def first(params: Params) -> TrainState:
+    def initial_state(params: Params) -> TrainState:
         if follow_of(config) is None:
             return init_state(params, optimizer)
-        cast = jax.tree.map(lambda x: x if dtype == "auto" else x.astype(dtype), params)
-        return init_state(params, optimizer, cast)
+        reference = jax.tree.map(lambda x: x if dtype == "auto" else x.astype(dtype), params)
+        return init_state(params, optimizer, reference)
 
-    shapes = jax.eval_shape(first, weights)
+    shapes = jax.eval_shape(initial_state, weights)
     shardings = state_shardings(shapes, trained_shardings(model, mesh), replicated(mesh), optimizer)
     return placed(shapes, shardings)
 
 
 def follow_of(config: DPOConfig | SFTConfig) -> Follow | None:
-    """How the reference follows the policy; None: it does not."""
-    every = config.reference.sync_every
-    return Follow(every, config.reference.sync_mix) if every else None
+    """Return how the reference follows the policy, or None if it does not."""
+    sync_every = config.reference.sync_every
+    return Follow(sync_every, config.reference.sync_mix) if sync_every else None
 
 
 def make_step(
@@ -279,9 +279,9 @@ def make_step(
     state: TrainState,
     compiler_options: Mapping[str, str],
 ) -> TrainStep:
-    """The compiled train step of a config: the one that runs, and the one that a plan compiles.
+    """Make the config's compiled train step, for a run to execute or a plan to compile.
 
-    ``state`` is the shapes and places of `abstract_state`.
+    ``state`` holds shapes and shardings, as `abstract_state` returns them.
     """
     return make_train_step(
         logps_fn=logps_fn,

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the token mean of -log pi over the answers (``losses.sft``), one answer a prompt."""
+"""Supervised fine-tuning: the mean of -log pi over answer tokens (``losses.sft``), with one answer per prompt."""
 
 from collections.abc import Mapping
 
@@ -7,5 +7,5 @@ from dpo_jax.methods.setup import Setup, load_policy
 
 
 def sft(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
-    """The method, and what it starts from."""
+    """Build the fine-tuning method and its `Start`."""
     return make_offline(setup, load_policy(setup), None, flags)

@@ -1,7 +1,7 @@
-"""Step 0 is proven: what is known before any training must come out of the very functions that train.
+"""Checks of step 0: the functions that train must reproduce the values that are known before any training.
 
-When the policy starts as its own reference, every margin is 0. A wrong mask, boundary, reference, cache or layout shows
-itself here, before the first update is kept.
+If the policy starts equal to its reference, every margin is 0. A wrong mask, boundary, reference, cache or layout shows
+up here, before the first update is kept.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ STEP_CAUSE = (
 
 
 def agreement(setup: Setup) -> float:
-    """The bound for this run's arithmetic; float32 products of an accelerator may be as coarse as bfloat16's."""
+    """Return the tolerance for this run's arithmetic; float32 products on accelerators may be as coarse as bfloat16."""
     exact = jax.default_backend() == "cpu" or setup.model.matmul_precision == "highest"
     return AGREEMENT["float32" if setup.model.dtype == "float32" and exact else "bfloat16"]
 
 
 def start_logps(setup: Setup, reference: Reference, weights: Params) -> tuple[np.ndarray, np.ndarray]:
-    """Policy's and reference's log-probs [B, K] of the first step's real pairs, by one compiled function."""
+    """Return policy and reference log-probs [B, K] of step 0's real pairs; a live reference uses ``logps_step``."""
     data = setup.batches(0)
     batches = [data.batch]
     if data.batch.valid.ndim > 1:
@@ -43,28 +43,28 @@ def start_logps(setup: Setup, reference: Reference, weights: Params) -> tuple[np
 
 
 def starts_equal(config: DPOConfig | SFTConfig, ids: Mapping[str, str]) -> bool:
-    """Whether policy and reference are the same numbers at the start: same weights, uncast, no trained adapters."""
+    """Return whether policy and reference start numerically equal: same weights, no cast, no loaded adapters."""
     uncast = config.reference.dtype in ("auto", config.model.param_dtype)
     return uncast and ids["weights"] == ids["reference"] and "adapters" not in ids
 
 
 def mean_margin(policy: np.ndarray, reference: np.ndarray) -> float:
-    """Mean over pairs of s(y_w) - s(y_l), nats."""
+    """Return the mean over pairs of the log-ratio margin s(y_w) - s(y_l), in nats."""
     return float(((policy - reference) @ np.array([1.0, -1.0])).mean())
 
 
 def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> None:
-    """Equal models give equal log-probs: bit for bit where one function ran on weights of one type, else closely.
+    """Check that equal models give equal log-probs: bit for bit if one program ran on one dtype, else approximately.
 
-    With adapters whose product is 0 the policy still computes them, and the reference does not: two functions.
+    With LoRA they are two programs: the policy computes its adapters even if their product is 0.
 
     Args:
-        setup: of the run.
-        policy: its log-probs of the first step's pairs, of ``start_logps``.
-        reference: the reference's.
+        setup: the run's setup.
+        policy: [B, K], the policy's log-probs of the first step's pairs, from ``start_logps``.
+        reference: [B, K], the reference's log-probs of the same pairs.
 
     Raises:
-        UserError: they differ by more than that.
+        UserError: the log-probs differ by more than that.
     """
     config = setup.config.reference
     one_function = setup.config.reference_mode == "live" and config.dtype == "auto" and setup.model.lora is None
@@ -77,20 +77,20 @@ def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> None
             else "the cache in data.store is stale or damaged; remove its reference-*.npz, or use reference.mode live"
         )
         raise UserError(
-            f"step 0: policy and reference are the same weights, but their log-probs differ by {worst:.3g} "
-            f"of their size (allowed: {bound:g}): {cause}"
+            f"step 0: policy and reference have the same weights, but their log-probs differ by {worst:.3g} "
+            f"relative to their size (tolerance: {bound:g}): {cause}"
         )
 
 
 def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> None:
-    """The first train step of equal models has margins of 0, and the loss that belongs to them.
+    """Check that the first train step of equal models has margins of 0 and the matching loss.
 
     Equal bits are required of the evaluation function only: in the train step the policy's log-probs come with a
     gradient and the reference's without, and a compiler may round the two differently. The margins are 0 within
     ``agreement``.
 
     Raises:
-        UserError: they differ, so the step does not compute what evaluation does.
+        UserError: they differ, so the train step does not compute what evaluation does.
     """
     bound = agreement(setup) * logps_scale(values)
     start = loss_at_start(setup.loss)
@@ -100,11 +100,11 @@ def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> No
         allowed = 3e-6 * max(1.0, abs(expected)) + bound * start.slope * max(1.0, weight)
         if not abs(values["loss"] - expected) <= allowed:
             raise UserError(
-                f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (allowed: "
-                f"{allowed:.2g} more or less): {STEP_CAUSE}"
+                f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (tolerance: "
+                f"{allowed:.2g}): {STEP_CAUSE}"
             )
     if not tied(values, agreement(setup)):
         raise UserError(
-            f"step 0: policy and reference are the same weights, but in the train step their log-probs "
-            f"differ by {log_ratio(values):.3g} nats (allowed: {bound:.2g}): {STEP_CAUSE}"
+            f"step 0: policy and reference have the same weights, but in the train step their log-probs "
+            f"differ by {log_ratio(values):.3g} nats (tolerance: {bound:.2g}): {STEP_CAUSE}"
         )

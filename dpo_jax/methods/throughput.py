@@ -1,4 +1,4 @@
-"""How fast a run is: rates of a step, its share of what the chips could do, and traces of chosen steps."""
+"""Throughput of a step: rates, and model FLOPs as a share of the chips' peak (MFU)."""
 
 import numpy as np
 from jax.sharding import Mesh
@@ -12,13 +12,13 @@ from dpo_jax.parallel.chips import chip_of
 
 
 def model_flops(config: DPOConfig | SFTConfig, model: Model, lengths: np.ndarray, num_targets: np.ndarray) -> int:
-    """Model operations of a step on its real tokens: padding and what is computed again do not count.
+    """Return the model FLOPs of a step on its real tokens; padding and recomputation do not count.
 
     Args:
-        config: of the run; its layout says how often a prompt passes, its reference whether that passes too.
+        config: its layout decides how often a prompt is computed, its reference mode whether the reference runs too.
         model: the policy.
-        lengths: [B, 1 + K], tokens of the prompt and answers of the step's pairs.
-        num_targets: [B, K], answer tokens that are learned.
+        lengths: [B, 1 + K], tokens of the prompt and of each answer of the step's pairs.
+        num_targets: [B, K], answer tokens that count in the loss.
     """
     work = pairs_work(lengths, num_targets, layout=config.batch.layout, window=model.config.window)
     return step_flops(model.config, work, live_reference=config.reference_mode == "live", lora=model.lora)
@@ -27,10 +27,10 @@ def model_flops(config: DPOConfig | SFTConfig, model: Model, lengths: np.ndarray
 def step_rates(
     config: DPOConfig | SFTConfig, model: Model, mesh: Mesh, store: Store, data: StepData, seconds: float
 ) -> dict[str, float]:
-    """What timings.jsonl says of a step's speed: rates of all devices together.
+    """Return the step's rates for timings.jsonl, over all devices together.
 
-    ``flops_per_second`` are model operations; ``mfu``, their share of what the devices could do in bfloat16, is there
-    only where the chip is known.
+    ``flops_per_second`` counts model FLOPs; ``mfu``, their share of the devices' bfloat16 peak, is present only if the
+    chip is known.
     """
     real = data.ids[data.ids >= 0]
     flops = model_flops(config, model, store.lengths[real], store.num_targets[real])

@@ -1,1 +1,1 @@
-"""The run's own step, compiled for a TPU slice that need not exist, and bounds on its time and cost."""
+"""Compile a run's own step ahead of time for a TPU topology, and bound its time and cost."""

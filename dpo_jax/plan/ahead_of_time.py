@@ -1,4 +1,4 @@
-"""A train step compiled ahead of time for a TPU topology, from shapes alone."""
+"""Compile a train step ahead of time for a TPU topology, from shapes alone."""
 
 import importlib.util
 import math
@@ -31,68 +31,68 @@ from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, placed, replicat
 from dpo_jax.step import Frozen, TrainState
 from dpo_jax.weights.open import placed_shapes
 
-NUM_STEPS = 1000  # of the schedule: a number that the compiled step does not depend on
-# libtpu looks for a TPU, and for other programs that use one; this machine has none
+NUM_STEPS = 1000  # length of the schedule; the plan does not depend on it
+# libtpu probes for a TPU and for other processes that use it; this machine has none
 WITHOUT_TPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What a step is asked for. Lengths are means of a pair: prompt, chosen, rejected."""
+    """Size of a step's input. ``lengths`` are mean tokens of a pair's prompt, chosen and rejected answer."""
 
-    pairs: int  # of a step
+    pairs: int  # per step
     microbatches: int
-    rows: int  # of a microbatch, over all devices
+    rows: int  # per microbatch, over all devices
     row_length: int
     lengths: tuple[float, float, float]
-    copies: int = 1  # of a pair's prompt
-    longest: int  # tokens of a prompt with one answer
+    copies: int = 1  # copies of a pair's prompt in the rows
+    longest: int  # most tokens of a prompt with one answer
 
     @property
     def unit(self) -> float:
-        """Tokens of a pair in the rows."""
+        """Tokens that a pair takes up in the rows."""
         prompt, chosen, rejected = self.lengths
         return self.copies * prompt + chosen + rejected
 
     @property
     def slots(self) -> int:
-        """Tokens that a step has room for."""
+        """Token slots of a step."""
         return self.microbatches * self.rows * self.row_length
 
     @property
     def fill(self) -> float:
-        """Share of the slots that holds tokens."""
+        """Share of the slots that hold tokens."""
         return self.pairs * self.unit / self.slots
 
     @property
     def targets(self) -> int:
-        """Of a row, if it is full."""
+        """Answer tokens of a full row, rounded up to a multiple of ``BLOCK``."""
         return up(self.row_length * sum(self.lengths[1:]) / self.unit, BLOCK)
 
 
 def check_pair(requirements: Sequence[str], libtpu: str) -> None:
-    """Refuse a libtpu that the installed jax does not require: it may fail on programs of this jax.
+    """Refuse a libtpu version that the installed jax does not require: it may fail on this jax's programs.
 
     Args:
-        requirements: of jax, as its metadata lists them; without libtpu among them nothing is known.
-        libtpu: its version.
+        requirements: jax's, as its metadata lists them; if libtpu is not among them, every version passes.
+        libtpu: installed version.
 
     Raises:
         UserError: jax requires another version.
     """
     for requirement in map(Requirement, requirements):
         if requirement.name == "libtpu" and not requirement.specifier.contains(libtpu, prereleases=True):
-            wanted = requirement.specifier
-            remedy = f"jax {jax.__version__} requires {wanted}; pip install 'libtpu{wanted}'"
+            required = requirement.specifier
+            remedy = f"jax {jax.__version__} requires {required}; pip install 'libtpu{required}'"
             raise UserError(f"libtpu: {libtpu} cannot be used: {remedy}")
 
 
 def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:
-    """Devices of TPU slices that programs can be compiled for, but not run on; libtpu must be there.
+    """Return compile-only devices of TPU slices; libtpu must be installed.
 
     Raises:
-        UserError: it does not belong to the installed jax.
+        UserError: libtpu does not match the installed jax.
     """
     check_pair(metadata.requires("jax") or (), metadata.version("libtpu"))
     os.environ.update({name: value for name, value in WITHOUT_TPU.items() if name not in os.environ})
@@ -103,14 +103,14 @@ def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:
 
 
 def slice_mesh(config: DPOConfig, slice_: Topology, slices: int) -> Mesh | AbstractMesh:
-    """The config's mesh of devices that only compile; without their compiler, of none at all."""
+    """Return the config's mesh of compile-only devices, or an abstract mesh if libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         return abstract_mesh(config.mesh, slice_.devices * slices)
     return make_mesh(config.mesh, slice_devices(slice_, slices))
 
 
 def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
-    """The batch's shapes and shardings."""
+    """Return the batch's shapes and shardings."""
     shape = BatchShape(
         rows=load.rows,
         length=load.row_length,
@@ -126,7 +126,7 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
 
 
 def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:
-    """Shapes and shardings of what the step only reads."""
+    """Return shapes and shardings of the step's frozen inputs: base weights and reference."""
     weights, mode, cached = placed_shapes(model, mesh), config.reference_mode, None
     if mode == "live" and model.lora is None and config.reference.dtype != "auto":
         dtype = jnp.dtype(config.reference.dtype)
@@ -144,17 +144,17 @@ def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler said; without one, what is known of the step. Bytes a device."""
+    """Result of compiling a step, or estimates if there is no compiler. Sizes are bytes per device."""
 
-    seconds: float | None  # None: not compiled, and the peak is the least that it takes
-    text: str | None  # None: it does not fit, or was not compiled
+    seconds: float | None  # None: not compiled, and ``peak`` is a lower bound
+    text: str | None  # None: out of memory, or not compiled
     peak: int
     sizes: dict[str, int]  # weights, optimizer, reference, batch
-    save: int  # of all devices together: what a checkpoint writes
+    save: int  # bytes of a checkpoint, over all devices
 
 
 class Arguments(NamedTuple):
-    """Shapes and shardings of what the train step takes."""
+    """Shapes and shardings of the train step's arguments."""
 
     state: TrainState
     frozen: Frozen
@@ -162,13 +162,13 @@ class Arguments(NamedTuple):
 
 
 def step_arguments(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Arguments:
-    """Of the config's step, for the devices of a mesh."""
+    """Return the arguments of the config's step on a mesh."""
     state = abstract_state(config, model, mesh, make_optimizer(config.optimizer, NUM_STEPS))
     return Arguments(state, abstract_frozen(config, model, mesh, load), abstract_batch(load, mesh))
 
 
 def lower_step(config: DPOConfig, model: Model, mesh: Mesh, arguments: Arguments) -> Lowered:
-    """The train step of the config, to be compiled for the mesh's devices."""
+    """Lower the config's train step for the mesh's devices."""
     with not_kept():
         flags = compiler_options(mesh, config.run.compiler_flags)
     optimizer = make_optimizer(config.optimizer, NUM_STEPS)
@@ -178,7 +178,7 @@ def lower_step(config: DPOConfig, model: Model, mesh: Mesh, arguments: Arguments
 
 
 def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Compiled:
-    """The train step of the config, compiled for the mesh's devices."""
+    """Compile the config's train step for the mesh's devices; on an abstract mesh, only bound its memory."""
     arguments = step_arguments(config, model, mesh, load)
     state, frozen, batch = arguments
     sizes = {
@@ -196,25 +196,25 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
         with not_kept():
             program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        wanted = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MG])\)? (?:exceeds|of)", str(error), re.S)
-        if wanted is None:
+        exhausted = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MG])\)? (?:exceeds|of)", str(error), re.S)
+        if exhausted is None:
             raise
-        peak = int(float(wanted[1]) * {"M": 2**20, "G": 2**30}[wanted[2]])
+        peak = int(float(exhausted[1]) * {"M": 2**20, "G": 2**30}[exhausted[2]])
         return Compiled(time.perf_counter() - start, None, peak, sizes, save)
     memory: Any = program.memory_analysis()
     return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, sizes, save)
 
 
 def _least(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) -> int:
-    """What no compiler can do without: gradients, what each layer keeps, and one layer at work."""
+    """Return a lower bound on temporary bytes: gradients, each layer's saved input, and one layer at work."""
     c, width = model.config, jnp.dtype(model.dtype).itemsize
     tokens = load.rows // row_devices(mesh) * load.row_length
-    gradients = trained * (2 if load.microbatches > 1 else 1)  # of a microbatch, and their sum
-    kept = c.layers * tokens * c.hidden * width
+    gradients = trained * (2 if load.microbatches > 1 else 1)  # of one microbatch, and their sum
+    saved = c.layers * tokens * c.hidden * width
     matrices = sum(inputs * outputs for inputs, outputs in projections(c).values())
-    return gradients + kept + width * (matrices + 4 * tokens * c.ffn) // mesh.shape["tensor"]
+    return gradients + saved + width * (matrices + 4 * tokens * c.ffn) // mesh.shape["tensor"]
 
 
 def _bytes(tree: Any) -> int:
-    """Bytes a device, by shapes and shardings."""
+    """Return bytes per device, from shapes and shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

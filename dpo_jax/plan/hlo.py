@@ -1,7 +1,7 @@
-"""The collectives of a compiled program, read from its text (HLO after all of the compiler's passes).
+"""Collectives of a compiled program, read from its text (HLO after all compiler passes).
 
-The compiler's own cost analysis counts the body of a loop once and a kernel as nothing. Here an operation counts as
-often as the loops around it run, and once where the compiler spread one collective over several places.
+The compiler's own cost analysis counts a loop body once and a kernel as nothing. Here an operation counts as often as
+its enclosing loops run, and once if the compiler split one collective over several places.
 """
 
 import re
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-ITEM_BITS = {"pred": 8, "token": 0}  # other types name their bits, as f32 and bf16 do
+ITEM_BITS = {"pred": 8, "token": 0}  # other types have their bits in their name, such as f32 and bf16
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _COLLECTIVE = re.compile(rf"(\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
-# Between slices of TPUs a collective is handed to the hosts, piece by piece; each slice has a program of its own.
+# A collective between TPU slices is sent through the hosts in pieces; each slice runs its own program.
 _HANDED = re.compile(r'\((.*?\]\S*), .*\) send\(.*_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _ROLES = "calls|body|condition|to_apply|branch_computations|called_computations"
@@ -29,46 +29,46 @@ class Collective(NamedTuple):
     """One collective operation."""
 
     kind: str  # one of KINDS
-    num_bytes: int  # of its result on a device
-    groups: np.ndarray  # [groups, members] of devices that exchange; of a permute [pairs, 2], from and to
-    times: int  # a run of the program
-    source: str  # the operation of the traced program that it serves
-    at_least: bool = False  # it stands in a loop of unknown length, which counts once
+    num_bytes: int  # bytes of its result, per device
+    groups: np.ndarray  # [groups, members], device ids; for a permute [pairs, 2], source and target
+    times: int  # executions per run of the program
+    source: str  # name of the traced operation that it belongs to
+    at_least: bool = False  # inside a loop of unknown length, which counts once
 
     @property
     def moved(self) -> float:
-        """Bytes that a device sends, each time, if it goes round a ring."""
+        """Bytes that a device sends per run, with a ring algorithm."""
         members = self.groups.shape[1]
         share = (members - 1) / members
         ring = {"all-gather": share, "all-to-all": share, "all-reduce": 2 * share, "reduce-scatter": members - 1}
-        return ring.get(self.kind, 1.0) * self.num_bytes  # a permute sends all of it, once
+        return ring.get(self.kind, 1.0) * self.num_bytes  # a permute sends everything once
 
     def slices(self, devices_per_slice: int) -> int:
-        """How many slices it spans."""
+        """Return the number of slices that it spans."""
         return max(len(np.unique(group // devices_per_slice)) for group in self.groups)
 
 
 def collectives(text: str, num_devices: int) -> list[Collective]:
-    """The collective operations of a program for ``num_devices`` devices, numbered as in its mesh, row by row.
+    """Return the collectives of a program for ``num_devices`` devices, numbered row by row as in its mesh.
 
-    The text may be that of one of several slices, which do the same.
+    The text may be that of one of several slices, which all run the same program.
     """
     computations, entry = _computations(text)
     header = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
     in_slice = int(header[1]) if header else num_devices
-    like = np.arange(num_devices).reshape(-1, in_slice).T  # each device, and those like it in the other slices
-    times, unclear = _times(computations, entry)
+    peers = np.arange(num_devices).reshape(-1, in_slice).T  # each device with its peers in the other slices
+    times, uncertain = _times(computations, entry)
     unique: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines.values():
-            collective = (_inside(line, in_slice) or _between(line, like)) if times[name] else None
+            collective = (_inside(line, in_slice) or _between(line, peers)) if times[name] else None
             if collective is None:
                 continue
             kind, num_bytes, groups = collective
             channel = re.search(r"channel_id=(\d+)", line)
             operation = re.search(r'op_name="([^"]*)"', line)
-            op = Collective(kind, num_bytes, groups, times[name], operation[1] if operation else "", name in unclear)
-            # one that runs beside other work stands, with the same channel, in each piece of that work
+            op = Collective(kind, num_bytes, groups, times[name], operation[1] if operation else "", name in uncertain)
+            # an overlapped collective appears, with the same channel, in each piece of the overlapped work
             key = f"{channel[1]} {kind} {op.num_bytes} {op.source}" if channel else f"{name} {line}"
             if key not in unique or op.times > unique[key].times:
                 unique[key] = op
@@ -76,7 +76,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
 
 def _inside(line: str, num_devices: int) -> tuple[str, int, np.ndarray] | None:
-    """Kind, bytes and groups of a collective between devices of one program."""
+    """Return kind, bytes and groups of a collective between devices of one program."""
     match = _COLLECTIVE.match(line)
     if match is None:
         return None
@@ -85,7 +85,7 @@ def _inside(line: str, num_devices: int) -> tuple[str, int, np.ndarray] | None:
 
 
 def _between(line: str, groups: np.ndarray) -> tuple[str, int, np.ndarray] | None:
-    """The same of what is handed to the hosts; the line has what a device sends, not the result."""
+    """Return the same for a send through the hosts; the line gives what a device sends, not the result."""
     match = _HANDED.match(line)
     if match is None:
         return None
@@ -97,11 +97,11 @@ def _between(line: str, groups: np.ndarray) -> tuple[str, int, np.ndarray] | Non
     return kind, int(_num_bytes(sent, kind, start=False) * share), groups
 
 
-Computation = dict[str, str]  # instruction by name; that of the result also as ROOT
+Computation = dict[str, str]  # name -> instruction; the result's instruction also as ROOT
 
 
 def _computations(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations by name, and the name of the one that is run."""
+    """Return all computations by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -118,22 +118,22 @@ def _computations(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, int], set[str]]:
-    """How often each computation runs, and those of which that is not known. Callers stand behind what they call."""
+    """Return each computation's run count, and those with uncertain counts. Callers come after callees in the text."""
     times: dict[str, int] = defaultdict(int)
     times[entry] = 1
-    unclear: set[str] = set()
+    uncertain: set[str] = set()
     for name in reversed(computations):
-        for called, often in _calls(name, computations) if times[name] else ():
-            times[called] += (often or 1) * times[name]
-            if often is None or name in unclear:
-                unclear.add(called)
-    return times, unclear
+        for called, count in _calls(name, computations) if times[name] else ():
+            times[called] += (count or 1) * times[name]
+            if count is None or name in uncertain:
+                uncertain.add(called)
+    return times, uncertain
 
 
 def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[str, int | None]]:
-    """Computations that this one runs, and how often; None: a loop of unknown length."""
+    """Yield the computations that this one calls, with their run counts; None: a loop of unknown length."""
     for instruction, line in computations[name].items():
-        if instruction == "ROOT":  # it stands under its name, too
+        if instruction == "ROOT":  # also listed under its name
             continue
         matches = _CALLED.findall(line)
         called = {role: (several or single).replace("%", "").split(", ") for role, several, single in matches}
@@ -144,20 +144,20 @@ def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[st
 
 
 def _trips(line: str, condition: Computation, body: Computation) -> int | None:
-    """How often a loop runs: as the compiler says, or from 0 to the condition's constant by the body's steps."""
+    """Return a loop's trip count: the compiler's, or from 0 to the condition's constant in the body's increments."""
     if match := _TRIPS.search(line):
         return int(match[1])
-    compared = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition["ROOT"])
-    if compared is None:
+    comparison = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition["ROOT"])
+    if comparison is None:
         return None
-    index = re.search(r"get-tuple-element\(.*?\), index=(\d+)", condition[compared[1]])
-    limit = _constant(condition, compared[2])
+    index = re.search(r"get-tuple-element\(.*?\), index=(\d+)", condition[comparison[1]])
+    limit = _constant(condition, comparison[2])
     results = re.search(r" tuple\((.*?)\)", body["ROOT"])
     if index is None or limit is None or results is None:
         return None
     counter = body.get(results[1].replace("%", "").split(", ")[int(index[1])], "")
-    added = re.search(r" add\(%?[\w.\-]+, %?([\w.\-]+)\)", counter)
-    step = _constant(body, added[1]) if added else None
+    increment = re.search(r" add\(%?[\w.\-]+, %?([\w.\-]+)\)", counter)
+    step = _constant(body, increment[1]) if increment else None
     return None if step is None else -(-limit // step)
 
 
@@ -182,16 +182,16 @@ def _item_bits(dtype: str) -> int:
 
 
 def _groups(line: str, kind: str, num_devices: int) -> np.ndarray:
-    """[groups, members]; the ways of writing them are those of XLA's printer."""
+    """Return device ids [groups, members], from any notation that XLA's printer uses."""
     if kind == "collective-permute":
         return _listed(re.search(r"source_target_pairs=\{(\{.*?\})\}", line))
     if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", line):
         sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         axes = re.findall(r"'(\w+)'", named[3])
         grid = np.arange(num_devices).reshape(tuple(sizes.values()))
-        inside = [list(sizes).index(axis) for axis in axes]
-        outside = [i for i in range(grid.ndim) if i not in inside]
-        return grid.transpose(*outside, *inside).reshape(-1, int(np.prod([grid.shape[i] for i in inside])))
+        group_axes = [list(sizes).index(axis) for axis in axes]
+        batch_axes = [i for i in range(grid.ndim) if i not in group_axes]
+        return grid.transpose(*batch_axes, *group_axes).reshape(-1, int(np.prod([grid.shape[i] for i in group_axes])))
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
         grid = np.arange(num_devices).reshape(numbers(iota[2]))

@@ -1,7 +1,7 @@
-"""Compile a run's train step ahead of time for a TPU topology: does it fit, what does it move, what will it cost.
+"""Plan a run on a TPU topology, ahead of time: memory, collectives, step time and cost.
 
-The very step of the config is compiled ahead of time by the TPU's own compiler, from shapes alone, on any Linux x86-64
-machine. Memory and collectives are the compiled program's; operations, traffic and times are closed forms.
+The TPU's own compiler compiles the config's own train step from shapes alone, on any Linux x86-64 machine. Memory and
+collectives are those of the compiled program; operations, traffic and times are closed forms.
 """
 
 import math
@@ -38,21 +38,21 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Known:
-    """What is known besides the config."""
+    """What a plan knows besides the config."""
 
     slices: int = 1
-    rows: int | None = None  # of ``batch.row_length`` tokens, a device; None: what the lengths ask for, else 1
-    lengths: tuple[float, float, float] | None = None  # None: rows are taken to be full, of pairs in equal thirds
-    sets: DataSets | None = None  # the data, whose means the lengths are, and which decides the rows and the steps
-    examples: int | None = None  # pairs of the data, for the hours of a run that is not given in steps
+    rows: int | None = None  # of ``batch.row_length`` tokens, per device; None: as many as the lengths need, else 1
+    lengths: tuple[float, float, float] | None = None  # None: full rows of pairs in equal thirds
+    sets: DataSets | None = None  # the data, which then gives the mean lengths, rows and steps
+    examples: int | None = None  # pairs in the data, for the hours of a run without ``run.steps``
     data: bool = False  # read the data for all of these
 
 
 def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, search: bool) -> Iterator[dict[str, Any]]:
-    """`plan` of each slice, when it is made; with ``search`` each also of ever more frugal settings until one fits."""
+    """Yield the `plan` of each slice; with ``search``, also plans of ever more frugal settings until one fits."""
     slices = [parse_topology(text) for text in topologies]
     for slice_ in slices:
-        remedy = f"the bandwidth between slices of {slice_.chip.name} is not published; plan one"
+        remedy = f"the bandwidth between slices of {slice_.chip.name} is not published; plan a single slice"
         require(known.slices == 1 or slice_.chip.dcn_bandwidth is not None, "--slices", known.slices, remedy)
     source = _source(config.model, tokenizer=known.data)
     if config.reference.path is not None:
@@ -68,10 +68,10 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, sear
 
 
 def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known) -> dict[str, Any]:
-    """Everything that can be said of the config's step on a slice, as a JSON tree; `plan_page` renders it.
+    """Return all facts about the config's step on a slice, as a JSON tree that ``text.render`` renders.
 
     Raises:
-        UserError: the config cannot run there.
+        UserError: the config cannot run on that slice.
     """
     mesh = slice_mesh(config, slice_, known.slices)
     model = build_model(source, config.model, "tpu", config.lora)
@@ -96,7 +96,7 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
     return report | _costs(config, model, mesh, load, slice_, compiled.text or "", known)
 
 
-CURES: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # the cheap ones first
+CURES: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # cheapest first
     "model.remat": lambda c: replace(c, model=replace(c.model, remat="full")),
     "batch.accumulation": lambda c: replace(c, batch=replace(c.batch, accumulation=2 * c.batch.accumulation)),
     "mesh.tensor": lambda c: replace(c, mesh=replace(c.mesh, tensor=2 * c.mesh.tensor)),
@@ -108,9 +108,9 @@ CURES: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # the cheap ones first
 def search_fit(
     config: DPOConfig, source: ModelSource, slice_: Topology, known: Known, peak: float
 ) -> list[dict[str, Any]]:
-    """Plans of ever more frugal settings, each with ``changed``, until one fits or nothing helps any more.
+    """Return plans of ever more frugal settings, each with ``changed``, until one fits or nothing helps any more.
 
-    Each cure is taken as often as it lowers the peak, at first ``peak`` GiB, and is kept.
+    Each cure is repeated as long as it lowers the peak, initially ``peak`` GiB, and is then kept.
     """
     plans: list[dict[str, Any]] = []
     changed: dict[str, Any] = {}
@@ -120,23 +120,23 @@ def search_fit(
             rows = known.rows if option == "batch.accumulation" else None
             if rows is not None and rows % 2:
                 break
-            fewer = known if rows is None else replace(known, rows=rows // 2)
+            candidate_known = known if rows is None else replace(known, rows=rows // 2)
             try:
-                tried = plan(candidate, source, slice_, fewer)
-            except UserError:  # this setting has an end
+                report = plan(candidate, source, slice_, candidate_known)
+            except UserError:  # the setting cannot go further
                 break
-            if tried["memory"]["peak"] > 0.99 * peak:
+            if report["memory"]["peak"] > 0.99 * peak:
                 break
-            config, known, peak = candidate, fewer, tried["memory"]["peak"]
+            config, known, peak = candidate, candidate_known, report["memory"]["peak"]
             changed = changed | {option: getattr(getattr(config, section), name)}
-            plans.append(tried | {"changed": changed})
-            if tried["memory"]["fits"] is not False:
+            plans.append(report | {"changed": changed})
+            if report["memory"]["fits"] is not False:
                 return plans
     return plans
 
 
 def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
-    """The pairs that the config trains on, and their lengths."""
+    """Return ``known`` with the training data and its mean lengths."""
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = sets_of(config, tokenizer)
     ids = np.concatenate([sets.order.step_ids(step) for step in range(sets.order.num_steps)])
@@ -145,7 +145,7 @@ def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
 
 
 def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
-    """The model's shapes: of the files where they are, else as published, else from the hub, as is its tokenizer."""
+    """Find the model's shapes: local files, else the published config unless a tokenizer is needed, else the hub."""
     published = known_config(config.path)
     files = os.path.isdir(os.path.expanduser(config.path)) or (tokenizer and config.tokenizer is None)
     if published is not None and not files:
@@ -154,9 +154,9 @@ def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
 
 
 def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Load:
-    """Rows and lengths of a step, from what is known of them."""
+    """Return the load of a step, from the config and ``known``."""
     batch, devices, rows, lengths = config.batch, row_devices(mesh), known.rows, known.lengths
-    remedy = "its rows follow the data; plan shared or repeated"
+    remedy = "its rows depend on the data; plan shared or repeated"
     require(batch.layout != "padded", "batch.layout", batch.layout, remedy)
     if batch.row_length == "auto":
         raise UserError("batch.row_length", "auto", "plan needs a number, such as --batch.row_length 4096")
@@ -165,10 +165,10 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
     num_rows = (rows or 1) * devices
     if lengths is None:
         room = batch.row_length * min(num_rows / pairs, copies)
-        each = float(int(min(room / (copies + 2), config.data.max_length / 2)))
+        mean_length = float(int(min(room / (copies + 2), config.data.max_length / 2)))
         remedy = f"no row has room for {pairs / num_rows:g} pairs; give --rows, or raise it"
-        require(each > 0, "batch.row_length", batch.row_length, remedy)
-        lengths = (each, each, each)
+        require(mean_length > 0, "batch.row_length", batch.row_length, remedy)
+        lengths = (mean_length, mean_length, mean_length)
     load = Load(
         pairs=batch.pairs,
         microbatches=batch.accumulation,
@@ -178,33 +178,33 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
         copies=copies,
         longest=min(config.data.max_length, batch.row_length),
     )
-    longest, most = lengths[0] + max(lengths[1:]), config.data.max_length
-    fits = longest <= most and max(longest, load.unit / copies) <= batch.row_length
-    limits = f"a prompt with an answer has at most {most} tokens (data.max_length), a pair {batch.row_length}, a row's"
+    longest, max_length = lengths[0] + max(lengths[1:]), config.data.max_length
+    fits = longest <= max_length and max(longest, load.unit / copies) <= batch.row_length
+    limits = f"a prompt and answer may have {max_length} tokens (data.max_length), a pair {batch.row_length} (a row)"
     require(fits, "--lengths", lengths, f"{limits}; give means")
     if rows is None and known.sets is not None:
         return replace(load, rows=train_batches(known.sets, config.batch, devices).packer.shapes[-1].rows)
     if rows is None and known.lengths is not None:
-        alike = np.tile(np.round(lengths).astype(int), (int(pairs), 1))
-        units = make_units(alike, alike[:, 1:], batch.layout)
+        pair_lengths = np.tile(np.round(lengths).astype(int), (int(pairs), 1))
+        units = make_units(pair_lengths, pair_lengths[:, 1:], batch.layout)
         packed = assign_rows(units, layout=batch.layout, multiple=devices, row_length=batch.row_length)
         return replace(load, rows=len(packed))
     if load.fill > 1:
         room = f"{rows} rows of {batch.row_length} tokens a device"
-        remedy = "give more, or raise batch.accumulation"
+        remedy = "give more rows or raise batch.accumulation"
         raise UserError(f"--rows: {room} do not hold {pairs:g} pairs of {load.unit:g} tokens; {remedy}")
     return load
 
 
 def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
-    """GiB a device; ``fits`` is None where only a compiler could tell."""
+    """Return GiB per device; ``fits`` is None if only a compiler could tell."""
     room = slice_.chip.device_memory
-    accepted = compiled.seconds is None or compiled.text is not None  # else the compiler gave up
+    compiles = compiled.seconds is None or compiled.text is not None  # else the compiler ran out of memory
     sizes = {name: size / GIB for name, size in compiled.sizes.items()}
-    rest = (compiled.peak - sum(compiled.sizes.values())) / GIB if accepted else None
-    fits = accepted and compiled.peak <= room
+    activations = (compiled.peak - sum(compiled.sizes.values())) / GIB if compiles else None
+    fits = compiles and compiled.peak <= room
     return sizes | {
-        "activations": rest,
+        "activations": activations,
         "save": compiled.save / GIB,
         "peak": compiled.peak / GIB,
         "room": room / GIB,
@@ -215,18 +215,18 @@ def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
 def _costs(
     config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, slice_: Topology, text: str, known: Known
 ) -> dict[str, Any]:
-    """Operations, traffic, times and what follows from them."""
+    """Return operations, collectives, times and the rates that follow."""
     chip, live = slice_.chip, config.reference_mode == "live"
     lengths = np.tile(np.round(load.lengths).astype(int), (load.pairs, 1))
     targets = int(lengths[:, 1:].sum())
     useful = model_flops(config, model, lengths, lengths[:, 1:])
-    band = min(filter(None, (load.longest, model.config.window)))  # tokens back that the attention kernel looks at most
-    seen = causal_pairs(np.full(2 * load.rows * load.microbatches, load.row_length), band).sum()
-    hardware = hardware_flops(model, Work(load.slots, int(seen), targets), live_reference=live)
+    band = min(filter(None, (load.longest, model.config.window)))  # most tokens that the attention kernel looks back
+    attended = causal_pairs(np.full(2 * load.rows * load.microbatches, load.row_length), band).sum()
+    hardware = hardware_flops(model, Work(load.slots, int(attended), targets), live_reference=live)
 
     devices, tensor = mesh.size, mesh.shape["tensor"]
-    spread = devices // tensor
-    tokens, predicted = (count // load.microbatches // spread for count in (load.slots, targets))
+    data_shards = devices // tensor
+    tokens, predicted = (count // load.microbatches // data_shards for count in (load.slots, targets))
     traffic = matrix_traffic(model, tokens, predicted, parts=load.microbatches, tensor=tensor, live_reference=live)
     collective_ops = collectives(text, devices)
     seconds = {
@@ -235,7 +235,7 @@ def _costs(
         **collective_times(collective_ops, chip, devices // known.slices),
     }
     bound = max(seconds, key=lambda name: seconds[name])
-    best, worst = seconds[bound], sum(seconds.values())
+    min_seconds, max_seconds = seconds[bound], sum(seconds.values())
 
     def rates(t: float) -> dict[str, float]:
         speed = {"pairs_per_second": load.pairs / t, "tokens_per_second": load.pairs * load.unit / t}
@@ -247,8 +247,8 @@ def _costs(
         "collectives_at_least": any(op.at_least for op in collective_ops),
         "seconds": seconds,
         "bound": bound,
-        "full_overlap": rates(best),
-        "no_overlap": rates(worst),
+        "full_overlap": rates(min_seconds),
+        "no_overlap": rates(max_seconds),
     }
     if known.sets is not None:
         steps = known.sets.order.num_steps
@@ -256,13 +256,13 @@ def _costs(
         epochs = config.run.epochs or 1
         steps = config.run.steps or (known.examples and math.ceil(epochs * known.examples / load.pairs))
     if steps:
-        hours = [steps * t / 3600 for t in (best, worst)]
+        hours = [steps * t / 3600 for t in (min_seconds, max_seconds)]
         costs["run"] = {"steps": steps, "hours": hours, "chip_hours": [t * devices / chip.devices for t in hours]}
     return costs
 
 
 def _by_kind(collective_ops: Sequence[Collective], devices_per_slice: int) -> dict[str, dict[str, float]]:
-    """How often, and GiB a device, of each kind of collective; those that leave a slice are kinds of their own."""
+    """Return count and GiB per device of each kind of collective; those between slices are separate kinds."""
     by_kind: dict[str, list[Collective]] = defaultdict(list)
     for op in collective_ops:
         by_kind[f"{op.kind} between slices" if op.slices(devices_per_slice) > 1 else op.kind].append(op)

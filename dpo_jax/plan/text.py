@@ -1,9 +1,9 @@
-"""A plan as a person reads it: one slice in full, several as a table."""
+"""Render plans as text: one slice in full, several as a table."""
 
 from collections.abc import Sequence
 from typing import Any
 
-ASSUMED = "             ASSUMED: equal lengths that fill the rows; --rows, --lengths or --data say more"
+ASSUMED = "             ASSUMED: equal lengths that fill the rows; set --rows, --lengths or --data"
 UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
@@ -12,7 +12,7 @@ def _short(number: float) -> str:
 
 
 def _weights(number: int) -> str:
-    return _short(number).replace("G", "B")  # as models are named
+    return _short(number).replace("G", "B")  # billions, as in model names
 
 
 def _where(plan: dict[str, Any]) -> str:
@@ -21,7 +21,7 @@ def _where(plan: dict[str, Any]) -> str:
 
 
 def render(plan: dict[str, Any]) -> str:
-    """All that was found out about one slice."""
+    """Render the plan of one slice in full."""
     model, batch, memory = plan["model"], plan["batch"], plan["memory"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     adapters = f", {_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
@@ -50,7 +50,7 @@ def render(plan: dict[str, Any]) -> str:
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
     save, names = memory["save"], ("weights", "optimizer", "reference", "batch", "activations")
     breakdown = ", ".join(f"{name} {memory[name]:.2f}" for name in names if memory[name])
-    verdicts = {True: "fits", False: "DOES NOT FIT; --search looks for what would", None: "it takes that much at least"}
+    verdicts = {True: "fits", False: "DOES NOT FIT; --search looks for settings that do", None: "at least this much"}
     return [
         f"memory       {memory['peak']:.2f} of {memory['room']:.2f} GiB a device: {verdicts[memory['fits']]}",
         f"             {breakdown}",
@@ -68,9 +68,9 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
     needs = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
     moved = ", ".join(f"{kind} {ops['gib']:.3g}" for kind, ops in plan["collectives"].items() if ops["gib"] >= 0.005)
     if plan["collectives_at_least"]:
-        moved += ", at least: some stand in loops whose length the data decides"
+        moved += ", at least: some are in loops whose length depends on the data"
     if plan["compile_seconds"] is None:
-        moved = "unknown, and in none of the times"
+        moved = "unknown, and not included in the times"
     lines = [
         f"operations   {_short(flops['model'])} of the model on real tokens, {_short(flops['model_a_pair'])} a pair",
         f"             {_short(flops['hardware'])} with padding and what is computed again",
@@ -92,7 +92,7 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
 
 
 def table(plans: Sequence[dict[str, Any]]) -> str:
-    """One line a slice."""
+    """Render plans as a table, one line per slice."""
     head = ["slice", "chips", "GiB", "of", "fits", "s/step", "MFU", "pairs/s", "bound by", "chip-hours"]
     rows = [head, *map(_row, plans)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -107,7 +107,7 @@ def _row(plan: dict[str, Any]) -> list[str]:
     if "seconds" not in plan:
         return [*start, *[""] * 5]
     best, worst = plan["full_overlap"], plan["no_overlap"]
-    between = lambda name, form: f"{best[name]:{form}} - {worst[name]:{form}}"  # noqa: E731
+    range_of = lambda name, form: f"{best[name]:{form}} - {worst[name]:{form}}"  # noqa: E731
     hours = " - ".join(f"{chip_hours:.3g}" for chip_hours in plan["run"]["chip_hours"]) if "run" in plan else ""
-    speed = [between("step_seconds", ".3g"), between("mfu", ".0%"), between("pairs_per_second", ".3g")]
+    speed = [range_of("step_seconds", ".3g"), range_of("mfu", ".0%"), range_of("pairs_per_second", ".3g")]
     return [*start, *speed, plan["bound"], hours]

@@ -1,1 +1,1 @@
-"""What a person reads of a run and its data."""
+"""Reports on a run and its data, for people to read."""

@@ -1,4 +1,4 @@
-"""Pictures of what was logged: curves by step and histograms, as PNG in HTML, for a light and for a dark page."""
+"""Plots of logged values: curves by step and histograms, as PNG in HTML, for light and dark pages."""
 
 import base64
 import io
@@ -20,36 +20,36 @@ class Plot:
     keys: tuple[str, ...]
     note: str
     log: bool = False
-    share: bool = False  # between 0 and 1
-    change: bool = False  # evaluations less the first one; of training, whose pairs differ by step, nothing
+    share: bool = False  # values lie between 0 and 1
+    change: bool = False  # evaluations minus the first one; no training curve, since its pairs differ by step
 
 
-# Curves of what is preferred and what is not keep their colours; others take the first ones free.
+# Chosen and rejected answers have fixed colours; other curves take the next free one.
 COLORS = {
     "light": {"ink": "#3b4252", "grid": "#e3e6ec", "chosen": "#12805c", "rejected": "#c2410c",
               "lines": ("#2f5fd0", "#a21caf", "#b7791f", "#0e7490", "#be123c", "#4d7c0f")},
     "dark": {"ink": "#b6bdca", "grid": "#2e343f", "chosen": "#4ade9f", "rejected": "#fb923c",
              "lines": ("#7aa2ff", "#e879f9", "#facc5c", "#5fd4e8", "#fb7185", "#a3e635")},
 }  # fmt: skip
-RAW_POINTS = 60  # above this many, a train curve is drawn as its running mean over the pale single steps
+RAW_POINTS = 60  # longer training curves are drawn as a running mean over pale raw values
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of one logged key; infinite values, which no axis can hold, as NaN."""
+    """Return (steps, values) of one logged key; infinite values, which no axis can show, become NaN."""
     points = [(row["step"], float(row[key])) for row in rows if key in row]
     return [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
 
 
 def eval_sets(rows: Sequence[Row]) -> list[str]:
-    """Names of the evaluation sets, from the keys ``eval_NAME_loss``."""
+    """Return the names of the evaluation sets, from the keys ``eval_NAME_loss``."""
     names = (key[len("eval_") : -len("_loss")] for row in rows for key in row if key.startswith("eval_"))
     keys = {key for row in rows for key in row}
     return [name for name in dict.fromkeys(names) if f"eval_{name}_loss" in keys]
 
 
 def plots(which: Iterable[Plot], rows: Sequence[Row]) -> str:
-    """A grid of plots: of training, and of each evaluation set; without those of which nothing was logged."""
-    drawn = []
+    """Return a grid of plots with training and evaluation curves, leaving out plots without logged values."""
+    figures = []
     names = eval_sets(rows)
     for plot in which:
         curves = [] if plot.change else [(key, "", *series(rows, key)) for key in plot.keys]
@@ -58,15 +58,15 @@ def plots(which: Iterable[Plot], rows: Sequence[Row]) -> str:
         if plot.change:
             curves = [(key, name, steps, [y - values[0] for y in values]) for key, name, steps, values in curves]
         if curves:
-            drawn.append(figure(plot.title, plot.note, partial(draw, plot, curves)))
-    return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
+            figures.append(figure(plot.title, plot.note, partial(draw, plot, curves)))
+    return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
 Curve = tuple[str, str, list[int], list[float]]  # key, evaluation set or "" for training, steps, values
 
 
 def figure(title: str, note: str, drawn: Callable[[str], bytes]) -> str:
-    """A picture, drawn once for each theme, with its title and note."""
+    """Return an image with title and note; ``drawn`` draws it once for each theme."""
     light, dark = (base64.b64encode(drawn(theme)).decode() for theme in ("light", "dark"))
     return (
         f"<figure><h3>{escape(title)}</h3><figcaption>{escape(note)}</figcaption>"
@@ -76,24 +76,24 @@ def figure(title: str, note: str, drawn: Callable[[str], bytes]) -> str:
 
 
 def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
-    """A plot as PNG with a transparent ground. Training is a line, evaluations are dots on a line."""
+    """Draw a plot as PNG with a transparent background: training as a line, evaluations as dots on a dashed line."""
     from matplotlib.ticker import LogFormatter
 
     colors = COLORS[theme]
-    free = iter(colors["lines"])
+    palette = iter(colors["lines"])
     fig, (axes,) = _canvas(1)
     for key, name, steps, values in curves:
         branch = key.rpartition("/")[2]
-        color = colors[branch] if branch in ("chosen", "rejected") else next(free, colors["ink"])
-        words = "." + " ".join(filter(None, (name or "training", branch if len(plot.keys) > 1 else "")))  # dot: _legend
+        color = colors[branch] if branch in ("chosen", "rejected") else next(palette, colors["ink"])
+        label = "." + " ".join(filter(None, (name or "training", branch if len(plot.keys) > 1 else "")))  # dot: _legend
         if name:
             dots = {"linestyle": "--", "marker": "o", "markersize": 5, "markeredgecolor": "none"}
-            axes.plot(steps, values, color=color, label=words, linewidth=1.2, zorder=3, **dots)
+            axes.plot(steps, values, color=color, label=label, linewidth=1.2, zorder=3, **dots)
         elif len(steps) > RAW_POINTS:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, running_mean(values, len(values) // 20), color=color, label=words, linewidth=1.8)
+            axes.plot(steps, running_mean(values, len(values) // 20), color=color, label=label, linewidth=1.8)
         else:
-            axes.plot(steps, values, color=color, label=words, linewidth=1.6)
+            axes.plot(steps, values, color=color, label=label, linewidth=1.6)
     if plot.log and all(value > 0 for *_, values in curves for value in values):
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
@@ -106,14 +106,14 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
 
 
 def _legend(axes: Any, colors: Mapping[str, Any], columns: int) -> None:
-    """The labels without their dot: matplotlib hides labels that begin with _, and reads formulas between dollars."""
+    """Add a legend, its labels without their dot: matplotlib hides labels with a leading _ and parses $ as math."""
     legend = axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9, ncols=columns)
     for text in legend.get_texts():
         text.set(text=text.get_text().removeprefix("."), parse_math=False)
 
 
 def _canvas(panels: int) -> tuple[Any, Sequence[Any]]:
-    """A figure and its panels, side by side."""
+    """Return a figure and its panels, side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -136,11 +136,11 @@ def _png(fig: Any) -> bytes:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the values within half a window on each side, NaN left out; as many as there are values."""
+    """Return, for each value, the mean of the values within half a window on each side, ignoring NaN."""
     means = []
     for index in range(len(values)):
-        near = [x for x in values[max(0, index - window // 2) : index + window // 2 + 1] if not math.isnan(x)]
-        means.append(sum(near) / len(near) if near else math.nan)
+        neighbours = [x for x in values[max(0, index - window // 2) : index + window // 2 + 1] if not math.isnan(x)]
+        means.append(sum(neighbours) / len(neighbours) if neighbours else math.nan)
     return means
 
 
@@ -148,28 +148,28 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def histograms(rows: Sequence[Row]) -> str:
-    """Margins and rewards of each evaluation set, first evaluation next to the last; from distributions.jsonl."""
-    drawn = []
+    """Plot margins and rewards of each evaluation set, first next to last evaluation, from distributions.jsonl."""
+    figures = []
     for name in dict.fromkeys(row["set"] for row in rows):
         set_rows = [row for row in rows if row["set"] == name]
-        ends = set_rows if len(set_rows) == 1 else [set_rows[0], set_rows[-1]]
-        margins = [(row["step"], row["margins"]["edges"], {"margin": row["margins"]["counts"]}) for row in ends]
-        counts = [{answer: row["rewards"][answer] for answer in ("chosen", "rejected")} for row in ends]
-        rewards = [(row["step"], row["rewards"]["edges"], both) for row, both in zip(ends, counts, strict=True)]
+        evals = set_rows if len(set_rows) == 1 else [set_rows[0], set_rows[-1]]
+        margins = [(row["step"], row["margins"]["edges"], {"margin": row["margins"]["counts"]}) for row in evals]
+        counts = [{answer: row["rewards"][answer] for answer in ("chosen", "rejected")} for row in evals]
+        rewards = [(row["step"], row["rewards"]["edges"], pair) for row, pair in zip(evals, counts, strict=True)]
         note = "Pairs by margin. Left of 0 the rejected answer is preferred."
-        drawn.append(figure(f"{name}: margins", note, partial(draw_histograms, margins)))
-        drawn.append(figure(f"{name}: rewards", "Answers by reward.", partial(draw_histograms, rewards)))
-    return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
+        figures.append(figure(f"{name}: margins", note, partial(draw_histograms, margins)))
+        figures.append(figure(f"{name}: rewards", "Answers by reward.", partial(draw_histograms, rewards)))
+    return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
 def draw_histograms(panels: Sequence[tuple[int, Sequence[float], Mapping[str, Sequence[int]]]], theme: str) -> bytes:
-    """Histograms side by side over the same range, as PNG: of each (step, edges, counts by name)."""
+    """Draw histograms side by side over one range as PNG, one panel for each (step, edges, counts by name)."""
     colors = COLORS[theme]
     fig, columns = _canvas(len(panels))
     for axes, (step, edges, counts) in zip(columns, panels, strict=True):
         for branch, heights in counts.items():
             color = colors.get(branch, colors["lines"][0])
-            # the outline keeps a bin visible that is narrow next to the other panel's range
+            # the outline keeps narrow bins visible when the other panel's range is wide
             face = (color, 0.45)
             axes.stairs(heights, edges, fill=True, facecolor=face, edgecolor=color, linewidth=1.2, label=branch)
         axes.axvline(0, color=colors["ink"], linewidth=0.8, linestyle=":")

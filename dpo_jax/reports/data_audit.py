@@ -1,4 +1,4 @@
-"""What the data holds, and what in it spoils learning: as plain data, and as text for a terminal."""
+"""Audit of the data: its contents and the problems that hurt learning, as plain data and as terminal text."""
 
 from collections.abc import Iterable, Sequence, Set
 from itertools import pairwise
@@ -13,11 +13,11 @@ from dpo_jax.errors import UserError
 from dpo_jax.reports.duplicates import both_labels, exact_duplicates, near_duplicates, plain_words
 
 NAMED = 10  # examples named for each finding
-MOST_COMPARED = 100_000  # examples among which near duplicates are looked for
+MOST_COMPARED = 100_000  # examples that are searched for near duplicates
 QUANTILES = {"min": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
 WHAT_WAS_DONE = {"too_long": "truncated", "template_not_prefix": "repaired", "equal_answers": "kept"}
-END = 3  # tokens at the end of an answer, of which one should end it; chat templates put a line break after theirs
-HEAD = 60  # characters of a text that --step shows
+END = 3  # last tokens of an answer that should include a stop token; chat templates add a newline after it
+HEAD = 60  # characters of each text that --step shows
 
 
 def _name(store: Store, i: int) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def _name(store: Store, i: int) -> dict[str, Any]:
 
 
 def _groups(store: Store, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """A finding: how many groups, how many examples they hold, and the first of them by name."""
+    """Summarise a finding: the number of groups and of their examples, and the first groups by name."""
     return {
         "groups": len(groups),
         "examples": sum(map(len, groups)),
@@ -43,7 +43,7 @@ def _branches(num_answers: int) -> tuple[str, ...]:
 
 
 def _lengths(store: Store, ids: np.ndarray) -> dict[str, Any]:
-    """Tokens of each part: quantiles, and share of all tokens when a prompt is stored once for its answers."""
+    """Return token quantiles of each part and its share of all tokens, with a prompt stored once for its answers."""
     lengths = store.lengths[ids].astype(np.int64)
     totals, num_answers = lengths.sum(0), lengths.shape[1] - 1
     branches = _branches(num_answers)
@@ -55,7 +55,7 @@ def _lengths(store: Store, ids: np.ndarray) -> dict[str, Any]:
 
 
 def _length_bias(store: Store, ids: np.ndarray) -> dict[str, Any]:
-    """How often the longer answer is the chosen one, among pairs whose answers differ in length."""
+    """Return how often the longer answer is chosen, among pairs whose answers differ in length."""
     chosen, rejected = store.lengths[ids, 1], store.lengths[ids, 2]
     differ = int((chosen != rejected).sum())
     return {
@@ -67,11 +67,11 @@ def _length_bias(store: Store, ids: np.ndarray) -> dict[str, Any]:
 
 
 def _unended(store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int]) -> dict[str, Any]:
-    """Examples with an answer that teaches no token at which generation stops, and how the first of these ends."""
+    """Find examples with an answer that teaches no stop token, and show how the first of them ends."""
     unended = []
     for i in ids.tolist():
-        tails = [answer[-END:].tolist() for answer in store.example(i)[1]]
-        unended += [(i, tail) for tail in tails if not ends & set(tail)][:1]
+        endings = [answer[-END:].tolist() for answer in store.example(i)[1]]
+        unended += [(i, ending) for ending in endings if not ends & set(ending)][:1]
     return {
         "ends": [tokenizer.decode([token]) for token in sorted(ends)],
         "examples": len(unended),
@@ -100,11 +100,11 @@ def _set_audit(
 
 
 def _shared_prompts(sets: DataSets) -> dict[str, Any]:
-    """Of each evaluation set, the examples whose prompt is trained on."""
-    trained = {prompt_hash(sets.train, i): i for i in sets.train_ids[::-1].tolist()}
+    """Find the examples of each evaluation set whose prompt is also in the training set."""
+    train_prompts = {prompt_hash(sets.train, i): i for i in sets.train_ids[::-1].tolist()}
     overlaps = {}
     for name, eval_set in sets.evals.items():
-        shared = [(i, trained.get(prompt_hash(eval_set.store, i))) for i in eval_set.ids.tolist()]
+        shared = [(i, train_prompts.get(prompt_hash(eval_set.store, i))) for i in eval_set.ids.tolist()]
         shared = [(i, train_id) for i, train_id in shared if train_id is not None]
         overlaps[name] = {
             "examples": len(shared),
@@ -114,13 +114,13 @@ def _shared_prompts(sets: DataSets) -> dict[str, Any]:
 
 
 def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
-    """One example as the model sees it: decoded with special tokens, and the tokens on both sides of the boundary."""
+    """Return one example as the model sees it: decoded with special tokens, with the tokens around the boundary."""
     prompt, answers, learned = store.example(i)
-    around = [tokenizer.convert_ids_to_tokens(part.tolist()) for part in (prompt[-4:], *(a[:4] for a in answers))]
+    boundary = [tokenizer.convert_ids_to_tokens(part.tolist()) for part in (prompt[-4:], *(a[:4] for a in answers))]
     rendered = _name(store, i) | {
         "prompt": tokenizer.decode(prompt),
         "answers": [tokenizer.decode(answer) for answer in answers],
-        "boundary": {"prompt_ends": around[0], "answers_begin": around[1:]},
+        "boundary": {"prompt_ends": boundary[0], "answers_begin": boundary[1:]},
     }
     if learned is not None and not learned.all():
         edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
@@ -132,13 +132,13 @@ def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
 def audit(
     sets: DataSets, tokenizer: Any, *, ends: Set[int] | None = None, max_length: int = 0, positions: Any = None
 ) -> dict[str, Any]:
-    """Counts, findings, lengths and one rendered example of all sets of a run, as plain data (JSON can hold it).
+    """Return counts, findings, lengths and one rendered example of all sets of a run, as JSON-compatible data.
 
     Args:
-        sets: what is looked at.
-        tokenizer: decodes it.
-        ends: ids at which the model's generation stops; None: the tokenizer's EOS.
-        max_length: ``data.max_length``; beyond ``positions`` it becomes a finding.
+        sets: data sets to audit.
+        tokenizer: decodes their tokens.
+        ends: ids of the model's stop tokens; None: the tokenizer's EOS.
+        max_length: ``data.max_length``; reported if it exceeds ``positions``.
         positions: the model's ``max_position_embeddings``.
     """
     order, train = sets.order, sets.train
@@ -165,10 +165,10 @@ def audit(
 
 
 def _table(rows: Iterable[Sequence[object]]) -> list[str]:
-    """Columns of equal width, the first to the left."""
+    """Return rows as lines of aligned columns, the first aligned left."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = ([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for first, *rest in cells)
+    padded = ([first.ljust(widths[0]), *map(str.rjust, values, widths[1:])] for first, *values in cells)
     return [f"  {'  '.join(row)}".rstrip() for row in padded]
 
 
@@ -197,12 +197,12 @@ def _finding(text: str, finding: dict[str, Any], with_source: bool) -> list[str]
 
 
 def _unended_lines(unended: dict[str, Any], with_source: bool) -> list[str]:
-    stops = f"answers without a token at which generation stops ({' '.join(unended['ends']) or 'it has none'})"
+    title = f"answers without a stop token ({' '.join(unended['ends']) or 'the model has none'})"
     if not unended["examples"]:
-        return [f"  {stops}: none"]
+        return [f"  {title}: none"]
     remedy = "add its last token to eos_token_id in the model's generation_config.json: generation would not stop there"
     return [
-        f"  {stops}: in {unended['examples']} examples, the first: {_rows_text(unended['first'][:5], with_source)}",
+        f"  {title}: in {unended['examples']} examples, the first: {_rows_text(unended['first'][:5], with_source)}",
         f"    the first ends with {unended['first_ends']!r}; unless it was truncated, {remedy}",
     ]
 
@@ -243,7 +243,7 @@ def _set_lines(name: str, set_audit: dict[str, Any]) -> list[str]:
 
 
 def _text_lines(text: str) -> list[str]:
-    """The lines of a text, each marked; control characters are escaped."""
+    """Mark each line of a text with a bar and escape control characters."""
     shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
     return [f"  | {line}" for line in shown.split("\n")]
 
@@ -263,21 +263,21 @@ def _example_lines(example: dict[str, Any], branches: Sequence[str]) -> list[str
 
 
 def render(result: dict[str, Any]) -> str:
-    """The text of an audit for a terminal."""
+    """Render an audit as text for a terminal."""
     lines = _set_lines("train", result["train"])
     for name, set_audit in result["evals"].items():
         lines += _set_lines(f"eval {name}", set_audit)
         shared = result["shared_prompts"][name]
         pairs = "; ".join(f"{_rows_text(pair, True)}" for pair in shared["first"][:5])
         count = f"{shared['examples'] or 'none'}{f', {pairs}' if pairs else ''}"
-        lines[-1:] = [f"  prompts that are trained on too: {count}", ""]
+        lines[-1:] = [f"  prompts also in the training set: {count}", ""]
     run = result["run"]
     lines += [f"run: {run['steps']} steps of {run['batch']}, {run['epochs']:.2f} epochs"]
     if "positions" in result:
-        beyond = result["positions"]
-        made_for = f"the model was made for {beyond['made_for']} (max_position_embeddings)"
-        longer = f"{beyond['longer']} examples are longer: lower it"
-        lines.append(f"note: data.max_length is {beyond['max_length']}, {made_for}; {longer}")
+        positions = result["positions"]
+        limit = f"but the model supports {positions['made_for']} (max_position_embeddings)"
+        longer = f"{positions['longer']} examples are longer: lower it"
+        lines.append(f"note: data.max_length is {positions['max_length']}, {limit}; {longer}")
     lines.append("")
     lines += _example_lines(result["example"], _branches(len(result["example"]["answers"]))[1:])
     return "\n".join(lines)
@@ -289,14 +289,14 @@ def _text_head(tokenizer: Any, tokens: np.ndarray, last: bool = False) -> str:
 
 
 def show_step(sets: DataSets, step: int, tokenizer: Any) -> str:
-    """The examples of step ``step``, numbered from 1 as in metrics.jsonl, a block each: slot, id, source, row, texts.
+    """Return slot, id, source, row and texts of each example of step ``step``, counted from 1 as in metrics.jsonl.
 
     Raises:
         UserError: the run has no such step.
     """
     if not 1 <= step <= sets.order.num_steps:
-        raise UserError(f"--step: {step} is not a step of this run, which has 1 to {sets.order.num_steps}")
-    lines = [f"step {step} of {sets.order.num_steps}, epoch {sets.order.epoch(step):.4f} when it is done"]
+        raise UserError(f"--step must be from 1 to {sets.order.num_steps}, the steps of this run, got {step}")
+    lines = [f"step {step} of {sets.order.num_steps}, epoch {sets.order.epoch(step):.4f} at its end"]
     for slot, i in enumerate(sets.order.step_ids(step - 1).tolist()):
         if i < 0:
             lines.append(f"slot {slot}: empty, the data ends here")

@@ -1,4 +1,4 @@
-"""Examples that say the same, and pairs that contradict each other."""
+"""Find duplicate examples and pairs that contradict each other."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -9,10 +9,10 @@ import numpy as np
 from dpo_jax.batching.order import mix_words
 from dpo_jax.data.store import Store
 
-SHINGLE = 4  # tokens in a piece of text that is compared
-NUM_HASHES, BAND = 32, 4  # 8 bands: two texts of similarity s become candidates with chance 1 - (1 - s**4)**8
+SHINGLE = 4  # tokens in a shingle, the unit of comparison
+NUM_HASHES, BAND = 32, 4  # 8 bands: two texts of similarity s become candidates with probability 1 - (1 - s**4)**8
 ALIKE = 0.8  # share of common shingles (Jaccard similarity) from which two examples are near duplicates
-COMPARED_WITH = 4  # members of a bucket with which each later one is compared: keeps the work linear
+COMPARED_WITH = 4  # bucket members that each later one is compared with, to keep the work linear
 
 
 def _digest(arrays: Iterable[np.ndarray]) -> bytes:
@@ -24,7 +24,7 @@ def _digest(arrays: Iterable[np.ndarray]) -> bytes:
 
 
 def _contents(store: Store, ids: np.ndarray) -> list[tuple[bytes, bytes]]:
-    """Of each example: a digest of prompt and answers, and one with the answers in the opposite order."""
+    """Return two digests of each example: of prompt and answers, and with the answers in reverse order."""
     digests = []
     for i in ids:
         prompt, answers, _ = store.example(i)
@@ -33,7 +33,7 @@ def _contents(store: Store, ids: np.ndarray) -> list[tuple[bytes, bytes]]:
 
 
 def exact_duplicates(store: Store, ids: np.ndarray) -> list[list[int]]:
-    """Groups of examples, of two or more, that are the same tokens throughout; by first member."""
+    """Return groups of two or more examples with identical tokens, ordered by first member."""
     groups: dict[bytes, list[int]] = {}
     for i, (content, _) in zip(ids.tolist(), _contents(store, ids), strict=True):
         groups.setdefault(content, []).append(i)
@@ -41,7 +41,7 @@ def exact_duplicates(store: Store, ids: np.ndarray) -> list[list[int]]:
 
 
 def both_labels(store: Store, ids: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs (i, j) of which one prefers what the other rejects, each different contradiction once."""
+    """Return pairs (i, j) in which one prefers what the other rejects, each distinct contradiction once."""
     assert store.lengths.shape[1] == 3
     first: dict[bytes, int] = {}
     contradictions = {}
@@ -53,7 +53,7 @@ def both_labels(store: Store, ids: np.ndarray) -> list[tuple[int, int]]:
 
 
 def plain_words(tokenizer) -> np.ndarray:
-    """int64 [V]: tokens that differ in case or in space around them only get one number; space and specials get -1."""
+    """Return int64 [V]: tokens equal up to case and surrounding space share a number; space and specials get -1."""
     numbers: dict[str, int] = {}
     words = np.full(len(tokenizer), -1, np.int64)
     special = set(tokenizer.all_special_ids)
@@ -65,15 +65,15 @@ def plain_words(tokenizer) -> np.ndarray:
 
 
 def _shingles(words: np.ndarray, sequences: Iterable[np.ndarray]) -> np.ndarray:
-    """Sorted different hashes, uint64, of all runs of SHINGLE words within each sequence."""
+    """Return the sorted unique uint64 hashes of all runs of SHINGLE words within each sequence."""
     hashes = [np.zeros(0, np.uint64)]
     for sequence in sequences:
-        kept = words[sequence]
-        kept = kept[kept >= 0].astype(np.uint64)
-        size = min(SHINGLE, len(kept))
-        hashed = np.zeros(len(kept) - size + 1 if size else 0, np.uint64)
+        numbers = words[sequence]
+        numbers = numbers[numbers >= 0].astype(np.uint64)
+        size = min(SHINGLE, len(numbers))
+        hashed = np.zeros(len(numbers) - size + 1 if size else 0, np.uint64)
         for offset in range(size):
-            hashed = mix_words(hashed + kept[offset : offset + len(hashed)])
+            hashed = mix_words(hashed + numbers[offset : offset + len(hashed)])
         hashes.append(hashed)
     return np.unique(np.concatenate(hashes))
 
@@ -84,7 +84,7 @@ def _alike(first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def _candidates(members: Iterable[int], signature: Callable[[int], np.ndarray]) -> Iterator[tuple[int, int]]:
-    """Pairs of members whose signatures, [NUM_HASHES] or empty, agree in a whole band."""
+    """Yield pairs of members whose signatures, [NUM_HASHES] or empty, agree in a full band."""
     buckets: dict[tuple[int, bytes], list[int]] = {}
     for i in members:
         minhashes = signature(i)
@@ -99,7 +99,7 @@ def _candidates(members: Iterable[int], signature: Callable[[int], np.ndarray]) 
 def _grouped(
     members: Iterable[int], candidates: Iterable[tuple[int, int]], same: Callable[[int, int], bool]
 ) -> list[list[int]]:
-    """Groups of two or more members that are joined by candidates found to be the same."""
+    """Return groups of two or more members joined by candidates that ``same`` confirms."""
     root = {i: i for i in members}
 
     def find(i: int) -> int:
@@ -117,14 +117,14 @@ def _grouped(
 
 
 def near_duplicates(store: Store, ids: np.ndarray, words: np.ndarray) -> list[list[int]]:
-    """Groups of examples that share ALIKE of the shingles of their prompts, and of their answers, by first member.
+    """Return groups of examples whose prompts and whose answers are ALIKE in their shingles, by first member.
 
     Exact duplicates and pairs with both labels count as one example: the functions above find them. MinHash (Broder
     1997) with banding proposes candidates, whose shingles are then compared. ``words`` is made by ``plain_words``.
     """
-    different: dict[bytes, int] = {}
+    unique: dict[bytes, int] = {}
     for i, contents in zip(ids.tolist(), _contents(store, ids), strict=True):
-        different.setdefault(min(contents), i)
+        unique.setdefault(min(contents), i)
     salts = mix_words(np.arange(1, NUM_HASHES + 1, dtype=np.uint64))[:, None]
 
     @lru_cache(maxsize=256)
@@ -133,11 +133,11 @@ def near_duplicates(store: Store, ids: np.ndarray, words: np.ndarray) -> list[li
         return _shingles(words, [prompt]), _shingles(words, answers)
 
     def signature(i: int) -> np.ndarray:
-        both = np.union1d(*shingles(i))
-        return mix_words(both ^ salts).min(1) if len(both) else both
+        hashes = np.union1d(*shingles(i))
+        return mix_words(hashes ^ salts).min(1) if len(hashes) else hashes
 
     def same(i: int, j: int) -> bool:
         return all(map(_alike, shingles(i), shingles(j)))
 
-    members = list(different.values())
+    members = list(unique.values())
     return _grouped(members, _candidates(members, signature), same)

@@ -1,4 +1,4 @@
-"""Pieces of a page: HTML from texts, and one style sheet."""
+"""HTML building blocks of a page, made from plain text, and one style sheet."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +45,7 @@ details pre { margin-top: 10px; }
 
 
 def page(title: str, subtitle: str, sections: Iterable[str], css: str = "") -> str:
-    """A whole HTML document around sections that are HTML already; ``css``: what they need beyond the usual."""
+    """Return an HTML document around sections of HTML; ``css`` extends the default style sheet."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -57,17 +57,17 @@ def page(title: str, subtitle: str, sections: Iterable[str], css: str = "") -> s
 
 
 def heading(title: str, *content: str) -> str:
-    """A section; nothing at all when it has no content."""
+    """Return a section with a heading, or nothing if it has no content."""
     return f"<h2>{escape(title)}</h2>\n" + "\n".join(content) if any(content) else ""
 
 
 def paragraph(text: str) -> str:
-    """A paragraph of plain text."""
+    """Return a paragraph of plain text."""
     return f"<p>{escape(text)}</p>"
 
 
 def cards(values: Mapping[str, tuple[str | None, str]]) -> str:
-    """The few numbers to see first, each by its name: (before or None, after)."""
+    """Return cards for the headline numbers; each name maps to (before or None, after)."""
     shown = "".join(
         f'<div class="card"><div class="name">{escape(name)}</div><div class="value">'
         + ("" if before is None else f'<span class="from">{escape(before)} → </span>')
@@ -78,9 +78,9 @@ def cards(values: Mapping[str, tuple[str | None, str]]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[tuple[int, int]] = frozenset()) -> str:
-    """A table of plain texts, the first of each row its name; cells in ``right``, (row, column), are set off.
+    """Return a table of plain texts with row names in the first column; cells in ``right``, (row, column), get a tick.
 
-    An empty head: a table without one. No rows: nothing at all.
+    An empty ``head`` leaves out the header row; without rows there is no table.
     """
 
     def cell(text: str, position: tuple[int, int]) -> str:
@@ -88,27 +88,27 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[t
 
     body = "".join(
         f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(cell(text, (number, column)) for column, text in enumerate(rest, 1))
+        + "".join(cell(text, (number, column)) for column, text in enumerate(values, 1))
         + "</tr>"
-        for number, (first, *rest) in enumerate(rows)
+        for number, (first, *values) in enumerate(rows)
     )
-    top = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
-    top = f"<thead><tr>{top}</tr></thead>" if top else ""
-    return f'<div class="box"><table>{top}<tbody>{body}</tbody></table></div>' if body else ""
+    header = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    header = f"<thead><tr>{header}</tr></thead>" if header else ""
+    return f'<div class="box"><table>{header}<tbody>{body}</tbody></table></div>' if body else ""
 
 
 def details(title: str, text: str) -> str:
-    """Text to be opened by a click."""
+    """Return text that a click unfolds."""
     return f'<details><summary>{escape(title)}</summary><pre class="box">{escape(text)}</pre></details>'
 
 
 def code(text: str) -> str:
-    """Commands, as they are typed."""
+    """Return a block of commands to type."""
     return f'<pre class="box">{escape(text)}</pre>'
 
 
 def number(value: float) -> str:
-    """A number in about four digits."""
+    """Format a number with about four digits."""
     if not math.isfinite(value):
         return str(value)
     if value == 0 or 1e-3 <= abs(value) < 1e5:

@@ -1,6 +1,6 @@
-"""What a person looks at: one HTML file of a run, with its curves, that needs no other file.
+"""Report of a run: one self-contained HTML file with its curves and results.
 
-The page has no script and loads nothing; its plots are PNG, once for a light and once for a dark page.
+The page has no script and loads nothing; its plots are PNG, one set for a light page and one for a dark page.
 """
 
 import statistics
@@ -19,38 +19,38 @@ from dpo_jax.runs.directory import RunDir, read_json
 from dpo_jax.storage import write_whole
 
 PLOTS = (
-    Plot("Loss", ("loss",), "What is minimised."),
+    Plot("Loss", ("loss",), "The training objective."),
     Plot(
         "Reward accuracy",
         ("rewards/accuracies",),
         "Pairs whose chosen answer has the higher reward. Equal rewards count as wrong; at the start all are (tied).",
         share=True,
     ),
-    Plot("Margin", ("rewards/margins",), "Reward of the chosen answer less that of the rejected one."),
-    Plot("Rewards", ("rewards/chosen", "rewards/rejected"), "beta x log(policy / reference). Their gap counts."),
+    Plot("Margin", ("rewards/margins",), "Reward of the chosen answer minus that of the rejected one."),
+    Plot("Rewards", ("rewards/chosen", "rewards/rejected"), "beta x log(policy / reference). Only their gap matters."),
     Plot(
         "Log-probability of the answers",
         ("logps/chosen", "logps/rejected"),
-        "Of a whole answer, in nats. Chosen answers that fall far may mean that the policy forgets how to answer.",
+        "Per answer, in nats. A large fall of the chosen answers may mean that the policy forgets how to answer.",
     ),
     Plot(
         "Likelihood since the start",
         ("logps/chosen", "logps/rejected"),
-        "Log-probability of the evaluation sets' answers less that at step 0, in nats. Below 0, they were displaced.",
+        "Log-probability of the evaluation answers minus that at step 0, in nats. Below 0 they became less likely.",
         change=True,
     ),
-    Plot("Displacement", ("displacement",), "Pairs whose chosen answer the reference finds likelier.", share=True),
+    Plot("Displacement", ("displacement",), "Pairs whose chosen answer the reference finds more likely.", share=True),
     Plot("KL", ("kl",), "Mean of half the squared log-ratio: how far the policy has moved on these answers, in nats."),
-    Plot("Gradient weight", ("gradient_weight",), "Of a pair: 0.5 at the start, towards 0 once learned.", share=True),
+    Plot("Gradient weight", ("gradient_weight",), "Per pair: 0.5 at the start, near 0 once learned.", share=True),
     Plot("Token accuracy", ("mean_token_accuracy",), "Answer tokens that were the model's first choice."),
-    Plot("Entropy", ("entropy",), "Nats a token; towards 0 the model grows certain of everything."),
+    Plot("Entropy", ("entropy",), "Nats per token; near 0 the model is certain of every token."),
     Plot("Gradient norm", ("grad_norm",), "Before clipping. Rare spikes are harmless, growth is not.", log=True),
-    Plot("Learning rate", ("learning_rate",), "As the schedule gives it."),
-    Plot("Fill of the rows", ("fill",), "Real tokens in each token slot that is computed.", share=True),
+    Plot("Learning rate", ("learning_rate",), "Set by the schedule."),
+    Plot("Fill of the rows", ("fill",), "Share of computed token slots that hold real tokens.", share=True),
 )
-TOKENS_HINT = """The reward is a sum over tokens. This command writes what each token adds, and a page, pairs.html, \
-on which the answers of the largest and smallest margins are coloured by it:"""
-# What a run is judged by, shown before all other metrics.
+TOKENS_HINT = """The reward is a sum over tokens. This command writes each token's contribution and a page, \
+pairs.html, that colours the answers with the largest and smallest margins by it:"""
+# Headline metrics, shown before all others.
 FIRST = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 NOT_PLOTTED = {
     "logps/accuracies": "Pairs whose chosen answer has the higher log-probability, whatever the reference says.",
@@ -59,36 +59,36 @@ NOT_PLOTTED = {
 }
 MEANINGS = {key: plot.note for plot in reversed(PLOTS) for key in plot.keys} | NOT_PLOTTED
 SPEED_PLOTS = (
-    Plot("Tokens per second", ("tokens_per_second",), "The first step holds the compilation."),
-    Plot("Seconds per step", ("step_seconds",), "From one step's end to the next one's.", log=True),
+    Plot("Tokens per second", ("tokens_per_second",), "The first step includes compilation."),
+    Plot("Seconds per step", ("step_seconds",), "From the end of one step to the end of the next.", log=True),
     Plot("Model FLOPs utilisation", ("mfu",), "Operations on real tokens over the chips' bfloat16 peak.", share=True),
 )
 
 
 def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None) -> Path:
-    """Write a run's ``report.html`` from its logs; the path of that file.
+    """Write a run's ``report.html`` from its logs and return its path.
 
     Args:
-        run_dir: of a DPO or fine-tuning run, finished or not.
-        data: how the rows of each set were handled, by its name, source by source: ``source``, ``rows``, ``kept``,
-            ``dropped`` and ``notes`` by cause, as the token store reports it. None: nothing is said about it.
+        run_dir: directory of a DPO or fine-tuning run, finished or not.
+        data: set name -> one row per source, as the token store reports it: ``source``, ``rows``, ``kept``, and
+            ``dropped`` and ``notes`` by cause. None: the report has no data section.
     """
     run = RunDir(run_dir)
     config, metrics, timings = load_yaml(run.config), read_json(run.metrics), read_json(run.timings)
-    spread = read_json(run.distributions)
+    distributions = read_json(run.distributions)
     kind = "Direct Preference Optimization" if "loss" in config else "Supervised fine-tuning"
-    first = "Loss, accuracy, margin and rewards" if "loss" in config else "Loss"
-    judged_by = [plot for plot in PLOTS if plot.keys[0] in FIRST]
+    first_title = "Loss, accuracy, margin and rewards" if "loss" in config else "Loss"
+    headline_plots = [plot for plot in PLOTS if plot.keys[0] in FIRST]
     sections = [
         cards(headlines(metrics)),
-        heading(first, plots(judged_by, metrics)),
+        heading(first_title, plots(headline_plots, metrics)),
         heading("Before and after", comparison_table(metrics)),
-        heading("Margins and rewards", histograms(spread)),
-        heading("Accuracy by length", lengths_table(spread, metrics)),
-        heading("What earns the reward", *tokens_hint(run, config, metrics)) if spread else "",
+        heading("Margins and rewards", histograms(distributions)),
+        heading("Accuracy by length", lengths_table(distributions, metrics)),
+        heading("What earns the reward", *tokens_hint(run, config, metrics)) if distributions else "",
         heading("The run", table((), run_facts(config, metrics, timings).items())),
         heading("Data", data_table(data)) if data else "",
-        heading("Other curves", plots((plot for plot in PLOTS if plot not in judged_by), metrics)),
+        heading("Other curves", plots((plot for plot in PLOTS if plot not in headline_plots), metrics)),
         heading("Speed", plots(SPEED_PLOTS, timings)),
         details("Every option of the run (config.yaml)", run.config.read_text(encoding="utf-8")),
     ]
@@ -97,40 +97,40 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
 
 
 def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], shown: bool) -> None:
-    """``write_report`` of a finished run. A failure is a warning only, with its traceback unless the disk caused it."""
+    """Write the report of a finished run; failure only warns, with a traceback unless it is an ``OSError``."""
     try:
         path = write_report(run_dir, data)
     except Exception as error:  # noqa: BLE001
         if not isinstance(error, OSError):
             warn(traceback.format_exc())
-        warn(f"report: not written ({reason(error)}); the run itself is complete, the same command tries again")
+        warn(f"report: not written ({reason(error)}); the run is complete, and the same command tries again")
     else:
         say(shown, f"report: {path}")
 
 
-# ------------------------------------------------------------------------------------- what the logs say
+# ------------------------------------------------------------------------------------- contents
 
 
 def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
-    """First and last value of what matters most, on each evaluation set; of training where there is none."""
-    shown = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss"}
-    shown["mean_token_accuracy"] = "token accuracy"
+    """Return first and last values of the main metrics for each evaluation set, or for training if there is none."""
+    titles = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss"}
+    titles["mean_token_accuracy"] = "token accuracy"
     prefixes = {f"eval_{name}_": f"{name}: " for name in eval_sets(metrics)} or {"": "training: "}
     summary: dict[str, tuple[str | None, str]] = {}
-    for prefix, words in prefixes.items():
-        curves = {name: series(metrics, prefix + key)[1] for key, name in shown.items()}
-        kept = [name for name, values in curves.items() if values][:3]
-        summary |= {words + name: (number(curves[name][0]), number(curves[name][-1])) for name in kept}
+    for prefix, label in prefixes.items():
+        curves = {name: series(metrics, prefix + key)[1] for key, name in titles.items()}
+        logged = [name for name, values in curves.items() if values][:3]
+        summary |= {label + name: (number(curves[name][0]), number(curves[name][-1])) for name in logged}
         if starts_tied(metrics, prefix):
-            accuracy = words + shown["rewards/accuracies"]
+            accuracy = label + titles["rewards/accuracies"]
             summary[accuracy] = ("tied", summary[accuracy][1])
     return summary
 
 
 def starts_tied(metrics: Sequence[Row], prefix: str) -> bool:
-    """Whether no pair had a margin beyond rounding where accuracy was first logged, so that it says nothing.
+    """Return whether all margins were 0 within rounding when accuracy was first logged, which makes it meaningless.
 
-    The bound is float32's in any arithmetic: an evaluation scores policy and reference by one function.
+    The bound is float32's in any arithmetic: evaluation scores policy and reference with one function.
     """
     first = next((row for row in metrics if f"{prefix}rewards/accuracies" in row), {})
     named = {key.removeprefix(prefix): value for key, value in first.items() if key.startswith(prefix)}
@@ -138,7 +138,7 @@ def starts_tied(metrics: Sequence[Row], prefix: str) -> bool:
 
 
 def comparison_table(metrics: Sequence[Row]) -> str:
-    """Every evaluation metric at its first and last evaluation, and what it is."""
+    """Return a table of every evaluation metric: first, last and best value, and its meaning."""
     rows = []
     for name in eval_sets(metrics):
         prefix = f"eval_{name}_"
@@ -147,22 +147,22 @@ def comparison_table(metrics: Sequence[Row]) -> str:
             steps, values = series(metrics, prefix + metric)
             best = max(values) if "accurac" in metric else min(values) if metric.endswith("loss") else None
             best_at = "" if best is None else f"{number(best)} at step {steps[values.index(best)]}"
-            ties = metric == "rewards/accuracies" and starts_tied(metrics, prefix)
-            before = "tied" if ties else number(values[0])
+            all_tied = metric == "rewards/accuracies" and starts_tied(metrics, prefix)
+            before = "tied" if all_tied else number(values[0])
             rows.append((f"{name}: {metric}", before, number(values[-1]), best_at, MEANINGS.get(metric, "")))
-    return table(("Evaluation", "before", "after", "best", "what it is"), rows)
+    return table(("Evaluation", "before", "after", "best", "meaning"), rows)
 
 
 def lengths_table(spread: Sequence[Row], metrics: Sequence[Row]) -> str:
-    """Reward accuracy by the answers' lengths, at each set's first and last evaluation."""
+    """Return a table of reward accuracy by answer length, at each set's first and last evaluation."""
     rows = []
     for name in dict.fromkeys(row["set"] for row in spread):
         first, *_, last = [row for row in spread if row["set"] == name] * 2
-        ties = starts_tied(metrics, f"eval_{name}_")
+        all_tied = starts_tied(metrics, f"eval_{name}_")
         for kind in ("by_length", "by_longer"):
             for old, new in zip(first[kind], last[kind], strict=True):
                 start = (f"{name}: {_length_label(new)}", str(new["pairs"]), f"{new['share']:.1%}")
-                accuracies = ("tied" if ties else number(old["accuracy"]), number(new["accuracy"]))
+                accuracies = ("tied" if all_tied else number(old["accuracy"]), number(new["accuracy"]))
                 rows.append((*start, *accuracies, number(old["margin"]), number(new["margin"])))
     head = ("Pairs by length", "pairs", "share", "accuracy before", "after", "margin before", "after")
     return table(head, rows)
@@ -175,7 +175,7 @@ def _length_label(bucket: Row) -> str:
 
 
 def tokens_hint(run: RunDir, config: Row, metrics: Sequence[Row]) -> tuple[str, ...]:
-    """How to see the reward token by token; nothing where there is no reference to compare with."""
+    """Return the command that shows the reward token by token, or nothing if there is no reference."""
     if not any(key.endswith("displacement") for row in metrics for key in row):
         return ()
     live = " --reference.mode live" if config["reference"]["mode"] == "cached" else ""
@@ -184,7 +184,7 @@ def tokens_hint(run: RunDir, config: Row, metrics: Sequence[Row]) -> tuple[str, 
 
 
 def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> dict[str, str]:
-    """What the run was, in a few lines."""
+    """Return the run's main settings and totals, one line each."""
     batch, optimizer, loss = config["batch"], config["optimizer"], config.get("loss")
     trained = [row for row in metrics if "grad_norm" in row]
     unit = "pairs" if loss else "examples"
@@ -204,7 +204,7 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
     if any("clipped" in row for row in trained):
         count = sum(row.get("clipped", 0) for row in trained)
         norm = optimizer["max_grad_norm"]
-        facts["Clipped"] = f"{count} of {len(trained)} logged steps, whose gradient norm was above {norm:g}"
+        facts["Clipped"] = f"{count} of {len(trained)} logged steps had a gradient norm above {norm:g}"
         if 2 * count > len(trained):
             usual = f"{number(statistics.median(row['grad_norm'] for row in trained))} (median)"
             remedy = "set optimizer.max_grad_norm above that"
@@ -217,15 +217,15 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
 
 
 def speed_facts(timings: Sequence[Row], unit: str) -> dict[str, str]:
-    """How fast the run was, its first step apart."""
+    """Return the run's speed, with the first step apart."""
     steady = timings[1:] or timings
-    middle = lambda key: statistics.median(row[key] for row in steady)  # noqa: E731
+    median = lambda key: statistics.median(row[key] for row in steady)  # noqa: E731
     facts = {
-        "First step": f"{timings[0]['step_seconds']:.1f} s, compilation included",
-        "Later steps": f"{middle('step_seconds'):.3g} s, {middle('pairs_per_second'):.4g} {unit} a second (medians)",
+        "First step": f"{timings[0]['step_seconds']:.1f} s, including compilation",
+        "Later steps": f"{median('step_seconds'):.3g} s, {median('pairs_per_second'):.4g} {unit} a second (medians)",
     }
     if all("mfu" in row for row in steady):
-        facts["Of the chips' peak"] = f"{middle('mfu'):.1%} (MFU on real tokens, median)"
+        facts["Of the chips' peak"] = f"{median('mfu'):.1%} (MFU on real tokens, median)"
     if all("data_wait_seconds" in row for row in steady):
         waited = sum(row["data_wait_seconds"] for row in steady) / sum(row["step_seconds"] for row in steady)
         facts["Waiting for data"] = f"{waited:.1%} of the time"
@@ -233,7 +233,7 @@ def speed_facts(timings: Sequence[Row], unit: str) -> dict[str, str]:
 
 
 def data_table(data: Mapping[str, Sequence[Row]]) -> str:
-    """How the rows of each source were handled."""
+    """Return a table of how the rows of each source were handled."""
 
     def causes(by_cause: Mapping[str, Any]) -> str:
         return ", ".join(f"{cause.replace('_', ' ')}: {entry['count']}" for cause, entry in by_cause.items()) or "none"

@@ -1,4 +1,4 @@
-"""A page of coloured answers: what each token adds to its answer's reward, for the pairs at both ends."""
+"""Page of coloured answers: each token's contribution to the reward, for the largest and smallest margins."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,9 +8,9 @@ from typing import Any
 from dpo_jax.reports.html import details, heading, number, page, paragraph
 
 NEWLINE = "\n"
-SHOWN = 20  # pairs of the largest margins, and as many of the smallest
-LEVELS = 8  # of intensity
-FULL = 0.98  # quantile of the sizes shown that has the full colour, so that a single outlier does not pale the rest
+SHOWN = 20  # pairs with the largest margins, and as many with the smallest
+LEVELS = 8  # of colour intensity
+FULL = 0.98  # quantile of sizes that gets the full colour, so that one outlier does not pale the others
 
 CSS = """
 .pair { padding: 14px 18px; margin-bottom: 16px; }
@@ -29,27 +29,27 @@ CSS = """
 
 
 def token_page(lines: Sequence[Mapping[str, Any]], beta: float, policy: str) -> str:
-    """The HTML of a page from what ``dpo-jax eval --per-token`` writes, a mapping a pair; it needs no other file.
+    """Return a self-contained HTML page of the output of ``dpo-jax eval --per-token``, one mapping per pair.
 
-    Shown are the pairs of the largest and of the smallest margins; all, where there are no more than both.
+    It shows the pairs with the largest and the smallest margins, or all pairs if there are no more than that.
     """
     margin_of = lambda line: -math.inf if math.isnan(line["rewards/margin"]) else line["rewards/margin"]  # noqa: E731
     ranked = sorted(lines, key=margin_of, reverse=True)
-    ends = {"All pairs, by margin": ranked}
+    groups = {"All pairs, by margin": ranked}
     if len(ranked) > 2 * SHOWN:
-        ends = {"The largest margins": ranked[:SHOWN], "The smallest margins": ranked[: -SHOWN - 1 : -1]}
-    full = full_size([line for end in ends.values() for line in end], beta)
-    blocks = [heading(title, *(_pair(line, beta, full) for line in end)) for title, end in ends.items()]
-    how = (
+        groups = {"The largest margins": ranked[:SHOWN], "The smallest margins": ranked[: -SHOWN - 1 : -1]}
+    full = full_size([line for group in groups.values() for line in group], beta)
+    blocks = [heading(title, *(_pair(line, beta, full) for line in group)) for title, group in groups.items()]
+    legend = (
         f"An answer's reward is beta = {beta:g} times the sum of log(policy / reference) over its tokens. Blue tokens "
-        f"raise it, red ones lower it; the colour is full from {number(full)} on, and the pointer shows the number. "
-        "A dot stands for a token that is only a part of a character."
+        f"raise it and red tokens lower it, in full colour from {number(full)}; hover over a token to see its number. "
+        "A dot stands for a token that is only part of a character."
     )
-    return page("Rewards token by token", f"{policy} · {len(lines)} pairs", [paragraph(how), *blocks], CSS)
+    return page("Rewards token by token", f"{policy} · {len(lines)} pairs", [paragraph(legend), *blocks], CSS)
 
 
 def full_size(lines: Iterable[Mapping[str, Any]], beta: float) -> float:
-    """Size of a token's part from which its colour is full; the smallest positive number when all are 0."""
+    """Return the contribution from which a token's colour is full; the smallest positive number if all are 0."""
     sizes = sorted(
         abs(beta * ratio)
         for line in lines
@@ -76,11 +76,11 @@ def _pair(line: Mapping[str, Any], beta: float, full: float) -> str:
 
 
 def coloured(pieces: Iterable[str], log_ratios: Iterable[float], beta: float, full: float) -> str:
-    """The tokens of an answer as HTML, each with its part of the reward."""
+    """Return an answer's tokens as HTML, each coloured by its contribution to the reward."""
     tokens = []
     for piece, ratio in zip(pieces, log_ratios, strict=True):
-        part = beta * ratio
-        level = math.ceil(LEVELS * min(1.0, abs(part) / full)) if math.isfinite(part) else LEVELS
-        shade = f' class="{"p" if part > 0 else "n"}{level}"' if level else ""
-        tokens.append(f'<span{shade} title="{part:+.4g}">{escape(piece or "·").replace(NEWLINE, "↵" + NEWLINE)}</span>')
+        gain = beta * ratio
+        level = math.ceil(LEVELS * min(1.0, abs(gain) / full)) if math.isfinite(gain) else LEVELS
+        shade = f' class="{"p" if gain > 0 else "n"}{level}"' if level else ""
+        tokens.append(f'<span{shade} title="{gain:+.4g}">{escape(piece or "·").replace(NEWLINE, "↵" + NEWLINE)}</span>')
     return "".join(tokens)

@@ -558,7 +558,7 @@ BAD_RUNS = [
         nothing,
         "eval c.yaml --run.dir run --output o.jsonl",
         2,
-        "data.eval:  ... names nothing to evaluate on",
+        "data.eval:  ... names no evaluation set",
     ),
     (
         "evaluated against another reference",
@@ -572,7 +572,7 @@ BAD_RUNS = [
         nothing,
         "eval c.yaml --run.dir run --output pairs.jsonl --data.eval.x pairs.jsonl",
         2,
-        "--output: pairs.jsonl is there already; choose another name",
+        "--output: pairs.jsonl already exists; choose another name",
     ),
     (
         "nothing measured, so no best",

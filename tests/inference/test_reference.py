@@ -188,7 +188,7 @@ def test_a_start_that_is_its_own_reference_is_proven_bit_for_bit(live):
     prove_start(setup, policy, fixed)
     other = jax.tree.map(lambda x: x * (1 + 1e-6), start)
     policy, _ = start_logps(setup, make_reference(setup, start), other)
-    with pytest.raises(UserError, match=r"step 0: policy and reference are the same weights, .* \(allowed: 0\)"):
+    with pytest.raises(UserError, match=r"step 0: policy and reference have the same weights, .* \(tolerance: 0\)"):
         prove_start(setup, policy, fixed)
     with pytest.raises(UserError, match="differ by nan"):
         prove_start(setup, policy * np.nan, fixed)

@@ -63,7 +63,7 @@ def test_a_stale_cache_is_refused_before_the_first_step(config, tmp_path):
     np.savez(path, sum=sums, about=json.dumps({**about, "digest": digest}))
     other = replace(config, run=replace(config.run, dir=str(tmp_path / "run")))
     try:
-        with pytest.raises(UserError, match=r"reference are the same weights, but their log-probs differ by"):
+        with pytest.raises(UserError, match=r"reference have the same weights, but their log-probs differ by"):
             train(other, devices=jax.devices()[:1])
     finally:
         path.write_bytes(good)

@@ -117,8 +117,8 @@ def test_prompts_shared_with_an_evaluation_set(tmp_path):
     assert shared["examples"] == 2
     assert rows_named(shared["first"]) == [[0, 2], [2, 5]]
     lines = render(found).splitlines()
-    assert "  prompts that are trained on too: none" in lines
-    assert "  prompts that are trained on too: 2, known.jsonl:0, train.jsonl:2; known.jsonl:2, train.jsonl:5" in lines
+    assert "  prompts also in the training set: none" in lines
+    assert "  prompts also in the training set: 2, known.jsonl:0, train.jsonl:2; known.jsonl:2, train.jsonl:5" in lines
 
 
 def test_held_out_rows_share_no_prompt(tmp_path):
@@ -175,7 +175,7 @@ def test_what_is_read_otherwise_than_one_may_think_is_said(tmp_path):
     assert "\n    columns that are not read: system\n    system is not part of the prompt: " in shown
     assert "\n    rejected looks like JSON text in 1 of the first 2 rows, and is read as plain text" in shown
     assert (
-        "\nnote: data.max_length is 1024, the model was made for 50 (max_position_embeddings); 1 examples are " in shown
+        "\nnote: data.max_length is 1024, but the model supports 50 (max_position_embeddings); 1 examples are " in shown
     )
     assert "positions" not in audited(given, positions=1024)
 
@@ -203,7 +203,7 @@ def test_answers_that_teach_no_end_are_found(tmp_path):
     assert found["train"]["unended"]["examples"] == 3
     assert f"({TOKENIZER.decode([5])} {TOKENIZER.decode([6])}): in 3 examples, the first: 0, 1, 2\n" in render(found)
     assert f"the first ends with {pair(0)['chosen'][-2:] + '</s>'!r}" in render(found)
-    assert "(it has none): in 3 examples" in render(audited(given, ends=frozenset()))
+    assert "(the model has none): in 3 examples" in render(audited(given, ends=frozenset()))
 
 
 def test_a_step_shows_exactly_its_examples(tmp_path):
@@ -220,7 +220,7 @@ def test_a_step_shows_exactly_its_examples(tmp_path):
         shown += ids
     assert Counter(shown) == Counter(range(70))
     assert block.count("empty, the data ends here") == 128 - 70
-    with pytest.raises(UserError, match="--step: 3 is not a step of this run, which has 1 to 2"):
+    with pytest.raises(UserError, match="--step must be from 1 to 2, the steps of this run, got 3"):
         show_step(sets, 3, TOKENIZER)
 
 

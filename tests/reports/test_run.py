@@ -117,7 +117,7 @@ def test_a_dpo_run_is_told_whole(tmp_path):
     rows = dict(zip(page.cells, page.cells[1:], strict=False))
     assert page.cells[page.cells.index("held_out: loss") :][1:4] == ["0.6931", "0.2500", "0.2500 at step 80"]
     assert rows["Length"] == "80 steps, 2.000 epochs, 8,000 tokens"
-    assert rows["First step"] == "9.0 s, compilation included"
+    assert rows["First step"] == "9.0 s, including compilation"
     assert rows["Later steps"] == "0.5 s, 16 pairs a second (medians)"
     assert rows["Peak memory"] == "host 1.30 GiB"
     assert rows["Waiting for data"] == "4.0% of the time"
@@ -164,7 +164,7 @@ def test_clipping_of_most_steps_has_advice(tmp_path):
     rows = [step_row(step) | {"clipped": int(step > 1)} for step in range(1, 5)]
     cells = Page(write_report(make_run(tmp_path, dpo_config(), rows)).read_text()).cells
     text = cells[cells.index("Clipped") + 1]
-    assert text.startswith("3 of 4 logged steps, whose gradient norm was above 1. Clipping is for spikes")
+    assert text.startswith("3 of 4 logged steps had a gradient norm above 1. Clipping is for spikes")
     assert "the usual norm here is 1.417 (median): set optimizer.max_grad_norm above that" in text
 
 
@@ -183,7 +183,7 @@ def test_a_report_that_fails_costs_the_run_a_line(tmp_path, capsys, monkeypatch)
     run = make_run(tmp_path, dpo_config(), dpo_metrics())
     (run / "report.html").mkdir()  # what is wrong outside is one line
     report_done(run, {}, shown=False)
-    line = "the run itself is complete, the same command tries again\n"
+    line = "the run is complete, and the same command tries again\n"
     said = capsys.readouterr().err
     assert (said.count("\n"), said.startswith("report: not written ("), said.endswith(line)) == (1, True, True)
     monkeypatch.setattr(
@@ -204,7 +204,7 @@ def test_a_report_tells_how_the_reward_is_spread(tmp_path):
     start = cells.index("held_out: longer answer of 3 to 9 tokens")
     assert cells[start + 1 : start + 7] == ["8", "100.0%", "0.0000", "0.5000", "0.0000", "2.500"]
     assert cells[start + 7 : start + 9] == ["held_out: rejected is longer", "8"]
-    assert cells[cells.index("Clipped") + 1] == "16 of 80 logged steps, whose gradient norm was above 1"
+    assert cells[cells.index("Clipped") + 1] == "16 of 80 logged steps had a gradient norm above 1"
     titles = re.findall(r"<h3>(.*?)</h3>", text)
     assert titles[:6] == ["Loss", "Reward accuracy", "Margin", "Rewards", "held_out: margins", "held_out: rewards"]
     assert {"Likelihood since the start", "Displacement", "KL", "Gradient weight"} < set(titles)

@@ -91,8 +91,8 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_step(config, t
     assert good > 0
     assert said.count("\n") == 1
     assert said.startswith(f"dpo-jax: error: step {good + 1}: loss ")
-    assert f"the state after step {good} is saved; look at rows " in said
-    rows = said.split("look at rows ")[1].split(", or start a new run with ")[0]
+    assert f"the state after step {good} is saved; inspect rows " in said
+    rows = said.split("inspect rows ")[1].split(", or start a new run with ")[0]
     rows = rows.split(", ")
     assert len(rows) == 4
     assert all(row.rpartition(":")[0].endswith("pairs.jsonl") and int(row.rpartition(":")[2]) < 80 for row in rows)
@@ -140,7 +140,7 @@ def test_a_stale_reference_cache_is_refused_at_step_0(config, tmp_path):
     code, said = ended("train", config, *options, "--run.dir", other, output=tmp_path / "said")
     assert code == 2
     assert said.count("\n") == 1
-    assert "step 0: policy and reference are the same weights, but their log-probs differ by " in said
+    assert "step 0: policy and reference have the same weights, but their log-probs differ by " in said
     assert "remove its reference-*.npz" in said
     assert num_lines(other / "metrics.jsonl") == 0
     assert not list((other / "checkpoints").iterdir())
