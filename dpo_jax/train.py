@@ -51,10 +51,10 @@ def train(
         announce(setup, run)
         method, start = METHODS[config.stage](setup, flags)
         with open_session(run, config.run, config.checkpoint, method.manifest, method.num_steps) as session:
-            resumed = session.resume(method.abstract_state)
-            state, first = resumed or (method.first_state(start), 0)
-            del start
-            if resumed:
+            restored = session.resume(method.abstract_state)
+            state, first = restored or (method.first_state(start), 0)
+            del start  # a resumed run has no use for these arrays
+            if restored:
                 session.say(method.resumed(state))
             else:
                 begin(session, method, state)
@@ -67,8 +67,7 @@ def train(
 def begin(session: Session, method: Method, state: Any) -> None:
     """Start a new run: verify and evaluate its initial state."""
     session.begin()
-    if hosts.is_writer():
-        method.keep_files(session.run)
+    method.keep_files(session.run)
     session.say(method.check_start(state))
     session.log_evaluation(0, *method.evaluate(state))
 

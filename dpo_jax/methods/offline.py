@@ -20,6 +20,7 @@ from dpo_jax.methods.optimizer import make_optimizer, make_schedule
 from dpo_jax.methods.setup import Policy, Setup, abstract_state, describe, follow_of, make_step
 from dpo_jax.methods.start_check import check_first, mean_margin, prove_start, start_logps, starts_equal
 from dpo_jax.methods.throughput import step_rates
+from dpo_jax.parallel.hosts import is_writer
 from dpo_jax.runs.directory import RunDir
 from dpo_jax.runs.logs import clipped
 from dpo_jax.runs.manifest import new_run
@@ -168,7 +169,8 @@ class Offline:
 
     def keep_files(self, run: RunDir) -> None:
         """Write config.json and the tokenizer into a new run."""
-        keep_model_files(run, self.setup.source, self.setup.tokenizer)
+        if is_writer():
+            keep_model_files(run, self.setup.source, self.setup.tokenizer)
 
     def export(self, run: RunDir, state: TrainState) -> None:
         """Write a Hugging Face directory, with adapters merged into the base model."""

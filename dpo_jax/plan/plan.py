@@ -227,7 +227,9 @@ def _costs(
     devices, tensor = mesh.size, mesh.shape["tensor"]
     data_shards = devices // tensor
     tokens, predicted = (count // load.microbatches // data_shards for count in (load.slots, targets))
-    traffic = matrix_traffic(model, tokens, predicted, parts=load.microbatches, tensor=tensor, live_reference=live)
+    traffic = matrix_traffic(
+        model, tokens, predicted, microbatches=load.microbatches, tensor=tensor, live_reference=live
+    )
     collective_ops = collectives(text, devices)
     seconds = {
         "compute": hardware / devices / chip.device_peak_flops,

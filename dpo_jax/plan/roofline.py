@@ -18,14 +18,16 @@ def hardware_flops(model: Model, work: Work, *, live_reference: bool) -> int:
     return flops + recomputed_flops(model.config, work, model.remat)
 
 
-def matrix_traffic(model: Model, tokens: int, targets: int, *, parts: int, tensor: int, live_reference: bool) -> float:
+def matrix_traffic(
+    model: Model, tokens: int, targets: int, *, microbatches: int, tensor: int, live_reference: bool
+) -> float:
     """Return the bytes that a device's matrix products read and write in memory, each operand once per product.
 
     Args:
         model: gives the matrices, their dtype and what is recomputed.
         tokens: per device and microbatch.
         targets: per device and microbatch.
-        parts: number of microbatches.
+        microbatches: their number.
         tensor: number of devices that shard each matrix.
         live_reference: adds one forward pass.
     """
@@ -40,7 +42,7 @@ def matrix_traffic(model: Model, tokens: int, targets: int, *, parts: int, tenso
     # logits are never saved, so they are recomputed whatever remat saves of the layers
     c = model.config
     head = (3 + live_reference + by_matrix) * width * (targets * c.hidden + c.hidden * c.vocab / tensor)
-    return parts * (c.layers * layer + head)
+    return microbatches * (c.layers * layer + head)
 
 
 def collective_times(collectives: Sequence[Collective], chip: Chip, devices_per_slice: int) -> dict[str, float]:

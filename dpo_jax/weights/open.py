@@ -20,8 +20,9 @@ from dpo_jax.models.families import decoder_config
 from dpo_jax.models.options import DecoderConfig
 from dpo_jax.parallel.sharding import placed, platform_of, weight_shardings
 from dpo_jax.runs.checksums import weights_id
-from dpo_jax.runs.directory import RunDir, find_run, is_run_dir
+from dpo_jax.runs.directory import RunDir, find_run, is_run_dir, writing
 from dpo_jax.runs.restore import restore_part
+from dpo_jax.storage import write_whole
 from dpo_jax.weights.hub import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.weights.huggingface import export_params, load_params
 from dpo_jax.weights.known import builtin_model
@@ -225,10 +226,11 @@ def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:
     folder = run.root / MODEL_FILES
     with from_outside(f"{folder}: the tokenizer cannot be written", "free space, or fix the tokenizer's files"):
         tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(source.hf_config, indent=2) + "\n")
     generation = "generation_config.json"
-    if source.folder is not None and (source.folder / generation).is_file():
-        (folder / generation).write_bytes((source.folder / generation).read_bytes())
+    with writing(folder):
+        if source.folder is not None and (source.folder / generation).is_file():
+            write_whole(folder / generation, (source.folder / generation).read_bytes())
+        write_whole(folder / "config.json", json.dumps(source.hf_config, indent=2) + "\n")  # last: find_model trusts it
 
 
 def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "best"], mesh: Mesh) -> int:

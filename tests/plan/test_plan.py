@@ -105,14 +105,14 @@ def test_traffic_of_a_layer_is_that_of_its_operands():
     sizes = [(d, n), (d, k), (d, k), (n, d), (d, f), (d, f), (f, d)]
     one_product = 2 * config.layers * sum(7 * (inputs + outputs) + inputs * outputs for inputs, outputs in sizes)
     head = 4 * 2 * (5 * config.hidden + config.hidden * config.vocab)
-    found = matrix_traffic(model, 7, 5, parts=1, tensor=1, live_reference=False)
+    found = matrix_traffic(model, 7, 5, microbatches=1, tensor=1, live_reference=False)
     assert found == pytest.approx(3 * one_product + head)
-    assert found == matrix_traffic(replace(model, remat="dots"), 7, 5, parts=1, tensor=1, live_reference=False)
-    twice = matrix_traffic(replace(model, remat="full"), 7, 5, parts=2, tensor=1, live_reference=True)
+    assert found == matrix_traffic(replace(model, remat="dots"), 7, 5, microbatches=1, tensor=1, live_reference=False)
+    twice = matrix_traffic(replace(model, remat="full"), 7, 5, microbatches=2, tensor=1, live_reference=True)
     down = 2 * config.layers * (7 * (f + d) + f * d)  # the one whose result is not made again
     assert twice == pytest.approx(2 * (5 * one_product - down + head * 5 / 4))
     adapted = replace(model, lora=Lora(rank=2, scale=1.0, targets=frozenset({"query"})))
-    found = matrix_traffic(adapted, 7, 5, parts=1, tensor=1, live_reference=False)
+    found = matrix_traffic(adapted, 7, 5, microbatches=1, tensor=1, live_reference=False)
     assert found == pytest.approx(2 * one_product + head * 3 / 4)  # no gradient by the matrices
 
 
