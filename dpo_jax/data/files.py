@@ -58,9 +58,6 @@ def _opened(path: str) -> BinaryIO:
     return decompressed
 
 
-# ----------------------------------------------------------------------------------------------------------- JSON
-
-
 def _row(path: str, position: str, text: bytes) -> Mapping:
     try:
         row = read_json(text)
@@ -130,9 +127,6 @@ def load_json_lines(path: str) -> Any:
     return _JsonLines(path, _opened(path))
 
 
-# ------------------------------------------------------------------------------------------------------------ CSV
-
-
 def load_csv(path: str) -> list[Mapping]:
     """Load CSV rows as text; the first line names the columns. Cells with commas, quotes or newlines are quoted.
 
@@ -152,9 +146,6 @@ def load_csv(path: str) -> list[Mapping]:
             fault = f"{len(cells)} cells, the first line names {len(names)} columns"
             raise UserError(f"{path}, line {number}: {fault}; fix or remove it")
     return [dict(zip(names, cells, strict=True)) for _, cells in lines[1:]]
-
-
-# -------------------------------------------------------------------------------------------------------- parquet
 
 
 class Parquet:

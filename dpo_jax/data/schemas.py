@@ -46,9 +46,6 @@ class Problem:
     detail: str
 
 
-# ---------------------------------------------------------------------------------- schemas: row -> prompt, *answers
-
-
 def common_prefix(first: Sequence, second: Sequence) -> int:
     """Return the length of the common prefix of two sequences."""
     pairs = zip(first, second, strict=False)
@@ -199,9 +196,6 @@ def _whole_conversation(row: Mapping):
 
 def _plain(row: Mapping):
     return None, values.text("text", row.get("text"))
-
-
-# ------------------------------------------------------------------------------------------------------ the tables
 
 
 def _weight(row: Mapping) -> float:

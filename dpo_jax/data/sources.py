@@ -112,9 +112,6 @@ def _kind_name(path: str) -> str:
     return "hub set"
 
 
-# ------------------------------------------------------------------------------------------- Hugging Face datasets
-
-
 class _LibraryRows:
     """Rows that a library decodes on access; its exceptions become ``UserError``."""
 
@@ -187,9 +184,6 @@ def _folder_hash(path: str) -> str:
 def _dataset_kind(load: Callable[[SourceConfig], "datasets.Dataset"], *options: str) -> _Kind:
     open_rows = lambda source: _LibraryRows(source.path, load(source))  # noqa: E731
     return _Kind(open_rows, lambda source: _dataset_identity(load(source)), options)
-
-
-# ------------------------------------------------------------------------------------------------------------ TFDS
 
 
 class _Tfds:

@@ -74,8 +74,6 @@ class Store:
         return prompt, answers, None if self.targets is None else self.targets[ends[0] : ends[1]]
 
 
-# ------------------------------------------------------------------------------------------------- key and sources
-
 SomeSource: TypeAlias = "SourceConfig | Dataset"
 
 
@@ -123,9 +121,6 @@ def _check_unchanged(sources: Sequence[SomeSource], before: Sequence[str]) -> No
         if data_sources.fingerprint(source) != fingerprint:
             label = source_label(source, index)
             raise UserError(f"{label}: it changed while it was tokenised; start again once nothing writes to it")
-
-
-# ----------------------------------------------------------------------------------------------- writing and opening
 
 
 class DamagedStore(UserError):
@@ -300,9 +295,6 @@ def build_or_open_store(
     except OSError as error:
         raise UserError(f"data.store: {folder}: {error}; free some space, or name another folder") from None
     return open_store(path)
-
-
-# --------------------------------------------------------------------------------------------------------- subsets
 
 
 def ids_by_source(store: Store, ids: np.ndarray) -> list[np.ndarray]:

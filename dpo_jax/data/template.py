@@ -104,8 +104,6 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, previous_handler)
 
 
-# ------------------------------------------------------------------------------------------- every part must show
-
 _Path = tuple[int | str, ...]  # indices and keys that lead from a list of messages to one value
 
 

@@ -56,9 +56,6 @@ def make_tokenize(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", stage:
     return partial(_tokenize, coder, {"dpo": 2, "sft": 1}[stage])
 
 
-# ----------------------------------------------------------------------------------------------- text <-> tokens
-
-
 @dataclass(frozen=True)
 class _Coder:
     """The tokenizer, its chat template, and the ids that it appends to every text."""
@@ -93,9 +90,6 @@ def _with_eos(coder: _Coder, ids: list[int], row: int) -> list[int]:
     if eos is None:
         raise UserError(f"row {row}: the tokenizer has no EOS token to end answers with; set data.append_eos to false")
     return ids if ids[-1:] == [eos] else [*ids, eos]
-
-
-# ----------------------------------------------------------------------------------------------- one example
 
 
 @dataclass(frozen=True)
@@ -243,9 +237,6 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
         spans.append((start, end))
     detail = f"message {changed_index} is rendered differently when messages follow it"
     return spans, () if changed_index is None else (_not_prefix(example.row, detail),)
-
-
-# ----------------------------------------------------------------------------------------------- truncation
 
 
 def _truncated(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Problem:

@@ -125,9 +125,6 @@ def json_objects(name: str, value: Any) -> list[dict] | None:
     return objects or None
 
 
-# ------------------------------------------------------------------------------------------------------- messages
-
-
 def _content(name: str, value: object) -> str:
     """Return the text of a message; the parts of a content list are joined if all are text."""
     if not isinstance(value, list):

@@ -128,9 +128,6 @@ def refuse_weights(loss: LossConfig, store: Store) -> None:
         raise UserError("loss.type", sorting_losses[0], remedy)
 
 
-# ------------------------------------------------------------------------------------------------- logs and manifest
-
-
 def announce(setup: Setup, run: RunDir) -> None:
     """Log model, mesh and data sizes; record dropped rows and notes in events.jsonl."""
     model, batches = setup.model, setup.batches
@@ -204,9 +201,6 @@ def describe(setup: Setup, ids: Mapping[str, str]) -> dict[str, Any]:
         "cores": os.cpu_count(),
     }
     return make_manifest(asdict(setup.config), identity, environment)
-
-
-# ---------------------------------------------------------------------------------------------- weights, state and step
 
 
 class Policy(NamedTuple):

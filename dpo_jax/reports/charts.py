@@ -144,9 +144,6 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-# ------------------------------------------------------------------------------------- histograms
-
-
 def histograms(rows: Sequence[Row]) -> str:
     """Plot margins and rewards of each evaluation set, first next to last evaluation, from distributions.jsonl."""
     figures = []

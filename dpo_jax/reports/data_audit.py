@@ -161,9 +161,6 @@ def audit(
     return result
 
 
-# ------------------------------------------------------------------------------------------------------- as text
-
-
 def _table(rows: Iterable[Sequence[object]]) -> list[str]:
     """Return rows as lines of aligned columns, the first aligned left."""
     cells = [[str(cell) for cell in row] for row in rows]

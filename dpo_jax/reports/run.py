@@ -108,9 +108,6 @@ def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], shown: bool) -
         say(shown, f"report: {path}")
 
 
-# ------------------------------------------------------------------------------------- contents
-
-
 def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
     """Return first and last values of the main metrics for each evaluation set, or for training if there is none."""
     titles = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss"}

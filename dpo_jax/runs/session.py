@@ -110,8 +110,6 @@ class Session:
         self._evaluation: Mapping[str, float] | None = None  # metrics of the last evaluation
         self.due = Due()  # actions due after the last logged step
 
-    # ------------------------------------------------------------------------------------------- beginning, resuming
-
     def resume(self, abstract_state: Any) -> tuple[Any, int] | None:
         """Restore the newest usable checkpoint and its step, and truncate the logs to it; None if there is none."""
         saved = self._saves.manifest()
@@ -145,8 +143,6 @@ class Session:
         """Print a line for the user; None prints nothing."""
         if line is not None:
             say(self._config.progress, line)
-
-    # ------------------------------------------------------------------------------------------------------ the steps
 
     @contextmanager
     def steps(self, first: int, evaluates: bool) -> Iterator[Iterator[int]]:
@@ -206,8 +202,6 @@ class Session:
             self._log.timings(done, {**facts.rates(seconds), **memory()})
         self._line.set_postfix(facts.shown(metrics, seconds), refresh=False)
         self._line.update(1)
-
-    # ---------------------------------------------------------------------------------------------- what follows a step
 
     def log_evaluation(
         self, step: int, metrics: Mapping[str, float], distributions: Sequence[Mapping[str, Any]]
