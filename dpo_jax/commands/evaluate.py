@@ -30,12 +30,7 @@ from dpo_jax.reports.tokens import token_page
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import find_run, is_run_dir
 from dpo_jax.runs.restore import restore_part
-from dpo_jax.weights.open import (
-    load_start,
-    load_weights,
-    lora_of,
-    trained_shapes,
-)
+from dpo_jax.weights.open import load_start, load_weights, lora_of, trained_shapes
 
 
 def evaluate(

@@ -33,11 +33,7 @@ class ScoredSet(NamedTuple):
 
 
 def score_sets(
-    sets: Mapping[str, Batches],
-    logps_step: LogpsStep,
-    to_devices: ToDevices,
-    weights: Any,
-    reference: Reference | None,
+    sets: Mapping[str, Batches], logps_step: LogpsStep, to_devices: ToDevices, weights: Any, reference: Reference | None
 ) -> Iterator[ScoredSet]:
     """Score each set in turn and yield it with the log-probs of policy and reference."""
     for name, batches in sets.items():

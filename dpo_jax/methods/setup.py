@@ -34,14 +34,7 @@ from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import RunDir, log_event
 from dpo_jax.runs.manifest import make_manifest
 from dpo_jax.step import Follow, TrainState, TrainStep, init_state, make_train_step, state_shardings
-from dpo_jax.weights.open import (
-    ModelSource,
-    load_start,
-    load_weights,
-    open_model,
-    trained_shapes,
-    trained_shardings,
-)
+from dpo_jax.weights.open import ModelSource, load_start, load_weights, open_model, trained_shapes, trained_shardings
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -36,7 +36,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "for all-gathers too", _V5E),
         Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "over several computations"),
         Flag("xla_tpu_overlap_compute_collective_tc", "true", "the core computes while its links are busy"),
-    ),
+    )
 }
 _BOOLEANS = {"true": "True", "false": "False"}  # spelling accepted by the options of every platform
 
