@@ -122,11 +122,7 @@ def lock(path: Path) -> IO:
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content with its checksum added; ``unseal`` returns the original content from its JSON text.
-
-    Args:
-        content: JSON values by key; the key ``SEAL`` is reserved.
-    """
+    """Return JSON values with their checksum added, under the reserved key ``SEAL``; ``unseal`` reverses it."""
     return {**content, SEAL: _checksum(json.dumps(content, sort_keys=True))}
 
 

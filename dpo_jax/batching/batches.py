@@ -121,13 +121,9 @@ def make_batches(
 def train_batches(
     sets: DataSets, batch: BatchConfig | SFTBatchConfig, row_devices: int, shares: Sequence[int] | None = None
 ) -> Batches:
-    """Make the training batches of a run.
+    """Make the training batches of a run, whose rows are sharded over ``row_devices`` devices.
 
-    Args:
-        sets: data sets of the run.
-        batch: batch size and layout.
-        row_devices: number of devices over which rows are sharded.
-        shares: indices of the row shares, one per device, that belong to this process; None: all.
+    ``shares``: indices of the row shares, one per device, that belong to this process; None: all.
     """
     packer = _packer(batch, row_devices, batch.accumulation)
     return make_batches(sets.train, sets.order, packer, batch.max_shapes, shares)

@@ -58,12 +58,9 @@ class BatchShape:
 
 
 def make_units(lengths: np.ndarray, num_targets: np.ndarray, layout: Layout) -> list[Unit]:
-    """Make the units of a step.
+    """Make the units of a step: of a whole pair in layout ``shared``, else of each answer.
 
-    Args:
-        lengths: [B, 1 + K], tokens of prompt and answers; all 0 in an empty slot.
-        num_targets: [B, K], number of answer tokens to predict.
-        layout: ``shared`` puts all answers of a pair in one unit; else each answer has its own.
+    ``lengths`` [B, 1 + K]: tokens of prompt and answers, 0 in an empty slot; ``num_targets`` [B, K]: tokens to predict.
     """
     units = []
     for pair, (prompt, *answers) in enumerate(lengths.tolist()):
@@ -232,14 +229,9 @@ def empty_batch(
     leading: tuple[int, ...] = (),
     zeros: Callable[[tuple[int, ...], Any], Any] = np.zeros,
 ) -> PreferenceBatch:
-    """Make a batch of zeros.
+    """Make a batch of zeros for B pairs of K answers; ``leading``: dims before all others, of an accumulated step.
 
-    Args:
-        shape: sizes of the batch.
-        num_pairs: B.
-        num_answers: K.
-        leading: leading dims, those of an accumulated step.
-        zeros: (shape, dtype) -> array or stand-in: numpy's or JAX's ``zeros``, or ``jax.ShapeDtypeStruct``.
+    ``zeros``: (shape, dtype) -> array or stand-in: numpy's or JAX's ``zeros``, or ``jax.ShapeDtypeStruct``.
     """
     rows, pairs = (*leading, shape.rows), (*leading, num_pairs)
     per_token, per_target = (*rows, shape.length), (*rows, shape.targets)
@@ -265,15 +257,10 @@ def pack_rows(
     num_answers: int,
     own_rows: Sequence[int] | None = None,
 ) -> PreferenceBatch:
-    """Write the tokens and targets of units into the rows of a batch.
+    """Write the tokens and targets of units into the rows of a batch of ``shape``.
 
-    Args:
-        rows: units of each row of the batch.
-        shape: shape of the whole batch.
-        examples: tokens of the pairs in the rows to write.
-        weight: [B], weights of all pairs.
-        num_answers: K.
-        own_rows: indices of the rows to write and return; None: all. Per-pair arrays always cover all rows.
+    ``examples`` are the pairs in the rows to write, ``weight`` [B] is of all pairs. ``own_rows``: indices of the rows
+    to write and return; None: all. Per-pair arrays always cover all rows.
     """
     row_indices = range(shape.rows) if own_rows is None else own_rows
     batch = empty_batch(replace(shape, rows=len(row_indices)), len(weight), num_answers)

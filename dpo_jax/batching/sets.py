@@ -63,19 +63,9 @@ def open_sets(
     train: "Dataset | None" = None,
     evals: "Mapping[str, Dataset] | None" = None,
 ) -> DataSets:
-    """Open or build the stores of a run in ``folder``, and make the order of its steps.
+    """Open or build the stores of a run in ``folder``, from `store_folder`, and make the order of its steps.
 
-    Args:
-        data: the data sets and their tokenization.
-        folder: as from `store_folder`.
-        tokenizer: the model's tokenizer.
-        stage: training stage that the rows are for.
-        size: examples per step.
-        seed: seed of the order.
-        steps: number of steps; None: determined by ``epochs``.
-        epochs: number of epochs, if ``steps`` is None.
-        train: replaces the training sets of ``data``.
-        evals: replaces the evaluation sets of ``data``.
+    A step has ``size`` examples; ``epochs`` counts if ``steps`` is None. ``train`` and ``evals`` replace ``data``'s.
 
     Raises:
         UserError: a source is invalid, see ``build_or_open_store`` and ``split_held_out``.

@@ -23,10 +23,7 @@ TOKENS_A_SAMPLE = 4
 def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a directory or hub name; Python files in its repository are never run.
 
-    Args:
-        path: directory or hub name.
-        revision: branch, tag or commit of a hub name.
-        chat_template: file with a chat template, or the name of one of the tokenizer's own; None: its default.
+    ``revision``: branch, tag or commit of a hub name. ``chat_template``: a file, or the name of one of its own.
 
     Raises:
         UserError: there is no such tokenizer or template.

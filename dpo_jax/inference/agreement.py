@@ -11,11 +11,8 @@ def tied(metrics: Mapping[str, float], bound: float) -> bool:
     """Return whether policy and reference agree on a set of pairs, so that every margin is 0 within rounding.
 
     This cannot be read from ``rewards/accuracies``, as ties count as wrong and rounding breaks some, nor from the mean
-    margin, in which opposite signs cancel. It uses ``kl``, half the mean square of the log-ratios.
-
-    Args:
-        metrics: as named by ``preference_metrics``; without ``kl`` there is no reference to agree with.
-        bound: one of the values of ``AGREEMENT``.
+    margin, in which opposite signs cancel. It uses ``kl``, half the mean square of the log-ratios, which ``metrics``
+    lack if there is no reference. ``bound``: a value of ``AGREEMENT``.
     """
     return "kl" in metrics and log_ratio(metrics) <= bound * logps_scale(metrics)
 

@@ -54,17 +54,12 @@ def mean_margin(policy: np.ndarray, reference: np.ndarray) -> float:
 
 
 def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> None:
-    """Check that equal models give equal log-probs: bit for bit if one program ran on one dtype, else approximately.
+    """Check that equal models give equal log-probs [B, K]: bit for bit if one program ran on one dtype, else nearly.
 
     With LoRA they are two programs: the policy computes its adapters even if their product is 0.
 
-    Args:
-        setup: the run's setup.
-        policy: [B, K], the policy's log-probs of the first step's pairs, from ``start_logps``.
-        reference: [B, K], the reference's log-probs of the same pairs.
-
     Raises:
-        UserError: the log-probs differ by more than that.
+        UserError: they differ by more than that.
     """
     config = setup.config.reference
     one_function = setup.config.reference_mode == "live" and config.dtype == "auto" and setup.model.lora is None

@@ -14,11 +14,8 @@ from dpo_jax.parallel.chips import chip_of
 def model_flops(config: DPOConfig | SFTConfig, model: Model, lengths: np.ndarray, num_targets: np.ndarray) -> int:
     """Return the model FLOPs of a step on its real tokens; padding and recomputation do not count.
 
-    Args:
-        config: its layout decides how often a prompt is computed, its reference mode whether the reference runs too.
-        model: the policy.
-        lengths: [B, 1 + K], tokens of the prompt and of each answer of the step's pairs.
-        num_targets: [B, K], answer tokens that count in the loss.
+    ``lengths`` [B, 1 + K]: tokens of the prompt and of each answer; ``num_targets`` [B, K]: answer tokens in the loss.
+    The config's layout decides how often a prompt is computed, its reference mode whether the reference runs too.
     """
     work = pairs_work(lengths, num_targets, layout=config.batch.layout, window=model.config.window)
     return step_flops(model.config, work, live_reference=config.reference_mode == "live", lora=model.lora)

@@ -57,12 +57,7 @@ def pairs_work(
     """Compute the workload of the real tokens of B prompts with K answers each; slots with lengths 0 are empty.
 
     In layout ``shared`` a prompt is processed once and all its answers continue it; otherwise, once per answer.
-
-    Args:
-        lengths: [B, 1 + K], tokens of prompt and answers.
-        num_targets: number of tokens to predict in each answer.
-        layout: as in `config.BatchConfig`.
-        window: the model's window; None: a token sees all earlier ones.
+    ``lengths`` [B, 1 + K]: tokens of prompt and answers; ``num_targets`` [B, K]: tokens to predict.
     """
     lengths = np.asarray(lengths, np.int64)
     prompts, answers = lengths[:, :1], lengths[:, 1:]

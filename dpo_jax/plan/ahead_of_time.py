@@ -74,9 +74,7 @@ class Load:
 def check_pair(requirements: Sequence[str], libtpu: str) -> None:
     """Refuse a libtpu version that the installed jax does not require: it may fail on this jax's programs.
 
-    Args:
-        requirements: jax's, as its metadata lists them; if libtpu is not among them, every version passes.
-        libtpu: installed version.
+    ``requirements``: jax's, as its metadata lists them; if libtpu is not among them, every version passes.
 
     Raises:
         UserError: jax requires another version.

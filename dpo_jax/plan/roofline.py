@@ -23,13 +23,7 @@ def matrix_traffic(
 ) -> float:
     """Return the bytes that a device's matrix products read and write in memory, each operand once per product.
 
-    Args:
-        model: gives the matrices, their dtype and what is recomputed.
-        tokens: per device and microbatch.
-        targets: per device and microbatch.
-        microbatches: their number.
-        tensor: number of devices that shard each matrix.
-        live_reference: adds one forward pass.
+    ``tokens`` and ``targets`` are per device and microbatch; ``tensor`` devices shard each matrix.
     """
     width = 2 if model.dtype == "bfloat16" else 4
     by_matrix = model.lora is None  # the model's own matrices are trained; adapters are negligible

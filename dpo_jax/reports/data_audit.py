@@ -134,12 +134,8 @@ def audit(
 ) -> dict[str, Any]:
     """Return counts, findings, lengths and one rendered example of all sets of a run, as JSON-compatible data.
 
-    Args:
-        sets: data sets to audit.
-        tokenizer: decodes their tokens.
-        ends: ids of the model's stop tokens; None: the tokenizer's EOS.
-        max_length: ``data.max_length``; reported if it exceeds ``positions``.
-        positions: the model's ``max_position_embeddings``.
+    ``ends``: ids of the model's stop tokens; None: the tokenizer's EOS. ``max_length`` is reported if it exceeds
+    ``positions``, the model's ``max_position_embeddings``.
     """
     order, train = sets.order, sets.train
     ends = frozenset({tokenizer.eos_token_id} - {None} if ends is None else ends)

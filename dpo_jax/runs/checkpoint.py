@@ -41,12 +41,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory, config: CheckpointConfig, notice: Callable[[str], None] = warn):
-        """Open the directory, creating it if necessary.
-
-        Args:
-            directory: a path that is shared by all processes.
-            config: which steps are kept.
-            notice: called with one line for each damaged step.
+        """Open the directory, which all processes share, or create it; ``notice`` gets a line per damaged step.
 
         Raises:
             UserError: the directory cannot be written, or some process sees a different directory.

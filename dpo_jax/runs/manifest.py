@@ -102,15 +102,9 @@ def rounding_changes(old: Mapping, new: Mapping) -> list[str]:
 
 
 def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
-    """Raise an error that lists every difference that changes the result.
+    """Raise a `UserError` that lists each difference from the checkpoint's manifest that changes the result.
 
-    Args:
-        old: manifest of the checkpoint.
-        new: manifest of this run.
-        where: the run directory, for the message.
-
-    Raises:
-        UserError: there are such differences, or the checkpoint has another manifest format.
+    ``where``: the run directory, for the message. A checkpoint of another manifest format is refused too.
     """
     if old["format"] != new["format"]:
         mismatch = f"was written in checkpoint format {old['format']}, this version reads {new['format']}"
@@ -127,10 +121,8 @@ def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
 def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str:
     """Return command-line options for a new run that starts from a run's newest step; other options may change.
 
-    Args:
-        config: the old run's resolved options, as in the manifest.
-        root: the old run's directory.
-        keeps_reference: add the old reference; otherwise the new run's start would become the reference.
+    ``config``: the old run's resolved options. ``keeps_reference``: add the old reference; otherwise the new run's
+    start would become the reference.
     """
     model, options = config["model"], f"--run.dir NEW --model.path {root}"
     if keeps_reference:
