@@ -56,10 +56,12 @@ def _data(config: DPOConfig | SFTConfig, step: int | None) -> None:
 
 def _plan(config: DPOConfig, topology: str, search: bool, output: str | None, **load: Any) -> None:
     lengths, examples, data = load["lengths"], load["examples"], load["data"]
-    require(lengths is None or not data, "--lengths", lengths, "--data measures them; keep one")
-    require(examples is None or not data, "--examples", examples, "--data counts them; keep one")
+    require(lengths is None or not data, "--lengths", lengths, "--data measures the lengths; give one of the two")
+    require(examples is None or not data, "--examples", examples, "--data counts the examples; give one of the two")
     steps = config.run.steps
-    require(examples is None or steps is None, "--examples", examples, f"run.steps is {steps} already; keep one")
+    require(
+        examples is None or steps is None, "--examples", examples, f"run.steps is {steps} already; give one of the two"
+    )
     if output is not None:
         is_writable = Path(output).absolute().parent.is_dir() and not Path(output).is_dir()
         require(is_writable, "--output", output, "give a file in an existing folder")

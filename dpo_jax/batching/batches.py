@@ -49,7 +49,7 @@ class Batches:
     own: Sequence[int] | None = None  # this process's row shares, of packer.multiple equal ones; None: all
 
     def __call__(self, step: int) -> StepData:
-        """Pack step ``step``."""
+        """Pack the batch of step ``step``."""
         ids = self.order.step_ids(step)
         microbatches = self.packer.rows(*_sizes(self.store, ids))
         shape = self.packer.shape(microbatches)
@@ -92,7 +92,7 @@ class Prefetched:
         self._coming: dict[int, Future[StepData]] = {}
 
     def __call__(self, step: int) -> StepData:
-        """Return step ``step``."""
+        """Return the batch of step ``step``."""
         index = self._steps.index(step)
         for near_step in self._steps[index : index + AHEAD + 1]:
             if near_step not in self._coming:

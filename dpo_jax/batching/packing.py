@@ -49,7 +49,7 @@ class BatchShape:
     branch_length: int  # bound on a row's prompt tokens plus one branch's answer tokens
 
     def holds(self, other: "BatchShape") -> bool:
-        """Whether this shape is at least ``other`` in every size."""
+        """Whether this shape is at least as large as ``other`` in every dimension."""
         return all(getattr(self, f.name) >= getattr(other, f.name) for f in fields(self))
 
     def union(self, other: "BatchShape") -> "BatchShape":

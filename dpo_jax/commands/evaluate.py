@@ -52,7 +52,7 @@ def evaluate(
     if per_token:
         refuse_per_token(config.reference_mode)
         if page == output:
-            raise UserError(f"--output: {output} is the --per-token page; choose a name ending in .jsonl")
+            raise UserError(f"--output: {output} is also the name of the page of tokens; choose one in .jsonl")
     start_hosts()
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):

@@ -46,7 +46,7 @@ class Answers:
 
 
 def sft_config(directory: Path) -> SFTConfig:
-    """Return the config of stage one: random weights learn the language."""
+    """Return the config of stage one: supervised fine-tuning from random weights."""
     return SFTConfig(
         model=ModelConfig(path="builtin:tiny", tokenizer=str(directory / "tokenizer"), dtype="float32"),
         data=DataConfig(train=(_source(directory, "sft"),), eval_fraction=1 / 16, max_length=64, workers=1),

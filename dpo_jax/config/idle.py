@@ -51,7 +51,7 @@ IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, predicate, explanation wi
 
 
 def idle_options(config: Any, facts: Facts) -> list[str]:
-    """Return one line for each option of a config that has no effect in a run with these facts."""
+    """Return one line for each option that has no effect, given these facts about the run."""
     lines = []
     for option, idle, why in IDLE:
         section, _, _ = option.partition(".")

@@ -95,7 +95,7 @@ class LossConfig(Section, name="loss"):
         self.refuse("types", self.type and self.types, f"loss.type {self.type} is given too; keep one")
         self.refuse("types", len(set(self.types)) < len(self.types), "name each loss once")
         count_differs = len(self.weights) not in (0, len(self.types))
-        self.refuse("weights", count_differs, f"give one for each of loss.types, {len(self.types)}")
+        self.refuse("weights", count_differs, f"give one for each of loss.types ({len(self.types)})")
         self._refuse_combinations()
 
     def _refuse_combinations(self) -> None:

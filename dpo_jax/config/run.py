@@ -48,7 +48,7 @@ class OptimizerConfig(Section, name="optimizer"):
     def __post_init__(self):
         super().__post_init__()
         self.refuse_idle("decay_steps", self.schedule != "wsd", f"only schedule wsd has it, this is {self.schedule}")
-        self.refuse_idle("final_fraction", self.schedule == "constant", "schedule constant does not fall")
+        self.refuse_idle("final_fraction", self.schedule == "constant", "a constant schedule does not decay")
         for option in ("b1", "b2", "eps"):
             self.refuse_idle(option, option not in OPTIMIZER_DEFAULTS[self.name], f"{self.name} has no {option}")
         self.refuse_idle("moment_dtype", self.name not in ("adamw", "lion"), f"{self.name} has no first moment")

@@ -91,7 +91,7 @@ ConvertRows = Callable[[str, Parser, int, Sequence[Mapping]], Chunk]
 
 
 def make_convert_rows(job: ConvertJob) -> ConvertRows:
-    """Return a function (label, parser, first row, rows) -> chunk; it raises at invalid rows handled as `error`."""
+    """Return a function (label, parser, first row, rows) -> chunk. It raises on a row whose handling is `error`."""
     tokenize = make_tokenize(job.data, job.tokenizer, job.stage)
 
     def convert(label: str, parse: Parser, row: int, values: Mapping) -> TokenizedExample | Problem:

@@ -96,7 +96,7 @@ def _split_transcript(name: str, value: object) -> tuple[str, str]:
     if not turn:
         raise BadRow("missing_field", f"{name} has no turn {ASSISTANT_TURN!r}: {values.shown(value)}")
     if _HUMAN_TURN in answer:
-        raise BadRow("empty_answer", f"{name} ends with a turn {_HUMAN_TURN!r}")
+        raise BadRow("empty_answer", f"{name} ends with a {_HUMAN_TURN!r} turn, not an answer")
     return prompt + turn, answer
 
 
@@ -252,7 +252,7 @@ def _check_learned(answer: Messages) -> None:
 
 def _check_said(answer: str | Messages) -> None:
     if isinstance(answer, str):
-        has_text = answer.strip()
+        has_text = bool(answer.strip())
     else:
         has_text = any(m["content"].strip() or m.get("tool_calls") for m in answer if m["role"] == "assistant")
     if not has_text:

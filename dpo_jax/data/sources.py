@@ -105,7 +105,7 @@ def _kind_name(path: str) -> str:
             raise UserError(f"{path}: there is no such file; the working directory is {Path.cwd()}")
         if suffix not in _SUFFIXES:
             suffixes = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.COMPRESSED)}"
-            raise UserError(f"{path}: unknown suffix {suffix!r}; use {suffixes}; for other files give the folder")
+            raise UserError(f"{path}: unknown suffix {suffix!r}; use {suffixes}, or give the folder of the files")
         return _SUFFIXES[suffix]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(f"{path}: there is no such file or folder, and it is not the name of a hub set (owner/name)")

@@ -210,7 +210,7 @@ def _common_text(first: str, second: str) -> int:
 
 
 def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: str):
-    """Return ([start, end) in `text` of each learned assistant turn that follows a message, notes), or the problem.
+    """Return (spans, notes), or why the turns cannot be found; spans [start, end) in `text` of the turns to learn.
 
     A turn starts where the preceding conversation with its generation prompt ends. A template may render a turn
     differently when others follow (Qwen3 removes thoughts); the turn is then the longest tail of it that matches.

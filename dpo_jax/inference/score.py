@@ -29,7 +29,7 @@ def make_logps_step(logps_fn: LogpsStep, out_sharding: Any) -> LogpsStep:
 def dataset_logps(
     logps_step: LogpsStep, weights: Any, batches: Batches, to_devices: ToDevices, steps: Sequence[int] | None = None
 ) -> tuple[np.ndarray, PairLogps]:
-    """Compute the log-probs of all examples of ``batches``, or of the given ``steps``, in order, on the host.
+    """Compute the log-probs of all examples, or of those of ``steps``, and return them in order as host arrays.
 
     Returns:
         Example ids [N], and the PairLogps of these N examples.

@@ -40,7 +40,7 @@ def reference_weights(setup: Setup, start: Params) -> Params:
     """Return the reference's weights, not copied: ``start``, the initial policy, or those of ``reference.path``.
 
     Raises:
-        UserError: the model at ``reference.path`` has another architecture or vocabulary.
+        UserError: the model at ``reference.path`` differs in architecture or vocabulary.
     """
     config = setup.config
     path = config.reference.path
@@ -57,7 +57,7 @@ def find_reference(
     """Open the model of ``reference.path`` with ``find`` and check that its architecture matches ``model``, the policy.
 
     Raises:
-        UserError: the model does not exist, or has another architecture or vocabulary.
+        UserError: the model does not exist, or differs in architecture or vocabulary.
     """
     try:
         source = find(path)
@@ -67,7 +67,7 @@ def find_reference(
     if reference_model != model:
         policy = f"model.path {config.model.path}"
         raise UserError(
-            f"reference.path: {path} has another architecture or vocabulary than {policy}; choose a matching model"
+            f"reference.path: {path} differs from {policy} in architecture or vocabulary; choose a matching model"
         )
     return source
 

@@ -78,7 +78,7 @@ def _in_float32(update: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def _matrices(params):
-    """Return a mask that is True for matrices, by parameter name: stacked norms and biases have two dims as well."""
+    """Return a mask that is True for matrices. The name decides, as stacked norms and biases have two dims, too."""
     undecayed = ("norm", "scale", "bias")
     name_of = lambda path: jax.tree_util.keystr(path[-1:], simple=True)  # noqa: E731
     return jax.tree.map_with_path(lambda path, _: not name_of(path).endswith(undecayed), params)

@@ -119,8 +119,8 @@ def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
         logged = [name for name, values in curves.items() if values][:3]
         summary |= {label + name: (number(curves[name][0]), number(curves[name][-1])) for name in logged}
         if starts_tied(metrics, prefix):
-            accuracy = label + titles["rewards/accuracies"]
-            summary[accuracy] = ("tied", summary[accuracy][1])
+            title = label + titles["rewards/accuracies"]
+            summary[title] = ("tied", summary[title][1])
     return summary
 
 

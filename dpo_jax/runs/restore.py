@@ -87,10 +87,12 @@ def _best_order(directory: epath.Path, steps: list[int]) -> list[int]:
         except Damaged:
             continue
         if options["best_metric"] is None:
-            raise UserError(f"{directory}: its run set no checkpoint.best_metric, so no step is the best: use newest")
+            raise UserError(
+                f"{directory}: its run has no checkpoint.best_metric, so no step is the best; choose newest"
+            )
         order = rank_steps(metrics, CheckpointConfig(**options))
         if not order:
-            raise UserError(f"{directory}: no saved step has {options['best_metric']!r}: use newest")
+            raise UserError(f"{directory}: no saved step recorded {options['best_metric']!r}; choose newest")
         return order
     raise UserError(f"{directory}: none of its saved steps {steps} has a readable manifest: use another run")
 

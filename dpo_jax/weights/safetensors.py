@@ -79,8 +79,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if not isinstance(entry, dict):  # the library also accepts a list of the three values, which nobody writes
             raise UserError(f"{path}: the header entry of {name} must be an object, got {shown(entry)}; {AGAIN}")
         start, end = entry["data_offsets"]
-        base = 8 + length
-        tensors[name] = Tensor(path, name, entry["dtype"], tuple(entry["shape"]), base + start, base + end)
+        data_start = 8 + length
+        tensors[name] = Tensor(path, name, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + end)
     return tensors
 
 

@@ -257,7 +257,7 @@ BAD = [
     ({"loss__type": "hinge", "loss__types": ["ipo"]}, "loss.types: ('ipo',) cannot be used: loss.type hinge is given"),
     ({"loss__types": ["ipo", "ipo"]}, "loss.types: ('ipo', 'ipo') cannot be used: name each loss once"),
     ({"loss__types": ["ipo"], "loss__weights": [1, 2]}, "loss.weights: (1.0, 2.0) cannot be used: give one for each"),
-    ({"loss__weights": [1.0]}, "loss.weights: (1.0,) cannot be used: give one for each of loss.types, 0"),
+    ({"loss__weights": [1.0]}, "loss.weights: (1.0,) cannot be used: give one for each of loss.types (0)"),
     ({"loss__types": ["ipo"], "loss__weights": [0]}, "loss.weights.0 must be positive, got 0.0"),
     ({"loss__type": "exo_pair"}, "loss.label_smoothing: 0.0 cannot be used: exo_pair is infinite at 0"),
     ({"loss__type": "hinge", "loss__label_smoothing": 0.1}, "loss.label_smoothing: 0.1 cannot be used: hinge has no"),

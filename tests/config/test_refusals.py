@@ -332,7 +332,7 @@ BAD_MODELS = [
         "another reference",
         shallower_copy,
         "--reference.path other",
-        "reference.path: other has another architecture or vocabulary than model.path model",
+        "reference.path: other differs from model.path model in architecture or vocabulary",
     ),
     (
         "no adapters",
@@ -509,7 +509,7 @@ BAD_RUNS = [
         nothing,
         "export run out --which best",
         2,
-        "its run set no checkpoint.best_metric, so no step is the best: use newest",
+        "its run has no checkpoint.best_metric, so no step is the best; choose newest",
     ),
     (
         "start from no best",
@@ -537,7 +537,7 @@ BAD_RUNS = [
         shallower_copy,
         "plan c.yaml --topology v5e:2x2 --reference.path other",
         2,
-        "reference.path: other has another architecture or vocabulary than model.path model",
+        "reference.path: other differs from model.path model in architecture or vocabulary",
     ),
     (
         "start from no save",

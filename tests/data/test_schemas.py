@@ -224,7 +224,7 @@ CHAT = {"prompt": [Q], "chosen": [A], "rejected": [B]}
         ({"chosen": "\n\nHuman: h\n\nAssistant: a", "rejected": "\n\nHuman: i\n\nAssistant: b"}, "prompts_differ",
          "at character 9"),
         ({"chosen": "\n\nHuman: h\n\nAssistant: a\n\nHuman: x", "rejected": "\n\nHuman: h\n\nAssistant: b"},
-         "empty_answer", "ends with a turn"),
+         "empty_answer", "turn, not an answer"),
         ({"input": None, "preferred_output": [A], "non_preferred_output": [B]}, "missing_field", "input is absent"),
         ({"conversations": "x", "chosen": A, "rejected": B}, "missing_field", "conversations is 'x'"),
         ({"instruction": None, "chosen": "a", "rejected": "b"}, "missing_field", "instruction is absent"),

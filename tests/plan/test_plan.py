@@ -236,7 +236,7 @@ def test_what_does_not_fit_is_made_to_fit():
             "--output: 'no/plan.json' cannot be used: give a file in an existing",
         ),
         (["--topology", "v5e:2x2", "--output", ""], "--output: '' cannot be used: give a file"),
-        (["--topology", "v5e:2x2", "--data", "--examples", "9"], "--examples: 9 cannot be used: --data counts them"),
+        (["--topology", "v5e:2x2", "--data", "--examples", "9"], "--examples: 9 cannot be used: --data counts the"),
         (
             ["--topology", "v5e:2x2", "--run.steps", "9", "--examples", "9"],
             "--examples: 9 cannot be used: run.steps is 9",

@@ -166,7 +166,10 @@ def test_parts_of_the_reward_sum_to_it(made, tmp_path, options):
             "--per-token: reference.mode cached stores only sums over whole answers; add ",
         ),
         (["--loss.type", "simpo"], "--per-token: reference.mode none provides nothing to compare tokens with; "),
-        (["--output", "x.html"], "--output: x.html is the --per-token page; choose a name ending in .jsonl"),
+        (
+            ["--output", "x.html"],
+            "--output: x.html is also the name of the page of tokens; choose one in .jsonl",
+        ),
     ],
 )
 def test_what_has_no_parts_is_refused(made, tmp_path, monkeypatch, capsys, options, line):
