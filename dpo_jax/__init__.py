@@ -14,13 +14,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["PairLogps", "PreferenceBatch", "TrainState", "__version__", "make_train_step", "train_step"]
 
-_HOMES = {
-    "PairLogps": "dpo_jax.batch",
-    "PreferenceBatch": "dpo_jax.batch",
-    "TrainState": "dpo_jax.step",
-    "make_train_step": "dpo_jax.step",
-    "train_step": "dpo_jax.step",
-}
+_HOMES = dict.fromkeys(("PairLogps", "PreferenceBatch"), "dpo_jax.batch") | dict.fromkeys(
+    ("TrainState", "make_train_step", "train_step"), "dpo_jax.step"
+)
 
 
 def __getattr__(name: str) -> Any:

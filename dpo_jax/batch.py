@@ -87,11 +87,6 @@ class PairLogps:
     stats: TokenStats | None = None
 
 
-def stop_gradient(logps: PairLogps) -> PairLogps:
-    """Return the same values with gradients stopped."""
-    return jax.tree.map(jax.lax.stop_gradient, logps)
-
-
 @struct.dataclass
 class PaddedBatch:
     """Pairs for a model that takes plain tokens: each prompt followed by each of its answers, right-padded."""

@@ -66,14 +66,12 @@ def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False
     num_rows = mask.shape[0]
     num_slots = num_rows * batch.answers_per_row
     member = jax.nn.one_hot(jnp.where(mask, batch.target_answers, -1), batch.answers_per_row)  # [R, M, A]
-    member = jnp.pad(member, ((0, 0), (0, -mask.shape[1] % SUMMED), (0, 0)))
-    member = member.reshape(num_rows, -1, SUMMED, batch.answers_per_row)
+    padding = (0, 0), (0, -mask.shape[1] % SUMMED)
+    member = jnp.pad(member, (*padding, (0, 0))).reshape(num_rows, -1, SUMMED, batch.answers_per_row)
 
     def per_answer(values: Float[Array, "R M"]) -> Float[Array, "B K"]:
         # in two stages: one long float32 sum would lose precision
-        values = jnp.pad(jnp.where(mask, values, 0.0), ((0, 0), (0, -mask.shape[1] % SUMMED))).reshape(
-            num_rows, -1, SUMMED
-        )
+        values = jnp.pad(jnp.where(mask, values, 0.0), padding).reshape(num_rows, -1, SUMMED)
         sums = jnp.einsum("rjm,rjma->rja", values, member, precision=jax.lax.Precision.HIGHEST).sum(1)
         return jnp.where(batch.valid[:, None], sums.reshape(-1)[batch.answer_slots], 0.0)
 

@@ -209,9 +209,7 @@ def sft(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     return -r.chosen_logps * r.valid.sum() / jnp.maximum((r.chosen_count * r.valid).sum(), 1)
 
 
-LOSSES: dict[str, Callable[[LogRatios, LossConfig], Float[Array, " B"]]] = {
-    name: globals()[name] for name in LOSS_TRAITS
-}
+LOSSES: dict[str, Callable[..., Float[Array, " B"]]] = {name: globals()[name] for name in LOSS_TRAITS}
 
 
 def _smoothed(z: Float[Array, " B"], c: LossConfig) -> Float[Array, " B"]:

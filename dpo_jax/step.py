@@ -14,7 +14,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax.batch import Adapted, AnyArray, PairLogps, Params, stop_gradient
+from dpo_jax.batch import Adapted, AnyArray, PairLogps, Params
 from dpo_jax.config import LossConfig
 from dpo_jax.logprobs import LogpsFn
 from dpo_jax.losses import mean_loss, preference_loss, preference_metrics
@@ -73,7 +73,7 @@ def pair_gradient(
         return logps_fn(params if base is None else Adapted(params, base), batch)
 
     def reference_of(batch: Any, cached: PairLogps | None) -> PairLogps | None:
-        return cached if weights is None else stop_gradient(logps_fn(jax.lax.stop_gradient(weights), batch))
+        return cached if weights is None else jax.lax.stop_gradient(logps_fn(jax.lax.stop_gradient(weights), batch))
 
     gradient = _at_once if accumulation == 1 else _in_two_passes if loss.coupled else _in_one_pass
     return gradient(params, (batch, cached), policy_of, reference_of, loss)
@@ -97,7 +97,7 @@ def _in_one_pass(params, fed, policy_of, reference_of, loss):
 
         def pulled(params):
             policy = policy_of(params, microbatch[0])
-            pull = jax.lax.stop_gradient(_pull(stop_gradient(policy), reference, loss))
+            pull = jax.lax.stop_gradient(_pull(jax.lax.stop_gradient(policy), reference, loss))
             return optax.tree.vdot(pull, _sums(policy)), policy
 
         (_, policy), grads = jax.value_and_grad(pulled, has_aux=True)(params)

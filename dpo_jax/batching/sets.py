@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_jax.batching.order import Order, make_order
-from dpo_jax.config import DataConfig, Stage
+from dpo_jax.config import DataConfig, RunConfig, Stage
 from dpo_jax.data.store import Store, build_or_open_store, ids_by_source, split_held_out
 from dpo_jax.errors import UserError
 
@@ -52,24 +52,21 @@ def store_folder(store: str | None, run_dir: str) -> Path:
 
 def open_sets(
     data: DataConfig,
-    folder: Path,
+    run: RunConfig,
     tokenizer: Any,
     stage: Stage,
-    *,
     size: int,
-    seed: int,
-    steps: int | None,
-    epochs: float | None,
     train: "Dataset | None" = None,
     evals: "Mapping[str, Dataset] | None" = None,
 ) -> DataSets:
-    """Open or build the stores of a run in ``folder``, from `store_folder`, and make the order of its steps.
+    """Open or build the stores of a run, and make the order of its steps of ``size`` examples.
 
-    A step has ``size`` examples; ``epochs`` counts if ``steps`` is None. ``train`` and ``evals`` replace ``data``'s.
+    ``train`` and ``evals`` replace the sets of ``data``.
 
     Raises:
         UserError: a source is invalid, see ``build_or_open_store`` and ``split_held_out``.
     """
+    folder = store_folder(data.store, run.dir)
     sources = data.train if train is None else (train,)
     store = build_or_open_store(folder, sources, data, tokenizer, stage, data.workers)
     train_ids, held_out = split_held_out(store, data.eval_fraction)
@@ -80,13 +77,6 @@ def open_sets(
     if data.eval_fraction:
         sets[HELD_OUT] = EvalSet(store=store, ids=held_out)
     weights = [source.weight for source in data.train if source.weight is not None] if train is None else []
-    order = make_order(
-        groups=ids_by_source(store, train_ids),
-        weights=weights or None,
-        seed=seed,
-        shuffle=data.shuffle,
-        batch=size,
-        steps=steps,
-        epochs=epochs,
-    )
+    groups, length = ids_by_source(store, train_ids), {"batch": size, "steps": run.steps, "epochs": run.epochs}
+    order = make_order(groups=groups, weights=weights or None, seed=run.seed, shuffle=data.shuffle, **length)
     return DataSets(stage=stage, train=store, train_ids=train_ids, order=order, evals=sets)

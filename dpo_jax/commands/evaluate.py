@@ -17,7 +17,7 @@ from dpo_jax.inference.distributions import reward_distributions
 from dpo_jax.inference.evaluation import ScoredSet, score_sets
 from dpo_jax.inference.reference import LiveReference, Reference
 from dpo_jax.inference.score import model_functions
-from dpo_jax.inference.token_rewards import refuse_per_token, token_fields, token_log_ratios
+from dpo_jax.inference.token_rewards import token_fields, token_log_ratios
 from dpo_jax.logprobs import make_token_logps_fn
 from dpo_jax.losses import sequence_logps
 from dpo_jax.methods.dpo import make_reference, reference_weights
@@ -31,6 +31,12 @@ from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import find_run, is_run_dir
 from dpo_jax.runs.restore import restore_part
 from dpo_jax.weights.open import load_start, load_weights, lora_of, trained_shapes
+
+NO_TOKENS = {  # reference.mode -> why it allows no --per-token
+    "cached": "cached stores only sums over whole answers; add --reference.mode live",
+    "none": "none provides nothing to compare tokens with; omit --per-token, or use a loss that has a reference, and "
+    "reference.mode live",
+}
 
 
 def evaluate(
@@ -50,7 +56,8 @@ def evaluate(
         if path.exists():
             raise UserError(f"--output: {path} already exists; choose another name or remove it first")
     if per_token:
-        refuse_per_token(config.reference_mode)
+        if config.reference_mode in NO_TOKENS:
+            raise UserError(f"--per-token: reference.mode {NO_TOKENS[config.reference_mode]}")
         if page == output:
             raise UserError(f"--output: {output} is also the name of the page of tokens; choose one in .jsonl")
     start_hosts()
@@ -88,7 +95,7 @@ def _token_log_ratios(setup: Setup, weights: Params, reference: LiveReference, b
     model, chunk = setup.model, setup.config.batch.target_chunk
     token_logps_fn = make_token_logps_fn(*model_functions(model), chunk=chunk, precision=model.precision)
     return token_log_ratios(
-        token_logps_fn, weights, reference, batches, setup.to_devices, setup.mesh, setup.loss.ld_alpha
+        token_logps_fn, weights, reference, batches, setup.to_devices, setup.mesh, setup.config.objective.ld_alpha
     )
 
 

@@ -24,6 +24,7 @@ from dpo_jax.config.section import Section
 __all__ = [
     "LORA_TARGETS",
     "LOSS_TRAITS",
+    "NUM_ANSWERS",
     "OPTIMIZER_DEFAULTS",
     "BatchConfig",
     "CheckpointConfig",
@@ -47,6 +48,7 @@ __all__ = [
 
 
 Stage = Literal["dpo", "sft"]
+NUM_ANSWERS: dict[Stage, int] = {"dpo": 2, "sft": 1}  # per prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Options of the optimizer, the batch, the mesh, the run and its checkpoints."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dpo_jax.config.section import Section, ranged
 from dpo_jax.errors import require
@@ -68,11 +68,24 @@ class RowsConfig(Section, name="batch"):
     target_chunk: int = ranged(1024, above=0)
     """Answer tokens per device whose logits are in memory at once, for 8192 tokens of the vocabulary at a time."""
 
+    counts: ClassVar[str]  # the option that says how many examples a step has
+
+    def __post_init__(self):
+        super().__post_init__()
+        remedy = f"it must divide batch.{self.counts}, {self.size}"
+        self.refuse("accumulation", self.size % self.accumulation, remedy)
+
+    @property
+    def size(self) -> int:
+        """Examples in a step."""
+        return getattr(self, self.counts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(RowsConfig):
     """The pairs of a step, and how they are packed into rows of tokens."""
 
+    counts: ClassVar[str] = "pairs"
     pairs: int = ranged(64, above=0)
     """Pairs per step, over all devices and hosts."""
     layout: Literal["shared", "repeated", "padded"] = "shared"
@@ -81,37 +94,17 @@ class BatchConfig(RowsConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse("accumulation", self.pairs % self.accumulation, f"it must divide batch.pairs, {self.pairs}")
         self.refuse_idle("row_length", self.layout == "padded", "layout padded takes its length from the data")
-
-    @property
-    def size(self) -> int:
-        """Examples in a step."""
-        return self.pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTBatchConfig(RowsConfig):
     """The examples of a step, and how they are packed into rows of tokens."""
 
+    counts: ClassVar[str] = "examples"
+    layout: ClassVar[Literal["shared"]] = "shared"  # each prompt has a single answer
     examples: int = ranged(64, above=0)
     """Examples per step, over all devices and hosts."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.refuse(
-            "accumulation", self.examples % self.accumulation, f"it must divide batch.examples, {self.examples}"
-        )
-
-    @property
-    def size(self) -> int:
-        """Examples in a step."""
-        return self.examples
-
-    @property
-    def layout(self) -> Literal["shared"]:
-        """Always ``shared``, because each prompt has a single answer."""
-        return "shared"
 
 
 @dataclass(frozen=True, kw_only=True)

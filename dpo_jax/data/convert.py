@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.config import DataConfig, Stage
+from dpo_jax.config import NUM_ANSWERS, DataConfig, Stage
 from dpo_jax.data.schemas import Parser, Problem
 from dpo_jax.data.sources import Rows
 from dpo_jax.data.tokenize import TokenizedExample, make_tokenize
@@ -81,11 +81,6 @@ class ConvertJob:
     tokenizer: Any
     stage: Stage
 
-    @property
-    def num_answers(self) -> int:
-        """K, the number of answers per example."""
-        return 2 if self.stage == "dpo" else 1
-
 
 ConvertRows = Callable[[str, Parser, int, Sequence[Mapping]], Chunk]
 
@@ -107,7 +102,7 @@ def make_convert_rows(job: ConvertJob) -> ConvertRows:
 
     def convert_rows(label: str, parse: Parser, first: int, rows: Sequence[Mapping]) -> Chunk:
         results = [convert(label, parse, row, values) for row, values in enumerate(rows, start=first)]
-        return _chunk(results, job.num_answers, with_targets=job.stage == "sft")
+        return _chunk(results, NUM_ANSWERS[job.stage], with_targets=job.stage == "sft")
 
     return convert_rows
 

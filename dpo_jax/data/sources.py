@@ -61,11 +61,7 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
 
 
 def fingerprint(source: "SourceConfig | datasets.Dataset") -> str:
-    """Return a hexadecimal hash of what ``load_rows`` returns; equal content has an equal hash, whatever its path.
-
-    Raises:
-        UserError: as in ``load_rows``.
-    """
+    """Return a hexadecimal hash of what ``load_rows`` returns; equal content has an equal hash, whatever its path."""
     if not isinstance(source, SourceConfig):
         identity = [_dataset_identity(_plain_dataset(source))]
     else:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 
-from dpo_jax.config import DataConfig, SourceConfig, Stage
+from dpo_jax.config import NUM_ANSWERS, DataConfig, SourceConfig, Stage
 from dpo_jax.data import sources as data_sources
 from dpo_jax.data.convert import Chunk, ConvertJob, Source, converted_chunks
 from dpo_jax.data.infer_schema import hints, parser_of
@@ -198,7 +198,7 @@ def _write(
         for report in reports:
             _check_some_left(report)
         sizes = {names[name]: file.finish() for name, file in files.items()} | {PROBLEMS: problems.finish()}
-    manifest = {"made_from": made_from, "num_answers": job.num_answers, "files": sizes, "report": reports}
+    manifest = {"made_from": made_from, "num_answers": NUM_ANSWERS[job.stage], "files": sizes, "report": reports}
     write_whole(folder / MANIFEST, json.dumps(seal(manifest), indent=1), durable=True)
 
 

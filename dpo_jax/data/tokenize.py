@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dpo_jax.config import DataConfig, Stage
+from dpo_jax.config import NUM_ANSWERS, DataConfig, Stage
 from dpo_jax.data.schemas import Example, Messages, Problem, common_prefix
 from dpo_jax.data.template import Refused, Template, missing_part, render
 from dpo_jax.data.tokenizer import added_around
@@ -53,7 +53,7 @@ def make_tokenize(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", stage:
     """
     _, after = added_around(tokenizer)
     coder = _Coder(data, tokenizer, Template(tokenizer, data.template_date), after)
-    return partial(_tokenize, coder, {"dpo": 2, "sft": 1}[stage])
+    return partial(_tokenize, coder, NUM_ANSWERS[stage])
 
 
 @dataclass(frozen=True)

@@ -159,11 +159,7 @@ def _digest(fields: Mapping[str, np.ndarray]) -> str:
 
 
 def _read(path: Path, made_by: Mapping) -> Arrays:
-    """Read and verify the arrays of a file.
-
-    Raises:
-        Unusable: the file is truncated or damaged, or was made from other inputs.
-    """
+    """Read and verify the arrays of a file."""
     about, fields = _load(path)
     if about != {**made_by, "digest": about.get("digest")}:
         raise Unusable(f"it {_difference(path, made_by)}")

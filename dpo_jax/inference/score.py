@@ -21,11 +21,6 @@ def model_functions(model: Model) -> tuple[Callable[..., Any], Callable[..., Any
     return lambda w, batch: model.hidden(w.base, batch, w.adapters), lambda w: model.unembedding(w.base)
 
 
-def make_logps_step(logps_fn: LogpsStep, out_sharding: Any) -> LogpsStep:
-    """Compile ``logps_fn``; with a replicated ``out_sharding`` every process gets the log-probs of all pairs."""
-    return jax.jit(logps_fn, out_shardings=out_sharding)
-
-
 def dataset_logps(
     logps_step: LogpsStep, weights: Any, batches: Batches, to_devices: ToDevices, steps: Sequence[int] | None = None
 ) -> tuple[np.ndarray, PairLogps]:

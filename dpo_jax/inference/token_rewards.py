@@ -1,7 +1,7 @@
 """Per-token rewards: an answer's implicit reward is beta times the sum of its tokens' log-ratios."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from dpo_jax.batching.batches import Batches
 from dpo_jax.batching.to_devices import ToDevices
 from dpo_jax.data.store import Store
-from dpo_jax.errors import UserError
 from dpo_jax.inference.reference import LiveReference
 from dpo_jax.logprobs import answer_values
 from dpo_jax.parallel.sharding import replicated
@@ -18,23 +17,6 @@ from dpo_jax.parallel.sharding import replicated
 BRANCHES = ("chosen", "rejected")
 HEAD = 4  # prompt tokens decoded together with the answer, as a token's text may depend on the tokens before it
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder emits for an incomplete character
-
-
-def refuse_per_token(reference_mode: Literal["live", "cached", "none"]) -> None:
-    """Require a live reference, which per-token log-ratios need.
-
-    Raises:
-        UserError: there is no reference, or only cached sums over answers.
-    """
-    if reference_mode == "cached":
-        raise UserError(
-            "--per-token: reference.mode cached stores only sums over whole answers; add --reference.mode live"
-        )
-    if reference_mode == "none":
-        raise UserError(
-            "--per-token: reference.mode none provides nothing to compare tokens with; omit --per-token, or use a loss "
-            "that has a reference, and reference.mode live"
-        )
 
 
 def token_fields(

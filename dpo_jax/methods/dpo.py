@@ -6,16 +6,14 @@ from functools import partial
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dpo_jax.batch import Adapted, Params
 from dpo_jax.batching.batches import Batches, set_batches
-from dpo_jax.config import BatchConfig, DPOConfig, ModelConfig, SFTBatchConfig, SFTConfig
-from dpo_jax.data.store import Store
+from dpo_jax.config import DPOConfig, ModelConfig, SFTConfig
 from dpo_jax.errors import UserError
 from dpo_jax.inference.reference import CachedReference, LiveReference, Reference, copy_weights
 from dpo_jax.inference.reference_cache import cached_logps
-from dpo_jax.inference.score import dataset_logps, make_logps_step
+from dpo_jax.inference.score import dataset_logps
 from dpo_jax.logprobs import make_logps_fn
 from dpo_jax.methods.offline import Offline, Start, make_offline
 from dpo_jax.methods.setup import Setup, load_policy
@@ -88,7 +86,7 @@ def make_reference(setup: Setup, weights: Params) -> Reference | None:
 
 def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
     config, model, mesh = setup.config, setup.model, setup.mesh
-    tail = setup.loss.ld_alpha is not None
+    tail = setup.config.objective.ld_alpha is not None
     made_by = {
         "format": 2,
         "tail": tail,
@@ -100,17 +98,13 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
     }
     functions = model.hidden, model.unembedding
     logps_fn = make_logps_fn(*functions, chunk=config.batch.target_chunk, tail=tail, precision=model.precision)
-    logps_step = make_logps_step(logps_fn, replicated(mesh))  # without token statistics, which only metrics need
+    logps_step = jax.jit(logps_fn, out_shardings=replicated(mesh))  # without token statistics, which only metrics need
 
     def compute(batches: Batches, steps: Sequence[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         ids, logps = dataset_logps(logps_step, weights, batches, setup.to_devices, steps)
         return ids, {name: getattr(logps, name) for name in ("sum", "tail_sum") if getattr(logps, name) is not None}
 
     stores = {batches.store.key: batches.store for batches in (setup.batches, *setup.evals.values())}
-    return CachedReference(
-        {key: cached_logps(_whole_set(store, config.batch, mesh), made_by, compute) for key, store in stores.items()}
-    )
-
-
-def _whole_set(store: Store, batch: BatchConfig | SFTBatchConfig, mesh: Mesh) -> Batches:
-    return set_batches(store, np.arange(len(store)), batch, row_devices(mesh), own_shares(mesh))
+    row_split = row_devices(mesh), own_shares(mesh)
+    whole_sets = {key: set_batches(s, np.arange(len(s)), config.batch, *row_split) for key, s in stores.items()}
+    return CachedReference({key: cached_logps(batches, made_by, compute) for key, batches in whole_sets.items()})

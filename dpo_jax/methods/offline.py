@@ -49,6 +49,8 @@ class Offline:
     """A method whose data exist before training: the batch of step k is a pure function of (data, seed, k)."""
 
     setup: Setup
+    num_steps: int
+    evaluates: bool  # the run has an evaluation set
     manifest: dict[str, Any]
     abstract_state: TrainState
     first_state: Callable[[Start], TrainState]  # compiled; donates the arrays
@@ -59,16 +61,6 @@ class Offline:
     proven: bool  # the reference equals the initial policy, so the first step's values are known
     packed: Prefetched
     to_devices: ToDevices  # for train steps, whose batches have a leading microbatch axis when accumulating
-
-    @property
-    def num_steps(self) -> int:
-        """Number of train steps in the run."""
-        return self.setup.batches.order.num_steps
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether the run has an evaluation set."""
-        return bool(self.setup.evals)
 
     def weights(self, state: TrainState) -> Any:
         """Return the weights to score with: the parameters, or adapters with their base."""
@@ -165,7 +157,7 @@ class Offline:
         setup = self.setup
         weights, reference = self.weights(state), self.reference_of(state)
         scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference)
-        return evaluation_of(scored, setup.loss)
+        return evaluation_of(scored, setup.config.objective)
 
     def keep_files(self, run: RunDir) -> None:
         """Write config.json and the tokenizer into a new run."""
@@ -192,9 +184,12 @@ def make_offline(
     abstract = abstract_state(config, setup.model, mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     reference_follows = follow_of(config) is not None and isinstance(reference, LiveReference)
-    start = Start(policy.trained, reference.weights if reference_follows else None)
+    trained = policy.weights if policy.adapters is None else policy.adapters
+    start = Start(trained, reference.weights if reference_follows else None)
     method = Offline(
         setup=setup,
+        num_steps=num_steps,
+        evaluates=bool(setup.evals),
         manifest=describe(setup, policy.ids),
         abstract_state=abstract,
         first_state=jax.jit(

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax.batch import Params
 from dpo_jax.batching.batches import Batches, set_batches, train_batches
-from dpo_jax.batching.sets import DataSets, open_sets, store_folder
+from dpo_jax.batching.sets import DataSets, open_sets
 from dpo_jax.batching.to_devices import ToDevices, make_to_devices
 from dpo_jax.config import LOSS_TRAITS, DPOConfig, LossConfig, SFTConfig
 from dpo_jax.config.idle import Facts, idle_options
@@ -24,7 +24,7 @@ from dpo_jax.data.store import Store
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
-from dpo_jax.inference.score import LogpsStep, make_logps_step, model_functions
+from dpo_jax.inference.score import LogpsStep, model_functions
 from dpo_jax.logprobs import LogpsFn, make_logps_fn
 from dpo_jax.models.decoder import Model, count_adapters, count_params
 from dpo_jax.parallel import hosts
@@ -55,11 +55,6 @@ class Setup:
     logps_step: LogpsStep  # compiled, without gradient
     to_devices: ToDevices
 
-    @property
-    def loss(self) -> LossConfig:
-        """Training objective."""
-        return self.config.objective
-
 
 def assemble(
     config: DPOConfig | SFTConfig,
@@ -85,7 +80,7 @@ def assemble(
         batches=batches,
         evals={name: set_batches(s.store, s.ids, config.batch, *row_split) for name, s in sets.evals.items()},
         logps_fn=logps_fn,
-        logps_step=make_logps_step(logps_fn, replicated(mesh)),
+        logps_step=jax.jit(logps_fn, out_shardings=replicated(mesh)),  # every process gets all pairs' log-probs
         to_devices=make_to_devices(mesh),
     )
 
@@ -97,18 +92,7 @@ def sets_of(
     evals: "Mapping[str, Dataset] | None" = None,
 ) -> DataSets:
     """Return the config's data as token stores on disk; ``train`` and ``evals`` replace the sets that it names."""
-    return open_sets(
-        config.data,
-        store_folder(config.data.store, config.run.dir),
-        tokenizer,
-        config.stage,
-        size=config.batch.size,
-        seed=config.run.seed,
-        steps=config.run.steps,
-        epochs=config.run.epochs,
-        train=train,
-        evals=evals,
-    )
+    return open_sets(config.data, config.run, tokenizer, config.stage, config.batch.size, train, evals)
 
 
 def refuse_weights(loss: LossConfig, store: Store) -> None:
@@ -202,11 +186,6 @@ class Policy(NamedTuple):
     weights: Params  # of the model
     adapters: Params | None
     ids: dict[str, str]  # hashes, for the manifest
-
-    @property
-    def trained(self) -> Params:
-        """Trained weights: the adapters, or the model's weights if there are none."""
-        return self.weights if self.adapters is None else self.adapters
 
 
 def load_policy(setup: Setup) -> Policy:

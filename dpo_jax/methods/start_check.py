@@ -88,7 +88,7 @@ def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> No
         UserError: they differ, so the train step does not compute what evaluation does.
     """
     bound = agreement(setup) * logps_scale(values)
-    start = loss_at_start(setup.loss)
+    start = loss_at_start(setup.config.objective)
     if start is not None:
         weight = float(setup.batches.store.weights[data.ids[data.ids >= 0]].mean())
         expected = start.loss * weight

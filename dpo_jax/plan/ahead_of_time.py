@@ -29,7 +29,7 @@ from dpo_jax.parallel.chips import Topology
 from dpo_jax.parallel.compiler import compiler_options, not_kept
 from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, placed, replicated, row_devices, row_sharding
 from dpo_jax.step import Frozen, TrainState
-from dpo_jax.weights.open import placed_shapes
+from dpo_jax.weights.open import param_shardings
 
 NUM_STEPS = 1000  # length of the schedule; the plan does not depend on it
 # libtpu probes for a TPU and for other processes that use it; this machine has none
@@ -125,7 +125,7 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
 
 def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:
     """Return shapes and shardings of the step's frozen inputs: base weights and reference."""
-    weights, mode, cached = placed_shapes(model, mesh), config.reference_mode, None
+    weights, mode, cached = placed(model.param_shapes(), param_shardings(model, mesh)), config.reference_mode, None
     if mode == "live" and model.lora is None and config.reference.dtype != "auto":
         dtype = jnp.dtype(config.reference.dtype)
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)

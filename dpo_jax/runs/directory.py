@@ -120,16 +120,6 @@ def writing(path: Path) -> Iterator[None]:
         raise RunStopped(f"{path}: cannot be written ({error.strerror or reason(error)}): {remedy}") from error
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replace the text of a file atomically.
-
-    Raises:
-        RunStopped: the file cannot be written.
-    """
-    with writing(path):
-        storage.write_whole(path, text)
-
-
 def append_json(path: Path, values: dict[str, Any]) -> None:
     """Append one JSON line in a single write. Equal values always give equal bytes.
 

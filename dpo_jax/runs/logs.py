@@ -46,9 +46,8 @@ class MetricsLog:
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl: float32 values that are functions of (data, seed, step) only."""
         if self._writes:
-            row = {name: plain(value) for name, value in values.items()}
-            append_json(self._run.metrics, {"step": step, **row})
-            self._track(step, row)
+            append_json(self._run.metrics, {"step": step, **values})
+            self._track(step, values)
 
     def evaluation(self, step: int, values: Mapping[str, Any], distributions: Sequence[Mapping[str, Any]]) -> None:
         """Log the metrics of an evaluation, and append a line per set to distributions.jsonl (not to trackers)."""
@@ -66,11 +65,6 @@ class MetricsLog:
     def _track(self, step: int, row: Mapping[str, Any]) -> None:
         for tracker in self._trackers:
             tracker.put(step, row)
-
-
-def plain(value: Any) -> float | int:
-    """Convert a scalar of any array library to a Python number."""
-    return value if isinstance(value, int | float) else value.item()
 
 
 def clipped(values: Mapping[str, float | int], max_grad_norm: float | None) -> dict[str, int]:

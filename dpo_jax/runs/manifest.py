@@ -28,42 +28,20 @@ PACKAGES = ("dpo-jax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "nu
 #   NAME       points to something that is compared through identity NAME: a moved directory is the same model, and
 #              changed contents are refused under that name
 #   length     see _length_matters
-EFFECTS = {
-    "model.path": "weights",
-    "model.revision": "weights",
-    "model.checkpoint": "weights",
-    "model.tokenizer": "tokenizer",
-    "model.attention": "rounding",
-    "model.remat": "rounding",
-    "model.scan": "rounding",
-    "lora.path": "adapters",
-    "reference.path": "reference",
-    "reference.mode": "rounding",
-    "data.train": "store",
-    "data.chat_template": "template",
-    "data.template_date": "store",
-    "data.eval": "free",  # affects evaluation only
-    "data.store": "free",
-    "data.workers": "free",
-    "batch.row_length": "rounding",
-    "batch.accumulation": "rounding",
-    "batch.target_chunk": "rounding",
-    "batch.layout": "rounding",
-    "mesh": "rounding",
-    "run.dir": "free",
-    "run.steps": "length",
-    "run.epochs": "length",
-    "run.log_every": "free",
-    "run.eval_every": "free",
-    "run.token_stats": "free",
-    "run.export": "free",
-    "run.report": "free",
-    "run.trackers": "free",
-    "run.progress": "free",
-    "run.profile_steps": "free",
-    "run.compiler_flags": "rounding",
-    "checkpoint": "free",
+_OPTIONS = {
+    "weights": "model.path model.revision model.checkpoint",
+    "tokenizer": "model.tokenizer",
+    "adapters": "lora.path",
+    "reference": "reference.path",
+    "store": "data.train data.template_date",
+    "template": "data.chat_template",
+    "length": "run.steps run.epochs",
+    "rounding": "model.attention model.remat model.scan reference.mode batch.row_length batch.accumulation "
+    "batch.target_chunk batch.layout mesh run.compiler_flags",
+    "free": "data.eval data.store data.workers run.dir run.log_every run.eval_every run.token_stats run.export "
+    "run.report run.trackers run.progress run.profile_steps checkpoint",
 }
+EFFECTS = {option: effect for effect, options in _OPTIONS.items() for option in options.split()}
 # Mixing weights of data sets always matter, as the store's key does not include them.
 MATTERS = ("weight",)
 

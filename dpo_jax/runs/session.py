@@ -16,10 +16,11 @@ from dpo_jax.console import progress_line, say
 from dpo_jax.errors import Preempted, UserError
 from dpo_jax.parallel import hosts
 from dpo_jax.runs.checkpoint import Checkpoints
-from dpo_jax.runs.directory import RunDir, cut_back, hold_run, log_event, log_offsets, lost_saves, replace_text
-from dpo_jax.runs.logs import MetricsLog, all_finite, memory, plain
+from dpo_jax.runs.directory import RunDir, cut_back, hold_run, log_event, log_offsets, lost_saves, writing
+from dpo_jax.runs.logs import MetricsLog, all_finite, memory
 from dpo_jax.runs.manifest import refuse_changed, rounding_changes
 from dpo_jax.runs.profile import trace_edges, traced
+from dpo_jax.storage import write_whole
 
 Metrics = Mapping[str, float | int]
 
@@ -41,14 +42,6 @@ class NotFinite(Exception):
     def __init__(self, text: str, done: int):
         super().__init__(text)
         self.done = done
-
-
-class _Pending(NamedTuple):
-    """A step whose metrics are still on the devices."""
-
-    step: int
-    metrics: Mapping[str, jax.Array]
-    facts: StepFacts
 
 
 @contextmanager
@@ -106,7 +99,7 @@ class Session:
         self._num_steps, self._save_every = num_steps, save_every
         self._saves, self._log, self._stop_requested = saves, log, stop_requested
         self._totals: dict[str, int] = {}
-        self._pending: _Pending | None = None
+        self._pending: tuple[int, Mapping[str, jax.Array], StepFacts] | None = None  # not read yet
         self._evaluation: Mapping[str, float] | None = None  # metrics of the last evaluation
         self.due = Due()  # actions due after the last logged step
 
@@ -137,7 +130,8 @@ class Session:
     def write_config(self, text: str) -> None:
         """Write the resolved options, also on resume, as some options may have changed."""
         if hosts.is_writer():
-            replace_text(self.run.config, text)
+            with writing(self.run.config):
+                write_whole(self.run.config, text)
 
     def say(self, line: str | None) -> None:
         """Print a line for the user; None prints nothing."""
@@ -167,8 +161,8 @@ class Session:
             NotFinite: the loss or gradient is not finite; the message names step and rows.
         """
         if self._pending is not None:
-            self._read(self._pending)
-        self._pending = _Pending(step, metrics, facts)
+            self._read(*self._pending)
+        self._pending = step, metrics, facts
         done = step + 1
         is_last = done == self._num_steps
         stop = self._stop_requested(done) and not is_last
@@ -178,20 +172,20 @@ class Session:
             stop=stop,
         )
         if self.due.evaluation or self.due.save or done in self._edges:
-            self._read(self._pending)
+            self._read(*self._pending)
             self._pending = None
 
-    def _read(self, pending: _Pending) -> None:
+    def _read(self, step: int, pending: Mapping[str, jax.Array], facts: StepFacts) -> None:
         """Wait for a step's metrics, check them and log them."""
-        metrics = {name: plain(value) for name, value in jax.device_get(pending.metrics).items()}
+        metrics = {name: value.item() for name, value in jax.device_get(pending).items()}
         now = time.perf_counter()
-        done, facts = pending.step + 1, pending.facts
+        done = step + 1
         if not all_finite(metrics):
             self.due = Due()
             raise NotFinite(
                 f"step {done}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run is stopped, the "
-                f"state after step {pending.step} is saved; {facts.advice(self.run.root)}",
-                pending.step,
+                f"state after step {step} is saved; {facts.advice(self.run.root)}",
+                step,
             )
         facts.check(metrics)
         for name, count in facts.counts.items():

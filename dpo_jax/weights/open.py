@@ -105,11 +105,7 @@ class OpenModel:
 
 
 def open_model(config: ModelConfig, platform: str, lora: LoraConfig | None = None, weights: bool = True) -> OpenModel:
-    """Open the model of ``model.path`` for ``platform``; a hub model is downloaded, with or without its ``weights``.
-
-    Raises:
-        UserError: as `find_model`. Members of the result raise the errors of the functions that they call.
-    """
+    """Open the model of ``model.path`` for ``platform``; a hub model is downloaded, with or without its ``weights``."""
     source = find_model(config.path, config.revision, config.checkpoint, weights=weights)
     return OpenModel(source, config, platform, lora)
 
@@ -129,7 +125,8 @@ def load_saved(run: RunDir, model: Model, config: ModelConfig, mesh: Mesh) -> tu
     adapted = adapted_run(run)
     if adapted is not None:
         return _load_merged(adapted, model, config, mesh)
-    saved, manifest = restore_part(run.checkpoints, config.checkpoint, {"params": placed_shapes(model, mesh)})
+    shapes = {"params": placed(model.param_shapes(), param_shardings(model, mesh))}
+    saved, manifest = restore_part(run.checkpoints, config.checkpoint, shapes)
     return saved["params"], manifest["step"]
 
 
@@ -214,11 +211,6 @@ def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str 
     tokenizer = load_tokenizer(str(path), revision, chat_template)
     check_vocabulary(max(tokenizer.get_vocab().values(), default=-1) + 1, decoder_of(source), str(path))
     return tokenizer
-
-
-def placed_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
-    """Return the parameter tree as `jax.ShapeDtypeStruct` with shardings."""
-    return placed(model.param_shapes(), param_shardings(model, mesh))
 
 
 def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:

@@ -80,7 +80,7 @@ def setup_of(folder, **overrides):
 
 def evaluated(setup, weights, reference):
     scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference)
-    return evaluation_of(scored, setup.loss)
+    return evaluation_of(scored, setup.config.objective)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_a_cached_reference_runs_no_forward_pass(cached, live):
 
     data = setup.batches(0)
     optimizer = optax.sgd(1.0)
-    step = partial(train_step, logps_fn=counted, loss=setup.loss, optimizer=optimizer)
+    step = partial(train_step, logps_fn=counted, loss=setup.config.objective, optimizer=optimizer)
     state, batch = init_state(start, optimizer), setup.to_devices(data.batch)
     for argument, count in ((start, 2), (reference.of(data, setup.batches.store), 1)):
         passes.clear()
@@ -259,7 +259,7 @@ def test_the_first_step_has_the_loss_of_margin_0(live, type_):
         optimizer = optax.sgd(1.0)
         step = jax.jit(
             lambda state, reference, batch: train_step(
-                state, reference, batch, logps_fn=setup.logps_fn, loss=setup.loss, optimizer=optimizer
+                state, reference, batch, logps_fn=setup.logps_fn, loss=setup.config.objective, optimizer=optimizer
             )
         )
         _, metrics = step(init_state(start, optimizer), start, setup.to_devices(data.batch))
