@@ -94,6 +94,7 @@ class Offline:
         fetch_start = time.perf_counter()
         data = self.packed(step)
         batch = self.to_devices(data.batch)
+        # None: there is no reference, it is in the state, or it is the adapters' base, which `pair_gradient` finds
         reference = None
         if isinstance(self.reference, CachedReference):
             reference = self.reference.of(data, self.setup.batches.store)
