@@ -350,7 +350,7 @@ def test_other_arrays_are_refused_and_nothing_set_aside(copy):
 def test_a_manifest_of_another_format_is_refused_and_left(copy, number, written):
     path = copy / "3" / "manifest" / "metadata"
     path.write_text(json.dumps(written({**unseal(path.read_bytes()), "format": number})))
-    with pytest.raises(UserError, match=f"has format {number}, this version reads 2"):
+    with pytest.raises(UserError, match=f"has format {number}, this version reads 3"):
         Checkpoints(copy, KEEP)
     assert (copy / "3").is_dir()
 
