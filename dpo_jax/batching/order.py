@@ -125,9 +125,8 @@ def make_order(
     (file order if not ``shuffle``), and epochs follow one another without a gap. With weights each source has its own
     permutations and pace: after every step, source i has supplied its share of all pairs to within one pair. An epoch
     of a weighted mixture has as many draws as all sources have examples; a source whose weight exceeds its share of
-    the examples is then repeated, and one whose weight is below it is not exhausted.
-
-    The run has ``steps`` full steps or ``epochs`` (may be fractional; the last step may be ragged); default: one epoch.
+    the examples is then repeated, and one whose weight is below it is not exhausted. The run has
+    ``steps`` full steps or ``epochs`` (may be fractional; the last step may be ragged); default: one epoch.
 
     Raises:
         UserError: no examples, or a weighted source without examples.
