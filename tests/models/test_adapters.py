@@ -458,14 +458,14 @@ def test_every_start_leaves_the_model_as_it_is():
     model, batch, base = adapted_model(), pack(PAIRS), small_params()
     fn = jax.jit(adapted_logps_fn(model))
     plain = jax.jit(small_logps_fn())(base, batch).sum
-    np.testing.assert_array_equal(fn(None, batch, base).sum, plain)
+    np.testing.assert_array_equal(fn(Adapted(None, base), batch).sum, plain)
     for init in ("kaiming", "gaussian", "zero_a"):
         adapters = start_adapters(model, jax.random.key(0), init)
         for pair in adapters["layers"].values():
             zero, drawn = (pair["a"], pair["b"]) if init == "zero_a" else (pair["b"], pair["a"])
             assert not np.any(zero)
             assert np.all(np.std(np.asarray(drawn), axis=tuple(range(1, drawn.ndim))) > 0.03)
-        np.testing.assert_array_equal(fn(adapters, batch, base).sum, plain, err_msg=init)
+        np.testing.assert_array_equal(fn(Adapted(adapters, base), batch).sum, plain, err_msg=init)
 
 
 def test_without_adapters_the_program_is_as_before():
