@@ -208,7 +208,7 @@ def test_a_best_metric_that_is_not_measured(tmp_path, saved):
     config = CheckpointConfig(keep_best=1, best_metric="eval_loss")
     with pytest.raises(UserError, match=r"'eval_loss' is not an evaluation metric; available: eval_a/loss"):
         Checkpoints(tmp_path, config).save(1, make_state(mesh_of(8)), MANIFEST, {"eval_a/loss": 1.0})
-    with pytest.raises(UserError, match=r"set no checkpoint.best_metric"):
+    with pytest.raises(UserError, match=r"has no checkpoint.best_metric"):
         restore_params(saved, "best", abstract(make_state(mesh_of(8)).params, mesh_of(8)))
 
 
