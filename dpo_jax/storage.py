@@ -9,7 +9,6 @@ import json
 import os
 import socket
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,7 +97,7 @@ def list_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def lock(path: Path) -> IO:
-    """Lock a file and write the name of this process into it; closing the returned file releases the lock.
+    """Lock a file, which `sign` may then write to; closing the returned file releases the lock.
 
     The operating system releases the lock when the process ends, for whatever reason.
 
@@ -115,10 +114,13 @@ def lock(path: Path) -> IO:
     except OSError:
         file.close()
         raise
-    with suppress(OSError):  # a full disk: the lock holds without the name
-        file.truncate(0)
-        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
+
+
+def sign(file: IO) -> None:
+    """Write the name of this process into the file that it has locked, for whoever finds the file in use."""
+    file.truncate(0)
+    os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax.storage import InUse, append_line, drop_torn_line, ends_line, list_files, lock, read_lines, write_whole
+from dpo_jax.storage import (
+    InUse,
+    append_line,
+    drop_torn_line,
+    ends_line,
+    list_files,
+    lock,
+    read_lines,
+    sign,
+    write_whole,
+)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -47,7 +57,8 @@ def test_one_process_keeps_a_lock(tmp_path):
     path = tmp_path / "lock"
     again = [sys.executable, "-c", KEEPS, str(path)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    with lock(path):
+    with lock(path) as file:
+        sign(file)
         refused = subprocess.run(again, env=environment, check=False, capture_output=True, text=True)
         assert re.search(rf"{InUse.__name__}: process {os.getpid()} on ", refused.stderr)
     subprocess.run(again, env=environment, check=True)

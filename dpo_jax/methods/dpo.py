@@ -30,7 +30,8 @@ def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
     """
     policy = load_policy(setup)
     weights = reference_weights(setup, policy.weights)
-    policy = policy._replace(ids=policy.ids | {"reference": weights_id(weights)})
+    reference_id = policy.ids["weights"] if weights is policy.weights else weights_id(weights)
+    policy = policy._replace(ids=policy.ids | {"reference": reference_id})
     return make_offline(setup, policy, make_reference(setup, weights), flags)
 
 

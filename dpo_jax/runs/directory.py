@@ -93,6 +93,8 @@ def hold_run(path: str | Path) -> Iterator[RunDir]:
         raise UserError(text) from error
     with lock:
         run = RunDir(root)
+        with writing(root / LOCK):
+            storage.sign(lock)
         with writing(run.events):
             storage.drop_torn_line(run.events)
         yield run
