@@ -16,7 +16,6 @@ from dpo_jax.errors import UserError
 from dpo_jax.inference.distributions import reward_distributions
 from dpo_jax.inference.evaluation import ScoredSet, score_sets
 from dpo_jax.inference.reference import LiveReference, Reference
-from dpo_jax.inference.score import model_functions
 from dpo_jax.inference.token_rewards import token_fields, token_log_ratios
 from dpo_jax.logprobs import make_token_logps_fn
 from dpo_jax.losses import sequence_logps
@@ -93,7 +92,7 @@ def evaluate(
 
 def _token_log_ratios(setup: Setup, weights: Params, reference: LiveReference, batches: Batches):
     model, chunk = setup.model, setup.config.batch.target_chunk
-    token_logps_fn = make_token_logps_fn(*model_functions(model), chunk=chunk, precision=model.precision)
+    token_logps_fn = make_token_logps_fn(model.hidden, model.unembedding, chunk=chunk, precision=model.precision)
     return token_log_ratios(
         token_logps_fn, weights, reference, batches, setup.to_devices, setup.mesh, setup.config.objective.ld_alpha
     )

@@ -9,16 +9,8 @@ import numpy as np
 from dpo_jax.batch import PairLogps, PreferenceBatch
 from dpo_jax.batching.batches import Batches
 from dpo_jax.batching.to_devices import ToDevices
-from dpo_jax.models.decoder import Model
 
 LogpsStep = Callable[[Any, PreferenceBatch], PairLogps]  # compiled: (weights, batch on the devices)
-
-
-def model_functions(model: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return the functions for hidden states and unembedding of a model, in the form that `make_logps_fn` takes."""
-    if model.lora is None:
-        return model.hidden, model.unembedding
-    return lambda w, batch: model.hidden(w.base, batch, w.adapters), lambda w: model.unembedding(w.base)
 
 
 def dataset_logps(

@@ -97,8 +97,8 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
         "matmul_precision": model.matmul_precision,
         "platform": jax.default_backend(),
     }
-    functions = model.hidden, model.unembedding
-    logps_fn = make_logps_fn(*functions, chunk=config.batch.target_chunk, tail=tail, precision=model.precision)
+    chunk = config.batch.target_chunk
+    logps_fn = make_logps_fn(model.hidden, model.unembedding, chunk=chunk, tail=tail, precision=model.precision)
     logps_step = jax.jit(logps_fn, out_shardings=replicated(mesh))  # without token statistics, which only metrics need
 
     def compute(batches: Batches, steps: Sequence[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -24,7 +24,7 @@ from dpo_jax.data.store import Store
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
-from dpo_jax.inference.score import LogpsStep, model_functions
+from dpo_jax.inference.score import LogpsStep
 from dpo_jax.logprobs import LogpsFn, make_logps_fn
 from dpo_jax.models.decoder import Model, count_adapters, count_params
 from dpo_jax.parallel import hosts
@@ -204,7 +204,8 @@ def load_policy(setup: Setup) -> Policy:
 def train_logps_fn(config: DPOConfig | SFTConfig, model: Model) -> LogpsFn:
     """Make the log-probs function of the train step."""
     return make_logps_fn(
-        *model_functions(model),
+        model.hidden,
+        model.unembedding,
         chunk=config.batch.target_chunk,
         stats=config.run.token_stats,
         tail=config.objective.ld_alpha is not None,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.batch import Params, PreferenceBatch
+from dpo_jax.batch import Adapted, Params, PreferenceBatch
 from dpo_jax.batching.packing import BatchShape, empty_batch
 from dpo_jax.config import ModelConfig
 from dpo_jax.models.layers import DecoderModule, Layer, rotary_frequencies
@@ -83,24 +83,24 @@ class Model:
     matmul_precision: Literal["default", "high", "highest"] = "default"
     lora: Lora | None = None
 
-    def hidden(self, params: Params, batch: PreferenceBatch, adapters: Params | None = None) -> Float[Array, "R T D"]:
-        """Return hidden states after the final norm, in the compute dtype; of the base model if no ``adapters``."""
-        variables, lora = {"params": params}, None
-        if adapters is not None:
-            assert self.lora is not None, "the model has no adapters"
-            variables, lora = {"params": params, "lora": adapters}, self.lora
+    def hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> Float[Array, "R T D"]:
+        """Return hidden states after the final norm, in the compute dtype; ``weights`` may have adapters."""
+        adapters, base = _split(weights)
+        assert adapters is None or self.lora is not None, "the model has no adapters"
+        variables = {"params": base} if adapters is None else {"params": base, "lora": adapters}
         # active while tracing, so it applies to attention too, and the backward pass inherits it from the forward pass
         with jax.default_matmul_precision(self.precision):
-            return cast("Array", self._module(lora).apply(variables, batch))
+            module = self._module(None if adapters is None else self.lora)
+            return cast("Array", module.apply(variables, batch))
 
     @property
     def precision(self) -> str | None:
         """Value for `jax.default_matmul_precision`."""
         return None if self.matmul_precision == "default" else self.matmul_precision
 
-    def unembedding(self, params: Params) -> Float[Array, "V D"]:
+    def unembedding(self, weights: Params | Adapted) -> Float[Array, "V D"]:
         """Return the unembedding matrix: logits = hidden @ unembedding.T."""
-        return params["embed" if self.config.tied else "unembed"]
+        return _split(weights).base["embed" if self.config.tied else "unembed"]
 
     def init(self, key: Array) -> Params:
         """Initialize parameters: matrices normal with standard deviation ``init_std``, biases 0, norms 1."""
@@ -134,6 +134,10 @@ class Model:
     def _abstract(self, part: Literal["params", "lora"] = "params") -> Params:
         # the key is made inside, because the mesh in force may have compile-only devices
         return jax.eval_shape(lambda: self._boxed(jax.random.key(0), part))
+
+
+def _split(weights: Params | Adapted) -> Adapted:
+    return weights if isinstance(weights, Adapted) else Adapted(None, weights)
 
 
 def _axis_names(boxed: Params) -> Params:

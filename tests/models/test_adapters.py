@@ -24,7 +24,6 @@ from dpo_jax.commands.export import export
 from dpo_jax.config import LORA_TARGETS, DPOConfig, LoraConfig, LossConfig, MeshConfig, ModelConfig, SFTConfig
 from dpo_jax.config.file import load_yaml, parse_config
 from dpo_jax.errors import UserError
-from dpo_jax.inference.score import model_functions
 from dpo_jax.logprobs import make_logps_fn
 from dpo_jax.losses import mean_loss, preference_loss
 from dpo_jax.models.adapters import Adapted, make_lora, merge, start_adapters
@@ -74,8 +73,8 @@ def config_of(shared: Path, folder: Path, **overrides) -> DPOConfig:
 
 def logits(model: Model, params, adapters=None) -> np.ndarray:
     batch = plain_batch(jnp.asarray(TOKENS), jnp.full(len(TOKENS), TOKENS.shape[1]))
-    compute = jax.jit(lambda p, a: model.hidden(p, batch, a) @ model.unembedding(p).T)
-    return np.asarray(compute(params, adapters))
+    compute = jax.jit(lambda weights: model.hidden(weights, batch) @ model.unembedding(weights).T)
+    return np.asarray(compute(Adapted(adapters, params)))
 
 
 def torch_logits(model) -> np.ndarray:
@@ -370,7 +369,7 @@ def adapted_model(**more) -> Model:
 
 
 def adapted_logps_fn(model: Model):
-    return make_logps_fn(*model_functions(model), chunk=64)
+    return make_logps_fn(model.hidden, model.unembedding, chunk=64)
 
 
 def one_step(batch, logps=None, accumulation=1, config=None, devices=None, **model_options):

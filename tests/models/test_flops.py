@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.batch import Adapted
 from dpo_jax.batching.batches import train_batches
 from dpo_jax.config import BatchConfig, DataConfig, DPOConfig, LoraConfig, ModelConfig, RunConfig, SourceConfig
 from dpo_jax.data.tokenizer import load_tokenizer
@@ -74,7 +75,7 @@ def counted(function, *arguments) -> float:
 
 def scores(model):
     def run(params, batch, adapters=None):
-        return model.hidden(params, batch, adapters) @ model.unembedding(params).T
+        return model.hidden(Adapted(adapters, params), batch) @ model.unembedding(params).T
 
     return run
 
