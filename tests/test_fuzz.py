@@ -6,6 +6,7 @@ minute's work; ``-m weekly`` draws sixty times as many.
 
 import ast
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,20 @@ def test_only_documented_outcomes(name, times, shared, request):
     count, accepted = hunt(times * examples, strategy(), check)
     print(f"{name}: {count} inputs, {accepted} accepted")
     assert 0 < accepted < count
+
+
+TOO_LARGE = {"a": {"dtype": "F64", "shape": [2**63, 0], "data_offsets": [0, 0]}}  # no elements, but dims
+FOUND: list[tuple[str, Any, bool]] = [  # by the weekly runs: target, input, whether it is accepted
+    ("safetensors", len(json.dumps(TOO_LARGE)).to_bytes(8, "little") + json.dumps(TOO_LARGE).encode(), False),
+    ("config.json", fuzz_models.FAMILY_CONFIGS[0] | {"initializer_range": 160}, False),
+    ("configs", ("train", {"model": {"path": math.inf}, "data": {"train": "x"}, "run": {"dir": "runs/x"}}), True),
+    ("overrides", ("checkpoint.keep_best", "1"), False),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "accepted"), FOUND, ids=[name for name, *_ in FOUND])
+def test_inputs_that_were_once_handled_wrongly(name, value, accepted):
+    assert TARGETS[name][2](value) == accepted
 
 
 # What refuses bad input must not hide this program's own faults.

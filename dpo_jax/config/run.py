@@ -183,5 +183,5 @@ class CheckpointConfig(Section, name="checkpoint"):
     def __post_init__(self):
         super().__post_init__()
         one_missing = (self.keep_best > 0) != (self.best_metric is not None)
-        self.refuse("best_metric", one_missing, f"keep_best is {self.keep_best}; give both or neither")
+        self.refuse("best_metric", one_missing, f"checkpoint.keep_best is {self.keep_best}; give both or neither")
         self.refuse_idle("best_mode", self.best_metric is None, "there is no checkpoint.best_metric to judge by")

@@ -279,7 +279,8 @@ def build_or_open_store(
         try:
             return open_store(path)
         except DamagedStore as damage:
-            log.warning("%s; tokenising again", damage)
+            # not the exception: a handler that keeps log records would keep its frames, with every file they have open
+            log.warning("%s; tokenizing again", str(damage))
     open_sources = [_open_source(source, index, stage) for index, source in enumerate(sources)]
     log.info("tokenising %d rows into %s", sum(len(source.rows) for source in open_sources), path)
     job = ConvertJob(data=data, tokenizer=tokenizer, stage=stage)

@@ -28,6 +28,7 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_ELEMENTS = 2**60  # a tensor without elements may name such dims, which NumPy cannot index
 AGAIN = "copy or download it again"
 
 
@@ -78,6 +79,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
     for name, entry in header.items():
         if not isinstance(entry, dict):  # the library also accepts a list of the three values, which nobody writes
             raise UserError(f"{path}: the header entry of {name} must be an object, got {shown(entry)}; {AGAIN}")
+        if math.prod(filter(None, entry["shape"])) >= MAX_ELEMENTS:
+            raise UserError(f"{path}: tensor {name} has shape {entry['shape']}, too large for any array; {AGAIN}")
         start, end = entry["data_offsets"]
         data_start = 8 + length
         tensors[name] = Tensor(path, name, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + end)

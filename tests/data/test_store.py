@@ -250,7 +250,8 @@ def test_a_damaged_store_is_built_again_and_said(damage, said, tmp_path, caplog)
         open_store(built.path)
     again = build(tmp_path / "s", source)
     assert said in caplog.text
-    assert "tokenising again" in caplog.text
+    assert "tokenizing again" in caplog.text
+    assert not [arg for record in caplog.records for arg in record.args if isinstance(arg, Exception)]
     assert again.path == built.path
     assert contents(again.path) == before
 

@@ -159,7 +159,10 @@ def same(actual: Any, given: Any) -> bool:
 
 
 def check_config(value: tuple[str, Any]) -> bool:
-    """JSON is YAML 1.2: what is taken from its text holds the values that the json library reads."""
+    """JSON is YAML 1.2: what is taken from its text holds the values that the json library reads.
+
+    The library also writes and reads Infinity and NaN, which are not JSON: YAML takes these words as text.
+    """
     command, tree = value
     with TemporaryDirectory() as name:
         path = Path(name) / "c.yaml"
@@ -167,7 +170,7 @@ def check_config(value: tuple[str, Any]) -> bool:
         config, was_refused = refused(lambda: parse_config(path, {}, KINDS[command]))
         if was_refused:
             return False
-        read = json.loads(path.read_text())
+        read = json.loads(path.read_text(), parse_constant=str)
         assert same(asdict(config), settled(read))
         assert parse_config(read, {}, KINDS[command]) == config
         path.write_text(config_to_yaml(config))

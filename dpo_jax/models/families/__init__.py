@@ -73,5 +73,5 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         qk_norm=family.qk_norm,
         pattern=family.pattern(hf, layers),
         tied=flag(hf, "tie_word_embeddings"),
-        init_std=float(number(hf, "initializer_range", 0.02)),
+        init_std=float(number(hf, "initializer_range", 0.02, most=1)),
     )
