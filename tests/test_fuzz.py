@@ -63,10 +63,13 @@ FOUND: list[tuple[str, Any, bool]] = [  # by the weekly runs: target, input, whe
     ("config.json", fuzz_models.FAMILY_CONFIGS[0] | {"initializer_range": 160}, False),
     ("configs", ("train", {"model": {"path": math.inf}, "data": {"train": "x"}, "run": {"dir": "runs/x"}}), True),
     ("overrides", ("checkpoint.keep_best", "1"), False),
+    ("overrides", ("mesh.data", "-1"), False),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "accepted"), FOUND, ids=[name for name, *_ in FOUND])
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"), FOUND, ids=[f"{name} {i}" for i, (name, *_) in enumerate(FOUND)]
+)
 def test_inputs_that_were_once_handled_wrongly(name, value, accepted):
     assert TARGETS[name][2](value) == accepted
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from dpo_jax.config.section import Section, ranged
-from dpo_jax.errors import require
+from dpo_jax.errors import UserError
 
 OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {  # an optimizer has only the options listed for it
     "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
@@ -120,8 +120,9 @@ class MeshConfig(Section, name="mesh"):
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
-        require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis can be -1")
+        unsized = [f"mesh.{axis}" for axis in ("data", "fsdp", "tensor") if getattr(self, axis) == -1]
+        if len(unsized) > 1:
+            raise UserError(f"{' and '.join(unsized)} cannot all be -1; give the size of all but one")
 
 
 @dataclass(frozen=True, kw_only=True)
