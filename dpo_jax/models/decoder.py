@@ -46,7 +46,9 @@ class Decoder(DecoderModule):
     def __call__(self, batch: PreferenceBatch) -> Float[Array, "R T D"]:
         """Return hidden states after the final norm."""
         c = self.config
-        if not c.tied:
+        if c.scores:
+            self.weight("score", "SD", nn.initializers.zeros)
+        elif not c.tied:
             self.weight("unembed", "VD")
         x = self.weight("embed", "VD")[batch.tokens].astype(self.dtype)
         angles = jnp.asarray(batch.positions, jnp.float32)[..., None] * rotary_frequencies(c)

@@ -1,7 +1,7 @@
 """Decoder layer, and the modules that declare its parameters from the table in projections.py.
 
 Shape letters: R rows, T tokens per row, D model, F feed-forward, N query heads, K key/value heads, H head dim,
-C = H / 2 rotated pairs per head, V vocabulary, L layers, r rank.
+C = H / 2 rotated pairs per head, V vocabulary, L layers, r rank, S scores of a reward model.
 
 A parameter tree is a plain nested dictionary. Matrices keep the orientation of the Hugging Face files, outputs first
 ([N, H, D] for the query projection), so that loading is stacking and exporting is slicing. Only `gate` and `up` are

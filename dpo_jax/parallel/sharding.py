@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str | None, bool]] = {
     "head_dim": (None, False),
     "ffn": ("tensor", False),
     "rank": (None, False),  # of adapters
+    "scores": (None, False),
 }
 
 

@@ -57,6 +57,15 @@ NOT_PLOTTED = {
     "logits/chosen": "Mean logit over the vocabulary, at the tokens of chosen answers.",
     "logits/rejected": "Mean logit over the vocabulary, at the tokens of rejected answers.",
 }
+
+
+def objective(loss: Row) -> str:
+    """Return the objective in words, from the config's loss section; only a reward model's has no beta."""
+    if "beta" not in loss:
+        return f"Bradley-Terry, centered with weight {loss['center']:g}"
+    return f"{loss['type'] or ' + '.join(loss['types'])}, beta {loss['beta']}"
+
+
 MEANINGS = {key: plot.note for plot in reversed(PLOTS) for key in plot.keys} | NOT_PLOTTED
 SPEED_PLOTS = (
     Plot("Tokens per second", ("tokens_per_second",), "The first step includes compilation."),
@@ -69,14 +78,16 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
     """Write a run's ``report.html`` from its logs and return its path.
 
     Args:
-        run_dir: directory of a DPO or fine-tuning run, finished or not.
+        run_dir: directory of a run, finished or not.
         data: set name -> one row per source, as the token store reports it: ``source``, ``rows``, ``kept``, and
             ``dropped`` and ``notes`` by cause. None: the report has no data section.
     """
     run = RunDir(run_dir)
     config, metrics, timings = load_yaml(run.config), read_json(run.metrics), read_json(run.timings)
     distributions = read_json(run.distributions)
-    kind = "Direct Preference Optimization" if "loss" in config else "Supervised fine-tuning"
+    kind = "Supervised fine-tuning"
+    if "loss" in config:
+        kind = "Direct Preference Optimization" if "beta" in config["loss"] else "Reward model"
     first_title = "Loss, accuracy, margin and rewards" if "loss" in config else "Loss"
     headline_plots = [plot for plot in PLOTS if plot.keys[0] in FIRST]
     sections = [
@@ -190,7 +201,7 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
         "Model": config["model"]["path"],
         "Trained on": ", ".join(source["path"] for source in config["data"]["train"]),
         "Evaluated on": ", ".join(f"{name}: {source['path']}" for name, source in config["data"]["eval"].items()),
-        "Objective": "" if loss is None else f"{loss['type']}, beta {loss['beta']}",
+        "Objective": "" if loss is None else objective(loss),
         "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {steps}",
         "Batch": f"{batch[unit]} {unit} a step",
         "Seed": str(config["run"]["seed"]),
