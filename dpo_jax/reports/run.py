@@ -13,7 +13,7 @@ from dpo_jax.config.file import load_yaml
 from dpo_jax.console import say, warn
 from dpo_jax.errors import reason
 from dpo_jax.inference.agreement import AGREEMENT, tied
-from dpo_jax.reports.charts import Plot, Row, eval_sets, histograms, plots, series
+from dpo_jax.reports.charts import Plot, Row, eval_sets, histograms, plots, reliability, series
 from dpo_jax.reports.html import cards, code, details, heading, number, page, paragraph, table
 from dpo_jax.runs.directory import RunDir, read_json
 from dpo_jax.storage import write_whole
@@ -94,7 +94,7 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
         cards(headlines(metrics)),
         heading(first_title, plots(headline_plots, metrics)),
         heading("Before and after", comparison_table(metrics)),
-        heading("Margins and rewards", histograms(distributions)),
+        heading("Margins and rewards", histograms(distributions), reliability(distributions)),
         heading("Accuracy by length", lengths_table(distributions, metrics)),
         heading("What earns the reward", *tokens_hint(run, config, metrics)) if distributions else "",
         heading("The run", table((), run_facts(config, metrics, timings).items())),
