@@ -21,6 +21,8 @@ from dpo_jax.methods.reward import unused_end
 from dpo_jax.runs.directory import read_json
 from dpo_jax.train import train
 
+GOLDEN = Path(__file__).parents[1] / "golden"
+
 
 def options(folder: Path, name: str, **more) -> dict:
     """A run of quickstart's shop, whose rule a reward model can learn to the last pair."""
@@ -93,6 +95,29 @@ def test_a_run_of_a_language_model_becomes_a_reward_model(shared, tmp_path):
     train(parse_config(common | {"run": run | {"dir": str(tmp_path / "dpo")}}, {}, DPOConfig))
     more = {"model": {"path": str(tmp_path / "dpo"), "dtype": "float32"}, "run": run | {"dir": str(tmp_path / "r")}}
     assert train(parse_config(common | more, {}, RewardConfig))["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("curve", [pytest.param("center 0", marks=pytest.mark.slow), "center 0.01"])
+def test_every_step_equals_that_of_trl(curve, shared, tmp_path):
+    """Loss, gradient norm and margin; benchmarks/trl_reward_curve.py recorded TRL's."""
+    theirs = json.loads((GOLDEN / "trl_reward.json").read_text())["curves"][curve]
+    pairs = {"train": str(shared / "reference_curves" / "pairs.jsonl"), "shuffle": False, "workers": 1}
+    config = {
+        "model": {"path": str(shared / "models" / "stories260K")},
+        "data": pairs | {"store": str(tmp_path / "store")},
+        "loss": {"center": float(curve.split()[1])},
+        "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
+        "batch": {"pairs": 8},
+        "run": {"dir": str(tmp_path / "run"), "steps": 20, "progress": False, "report": False},
+        "checkpoint": {"every": 20},
+    }
+    train(parse_config(config, {}, RewardConfig))
+    ours = read_json(tmp_path / "run" / "metrics.jsonl")
+    assert len(ours) == len(theirs) == 20
+    for row, expected in zip(ours, theirs, strict=True):
+        for key, allowed in (("loss", 1e-5), ("rewards/margins", 1e-5), ("grad_norm", 1e-3 * expected["grad_norm"])):
+            assert abs(row[key] - expected[key]) <= allowed, f"step {row['step']}: {key}"
+    assert max(abs(row["rewards/margins"]) for row in ours) > 0.01
 
 
 def test_the_loss_is_bradley_terry_with_centering():
