@@ -38,6 +38,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(_arranged(devices, _sizes(config, len(devices))), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def rollout_mesh(mesh: Mesh) -> Mesh:
+    """Return a mesh over the same devices that shards rows over all but `tensor`, and no weight over `fsdp`.
+
+    Weights sharded over `fsdp` would be gathered for every token that is generated.
+    """
+    sizes = (row_devices(mesh), 1, mesh.shape["tensor"])
+    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
     """Build the configured mesh without devices, sufficient to compute shapes and shardings."""
     return AbstractMesh(_sizes(config, num_devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
