@@ -273,7 +273,7 @@ def test_both_spellings_of_rotary_options_are_read():
 
 REFUSED = [
     ("llama", "model_type", "gemma2", "llama, mistral, qwen2, qwen3"),
-    ("llama", "architectures", ["LlamaForSequenceClassification"], "LlamaForCausalLM"),
+    ("llama", "architectures", ["LlamaForTokenClassification"], "LlamaForCausalLM"),
     ("llama", "quantization_config", {"bits": 4}, "no such option"),
     ("llama", "partial_rotary_factor", 0.5, "no such option"),
     ("llama", "final_logit_softcapping", 30.0, "no such option"),
