@@ -23,7 +23,7 @@ from dpo_jax.errors import UserError
 
 CHUNK_ROWS = 256
 CHUNKS_AHEAD = 4  # chunks in flight per process; bounds memory
-MIN_ROWS_A_PROCESS = 2000  # a process takes seconds to start, which does not pay off for fewer rows
+MIN_ROWS_PER_PROCESS = 2000  # a process takes seconds to start, which does not pay off for fewer rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,8 @@ class Chunk:
     rendered: int  # number of examples rendered by a chat template
 
 
-def _chunk(made: Sequence[TokenizedExample | Problem], num_answers: int, with_targets: bool) -> Chunk:
-    examples = [example for example in made if not isinstance(example, Problem)]
+def _chunk(results: Sequence[TokenizedExample | Problem], num_answers: int, with_targets: bool) -> Chunk:
+    examples = [example for example in results if not isinstance(example, Problem)]
     tokens: list[int] = []
     targets: list[bool] = []
     for example in examples:
@@ -57,7 +57,7 @@ def _chunk(made: Sequence[TokenizedExample | Problem], num_answers: int, with_ta
         rows=np.array([example.row for example in examples], np.int64),
         weights=np.array([example.weight for example in examples], np.float32),
         targets=np.array(targets, bool) if with_targets else None,
-        dropped=[problem for problem in made if isinstance(problem, Problem)],
+        dropped=[problem for problem in results if isinstance(problem, Problem)],
         notes=[note for example in examples for note in example.notes],
         rendered=sum(example.rendered for example in examples),
     )
@@ -70,7 +70,7 @@ class Source:
     label: str  # name in messages
     rows: Rows
     parse: Parser
-    hints: list[str]  # for the user, on how the rows are read
+    hints: list[str]  # notes to the user on how the rows are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +82,11 @@ class ConvertJob:
     stage: Stage
 
 
-ConvertRows = Callable[[str, Parser, int, Sequence[Mapping]], Chunk]
+ConvertRows = Callable[[str, Parser, int, Sequence[Mapping]], Chunk]  # (label, parser, first row, rows) -> chunk
 
 
 def make_convert_rows(job: ConvertJob) -> ConvertRows:
-    """Return a function (label, parser, first row, rows) -> chunk. It raises on a row whose handling is `error`."""
+    """Return a function that converts rows to a chunk; it raises if data.invalid_rows is `error` for a row's cause."""
     tokenize = make_tokenize(job.data, job.tokenizer, job.stage)
 
     def convert(label: str, parse: Parser, row: int, values: Mapping) -> TokenizedExample | Problem:
@@ -127,9 +127,9 @@ def _row_chunks(source: Source) -> Iterator[tuple[str, Parser, int, list[Mapping
 
 
 def num_processes(num_rows: int, workers: int | None) -> int:
-    """Number of worker processes: at most ``workers`` (None: one per core), each with enough rows to pay off."""
+    """Return how many processes to use: at most ``workers`` (None: one per core), each with enough rows to pay off."""
     limit = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    return max(1, min(limit, num_rows // MIN_ROWS_A_PROCESS))
+    return max(1, min(limit, num_rows // MIN_ROWS_PER_PROCESS))
 
 
 def converted_chunks(sources: Sequence[Source], job: ConvertJob, workers: int | None) -> Iterator[tuple[int, Chunk]]:
@@ -138,27 +138,27 @@ def converted_chunks(sources: Sequence[Source], job: ConvertJob, workers: int | 
     Raises:
         UserError: a row is invalid and its handling is `error`, or a worker process ended early.
     """
-    chunks = ((number, chunk) for number, source in enumerate(sources) for chunk in _row_chunks(source))
+    chunks = ((index, chunk) for index, source in enumerate(sources) for chunk in _row_chunks(source))
     processes = num_processes(sum(len(source.rows) for source in sources), workers)
     if processes == 1:
         convert_rows = make_convert_rows(job)
-        for number, chunk in chunks:
-            yield number, convert_rows(*chunk)
+        for index, chunk in chunks:
+            yield index, convert_rows(*chunk)
         return
     context = multiprocessing.get_context("spawn")
     pending: deque[tuple[int, Future[Chunk]]] = deque()
     with ProcessPoolExecutor(processes, context, _start_worker, (job,)) as pool:
         try:
-            for number, chunk in chunks:
-                pending.append((number, pool.submit(_work, *chunk)))
+            for index, chunk in chunks:
+                pending.append((index, pool.submit(_work, *chunk)))
                 if len(pending) == CHUNKS_AHEAD * processes:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            for first, future in pending:
-                yield first, future.result()
+                    oldest_index, future = pending.popleft()
+                    yield oldest_index, future.result()
+            for index, future in pending:
+                yield index, future.result()
         except BrokenProcessPool as error:
             cause = 'out of memory, or the script lacks `if __name__ == "__main__":`'
-            text = f"data.workers: one of {processes} tokenising processes ended early ({cause}); set data.workers to 1"
+            text = f"data.workers: one of {processes} tokenizer processes ended early ({cause}); set data.workers to 1"
             raise UserError(text) from error
         finally:
             pool.shutdown(cancel_futures=True)

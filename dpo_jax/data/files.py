@@ -1,4 +1,4 @@
-"""Read rows of one file as a sequence of dicts: parquet, or JSON, JSON lines and CSV, optionally compressed.
+"""Read the rows of a file as a sequence of dicts: parquet, or JSON, JSON lines and CSV, optionally compressed.
 
 Uncompressed files other than parquet are read with the standard library alone.
 """
@@ -40,7 +40,7 @@ def file_hash(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _opened(path: str) -> BinaryIO:
+def _open_binary(path: str) -> BinaryIO:
     """Open a file as a seekable binary stream; a compressed file is decompressed into a temporary file."""
     codec = COMPRESSED.get(Path(path.lower()).suffix)
     if codec is None:
@@ -50,7 +50,7 @@ def _opened(path: str) -> BinaryIO:
 
     with ExitStack() as stack:
         decompressed = stack.enter_context(tempfile.TemporaryFile())
-        remedy = f"replace it if it is damaged; it is decompressed into {tempfile.gettempdir()}, which needs the space"
+        remedy = f"replace the file if it is damaged, or free space in {tempfile.gettempdir()} to decompress it"
         with from_outside(path, remedy), pa.input_stream(path, compression=codec) as stream:
             shutil.copyfileobj(stream, decompressed)
         decompressed.seek(0)
@@ -58,17 +58,17 @@ def _opened(path: str) -> BinaryIO:
     return decompressed
 
 
-def _row(path: str, position: str, text: bytes) -> Mapping:
+def _parse_row(path: str, position: str, text: bytes) -> Mapping:
     try:
         row = read_json(text)
     except ValueError as error:
         raise UserError(f"{path}, {position}: not JSON: {error}; fix or remove it") from None
-    return _object(path, position, row)
+    return _check_object(path, position, row)
 
 
-def _object(path: str, position: str, row: object) -> Mapping:
+def _check_object(path: str, position: str, row: object) -> Mapping:
     if not isinstance(row, Mapping):
-        raise UserError(f"{path}, {position}: a {type(row).__name__}, not an object with columns; fix or remove it")
+        raise UserError(f"{path}, {position}: got {type(row).__name__}, expected a JSON object; fix or remove it")
     return row
 
 
@@ -77,7 +77,7 @@ class _JsonLines:
 
     def __init__(self, path: str, file: BinaryIO):
         self.path, self.starts, self.file = path, array("Q"), file
-        weakref.finalize(self, self.file.close)
+        weakref.finalize(self, file.close)
         start = 0
         for line in self.file:
             if line.strip():
@@ -92,11 +92,11 @@ class _JsonLines:
         self.file.seek(start)
         line = self.file.readline()
         try:
-            return _row(self.path, "", line)
+            return _parse_row(self.path, "", line)
         except UserError:
             self.file.seek(0)
             number = 1 + self.file.read(start).count(b"\n")
-            return _row(self.path, f"line {number}", line)
+            return _parse_row(self.path, f"line {number}", line)
 
 
 def load_json(path: str) -> Any:
@@ -105,7 +105,7 @@ def load_json(path: str) -> Any:
     Raises:
         UserError: the file cannot be read, or is neither.
     """
-    file = _opened(path)
+    file = _open_binary(path)
     is_list = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
     file.seek(0)
     if not is_list:
@@ -115,35 +115,35 @@ def load_json(path: str) -> Any:
             rows = read_json(file.read())
         except ValueError as error:
             raise UserError(f"{path}: not JSON: {error}; fix the file") from None
-    return [_object(path, f"item {index} of its list", row) for index, row in enumerate(rows)]
+    return [_check_object(path, f"item {index} of the list", row) for index, row in enumerate(rows)]
 
 
 def load_json_lines(path: str) -> Any:
-    """Open rows with one JSON object per line, parsed on access; blank lines are skipped.
+    """Open a file with one JSON object per line; lines are parsed on access, and blank lines are skipped.
 
     Raises:
         UserError: the file cannot be read. Accessing a line that is not JSON raises it later.
     """
-    return _JsonLines(path, _opened(path))
+    return _JsonLines(path, _open_binary(path))
 
 
 def load_csv(path: str) -> list[Mapping]:
-    """Load CSV rows as text; the first line names the columns. Cells with commas, quotes or newlines are quoted.
+    """Load CSV rows as text; the first line names the columns. Cells with commas, quotes or newlines must be quoted.
 
     Raises:
         UserError: the file cannot be read, two columns share a name, or a row has more or fewer cells than columns.
     """
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB per cell is too small for some conversations
-    with _opened(path) as file:
+    with _open_binary(path) as file:
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
         with from_outside(path, "it must be UTF-8 text with commas between cells"):
             lines = [(reader.line_num, cells) for cells in reader if cells]
     names = lines[0][1] if lines else []
     if len(set(names)) != len(names):
-        raise UserError(f"{path}: two of its columns have the same name: {names}; rename one")
+        raise UserError(f"{path}: two columns have the same name: {names}; rename one")
     for number, cells in lines:
         if len(cells) != len(names):
-            fault = f"{len(cells)} cells, the first line names {len(names)} columns"
+            fault = f"{len(cells)} cells, but the first line names {len(names)} columns"
             raise UserError(f"{path}, line {number}: {fault}; fix or remove it")
     return [dict(zip(names, cells, strict=True)) for _, cells in lines[1:]]
 
@@ -163,7 +163,7 @@ class Parquet:
             metadata, names = self.file.metadata, self.file.schema_arrow.names
             sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         if len(set(names)) != len(names):
-            raise UserError(f"{path}: two of its columns have the same name: {names}; rename one")
+            raise UserError(f"{path}: two columns have the same name: {names}; rename one")
         self.path, self.ends = path, list(accumulate(sizes))
         self.group: int = -1
         self.table: Any = None

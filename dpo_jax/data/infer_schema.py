@@ -1,4 +1,4 @@
-"""Infer the schema of a source from its columns, and hint at columns not read or messages read as plain text."""
+"""Infer the schema of a source from its columns, and warn about columns not read and messages read as plain text."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -44,22 +44,22 @@ def _renames(needed: set[str], columns: Sequence[str]) -> dict[str, str]:
     return {ours: names[0] for ours, names in matches.items() if names}
 
 
-def _fits_none(columns: Sequence[str], stage: Stage) -> str:
+def _no_schema_message(columns: Sequence[str], stage: Stage) -> str:
     """Return a message with the closest schema (fewest columns missing, then most columns) and the renames it needs."""
 
-    def lacks(schema: tuple[str, set[str]]) -> tuple[int, int, int]:
+    def distance(schema: tuple[str, set[str]]) -> tuple[int, int, int]:
         missing = len(schema[1] - set(columns))
         return missing - len(_renames(schema[1], columns)), -len(schema[1]), missing
 
-    name, needed = min(_COLUMNS[stage], key=lacks)
+    name, needed = min(_COLUMNS[stage], key=distance)
     renames = _renames(needed, columns)
     pairs = ", ".join(f"{ours}: {renames.get(ours, 'COLUMN')}" for ours in sorted(needed - set(columns)))
-    hint = ", with the file's name for COLUMN; if it has none, add that column" if lacks((name, needed))[0] else ""
-    nearest = f"the nearest is {name} ({', '.join(sorted(needed))}): set columns: {{{pairs}}}{hint}"
-    return f"columns {sorted(columns)} fit no schema of {stage}; {nearest}"
+    hint = "; replace COLUMN by its name in the file, or add the column" if distance((name, needed))[0] else ""
+    closest = f"the closest is {name} ({', '.join(sorted(needed))}): set columns: {{{pairs}}}{hint}"
+    return f"columns {sorted(columns)} match no schema of {stage}; {closest}"
 
 
-def _begins(value: object) -> str | None:
+def _first_role(value: object) -> str | None:
     """Return the role of the first message in a list, None if the value is not a list of messages."""
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
         return None
@@ -67,7 +67,7 @@ def _begins(value: object) -> str | None:
     return role if isinstance(role, str) else None
 
 
-def _without_prompt(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> str:
+def _schema_without_prompt(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> str:
     """Return the schema of rows with `chosen` and `rejected` but no column named prompt."""
     chosen = [row.get("chosen") for row in rows]
     texts = [value for value in chosen if isinstance(value, str)]
@@ -75,18 +75,18 @@ def _without_prompt(columns: Sequence[str], rows: Sequence[Mapping], stage: Stag
         return "transcripts"
     if any(map(_JSON_MESSAGES.match, texts)):
         raise UserError("chosen is JSON text of messages: store the messages as lists")
-    if not texts and not all(_begins(value) in ("assistant", "gpt") for value in chosen):
+    if not texts and not all(_first_role(value) in ("assistant", "gpt") for value in chosen):
         return "preference"  # whole conversations
     content_columns = {name for row in rows for name, value in row.items() if isinstance(value, str | list | Mapping)}
     candidates = [name for name in columns if name in content_columns - {"chosen", "rejected"}]
     if candidates:
         prompt_column = _renames({"prompt"}, candidates).get("prompt", candidates[0])
-        chat = f" (or {{instruction: {prompt_column}}}, which puts system first)" if "system" in candidates else ""
-        implicit = "; schema: implicit_prompt, if both texts begin with it" if texts and stage == "dpo" else ""
-        remedy = f"name it, such as columns: {{prompt: {prompt_column}}}{chat}{implicit}"
-        raise UserError(f"columns {sorted(columns)}: answers only, no column is named prompt: {remedy}")
+        chat_hint = f" (or {{instruction: {prompt_column}}}, which puts system first)" if "system" in candidates else ""
+        implicit_hint = "; schema: implicit_prompt, if both texts begin with it" if texts and stage == "dpo" else ""
+        remedy = f"name the prompt column, such as columns: {{prompt: {prompt_column}}}{chat_hint}{implicit_hint}"
+        raise UserError(f"columns {sorted(columns)}: there is no column named prompt: {remedy}")
     if texts and stage == "sft":
-        raise UserError("chosen is text without a prompt: columns: {text: chosen} learns all of it")
+        raise UserError("chosen is text without a prompt: to train on all of it, set columns: {text: chosen}")
     return "implicit_prompt" if texts else "preference"
 
 
@@ -98,14 +98,14 @@ def detect_schema(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage)
     """
     match = next(((name, needed) for name, needed in _COLUMNS[stage] if needed <= set(columns)), None)
     if match is None:
-        raise UserError(_fits_none(columns, stage))
+        raise UserError(_no_schema_message(columns, stage))
     name, needed = match
     if needed == {"chosen", "rejected"}:
-        return _without_prompt(columns, rows, stage)
+        return _schema_without_prompt(columns, rows, stage)
     if needed == {"messages", "chosen", "rejected"} and any(
-        _begins(row.get("chosen")) not in (None, "assistant", "gpt") for row in rows
+        _first_role(row.get("chosen")) not in (None, "assistant", "gpt") for row in rows
     ):
-        return "preference"  # whole conversations, which hold the messages
+        return "preference"  # chosen and rejected are whole conversations that include the messages
     if name == "messages" and {"chosen", "rejected"} <= set(columns) and rows and not any(map(_is_answered, rows)):
         return "sharegpt"
     return name
@@ -113,11 +113,11 @@ def detect_schema(columns: Sequence[str], rows: Sequence[Mapping], stage: Stage)
 
 def _is_answered(row: Mapping) -> bool:
     messages = row.get("messages")
-    return isinstance(messages, list | tuple) and _begins(messages[-1:]) in ("assistant", "gpt")
+    return isinstance(messages, list | tuple) and _first_role(messages[-1:]) in ("assistant", "gpt")
 
 
 def parser_of(schema: str, columns: Sequence[str], rows: Sequence[Mapping], stage: Stage) -> Parser:
-    """Return the parser of a source's `schema`, inferred from the columns if it is `auto`.
+    """Return the parser for a source's `schema`; `auto` infers the schema from the columns.
 
     Raises:
         UserError: no schema fits, or the stage does not support the schema.
@@ -125,12 +125,12 @@ def parser_of(schema: str, columns: Sequence[str], rows: Sequence[Mapping], stag
     if schema == "auto":
         schema = detect_schema(columns, rows, stage)
     if schema not in SCHEMAS[stage]:
-        raise UserError(f"schema: {schema!r} is not a schema of {stage}; it knows {sorted(SCHEMAS[stage])}")
+        raise UserError(f"schema: {schema!r} is not a schema of {stage}; choose from {sorted(SCHEMAS[stage])}")
     return SCHEMAS[stage][schema]
 
 
 def hints(parser: Parser, columns: Sequence[str], rows: Sequence[Mapping]) -> list[str]:
-    """Return hints about possible surprises: columns that are not read, messages that are read as plain text."""
+    """Return warnings about columns that are not read and messages that are read as plain text."""
     lines = []
     unread_columns = [name for name in columns if name not in parser.columns]
     if unread_columns:

@@ -11,11 +11,11 @@ from dpo_jax.config import Stage
 from dpo_jax.data import values
 from dpo_jax.data.values import BadRow, Messages
 
-_GIVEN_BY_US = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "chat_template",
+_RESERVED_KWARGS = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "chat_template",
                 "continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding",
                 "truncation", "max_length", "sanitize_control_tokens", "tokenizer_kwargs"}  # fmt: skip
-_SEEN_OR_HEARD = ("image", "images", "video", "videos", "audio", "audios")
-_EMPTY = ("''", "b''", "[]", "[None]", "{}")  # compared by repr, because images may be of any type
+_MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+_EMPTY_REPRS = ("''", "b''", "[]", "[None]", "{}")  # compared by repr, because images may be of any type
 MAX_WEIGHT = 1e30  # the sum of many still fits in float32
 ASSISTANT_TURN, _HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
 
@@ -62,7 +62,7 @@ def _check_prompt_column(prompt: str, messages: Messages) -> None:
     """Check that a text prompt next to whole conversations is part of a user message, or a rendering of one."""
     users = [message["content"].strip() for message in messages if message["role"] == "user"]
     if not any(prompt.strip() in content or content in prompt for content in users):
-        raise BadRow("prompts_differ", f"the prompt column is not in the conversation: {values.shown(prompt)}")
+        raise BadRow("prompts_differ", f"the prompt column is not in the conversation: {values.short_repr(prompt)}")
 
 
 def _after_prompt(prompt: Messages, answer: Messages) -> Messages:
@@ -94,7 +94,7 @@ def _preference(row: Mapping):
 def _split_transcript(name: str, value: object) -> tuple[str, str]:
     prompt, turn, answer = values.text(name, value).rpartition(ASSISTANT_TURN)
     if not turn:
-        raise BadRow("missing_field", f"{name} has no turn {ASSISTANT_TURN!r}: {values.shown(value)}")
+        raise BadRow("missing_field", f"{name} has no {ASSISTANT_TURN!r} turn: {values.short_repr(value)}")
     if _HUMAN_TURN in answer:
         raise BadRow("empty_answer", f"{name} ends with a {_HUMAN_TURN!r} turn, not an answer")
     return prompt + turn, answer
@@ -136,14 +136,14 @@ def _sharegpt_sft(row: Mapping):
 
 
 def _history(row: Mapping) -> Messages:
-    """Return the turns before the last one, stored as pairs of instruction and answer."""
+    """Return the earlier turns of an Alpaca row, which are stored as pairs of instruction and answer."""
     pairs = row.get("history") or []
     if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-        raise BadRow("missing_field", f"history is {values.shown(pairs)}, not a list of [instruction, answer]")
+        raise BadRow("missing_field", f"history is {values.short_repr(pairs)}, not a list of [instruction, answer]")
     return [
-        {"role": role, "content": values.text(f"history[{index}]", said)}
+        {"role": role, "content": values.text(f"history[{index}]", content)}
         for index, pair in enumerate(pairs)
-        for role, said in zip(("user", "assistant"), pair, strict=True)
+        for role, content in zip(("user", "assistant"), pair, strict=True)
     ]
 
 
@@ -202,7 +202,7 @@ def _weight(row: Mapping) -> float:
     weight = row.get("weight", 1.0)
     number = values.number(weight)
     if number is None or not 0 <= number <= MAX_WEIGHT:
-        raise BadRow("missing_field", f"weight is {values.shown(weight)}, not a number from 0 to {MAX_WEIGHT:g}")
+        raise BadRow("missing_field", f"weight is {values.short_repr(weight)}, not a number from 0 to {MAX_WEIGHT:g}")
     return number
 
 
@@ -219,38 +219,35 @@ def _tools(row: Mapping) -> list | None:
 
 def _template_kwargs(row: Mapping) -> dict | None:
     kwargs = values.json_object("chat_template_kwargs", row.get("chat_template_kwargs"))
-    reserved = sorted(set(kwargs or ()) & _GIVEN_BY_US)
+    reserved = sorted(set(kwargs or ()) & _RESERVED_KWARGS)
     if reserved:
         raise BadRow("missing_field", f"chat_template_kwargs cannot hold {reserved}, which this program sets itself")
     return kwargs
 
 
-def _check_text_alone(row: Mapping) -> None:
+def _check_no_media(row: Mapping) -> None:
     """Refuse rows with images, video or audio: text about media that the model cannot see teaches it to hallucinate."""
-    media_columns = [name for name in _SEEN_OR_HEARD if row.get(name) is not None and repr(row[name]) not in _EMPTY]
-    if media_columns:
+    media = [name for name in _MEDIA_COLUMNS if row.get(name) is not None and repr(row[name]) not in _EMPTY_REPRS]
+    if media:
         fault = "only text is supported; remove the column if the text makes sense without it"
-        raise BadRow("missing_field", f"{media_columns[0]} is {values.shown(row[media_columns[0]])}, and {fault}")
+        raise BadRow("missing_field", f"{media[0]} is {values.short_repr(row[media[0]])}, and {fault}")
 
 
 def _check_turns(prompt: Messages, answer: Messages) -> None:
-    """Check that an answer has assistant messages only; all others belong to the prompt, which both answers share."""
+    """Check that an answer has only assistant messages, all of them learned; other messages belong in the prompt."""
     if not answer or answer[-1]["role"] != "assistant":
         raise BadRow("empty_answer", "the conversation does not end with an assistant message")
     roles = [message["role"] for message in answer]
     if set(roles) != {"assistant"}:
-        raise BadRow("prompts_differ", f"after {len(prompt)} message(s) of the prompt an answer continues with {roles}")
+        raise BadRow("prompts_differ", f"after {len(prompt)} prompt message(s), an answer continues with roles {roles}")
     if not prompt:
         raise BadRow("empty_prompt", "no message comes before the answer")
 
-
-def _check_learned(answer: Messages) -> None:
-    """Refuse answers with messages that are not learned; these are supported only in fine-tuning conversations."""
     if any(message.get("weight") == 0 for message in answer):
         raise BadRow("missing_field", "an answer has a message of weight 0, but all messages of an answer are learned")
 
 
-def _check_said(answer: str | Messages) -> None:
+def _check_not_blank(answer: str | Messages) -> None:
     if isinstance(answer, str):
         has_text = bool(answer.strip())
     else:
@@ -268,45 +265,44 @@ class Parser:
     num_answers: int
 
     def __call__(self, index: int, row: Mapping) -> Example | Problem:
-        """Return the example of a row, or its problem."""
+        """Return the example that a row holds, or the problem that makes the row invalid."""
         row = {name: values.without_nulls(value) for name, value in row.items() if name in self.columns}
         try:
-            _check_text_alone(row)
+            _check_no_media(row)
             prompt, *answers = self.read(row)
             answers = answers[: self.num_answers]
             for answer in answers:
                 if isinstance(prompt, list):
                     _check_turns(prompt, answer)
-                    _check_learned(answer)
-                _check_said(answer)
+                _check_not_blank(answer)
             return Example(index, prompt, tuple(answers), _weight(row), _tools(row), _template_kwargs(row))
         except BadRow as bad:
             return Problem(index, *bad.args)
 
 
-_PAIR, _EVERY = "chosen rejected", f"weight tools chat_template_kwargs {' '.join(_SEEN_OR_HEARD)}"
-_PAIRS: dict[str, tuple[Callable, str]] = {
-    "preference": (_preference, f"prompt {_PAIR}"),
-    "transcripts": (_transcripts, _PAIR),
-    "sharegpt": (_sharegpt, f"system conversations messages {_PAIR}"),
-    "alpaca": (_alpaca, f"system history instruction input {_PAIR}"),
+_PAIR_COLUMNS, _COMMON_COLUMNS = "chosen rejected", f"weight tools chat_template_kwargs {' '.join(_MEDIA_COLUMNS)}"
+_PAIR_SCHEMAS: dict[str, tuple[Callable, str]] = {
+    "preference": (_preference, f"prompt {_PAIR_COLUMNS}"),
+    "transcripts": (_transcripts, _PAIR_COLUMNS),
+    "sharegpt": (_sharegpt, f"system conversations messages {_PAIR_COLUMNS}"),
+    "alpaca": (_alpaca, f"system history instruction input {_PAIR_COLUMNS}"),
     "openai": (_openai, "input preferred_output non_preferred_output"),
 }
-_PREFERENCE = _PAIRS | {"implicit_prompt": (_implicit_prompt, _PAIR)}
-_SFT = _PAIRS | {  # the chosen answer is learned
+_DPO_SCHEMAS = _PAIR_SCHEMAS | {"implicit_prompt": (_implicit_prompt, _PAIR_COLUMNS)}
+_SFT_SCHEMAS = _PAIR_SCHEMAS | {  # the chosen answer is learned
     "prompt_answer": (_prompt_answer, "prompt answer completion"),
     "messages": (_whole_conversation, "messages"),
     "text": (_plain, "text"),
-    "sharegpt": (_sharegpt_sft, f"system conversations messages {_PAIR}"),
-    "alpaca": (_alpaca_sft, f"system history instruction input output {_PAIR}"),
+    "sharegpt": (_sharegpt_sft, f"system conversations messages {_PAIR_COLUMNS}"),
+    "alpaca": (_alpaca_sft, f"system history instruction input output {_PAIR_COLUMNS}"),
 }
 
 
 def _parsers(schemas: Mapping[str, tuple[Callable, str]], num_answers: int) -> dict[str, Parser]:
     return {
-        name: Parser(read, frozenset(f"{columns} {_EVERY}".split()), num_answers)
+        name: Parser(read, frozenset(f"{columns} {_COMMON_COLUMNS}".split()), num_answers)
         for name, (read, columns) in schemas.items()
     }
 
 
-SCHEMAS: dict[Stage, dict[str, Parser]] = {"dpo": _parsers(_PREFERENCE, 2), "sft": _parsers(_SFT, 1)}
+SCHEMAS: dict[Stage, dict[str, Parser]] = {"dpo": _parsers(_DPO_SCHEMAS, 2), "sft": _parsers(_SFT_SCHEMAS, 1)}

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Rows(Sequence):
-    """The first `size` rows of a source, read on access, with renamed columns (our name -> the source's name)."""
+    """The first `size` rows of a source, read on access; `columns` maps our column names to the source's names."""
 
     def __init__(self, rows: Any, columns: Mapping[str, str], size: int):
         self.rows, self.columns, self.size = rows, columns, size
@@ -35,8 +36,8 @@ class Rows(Sequence):
             return [self[index] for index in selected]
         row = self.rows[selected]
         renamed_columns = set(self.columns.values())
-        kept = {name: value for name, value in row.items() if name not in renamed_columns}
-        return kept | {ours: row[name] for ours, name in self.columns.items() if name in row}
+        other_columns = {name: value for name, value in row.items() if name not in renamed_columns}
+        return other_columns | {ours: row[name] for ours, name in self.columns.items() if name in row}
 
 
 def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
@@ -51,7 +52,7 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
         return Rows(_LibraryRows("data", dataset), {}, len(dataset))
     rows = _kind(source).load(source)
     if len(rows) == 0:
-        raise UserError(f"{source.path}: it holds no rows; name a source that has some")
+        raise UserError(f"{source.path}: the source has no rows; give one that has some")
     if source.columns:
         names = {name: None for index in range(min(len(rows), 100)) for name in rows[index]}
         for ours, theirs in source.columns.items():
@@ -61,7 +62,7 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
 
 
 def fingerprint(source: "SourceConfig | datasets.Dataset") -> str:
-    """Return a hexadecimal hash of what ``load_rows`` returns; equal content has an equal hash, whatever its path."""
+    """Return a hexadecimal hash of the rows that ``load_rows`` returns, which does not depend on the source's path."""
     if not isinstance(source, SourceConfig):
         identity = [_dataset_identity(_plain_dataset(source))]
     else:
@@ -93,7 +94,7 @@ def _kind_name(path: str) -> str:
     if path.startswith("tfds:"):
         return "TFDS set"
     if os.path.isdir(path):
-        saved = any(os.path.isfile(os.path.join(path, name)) for name in _SAVED)
+        saved = any(os.path.isfile(os.path.join(path, name)) for name in _SAVED_FILES)
         return "saved folder" if saved else "folder of files"
     suffix, exists = files.file_suffix(path), os.path.exists(path)
     if exists or suffix in _SUFFIXES:
@@ -109,17 +110,18 @@ def _kind_name(path: str) -> str:
 
 
 class _LibraryRows:
-    """Rows that a library decodes on access; its exceptions become ``UserError``."""
+    """Rows that a library decodes on access, passed through ``convert``; its exceptions become ``UserError``."""
 
-    def __init__(self, label: str, rows: Any):
-        self.label, self.rows = label, rows
+    def __init__(self, label: str, rows: Any, convert: Callable[[Any], Mapping] = lambda row: row):
+        self.label, self.rows, self.convert = label, rows, convert
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Mapping:
         with from_outside(f"{self.label}, row {index}", "fix or remove it"):
-            return self.rows[index]
+            row = self.rows[index]
+        return self.convert(row)
 
 
 def _plain_dataset(rows: object) -> "datasets.Dataset":
@@ -130,7 +132,7 @@ def _plain_dataset(rows: object) -> "datasets.Dataset":
         kind = type(rows).__name__
         raise UserError(f"data: {kind} cannot be used: give a SourceConfig or one split as a datasets.Dataset")
     if len(rows) == 0:
-        raise UserError("data: the datasets.Dataset holds no rows; give one that has some")
+        raise UserError("data: the datasets.Dataset has no rows; give one that has some")
     return rows if rows.format["type"] in (None, "custom") else rows.with_format(None)
 
 
@@ -148,7 +150,7 @@ def _load_saved(source: SourceConfig) -> "datasets.Dataset":
             raise UserError(f"{source.path}: split: no split {source.split!r}; available: {sorted(dataset)}")
         return dataset[source.split].with_format(None)
     if source.split not in ("train", str(dataset.split)):
-        raise UserError(f"{source.path}: split: {source.split!r}: the folder holds one set, no splits; leave it out")
+        raise UserError(f"{source.path}: split: {source.split!r}: the folder has no splits, only one set; leave it out")
     return dataset.with_format(None)
 
 
@@ -156,7 +158,7 @@ def _load_hub(source: SourceConfig) -> "datasets.Dataset":
     import datasets
 
     remedy = f"check path, name, split {source.split!r} and revision"
-    with from_outside(f"{source.path}: no such file or folder here, and the hub set cannot be loaded", remedy):
+    with from_outside(f"{source.path}: there is no such file or folder, and the hub set cannot be loaded", remedy):
         return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
 
 
@@ -182,35 +184,22 @@ def _dataset_kind(load: Callable[[SourceConfig], "datasets.Dataset"], *options: 
     return _Kind(open_rows, lambda source: _dataset_identity(load(source)), options)
 
 
-class _Tfds:
-    """Rows of a TFDS split, with bytes decoded to text and sequences of dicts as lists of dicts."""
-
-    def __init__(self, rows: _LibraryRows, features):
-        self.rows, self.features = rows, features
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Mapping:
-        return _unrolled(self.features, self.rows[index])
-
-
-def _unrolled(feature: Any, value: Any) -> Any:
-    """Convert a TFDS value to Python values; TFDS stores a sequence of dicts as a dict of sequences."""
+def _to_python(feature: Any, value: Any) -> Any:
+    """Convert a TFDS value to Python values: bytes to text, a dict of sequences to a list of dicts."""
     import numpy as np
     import tensorflow_datasets as tfds
 
     if isinstance(feature, tfds.features.FeaturesDict):
-        return {name: _unrolled(feature[name], item) for name, item in value.items()}
+        return {name: _to_python(feature[name], item) for name, item in value.items()}
     if isinstance(feature, tfds.features.Sequence) and isinstance(feature.feature, tfds.features.FeaturesDict):
         rows = zip(*value.values(), strict=True)
-        return [_unrolled(feature.feature, dict(zip(value, row, strict=True))) for row in rows]
-    return _python(value.tolist() if isinstance(value, np.ndarray | np.generic) else value)
+        return [_to_python(feature.feature, dict(zip(value, row, strict=True))) for row in rows]
+    return _decode_bytes(value.tolist() if isinstance(value, np.ndarray | np.generic) else value)
 
 
-def _python(value: Any) -> Any:
+def _decode_bytes(value: Any) -> Any:
     if isinstance(value, list):
-        return [_python(item) for item in value]
+        return [_decode_bytes(item) for item in value]
     return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
 
 
@@ -225,23 +214,23 @@ def _tfds_builder(source: SourceConfig) -> Any:
         else:
             builder: Any = tfds.builder(name, data_dir=source.data_dir)
         is_prepared = builder.is_prepared()
-        kinds = {kind.value for kind in builder.info.available_file_formats()}
+        file_formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if builder.info.name != re.split("[:/]", name)[0]:
-        raise UserError(f"{source.path}: {source.data_dir} holds the set {builder.info.name!r}; {name_remedy}")
+        raise UserError(f"{source.path}: {source.data_dir} contains the data set {builder.info.name!r}; {name_remedy}")
     remedy = f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
     if not is_prepared:
         raise UserError(f"{source.path}: not prepared in {builder.data_dir}; prepare it with {remedy}")
-    if "array_record" not in kinds:
-        fault = f"prepared as {sorted(kinds)}, which has no random access without TensorFlow"
+    if "array_record" not in file_formats:
+        fault = f"prepared as {sorted(file_formats)}, which has no random access without TensorFlow"
         raise UserError(f"{source.path}: {fault}; prepare it again, in another data_dir, with {remedy}")
     return builder
 
 
-def _load_tfds(source: SourceConfig) -> _Tfds:
+def _load_tfds(source: SourceConfig) -> _LibraryRows:
     builder = _tfds_builder(source)
     with from_outside(f"{source.path}: split: {source.split!r}", f"check split and data_dir {source.data_dir}"):
         rows = builder.as_data_source(source.split, file_format="array_record")
-    return _Tfds(_LibraryRows(source.path, rows), builder.info.features)
+    return _LibraryRows(source.path, rows, partial(_to_python, builder.info.features))
 
 
 def _tfds_identity(source: SourceConfig) -> list:
@@ -269,4 +258,4 @@ _KINDS = {
     "TFDS set": _Kind(_load_tfds, _tfds_identity, ("split", "data_dir")),
 }
 _SUFFIXES = {".json": "file of JSON", ".jsonl": "file of JSON lines", ".csv": "CSV file", ".parquet": "parquet file"}
-_SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # files written by save_to_disk
+_SAVED_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")  # files written by save_to_disk

@@ -1,4 +1,4 @@
-"""Token store: examples tokenised once into flat, memory-mapped files, in a folder named by a hash of all inputs.
+"""Token store: examples tokenized once into flat, memory-mapped files, in a folder named by a hash of all inputs.
 
 A store is a folder ``<key>/`` of plain little-endian arrays, ``problems.jsonl`` (every row that was dropped or
 changed) and ``manifest.json`` (written last: sizes, checksums, counts). It is built in a temporary folder and renamed
@@ -40,16 +40,16 @@ log = logging.getLogger(__name__)
 FORMAT = 2  # version of the files; increment it also when the same rows would yield different tokens
 DTYPES = dict.fromkeys(("tokens", "lengths", "num_targets"), "<i4")
 DTYPES |= {"rows": "<i8", "sources": "<i2", "weights": "<f4", "targets": "|b1"}
-ROWS_NAMED = 10  # rows listed per cause in a report; problems.jsonl lists all
-ROWS_LOOKED_AT = 100  # rows from whose columns the schema is inferred
+MAX_LISTED_ROWS = 10  # rows listed per cause in a report; problems.jsonl lists all
+SAMPLE_ROWS = 100  # rows from whose columns the schema is inferred
 KEY_DIGITS = 16  # hexadecimal digits of the key in the folder's name
-MANIFEST, PROBLEMS, TEMPORARY = "manifest.json", "problems.jsonl", ".building-"
+MANIFEST, PROBLEMS, BUILD_PREFIX = "manifest.json", "problems.jsonl", ".building-"
 STALE_SECONDS = 24 * 3600  # age at which the temporary folder of an interrupted build is removed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """N tokenised examples of K answers each, opened by ``open_store``; arrays are read-only memory maps."""
+    """N tokenized examples of K answers each, opened by ``open_store``; arrays are read-only memory maps."""
 
     path: Path
     key: str  # hexadecimal sha256 of everything that determines the content
@@ -74,15 +74,15 @@ class Store:
         return prompt, answers, None if self.targets is None else self.targets[ends[0] : ends[1]]
 
 
-SomeSource: TypeAlias = "SourceConfig | Dataset"
+AnySource: TypeAlias = "SourceConfig | Dataset"
 
 
-def source_label(source: SomeSource, index: int) -> str:
-    """Return the name of a source in messages and reports."""
+def source_label(source: AnySource, index: int) -> str:
+    """Return the name of a source for messages and reports."""
     return source.path if isinstance(source, SourceConfig) else f"datasets.Dataset {index}"
 
 
-def _made_from(sources: Sequence[SomeSource], data: DataConfig, tokenizer: Any, stage: Stage) -> dict[str, Any]:
+def _store_inputs(sources: Sequence[AnySource], data: DataConfig, tokenizer: Any, stage: Stage) -> dict[str, Any]:
     """Return everything that determines the content of a store."""
     return {
         "format": FORMAT,
@@ -98,14 +98,14 @@ def _made_from(sources: Sequence[SomeSource], data: DataConfig, tokenizer: Any, 
     }
 
 
-def _hash(made_from: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+def _hash(inputs: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _open_source(source: SomeSource, index: int, stage: Stage) -> Source:
+def _open_source(source: AnySource, index: int, stage: Stage) -> Source:
     label = source_label(source, index)
     rows = data_sources.load_rows(source)
-    sample = [rows[row] for row in range(min(len(rows), ROWS_LOOKED_AT))]
+    sample = [rows[row] for row in range(min(len(rows), SAMPLE_ROWS))]
     columns = list(dict.fromkeys(name for row in sample for name in row))
     schema = source.schema if isinstance(source, SourceConfig) else "auto"
     try:
@@ -115,20 +115,20 @@ def _open_source(source: SomeSource, index: int, stage: Stage) -> Source:
     return Source(label=label, rows=rows, parse=parse, hints=hints(parse, columns, sample))
 
 
-def _check_unchanged(sources: Sequence[SomeSource], before: Sequence[str]) -> None:
-    """Raise if a source changed during tokenisation: its rows must not be stored under the key of the old content."""
+def _check_unchanged(sources: Sequence[AnySource], before: Sequence[str]) -> None:
+    """Raise if a source changed during tokenization: its rows must not be stored under the key of the old content."""
     for index, (source, fingerprint) in enumerate(zip(sources, before, strict=True)):
         if data_sources.fingerprint(source) != fingerprint:
-            label = source_label(source, index)
-            raise UserError(f"{label}: it changed while it was tokenised; start again once nothing writes to it")
+            remedy = "start again once no process writes to it"
+            raise UserError(f"{source_label(source, index)}: the data changed while it was tokenized; {remedy}")
 
 
 class DamagedStore(UserError):
-    """A store folder is incomplete or does not match its manifest."""
+    """Raised if a store folder is incomplete or does not match its manifest."""
 
 
-class _File:
-    """File written sequentially, with a running size and checksum."""
+class _DataFile:
+    """Open file that counts and checksums the bytes written to it."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.size, self.crc32 = file, 0, 0
@@ -147,7 +147,7 @@ def _count(causes: dict[str, Any], problems: Iterable[Problem]) -> None:
     for problem in problems:
         cause = causes.setdefault(problem.cause, {"count": 0, "first": []})
         cause["count"] += 1
-        if len(cause["first"]) < ROWS_NAMED:
+        if len(cause["first"]) < MAX_LISTED_ROWS:
             cause["first"].append({"row": problem.row, "detail": problem.detail})
 
 
@@ -163,27 +163,27 @@ def _arrays(chunk: Chunk, source_index: int) -> dict[str, np.ndarray]:
     return arrays | {"num_targets": num_targets, "sources": np.full(len(lengths), source_index)}
 
 
-def _check_some_left(report: dict[str, Any]) -> None:
+def _check_not_empty(report: dict[str, Any]) -> None:
     dropped = sum(cause["count"] for cause in report["dropped"].values())
     assert report["kept"] + dropped == report["rows"], report
     if report["kept"] == 0:
         examples = [(name, cause["count"], cause["first"][0]) for name, cause in report["dropped"].items()]
         causes = "; ".join(f"{name} {count} (row {first['row']}: {first['detail']})" for name, count, first in examples)
-        raise UserError(f"{report['source']}: none of its {report['rows']} rows can be used: {causes}; fix the data")
+        raise UserError(f"{report['source']}: none of its {report['rows']} rows is valid: {causes}; fix the data")
 
 
 def _write(
-    folder: Path, sources: Sequence[Source], job: ConvertJob, workers: int | None, made_from: dict[str, Any]
+    folder: Path, sources: Sequence[Source], job: ConvertJob, workers: int | None, inputs: dict[str, Any]
 ) -> None:
     """Write all files of a store into an empty folder; the manifest is written last."""
     reports: list[dict[str, Any]] = []
     for source in sources:
         counts = {"source": source.label, "rows": len(source.rows), "kept": 0, "rendered": 0}
         reports.append(counts | {"hints": source.hints, "dropped": {}, "notes": {}})
-    names = {name: f"{name}.bin" for name in DTYPES if name != "targets" or job.stage == "sft"}
+    file_names = {name: f"{name}.bin" for name in DTYPES if name != "targets" or job.stage == "sft"}
     with ExitStack() as stack:
-        files = {name: _File(stack.enter_context(open(folder / file, "wb"))) for name, file in names.items()}
-        problems = _File(stack.enter_context(open(folder / PROBLEMS, "wb")))
+        files = {name: _DataFile(stack.enter_context(open(folder / file, "wb"))) for name, file in file_names.items()}
+        problems = _DataFile(stack.enter_context(open(folder / PROBLEMS, "wb")))
         for index, chunk in converted_chunks(sources, job, workers):
             for name, array in _arrays(chunk, index).items():
                 files[name].write(np.ascontiguousarray(array, DTYPES[name]).tobytes())
@@ -196,22 +196,23 @@ def _write(
                     line = {"source": report["source"], "kind": kind} | asdict(problem)
                     problems.write(json.dumps(line).encode() + b"\n")
         for report in reports:
-            _check_some_left(report)
-        sizes = {names[name]: file.finish() for name, file in files.items()} | {PROBLEMS: problems.finish()}
-    manifest = {"made_from": made_from, "num_answers": NUM_ANSWERS[job.stage], "files": sizes, "report": reports}
+            _check_not_empty(report)
+        sizes = {file_names[name]: file.finish() for name, file in files.items()} | {PROBLEMS: problems.finish()}
+    manifest = {"made_from": inputs, "num_answers": NUM_ANSWERS[job.stage], "files": sizes, "report": reports}
     write_whole(folder / MANIFEST, json.dumps(seal(manifest), indent=1), durable=True)
 
 
 def _check_file(path: Path, size: int, crc32: int) -> None:
-    actual_size, checksum = path.stat().st_size if path.is_file() else -1, 0
-    if actual_size != size:
-        actual_text = "missing" if actual_size < 0 else f"{actual_size} bytes"
-        raise DamagedStore(f"{path}: it is {actual_text}, not {size} bytes")
+    if not path.is_file():
+        raise DamagedStore(f"{path}: the file is missing")
+    if path.stat().st_size != size:
+        raise DamagedStore(f"{path}: the file has {path.stat().st_size} bytes, expected {size}")
+    checksum = 0
     with open(path, "rb") as file:
         while block := file.read(2**24):
             checksum = zlib.crc32(block, checksum)
     if checksum != crc32:
-        raise DamagedStore(f"{path}: its checksum is {checksum:08x}, not {crc32:08x}")
+        raise DamagedStore(f"{path}: its checksum is {checksum:08x}, expected {crc32:08x}")
 
 
 def open_store(path: Path) -> Store:
@@ -223,10 +224,10 @@ def open_store(path: Path) -> Store:
     try:
         manifest = unseal((path / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
-        raise DamagedStore(f"{path}: it has no readable {MANIFEST}: {error}") from None
+        raise DamagedStore(f"{path}: there is no readable {MANIFEST}: {error}") from None
     key = _hash(manifest["made_from"])
     if path.name != key[:KEY_DIGITS]:
-        raise DamagedStore(f"{path}: it holds the store {key[:KEY_DIGITS]}")
+        raise DamagedStore(f"{path}: its manifest is of store {key[:KEY_DIGITS]}")
     for name, sizes in manifest["files"].items():
         _check_file(path / name, **sizes)
     arrays: dict[str, Any] = dict.fromkeys(DTYPES)
@@ -242,69 +243,69 @@ def open_store(path: Path) -> Store:
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove temporary folders of killed builds; a recent folder may belong to a running build and is kept."""
-    for path in list_files(folder, TEMPORARY + "*"):
+    for path in list_files(folder, BUILD_PREFIX + "*"):
         newest = max((file.stat().st_mtime for file in path.glob("*/*")), default=path.stat().st_mtime)
         if time.time() - newest > STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _put(built: Path, path: Path) -> None:
-    """Move a finished store to its final path, unless another process has put an intact one there meanwhile."""
+def _move_to_path(build_folder: Path, path: Path) -> None:
+    """Move a finished store to its final path, unless another process has already put an intact one there."""
     try:
-        os.rename(built, path)
+        os.rename(build_folder, path)
     except OSError:  # the path exists
         try:
             open_store(path)
         except DamagedStore:
             with suppress(OSError):  # another process is replacing it too
-                os.rename(path, built.with_name("damaged"))
-                os.rename(built, path)
+                os.rename(path, build_folder.with_name("damaged"))
+                os.rename(build_folder, path)
 
 
 def build_or_open_store(
-    folder: Path, sources: Sequence[SomeSource], data: DataConfig, tokenizer: Any, stage: Stage, workers: int | None
+    folder: Path, sources: Sequence[AnySource], data: DataConfig, tokenizer: Any, stage: Stage, workers: int | None
 ) -> Store:
     """Open the store of these sources and options if an intact one exists, else build it with `workers` processes.
 
-    A second call only reads the sources to hash them, and tokenises nothing. Two processes may build concurrently; if
+    A second call only reads the sources to hash them, and tokenizes nothing. Two processes may build concurrently; if
     several hosts share the folder, let one of them build first.
 
     Raises:
         UserError: a source cannot be read, changes during the build or has no valid row, a row is invalid and its
             handling is `error`, or the folder cannot be written.
     """
-    made_from = _made_from(sources, data, tokenizer, stage)
-    path = folder / _hash(made_from)[:KEY_DIGITS]
+    inputs = _store_inputs(sources, data, tokenizer, stage)
+    path = folder / _hash(inputs)[:KEY_DIGITS]
     if path.exists():
         try:
             return open_store(path)
         except DamagedStore as damage:
             # not the exception: a handler that keeps log records would keep its frames, with every file they have open
-            log.warning("%s; tokenizing again", str(damage))
+            log.warning("%s; tokenizing the data again", str(damage))
     open_sources = [_open_source(source, index, stage) for index, source in enumerate(sources)]
-    log.info("tokenising %d rows into %s", sum(len(source.rows) for source in open_sources), path)
+    log.info("tokenizing %d rows into %s", sum(len(source.rows) for source in open_sources), path)
     job = ConvertJob(data=data, tokenizer=tokenizer, stage=stage)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder, ignore_cleanup_errors=True) as temporary:
+        with tempfile.TemporaryDirectory(prefix=BUILD_PREFIX, dir=folder, ignore_cleanup_errors=True) as temporary:
             build_folder = Path(temporary) / "store"
             build_folder.mkdir()
-            _write(build_folder, open_sources, job, workers, made_from)
-            _check_unchanged(sources, made_from["sources"])
-            _put(build_folder, path)
+            _write(build_folder, open_sources, job, workers, inputs)
+            _check_unchanged(sources, inputs["sources"])
+            _move_to_path(build_folder, path)
     except OSError as error:
-        raise UserError(f"data.store: {folder}: {error}; free some space, or name another folder") from None
+        raise UserError(f"data.store: {folder}: {error}; free some space, or choose another folder") from None
     return open_store(path)
 
 
 def ids_by_source(store: Store, ids: np.ndarray) -> list[np.ndarray]:
-    """Split example ``ids`` (int64, any subset) by source, keeping their order."""
+    """Return one array of example ids (int64) per source: the given ``ids`` of that source, in their order."""
     return [ids[store.sources[ids] == source] for source in range(len(store.report))]
 
 
 def prompt_hash(store: Store, i: int | np.integer) -> bytes:
-    """Return a 16-byte hash of example ``i``'s prompt, or of the whole text if it has no prompt (one token)."""
+    """Return a 16-byte hash of example ``i``'s prompt, or of its whole text if only the first token is its prompt."""
     prompt, answers, _ = store.example(i)
     sequences = [prompt, *answers] if len(answers) == 1 and len(prompt) == 1 else [prompt]
     return hashlib.blake2b(b"".join(ids.tobytes() for ids in sequences), digest_size=16).digest()
@@ -329,7 +330,7 @@ def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarra
             held_out += members
     if fraction and not 0 < len(held_out) < len(store):
         size = f"{fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held_out)}"
-        raise UserError(f"data.eval_fraction: {size}; change it, or name an evaluation set in data.eval")
+        raise UserError(f"data.eval_fraction: {size}; change the fraction, or name an evaluation set in data.eval")
     mask = np.zeros(len(store), bool)
     mask[held_out] = True
     return np.flatnonzero(~mask), np.flatnonzero(mask)

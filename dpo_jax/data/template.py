@@ -16,20 +16,20 @@ from dpo_jax.data.schemas import Example, Messages
 from dpo_jax.errors import UserError, reason
 
 RENDER_SECONDS = 10.0  # limit on the processor time of rendering one conversation
-STRUCTURES_KEPT = 1000
+MAX_CACHED_STRUCTURES = 1000
 
 
-class Refused(Exception):
-    """The chat template fails on this conversation."""
+class RenderError(Exception):
+    """Raised if the chat template fails on a conversation."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """The chat template of a tokenizer, and the date that it gets instead of today's."""
+    """A tokenizer with its chat template, and the date that the template gets instead of today's."""
 
     tokenizer: Any  # a PreTrainedTokenizerBase, whose type annotations are too broad to help
     date: str
-    shown: dict[str, frozenset["_Path"]] = field(default_factory=dict)  # cache of `_shown`, by conversation structure
+    rendered_parts: dict[str, frozenset["_Path"]] = field(default_factory=dict)  # cache, by conversation structure
 
 
 def reads_clock(chat_template: str | dict[str, str] | None) -> bool:
@@ -41,8 +41,8 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
     """Render a conversation as text; `prompt` appends the template's generation prompt.
 
     Raises:
-        Refused: the template fails on these messages, or does not terminate.
-        UserError: there is no template, none for this row, or it is not valid Jinja.
+        RenderError: the template fails on these messages, or does not terminate.
+        UserError: the tokenizer has no template for this row, or the template is not valid Jinja.
     """
     import jinja2
 
@@ -56,26 +56,26 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
             )
         text.encode()  # raises at a lone surrogate, which no tokenizer accepts
     except jinja2.TemplateSyntaxError as error:
-        fault = f"the chat template has a fault in line {error.lineno}: {error.message}"
+        fault = f"the chat template has a syntax error in line {error.lineno}: {error.message}"
         raise UserError(f"row {example.row}: {fault}; fix it, or give another file as data.chat_template") from None
     except Exception as error:  # a template may raise anything
         message = " ".join(str(error).split())[:200] if isinstance(error, jinja2.TemplateError) else ""
-        raise Refused(message or reason(error)) from error
+        raise RenderError(message or reason(error)) from error
     return text
 
 
-def _require_template(chosen: str | dict[str, str] | None, example: Example) -> None:
-    if chosen is None:
-        fault = f"row {example.row}: it holds messages, and the tokenizer has no chat template"
+def _require_template(chat_template: str | dict[str, str] | None, example: Example) -> None:
+    if chat_template is None:
+        fault = f"row {example.row}: the row holds messages, but the tokenizer has no chat template"
         raise UserError(f"{fault}; give a file with one as data.chat_template")
-    with_tools = example.tools is not None and isinstance(chosen, dict) and "tool_use" in chosen
-    if isinstance(chosen, dict) and "default" not in chosen and not with_tools:
-        several = f"the tokenizer has several chat templates and no default: {', '.join(sorted(chosen))}"
-        raise UserError(f"row {example.row}: {several}; name one of them as data.chat_template")
+    with_tools = example.tools is not None and isinstance(chat_template, dict) and "tool_use" in chat_template
+    if isinstance(chat_template, dict) and "default" not in chat_template and not with_tools:
+        fault = f"the tokenizer has several chat templates and no default: {', '.join(sorted(chat_template))}"
+        raise UserError(f"row {example.row}: {fault}; name one of them as data.chat_template")
 
 
 def _set_clock(template: Template, example: Example) -> None:
-    """Replace the clock of this row's template by a function of the configured date."""
+    """Make the template of this row read the configured date instead of the clock."""
     text = template.tokenizer.get_chat_template(tools=example.tools)
     if reads_clock(text):
         # apply_chat_template uses this same object, cached by template text, and passes only plain data to a template
@@ -115,39 +115,42 @@ def missing_part(template: Template, example: Example, messages: Messages, text:
     inserted at once first: which of them appear depends on roles, not on words, so the result is cached by structure.
     """
     parts = dict(_parts(messages))
-    shown = _shown(template, example, messages, parts)
-    if shown.issuperset(parts):
+    rendered_parts = _rendered_parts(template, example, messages, parts)
+    if rendered_parts.issuperset(parts):
         return None
     for path, value in parts.items():
-        if path in shown:
+        if path in rendered_parts:
             continue
         marked_messages = _replaced(messages, path, _marker(0, value))
         try:
             refusal = "" if render(template, example, marked_messages) == text else None
-        except Refused as refused:
-            refusal = f": with other text in its place the template fails: {refused}"
+        except RenderError as error:
+            refusal = f": with other text in its place the template fails: {error}"
         if refusal is not None:
-            index, what = int(path[0]), " ".join(map(str, path[1:]))
-            return f"{what} of message {index} ({messages[index]['role']}) is not in the rendered conversation{refusal}"
+            index, part = int(path[0]), " ".join(map(str, path[1:]))
+            return f"{part} of message {index} ({messages[index]['role']}) is not in the rendered conversation{refusal}"
     return None
 
 
-def _shown(template: Template, example: Example, messages: Messages, parts: dict[_Path, Any]) -> frozenset[_Path]:
+def _rendered_parts(
+    template: Template, example: Example, messages: Messages, parts: dict[_Path, Any]
+) -> frozenset[_Path]:
     """Return the parts whose markers appear in the rendering when all parts are replaced by markers at once."""
     markers = {path: _marker(number, value) for number, (path, value) in enumerate(parts.items())}
     marked_messages = messages
     for path, marker in markers.items():
         marked_messages = _replaced(marked_messages, path, marker)
     structure = repr((marked_messages, example.tools, example.template_kwargs))
-    if structure not in template.shown:
-        if len(template.shown) == STRUCTURES_KEPT:
-            template.shown.clear()
+    cache = template.rendered_parts
+    if structure not in cache:
+        if len(cache) == MAX_CACHED_STRUCTURES:
+            cache.clear()
         try:
             text = render(template, example, marked_messages)
-        except Refused:
+        except RenderError:
             text = ""
-        template.shown[structure] = frozenset(path for n, path in enumerate(markers) if _marker(n, "") in text)
-    return template.shown[structure]
+        cache[structure] = frozenset(path for n, path in enumerate(markers) if _marker(n, "") in text)
+    return cache[structure]
 
 
 def _parts(messages: Messages) -> Iterator[tuple[_Path, Any]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_jax.config import NUM_ANSWERS, DataConfig, Stage
 from dpo_jax.data.schemas import Example, Messages, Problem, common_prefix
-from dpo_jax.data.template import Refused, Template, missing_part, render
+from dpo_jax.data.template import RenderError, Template, missing_part, render
 from dpo_jax.data.tokenizer import added_around
 from dpo_jax.errors import UserError, from_outside
 
@@ -46,35 +46,35 @@ Tokenize = Callable[[Example], TokenizedExample | Problem]
 def make_tokenize(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", stage: Stage) -> Tokenize:
     """Return a picklable function that tokenizes examples as `data` configures.
 
-    For a row to drop or refuse it returns the ``Problem``; the caller, who knows the name of the source, raises.
+    The function returns a ``Problem`` for an invalid row; its caller decides whether to drop the row or to raise.
 
     Raises:
         UserError: a row needs a chat template or an EOS token that the tokenizer lacks.
     """
-    _, after = added_around(tokenizer)
-    coder = _Coder(data, tokenizer, Template(tokenizer, data.template_date), after)
+    _, suffix_ids = added_around(tokenizer)
+    coder = _Coder(data, tokenizer, Template(tokenizer, data.template_date), suffix_ids)
     return partial(_tokenize, coder, NUM_ANSWERS[stage])
 
 
 @dataclass(frozen=True)
 class _Coder:
-    """The tokenizer, its chat template, and the ids that it appends to every text."""
+    """The data options, the tokenizer, its chat template, and the ids that the tokenizer appends to every text."""
 
     data: DataConfig
     tokenizer: Any  # a PreTrainedTokenizerBase, whose type annotations are too broad to help
     template: Template
-    after: list[int]
+    suffix_ids: list[int]
 
 
 def _encode(coder: _Coder, row: int, texts: Sequence[str], special: bool) -> list[list[int]]:
-    """Encode texts with at most one leading BOS, and without the ids that the tokenizer appends itself."""
+    """Encode texts with at most one leading BOS, and without the ids that the tokenizer appends to every text."""
     with from_outside(f"row {row}: the tokenizer cannot encode the text", "remove the row, or set model.tokenizer"):
         encoded = coder.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
-    bos, num_after = coder.tokenizer.bos_token_id, len(coder.after) if special else 0
-    return [_one_bos(ids[: len(ids) - num_after], bos) for ids in encoded["input_ids"]]
+    bos, suffix_length = coder.tokenizer.bos_token_id, len(coder.suffix_ids) if special else 0
+    return [_drop_extra_bos(ids[: len(ids) - suffix_length], bos) for ids in encoded["input_ids"]]
 
 
-def _one_bos(ids: list[int], bos: int | None) -> list[int]:
+def _drop_extra_bos(ids: list[int], bos: int | None) -> list[int]:
     """Remove duplicate leading BOS ids: the tokenizer adds one to a text that already starts with one."""
     num_extra = 0
     while bos is not None and ids[num_extra : num_extra + 2] == [bos, bos]:
@@ -83,7 +83,7 @@ def _one_bos(ids: list[int], bos: int | None) -> list[int]:
 
 
 def _with_eos(coder: _Coder, ids: list[int], row: int) -> list[int]:
-    """Append EOS to the ids of a plain text, unless it is there already or data.append_eos is false."""
+    """Append EOS to the ids of a plain text, unless they already end with it or data.append_eos is false."""
     eos = coder.tokenizer.eos_token_id
     if not coder.data.append_eos:
         return ids
@@ -105,12 +105,12 @@ class _Pieces:
 def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExample | Problem:
     assert len(example.answers) == num_answers, f"{len(example.answers)} answers, the stage has {num_answers}"
     try:
-        pieces = _whole(coder, example) if example.prompt is None else _prompted(coder, example)
-    except Refused as refused:
-        return Problem(example.row, "template_refused", str(refused))
+        pieces = _tokenize_whole(coder, example) if example.prompt is None else _tokenize_prompted(coder, example)
+    except RenderError as error:
+        return Problem(example.row, "template_refused", str(error))
     if isinstance(pieces, Problem):
         return pieces
-    pieces = _truncated(coder, example, pieces)
+    pieces = _truncate(coder, example, pieces)
     if isinstance(pieces, Problem):
         return pieces
     notes = pieces.notes
@@ -126,14 +126,14 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
     return TokenizedExample(example.row, prompt, answers, targets, example.weight, notes, rendered)
 
 
-def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
+def _tokenize_prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
     """Split at the longest common token prefix of the encoded prompt and every encoded prompt + answer."""
     row, notes = example.row, ()
     prompt: Any = example.prompt
     answers: Any = example.answers
     if isinstance(prompt, str):
         prompt_ids, *full = _encode(coder, row, [prompt, *(prompt + answer for answer in answers)], special=True)
-        ended = [_with_eos(coder, ids, row) for ids in full]
+        full_with_eos = [_with_eos(coder, ids, row) for ids in full]
     else:
         prompt_text = render(coder.template, example, prompt, prompt=True)
         texts = [render(coder.template, example, prompt + answer) for answer in answers]
@@ -148,7 +148,7 @@ def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
             if coder.data.invalid_rows.template_not_prefix != "repair":
                 return notes[0]
         prompt_ids, *full = _encode(coder, row, [prompt_text, *texts], special=False)
-        ended = full
+        full_with_eos = full
     size = min(common_prefix(prompt_ids, ids) for ids in full)
     if size == 0:
         return Problem(row, "empty_prompt", "no token comes before the answers")
@@ -157,16 +157,16 @@ def _prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
     if size < len(prompt_ids) and not notes:
         merged = coder.tokenizer.decode(prompt_ids[size:])
         notes = (Problem(row, "straddling_token", f"the end of the prompt, {merged!r}, merges with an answer"),)
-    return _Pieces(prompt_ids[:size], [ids[size:] for ids in ended], notes=notes)
+    return _Pieces(prompt_ids[:size], [ids[size:] for ids in full_with_eos], notes=notes)
 
 
-def _whole(coder: _Coder, example: Example) -> _Pieces | Problem:
+def _tokenize_whole(coder: _Coder, example: Example) -> _Pieces | Problem:
     """Tokenize a text, learned except for its first token, or a conversation, whose assistant turns are learned."""
     answer: Any = example.answers[0]
     if isinstance(answer, str):
         (ids,) = _encode(coder, example.row, [answer], special=True)
         ids = _with_eos(coder, ids, example.row)
-        return _parted(ids, [True] * len(ids)) or Problem(example.row, "empty_answer", "the text is a single token")
+        return _split_ids(ids, [True] * len(ids)) or Problem(example.row, "empty_answer", "the text is a single token")
     text = render(coder.template, example, answer)
     omission = missing_part(coder.template, example, answer, text)
     if omission is not None:
@@ -183,13 +183,13 @@ def _whole(coder: _Coder, example: Example) -> _Pieces | Problem:
     learned = [False] * len(ids)
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
         learned[start:end] = [True] * (end - start)
-    pieces = _parted(ids, learned)
+    pieces = _split_ids(ids, learned)
     if pieces is None:
         return Problem(example.row, "empty_answer", "no assistant message that is learned follows another message")
     return replace(pieces, notes=notes)
 
 
-def _parted(ids: list[int], learned: list[bool]) -> _Pieces | None:
+def _split_ids(ids: list[int], learned: list[bool]) -> _Pieces | None:
     """Split before the first learned token and drop all tokens after the last one; None if no token is learned.
 
     The first token is never learned, because no token precedes it.
@@ -239,51 +239,39 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
     return spans, () if changed_index is None else (_not_prefix(example.row, detail),)
 
 
-def _truncated(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Problem:
+def _truncate(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Problem:
     """Truncate so that the prompt and its longest answer have max_length tokens; the answers share one prompt."""
     limit, invalid_rows = coder.data.max_length, coder.data.invalid_rows
     length = len(pieces.prompt) + max(map(len, pieces.answers))
     if length <= limit:
         return pieces
-    too_long = Problem(example.row, "too_long", f"{length} tokens, max_length is {limit}")
+    too_long = Problem(example.row, "too_long", f"{length} tokens, but max_length is {limit}")
     if invalid_rows.too_long != "truncate":
         return too_long
-    cut = _CUTS[coder.data.truncation, bool(pieces.learned)](pieces, limit, coder.tokenizer.bos_token_id)
-    if cut is None:
-        cause = "the prompt fills it" if coder.data.truncation == "keep_start" else "the answer fills it"
-        return replace(too_long, detail=f"{too_long.detail}, and {cause}")
-    return replace(cut, notes=(*pieces.notes, too_long))
+    truncated = _cut(pieces, limit, coder.tokenizer.bos_token_id, coder.data.truncation == "keep_end")
+    if truncated is None:
+        cause = "the prompt" if coder.data.truncation == "keep_start" else "the answer"
+        return replace(too_long, detail=f"{too_long.detail}, and {cause} alone fills it")
+    return replace(truncated, notes=(*pieces.notes, too_long))
 
 
-def _cut_answers(pieces: _Pieces, limit: int, bos: int | None) -> _Pieces | None:
-    room = limit - len(pieces.prompt)
-    return replace(pieces, answers=[answer[:room] for answer in pieces.answers]) if room > 0 else None
-
-
-def _cut_prompt(pieces: _Pieces, limit: int, bos: int | None) -> _Pieces | None:
-    """Cut the start of the prompt but keep a leading BOS, because models rely on it."""
-    room = limit - max(map(len, pieces.answers))
-    return replace(pieces, prompt=_tail(pieces.prompt, pieces.prompt, room, bos)) if room > 0 else None
+def _cut(pieces: _Pieces, limit: int, bos: int | None, keep_end: bool) -> _Pieces | None:
+    """Cut pieces to ``limit`` tokens; None if no answer token is left. A leading BOS is kept, as models rely on it."""
+    prompt, answers = pieces.prompt, pieces.answers
+    if pieces.learned:  # the example has no separate prompt
+        ids, learned = prompt + answers[0], pieces.learned
+        if keep_end:
+            return _split_ids(_tail(ids, ids, limit, bos), _tail(learned, ids, limit, bos))
+        return _split_ids(ids[:limit], learned[:limit])
+    room = limit - (max(map(len, answers)) if keep_end else len(prompt))
+    if room <= 0:
+        return None
+    if keep_end:
+        return replace(pieces, prompt=_tail(prompt, prompt, room, bos))
+    return replace(pieces, answers=[answer[:room] for answer in answers])
 
 
 def _tail(items: list, ids: list[int], size: int, bos: int | None) -> list:
     """Return `size` items: that of a leading BOS, if there is one, and the last ones."""
     head = 1 if ids[0] == bos else 0
     return items[:head] + items[len(items) - (size - head) :]
-
-
-def _cut_end(pieces: _Pieces, limit: int, bos: int | None) -> _Pieces | None:
-    return _parted((pieces.prompt + pieces.answers[0])[:limit], pieces.learned[:limit])
-
-
-def _cut_start(pieces: _Pieces, limit: int, bos: int | None) -> _Pieces | None:
-    ids = pieces.prompt + pieces.answers[0]
-    return _parted(_tail(ids, ids, limit, bos), _tail(pieces.learned, ids, limit, bos))
-
-
-_CUTS = {  # (data.truncation, whether the example has no separate prompt) -> function
-    ("keep_start", False): _cut_answers,
-    ("keep_end", False): _cut_prompt,
-    ("keep_start", True): _cut_end,
-    ("keep_end", True): _cut_start,
-}

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 256  # texts made of a tokenizer's vocabulary, used to probe its behaviour
-TOKENS_A_SAMPLE = 4
+SAMPLES = 256  # texts made of a tokenizer's vocabulary, used to probe its behavior
+TOKENS_PER_SAMPLE = 4
 
 
 def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a directory or hub name; Python files in its repository are never run.
 
-    ``revision``: branch, tag or commit of a hub name. ``chat_template``: a file, or the name of one of its own.
+    ``revision``: branch, tag or commit of a hub name. ``chat_template``: a file, or the name of one of its templates.
 
     Raises:
         UserError: there is no such tokenizer or template.
@@ -39,26 +39,26 @@ def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -
         missing = f"the special token {token!r} is not in the vocabulary"
         raise UserError(f"{path}: {missing}; correct it, or set model.tokenizer to another")
     _compare_with_file(tokenizer, path, revision)
-    tokenizer.chat_template = _chosen_template(path, tokenizer.chat_template, chat_template)
+    tokenizer.chat_template = _select_template(path, tokenizer.chat_template, chat_template)
     return tokenizer
 
 
-def _chosen_template(path: str, brought: Any, chosen: str | None) -> str | dict[str, str] | None:
-    """Return the chosen template's text, or the tokenizer's own template (a dict if it has several), or None."""
-    templates = brought if isinstance(brought, dict) else {}
-    if not all(isinstance(text, str) for text in (templates.values() if templates else [brought or ""])):
+def _select_template(path: str, default: Any, choice: str | None) -> str | dict[str, str] | None:
+    """Return the text of the chosen template, or else the tokenizer's default: a text, a dict of several, or None."""
+    templates = default if isinstance(default, dict) else {}
+    if not all(isinstance(text, str) for text in (templates.values() if templates else [default or ""])):
         remedy = "correct it, or give a file as data.chat_template"
-        raise UserError(f"{path}: chat_template is not text: {shown(brought)}; {remedy}")
-    if chosen is None:
-        return brought or None
-    if chosen in templates:
-        return templates[chosen]
+        raise UserError(f"{path}: chat_template is not text: {shown(default)}; {remedy}")
+    if choice is None:
+        return default or None
+    if choice in templates:
+        return templates[choice]
     try:
-        return Path(chosen).read_text(encoding="utf-8")
+        return Path(choice).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        choice = f"; the tokenizer's own templates are {', '.join(sorted(templates))}" if templates else ""
-        fault = f"{chosen!r} cannot be read: {reason(error)}"
-        raise UserError(f"data.chat_template: {fault}: give a file, relative to {Path.cwd()}{choice}") from None
+        choices_text = f"; the tokenizer has the templates {', '.join(sorted(templates))}" if templates else ""
+        fault = f"{choice!r} cannot be read: {reason(error)}"
+        raise UserError(f"data.chat_template: {fault}: give a file, relative to {Path.cwd()}{choices_text}") from None
 
 
 def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
@@ -83,8 +83,8 @@ def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
         expected = file_tokenizer.encode(text, add_special_tokens=False).tokens
         if actual != expected:
             loaded = f"transformers loads it as {type(tokenizer).__name__}, which splits {text!r} into {actual}"
-            remedy = "if that is right, copy it without config.json to another folder and give that as model.tokenizer"
-            log.warning("%s: %s, and tokenizer.json says %s; %s", path, loaded, expected, remedy)
+            remedy = "if the file is right, copy it without config.json to a folder and give that as model.tokenizer"
+            log.warning("%s: %s, but tokenizer.json into %s; %s", path, loaded, expected, remedy)
             return
 
 
@@ -99,7 +99,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}  # templates may write these
     splits = getattr(tokenizer, "split_special_tokens", False)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids), roles, splits]
-    probes = [_ids(tokenizer, text, special=True) for text in vocabulary_texts(tokenizer)]  # behaviour not in any file
+    probes = [_ids(tokenizer, text, special=True) for text in vocabulary_texts(tokenizer)]  # behavior not in any file
     identity = [state, added_tokens, special, tokenizer.chat_template, probes]
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -107,15 +107,15 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids that a tokenizer adds before and after every text.
 
-    They are detected on a text made of the tokenizer's vocabulary that contains none of them itself.
+    They are detected on a text made of vocabulary entries that contains none of these ids itself.
 
     Raises:
         UserError: the tokenizer adds tokens in another way, or encodes no text at all.
     """
-    bare, added = (_ids(tokenizer, "", special) or [] for special in (False, True))
+    empty_ids, added_ids = (_ids(tokenizer, "", special) or [] for special in (False, True))
     for text in vocabulary_texts(tokenizer):
         ids, full = (_ids(tokenizer, text, special) or [] for special in (False, True))
-        if not ids or not set(ids).isdisjoint(added) or len(full) - len(ids) != len(added) - len(bare):
+        if not ids or not set(ids).isdisjoint(added_ids) or len(full) - len(ids) != len(added_ids) - len(empty_ids):
             continue
         for start in range(len(full) - len(ids) + 1):
             if full[start : start + len(ids)] == ids:
@@ -134,7 +134,7 @@ def vocabulary_texts(tokenizer: Any) -> Iterator[str]:
     ids = sorted(index for index in tokenizer.get_vocab().values() if index not in special)
     step = max(1, len(ids) // SAMPLES)
     for start in islice(range(0, len(ids), step), SAMPLES):
-        yield tokenizer.decode(ids[start : start + TOKENS_A_SAMPLE])
+        yield tokenizer.decode(ids[start : start + TOKENS_PER_SAMPLE])
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int] | None:

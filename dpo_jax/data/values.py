@@ -1,4 +1,4 @@
-"""Convert untrusted values of a row to text, JSON objects and chat messages, or raise ``BadRow``.
+"""Convert the untrusted values of a row to text, JSON objects and chat messages, or raise ``BadRow``.
 
 Messages are dicts with `role` and `content`, as chat templates expect. Nothing here depends on schemas.
 """
@@ -15,7 +15,7 @@ MAX_NESTING = 100  # levels of lists and objects; more could overflow the stack 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # role names in ShareGPT files
 _ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 _CALL_ROLE = "function_call"  # role of a ShareGPT turn whose text is the JSON of a tool call
-_LEARNED_BY = ("weight", "loss_weight", "train", "training")  # keys of a message in other trainers' formats
+_WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")  # keys of a message in other trainers' formats
 
 
 class BadRow(Exception):
@@ -44,15 +44,15 @@ def read_json(text: str | bytes) -> Any:
     return value
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return a short one-line ``repr`` of a value for messages."""
     return "absent or null" if value is None else errors.shown(value)
 
 
 def text(name: str, value: object) -> str:
-    """Return a value that must be text; raises ``BadRow`` if it is not, or has a lone surrogate."""
+    """Return a text value unchanged; raise ``BadRow`` if it is not text or contains a lone surrogate."""
     if not isinstance(value, str):
-        raise BadRow("missing_field", f"{name} is {shown(value)}, not text")
+        raise BadRow("missing_field", f"{name} is {short_repr(value)}, not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -67,14 +67,14 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _from_text(name: str, value: Any) -> Any:
+def _parse_json_text(name: str, value: Any) -> Any:
     """Parse a value that is JSON text, keeping its nulls, which are intentional there; None for empty text."""
     if not isinstance(value, str):
         return value
     try:
         return read_json(value) if value.strip() else None
     except ValueError as error:
-        raise BadRow("missing_field", f"{name} is text that is not JSON ({error}): {shown(value)}") from None
+        raise BadRow("missing_field", f"{name} is text that is not JSON ({error}): {short_repr(value)}") from None
 
 
 def _check_characters(name: str, value: Any) -> None:
@@ -87,7 +87,7 @@ def _check_characters(name: str, value: Any) -> None:
 
 
 def number(value: Any) -> float | None:
-    """Convert a number, or text of one as in CSV files, to float; None if it is neither, or too large."""
+    """Convert a number, or its text as in CSV files, to float; None if the value is not a number or too large."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -97,30 +97,30 @@ def number(value: Any) -> float | None:
 
 
 def json_object(name: str, value: Any) -> dict | None:
-    """Return an object given as such or as JSON text; None if absent or empty."""
-    value = _from_text(name, value)
+    """Return a JSON object as a dict; it may be given as JSON text. None if absent or empty."""
+    value = _parse_json_text(name, value)
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise BadRow("missing_field", f"{name} is {shown(value)}, not an object")
+        raise BadRow("missing_field", f"{name} is {short_repr(value)}, not an object")
     _check_characters(name, value)
     return dict(value) or None
 
 
 def json_objects(name: str, value: Any) -> list[dict] | None:
-    """Return a list of objects; the value may be one object, and it or its items may be JSON text. None if empty."""
-    value = _from_text(name, value)
+    """Return a list of JSON objects, given as a list or one object, either possibly as JSON text; None if empty."""
+    value = _parse_json_text(name, value)
     if value is None:
         return None
     if isinstance(value, Mapping):
         value = [value] if value else []
     if not isinstance(value, list | tuple):
-        raise BadRow("missing_field", f"{name} is {shown(value)}, not a list of objects")
+        raise BadRow("missing_field", f"{name} is {short_repr(value)}, not a list of objects")
     objects = []
     for index, item in enumerate(value):
         parsed = json_object(f"{name}[{index}]", item)
         if parsed is None:
-            raise BadRow("missing_field", f"{name}[{index}] is {shown(item)}, not an object")
+            raise BadRow("missing_field", f"{name}[{index}] is {short_repr(item)}, not an object")
         objects.append(parsed)
     return objects or None
 
@@ -137,9 +137,9 @@ def _content(name: str, value: object) -> str:
 
 
 def _tool_call(name: str, call: dict) -> dict:
-    """Return a tool call with its arguments parsed to an object, which templates write as JSON."""
+    """Return a tool call with its arguments parsed to an object, as chat templates expect."""
     if "function" not in call and "name" not in call:
-        raise BadRow("missing_field", f"{name} is {shown(call)}, which names no function")
+        raise BadRow("missing_field", f"{name} is {short_repr(call)}, which names no function")
     if "function" not in call:
         return call | {"arguments": json_object(f"{name} arguments", call.get("arguments")) or {}}
     function = json_object(f"{name} function", call["function"])
@@ -159,16 +159,16 @@ def _calls(name: str, value: object) -> list[dict]:
 
 def _is_learned(name: str, message: dict) -> bool:
     """Return whether an assistant message is learned or only read, and remove the keys that state it."""
-    flags = {key: message.pop(key) for key in _LEARNED_BY if key in message}
+    flags = {key: message.pop(key) for key in _WEIGHT_KEYS if key in message}
     for key, value in flags.items():
         if number(value) not in (0, 1) and not isinstance(value, bool):
-            raise BadRow("missing_field", f"{name} {key} is {shown(value)}: give 1 to learn the message, 0 not to")
+            raise BadRow("missing_field", f"{name} {key} is {short_repr(value)}: give 1 to learn the message, else 0")
     return all(value is True or number(value) == 1 for value in flags.values())
 
 
 def _message(name: str, value: object) -> dict:
     if not isinstance(value, Mapping):
-        raise BadRow("missing_field", f"{name} is {shown(value)}, not a message")
+        raise BadRow("missing_field", f"{name} is {short_repr(value)}, not a message")
     message: dict[str, Any] = {key: item for key, item in value.items() if item is not None}
     learned = _is_learned(name, message)
     if "role" not in message and "from" in message:
@@ -195,7 +195,7 @@ def messages(name: str, value: object) -> Messages:
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list | tuple):
-        raise BadRow("missing_field", f"{name} is {shown(value)}, not a list of messages")
+        raise BadRow("missing_field", f"{name} is {short_repr(value)}, not a list of messages")
     return [_message(f"{name}[{index}]", message) for index, message in enumerate(value)]
 
 
@@ -205,5 +205,5 @@ def answer(name: str, value: object) -> Messages:
 
 
 def is_messages(value: object) -> bool:
-    """Return whether a value represents messages rather than text."""
+    """Return whether a value holds chat messages rather than text."""
     return isinstance(value, list | tuple | Mapping)

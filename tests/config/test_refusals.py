@@ -106,7 +106,7 @@ BAD_DATA = [
         "--data.train pairs.tsv",
         "pairs.tsv: unknown suffix '.tsv'; use",
     ),
-    ("empty", partial(write, "pairs.jsonl", "\n"), "", "pairs.jsonl: it holds no rows; name a source that has some"),
+    ("empty", partial(write, "pairs.jsonl", "\n"), "", "pairs.jsonl: the source has no rows; give one that has some"),
     (
         "not JSON",
         partial(write, "pairs.jsonl", lines_of(ROWS) + "{oops\n"),
@@ -119,7 +119,7 @@ BAD_DATA = [
         "",
         "pairs.jsonl, line 9: not JSON: ",
     ),
-    ("no object", partial(rows, [1, 2]), "", "pairs.jsonl, line 9: a list, not an object with columns"),
+    ("no object", partial(rows, [1, 2]), "", "pairs.jsonl, line 9: got list, expected a JSON object"),
     (
         "list cut short",
         partial(write, "pairs.json", json.dumps(ROWS)[:-9]),
@@ -136,7 +136,7 @@ BAD_DATA = [
         "unknown columns",
         partial(write, "pairs.jsonl", lines_of([{"question": "a", "good": "b"}])),
         "",
-        "pairs.jsonl: columns ['good', 'question'] fit no schema of dpo;  ... {chosen: COLUMN, prompt: question",
+        "pairs.jsonl: columns ['good', 'question'] match no schema of dpo;  ... {chosen: COLUMN, prompt: question",
     ),
     (
         "no such column",
@@ -160,13 +160,13 @@ BAD_DATA = [
         "nothing left",
         partial(write, "pairs.jsonl", lines_of([{**PAIR, "rejected": PAIR["chosen"]}])),
         "",
-        "pairs.jsonl: none of its 1 rows can be used:  ... equal_answers",
+        "pairs.jsonl: none of its 1 rows is valid:  ... equal_answers",
     ),
     (
         "no chat template",
         partial(write, "pairs.jsonl", lines_of([TALK])),
         "",
-        "pairs.jsonl, row 0: it holds messages, and the tokenizer has no chat template; give a file with one as ",
+        "pairs.jsonl, row 0: the row holds messages, but the tokenizer has no chat template; give a file with one as ",
     ),
     (
         "no template file",
@@ -184,13 +184,13 @@ BAD_DATA = [
         "template with a fault",
         partial(talk_with_template, "{% if %}"),
         "--data.chat_template t.jinja",
-        "pairs.jsonl, row 0: the chat template has a fault in line 1: ... data.chat_template",
+        "pairs.jsonl, row 0: the chat template has a syntax error in line 1: ... data.chat_template",
     ),
     (
         "none held out",
         nothing,
         "--data.eval_fraction 0.01",
-        "data.eval_fraction: 0.01 of 8 examples (8 prompts) holds out 0; change it",
+        "data.eval_fraction: 0.01 of 8 examples (8 prompts) holds out 0; change the fraction",
     ),
     ("evaluation set", nothing, "--data.eval.dev dev.jsonl", "dev.jsonl: there is no such file"),
     (

@@ -218,7 +218,7 @@ CHAT = {"prompt": [Q], "chosen": [A], "rejected": [B]}
         ({"chosen": [A], "rejected": [B]}, "empty_prompt", "no message"),
         ({"chosen": [Q], "rejected": [Q, B]}, "empty_answer", "does not end with an assistant message"),
         ({"chosen": [Q, A, Q, A], "rejected": [Q, B, Q, B]}, "prompts_differ", "['assistant', 'user', 'assistant']"),
-        ({"chosen": [Q, A], "rejected": [user("r"), B]}, "prompts_differ", "after 0 message(s)"),
+        ({"chosen": [Q, A], "rejected": [user("r"), B]}, "prompts_differ", "after 0 prompt message(s)"),
         ({"prompt": "z", "chosen": [Q, A], "rejected": [Q, B]}, "prompts_differ", "not in the conversation: 'z'"),
         (CHAT | {"chosen": [A, user("more"), A]}, "prompts_differ", "['assistant', 'user', 'assistant']"),
         ({"chosen": "\n\nHuman: h\n\nAssistant: a", "rejected": "\n\nHuman: i\n\nAssistant: b"}, "prompts_differ",
@@ -346,8 +346,8 @@ def test_a_role_that_is_no_text_is_found_in_its_row():
             ["question", "answer"],
             "dpo",
             (
-                ": set columns: {chosen: COLUMN, prompt: question, rejected: COLUMN}, with the file's name for COLUMN; "
-                "if it has none, add that column"
+                ": set columns: {chosen: COLUMN, prompt: question, rejected: COLUMN}; replace COLUMN by "
+                "its name in the file, or add the column"
             ),
         ),
         (
@@ -370,7 +370,7 @@ def test_a_role_that_is_no_text_is_found_in_its_row():
     ],
 )
 def test_unknown_columns_name_the_nearest_layout_and_the_renames_that_reach_it(columns, stage, remedy):
-    with pytest.raises(UserError, match=re.escape(f"columns {sorted(columns)} fit no schema of {stage}; ")) as caught:
+    with pytest.raises(UserError, match=re.escape(f"columns {sorted(columns)} match no schema of {stage}; ")) as caught:
         parser_of("auto", columns, [], stage)
     assert str(caught.value).endswith(remedy)
 
@@ -378,11 +378,11 @@ def test_unknown_columns_name_the_nearest_layout_and_the_renames_that_reach_it(c
 def test_a_prompt_is_never_guessed():
     """Two texts may share their start by chance: another column with text could be the prompt."""
     row = {"system": "s", "question": "q", "chosen": "It is a.", "rejected": "It is b."}
-    with pytest.raises(UserError, match="no column is named prompt") as caught:
+    with pytest.raises(UserError, match="there is no column named prompt") as caught:
         parse(row)
     assert str(caught.value).endswith(
-        "name it, such as columns: {prompt: question} (or {instruction: question}, which puts system first); "
-        "schema: implicit_prompt, if both texts begin with it"
+        "name the prompt column, such as columns: {prompt: question} (or {instruction: question}, which puts system "
+        "first); schema: implicit_prompt, if both texts begin with it"
     )
     assert parse(row, schema="implicit_prompt") == Example(7, "It is", (" a.", " b."))
     chosen, rejected = assistant(row["chosen"]), assistant(row["rejected"])
@@ -394,7 +394,7 @@ def test_a_prompt_is_never_guessed():
         assert parse(renamed) == Example(7, prompt, answers)
     for row, stage, message in [
         ({"question": "q", "chosen": [A], "rejected": [B]}, "dpo", "such as columns: {prompt: question}"),
-        ({"chosen": "a b", "rejected": "a c"}, "sft", "columns: {text: chosen} learns all of it"),
+        ({"chosen": "a b", "rejected": "a c"}, "sft", "to train on all of it, set columns: {text: chosen}"),
         ({"chosen": json.dumps([Q, A]), "rejected": json.dumps([Q, B])}, "dpo", "chosen is JSON text of messages"),
     ]:
         with pytest.raises(UserError, match=re.escape(message)):

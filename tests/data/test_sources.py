@@ -103,7 +103,7 @@ def test_csv_is_text_in_every_cell(tmp_path):
 def test_a_damaged_or_cut_compressed_file_is_never_a_shorter_one(tmp_path):
     source = write_source(tmp_path, "lines.jsonl.gz")
     Path(source.path).write_bytes(Path(source.path).read_bytes()[:-6])
-    with pytest.raises(UserError, match="replace it if it is damaged"):
+    with pytest.raises(UserError, match="replace the file if it is damaged"):
         load_rows(source)
 
 
@@ -163,9 +163,9 @@ def test_a_dataset_in_hand():
     [
         ("absent.jsonl", None, "there is no such file; the working directory is"),
         ("not/a/hub/name", None, "no such file or folder, and it is not the name of a hub set"),
-        ("empty.jsonl", b"\n \n", "it holds no rows"),
-        ("empty.json", b"", "it holds no rows"),
-        ("empty_list.json", b"[]", "it holds no rows"),
+        ("empty.jsonl", b"\n \n", "the source has no rows"),
+        ("empty.json", b"", "the source has no rows"),
+        ("empty_list.json", b"[]", "the source has no rows"),
         (
             "rows.tsv",
             b"a\tb\n",
@@ -176,18 +176,18 @@ def test_a_dataset_in_hand():
         ("deep.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 2: .* more than 100 deep"),
         ("deep.json", b"[" * 100_000, "more than 100 deep"),
         ("digits.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "line 1: not JSON: Exceeds the limit"),
-        ("broken.jsonl.gz", b"no gzip", "damaged; it is decompressed into"),
-        ("broken.jsonl.zst", b"no zstd", "damaged; it is decompressed into"),
-        ("names.csv", b"a,a\n1,2\n", r"two of its columns have the same name: \['a', 'a'\]"),
-        ("cells.csv", b"a,b\n1,2\n\n3,4,5\n", "line 4: 3 cells, the first line names 2 columns"),
+        ("broken.jsonl.gz", b"no gzip", "damaged, or free space in"),
+        ("broken.jsonl.zst", b"no zstd", "damaged, or free space in"),
+        ("names.csv", b"a,a\n1,2\n", r"two columns have the same name: \['a', 'a'\]"),
+        ("cells.csv", b"a,b\n1,2\n\n3,4,5\n", "line 4: 3 cells, but the first line names 2 columns"),
         ("quotes.csv", b'a,b\n"1,2\n', "unexpected end of data"),
         ("latin.csv", b"a,b\n1,\xe9\n", "can't decode byte"),
-        ("header.csv", b"a,b\n", "it holds no rows"),
+        ("header.csv", b"a,b\n", "the source has no rows"),
         ("broken.jsonl", b'{"a": 1}\n\n{"a": \n{"a": 2}\n', "line 3: not JSON"),
         ("latin.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', "line 2: not JSON"),
-        ("numbers.jsonl", b'{"a": 1}\n2\n', "line 2: a int, not an object"),
+        ("numbers.jsonl", b'{"a": 1}\n2\n', "line 2: got int, expected a JSON object"),
         ("broken.json", b'[{"a": 1},', "not JSON"),
-        ("numbers.json", b'[{"a": 1}, 2]', "item 1 of its list: a int, not an object"),
+        ("numbers.json", b'[{"a": 1}, 2]', "item 1 of the list: got int, expected a JSON object"),
         ("broken.parquet", b"no table", "it must be a readable parquet file"),
     ],
 )
@@ -211,7 +211,7 @@ def test_options_that_a_source_does_not_heed_are_refused(tmp_path, option):
 
 
 def test_a_saved_set_has_no_splits(tmp_path):
-    with pytest.raises(UserError, match="split: 'test': the folder holds one set"):
+    with pytest.raises(UserError, match="split: 'test': the folder has no splits"):
         load_rows(SourceConfig(path=write_source(tmp_path, "saved").path, split="test"))
 
 
@@ -238,7 +238,7 @@ def test_a_hub_set_that_cannot_be_reached():
         "except UserError as error: print(error)",
         HF_HUB_OFFLINE="1",
     )
-    assert out.startswith("nobody/no-such-set: no such file or folder here, and the hub set cannot be loaded: ")
+    assert out.startswith("nobody/no-such-set: there is no such file or folder, and the hub set cannot be loaded: ")
     assert out.count("\n") == 1
 
 
@@ -296,7 +296,7 @@ def test_tfds_that_cannot_be_read(tfds_dir, tmp_path):
         load_rows(SourceConfig(path="tfds:pairs", data_dir=str(tfds_dir), split="val"))
     with pytest.raises(UserError, match="tfds:no_such_set: TFDS cannot open it: Dataset no_such_set not found"):
         load_rows(SourceConfig(path="tfds:no_such_set", data_dir=str(tfds_dir)))
-    with pytest.raises(UserError, match="holds the set 'pairs'"):
+    with pytest.raises(UserError, match="contains the data set 'pairs'"):
         load_rows(SourceConfig(path="tfds:other", data_dir=str(tfds_dir / "pairs" / "1.0.0")))
     with pytest.raises(UserError, match=r"tfds:mnist: not prepared in .*download_and_prepare\(\)"):
         load_rows(SourceConfig(path="tfds:mnist", data_dir=str(tmp_path)))

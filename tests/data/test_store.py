@@ -62,7 +62,7 @@ def hh(shared) -> tuple[SourceConfig, DataConfig, object]:
 # ------------------------------------------------------------------------------------------------------- contents
 
 
-def test_every_real_row_is_kept_as_tokenised_or_named_with_its_cause(hh, tmp_path):
+def test_every_real_row_is_kept_as_tokenized_or_named_with_its_cause(hh, tmp_path):
     source, data, tokenizer = hh
     built = build(tmp_path, source, data=data, tokenizer=tokenizer)
     rows = sources.load_rows(source)
@@ -90,7 +90,7 @@ def test_every_real_row_is_kept_as_tokenised_or_named_with_its_cause(hh, tmp_pat
         for cause, found in report[kind].items():
             lines = [line for line in problems if line["kind"] == kind and line["cause"] == cause]
             assert found["count"] == len(lines) > 0
-            assert [one["row"] for one in found["first"]] == [line["row"] for line in lines][: store.ROWS_NAMED]
+            assert [one["row"] for one in found["first"]] == [line["row"] for line in lines][: store.MAX_LISTED_ROWS]
 
 
 def test_several_sources_and_row_weights(tmp_path):
@@ -122,7 +122,7 @@ def test_fine_tuning_keeps_which_tokens_are_learned(tmp_path):
     ]
 
 
-def test_a_file_that_changes_while_it_is_tokenised_leaves_no_store(tmp_path):
+def test_a_file_that_changes_while_it_is_tokenized_leaves_no_store(tmp_path):
     """Its first rows are read before the change, the others after it: neither content's key may name the mixture."""
     source = write_rows(tmp_path / "a.jsonl", PAIRS)
     other = [row | {"chosen": row["chosen"].upper()} for row in PAIRS]
@@ -138,7 +138,7 @@ def test_a_file_that_changes_while_it_is_tokenised_leaves_no_store(tmp_path):
                 write_rows(tmp_path / "a.jsonl", other)
             return TOKENIZER(texts, **options)
 
-    with pytest.raises(UserError, match="it changed while it was tokenised; start again"):
+    with pytest.raises(UserError, match="the data changed while it was tokenized; start again"):
         build(tmp_path / "store", source, tokenizer=Changes())
     assert list((tmp_path / "store").iterdir()) == []
     built = build(tmp_path / "store", source)
@@ -158,17 +158,17 @@ def test_a_dataset_object_is_a_source(tmp_path):
 # ------------------------------------------------------------------------------------------------------- once
 
 
-def test_a_second_start_tokenises_nothing(hh, tmp_path, monkeypatch, caplog):
+def test_a_second_start_tokenizes_nothing(hh, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     source, data, tokenizer = hh
     start = time.process_time()
     built = build(tmp_path, source, data=data, tokenizer=tokenizer)
     first = time.process_time() - start
-    assert "tokenising 1697 rows" in caplog.text
+    assert "tokenizing 1697 rows" in caplog.text
     caplog.clear()
 
     def nothing_may_be_converted(*_):
-        raise AssertionError("tokenised again")
+        raise AssertionError("tokenized again")
 
     monkeypatch.setattr(store, "converted_chunks", nothing_may_be_converted)
     start = time.process_time()
@@ -184,7 +184,7 @@ def test_a_second_start_tokenises_nothing(hh, tmp_path, monkeypatch, caplog):
 
 def test_workers_give_the_same_bytes(tmp_path, monkeypatch):
     """Two real processes against none, with chunks that end in several places, one without an example among them."""
-    monkeypatch.setattr(convert, "MIN_ROWS_A_PROCESS", 100)
+    monkeypatch.setattr(convert, "MIN_ROWS_PER_PROCESS", 100)
     monkeypatch.setattr(convert, "CHUNK_ROWS", 50)  # more chunks than are handed out at a time
     many = [row | {"chosen": "" if 512 <= i < 800 else row["chosen"]} for i, row in enumerate(PAIRS * 30)]
     source, other = write_rows(tmp_path / "a.jsonl", many), write_rows(tmp_path / "b.jsonl", PAIRS)
@@ -235,11 +235,11 @@ def lose_problems(path):
 
 @pytest.mark.parametrize(
     ("damage", "said"),
-    [(cut_tokens, "tokens.bin: it is 100 bytes, not"), (flip_bit, "tokens.bin: its checksum"),
+    [(cut_tokens, "tokens.bin: the file has 100 bytes, expected"), (flip_bit, "tokens.bin: its checksum"),
      (lose_manifest, "no readable manifest.json"), (cut_manifest, "no readable manifest.json"),
      (edit_manifest, "manifest.json: its checksum is wrong"), (empty_manifest, "manifest.json: its checksum is wrong"),
      (nest_manifest, "manifest.json: it is not JSON: RecursionError"),
-     (lose_problems, "problems.jsonl: it is missing")],
+     (lose_problems, "problems.jsonl: the file is missing")],
 )  # fmt: skip
 def test_a_damaged_store_is_built_again_and_said(damage, said, tmp_path, caplog):
     source = write_rows(tmp_path / "a.jsonl", PAIRS)
@@ -250,7 +250,7 @@ def test_a_damaged_store_is_built_again_and_said(damage, said, tmp_path, caplog)
         open_store(built.path)
     again = build(tmp_path / "s", source)
     assert said in caplog.text
-    assert "tokenizing again" in caplog.text
+    assert "tokenizing the data again" in caplog.text
     assert not [arg for record in caplog.records for arg in record.args if isinstance(arg, Exception)]
     assert again.path == built.path
     assert contents(again.path) == before
@@ -261,7 +261,7 @@ def test_a_store_of_another_key_is_not_used(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", PAIRS)
     built = build(tmp_path / "s", source)
     built.path.rename(tmp_path / "s" / "0123456789abcdef")
-    with pytest.raises(DamagedStore, match="it holds the store"):
+    with pytest.raises(DamagedStore, match="its manifest is of store"):
         open_store(tmp_path / "s" / "0123456789abcdef")
 
 

@@ -158,7 +158,7 @@ def test_a_missing_eos_or_template_is_said():
     with pytest.raises(UserError, match=r"row 3: the tokenizer has no EOS .* set data.append_eos to false"):
         make_tokenize(config(), make_tokenizer(eos_token=None), "dpo")(pair("What", " is", " the"))
     with pytest.raises(
-        UserError, match=r"row 3: it holds messages, and the tokenizer has no chat template; .* data\.chat"
+        UserError, match=r"row 3: the row holds messages, but the tokenizer has no chat template; .* data\.chat"
     ):
         make_tokenize(config(), make_tokenizer(), "dpo")(pair(user("What"), assistant("is"), assistant("the")))
 
@@ -300,7 +300,7 @@ def test_truncation(truncation, limit, bos, expected):
     made = tokenize(pair(numbers(4), numbers(2), numbers(4)))
     if expected is None:
         assert made.cause == "too_long"
-        assert made.detail.startswith(f"10 tokens, max_length is {limit}, and the ")
+        assert made.detail.startswith(f"10 tokens, but max_length is {limit}, and the ")
         return
     assert texts(tokenizer, made) == expected
     longest = max(len(made.prompt) + len(answer) for answer in made.answers)

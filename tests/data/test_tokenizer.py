@@ -56,7 +56,7 @@ def test_a_tokenizer_that_encodes_nothing_is_refused():
         added_around(words("end"))
 
 
-def test_the_hash_of_a_tokenizer_is_that_of_its_behaviour(tmp_path):
+def test_the_hash_of_a_tokenizer_is_that_of_its_behavior(tmp_path):
     tokenizer = make_tokenizer(template=CHATML)
     first = tokenizer_hash(tokenizer)
     tokenizer(["a", "a b"], padding=True, truncation=True, max_length=5)  # leaves its settings in the tokenizer
@@ -147,7 +147,7 @@ def test_several_templates_by_name(tmp_path):
     templates = [{"name": "rag", "template": "rag {{ messages }}"}, {"name": "tool_use", "template": CHATML}]
     path = saved(tmp_path, {"chat_template": templates}, template=None)
     assert load_tokenizer(path, None, "rag").chat_template == "rag {{ messages }}"
-    with pytest.raises(UserError, match=r"'chat' cannot be read: .*; the tokenizer's own templates are rag, tool_use"):
+    with pytest.raises(UserError, match=r"'chat' cannot be read: .*; the tokenizer has the templates rag, tool_use"):
         load_tokenizer(path, None, "chat")
     row = pair(user("What"), assistant("is"), assistant("the"))
     with pytest.raises(UserError, match=r"row 3: .*several chat templates and no default: rag, tool_use; name one of "):
