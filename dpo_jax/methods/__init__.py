@@ -1,4 +1,4 @@
-"""Training methods, one file each. A method is a frozen dataclass that the loop in train.py drives."""
+"""Training methods, one file each: frozen dataclasses that the loop in train.py runs."""
 
 from dpo_jax.config import DPOConfig, RewardConfig, SFTConfig
 from dpo_jax.methods.dpo import dpo

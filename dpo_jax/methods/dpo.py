@@ -24,7 +24,7 @@ from dpo_jax.weights.open import ModelSource, build_model, find_model, load_weig
 
 
 def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
-    """Build the DPO method and its `Start`.
+    """Build the DPO method and its `Start`; ``flags`` are the compiler options of the train step.
 
     The reference is always built from the weights that the config names, on resume too, never from a restored policy.
     """
@@ -36,7 +36,7 @@ def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
 
 
 def reference_weights(setup: Setup, start: Params) -> Params:
-    """Return the reference's weights, not copied: ``start``, the initial policy, or those of ``reference.path``.
+    """Load the reference's weights from ``reference.path``, or return ``start``, the initial policy, without a copy.
 
     Raises:
         UserError: the model at ``reference.path`` differs in architecture or vocabulary.
@@ -53,7 +53,7 @@ def reference_weights(setup: Setup, start: Params) -> Params:
 def find_reference(
     config: AnyConfig, path: str, model: Model, platform: str, find: Callable[[str], ModelSource]
 ) -> ModelSource:
-    """Open the model of ``reference.path`` with ``find`` and check that its architecture matches ``model``, the policy.
+    """Open the model of ``reference.path`` with ``find``, and check that its architecture is the policy's, ``model``.
 
     Raises:
         UserError: the model does not exist, or differs in architecture or vocabulary.
@@ -72,7 +72,7 @@ def find_reference(
 
 
 def make_reference(setup: Setup, weights: Params) -> Reference | None:
-    """Make the reference from ``weights``, which stay the caller's; return None if the config uses no reference."""
+    """Return the reference, which shares no trained arrays with ``weights``, or None if the config uses none."""
     config = setup.config
     match config.reference_mode:
         case "none":

@@ -1,4 +1,4 @@
-"""Training on a fixed data set, shared by fine-tuning and DPO, which differ only in their reference."""
+"""The training method for a fixed data set; fine-tuning and DPO share it and differ only in their reference."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -30,14 +30,14 @@ from dpo_jax.weights.open import export_run, keep_model_files
 
 
 class Start(NamedTuple):
-    """Arrays of the initial state; only the caller holds them, so that a resumed run can free them."""
+    """Arrays of the initial state, which a resumed run frees by dropping its only reference to this object."""
 
     trained: Params  # the model's weights, or the adapters
     reference: Params | None  # weights of a reference that follows the policy
 
 
 class OfflineInput(NamedTuple):
-    """Arguments of one train step, on the devices, and the facts that are logged about it."""
+    """Inputs of one train step on the devices, and the `StepFacts` to log with its metrics."""
 
     frozen: Frozen
     batch: PreferenceBatch
@@ -46,7 +46,7 @@ class OfflineInput(NamedTuple):
 
 @dataclass(frozen=True)
 class Offline:
-    """A method whose data exist before training: the batch of step k is a pure function of (data, seed, k)."""
+    """A method that trains on data that exist beforehand: step k's batch is a pure function of (data, seed, k)."""
 
     setup: Setup
     num_steps: int
@@ -63,31 +63,29 @@ class Offline:
     to_devices: ToDevices  # for train steps, whose batches have a leading microbatch axis when accumulating
 
     def weights(self, state: TrainState) -> Any:
-        """Return the weights to score with: the parameters, or adapters with their base."""
+        """Return the weights of the policy: the trained parameters, or the adapters with their base model."""
         return state.params if self.base is None else Adapted(state.params, self.base)
 
     def reference_of(self, state: TrainState) -> Reference | None:
-        """Return the reference; if it follows the policy, it is the one in ``state``."""
+        """Return the reference, taken from ``state`` if it follows the policy."""
         return self.reference if state.reference is None else LiveReference(state.reference)
 
     def check_start(self, state: TrainState) -> str | None:
-        """Verify that policy and reference agree if their weights are the same; else return a line with the margin."""
-        reference = self.reference_of(state)
-        if reference is None:
+        """Verify that policy and reference of the same weights agree; else return a line with their mean margin."""
+        logps = start_logps(self.setup, self.reference_of(state), self.weights(state))
+        if logps is None:
             return None
-        logps = start_logps(self.setup, reference, self.weights(state))
         if self.proven:
             prove_start(self.setup, *logps)
             return None
         return f"mean log-ratio margin at step 0: {mean_margin(*logps):.6g} nats"
 
     def resumed(self, state: TrainState) -> str | None:
-        """Return a line with the margin, which shows whether the run resumes where it stopped."""
-        reference = self.reference_of(state)
-        if reference is None:
+        """Return a line with the restored policy's margin, or None if there is no reference."""
+        logps = start_logps(self.setup, self.reference_of(state), self.weights(state))
+        if logps is None:
             return None
-        margin = mean_margin(*start_logps(self.setup, reference, self.weights(state)))
-        return f"log-ratio margin of step 1's pairs: {margin:.6g} nats; times beta, their reward margin"
+        return f"log-ratio margin of step 1's pairs: {mean_margin(*logps):.6g} nats; times beta, their reward margin"
 
     def batch(self, step: int, state: TrainState) -> OfflineInput:
         """Return the batch of ``step`` on the devices, with the reference's cached log-probs or its weights."""
@@ -102,12 +100,12 @@ class Offline:
             reference = self.reference.weights
         return OfflineInput(Frozen(self.base, reference), batch, self._facts(data, time.perf_counter() - fetch_start))
 
-    def _facts(self, data: StepData, waited: float) -> StepFacts:
+    def _facts(self, data: StepData, wait_seconds: float) -> StepFacts:
         setup, ids = self.setup, data.ids[data.ids >= 0]
         config, order, store = setup.config, setup.batches.order, setup.batches.store
         proven = self.proven and data.step == 0  # the first step, with known values
 
-        def logged(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:
+        def logged_metrics(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:
             return {
                 **metrics,
                 "learning_rate": float(np.float32(jax.device_get(self.schedule(data.step)))),
@@ -120,9 +118,9 @@ class Offline:
 
         def rates(seconds: float) -> dict[str, float]:
             speeds = step_rates(config, setup.model, setup.mesh, store, data, seconds)
-            return speeds | {"data_wait_seconds": waited}
+            return speeds | {"data_wait_seconds": wait_seconds}
 
-        def shown(metrics: Metrics, seconds: float) -> dict[str, str]:
+        def progress_fields(metrics: Metrics, seconds: float) -> dict[str, str]:
             fields = {"loss": f"{metrics['loss']:.4f}"}
             if "rewards/accuracies" in metrics:
                 all_tied = proven or tied(metrics, AGREEMENT["float32"])  # the first warmup update may change nothing
@@ -143,34 +141,34 @@ class Offline:
                 f"this checkpoint if the metrics before it look right: {options}"
             )
 
-        return StepFacts({"num_tokens": data.num_tokens}, logged, rates, shown, check, advice)
+        return StepFacts({"num_tokens": data.num_tokens}, logged_metrics, rates, progress_fields, check, advice)
 
     def update(self, state: TrainState, data: OfflineInput) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Run one compiled train step."""
+        """Run one compiled train step; return the new state and the metrics."""
         return self.step(state, data.frozen, data.batch)
 
     def recovered(self, state: TrainState) -> TrainState:
-        """Mark the state healthy again; a step that is not finite changes nothing else."""
+        """Return the state marked healthy again; a step with a non-finite loss or gradient changes nothing else."""
         return replace(state, healthy=jax.device_put(np.ones((), bool), state.healthy.sharding))
 
     def evaluate(self, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Return the metrics of the evaluation sets and the distributions that they summarise."""
+        """Return the metrics of the evaluation sets, and the distributions of their margins and rewards."""
         setup = self.setup
         weights, reference = self.weights(state), self.reference_of(state)
         scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference)
         return evaluation_of(scored, setup.config.objective)
 
     def keep_files(self, run: RunDir) -> None:
-        """Write config.json and the tokenizer into a new run."""
+        """Write the model's config.json and the tokenizer to the directory of a new run."""
         if is_writer():
             keep_model_files(run, self.setup.source, self.setup.hf_config, self.setup.tokenizer)
 
     def export(self, run: RunDir, state: TrainState) -> None:
-        """Write a Hugging Face directory, with adapters merged into the base model."""
+        """Export the policy as a Hugging Face directory in the run; adapters are merged into the base model."""
         export_run(run, run.export, self.setup.model, self.weights(state), overwrite=True)
 
     def data_report(self) -> dict[str, list[dict[str, Any]]]:
-        """Return how many rows of each set were kept and why others were dropped."""
+        """Return the row counts of each data set by source, and why rows were dropped or changed."""
         train = self.setup.batches.store
         evals = {name: batches.store for name, batches in self.setup.evals.items() if batches.store is not train}
         return {name: store.report for name, store in {"train": train, **evals}.items()}
@@ -179,7 +177,7 @@ class Offline:
 def make_offline(
     setup: Setup, policy: Policy, reference: Reference | None, flags: Mapping[str, str]
 ) -> tuple[Offline, Start]:
-    """Build the method and its `Start`; ``reference`` is made from the policy's initial weights or another model."""
+    """Build the method and its `Start`; ``flags`` are the compiler options of the train step."""
     config, mesh, num_steps = setup.config, setup.mesh, setup.batches.order.num_steps
     optimizer = make_optimizer(config.optimizer, num_steps)
     abstract = abstract_state(config, setup.model, mesh, optimizer)

@@ -11,7 +11,7 @@ from dpo_jax.errors import UserError
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Return the learning rate by update, counted from 0: linear over ``warmup_steps``, then the chosen schedule.
+    """Return the learning rate as a function of the step, counted from 0: linear warmup, then the chosen schedule.
 
     Raises:
         UserError: ``decay_steps`` exceeds the number of steps after the warmup.
@@ -38,7 +38,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Build the optimizer: clipping by global norm, then the update at the scheduled learning rate."""
+    """Build the optimizer, which clips the gradient by its global norm if ``max_grad_norm`` is set."""
     rate = make_schedule(config, num_steps)
     hyperparameters = {
         name: default if getattr(config, name) is None else getattr(config, name)
@@ -69,7 +69,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def _in_float32(update: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Run the update, moments included, in float32: a bfloat16 moving average rounds changes of 0.1% away."""
+    """Compute the update and its moments in float32, because bfloat16 averages lose changes of 0.1% to rounding."""
     to_float32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
     return optax.GradientTransformation(
         lambda params: update.init(to_float32(params)),
@@ -78,7 +78,7 @@ def _in_float32(update: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def _matrices(params):
-    """Return a mask that is True for matrices. The name decides, as stacked norms and biases have two dims, too."""
+    """Return a mask that is True for matrices, found by name because stacked norms and biases also have two axes."""
     undecayed = ("norm", "scale", "bias")
     name_of = lambda path: jax.tree_util.keystr(path[-1:], simple=True)  # noqa: E731
     return jax.tree.map_with_path(lambda path, _: not name_of(path).endswith(undecayed), params)

@@ -1,4 +1,4 @@
-"""Everything a run needs, built from its config: model, tokenizer, data, and the programs that score and train."""
+"""Build what a run needs from its config: model, tokenizer, data, and the programs that score and train."""
 
 import hashlib
 import os
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a run needs before weights are loaded."""
+    """Model, tokenizer, data and scoring programs of a run, before any weights are loaded."""
 
     config: AnyConfig
     mesh: Mesh
@@ -72,10 +72,10 @@ def assemble(
     train_set: "Dataset | None" = None,
     eval_sets: "Mapping[str, Dataset] | None" = None,
 ) -> Setup:
-    """Find the model, tokenise the data and lay out every step; nothing is compiled and no weights are loaded."""
+    """Find the model, tokenize the data and assign it to steps; nothing is compiled and no weights are loaded."""
     opened = open_model(config.model, platform_of(mesh), config.lora)
     model, tokenizer = with_head(opened, config), opened.tokenizer(config.data.chat_template)
-    sets = hosts.writer_first(partial(sets_of, config, tokenizer, train_set, eval_sets), "tokenised data")
+    sets = hosts.writer_first(partial(sets_of, config, tokenizer, train_set, eval_sets), "tokenized data")
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
         refuse_weights(config.objective, store)
     row_split = row_devices(mesh), own_shares(mesh)
@@ -114,12 +114,12 @@ def sets_of(
     train: "Dataset | None" = None,
     evals: "Mapping[str, Dataset] | None" = None,
 ) -> DataSets:
-    """Return the config's data as token stores on disk; ``train`` and ``evals`` replace the sets that it names."""
+    """Return the data as token stores on disk; ``train`` and ``evals`` replace the sets named in the config."""
     return open_sets(config.data, config.run, tokenizer, config.stage, config.batch.size, train, evals)
 
 
 def refuse_weights(loss: LossConfig, store: Store) -> None:
-    """Refuse weighted rows for a loss that sorts the pairs of a step: it has no per-pair loss to weight."""
+    """Raise ``UserError`` for weighted rows under a loss that sorts a step's pairs and so has no per-pair loss."""
     sorting_losses = [name for name, _ in loss.terms if LOSS_TRAITS[name].sorts]
     weighted_rows = np.flatnonzero(store.weights != 1)
     if sorting_losses and len(weighted_rows):
@@ -129,7 +129,7 @@ def refuse_weights(loss: LossConfig, store: Store) -> None:
 
 
 def announce(setup: Setup, run: RunDir) -> None:
-    """Log model, mesh and data sizes; record dropped rows and notes in events.jsonl."""
+    """Print the sizes of model, mesh and data; record dropped rows and notes in events.jsonl."""
     model, batches = setup.model, setup.batches
     order = batches.order
     eval_sizes = {name: len(eval_batches.order.groups[0]) for name, eval_batches in setup.evals.items()}
@@ -143,7 +143,7 @@ def announce(setup: Setup, run: RunDir) -> None:
             run, "data", rows=num_rows, train=order.epoch_draws, evals=eval_sizes, dropped=dict(causes), notes=notes
         )
     evals = "".join(f", {count} in {name}" for name, count in eval_sizes.items())
-    dropped = ", ".join(f"{count} rows dropped: {cause}" for cause, count in causes.items()) or "no row dropped"
+    dropped = ", ".join(f"{count} rows dropped: {cause}" for cause, count in causes.items()) or "no rows dropped"
     rows = " or ".join(f"{shape.rows} x {shape.length}" for shape in batches.packer.shapes)
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     adapters = f", {count_adapters(model):,} more in adapters" if model.lora is not None else ""
@@ -157,7 +157,7 @@ def announce(setup: Setup, run: RunDir) -> None:
 
 
 def notes_of(setup: Setup) -> list[str]:
-    """Return one-line notes on options without effect and on lengths or batch sizes that do not suit model or data."""
+    """Return one-line notes on options without effect and on lengths or batch sizes that do not fit model or data."""
     stores = [batches.store for batches in (setup.batches, *setup.evals.values())]
     reports = [source for store in stores for source in store.report]
     device = setup.mesh.devices.flat[0]
@@ -184,7 +184,7 @@ def notes_of(setup: Setup) -> list[str]:
 
 
 def describe(setup: Setup, ids: Mapping[str, str]) -> dict[str, Any]:
-    """Make the run's manifest; ``ids`` are the hashes of its weights and reference."""
+    """Return the run's manifest; ``ids`` are the hashes of its initial weights, adapters and reference."""
     template = getattr(setup.tokenizer, "chat_template", None)
     identity = {
         **ids,
@@ -204,7 +204,7 @@ def describe(setup: Setup, ids: Mapping[str, str]) -> dict[str, Any]:
 
 
 class Policy(NamedTuple):
-    """Weights that a run starts from."""
+    """Initial weights of the trained model, and the adapters if those are trained instead."""
 
     weights: Params  # of the model
     adapters: Params | None
@@ -212,7 +212,7 @@ class Policy(NamedTuple):
 
 
 def load_policy(setup: Setup) -> Policy:
-    """Load the weights of ``model.path`` and, with LoRA, initialise or load the adapters."""
+    """Load the weights of ``model.path`` and, with LoRA, initialize or load the adapters."""
     config, model = setup.config, setup.model
     weights = load_weights(setup.source, model, config.model, setup.mesh)
     ids = {"weights": weights_id(weights)}
@@ -225,7 +225,7 @@ def load_policy(setup: Setup) -> Policy:
 
 
 def train_logps_fn(config: AnyConfig, model: Model) -> LogpsFn:
-    """Make the log-probs function of the train step; of a reward model, the function of its scores."""
+    """Return the function that computes the log-probs of a train step, or the scores of a reward model."""
     if model.config.scores:
         return make_scores_fn(model)
     return make_logps_fn(
@@ -258,7 +258,7 @@ def abstract_state(
 
 
 def follow_of(config: AnyConfig) -> Follow | None:
-    """Return how the reference follows the policy, or None if it does not."""
+    """Return how often and how much the reference moves toward the policy, or None if it is fixed."""
     sync_every = config.reference.sync_every
     return Follow(sync_every, config.reference.sync_mix) if sync_every else None
 
@@ -271,7 +271,7 @@ def make_step(
     state: TrainState,
     compiler_options: Mapping[str, str],
 ) -> TrainStep:
-    """Make the config's compiled train step, for a run to execute or a plan to compile.
+    """Return the config's jitted train step, which a run executes and a plan compiles ahead of time.
 
     ``state`` holds shapes and shardings, as `abstract_state` returns them.
     """

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the mean of -log pi over answer tokens (``losses.sft``), with one answer per prompt."""
+"""Supervised fine-tuning on one answer per prompt; the loss is the mean of -log pi over answer tokens."""
 
 from collections.abc import Mapping
 
@@ -7,5 +7,5 @@ from dpo_jax.methods.setup import Setup, load_policy
 
 
 def sft(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
-    """Build the fine-tuning method and its `Start`."""
+    """Build the fine-tuning method and its `Start`; ``flags`` are the compiler options of the train step."""
     return make_offline(setup, load_policy(setup), None, flags)

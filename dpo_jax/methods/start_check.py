@@ -1,7 +1,6 @@
-"""Checks of step 0: the functions that train must reproduce the values that are known before any training.
+"""Checks of step 0: if the policy starts equal to its reference, every margin must be 0.
 
-If the policy starts equal to its reference, every margin is 0. A wrong mask, boundary, reference, cache or layout shows
-up here, before the first update is kept.
+A wrong mask, boundary, reference, cache or layout shows up here, before the first update is kept.
 """
 
 from collections.abc import Mapping
@@ -24,13 +23,15 @@ STEP_CAUSE = (
 
 
 def agreement(setup: Setup) -> float:
-    """Return the tolerance for this run's arithmetic; float32 products on accelerators may be as coarse as bfloat16."""
-    exact = jax.default_backend() == "cpu" or setup.model.matmul_precision == "highest"
-    return AGREEMENT["float32" if setup.model.dtype == "float32" and exact else "bfloat16"]
+    """Return the tolerance for log-probs; accelerators may multiply float32 matrices with bfloat16's precision."""
+    exact_products = jax.default_backend() == "cpu" or setup.model.matmul_precision == "highest"
+    return AGREEMENT["float32" if setup.model.dtype == "float32" and exact_products else "bfloat16"]
 
 
-def start_logps(setup: Setup, reference: Reference, weights: Params) -> tuple[np.ndarray, np.ndarray]:
-    """Return policy and reference log-probs [B, K] of step 0's real pairs; a live reference uses ``logps_step``."""
+def start_logps(setup: Setup, reference: Reference | None, weights: Params) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the policy's and the reference's log-probs [B, K] of step 0's pairs, or None if there is no reference."""
+    if reference is None:
+        return None
     data = setup.batches(0)
     batches = [data.batch]
     if data.batch.valid.ndim > 1:
@@ -43,9 +44,9 @@ def start_logps(setup: Setup, reference: Reference, weights: Params) -> tuple[np
 
 
 def starts_equal(config: AnyConfig, ids: Mapping[str, str]) -> bool:
-    """Return whether policy and reference start numerically equal: same weights, no cast, no loaded adapters."""
-    uncast = config.reference.dtype in ("auto", config.model.param_dtype)
-    return uncast and ids["weights"] == ids["reference"] and "adapters" not in ids
+    """Return whether policy and reference start equal: the same weights and dtype, and no loaded adapters."""
+    same_dtype = config.reference.dtype in ("auto", config.model.param_dtype)
+    return same_dtype and ids["weights"] == ids["reference"] and "adapters" not in ids
 
 
 def mean_margin(policy: np.ndarray, reference: np.ndarray) -> float:
@@ -54,16 +55,17 @@ def mean_margin(policy: np.ndarray, reference: np.ndarray) -> float:
 
 
 def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> None:
-    """Check that equal models give equal log-probs [B, K]: bit for bit if one program ran on one dtype, else nearly.
+    """Check that policy and reference, which have the same weights, give the same log-probs [B, K].
 
-    With LoRA they are two programs: the policy computes its adapters even if their product is 0.
+    They must be equal bit for bit if one program computed both at one dtype, else within ``agreement``. With LoRA there
+    are two programs: the policy computes its adapters even if their product is 0.
 
     Raises:
-        UserError: they differ by more than that.
+        UserError: the log-probs differ by more than that.
     """
     config = setup.config.reference
-    one_function = setup.config.reference_mode == "live" and config.dtype == "auto" and setup.model.lora is None
-    bound = 0.0 if one_function else agreement(setup)
+    one_program = setup.config.reference_mode == "live" and config.dtype == "auto" and setup.model.lora is None
+    bound = 0.0 if one_program else agreement(setup)
     worst = float(np.max(np.abs(policy - reference) / np.maximum(1, np.abs(policy))))
     if not worst <= bound:
         cause = (
@@ -78,21 +80,21 @@ def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> None
 
 
 def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> None:
-    """Check that the first train step of equal models has margins of 0 and the matching loss.
+    """Check that the first train step of equal models has margins of 0 and the loss that follows from them.
 
     Equal bits are required of the evaluation function only: in the train step the policy's log-probs come with a
     gradient and the reference's without, and a compiler may round the two differently. The margins are 0 within
     ``agreement``.
 
     Raises:
-        UserError: they differ, so the train step does not compute what evaluation does.
+        UserError: loss or log-probs differ, so the train step does not compute what evaluation does.
     """
     bound = agreement(setup) * logps_scale(values)
-    start = loss_at_start(setup.config.objective)
-    if start is not None:
+    known_loss = loss_at_start(setup.config.objective)
+    if known_loss is not None:
         weight = float(setup.batches.store.weights[data.ids[data.ids >= 0]].mean())
-        expected = start.loss * weight
-        allowed = 3e-6 * max(1.0, abs(expected)) + bound * start.slope * max(1.0, weight)
+        expected = known_loss.loss * weight
+        allowed = 3e-6 * max(1.0, abs(expected)) + bound * known_loss.slope * max(1.0, weight)
         if not abs(values["loss"] - expected) <= allowed:
             raise UserError(
                 f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (tolerance: "
@@ -100,6 +102,6 @@ def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> No
             )
     if not tied(values, agreement(setup)):
         raise UserError(
-            f"step 0: policy and reference have the same weights, but in the train step their log-probs "
+            "step 0: policy and reference have the same weights, but in the train step their log-probs "
             f"differ by {log_ratio(values):.3g} nats (tolerance: {bound:.2g}): {STEP_CAUSE}"
         )

@@ -1,4 +1,4 @@
-"""Throughput of a step: rates, and model FLOPs as a share of the chips' peak (MFU)."""
+"""Throughput of a train step in pairs, tokens and model FLOPs per second."""
 
 import numpy as np
 from jax.sharding import Mesh
