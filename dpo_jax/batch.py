@@ -1,4 +1,4 @@
-"""Inputs and outputs of the model in a training step: packed rows of tokens, and log-probs of answers.
+"""Inputs and outputs of the model in a training step: packed rows of tokens, and the log-probs of answers.
 
 Shape letters, the same in every file: B pairs, R rows, T tokens per row, M targets per row, K answers per prompt
 (2: chosen, rejected; 1 in fine-tuning), A answer slots per row, V vocabulary, D model width.
@@ -20,14 +20,14 @@ CHOSEN, REJECTED = 0, 1  # indices on the K axis
 BLOCK = 64  # tokens per block: a row is a whole number of blocks; attention visits only the block pairs it needs
 
 
-def up(number: float, multiple: int) -> int:
-    """Round up to a multiple of ``multiple``; the result is at least ``multiple``."""
+def round_up(number: float, multiple: int) -> int:
+    """Round a number up to a multiple of ``multiple``; the result is at least ``multiple``."""
     return multiple * max(1, math.ceil(number / multiple))
 
 
 @struct.dataclass
 class PreferenceBatch:
-    """Pairs of one step, packed into rows; each row holds whole units ``[prompt][chosen][rejected]`` back to back.
+    """The pairs of a step, packed into rows that each hold whole units ``[prompt][chosen][rejected]`` back to back.
 
     A token attends to a key if both are in the same segment, the key is not later, and the key is in the prompt
     (branch 0) or in the token's own branch. So both answers share one copy of their prompt, and labels are not a plain
@@ -52,7 +52,7 @@ class PreferenceBatch:
     branch_length: int = struct.field(pytree_node=False)  # upper bound on a row's prompt tokens plus one branch's
 
     def place(self, rows: Any, pairs: Any) -> "PreferenceBatch":
-        """Replace each array that has a dim R by ``rows`` and every other array by ``pairs``, e.g. by shardings."""
+        """Return a copy with each array that has a dim R replaced by ``rows``, and every other array by ``pairs``."""
         per_pair = {"answer_slots", "weight", "valid"}
         arrays = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
         return replace(self, **{name: pairs if name in per_pair else rows for name in arrays})

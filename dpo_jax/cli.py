@@ -196,8 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = _outcome(list(sys.argv[1:] if argv is None else argv))
             out.flush()
-            if code == 0 and out.lost is not None and not isinstance(out.lost, BrokenPipeError):
-                print(f"dpo-jax: error: stdout: {reason(out.lost)}: the command's output is lost", file=sys.stderr)
+            if code == 0 and out.first_error is not None and not isinstance(out.first_error, BrokenPipeError):
+                print(
+                    f"dpo-jax: error: stdout: {reason(out.first_error)}: the command's output is lost", file=sys.stderr
+                )
                 return 1
             return code
         finally:

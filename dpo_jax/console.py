@@ -1,4 +1,4 @@
-"""Terminal output. Text that cannot be written (closed pipe, full disk) is dropped, and the command continues."""
+"""Write to the terminal; text that cannot be written (closed pipe, full disk) is dropped, and the command continues."""
 
 import os
 import sys
@@ -10,28 +10,28 @@ from typing import Any
 from tqdm import tqdm
 
 
-def say(shown: bool, line: str) -> None:
-    """Print a line on stderr, above the progress bar, from process 0 only."""
+def say(enabled: bool, line: str) -> None:
+    """Print a line on stderr, above the progress bar, if ``enabled`` and only in process 0."""
     from dpo_jax.parallel.hosts import is_writer  # imported lazily, because it imports JAX
 
-    if shown and is_writer():
+    if enabled and is_writer():
         tqdm.write(line, file=sys.stderr)
 
 
 warn = partial(say, True)  # regardless of run.progress
 
 
-def progress_line(done: int, total: int, unit: str, shown: bool) -> tqdm:
-    """Return a progress bar on stderr: steps, time left, and the values passed to ``set_postfix``."""
-    return tqdm(total=total, initial=done, unit=unit, disable=not shown, dynamic_ncols=True, leave=True)
+def progress_line(done: int, total: int, unit: str, enabled: bool) -> tqdm:
+    """Return a progress bar on stderr with steps, time left and the values passed to ``set_postfix``."""
+    return tqdm(total=total, initial=done, unit=unit, disable=not enabled, dynamic_ncols=True, leave=True)
 
 
 class LossyStream:
-    """Text stream that drops text it cannot write; ``lost`` is the first error, None if nothing was dropped."""
+    """Text stream that drops text it cannot write; ``first_error`` is None if nothing was dropped."""
 
     def __init__(self, stream: Any):
         self._stream = stream
-        self.lost: Exception | None = None
+        self.first_error: Exception | None = None
 
     def write(self, text: str) -> int:
         """Write text, escaping characters that the stream's encoding cannot represent."""
@@ -40,13 +40,13 @@ class LossyStream:
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream; an error is recorded in ``lost``."""
+        """Flush the stream; an error is recorded in ``first_error``."""
         self._try("flush")
 
     def discard(self) -> None:
         """Drop the buffer if a write failed, because flushing it at interpreter exit would fail again."""
         self.flush()
-        if self.lost is not None:
+        if self.first_error is not None:
             with suppress(OSError, ValueError), open(os.devnull, "w") as devnull:  # not every stream is a file
                 os.dup2(devnull.fileno(), self._stream.fileno())
 
@@ -54,7 +54,7 @@ class LossyStream:
         try:
             getattr(self._stream, action)(*text)
         except Exception as error:  # noqa: BLE001 (a notebook's streams raise other types than files)
-            self.lost = self.lost or error
+            self.first_error = self.first_error or error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -74,7 +74,7 @@ def lossy_streams() -> Iterator[tuple[LossyStream, LossyStream]]:
 
 
 def open_descriptors() -> None:
-    """Open file descriptors 0 to 2 if closed; otherwise a log file could get number 2 and receive stderr output."""
+    """Open file descriptors 0 to 2 if they are closed, so that no log file gets number 2 and receives stderr output."""
     for number in range(3):
         try:
             os.fstat(number)

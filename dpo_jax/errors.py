@@ -1,4 +1,4 @@
-"""One-line errors that a user can fix, and the exit code of each kind."""
+"""Errors that a user can fix, each reported in one line, and the exit code of each kind."""
 
 import reprlib
 from collections.abc import Collection, Iterator
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Error in usage, config, data, model or run directory: one line that names the option, its value and a remedy.
+    """An error in usage, config, data, model or run directory; its one line names the option, the value and a remedy.
 
     ``UserError(name, value, remedy)`` composes that line; ``UserError(text)`` uses the text as it is. Names and values
     are untrusted input: characters that would break the line or control a terminal are replaced.
@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 class Preempted(UserError):
-    """The run was asked to stop and saved its state; the same command resumes it."""
+    """The run was told to stop and has saved its state; running the same command again resumes it."""
 
     exit_code = 42
 
@@ -39,9 +39,9 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
         raise UserError(name, value, remedy)
 
 
-def must_be(name: str, wanted: str, value: object, hint: str = "") -> UserError:
+def must_be(name: str, requirement: str, value: object, hint: str = "") -> UserError:
     """Return the error for a value of the wrong type or out of range: ``batch.pairs must be positive, got 0``."""
-    return UserError(f"{name} must be {wanted}, got {shown(value)}" + (hint and f": {hint}"))
+    return UserError(f"{name} must be {requirement}, got {shown(value)}" + (hint and f": {hint}"))
 
 
 def suggestion(name: str, choices: Collection[str]) -> str:
@@ -50,8 +50,8 @@ def suggestion(name: str, choices: Collection[str]) -> str:
     return f"did you mean {matches[0]}?" if matches else f"choose from {', '.join(choices)}"
 
 
-class _Short(reprlib.Repr):
-    """``repr`` with bounded length and depth, because input from files and callers may be huge or contain itself."""
+class _ShortRepr(reprlib.Repr):
+    """A ``repr`` of bounded length and depth, because input from files and callers may be huge or contain itself."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ class _Short(reprlib.Repr):
         return repr(x) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
 
 
-shown = _Short().repr
+shown = _ShortRepr().repr
 """Return a short ``repr`` of an untrusted value for messages, however large or deeply nested the value is."""
 
 

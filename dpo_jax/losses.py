@@ -157,7 +157,7 @@ def discopop(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 def sigmoid_norm(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     """-log sigma(beta (s_w/|y_w| - s_l/|y_l|)); ln 2 at margin 0.
 
-    Length-normalised DPO: Tulu 3, Lambert et al. 2024, arXiv 2411.15124, eq. 6.
+    Length-normalized DPO: Tulu 3, Lambert et al. 2024, arXiv 2411.15124, eq. 6.
     """
     return -log_sigmoid(c.beta * (r.chosen / r.chosen_count - r.rejected / r.rejected_count))
 
@@ -242,7 +242,7 @@ def divergence_score(s: Float[Array, " B"], c: LossConfig) -> Float[Array, " B"]
 
 
 def sequence_logps(logps: PairLogps, loss: LossConfig) -> Float[AnyArray, "B K"]:
-    """Return log pi(y|x) with the loss's token weights.
+    """Return log pi(y|x), with tokens weighted as the loss requires.
 
     ``ld_alpha`` is the weight of tokens beyond the length of the pair's shorter answer, for both policy and reference:
     LD-DPO, Liu et al. 2024, arXiv 2409.06411.
@@ -330,7 +330,7 @@ def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
 
 
 def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Array]:
-    """Compute TRL's metrics, as scalars: means over real pairs; token statistics are means over answer tokens.
+    """Compute TRL's metrics as scalars: means over real pairs, or over answer tokens for token statistics.
 
     Rewards are beta * log-ratio for every loss; `rewards/accuracies` counts chosen > rejected strictly, so ties count
     as wrong. With a reference there are also ``displacement``, the fraction of pairs whose chosen answer has become

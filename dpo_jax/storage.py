@@ -1,4 +1,4 @@
-"""File writers that leave every file readable if the process is killed at any point, and JSON with a checksum.
+"""Write files so that each stays readable if the process is killed at any point, and seal JSON with a checksum.
 
 The functions take local paths, raise ``OSError`` and know nothing about what they write.
 """
@@ -18,7 +18,7 @@ SEAL = "sha256"
 
 
 class InUse(Exception):
-    """Another process holds the lock; the error text names that process."""
+    """Raised if another process holds a lock; the text names that process."""
 
 
 def write_whole(path: Path, content: str | bytes | memoryview, *, durable: bool = False) -> None:
@@ -44,13 +44,13 @@ def append_line(path: Path, text: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         if (num_written := os.write(descriptor, line)) != len(line):
-            raise OSError(f"only {num_written} of {len(line)} bytes")
+            raise OSError(f"wrote only {num_written} of {len(line)} bytes")
     finally:
         os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the non-empty lines of a file without an unterminated last line; an empty list if there is no file."""
+    """Return the non-empty lines of a file, without an unterminated last line; an empty list if there is no file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [line for line in text[: text.rfind("\n") + 1].split("\n") if line]
 
@@ -67,7 +67,7 @@ def cut(path: Path, size: int) -> None:
 
 
 def ends_line(path: Path, size: int) -> bool:
-    """Return whether the first ``size`` bytes of a file end at a line end."""
+    """Return whether the first ``size`` bytes of a file end with a complete line."""
     if size == 0:
         return True
     with open(path, "rb") as file:
@@ -97,7 +97,7 @@ def list_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def lock(path: Path) -> IO:
-    """Lock a file, which `sign` may then write to; closing the returned file releases the lock.
+    """Lock a file, to which `sign` may then write; closing the returned file releases the lock.
 
     The operating system releases the lock when the process ends, for whatever reason.
 
@@ -118,13 +118,13 @@ def lock(path: Path) -> IO:
 
 
 def sign(file: IO) -> None:
-    """Write the name of this process into the file that it has locked, for whoever finds the file in use."""
+    """Write the name of this process into a file that it has locked, so that other processes can report it."""
     file.truncate(0)
     os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return JSON values with their checksum added, under the reserved key ``SEAL``; ``unseal`` reverses it."""
+    """Return a JSON object with its checksum added under the reserved key ``SEAL``; ``unseal`` reverses this."""
     return {**content, SEAL: _checksum(json.dumps(content, sort_keys=True))}
 
 

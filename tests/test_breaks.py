@@ -82,7 +82,7 @@ BREAKS = [
           ("test_order::test_every_example_once_an_epoch_and_the_last_step_is_ragged[4]",
            "test_batches::test_a_step_holds_its_pairs_in_every_layout[{}]")),
     Break(3, "batches come in another order from ahead", "batching/batches.py",
-          "self._coming.pop(step)", "self._coming.popitem()[1]",
+          "pending.pop(step)", "pending.popitem()[1]",
           ("test_batches::test_a_step_is_the_same_from_any_thread_in_any_order",)),
     Break(3, "means are over slots", "losses.py",
           "(losses * policy.weight).sum() / jnp.maximum(policy.valid.sum(), 1)",

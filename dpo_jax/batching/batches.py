@@ -1,6 +1,6 @@
-"""Packed batch of a step: a pure function of (data, seed, step), prefetched a few steps ahead in a thread."""
+"""Pack the batch of a step as a pure function of (data, seed, step); a thread prefetches the next few steps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -15,13 +15,13 @@ from dpo_jax.config import BatchConfig, SFTBatchConfig
 from dpo_jax.data.store import Store
 
 SAMPLED_STEPS = 2048  # approximate number of steps sampled to choose the row shapes
-AHEAD = 2  # number of batches to prefetch
-STEPS_A_SHAPE = 24  # steps that pay for compiling one more shape
+NUM_PREFETCHED = 2  # number of batches to prefetch
+STEPS_PER_SHAPE = 24  # steps that pay for compiling one more shape
 
 
 @dataclass(frozen=True)
 class StepData:
-    """Packed pairs of one step, as numpy arrays."""
+    """The packed pairs of one step, as numpy arrays."""
 
     step: int
     ids: np.ndarray  # [B] example ids, -1 in empty slots
@@ -38,9 +38,9 @@ class StepData:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of a run: ``batches(step)``, with steps counted from 0.
+    """The batches of a run: call ``batches(step)``, with steps counted from 0.
 
-    The assignment of pairs to rows depends on lengths only and is the same in every process; each packs only its rows.
+    Every process assigns the same pairs to the same rows, from their lengths alone, and packs only its own rows.
     """
 
     store: Store
@@ -55,13 +55,15 @@ class Batches:
         shape = self.packer.shape(microbatches)
         weights = np.where(ids < 0, 0, self.store.weights[np.maximum(ids, 0)]).astype(np.float32)
         num_answers = self.store.lengths.shape[1] - 1
-        own_rows = self._own_rows(shape.rows)
+        rows_per_share = shape.rows // self.packer.multiple
+        shares = range(self.packer.multiple) if self.own is None else self.own
+        own_rows = [share * rows_per_share + row for share in shares for row in range(rows_per_share)]
         packed = []
-        for rows, part_ids, weight in zip(
+        for rows, microbatch_ids, weight in zip(
             microbatches, *(np.split(x, len(microbatches)) for x in (ids, weights)), strict=True
         ):
             pairs = {unit.pair for row in own_rows if row < len(rows) for unit in rows[row]}
-            examples = {pair: self.store.example(part_ids[pair]) for pair in pairs}
+            examples = {pair: self.store.example(microbatch_ids[pair]) for pair in pairs}
             packed.append(pack_rows(rows, shape, examples, weight, num_answers, own_rows))
         lengths = self.store.lengths[ids[ids >= 0]].astype(np.int64)
         return StepData(
@@ -73,31 +75,24 @@ class Batches:
             slots=len(microbatches) * shape.rows * shape.length,
         )
 
-    def _own_rows(self, num_rows: int) -> list[int]:
-        size = num_rows // self.packer.multiple
-        shares = range(self.packer.multiple) if self.own is None else self.own
-        return [row for share in shares for row in range(share * size, (share + 1) * size)]
-
     def ahead(self, steps: Sequence[int]) -> Iterator[StepData]:
-        """Yield these steps in order, while a thread packs the next ones."""
-        yield from map(Prefetched(self, steps), steps)
+        """Yield the batches of ``steps`` in order, while a thread packs the next ones."""
+        yield from map(prefetched(self, steps), steps)
 
 
-class Prefetched:
-    """Batches of the given steps, to be requested in order, while a thread packs the next ones."""
+def prefetched(batches: Batches, steps: Sequence[int]) -> Callable[[int], StepData]:
+    """Return a function that returns the batch of each of ``steps``, in order, while a thread packs the next ones."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="pack")
+    pending: dict[int, Future[StepData]] = {}
 
-    def __init__(self, batches: Batches, steps: Sequence[int]):
-        self._batches, self._steps = batches, steps
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pack")
-        self._coming: dict[int, Future[StepData]] = {}
+    def batch_of_step(step: int) -> StepData:
+        index = steps.index(step)
+        for upcoming_step in steps[index : index + NUM_PREFETCHED + 1]:
+            if upcoming_step not in pending:
+                pending[upcoming_step] = pool.submit(batches, upcoming_step)
+        return pending.pop(step).result()
 
-    def __call__(self, step: int) -> StepData:
-        """Return the batch of step ``step``."""
-        index = self._steps.index(step)
-        for near_step in self._steps[index : index + AHEAD + 1]:
-            if near_step not in self._coming:
-                self._coming[near_step] = self._pool.submit(self._batches, near_step)
-        return self._coming.pop(step).result()
+    return batch_of_step
 
 
 def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,12 +105,12 @@ def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def make_batches(
     store: Store, order: Order, packer: Packer, max_shapes: int, own_shares: Sequence[int] | None = None
 ) -> Batches:
-    """Make batches whose row shapes are chosen from the run's own steps; ``own_shares`` as ``own`` in ``Batches``."""
+    """Make batches with row shapes chosen to fit the steps of ``order``; ``own_shares`` as ``own`` in ``Batches``."""
     stride = max(1, order.num_steps // SAMPLED_STEPS)
     steps = range(0, order.num_steps, stride)
-    needed = [step_shape(packer.rows(*_sizes(store, order.step_ids(step))), packer.row_length) for step in steps]
-    shape_limit = min(max_shapes, 1 + order.num_steps // STEPS_A_SHAPE)
-    return Batches(store, order, replace(packer, shapes=choose_shapes(needed, shape_limit)), own_shares)
+    step_shapes = [step_shape(packer.rows(*_sizes(store, order.step_ids(step))), packer.row_length) for step in steps]
+    shape_limit = min(max_shapes, 1 + order.num_steps // STEPS_PER_SHAPE)
+    return Batches(store, order, replace(packer, shapes=choose_shapes(step_shapes, shape_limit)), own_shares)
 
 
 def train_batches(
@@ -136,7 +131,7 @@ def set_batches(
     row_devices: int,
     shares: Sequence[int] | None = None,
 ) -> Batches:
-    """Make batches that hold each id once, in order; the last may be ragged. Args as in ``train_batches``."""
+    """Make batches that hold each of ``ids`` once, in order; the last may be ragged. Args as in ``train_batches``."""
     order = make_order(groups=[ids], weights=None, seed=0, shuffle=False, batch=batch.size, steps=None, epochs=1)
     return make_batches(store, order, _packer(batch, row_devices, 1), batch.max_shapes, shares)
 

@@ -1,4 +1,4 @@
-"""Example ids of step k: a pure function of (data, seed, step), computed in integer arithmetic.
+"""Compute the example ids of step k in integer arithmetic, as a pure function of (data, seed, step).
 
 The order is stateless, so resuming, changing the number of hosts and auditing a step need no replay. numpy's random
 generators are not used, because their streams may change between versions.
@@ -51,7 +51,7 @@ def integer_shares(weights: Sequence[float]) -> list[int]:
 
 
 def chairman_assignment(shares: Sequence[int], draws: int) -> np.ndarray:
-    """Assign a source to each draw, int64 [draws]: after t draws, source i has t * its fraction of them, within 1.
+    """Return the source of each draw, int64 [draws]; after any t draws, each source has its share of t to within 1.
 
     Tijdeman (1980), "The chairman assignment problem", Discrete Mathematics 32: among the sources that are owed enough,
     draw the one with the earliest deadline. The sequence repeats after sum(shares) draws.
@@ -61,21 +61,21 @@ def chairman_assignment(shares: Sequence[int], draws: int) -> np.ndarray:
     slack = 2 * k - 2
     sources = np.zeros(draws, np.int64)
     for draw in range(draws if k > 1 else 0):
-        first, first_key = -1, math.inf
+        earliest, earliest_deadline = -1, math.inf
         for i, share in enumerate(shares):
             owed[i] += share
             if slack * owed[i] >= total:
-                key = (total * (slack - 1) - slack * owed[i]) / share
-                if key < first_key:
-                    first, first_key = i, key
-        sources[draw] = first
-        owed[first] -= total
+                deadline = (total * (slack - 1) - slack * owed[i]) / share
+                if deadline < earliest_deadline:
+                    earliest, earliest_deadline = i, deadline
+        sources[draw] = earliest
+        owed[earliest] -= total
     return sources
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Order of the examples in a run. Create with ``make_order``; thread-safe."""
+    """Order of the examples in a run, created by ``make_order``; thread-safe."""
 
     groups: tuple[np.ndarray, ...]  # example ids of each source
     batch: int  # examples per step
@@ -105,7 +105,7 @@ class Order:
         return ids
 
     def epoch(self, steps_done: int) -> float:
-        """Return the epochs completed after ``steps_done`` steps: examples drawn / total size of all sources."""
+        """Return the epochs completed after ``steps_done`` steps: examples drawn divided by the size of all sources."""
         return min(steps_done * self.batch, self.num_draws) / self.epoch_draws
 
 
@@ -135,16 +135,16 @@ def make_order(
     groups = tuple(np.asarray(group, np.int64) for group in groups)
     size = sum(map(len, groups))
     if size == 0:
-        raise UserError("data.train: 0 training examples left; add data or lower data.eval_fraction")
+        raise UserError("data.train: no training examples are left; add data or lower data.eval_fraction")
     if weights is None:
         groups, shares = (np.concatenate(groups),), [1]
     else:
         shares = integer_shares(weights)
         for i, group in enumerate(groups):
             if len(group) == 0:
-                raise UserError(f"data.train[{i}]: weight {weights[i]}, but 0 training examples left; remove the set")
-    epochs_draws = math.floor(Fraction(str(epochs or 1)) * size + Fraction(1, 2))  # rounded half up
-    num_draws = steps * batch if steps is not None else max(1, epochs_draws)
+                raise UserError(f"data.train[{i}]: weight {weights[i]}, but no training examples; remove the data set")
+    draws_in_epochs = math.floor(Fraction(str(epochs or 1)) * size + Fraction(1, 2))  # rounded half up
+    num_draws = steps * batch if steps is not None else max(1, draws_in_epochs)
     sources = chairman_assignment(shares, min(sum(shares), num_draws))
     ranks = np.zeros_like(sources)
     for source in range(len(groups)):

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dpo_jax.batch import BLOCK, PreferenceBatch, up
+from dpo_jax.batch import BLOCK, PreferenceBatch, round_up
 from dpo_jax.errors import UserError
 
 Layout = Literal["shared", "repeated", "padded"]
@@ -49,16 +49,16 @@ class BatchShape:
     branch_length: int  # bound on a row's prompt tokens plus one branch's answer tokens
 
     def holds(self, other: "BatchShape") -> bool:
-        """Whether this shape is at least as large as ``other`` in every dimension."""
+        """Return whether this shape is at least as large as ``other`` in every dimension."""
         return all(getattr(self, f.name) >= getattr(other, f.name) for f in fields(self))
 
     def union(self, other: "BatchShape") -> "BatchShape":
-        """Return the smallest shape that holds both."""
+        """Return the smallest shape that holds both this shape and ``other``."""
         return BatchShape(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
 def make_units(lengths: np.ndarray, num_targets: np.ndarray, layout: Layout) -> list[Unit]:
-    """Make the units of a step: of a whole pair in layout ``shared``, else of each answer.
+    """Make the units of a step: one for each pair in layout ``shared``, otherwise one for each answer.
 
     ``lengths`` [B, 1 + K]: tokens of prompt and answers, 0 in an empty slot; ``num_targets`` [B, K]: tokens to predict.
     """
@@ -94,7 +94,7 @@ def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_len
     else:
         rows, room = [], []
         for unit in longest_first:
-            fitting = [row for row, left in enumerate(room) if left >= unit.size]
+            fitting = [row for row, free in enumerate(room) if free >= unit.size]
             if not fitting:
                 if unit.size > row_length:
                     reason = f"{row_length} is shorter than a pair of {unit.size} tokens"
@@ -105,13 +105,13 @@ def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_len
             row = min(fitting, key=room.__getitem__)
             rows[row].append(unit)
             room[row] -= unit.size
-    rows += [[] for _ in range(up(len(rows), multiple) - len(rows))]
+    rows += [[] for _ in range(round_up(len(rows), multiple) - len(rows))]
     return [sorted(row) for row in rows]
 
 
 def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
     """Return the sorted (query block, key block) pairs, [J, 2], in which any query sees any key."""
-    num_blocks = up(sum(unit.size for unit in row), BLOCK) // BLOCK
+    num_blocks = round_up(sum(unit.size for unit in row), BLOCK) // BLOCK
     seen = np.zeros((num_blocks, num_blocks), bool)
     start = 0
     for unit in row:
@@ -127,7 +127,7 @@ def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
 
 
 def branch_tokens(row: Sequence[Unit]) -> int:
-    """Number of tokens in the row's prompts plus its answers in the largest branch."""
+    """Return the number of tokens in a row's prompts plus those in its largest branch."""
     answers: Counter[int] = Counter()
     for unit in row:
         answers.update(dict(zip(unit.branches, unit.answers, strict=True)))
@@ -139,12 +139,12 @@ def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
     largest = lambda measure: max((measure(row) for row in rows), default=0)  # noqa: E731
     return BatchShape(
         rows=len(rows),
-        length=up(largest(lambda row: sum(unit.size for unit in row)), BLOCK),
-        targets=up(largest(lambda row: sum(unit.targets for unit in row)), BLOCK),
+        length=round_up(largest(lambda row: sum(unit.size for unit in row)), BLOCK),
+        targets=round_up(largest(lambda row: sum(unit.targets for unit in row)), BLOCK),
         answers=max(1, largest(lambda row: sum(len(unit.answers) for unit in row))),
-        blocks=up(largest(lambda row: len(seen_blocks(row))), 16),
-        longest=up(largest(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
-        branch_length=up(largest(branch_tokens), BLOCK),
+        blocks=round_up(largest(lambda row: len(seen_blocks(row))), 16),
+        longest=round_up(largest(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
+        branch_length=round_up(largest(branch_tokens), BLOCK),
     )
 
 
@@ -154,10 +154,10 @@ def step_shape(microbatches: Sequence[Sequence[Sequence[Unit]]], row_length: int
     return shape if row_length is None else replace(shape, length=row_length)
 
 
-def choose_shapes(needed: Sequence[BatchShape], most: int, worth: float = 0.05) -> tuple[BatchShape, ...]:
-    """Choose at most ``most`` shapes, smallest first, that hold all of ``needed`` with the fewest token slots.
+def choose_shapes(needed: Sequence[BatchShape], max_shapes: int, min_saving: float = 0.05) -> tuple[BatchShape, ...]:
+    """Choose at most ``max_shapes`` shapes, smallest first, that hold all of ``needed`` with the fewest token slots.
 
-    Each shape costs a compilation, so one is added only if it saves at least the fraction ``worth`` of the slots.
+    Each shape costs a compilation, so one is added only if it saves at least the fraction ``min_saving`` of the slots.
     """
     slots = lambda shape: shape.rows * shape.length  # noqa: E731
     sizes = sorted({slots(shape) for shape in needed})
@@ -165,13 +165,13 @@ def choose_shapes(needed: Sequence[BatchShape], most: int, worth: float = 0.05) 
         sizes = sorted({sizes[round(i * (len(sizes) - 1) / 23)] for i in range(24)})
     count = np.array([sum(low < slots(s) <= high for s in needed) for low, high in pairwise([0, *sizes])])
     best, best_cost = (sizes[-1],), int(count.sum() * sizes[-1])
-    for number in range(2, min(most, len(sizes)) + 1):
+    for number in range(2, min(max_shapes, len(sizes)) + 1):
         costs = {}
         for chosen in combinations(sizes[:-1], number - 1):
             bounds = (*chosen, sizes[-1])
             costs[bounds] = int(count @ np.array(bounds)[np.searchsorted(bounds, sizes)])
         bounds, cost = min(costs.items(), key=lambda item: item[1])
-        if cost > best_cost * (1 - worth):
+        if cost > best_cost * (1 - min_saving):
             break
         best, best_cost = bounds, cost
     shapes: list[BatchShape] = []
@@ -183,7 +183,7 @@ def choose_shapes(needed: Sequence[BatchShape], most: int, worth: float = 0.05) 
 
 @dataclass(frozen=True)
 class Packer:
-    """How the pairs of a step are packed into rows; ``shapes`` are the compiled shapes, smallest first."""
+    """Settings for packing the pairs of a step into rows; ``shapes`` are the compiled shapes, smallest first."""
 
     layout: Layout
     multiple: int  # number of devices that shard the rows
@@ -204,17 +204,17 @@ class Packer:
         return [rows + [[] for _ in range(num_rows - len(rows))] for rows in microbatches]
 
     def shape(self, microbatches: Sequence[Sequence[Sequence[Unit]]]) -> BatchShape:
-        """Return the smallest of ``shapes`` that holds the step, else a larger, rounded-up one that may be compiled."""
+        """Return the smallest of ``shapes`` that holds the step, else a larger one, which may have to be compiled."""
         needed = step_shape(microbatches, self.row_length)
         for shape in self.shapes:
             if shape.holds(needed):
                 return shape
         if not self.shapes:
             return needed
-        grown = needed.union(self.shapes[-1])
+        enlarged = needed.union(self.shapes[-1])
         token_sizes = ("targets", "longest", "branch_length", *(("length",) if self.row_length is None else ()))
-        steps = {"answers": 8, "blocks": 128} | dict.fromkeys(token_sizes, 4 * BLOCK)
-        return replace(grown, **{name: up(getattr(grown, name), step) for name, step in steps.items()})
+        increments = {"answers": 8, "blocks": 128} | dict.fromkeys(token_sizes, 4 * BLOCK)
+        return replace(enlarged, **{name: round_up(getattr(enlarged, name), n) for name, n in increments.items()})
 
 
 ExampleTokens = tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None]  # prompt, answers, target mask (None: all)
@@ -270,11 +270,11 @@ def pack_rows(
             batch.answer_slots[pair, branch] = row * shape.answers + slot
             batch.valid[pair] = True
     for index, row in enumerate(row_indices):
-        _lay(batch, index, rows[row] if row < len(rows) else (), examples)
+        _write_row(batch, index, rows[row] if row < len(rows) else (), examples)
     return batch
 
 
-def _lay(batch: PreferenceBatch, row: int, units: Sequence[Unit], examples: Examples) -> None:
+def _write_row(batch: PreferenceBatch, row: int, units: Sequence[Unit], examples: Examples) -> None:
     """Write the tokens, targets and blocks of one row."""
     blocks = seen_blocks(units)
     batch.blocks[row, : len(blocks)], batch.blocks[row, len(blocks) :] = blocks, -1
@@ -284,7 +284,7 @@ def _lay(batch: PreferenceBatch, row: int, units: Sequence[Unit], examples: Exam
         batch.tokens[span], batch.positions[span] = tokens, position + np.arange(len(tokens))
         batch.segments[span], batch.branches[span] = segment, branch
 
-    start = used = slot = 0
+    start = num_targets = slot = 0
     for segment, unit in enumerate(units, start=1):
         example = examples[unit.pair]
         assert example is not None, "an empty slot has no unit"
@@ -297,9 +297,9 @@ def _lay(batch: PreferenceBatch, row: int, units: Sequence[Unit], examples: Exam
             sources = np.arange(answer - 1, answer + len(tokens) - 1)
             sources[0] = start + len(prompt) - 1  # the last prompt token predicts the first token of each answer
             offsets = np.arange(len(tokens)) if learned is None else np.flatnonzero(learned)
-            span = (row, slice(used, used + len(offsets)))
+            span = (row, slice(num_targets, num_targets + len(offsets)))
             batch.target_tokens[span], batch.target_sources[span] = tokens[offsets], sources[offsets]
             batch.target_answers[span], batch.target_offsets[span] = slot, offsets
             batch.target_mask[span] = True
-            used, slot, answer = used + len(offsets), slot + 1, answer + len(tokens)
+            num_targets, slot, answer = num_targets + len(offsets), slot + 1, answer + len(tokens)
         start = answer

@@ -1,4 +1,4 @@
-"""Data sets of a run: the training store with its order, and the evaluation sets by name."""
+"""Open the data sets of a run: the training store with its order, and the evaluation sets by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class EvalSet:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSets:
-    """Training and evaluation sets of a run."""
+    """The training set and the evaluation sets of a run."""
 
     stage: Stage
     train: Store
@@ -38,7 +38,7 @@ class DataSets:
 
 
 def store_folder(store: str | None, run_dir: str) -> Path:
-    """Return the local folder for tokenized data and cached log-probs: ``store``, or one next to the run directory.
+    """Return the local folder for tokenized data and cached log-probs: ``store``, else a folder next to ``run_dir``.
 
     Raises:
         UserError: the folder is in a bucket.
@@ -59,7 +59,7 @@ def open_sets(
     train: "Dataset | None" = None,
     evals: "Mapping[str, Dataset] | None" = None,
 ) -> DataSets:
-    """Open or build the stores of a run, and make the order of its steps of ``size`` examples.
+    """Open or build the stores of a run, and make the order of its examples in steps of ``size``.
 
     ``train`` and ``evals`` replace the sets of ``data``.
 

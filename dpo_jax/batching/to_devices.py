@@ -14,7 +14,7 @@ ToDevices = Callable[[PreferenceBatch], PreferenceBatch]  # this process's rows 
 
 
 def make_to_devices(mesh: Mesh, leading: int = 0) -> ToDevices:
-    """Make a function that puts this process's rows on its devices, as part of arrays that span all processes.
+    """Return a function that puts this process's rows on its devices, as part of arrays that span all processes.
 
     ``leading``: number of dims before the rows, 1 if the step is accumulated.
     """

@@ -1,4 +1,4 @@
-"""Every option of a run: its name, type, default and meaning. Imports only the standard library.
+"""Define every option of a run: its name, type, default and meaning. Only the standard library is imported here.
 
 A config is a tree of frozen dataclasses. The docstring under a field is its ``--help`` text. A section validates itself
 when constructed; constraints between two sections are checked by the config that holds both.
@@ -56,7 +56,7 @@ NUM_ANSWERS: dict[Stage, int] = {"dpo": 2, "sft": 1}  # per prompt
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
-    """Sections that all methods have."""
+    """Config of a training run: the sections that all methods share."""
 
     scores: ClassVar[int] = 0  # outputs of a head in place of the unembedding
 
@@ -71,7 +71,7 @@ class TrainConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         seeded = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
-        self.refuse_idle("run.seed", not seeded, "nothing is random: data.shuffle is false, no adapter is initialized")
+        self.refuse_idle("run.seed", not seeded, "nothing is random without data.shuffle or new adapters")
         self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "all adapters are matrices")
 
 
@@ -89,24 +89,24 @@ class DPOConfig(TrainConfig):
         super().__post_init__()
         mode, loss = self.reference_mode, self.loss
         names = ", ".join(name for name, _ in loss.terms)
-        remedy = f"loss {names} compares with a reference; use live or cached, or set loss.reference_free"
+        remedy = f"loss {names} needs a reference; use live or cached, or set loss.reference_free"
         self.refuse("reference.mode", loss.needs_reference and mode == "none", remedy)
         is_unused = loss.reference_free and mode != "none"
-        self.refuse("reference.mode", is_unused, "loss.reference_free takes no reference; use none")
+        self.refuse("reference.mode", is_unused, "loss.reference_free uses no reference; use none")
         for option in ("dtype", "sync_every"):
-            self.refuse_idle(f"reference.{option}", mode != "live", f"only mode live has it, this is {mode}")
+            self.refuse_idle(f"reference.{option}", mode != "live", f"only mode live supports it, not {mode}")
         self.refuse_idle("reference.path", mode == "none", "reference.mode is none")
         lora_reference = "with lora.rank the reference is the model without its adapters"
         has_adapters = self.lora.rank > 0
         self.refuse_idle("reference.path", has_adapters, lora_reference)
-        self.refuse_idle("reference.dtype", has_adapters, f"{lora_reference}, in its dtype")
-        self.refuse_idle("reference.sync_every", has_adapters, f"{lora_reference}, which does not move")
+        self.refuse_idle("reference.dtype", has_adapters, f"{lora_reference}, in the same dtype")
+        self.refuse_idle("reference.sync_every", has_adapters, f"{lora_reference}, which is never updated")
         is_unused = has_adapters and self.reference.mode == "live" and not loss.needs_reference
-        self.refuse("reference.mode", is_unused, f"{lora_reference}, and loss {names} compares with none; use auto")
+        self.refuse("reference.mode", is_unused, f"{lora_reference}, and loss {names} uses no reference; use auto")
 
     @property
     def objective(self) -> LossConfig:
-        """The loss to minimize."""
+        """The loss that training minimizes."""
         return self.loss
 
     @property

@@ -1,4 +1,4 @@
-"""Options of the data: where it is, how invalid rows are handled, how it is truncated."""
+"""Options of the data: its sources, how invalid rows are handled, and how examples are truncated."""
 
 from dataclasses import dataclass, field
 from datetime import date
@@ -101,14 +101,14 @@ class DataConfig(Section, name="data"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse("train", not self.train, "name at least one set")
+        self.refuse("train", not self.train, "give at least one data set")
         weights = [source.weight for source in self.train]
         has_weight = [weight is not None for weight in weights]
-        require(all(has_weight) or not any(has_weight), "data.train", weights, "give every set a weight, or none")
-        only_source = "this is the only set, so all pairs are drawn from it; leave it out"
+        require(all(has_weight) or not any(has_weight), "data.train", weights, "give every data set a weight, or none")
+        only_source = "all pairs are drawn from the only data set; leave the weight out"
         require(len(weights) > 1 or not any(has_weight), "data.train.0.weight", weights[0], only_source)
         for name, source in self.eval.items():
-            remedy = "each pair of an evaluation set counts once; leave it out"
+            remedy = "each pair of an evaluation set counts once; leave the weight out"
             require(source.weight is None, f"data.eval.{name}.weight", source.weight, remedy)
         name_taken = "held_out" in self.eval and self.eval_fraction > 0
         require(not name_taken, "data.eval", "held_out", "eval_fraction holds out rows under this name; choose another")

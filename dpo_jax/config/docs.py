@@ -1,4 +1,4 @@
-"""Documentation of config fields, taken from their docstrings, for ``--help`` and docs/configuration.md.
+"""Document config fields by their docstrings, for ``--help`` and docs/configuration.md.
 
 ``python -m dpo_jax.config.docs > docs/configuration.md`` regenerates that page.
 """
@@ -13,7 +13,7 @@ import docstring_parser
 
 from dpo_jax.config import SourceConfig
 from dpo_jax.config.file import COMMAND_OF, field_types, type_words
-from dpo_jax.config.section import written
+from dpo_jax.config.section import as_yaml
 
 PREFACE = """# Configuration
 
@@ -41,7 +41,7 @@ _TABLE_HEAD = ("| option | type | default | meaning |", "|---|---|---|---|")
 
 
 class FieldText(NamedTuple):
-    """One option: dotted name, allowed values in words, default as YAML (None: required) and meaning."""
+    """Documentation of an option: dotted name, allowed values in words, default as YAML (None: required), meaning."""
 
     name: str
     values: str
@@ -50,7 +50,7 @@ class FieldText(NamedTuple):
 
 
 class SectionText(NamedTuple):
-    """One section: dotted name, class, meaning and fields."""
+    """Documentation of a section: dotted name, class, meaning and fields."""
 
     name: str
     kind: type
@@ -59,7 +59,7 @@ class SectionText(NamedTuple):
 
 
 def sections(kind: type, name: str = "") -> Iterator[SectionText]:
-    """Yield the sections of a config class, each before its subsections."""
+    """Yield the documentation of each section of a config class, before that of its subsections."""
     types, meanings = field_types(kind), _meanings(kind)
     prefix = f"{name}." if name else ""
     options = (field for field in dataclasses.fields(kind) if not dataclasses.is_dataclass(types[field.name]))
@@ -72,7 +72,7 @@ def sections(kind: type, name: str = "") -> Iterator[SectionText]:
 
 
 def help_sections(kind: type) -> Iterator[SectionText]:
-    """Yield the `sections` of a config class, then the options of one entry of data.train."""
+    """Yield the `sections` of a config class, then the section that documents an entry of data.train."""
     yield from sections(kind)
     yield from sections(SourceConfig, "data.train.0")
 
@@ -112,9 +112,9 @@ def _meanings(kind: type) -> dict[str, str]:
 
 def _field_text(field: dataclasses.Field[Any], kind: Any, meaning: str, prefix: str) -> FieldText:
     values = "; ".join([type_words(kind), *(str(allowed) for allowed in field.metadata.values())])
-    default = None if field.default is dataclasses.MISSING else written(field.default)
+    default = None if field.default is dataclasses.MISSING else as_yaml(field.default)
     if field.default_factory is not dataclasses.MISSING:
-        default = written(field.default_factory())
+        default = as_yaml(field.default_factory())
     return FieldText(prefix + field.name, values, default, meaning)
 
 

@@ -1,4 +1,4 @@
-"""Option names of TRL, PEFT, similar trainers and earlier versions -> names here, suggested for unknown options."""
+"""Map option names of TRL, PEFT, other trainers and earlier versions to the names here, to suggest these in errors."""
 
 ELSEWHERE = {
     "model_name_or_path": "model.path", "base_model": "model.path", "torch_dtype": "model.dtype",

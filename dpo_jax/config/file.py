@@ -1,4 +1,4 @@
-"""Read configs from YAML, checked against the types of config/, and write them with every default spelled out.
+"""Read configs from YAML, check them against the types in config/, and write them with every default spelled out.
 
 YAML follows version 1.2: ``5e-7`` is a number and ``yes`` is a string. Values that YAML versions read differently, such
 as ``012``, are strings. A duplicate key is an error. Types are strict: ``"8"`` is not a number, ``1.0`` not an integer,
@@ -54,7 +54,7 @@ def parse_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str,
         raise UserError("the config", source, "give the path of a YAML file, or a mapping of sections")
     tree = source if isinstance(source, Mapping) else load_yaml(Path(source))
     for name, value in overrides.items():
-        tree = _put(kind, tree, (), name.split("."), value)
+        tree = _set_option(kind, tree, (), name.split("."), value)
     return _read(kind, tree, "", kind)
 
 
@@ -88,7 +88,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         content_text = {list: "a list", NoneType: "nothing"}.get(type(tree), shown(tree))
-        raise UserError(f"{path}: holds {content_text}, not sections: see docs/configuration.md")
+        raise UserError(f"{path}: must contain config sections, got {content_text}: see docs/configuration.md")
     return tree
 
 
@@ -108,7 +108,7 @@ def field_names(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def type_words(kind: Any) -> str:
-    """Describe the allowed values of a type in words."""
+    """Return a description in words of the values that a type allows."""
     if get_origin(kind) is tuple:
         return f"{type_words(get_args(kind)[0])}, or several as a list"
     if get_origin(kind) is dict:
@@ -118,7 +118,7 @@ def type_words(kind: Any) -> str:
 
 
 def _choices(kind: Any) -> list[str]:
-    """Return the words for each alternative of a type."""
+    """Return a description in words of each alternative of a type."""
     if get_origin(kind) in (Union, UnionType):
         return [word for option in get_args(kind) for word in _choices(option)]
     if get_origin(kind) is Literal:
@@ -142,7 +142,7 @@ def _read(kind: Any, value: Any, name: str, root: type) -> Any:
     if not _accepts(kind, value):
         is_list = isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)
         if is_list and f"{name}s" in field_names(root):
-            raise UserError(name, value, f"several are given as {name}s")
+            raise UserError(name, value, f"give several values as {name}s")
         raise must_be(name, type_words(kind), value, _hint(kind, value))
     return float(value) if type(value) is int and int not in (kind, *get_args(kind)) else value
 
@@ -199,8 +199,8 @@ def _refuse_unknown(keys: Collection[Any], options: Collection[str], prefix: str
     key, names = str(unknown), list(field_names(root))
     for kind, command in COMMAND_OF.items():
         if kind is not root and prefix + key in field_names(kind):
-            this = COMMAND_OF[root]
-            raise UserError(f"{prefix}{key}: belongs to `dpo-jax {command}`, not to `dpo-jax {this}`: remove it")
+            fault = f"belongs to `dpo-jax {command}`, not to `dpo-jax {COMMAND_OF[root]}`"
+            raise UserError(f"{prefix}{key}: {fault}: remove it")
     candidates = [ELSEWHERE[key]] if any(f"{name}.".startswith(f"{ELSEWHERE.get(key)}.") for name in names) else []
     candidates += [prefix + match for match in difflib.get_close_matches(key, options, 1, cutoff=0.7)]
     candidates += [name for name in names if name.endswith(f".{key}")]
@@ -270,57 +270,55 @@ def _hint(kind: Any, value: Any) -> str:
 # Overrides: insertion of a value into a tree of plain values by its dotted name.
 
 
-def _put(kind: Any, node: Any, where: tuple[str, ...], rest: Sequence[str], value: Any) -> Any:
-    """Return a copy of the node with a value set at the path ``rest``; the caller's tree is not modified.
+def _set_option(kind: Any, node: Any, path: tuple[str, ...], subpath: Sequence[str], value: Any) -> Any:
+    """Return a copy of the node with a value set at the path ``subpath``; the caller's tree is not modified.
 
-    ``kind`` is the node's type, None for an unknown name, which is refused later. ``where`` is the path to the node.
+    ``kind`` is the node's type, None for an unknown name, which is refused later. ``path`` leads to the node.
     """
-    if not rest or kind is None:
+    if not subpath or kind is None:
         return value
-    node_name, name = ".".join(where), ".".join((*where, *rest))
+    node_name, name = ".".join(path), ".".join((*path, *subpath))
     if isinstance(node, CommandLineText):
         node = _from_command_line(kind, node, node_name)
     if get_origin(kind) is tuple:
-        return _put_in_list(get_args(kind)[0], node, where, rest, value)
+        return _set_in_list(get_args(kind)[0], node, path, subpath, value)
     if kind in SHORTHAND and isinstance(node, str):
         node = {SHORTHAND[kind]: node}
     has_names = dataclasses.is_dataclass(kind) or get_origin(kind) is dict
     if not isinstance(node, Mapping) and (node is not None or not has_names):
         raise UserError(f"{name}: {node_name} is {shown(node)}, which has no options: set {node_name} itself")
     node = node or {}
-    key, value_type = rest[0], None
+    key, value_type = subpath[0], None
     if dataclasses.is_dataclass(kind):
         value_type = field_types(kind).get(key)
     elif get_origin(kind) is dict:
         value_type = get_args(kind)[1]
-    return {**node, key: _put(value_type, node.get(key), (*where, key), rest[1:], value)}
+    return {**node, key: _set_option(value_type, node.get(key), (*path, key), subpath[1:], value)}
 
 
-def _put_in_list(kind: Any, node: Any, where: tuple[str, ...], rest: Sequence[str], value: Any) -> list[Any]:
-    """Like `_put`, for a list of ``kind``. The index may be omitted if the list has a single data set."""
-    list_name, name = ".".join(where), ".".join((*where, *rest))
+def _set_in_list(kind: Any, node: Any, path: tuple[str, ...], subpath: Sequence[str], value: Any) -> list[Any]:
+    """Like `_set_option`, for a list of ``kind``. The index may be omitted if the list has a single data set."""
+    list_name, name = ".".join(path), ".".join((*path, *subpath))
     single_entry = [] if node is None and kind not in SHORTHAND else [node]
     entries = list(node) if isinstance(node, list | tuple) else single_entry
-    if kind in SHORTHAND and not rest[0].isdecimal():
+    if kind in SHORTHAND and not subpath[0].isdecimal():
         if len(entries) != 1:
-            choice = " to ".join(".".join((list_name, str(index), *rest)) for index in (0, len(entries) - 1))
+            choice = " to ".join(".".join((list_name, str(index), *subpath)) for index in (0, len(entries) - 1))
             raise UserError(f"{name}: {list_name} has {len(entries)} data sets: choose one, {choice}")
-        rest = ["0", *rest]
-    if rest[0] not in map(str, range(len(entries))):
-        raise UserError(f"{name}: {list_name} has no entry {rest[0]!r}: it has {len(entries)}, counted from 0")
-    index = int(rest[0])
-    entries[index] = _put(kind, entries[index], (*where, rest[0]), rest[1:], value)
+        subpath = ["0", *subpath]
+    if subpath[0] not in map(str, range(len(entries))):
+        raise UserError(f"{name}: {list_name} has no entry {subpath[0]!r}: it has {len(entries)}, counted from 0")
+    index = int(subpath[0])
+    entries[index] = _set_option(kind, entries[index], (*path, subpath[0]), subpath[1:], value)
     return entries
 
 
 # The core schema of YAML 1.2 on top of PyYAML, which implements 1.1.
 
-_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
+_BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
 _FLOAT = re.compile(
     r"([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
 )
-_BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
-_NULL = re.compile(r"(~|null|Null|NULL|)$")
 
 
 class _Loader(yaml.SafeLoader):
@@ -343,10 +341,10 @@ class _Dumper(yaml.SafeDumper):
     """YAML dumper that quotes strings which YAML 1.1 or 1.2 would read as another type."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
@@ -359,5 +357,5 @@ def _parse_yaml(text: str, origin: str) -> Any:
         if not isinstance(error, yaml.MarkedYAMLError):
             raise
         mark = error.problem_mark or error.context_mark
-        position = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+        position = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown position"
         raise UserError(f"{origin}: {position}: invalid YAML: {error.problem or error.context}") from None

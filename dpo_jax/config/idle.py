@@ -1,6 +1,6 @@
-"""Options that have no effect because of a run's data, length or devices: reported when it starts, not refused.
+"""Find options that have no effect because of a run's data, length or devices; the run reports them when it starts.
 
-A value that has no effect with any data is an error of its section. Limits that are never reached (``max_length``,
+A value that has no effect with any data is an error in its section. Limits that are never reached (``max_length``,
 ``limit``, ``max_shapes``, ``keep``) and handling of invalid rows that do not occur do not count as idle.
 """
 
@@ -34,7 +34,7 @@ IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, predicate, explanation wi
     ("run.log_every", lambda value, run: value > run.steps,
      "the run has {steps} steps, so only the last step is logged"),
     ("run.eval_every", lambda value, run: run.eval_sets > 0 and value > run.steps,
-     "the run has {steps} steps, so it evaluates only before the first and after the last"),
+     "the run has {steps} steps, so evaluations run only before the first and after the last"),
     ("run.eval_every", lambda value, run: run.eval_sets == 0 and value > 0,
      "there is no evaluation set; name one in data.eval, or set data.eval_fraction"),
     ("data.chat_template", lambda value, run: value is not None and run.messages == 0,
@@ -46,17 +46,17 @@ IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, predicate, explanation wi
     ("model.matmul_precision", lambda value, run: value != "default" and run.platform == "cpu",
      "a CPU multiplies float32 in full precision anyway"),
     ("run.compiler_flags", lambda value, run: any(not text and name not in run.flags for name, text in value.items()),
-     "an empty value leaves out what is set on other devices, not on {platform}"),
+     "an empty value removes a default, but {platform} has no such default"),
 )  # fmt: skip
 
 
 def idle_options(config: Any, facts: Facts) -> list[str]:
-    """Return one line for each option that has no effect, given these facts about the run."""
+    """Return one line for each option of a config that has no effect in a run with these facts."""
     lines = []
-    for option, idle, why in IDLE:
+    for option, is_idle, explanation in IDLE:
         section, _, _ = option.partition(".")
         if hasattr(config, section):
             value = reduce(getattr, option.split("."), config)
-            if idle(value, facts):
-                lines.append(f"{option} is {value!r}: {why.format(**facts._asdict())}")
+            if is_idle(value, facts):
+                lines.append(f"{option} is {value!r}: {explanation.format(**facts._asdict())}")
     return lines

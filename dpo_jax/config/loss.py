@@ -20,7 +20,7 @@ ALSO_CALLED = {  # names in other trainers -> value to use here
 class Traits(NamedTuple):
     """Properties of a loss that decide which options apply to it."""
 
-    options: tuple[str, ...] = ()  # loss-specific options; with losses that lack them they must keep their defaults
+    options: tuple[str, ...] = ()  # loss-specific options; other losses require their defaults
     reference: bool = True  # compares the policy with a reference
     of_margin: bool = False  # a function of beta * (f(s_w) - f(s_l)) alone, so f_divergence applies
     per_token: bool = False  # divides log-probs by lengths; ipo does so if ipo_average
@@ -98,28 +98,25 @@ class LossConfig(Section, name="loss"):
         self.refuse("types", len(set(self.types)) < len(self.types), "name each loss once")
         count_differs = len(self.weights) not in (0, len(self.types))
         self.refuse("weights", count_differs, f"give one for each of loss.types ({len(self.types)})")
-        self._refuse_combinations()
-
-    def _refuse_combinations(self) -> None:
         traits = {name: LOSS_TRAITS[name] for name, _ in self.terms}
-        names = _listed(traits)
+        names = _joined(traits)
         for option in (option for row in LOSS_TRAITS.values() for option in row.options):
             has_option = any(option in row.options for row in traits.values())
             self.refuse_idle(option, not has_option, f"{names} has no such option")
         is_infinite = "exo_pair" in traits and self.label_smoothing == 0
         self.refuse("label_smoothing", is_infinite, "exo_pair is infinite at 0; try 0.001")
-        margin_losses = _listed(name for name, row in LOSS_TRAITS.items() if row.of_margin)
-        other_losses = _listed(name for name, row in traits.items() if not row.of_margin)
+        margin_losses = _joined(name for name, row in LOSS_TRAITS.items() if row.of_margin)
+        other_losses = _joined(name for name, row in traits.items() if not row.of_margin)
         self.refuse_idle("f_divergence", other_losses, f"it is defined for {margin_losses}, not for {other_losses}")
         divergence = self.f_divergence
         self.refuse_idle("f_alpha", divergence != "alpha", f"f_divergence {divergence} has no coefficient")
-        per_token_losses = _listed(n for n, row in traits.items() if row.per_token or (n == "ipo" and self.ipo_average))
-        self.refuse_idle("ld_alpha", per_token_losses, f"{per_token_losses} divides by the lengths already")
-        coupling = _listed(name for name, row in traits.items() if row.coupled)
+        per_token_losses = _joined(n for n, row in traits.items() if row.per_token or (n == "ipo" and self.ipo_average))
+        self.refuse_idle("ld_alpha", per_token_losses, f"{per_token_losses} already divides by the lengths")
+        coupling = _joined(name for name, row in traits.items() if row.coupled)
         self.refuse_idle("weighting", coupling, f"{coupling} couples the pairs of a step, so they cannot be weighted")
         self.refuse_idle("wpo_gradient", self.weighting == "none", "weighting none has no weights")
         needs_reference = any(row.reference for row in traits.values())
-        self.refuse_idle("reference_free", not needs_reference, f"{names} has no reference anyway")
+        self.refuse_idle("reference_free", not needs_reference, f"{names} uses no reference")
         self.refuse_idle("reference_free", "dpop" in traits, "dpop penalizes falling below the reference")
 
     @property
@@ -150,5 +147,5 @@ class RewardLossConfig(Section, name="loss"):
     """Weight of the squared sum of a pair's scores, which keeps their mean near 0; 0: off, as in TRL."""
 
 
-def _listed(names: Iterable[str]) -> str:
+def _joined(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))

@@ -47,7 +47,7 @@ class OptimizerConfig(Section, name="optimizer"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse_idle("decay_steps", self.schedule != "wsd", f"only schedule wsd has it, this is {self.schedule}")
+        self.refuse_idle("decay_steps", self.schedule != "wsd", f"only schedule wsd supports it, not {self.schedule}")
         self.refuse_idle("final_fraction", self.schedule == "constant", "a constant schedule does not decay")
         for option in ("b1", "b2", "eps"):
             self.refuse_idle(option, option not in OPTIMIZER_DEFAULTS[self.name], f"{self.name} has no {option}")
@@ -94,7 +94,7 @@ class BatchConfig(RowsConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse_idle("row_length", self.layout == "padded", "layout padded takes its length from the data")
+        self.refuse_idle("row_length", self.layout == "padded", "layout padded takes the row length from the data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +111,11 @@ class SFTBatchConfig(RowsConfig):
 class MeshConfig(Section, name="mesh"):
     """Devices along each axis of the mesh; one axis may be -1: all remaining devices."""
 
-    data: int = ranged(1, above=0, also=-1)
+    data: int = ranged(1, above=0, special=-1)
     """Copies of the model, each with its own rows."""
-    fsdp: int = ranged(-1, above=0, also=-1)
+    fsdp: int = ranged(-1, above=0, special=-1)
     """Devices that shard weights, optimizer state and rows."""
-    tensor: int = ranged(1, above=0, also=-1)
+    tensor: int = ranged(1, above=0, special=-1)
     """Devices that shard each layer's heads and features."""
 
     def __post_init__(self):
@@ -185,4 +185,4 @@ class CheckpointConfig(Section, name="checkpoint"):
         super().__post_init__()
         one_missing = (self.keep_best > 0) != (self.best_metric is not None)
         self.refuse("best_metric", one_missing, f"checkpoint.keep_best is {self.keep_best}; give both or neither")
-        self.refuse_idle("best_mode", self.best_metric is None, "there is no checkpoint.best_metric to judge by")
+        self.refuse_idle("best_mode", self.best_metric is None, "checkpoint.best_metric is not set")

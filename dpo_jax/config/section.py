@@ -1,4 +1,4 @@
-"""Base class of config sections: ranges declared next to the fields, and a one-line error for each invalid value."""
+"""Base class of config sections, which checks the range declared with each field and reports errors in one line."""
 
 import json
 import math
@@ -13,8 +13,7 @@ from dpo_jax.errors import UserError, must_be
 
 Value = TypeVar("Value")
 
-
-BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # name -> words, test of (number, bound)
+BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # name -> words, check of (number, bound)
     "above": ("above", operator.gt),
     "at_least": ("at least", operator.ge),
     "at_most": ("at most", operator.le),
@@ -24,27 +23,27 @@ BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # name -> wor
 
 
 class Range:
-    """Numbers that satisfy all given ``BOUNDS``, plus the single value ``also``."""
+    """Range of the numbers that satisfy all given ``BOUNDS``, plus the single value ``special``."""
 
-    def __init__(self, also: int | None = None, **bounds: float):
-        self.also, self.bounds = also, [(*BOUNDS[name], bound) for name, bound in bounds.items()]
+    def __init__(self, special: int | None = None, **bounds: float):
+        self.special, self.bounds = special, [(*BOUNDS[name], bound) for name, bound in bounds.items()]
 
     def __contains__(self, number: float) -> bool:
-        return number == self.also or all(keeps(number, bound) for _, keeps, bound in self.bounds)
+        return number == self.special or all(check(number, bound) for _, check, bound in self.bounds)
 
     def __str__(self) -> str:
         text = " and ".join(f"{words} {bound}" for words, _, bound in self.bounds).replace("above 0", "positive")
-        return text if self.also is None else f"{self.also} or {text}"
+        return text if self.special is None else f"{self.special} or {text}"
 
 
-def ranged(default: Value, also: int | None = None, **bounds: float) -> Value:
-    """Return a dataclass field with a default and a `Range` that applies to its number, or to each one in a list."""
-    return field(default=default, metadata={"range": Range(also, **bounds)})  # type: ignore[bad-return]
+def ranged(default: Value, special: int | None = None, **bounds: float) -> Value:
+    """Return a dataclass field with a default and a `Range` for its number, or for each number in a list."""
+    return field(default=default, metadata={"range": Range(special, **bounds)})  # type: ignore[bad-return]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base of config sections; the subclass sets the dotted name (none for a whole config or an entry of a list).
+    """Base of config sections; each subclass sets its dotted name (none for a whole config or an entry of a list).
 
     Raises:
         UserError: a number is not finite or out of range; names the option in full, except for an entry of a list.
@@ -68,23 +67,23 @@ class Section:
                 if allowed is not None and isinstance(entry, int | float) and entry not in allowed:
                     raise must_be(name, f"{null_prefix}{allowed}", entry)
 
-    def refuse(self, option: str, when: object, remedy: str) -> None:
-        """Raise ``UserError`` for an option, named relative to this section, if ``when`` holds."""
-        if when:
+    def refuse(self, option: str, condition: object, remedy: str) -> None:
+        """Raise ``UserError`` for an option, named relative to this section, if ``condition`` holds."""
+        if condition:
             raise UserError(self._dotted(option), reduce(getattr, option.split("."), self), remedy)
 
-    def refuse_idle(self, option: str, when: object, why: str) -> None:
-        """Refuse every value of an option but its default if ``when`` holds, because it would have no effect."""
+    def refuse_idle(self, option: str, condition: object, reason: str) -> None:
+        """Raise ``UserError`` if an option is not at its default and has no effect because ``condition`` holds."""
         *path, name = option.split(".")
         owner: Any = reduce(getattr, path, self)
         default = getattr(type(owner), name)
-        remedy = "leave it out" if default is None or isinstance(default, tuple) else f"leave it at {written(default)}"
-        self.refuse(option, when and getattr(owner, name) != default, f"{why}; {remedy}")
+        remedy = "leave it out" if default is None or isinstance(default, tuple) else f"leave it at {as_yaml(default)}"
+        self.refuse(option, condition and getattr(owner, name) != default, f"{reason}; {remedy}")
 
     def _dotted(self, *names: str) -> str:
         return ".".join(filter(None, (self.section, *names)))
 
 
-def written(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """Return a default value as YAML text."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -72,12 +72,18 @@ def _check_object(path: str, position: str, row: object) -> Mapping:
     return row
 
 
-class _JsonLines:
-    """Rows of a file with one JSON object per line; keeps only line offsets in memory, 8 bytes per row."""
+class JsonLines:
+    """Rows of a file with one JSON object per line; blank lines are skipped.
 
-    def __init__(self, path: str, file: BinaryIO):
-        self.path, self.starts, self.file = path, array("Q"), file
-        weakref.finalize(self, file.close)
+    Only line offsets are kept in memory, 8 bytes per row; lines are parsed on access.
+
+    Raises:
+        UserError: the file cannot be read. Accessing a line that is not JSON raises it later.
+    """
+
+    def __init__(self, path: str, file: BinaryIO | None = None):
+        self.path, self.starts, self.file = path, array("Q"), file or _open_binary(path)
+        weakref.finalize(self, self.file.close)
         start = 0
         for line in self.file:
             if line.strip():
@@ -109,22 +115,13 @@ def load_json(path: str) -> Any:
     is_list = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
     file.seek(0)
     if not is_list:
-        return _JsonLines(path, file)
+        return JsonLines(path, file)
     with file:
         try:
             rows = read_json(file.read())
         except ValueError as error:
             raise UserError(f"{path}: not JSON: {error}; fix the file") from None
     return [_check_object(path, f"item {index} of the list", row) for index, row in enumerate(rows)]
-
-
-def load_json_lines(path: str) -> Any:
-    """Open a file with one JSON object per line; lines are parsed on access, and blank lines are skipped.
-
-    Raises:
-        UserError: the file cannot be read. Accessing a line that is not JSON raises it later.
-    """
-    return _JsonLines(path, _open_binary(path))
 
 
 def load_csv(path: str) -> list[Mapping]:

@@ -82,10 +82,9 @@ class _Kind:
 def _kind(source: SourceConfig) -> _Kind:
     name = _kind_name(source.path)
     kind = _KINDS[name]
-    defaults = {"split": "train", "name": None, "revision": None, "data_dir": None}
-    for option, default in defaults.items():
+    for option in ("split", "name", "revision", "data_dir"):
         value = getattr(source, option)
-        if value != default and option not in kind.options:
+        if value != getattr(SourceConfig, option) and option not in kind.options:
             raise UserError(f"{source.path}: {option}: {value!r} does not apply to a {name}; leave it out")
     return kind
 
@@ -245,7 +244,7 @@ def _file_kind(load: Callable[[str], Any]) -> _Kind:
 
 _KINDS = {
     "file of JSON": _file_kind(files.load_json),
-    "file of JSON lines": _file_kind(files.load_json_lines),
+    "file of JSON lines": _file_kind(files.JsonLines),
     "CSV file": _file_kind(files.load_csv),
     "parquet file": _file_kind(files.Parquet),
     "saved folder": _dataset_kind(_load_saved, "split"),

@@ -141,7 +141,7 @@ def _tokenize_prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
             omission = missing_part(coder.template, example, prompt + answer, text)
             if omission is not None:
                 return Problem(row, "message_not_rendered", omission)
-        divergence = min(_common_text(prompt_text, text) for text in texts)
+        divergence = min(common_prefix(prompt_text, text) for text in texts)
         if divergence < len(prompt_text):
             omission = prompt_text[divergence:][:40]
             notes = (_not_prefix(row, f"{omission!r} of the rendered prompt is not in the rendered conversation"),)
@@ -205,10 +205,6 @@ def _not_prefix(row: int, detail: str) -> Problem:
     return Problem(row, "template_not_prefix", detail)
 
 
-def _common_text(first: str, second: str) -> int:
-    return len(first) if second.startswith(first) else common_prefix(first, second)
-
-
 def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: str):
     """Return (spans, notes), or why the turns cannot be found; spans [start, end) in `text` of the turns to learn.
 
@@ -221,14 +217,15 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
             continue
         prompt_text = render(coder.template, example, messages[:index], prompt=True)
         turn_text = render(coder.template, example, messages[: index + 1])
-        start = _common_text(prompt_text, text)
+        start = common_prefix(prompt_text, text)
         end = len(turn_text)
         if start < len(prompt_text) or not text.startswith(turn_text):
             changed_index = index
             # content may start like the end of the generation prompt, so a marker is used to find the turn's start
             marked_messages = [*messages[:index], message | {"content": MARKER}, *messages[index + 1 :]]
-            start = _common_text(prompt_text, render(coder.template, example, marked_messages))
-            turn = turn_text[_common_text(prompt_text, render(coder.template, example, marked_messages[: index + 1])) :]
+            start = common_prefix(prompt_text, render(coder.template, example, marked_messages))
+            turn_start = common_prefix(prompt_text, render(coder.template, example, marked_messages[: index + 1]))
+            turn = turn_text[turn_start:]
             tails = (turn[cut:] for cut in range(len(turn)))
             tail = next((tail for tail in tails if tail.strip() and text.startswith(tail, start)), None)
             if tail is None or (spans and start < spans[-1][1]):

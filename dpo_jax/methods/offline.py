@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from dpo_jax.batch import Adapted, Params, PreferenceBatch
-from dpo_jax.batching.batches import Prefetched, StepData
+from dpo_jax.batching.batches import StepData, prefetched
 from dpo_jax.batching.to_devices import ToDevices, make_to_devices
 from dpo_jax.inference.agreement import AGREEMENT, tied
 from dpo_jax.inference.evaluation import evaluation_of, score_sets
@@ -59,7 +59,7 @@ class Offline:
     base: Params | None  # frozen base weights if adapters are trained
     reference: Reference | None  # None: no reference, or it is part of the state
     proven: bool  # the reference equals the initial policy, so the first step's values are known
-    packed: Prefetched
+    packed: Callable[[int], StepData]
     to_devices: ToDevices  # for train steps, whose batches have a leading microbatch axis when accumulating
 
     def weights(self, state: TrainState) -> Any:
@@ -201,7 +201,7 @@ def make_offline(
         base=None if policy.adapters is None else policy.weights,
         reference=None if reference_follows else reference,
         proven=reference is not None and starts_equal(config, policy.ids),
-        packed=Prefetched(setup.batches, range(num_steps)),
+        packed=prefetched(setup.batches, range(num_steps)),
         to_devices=make_to_devices(mesh, leading=int(config.batch.accumulation > 1)),
     )
     return method, start

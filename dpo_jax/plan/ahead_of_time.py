@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.stages import Lowered
 from packaging.requirements import Requirement
 
-from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch, up
+from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch, round_up
 from dpo_jax.batching.packing import BatchShape, empty_batch
 from dpo_jax.config import DPOConfig
 from dpo_jax.errors import UserError
@@ -68,7 +68,7 @@ class Load:
     @property
     def targets(self) -> int:
         """Answer tokens of a full row, rounded up to a multiple of ``BLOCK``."""
-        return up(self.row_length * sum(self.lengths[1:]) / self.unit, BLOCK)
+        return round_up(self.row_length * sum(self.lengths[1:]) / self.unit, BLOCK)
 
 
 def check_pair(requirements: Sequence[str], libtpu: str) -> None:
@@ -115,7 +115,7 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
         targets=load.targets,
         answers=2 * math.ceil(load.row_length / load.unit),
         blocks=16 * (load.row_length // BLOCK),
-        longest=up(load.longest, BLOCK),
+        longest=round_up(load.longest, BLOCK),
         branch_length=load.row_length,
     )
     leading = () if load.microbatches == 1 else (load.microbatches,)

@@ -176,7 +176,7 @@ def test_shapes_are_the_best_of_all_choices(seed):
     ]
     lengths = sorted({shape.length for shape in needed})
     for most in (1, 2, 3):
-        shapes = choose_shapes(needed, most, worth=0)
+        shapes = choose_shapes(needed, most, min_saving=0)
         assert len(shapes) <= most
         assert list(shapes) == sorted(shapes)
         choices = [

@@ -178,7 +178,7 @@ BAD = [
     ({"loss__type": "kto"}, "simpo, orpo, cpo, sft or null, got 'kto'"),
     (
         {"loss__type": ["sigmoid", "sft"]},
-        "loss.type: ['sigmoid', 'sft'] cannot be used: several are given as loss.types",
+        "loss.type: ['sigmoid', 'sft'] cannot be used: give several values as loss.types",
     ),
     ({"loss__types": "sigmoid, sft"}, "loss.types: 'sigmoid, sft' cannot be used: a list is written [sigmoid, sft]"),
     ({"loss__type": "\ud800"}, "sft or null, got '\\ud800'"),
@@ -204,7 +204,7 @@ BAD = [
     ({"data__eval": "held.jsonl"}, "data.eval: 'held.jsonl' cannot be used: give names with their values"),
     ({"data__eval": {1: "x"}}, "data.eval: a name must be a string, got 1"),
     ({"data__train__columns": "prompt=question"}, "give names with their values, such as {prompt: question}"),
-    ({"data__train": []}, "data.train: () cannot be used: name at least one set"),
+    ({"data__train": []}, "data.train: () cannot be used: give at least one data set"),
     (
         {"data__train": [{"path": "a", "limt": 1}]},
         "data.train.0.limt: unknown option: did you mean data.train.0.limit?",
@@ -227,7 +227,7 @@ BAD = [
     ({"batch__pairs": 3, "batch__accumulation": 2}, "batch.accumulation: 2 cannot be used: it must divide batch.pairs"),
     ({"run__steps": 1, "run__epochs": 1}, "run.steps: 1 cannot be used: run.epochs 1.0 is given too"),
     ({"reference__mode": "cached", "reference__dtype": "bfloat16"}, "reference.dtype: 'bfloat16' cannot be used"),
-    ({"reference__mode": "none"}, "reference.mode: 'none' cannot be used: loss sigmoid compares with a reference"),
+    ({"reference__mode": "none"}, "reference.mode: 'none' cannot be used: loss sigmoid needs a reference"),
     ({"reference__sync_every": 5, "reference__mode": "cached"}, "reference.sync_every: 5 cannot be used"),
     ({"lora__rank": -1}, "lora.rank must be at least 0, got -1"),
     ({"lora__rank": 4, "lora__alpha": 0.0}, "lora.alpha must be positive, got 0.0"),
@@ -253,7 +253,7 @@ BAD = [
     ),
     ({"loss__type": "simpo", "reference__path": "x"}, "reference.path: 'x' cannot be used: reference.mode is none"),
     ({"loss__reference_free": True, "reference__mode": "live"}, "reference.mode: 'live' cannot be used"),
-    ({"loss__type": "simpo", "loss__reference_free": True}, "loss.reference_free: True cannot be used: simpo has no"),
+    ({"loss__type": "simpo", "loss__reference_free": True}, "loss.reference_free: True cannot be used: simpo uses no"),
     ({"loss__type": "dpop", "loss__reference_free": True}, "loss.reference_free: True cannot be used: dpop penalizes"),
     ({"loss__type": "hinge", "loss__types": ["ipo"]}, "loss.types: ('ipo',) cannot be used: loss.type hinge is given"),
     ({"loss__types": ["ipo", "ipo"]}, "loss.types: ('ipo', 'ipo') cannot be used: name each loss once"),
@@ -267,7 +267,10 @@ BAD = [
     ({"loss__simpo_gamma": 1.0}, "loss.simpo_gamma: 1.0 cannot be used: sigmoid has no such option"),
     ({"loss__type": "ipo", "loss__f_divergence": "js"}, "loss.f_divergence: 'js' cannot be used: it is defined for"),
     ({"loss__f_alpha": 0.7}, "loss.f_alpha: 0.7 cannot be used: f_divergence reverse_kl has no coefficient"),
-    ({"loss__type": "ipo", "loss__ld_alpha": 0.5}, "loss.ld_alpha: 0.5 cannot be used: ipo divides by the lengths"),
+    (
+        {"loss__type": "ipo", "loss__ld_alpha": 0.5},
+        "loss.ld_alpha: 0.5 cannot be used: ipo already divides by the lengths",
+    ),
     ({"loss__ld_alpha": 1.5}, "loss.ld_alpha must be null or at least 0 and at most 1, got 1.5"),
     (
         {"loss__type": "aot", "loss__weighting": "wpo"},
@@ -302,7 +305,7 @@ RANGES = [
     ({"above": 0, "at_most": 1}, "positive and at most 1", [0.1, 1], [0, 1.1]),
     ({"at_least": 0, "below": 0.5}, "at least 0 and below 0.5", [0, 0.4], [-0.1, 0.5]),
     ({"at_least": 64, "multiple_of": 64}, "at least 64 and a multiple of 64", [64, 192], [0, 65, -64]),
-    ({"above": 0, "also": -1}, "-1 or positive", [-1, 1], [-2, 0]),
+    ({"above": 0, "special": -1}, "-1 or positive", [-1, 1], [-2, 0]),
 ]
 
 
@@ -548,8 +551,8 @@ def test_sources_that_are_no_config(source, line):
         ("a: !!python/name:os.system x\n", "c.yaml: line 1, column 4: invalid YAML: "),
         ("a: \x07\n", "c.yaml: invalid YAML: "),
         ("a: \xff\n", "c.yaml: byte 3 is not UTF-8"),
-        ("", "c.yaml: holds nothing, not sections"),
-        ("- a\n", "c.yaml: holds a list, not sections"),
+        ("", "c.yaml: must contain config sections, got nothing"),
+        ("- a\n", "c.yaml: must contain config sections, got a list"),
     ],
 )
 def test_files_that_are_no_config(tmp_path, text, line):
