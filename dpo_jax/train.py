@@ -42,7 +42,7 @@ def train(
         RunStopped: loss or gradient became NaN or infinite; the state before that step is saved.
     """
     start_hosts()
-    hosts.keep_compilations()
+    hosts.cache_compilations()
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh), lossy_streams(), lock_run(config.run.dir) as run:
         setup = assemble(config, mesh, train_set, eval_sets)  # model and data, without weights so far
