@@ -69,7 +69,7 @@ BREAKS = [
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[live-separable]",
            "test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]")),
     Break(2, "a loss that couples pairs is accumulated part by part", "step.py",
-          "_in_two_passes if loss.coupled else _in_one_pass", "_in_one_pass",
+          "_two_pass_gradient if loss.coupled else _one_pass_gradient", "_one_pass_gradient",
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]",)),
     # 3: a batch is a pure function of (data, seed, step)
     Break(3, "the seed is not heeded", "batching/order.py",
