@@ -89,7 +89,7 @@ def run_steps(session: Session, method: Method, state: Any, first: int) -> Any:
                     session.save(step + 1, state)
                 session.stop_if_asked(step + 1)
         except NotFinite as error:
-            session.save(error.done, method.recovered(state), wait=True)
+            session.save(error.num_done, method.recovered(state), wait=True)
             raise RunStopped(str(error)) from error
     return state
 

@@ -106,10 +106,10 @@ BREAKS = [
           "storage.cut(path, offset)", "pass",
           ("test_directory::test_logs_are_cut_back_to_the_byte",)),
     Break(4, "checksums of what is restored are not compared", "runs/restore.py",
-          "if wrong:", "if False:",
+          "if corrupted:", "if False:",
           ("test_checkpoint::test_a_damaged_step_is_set_aside_and_the_one_before_taken[flip_a_byte]",)),
     Break(4, "a harmed step changes the state", "step.py",
-          "before = replace(state, healthy=healthy)", "before = replace(after, healthy=healthy)",
+          "old_state = replace(state, healthy=healthy)", "old_state = replace(new_state, healthy=healthy)",
           ("test_step::test_what_is_not_finite_leaves_the_state_and_holds_it[nan]",)),
     # 5: nothing is silently changed or dropped
     Break(5, "unknown options are passed over", "config/file.py",
