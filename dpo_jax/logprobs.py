@@ -16,7 +16,7 @@ from dpo_jax.batch import AnyArray, PaddedBatch, PairLogps, Params, PreferenceBa
 from dpo_jax.ops.token_logps import Options, TargetStats, TokenLogps, score_targets
 from dpo_jax.parallel.sharding import constrain_rows
 
-SUMMED = 32  # log-probs per partial sum
+PARTIAL_SUM_SIZE = 32  # log-probs per partial sum
 BLOCK = 8192  # default number of vocabulary rows whose logits are in memory at a time
 LogpsFn = Callable[[Any, Any], PairLogps]  # (weights, batch); weights are a pytree of arrays, such as `Adapted`
 
@@ -24,18 +24,18 @@ LogpsFn = Callable[[Any, Any], PairLogps]  # (weights, batch); weights are a pyt
 def logps_of_logits(
     logits: Float[Array, "*n V"], labels: Int[AnyArray, "*n"], *, stats: bool = False, squares: bool = False
 ) -> TokenLogps:
-    """Compute log-softmax at the labels in float32. A masked sum picks the label's logit, local if V is sharded."""
+    """Compute log-softmax at the labels in float32, with a masked sum over V, which stays local if V is sharded."""
     logits = logits.astype(jnp.float32)
-    label = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], logits, 0.0).sum(-1)
+    label_logit = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], logits, 0.0).sum(-1)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
-    tokens = TokenLogps(label - normalizer, normalizer)
+    tokens = TokenLogps(label_logit - normalizer, normalizer)
     if squares:
         tokens = tokens._replace(log_sum_sq=jax.nn.logsumexp(2 * logits, axis=-1) - 2 * normalizer)
     if stats:
-        detached, total = jax.lax.stop_gradient(logits), jax.lax.stop_gradient(normalizer)
-        expected = (jnp.exp(detached - total[..., None]) * detached).sum(-1)
-        top1 = (jax.lax.stop_gradient(label) >= detached.max(-1)).astype(jnp.float32)
-        tokens = tokens._replace(stats=TargetStats(total - expected, detached.mean(-1), top1))
+        detached, detached_normalizer = jax.lax.stop_gradient(logits), jax.lax.stop_gradient(normalizer)
+        expected_logit = (jnp.exp(detached - detached_normalizer[..., None]) * detached).sum(-1)
+        top1 = (jax.lax.stop_gradient(label_logit) >= detached.max(-1)).astype(jnp.float32)
+        tokens = tokens._replace(stats=TargetStats(detached_normalizer - expected_logit, detached.mean(-1), top1))
     return tokens
 
 
@@ -61,18 +61,18 @@ def target_logps(
 
 
 def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False) -> PairLogps:
-    """Sum over each answer's targets and gather the sums from the rows into [B, K]; 0 in empty slots."""
+    """Sum the log-probs of each answer's targets and return the sums by pair and answer, [B, K]; empty slots are 0."""
     mask = batch.target_mask
     num_rows = mask.shape[0]
     num_slots = num_rows * batch.answers_per_row
-    member = jax.nn.one_hot(jnp.where(mask, batch.target_answers, -1), batch.answers_per_row)  # [R, M, A]
-    padding = (0, 0), (0, -mask.shape[1] % SUMMED)
-    member = jnp.pad(member, (*padding, (0, 0))).reshape(num_rows, -1, SUMMED, batch.answers_per_row)
+    is_member = jax.nn.one_hot(jnp.where(mask, batch.target_answers, -1), batch.answers_per_row)  # [R, M, A]
+    padding = (0, 0), (0, -mask.shape[1] % PARTIAL_SUM_SIZE)
+    is_member = jnp.pad(is_member, (*padding, (0, 0))).reshape(num_rows, -1, PARTIAL_SUM_SIZE, batch.answers_per_row)
 
     def per_answer(values: Float[Array, "R M"]) -> Float[Array, "B K"]:
         # in two stages: one long float32 sum would lose precision
-        values = jnp.pad(jnp.where(mask, values, 0.0), padding).reshape(num_rows, -1, SUMMED)
-        sums = jnp.einsum("rjm,rjma->rja", values, member, precision=jax.lax.Precision.HIGHEST).sum(1)
+        values = jnp.pad(jnp.where(mask, values, 0.0), padding).reshape(num_rows, -1, PARTIAL_SUM_SIZE)
+        sums = jnp.einsum("rjm,rjma->rja", values, is_member, precision=jax.lax.Precision.HIGHEST).sum(1)
         return jnp.where(batch.valid[:, None], sums.reshape(-1)[batch.answer_slots], 0.0)
 
     count = per_answer(jnp.ones_like(tokens.logp))
@@ -134,7 +134,7 @@ def make_token_logps_fn(
     block: int = BLOCK,
     precision: str | None = None,
 ) -> Callable[[Params, PreferenceBatch], Float[Array, "R M"]]:
-    """Like ``make_logps_fn``, but per target; ``answer_values`` regroups the result by pair and answer."""
+    """Make ``token_logps_fn(weights, batch)``, as `make_logps_fn` but per target; see also `answer_values`."""
 
     def token_logps_fn(weights: Params, batch: PreferenceBatch) -> Float[Array, "R M"]:
         hidden, unembedding = hidden_fn(weights, batch), unembedding_fn(weights)
@@ -144,11 +144,11 @@ def make_token_logps_fn(
 
 
 def answer_values(values: Float[np.ndarray, "R M"], batch: PreferenceBatch) -> list[list[np.ndarray]]:
-    """Group per-target values by pair and answer, in the answer's token order; arrays are empty in empty slots."""
-    per_row = batch.answers_per_row
+    """Group per-target values by pair and answer, in the answer's token order; empty slots have empty arrays."""
+    slots_per_row = batch.answers_per_row
 
     def slot_values(slot: int, valid: bool) -> np.ndarray:
-        row, answer = divmod(slot, per_row)
+        row, answer = divmod(slot, slots_per_row)
         mask = np.asarray(batch.target_mask[row] & (batch.target_answers[row] == answer)) & valid
         return np.asarray(values[row][mask][np.argsort(batch.target_offsets[row][mask])])
 
@@ -159,7 +159,7 @@ def answer_values(values: Float[np.ndarray, "R M"], batch: PreferenceBatch) -> l
 def make_padded_logps_fn(
     apply: Callable[[Params, Int[AnyArray, "n T"]], Float[Array, "n T V"]], *, tail: bool = False, squares: bool = False
 ) -> LogpsFn:
-    """Make ``logps_fn`` over a ``PaddedBatch`` for any model from tokens to next-token logits; no packing or chunking.
+    """Make ``logps_fn`` over padded batches for any model that maps tokens to next-token logits; nothing is chunked.
 
     ``tail`` and ``squares`` as in ``make_logps_fn``.
     """

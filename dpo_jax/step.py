@@ -1,4 +1,4 @@
-"""One DPO step: a pure function from state, frozen weights and batch to the next state and the step's metrics.
+"""One DPO step: a pure function of state, frozen weights and batch that returns the next state and metrics.
 
 Its two halves, `pair_gradient` and `apply_gradient`, can be reused separately by other training methods.
 """
@@ -22,7 +22,7 @@ from dpo_jax.losses import mean_loss, preference_loss, preference_metrics
 
 @struct.dataclass
 class TrainState:
-    """State that a step updates. ``params`` are the trainable parameters only: all weights, or the adapters."""
+    """State that a step updates; ``params`` are only the trained parameters: all weights or the adapters."""
 
     step: Int[Array, ""]  # number of updates made
     params: Params
@@ -44,14 +44,14 @@ class Frozen:
 
 
 class Follow(NamedTuple):
-    """TR-DPO (arXiv 2404.09656): every ``every`` updates, mix a fraction ``mix`` of the policy into the reference."""
+    """TR-DPO (arXiv 2404.09656): once in ``every`` updates, mix a fraction ``mix`` of the policy into the reference."""
 
     every: int
     mix: float
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, reference: Params | None = None) -> TrainState:
-    """Return the initial state; ``reference``: weights, not aliased with ``params``, of a reference that follows it."""
+    """Return the initial state; ``reference``: weights, not aliased with ``params``, that are to follow the policy."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.ones((), bool), reference)
 
 
@@ -64,51 +64,51 @@ def pair_gradient(
     log-probs have a leading dim of that size. For every loss the result equals that of all pairs at once.
     """
     base = jax.lax.stop_gradient(frozen.base)
-    cached = frozen.reference if isinstance(frozen.reference, PairLogps) else None
-    weights = None if cached is not None else frozen.reference
+    cached_logps = frozen.reference if isinstance(frozen.reference, PairLogps) else None
+    weights = None if cached_logps is not None else frozen.reference
     if frozen.reference is None and base is not None and loss.needs_reference:
         weights = Adapted(None, base)
 
-    def policy_of(params: Params, batch: Any) -> PairLogps:
+    def policy_logps(params: Params, batch: Any) -> PairLogps:
         return logps_fn(params if base is None else Adapted(params, base), batch)
 
-    def reference_of(batch: Any, cached: PairLogps | None) -> PairLogps | None:
+    def reference_logps(batch: Any, cached: PairLogps | None) -> PairLogps | None:
         return cached if weights is None else jax.lax.stop_gradient(logps_fn(jax.lax.stop_gradient(weights), batch))
 
-    gradient = _at_once if accumulation == 1 else _in_two_passes if loss.coupled else _in_one_pass
-    return gradient(params, (batch, cached), policy_of, reference_of, loss)
+    gradient_fn = _whole_gradient if accumulation == 1 else _two_pass_gradient if loss.coupled else _one_pass_gradient
+    return gradient_fn(params, (batch, cached_logps), policy_logps, reference_logps, loss)
 
 
-def _at_once(params, fed, policy_of, reference_of, loss):
+def _whole_gradient(params, inputs, policy_logps, reference_logps, loss):
     def objective(params):
-        policy = policy_of(params, fed[0])
+        policy = policy_logps(params, inputs[0])
         return mean_loss(preference_loss(policy, reference, loss), policy), policy
 
-    reference = reference_of(*fed)
+    reference = reference_logps(*inputs)
     (_, policy), grads = jax.value_and_grad(objective, has_aux=True)(params)
     return grads, policy, reference
 
 
-def _in_one_pass(params, fed, policy_of, reference_of, loss):
+def _one_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
     """Accumulate over microbatches, for losses in which each pair's loss depends on that pair alone."""
 
     def microbatch_gradient(microbatch):
-        reference = reference_of(*microbatch)
+        reference = reference_logps(*microbatch)
 
-        def pulled(params):
-            policy = policy_of(params, microbatch[0])
-            pull = jax.lax.stop_gradient(_pull(jax.lax.stop_gradient(policy), reference, loss))
-            return optax.tree.vdot(pull, _sums(policy)), policy
+        def pulled_back(params):
+            policy = policy_logps(params, microbatch[0])
+            cotangents = jax.lax.stop_gradient(_loss_cotangents(jax.lax.stop_gradient(policy), reference, loss))
+            return optax.tree.vdot(cotangents, _sums(policy)), policy
 
-        (_, policy), grads = jax.value_and_grad(pulled, has_aux=True)(params)
+        (_, policy), grads = jax.value_and_grad(pulled_back, has_aux=True)(params)
         return grads, (policy, reference)
 
-    grads, logps = _added(microbatch_gradient, fed, params)
-    policy, reference = _join(logps)
-    return _per_pair(grads, policy), policy, reference
+    grads, logps = _accumulate(microbatch_gradient, inputs, params)
+    policy, reference = _join_microbatches(logps)
+    return _average(grads, policy), policy, reference
 
 
-def _in_two_passes(params, fed, policy_of, reference_of, loss):
+def _two_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
     """Accumulate over microbatches, for losses that couple pairs: d loss / d logps needs the log-probs of all of them.
 
     By the chain rule, d loss / d params = sum over microbatches of (d loss / d logps) (d logps / d params). The first
@@ -116,26 +116,26 @@ def _in_two_passes(params, fed, policy_of, reference_of, loss):
     """
 
     def microbatch_logps(_, microbatch):
-        return None, (policy_of(params, microbatch[0]), reference_of(*microbatch))
+        return None, (policy_logps(params, microbatch[0]), reference_logps(*microbatch))
 
     def microbatch_gradient(microbatch):
-        def pulled(params):
-            policy = policy_of(params, microbatch[0])
+        def pulled_back(params):
+            policy = policy_logps(params, microbatch[0])
             return optax.tree.vdot(jax.lax.stop_gradient(microbatch[1]), _sums(policy)), policy
 
-        (_, policy), grads = jax.value_and_grad(pulled, has_aux=True)(params)
+        (_, policy), grads = jax.value_and_grad(pulled_back, has_aux=True)(params)
         return grads, policy
 
-    _, stacked = jax.lax.scan(microbatch_logps, None, fed)
-    policy, reference = _join(stacked)
-    pull = jax.tree.map(lambda x: x.reshape(stacked[0].sum.shape), _pull(policy, reference, loss))
-    grads, policy = _added(microbatch_gradient, (fed[0], pull), params)
-    policy = _join(policy)
-    return _per_pair(grads, policy), policy, reference
+    _, stacked = jax.lax.scan(microbatch_logps, None, inputs)
+    policy, reference = _join_microbatches(stacked)
+    cotangents = jax.tree.map(lambda x: x.reshape(stacked[0].sum.shape), _loss_cotangents(policy, reference, loss))
+    grads, policy = _accumulate(microbatch_gradient, (inputs[0], cotangents), params)
+    policy = _join_microbatches(policy)
+    return _average(grads, policy), policy, reference
 
 
-def _pull(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, AnyArray]:
-    """Gradient of the weighted sum of pair losses with respect to each of `_sums`, by name."""
+def _loss_cotangents(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, AnyArray]:
+    """Return the gradient of the weighted sum of pair losses with respect to each of `_sums`, by name."""
 
     def total(sums):
         return (preference_loss(replace(policy, **sums), reference, loss) * policy.weight).sum()
@@ -149,22 +149,22 @@ def _sums(logps: PairLogps) -> dict[str, AnyArray]:
     return {name: values for name, values in sums.items() if values is not None}
 
 
-def _added(gradient_of: Callable[[Any], tuple[Params, Any]], microbatches: Any, params: Params) -> tuple[Params, Any]:
-    """Sum the microbatches' gradients in float32 and stack their auxiliary outputs."""
+def _accumulate(fn: Callable[[Any], tuple[Params, Any]], microbatches: Any, params: Params) -> tuple[Params, Any]:
+    """Sum the gradients that ``fn`` returns for the microbatches, in float32, and stack its other outputs."""
 
     def add(grads, microbatch):
-        microbatch_grads, aux = gradient_of(microbatch)
+        microbatch_grads, aux = fn(microbatch)
         return jax.tree.map(jnp.add, grads, microbatch_grads), aux
 
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), microbatches)
 
 
-def _join(stacked: Any) -> Any:
+def _join_microbatches(stacked: Any) -> Any:
     """Reshape log-probs [microbatches, pairs per microbatch, ...] -> [B, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
 
 
-def _per_pair(grads: Params, policy: PairLogps) -> Params:
+def _average(grads: Params, policy: PairLogps) -> Params:
     return jax.tree.map(lambda x: x / jnp.maximum(policy.valid.sum(), 1), grads)
 
 
@@ -185,18 +185,18 @@ def apply_gradient(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     params = optax.apply_updates(state.params, updates)
-    after = TrainState(state.step + 1, params, opt_state, healthy, state.reference)
-    before = replace(state, healthy=healthy)
-    state = jax.tree.map(lambda new, old: jnp.where(healthy, new, old).astype(old.dtype), after, before)
+    new_state = TrainState(state.step + 1, params, opt_state, healthy, state.reference)
+    old_state = replace(state, healthy=healthy)
+    state = jax.tree.map(lambda new, old: jnp.where(healthy, new, old).astype(old.dtype), new_state, old_state)
     if follow is None:
         return state, grad_norm
-    due = healthy & (state.step % follow.every == 0)
-    reference = jax.lax.cond(due, partial(_mixed, follow.mix), lambda old, _: old, state.reference, state.params)
+    is_due = healthy & (state.step % follow.every == 0)
+    reference = jax.lax.cond(is_due, partial(_mix, follow.mix), lambda old, _: old, state.reference, state.params)
     return replace(state, reference=reference), grad_norm
 
 
-def _mixed(share: float, reference: Params, policy: Params) -> Params:
-    mix = lambda old, new: share * new.astype(jnp.float32) + (1 - share) * old.astype(jnp.float32)  # noqa: E731
+def _mix(fraction: float, reference: Params, policy: Params) -> Params:
+    mix = lambda old, new: fraction * new.astype(jnp.float32) + (1 - fraction) * old.astype(jnp.float32)  # noqa: E731
     return jax.tree.map(lambda old, new: mix(old, new).astype(old.dtype), reference, policy)
 
 
@@ -211,7 +211,7 @@ def train_step(
     accumulation: int = 1,
     follow: Follow | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Make one update; pure, not jitted.
+    """Make one update. This is a pure function and is not jitted.
 
     ``frozen``: a `Frozen`, or just the reference: a parameter tree of the same model, its ``PairLogps`` of the batch,
     or None. ``batch`` is passed to ``logps_fn(weights, batch) -> PairLogps``, where the weights are ``state.params`` or
@@ -235,7 +235,7 @@ def train_step(
 def state_shardings(
     state: TrainState, param_shardings: Any, replicated: Any, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Sharding of every leaf of the state: moments and reference as their weights, everything else ``replicated``.
+    """Return the state's shardings: moments and reference are sharded as their weights, all else is ``replicated``.
 
     ``state`` may be a tree of shapes (``jax.eval_shape``). A factored moment, whose shape differs from its weight's,
     is ``replicated``.
@@ -274,5 +274,5 @@ def make_train_step(
     step = partial(
         train_step, logps_fn=logps_fn, loss=loss, optimizer=optimizer, accumulation=accumulation, follow=follow
     )
-    compiled = partial(jax.jit, step, donate_argnums=0, compiler_options=dict(compiler_options or {}))
-    return compiled() if shardings is None else compiled(out_shardings=(shardings, metrics_sharding))
+    compile_step = partial(jax.jit, step, donate_argnums=0, compiler_options=dict(compiler_options or {}))
+    return compile_step() if shardings is None else compile_step(out_shardings=(shardings, metrics_sharding))

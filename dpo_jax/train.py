@@ -42,7 +42,7 @@ def train(
         RunStopped: loss or gradient became NaN or infinite; the state before that step is saved.
     """
     start_hosts()
-    hosts.keep_compilations()
+    hosts.cache_compilations()
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh), lossy_streams(), lock_run(config.run.dir) as run:
         setup = assemble(config, mesh, train_set, eval_sets)  # model and data, without weights so far
@@ -89,7 +89,7 @@ def run_steps(session: Session, method: Method, state: Any, first: int) -> Any:
                     session.save(step + 1, state)
                 session.stop_if_asked(step + 1)
         except NotFinite as error:
-            session.save(error.done, method.recovered(state), wait=True)
+            session.save(error.num_done, method.recovered(state), wait=True)
             raise RunStopped(str(error)) from error
     return state
 

@@ -73,9 +73,9 @@ def tpus():
 @pytest.fixture
 def for_tpus(tpus):
     """As ``tpus``, where a test compiles for them itself."""
-    from dpo_jax.parallel.compiler import not_kept
+    from dpo_jax.parallel.compiler import no_cache_writes
 
-    with not_kept():
+    with no_cache_writes():
         yield tpus
 
 

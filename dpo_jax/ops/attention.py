@@ -17,26 +17,26 @@ from jaxtyping import Array, Bool, Float, Int
 from dpo_jax.batch import BLOCK, PreferenceBatch
 from dpo_jax.errors import UserError
 from dpo_jax.ops import kernels
-from dpo_jax.ops.unpack import Unshared, answers_apart, branches_apart, share, unshare
-from dpo_jax.parallel.sharding import ROWS, in_force
+from dpo_jax.ops.unpack import UnpackIndices, share, unpack_answers, unpack_branches, unshare
+from dpo_jax.parallel.sharding import ROWS, mesh_is_active
 
 Implementation = Literal["blocks", "xla", "splash", "cudnn"]
 
 
-def sees(query: Int[Array, "3 *j q"], key: Int[Array, "3 *j s"], window: int | None) -> Bool[Array, "*j q s"]:
-    """Attention mask from the (segment, branch, position) of each query and key; it does not depend on the row order.
+def attention_mask(query: Int[Array, "3 *j q"], key: Int[Array, "3 *j s"], window: int | None) -> Bool[Array, "*j q s"]:
+    """Return the attention mask from (segment, branch, position) of queries and keys, whose order does not matter.
 
     Positions increase by one within a branch, so "not later" compares positions; a prompt key is never later than an
     answer token. ``window``: only keys at most window - 1 positions back.
     """
     segment_q, branch_q, position_q = (x[..., :, None] for x in query)
     segment_s, branch_s, position_s = (x[..., None, :] for x in key)
-    seen = (segment_q == segment_s) & (segment_q > 0)
-    seen &= (branch_s == 0) | (branch_s == branch_q)
-    seen &= position_s <= position_q
+    visible = (segment_q == segment_s) & (segment_q > 0)
+    visible &= (branch_s == 0) | (branch_s == branch_q)
+    visible &= position_s <= position_q
     if window is not None:
-        seen &= position_q - position_s < window
-    return seen
+        visible &= position_q - position_s < window
+    return visible
 
 
 class AttentionInputs(NamedTuple):
@@ -44,65 +44,65 @@ class AttentionInputs(NamedTuple):
 
     tokens: Int[Array, "R 3 T"]  # segment, branch, position
     blocks: Int[Array, "R J 2"]
-    unshared: Unshared | None  # for splash and cudnn only
+    unpacked: UnpackIndices | None  # for splash and cudnn only
 
 
 def make_inputs(batch: PreferenceBatch, implementation: Implementation) -> AttentionInputs:
-    """Make the inputs that an implementation needs from a batch.
+    """Derive the attention inputs that an implementation needs from a batch.
 
     Raises:
-        ValueError: the batch lacks the block or answer indices that it needs, as a plain batch does.
+        ValueError: the batch lacks the block or answer indices that the implementation needs, as a plain batch does.
     """
     if implementation == "blocks" and batch.blocks.shape[-2] == 0:
         raise ValueError("attention blocks: this batch has no blocks; use xla")
     if implementation == "cudnn" and batch.answers_per_row == 0:
         raise ValueError("attention cudnn: this batch has no answers; use xla")
-    unshared = None
+    unpacked = None
     if implementation == "splash":
         _, length = kernels.splash_sizes(batch.branch_length, batch.longest)
-        unshared = branches_apart(batch, length)
+        unpacked = unpack_branches(batch, length)
     elif implementation == "cudnn":
-        unshared = answers_apart(batch, batch.longest)
+        unpacked = unpack_answers(batch, batch.longest)
     tokens = jnp.stack([batch.segments, batch.branches, batch.positions], axis=1)
-    return AttentionInputs(tokens=tokens, blocks=jnp.asarray(batch.blocks), unshared=unshared)
+    return AttentionInputs(tokens=tokens, blocks=jnp.asarray(batch.blocks), unpacked=unpacked)
 
 
-def _scores(q, k, spec, scale, softcap):
+def _attention_scores(q, k, spec, scale, softcap):
     scores = jnp.einsum(spec, q, k, preferred_element_type=jnp.float32) * scale
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def _dense_row(q, k, v, queries, keys, *, scale, window, softcap):
-    """Attention in one row with a dense [q, s] mask. q: [q, K, G, H]; k, v: [s, K, H]."""
-    scores = _scores(q, k, "qkgh,skh->kgqs", scale, softcap)
-    seen = sees(queries, keys, window)
-    weights = jax.nn.softmax(scores, axis=-1, where=seen)
-    weights = jnp.where(seen.any(-1)[:, None], weights, 0.0)  # padding attends to nothing
+    """Compute attention in one row with a dense [q, s] mask; q: [q, K, G, H]; k, v: [s, K, H]."""
+    scores = _attention_scores(q, k, "qkgh,skh->kgqs", scale, softcap)
+    visible = attention_mask(queries, keys, window)
+    weights = jax.nn.softmax(scores, axis=-1, where=visible)
+    weights = jnp.where(visible.any(-1)[:, None], weights, 0.0)  # padding attends to nothing
     return jnp.einsum("kgqs,skh->qkgh", weights.astype(v.dtype), v)
 
 
 def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
-    """Attention in one row over J block pairs; the softmax of a query block is combined across its pairs.
+    """Compute attention in one row over J block pairs; a query block's softmax is combined across its pairs.
 
     Work and memory scale with the visible blocks, not with T^2: J * BLOCK^2 scores per head. Head dims precede token
     dims, and the queries of a group are adjacent (X = G * BLOCK), so that each product is one plain matrix product per
-    key head: on a CPU this is several times faster than leaving the order to the compiler.
+    key head. On a CPU this is several times faster than leaving the order to the compiler.
     """
-    length, num_kv_heads, group, head = q.shape
+    length, num_kv_heads, group_size, head = q.shape
     num_blocks = length // BLOCK
     query_block, key_block = blocks[:, 0], blocks[:, 1]
     is_used = query_block >= 0
     segment = jnp.where(is_used, query_block, num_blocks)  # unused pairs go to an extra block that is dropped
 
-    q = q.reshape(num_blocks, BLOCK, num_kv_heads, group, head).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(num_blocks, num_kv_heads, group * BLOCK, head)
+    q = q.reshape(num_blocks, BLOCK, num_kv_heads, group_size, head).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(num_blocks, num_kv_heads, group_size * BLOCK, head)
     k, v = (x.reshape(num_blocks, BLOCK, num_kv_heads, head).swapaxes(1, 2) for x in (k, v))
     tokens = tokens.reshape(3, num_blocks, BLOCK)
 
-    scores = _scores(q[query_block], k[key_block], "jkxh,jksh->jkxs", scale, softcap)
-    seen = sees(tokens[:, query_block], tokens[:, key_block], window) & is_used[:, None, None]
-    seen = jnp.tile(seen, (1, group, 1))[:, None]  # [J, 1, X, s]
-    scores = jnp.where(seen, scores, -jnp.inf)
+    scores = _attention_scores(q[query_block], k[key_block], "jkxh,jksh->jkxs", scale, softcap)
+    visible = attention_mask(tokens[:, query_block], tokens[:, key_block], window) & is_used[:, None, None]
+    visible = jnp.tile(visible, (1, group_size, 1))[:, None]  # [J, 1, X, s]
+    scores = jnp.where(visible, scores, -jnp.inf)
 
     largest = jax.ops.segment_max(jax.lax.stop_gradient(scores.max(-1)), segment, num_blocks + 1)
     largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
@@ -111,14 +111,14 @@ def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
     values = jnp.einsum("jkxs,jksh->jkxh", weights.astype(v.dtype), v[key_block], preferred_element_type=jnp.float32)
     values = jax.ops.segment_sum(values, segment, num_blocks + 1)[:num_blocks]
     out = (values / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
-    out = out.reshape(num_blocks, num_kv_heads, group, BLOCK, head).transpose(0, 3, 1, 2, 4)
-    return out.reshape(length, num_kv_heads, group, head)
+    out = out.reshape(num_blocks, num_kv_heads, group_size, BLOCK, head).transpose(0, 3, 1, 2, 4)
+    return out.reshape(length, num_kv_heads, group_size, head)
 
 
 # Each takes q, k, v and the inputs of the same rows and heads; only some use the bound `longest`.
 
 
-def _grouped(q, num_kv_heads):
+def _group_queries(q, num_kv_heads):
     num_rows, length, num_heads, head = q.shape
     return q.reshape(num_rows, length, num_kv_heads, num_heads // num_kv_heads, head)
 
@@ -129,31 +129,31 @@ def _dense(q, k, v, inputs, *, longest, **options):
 
 def _blocks(q, k, v, inputs, *, longest, **options):
     # The backward pass recomputes the scores: they are many times larger than q, k and v, which are saved.
-    one_row = jax.checkpoint(partial(_blocks_row, **options))
-    rows = (_grouped(q, k.shape[2]), k, v, inputs.tokens, inputs.blocks)
+    attend_row = jax.checkpoint(partial(_blocks_row, **options))
+    rows = (_group_queries(q, k.shape[2]), k, v, inputs.tokens, inputs.blocks)
     # vmap over a dim of size 1 makes the softmax gradient 30 times slower in XLA on a CPU
-    out = jax.vmap(one_row)(*rows) if len(q) > 1 else one_row(*(x[0] for x in rows))[None]
+    out = jax.vmap(attend_row)(*rows) if len(q) > 1 else attend_row(*(x[0] for x in rows))[None]
     return out.reshape(q.shape)
 
 
 def _splash(q, k, v, inputs, *, longest, scale, window, softcap):
-    to = inputs.unshared
-    segments = to.segments.reshape(-1, to.segments.shape[-1])
-    block, _ = kernels.splash_sizes(to.segments.shape[-1], longest)
+    indices = inputs.unpacked
+    segments = indices.segments.reshape(-1, indices.segments.shape[-1])
+    block, _ = kernels.splash_sizes(indices.segments.shape[-1], longest)
     band = longest if window is None else min(window, longest)
-    q = (q * scale).astype(q.dtype)  # before unsharing multiplies them
-    q, k, v = (unshare(x, to) for x in (q, k, v))
-    return share(kernels.splash(q, k, v, segments, block=block, band=band, softcap=softcap), to)
+    q = (q * scale).astype(q.dtype)  # before unpacking copies some of them
+    q, k, v = (unshare(x, indices) for x in (q, k, v))
+    return share(kernels.splash(q, k, v, segments, block=block, band=band, softcap=softcap), indices)
 
 
 def _padded(q, k, v, inputs, *, longest, scale, window, softcap, implementation):
     if softcap is not None:
-        raise UserError("model.attention: cudnn has no soft-capping of scores, which this model needs; use blocks")
-    to = inputs.unshared
-    lengths = (to.segments > 0).sum(-1).reshape(-1)
+        raise UserError("model.attention: cudnn cannot soft-cap scores, which this model requires; use blocks")
+    indices = inputs.unpacked
+    lengths = (indices.segments > 0).sum(-1).reshape(-1)
     lengths = jnp.maximum(lengths, 1)  # the kernel needs one token in an unused slot; nothing reads it
-    q, k, v = (unshare(x, to) for x in (q, k, v))
-    return share(kernels.padded(q, k, v, lengths, window=window, scale=scale, implementation=implementation), to)
+    q, k, v = (unshare(x, indices) for x in (q, k, v))
+    return share(kernels.padded(q, k, v, lengths, window=window, scale=scale, implementation=implementation), indices)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
@@ -165,20 +165,20 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 
 
 def on_each_device(fn: Callable[..., Array], q: Array, k: Array, v: Array, inputs: AttentionInputs) -> Array:
-    """Run ``fn(q, k, v, inputs)`` on each device's rows and heads, under the mesh in force, if any.
+    """Run ``fn(q, k, v, inputs)`` on each device's own rows and heads; without an active mesh, simply call it.
 
     It needs no collectives: a token attends only within its row. If `tensor` does not divide the key heads, they are
     repeated just often enough that each device has exactly those of its own query heads.
     """
-    if not in_force():
+    if not mesh_is_active():
         return fn(q, k, v, inputs)
     num_kv_heads, num_shards = k.shape[2], jax.sharding.get_abstract_mesh().shape["tensor"]
     repeats = lcm(num_kv_heads, num_shards) // num_kv_heads
     k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
     rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor")
     # check_vma=False: kernels do not declare over which axes their results vary
-    mapped = jax.shard_map(fn, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-    return mapped(q, k, v, inputs)
+    on_shards = jax.shard_map(fn, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return on_shards(q, k, v, inputs)
 
 
 def attend(
@@ -193,10 +193,10 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "R T N H"]:
-    """Softmax attention over packed rows, with scores in float32; padding yields 0.
+    """Compute softmax attention over packed rows, with float32 scores; the output at padding is 0.
 
-    ``xla`` applies `sees` as a dense mask; it is the oracle that all others are tested against and is partitioned by
-    the compiler. ``inputs`` must be made for the same implementation; ``longest`` is the batch's. ``window`` is a
+    ``xla`` applies `attention_mask` as a dense mask. It is the oracle that all others are tested against; the compiler
+    partitions it. ``inputs`` must be made for the same implementation; ``longest`` is the batch's. ``window`` is a
     sliding window in positions (not row indices). Each group of N / K query heads shares a key head.
 
     Raises:
@@ -217,28 +217,28 @@ def attend_cached(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "R q N H"]:
-    """Softmax attention of some tokens to all slots of a cache, by `sees` of their (segment, branch, position)."""
-    one_row = partial(_dense_row, scale=scale, window=window, softcap=softcap)
-    return jax.vmap(one_row)(_grouped(q, k.shape[2]), k, v, queries, keys).reshape(q.shape)
+    """Compute attention of tokens to the slots of a cache, by `attention_mask` of (segment, branch, position)."""
+    attend_row = partial(_dense_row, scale=scale, window=window, softcap=softcap)
+    return jax.vmap(attend_row)(_group_queries(q, k.shape[2]), k, v, queries, keys).reshape(q.shape)
 
 
 def choose(
-    asked: Literal["auto", "blocks", "xla", "splash", "cudnn"], *, platform: str, dtype: str, head_dim: int
+    requested: Literal["auto", "blocks", "xla", "splash", "cudnn"], *, platform: str, dtype: str, head_dim: int
 ) -> Implementation:
-    """Choose the implementation for devices of ``platform`` (cpu, gpu, tpu) that compute in ``dtype``.
+    """Return the requested implementation or, for ``auto``, the default on ``platform`` (cpu, gpu or tpu).
 
     Raises:
-        UserError: the requested implementation does not run there.
+        UserError: the requested implementation does not support the platform, ``dtype`` or ``head_dim``.
     """
-    flash = dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128  # supported by cuDNN on every GPU
-    defaults: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn" if flash else "blocks"}
-    if asked == "auto":
+    cudnn_runs = dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128  # supported by cuDNN on every GPU
+    defaults: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn" if cudnn_runs else "blocks"}
+    if requested == "auto":
         return defaults.get(platform, "blocks")
-    if asked == "splash" and platform not in ("tpu", "cpu"):
-        raise UserError(f"model.attention: splash is for TPU, but the devices are {platform}; use auto")
-    if asked == "cudnn" and platform != "gpu":
-        raise UserError(f"model.attention: cudnn is for GPU, but the devices are {platform}; use auto")
-    if asked == "cudnn" and not flash:
-        limits = "cudnn needs bfloat16 and a head_dim that is a multiple of 8 and at most 128"
-        raise UserError(f"model.attention: {limits}, got {dtype} and {head_dim}; use auto")
-    return asked
+    if requested == "splash" and platform not in ("tpu", "cpu"):
+        raise UserError(f"model.attention: splash runs on TPUs, but the devices are {platform}; use auto")
+    if requested == "cudnn" and platform != "gpu":
+        raise UserError(f"model.attention: cudnn runs on GPUs, but the devices are {platform}; use auto")
+    if requested == "cudnn" and not cudnn_runs:
+        requirements = "cudnn needs bfloat16 and a head_dim that is a multiple of 8 and at most 128"
+        raise UserError(f"model.attention: {requirements}, got {dtype} and {head_dim}; use auto")
+    return requested

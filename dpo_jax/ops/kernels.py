@@ -17,8 +17,8 @@ BLOCKS = ((2048, 1024), (0, 512))  # (minimum longest sequence, maximum block si
 
 
 def splash_sizes(length: int, longest: int) -> tuple[int, int]:
-    """Return the block size in tokens, and ``length`` rounded up to a whole number of blocks."""
-    max_block = next(block for reach, block in BLOCKS if longest >= reach)
+    """Return the block size in tokens, and ``length`` rounded up to a multiple of it."""
+    max_block = next(block for min_longest, block in BLOCKS if longest >= min_longest)
     count = -(-length // max_block)
     block = LANES * -(-length // (LANES * count))
     return block, count * block
@@ -34,16 +34,16 @@ def splash(
     band: int,
     softcap: float | None,
 ) -> Float[Array, "S U N H"]:
-    """Splash attention: compiled when the program is compiled for a TPU, interpreted otherwise.
+    """Compute splash attention; the kernel is interpreted unless the program is compiled for a TPU.
 
     A token attends to tokens of its own segment that are not later and at most ``band`` - 1 tokens back. Only blocks
-    within the band are visited. Scores are unscaled q . k. U is a multiple of ``block``.
+    within this band are visited. Scores are q . k, without scaling. U is a multiple of ``block``.
     """
     num_heads = q.shape[2]
-    run = partial(_run_splash, block=block, band=band, num_heads=num_heads, softcap=softcap)
+    run_kernel = partial(_run_splash, block=block, band=band, num_heads=num_heads, softcap=softcap)
     # The target platform, not that of this process: a CPU can compile for TPUs ahead of time.
     return jax.lax.platform_dependent(
-        q, k, v, segments, tpu=partial(run, interpret=False), default=partial(run, interpret=True)
+        q, k, v, segments, tpu=partial(run_kernel, interpret=False), default=partial(run_kernel, interpret=True)
     )
 
 
@@ -62,14 +62,14 @@ def _run_splash(q, k, v, segments, *, block, band, num_heads, softcap, interpret
         interpret=interpret,
     )
 
-    def one(inputs):
-        *qkv, ids = inputs
-        q, k, v = (jnp.swapaxes(x, 0, 1) for x in qkv)
+    def attend_sequence(inputs):
+        *arrays, ids = inputs
+        q, k, v = (jnp.swapaxes(x, 0, 1) for x in arrays)
         out = cast("Array", kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(ids, ids)))
         return jnp.swapaxes(out, 0, 1)
 
     # Sequential, like the kernel's own grid, to save memory: its log-sum-exps take [N, U, 128] float32.
-    return jax.lax.map(one, (q, k, v, segments))
+    return jax.lax.map(attend_sequence, (q, k, v, segments))
 
 
 def padded(
@@ -82,7 +82,7 @@ def padded(
     scale: float,
     implementation: Literal["cudnn", "xla"],
 ) -> Float[Array, "S U N H"]:
-    """Causal attention over right-padded sequences; the result is undefined at padding tokens.
+    """Compute causal attention over right-padded sequences; the result is undefined at padding tokens.
 
     ``cudnn`` can be traced only where cuDNN is installed; ``xla`` makes the same call for tests elsewhere.
     """

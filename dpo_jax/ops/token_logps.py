@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.batch import AnyArray
-from dpo_jax.parallel.sharding import ROWS, in_force
+from dpo_jax.parallel.sharding import ROWS, mesh_is_active
 
-UNSEEN = -1e30  # score of a masked vocabulary row; finite, so that 0 times it is 0
+MIN_SCORE = -1e30  # score of a masked vocabulary row; finite, so that 0 times it is 0
 
 
 class TargetStats(NamedTuple):
@@ -40,7 +40,7 @@ class TokenLogps(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Static options; passed explicitly, because no context manager is active when the backward pass is traced."""
+    """Static options, passed explicitly because no context manager is active while the backward pass is traced."""
 
     chunk: int  # targets per device whose scores exist at a time
     block: int  # vocabulary rows over which they exist at a time
@@ -49,7 +49,7 @@ class Options(NamedTuple):
     precision: str | None = None
 
     def product(self, spec: str, x: Array, y: Array) -> Array:
-        """Matrix product accumulated in float32."""
+        """Return an einsum of ``x`` and ``y``, accumulated in float32."""
         return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32, precision=self.precision)
 
 
@@ -71,74 +71,74 @@ def score_targets(
 
 
 def _forward(states, unembedding, labels, mask, options):
-    tokens = _on_mesh(partial(_score, options), "rwrr", "r")(states, unembedding, labels, mask)
+    tokens = _on_mesh(partial(_target_logps, options), "rwrr", "r")(states, unembedding, labels, mask)
     return tokens, (states, unembedding, labels, mask, tokens.normalizer, tokens.log_sum_sq)
 
 
-def _backward(options, kept, cotangents):
-    by_tokens = cotangents.logp, cotangents.log_sum_sq
-    gradients = _on_mesh(partial(_pull, options), "rwrrrrr", "rw")(*kept, by_tokens)
+def _backward(options, residuals, cotangents):
+    token_grads = cotangents.logp, cotangents.log_sum_sq
+    gradients = _on_mesh(partial(_target_gradients, options), "rwrrrrr", "rw")(*residuals, token_grads)
     return *gradients, None, None
 
 
 score_targets.defvjp(_forward, _backward)
 
 
-def _on_mesh(local: Callable[..., Any], takes: str, gives: str) -> Callable[..., Any]:
-    """Map ``local(mesh_in_force, *arrays)`` over device shards: "r" is sharded by rows, "w" like the unembedding."""
-    if not in_force():
+def _on_mesh(local: Callable[..., Any], input_kinds: str, output_kinds: str) -> Callable[..., Any]:
+    """Map ``local(is_sharded, *arrays)`` over devices: kind "r" is sharded by rows, kind "w" like the unembedding."""
+    if not mesh_is_active():
         return partial(local, False)
     specs = {"r": PartitionSpec(ROWS), "w": PartitionSpec("tensor", "fsdp")}
-    out = tuple(specs[letter] for letter in gives)
-    in_specs, out_specs = tuple(specs[letter] for letter in takes), out if len(out) > 1 else out[0]
+    outputs = tuple(specs[letter] for letter in output_kinds)
+    in_specs, out_specs = tuple(specs[letter] for letter in input_kinds), outputs if len(outputs) > 1 else outputs[0]
     return jax.shard_map(partial(local, True), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 class _Tiles:
-    """Tiles of one device: chunks of its targets by blocks of its vocabulary shard."""
+    """The tiles that one device computes: chunks of its targets by blocks of its vocabulary shard."""
 
-    def __init__(self, options: Options, spread: bool, unembedding: Array, mask: AnyArray):
-        self.spread, self.unembedding, self.rows, self.targets = spread, unembedding, *mask.shape
+    def __init__(self, options: Options, is_sharded: bool, unembedding: Array, mask: AnyArray):
+        self.is_sharded, self.unembedding, self.rows, self.targets = is_sharded, unembedding, *mask.shape
         self.num_chunks = max(1, -(-self.targets // max(1, options.chunk // self.rows)))
         self.num_blocks = max(1, -(-len(unembedding) // options.block))
         self.block = -(-len(unembedding) // self.num_blocks)
         used_up_to = self.chunks(mask).any(1) * jnp.arange(1, self.num_chunks + 1)
-        self.used = used_up_to.max()  # number of chunks to visit; later ones hold no target
+        self.num_used_chunks = used_up_to.max()  # later chunks hold no target
 
     def chunks(self, x: AnyArray) -> Array:
-        """Reshape [R, M, ...] -> [C, n, ...]: a chunk's scores are then one plain matrix product, fastest on a CPU."""
+        """Reshape [R, M, ...] -> [C, n, ...], so that a chunk's scores are one plain matrix product (fast on CPUs)."""
         size = -(-self.targets // self.num_chunks)
         x = jnp.pad(x, ((0, 0), (0, self.num_chunks * size - self.targets)) + ((0, 0),) * (x.ndim - 2))
         x = x.reshape(self.rows, self.num_chunks, size, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(self.num_chunks, -1, *x.shape[3:])
 
-    def unchunk(self, x: Array) -> Array:
+    def join_chunks(self, x: Array) -> Array:
         """Invert `chunks`: [C, n, ...] -> [R, M, ...]."""
         x = x.reshape(self.num_chunks, self.rows, -1, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(self.rows, -1, *x.shape[3:])[:, : self.targets]
 
-    def over_blocks(self, of_block: Callable[[Any, Any], Any], start: Any) -> Any:
-        """Fold ``of_block(i, carry)`` over the blocks in order; a single block needs no loop."""
-        return of_block(0, start) if self.num_blocks == 1 else jax.lax.fori_loop(0, self.num_blocks, of_block, start)
+    def fold_blocks(self, visit: Callable[[Any, Any], Any], initial: Any) -> Any:
+        """Fold ``visit(i, carry)`` over the blocks in order, without a loop if there is only one."""
+        return visit(0, initial) if self.num_blocks == 1 else jax.lax.fori_loop(0, self.num_blocks, visit, initial)
 
-    def place(self, i: Any) -> Any:
-        """Offset of block i; the last block is shifted back to have full size."""
+    def block_offset(self, i: Any) -> Any:
+        """Return the first row of block i; the last block is shifted back so that it has full size."""
         return jnp.minimum(i * self.block, len(self.unembedding) - self.block)
 
     def weights(self, i: Any, dtype: Any) -> tuple[Array, Array, Array]:
-        """Return block i's rows [b, D], their vocabulary ids [b], and a mask of those not in the previous block [b]."""
-        offset = self.place(i)
+        """Return block i's rows [b, D], their vocabulary ids [b], and whether each is not in the previous block [b]."""
+        offset = self.block_offset(i)
         rows = jax.lax.dynamic_slice_in_dim(self.unembedding, offset, self.block).astype(dtype)
         ids = offset + jnp.arange(self.block)
         is_new = ids >= i * self.block
-        if self.spread:
+        if self.is_sharded:
             rows = jax.lax.all_gather(rows, "fsdp", axis=1, tiled=True)
             ids += jax.lax.axis_index("tensor") * len(self.unembedding)
         return rows, ids, is_new
 
 
 class _Sums(NamedTuple):
-    """Running values over the vocabulary rows visited so far, [C, n] float32; sums are in units of exp(largest)."""
+    """Running values over the vocabulary rows visited so far, [C, n] float32; the sums are in units of exp(largest)."""
 
     largest: Array  # largest score
     label: Array  # score of the label
@@ -147,8 +147,8 @@ class _Sums(NamedTuple):
     expected: Array | None  # sum of exp(score) score
 
 
-def _summed(scores: Array, is_label: Array, before: _Sums) -> _Sums:
-    """Add a block's scores [n, b] to the sums."""
+def _add_block(scores: Array, is_label: Array, before: _Sums) -> _Sums:
+    """Add the scores [n, b] of a block of vocabulary rows to the running sums."""
     largest = jnp.maximum(before.largest, scores.max(-1))
     weights, shift = jnp.exp(scores - largest[:, None]), jnp.exp(before.largest - largest)
     return _Sums(
@@ -160,8 +160,8 @@ def _summed(scores: Array, is_label: Array, before: _Sums) -> _Sums:
     )
 
 
-def _over_parts(sums: _Sums) -> _Sums:
-    """Combine the sums of all vocabulary shards along `tensor`."""
+def _combine_shards(sums: _Sums) -> _Sums:
+    """Combine the running sums of all vocabulary shards, along mesh axis `tensor`."""
     largest = jax.lax.pmax(sums.largest, "tensor")
     shift = jnp.exp(sums.largest - largest)
     sums = sums._replace(
@@ -172,28 +172,28 @@ def _over_parts(sums: _Sums) -> _Sums:
     return jax.lax.psum(sums, "tensor")._replace(largest=largest)
 
 
-def _score(options, spread, states, unembedding, labels, mask):
-    tiles = _Tiles(options, spread, unembedding, mask)
+def _target_logps(options, is_sharded, states, unembedding, labels, mask):
+    tiles = _Tiles(options, is_sharded, unembedding, mask)
     states, labels = tiles.chunks(states), tiles.chunks(labels)
 
-    def of_block(i, sums):
+    def visit_block(i, sums):
         rows, ids, is_new = tiles.weights(i, states.dtype)
 
-        def of_chunk(c, sums):
+        def visit_chunk(c, sums):
             scores = options.product("nd,vd->nv", states[c], rows)
             if tiles.num_blocks > 1:
-                scores = jnp.where(is_new, scores, UNSEEN)
+                scores = jnp.where(is_new, scores, MIN_SCORE)
             is_label = (ids == labels[c][:, None]) & is_new
-            chunk_sums = _summed(scores, is_label, jax.tree.map(lambda x: x[c], sums))
+            chunk_sums = _add_block(scores, is_label, jax.tree.map(lambda x: x[c], sums))
             return jax.tree.map(lambda array, chunk: array.at[c].set(chunk), sums, chunk_sums)
 
-        return jax.lax.fori_loop(0, tiles.used, of_chunk, sums)
+        return jax.lax.fori_loop(0, tiles.num_used_chunks, visit_chunk, sums)
 
     zeros = jnp.zeros(labels.shape, jnp.float32)
-    start = _Sums(zeros + UNSEEN, zeros, zeros, zeros if options.squares else None, zeros if options.stats else None)
-    sums = tiles.over_blocks(of_block, start)
-    if spread:
-        sums = _over_parts(sums)
+    sums = _Sums(zeros + MIN_SCORE, zeros, zeros, zeros if options.squares else None, zeros if options.stats else None)
+    sums = tiles.fold_blocks(visit_block, sums)
+    if is_sharded:
+        sums = _combine_shards(sums)
     is_unvisited = sums.total == 0  # true in chunks that were not visited; NaN is not 0
     log_total = jnp.log(jnp.where(is_unvisited, 1.0, sums.total))
     normalizer = log_total + sums.largest
@@ -202,61 +202,57 @@ def _score(options, spread, states, unembedding, labels, mask):
     stats = None
     if sums.expected is not None:
         entropy = normalizer - sums.expected / sums.total
-        mean_logit = _mean_scores(states, unembedding, spread)
+        mean_row = unembedding.mean(0, dtype=jnp.float32)
+        if is_sharded:
+            mean_row = jax.lax.all_gather(jax.lax.pmean(mean_row, "tensor"), "fsdp", axis=0, tiled=True)
+        mean_logit = jnp.einsum("cnd,d->cn", states.astype(jnp.float32), mean_row, precision=jax.lax.Precision.HIGHEST)
         stats = TargetStats(entropy, mean_logit, top1=(sums.label >= sums.largest).astype(jnp.float32))
     tokens = TokenLogps(logp, normalizer, log_sum_sq, stats)
-    return jax.tree.map(lambda x: tiles.unchunk(jnp.where(is_unvisited, 0.0, x)), tokens)
+    return jax.tree.map(lambda x: tiles.join_chunks(jnp.where(is_unvisited, 0.0, x)), tokens)
 
 
-def _mean_scores(states: Array, unembedding: Array, spread: bool) -> Array:
-    """Mean score of each token over V, computed as the score of the mean row."""
-    mean_row = unembedding.mean(0, dtype=jnp.float32)
-    if spread:
-        mean_row = jax.lax.all_gather(jax.lax.pmean(mean_row, "tensor"), "fsdp", axis=0, tiled=True)
-    return jnp.einsum("cnd,d->cn", states.astype(jnp.float32), mean_row, precision=jax.lax.Precision.HIGHEST)
-
-
-def _pull(options, spread, states, unembedding, labels, mask, normalizer, log_sum_sq, by_tokens):
-    """Pull cotangents of the log-probs back to states and unembedding."""
-    tiles = _Tiles(options, spread, unembedding, mask)
-    states, labels, normalizer, log_sum_sq, by_logp, by_log_sum_sq = jax.tree.map(
-        tiles.chunks, (states, labels, normalizer, log_sum_sq, *by_tokens)
+def _target_gradients(options, is_sharded, states, unembedding, labels, mask, normalizer, log_sum_sq, token_grads):
+    """Return the gradients of states and unembedding, given the cotangents of the log-probs."""
+    tiles = _Tiles(options, is_sharded, unembedding, mask)
+    states, labels, normalizer, log_sum_sq, logp_grads, log_sum_sq_grads = jax.tree.map(
+        tiles.chunks, (states, labels, normalizer, log_sum_sq, *token_grads)
     )
 
-    def by_scores(c, rows, ids, is_new):
+    def score_gradients(c, rows, ids, is_new):
         logps = options.product("nd,vd->nv", states[c], rows) - normalizer[c][:, None]
         probs = jnp.exp(logps)
-        grads = by_logp[c][:, None] * ((ids == labels[c][:, None]) - probs)
+        grads = logp_grads[c][:, None] * ((ids == labels[c][:, None]) - probs)
         if options.squares:
-            shares = jnp.exp(2 * logps - log_sum_sq[c][:, None])
-            grads += 2 * by_log_sum_sq[c][:, None] * (shares - probs)
+            squared_shares = jnp.exp(2 * logps - log_sum_sq[c][:, None])
+            grads += 2 * log_sum_sq_grads[c][:, None] * (squared_shares - probs)
         if tiles.num_blocks > 1:
             grads = jnp.where(is_new, grads, 0.0)
         return grads.astype(states.dtype)
 
-    def of_block(i, grads):
-        by_states, by_unembedding = grads
+    def visit_block(i, grads):
+        states_grad, unembedding_grad = grads
         block = tiles.weights(i, states.dtype)
 
-        def of_chunk(c, grads):
-            by_states, by_rows = grads
-            score_grads = by_scores(c, *block)
-            by_states = by_states.at[c].add(options.product("nv,vd->nd", score_grads, block[0]).astype(by_states.dtype))
-            return by_states, by_rows + options.product("nv,nd->vd", score_grads, states[c])
+        def visit_chunk(c, grads):
+            states_grad, rows_grad = grads
+            score_grads = score_gradients(c, *block)
+            product = options.product("nv,vd->nd", score_grads, block[0])
+            states_grad = states_grad.at[c].add(product.astype(states_grad.dtype))
+            return states_grad, rows_grad + options.product("nv,nd->vd", score_grads, states[c])
 
         zeros = jnp.zeros(block[0].shape, jnp.float32)
-        by_states, by_rows = jax.lax.fori_loop(0, tiles.used, of_chunk, (by_states, zeros))
-        if spread:
-            by_rows = jax.lax.psum_scatter(by_rows, "fsdp", scatter_dimension=1, tiled=True)
+        states_grad, rows_grad = jax.lax.fori_loop(0, tiles.num_used_chunks, visit_chunk, (states_grad, zeros))
+        if is_sharded:
+            rows_grad = jax.lax.psum_scatter(rows_grad, "fsdp", scatter_dimension=1, tiled=True)
         if tiles.num_blocks == 1:
-            return by_states, by_rows
-        offset = tiles.place(i)
-        by_rows += jax.lax.dynamic_slice_in_dim(by_unembedding, offset, tiles.block)
-        return by_states, jax.lax.dynamic_update_slice_in_dim(by_unembedding, by_rows, offset, 0)
+            return states_grad, rows_grad
+        offset = tiles.block_offset(i)
+        rows_grad += jax.lax.dynamic_slice_in_dim(unembedding_grad, offset, tiles.block)
+        return states_grad, jax.lax.dynamic_update_slice_in_dim(unembedding_grad, rows_grad, offset, 0)
 
-    sum_dtype = jnp.float32 if tiles.num_blocks > 1 or spread else states.dtype  # of sums over blocks or shards
-    start = jnp.zeros(states.shape, sum_dtype), jnp.zeros(unembedding.shape, jnp.float32)
-    by_states, by_unembedding = tiles.over_blocks(of_block, start)
-    if spread:
-        by_states, by_unembedding = jax.lax.psum(by_states, "tensor"), jax.lax.psum(by_unembedding, "data")
-    return tiles.unchunk(by_states).astype(states.dtype), by_unembedding.astype(unembedding.dtype)
+    sum_dtype = jnp.float32 if tiles.num_blocks > 1 or is_sharded else states.dtype  # of sums over blocks or shards
+    initial = jnp.zeros(states.shape, sum_dtype), jnp.zeros(unembedding.shape, jnp.float32)
+    states_grad, unembedding_grad = tiles.fold_blocks(visit_block, initial)
+    if is_sharded:
+        states_grad, unembedding_grad = jax.lax.psum(states_grad, "tensor"), jax.lax.psum(unembedding_grad, "data")
+    return tiles.join_chunks(states_grad).astype(states.dtype), unembedding_grad.astype(unembedding.dtype)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from dpo_jax.errors import UserError, suggestion
 
 GIB = 2**30
-_HOST = (2, 2, 1)  # chips of one host along each torus axis, in multi-host TPU slices
+_HOST_SHAPE = (2, 2, 1)  # chips of one host along each torus axis, in multi-host TPU slices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,10 @@ class Chip:
     links: int
     torus_dims: int  # dimensions of the torus of links; 0: all chips are joined by a switch
     dcn_bandwidth: float | None  # to other slices or hosts, per chip; None: not published
-    chips_per_host: int  # in multi-host slices
     max_chips: int  # in one slice, or in one group of linked GPUs
     devices: int = 1  # per chip
     accelerator: str | None = None  # prefix of Google Cloud's accelerator type, PREFIX-NUMBER
-    counted: int = 1  # units per chip in that NUMBER: 2 where it counts TensorCores
+    units_per_chip: int = 1  # units that NUMBER counts per chip: 2 if it counts TensorCores
     compiler_name: str = "default"  # `chip_config_name` of libtpu
     source: str  # vendor page or paper with these figures
 
@@ -47,13 +46,13 @@ class Chip:
 
     @property
     def ici_bandwidth(self) -> float:
-        """Bytes per second over all links in one direction; vendors' figures count both directions."""
+        """Bytes per second over all links of a chip in one direction; vendors publish the sum of both directions."""
         return self.links * self.link_bandwidth
 
 
 _DOCS = "https://docs.cloud.google.com/tpu/docs/"
-_TPU: dict[str, Any] = {"platform": "tpu", "chips_per_host": 4}
-_GPU: dict[str, Any] = {"platform": "gpu", "torus_dims": 0, "dcn_bandwidth": None, "chips_per_host": 8, "max_chips": 8}
+_TPU: dict[str, Any] = {"platform": "tpu"}
+_GPU: dict[str, Any] = {"platform": "gpu", "torus_dims": 0, "dcn_bandwidth": None, "max_chips": 8}
 
 CHIPS = {
     chip.name: chip
@@ -61,7 +60,7 @@ CHIPS = {
         Chip(
             **_TPU, name="v4", kinds=("TPU v4",), peak_flops=275e12, memory=32 * GIB, device_memory=int(30.75 * GIB),
             memory_bandwidth=1200e9, link_bandwidth=50e9, links=6, torus_dims=3, dcn_bandwidth=None, max_chips=4096,
-            accelerator="v4", counted=2, compiler_name="megacore",
+            accelerator="v4", units_per_chip=2, compiler_name="megacore",
             source=_DOCS + "v4; links: arXiv 2304.01433, table 4",
         ),
         Chip(
@@ -72,7 +71,7 @@ CHIPS = {
         Chip(
             **_TPU, name="v5p", kinds=("TPU v5", "TPU v5p"), peak_flops=459e12, memory=95 * GIB,
             device_memory=int(95.73 * GIB), memory_bandwidth=2765e9, link_bandwidth=100e9, links=6, torus_dims=3,
-            dcn_bandwidth=50e9 / 8, max_chips=6144, accelerator="v5p", counted=2, source=_DOCS + "v5p",
+            dcn_bandwidth=50e9 / 8, max_chips=6144, accelerator="v5p", units_per_chip=2, source=_DOCS + "v5p",
         ),
         Chip(
             **_TPU, name="v6e", kinds=("TPU v6 lite", "TPU v6e"), peak_flops=918e12, memory=32 * GIB,
@@ -110,7 +109,7 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Return the chip whose JAX name is ``device_kind``, None if it is not in the table, such as a CPU."""
+    """Return the chip with this JAX device kind, or None if the table has no such chip (a CPU, for example)."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
 
 
@@ -123,7 +122,7 @@ class Topology(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Topology name, as ``parse_topology`` and libtpu accept it."""
+        """Name of the topology, such as ``v5e:4x4``, as ``parse_topology`` and libtpu accept it."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -134,7 +133,7 @@ class Topology(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``jax.experimental.topologies.get_topology_desc`` that describe this slice."""
-        bounds = _HOST if self.chips > 1 else (1, 1, 1)
+        bounds = _HOST_SHAPE if self.chips > 1 else (1, 1, 1)
         return {"chip_config_name": self.chip.compiler_name, "chips_per_host_bounds": bounds}
 
 
@@ -146,7 +145,7 @@ def parse_topology(text: str) -> Topology:
     ``v5p-128`` has 64 chips.
 
     Raises:
-        UserError: the chip, type or shape does not exist.
+        UserError: the chip, accelerator type or shape does not exist.
     """
     examples = "write v5e:4x4, v5p:4x4x8 or v6e:4x4, or an accelerator type such as v5litepod-16 or v5p-128"
     match = re.fullmatch(r"([a-z]\w*)(?::(\d+(?:x\d+)*)|-(\d+))", text)
@@ -166,10 +165,11 @@ def parse_topology(text: str) -> Topology:
 
 
 def _usual_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
-    chips, remainder = divmod(number, chip.counted)
+    chips, remainder = divmod(number, chip.units_per_chip)
     if remainder or chips < 1 or chips & (chips - 1):
-        unit = "chips" if chip.counted == 1 else "TensorCores, two per chip,"
-        raise UserError("topology", text, f"its number of {unit} is not a power of two; give a shape, {_example(chip)}")
+        unit = "chips" if chip.units_per_chip == 1 else "TensorCores, two per chip,"
+        remedy = f"its number of {unit} is not a power of two; give a shape such as {_example(chip)}"
+        raise UserError("topology", text, remedy)
     exponent, num_larger = divmod(chips.bit_length() - 1, chip.torus_dims)
     shape = (2**exponent,) * (chip.torus_dims - num_larger) + (2 ** (exponent + 1),) * num_larger
     return shape if exponent else shape[::-1]  # a host's four chips span the first two dimensions
@@ -178,9 +178,9 @@ def _usual_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
 def _check_shape(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
     example = _example(chip)
     if len(shape) != chip.torus_dims:
-        fault = f"{chip.name} has {chip.torus_dims} dimensions, not {len(shape)}"
-        raise UserError("topology", text, f"{fault}; write {example}")
-    fills_hosts = all(size > 0 and size % host == 0 for size, host in zip(shape, _HOST, strict=False))
+        fault = f"{chip.name} slices have {chip.torus_dims} dimensions, not {len(shape)}"
+        raise UserError("topology", text, f"{fault}; write a shape such as {example}")
+    fills_hosts = all(size > 0 and size % host == 0 for size, host in zip(shape, _HOST_SHAPE, strict=False))
     if not fills_hosts and math.prod(shape) != 1:
         raise UserError("topology", text, f"a host has 2x2 chips, so the first two sizes must be even, as in {example}")
     if math.prod(shape) > chip.max_chips:

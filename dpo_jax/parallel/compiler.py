@@ -1,4 +1,4 @@
-"""Default compiler options and the reason for each; passed to each compilation, not set in the environment.
+"""Default compiler options, which are passed to each compilation rather than set in the environment.
 
 The defaults are documented or in published use; they change scheduling but no results beyond rounding. Two options are
 left out, whose cost was measured here but not their gain: a larger scoped VMEM (``xla_tpu_scoped_vmem_limit_kib``,
@@ -22,7 +22,6 @@ class Flag(NamedTuple):
 
     name: str
     value: str
-    why: str
     kinds: tuple[str, ...] = ()  # device kinds that it applies to, in JAX's names; (): all of the platform
 
 
@@ -30,20 +29,20 @@ _V5E = ("TPU v5 lite", "TPU v5e")
 # MaxText's published flags for FSDP all-gathers on TPUs (benchmarks/xla_flags_library.py).
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "tpu": (
-        Flag("xla_enable_async_all_gather", "true", "weights are gathered during other computations"),
-        Flag("xla_tpu_enable_async_collective_fusion", "true", "these computations are fused with the gather"),
+        Flag("xla_enable_async_all_gather", "true"),  # gathers weights while other computations run
+        Flag("xla_tpu_enable_async_collective_fusion", "true"),  # fuses these computations with the collective
         # libtpu 0.0.50 rejects this flag on other chips, where it "might lead to incorrect results, hang"
-        Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "for all-gathers too", _V5E),
-        Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "over several computations"),
-        Flag("xla_tpu_overlap_compute_collective_tc", "true", "the core computes while its links are busy"),
+        Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", _V5E),
+        Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", "true"),  # over several computations
+        Flag("xla_tpu_overlap_compute_collective_tc", "true"),  # computes while the links are busy
     )
 }
-_BOOLEANS = {"true": "True", "false": "False"}  # spelling accepted by the options of every platform
+_BOOLEANS = {"true": "True", "false": "False"}  # spellings that the options of every platform accept
 
 
 @contextmanager
-def not_kept() -> Iterator[None]:
-    """Disable writes to JAX's compilation cache, which cannot load programs compiled for absent devices."""
+def no_cache_writes() -> Iterator[None]:
+    """Context manager that disables writes to JAX's compilation cache, which cannot load programs of absent devices."""
     option = "jax_persistent_cache_min_compile_time_secs"
     previous = jax.config.values[option]
     jax.config.update(option, float("inf"))
@@ -54,17 +53,17 @@ def not_kept() -> Iterator[None]:
 
 
 def platform_flags(platform: str, kind: str, overrides: Mapping[str, str]) -> dict[str, str]:
-    """Return compiler options for ``jax.jit`` or ``lowered.compile``, for one platform (such as tpu) and device kind.
+    """Return the compiler options for a platform (such as tpu) and device kind, for ``jax.jit`` or ``lowered.compile``.
 
-    ``overrides`` (``run.compiler_flags``) add to or replace the flags of the table; an empty value removes a flag.
+    ``overrides`` (``run.compiler_flags``) extend or replace the flags of the table; an empty value removes a flag.
 
     Raises:
-        UserError: an override removes a flag that is set on no platform.
+        UserError: an override removes a flag that no platform sets by default.
     """
     default_names = {flag.name for flags in FLAGS.values() for flag in flags}
     for name in (name for name, value in overrides.items() if not value and name not in default_names):
-        remedy = f"give it a value, or remove it; set on TPUs: {', '.join(sorted(default_names))}"
-        raise UserError(f"run.compiler_flags: {name} is not set by default, so there is nothing to leave out: {remedy}")
+        remedy = f"give it a value, or omit it; set by default on TPUs: {', '.join(sorted(default_names))}"
+        raise UserError(f"run.compiler_flags: {name} has an empty value, but it is not set by default: {remedy}")
     defaults = (flag for flag in FLAGS.get(platform, ()) if not flag.kinds or kind in flag.kinds)
     options = {flag.name: flag.value for flag in defaults} | dict(overrides)
     return {name: _BOOLEANS.get(value, value) for name, value in options.items() if value}
@@ -85,6 +84,6 @@ def compiler_options(mesh: Mesh, overrides: Mapping[str, str]) -> dict[str, str]
         jax.jit(lambda x: x, compiler_options=options).lower(scalar).compile()
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())
-        remedy = f"{reason}; correct it, or leave it out with an empty value"
+        remedy = f"{reason}; correct the flag, or give it an empty value to omit it"
         raise UserError("run.compiler_flags", dict(overrides), remedy) from error
     return options

@@ -21,36 +21,35 @@ from dpo_jax import errors
 from dpo_jax.errors import UserError
 
 TIMEOUT = 600  # seconds that processes wait for each other by default
-PATIENCE = 7 * 24 * 3600  # timeout in seconds for work of unknown length; if a process dies, jax ends all of them
-SEEN_WITHIN = 10.0  # seconds within which a file written by one host must be visible to the others
+LONG_TIMEOUT = 7 * 24 * 3600  # seconds to wait for work of unknown length; if a process dies, jax ends all of them
+VISIBILITY_TIMEOUT = 10.0  # seconds within which a file written by one host must be visible to the others
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
-_turns = itertools.count()  # every process gathers in the same order, so these numbers match
+_gather_numbers = itertools.count()  # every process gathers in the same order, so these numbers match
 
 
 class HostsMissing(UserError):
-    """Some processes timed out; restarting all of them may help."""
+    """Some processes did not connect or answer in time; restarting all processes may help."""
 
     exit_code = 1
 
 
-def keep_compilations() -> None:
+def cache_compilations() -> None:
     """Cache compiled programs in the user's home, unless a cache folder is set, so that a restart is fast."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dpo_jax" / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def listed(processes: list[int]) -> str:
-    """Format process ids for a message, at most 16 of them."""
-    shown = ", ".join(map(str, processes[:16]))
-    return shown if len(processes) <= 16 else f"{shown} and {len(processes) - 16} more"
+def list_processes(processes: list[int]) -> str:
+    """Join process ids for a message; of more than 16, the others are only counted."""
+    return ", ".join(map(str, processes[:16])) + (f" and {len(processes) - 16} more" if len(processes) > 16 else "")
 
 
-def timed_out(timeout: int, absent: list[int], num_processes: int) -> str:
+def timeout_message(timeout: int, missing_ids: list[int], num_processes: int) -> str:
     """Return the message about processes that did not arrive within ``timeout`` seconds."""
-    return f"timed out after {timeout:g} s waiting for process {listed(absent)} of {num_processes}"
+    return f"timed out after {timeout:g} s waiting for process {list_processes(missing_ids)} of {num_processes}"
 
 
 def is_writer() -> bool:
@@ -59,20 +58,20 @@ def is_writer() -> bool:
 
 
 def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
-    """Gather one JSON value per process, ordered by process id. All processes must make the same calls in order.
+    """Gather one JSON value per process, by process id. All processes must make the same calls in the same order.
 
     Args:
         what: name of the operation, for error messages.
         timeout: seconds to wait for the other processes.
 
     Raises:
-        HostsMissing: some processes sent no value in time; names them.
+        HostsMissing: some processes sent no value in time; the message names them.
     """
     if jax.process_count() == 1:
         return [value]
     client = distributed.global_state.client
     assert client is not None, "several processes must be started by start_hosts"
-    prefix = f"dpo_jax/{next(_turns)}/{what.replace('/', '_')}/"
+    prefix = f"dpo_jax/{next(_gather_numbers)}/{what.replace('/', '_')}/"
     client.key_value_set(f"{prefix}{jax.process_index()}", json.dumps(value))
     deadline = time.monotonic() + timeout
     values = []
@@ -84,14 +83,14 @@ def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
             arrived = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(prefix)}
-            absent = sorted(set(range(jax.process_count())) - arrived)
-            fault = timed_out(timeout, absent, jax.process_count())
+            missing_ids = sorted(set(range(jax.process_count())) - arrived)
+            fault = timeout_message(timeout, missing_ids, jax.process_count())
             raise HostsMissing(f"{what}: {fault}: read its log, then restart all processes") from error
     return values
 
 
 def barrier(what: str, timeout: int = TIMEOUT) -> None:
-    """Wait for all processes; raises ``HostsMissing`` with the ids of those that do not arrive in time."""
+    """Wait until every process calls this; raise ``HostsMissing`` with the ids of those that do not in time."""
     gather(None, what, timeout)
 
 
@@ -114,34 +113,34 @@ def make_shared(directory, what: str) -> None:
     if not is_multiprocess:
         return
     probe = directory / gather(probe.name, what)[0]
-    deadline = time.monotonic() + SEEN_WITHIN
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while not (is_visible := probe.exists()) and time.monotonic() < deadline:
         time.sleep(0.5)
     blind_processes = [process for process, sees in enumerate(gather(is_visible, what)) if not sees]
     if is_writer():
         probe.unlink()
     if blind_processes:
-        fault = f"process {listed(blind_processes)} does not see what process 0 wrote there"
+        fault = f"process {list_processes(blind_processes)} does not see what process 0 wrote there"
         raise UserError(f"{what}: {directory} is not shared: {fault}: use a run.dir that all hosts mount")
 
 
-def writer_first(make: Callable[[], Made], what: str) -> Made:
-    """Call ``make()`` on process 0, then on all others, which find the files of process 0 on the shared disk.
+def writer_first(make: Callable[[], Result], what: str) -> Result:
+    """Call ``make()`` on process 0, then on all others, which find the files that process 0 wrote to the shared disk.
 
-    The others wait up to ``PATIENCE``. A ``UserError`` on any process is raised on all of them.
+    The others wait up to ``LONG_TIMEOUT``. A ``UserError`` on any process is raised on all of them.
     """
     results, error = [], None
-    for turn in (is_writer(), not is_writer()):
+    for is_own_turn in (is_writer(), not is_writer()):
         try:
-            results += [make()] if turn else []
-        except UserError as refused:
-            error = refused
-        agree(error, what, timeout=PATIENCE)
+            results += [make()] if is_own_turn else []
+        except UserError as refusal:
+            error = refusal
+        agree(error, what, timeout=LONG_TIMEOUT)
     return results[0]
 
 
 def agree(error: UserError | None, what: str, timeout: int = TIMEOUT) -> None:
-    """Raise the first process's error on every process, so that all stop together; no-op if none has an error."""
+    """Raise the error of the first process that has one on every process, so that all stop together."""
     report = None if error is None else [type(error).__name__, str(error)]
     for kind, text in filter(None, gather(report, what, timeout)):
         raise getattr(errors, kind, UserError)(text) from error
@@ -149,7 +148,7 @@ def agree(error: UserError | None, what: str, timeout: int = TIMEOUT) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Context manager that defers a stop signal to the end of a step; yields ``stop_requested(step) -> bool``.
+    """Context manager that defers a stop signal to the end of a step and yields ``stop_requested(step) -> bool``.
 
     Every process must call ``stop_requested`` after every step. It returns True at the same step in all processes,
     whichever of them received SIGTERM: jax's own handler, installed at startup, agrees on a step that no process has
@@ -164,7 +163,8 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
         nonlocal stop_requested
         stop_requested = True
         signal.signal(signal.SIGINT, previous_handlers[signal.SIGINT])
-        print(f"\n{signal.Signals(number).name}: stopping after this step; Ctrl-C stops at once", file=sys.stderr)
+        name = signal.Signals(number).name
+        print(f"\n{name} received: stopping after this step; press Ctrl-C to stop immediately", file=sys.stderr)
 
     previous_handlers = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -8,11 +8,11 @@ import jax
 from jax._src import clusters  # cluster detection has no public API
 
 from dpo_jax.errors import UserError, must_be
-from dpo_jax.parallel.hosts import TIMEOUT, HostsMissing, timed_out
+from dpo_jax.parallel.hosts import TIMEOUT, HostsMissing, timeout_message
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "DPO_JAX_COORDINATOR", "DPO_JAX_NUM_PROCESSES", "DPO_JAX_PROCESS_ID"
 START_TIMEOUT = "DPO_JAX_START_TIMEOUT"
-ALL_HERE, START = "all here", "start every process, and open that port between the hosts"
+ALL_CONNECTED, START_ALL = "all connected", "start every process, and open that port between the hosts"
 
 
 def start_hosts(
@@ -28,11 +28,11 @@ def start_hosts(
 
     Args:
         coordinator: ``host:port`` of process 0, with a free port that the other processes can reach; or ``auto``: jax
-            gets all three settings from the TPU's or the cluster's services and chooses the port.
+            gets all three settings from the TPU's or cluster's services and chooses the port.
         timeout: seconds to wait until all processes have connected.
 
     Raises:
-        HostsMissing: some processes did not connect; names them. (jax alone would abort without naming them.)
+        HostsMissing: some processes did not connect; the message names them, whereas jax would just abort.
         UserError: a setting is missing or invalid, or two processes have the same id.
     """
     coordinator = coordinator or os.environ.get(COORDINATOR)
@@ -47,7 +47,7 @@ def start_hosts(
     if coordinator is None or num_processes is None or process_id is None:
         settings = {COORDINATOR: coordinator, NUM_PROCESSES: num_processes, PROCESS_ID: process_id}
         missing = [name for name, value in settings.items() if value is None]
-        raise UserError(f"{', '.join(missing)}: not set, unlike the other host settings: set all three, or none")
+        raise UserError(f"{', '.join(missing)}: not set, unlike other host settings: set all three, or none")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(COORDINATOR, coordinator, "write host:port, such as 10.0.0.2:8476")
@@ -58,7 +58,7 @@ def start_hosts(
     if process_id == 0:
         _wait_for_all(int(port), num_processes, timeout)
     else:
-        _report_in(host, int(port), num_processes, process_id, timeout)
+        _connect(host, int(port), num_processes, process_id, timeout)
     if auto:  # jax detects the same settings again, and the devices of this process
         jax.distributed.initialize(initialization_timeout=timeout)
     else:
@@ -74,10 +74,10 @@ def _ask_cluster(timeout: int) -> tuple[str, int, int]:
         coordinator, num_processes, process_id, _ = detect(address, None, None, None, None, timeout)
     except (OSError, RuntimeError) as error:  # no answer from the services, or process 0 has no address yet
         cause = " ".join(str(error).split())
-        raise HostsMissing(f"{COORDINATOR}: auto finds no other process ({cause}): start all again") from error
+        raise HostsMissing(f"{COORDINATOR}: auto could not detect the processes ({cause}): restart them all") from error
     if coordinator is None or num_processes is None or process_id is None:
         remedy = f"set it to host:port, and {NUM_PROCESSES} and {PROCESS_ID} too"
-        raise UserError(f"{COORDINATOR}: auto finds neither a TPU nor a cluster that jax supports: {remedy}")
+        raise UserError(f"{COORDINATOR}: auto found neither a TPU nor a cluster that jax supports: {remedy}")
     return coordinator, num_processes, process_id
 
 
@@ -96,7 +96,7 @@ def _wait_for_all(port: int, num_processes: int, timeout: int) -> None:
     try:
         server = socket.create_server(("", port), backlog=max(num_processes, 128))
     except OSError as error:
-        remedy = "free it, or choose another"
+        remedy = "free the port, or choose another"
         raise UserError(f"{COORDINATOR}: port {port} cannot be opened ({error.strerror}): {remedy}") from error
     callers: dict[int, socket.socket] = {}
     verdict = ""
@@ -107,40 +107,41 @@ def _wait_for_all(port: int, num_processes: int, timeout: int) -> None:
                 caller, _ = server.accept()
             except TimeoutError:
                 break
-            process_id, verdict = _hear(caller, num_processes, callers)
+            process_id, verdict = _receive_id(caller, num_processes, callers)
             if process_id is not None:
                 callers[process_id] = caller
         missing_ids = sorted(set(range(1, num_processes)) - set(callers))
         if missing_ids and not verdict:
-            verdict = f"{timed_out(timeout, missing_ids, num_processes)} at {socket.gethostname()}:{port}: {START}"
+            address = f"{socket.gethostname()}:{port}"
+            verdict = f"{timeout_message(timeout, missing_ids, num_processes)} at {address}: {START_ALL}"
         for caller in callers.values():
-            _tell(caller, verdict or ALL_HERE)
+            _send(caller, verdict or ALL_CONNECTED)
     if verdict:
         raise HostsMissing(verdict)
 
 
-def _hear(caller: socket.socket, num_processes: int, present: dict) -> tuple[int | None, str]:
-    """Return the caller's process id and an error for all processes ("": none); disconnect unrelated clients."""
+def _receive_id(caller: socket.socket, num_processes: int, callers: dict) -> tuple[int | None, str]:
+    """Return the caller's process id and the error for all processes ("" if none); disconnect unrelated clients."""
     try:
         caller.settimeout(2.0)
-        magic, size, process_id = caller.makefile("r").readline().split()
+        prefix, size, process_id = caller.makefile("r").readline().split()
         size, process_id = int(size), int(process_id)
     except (OSError, ValueError):
-        magic, size, process_id = "", 0, -1
-    if magic != "dpo_jax" or process_id < 0:
+        prefix, size, process_id = "", 0, -1
+    if prefix != "dpo_jax" or process_id < 0:
         caller.close()
         return None, ""
     if size != num_processes:
         verdict = f"process {process_id} expects {size} processes and process 0 expects {num_processes}: "
         return process_id, verdict + f"give every process the same {NUM_PROCESSES}"
-    if process_id == 0 or process_id in present:
+    if process_id == 0 or process_id in callers:
         verdict = f"two processes have process id {process_id}: give each its own {PROCESS_ID}"
-        _tell(caller, verdict)
+        _send(caller, verdict)
         return None, verdict
     return process_id, ""
 
 
-def _tell(caller: socket.socket, verdict: str) -> None:
+def _send(caller: socket.socket, verdict: str) -> None:
     """Send the verdict and let the caller close first, so that jax's service can bind the port immediately."""
     with caller:
         try:
@@ -151,21 +152,21 @@ def _tell(caller: socket.socket, verdict: str) -> None:
             pass  # that process died while waiting; jax.distributed will time out on it
 
 
-def _report_in(host: str, port: int, num_processes: int, process_id: int, timeout: int) -> None:
+def _connect(host: str, port: int, num_processes: int, process_id: int, timeout: int) -> None:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            with socket.create_connection((host, port), timeout=5.0) as conn:
-                conn.sendall(f"dpo_jax {num_processes} {process_id}\n".encode())
-                conn.settimeout(max(deadline - time.monotonic(), 0) + 10.0)  # process 0 may have started later
-                verdict = conn.makefile("r").readline().strip()
-                if verdict == ALL_HERE:
+            with socket.create_connection((host, port), timeout=5.0) as connection:
+                connection.sendall(f"dpo_jax {num_processes} {process_id}\n".encode())
+                connection.settimeout(max(deadline - time.monotonic(), 0) + 10.0)  # process 0 may have started later
+                verdict = connection.makefile("r").readline().strip()
+                if verdict == ALL_CONNECTED:
                     return
                 if verdict:
                     raise HostsMissing(verdict)
         except OSError:
             pass  # process 0 is not listening yet
         if time.monotonic() > deadline:
-            fault = f"process {process_id} {timed_out(timeout, [0], num_processes)}"
-            raise HostsMissing(f"{fault} at {host}:{port}: {START}")
+            fault = f"process {process_id} {timeout_message(timeout, [0], num_processes)}"
+            raise HostsMissing(f"{fault} at {host}:{port}: {START_ALL}")
         time.sleep(0.2)

@@ -24,7 +24,7 @@ RULES: dict[str, tuple[str | None, bool]] = {
     "vocab": ("tensor", False),
     "embed": ("fsdp", False),
     "heads": ("tensor", False),
-    "kv_heads": ("tensor", True),  # replicated if there are fewer key/value heads than devices
+    "kv_heads": ("tensor", True),  # replicated if the mesh axis does not divide the key/value heads
     "head_dim": (None, False),
     "ffn": ("tensor", False),
     "rank": (None, False),  # of adapters
@@ -33,9 +33,9 @@ RULES: dict[str, tuple[str | None, bool]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Build the configured mesh over all devices (or those given); an axis of -1 takes the remaining devices."""
+    """Build the configured mesh over ``devices``, by default all; an axis of size -1 takes the remaining devices."""
     devices = list(jax.devices() if devices is None else devices)
-    return Mesh(_arranged(devices, _sizes(config, len(devices))), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arrange_devices(devices, _sizes(config, len(devices))), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def rollout_mesh(mesh: Mesh) -> Mesh:
@@ -48,7 +48,7 @@ def rollout_mesh(mesh: Mesh) -> Mesh:
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
-    """Build the configured mesh without devices, sufficient to compute shapes and shardings."""
+    """Build the configured mesh without actual devices; it suffices for computing shapes and shardings."""
     return AbstractMesh(_sizes(config, num_devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -62,7 +62,7 @@ def _sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     return tuple(sizes.values())
 
 
-def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
     """Arrange the devices in an array of the given shape, with mesh axes along the TPU's interconnect.
 
     Only axis `data` spans slices, because data parallelism communicates the least.
@@ -71,7 +71,7 @@ def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
         return np.array(devices).reshape(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape[0] % slices:
-        raise UserError("mesh.data", shape[0], f"make it a multiple of the {slices} slices, which only this axis spans")
+        raise UserError("mesh.data", shape[0], f"use a multiple of the {slices} slices, as only this axis spans slices")
     slice_shape = (shape[0] // slices, *shape[1:])
     if slices == 1:
         return mesh_utils.create_device_mesh(slice_shape, devices, allow_split_physical_axes=True)
@@ -92,7 +92,7 @@ def platform_of(mesh: Mesh) -> str:
 def weight_spec(
     dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, name: str
 ) -> PartitionSpec:
-    """Apply ``RULES`` to one weight.
+    """Return the partition spec of a weight whose dims have these logical axes, from ``RULES``.
 
     Raises:
         UserError: a mesh axis does not divide the size of a dim.
@@ -106,13 +106,13 @@ def weight_spec(
                 raise UserError(f"mesh.{axis}", mesh.shape[axis], f"use a divisor of the {dim} size {size} of {name}")
             axis = None
         if axis is not None and axis in spec:
-            raise ValueError(f"{name}: dims {tuple(dims)} put the mesh axis {axis!r} twice")
+            raise ValueError(f"{name}: dims {tuple(dims)} map to mesh axis {axis!r} twice")
         spec.append(axis)
     return PartitionSpec(*spec)
 
 
 def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Return the sharding of each weight, from matching trees of shapes and logical axes."""
+    """Return the sharding of each weight, given trees of the weights' shapes and of their logical axes."""
 
     def sharding(path, leaf, names):
         return NamedSharding(mesh, weight_spec(names, leaf.shape, mesh, jax.tree_util.keystr(path)))
@@ -132,21 +132,21 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def row_sharding(mesh: Mesh | AbstractMesh, leading: int = 0) -> NamedSharding:
-    """Return the sharding by rows; ``leading`` dims before the row dim are not sharded."""
+    """Return the sharding of an array by rows; its first ``leading`` dims, before the row dim, are not sharded."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
 
 
 def own_shares(mesh: Mesh) -> tuple[int, ...]:
-    """Return ascending indices of the row shards (one per row device) held by devices of this process."""
-    slices = row_sharding(mesh).addressable_devices_indices_map((row_devices(mesh),)).values()
-    return tuple(sorted({rows.start or 0 for (rows,) in filter(None, slices)}))
+    """Return the ascending indices of the row shards (one per row device) on the devices of this process."""
+    row_slices = row_sharding(mesh).addressable_devices_indices_map((row_devices(mesh),)).values()
+    return tuple(sorted({rows.start or 0 for (rows,) in filter(None, row_slices)}))
 
 
-def in_force() -> bool:
-    """Return whether a mesh with these axes is active (``jax.set_mesh``)."""
+def mesh_is_active() -> bool:
+    """Return whether ``jax.set_mesh`` has activated a mesh with the axes of ``AXES``."""
     return set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Constrain the first dim of an activation to the row sharding; no-op without an active mesh."""
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if in_force() else x
+    """Constrain the first dim of an activation to the row sharding; without an active mesh, return it unchanged."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if mesh_is_active() else x

@@ -26,7 +26,7 @@ from dpo_jax.methods.setup import abstract_state, make_step, train_logps_fn
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import projections
 from dpo_jax.parallel.chips import Topology
-from dpo_jax.parallel.compiler import compiler_options, not_kept
+from dpo_jax.parallel.compiler import compiler_options, no_cache_writes
 from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, placed, replicated, row_devices, row_sharding
 from dpo_jax.step import Frozen, TrainState
 from dpo_jax.weights.open import param_shardings
@@ -167,7 +167,7 @@ def step_arguments(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, l
 
 def lower_step(config: DPOConfig, model: Model, mesh: Mesh, arguments: Arguments) -> Lowered:
     """Lower the config's train step for the mesh's devices."""
-    with not_kept():
+    with no_cache_writes():
         flags = compiler_options(mesh, config.run.compiler_flags)
     optimizer = make_optimizer(config.optimizer, NUM_STEPS)
     step: Any = make_step(config, train_logps_fn(config, model), mesh, optimizer, arguments.state, flags)
@@ -191,7 +191,7 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
     start = time.perf_counter()
     lowered = lower_step(config, model, mesh, arguments)
     try:
-        with not_kept():
+        with no_cache_writes():
             program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         exhausted = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MG])\)? (?:exceeds|of)", str(error), re.S)

@@ -35,13 +35,13 @@ Json = Mapping[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of a run, for the run that writes them. Every process creates one and makes the same calls.
+    """The checkpoints of a run that is training. Every process creates one instance and makes the same calls.
 
     Use it as a context manager: on exit it waits for the last save.
     """
 
     def __init__(self, directory, config: CheckpointConfig, notice: Callable[[str], None] = warn):
-        """Open the directory, which all processes share, or create it; ``notice`` gets a line per damaged step.
+        """Open or create the directory, which all processes share; ``notice`` is called with a line per damaged step.
 
         Raises:
             UserError: the directory cannot be written, or some process sees a different directory.
@@ -61,11 +61,11 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Return the steps that process 0 finds on disk, oldest first, without a save in progress."""
+        """Return the steps that process 0 finds on disk, oldest first; a save in progress is not among them."""
         return hosts.gather(saved_steps(self.directory), "saved steps")[0]
 
     def manifest(self) -> dict | None:
-        """Return the newest readable manifest, to be compared before any array is read; None if there is none."""
+        """Return the newest readable manifest, without reading any array; None if there is none."""
         for step in reversed(self.steps()):
             try:
                 return read_manifest(self.directory, step)
@@ -73,7 +73,7 @@ class Checkpoints:
                 continue  # restore() reports the step and renames it
         return None
 
-    def refuse_unmeasured(self, metrics: Json) -> None:
+    def check_best_metric(self, metrics: Json) -> None:
         """Raise ``UserError`` if ``best_metric`` is set but is not among the metrics of an evaluation."""
         name = self.config.best_metric
         if name is not None and name not in metrics:
@@ -82,7 +82,7 @@ class Checkpoints:
             raise UserError(f"checkpoint.best_metric: {name!r} is not an evaluation metric; {remedy}")
 
     def save(self, step: int, state: Any, manifest: Json, metrics: Json | None = None, wait: bool = False) -> bool:
-        """Start saving a step; the arrays may be donated to the next step as soon as this returns.
+        """Start saving a step in the background; once this returns, the arrays may be donated to the next step.
 
         Args:
             step: number of steps done.
@@ -103,17 +103,17 @@ class Checkpoints:
             return False
         if metrics is not None:
             metrics = {name: float(value) for name, value in metrics.items()}
-            self.refuse_unmeasured(metrics)
+            self.check_best_metric(metrics)
             self._metrics[step] = metrics
         leaves = describe_leaves(state)
         for name, checksum in leaf_checksums(state).items():
             leaves[name]["checksum"] = checksum
         sealed = seal(json.loads(json.dumps({**manifest, "step": step, "leaves": leaves, "metrics": metrics})))
-        items = {STATE: ocp.args.PyTreeSave(state), MANIFEST: ocp.args.JsonSave(sealed)}
-        self._manager = self._manager or _make_manager(self.directory, self._preserve)
+        arguments = {STATE: ocp.args.PyTreeSave(state), MANIFEST: ocp.args.JsonSave(sealed)}
+        self._manager = self._manager or _make_manager(self.directory, self)
         self._pending = step
-        with _surfaced(self.directory, step):
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with _stop_on_failure(self.directory, step):
+            self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
         if wait:
             self.wait()
         return True
@@ -124,7 +124,7 @@ class Checkpoints:
             return
         step, error = self._pending, None
         try:
-            with _surfaced(self.directory, step):
+            with _stop_on_failure(self.directory, step):
                 self._manager.wait_until_finished()
                 if hosts.is_writer() and step not in saved_steps(self.directory):
                     raise FileNotFoundError("the background save did not finish")
@@ -143,7 +143,7 @@ class Checkpoints:
             self._manager = None
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict] | None:
-        """Restore the newest step that passes verification; damaged ones are reported and renamed to ``STEP.damaged``.
+        """Restore the newest intact step; damaged ones are reported and renamed to ``STEP.damaged``.
 
         Args:
             abstract_state: the state's pytree of ``jax.ShapeDtypeStruct`` with the target shardings; the number of
@@ -183,9 +183,12 @@ class Checkpoints:
         self._metrics.pop(step, None)
         hosts.barrier(f"setting aside step {step}")
 
-    def _preserve(self, steps: list[int]) -> set[int]:
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Return which checkpoints to keep, the newest and the best; Orbax calls this as a preservation policy."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
         metrics = {step: self._metrics[step] for step in steps if step in self._metrics}
-        return {*sorted(steps)[-self.config.keep :], *rank_steps(metrics, self.config)[: self.config.keep_best]}
+        kept_steps = {*sorted(steps)[-self.config.keep :], *rank_steps(metrics, self.config)[: self.config.keep_best]}
+        return [step in kept_steps for step in steps]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -198,25 +201,14 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-class _Retention:
-    """Adapter from a function that selects the steps to keep to Orbax's preservation policy."""
-
-    def __init__(self, preserve: Callable[[list[int]], set[int]]):
-        self._preserve = preserve
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        preserved = self._preserve([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step in preserved for checkpoint in checkpoints]
-
-
-def _make_manager(directory: epath.Path, preserve: Callable[[list[int]], set[int]]) -> ocp.CheckpointManager:
+def _make_manager(directory: epath.Path, policy: Checkpoints) -> ocp.CheckpointManager:
     # With explicit processes, Orbax waits at the coordination service, with timeouts, and not in a device collective.
     processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
     options = ocp.CheckpointManagerOptions(
         create=False,
         cleanup_tmp_directories=True,
         lightweight_initialize=True,  # metrics are read from our manifests
-        preservation_policy=_Retention(preserve),
+        preservation_policy=policy,
         multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
         async_options=ocp.options.AsyncOptions(timeout_secs=int(hosts.TIMEOUT)),
     )
@@ -224,8 +216,8 @@ def _make_manager(directory: epath.Path, preserve: Callable[[list[int]], set[int
 
 
 @contextmanager
-def _surfaced(directory: epath.Path, step: int) -> Iterator[None]:
-    """Context manager that turns any error that Orbax raises during a save into a one-line ``RunStopped``."""
+def _stop_on_failure(directory: epath.Path, step: int) -> Iterator[None]:
+    """Context manager that turns any error of a save, whatever its type, into a one-line ``RunStopped``."""
     try:
         yield
     except Exception as error:

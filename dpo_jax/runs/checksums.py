@@ -1,4 +1,4 @@
-"""Shapes, dtypes and checksums of the arrays of a pytree, by path."""
+"""Shapes, dtypes and checksums of a pytree's arrays, by their paths in the tree."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ def describe_leaves(tree: Any) -> dict[str, dict]:
 
 
 def leaf_checksums(tree: Any) -> dict[str, int]:
-    """Compute a 32-bit checksum of the bits of every array on its own devices, reading each array once.
+    """Return a 32-bit checksum of every array's bits by path, computed on the array's devices in one pass.
 
     It is the sum modulo 2**32 of a hash of each element's bits and row-major index. It therefore does not depend on the
     sharding or the number of devices, and any change to a single element changes it.
@@ -26,10 +26,10 @@ def leaf_checksums(tree: Any) -> dict[str, int]:
 
 
 def weights_id(params: Any) -> str:
-    """Return a SHA-256 (hex) over path, shape, dtype and checksum of every weight, independent of the sharding."""
+    """Return the SHA-256 (hex) of all weights' paths, shapes, dtypes and checksums; it does not depend on sharding."""
     leaves = describe_leaves(params)
-    sums = leaf_checksums(params)
-    return hashlib.sha256(json.dumps([leaves, sums], sort_keys=True).encode()).hexdigest()
+    checksums = leaf_checksums(params)
+    return hashlib.sha256(json.dumps([leaves, checksums], sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit
@@ -40,8 +40,8 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
 def _checksum(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]  # 8 bytes: two words
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    word_type = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]  # 8 bytes: two words
+    bits = jax.lax.bitcast_convert_type(x, word_type).astype(jnp.uint32)
     index = jnp.zeros(bits.shape, jnp.uint32)
     for dim, size in enumerate(bits.shape):  # row-major index modulo 2**32
         index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)

@@ -1,4 +1,4 @@
-"""Layout of a run directory, and writing its files so that a run can be killed at any time.
+"""The layout of a run directory; its files are written so that a run can be killed at any time.
 
 Logs are append-only JSON lines. A checkpoint records their lengths; resuming from it truncates them to these lengths,
 so that they read as if the run had never stopped.
@@ -21,34 +21,28 @@ Event = Literal["start", "data", "restore", "save", "preempt", "end"]
 LOCK, EVENTS = "run.lock", "events.jsonl"
 
 
-class _Inside:
-    """Descriptor of a path under the root of a run."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __get__(self, run: "RunDir", kind: type) -> Path:
-        return run.root / self.name
+def _path(name: str) -> Any:
+    return property(lambda run: run.root / name)
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run."""
+    """The paths of a run's files."""
 
     root: Path
-    config = _Inside("config.yaml")  # the resolved options, including all defaults
-    checkpoints = _Inside("checkpoints")  # saved steps, each with its manifest
-    export = _Inside("export")  # the model as a Hugging Face directory
-    metrics = _Inside("metrics.jsonl")  # one object per logged step: functions of data, seed and step only
-    timings = _Inside("timings.jsonl")  # clocks, throughput and memory of the same steps
-    distributions = _Inside("distributions.jsonl")  # one object per evaluation and set: reward distributions
-    events = _Inside(EVENTS)  # starts, saves, restores, stops; never truncated
-    profile = _Inside("profile")  # profiler traces of ``run.profile_steps``
-    report = _Inside("report.html")  # the report for people
+    config = _path("config.yaml")  # the resolved options, including all defaults
+    checkpoints = _path("checkpoints")  # saved steps, each with its manifest
+    export = _path("export")  # the model as a Hugging Face directory
+    metrics = _path("metrics.jsonl")  # one object per logged step: functions of data, seed and step only
+    timings = _path("timings.jsonl")  # clocks, throughput and memory of the same steps
+    distributions = _path("distributions.jsonl")  # one object per evaluation and set: reward distributions
+    events = _path(EVENTS)  # starts, saves, restores, stops; never truncated
+    profile = _path("profile")  # profiler traces of ``run.profile_steps``
+    report = _path("report.html")  # the report for people
 
     @property
     def logs(self) -> tuple[Path, ...]:
-        """The logs that are truncated to the step that a run resumes from."""
+        """The logs that are truncated when a run resumes, to the step that it resumes from."""
         return self.metrics, self.timings, self.distributions
 
 
@@ -58,7 +52,7 @@ def is_run_dir(path: str | Path) -> bool:
 
 
 def find_run(path: str | Path) -> RunDir:
-    """Open an existing run for reading.
+    """Return the paths of an existing run.
 
     Raises:
         UserError: the path is not a run directory.
@@ -89,8 +83,8 @@ def hold_run(path: str | Path) -> Iterator[RunDir]:
         remedy = "wait for it, stop it, or choose another directory"
         raise UserError(f"run.dir: {path} is in use by {owner}: {remedy}") from owner
     except OSError as error:
-        text = f"run.dir: {path} cannot be written or locked ({error.strerror}): choose another directory"
-        raise UserError(text) from error
+        message = f"run.dir: {path} cannot be written or locked ({error.strerror}): choose another directory"
+        raise UserError(message) from error
     with lock:
         run = RunDir(root)
         with writing(root / LOCK):
@@ -123,7 +117,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def append_json(path: Path, values: dict[str, Any]) -> None:
-    """Append one JSON line in a single write. Equal values always give equal bytes.
+    """Append one JSON line in a single write; equal values always give equal bytes.
 
     Numbers may be numpy or jax scalars; floats are written by ``repr``, the shortest text that reads back as the same
     float64. JSON has no infinities or NaN: they become the strings "Infinity", "-Infinity", "NaN", as ``float`` reads.
@@ -149,12 +143,12 @@ def _plain(value: Any) -> Any:
 
 
 def read_json(path: Path) -> list[dict[str, Any]]:
-    """Read all complete lines of a log, without a truncated last line; an absent file gives an empty list."""
+    """Return the complete lines of a log, dropping a truncated last line; an absent file has no lines."""
     return [json.loads(line) for line in storage.read_lines(path)]
 
 
 def last_metrics(run: RunDir) -> dict[str, float]:
-    """Return the last logged value of every metric of the run, of training and evaluation."""
+    """Return the last logged value of each of the run's training and evaluation metrics."""
     metrics: dict[str, float] = {}
     for row in read_json(run.metrics):
         metrics |= row
@@ -167,7 +161,7 @@ def log_event(run: RunDir, event: Event, **facts: Any) -> None:
 
 
 def log_offsets(run: RunDir) -> dict[str, int]:
-    """Return the lengths of the logs in bytes, for a checkpoint, after syncing the logs to disk."""
+    """Sync the logs to disk and return their lengths in bytes, by name, for a checkpoint."""
     offsets = {}
     for path in run.logs:
         with writing(path):
@@ -185,7 +179,7 @@ def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
     for path, offset in logs.items():
         size, remedy = storage.file_size(path), "restore the file, or start in a new run.dir"
         if size < offset:
-            raise UserError(f"{path}: has {size} bytes, but {offset} at the step to resume from: {remedy}")
+            raise UserError(f"{path}: has {size} bytes, but had {offset} at the step to resume from: {remedy}")
         if not storage.ends_line(path, offset):
             raise UserError(f"{path}: was edited, as byte {offset} no longer ends a line: {remedy}")
     for path, offset in logs.items():
@@ -195,7 +189,7 @@ def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
 
 
 def lost_saves(run: RunDir) -> UserError | None:
-    """Return the error for a run that has no checkpoint although its events record a finished save; None if new.
+    """Return the error for a run without checkpoints whose events record a finished save, or None for a new run.
 
     A save is known to have finished once the same process started another, or logged its end or preemption.
     """

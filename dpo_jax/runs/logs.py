@@ -1,11 +1,11 @@
-"""A run's metrics logs: files, which are always written, and optional trackers."""
+"""A run's logs: JSON-lines files, which are always written, and optional trackers."""
 
-import math
 import queue
 import resource
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ CLOSE_SECONDS = 60  # time for a tracker to take the remaining rows at the end
 
 
 class MetricsLog:
-    """Writer of a run's logs; with ``writes`` false, as on all processes but the writer, it does nothing.
+    """Writer of a run's logs; if ``writes`` is false, as on all processes but one, it does nothing.
 
     Use it as a context manager: on exit it closes the trackers.
     """
@@ -44,7 +44,7 @@ class MetricsLog:
             tracker.close(failed=kind is not None)
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl: float32 values that are functions of (data, seed, step) only."""
+        """Log float32 values that depend only on (data, seed, step), to metrics.jsonl and the trackers."""
         if self._writes:
             append_json(self._run.metrics, {"step": step, **values})
             self._track(step, values)
@@ -57,7 +57,7 @@ class MetricsLog:
                 append_json(self._run.distributions, {"step": step, **distribution})
 
     def timings(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a line to timings.jsonl: clocks, throughput, memory."""
+        """Log clocks, throughput and memory, to timings.jsonl and the trackers."""
         if self._writes:
             append_json(self._run.timings, {"step": step, **values})
             self._track(step, {f"timings/{name}": value for name, value in values.items()})
@@ -72,13 +72,8 @@ def clipped(values: Mapping[str, float | int], max_grad_norm: float | None) -> d
     return {} if max_grad_norm is None else {"clipped": int(values["grad_norm"] > np.float32(max_grad_norm))}
 
 
-def all_finite(values: Mapping[str, float | int]) -> bool:
-    """Return whether loss and gradient norm are finite; other metrics may be undefined for a step."""
-    return all(math.isfinite(values[name]) for name in ("loss", "grad_norm"))
-
-
 class Tracker:
-    """A tracker in its own thread. One that fails or hangs is dropped with a warning, and training continues.
+    """A tracker that runs in its own thread; if it fails or hangs, it is dropped with a warning and training continues.
 
     Raises:
         UserError: the tracker's package is not installed.
@@ -88,13 +83,13 @@ class Tracker:
         self._name, self._dropped, self._thread = name, False, None
         self._rows: queue.SimpleQueue = queue.SimpleQueue()  # of (step, row), and last a bool: whether the run failed
         try:
-            functions = TRACKERS[name](run)
+            track_and_close = TRACKERS[name](run)
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 (tracker libraries raise errors of any type)
             self._drop(reason(error))
         else:
-            self._thread = threading.Thread(target=self._follow, args=functions, daemon=True)
+            self._thread = threading.Thread(target=self._follow, args=track_and_close, daemon=True)
             self._thread.start()
 
     def put(self, step: int, row: Mapping[str, Any]) -> None:
@@ -105,7 +100,7 @@ class Tracker:
             self._rows.put((step, row))
 
     def close(self, failed: bool) -> None:
-        """Wait until all rows are processed, at most ``CLOSE_SECONDS``."""
+        """Wait at most ``CLOSE_SECONDS`` until the tracker has processed all rows, then close it."""
         if self._thread is None or self._dropped:
             return
         self._rows.put(failed)
@@ -123,7 +118,7 @@ class Tracker:
 
     def _drop(self, why: str) -> None:
         self._dropped = True
-        warn(f"tracker {self._name}: {why}: dropped, the run continues without it; metrics.jsonl has every row")
+        warn(f"tracker {self._name} failed: {why}: the run continues without it, and metrics.jsonl has every row")
 
 
 def _tensorboard(run: RunDir):
@@ -156,18 +151,12 @@ TRACKERS = {  # name -> function from a run to the functions track(step, row) an
 }
 
 
-def memory() -> dict[str, float]:
+def peak_memory() -> dict[str, float]:
     """Return the peak memory in GiB of this process and, if the backend reports it, of its fullest device."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
     usage = {"host_memory_gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 3)}
-    stats = [_memory_stats(device) for device in jax.local_devices() if device.platform != "cpu"]
-    peaks = [device_stats["peak_bytes_in_use"] for device_stats in stats if "peak_bytes_in_use" in device_stats]
+    peaks = []
+    for device in (device for device in jax.local_devices() if device.platform != "cpu"):
+        with suppress(jax.errors.JaxRuntimeError, KeyError):  # the backend has no statistics
+            peaks.append((device.memory_stats() or {})["peak_bytes_in_use"])
     return usage | ({"device_memory_gib": round(max(peaks) / 2**30, 3)} if peaks else {})
-
-
-def _memory_stats(device: jax.Device) -> Mapping[str, int]:
-    """Return a device's memory statistics; empty if the backend has none."""
-    try:
-        return device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:
-        return {}

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, and which differences between two manifests prevent a run from resuming.
+"""The manifest of a checkpoint, and rules for which of its differences prevent a run from resuming.
 
 Plain data, without jax. A manifest is a dictionary of JSON values:
 
@@ -43,7 +43,7 @@ _OPTIONS = {
 }
 EFFECTS = {option: effect for effect, options in _OPTIONS.items() for option in options.split()}
 # Mixing weights of data sets always matter, as the store's key does not include them.
-MATTERS = ("weight",)
+ALWAYS_MATTERS = ("weight",)
 
 
 def make_manifest(config: Mapping[str, Any], identity: Mapping[str, Any], environment: Mapping[str, Any]) -> dict:
@@ -69,12 +69,12 @@ def _version(package: str) -> str | None:
 
 
 def compare_manifest(old: Mapping, new: Mapping) -> list[str]:
-    """Return the differences that change the result and prevent resuming, each as ``field: was X, now Y``."""
+    """Return the differences that change the result and so prevent resuming, each as ``field: was X, now Y``."""
     return [line for line, effect in _differences(old, new) if effect == "matters"]
 
 
 def rounding_changes(old: Mapping, new: Mapping) -> list[str]:
-    """Return the differences with which a run can resume, but with results that are equal only within rounding."""
+    """Return the differences that let a run resume but make its results equal only within rounding."""
     lines = [line for line, effect in _differences(old, new) if effect == "rounding"]
     return lines + [_line(*change) for change in _changed(old["place"], new["place"])]
 
@@ -97,10 +97,10 @@ def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
 
 
 def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str:
-    """Return command-line options for a new run that starts from a run's newest step; other options may change.
+    """Return the command-line options with which a new run starts from an old run's newest step.
 
-    ``config``: the old run's resolved options. ``keeps_reference``: add the old reference; otherwise the new run's
-    start would become the reference.
+    ``config``: the old run's resolved options, of which the others may change. ``keeps_reference``: add the old
+    reference; otherwise the new run's start would become the reference.
     """
     model, options = config["model"], f"--run.dir NEW --model.path {root}"
     if keeps_reference:
@@ -108,31 +108,31 @@ def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str
         is_pinned = reference is None and (model["revision"] is not None or model["checkpoint"] != "newest")
         copy = f"A_COPY_OF_{model['path']}_AT_{model['revision'] or model['checkpoint']}"
         options += f" --reference.path {copy if is_pinned else reference or model['path']}"
-    start_options = {("model", "revision"): None, ("model", "checkpoint"): "newest", ("lora", "path"): None}
-    for (section, name), default in start_options.items():
+    defaults = {("model", "revision"): None, ("model", "checkpoint"): "newest", ("lora", "path"): None}
+    for (section, name), default in defaults.items():
         if config[section][name] != default:
             options += f" --{section}.{name} {default or 'null'}"
     return options
 
 
 def _differences(old: Mapping, new: Mapping) -> list[tuple[str, str]]:
-    """Return the changed identities and options, each with its effect: matters, rounding or free."""
+    """Return a line for each changed identity and option, with its effect: matters, rounding or free."""
     identities = _changed(old["identity"], new["identity"])
     changed_names = {name for name, _, _ in identities}
     differences = [(_line(*identity), "matters") for identity in identities]
-    for name, a, b in _changed(old["config"], new["config"]):
+    for name, old_value, new_value in _changed(old["config"], new["config"]):
         effect = _effect(name)
         if effect == "length":  # row shapes are chosen from the run's own steps
             effect = "matters" if _length_matters(old["config"], new["config"]) else "rounding"
         elif effect not in ("free", "rounding", "matters"):
             is_recorded = new["identity"].get(effect) is not None and old["identity"].get(effect) is not None
             effect = "free" if is_recorded and effect not in changed_names else "matters"
-        differences.append((_line(name, a, b), effect))
+        differences.append((_line(name, old_value, new_value), effect))
     return differences
 
 
 def _effect(name: str) -> str:
-    if name.rpartition(".")[2] in MATTERS:
+    if name.rpartition(".")[2] in ALWAYS_MATTERS:
         return "matters"
     prefixes = [prefix for prefix in EFFECTS if name == prefix or name.startswith(prefix + ".")]
     return EFFECTS[max(prefixes, key=len)] if prefixes else "matters"
@@ -149,7 +149,7 @@ def _length_matters(old: Mapping, new: Mapping) -> bool:
 
 
 def _changed(old: Mapping, new: Mapping) -> list[tuple[str, Any, Any]]:
-    """Return (dotted name, old value, new value) of every difference, with None for a missing value."""
+    """Return (dotted name, old value, new value) for every difference, with None for a missing value."""
     old, new = _flat(old), _flat(new)
     return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
 

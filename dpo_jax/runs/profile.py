@@ -32,9 +32,9 @@ def traced(steps: range, config: RunConfig, run: RunDir) -> Iterator[Iterator[in
 
     def stop() -> None:
         jax.profiler.stop_trace()
-        say(config.progress, f"trace of steps {window[0]} to {window[1]}: {run.profile}")
+        say(config.progress, f"profiler trace of steps {window[0]} to {window[1]}: {run.profile}")
 
-    def walk() -> Iterator[int]:
+    def iterate_steps() -> Iterator[int]:
         for step in steps:
             if not window or not window[0] <= step + 1 <= window[1]:
                 yield step
@@ -48,4 +48,4 @@ def traced(steps: range, config: RunConfig, run: RunDir) -> Iterator[Iterator[in
                 trace.close()
 
     with trace:  # also closes the trace if the run stops within the window
-        yield walk()
+        yield iterate_steps()

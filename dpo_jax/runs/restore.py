@@ -22,12 +22,12 @@ from dpo_jax.storage import SEAL, unseal
 
 STATE, MANIFEST = "state", "manifest"
 # Errors of the machine or the storage, not of the checkpoint: by type, and by text.
-NOT_DAMAGE = (MemoryError, PermissionError, TimeoutError, ConnectionError, jax.errors.JaxRuntimeError)
-NOT_ITS_FAULT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
+ENVIRONMENT_ERRORS = (MemoryError, PermissionError, TimeoutError, ConnectionError, jax.errors.JaxRuntimeError)
+ENVIRONMENT_CODES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
 
 
 class Damaged(Exception):
-    """A saved step is unusable; the text gives the reason."""
+    """Raised if a saved step is unusable; the text gives the reason."""
 
 
 def saved_steps(directory: epath.Path) -> list[int]:
@@ -36,7 +36,7 @@ def saved_steps(directory: epath.Path) -> list[int]:
 
 
 def rank_steps(metrics: Mapping[int, Mapping[str, float]], config: CheckpointConfig) -> list[int]:
-    """Rank steps by ``best_metric``, best first and ties latest first, omitting steps without it or with NaN."""
+    """Rank steps by ``best_metric``, best first, of equals the latest; omit steps where it is missing or NaN."""
     name = config.best_metric
     if name is None:
         return []
@@ -53,7 +53,7 @@ def restore_part(
 
     Args:
         directory: the run's checkpoints.
-        which: newest, or best by the run's own ``checkpoint.best_metric``. Damaged steps are skipped.
+        which: newest, or best by the run's ``checkpoint.best_metric``. Damaged steps are skipped.
         abstract: maps fields of the state, such as ``params``, to pytrees of ``jax.ShapeDtypeStruct`` with shardings;
             arrays saved in another dtype are converted after their checksums have been verified.
         notice: called with one line for each damaged step.
@@ -62,7 +62,7 @@ def restore_part(
         The fields, and the manifest.
 
     Raises:
-        UserError: there is no usable step, no step is the best, or the fields have other shapes.
+        UserError: there is no usable step, the best step is unknown, or the fields have other shapes.
     """
     directory = epath.Path(directory)
     steps = saved_steps(directory)
@@ -76,7 +76,7 @@ def restore_part(
             return read_step(directory, step, dict(abstract), part=True)
         except Damaged as damage:
             notice(f"checkpoint of step {step} in {directory} is damaged ({damage}): skipped")
-    raise UserError(f"{directory}: none of its saved steps {steps} can be used: see the lines above")
+    raise UserError(f"{directory}: all saved steps {steps} are damaged (see above): restore a copy, or use another run")
 
 
 def _best_order(directory: epath.Path, steps: list[int]) -> list[int]:
@@ -87,9 +87,7 @@ def _best_order(directory: epath.Path, steps: list[int]) -> list[int]:
         except Damaged:
             continue
         if options["best_metric"] is None:
-            raise UserError(
-                f"{directory}: its run has no checkpoint.best_metric, so no step is the best; choose newest"
-            )
+            raise UserError(f"{directory}: the run has no checkpoint.best_metric, so no step is best; choose newest")
         order = rank_steps(metrics, CheckpointConfig(**options))
         if not order:
             raise UserError(f"{directory}: no saved step recorded {options['best_metric']!r}; choose newest")
@@ -98,7 +96,7 @@ def _best_order(directory: epath.Path, steps: list[int]) -> list[int]:
 
 
 def read_manifest(directory: epath.Path, step: int) -> dict:
-    """Read a step's manifest; raise ``Damaged`` if it is absent or damaged, ``UserError`` if of another format."""
+    """Return a step's manifest; raise ``Damaged`` if it is absent or damaged, ``UserError`` if its format differs."""
     try:
         text = (directory / str(step) / MANIFEST / "metadata").read_bytes()  # named by Orbax
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -118,7 +116,7 @@ def read_manifest(directory: epath.Path, step: int) -> dict:
 
 
 def read_metrics(directory: epath.Path) -> dict[int, dict[str, float]]:
-    """Return the evaluations of the saved steps that have one, by step."""
+    """Return the evaluation metrics by saved step, for the steps that were evaluated."""
     metrics = {}
     for step in saved_steps(directory):
         try:
@@ -129,11 +127,11 @@ def read_metrics(directory: epath.Path) -> dict[int, dict[str, float]]:
 
 
 def read_step(directory: epath.Path, step: int, abstract: Any, part: bool = False) -> tuple[Any, dict]:
-    """Read and verify one step's state (with ``part``, some fields) and manifest; all processes get the same result."""
+    """Read and verify a step's state (if ``part``, some fields) and manifest; all processes get the same result."""
     failure, state, manifest, saved = None, None, {}, {}
     try:
         manifest = read_manifest(directory, step)
-        _refuse_other_leaves(abstract, manifest["leaves"], directory / str(step), part)
+        _check_leaves(abstract, manifest["leaves"], directory / str(step), part)
         saved = {name: manifest["leaves"][name] for name in describe_leaves(abstract)}
         state = _read_arrays(directory / str(step) / STATE, abstract, saved, part)
     except Damaged as damage:
@@ -141,16 +139,17 @@ def read_step(directory: epath.Path, step: int, abstract: Any, part: bool = Fals
     failures = hosts.gather(failure, f"reading step {step}", 2 * hosts.TIMEOUT)
     if any(failures):
         raise Damaged(next(filter(None, failures)))
-    wrong = [name for name, checksum in leaf_checksums(state).items() if checksum != saved[name]["checksum"]]
-    if wrong:
-        raise Damaged(f"the checksum of {wrong[0]} is wrong" + f", and of {len(wrong) - 1} more" * (len(wrong) > 1))
+    corrupted = [name for name, checksum in leaf_checksums(state).items() if checksum != saved[name]["checksum"]]
+    if corrupted:
+        others = f", and of {len(corrupted) - 1} more" * (len(corrupted) > 1)
+        raise Damaged(f"the checksum of {corrupted[0]} is wrong{others}")
     return jax.tree.map(lambda array, struct: array.astype(struct.dtype), state, abstract), manifest
 
 
 def _read_arrays(path: epath.Path, abstract: Any, saved: Mapping[str, dict], part: bool) -> Any:
     dtypes = jax.tree.unflatten(jax.tree.structure(abstract), [leaf["dtype"] for leaf in saved.values()])
-    as_saved = lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)  # noqa: E731
-    item = jax.tree.map(as_saved, abstract, dtypes)
+    saved_struct = lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)  # noqa: E731
+    item = jax.tree.map(saved_struct, abstract, dtypes)
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     options = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=part)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _PatientReader()))
@@ -159,13 +158,13 @@ def _read_arrays(path: epath.Path, abstract: Any, saved: Mapping[str, dict], par
         return ocp.PyTreeCheckpointHandler(type_handler_registry=registry).restore(path, args=options)
     except Exception as error:  # Orbax raises a plain Exception for a chunk that cannot be decoded
         text = f"{error} {error.__cause__ or ''}"
-        if isinstance(error, NOT_DAMAGE) or any(code in text for code in NOT_ITS_FAULT):
+        if isinstance(error, ENVIRONMENT_ERRORS) or any(code in text for code in ENVIRONMENT_CODES):
             raise
         raise Damaged(f"its arrays cannot be read: {reason(error.__cause__ or error)}") from error
 
 
 class _PatientReader(ocp.type_handlers.ArrayHandler):
-    """Orbax's reader, except that after an error it waits for the other reads before its event loop is closed."""
+    """Orbax's reader, which here waits for the other reads after an error, before its event loop is closed."""
 
     async def deserialize(self, infos, args=None):
         earlier_tasks = asyncio.all_tasks()
@@ -175,20 +174,19 @@ class _PatientReader(ocp.type_handlers.ArrayHandler):
             await asyncio.gather(*asyncio.all_tasks() - earlier_tasks, return_exceptions=True)
 
 
-def _refuse_other_leaves(abstract: Any, saved: Mapping[str, dict], path: epath.Path, part: bool) -> None:
+def _check_leaves(abstract: Any, saved: Mapping[str, dict], path: epath.Path, part: bool) -> None:
     expected = describe_leaves(abstract)
     names = expected if part else {**expected, **saved}
-    mismatches = []
+    mismatches, compared_keys = [], ("shape",) if part else ("shape", "dtype")
     for name in names:
-        a, b = saved.get(name), expected.get(name)
-        is_equal = a is not None and b is not None and a["shape"] == b["shape"] and (part or a["dtype"] == b["dtype"])
-        if not is_equal:
-            mismatches.append(f"{name}: saved {_shown(a)}, needed {_shown(b)}")
+        leaf, needed_leaf = saved.get(name), expected.get(name)
+        if leaf is None or needed_leaf is None or any(leaf[key] != needed_leaf[key] for key in compared_keys):
+            mismatches.append(f"{name}: saved {_describe(leaf)}, needed {_describe(needed_leaf)}")
     if mismatches:
         text = "; ".join(mismatches[:4]) + f"; and {len(mismatches) - 4} more" * (len(mismatches) > 4)
         remedy = "use the options it was written with"
-        raise UserError(f"checkpoint {path}: has different arrays than this run: {text}: {remedy}")
+        raise UserError(f"checkpoint {path}: has different arrays from this run: {text}: {remedy}")
 
 
-def _shown(leaf: Mapping | None) -> str:
+def _describe(leaf: Mapping | None) -> str:
     return "absent" if leaf is None else f"{leaf['dtype']}{leaf['shape']}"

@@ -3,9 +3,11 @@
 Every process makes the same calls; only the writer writes.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from dpo_jax.errors import Preempted, UserError
 from dpo_jax.parallel import hosts
 from dpo_jax.runs.checkpoint import Checkpoints
 from dpo_jax.runs.directory import RunDir, cut_back, hold_run, log_event, log_offsets, lost_saves, writing
-from dpo_jax.runs.logs import MetricsLog, all_finite, memory
+from dpo_jax.runs.logs import MetricsLog, peak_memory
 from dpo_jax.runs.manifest import refuse_changed, rounding_changes
 from dpo_jax.runs.profile import trace_edges, traced
 from dpo_jax.storage import write_whole
@@ -26,27 +28,27 @@ Metrics = Mapping[str, float | int]
 
 
 class StepFacts(NamedTuple):
-    """What the training method provides for logging and checking a step, besides its metrics."""
+    """What a training method provides, besides metrics, for logging and checking one step."""
 
     counts: Mapping[str, int]  # counters to be summed over the run
-    logged: Callable[[Metrics, Mapping[str, int]], Metrics]  # metrics and the run's counts so far -> metrics.jsonl
+    log_row: Callable[[Metrics, Mapping[str, int]], Metrics]  # metrics and the run's counts so far -> metrics.jsonl
     rates: Callable[[float], Mapping[str, float]]  # seconds of the step -> timings.jsonl
-    shown: Callable[[Metrics, float], Mapping[str, str]]  # metrics and seconds -> the progress line
-    check: Callable[[Metrics], None]  # raises `UserError` if the metrics are not what is known of this step
+    progress_metrics: Callable[[Metrics, float], Mapping[str, str]]  # metrics and seconds -> the progress line
+    check: Callable[[Metrics], None]  # raises `UserError` if the metrics are not as expected at this step
     advice: Callable[[Path], str]  # the run's root -> what to do if loss or gradient is not finite
 
 
 class NotFinite(Exception):
-    """The loss or gradient of a step is NaN or infinite, after ``done`` good steps."""
+    """Raised if a step's loss or gradient is NaN or infinite; ``num_done`` is the number of good steps before it."""
 
-    def __init__(self, text: str, done: int):
+    def __init__(self, text: str, num_done: int):
         super().__init__(text)
-        self.done = done
+        self.num_done = num_done
 
 
 @contextmanager
 def lock_run(directory: str) -> Iterator[RunDir]:
-    """Context manager that yields the run directory, locked by the writer process."""
+    """Context manager that locks the run directory on the writer process and yields its paths on all processes."""
     with ExitStack() as stack:
         run, error = RunDir(Path(directory).expanduser().absolute()), None
         if hosts.is_writer():
@@ -63,14 +65,14 @@ def lock_run(directory: str) -> Iterator[RunDir]:
 def open_session(
     run: RunDir, config: RunConfig, checkpoint: CheckpointConfig, manifest: Mapping[str, Any], num_steps: int
 ) -> Iterator["Session"]:
-    """Context manager for the session of a locked run; a resumed run must match its old ``manifest``."""
+    """Context manager that opens a session of a locked run; a checkpoint to resume from must match ``manifest``."""
     with (
-        Checkpoints(run.checkpoints, checkpoint) as saves,
-        MetricsLog(run, config, hosts.is_writer()) as log,
+        Checkpoints(run.checkpoints, checkpoint) as checkpoints,
+        MetricsLog(run, config, hosts.is_writer()) as logs,
         hosts.stop_signals() as stop_requested,
     ):
         save_every = checkpoint.every or max(1, num_steps // 10)
-        yield Session(run, config, manifest, num_steps, save_every, saves, log, stop_requested)
+        yield Session(run, config, manifest, num_steps, save_every, checkpoints, logs, stop_requested)
 
 
 class Due(NamedTuple):
@@ -81,34 +83,33 @@ class Due(NamedTuple):
     stop: bool = False
 
 
+@dataclass
 class Session:
     """Logs, checkpoints and clocks of a run. A step's metrics are read while the next step runs."""
 
-    def __init__(
-        self,
-        run: RunDir,
-        config: RunConfig,
-        manifest: Mapping[str, Any],
-        num_steps: int,
-        save_every: int,
-        saves: Checkpoints,
-        log: MetricsLog,
-        stop_requested: Callable[[int], bool],
-    ):
-        self.run, self._config, self._manifest = run, config, manifest
-        self._num_steps, self._save_every = num_steps, save_every
-        self._saves, self._log, self._stop_requested = saves, log, stop_requested
-        self._totals: dict[str, int] = {}
-        self._pending: tuple[int, Mapping[str, jax.Array], StepFacts] | None = None  # not read yet
-        self._evaluation: Mapping[str, float] | None = None  # metrics of the last evaluation
-        self.due = Due()  # actions due after the last logged step
+    run: RunDir
+    _config: RunConfig
+    _manifest: Mapping[str, Any]
+    _num_steps: int
+    _save_every: int
+    _checkpoints: Checkpoints
+    _logs: MetricsLog
+    _stop_requested: Callable[[int], bool]
+    due: Due = field(default_factory=Due)  # actions due after the last logged step
+    _totals: dict[str, int] = field(default_factory=dict)  # counts of all steps, by name
+    _pending: tuple[int, Mapping[str, jax.Array], StepFacts] | None = None  # the last step, if not read yet
+    _evaluation: Mapping[str, float] | None = None  # metrics of the last evaluation
+    _evaluates: bool = False
+    _trace_edges: set[int] = field(default_factory=set)  # steps to wait for, so that the profiler traces whole steps
+    _progress: Any = field(init=False)  # tqdm progress bar
+    _clock: float = field(init=False)  # when the last step, evaluation or save ended
 
     def resume(self, abstract_state: Any) -> tuple[Any, int] | None:
         """Restore the newest usable checkpoint and its step, and truncate the logs to it; None if there is none."""
-        saved = self._saves.manifest()
+        saved = self._checkpoints.manifest()
         if saved is not None:
             refuse_changed(saved, self._manifest, str(self.run.root))
-        restored = self._saves.restore(abstract_state)
+        restored = self._checkpoints.restore(abstract_state)
         if restored is None:
             hosts.agree(lost_saves(self.run) if hosts.is_writer() else None, "saved steps")
             return None
@@ -123,7 +124,7 @@ class Session:
         return state, manifest["step"]
 
     def begin(self) -> None:
-        """Empty the logs of an earlier attempt that stopped before its first save."""
+        """Empty the logs, as an earlier attempt may have stopped before its first save."""
         if hosts.is_writer():
             cut_back(self.run, {log.name: 0 for log in self.run.logs})
 
@@ -134,7 +135,7 @@ class Session:
                 write_whole(self.run.config, text)
 
     def say(self, line: str | None) -> None:
-        """Print a line for the user; None prints nothing."""
+        """Print a line for the user, unless it is None."""
         if line is not None:
             say(self._config.progress, line)
 
@@ -145,17 +146,17 @@ class Session:
         With ``evaluates``, an evaluation is due every ``run.eval_every`` steps and after the last step.
         """
         self._evaluates = evaluates
-        self._edges, remaining = trace_edges(self._config.profile_steps), range(first, self._num_steps)
+        self._trace_edges, remaining = trace_edges(self._config.profile_steps), range(first, self._num_steps)
         shows_progress = self._config.progress and hosts.is_writer()
         with (
-            progress_line(first, self._num_steps, "step", shows_progress) as self._line,
+            progress_line(first, self._num_steps, "step", shows_progress) as self._progress,
             traced(remaining, self._config, self.run) as steps,
         ):
             self._clock = time.perf_counter()
             yield steps
 
     def log(self, step: int, metrics: Mapping[str, jax.Array], facts: StepFacts) -> None:
-        """Accept a step's metrics and log those of the previous step, and its own too if an action is due after it.
+        """Log the metrics of the previous step, and those of this step too if an action is due after it.
 
         Raises:
             NotFinite: the loss or gradient is not finite; the message names step and rows.
@@ -163,27 +164,27 @@ class Session:
         if self._pending is not None:
             self._read(*self._pending)
         self._pending = step, metrics, facts
-        done = step + 1
-        is_last = done == self._num_steps
-        stop = self._stop_requested(done) and not is_last
+        num_done = step + 1
+        is_last = num_done == self._num_steps
+        stop = self._stop_requested(num_done) and not is_last
         self.due = Due(
-            evaluation=self._evaluates and (is_last or _every(self._config.eval_every, done)),
-            save=is_last or stop or _every(self._save_every, done),
+            evaluation=self._evaluates and (is_last or _every(self._config.eval_every, num_done)),
+            save=is_last or stop or _every(self._save_every, num_done),
             stop=stop,
         )
-        if self.due.evaluation or self.due.save or done in self._edges:
+        if self.due.evaluation or self.due.save or num_done in self._trace_edges:
             self._read(*self._pending)
             self._pending = None
 
     def _read(self, step: int, pending: Mapping[str, jax.Array], facts: StepFacts) -> None:
-        """Wait for a step's metrics, check them and log them."""
+        """Wait for a step's metrics, check them, and log them every ``run.log_every`` steps."""
         metrics = {name: value.item() for name, value in jax.device_get(pending).items()}
         now = time.perf_counter()
-        done = step + 1
-        if not all_finite(metrics):
+        num_done = step + 1
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             self.due = Due()
             raise NotFinite(
-                f"step {done}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run is stopped, the "
+                f"step {num_done}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run stopped, the "
                 f"state after step {step} is saved; {facts.advice(self.run.root)}",
                 step,
             )
@@ -191,20 +192,20 @@ class Session:
         for name, count in facts.counts.items():
             self._totals[name] = self._totals.get(name, 0) + count
         seconds, self._clock = now - self._clock, now
-        if _every(self._config.log_every, done) or done == self._num_steps:
-            self._log.metrics(done, facts.logged(metrics, self._totals))
-            self._log.timings(done, {**facts.rates(seconds), **memory()})
-        self._line.set_postfix(facts.shown(metrics, seconds), refresh=False)
-        self._line.update(1)
+        if _every(self._config.log_every, num_done) or num_done == self._num_steps:
+            self._logs.metrics(num_done, facts.log_row(metrics, self._totals))
+            self._logs.timings(num_done, {**facts.rates(seconds), **peak_memory()})
+        self._progress.set_postfix(facts.progress_metrics(metrics, seconds), refresh=False)
+        self._progress.update(1)
 
     def log_evaluation(
         self, step: int, metrics: Mapping[str, float], distributions: Sequence[Mapping[str, Any]]
     ) -> None:
         """Log an evaluation after ``step`` steps; at step 0, also check that it contains ``best_metric``."""
         if metrics:
-            self._log.evaluation(step, metrics, distributions)
+            self._logs.evaluation(step, metrics, distributions)
         if step == 0:
-            self._saves.refuse_unmeasured(metrics)
+            self._checkpoints.check_best_metric(metrics)
         self._evaluation = metrics
         self._clock = time.perf_counter()
 
@@ -214,13 +215,13 @@ class Session:
         offsets = log_offsets(self.run) if hosts.is_writer() else {}
         manifest = {**self._manifest, "offsets": offsets, "extras": self._totals}
         evaluation = self._evaluation if self.due.evaluation else None
-        self._saves.save(step, state, manifest, evaluation, wait=wait or self.due.stop)
+        self._checkpoints.save(step, state, manifest, evaluation, wait=wait or self.due.stop)
         if hosts.is_writer():
             log_event(self.run, "save", step=step, seconds=round(time.perf_counter() - start_time, 3))
         self._clock = time.perf_counter()
 
     def stop_if_asked(self, step: int) -> None:
-        """End the run after its save if a stop was requested.
+        """End the run if a stop was requested; its state is saved by then.
 
         Raises:
             Preempted: a stop was requested.
@@ -235,5 +236,5 @@ class Session:
         )
 
 
-def _every(interval: int, done: int) -> bool:
-    return interval > 0 and done % interval == 0
+def _every(interval: int, num_done: int) -> bool:
+    return interval > 0 and num_done % interval == 0

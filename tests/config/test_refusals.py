@@ -310,10 +310,10 @@ BAD_MODELS = [
         "model.checkpoint: 'best' cannot be used: model is not a run directory, so it has no saved steps; leave it at",
     ),
     (
-        "nothing to leave out",
+        "empty value of a flag that is not set",
         nothing,
         "--run.compiler_flags.xla_foo=",
-        "run.compiler_flags: xla_foo is not set by default, so there is nothing to leave out",
+        "run.compiler_flags: xla_foo has an empty value, but it is not set by default: give it a value",
     ),
     (
         "no builtin",

@@ -24,7 +24,7 @@ from dpo_jax.errors import RunStopped, UserError  # noqa: E402
 from dpo_jax.runs.checkpoint import Checkpoints  # noqa: E402
 
 me = jax.process_index()
-hosts.SEEN_WITHIN = 1.0
+hosts.VISIBILITY_TIMEOUT = 1.0
 facts: dict = {"writer": hosts.is_writer(), "devices": [jax.local_device_count(), jax.device_count()]}
 
 

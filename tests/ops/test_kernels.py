@@ -109,7 +109,7 @@ def test_cudnn_layout_is_the_rule(name, cudnn_by_xla):
 
 
 def test_cudnn_has_no_soft_cap():
-    with pytest.raises(UserError, match="no soft-capping"):
+    with pytest.raises(UserError, match="cannot soft-cap"):
         computed("head 128, soft cap, window of a block", "cudnn")
 
 
@@ -122,7 +122,7 @@ def test_gathers_are_the_transposes_of_what_they_pull_back(name):
 
     @jax.jit
     def run(x, batch):
-        to = make_inputs(batch, name).unshared
+        to = make_inputs(batch, name).unpacked
         y, pull = jax.vjp(lambda x: unshare(x, to), x)
         g = jnp.where(to.segments.reshape(*y.shape[:2], 1, 1) > 0, y**3, 0)
         z, pull_back = jax.vjp(lambda y: share(y, to), g)
@@ -240,8 +240,8 @@ def test_auto_follows_the_devices():
     ("asked", "platform", "dtype", "said"),
     [
         ("cudnn", "gpu", "float32", "bfloat16"),
-        ("cudnn", "cpu", "bfloat16", "for GPU, but the devices are cpu"),
-        ("splash", "gpu", "bfloat16", "for TPU, but the devices are gpu"),
+        ("cudnn", "cpu", "bfloat16", "cudnn runs on GPUs, but the devices are cpu"),
+        ("splash", "gpu", "bfloat16", "splash runs on TPUs, but the devices are gpu"),
     ],
 )
 def test_kernels_are_refused_where_they_do_not_run(asked, platform, dtype, said):

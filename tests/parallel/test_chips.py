@@ -61,8 +61,8 @@ def test_slices_by_shape_and_by_accelerator_type(text, chip, shape, devices):
         ("v5e", "write v5e:4x4"), ("v5e:4*4", "write v5e:4x4"), ("v5litepod:4x4", "v5litepod is not a known chip"),
         ("v5ee:4x4", "did you mean v5e?"), ("v5lite-16", "did you mean v5litepod?"),
         ("tpu7x-16", "tpu7x is not a known accelerator type"),
-        ("h100:4x4", "h100 is not a known chip: choose from v4, v5e"), ("v5e:4x4x4", "v5e has 2 dimensions"),
-        ("v5p:4x3x4", "must be even"), ("v5e:0x4", "must be even"), ("v5p-48", "not a power of two; give a shape"),
+        ("h100:4x4", "h100 is not a known chip: choose from v4, v5e"), ("v5e:4x4x4", "v5e slices have 2 dimensions"),
+        ("v5p:4x3x4", "must be even"), ("v5e:0x4", "must be even"), ("v5p-48", "not a power of two; give a shape such"),
         ("v5p-129", "TensorCores, two per chip"), ("v5e:32x16", "at most 256 chips"),
     ],
 )  # fmt: skip

@@ -184,7 +184,7 @@ def test_strangers_at_the_port_do_not_matter():
     threads = [
         threading.Thread(target=call),
         threading.Thread(target=process, args=(rendezvous._wait_for_all, port, 2, 20)),
-        threading.Thread(target=process, args=(rendezvous._report_in, "localhost", port, 2, 1, 20)),
+        threading.Thread(target=process, args=(rendezvous._connect, "localhost", port, 2, 1, 20)),
     ]
     for thread in threads:
         thread.start()
@@ -237,7 +237,7 @@ def test_auto_names_who_is_missing(monkeypatch, process_id, told):
 def test_auto_without_a_cluster_is_refused(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     with pytest.raises(
-        UserError, match=r"DPO_JAX_COORDINATOR: auto finds neither a TPU nor a cluster that jax supports"
+        UserError, match=r"DPO_JAX_COORDINATOR: auto found neither a TPU nor a cluster that jax supports"
     ):
         rendezvous.start_hosts("auto")
 
@@ -250,7 +250,9 @@ def test_auto_with_a_coordinator_that_has_no_address(monkeypatch):
         raise RuntimeError("Failed to recognize coordinator address no-such-host")
 
     monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", wait)
-    with pytest.raises(hosts.HostsMissing, match=r"auto finds no other process \(Failed .* no-such-host\): start all"):
+    with pytest.raises(
+        hosts.HostsMissing, match=r"auto could not detect the processes \(Failed .* no-such-host\): restart"
+    ):
         rendezvous.start_hosts("auto", timeout=1)
 
 

@@ -68,7 +68,7 @@ def test_only_copies_of_the_model_lie_in_several_slices(config, tpus):
 
 
 def test_one_copy_in_two_slices_is_refused(tpus):
-    with pytest.raises(UserError, match=r"^mesh.data: 1 cannot be used: make it a multiple of the 2 slices") as e:
+    with pytest.raises(UserError, match=r"^mesh.data: 1 cannot be used: use a multiple of the 2 slices") as e:
         make_mesh(MeshConfig(), tpus("v5e:4x4", slices=2))
     assert "\n" not in str(e.value)
 
@@ -103,7 +103,7 @@ def test_sizes_that_do_not_divide_are_refused_by_name():
 
 
 def test_one_mesh_axis_twice_and_unknown_names_are_errors():
-    with pytest.raises(ValueError, match="put the mesh axis 'tensor' twice"):
+    with pytest.raises(ValueError, match="map to mesh axis 'tensor' twice"):
         spec(("heads", "ffn"), (4, 4), MESH, "x")
     with pytest.raises(KeyError, match="no_such_axis"):
         spec(("no_such_axis",), (4,), MESH, "x")

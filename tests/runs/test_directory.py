@@ -119,7 +119,7 @@ def test_a_log_that_is_shorter_than_the_checkpoint_says(tmp_path):
         offsets = log_offsets(run)
         run.metrics.write_text("")
         append_json(run.timings, {"step": 2})
-        with pytest.raises(UserError, match=r"metrics.jsonl: has 0 bytes, but 12 at the step") as error:
+        with pytest.raises(UserError, match=r"metrics.jsonl: has 0 bytes, but had 12 at the step") as error:
             cut_back(run, offsets)
         assert "\n" not in str(error.value)
         assert run.timings.stat().st_size == 12

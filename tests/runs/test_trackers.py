@@ -25,7 +25,7 @@ def logged(tmp_path: Path, monkeypatch, capsys, start, num_steps: int = 3) -> li
 
 
 def dropped(why: str) -> list[str]:
-    return [f"tracker wandb: {why}: dropped, the run continues without it; metrics.jsonl has every row"]
+    return [f"tracker wandb failed: {why}: the run continues without it, and metrics.jsonl has every row"]
 
 
 def test_a_tracker_gets_every_row_and_its_end(tmp_path, monkeypatch, capsys):
