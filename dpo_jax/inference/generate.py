@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dpo_jax.batch import Adapted, Params, up
+from dpo_jax.batch import Adapted, Params, round_up
 from dpo_jax.config.sampling import SamplingConfig
 from dpo_jax.inference.sampling import row_keys, sample
 from dpo_jax.models.decoder import Model
@@ -120,7 +120,7 @@ def generate(
     """
     assert all(len(prompt) > 0 for prompt in prompts), "a prompt must have at least one token"
     mesh = rollout_mesh(mesh)
-    num_rows = up(len(prompts), row_devices(mesh))
+    num_rows = round_up(len(prompts), row_devices(mesh))
     longest = max(map(len, prompts))
     tokens = np.zeros((num_rows, max(SMALLEST_BUCKET, 1 << (longest - 1).bit_length())), np.int32)
     lengths = np.ones(num_rows, np.int32)  # of rows that only fill up the devices, too
