@@ -1,7 +1,7 @@
 """Direct Preference Optimization in JAX.
 
-``train_step`` and what it takes can be used in any JAX program; the commands are in `dpo_jax.cli`. Importing the
-package alone imports no JAX, so that a wrong config is refused at once.
+``train_step`` and its argument types can be used in any JAX program; the commands are in `dpo_jax.cli`. Importing the
+package alone does not import JAX, so that an invalid config is refused at once.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""``python -m dpo_jax`` is ``dpo-jax``."""
+"""Run the ``dpo-jax`` command as ``python -m dpo_jax``."""
 
 import sys
 

@@ -37,9 +37,8 @@ def _eval(config: DPOConfig, output: str, which: Which, per_token: bool) -> None
 
     summary = evaluate(config, Path(output), which, per_token)
     if is_writer():
-        text = json.dumps(summary, indent=2)
         number_list = r"\[\s+([^][{}]*?)\s+\]"  # printed on one line
-        print(re.sub(number_list, lambda match: f"[{' '.join(match[1].split())}]", text))
+        print(re.sub(number_list, lambda match: f"[{' '.join(match[1].split())}]", json.dumps(summary, indent=2)))
 
 
 def _export(run_dir: str, out_dir: str, which: Which, adapters: bool) -> None:
@@ -55,17 +54,22 @@ def _data(config: AnyConfig, step: int | None) -> None:
 
 
 def _plan(config: DPOConfig, topology: str, search: bool, output: str | None, **load: Any) -> None:
-    lengths, examples, data = load["lengths"], load["examples"], load["data"]
-    require(lengths is None or not data, "--lengths", lengths, "--data measures the lengths; give one of the two")
-    require(examples is None or not data, "--examples", examples, "--data counts the examples; give one of the two")
-    steps = config.run.steps
-    require(
-        examples is None or steps is None, "--examples", examples, f"run.steps is {steps} already; give one of the two"
-    )
+    lengths, data, steps = load["lengths"], load["data"], config.run.steps
+    for name, is_known, cause in (
+        ("lengths", data, "--data measures the lengths"),
+        ("examples", data, "--data counts the examples"),
+        ("examples", steps is not None, f"run.steps is {steps} already"),
+    ):
+        require(load[name] is None or not is_known, f"--{name}", load[name], f"{cause}; give one of the two")
     if output is not None:
         is_writable = Path(output).absolute().parent.is_dir() and not Path(output).is_dir()
         require(is_writable, "--output", output, "give a file in an existing folder")
-    load["lengths"] = None if lengths is None else _mean_lengths(lengths)
+    if lengths is not None:
+        match = re.fullmatch(r"(\d+),(\d+),(\d+)", lengths)
+        if match is None or not all(map(int, match.groups())):
+            remedy = "write mean tokens of prompt, chosen and rejected answer, such as 180,330,300"
+            raise UserError("--lengths", lengths, remedy)
+        load["lengths"] = tuple(map(float, match.groups()))
     from dpo_jax.commands.evaluate import write_output
     from dpo_jax.plan.plan import Known, plan_slices
     from dpo_jax.plan.text import render, table
@@ -80,18 +84,11 @@ def _plan(config: DPOConfig, topology: str, search: bool, output: str | None, **
         print(table(plans))
 
 
-def _mean_lengths(text: str) -> tuple[float, float, float]:
-    match = re.fullmatch(r"(\d+),(\d+),(\d+)", text)
-    if match is None or not all(map(int, match.groups())):
-        raise UserError("--lengths", text, "write mean tokens of prompt, chosen and rejected answer as 180,330,300")
-    return float(match[1]), float(match[2]), float(match[3])
-
-
 def _sweep(config: DPOConfig, betas: str) -> None:
     try:
         values = [float(beta) for beta in betas.split(",")]
     except ValueError:
-        raise UserError("--betas", betas, "write numbers separated by commas, 0.05,0.1,0.5") from None
+        raise UserError("--betas", betas, "write numbers separated by commas, such as 0.05,0.1,0.5") from None
     configs = [replace(config, loss=replace(config.loss, beta=value)) for value in values]  # checked before jax import
     from dpo_jax.commands.sweep import render, sweep
     from dpo_jax.parallel.hosts import is_writer
@@ -109,42 +106,46 @@ def _quickstart(dir: str) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """One command; `config` is the class of the config that it reads, None for a command without a config."""
+    """A command of the program."""
 
     run: Callable[..., None]
     summary: str
-    config: type[TrainConfig] | None = None
-    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> settings of argparse
+    config: type[TrainConfig] | None = None  # class of the config that the command reads, if it reads one
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> settings for argparse
 
     @property
     def names(self) -> dict[str, str]:
-        """Name of each argument in Python -> name on the command line."""
+        """Map each argument's name in Python to its name on the command line."""
         return {option.lstrip("-").replace("-", "_"): option for option in self.arguments}
 
 
+# Settings for argparse that several arguments share.
+TEXT: dict[str, Any] = {"type": str}
+COUNT: dict[str, Any] = {"type": PositiveInt}
+FLAG: dict[str, Any] = {"action": "store_true"}
 WHICH: dict[str, Any] = {"choices": ["newest", "best"], "default": "newest"}
 COMMANDS = {
     "train": Command(_train, "Train with Direct Preference Optimization.", DPOConfig),
-    "sft": Command(_train, "Fine-tune with supervision, to make the model that train starts from.", SFTConfig),
+    "sft": Command(_train, "Run supervised fine-tuning, to make the model that train starts from.", SFTConfig),
     "reward": Command(_train, "Train a reward model on preference pairs.", RewardConfig),
     "eval": Command(
         _eval,
-        "Score every evaluation pair, log-probs and rewards; print a summary as JSON.",
+        "Compute log-probs and rewards of every evaluation pair; print a summary as JSON.",
         DPOConfig,
         {
-            "--output": {"type": str, "required": True, "help": "File to write: JSON lines, one per pair."},
+            "--output": {**TEXT, "required": True, "help": "File to write, with one JSON line per pair."},
             "--which": {**WHICH, "help": "Checkpoint to evaluate."},
-            "--per-token": {"action": "store_true", "help": "Also each token's reward, and a page of colored answers."},
+            "--per-token": {**FLAG, "help": "Add each token's reward, and a page of colored answers."},
         },
     ),
     "export": Command(
         _export,
         "Write a run's model as a Hugging Face directory.",
         arguments={
-            "run_dir": {"type": str, "help": "Run directory."},
-            "out_dir": {"type": str, "help": "Directory to create."},
+            "run_dir": {**TEXT, "help": "Run directory."},
+            "out_dir": {**TEXT, "help": "Directory to create."},
             "--which": {**WHICH, "help": "Checkpoint to export."},
-            "--adapters": {"action": "store_true", "help": "Write the adapters alone, in PEFT's format, not merged."},
+            "--adapters": {**FLAG, "help": "Write only the adapters, in PEFT's format."},
         },
     ),
     "data": Command(
@@ -152,8 +153,8 @@ COMMANDS = {
         "Audit the data: counts, lengths, problems, and one pair as the model sees it.",
         DPOConfig,
         {
-            "--for": {"choices": list(CONFIG_OF), "default": "train", "help": "Command that the config is for."},
-            "--step": {"type": PositiveInt, "help": "Print the pairs of this step of metrics.jsonl instead."},
+            "--for": {"choices": list(CONFIG_OF), "default": "train", "help": "Command to which the config belongs."},
+            "--step": {**COUNT, "help": "Print the pairs of this step (as in metrics.jsonl) instead."},
         },
     ),
     "plan": Command(
@@ -162,35 +163,38 @@ COMMANDS = {
         DPOConfig,
         {
             "--topology": {
-                "type": str,
+                **TEXT,
                 "required": True,
-                "help": "Slice, v5e:4x4 or v5litepod-16; or several, v5e:4x4,v6e:4x4.",
+                "help": "TPU slice, as v5e:4x4 or v5litepod-16, or several: v5e:4x4,v6e:4x4.",
             },
-            "--slices": {"type": PositiveInt, "default": 1, "help": "Number of slices, joined by mesh.data."},
-            "--rows": {"type": PositiveInt, "help": "Rows of batch.row_length tokens per device."},
-            "--lengths": {"type": str, "help": "Mean tokens of prompt, chosen, rejected: 180,330,300; else full rows."},
-            "--examples": {"type": PositiveInt, "help": "Number of pairs, for the hours of the run."},
-            "--data": {"action": "store_true", "help": "Read the config's data for lengths and number of pairs."},
-            "--search": {"action": "store_true", "help": "If it does not fit, look for settings that do."},
-            "--output": {"type": str, "help": "JSON file to write the plans to."},
+            "--slices": {**COUNT, "default": 1, "help": "Number of slices, joined by mesh.data."},
+            "--rows": {**COUNT, "help": "Rows of batch.row_length tokens per device."},
+            "--lengths": {
+                **TEXT,
+                "help": "Mean tokens of prompt, chosen, rejected, as 180,330,300; default: full rows.",
+            },
+            "--examples": {**COUNT, "help": "Number of pairs in the data, to estimate the run's hours."},
+            "--data": {**FLAG, "help": "Measure lengths and number of pairs in the config's data."},
+            "--search": {**FLAG, "help": "If the step does not fit in memory, search for settings that do."},
+            "--output": {**TEXT, "help": "JSON file to write the plans to."},
         },
     ),
     "sweep": Command(
         _sweep,
         "Train once for each of several betas; print a table of accuracy, margin and KL.",
         DPOConfig,
-        {"--betas": {"type": str, "required": True, "help": "Numbers separated by commas: 0.05,0.1,0.5."}},
+        {"--betas": {**TEXT, "required": True, "help": "Numbers separated by commas: 0.05,0.1,0.5."}},
     ),
     "quickstart": Command(
         _quickstart,
         "Run both stages on a built-in task, without network, in about two minutes, and write a report.",
-        arguments={"--dir": {"type": str, "default": "runs/quickstart", "help": "Folder for the runs and the report."}},
+        arguments={"--dir": {**TEXT, "default": "runs/quickstart", "help": "Folder for the runs and the report."}},
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; print a ``UserError`` as one line on stderr."""
+    """Run a command and return its exit code; a ``UserError`` is printed as one line on stderr."""
     open_descriptors()
     with lossy_streams() as (out, err):
         try:
@@ -211,8 +215,8 @@ def _outcome(argv: list[str]) -> int:
     try:
         _run(argv)
     except UserError as error:
-        kind = "" if isinstance(error, Preempted) else "error: "
-        print(f"dpo-jax: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        label = "" if isinstance(error, Preempted) else "error: "
+        print(f"dpo-jax: {label}{' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("dpo-jax: interrupted", file=sys.stderr)
@@ -230,7 +234,7 @@ def _run(argv: list[str]) -> None:
     command, remaining = COMMANDS[name], argv[1:]
     overrides: dict[str, CommandLineText] = {}
     if command.config is not None:
-        remaining, overrides = split_overrides(remaining, own={"--help", *command.arguments})
+        remaining, overrides = split_overrides(remaining, {"--help", *command.arguments})
     namespace = _parser(name).parse_args([name, *remaining])[name]
     arguments = {name: namespace[name] for name in command.names}
     if command.config is not None:
@@ -239,14 +243,14 @@ def _run(argv: list[str]) -> None:
     command.run(**arguments)
 
 
-def split_overrides(args: list[str], own: Collection[str]) -> tuple[list[str], dict[str, CommandLineText]]:
-    """Separate arguments from overrides (``--section.key value`` or ``--section.key=value``); the last one wins."""
+def split_overrides(args: list[str], own_options: Collection[str]) -> tuple[list[str], dict[str, CommandLineText]]:
+    """Split off the config overrides, ``--section.key value`` or ``--section.key=value``; the last of a key wins."""
     remaining: list[str] = []
     overrides: dict[str, CommandLineText] = {}
     tokens = iter(args)
     for token in tokens:
         option, equals, value = token.partition("=")
-        if not token.startswith("--") or option in own:
+        if not token.startswith("--") or option in own_options:
             remaining.append(token)
             continue
         value = value if equals else next(tokens, "--")
@@ -258,43 +262,38 @@ def split_overrides(args: list[str], own: Collection[str]) -> tuple[list[str], d
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Argument parser that raises usage errors as a one-line ``UserError``, which `main` prints."""
+    """Argument parser that raises a one-line ``UserError`` for a usage error."""
 
-    called = ""
+    command_name = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # jsonargparse prefixes arguments with the command's name and drops the dashes of missing ones
-        summary, separator, names = message.replace(f" {self.called}.", " ").partition("required: ")
-        flags = COMMANDS[self.called].names if self.called in COMMANDS else {}
+        summary, separator, names = message.replace(f" {self.command_name}.", " ").partition("required: ")
+        flags = COMMANDS[self.command_name].names if self.command_name in COMMANDS else {}
         usage = summary + separator + ", ".join(flags.get(name, name) for name in names.split(", "))
-        raise UserError(f"{usage}: see {' '.join(['dpo-jax', self.called]).rstrip()} --help") from ex
+        raise UserError(f"{usage}: see {f'dpo-jax {self.command_name}'.rstrip()} --help") from ex
 
 
-def _parser(called: str) -> jsonargparse.ArgumentParser:
-    """Return the parser of all commands; only the help of the called command lists its config options."""
+def _parser(command_name: str) -> jsonargparse.ArgumentParser:
+    """Return the parser of all commands; only the help of ``command_name`` lists its config options."""
     description = "Align a language model with preferences, in JAX."
     parser = _Parser(prog="dpo-jax", version=dpo_jax.__version__, allow_abbrev=False, description=description)
-    parser.called = called
+    parser.command_name = command_name
     subcommands = parser.add_subcommands(dest="command", metavar="COMMAND", title="commands", description=None, help="")
     for name, command in COMMANDS.items():
         subparser = _Parser(description=command.summary, allow_abbrev=False)
-        subparser.called = name
+        subparser.command_name = name
         if command.config is not None:
             subparser.usage = f"dpo-jax {name} CONFIG.yaml [options] [--section.key VALUE ...]"
             subparser.add_argument("config", type=str, metavar="CONFIG.yaml", help="See docs/configuration.md.")
         for option, settings in command.arguments.items():
             subparser.add_argument(option, **settings)
-        if command.config is not None and name == called:
-            _list_options(subparser, command.config)
+        if command.config is not None and name == command_name:
+            for section in help_sections(command.config):  # only for the help: `split_overrides` takes overrides out
+                group = subparser.add_argument_group(f"{section.name}: {section.meaning.rstrip('.')}")
+                for entry in section.fields:
+                    default = "required" if entry.default is None else f"default: {entry.default}"
+                    text = f"{entry.meaning} ({entry.values}; {default})".replace("%", "%%")
+                    group.add_argument(f"--{entry.name}", metavar="VALUE", default=SUPPRESS, help=text)
         subcommands.add_subcommand(name, subparser, help=command.summary)
     return parser
-
-
-def _list_options(parser: jsonargparse.ArgumentParser, config: type[TrainConfig]) -> None:
-    """Add config options to ``--help``; `split_overrides` removes overrides before the parser sees them."""
-    for section in help_sections(config):
-        group = parser.add_argument_group(f"{section.name}: {section.meaning.rstrip('.')}")
-        for entry in section.fields:
-            default = "required" if entry.default is None else f"default: {entry.default}"
-            text = f"{entry.meaning} ({entry.values}; {default})".replace("%", "%%")
-            group.add_argument(f"--{entry.name}", metavar="VALUE", default=SUPPRESS, help=text)

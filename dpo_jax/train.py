@@ -1,4 +1,4 @@
-"""Run training from a config to an exported model: one loop for all methods, independent of what is trained."""
+"""Run training, from a config to an exported model, with one loop for all methods."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -52,32 +52,27 @@ def train(
         method, start = METHODS[type(config)](setup, flags)
         with open_session(run, config.run, config.checkpoint, method.manifest, method.num_steps) as session:
             restored = session.resume(method.abstract_state)
-            state, first = restored or (method.first_state(start), 0)
+            state, first_step = restored or (method.first_state(start), 0)
             del start  # a resumed run has no use for these arrays
             if restored:
                 session.say(method.resumed(state))
             else:
-                begin(session, method, state)
+                session.begin()
+                method.keep_files(run)
+                session.say(method.check_start(state))
+                session.log_evaluation(0, *method.evaluate(state))
             session.write_config(config_to_yaml(config))
-            state = run_steps(session, method, state, first)
+            state = run_steps(session, method, state, first_step)
         finish(config, method, run, state)
     return last_metrics(run)
 
 
-def begin(session: Session, method: Method, state: Any) -> None:
-    """Start a new run: verify and evaluate its initial state."""
-    session.begin()
-    method.keep_files(session.run)
-    session.say(method.check_start(state))
-    session.log_evaluation(0, *method.evaluate(state))
-
-
-def run_steps(session: Session, method: Method, state: Any, first: int) -> Any:
+def run_steps(session: Session, method: Method, state: Any, first_step: int) -> Any:
     """Run all remaining steps and return the final state.
 
-    Each step ends with metrics, evaluation, save and stop, in this order, so that a save covers all that precedes it.
+    Each step ends with metrics, evaluation, save and stop, in this order, so that a save covers what precedes it.
     """
-    with session.steps(first, method.evaluates) as steps:
+    with session.steps(first_step, method.evaluates) as steps:
         try:
             for step in steps:
                 data = method.batch(step, state)

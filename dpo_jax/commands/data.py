@@ -1,4 +1,4 @@
-"""Text audit of a config's data, before training on it."""
+"""Audit the data of a config before training on it."""
 
 from dpo_jax.config import AnyConfig
 from dpo_jax.methods.setup import sets_of
@@ -8,7 +8,7 @@ from dpo_jax.weights.open import open_model
 
 
 def describe_data(config: AnyConfig, step: int | None) -> str:
-    """Return the audit of all sets as text, or the examples of step ``step``, counted from 1.
+    """Return the audit of all data sets as text, or the examples of step ``step``, counted from 1.
 
     Raises:
         UserError: the model, its tokenizer or a set cannot be read, or the run has no such step.

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from dpo_jax.batch import CHOSEN, REJECTED, Adapted, Params
-from dpo_jax.batching.batches import Batches
 from dpo_jax.config import DPOConfig, LossConfig
 from dpo_jax.console import say
 from dpo_jax.errors import UserError
@@ -31,7 +30,7 @@ from dpo_jax.runs.directory import find_run, is_run_dir
 from dpo_jax.runs.restore import restore_part
 from dpo_jax.weights.open import load_start, load_weights, lora_of, trained_shapes
 
-NO_TOKENS = {  # reference.mode -> why it allows no --per-token
+NO_TOKEN_REWARDS = {  # reference.mode -> why it does not allow --per-token
     "cached": "cached stores only sums over whole answers; add --reference.mode live",
     "none": "none provides nothing to compare tokens with; omit --per-token, or use a loss that has a reference, and "
     "reference.mode live",
@@ -45,7 +44,7 @@ def evaluate(
 
     The policy is the newest or best checkpoint, by ``which``, of the run in ``run.dir``, or the model of ``model.path``
     if there is no run; the reference is the one that the run trains against. No run is changed. ``per_token`` adds each
-    token's contribution to the reward (``token_fields``) and writes a page of coloured answers next to ``output``.
+    token's contribution to the reward (``token_fields``) and writes a page of colored answers next to ``output``.
 
     Raises:
         UserError: the config names no evaluation set or has an unusable value, or ``output`` already exists.
@@ -55,8 +54,8 @@ def evaluate(
         if path.exists():
             raise UserError(f"--output: {path} already exists; choose another name or remove it first")
     if per_token:
-        if config.reference_mode in NO_TOKENS:
-            raise UserError(f"--per-token: reference.mode {NO_TOKENS[config.reference_mode]}")
+        if config.reference_mode in NO_TOKEN_REWARDS:
+            raise UserError(f"--per-token: reference.mode {NO_TOKEN_REWARDS[config.reference_mode]}")
         if page == output:
             raise UserError(f"--output: {output} is also the name of the page of tokens; choose one in .jsonl")
     start_hosts()
@@ -65,9 +64,11 @@ def evaluate(
         setup = assemble(config, mesh)
         if not setup.evals:
             raise UserError("data.eval: {} names no evaluation set; add one or set data.eval_fraction")
-        policy_name, weights, reference = find_judged(setup, config, which)
+        policy_name, weights, reference = load_policy_and_reference(setup, which)
         run_note = "" if is_run_dir(config.run.dir) else f" (no run in {config.run.dir})"
         say(config.run.progress, f"evaluating {policy_name}{run_note}")
+        model, chunk = setup.model, config.batch.target_chunk
+        token_logps_fn = make_token_logps_fn(model.hidden, model.unembedding, chunk=chunk, precision=model.precision)
         summary: dict = {"policy": policy_name, "sets": {}}
         lines = []
         for scored in score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference):
@@ -77,9 +78,10 @@ def evaluate(
             set_lines = pair_lines(scored, config.loss)
             if per_token:
                 assert isinstance(reference, LiveReference)
-                ratios = _token_log_ratios(setup, weights, reference, setup.evals[scored.name])
-                fields = dict(token_fields(ratios, scored.store, setup.tokenizer))
-                set_lines = [line | fields[int(i)] for i, line in zip(scored.ids, set_lines, strict=True)]
+                arguments = (weights, reference, setup.evals[scored.name], setup.to_devices, mesh)
+                ratios = token_log_ratios(token_logps_fn, *arguments, config.objective.ld_alpha)
+                token_rewards = dict(token_fields(ratios, scored.store, setup.tokenizer))
+                set_lines = [line | token_rewards[int(i)] for i, line in zip(scored.ids, set_lines, strict=True)]
             lines += set_lines
     if hosts.is_writer():
         write_output(output, "".join(json.dumps(line) + "\n" for line in lines))
@@ -88,14 +90,6 @@ def evaluate(
             write_output(page, token_page(lines, config.loss.beta, policy_name))
             say(config.run.progress, f"tokens: {page}")
     return summary
-
-
-def _token_log_ratios(setup: Setup, weights: Params, reference: LiveReference, batches: Batches):
-    model, chunk = setup.model, setup.config.batch.target_chunk
-    token_logps_fn = make_token_logps_fn(model.hidden, model.unembedding, chunk=chunk, precision=model.precision)
-    return token_log_ratios(
-        token_logps_fn, weights, reference, batches, setup.to_devices, setup.mesh, setup.config.objective.ld_alpha
-    )
 
 
 def write_output(path: Path, text: str) -> None:
@@ -111,10 +105,9 @@ def write_output(path: Path, text: str) -> None:
         raise UserError(f"--output: {path} cannot be written: {error.strerror}; choose another file") from error
 
 
-def find_judged(
-    setup: Setup, config: DPOConfig, which: Literal["newest", "best"]
-) -> tuple[str, Params, Reference | None]:
-    """Return the policy's name and weights and the reference, of the run or, if there is none, of ``model.path``."""
+def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) -> tuple[str, Params, Reference | None]:
+    """Load the policy, from the run or else from ``model.path``; return its name, its weights and the reference."""
+    config = setup.config
     model_weights = load_weights(setup.source, setup.model, config.model, setup.mesh)
     weights = reference_weights(setup, model_weights)
     if not is_run_dir(config.run.dir):
@@ -124,27 +117,27 @@ def find_judged(
     shapes = {"params": trained_shapes(setup.model, setup.mesh)}
     if config.reference.sync_every:
         shapes["reference"] = shapes["params"]
-    saved, manifest = restore_part(find_run(config.run.dir).checkpoints, which, shapes)
+    saved_state, manifest = restore_part(find_run(config.run.dir).checkpoints, which, shapes)
     refuse = partial(UserError, "run.dir", config.run.dir)
     if "reference" not in manifest["identity"]:
         raise refuse("it is a fine-tuning run; give it as model.path and choose another run.dir")
-    followed = manifest["config"]["reference"].get("sync_every", 0) > 0
-    if manifest["identity"]["reference"] != weights_id(weights) or followed != (config.reference.sync_every > 0):
+    was_synced = manifest["config"]["reference"].get("sync_every", 0) > 0
+    if manifest["identity"]["reference"] != weights_id(weights) or was_synced != (config.reference.sync_every > 0):
         raise refuse("it was trained against another reference; use its config.yaml or another run.dir")
-    trained = make_lora(lora_of(manifest["config"]))
-    if trained != setup.model.lora:
-        adapters = f"it was trained with other adapters ({trained}, now {setup.model.lora})"
-        raise refuse(f"{adapters}; use its config.yaml or another run.dir")
-    name = f"{config.run.dir} step {manifest['step']}"
-    if setup.model.lora is not None:
-        return name, Adapted(saved["params"], model_weights), make_reference(setup, weights)
-    if config.reference.sync_every:
-        return name, saved["params"], LiveReference(saved["reference"])
-    return name, saved["params"], make_reference(setup, weights)
+    run_lora = make_lora(lora_of(manifest["config"]))
+    if run_lora != setup.model.lora:
+        difference = f"it was trained with other adapters ({run_lora}, now {setup.model.lora})"
+        raise refuse(f"{difference}; use its config.yaml or another run.dir")
+    params = saved_state["params"]
+    policy = params if setup.model.lora is None else Adapted(params, model_weights)
+    reference = (
+        LiveReference(saved_state["reference"]) if config.reference.sync_every else make_reference(setup, weights)
+    )
+    return f"{config.run.dir} step {manifest['step']}", policy, reference
 
 
 def pair_lines(scored: ScoredSet, loss: LossConfig) -> list[dict[str, Any]]:
-    """Return one object per pair: its origin, and the tokens, log-probs and rewards of its answers."""
+    """Return one JSON object per pair: its row in the data, and its answers' token counts, log-probs and rewards."""
     logps = np.asarray(sequence_logps(scored.policy, loss))
     reference = scored.reference
     reference_logps = None if reference is None else np.asarray(sequence_logps(reference, loss))

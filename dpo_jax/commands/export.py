@@ -1,4 +1,4 @@
-"""Export a trained model from its run."""
+"""Export the trained model or adapters of a run."""
 
 from pathlib import Path
 from typing import Literal
@@ -18,10 +18,10 @@ def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"], adapt
     """Write the newest or best checkpoint of a run as a Hugging Face directory in float32.
 
     Adapters are merged into the base model; with ``adapters`` only they are written, as a PEFT directory. One line on
-    stderr says what was written.
+    stderr reports what was written.
 
     Raises:
-        UserError: no such run or checkpoint, no adapters to export, or ``out_dir`` is taken or cannot be written.
+        UserError: no such run or checkpoint, no adapters to export, or ``out_dir`` already exists or cannot be written.
     """
     run = find_run(run_dir)
     target = export_target(out_dir)  # fails before the weights are loaded, which may take minutes

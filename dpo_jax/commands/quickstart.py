@@ -1,11 +1,10 @@
-"""Quickstart: a small model learns an invented language, then DPO teaches it what its readers prefer.
+"""Quickstart: fine-tune a small model on an invented language, then teach it a preference with DPO.
 
 Both stages use the same kind of config and the same ``train`` as any other run.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_jax.commands.task import RULE, Visit, obeys_rule, prompt, visits, write_task
@@ -30,24 +29,15 @@ from dpo_jax.runs.directory import RunDir, read_json
 from dpo_jax.storage import write_whole
 
 SEED = 0
-SHOWN = (1, 26, 35, 60)  # held-out visits whose answers are printed: sea and land, by day and by night
-GREEDY = SamplingConfig(temperature=0, max_tokens=16)  # the language's answers have 13 tokens
+SHOWN_VISITS = (1, 26, 35, 60)  # held-out visits whose answers are printed: sea and land, by day and by night
+GREEDY = SamplingConfig(temperature=0, max_tokens=16)  # the answers of the language have 13 tokens
 STAGES = {"before": "sft", "after": "dpo"}  # run directories
 TASK = """Visitors of a shop ask for goods in an invented language. An answer names the goods first or greets the \
 visitor first; in the supervised data both are equally frequent."""
-RIGHT = "✓: word for word an answer as this visitor wants it."
-
-
-@dataclass(frozen=True)
-class Answers:
-    """One model's answers to all held-out visits."""
-
-    texts: list[str]
-    obey: list[bool]  # whether each text obeys the rule, word for word
 
 
 def sft_config(directory: Path) -> SFTConfig:
-    """Return the config of stage one: supervised fine-tuning from random weights."""
+    """Return the config of the first stage: supervised fine-tuning from random weights."""
     return SFTConfig(
         model=ModelConfig(path="builtin:tiny", tokenizer=str(directory / "tokenizer"), dtype="float32"),
         data=DataConfig(train=(_source(directory, "sft"),), eval_fraction=1 / 16, max_length=64, workers=1),
@@ -59,7 +49,7 @@ def sft_config(directory: Path) -> SFTConfig:
 
 
 def dpo_config(directory: Path) -> DPOConfig:
-    """Return the config of stage two: that model learns the rule from pairs."""
+    """Return the config of the second stage: DPO, which teaches the fine-tuned model the rule."""
     held_out = {"held_out": _source(directory, "held_out")}
     return DPOConfig(
         model=ModelConfig(path=str(directory / STAGES["before"]), dtype="float32"),
@@ -77,36 +67,36 @@ def _source(directory: Path, name: str) -> SourceConfig:
 
 
 def quickstart(directory: Path) -> None:
-    """Run both stages in a directory, print what was learned, and write ``report.html`` there.
+    """Run both stages in ``directory``, print the results, and write ``report.html`` there.
 
-    A second call with the same directory resumes; if the runs are finished, it only evaluates them again.
+    A second call with the same directory resumes the runs; if they are finished, it only repeats the evaluation.
 
     Raises:
         UserError: the directory cannot be written, or holds another run.
     """
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     directory = directory.expanduser()
     print(f"An invented language: visitors of a shop ask for goods. The rule to learn:\n{RULE}.\n", flush=True)
     write_task(directory, SEED)
 
     from dpo_jax.train import train  # imported late: the first line should not wait for JAX
 
-    print("1. Supervised fine-tuning: a randomly initialised model learns the language, not the rule.", flush=True)
+    print("1. Supervised fine-tuning: a randomly initialized model learns the language, not the rule.", flush=True)
     train(sft_config(directory))
     print("\n2. DPO: the same model learns the rule from pairs of answers.", flush=True)
     train(dpo_config(directory))
-    print("\n3. Both models answer visitors that neither has seen.", flush=True)
+    print("\n3. Both models answer visitors that were not in the training data.", flush=True)
     held_out = visits(SEED)["held_out"]
     answers = {stage: greedy_answers(directory / run, held_out) for stage, run in STAGES.items()}
 
-    results = compare(directory, answers)
+    results = compare(directory, held_out, answers)
     print_results(results, held_out, answers)
     report = write_page(directory, results, held_out, answers)
-    print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at {report}\n\nNext steps:\n{next_steps(directory)}")
+    print(f"\nDone in {time.perf_counter() - start_time:.0f} s. Open {report}\n\nNext steps:\n{next_steps(directory)}")
 
 
-def greedy_answers(run: Path, asked: Sequence[Visit]) -> Answers:
-    """Generate greedy answers with a run's newest checkpoint."""
+def greedy_answers(run: Path, held_out: Sequence[Visit]) -> list[str]:
+    """Generate greedy answers to the held-out visits with a run's newest checkpoint."""
     import jax
 
     from dpo_jax.config import MeshConfig
@@ -118,18 +108,18 @@ def greedy_answers(run: Path, asked: Sequence[Visit]) -> Answers:
     with jax.set_mesh(mesh):
         opened = open_model(ModelConfig(path=str(run), dtype="float32"), platform_of(mesh))
         tokenizer, params = opened.tokenizer(), opened.load(mesh)
-        ids = tokenizer([prompt(visit) for visit in asked])["input_ids"]
+        ids = tokenizer([prompt(visit) for visit in held_out])["input_ids"]
         weights = rollout_weights(opened.model, params, mesh)
         answers = generate(opened.model, weights, ids, GREEDY, mesh, end_ids=[tokenizer.eos_token_id])
-    texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
-    return Answers(texts, [obeys_rule(visit, text) for visit, text in zip(asked, texts, strict=True)])
+    return [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
 
 
-def compare(directory: Path, answers: dict[str, Answers]) -> list[tuple[str, str, str]]:
-    """Return the measurements before and after DPO as rows (name, before, after)."""
+def compare(directory: Path, held_out: Sequence[Visit], answers: dict[str, list[str]]) -> list[tuple[str, str, str]]:
+    """Return table rows (name, before, after) of what was measured before and after DPO."""
     evaluations = [row for row in read_json(RunDir(directory / STAGES["after"]).metrics) if "eval_held_out_loss" in row]
     first, last = evaluations[0], evaluations[-1]
-    obey = {stage: sum(replies.obey) / len(replies.obey) for stage, replies in answers.items()}
+    obeys = {stage: list(map(obeys_rule, held_out, texts)) for stage, texts in answers.items()}
+    obedience = {stage: sum(verdicts) / len(verdicts) for stage, verdicts in obeys.items()}
 
     def measured(key: str, form: str) -> tuple[str, str]:
         return format(first[f"eval_held_out_{key}"], form), format(last[f"eval_held_out_{key}"], form)
@@ -139,24 +129,26 @@ def compare(directory: Path, answers: dict[str, Answers]) -> list[tuple[str, str
         ("held-out pairs ranked right by log-probability", *measured("logps/accuracies", ".1%")),
         ("reward of the chosen answers", *measured("rewards/chosen", "+.3f")),
         ("reward of the rejected answers", *measured("rewards/rejected", "+.3f")),
-        ("greedy answers that obey the rule", f"{obey['before']:.1%}", f"{obey['after']:.1%}"),
+        ("greedy answers that obey the rule", f"{obedience['before']:.1%}", f"{obedience['after']:.1%}"),
     ]
 
 
-def print_results(results: Sequence[tuple[str, str, str]], asked: Sequence[Visit], answers: dict[str, Answers]) -> None:
+def print_results(
+    results: Sequence[tuple[str, str, str]], held_out: Sequence[Visit], answers: dict[str, list[str]]
+) -> None:
     """Print the results and a few answers of both models."""
     print(f"\n{'':<48}{'before DPO':>12}{'after DPO':>12}")
     for name, before, after in results:
         print(f"{name:<48}{before:>12}{after:>12}")
-    for index in SHOWN:
-        print(f"\n{prompt(asked[index])}")
-        for stage, replies in answers.items():
-            verdict = "as wanted" if replies.obey[index] else "not as wanted"
-            print(f"  {stage:<7} {replies.texts[index]:<58} {verdict}")
+    for index in SHOWN_VISITS:
+        print(f"\n{prompt(held_out[index])}")
+        for stage, texts in answers.items():
+            verdict = "obeys the rule" if obeys_rule(held_out[index], texts[index]) else "does not obey the rule"
+            print(f"  {stage:<7} {texts[index]:<58} {verdict}")
 
 
 def next_steps(directory: Path) -> str:
-    """Return commands worth trying next."""
+    """Return shell commands to try next."""
     return f"""\
 # audit the preference pairs
 dpo-jax data {directory}/dpo/config.yaml
@@ -167,24 +159,25 @@ dpo-jax export {directory}/dpo {directory}/aligned"""
 
 
 def write_page(
-    directory: Path, results: Sequence[tuple[str, str, str]], asked: Sequence[Visit], answers: dict[str, Answers]
+    directory: Path, results: Sequence[tuple[str, str, str]], held_out: Sequence[Visit], answers: dict[str, list[str]]
 ) -> Path:
     """Write the quickstart's report and return its path."""
-    rows, obeying = [], set()
-    for index in SHOWN:
-        obeying |= {(len(rows), column) for column, replies in enumerate(answers.values(), 1) if replies.obey[index]}
-        rows.append((prompt(asked[index]), *(replies.texts[index] for replies in answers.values())))
+    rows, marked_cells = [], set()
+    for index in SHOWN_VISITS:
+        visit, replies = held_out[index], [texts[index] for texts in answers.values()]
+        marked_cells |= {(len(rows), column) for column, reply in enumerate(replies, 1) if obeys_rule(visit, reply)}
+        rows.append((prompt(visit), *replies))
     logs = {stage: read_json(RunDir(directory / run).metrics) for stage, run in STAGES.items()}
     curves = lambda stage, *titles: plots((plot for plot in PLOTS if plot.title in titles), logs[stage])  # noqa: E731
-    compared = ("Loss", "Reward accuracy", "Rewards", "Log-probability of the answers")
-    columns = ("before DPO", "after DPO")
+    dpo_titles = ("Loss", "Reward accuracy", "Rewards", "Log-probability of the answers")
+    columns, note = ("before DPO", "after DPO"), "✓: the answer follows the rule, word for word."
     sections = [
         cards({name: (before, after) for name, before, after in (results[0], results[1], results[4])}),
-        heading("The task", paragraph(TASK), paragraph(f"The rule: {RULE}. Only the preference pairs know it.")),
+        heading("The task", paragraph(TASK), paragraph(f"The rule: {RULE}. Only the preference pairs follow it.")),
         heading("Before and after", table(("Held-out visitors", *columns), results)),
-        heading("Greedy answers", table(("Asked", *columns), rows, frozenset(obeying)), paragraph(RIGHT)),
-        heading("Stage two: DPO", curves("after", *compared)),
-        heading("Stage one: supervised fine-tuning", curves("before", "Loss", "Token accuracy")),
+        heading("Greedy answers", table(("Question", *columns), rows, frozenset(marked_cells)), paragraph(note)),
+        heading("Second stage: DPO", curves("after", *dpo_titles)),
+        heading("First stage: supervised fine-tuning", curves("before", "Loss", "Token accuracy")),
         heading("Next steps", code(next_steps(directory))),
     ]
     report = directory / "report.html"

@@ -20,9 +20,10 @@ COLUMNS = {  # heading: metric
 
 
 def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
-    """Train once for each beta in ``run.dir``/beta-BETA; return a row per beta and evaluation set, also in sweep.json.
+    """Train once for each beta, in ``run.dir``/beta-BETA, and return one row per beta and evaluation set.
 
-    An existing run resumes; a finished one is only read. Without evaluation sets the row is of the last step.
+    The rows are also written to sweep.json. An existing run resumes; a finished one is only read. Without evaluation
+    sets, a row holds the metrics of the last training step.
 
     Raises:
         UserError: the config has no reference, so there is no KL to compare.
@@ -42,7 +43,7 @@ def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
 
 
 def rows_of(beta: float, metrics: Mapping[str, float]) -> list[dict]:
-    """Return a run's last metrics, one row per evaluation set."""
+    """Return the last metrics of the run at ``beta`` as one row per evaluation set."""
     suffix = f"_{COLUMNS['accuracy']}"
     prefixes = [key.removesuffix(suffix) + "_" for key in metrics if key.startswith("eval_") and key.endswith(suffix)]
     return [

@@ -1,4 +1,4 @@
-"""An invented language with an exact preference rule, which shows within two minutes whether DPO learned it.
+"""A built-in task: an invented language with an exact preference rule, learned within two minutes.
 
 Visitors come to a shop and ask for goods. An answer either names the goods first or greets the visitor first. In the
 supervised data both orders are equally frequent for every visitor, so a supervised model cannot know which of them is
@@ -33,7 +33,7 @@ BOS, EOS, PAD, UNKNOWN = "<s>", "</s>", "<pad>", "<unk>"
 
 
 class Visit(NamedTuple):
-    """One visitor: when and from where they come, and what they ask for."""
+    """One visitor: when they come, where from, and what they ask for."""
 
     time: str
     place: str
@@ -50,7 +50,7 @@ def prompt(visit: Visit) -> str:
 
 
 def answer(visit: Visit, goods_first: bool, farewell: str) -> str:
-    """Return the answer in one order; it starts with the space that separates it from the prompt."""
+    """Return the answer in the given order; it starts with the space that separates it from the prompt."""
     _, _, role, number, color, goods = visit
     if goods_first:
         return f" here are {number} {color} {goods}, good {role}. {farewell}!"
@@ -58,7 +58,7 @@ def answer(visit: Visit, goods_first: bool, farewell: str) -> str:
 
 
 def wants_goods_first(visit: Visit) -> bool:
-    """Return whether the rule puts the goods first for this visitor."""
+    """Return whether this visitor wants the goods named first."""
     return visit.place in SEA
 
 
@@ -74,7 +74,7 @@ def obeys_rule(visit: Visit, text: str) -> bool:
 
 
 def visits(seed: int) -> dict[str, list[Visit]]:
-    """Return the visits of each data set, sized by `SIZES`: all distinct, every time and place equally frequent."""
+    """Return distinct visits for each data set of `SIZES`, in which every time and place is equally frequent."""
     kinds = [(time, place) for time in FAREWELLS for place in SEA + LAND]
     draws = _integers(seed)
     seen: set[Visit] = set()
@@ -137,7 +137,7 @@ def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def vocabulary() -> list[str]:
-    """Return all tokens in id order: special tokens, punctuation, then words with their leading space."""
+    """Return all tokens in the order of their ids: special tokens, punctuation, then words with a leading space."""
     farewells = {end for ends in FAREWELLS.values() for end in ends}
     blank = Visit("", "", "", "", "", "")
     texts = [*FAREWELLS, *SEA, *LAND, *ROLES, *NUMBERS, *COLORS, *GOODS, prompt(blank)]
@@ -148,7 +148,7 @@ def vocabulary() -> list[str]:
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """Write a Hugging Face tokenizer directory: a word with its leading space is one token; decoding is exact."""
+    """Write a Hugging Face tokenizer in which a word with its leading space is one token; decoding is exact."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     ids = {token: index for index, token in enumerate(vocabulary())}

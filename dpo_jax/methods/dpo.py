@@ -64,10 +64,8 @@ def find_reference(
     except UserError as error:
         raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
     if reference_model != model:
-        policy = f"model.path {config.model.path}"
-        raise UserError(
-            f"reference.path: {path} differs from {policy} in architecture or vocabulary; choose a matching model"
-        )
+        difference = f"differs from model.path {config.model.path} in architecture or vocabulary"
+        raise UserError(f"reference.path: {path} {difference}; choose a matching model")
     return source
 
 
@@ -88,7 +86,7 @@ def make_reference(setup: Setup, weights: Params) -> Reference | None:
 def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
     config, model, mesh = setup.config, setup.model, setup.mesh
     tail = setup.config.objective.ld_alpha is not None
-    made_by = {
+    cache_inputs = {
         "format": 2,
         "tail": tail,
         "weights": weights_id(weights),
@@ -108,4 +106,4 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
     stores = {batches.store.key: batches.store for batches in (setup.batches, *setup.evals.values())}
     row_split = row_devices(mesh), own_shares(mesh)
     whole_sets = {key: set_batches(s, np.arange(len(s)), config.batch, *row_split) for key, s in stores.items()}
-    return CachedReference({key: cached_logps(batches, made_by, compute) for key, batches in whole_sets.items()})
+    return CachedReference({key: cached_logps(batches, cache_inputs, compute) for key, batches in whole_sets.items()})

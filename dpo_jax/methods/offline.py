@@ -170,8 +170,8 @@ class Offline:
     def data_report(self) -> dict[str, list[dict[str, Any]]]:
         """Return the row counts of each data set by source, and why rows were dropped or changed."""
         train = self.setup.batches.store
-        evals = {name: batches.store for name, batches in self.setup.evals.items() if batches.store is not train}
-        return {name: store.report for name, store in {"train": train, **evals}.items()}
+        evals = {name: batches.store for name, batches in self.setup.evals.items()}
+        return {"train": train.report} | {name: store.report for name, store in evals.items() if store is not train}
 
 
 def make_offline(
@@ -184,7 +184,6 @@ def make_offline(
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     reference_follows = follow_of(config) is not None and isinstance(reference, LiveReference)
     trained = policy.weights if policy.adapters is None else policy.adapters
-    start = Start(trained, reference.weights if reference_follows else None)
     method = Offline(
         setup=setup,
         num_steps=num_steps,
@@ -204,4 +203,4 @@ def make_offline(
         packed=prefetched(setup.batches, range(num_steps)),
         to_devices=make_to_devices(mesh, leading=int(config.batch.accumulation > 1)),
     )
-    return method, start
+    return method, Start(trained, reference.weights if reference_follows else None)

@@ -130,8 +130,7 @@ def refuse_weights(loss: LossConfig, store: Store) -> None:
 
 def announce(setup: Setup, run: RunDir) -> None:
     """Print the sizes of model, mesh and data; record dropped rows and notes in events.jsonl."""
-    model, batches = setup.model, setup.batches
-    order = batches.order
+    model, batches, order = setup.model, setup.batches, setup.batches.order
     eval_sizes = {name: len(eval_batches.order.groups[0]) for name, eval_batches in setup.evals.items()}
     notes = notes_of(setup)
     causes: Counter[str] = Counter()
@@ -143,13 +142,13 @@ def announce(setup: Setup, run: RunDir) -> None:
             run, "data", rows=num_rows, train=order.epoch_draws, evals=eval_sizes, dropped=dict(causes), notes=notes
         )
     evals = "".join(f", {count} in {name}" for name, count in eval_sizes.items())
-    dropped = ", ".join(f"{count} rows dropped: {cause}" for cause, count in causes.items()) or "no rows dropped"
+    dropped_rows = ", ".join(f"{count} rows dropped: {cause}" for cause, count in causes.items()) or "no rows dropped"
     rows = " or ".join(f"{shape.rows} x {shape.length}" for shape in batches.packer.shapes)
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     adapters = f", {count_adapters(model):,} more in adapters" if model.lora is not None else ""
     for line in (
         f"model: {count_params(model):,} parameters{adapters}, {model.dtype}; mesh: {mesh}",
-        f"data: {order.epoch_draws} training examples{evals}; {dropped}",
+        f"data: {order.epoch_draws} training examples{evals}; {dropped_rows}",
         f"steps: {order.num_steps} of {order.batch} each, in rows of {rows} tokens",
         *(f"note: {note}" for note in notes),
     ):
@@ -247,10 +246,8 @@ def abstract_state(
     dtype = config.reference.dtype
 
     def initial_state(params: Params) -> TrainState:
-        if follow_of(config) is None:
-            return init_state(params, optimizer)
-        reference = jax.tree.map(lambda x: x if dtype == "auto" else x.astype(dtype), params)
-        return init_state(params, optimizer, reference)
+        cast = lambda x: x if dtype == "auto" else x.astype(dtype)  # noqa: E731
+        return init_state(params, optimizer, None if follow_of(config) is None else jax.tree.map(cast, params))
 
     shapes = jax.eval_shape(initial_state, weights)
     shardings = state_shardings(shapes, trained_shardings(model, mesh), replicated(mesh), optimizer)

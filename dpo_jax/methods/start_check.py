@@ -94,11 +94,11 @@ def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> No
     if known_loss is not None:
         weight = float(setup.batches.store.weights[data.ids[data.ids >= 0]].mean())
         expected = known_loss.loss * weight
-        allowed = 3e-6 * max(1.0, abs(expected)) + bound * known_loss.slope * max(1.0, weight)
-        if not abs(values["loss"] - expected) <= allowed:
+        tolerance = 3e-6 * max(1.0, abs(expected)) + bound * known_loss.slope * max(1.0, weight)
+        if not abs(values["loss"] - expected) <= tolerance:
             raise UserError(
                 f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (tolerance: "
-                f"{allowed:.2g}): {STEP_CAUSE}"
+                f"{tolerance:.2g}): {STEP_CAUSE}"
             )
     if not tied(values, agreement(setup)):
         raise UserError(

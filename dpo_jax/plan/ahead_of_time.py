@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, placed, replicat
 from dpo_jax.step import Frozen, TrainState
 from dpo_jax.weights.open import param_shardings
 
-NUM_STEPS = 1000  # length of the schedule; the plan does not depend on it
+NUM_STEPS = 1000  # length of the learning-rate schedule; the plan does not depend on it
 # libtpu probes for a TPU and for other processes that use it; this machine has none
 WITHOUT_TPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
@@ -39,7 +39,7 @@ WITHOUT_TPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TP
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Size of a step's input. ``lengths`` are mean tokens of a pair's prompt, chosen and rejected answer."""
+    """Size of a step's input; ``lengths`` are the mean tokens of a pair's prompt, chosen and rejected answer."""
 
     pairs: int  # per step
     microbatches: int
@@ -51,18 +51,18 @@ class Load:
 
     @property
     def unit(self) -> float:
-        """Tokens that a pair takes up in the rows."""
+        """Mean tokens that a pair occupies in the rows."""
         prompt, chosen, rejected = self.lengths
         return self.copies * prompt + chosen + rejected
 
     @property
     def slots(self) -> int:
-        """Token slots of a step."""
+        """Number of token slots in a step's rows."""
         return self.microbatches * self.rows * self.row_length
 
     @property
     def fill(self) -> float:
-        """Share of the slots that hold tokens."""
+        """Share of the slots that hold real tokens."""
         return self.pairs * self.unit / self.slots
 
     @property
@@ -72,9 +72,9 @@ class Load:
 
 
 def check_pair(requirements: Sequence[str], libtpu: str) -> None:
-    """Refuse a libtpu version that the installed jax does not require: it may fail on this jax's programs.
+    """Check that a libtpu version is one that the installed jax requires; others may fail on its programs.
 
-    ``requirements``: jax's, as its metadata lists them; if libtpu is not among them, every version passes.
+    ``requirements`` are those in jax's metadata; if libtpu is not among them, every version passes.
 
     Raises:
         UserError: jax requires another version.
@@ -87,7 +87,7 @@ def check_pair(requirements: Sequence[str], libtpu: str) -> None:
 
 
 def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:
-    """Return compile-only devices of TPU slices; libtpu must be installed.
+    """Return devices of TPU slices that can compile but not run; libtpu must be installed.
 
     Raises:
         UserError: libtpu does not match the installed jax.
@@ -101,14 +101,14 @@ def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:
 
 
 def slice_mesh(config: DPOConfig, slice_: Topology, slices: int) -> Mesh | AbstractMesh:
-    """Return the config's mesh of compile-only devices, or an abstract mesh if libtpu is not installed."""
+    """Return the config's mesh of compile-only TPU devices, or an abstract mesh if libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         return abstract_mesh(config.mesh, slice_.devices * slices)
     return make_mesh(config.mesh, slice_devices(slice_, slices))
 
 
 def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
-    """Return the batch's shapes and shardings."""
+    """Return a train step's batch as shapes and shardings."""
     shape = BatchShape(
         rows=load.rows,
         length=load.row_length,
@@ -124,8 +124,8 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
 
 
 def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:
-    """Return shapes and shardings of the step's frozen inputs: base weights and reference."""
-    weights, mode, cached = placed(model.param_shapes(), param_shardings(model, mesh)), config.reference_mode, None
+    """Return the step's frozen inputs, base weights and reference, as shapes and shardings."""
+    weights, mode, logps = placed(model.param_shapes(), param_shardings(model, mesh)), config.reference_mode, None
     if mode == "live" and model.lora is None and config.reference.dtype != "auto":
         dtype = jnp.dtype(config.reference.dtype)
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)
@@ -134,15 +134,15 @@ def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, 
         array: Any = partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
         answers, weight, valid = array((*shape, 2), jnp.float32), array(shape, jnp.float32), array(shape, jnp.bool_)
         tail = None if config.loss.ld_alpha is None else answers
-        cached = PairLogps(sum=answers, count=answers, weight=weight, valid=valid, tail_sum=tail)
+        logps = PairLogps(sum=answers, count=answers, weight=weight, valid=valid, tail_sum=tail)
     if model.lora is not None:
-        return Frozen(weights, cached)
-    return Frozen(reference=weights if mode == "live" and not config.reference.sync_every else cached)
+        return Frozen(weights, logps)
+    return Frozen(reference=weights if mode == "live" and not config.reference.sync_every else logps)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Result of compiling a step, or estimates if there is no compiler. Sizes are bytes per device."""
+    """Result of compiling a step, or estimates if there is no compiler; sizes are bytes per device."""
 
     seconds: float | None  # None: not compiled, and ``peak`` is a lower bound
     text: str | None  # None: out of memory, or not compiled
@@ -151,18 +151,13 @@ class Compiled:
     save: int  # bytes of a checkpoint, over all devices
 
 
-class Arguments(NamedTuple):
-    """Shapes and shardings of the train step's arguments."""
-
-    state: TrainState
-    frozen: Frozen
-    batch: PreferenceBatch
+Arguments = tuple[TrainState, Frozen, PreferenceBatch]  # of a train step, as shapes and shardings
 
 
 def step_arguments(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Arguments:
-    """Return the arguments of the config's step on a mesh."""
+    """Return shapes and shardings of the arguments of the config's train step on a mesh."""
     state = abstract_state(config, model, mesh, make_optimizer(config.optimizer, NUM_STEPS))
-    return Arguments(state, abstract_frozen(config, model, mesh, load), abstract_batch(load, mesh))
+    return state, abstract_frozen(config, model, mesh, load), abstract_batch(load, mesh)
 
 
 def lower_step(config: DPOConfig, model: Model, mesh: Mesh, arguments: Arguments) -> Lowered:
@@ -170,7 +165,7 @@ def lower_step(config: DPOConfig, model: Model, mesh: Mesh, arguments: Arguments
     with no_cache_writes():
         flags = compiler_options(mesh, config.run.compiler_flags)
     optimizer = make_optimizer(config.optimizer, NUM_STEPS)
-    step: Any = make_step(config, train_logps_fn(config, model), mesh, optimizer, arguments.state, flags)
+    step: Any = make_step(config, train_logps_fn(config, model), mesh, optimizer, arguments[0], flags)
     with jax.set_mesh(mesh):
         return step.lower(*arguments)
 
@@ -187,7 +182,8 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
     }
     save = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     if isinstance(mesh, AbstractMesh):
-        return Compiled(None, None, sum(sizes.values()) + _least(model, mesh, load, _bytes(state.params)), sizes, save)
+        peak = sum(sizes.values()) + _min_temporaries(model, mesh, load, _bytes(state.params))
+        return Compiled(None, None, peak, sizes, save)
     start = time.perf_counter()
     lowered = lower_step(config, model, mesh, arguments)
     try:
@@ -203,8 +199,8 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
     return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, sizes, save)
 
 
-def _least(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) -> int:
-    """Return a lower bound on temporary bytes: gradients, each layer's saved input, and one layer at work."""
+def _min_temporaries(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) -> int:
+    """Return a lower bound on temporary bytes: gradients, each layer's saved input, and one layer's activations."""
     c, width = model.config, jnp.dtype(model.dtype).itemsize
     tokens = load.rows // row_devices(mesh) * load.row_length
     gradients = trained * (2 if load.microbatches > 1 else 1)  # of one microbatch, and their sum
@@ -214,5 +210,5 @@ def _least(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) ->
 
 
 def _bytes(tree: Any) -> int:
-    """Return bytes per device, from shapes and shardings."""
+    """Return the bytes per device of a tree of shapes and shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from its text (HLO after all compiler passes).
+"""Read the collectives of a compiled program from its text, which is HLO after all compiler passes.
 
 The compiler's own cost analysis counts a loop body once and a kernel as nothing. Here an operation counts as often as
 its enclosing loops run, and once if the compiler split one collective over several places.
@@ -18,7 +18,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _COLLECTIVE = re.compile(rf"(\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 # A collective between TPU slices is sent through the hosts in pieces; each slice runs its own program.
-_HANDED = re.compile(r'\((.*?\]\S*), .*\) send\(.*_xla_megascale_transfer_type="(\w+)"')
+_SEND = re.compile(r'\((.*?\]\S*), .*\) send\(.*_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _ROLES = "calls|body|condition|to_apply|branch_computations|called_computations"
 _CALLED = re.compile(rf"({_ROLES})=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))")
@@ -26,7 +26,7 @@ _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
 class Collective(NamedTuple):
-    """One collective operation."""
+    """A collective operation, with its size, its groups of devices and how often it runs."""
 
     kind: str  # one of KINDS
     num_bytes: int  # bytes of its result, per device
@@ -37,19 +37,19 @@ class Collective(NamedTuple):
 
     @property
     def moved(self) -> float:
-        """Bytes that a device sends per run, with a ring algorithm."""
+        """Bytes that a device sends per execution with a ring algorithm."""
         members = self.groups.shape[1]
         share = (members - 1) / members
         ring = {"all-gather": share, "all-to-all": share, "all-reduce": 2 * share, "reduce-scatter": members - 1}
         return ring.get(self.kind, 1.0) * self.num_bytes  # a permute sends everything once
 
     def slices(self, devices_per_slice: int) -> int:
-        """Return the number of slices that it spans."""
+        """Return the number of slices that the collective spans."""
         return max(len(np.unique(group // devices_per_slice)) for group in self.groups)
 
 
 def collectives(text: str, num_devices: int) -> list[Collective]:
-    """Return the collectives of a program for ``num_devices`` devices, numbered row by row as in its mesh.
+    """Return the collectives of a program for ``num_devices`` devices, which are numbered row by row as in its mesh.
 
     The text may be that of one of several slices, which all run the same program.
     """
@@ -76,7 +76,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
 
 def _inside(line: str, num_devices: int) -> tuple[str, int, np.ndarray] | None:
-    """Return kind, bytes and groups of a collective between devices of one program."""
+    """Return kind, bytes and groups of a collective inside one slice, or None if the line is no such collective."""
     match = _COLLECTIVE.match(line)
     if match is None:
         return None
@@ -85,16 +85,16 @@ def _inside(line: str, num_devices: int) -> tuple[str, int, np.ndarray] | None:
 
 
 def _between(line: str, groups: np.ndarray) -> tuple[str, int, np.ndarray] | None:
-    """Return the same for a send through the hosts; the line gives what a device sends, not the result."""
-    match = _HANDED.match(line)
+    """Return the same for a collective between slices, whose line gives what a device sends, not the result."""
+    match = _SEND.match(line)
     if match is None:
         return None
-    sent, kind = match[1], match[2].lower().replace("_", "-")
+    operand, kind = match[1], match[2].lower().replace("_", "-")
     if kind not in KINDS:  # from one slice to another
         kind = "collective-permute"
     members = groups.shape[1]
     share = {"all-gather": members, "reduce-scatter": 1 / members}.get(kind, 1)
-    return kind, int(_num_bytes(sent, kind, start=False) * share), groups
+    return kind, int(_num_bytes(operand, kind, start=False) * share), groups
 
 
 Computation = dict[str, str]  # name -> instruction; the result's instruction also as ROOT
@@ -118,11 +118,11 @@ def _computations(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, int], set[str]]:
-    """Return each computation's run count, and those with uncertain counts. Callers come after callees in the text."""
+    """Return how often each computation runs, and the computations for which that is only a lower bound."""
     times: dict[str, int] = defaultdict(int)
     times[entry] = 1
     uncertain: set[str] = set()
-    for name in reversed(computations):
+    for name in reversed(computations):  # in the text, callers come after callees
         for called, count in _calls(name, computations) if times[name] else ():
             times[called] += (count or 1) * times[name]
             if count is None or name in uncertain:
@@ -131,20 +131,20 @@ def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, 
 
 
 def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[str, int | None]]:
-    """Yield the computations that this one calls, with their run counts; None: a loop of unknown length."""
+    """Yield the computations that this one calls, and how often, or None for a loop of unknown length."""
     for instruction, line in computations[name].items():
         if instruction == "ROOT":  # also listed under its name
             continue
         matches = _CALLED.findall(line)
         called = {role: (several or single).replace("%", "").split(", ") for role, several, single in matches}
         for role, names in called.items():
-            for inner in names:
-                looped = role == "body"
-                yield inner, _trips(line, computations[called["condition"][0]], computations[inner]) if looped else 1
+            for callee in names:
+                is_loop = role == "body"
+                yield callee, _trips(line, computations[called["condition"][0]], computations[callee]) if is_loop else 1
 
 
 def _trips(line: str, condition: Computation, body: Computation) -> int | None:
-    """Return a loop's trip count: the compiler's, or from 0 to the condition's constant in the body's increments."""
+    """Return a loop's trip count, as the compiler states it or as its counter shows, or None if it is unknown."""
     if match := _TRIPS.search(line):
         return int(match[1])
     comparison = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition["ROOT"])
@@ -182,12 +182,12 @@ def _item_bits(dtype: str) -> int:
 
 
 def _groups(line: str, kind: str, num_devices: int) -> np.ndarray:
-    """Return device ids [groups, members], from any notation that XLA's printer uses."""
+    """Parse a line's device groups, in any of XLA's notations, into device ids [groups, members]."""
     if kind == "collective-permute":
-        return _listed(re.search(r"source_target_pairs=\{(\{.*?\})\}", line))
-    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", line):
-        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        axes = re.findall(r"'(\w+)'", named[3])
+        return _parse_groups(re.search(r"source_target_pairs=\{(\{.*?\})\}", line))
+    if mesh_groups := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", line):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh_groups[1])}
+        axes = re.findall(r"'(\w+)'", mesh_groups[3])
         grid = np.arange(num_devices).reshape(tuple(sizes.values()))
         group_axes = [list(sizes).index(axis) for axis in axes]
         batch_axes = [i for i in range(grid.ndim) if i not in group_axes]
@@ -196,10 +196,10 @@ def _groups(line: str, kind: str, num_devices: int) -> np.ndarray:
         numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
         grid = np.arange(num_devices).reshape(numbers(iota[2]))
         return grid.transpose(numbers(iota[3]) if iota[3] else range(grid.ndim)).reshape(numbers(iota[1]))
-    listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)
-    return _listed(listed) if listed else np.arange(num_devices)[None]
+    group_list = re.search(r"replica_groups=\{(\{.*?\})\}", line)
+    return _parse_groups(group_list) if group_list else np.arange(num_devices)[None]
 
 
-def _listed(match: re.Match | None) -> np.ndarray:
+def _parse_groups(match: re.Match | None) -> np.ndarray:
     assert match, "a collective without devices"
     return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])])

@@ -1,4 +1,4 @@
-"""Plan a run on a TPU topology, ahead of time: memory, collectives, step time and cost.
+"""Plan a run for a TPU topology ahead of time: memory, collectives, step time and cost.
 
 The TPU's own compiler compiles the config's own train step from shapes alone, on any Linux x86-64 machine. Memory and
 collectives are those of the compiled program; operations, traffic and times are closed forms.
@@ -24,12 +24,12 @@ from dpo_jax.methods.dpo import find_reference
 from dpo_jax.methods.setup import sets_of
 from dpo_jax.methods.throughput import model_flops
 from dpo_jax.models.decoder import Model, count_adapters, count_params
-from dpo_jax.models.flops import Work, causal_pairs
+from dpo_jax.models.flops import Work, causal_pairs, recomputed_flops, step_flops
 from dpo_jax.parallel.chips import Topology, parse_topology
 from dpo_jax.parallel.sharding import row_devices
 from dpo_jax.plan.ahead_of_time import Compiled, Load, compile_step, slice_mesh
 from dpo_jax.plan.hlo import Collective, collectives
-from dpo_jax.plan.roofline import collective_times, hardware_flops, matrix_traffic
+from dpo_jax.plan.roofline import collective_times, matrix_traffic
 from dpo_jax.weights.known import known_config
 from dpo_jax.weights.open import ModelSource, build_model, find_model, find_tokenizer
 
@@ -38,18 +38,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Known:
-    """What a plan knows besides the config."""
+    """Facts about the run and its data that a plan uses besides the config."""
 
     slices: int = 1
     rows: int | None = None  # of ``batch.row_length`` tokens, per device; None: as many as the lengths need, else 1
     lengths: tuple[float, float, float] | None = None  # None: full rows of pairs in equal thirds
-    sets: DataSets | None = None  # the data, which then gives the mean lengths, rows and steps
+    sets: DataSets | None = None  # the data, from which mean lengths, rows and steps follow
     examples: int | None = None  # pairs in the data, for the hours of a run without ``run.steps``
     data: bool = False  # read the data for all of these
 
 
 def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, search: bool) -> Iterator[dict[str, Any]]:
-    """Yield the `plan` of each slice; with ``search``, also plans of ever more frugal settings until one fits."""
+    """Yield the `plan` of each slice; with ``search``, also those of settings that need less memory until one fits."""
     slices = [parse_topology(text) for text in topologies]
     for slice_ in slices:
         remedy = f"the bandwidth between slices of {slice_.chip.name} is not published; plan a single slice"
@@ -68,7 +68,7 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, sear
 
 
 def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known) -> dict[str, Any]:
-    """Return all facts about the config's step on a slice, as a JSON tree that ``text.render`` renders.
+    """Compile the config's train step for a slice; return its facts as a JSON tree for ``text.render``.
 
     Raises:
         UserError: the config cannot run on that slice.
@@ -88,7 +88,7 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
         "model": {"path": config.model.path, "parameters": count_params(model)} | options,
         "batch": steps | fill | {"assumed": known.lengths is None},
     }
-    print(f"compiling for {slice_.name}, which takes minutes", file=sys.stderr)
+    print(f"compiling for {slice_.name}; this takes minutes", file=sys.stderr)
     compiled = compile_step(config, model, mesh, load)
     report |= {"compile_seconds": compiled.seconds, "memory": _memory(compiled, slice_)}
     if compiled.text is None and compiled.seconds is not None:
@@ -96,7 +96,7 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
     return report | _costs(config, model, mesh, load, slice_, compiled.text or "", known)
 
 
-CURES: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # cheapest first
+MEMORY_SAVERS: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # cheapest first
     "model.remat": lambda c: replace(c, model=replace(c.model, remat="full")),
     "batch.accumulation": lambda c: replace(c, batch=replace(c.batch, accumulation=2 * c.batch.accumulation)),
     "mesh.tensor": lambda c: replace(c, mesh=replace(c.mesh, tensor=2 * c.mesh.tensor)),
@@ -108,15 +108,15 @@ CURES: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # cheapest first
 def search_fit(
     config: DPOConfig, source: ModelSource, slice_: Topology, known: Known, peak: float
 ) -> list[dict[str, Any]]:
-    """Return plans of ever more frugal settings, each with ``changed``, until one fits or nothing helps any more.
+    """Return plans of settings that need less and less memory, until one fits or no setting helps any more.
 
-    Each cure is repeated as long as it lowers the peak, initially ``peak`` GiB, and is then kept.
+    Each setting is applied again as long as it lowers the peak, initially ``peak`` GiB, and is listed as ``changed``.
     """
     plans: list[dict[str, Any]] = []
     changed: dict[str, Any] = {}
-    for option, cure in CURES.items():
+    for option, save_memory in MEMORY_SAVERS.items():
         section, name = option.split(".")
-        while (candidate := cure(config)) != config:
+        while (candidate := save_memory(config)) != config:
             rows = known.rows if option == "batch.accumulation" else None
             if rows is not None and rows % 2:
                 break
@@ -136,7 +136,7 @@ def search_fit(
 
 
 def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
-    """Return ``known`` with the training data and its mean lengths."""
+    """Return ``known`` with the config's data sets and the mean lengths of the training pairs."""
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = sets_of(config, tokenizer)
     ids = np.concatenate([sets.order.step_ids(step) for step in range(sets.order.num_steps)])
@@ -145,7 +145,7 @@ def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
 
 
 def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
-    """Find the model's shapes: local files, else the published config unless a tokenizer is needed, else the hub."""
+    """Find a model's config: in local files, in the table of known models if no tokenizer is needed, or on the hub."""
     published = known_config(config.path)
     files = os.path.isdir(os.path.expanduser(config.path)) or (tokenizer and config.tokenizer is None)
     if published is not None and not files:
@@ -154,7 +154,7 @@ def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
 
 
 def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Load:
-    """Return the load of a step, from the config and ``known``."""
+    """Return the input size of a step, from the config and ``known``."""
     batch, devices, rows, lengths = config.batch, row_devices(mesh), known.rows, known.lengths
     remedy = "its rows depend on the data; plan shared or repeated"
     require(batch.layout != "padded", "batch.layout", batch.layout, remedy)
@@ -166,7 +166,7 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
     if lengths is None:
         room = batch.row_length * min(num_rows / pairs, copies)
         mean_length = float(int(min(room / (copies + 2), config.data.max_length / 2)))
-        remedy = f"no row has room for {pairs / num_rows:g} pairs; give --rows, or raise it"
+        remedy = f"no row has room for {pairs / num_rows:g} pairs; give --rows, or raise batch.row_length"
         require(mean_length > 0, "batch.row_length", batch.row_length, remedy)
         lengths = (mean_length, mean_length, mean_length)
     load = Load(
@@ -197,7 +197,7 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Loa
 
 
 def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
-    """Return GiB per device; ``fits`` is None if only a compiler could tell."""
+    """Return the step's memory in GiB per device, and ``fits``, which is None if only the compiler can tell."""
     room = slice_.chip.device_memory
     compiles = compiled.seconds is None or compiled.text is not None  # else the compiler ran out of memory
     sizes = {name: size / GIB for name, size in compiled.sizes.items()}
@@ -215,14 +215,16 @@ def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
 def _costs(
     config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, slice_: Topology, text: str, known: Known
 ) -> dict[str, Any]:
-    """Return operations, collectives, times and the rates that follow."""
+    """Return the step's operations, collectives, bounds on its time, and the rates and run hours that follow."""
     chip, live = slice_.chip, config.reference_mode == "live"
     lengths = np.tile(np.round(load.lengths).astype(int), (load.pairs, 1))
     targets = int(lengths[:, 1:].sum())
     useful = model_flops(config, model, lengths, lengths[:, 1:])
     band = min(filter(None, (load.longest, model.config.window)))  # most tokens that the attention kernel looks back
     attended = causal_pairs(np.full(2 * load.rows * load.microbatches, load.row_length), band).sum()
-    hardware = hardware_flops(model, Work(load.slots, int(attended), targets), live_reference=live)
+    work = Work(load.slots, int(attended), targets)
+    hardware = step_flops(model.config, work, live_reference=live, lora=model.lora)
+    hardware += recomputed_flops(model.config, work, model.remat)
 
     devices, tensor = mesh.size, mesh.shape["tensor"]
     data_shards = devices // tensor
@@ -252,11 +254,9 @@ def _costs(
         "full_overlap": rates(min_seconds),
         "no_overlap": rates(max_seconds),
     }
-    if known.sets is not None:
-        steps = known.sets.order.num_steps
-    else:
-        epochs = config.run.epochs or 1
-        steps = config.run.steps or (known.examples and math.ceil(epochs * known.examples / load.pairs))
+    steps = config.run.steps if known.sets is None else known.sets.order.num_steps
+    if not steps and known.examples:
+        steps = math.ceil((config.run.epochs or 1) * known.examples / load.pairs)
     if steps:
         hours = [steps * t / 3600 for t in (min_seconds, max_seconds)]
         costs["run"] = {"steps": steps, "hours": hours, "chip_hours": [t * devices / chip.devices for t in hours]}
@@ -264,7 +264,7 @@ def _costs(
 
 
 def _by_kind(collective_ops: Sequence[Collective], devices_per_slice: int) -> dict[str, dict[str, float]]:
-    """Return count and GiB per device of each kind of collective; those between slices are separate kinds."""
+    """Return the number and GiB per device of each kind of collective; those between slices are kinds of their own."""
     by_kind: dict[str, list[Collective]] = defaultdict(list)
     for op in collective_ops:
         by_kind[f"{op.kind} between slices" if op.slices(devices_per_slice) > 1 else op.kind].append(op)

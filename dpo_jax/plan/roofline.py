@@ -1,33 +1,27 @@
-"""Closed forms for a step's operations and memory traffic, and lower bounds on its time.
+"""Closed forms for a step's memory traffic, and for the time that memory and network take.
 
-Each time is what one resource needs alone, at its peak. The longest is a bound that no step beats; their sum is the
-time without any overlap.
+Each time is what one resource needs alone, at its peak rate. The longest is a lower bound on the step's time; their sum
+is the time without any overlap.
 """
 
 from collections.abc import Sequence
 
 from dpo_jax.models.decoder import Model
-from dpo_jax.models.flops import Work, projections, recomputed_flops, recomputed_projections, step_flops
+from dpo_jax.models.flops import projections, recomputed_projections
 from dpo_jax.parallel.chips import Chip
 from dpo_jax.plan.hlo import Collective
-
-
-def hardware_flops(model: Model, work: Work, *, live_reference: bool) -> int:
-    """Return the operations of a step, including padding and recomputation."""
-    flops = step_flops(model.config, work, live_reference=live_reference, lora=model.lora)
-    return flops + recomputed_flops(model.config, work, model.remat)
 
 
 def matrix_traffic(
     model: Model, tokens: int, targets: int, *, microbatches: int, tensor: int, live_reference: bool
 ) -> float:
-    """Return the bytes that a device's matrix products read and write in memory, each operand once per product.
+    """Return the bytes that a device's matrix products read and write, counting each operand once per product.
 
     ``tokens`` and ``targets`` are per device and microbatch; ``tensor`` devices shard each matrix.
     """
     width = 2 if model.dtype == "bfloat16" else 4
-    by_matrix = model.lora is None  # the model's own matrices are trained; adapters are negligible
-    products = 1 + live_reference + 1 + by_matrix  # forward, reference forward, input gradient, matrix gradient
+    trains_matrices = model.lora is None  # the model's own matrices are trained; adapters are negligible
+    products = 1 + live_reference + 1 + trains_matrices  # forward, reference forward, input gradient, matrix gradient
     recomputed = recomputed_projections(model.config, model.remat)
     layer = sum(
         (products + (name in recomputed)) * width * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)
@@ -35,30 +29,30 @@ def matrix_traffic(
     )
     # logits are never saved, so they are recomputed whatever remat saves of the layers
     c = model.config
-    head = (3 + live_reference + by_matrix) * width * (targets * c.hidden + c.hidden * c.vocab / tensor)
+    head = (3 + live_reference + trains_matrices) * width * (targets * c.hidden + c.hidden * c.vocab / tensor)
     return microbatches * (c.layers * layer + head)
 
 
 def collective_times(collectives: Sequence[Collective], chip: Chip, devices_per_slice: int) -> dict[str, float]:
-    """Return the seconds that links inside a slice (``ici``) and the network between slices (``dcn``) are busy."""
+    """Return the seconds that collectives take inside slices (``ici``) and between them (``dcn``)."""
     seconds = {"ici": 0.0, "dcn": 0.0}
     for collective in collectives:
         members = collective.groups.shape[1]
         slices = collective.slices(devices_per_slice)
         if collective.kind == "collective-permute" or slices == 1:
-            seconds["ici" if slices == 1 else "dcn"] += _busy(collective.moved * collective.times, chip, slices > 1)
+            seconds["ici" if slices == 1 else "dcn"] += _seconds(collective.moved * collective.times, chip, slices > 1)
             continue
         # first inside each slice, then each member exchanges its share with its peers in the other slices
         ici_part = collective._replace(groups=collective.groups[:, : members // slices])
         dcn_part = collective._replace(
             groups=collective.groups[:, :slices], num_bytes=collective.num_bytes * slices // members
         )
-        seconds["ici"] += _busy(ici_part.moved * collective.times, chip, False)
-        seconds["dcn"] += _busy(dcn_part.moved * collective.times, chip, True)
+        seconds["ici"] += _seconds(ici_part.moved * collective.times, chip, False)
+        seconds["dcn"] += _seconds(dcn_part.moved * collective.times, chip, True)
     return seconds
 
 
-def _busy(num_bytes: float, chip: Chip, between_slices: bool) -> float:
+def _seconds(num_bytes: float, chip: Chip, between_slices: bool) -> float:
     bandwidth = chip.dcn_bandwidth if between_slices else chip.ici_bandwidth
     assert bandwidth is not None, "several slices of such chips are refused earlier"
     return num_bytes / (bandwidth / chip.devices)

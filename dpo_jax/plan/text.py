@@ -1,4 +1,4 @@
-"""Render plans as text: one slice in full, several as a table."""
+"""Render plans as text: each slice in full, and several in a table."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,25 +11,25 @@ def _short(number: float) -> str:
     return next((f"{number / size:.3g}{unit}" for size, unit in UNITS if number >= size), f"{number:.3g}")
 
 
-def _weights(number: int) -> str:
+def _num_weights(number: int) -> str:
     return _short(number).replace("G", "B")  # billions, as in model names
 
 
-def _where(plan: dict[str, Any]) -> str:
+def _slice_name(plan: dict[str, Any]) -> str:
     slices = f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
     return f"{slices}{plan['topology']}"
 
 
 def render(plan: dict[str, Any]) -> str:
-    """Render the plan of one slice in full."""
+    """Return the full plan of one slice as text."""
     model, batch, memory = plan["model"], plan["batch"], plan["memory"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    adapters = f", {_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
+    adapters = f", {_num_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
     split = f" in {batch['parts']} microbatches" if batch["parts"] > 1 else ""
     lengths = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
     lines = [
-        f"{_where(plan)}: {plan['chips']} chips, mesh {mesh}",
-        f"model        {model['path']}: {_weights(model['parameters'])} parameters{adapters}",
+        f"{_slice_name(plan)}: {plan['chips']} chips, mesh {mesh}",
+        f"model        {model['path']}: {_num_weights(model['parameters'])} parameters{adapters}",
         f"             {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
         f"step         {batch['pairs']} pairs{split}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
         f"             {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens",
@@ -65,7 +65,7 @@ def _minutes(gib: float, gigabytes_a_second: float) -> str:
 
 def _cost_lines(plan: dict[str, Any]) -> list[str]:
     flops, seconds = plan["flops"], plan["seconds"]
-    needs = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
+    times = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
     moved = ", ".join(f"{kind} {ops['gib']:.3g}" for kind, ops in plan["collectives"].items() if ops["gib"] >= 0.005)
     if plan["collectives_at_least"]:
         moved += ", at least: some are in loops whose length depends on the data"
@@ -73,9 +73,9 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
         moved = "unknown, and not included in the times"
     lines = [
         f"operations   {_short(flops['model'])} of the model on real tokens, {_short(flops['model_a_pair'])} a pair",
-        f"             {_short(flops['hardware'])} with padding and what is computed again",
+        f"             {_short(flops['hardware'])} with padding and recomputation",
         f"collectives  GiB a device and step: {moved or 'none'}",
-        f"time         each resource alone: {needs}; bound by {plan['bound']}",
+        f"time         each resource alone: {times}; bound by {plan['bound']}",
     ]
     for name, words in (("full_overlap", "full overlap"), ("no_overlap", "no overlap")):
         estimate = plan[name]
@@ -92,7 +92,7 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
 
 
 def table(plans: Sequence[dict[str, Any]]) -> str:
-    """Render plans as a table, one line per slice."""
+    """Return a table of plans as text, one line per plan."""
     head = ["slice", "chips", "GiB", "of", "fits", "s/step", "MFU", "pairs/s", "bound by", "chip-hours"]
     rows = [head, *map(_row, plans)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -103,7 +103,7 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
 def _row(plan: dict[str, Any]) -> list[str]:
     memory = plan["memory"]
     fits = {True: "yes", False: "no", None: "?"}[memory["fits"]]
-    start = [_where(plan), str(plan["chips"]), f"{memory['peak']:.2f}", f"{memory['room']:.2f}", fits]
+    start = [_slice_name(plan), str(plan["chips"]), f"{memory['peak']:.2f}", f"{memory['room']:.2f}", fits]
     if "seconds" not in plan:
         return [*start, *[""] * 5]
     best, worst = plan["full_overlap"], plan["no_overlap"]

@@ -1,1 +1,1 @@
-"""Reports on a run and its data, for people to read."""
+"""Reports for people: HTML pages about runs and audits of data."""

@@ -1,4 +1,4 @@
-"""Plots of logged values: curves by step and histograms, as PNG in HTML, for light and dark pages."""
+"""Plots of logged values, as curves and histograms: PNG images in HTML, for light and dark pages."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ Row = Mapping[str, Any]  # a line of a log
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot: logged values by step."""
+    """Description of one plot, which shows logged values by step."""
 
     title: str
     keys: tuple[str, ...]
@@ -24,34 +24,33 @@ class Plot:
     change: bool = False  # evaluations minus the first one; no training curve, since its pairs differ by step
 
 
-# Chosen and rejected answers have fixed colours; other curves take the next free one.
+# Chosen and rejected answers have fixed colors; other curves take the next free one.
 COLORS = {
     "light": {"ink": "#3b4252", "grid": "#e3e6ec", "chosen": "#12805c", "rejected": "#c2410c",
               "lines": ("#2f5fd0", "#a21caf", "#b7791f", "#0e7490", "#be123c", "#4d7c0f")},
     "dark": {"ink": "#b6bdca", "grid": "#2e343f", "chosen": "#4ade9f", "rejected": "#fb923c",
              "lines": ("#7aa2ff", "#e879f9", "#facc5c", "#5fd4e8", "#fb7185", "#a3e635")},
 }  # fmt: skip
-RAW_POINTS = 60  # longer training curves are drawn as a running mean over pale raw values
+MAX_RAW_POINTS = 60  # longer training curves are drawn as a running mean over pale raw values
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
-    """Return (steps, values) of one logged key; infinite values, which no axis can show, become NaN."""
+    """Return the steps and values of one logged key; infinite values, which cannot be drawn, become NaN."""
     points = [(row["step"], float(row[key])) for row in rows if key in row]
     return [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
 
 
 def eval_sets(rows: Sequence[Row]) -> list[str]:
     """Return the names of the evaluation sets, from the keys ``eval_NAME_loss``."""
-    names = (key[len("eval_") : -len("_loss")] for row in rows for key in row if key.startswith("eval_"))
-    keys = {key for row in rows for key in row}
-    return [name for name in dict.fromkeys(names) if f"eval_{name}_loss" in keys]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [key[len("eval_") : -len("_loss")] for key in keys if key.startswith("eval_") and key.endswith("_loss")]
 
 
-def plots(which: Iterable[Plot], rows: Sequence[Row]) -> str:
-    """Return a grid of plots with training and evaluation curves, leaving out plots without logged values."""
+def plots(chosen_plots: Iterable[Plot], rows: Sequence[Row]) -> str:
+    """Return HTML of a grid of plots with training and evaluation curves; plots without logged values are omitted."""
     figures = []
     names = eval_sets(rows)
-    for plot in which:
+    for plot in chosen_plots:
         curves = [] if plot.change else [(key, "", *series(rows, key)) for key in plot.keys]
         curves += [(key, name, *series(rows, f"eval_{name}_{key}")) for name in names for key in plot.keys]
         curves = [curve for curve in curves if curve[2]]
@@ -65,9 +64,9 @@ def plots(which: Iterable[Plot], rows: Sequence[Row]) -> str:
 Curve = tuple[str, str, list[int], list[float]]  # key, evaluation set or "" for training, steps, values
 
 
-def figure(title: str, note: str, drawn: Callable[[str], bytes]) -> str:
-    """Return an image with title and note; ``drawn`` draws it once for each theme."""
-    light, dark = (base64.b64encode(drawn(theme)).decode() for theme in ("light", "dark"))
+def figure(title: str, note: str, draw_theme: Callable[[str], bytes]) -> str:
+    """Return HTML of an image with title and note; ``draw_theme`` returns the PNG for the light or dark theme."""
+    light, dark = (base64.b64encode(draw_theme(theme)).decode() for theme in ("light", "dark"))
     return (
         f"<figure><h3>{escape(title)}</h3><figcaption>{escape(note)}</figcaption>"
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
@@ -76,7 +75,7 @@ def figure(title: str, note: str, drawn: Callable[[str], bytes]) -> str:
 
 
 def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
-    """Draw a plot as PNG with a transparent background: training as a line, evaluations as dots on a dashed line."""
+    """Return a plot as PNG with transparent background; evaluation curves are dashed and have dots."""
     from matplotlib.ticker import LogFormatter
 
     colors = COLORS[theme]
@@ -85,11 +84,13 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
     for key, name, steps, values in curves:
         branch = key.rpartition("/")[2]
         color = colors[branch] if branch in ("chosen", "rejected") else next(palette, colors["ink"])
-        label = "." + " ".join(filter(None, (name or "training", branch if len(plot.keys) > 1 else "")))  # dot: _legend
+        label = "." + " ".join(
+            filter(None, (name or "training", branch if len(plot.keys) > 1 else ""))
+        )  # dot: see below
         if name:
             dots = {"linestyle": "--", "marker": "o", "markersize": 5, "markeredgecolor": "none"}
             axes.plot(steps, values, color=color, label=label, linewidth=1.2, zorder=3, **dots)
-        elif len(steps) > RAW_POINTS:
+        elif len(steps) > MAX_RAW_POINTS:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(steps, running_mean(values, len(values) // 20), color=color, label=label, linewidth=1.8)
         else:
@@ -101,19 +102,13 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
         axes.set_ylim(-0.03, 1.03)
     _style(axes, colors, "step")
     if len(curves) > 1:
-        _legend(axes, colors, min(len(curves), 2))
+        legend = axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9, ncols=min(len(curves), 2))
+        for text in legend.get_texts():  # matplotlib would hide labels with a leading _ and parse $ as math
+            text.set(text=text.get_text().removeprefix("."), parse_math=False)
     return _png(fig)
 
 
-def _legend(axes: Any, colors: Mapping[str, Any], columns: int) -> None:
-    """Add a legend, its labels without their dot: matplotlib hides labels with a leading _ and parses $ as math."""
-    legend = axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9, ncols=columns)
-    for text in legend.get_texts():
-        text.set(text=text.get_text().removeprefix("."), parse_math=False)
-
-
 def _canvas(panels: int) -> tuple[Any, Sequence[Any]]:
-    """Return a figure and its panels, side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -121,8 +116,8 @@ def _canvas(panels: int) -> tuple[Any, Sequence[Any]]:
     return fig, fig.subplots(1, panels, sharex=True, squeeze=False)[0]
 
 
-def _style(axes: Any, colors: Mapping[str, Any], below: str) -> None:
-    axes.set_xlabel(below, color=colors["ink"])
+def _style(axes: Any, colors: Mapping[str, Any], x_label: str) -> None:
+    axes.set_xlabel(x_label, color=colors["ink"])
     axes.tick_params(which="both", colors=colors["ink"], length=0)
     axes.grid(color=colors["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
@@ -136,23 +131,23 @@ def _png(fig: Any) -> bytes:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return, for each value, the mean of the values within half a window on each side, ignoring NaN."""
+    """Return for each value the mean over a window centered on it, ignoring NaN."""
     means = []
     for index in range(len(values)):
-        neighbours = [x for x in values[max(0, index - window // 2) : index + window // 2 + 1] if not math.isnan(x)]
-        means.append(sum(neighbours) / len(neighbours) if neighbours else math.nan)
+        neighbors = [x for x in values[max(0, index - window // 2) : index + window // 2 + 1] if not math.isnan(x)]
+        means.append(sum(neighbors) / len(neighbors) if neighbors else math.nan)
     return means
 
 
 def histograms(rows: Sequence[Row]) -> str:
-    """Plot margins and rewards of each evaluation set, first next to last evaluation, from distributions.jsonl."""
+    """Return HTML of each set's margin and reward histograms at its first and last evaluation."""
     figures = []
     for name in dict.fromkeys(row["set"] for row in rows):
         set_rows = [row for row in rows if row["set"] == name]
         evals = set_rows if len(set_rows) == 1 else [set_rows[0], set_rows[-1]]
         margins = [(row["step"], row["margins"]["edges"], {"margin": row["margins"]["counts"]}) for row in evals]
         counts = [{answer: row["rewards"][answer] for answer in ("chosen", "rejected")} for row in evals]
-        rewards = [(row["step"], row["rewards"]["edges"], pair) for row, pair in zip(evals, counts, strict=True)]
+        rewards = [(row["step"], row["rewards"]["edges"], both) for row, both in zip(evals, counts, strict=True)]
         note = "Pairs by margin. Left of 0 the rejected answer is preferred."
         figures.append(figure(f"{name}: margins", note, partial(draw_histograms, margins)))
         figures.append(figure(f"{name}: rewards", "Answers by reward.", partial(draw_histograms, rewards)))
@@ -189,15 +184,15 @@ def draw_reliability(bins: Sequence[Row], theme: str) -> bytes:
 
 
 def draw_histograms(panels: Sequence[tuple[int, Sequence[float], Mapping[str, Sequence[int]]]], theme: str) -> bytes:
-    """Draw histograms side by side over one range as PNG, one panel for each (step, edges, counts by name)."""
+    """Return a PNG of histograms with a shared x-axis, one panel for each (step, edges, counts by name)."""
     colors = COLORS[theme]
     fig, columns = _canvas(len(panels))
     for axes, (step, edges, counts) in zip(columns, panels, strict=True):
         for branch, heights in counts.items():
             color = colors.get(branch, colors["lines"][0])
             # the outline keeps narrow bins visible when the other panel's range is wide
-            face = (color, 0.45)
-            axes.stairs(heights, edges, fill=True, facecolor=face, edgecolor=color, linewidth=1.2, label=branch)
+            style = {"facecolor": (color, 0.45), "edgecolor": color, "linewidth": 1.2}
+            axes.stairs(heights, edges, fill=True, label=branch, **style)
         axes.axvline(0, color=colors["ink"], linewidth=0.8, linestyle=":")
         _style(axes, colors, f"step {step}")
         if len(counts) > 1:

@@ -1,4 +1,4 @@
-"""Audit of the data: its contents and the problems that hurt learning, as plain data and as terminal text."""
+"""Audit of a run's data: contents, and problems that hurt learning, as JSON-compatible data and as text."""
 
 from collections.abc import Iterable, Sequence, Set
 from itertools import pairwise
@@ -12,12 +12,12 @@ from dpo_jax.data.store import Store, prompt_hash
 from dpo_jax.errors import UserError
 from dpo_jax.reports.duplicates import both_labels, exact_duplicates, near_duplicates, plain_words
 
-NAMED = 10  # examples named for each finding
-MOST_COMPARED = 100_000  # examples that are searched for near duplicates
+MAX_NAMED = 10  # examples named for each finding
+MAX_COMPARED = 100_000  # examples that are searched for near duplicates
 QUANTILES = {"min": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
-WHAT_WAS_DONE = {"too_long": "truncated", "template_not_prefix": "repaired", "equal_answers": "kept"}
-END = 3  # last tokens of an answer that should include a stop token; chat templates add a newline after it
-HEAD = 60  # characters of each text that --step shows
+ACTIONS = {"too_long": "truncated", "template_not_prefix": "repaired", "equal_answers": "kept"}
+END_TOKENS = 3  # last tokens of an answer that should include a stop token; chat templates add a newline after it
+HEAD_CHARS = 60  # characters of each text that --step shows
 
 
 def _name(store: Store, i: int) -> dict[str, Any]:
@@ -25,11 +25,11 @@ def _name(store: Store, i: int) -> dict[str, Any]:
 
 
 def _groups(store: Store, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Summarise a finding: the number of groups and of their examples, and the first groups by name."""
+    """Summarize groups of examples: the numbers of groups and examples, and the rows of the first groups."""
     return {
         "groups": len(groups),
         "examples": sum(map(len, groups)),
-        "first": [[_name(store, i) for i in group[:NAMED]] for group in groups[:NAMED]],
+        "first": [[_name(store, i) for i in group[:MAX_NAMED]] for group in groups[:MAX_NAMED]],
     }
 
 
@@ -43,7 +43,7 @@ def _branches(num_answers: int) -> tuple[str, ...]:
 
 
 def _lengths(store: Store, ids: np.ndarray) -> dict[str, Any]:
-    """Return token quantiles of each part and its share of all tokens, with a prompt stored once for its answers."""
+    """Return token quantiles and shares of all tokens for prompts and answers; a prompt counts once per example."""
     lengths = store.lengths[ids].astype(np.int64)
     totals, num_answers = lengths.sum(0), lengths.shape[1] - 1
     branches = _branches(num_answers)
@@ -57,25 +57,25 @@ def _lengths(store: Store, ids: np.ndarray) -> dict[str, Any]:
 def _length_bias(store: Store, ids: np.ndarray) -> dict[str, Any]:
     """Return how often the longer answer is chosen, among pairs whose answers differ in length."""
     chosen, rejected = store.lengths[ids, 1], store.lengths[ids, 2]
-    differ = int((chosen != rejected).sum())
+    num_unequal = int((chosen != rejected).sum())
     return {
-        "pairs": differ,
-        "longer_wins": float((chosen > rejected).sum() / differ) if differ else None,
+        "pairs": num_unequal,
+        "longer_wins": float((chosen > rejected).sum() / num_unequal) if num_unequal else None,
         "mean_chosen": float(chosen.mean()),
         "mean_rejected": float(rejected.mean()),
     }
 
 
 def _unended(store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int]) -> dict[str, Any]:
-    """Find examples with an answer that teaches no stop token, and show how the first of them ends."""
+    """Return the examples with an answer that lacks a stop token, and how the first of them ends."""
     unended = []
     for i in ids.tolist():
-        endings = [answer[-END:].tolist() for answer in store.example(i)[1]]
+        endings = [answer[-END_TOKENS:].tolist() for answer in store.example(i)[1]]
         unended += [(i, ending) for ending in endings if not ends & set(ending)][:1]
     return {
         "ends": [tokenizer.decode([token]) for token in sorted(ends)],
         "examples": len(unended),
-        "first": [_name(store, i) for i, _ in unended[:NAMED]],
+        "first": [_name(store, i) for i, _ in unended[:MAX_NAMED]],
         "first_ends": tokenizer.decode(unended[0][1]) if unended else None,
     }
 
@@ -83,14 +83,14 @@ def _unended(store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int]) -> d
 def _set_audit(
     store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int], report: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    compared = ids[:MOST_COMPARED]
-    near = _groups(store, near_duplicates(store, compared, plain_words(tokenizer)))
+    compared_ids = ids[:MAX_COMPARED]
+    near = _groups(store, near_duplicates(store, compared_ids, plain_words(tokenizer)))
     set_audit = {
         "sources": report,
         "examples": len(ids),
         "duplicates": _groups(store, exact_duplicates(store, ids)),
-        "near_duplicates": near | {"compared": len(compared)},
-        "unended": _unended(store, compared, tokenizer, ends),
+        "near_duplicates": near | {"compared": len(compared_ids)},
+        "unended": _unended(store, compared_ids, tokenizer, ends),
         "lengths": _lengths(store, ids),
     }
     if store.lengths.shape[1] == 3:
@@ -100,21 +100,21 @@ def _set_audit(
 
 
 def _shared_prompts(sets: DataSets) -> dict[str, Any]:
-    """Find the examples of each evaluation set whose prompt is also in the training set."""
+    """Return the examples of each evaluation set whose prompt is also in the training set."""
     train_prompts = {prompt_hash(sets.train, i): i for i in sets.train_ids[::-1].tolist()}
     overlaps = {}
     for name, eval_set in sets.evals.items():
-        shared = [(i, train_prompts.get(prompt_hash(eval_set.store, i))) for i in eval_set.ids.tolist()]
-        shared = [(i, train_id) for i, train_id in shared if train_id is not None]
+        hashes = ((i, prompt_hash(eval_set.store, i)) for i in eval_set.ids.tolist())
+        shared = [(i, train_prompts[digest]) for i, digest in hashes if digest in train_prompts]
         overlaps[name] = {
             "examples": len(shared),
-            "first": [[_name(eval_set.store, i), _name(sets.train, train_id)] for i, train_id in shared[:NAMED]],
+            "first": [[_name(eval_set.store, i), _name(sets.train, train_id)] for i, train_id in shared[:MAX_NAMED]],
         }
     return overlaps
 
 
 def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
-    """Return one example as the model sees it: decoded with special tokens, with the tokens around the boundary."""
+    """Return one example as the model reads it: texts with special tokens, and tokens where the answers begin."""
     prompt, answers, learned = store.example(i)
     boundary = [tokenizer.convert_ids_to_tokens(part.tolist()) for part in (prompt[-4:], *(a[:4] for a in answers))]
     rendered = _name(store, i) | {
@@ -132,7 +132,7 @@ def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
 def audit(
     sets: DataSets, tokenizer: Any, *, ends: Set[int] | None = None, max_length: int = 0, positions: Any = None
 ) -> dict[str, Any]:
-    """Return counts, findings, lengths and one rendered example of all sets of a run, as JSON-compatible data.
+    """Audit all data sets of a run; return counts, findings, lengths and one example as JSON-compatible data.
 
     ``ends``: ids of the model's stop tokens; None: the tokenizer's EOS. ``max_length`` is reported if it exceeds
     ``positions``, the model's ``max_position_embeddings``.
@@ -158,7 +158,7 @@ def audit(
 
 
 def _table(rows: Iterable[Sequence[object]]) -> list[str]:
-    """Return rows as lines of aligned columns, the first aligned left."""
+    """Return rows as lines of aligned columns; the first column is aligned left, the others right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     padded = ([first.ljust(widths[0]), *map(str.rjust, values, widths[1:])] for first, *values in cells)
@@ -174,19 +174,12 @@ def _cause_lines(report: dict[str, Any]) -> list[str]:
     lines = []
     for kind in ("dropped", "notes"):
         for cause, problems in report[kind].items():
-            done = "dropped" if kind == "dropped" else WHAT_WAS_DONE.get(cause, "noted")
+            action = "dropped" if kind == "dropped" else ACTIONS.get(cause, "noted")
             more = ", ..." if problems["count"] > len(problems["first"]) else ""
             rows = ", ".join(str(problem["row"]) for problem in problems["first"])
-            lines.append(f"    {done:9} {cause:20} {problems['count']:7}  rows {rows}{more}")
+            lines.append(f"    {action:9} {cause:20} {problems['count']:7}  rows {rows}{more}")
             lines.append(f"    {'':30} first: {problems['first'][0]['detail']}")
     return lines
-
-
-def _finding(text: str, finding: dict[str, Any], with_source: bool) -> list[str]:
-    if not finding["groups"]:
-        return [f"  {text}: none"]
-    shown = "; ".join(_rows_text(group, with_source) for group in finding["first"][:5])
-    return [f"  {text}: {finding['examples']} examples in {finding['groups']} groups, the first: {shown}"]
 
 
 def _unended_lines(unended: dict[str, Any], with_source: bool) -> list[str]:
@@ -224,26 +217,29 @@ def _set_lines(name: str, set_audit: dict[str, Any]) -> list[str]:
         lines.append(f"  {report['source']}: {report['rows']} rows, {report['kept']} kept")
         lines += [f"    {hint}" for hint in report["hints"]]
         lines += _cause_lines(report)
-    many = len(set_audit["sources"]) != 1
+    with_source = len(set_audit["sources"]) != 1
     near = set_audit["near_duplicates"]
     compared = "" if near["compared"] == set_audit["examples"] else f" (among the first {near['compared']})"
-    lines += _finding("exact duplicates", set_audit["duplicates"], many)
-    lines += _finding(f"near duplicates{compared}", near, many)
+    findings = {"exact duplicates": set_audit["duplicates"], f"near duplicates{compared}": near}
     if "both_labels" in set_audit:
-        lines += _finding("same pair with both labels", set_audit["both_labels"], many)
-    lines += _unended_lines(set_audit["unended"], many)
+        findings["same pair with both labels"] = set_audit["both_labels"]
+    for title, finding in findings.items():
+        rows = "; ".join(_rows_text(group, with_source) for group in finding["first"][:5])
+        count = f"{finding['examples']} examples in {finding['groups']} groups, the first: {rows}"
+        lines.append(f"  {title}: {count if finding['groups'] else 'none'}")
+    lines += _unended_lines(set_audit["unended"], with_source)
     return lines + _length_lines(set_audit) + [""]
 
 
 def _text_lines(text: str) -> list[str]:
-    """Mark each line of a text with a bar and escape control characters."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-    return [f"  | {line}" for line in shown.split("\n")]
+    """Return the lines of a text, each marked with a bar, with control characters escaped."""
+    printable = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return [f"  | {line}" for line in printable.split("\n")]
 
 
 def _example_lines(example: dict[str, Any], branches: Sequence[str]) -> list[str]:
-    lines = [f"first example of step 0: {example['source']}, row {example['row']}"]
-    lines += ["prompt", *_text_lines(example["prompt"])]
+    title = f"first example of step 0: {example['source']}, row {example['row']}"
+    lines = [title, "prompt", *_text_lines(example["prompt"])]
     ends = " ".join(map(repr, example["boundary"]["prompt_ends"]))
     for branch, answer, begins in zip(branches, example["answers"], example["boundary"]["answers_begin"], strict=True):
         lines += [f"{branch}, whose tokens begin at ||: {ends} || {' '.join(map(repr, begins))}", *_text_lines(answer)]
@@ -256,7 +252,7 @@ def _example_lines(example: dict[str, Any], branches: Sequence[str]) -> list[str
 
 
 def render(result: dict[str, Any]) -> str:
-    """Render an audit as text for a terminal."""
+    """Return an audit as text for a terminal."""
     lines = _set_lines("train", result["train"])
     for name, set_audit in result["evals"].items():
         lines += _set_lines(f"eval {name}", set_audit)
@@ -271,18 +267,17 @@ def render(result: dict[str, Any]) -> str:
         limit = f"but the model supports {positions['made_for']} (max_position_embeddings)"
         longer = f"{positions['longer']} examples are longer: lower it"
         lines.append(f"note: data.max_length is {positions['max_length']}, {limit}; {longer}")
-    lines.append("")
-    lines += _example_lines(result["example"], _branches(len(result["example"]["answers"]))[1:])
+    lines += ["", *_example_lines(result["example"], _branches(len(result["example"]["answers"]))[1:])]
     return "\n".join(lines)
 
 
 def _text_head(tokenizer: Any, tokens: np.ndarray, last: bool = False) -> str:
-    text = tokenizer.decode(tokens[-HEAD:] if last else tokens[:HEAD])
-    return repr(text[-HEAD:] if last else text[:HEAD])
+    text = tokenizer.decode(tokens[-HEAD_CHARS:] if last else tokens[:HEAD_CHARS])
+    return repr(text[-HEAD_CHARS:] if last else text[:HEAD_CHARS])
 
 
 def show_step(sets: DataSets, step: int, tokenizer: Any) -> str:
-    """Return slot, id, source, row and texts of each example of step ``step``, counted from 1 as in metrics.jsonl.
+    """Return text that lists the examples of step ``step``, counted from 1 as in metrics.jsonl.
 
     Raises:
         UserError: the run has no such step.

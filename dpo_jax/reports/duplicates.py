@@ -1,4 +1,4 @@
-"""Find duplicate examples and pairs that contradict each other."""
+"""Search for duplicate examples, and for pairs that contradict each other."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -11,8 +11,8 @@ from dpo_jax.data.store import Store
 
 SHINGLE = 4  # tokens in a shingle, the unit of comparison
 NUM_HASHES, BAND = 32, 4  # 8 bands: two texts of similarity s become candidates with probability 1 - (1 - s**4)**8
-ALIKE = 0.8  # share of common shingles (Jaccard similarity) from which two examples are near duplicates
-COMPARED_WITH = 4  # bucket members that each later one is compared with, to keep the work linear
+MIN_SIMILARITY = 0.8  # share of common shingles (Jaccard similarity) from which two examples are near duplicates
+MAX_COMPARED = 4  # bucket members that each later one is compared with, to keep the work linear
 
 
 def _digest(arrays: Iterable[np.ndarray]) -> bytes:
@@ -24,12 +24,9 @@ def _digest(arrays: Iterable[np.ndarray]) -> bytes:
 
 
 def _contents(store: Store, ids: np.ndarray) -> list[tuple[bytes, bytes]]:
-    """Return two digests of each example: of prompt and answers, and with the answers in reverse order."""
-    digests = []
-    for i in ids:
-        prompt, answers, _ = store.example(i)
-        digests.append((_digest((prompt, *answers)), _digest((prompt, *answers[::-1]))))
-    return digests
+    """Return two digests of each example: one with its answers in order, one with its answers reversed."""
+    examples = (store.example(i)[:2] for i in ids)
+    return [(_digest((prompt, *answers)), _digest((prompt, *answers[::-1]))) for prompt, answers in examples]
 
 
 def exact_duplicates(store: Store, ids: np.ndarray) -> list[list[int]]:
@@ -41,7 +38,7 @@ def exact_duplicates(store: Store, ids: np.ndarray) -> list[list[int]]:
 
 
 def both_labels(store: Store, ids: np.ndarray) -> list[tuple[int, int]]:
-    """Return pairs (i, j) in which one prefers what the other rejects, each distinct contradiction once."""
+    """Return pairs (i, j) of examples where one prefers what the other rejects, each contradiction once."""
     assert store.lengths.shape[1] == 3
     first: dict[bytes, int] = {}
     contradictions = {}
@@ -53,7 +50,7 @@ def both_labels(store: Store, ids: np.ndarray) -> list[tuple[int, int]]:
 
 
 def plain_words(tokenizer) -> np.ndarray:
-    """Return int64 [V]: tokens equal up to case and surrounding space share a number; space and specials get -1."""
+    """Return int64 [V], the word number of each token, equal up to case and spaces; -1 for spaces and specials."""
     numbers: dict[str, int] = {}
     words = np.full(len(tokenizer), -1, np.int64)
     special = set(tokenizer.all_special_ids)
@@ -65,7 +62,7 @@ def plain_words(tokenizer) -> np.ndarray:
 
 
 def _shingles(words: np.ndarray, sequences: Iterable[np.ndarray]) -> np.ndarray:
-    """Return the sorted unique uint64 hashes of all runs of SHINGLE words within each sequence."""
+    """Return the sorted unique uint64 hashes of all runs of SHINGLE words in the sequences."""
     hashes = [np.zeros(0, np.uint64)]
     for sequence in sequences:
         numbers = words[sequence]
@@ -80,11 +77,11 @@ def _shingles(words: np.ndarray, sequences: Iterable[np.ndarray]) -> np.ndarray:
 
 def _alike(first: np.ndarray, second: np.ndarray) -> bool:
     common = len(np.intersect1d(first, second, assume_unique=True))
-    return common >= ALIKE * (len(first) + len(second) - common)
+    return common >= MIN_SIMILARITY * (len(first) + len(second) - common)
 
 
 def _candidates(members: Iterable[int], signature: Callable[[int], np.ndarray]) -> Iterator[tuple[int, int]]:
-    """Yield pairs of members whose signatures, [NUM_HASHES] or empty, agree in a full band."""
+    """Yield pairs of members whose signatures, [NUM_HASHES] or empty, agree in at least one band."""
     buckets: dict[tuple[int, bytes], list[int]] = {}
     for i in members:
         minhashes = signature(i)
@@ -92,14 +89,14 @@ def _candidates(members: Iterable[int], signature: Callable[[int], np.ndarray]) 
             bucket = buckets.setdefault((band, minhashes[band : band + BAND].tobytes()), [])
             for j in bucket:
                 yield i, j
-            if len(bucket) < COMPARED_WITH:
+            if len(bucket) < MAX_COMPARED:
                 bucket.append(i)
 
 
 def _grouped(
     members: Iterable[int], candidates: Iterable[tuple[int, int]], same: Callable[[int, int], bool]
 ) -> list[list[int]]:
-    """Return groups of two or more members joined by candidates that ``same`` confirms."""
+    """Return groups of two or more members, joined by the candidate pairs for which ``same`` is true."""
     root = {i: i for i in members}
 
     def find(i: int) -> int:
@@ -117,7 +114,7 @@ def _grouped(
 
 
 def near_duplicates(store: Store, ids: np.ndarray, words: np.ndarray) -> list[list[int]]:
-    """Return groups of examples whose prompts and whose answers are ALIKE in their shingles, by first member.
+    """Return groups of examples whose prompts and whose answers are similar, ordered by first member.
 
     Exact duplicates and pairs with both labels count as one example: the functions above find them. MinHash (Broder
     1997) with banding proposes candidates, whose shingles are then compared. ``words`` is made by ``plain_words``.

@@ -1,4 +1,4 @@
-"""HTML building blocks of a page, made from plain text, and one style sheet."""
+"""HTML building blocks for report pages, made from plain text, and their style sheet."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +45,7 @@ details pre { margin-top: 10px; }
 
 
 def page(title: str, subtitle: str, sections: Iterable[str], css: str = "") -> str:
-    """Return an HTML document around sections of HTML; ``css`` extends the default style sheet."""
+    """Return an HTML document with the given sections of HTML; ``css`` extends the default style sheet."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -57,7 +57,7 @@ def page(title: str, subtitle: str, sections: Iterable[str], css: str = "") -> s
 
 
 def heading(title: str, *content: str) -> str:
-    """Return a section with a heading, or nothing if it has no content."""
+    """Return a section with a heading, or an empty string if it has no content."""
     return f"<h2>{escape(title)}</h2>\n" + "\n".join(content) if any(content) else ""
 
 
@@ -68,23 +68,23 @@ def paragraph(text: str) -> str:
 
 def cards(values: Mapping[str, tuple[str | None, str]]) -> str:
     """Return cards for the headline numbers; each name maps to (before or None, after)."""
-    shown = "".join(
+    cells = "".join(
         f'<div class="card"><div class="name">{escape(name)}</div><div class="value">'
         + ("" if before is None else f'<span class="from">{escape(before)} → </span>')
         + f"{escape(after)}</div></div>"
         for name, (before, after) in values.items()
     )
-    return f'<div class="cards">{shown}</div>' if shown else ""
+    return f'<div class="cards">{cells}</div>' if cells else ""
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[tuple[int, int]] = frozenset()) -> str:
-    """Return a table of plain texts with row names in the first column; cells in ``right``, (row, column), get a tick.
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], checked: frozenset[tuple[int, int]] = frozenset()) -> str:
+    """Return a table with row names in the first column; cells in ``checked``, (row, column), get a check mark.
 
     An empty ``head`` leaves out the header row; without rows there is no table.
     """
 
     def cell(text: str, position: tuple[int, int]) -> str:
-        return f'<td class="right">{escape(text)}</td>' if position in right else f"<td>{escape(text)}</td>"
+        return f'<td class="right">{escape(text)}</td>' if position in checked else f"<td>{escape(text)}</td>"
 
     body = "".join(
         f'<tr><th scope="row">{escape(first)}</th>'
@@ -98,12 +98,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[t
 
 
 def details(title: str, text: str) -> str:
-    """Return text that a click unfolds."""
+    """Return preformatted text that is hidden until the reader clicks its title."""
     return f'<details><summary>{escape(title)}</summary><pre class="box">{escape(text)}</pre></details>'
 
 
 def code(text: str) -> str:
-    """Return a block of commands to type."""
+    """Return a block of preformatted text."""
     return f'<pre class="box">{escape(text)}</pre>'
 
 

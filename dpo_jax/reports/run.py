@@ -1,6 +1,6 @@
 """Report of a run: one self-contained HTML file with its curves and results.
 
-The page has no script and loads nothing; its plots are PNG, one set for a light page and one for a dark page.
+The page has no scripts and loads nothing; each plot is a PNG image for light pages and one for dark pages.
 """
 
 import statistics
@@ -23,7 +23,7 @@ PLOTS = (
     Plot(
         "Reward accuracy",
         ("rewards/accuracies",),
-        "Pairs whose chosen answer has the higher reward. Equal rewards count as wrong; at the start all are (tied).",
+        "Pairs whose chosen answer has the higher reward. Equal rewards count as wrong; at the start all are tied.",
         share=True,
     ),
     Plot("Margin", ("rewards/margins",), "Reward of the chosen answer minus that of the rejected one."),
@@ -31,7 +31,7 @@ PLOTS = (
     Plot(
         "Log-probability of the answers",
         ("logps/chosen", "logps/rejected"),
-        "Per answer, in nats. A large fall of the chosen answers may mean that the policy forgets how to answer.",
+        "Per answer, in nats. If that of chosen answers falls far, the policy may be forgetting how to answer.",
     ),
     Plot(
         "Likelihood since the start",
@@ -39,19 +39,16 @@ PLOTS = (
         "Log-probability of the evaluation answers minus that at step 0, in nats. Below 0 they became less likely.",
         change=True,
     ),
-    Plot("Displacement", ("displacement",), "Pairs whose chosen answer the reference finds more likely.", share=True),
+    Plot("Displacement", ("displacement",), "Pairs whose chosen answer the reference finds likelier.", share=True),
     Plot("KL", ("kl",), "Mean of half the squared log-ratio: how far the policy has moved on these answers, in nats."),
     Plot("Gradient weight", ("gradient_weight",), "Per pair: 0.5 at the start, near 0 once learned.", share=True),
-    Plot("Token accuracy", ("mean_token_accuracy",), "Answer tokens that were the model's first choice."),
+    Plot("Token accuracy", ("mean_token_accuracy",), "Share of answer tokens that were the model's most likely token."),
     Plot("Entropy", ("entropy",), "Nats per token; near 0 the model is certain of every token."),
-    Plot("Gradient norm", ("grad_norm",), "Before clipping. Rare spikes are harmless, growth is not.", log=True),
-    Plot("Learning rate", ("learning_rate",), "Set by the schedule."),
-    Plot("Fill of the rows", ("fill",), "Share of computed token slots that hold real tokens.", share=True),
+    Plot("Gradient norm", ("grad_norm",), "Before clipping. Rare spikes are harmless; steady growth is not.", log=True),
+    Plot("Learning rate", ("learning_rate",), "As set by the schedule."),
+    Plot("Row utilization", ("fill",), "Share of computed token slots that hold real tokens.", share=True),
 )
-TOKENS_HINT = """The reward is a sum over tokens. This command writes each token's contribution and a page, \
-pairs.html, that colours the answers with the largest and smallest margins by it:"""
-# Headline metrics, shown before all others.
-FIRST = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+MAIN_KEYS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")  # shown first
 NOT_PLOTTED = {
     "logps/accuracies": "Pairs whose chosen answer has the higher log-probability, whatever the reference says.",
     "logits/chosen": "Mean logit over the vocabulary, at the tokens of chosen answers.",
@@ -70,7 +67,7 @@ MEANINGS = {key: plot.note for plot in reversed(PLOTS) for key in plot.keys} | N
 SPEED_PLOTS = (
     Plot("Tokens per second", ("tokens_per_second",), "The first step includes compilation."),
     Plot("Seconds per step", ("step_seconds",), "From the end of one step to the end of the next.", log=True),
-    Plot("Model FLOPs utilisation", ("mfu",), "Operations on real tokens over the chips' bfloat16 peak.", share=True),
+    Plot("Model FLOPs utilization", ("mfu",), "FLOPs on real tokens over the chips' bfloat16 peak.", share=True),
 )
 
 
@@ -89,7 +86,7 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
     if "loss" in config:
         kind = "Direct Preference Optimization" if "beta" in config["loss"] else "Reward model"
     first_title = "Loss, accuracy, margin and rewards" if "loss" in config else "Loss"
-    headline_plots = [plot for plot in PLOTS if plot.keys[0] in FIRST]
+    headline_plots = [plot for plot in PLOTS if plot.keys[0] in MAIN_KEYS]
     sections = [
         cards(headlines(metrics)),
         heading(first_title, plots(headline_plots, metrics)),
@@ -107,8 +104,8 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
     return run.report
 
 
-def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], shown: bool) -> None:
-    """Write the report of a finished run; failure only warns, with a traceback unless it is an ``OSError``."""
+def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], progress: bool) -> None:
+    """Write the report of a finished run; an error is only printed, with its traceback unless it is an ``OSError``."""
     try:
         path = write_report(run_dir, data)
     except Exception as error:  # noqa: BLE001
@@ -116,7 +113,7 @@ def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], shown: bool) -
             warn(traceback.format_exc())
         warn(f"report: not written ({reason(error)}); the run is complete, and the same command tries again")
     else:
-        say(shown, f"report: {path}")
+        say(progress, f"report: {path}")
 
 
 def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
@@ -127,8 +124,8 @@ def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
     summary: dict[str, tuple[str | None, str]] = {}
     for prefix, label in prefixes.items():
         curves = {name: series(metrics, prefix + key)[1] for key, name in titles.items()}
-        logged = [name for name, values in curves.items() if values][:3]
-        summary |= {label + name: (number(curves[name][0]), number(curves[name][-1])) for name in logged}
+        titles_shown = [name for name, values in curves.items() if values][:3]
+        summary |= {label + name: (number(curves[name][0]), number(curves[name][-1])) for name in titles_shown}
         if starts_tied(metrics, prefix):
             title = label + titles["rewards/accuracies"]
             summary[title] = ("tied", summary[title][1])
@@ -136,22 +133,22 @@ def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
 
 
 def starts_tied(metrics: Sequence[Row], prefix: str) -> bool:
-    """Return whether all margins were 0 within rounding when accuracy was first logged, which makes it meaningless.
+    """Return whether all margins were 0 within rounding when accuracy was first logged, so that accuracy means nothing.
 
-    The bound is float32's in any arithmetic: evaluation scores policy and reference with one function.
+    The float32 bound applies to every dtype: evaluation scores policy and reference with one function.
     """
     first = next((row for row in metrics if f"{prefix}rewards/accuracies" in row), {})
-    named = {key.removeprefix(prefix): value for key, value in first.items() if key.startswith(prefix)}
-    return tied(named, AGREEMENT["float32"])
+    first_metrics = {key.removeprefix(prefix): value for key, value in first.items() if key.startswith(prefix)}
+    return tied(first_metrics, AGREEMENT["float32"])
 
 
 def comparison_table(metrics: Sequence[Row]) -> str:
-    """Return a table of every evaluation metric: first, last and best value, and its meaning."""
+    """Return a table of the first, last and best values of every evaluation metric, with its meaning."""
     rows = []
     for name in eval_sets(metrics):
         prefix = f"eval_{name}_"
         keys = dict.fromkeys(key for row in metrics for key in row if key.startswith(prefix))
-        for metric in sorted((key.removeprefix(prefix) for key in keys), key=lambda metric: metric not in FIRST):
+        for metric in sorted((key.removeprefix(prefix) for key in keys), key=lambda name: name not in MAIN_KEYS):
             steps, values = series(metrics, prefix + metric)
             best = max(values) if "accurac" in metric else min(values) if metric.endswith("loss") else None
             best_at = "" if best is None else f"{number(best)} at step {steps[values.index(best)]}"
@@ -161,11 +158,11 @@ def comparison_table(metrics: Sequence[Row]) -> str:
     return table(("Evaluation", "before", "after", "best", "meaning"), rows)
 
 
-def lengths_table(spread: Sequence[Row], metrics: Sequence[Row]) -> str:
+def lengths_table(distributions: Sequence[Row], metrics: Sequence[Row]) -> str:
     """Return a table of reward accuracy by answer length, at each set's first and last evaluation."""
     rows = []
-    for name in dict.fromkeys(row["set"] for row in spread):
-        first, *_, last = [row for row in spread if row["set"] == name] * 2
+    for name in dict.fromkeys(row["set"] for row in distributions):
+        first, *_, last = [row for row in distributions if row["set"] == name] * 2
         all_tied = starts_tied(metrics, f"eval_{name}_")
         for kind in ("by_length", "by_longer"):
             for old, new in zip(first[kind], last[kind], strict=True):
@@ -183,16 +180,17 @@ def _length_label(bucket: Row) -> str:
 
 
 def tokens_hint(run: RunDir, config: Row, metrics: Sequence[Row]) -> tuple[str, ...]:
-    """Return the command that shows the reward token by token, or nothing if there is no reference."""
+    """Return HTML of the command that shows rewards per token, or nothing if there is no reference."""
     if not any(key.endswith("displacement") for row in metrics for key in row):
         return ()
     live = " --reference.mode live" if config["reference"]["mode"] == "cached" else ""
     command = f"dpo-jax eval {run.config} --output {run.root / 'pairs.jsonl'} --per-token{live}"
-    return paragraph(TOKENS_HINT), code(command)
+    hint = "The reward is a sum over tokens. This command writes each token's contribution and a page, pairs.html, with"
+    return paragraph(f"{hint} colored answers for the largest and smallest margins:"), code(command)
 
 
 def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> dict[str, str]:
-    """Return the run's main settings and totals, one line each."""
+    """Return the run's main settings and totals as label -> text."""
     batch, optimizer, loss = config["batch"], config["optimizer"], config.get("loss")
     trained = [row for row in metrics if "grad_norm" in row]
     unit = "pairs" if loss else "examples"
@@ -215,8 +213,8 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
         facts["Clipped"] = f"{count} of {len(trained)} logged steps had a gradient norm above {norm:g}"
         if 2 * count > len(trained):
             usual = f"{number(statistics.median(row['grad_norm'] for row in trained))} (median)"
-            remedy = "set optimizer.max_grad_norm above that"
-            facts["Clipped"] += f". Clipping is for spikes, but the usual norm here is {usual}: {remedy}"
+            remedy = "set optimizer.max_grad_norm above it"
+            facts["Clipped"] += f". Clipping is meant for spikes, but the usual norm here is {usual}: {remedy}"
     if timings:
         facts |= speed_facts(timings, unit)
         peaks = {name: max(series(timings, f"{name}_memory_gib")[1], default=0.0) for name in ("host", "device")}
@@ -225,7 +223,7 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
 
 
 def speed_facts(timings: Sequence[Row], unit: str) -> dict[str, str]:
-    """Return the run's speed, with the first step apart."""
+    """Return the run's speed as label -> text, with the first step kept separate because it compiles."""
     steady = timings[1:] or timings
     median = lambda key: statistics.median(row[key] for row in steady)  # noqa: E731
     facts = {
@@ -235,13 +233,13 @@ def speed_facts(timings: Sequence[Row], unit: str) -> dict[str, str]:
     if all("mfu" in row for row in steady):
         facts["Of the chips' peak"] = f"{median('mfu'):.1%} (MFU on real tokens, median)"
     if all("data_wait_seconds" in row for row in steady):
-        waited = sum(row["data_wait_seconds"] for row in steady) / sum(row["step_seconds"] for row in steady)
-        facts["Waiting for data"] = f"{waited:.1%} of the time"
+        waiting = sum(row["data_wait_seconds"] for row in steady) / sum(row["step_seconds"] for row in steady)
+        facts["Waiting for data"] = f"{waiting:.1%} of the time"
     return facts
 
 
 def data_table(data: Mapping[str, Sequence[Row]]) -> str:
-    """Return a table of how the rows of each source were handled."""
+    """Return a table with the number of rows kept, dropped, changed or noted in each source."""
 
     def causes(by_cause: Mapping[str, Any]) -> str:
         return ", ".join(f"{cause.replace('_', ' ')}: {entry['count']}" for cause, entry in by_cause.items()) or "none"

@@ -1,4 +1,4 @@
-"""Page of coloured answers: each token's contribution to the reward, for the largest and smallest margins."""
+"""HTML page that colors answer tokens by their contribution to the reward, for the extreme margins."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,9 +8,9 @@ from typing import Any
 from dpo_jax.reports.html import details, heading, number, page, paragraph
 
 NEWLINE = "\n"
-SHOWN = 20  # pairs with the largest margins, and as many with the smallest
-LEVELS = 8  # of colour intensity
-FULL = 0.98  # quantile of sizes that gets the full colour, so that one outlier does not pale the others
+MAX_SHOWN = 20  # pairs with the largest margins, and as many with the smallest
+LEVELS = 8  # of color intensity
+FULL_QUANTILE = 0.98  # quantile of sizes that gets the full color, so that one outlier does not pale the others
 
 CSS = """
 .pair { padding: 14px 18px; margin-bottom: 16px; }
@@ -29,27 +29,27 @@ CSS = """
 
 
 def token_page(lines: Sequence[Mapping[str, Any]], beta: float, policy: str) -> str:
-    """Return a self-contained HTML page of the output of ``dpo-jax eval --per-token``, one mapping per pair.
+    """Return a self-contained HTML page of token rewards; ``lines`` are those of ``dpo-jax eval --per-token``.
 
-    It shows the pairs with the largest and the smallest margins, or all pairs if there are no more than that.
+    The page shows the pairs with the largest and the smallest margins, or all pairs if there are no more than that.
     """
     margin_of = lambda line: -math.inf if math.isnan(line["rewards/margin"]) else line["rewards/margin"]  # noqa: E731
     ranked = sorted(lines, key=margin_of, reverse=True)
     groups = {"All pairs, by margin": ranked}
-    if len(ranked) > 2 * SHOWN:
-        groups = {"The largest margins": ranked[:SHOWN], "The smallest margins": ranked[: -SHOWN - 1 : -1]}
+    if len(ranked) > 2 * MAX_SHOWN:
+        groups = {"The largest margins": ranked[:MAX_SHOWN], "The smallest margins": ranked[: -MAX_SHOWN - 1 : -1]}
     full = full_size([line for group in groups.values() for line in group], beta)
     blocks = [heading(title, *(_pair(line, beta, full) for line in group)) for title, group in groups.items()]
     legend = (
         f"An answer's reward is beta = {beta:g} times the sum of log(policy / reference) over its tokens. Blue tokens "
-        f"raise it and red tokens lower it, in full colour from {number(full)}; hover over a token to see its number. "
+        f"raise it and red tokens lower it, in full color from {number(full)}; hover over a token for its value. "
         "A dot stands for a token that is only part of a character."
     )
     return page("Rewards token by token", f"{policy} · {len(lines)} pairs", [paragraph(legend), *blocks], CSS)
 
 
 def full_size(lines: Iterable[Mapping[str, Any]], beta: float) -> float:
-    """Return the contribution from which a token's colour is full; the smallest positive number if all are 0."""
+    """Return the contribution at which a token gets the full color, or the smallest positive number if all are 0."""
     sizes = sorted(
         abs(beta * ratio)
         for line in lines
@@ -57,7 +57,7 @@ def full_size(lines: Iterable[Mapping[str, Any]], beta: float) -> float:
         for ratio in line[f"log_ratios/{answer}"]
         if math.isfinite(ratio)
     )
-    return max(sizes[int(FULL * (len(sizes) - 1))] if sizes else 0.0, math.ulp(0.0))
+    return max(sizes[int(FULL_QUANTILE * (len(sizes) - 1))] if sizes else 0.0, math.ulp(0.0))
 
 
 def _pair(line: Mapping[str, Any], beta: float, full: float) -> str:
@@ -66,7 +66,7 @@ def _pair(line: Mapping[str, Any], beta: float, full: float) -> str:
     answers = "".join(
         f'<div><div class="soft">{answer}: reward {number(line[f"rewards/{answer}"])}, '
         f"{line[f'tokens/{answer}']} tokens</div>"
-        f'<div class="text">{coloured(line[f"pieces/{answer}"], line[f"log_ratios/{answer}"], beta, full)}</div></div>'
+        f'<div class="text">{colored(line[f"pieces/{answer}"], line[f"log_ratios/{answer}"], beta, full)}</div></div>'
         for answer in ("chosen", "rejected")
     )
     return (
@@ -75,8 +75,8 @@ def _pair(line: Mapping[str, Any], beta: float, full: float) -> str:
     )
 
 
-def coloured(pieces: Iterable[str], log_ratios: Iterable[float], beta: float, full: float) -> str:
-    """Return an answer's tokens as HTML, each coloured by its contribution to the reward."""
+def colored(pieces: Iterable[str], log_ratios: Iterable[float], beta: float, full: float) -> str:
+    """Return an answer's tokens as HTML, each colored by its contribution to the reward."""
     tokens = []
     for piece, ratio in zip(pieces, log_ratios, strict=True):
         gain = beta * ratio

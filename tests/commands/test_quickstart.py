@@ -120,5 +120,5 @@ def test_quickstart_teaches_the_rule(tmp_path):
     assert after - before >= 30
     assert "<img" in (tmp_path / "quickstart" / "report.html").read_text()
     (suggested,) = [line.split() for line in done.stdout.splitlines() if line.startswith("dpo-jax train")]
-    rest, overrides = split_overrides(suggested[2:], own=())
+    rest, overrides = split_overrides(suggested[2:], ())
     assert parse_config(rest[0], overrides, DPOConfig).loss.type == "ipo"

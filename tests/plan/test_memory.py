@@ -53,7 +53,7 @@ def compiled(kind: str, loss: LossConfig):
                 lengths=(LENGTH / 4, LENGTH / 8, LENGTH / 8))  # fmt: skip
     assert load.targets == TARGETS
     arguments = step_arguments(config, model, mesh, load)
-    number = sum(x.size for x in jax.tree.leaves(arguments.state.params))
+    number = sum(x.size for x in jax.tree.leaves(arguments[0].params))
     return lower_step(config, model, mesh, arguments).compile(), number
 
 

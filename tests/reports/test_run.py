@@ -104,7 +104,7 @@ def test_the_use_of_a_known_chip_is_told(tmp_path):
     text = write_report(make_run(tmp_path, dpo_config(), dpo_metrics(), timings)).read_text()
     cells = Page(text).cells
     assert cells[cells.index("Of the chips' peak") + 1] == "43.8% (MFU on real tokens, median)"
-    assert "<h3>Model FLOPs utilisation</h3>" in text
+    assert "<h3>Model FLOPs utilization</h3>" in text
 
 
 def test_a_dpo_run_is_told_whole(tmp_path):
@@ -121,10 +121,10 @@ def test_a_dpo_run_is_told_whole(tmp_path):
     assert rows["Later steps"] == "0.5 s, 16 pairs a second (medians)"
     assert rows["Peak memory"] == "host 1.30 GiB"
     assert rows["Waiting for data"] == "4.0% of the time"
-    assert "utilisation" not in text  # of no known chip
+    assert "FLOPs utilization" not in text  # of no known chip
     titles = re.findall(r"<h3>(.*?)</h3>", text)
     assert titles == ["Loss", "Reward accuracy", "Margin", "Rewards", "Gradient norm", "Learning rate",
-                      "Fill of the rows", "Tokens per second", "Seconds per step"]  # fmt: skip
+                      "Row utilization", "Tokens per second", "Seconds per step"]  # fmt: skip
 
 
 def spread_row(step: int, counts: list[int], evaluated: str = "held_out") -> dict[str, Any]:
@@ -167,8 +167,8 @@ def test_clipping_of_most_steps_has_advice(tmp_path):
     rows = [step_row(step) | {"clipped": int(step > 1)} for step in range(1, 5)]
     cells = Page(write_report(make_run(tmp_path, dpo_config(), rows)).read_text()).cells
     text = cells[cells.index("Clipped") + 1]
-    assert text.startswith("3 of 4 logged steps had a gradient norm above 1. Clipping is for spikes")
-    assert "the usual norm here is 1.417 (median): set optimizer.max_grad_norm above that" in text
+    assert text.startswith("3 of 4 logged steps had a gradient norm above 1. Clipping is meant for spikes")
+    assert "the usual norm here is 1.417 (median): set optimizer.max_grad_norm above it" in text
 
 
 def test_any_name_of_a_set_stands_in_its_plots(monkeypatch):
@@ -185,14 +185,14 @@ def test_any_name_of_a_set_stands_in_its_plots(monkeypatch):
 def test_a_report_that_fails_costs_the_run_a_line(tmp_path, capsys, monkeypatch):
     run = make_run(tmp_path, dpo_config(), dpo_metrics())
     (run / "report.html").mkdir()  # what is wrong outside is one line
-    report_done(run, {}, shown=False)
+    report_done(run, {}, progress=False)
     line = "the run is complete, and the same command tries again\n"
     said = capsys.readouterr().err
     assert (said.count("\n"), said.startswith("report: not written ("), said.endswith(line)) == (1, True, True)
     monkeypatch.setattr(
         "dpo_jax.reports.run.headlines", lambda metrics: 1 / 0
     )  # a fault of this program shows itself whole
-    report_done(run, {}, shown=False)
+    report_done(run, {}, progress=False)
     said = capsys.readouterr().err
     assert "Traceback" in said
     assert said.endswith(f"report: not written (ZeroDivisionError: division by zero); {line}")

@@ -21,7 +21,7 @@ from dpo_jax.inference.distributions import BINS, calibration, nice_edges, rewar
 from dpo_jax.inference.token_rewards import decoder, token_pieces, weigh_tails
 from dpo_jax.logprobs import answer_values, make_logps_fn, make_token_logps_fn
 from dpo_jax.losses import preference_metrics, sequence_logps
-from dpo_jax.reports.tokens import SHOWN, coloured, full_size, token_page
+from dpo_jax.reports.tokens import MAX_SHOWN, colored, full_size, token_page
 from dpo_jax.runs.directory import read_json
 from dpo_jax.runs.logs import clipped
 
@@ -225,16 +225,16 @@ def test_both_ends_of_the_margins_are_shown():
     lines = [a_pair(row, (row * 37) % 101 - 50.0) for row in range(101)]
     text = Page(token_page(lines, BETA, "p")).text
     best, worst = text.split("The smallest margins")
-    assert best.count("Margin ") == worst.count("Margin ") == SHOWN
+    assert best.count("Margin ") == worst.count("Margin ") == MAX_SHOWN
     assert best.index("Margin 50.00") < best.index("Margin 49.00") < best.index("Margin 31.00")
     assert worst.index("Margin -50.00") < worst.index("Margin -31.00")
     assert "Margin 30.00" not in text
-    few = Page(token_page(lines[: 2 * SHOWN], BETA, "p")).text
-    assert few.count("Margin ") == 2 * SHOWN
+    few = Page(token_page(lines[: 2 * MAX_SHOWN], BETA, "p")).text
+    assert few.count("Margin ") == 2 * MAX_SHOWN
 
 
 def test_colour_tells_sign_and_size():
-    page = Page(coloured(["a", "b", "c\n", "", "e"], [2.0, -2.0, 0.01, 0.0, 50.0], beta=0.5, full=1.0))
+    page = Page(colored(["a", "b", "c\n", "", "e"], [2.0, -2.0, 0.01, 0.0, 50.0], beta=0.5, full=1.0))
     assert [(attrs.get("class"), attrs["title"]) for _, attrs in page.tags] == [
         ("p8", "+1"), ("n8", "-1"), ("p1", "+0.005"), (None, "+0"), ("p8", "+25"),
     ]  # fmt: skip
