@@ -1,6 +1,6 @@
 """Reference log-probs on disk: computed once per set of inputs, and verified before use.
 
-``reference-KEY.npz``, next to the tokenised data, holds the log-probs of every row and the inputs that determine them.
+``reference-KEY.npz``, next to the tokenized data, holds the log-probs of every row and the inputs that determine them.
 During the computation, each ``reference-KEY.part-N.npz`` holds finished rows, written by one process; an interrupted
 build resumes from these parts.
 """

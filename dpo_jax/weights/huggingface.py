@@ -155,7 +155,7 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
         dtype: of the parameters; tensors of another dtype are converted.
 
     Raises:
-        UserError: tensors are missing, unknown, of the wrong shape, quantised, truncated, or tied but not equal.
+        UserError: tensors are missing, unknown, of the wrong shape, quantized, truncated, or tied but not equal.
     """
     tensors, embed, unembed = find_tensors(Path(path)), TENSORS["embed"], TENSORS["unembed"]
     if model.config.tied and embed not in tensors and unembed in tensors:

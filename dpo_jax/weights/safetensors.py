@@ -47,10 +47,10 @@ class Tensor:
         """Read the tensor, or some rows of its first dim, in the file's dtype.
 
         Raises:
-            UserError: the dtype is not in `DTYPES`, as in quantised files.
+            UserError: the dtype is not in `DTYPES`, as in quantized files.
         """
         if self.code not in DTYPES:
-            remedy = f"supported are {', '.join(DTYPES)}; use a version of the model that is not quantised"
+            remedy = f"supported are {', '.join(DTYPES)}; use a version of the model that is not quantized"
             raise UserError(f"{self.path}: tensor {self.name} has type {self.code}, which cannot be used: {remedy}")
         dtype = DTYPES[self.code]
         length, *row_shape = self.shape or (1,)

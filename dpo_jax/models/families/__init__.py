@@ -20,8 +20,8 @@ def _check_keys(hf: Mapping[str, Any], model_type: str, family: Family) -> None:
     if architectures not in ([family.architecture], [family.reward_architecture]):
         raise refuse("architectures", architectures, f"for {model_type} it must be [{family.architecture!r}]")
     for key, value in hf.items():
-        recognised = key in SHARED_KEYS or key in HARMLESS_KEYS or key in family.keys or key.startswith("_")
-        if not recognised and not one_of(value, NEUTRAL_VALUES.get(key, EMPTY)):
+        is_known = key in SHARED_KEYS or key in HARMLESS_KEYS or key in family.keys or key.startswith("_")
+        if not is_known and not one_of(value, NEUTRAL_VALUES.get(key, EMPTY)):
             remedy = f"the {model_type} decoder has no such option; remove it from the file if it has no effect"
             raise refuse(key, value, remedy)
 
