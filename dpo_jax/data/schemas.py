@@ -236,7 +236,7 @@ def _check_no_media(row: Mapping) -> None:
 
 
 def _check_turns(prompt: Messages, answer: Messages) -> None:
-    """Check that an answer has only assistant messages, all of them learned; other messages belong in the prompt."""
+    """Check that an answer has only assistant messages, all in the loss; other messages belong in the prompt."""
     if not answer or answer[-1]["role"] != "assistant":
         raise BadRow("empty_answer", "the conversation does not end with an assistant message")
     roles = [message["role"] for message in answer]

@@ -24,7 +24,7 @@ from dpo_jax.weights.open import ModelSource, build_model, find_model, load_weig
 
 
 def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
-    """Build the DPO method and its `Start`; ``flags`` are the compiler options of the train step.
+    """Build the DPO method and the arrays it starts from; ``flags`` are compiler options of its step.
 
     The reference is always built from the weights that the config names, on resume too, never from a restored policy.
     """

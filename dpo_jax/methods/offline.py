@@ -177,7 +177,7 @@ class Offline:
 def make_offline(
     setup: Setup, policy: Policy, reference: Reference | None, flags: Mapping[str, str]
 ) -> tuple[Offline, Start]:
-    """Build the method and its `Start`; ``flags`` are the compiler options of the train step."""
+    """Build the method and the arrays it starts from; ``flags`` are compiler options of its step."""
     config, mesh, num_steps = setup.config, setup.mesh, setup.batches.order.num_steps
     optimizer = make_optimizer(config.optimizer, num_steps)
     abstract = abstract_state(config, setup.model, mesh, optimizer)

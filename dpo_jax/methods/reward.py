@@ -14,7 +14,7 @@ from dpo_jax.models.heads import reward_hf_config
 
 
 def reward(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
-    """Build the method that trains a reward model, and its `Start`."""
+    """Build the method that trains a reward model and the arrays it starts from; ``flags`` are compiler options."""
     pad_id = unused_end(setup.tokenizer, setup.model.config.vocab, setup.batches.store)
     setup = replace(setup, hf_config=reward_hf_config(setup.source.hf_config, pad_id))
     return make_offline(setup, load_policy(setup), None, flags)

@@ -7,5 +7,5 @@ from dpo_jax.methods.setup import Setup, load_policy
 
 
 def sft(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
-    """Build the fine-tuning method and its `Start`; ``flags`` are the compiler options of the train step."""
+    """Build the fine-tuning method and the arrays it starts from; ``flags`` are compiler options of its step."""
     return make_offline(setup, load_policy(setup), None, flags)

@@ -36,7 +36,7 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Sum over all kinds."""
+        """Operations of all kinds of matrix product together."""
         return sum(self)
 
 

@@ -236,8 +236,8 @@ def _target_gradients(options, is_sharded, states, unembedding, labels, mask, no
         def visit_chunk(c, grads):
             states_grad, rows_grad = grads
             score_grads = score_gradients(c, *block)
-            product = options.product("nv,vd->nd", score_grads, block[0])
-            states_grad = states_grad.at[c].add(product.astype(states_grad.dtype))
+            block_grad = options.product("nv,vd->nd", score_grads, block[0])
+            states_grad = states_grad.at[c].add(block_grad.astype(states_grad.dtype))
             return states_grad, rows_grad + options.product("nv,nd->vd", score_grads, states[c])
 
         zeros = jnp.zeros(block[0].shape, jnp.float32)

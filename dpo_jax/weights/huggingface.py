@@ -56,10 +56,10 @@ def _path(path: tuple[Any, ...]) -> str:
 
 def _slots(model: Model) -> dict[str, Slot]:
     """Map the name of each tensor a model directory must contain to its slot; files flatten [heads, head_dim]."""
-    slots, sizes = {}, projections(model.config)
+    slots, matrix_sizes = {}, projections(model.config)
     for leaf, struct in _leaves(model.param_shapes()).items():
         prefix, _, name = leaf.rpartition("/")
-        dims = sizes.get(name, (math.prod(struct.shape[1:]),))
+        dims = matrix_sizes.get(name, (math.prod(struct.shape[1:]),))
         shape = dims[::-1] if prefix else struct.shape
         for layer in range(model.config.layers) if prefix else (None,):
             slots[TENSORS[leaf].format(layer)] = Slot(leaf, layer, shape)

@@ -179,7 +179,7 @@ def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: M
     saved, manifest = restore_part(adapted.run.checkpoints, config.checkpoint, shapes)
     base = load_weights(source, replace(model, param_dtype=adapted.base.param_dtype), adapted.base, mesh)
     if weights_id(base) != manifest["identity"]["weights"]:
-        mismatch = f"the adapters of {adapted.run.root} were trained on other weights than those in {adapted.base.path}"
+        mismatch = f"the adapters of {adapted.run.root} were not trained on the weights in {adapted.base.path}"
         remedy = f"restore the original weights, or correct model.path in {adapted.run.config}"
         raise UserError(f"model.path: {mismatch}: {remedy}")
     return merge(Adapted(saved["params"], base), model), manifest["step"]

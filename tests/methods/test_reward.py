@@ -154,7 +154,7 @@ def test_all_special_tokens_at_ends_are_refused():
 
 @pytest.mark.parametrize(
     ("option", "value", "line"),
-    [("lora.rank", 4, "lora.rank: 4 cannot be used: a reward model trains all weights; use 0"),
+    [("lora.rank", 4, "lora.rank: 4 cannot be used: training a reward model updates all weights; use 0"),
      ("batch.target_chunk", 64, "a reward model predicts no tokens; leave it at 1024")],
 )  # fmt: skip
 def test_options_without_a_meaning_for_scores_are_refused(option, value, line, tmp_path):

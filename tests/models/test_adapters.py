@@ -259,7 +259,7 @@ def test_a_run_of_adapters_whose_base_has_changed_is_refused(made, tmp_path):
     was = next(line for line in text.splitlines() if line.startswith("  path: ") and "stories260K" in line)
     (run / "config.yaml").write_text(text.replace(was, f"  path: {made / 'run' / 'export'}"))
     with pytest.raises(
-        UserError, match=r"model\.path: the adapters of .* were trained on other weights than those in .*: restore"
+        UserError, match=r"model\.path: the adapters of .* were not trained on the weights in .*: restore"
     ):
         export(run, tmp_path / "out", "newest")
     (run / "config.yaml").write_text(text.replace(was, "  path: ./gone"))

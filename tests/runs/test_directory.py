@@ -88,7 +88,7 @@ def test_a_bucket():
 
 
 def test_no_run_to_read(tmp_path):
-    refused(tmp_path / "none", "does not exist: check the path", find_run)
+    refused(tmp_path / "none", "does not exist; check the path", find_run)
     refused(tmp_path, "has no events.jsonl, so it is not a run of this program", find_run)
 
 

@@ -8,7 +8,7 @@ from dpo_jax.models.options import LayerKind
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Read the window of all layers from ``sliding_window``: null means none, a missing key 4096."""
+    """Read the window of all layers from ``sliding_window``; null means no window, and the default is 4096."""
     is_null = "sliding_window" in hf and hf["sliding_window"] is None
     return (LayerKind(window=None if is_null else size(hf, "sliding_window", 4096)),)
 
