@@ -72,8 +72,7 @@ class RowsConfig(Section, name="batch"):
 
     def __post_init__(self):
         super().__post_init__()
-        remedy = f"it must divide batch.{self.counts}, {self.size}"
-        self.refuse("accumulation", self.size % self.accumulation, remedy)
+        self.refuse("accumulation", self.size % self.accumulation, f"it must divide batch.{self.counts}, {self.size}")
 
     @property
     def size(self) -> int:
