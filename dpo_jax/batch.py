@@ -85,6 +85,7 @@ class PairLogps:
     tail_sum: Float[AnyArray, "B K"] | None = None  # sum over tokens past the shorter answer's length (LD-DPO)
     log_sum_sq: Float[AnyArray, "B K"] | None = None  # log of the sum over V of p^2, summed over tokens (WPO)
     stats: TokenStats | None = None
+    scored: bool = struct.field(pytree_node=False, default=False)  # ``sum`` is a reward model's score, not a log-prob
 
 
 @struct.dataclass

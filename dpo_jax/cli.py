@@ -13,7 +13,7 @@ import jsonargparse
 from jsonargparse.typing import PositiveInt
 
 import dpo_jax
-from dpo_jax.config import DPOConfig, SFTConfig, TrainConfig
+from dpo_jax.config import AnyConfig, DPOConfig, RewardConfig, SFTConfig, TrainConfig
 from dpo_jax.config.docs import help_sections
 from dpo_jax.config.file import COMMAND_OF, CommandLineText, parse_config
 from dpo_jax.console import lossy_streams, open_descriptors
@@ -25,7 +25,7 @@ INTERRUPTED = 130  # the shell's code for control-C
 Which = Literal["newest", "best"]
 
 
-def _train(config: DPOConfig | SFTConfig) -> None:
+def _train(config: AnyConfig) -> None:
     from dpo_jax.train import train
 
     train(config)
@@ -48,7 +48,7 @@ def _export(run_dir: str, out_dir: str, which: Which, adapters: bool) -> None:
     export(Path(run_dir), Path(out_dir), which, adapters)
 
 
-def _data(config: DPOConfig | SFTConfig, step: int | None) -> None:
+def _data(config: AnyConfig, step: int | None) -> None:
     from dpo_jax.commands.data import describe_data
 
     print(describe_data(config, step))
@@ -126,6 +126,7 @@ WHICH: dict[str, Any] = {"choices": ["newest", "best"], "default": "newest"}
 COMMANDS = {
     "train": Command(_train, "Train with Direct Preference Optimization.", DPOConfig),
     "sft": Command(_train, "Fine-tune with supervision, to make the model that train starts from.", SFTConfig),
+    "reward": Command(_train, "Train a reward model on preference pairs.", RewardConfig),
     "eval": Command(
         _eval,
         "Score every evaluation pair, log-probs and rewards; print a summary as JSON.",

@@ -39,12 +39,14 @@ class LogRatios(NamedTuple):
 
 
 def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """-(1-e) log sigma(beta D) - e log sigma(-beta D); ln 2 at margin 0. DPO.
+    """-(1-e) log sigma(beta D) - e log sigma(-beta D) + c (beta s_w + beta s_l)^2; ln 2 at margin 0. DPO.
 
     Rafailov et al. 2023, arXiv 2305.18290, eq. 7. With e > 0, conservative DPO: Mitchell 2023, "A note on DPO with
-    noisy preferences & relationship to IPO".
+    noisy preferences & relationship to IPO". With c = ``center`` > 0, reward centering: Eisenstein et al. 2023, arXiv
+    2312.09244, section 2. Of scores, with beta 1 and no reference, it is the loss of a reward model: Bradley-Terry.
     """
-    return _smoothed(c.beta * r.margin, c)
+    loss = _smoothed(c.beta * r.margin, c)
+    return loss + c.center * (c.beta * (r.chosen + r.rejected)) ** 2 if c.center else loss
 
 
 def hinge(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
@@ -349,10 +351,13 @@ def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: Los
             "rewards/rejected": pair_mean(rejected),
             "rewards/accuracies": pair_mean(chosen > rejected),
             "rewards/margins": pair_mean(chosen - rejected),
-            "logps/chosen": pair_mean(logps[CHOSEN]),
-            "logps/rejected": pair_mean(logps[REJECTED]),
-            "logps/accuracies": pair_mean(logps[CHOSEN] > logps[REJECTED]),
         }
+        if not policy.scored:
+            metrics |= {
+                "logps/chosen": pair_mean(logps[CHOSEN]),
+                "logps/rejected": pair_mean(logps[REJECTED]),
+                "logps/accuracies": pair_mean(logps[CHOSEN] > logps[REJECTED]),
+            }
         if reference is not None:
             metrics |= {
                 "displacement": pair_mean(ratios.chosen < 0),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from dpo_jax.config import DPOConfig, SFTConfig
+from dpo_jax.config import AnyConfig
 from dpo_jax.config.file import config_to_yaml
 from dpo_jax.console import lossy_streams, say
 from dpo_jax.errors import RunStopped
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: DPOConfig | SFTConfig,
+    config: AnyConfig,
     *,
     train_set: "Dataset | None" = None,
     eval_sets: "Mapping[str, Dataset] | None" = None,
@@ -49,7 +49,7 @@ def train(
         refuse_window(config.run.profile_steps, setup.batches.order.num_steps)
         flags = compiler_options(mesh, config.run.compiler_flags)  # refused before weights are loaded
         announce(setup, run)
-        method, start = METHODS[config.stage](setup, flags)
+        method, start = METHODS[type(config)](setup, flags)
         with open_session(run, config.run, config.checkpoint, method.manifest, method.num_steps) as session:
             restored = session.resume(method.abstract_state)
             state, first = restored or (method.first_state(start), 0)
@@ -94,7 +94,7 @@ def run_steps(session: Session, method: Method, state: Any, first: int) -> Any:
     return state
 
 
-def finish(config: DPOConfig | SFTConfig, method: Method, run: RunDir, state: Any) -> None:
+def finish(config: AnyConfig, method: Method, run: RunDir, state: Any) -> None:
     """Export the model, write the report, and log their paths."""
     if config.run.export:
         method.export(run, state)

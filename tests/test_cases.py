@@ -180,7 +180,7 @@ def test_a_run_keeps_the_template_that_its_config_names(case):
     config = parse_config(folder / "c.yaml", {}, DPOConfig)
     source = find_model(config.model.path, None, weights=False)
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
-    keep_model_files(RunDir(folder / "run"), source, tokenizer)
+    keep_model_files(RunDir(folder / "run"), source, source.hf_config, tokenizer)
     kept = AutoTokenizer.from_pretrained(folder / "run" / "model")
     assert kept.chat_template == (folder / "t.jinja").read_text()
 

@@ -1,13 +1,13 @@
 """Text audit of a config's data, before training on it."""
 
-from dpo_jax.config import DPOConfig, SFTConfig
+from dpo_jax.config import AnyConfig
 from dpo_jax.methods.setup import sets_of
 from dpo_jax.reports.data_audit import audit, render, show_step
 from dpo_jax.weights.hub import end_tokens
 from dpo_jax.weights.open import open_model
 
 
-def describe_data(config: DPOConfig | SFTConfig, step: int | None) -> str:
+def describe_data(config: AnyConfig, step: int | None) -> str:
     """Return the audit of all sets as text, or the examples of step ``step``, counted from 1.
 
     Raises:

@@ -22,6 +22,7 @@ from dpo_jax.config import (
     SFTConfig,
     SourceConfig,
 )
+from dpo_jax.config.sampling import SamplingConfig
 from dpo_jax.reports.charts import plots
 from dpo_jax.reports.html import cards, code, heading, page, paragraph, table
 from dpo_jax.reports.run import PLOTS
@@ -30,7 +31,7 @@ from dpo_jax.storage import write_whole
 
 SEED = 0
 SHOWN = (1, 26, 35, 60)  # held-out visits whose answers are printed: sea and land, by day and by night
-MAX_ANSWER = 16  # tokens; the language's answers have 13
+GREEDY = SamplingConfig(temperature=0, max_tokens=16)  # the language's answers have 13 tokens
 STAGES = {"before": "sft", "after": "dpo"}  # run directories
 TASK = """Visitors of a shop ask for goods in an invented language. An answer names the goods first or greets the \
 visitor first; in the supervised data both are equally frequent."""
@@ -109,7 +110,7 @@ def greedy_answers(run: Path, asked: Sequence[Visit]) -> Answers:
     import jax
 
     from dpo_jax.config import MeshConfig
-    from dpo_jax.inference.generate import greedy
+    from dpo_jax.inference.generate import generate, rollout_weights
     from dpo_jax.parallel.sharding import make_mesh, platform_of
     from dpo_jax.weights.open import open_model
 
@@ -118,8 +119,9 @@ def greedy_answers(run: Path, asked: Sequence[Visit]) -> Answers:
         opened = open_model(ModelConfig(path=str(run), dtype="float32"), platform_of(mesh))
         tokenizer, params = opened.tokenizer(), opened.load(mesh)
         ids = tokenizer([prompt(visit) for visit in asked])["input_ids"]
-        generated = greedy(opened.model, params, ids, max_new_tokens=MAX_ANSWER, eos_id=tokenizer.eos_token_id)
-    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in generated]
+        weights = rollout_weights(opened.model, params, mesh)
+        answers = generate(opened.model, weights, ids, GREEDY, mesh, end_ids=[tokenizer.eos_token_id])
+    texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
     return Answers(texts, [obeys_rule(visit, text) for visit, text in zip(asked, texts, strict=True)])
 
 

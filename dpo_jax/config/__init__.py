@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from dpo_jax.config.data import DataConfig, InvalidRowsConfig, SourceConfig
-from dpo_jax.config.loss import LOSS_TRAITS, LossConfig, LossType
+from dpo_jax.config.loss import LOSS_TRAITS, LossConfig, LossType, RewardLossConfig
 from dpo_jax.config.model import LORA_TARGETS, LoraConfig, ModelConfig, ReferenceConfig
 from dpo_jax.config.run import (
     OPTIMIZER_DEFAULTS,
@@ -26,6 +26,7 @@ __all__ = [
     "LOSS_TRAITS",
     "NUM_ANSWERS",
     "OPTIMIZER_DEFAULTS",
+    "AnyConfig",
     "BatchConfig",
     "CheckpointConfig",
     "DPOConfig",
@@ -38,6 +39,8 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ReferenceConfig",
+    "RewardConfig",
+    "RewardLossConfig",
     "RunConfig",
     "SFTBatchConfig",
     "SFTConfig",
@@ -53,7 +56,9 @@ NUM_ANSWERS: dict[Stage, int] = {"dpo": 2, "sft": 1}  # per prompt
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
-    """Config of a training run: the sections that both stages share."""
+    """Config of a training run: the sections that all methods share."""
+
+    scores: ClassVar[int] = 0  # outputs of a head in place of the unembedding
 
     model: ModelConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -128,3 +133,32 @@ class SFTConfig(TrainConfig):
         explanation = "fine-tuning has one answer per row, so this cannot happen"
         for cause in ("equal_answers", "prompts_differ"):
             self.refuse_idle(f"data.invalid_rows.{cause}", True, explanation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(TrainConfig):
+    """A run that trains a reward model on preference pairs."""
+
+    stage: ClassVar[Stage] = "dpo"  # reads the same pairs
+    scores: ClassVar[int] = 1
+    reference: ClassVar[ReferenceConfig] = ReferenceConfig(mode="none")
+    reference_mode: ClassVar[Literal["none"]] = "none"
+
+    loss: RewardLossConfig = field(default_factory=RewardLossConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.refuse("lora.rank", self.lora.rank > 0, "a reward model trains all weights; use 0")
+        explanation = "a reward model predicts no tokens"
+        for option in ("run.token_stats", "batch.target_chunk"):
+            self.refuse_idle(option, True, explanation)
+
+    @property
+    def objective(self) -> LossConfig:
+        """Bradley-Terry: the sigmoid loss of the scores, without a reference."""
+        smoothing, center = self.loss.label_smoothing, self.loss.center
+        return LossConfig(type="sigmoid", beta=1.0, reference_free=True, label_smoothing=smoothing, center=center)
+
+
+AnyConfig = DPOConfig | SFTConfig | RewardConfig

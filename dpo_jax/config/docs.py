@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import docstring_parser
 
-from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig
-from dpo_jax.config.file import field_types, type_words
+from dpo_jax.config import SourceConfig
+from dpo_jax.config.file import COMMAND_OF, field_types, type_words
 from dpo_jax.config.section import as_yaml
 
 PREFACE = """# Configuration
@@ -78,15 +78,17 @@ def help_sections(kind: type) -> Iterator[SectionText]:
 
 
 def reference_page() -> str:
-    """Return the text of docs/configuration.md: every option of both stages."""
-    kinds = {text.name: text.kind for text in sections(SFTConfig)}
-    entries = [(text, "" if kinds.get(text.name) is text.kind else " (`train`)") for text in help_sections(DPOConfig)]
-    entries += [(text, " (`sft`)") for text in sections(SFTConfig) if (text, "") not in entries]
-    fields = {field.name: field for text, _ in reversed(entries) for field in text.fields}
+    """Return the text of docs/configuration.md: every option of every command that trains."""
+    commands: dict[SectionText, list[str]] = {}
+    for config, command in COMMAND_OF.items():
+        for text in help_sections(config):
+            commands.setdefault(text, []).append(f"`{command}`")
+    fields = {field.name: field for text in reversed(commands) for field in text.fields}
     lines = [PREFACE, "\n## The ten that matter\n", "Most runs set these; the other defaults are sound.\n"]
     lines += [*_TABLE_HEAD, *(_table_row(fields[name]) for name in KEY_OPTIONS)]
-    for text, stage in entries:
-        note = " (one data set; also `data.eval.NAME`)" if text.kind is SourceConfig else stage
+    for text, names in commands.items():
+        note = f" ({', '.join(names)})" if len(names) < len(COMMAND_OF) else ""
+        note = " (one data set; also `data.eval.NAME`)" if text.kind is SourceConfig else note
         lines += [f"\n## {text.name}{note}\n", f"{text.meaning}\n"]
         lines += [*_TABLE_HEAD, *map(_table_row, text.fields)]
     return "\n".join(lines) + "\n"

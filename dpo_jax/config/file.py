@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from dpo_jax.config import DPOConfig, SFTConfig, SourceConfig, TrainConfig
+from dpo_jax.config import DPOConfig, RewardConfig, SFTConfig, SourceConfig, TrainConfig
 from dpo_jax.config.elsewhere import OPTION_ALIASES
 from dpo_jax.config.loss import LOSS_ALIASES
 from dpo_jax.config.section import Section
@@ -28,7 +28,7 @@ from dpo_jax.errors import UserError, from_outside, must_be, reason, shown
 Config = TypeVar("Config", bound=TrainConfig)
 Kind = TypeVar("Kind", bound=Section)
 
-COMMAND_OF: dict[type[TrainConfig], str] = {DPOConfig: "train", SFTConfig: "sft"}
+COMMAND_OF: dict[type[TrainConfig], str] = {DPOConfig: "train", SFTConfig: "sft", RewardConfig: "reward"}
 SHORTHAND = {SourceConfig: "path"}  # section that a string may replace -> the field that the string sets
 SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}
 SCALAR_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
@@ -45,7 +45,7 @@ def parse_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str,
         source: path of a YAML file, or a mapping with the same content.
         overrides: values by dotted name, also inside lists: ``{"run.steps": 5, "data.train.0.limit": 100}``; applied
             to the source in order. The index of a list's only entry may be omitted: ``data.train.limit``.
-        kind: DPOConfig or SFTConfig.
+        kind: class of the config.
 
     Raises:
         UserError: the file cannot be read, or a name, type or value is wrong; names the option, value and remedy.

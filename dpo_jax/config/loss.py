@@ -29,7 +29,7 @@ class Traits(NamedTuple):
 
 
 LOSS_TRAITS: dict[LossType, Traits] = {
-    "sigmoid": Traits(("label_smoothing",), of_margin=True),
+    "sigmoid": Traits(("label_smoothing", "center"), of_margin=True),
     "hinge": Traits(of_margin=True),
     "ipo": Traits(("ipo_average",)),
     "exo_pair": Traits(("label_smoothing",), of_margin=True),
@@ -65,6 +65,8 @@ class LossConfig(Section, name="loss"):
     """Weight of the KL term; larger keeps the policy closer to the reference. For orpo: weight of the odds ratio."""
     label_smoothing: float = ranged(0.0, at_least=0, below=0.5)
     """Probability that a label is wrong: for sigmoid (cDPO), robust, aot, aot_unpaired; exo_pair needs more than 0."""
+    center: float = ranged(0.0, at_least=0)
+    """For sigmoid: weight of the squared sum of a pair's rewards, which keeps their mean near 0."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
     """Divergence from the reference that the loss penalizes; reverse_kl is that of DPO."""
     f_alpha: float = 0.5
@@ -133,6 +135,16 @@ class LossConfig(Section, name="loss"):
     def needs_reference(self) -> bool:
         """Whether any of the losses uses a reference."""
         return not self.reference_free and any(LOSS_TRAITS[name].reference for name, _ in self.terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardLossConfig(Section, name="loss"):
+    """The objective of a reward model: Bradley-Terry; see docs/objectives.md."""
+
+    label_smoothing: float = ranged(0.0, at_least=0, below=0.5)
+    """Probability that a label is wrong."""
+    center: float = ranged(0.01, at_least=0)
+    """Weight of the squared sum of a pair's scores, which keeps their mean near 0; 0: off, as in TRL."""
 
 
 def _joined(names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from dpo_jax.losses import log_ratios
 
 BINS = 24  # maximum number of histogram bins
 BUCKETS = 5  # maximum number of length buckets
+CONFIDENCES = np.linspace(0.5, 1, 11)  # edges of the reliability diagram's bins
 
 
 def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Any]:
@@ -26,7 +27,8 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
     - ``not_finite``: number of pairs with a NaN or infinite reward, which the histograms leave out;
     - ``by_length``: buckets by the token count of the longer answer, about equally many pairs in each: ``from``, ``to``
       (both inclusive), ``pairs``, ``share`` of all pairs, ``accuracy`` (margin > 0), mean ``margin``;
-    - ``by_longer``: the same, grouped by which answer is ``longer``: ``chosen``, ``rejected`` or ``equal``.
+    - ``by_longer``: the same, grouped by which answer is ``longer``: ``chosen``, ``rejected`` or ``equal``;
+    - ``calibration``: see `calibration`.
     """
     ratios = log_ratios(policy, reference, loss)
     chosen, rejected = (loss.beta * np.asarray(ratio) for ratio in (ratios.chosen, ratios.rejected))
@@ -49,7 +51,29 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
             for first, last in length_buckets(max_lengths)
         ],
         "by_longer": [{"longer": side} | _group(margins, mask) for side, mask in sides.items() if mask.any()],
+        "calibration": calibration(margins[finite]),
     }
+
+
+def calibration(margins: np.ndarray) -> dict[str, Any]:
+    """Compare how sure the rewards are of a pair's better answer with how often they are right.
+
+    By the Bradley-Terry model a reward margin m is the probability sigma(m) that the chosen answer is better, so the
+    rewards' own choice is right with the confidence sigma(|m|). A tie is half right. Returns the expected calibration
+    error ``ece`` (Guo et al. 2017, arXiv 1706.04599, eq. 3), and the ``bins`` that hold pairs: ``from``, ``to``,
+    ``pairs``, mean ``confidence`` and ``accuracy``.
+    """
+    margins = margins.astype(np.float64)
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    is_right = (np.sign(margins) + 1) / 2
+    index = np.clip(np.digitize(confidence, CONFIDENCES) - 1, 0, len(CONFIDENCES) - 2)
+    bins, gap = [], 0.0
+    for i in np.unique(index):
+        mean, accuracy = float(confidence[index == i].mean()), float(is_right[index == i].mean())
+        edges = {"from": float(CONFIDENCES[i]), "to": float(CONFIDENCES[i + 1])}
+        bins.append({**edges, "pairs": int((index == i).sum()), "confidence": mean, "accuracy": accuracy})
+        gap += bins[-1]["pairs"] * abs(accuracy - mean)
+    return {"ece": gap / max(len(margins), 1), "bins": bins}
 
 
 def _group(margins: np.ndarray, mask: np.ndarray) -> dict[str, Any]:

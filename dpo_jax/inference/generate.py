@@ -1,56 +1,138 @@
-"""Greedy decoding for inspecting a model's answers: one full forward pass per token, compiled for one shape."""
+"""Generate answers with a cache of keys and values: one pass over the prompts, then one token of every row at a time.
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+A row's tokens depend on its prompt and key alone: not on the batch, the bucket of prompt lengths, or the mesh (in
+float32; in bfloat16 rounding may break near ties differently).
+
+Shape letters: R rows, P prompt tokens per row, N new tokens per row, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from dpo_jax.models.decoder import Model, Params, plain_batch
+from dpo_jax.batch import Adapted, Params, round_up
+from dpo_jax.config.sampling import SamplingConfig
+from dpo_jax.inference.sampling import row_keys, sample
+from dpo_jax.models.decoder import Model
+from dpo_jax.parallel.sharding import replicated, rollout_mesh, row_devices, row_sharding, weight_shardings
+
+SMALLEST_BUCKET = 16  # tokens; prompts are padded to a power of two, so that few programs are compiled
 
 
-@partial(jax.jit, static_argnums=0)
-def _extend(
-    model: Model, params: Params, tokens: Int[Array, "R T"], lengths: Int[Array, " R"], ends: Int[Array, " R"], eos_id
-) -> tuple[Int[Array, "R T"], Int[Array, " R"]]:
-    """Extend each row until its end or its end-of-sequence token; return the rows and their new lengths."""
-    positions = jnp.arange(tokens.shape[1])
-    unembedding = model.unembedding(params).astype(jnp.float32)
+class Generated(NamedTuple):
+    """Answers of R rows; values after the end of an answer are 0."""
 
-    def any_open(state):
-        _, lengths, ends = state
-        return jnp.any(lengths < ends)
+    tokens: Int[Array, "R N"]
+    logps: Float[Array, "R N"]  # log-prob of each token under the model itself, at temperature 1 and without cuts
+    lengths: Int[Array, " R"]  # tokens, with the end token
+    ended: Bool[Array, " R"]  # the answer has an end token
+
+
+class Answer(NamedTuple):
+    """One answer, on the host."""
+
+    tokens: list[int]  # with the end token
+    logps: list[float]
+    ended: bool  # False: it was stopped at the maximum length
+
+
+def answer_rows(
+    model: Model,
+    weights: Params | Adapted,
+    prompts: Int[Array, "R P"],
+    lengths: Int[Array, " R"],
+    keys: Key[Array, " R"],
+    end_ids: Int[Array, " _"],
+    options: SamplingConfig,
+) -> Generated:
+    """Generate an answer to each right-padded prompt of ``lengths`` tokens; pure, to be compiled."""
+    num_rows, prompt_length = prompts.shape
+    unembedding = model.unembedding(weights).astype(model.dtype)
+    positions = jnp.where(jnp.arange(prompt_length) < lengths[:, None], jnp.arange(prompt_length), -1)
+    cache = model.empty_cache(num_rows, prompt_length + options.max_tokens)
+    hidden, cache = model.extend(weights, prompts, positions, cache)
+    empty = jnp.zeros((num_rows, options.max_tokens))
+    none_ended = jnp.zeros(num_rows, bool)
+    answers = Generated(empty.astype(jnp.int32), empty, jnp.zeros(num_rows, jnp.int32), none_ended)
+
+    def is_open(state):
+        t, _, _, answers = state
+        return (t < options.max_tokens) & ~answers.ended.all()
 
     def add_token(state):
-        tokens, lengths, ends = state
-        hidden = model.hidden(params, plain_batch(tokens, lengths))
-        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-        token = jnp.argmax(jnp.einsum("RD,VD->RV", last.astype(jnp.float32), unembedding), axis=-1)
-        is_open = lengths < ends
-        tokens = jnp.where((positions == lengths[:, None]) & is_open[:, None], token[:, None], tokens)
-        ends = jnp.where(is_open & (token == eos_id), lengths + 1, ends)
-        return tokens, lengths + is_open, ends
+        t, hidden, cache, answers = state
+        logits = jnp.einsum(
+            "RD,VD->RV", hidden, unembedding, precision=model.precision, preferred_element_type=jnp.float32
+        )
+        token = sample(logits, keys, t, options)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+        runs = ~answers.ended
+        answers = Generated(
+            tokens=answers.tokens.at[:, t].set(jnp.where(runs, token, 0)),
+            logps=answers.logps.at[:, t].set(jnp.where(runs, logp, 0.0)),
+            lengths=answers.lengths + runs,
+            ended=answers.ended | jnp.isin(token, end_ids),
+        )
+        hidden, cache = model.extend(weights, token[:, None], (lengths + t)[:, None], cache)
+        return t + 1, hidden[:, 0], cache, answers
 
-    tokens, lengths, _ = jax.lax.while_loop(any_open, add_token, (tokens, lengths, ends))
-    return tokens, lengths
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    return jax.lax.while_loop(is_open, add_token, (jnp.int32(0), last, cache, answers))[-1]
 
 
-def greedy(
-    model: Model, params: Params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_id: int
-) -> list[list[int]]:
-    """Decode greedily from all prompts as one batch.
+def rollout_weights(model: Model, weights: Params | Adapted, mesh: Mesh) -> Any:
+    """Copy weights in the compute dtype to the `rollout_mesh` of ``mesh``, from which they are read for every token."""
+    target = rollout_mesh(mesh)
+    shardings = weight_shardings(model.param_shapes(), model.param_axes(), target)
+    if isinstance(weights, Adapted):
+        shardings = Adapted(weight_shardings(model.adapter_shapes(), model.adapter_axes(), target), shardings)
+    cast = lambda weights: jax.tree.map(lambda x: x.astype(model.dtype), weights)  # noqa: E731
+    return jax.jit(cast, out_shardings=shardings)(weights)
 
-    Returns:
-        The new tokens of each prompt, at most ``max_new_tokens``, ending in ``eos_id`` if the model generated it.
+
+@cache
+def _compiled(model: Model, options: SamplingConfig, out_sharding: NamedSharding) -> Callable[..., Generated]:
+    return jax.jit(partial(answer_rows, model, options=options), out_shardings=out_sharding)
+
+
+def generate(
+    model: Model,
+    weights: Params | Adapted,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingConfig,
+    mesh: Mesh,
+    *,
+    end_ids: Sequence[int],
+    seed: int = 0,
+    step: int = 0,
+    first_row: int = 0,
+) -> list[Answer]:
+    """Generate an answer to each prompt, as one batch on the devices of ``mesh``.
+
+    ``weights``: from `rollout_weights` for the same mesh. The draw of prompt i depends on (``seed``, ``step``,
+    ``first_row`` + i) and its token's index.
     """
     assert all(len(prompt) > 0 for prompt in prompts), "a prompt must have at least one token"
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), lengths.max() + max_new_tokens), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    dense = replace(model, attention="xla")  # rows are short, and these batches carry no block indices
-    tokens, ends = jax.device_get(_extend(dense, params, tokens, lengths, lengths + max_new_tokens, eos_id))
-    return [row[start:end].tolist() for row, start, end in zip(tokens, lengths, ends, strict=True)]
+    mesh = rollout_mesh(mesh)
+    num_rows = round_up(len(prompts), row_devices(mesh))
+    longest = max(map(len, prompts))
+    tokens = np.zeros((num_rows, max(SMALLEST_BUCKET, 1 << (longest - 1).bit_length())), np.int32)
+    lengths = np.ones(num_rows, np.int32)  # of rows that only fill up the devices, too
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+    rows = row_sharding(mesh)
+    with jax.set_mesh(mesh):
+        tokens, lengths = jax.device_put((tokens, lengths), rows)
+        keys = row_keys(seed, step, first_row + jnp.arange(num_rows))
+        compiled = _compiled(model, options, replicated(mesh))
+        answers = jax.device_get(compiled(weights, tokens, lengths, keys, jnp.asarray(end_ids, jnp.int32)))
+    return [
+        Answer(tokens[:length].tolist(), logps[:length].tolist(), bool(ended))
+        for tokens, logps, length, ended in zip(*map(np.asarray, answers), strict=True)
+    ][: len(prompts)]

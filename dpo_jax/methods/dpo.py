@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo_jax.batch import Adapted, Params
 from dpo_jax.batching.batches import Batches, set_batches
-from dpo_jax.config import DPOConfig, ModelConfig, SFTConfig
+from dpo_jax.config import AnyConfig, ModelConfig
 from dpo_jax.errors import UserError
 from dpo_jax.inference.reference import CachedReference, LiveReference, Reference, copy_weights
 from dpo_jax.inference.reference_cache import cached_logps
@@ -51,7 +51,7 @@ def reference_weights(setup: Setup, start: Params) -> Params:
 
 
 def find_reference(
-    config: DPOConfig | SFTConfig, path: str, model: Model, platform: str, find: Callable[[str], ModelSource]
+    config: AnyConfig, path: str, model: Model, platform: str, find: Callable[[str], ModelSource]
 ) -> ModelSource:
     """Open the model of ``reference.path`` with ``find`` and check that its architecture matches ``model``, the policy.
 

@@ -128,7 +128,7 @@ class Offline:
                 all_tied = proven or tied(metrics, AGREEMENT["float32"])  # the first warmup update may change nothing
                 fields["acc"] = "tied" if all_tied else f"{metrics['rewards/accuracies']:.2f}"
                 fields["margin"] = f"{metrics['rewards/margins']:.3f}"
-            unit = "pairs/s" if config.stage == "dpo" else "examples/s"
+            unit = "pairs/s" if store.num_targets.shape[1] > 1 else "examples/s"
             return fields | {unit: f"{len(ids) / seconds:.1f}"}
 
         def check(metrics: Metrics) -> None:
@@ -163,7 +163,7 @@ class Offline:
     def keep_files(self, run: RunDir) -> None:
         """Write config.json and the tokenizer into a new run."""
         if is_writer():
-            keep_model_files(run, self.setup.source, self.setup.tokenizer)
+            keep_model_files(run, self.setup.source, self.setup.hf_config, self.setup.tokenizer)
 
     def export(self, run: RunDir, state: TrainState) -> None:
         """Write a Hugging Face directory, with adapters merged into the base model."""

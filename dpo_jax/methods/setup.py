@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,16 +17,17 @@ from dpo_jax.batch import Params
 from dpo_jax.batching.batches import Batches, set_batches, train_batches
 from dpo_jax.batching.sets import DataSets, open_sets
 from dpo_jax.batching.to_devices import ToDevices, make_to_devices
-from dpo_jax.config import LOSS_TRAITS, DPOConfig, LossConfig, SFTConfig
+from dpo_jax.config import LOSS_TRAITS, AnyConfig, LossConfig, TrainConfig
 from dpo_jax.config.idle import Facts, idle_options
 from dpo_jax.console import say
 from dpo_jax.data.store import Store
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, require
 from dpo_jax.inference.score import LogpsStep
 from dpo_jax.logprobs import LogpsFn, make_logps_fn
 from dpo_jax.models.decoder import Model, count_adapters, count_params
+from dpo_jax.models.heads import make_scores_fn
 from dpo_jax.parallel import hosts
 from dpo_jax.parallel.compiler import platform_flags
 from dpo_jax.parallel.sharding import own_shares, placed, platform_of, replicated, row_devices
@@ -34,7 +35,15 @@ from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import RunDir, log_event
 from dpo_jax.runs.manifest import make_manifest
 from dpo_jax.step import Follow, TrainState, TrainStep, init_state, make_train_step, state_shardings
-from dpo_jax.weights.open import ModelSource, load_start, load_weights, open_model, trained_shapes, trained_shardings
+from dpo_jax.weights.open import (
+    ModelSource,
+    OpenModel,
+    load_start,
+    load_weights,
+    open_model,
+    trained_shapes,
+    trained_shardings,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,9 +53,10 @@ if TYPE_CHECKING:
 class Setup:
     """Everything a run needs before weights are loaded."""
 
-    config: DPOConfig | SFTConfig
+    config: AnyConfig
     mesh: Mesh
     source: ModelSource
+    hf_config: Mapping[str, Any]  # config.json of the trained model
     model: Model
     tokenizer: Any
     batches: Batches  # one per train step
@@ -57,14 +67,14 @@ class Setup:
 
 
 def assemble(
-    config: DPOConfig | SFTConfig,
+    config: AnyConfig,
     mesh: Mesh,
     train_set: "Dataset | None" = None,
     eval_sets: "Mapping[str, Dataset] | None" = None,
 ) -> Setup:
     """Find the model, tokenise the data and lay out every step; nothing is compiled and no weights are loaded."""
     opened = open_model(config.model, platform_of(mesh), config.lora)
-    model, tokenizer = opened.model, opened.tokenizer(config.data.chat_template)
+    model, tokenizer = with_head(opened, config), opened.tokenizer(config.data.chat_template)
     sets = hosts.writer_first(partial(sets_of, config, tokenizer, train_set, eval_sets), "tokenised data")
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
         refuse_weights(config.objective, store)
@@ -75,6 +85,7 @@ def assemble(
         config=config,
         mesh=mesh,
         source=opened.source,
+        hf_config=opened.source.hf_config,
         model=model,
         tokenizer=tokenizer,
         batches=batches,
@@ -85,8 +96,20 @@ def assemble(
     )
 
 
+def with_head(opened: OpenModel, config: TrainConfig) -> Model:
+    """Return the opened model with the head that the config trains.
+
+    Raises:
+        UserError: the config needs a language model, but ``model.path`` is a reward model.
+    """
+    decoder = opened.model.config
+    remedy = "it is a reward model, without an unembedding; choose a language model"
+    require(decoder.scores <= config.scores, "model.path", config.model.path, remedy)
+    return replace(opened.model, config=replace(decoder, scores=config.scores))
+
+
 def sets_of(
-    config: DPOConfig | SFTConfig,
+    config: AnyConfig,
     tokenizer: Any,
     train: "Dataset | None" = None,
     evals: "Mapping[str, Dataset] | None" = None,
@@ -201,8 +224,10 @@ def load_policy(setup: Setup) -> Policy:
     return Policy(weights, adapters, ids)
 
 
-def train_logps_fn(config: DPOConfig | SFTConfig, model: Model) -> LogpsFn:
-    """Make the log-probs function of the train step."""
+def train_logps_fn(config: AnyConfig, model: Model) -> LogpsFn:
+    """Make the log-probs function of the train step; of a reward model, the function of its scores."""
+    if model.config.scores:
+        return make_scores_fn(model)
     return make_logps_fn(
         model.hidden,
         model.unembedding,
@@ -215,7 +240,7 @@ def train_logps_fn(config: DPOConfig | SFTConfig, model: Model) -> LogpsFn:
 
 
 def abstract_state(
-    config: DPOConfig | SFTConfig, model: Model, mesh: Mesh | AbstractMesh, optimizer: optax.GradientTransformation
+    config: AnyConfig, model: Model, mesh: Mesh | AbstractMesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Return the shapes, dtypes and shardings of the train state."""
     weights = trained_shapes(model, mesh)
@@ -232,14 +257,14 @@ def abstract_state(
     return placed(shapes, shardings)
 
 
-def follow_of(config: DPOConfig | SFTConfig) -> Follow | None:
+def follow_of(config: AnyConfig) -> Follow | None:
     """Return how the reference follows the policy, or None if it does not."""
     sync_every = config.reference.sync_every
     return Follow(sync_every, config.reference.sync_mix) if sync_every else None
 
 
 def make_step(
-    config: DPOConfig | SFTConfig,
+    config: AnyConfig,
     logps_fn: LogpsFn,
     mesh: Mesh,
     optimizer: optax.GradientTransformation,

@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo_jax.batch import Params
 from dpo_jax.batching.batches import StepData
-from dpo_jax.config import DPOConfig, SFTConfig
+from dpo_jax.config import AnyConfig
 from dpo_jax.errors import UserError
 from dpo_jax.inference.agreement import AGREEMENT, log_ratio, logps_scale, tied
 from dpo_jax.inference.reference import Reference
@@ -42,7 +42,7 @@ def start_logps(setup: Setup, reference: Reference, weights: Params) -> tuple[np
     return np.concatenate(policy)[real], reference_logps[real]
 
 
-def starts_equal(config: DPOConfig | SFTConfig, ids: Mapping[str, str]) -> bool:
+def starts_equal(config: AnyConfig, ids: Mapping[str, str]) -> bool:
     """Return whether policy and reference start numerically equal: same weights, no cast, no loaded adapters."""
     uncast = config.reference.dtype in ("auto", config.model.param_dtype)
     return uncast and ids["weights"] == ids["reference"] and "adapters" not in ids

@@ -4,25 +4,26 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.batching.batches import StepData
-from dpo_jax.config import DPOConfig, SFTConfig
+from dpo_jax.config import AnyConfig
 from dpo_jax.data.store import Store
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import pairs_work, step_flops
 from dpo_jax.parallel.chips import chip_of
 
 
-def model_flops(config: DPOConfig | SFTConfig, model: Model, lengths: np.ndarray, num_targets: np.ndarray) -> int:
+def model_flops(config: AnyConfig, model: Model, lengths: np.ndarray, num_targets: np.ndarray) -> int:
     """Return the model FLOPs of a step on its real tokens; padding and recomputation do not count.
 
     ``lengths`` [B, 1 + K]: tokens of the prompt and of each answer; ``num_targets`` [B, K]: answer tokens in the loss.
     The config's layout decides how often a prompt is computed, its reference mode whether the reference runs too.
     """
+    num_targets = num_targets * (not model.config.scores)  # a reward model has no logits
     work = pairs_work(lengths, num_targets, layout=config.batch.layout, window=model.config.window)
     return step_flops(model.config, work, live_reference=config.reference_mode == "live", lora=model.lora)
 
 
 def step_rates(
-    config: DPOConfig | SFTConfig, model: Model, mesh: Mesh, store: Store, data: StepData, seconds: float
+    config: AnyConfig, model: Model, mesh: Mesh, store: Store, data: StepData, seconds: float
 ) -> dict[str, float]:
     """Return the step's rates for timings.jsonl, over all devices together.
 

@@ -6,14 +6,15 @@ from typing import Any, Literal, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.batch import Adapted, Params, PreferenceBatch
+from dpo_jax.batch import Adapted, AnyArray, Params, PreferenceBatch
 from dpo_jax.batching.packing import BatchShape, empty_batch
 from dpo_jax.config import ModelConfig
-from dpo_jax.models.layers import DecoderModule, Layer, rotary_frequencies
+from dpo_jax.models.layers import CacheInputs, DecoderModule, KeyValues, Layer, rotary_frequencies
 from dpo_jax.models.options import DecoderConfig, Lora
-from dpo_jax.ops.attention import Implementation, choose, make_inputs
+from dpo_jax.ops.attention import AttentionInputs, Implementation, choose, make_inputs
 from dpo_jax.parallel.sharding import constrain_rows
 
 # What to save of a layer's forward pass for its backward pass; None: everything, without rematerialization.
@@ -43,13 +44,22 @@ class Decoder(DecoderModule):
     scan: bool
 
     @nn.compact
-    def __call__(self, batch: PreferenceBatch) -> Float[Array, "R T D"]:
-        """Return hidden states after the final norm."""
+    def __call__(
+        self,
+        tokens: Int[AnyArray, "R T"],
+        positions: Int[AnyArray, "R T"],
+        inputs: AttentionInputs | CacheInputs,
+        longest: int,
+        cache: KeyValues | None = None,
+    ) -> tuple[Float[Array, "R T D"], KeyValues | None]:
+        """Return hidden states after the final norm, and the cache of all layers with the tokens, if there is one."""
         c = self.config
-        if not c.tied:
+        if c.scores:
+            self.weight("score", "SD", nn.initializers.zeros)
+        elif not c.tied:
             self.weight("unembed", "VD")
-        x = self.weight("embed", "VD")[batch.tokens].astype(self.dtype)
-        angles = jnp.asarray(batch.positions, jnp.float32)[..., None] * rotary_frequencies(c)
+        x = self.weight("embed", "VD")[tokens].astype(self.dtype)
+        angles = jnp.asarray(positions, jnp.float32)[..., None] * rotary_frequencies(c)
         # inside a scan XLA cannot merge the recomputed forward pass with the first; unrolled, it could
         policy = REMAT[self.remat]
         layer = Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=not self.scan)
@@ -57,17 +67,28 @@ class Decoder(DecoderModule):
             layer,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.layers,
             unroll=1 if self.scan else c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        inputs = make_inputs(batch, self.attention)
         x = constrain_rows(x)
         (kind,) = c.pattern  # the scan steps over periods of the pattern
-        stack = layers(c, self.param_dtype, self.lora, kind, self.attention, batch.longest, name="layers")
-        x, _ = stack(x, angles, inputs)
-        return self.rms_norm("final", x)
+        stack = layers(c, self.param_dtype, self.lora, kind, self.attention, longest, name="layers")
+        x, cache = stack(x, angles, inputs, cache)
+        return self.rms_norm("final", x), cache
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens of R rows so far, in S slots; token t after the prompt is in the same slot of all.
+
+    Prompts are right-padded, so a row's positions have a gap in slots but not in value.
+    """
+
+    layers: KeyValues
+    positions: Int[Array, "R S"]  # -1: unused slot or padding
+    end: Int[Array, ""]  # slots in use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +106,37 @@ class Model:
 
     def hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> Float[Array, "R T D"]:
         """Return hidden states after the final norm, in the compute dtype; ``weights`` may have adapters."""
+        inputs = make_inputs(batch, self.attention)
+        return self._apply(weights, batch.tokens, batch.positions, inputs, batch.longest)[0]
+
+    def empty_cache(self, num_rows: int, num_slots: int) -> Cache:
+        """Return a cache of ``num_slots`` tokens per row."""
+        c = self.config
+        zeros = jnp.zeros((c.layers, num_rows, num_slots, c.kv_heads, c.head_dim), self.dtype)
+        return Cache(KeyValues(zeros, zeros), jnp.full((num_rows, num_slots), -1), jnp.int32(0))
+
+    def extend(
+        self, weights: Params | Adapted, tokens: Int[Array, "R T"], positions: Int[Array, "R T"], cache: Cache
+    ) -> tuple[Float[Array, "R T D"], Cache]:
+        """Return hidden states of T more tokens per row, as `hidden` does of whole sequences, and the longer cache.
+
+        ``positions``: of the tokens in their sequences; -1: padding.
+        """
+        marks = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.end, axis=1)
+        as_tokens = lambda marks: jnp.stack([marks >= 0, jnp.zeros_like(marks), marks], axis=1)  # noqa: E731
+        inputs = CacheInputs(as_tokens(positions), as_tokens(marks), cache.end)
+        hidden, layers = self._apply(weights, tokens, positions, inputs, marks.shape[1], cache.layers)
+        return hidden, Cache(layers, marks, cache.end + tokens.shape[1])
+
+    def _apply(self, weights: Params | Adapted, *inputs: Any) -> tuple[Array, Any]:
+        """Apply the module to the ``inputs`` of its call."""
         adapters, base = _split(weights)
         assert adapters is None or self.lora is not None, "the model has no adapters"
         variables = {"params": base} if adapters is None else {"params": base, "lora": adapters}
         # active while tracing, so it applies to attention too, and the backward pass inherits it from the forward pass
         with jax.default_matmul_precision(self.precision):
             module = self._module(None if adapters is None else self.lora)
-            return cast("Array", module.apply(variables, batch))
+            return cast("tuple[Array, Any]", module.apply(variables, *inputs))
 
     @property
     def precision(self) -> str | None:
@@ -129,7 +174,8 @@ class Model:
     def _boxed(self, key: Array, part: Literal["params", "lora"] = "params") -> Params:
         batch = plain_batch(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))
         module = self._module(self.lora if part == "lora" else None).clone(attention="xla")
-        return dict(module.init(key, batch)[part])
+        inputs = make_inputs(batch, "xla")
+        return dict(module.init(key, batch.tokens, batch.positions, inputs, batch.longest)[part])
 
     def _abstract(self, part: Literal["params", "lora"] = "params") -> Params:
         # the key is made inside, because the mesh in force may have compile-only devices

@@ -1,7 +1,7 @@
 """Decoder layer, and the modules that declare its parameters from the table in projections.py.
 
 Shape letters: R rows, T tokens per row, D model, F feed-forward, N query heads, K key/value heads, H head dim,
-C = H / 2 rotated pairs per head, V vocabulary, L layers, r rank.
+C = H / 2 rotated pairs per head, V vocabulary, L layers, r rank, S scores of a reward model.
 
 A parameter tree is a plain nested dictionary. Matrices keep the orientation of the Hugging Face files, outputs first
 ([N, H, D] for the query projection), so that loading is stacking and exporting is slicing. Only `gate` and `up` are
@@ -14,18 +14,18 @@ orientation of the projection itself.
 """
 
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dpo_jax.models.options import DecoderConfig, LayerKind, LinearScaling, Llama3Scaling, Lora
 from dpo_jax.models.projections import AXES, LAYER
-from dpo_jax.ops.attention import AttentionInputs, Implementation, attend
+from dpo_jax.ops.attention import AttentionInputs, Implementation, attend, attend_cached
 from dpo_jax.parallel.sharding import constrain_rows
 
 ACTIVATIONS = {
@@ -133,6 +133,26 @@ class DecoderModule(nn.Module):
         return (x32 * scale).astype(x.dtype).reshape(x.shape)
 
 
+class CacheInputs(NamedTuple):
+    """Where new tokens stand in a cache of S slots, the same for all layers; tokens are (segment, branch, position)."""
+
+    queries: Int[Array, "R 3 T"]  # the new tokens
+    slots: Int[Array, "R 3 S"]  # the new tokens and all before them
+    start: Int[Array, ""]  # slot of the first new token, the same in every row
+
+
+class KeyValues(NamedTuple):
+    """Cached keys and values of one layer, or of all with a leading dim L."""
+
+    keys: Float[Array, "*L R S K H"]
+    values: Float[Array, "*L R S K H"]
+
+    def write(self, keys: Array, values: Array, start: Array) -> "KeyValues":
+        """Return the cache of one layer with new keys and values [R, T, K, H] from slot ``start`` on."""
+        update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+        return KeyValues(update(self.keys, keys), update(self.values, values))
+
+
 class Layer(DecoderModule):
     """Pre-norm decoder layer: attention, then feed-forward."""
 
@@ -142,19 +162,29 @@ class Layer(DecoderModule):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "R T D"], angles: Float[Array, "R T C"], inputs: AttentionInputs
-    ) -> tuple[Float[Array, "R T D"], None]:
-        """Return the residual stream after the layer, and None, since `nn.scan` needs a second result."""
+        self,
+        x: Float[Array, "R T D"],
+        angles: Float[Array, "R T C"],
+        inputs: AttentionInputs | CacheInputs,
+        cache: KeyValues | None,
+    ) -> tuple[Float[Array, "R T D"], KeyValues | None]:
+        """Return the residual stream after the layer, and its cache with the new tokens, if there is one."""
         c = self.config
         y = self.rms_norm("attention", x)
         q, k, v = self.linear("query", y), self.linear("key", y), self.linear("value", y)
         if c.qk_norm:
             q, k = self.rms_norm("query", q), self.rms_norm("key", k)
         q, k = rotate(q, angles), rotate(k, angles)
-        options = {"scale": c.head_dim**-0.5, "longest": self.longest, "window": self.kind.window}
-        x += self.linear("out", attend(q, k, v, inputs, implementation=self.attention, **options))
+        options = {"scale": c.head_dim**-0.5, "window": self.kind.window}
+        if isinstance(inputs, CacheInputs):
+            assert cache is not None
+            cache = cache.write(k, v, inputs.start)
+            y = attend_cached(q, *cache, inputs.queries, inputs.slots, **options)
+        else:
+            y = attend(q, k, v, inputs, implementation=self.attention, longest=self.longest, **options)
+        x += self.linear("out", y)
 
         y = self.rms_norm("ffn", x)
         gate, up = self.linear("gate", y), self.linear("up", y)
         x += self.linear("down", ACTIVATIONS[c.activation](gate) * up)
-        return constrain_rows(x), None
+        return constrain_rows(x), cache

@@ -51,6 +51,7 @@ class DecoderConfig:
     qk_norm: bool = False  # RMSNorm of each query and key head
     pattern: tuple[LayerKind, ...] = (LayerKind(),)  # repeated over the layers; only one kind is supported
     tied: bool = False  # the unembedding is the embedding
+    scores: int = 0  # outputs of a reward model's head, which replaces the unembedding; 0: a language model
     init_std: float = 0.02
 
     @property

@@ -7,7 +7,16 @@ memory bounds are all derived from it.
 from typing import NamedTuple
 
 # Letter of an einsum (see layers.py) -> logical axis of a parameter, which parallel/sharding.py maps to the mesh.
-AXES = {"V": "vocab", "D": "embed", "N": "heads", "K": "kv_heads", "H": "head_dim", "F": "ffn", "r": "rank"}
+AXES = {
+    "V": "vocab",
+    "D": "embed",
+    "N": "heads",
+    "K": "kv_heads",
+    "H": "head_dim",
+    "F": "ffn",
+    "r": "rank",
+    "S": "scores",
+}
 
 
 class Projection(NamedTuple):
@@ -72,6 +81,7 @@ TENSORS = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
     "unembed": "lm_head.weight",
+    "score": "score.weight",
     **{f"layers/{name}": f"model.layers.{{}}.{tensor}" for name, tensor in _OF_LAYER.items()},
 }
 TURNED = {f"layers/{row.name}" for row in LAYER.values() if row.turned}

@@ -72,10 +72,10 @@ def _scores(q, k, spec, scale, softcap):
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def _dense_row(q, k, v, tokens, *, scale, window, softcap):
-    """Attention in one row with a dense [T, T] mask. q: [T, K, G, H]; k, v: [T, K, H]."""
+def _dense_row(q, k, v, queries, keys, *, scale, window, softcap):
+    """Attention in one row with a dense [q, s] mask. q: [q, K, G, H]; k, v: [s, K, H]."""
     scores = _scores(q, k, "qkgh,skh->kgqs", scale, softcap)
-    seen = sees(tokens, tokens, window)
+    seen = sees(queries, keys, window)
     weights = jax.nn.softmax(scores, axis=-1, where=seen)
     weights = jnp.where(seen.any(-1)[:, None], weights, 0.0)  # padding attends to nothing
     return jnp.einsum("kgqs,skh->qkgh", weights.astype(v.dtype), v)
@@ -124,8 +124,7 @@ def _grouped(q, num_kv_heads):
 
 
 def _dense(q, k, v, inputs, *, longest, **options):
-    one_row = partial(_dense_row, **options)
-    return jax.vmap(one_row)(_grouped(q, k.shape[2]), k, v, inputs.tokens).reshape(q.shape)
+    return attend_cached(q, k, v, inputs.tokens, inputs.tokens, **options)
 
 
 def _blocks(q, k, v, inputs, *, longest, **options):
@@ -205,6 +204,22 @@ def attend(
     """
     fn = partial(IMPLEMENTATIONS[implementation], longest=longest, scale=scale, window=window, softcap=softcap)
     return fn(q, k, v, inputs) if implementation == "xla" else on_each_device(fn, q, k, v, inputs)
+
+
+def attend_cached(
+    q: Float[Array, "R q N H"],
+    k: Float[Array, "R s K H"],
+    v: Float[Array, "R s K H"],
+    queries: Int[Array, "R 3 q"],
+    keys: Int[Array, "R 3 s"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "R q N H"]:
+    """Softmax attention of some tokens to all slots of a cache, by `sees` of their (segment, branch, position)."""
+    one_row = partial(_dense_row, scale=scale, window=window, softcap=softcap)
+    return jax.vmap(one_row)(_grouped(q, k.shape[2]), k, v, queries, keys).reshape(q.shape)
 
 
 def choose(

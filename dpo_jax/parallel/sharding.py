@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str | None, bool]] = {
     "head_dim": (None, False),
     "ffn": ("tensor", False),
     "rank": (None, False),  # of adapters
+    "scores": (None, False),
 }
 
 
@@ -35,6 +36,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Build the configured mesh over all devices (or those given); an axis of -1 takes the remaining devices."""
     devices = list(jax.devices() if devices is None else devices)
     return Mesh(_arranged(devices, _sizes(config, len(devices))), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def rollout_mesh(mesh: Mesh) -> Mesh:
+    """Return a mesh over the same devices that shards rows over all but `tensor`, and no weight over `fsdp`.
+
+    Weights sharded over `fsdp` would be gathered for every token that is generated.
+    """
+    sizes = (row_devices(mesh), 1, mesh.shape["tensor"])
+    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:

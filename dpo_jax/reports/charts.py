@@ -159,6 +159,35 @@ def histograms(rows: Sequence[Row]) -> str:
     return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
+def reliability(rows: Sequence[Row]) -> str:
+    """Plot how often the rewards choose the better answer against how sure they are, at each set's last evaluation."""
+    meaning = "On the dotted line the rewards are right as often as they are sure; below it they are too sure."
+    figures = [
+        figure(
+            f"{name}: calibration",
+            f"Expected calibration error {values['ece']:.3f}. {meaning}",
+            partial(draw_reliability, values["bins"]),
+        )
+        for name, values in {row["set"]: row["calibration"] for row in rows}.items()
+    ]
+    return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
+
+
+def draw_reliability(bins: Sequence[Row], theme: str) -> bytes:
+    """Draw a reliability diagram as PNG: one dot for each bin of confidence, its area by the number of pairs."""
+    colors = COLORS[theme]
+    fig, (axes,) = _canvas(1)
+    sizes = [20 + 300 * one["pairs"] / sum(other["pairs"] for other in bins) for one in bins]
+    confidence, accuracy = ([one[key] for one in bins] for key in ("confidence", "accuracy"))
+    axes.plot((0.5, 1), (0.5, 1), color=colors["ink"], linewidth=0.8, linestyle=":")
+    axes.scatter(confidence, accuracy, s=sizes, color=colors["lines"][0], alpha=0.8, linewidths=0)
+    axes.set_xlim(0.48, 1.02)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel("right", color=colors["ink"])
+    _style(axes, colors, "confidence")
+    return _png(fig)
+
+
 def draw_histograms(panels: Sequence[tuple[int, Sequence[float], Mapping[str, Sequence[int]]]], theme: str) -> bytes:
     """Draw histograms side by side over one range as PNG, one panel for each (step, edges, counts by name)."""
     colors = COLORS[theme]

@@ -13,7 +13,7 @@ from dpo_jax.config.file import load_yaml
 from dpo_jax.console import say, warn
 from dpo_jax.errors import reason
 from dpo_jax.inference.agreement import AGREEMENT, tied
-from dpo_jax.reports.charts import Plot, Row, eval_sets, histograms, plots, series
+from dpo_jax.reports.charts import Plot, Row, eval_sets, histograms, plots, reliability, series
 from dpo_jax.reports.html import cards, code, details, heading, number, page, paragraph, table
 from dpo_jax.runs.directory import RunDir, read_json
 from dpo_jax.storage import write_whole
@@ -57,6 +57,15 @@ NOT_PLOTTED = {
     "logits/chosen": "Mean logit over the vocabulary, at the tokens of chosen answers.",
     "logits/rejected": "Mean logit over the vocabulary, at the tokens of rejected answers.",
 }
+
+
+def objective(loss: Row) -> str:
+    """Return the objective in words, from the config's loss section; only a reward model's has no beta."""
+    if "beta" not in loss:
+        return f"Bradley-Terry, centered with weight {loss['center']:g}"
+    return f"{loss['type'] or ' + '.join(loss['types'])}, beta {loss['beta']}"
+
+
 MEANINGS = {key: plot.note for plot in reversed(PLOTS) for key in plot.keys} | NOT_PLOTTED
 SPEED_PLOTS = (
     Plot("Tokens per second", ("tokens_per_second",), "The first step includes compilation."),
@@ -69,21 +78,23 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
     """Write a run's ``report.html`` from its logs and return its path.
 
     Args:
-        run_dir: directory of a DPO or fine-tuning run, finished or not.
+        run_dir: directory of a run, finished or not.
         data: set name -> one row per source, as the token store reports it: ``source``, ``rows``, ``kept``, and
             ``dropped`` and ``notes`` by cause. None: the report has no data section.
     """
     run = RunDir(run_dir)
     config, metrics, timings = load_yaml(run.config), read_json(run.metrics), read_json(run.timings)
     distributions = read_json(run.distributions)
-    kind = "Direct Preference Optimization" if "loss" in config else "Supervised fine-tuning"
+    kind = "Supervised fine-tuning"
+    if "loss" in config:
+        kind = "Direct Preference Optimization" if "beta" in config["loss"] else "Reward model"
     first_title = "Loss, accuracy, margin and rewards" if "loss" in config else "Loss"
     headline_plots = [plot for plot in PLOTS if plot.keys[0] in FIRST]
     sections = [
         cards(headlines(metrics)),
         heading(first_title, plots(headline_plots, metrics)),
         heading("Before and after", comparison_table(metrics)),
-        heading("Margins and rewards", histograms(distributions)),
+        heading("Margins and rewards", histograms(distributions), reliability(distributions)),
         heading("Accuracy by length", lengths_table(distributions, metrics)),
         heading("What earns the reward", *tokens_hint(run, config, metrics)) if distributions else "",
         heading("The run", table((), run_facts(config, metrics, timings).items())),
@@ -190,7 +201,7 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
         "Model": config["model"]["path"],
         "Trained on": ", ".join(source["path"] for source in config["data"]["train"]),
         "Evaluated on": ", ".join(f"{name}: {source['path']}" for name, source in config["data"]["eval"].items()),
-        "Objective": "" if loss is None else f"{loss['type']}, beta {loss['beta']}",
+        "Objective": "" if loss is None else objective(loss),
         "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {steps}",
         "Batch": f"{batch[unit]} {unit} a step",
         "Seed": str(config["run"]["seed"]),

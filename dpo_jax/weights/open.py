@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax.config import LoraConfig, ModelConfig
@@ -111,7 +112,15 @@ def open_model(config: ModelConfig, platform: str, lora: LoraConfig | None = Non
 
 
 def load_weights(source: ModelSource, model: Model, config: ModelConfig, mesh: Mesh) -> Params:
-    """Load the weights, each shard directly onto its device; those of a built-in model are drawn from a fixed seed."""
+    """Load the weights, each shard directly onto its device; those of a built-in model are drawn from a fixed seed.
+
+    A reward model that starts from a language model has a head of zeros, so all its first scores are equal.
+    """
+    if model.config.scores > decoder_of(source).scores:
+        params = load_weights(source, replace(model, config=replace(model.config, scores=0)), config, mesh)
+        head, sharding = model.param_shapes()["score"], param_shardings(model, mesh)["score"]
+        params.pop("unembed", None)
+        return params | {"score": jnp.zeros(head.shape, head.dtype, device=sharding)}
     if source.run is not None:
         return load_saved(source.run, model, config, mesh)[0]
     shardings = param_shardings(model, mesh)
@@ -213,8 +222,8 @@ def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str 
     return tokenizer
 
 
-def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:
-    """Copy config.json, tokenizer, chat template and generation config into the run."""
+def keep_model_files(run: RunDir, source: ModelSource, hf_config: Mapping[str, Any], tokenizer: Any) -> None:
+    """Write the trained model's config.json, tokenizer, chat template and generation config into the run."""
     folder = run.root / MODEL_FILES
     with from_outside(f"{folder}: the tokenizer cannot be written", "free space, or fix the tokenizer's files"):
         tokenizer.save_pretrained(folder)
@@ -222,7 +231,7 @@ def keep_model_files(run: RunDir, source: ModelSource, tokenizer: Any) -> None:
     with writing(folder):
         if source.folder is not None and (source.folder / generation).is_file():
             write_whole(folder / generation, (source.folder / generation).read_bytes())
-        write_whole(folder / "config.json", json.dumps(source.hf_config, indent=2) + "\n")  # last: find_model trusts it
+        write_whole(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")  # last: find_model trusts it
 
 
 def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "best"], mesh: Mesh) -> int:

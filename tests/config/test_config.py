@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_jax.config import DPOConfig, LossConfig, RunConfig, SFTConfig, SourceConfig
+from dpo_jax.config import DPOConfig, LossConfig, RewardConfig, RunConfig, SFTConfig, SourceConfig
 from dpo_jax.config.docs import help_sections, reference_page, sections
 from dpo_jax.config.elsewhere import OPTION_ALIASES
 from dpo_jax.config.file import CommandLineText, config_to_yaml, field_names, load_yaml, parse_config
@@ -67,6 +67,7 @@ NEVER_ACTS = [
     ("reference.sync_mix", 0.5, {}),
     ("loss.weights", (1.0,), {}),
     ("loss.label_smoothing", 0.1, {"loss.type": "hinge"}),
+    ("loss.center", 0.1, {"loss.type": "hinge"}),
     ("loss.f_divergence", "js", {"loss.type": "ipo"}),
     ("loss.f_alpha", 0.7, {}),
     ("loss.ld_alpha", 0.5, {"loss.type": "ipo"}),
@@ -323,7 +324,8 @@ def test_the_page_gives_the_range_that_is_checked():
                 "optimizer.learning_rate", "optimizer.decay_steps", "optimizer.max_grad_norm", "batch.pairs",
                 "batch.examples", "batch.max_shapes", "batch.accumulation", "batch.target_chunk", "run.steps",
                 "run.epochs", "run.log_every", "run.profile_steps", "checkpoint.keep"}  # fmt: skip
-    from_0 = {"lora.rank", "loss.dpop_lambda", "loss.simpo_gamma", "loss.cpo_weight", "optimizer.warmup_steps",
+    from_0 = {"lora.rank", "loss.dpop_lambda", "loss.simpo_gamma", "loss.cpo_weight", "loss.center",
+              "optimizer.warmup_steps",
               "optimizer.weight_decay", "reference.sync_every", "run.eval_every", "run.seed", "checkpoint.every",
               "checkpoint.keep_best"}  # fmt: skip
     assert ranges == {
@@ -603,5 +605,6 @@ def test_the_page_of_options_is_current():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_right(path):
-    kind = SFTConfig if "sft" in path.stem.split("_") else DPOConfig
+    named = {"sft": SFTConfig, "reward": RewardConfig}
+    kind = next((kind for name, kind in named.items() if name in path.stem.split("_")), DPOConfig)
     assert dataclasses.is_dataclass(parse_config(path, {}, kind))

@@ -12,12 +12,14 @@ import pytest
 import transformers
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.config import ModelConfig
+from dpo_jax.config import MeshConfig, ModelConfig
+from dpo_jax.config.sampling import SamplingConfig
 from dpo_jax.errors import UserError
-from dpo_jax.inference.generate import greedy
+from dpo_jax.inference.generate import generate, rollout_weights
 from dpo_jax.models.decoder import Model, count_params, make_model, plain_batch
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.options import LayerKind, LinearScaling, Llama3Scaling
+from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.weights.hub import read_hf_config
 from dpo_jax.weights.huggingface import load_params
 from dpo_jax.weights.known import builtin_model
@@ -116,21 +118,12 @@ def test_trained_model_scores_and_continues_as_in_transformers(shared, torch):
     np.testing.assert_allclose(logits(model, params, tokens), hf_logits(theirs, tokens), atol=1e-4, rtol=0)
 
     prompts = [tokenizer(text).input_ids for text in ("Once upon a time", "Tom had a big red ball. One day")]
-    answers = greedy(model, params, prompts, max_new_tokens=30, eos_id=1)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    options = SamplingConfig(temperature=0, max_tokens=30)
+    answers = generate(model, rollout_weights(model, params, mesh), prompts, options, mesh, end_ids=[1])
     for prompt, answer in zip(prompts, answers, strict=True):
         want = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0, len(prompt) :]
-        assert answer == want.tolist()
-
-
-def test_greedy_ends_at_the_end_token(tiny):
-    model, params = tiny
-    prompts = [[3, 1, 4], [5, 9, 2, 6, 5]]
-    free = greedy(model, params, prompts, max_new_tokens=8, eos_id=-1)
-    assert [len(answer) for answer in free] == [8, 8]
-    eos = free[0][3]
-    first = [answer.index(eos) + 1 if eos in answer else 8 for answer in free]
-    ended = greedy(model, params, prompts, max_new_tokens=8, eos_id=eos)
-    assert ended == [answer[:end] for answer, end in zip(free, first, strict=True)]
+        assert answer.tokens == want.tolist()
 
 
 def shared_row(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> PreferenceBatch:
@@ -280,7 +273,7 @@ def test_both_spellings_of_rotary_options_are_read():
 
 REFUSED = [
     ("llama", "model_type", "gemma2", "llama, mistral, qwen2, qwen3"),
-    ("llama", "architectures", ["LlamaForSequenceClassification"], "LlamaForCausalLM"),
+    ("llama", "architectures", ["LlamaForTokenClassification"], "LlamaForCausalLM"),
     ("llama", "quantization_config", {"bits": 4}, "no such option"),
     ("llama", "partial_rotary_factor", 0.5, "no such option"),
     ("llama", "final_logit_softcapping", 30.0, "no such option"),

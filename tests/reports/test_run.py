@@ -134,6 +134,9 @@ def spread_row(step: int, counts: list[int], evaluated: str = "held_out") -> dic
         "margins": {"edges": [-1.0, 0.0, 1.0], "counts": counts},
         "rewards": {"edges": [-1.0, 0.0, 1.0], "chosen": counts, "rejected": counts[::-1]},
         "by_length": [{"from": 3, "to": 9} | group], "by_longer": [{"longer": "rejected"} | group],
+        "calibration": {
+            "ece": 0.25, "bins": [{"from": 0.5, "to": 0.55, "pairs": 8, "confidence": 0.5, "accuracy": 0.25}],
+        },
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from dpo_jax.batch import PairLogps
 from dpo_jax.cli import main
 from dpo_jax.config import LossConfig
 from dpo_jax.data.tokenizer import load_tokenizer
-from dpo_jax.inference.distributions import BINS, nice_edges, reward_distributions
+from dpo_jax.inference.distributions import BINS, calibration, nice_edges, reward_distributions
 from dpo_jax.inference.token_rewards import decoder, token_pieces, weigh_tails
 from dpo_jax.logprobs import answer_values, make_logps_fn, make_token_logps_fn
 from dpo_jax.losses import preference_metrics, sequence_logps
@@ -297,6 +297,16 @@ def test_buckets_part_the_pairs(buckets):
         margins = BETA * np.diff(fixed.sum - policy.sum)[:, 0]
         longer = policy.count[:, 0] > policy.count[:, 1]
         assert found[0]["margin"] == pytest.approx(margins[longer].mean(), abs=1e-5)
+
+
+def test_calibration_compares_confidence_with_accuracy():
+    sure, unsure = np.log(9), np.log(0.54 / 0.46)  # confidences of 0.9 and 0.54
+    margins = np.array([sure] * 8 + [-sure] * 2 + [unsure, -unsure])
+    found = calibration(margins)
+    assert [(one["pairs"], one["accuracy"]) for one in found["bins"]] == [(2, 0.5), (10, 0.8)]
+    np.testing.assert_allclose([one["confidence"] for one in found["bins"]], [0.54, 0.9])
+    assert found["ece"] == pytest.approx((2 * 0.04 + 10 * 0.1) / 12)
+    assert calibration(np.zeros(4))["ece"] == 0  # ties are half right, as sure as they are
 
 
 def test_equal_models_few_pairs_and_nan_have_distributions():

@@ -17,7 +17,7 @@ FAMILIES = {"llama": llama.FAMILY, "mistral": mistral.FAMILY, "qwen2": qwen2.FAM
 
 def _check_keys(hf: Mapping[str, Any], model_type: str, family: Family) -> None:
     architectures = hf.get("architectures") or [family.architecture]
-    if architectures != [family.architecture]:
+    if architectures not in ([family.architecture], [family.reward_architecture]):
         raise refuse("architectures", architectures, f"for {model_type} it must be [{family.architecture!r}]")
     for key, value in hf.items():
         recognised = key in SHARED_KEYS or key in HARMLESS_KEYS or key in family.keys or key.startswith("_")
@@ -73,5 +73,6 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         qk_norm=family.qk_norm,
         pattern=family.pattern(hf, layers),
         tied=flag(hf, "tie_word_embeddings"),
+        scores=int(hf.get("architectures") == [family.reward_architecture]),
         init_std=float(number(hf, "initializer_range", 0.02, most=1)),
     )

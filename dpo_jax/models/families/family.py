@@ -24,6 +24,11 @@ class Family:
     qkv_bias: bool = False  # always on; if False, attention_bias decides, if the family has that key
     qk_norm: bool = False
 
+    @property
+    def reward_architecture(self) -> str:
+        """Class in transformers of a reward model of this family."""
+        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+
 
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1  # larger numbers are mistakes: no memory holds such arrays
 

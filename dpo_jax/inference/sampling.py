@@ -1,0 +1,45 @@
+"""Sample the next token of each row. A row's draw depends on its own key and logits, not on its neighbors."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from dpo_jax.config.sampling import SamplingConfig
+
+
+def row_keys(seed: int, step: int, rows: Int[Array, " R"]) -> Key[Array, " R"]:
+    """Return a key for each row of a step; `sample` derives the keys of its tokens."""
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(step_key, rows)
+
+
+def sample(
+    logits: Float[Array, "R V"], keys: Key[Array, " R"], token: Int[Array, ""], options: SamplingConfig
+) -> Int[Array, " R"]:
+    """Sample from softmax(logits / temperature), cut to ``top_k`` and then to ``top_p``, by the Gumbel-max trick.
+
+    ``token``: index of the token in the answer.
+    """
+    if options.temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, token)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+    return jnp.argmax(cut(logits / options.temperature, options) + noise, axis=-1)
+
+
+def cut(logits: Float[Array, "R V"], options: SamplingConfig) -> Float[Array, "R V"]:
+    """Set all logits to -inf but those of the ``top_k`` tokens, and of these the nucleus of mass ``top_p``.
+
+    The nucleus is the smallest set of most likely tokens with at least that mass (Holtzman et al. 2020, arXiv
+    1904.09751).
+    """
+    if options.top_k:
+        kth = jax.lax.top_k(logits, min(options.top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+    if options.top_p < 1:
+        ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        mass_before = jnp.cumsum(probs, axis=-1) - probs
+        last = jnp.where(mass_before < options.top_p, ordered, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits >= last, logits, -jnp.inf)
+    return logits

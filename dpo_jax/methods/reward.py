@@ -1,0 +1,51 @@
+"""Reward modeling: scores of answers by Bradley-Terry, on the pairs, rows and step of DPO."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.store import Store
+from dpo_jax.errors import UserError
+from dpo_jax.methods.offline import Offline, Start, make_offline
+from dpo_jax.methods.setup import Setup, load_policy
+from dpo_jax.models.heads import reward_hf_config
+
+
+def reward(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
+    """Build the method that trains a reward model, and its `Start`."""
+    pad_id = unused_end(setup.tokenizer, setup.model.config.vocab, setup.batches.store)
+    setup = replace(setup, hf_config=reward_hf_config(setup.source.hf_config, pad_id))
+    return make_offline(setup, load_policy(setup), None, flags)
+
+
+def unused_end(tokenizer: Any, vocab: int, store: Store) -> int:
+    """Return a padding token that no answer ends with: the tokenizer's own one if it can serve, else a special one.
+
+    transformers reads the score at the last token that is not padding. Where padding is the end-of-sequence token, as
+    is common, that would be the token before the end.
+
+    Raises:
+        UserError: every special token ends an answer, and the vocabulary has no token without text.
+    """
+    ends = {int(token) for token in answer_ends(store)} | {tokenizer.eos_token_id}
+    for token in candidates(tokenizer, vocab):
+        if token is not None and token not in ends:
+            return int(token)
+    remedy = "add a padding token to the tokenizer, so that exported scores are read at the end of an answer"
+    raise UserError(f"model.tokenizer: every special token may end an answer; {remedy}")
+
+
+def candidates(tokenizer: Any, vocab: int) -> Iterator[int | None]:
+    """Yield token ids that may serve as padding, best first; None for a token that the tokenizer lacks."""
+    yield tokenizer.pad_token_id
+    yield tokenizer.unk_token_id
+    yield from range(len(tokenizer), vocab)  # rows of the embedding that stand for no token
+    yield from tokenizer.all_special_ids
+
+
+def answer_ends(store: Store) -> np.ndarray:
+    """Return the last token of every answer, [N * K]."""
+    ends = store.starts[:, None] + np.cumsum(store.lengths, axis=1) - 1
+    return np.asarray(store.tokens[ends[:, 1:].ravel()])

@@ -1,0 +1,58 @@
+"""Reward head: one score per answer, read at the hidden state of its last token.
+
+Shape letters as in batch.py; S scores of a reward model (1).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dpo_jax.batch import PairLogps, Params, PreferenceBatch
+from dpo_jax.models.decoder import Model
+from dpo_jax.models.families import FAMILIES
+
+
+def answer_ends(batch: PreferenceBatch) -> Int[Array, "R A"]:
+    """Return the index in the row of the last token of each answer slot; 0 for an unused slot.
+
+    This does not follow from the targets: a one-token answer's only target has its source at the end of the prompt.
+    """
+    unit = jnp.stack([batch.segments, batch.branches])
+    begins = jnp.pad((unit[:, :, 1:] != unit[:, :, :-1]).any(0), ((0, 0), (1, 0)), constant_values=True)
+    is_answer = batch.branches > 0
+    slots = jnp.where(is_answer, jnp.cumsum(begins & is_answer, axis=1) - 1, batch.answers_per_row)  # else dropped
+    rows, indices = jnp.indices(slots.shape)
+    ends = jnp.zeros((len(slots), batch.answers_per_row), jnp.int32)
+    return ends.at[rows, slots].max(indices, mode="drop")
+
+
+def make_scores_fn(model: Model) -> Callable[[Params, PreferenceBatch], PairLogps]:
+    """Make a `LogpsFn` whose ``sum`` is the reward model's score of each answer; in it the step trains Bradley-Terry.
+
+    The score is computed in float32, as the loss depends on differences of scores of similar size.
+    """
+
+    def scores_fn(weights: Params, batch: PreferenceBatch) -> PairLogps:
+        hidden = model.hidden(weights, batch)
+        states = jnp.take_along_axis(hidden, answer_ends(batch)[..., None], axis=1).astype(jnp.float32)
+        score = weights["score"].astype(jnp.float32)
+        scores = jnp.einsum("RAD,SD->RAS", states, score, precision=jax.lax.Precision.HIGHEST)[..., 0]
+        rows = jnp.arange(len(scores))[:, None]
+        counts = jnp.zeros_like(scores).at[rows, batch.target_answers].add(batch.target_mask)
+        per_pair = lambda x: jnp.where(batch.valid[:, None], x.reshape(-1)[batch.answer_slots], 0.0)  # noqa: E731
+        return PairLogps(per_pair(scores), per_pair(counts), batch.weight, batch.valid, scored=True)
+
+    return scores_fn
+
+
+def reward_hf_config(hf_config: Mapping[str, Any], pad_id: int) -> dict[str, Any]:
+    """Return the ``config.json`` of a reward model with the given language model's decoder.
+
+    ``pad_id``: transformers reads the score at the last token that is not padding, so no answer may end with it.
+    """
+    architecture = FAMILIES[hf_config["model_type"]].reward_architecture
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {**hf_config, "architectures": [architecture], **labels, "pad_token_id": pad_id}

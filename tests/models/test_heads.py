@@ -1,0 +1,97 @@
+"""Scores of a reward model: where they are read, and that transformers reads the same ones."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from small import HF_CONFIG, pack, random_pairs, small_model, small_params
+
+from dpo_jax.models.decoder import Model
+from dpo_jax.models.families import decoder_config
+from dpo_jax.models.heads import answer_ends, make_scores_fn, reward_hf_config
+from dpo_jax.weights.huggingface import export_params, load_params
+
+PAD = HF_CONFIG["vocab_size"] - 1
+UNTIED = HF_CONFIG | {"model_type": "qwen2", "num_key_value_heads": 2}
+TIED = HF_CONFIG | {"tie_word_embeddings": True}
+
+
+def reward_model(hf_config: dict) -> Model:
+    return Model(config=decoder_config(reward_hf_config(hf_config, PAD)))
+
+
+def random_weights(model: Model):
+    params = model.init(jax.random.key(0))
+    return params | {"score": jax.random.normal(jax.random.key(1), params["score"].shape)}
+
+
+def pairs():
+    """The small random pairs, without the padding token."""
+    avoid = lambda tokens: np.where(tokens == PAD, 1, tokens)  # noqa: E731
+    return [(avoid(prompt), tuple(map(avoid, answers)), learned) for prompt, answers, learned in random_pairs()]
+
+
+@pytest.mark.parametrize("layout", ["shared", "repeated", "padded"])
+def test_scores_are_read_at_the_last_token_of_each_answer(layout):
+    packed = pack(pairs(), layout=layout, rows=2)
+    ends = np.asarray(jax.jit(answer_ends)(packed))
+    for (prompt, answers, _), slots in zip(pairs(), packed.answer_slots, strict=True):
+        for answer, slot in zip(answers, slots, strict=True):
+            row, index = divmod(int(slot), packed.answers_per_row)
+            assert packed.tokens[row, ends[row, index]] == answer[-1]
+            assert packed.positions[row, ends[row, index]] == len(prompt) + len(answer) - 1
+
+
+def test_scores_do_not_depend_on_the_layout():
+    model = replace(small_model(), config=replace(small_model().config, scores=1))
+    draw = np.random.default_rng(0)
+    weights = {name: value for name, value in small_params().items() if name != "unembed"}
+    weights["score"] = draw.normal(size=(1, model.config.hidden)).astype(np.float32)
+    scores_fn = jax.jit(make_scores_fn(model))
+    shared, padded = (
+        scores_fn(weights, pack(pairs(), layout=layout, rows=rows, valid=6))
+        for layout, rows in (("shared", 2), ("padded", 1))
+    )
+    np.testing.assert_allclose(shared.sum, padded.sum, atol=2e-5)
+    np.testing.assert_array_equal(shared.count, [[*map(len, answers)] for _, answers, _ in pairs()[:6]] + [[0, 0]] * 2)
+    assert np.abs(shared.sum[:6]).min() > 0
+    assert not np.any(shared.sum[6:])
+
+
+@pytest.mark.parametrize("hf_config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_transformers_computes_the_same_scores(hf_config, torch, tmp_path):
+    model = reward_model(hf_config)
+    params = random_weights(model)
+    exported = reward_hf_config(hf_config, PAD)
+    export_params(params, model, hf_config=exported, out_dir=tmp_path / "ours", dtype="float32", source_dir=None,
+                  overwrite=False)  # fmt: skip
+    theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())  # no tensor missing, unexpected or of another shape
+    expected = scores_of_transformers(theirs, torch)
+    packed = pack(pairs(), rows=2)
+    actual = jax.jit(make_scores_fn(model))(params, packed)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(actual.sum, expected, atol=1e-5, rtol=1e-5)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = Model(config=decoder_config(json.loads((tmp_path / "theirs" / "config.json").read_text())))
+    assert read.config == model.config
+    loaded = load_params(tmp_path / "theirs", read, shardings=None, dtype="float32")
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, loaded, params))
+
+
+def scores_of_transformers(model, torch) -> np.ndarray:
+    """Its scores [B, K] of the pairs, each prompt and answer as a right-padded row."""
+    sequences = [np.concatenate([prompt, answer]) for prompt, answers, _ in pairs() for answer in answers]
+    tokens = np.full((len(sequences), max(map(len, sequences))), PAD)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    with torch.no_grad():
+        inputs = torch.tensor(tokens)
+        return model(inputs, attention_mask=(inputs != PAD).long()).logits.numpy().reshape(-1, 2)
