@@ -50,13 +50,7 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
     variables = example.template_kwargs or {}
     try:
         with _time_limit(RENDER_SECONDS):
-            chat_template = template.tokenizer.get_chat_template(tools=example.tools)
-            if reads_clock(chat_template):
-                # apply_chat_template uses this cached object, and passes only plain data to a template
-                from transformers.utils.chat_template_utils import _compile_jinja_template
-
-                clock = datetime.fromisoformat(template.date).strftime
-                _compile_jinja_template(chat_template).globals["strftime_now"] = clock
+            _set_clock(template, example)
             text = template.tokenizer.apply_chat_template(
                 messages, tools=example.tools, add_generation_prompt=prompt, tokenize=False, **variables
             )
@@ -78,6 +72,17 @@ def _require_template(chat_template: str | dict[str, str] | None, example: Examp
     if isinstance(chat_template, dict) and "default" not in chat_template and not with_tools:
         fault = f"the tokenizer has several chat templates and no default: {', '.join(sorted(chat_template))}"
         raise UserError(f"row {example.row}: {fault}; name one of them as data.chat_template")
+
+
+def _set_clock(template: Template, example: Example) -> None:
+    """Make the chat template of this row read the configured date instead of the clock."""
+    chat_template = template.tokenizer.get_chat_template(tools=example.tools)
+    if reads_clock(chat_template):
+        # apply_chat_template uses this cached object, and passes only plain data to a template
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        clock = datetime.fromisoformat(template.date).strftime
+        _compile_jinja_template(chat_template).globals["strftime_now"] = clock
 
 
 @contextmanager
