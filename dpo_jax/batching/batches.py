@@ -105,8 +105,7 @@ def make_batches(
     store: Store, order: Order, packer: Packer, max_shapes: int, own_shares: Sequence[int] | None = None
 ) -> Batches:
     """Make batches with row shapes chosen to fit the steps of ``order``; ``own_shares`` as in ``Batches``."""
-    stride = max(1, order.num_steps // SAMPLED_STEPS)
-    steps = range(0, order.num_steps, stride)
+    steps = range(0, order.num_steps, max(1, order.num_steps // SAMPLED_STEPS))
     step_shapes = [step_shape(packer.rows(*_sizes(store, order.step_ids(step))), packer.row_length) for step in steps]
     shape_limit = min(max_shapes, 1 + order.num_steps // STEPS_PER_SHAPE)
     return Batches(store, order, replace(packer, shapes=choose_shapes(step_shapes, shape_limit)), own_shares)
