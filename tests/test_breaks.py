@@ -61,7 +61,7 @@ BREAKS = [
           ("test_attention::test_attention_is_the_rule[plain-blocks]",
            "test_attention::test_attention_is_the_rule[grouped-xla]")),
     Break(2, "a pair of blocks is left out", "batching/packing.py",
-          "np.argwhere(np.tril(seen))", "np.argwhere(np.tril(seen))[:-1]",
+          "np.argwhere(np.tril(visible))", "np.argwhere(np.tril(visible))[:-1]",
           ("test_packing::test_visited_blocks_are_those_in_which_something_is_seen[2]",
            "test_layout::test_layouts_agree[shared in one row]")),
     Break(2, "an accumulated gradient is divided by slots", "step.py",

@@ -79,11 +79,11 @@ def test_inputs_that_were_once_handled_wrongly(name, value, accepted):
 PLANTED = {
     "options": ("dpo_jax.config.file", "_read"),
     "config.json": ("dpo_jax.models.families", "size"),
-    "files": ("dpo_jax.data.files", "_row"),
+    "files": ("dpo_jax.data.files", "_parse_row"),
     "values": ("dpo_jax.data.values", "text"),
     "rows": ("dpo_jax.data.schemas", "_weight"),
     "templates": ("dpo_jax.data.template", "_require_template"),
-    "tokens": ("dpo_jax.data.tokenize", "_truncated"),
+    "tokens": ("dpo_jax.data.tokenize", "_truncate"),
     "stores": ("dpo_jax.data.store", "_arrays"),
     "manifests": ("dpo_jax.storage", "_checksum"),
 }

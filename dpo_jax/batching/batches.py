@@ -27,13 +27,13 @@ class StepData:
     ids: np.ndarray  # [B] example ids, -1 in empty slots
     batch: PreferenceBatch  # this process's rows; leading dim: microbatches, if the step is accumulated
     num_tokens: int  # counted as in TRL: each answer together with its prompt
-    used: int  # real tokens in the rows of all processes
+    used_slots: int  # real tokens in the rows of all processes
     slots: int  # token slots in these rows
 
     @property
     def fill(self) -> float:
         """Fraction of token slots that hold real tokens."""
-        return self.used / self.slots
+        return self.used_slots / self.slots
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Batches:
     store: Store
     order: Order
     packer: Packer
-    own: Sequence[int] | None = None  # this process's row shares, of packer.multiple equal ones; None: all
+    own_shares: Sequence[int] | None = None  # this process's row shares, of packer.multiple equal ones; None: all
 
     def __call__(self, step: int) -> StepData:
         """Pack the batch of step ``step``."""
@@ -56,12 +56,11 @@ class Batches:
         weights = np.where(ids < 0, 0, self.store.weights[np.maximum(ids, 0)]).astype(np.float32)
         num_answers = self.store.lengths.shape[1] - 1
         rows_per_share = shape.rows // self.packer.multiple
-        shares = range(self.packer.multiple) if self.own is None else self.own
+        shares = range(self.packer.multiple) if self.own_shares is None else self.own_shares
         own_rows = [share * rows_per_share + row for share in shares for row in range(rows_per_share)]
         packed = []
-        for rows, microbatch_ids, weight in zip(
-            microbatches, *(np.split(x, len(microbatches)) for x in (ids, weights)), strict=True
-        ):
+        splits = (np.split(array, len(microbatches)) for array in (ids, weights))
+        for rows, microbatch_ids, weight in zip(microbatches, *splits, strict=True):
             pairs = {unit.pair for row in own_rows if row < len(rows) for unit in rows[row]}
             examples = {pair: self.store.example(microbatch_ids[pair]) for pair in pairs}
             packed.append(pack_rows(rows, shape, examples, weight, num_answers, own_rows))
@@ -71,7 +70,7 @@ class Batches:
             ids=ids,
             batch=packed[0] if len(packed) == 1 else jax.tree.map(lambda *arrays: np.stack(arrays), *packed),
             num_tokens=int(lengths[:, 1:].sum() + num_answers * lengths[:, 0].sum()),
-            used=sum(unit.size for rows in microbatches for row in rows for unit in row),
+            used_slots=sum(unit.size for rows in microbatches for row in rows for unit in row),
             slots=len(microbatches) * shape.rows * shape.length,
         )
 
@@ -105,9 +104,8 @@ def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def make_batches(
     store: Store, order: Order, packer: Packer, max_shapes: int, own_shares: Sequence[int] | None = None
 ) -> Batches:
-    """Make batches with row shapes chosen to fit the steps of ``order``; ``own_shares`` as ``own`` in ``Batches``."""
-    stride = max(1, order.num_steps // SAMPLED_STEPS)
-    steps = range(0, order.num_steps, stride)
+    """Make batches with row shapes chosen to fit the steps of ``order``; ``own_shares`` as in ``Batches``."""
+    steps = range(0, order.num_steps, max(1, order.num_steps // SAMPLED_STEPS))
     step_shapes = [step_shape(packer.rows(*_sizes(store, order.step_ids(step))), packer.row_length) for step in steps]
     shape_limit = min(max_shapes, 1 + order.num_steps // STEPS_PER_SHAPE)
     return Batches(store, order, replace(packer, shapes=choose_shapes(step_shapes, shape_limit)), own_shares)

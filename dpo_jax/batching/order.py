@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_jax.errors import UserError
 
-_MASK = 2**64 - 1
+_MASK_64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so i -> i * _GOLDEN is a bijection of 64-bit words
 
 
@@ -27,7 +27,7 @@ def mix_words(x: np.ndarray) -> np.ndarray:
 
 def _fold(seed: int, value: int) -> int:
     """Derive a new seed from a seed and a number."""
-    word = (seed + (value + 1) * _GOLDEN) & _MASK
+    word = (seed + (value + 1) * _GOLDEN) & _MASK_64
     return int(mix_words(np.array([word], np.uint64))[0])
 
 

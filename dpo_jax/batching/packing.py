@@ -112,18 +112,18 @@ def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_len
 def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
     """Return the sorted (query block, key block) pairs, [J, 2], in which any query sees any key."""
     num_blocks = round_up(sum(unit.size for unit in row), BLOCK) // BLOCK
-    seen = np.zeros((num_blocks, num_blocks), bool)
+    visible = np.zeros((num_blocks, num_blocks), bool)
     start = 0
     for unit in row:
         answer_start = start + unit.prompt
         prompt = slice(start // BLOCK, (answer_start - 1) // BLOCK + 1)
-        seen[prompt, prompt] = True
+        visible[prompt, prompt] = True
         for size in unit.answers:
             answer = slice(answer_start // BLOCK, (answer_start + size - 1) // BLOCK + 1)
-            seen[answer, prompt] = seen[answer, answer] = True
+            visible[answer, prompt] = visible[answer, answer] = True
             answer_start += size
         start = answer_start
-    return np.argwhere(np.tril(seen))
+    return np.argwhere(np.tril(visible))
 
 
 def branch_tokens(row: Sequence[Unit]) -> int:

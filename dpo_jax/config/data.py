@@ -114,5 +114,4 @@ class DataConfig(Section, name="data"):
         require(not name_taken, "data.eval", "held_out", "eval_fraction holds out rows under this name; choose another")
         self.refuse("template_date", not _is_date(self.template_date), "give a date as YYYY-MM-DD")
         too_long = self.invalid_rows.too_long
-        explanation = f"data.invalid_rows.too_long is {too_long}, so nothing is cut"
-        self.refuse_idle("truncation", too_long != "truncate", explanation)
+        self.refuse_idle("truncation", too_long != "truncate", f"data.invalid_rows.too_long {too_long} cuts nothing")

@@ -35,7 +35,7 @@ mappings. It replaces the value in the file; if an option is given twice, the la
 This page is generated from `dpo_jax/config/` by `python -m dpo_jax.config.docs`."""
 
 # The options that most runs set, in reading order.
-FIRST = ("model.path", "data.train", "data.max_length", "loss.type", "loss.beta", "reference.mode",
+KEY_OPTIONS = ("model.path", "data.train", "data.max_length", "loss.type", "loss.beta", "reference.mode",
          "optimizer.learning_rate", "batch.pairs", "batch.accumulation", "run.dir")  # fmt: skip
 _TABLE_HEAD = ("| option | type | default | meaning |", "|---|---|---|---|")
 
@@ -85,7 +85,7 @@ def reference_page() -> str:
             commands.setdefault(text, []).append(f"`{command}`")
     fields = {field.name: field for text in reversed(commands) for field in text.fields}
     lines = [PREFACE, "\n## The ten that matter\n", "Most runs set these; the other defaults are sound.\n"]
-    lines += [*_TABLE_HEAD, *(_table_row(fields[name]) for name in FIRST)]
+    lines += [*_TABLE_HEAD, *(_table_row(fields[name]) for name in KEY_OPTIONS)]
     for text, names in commands.items():
         note = f" ({', '.join(names)})" if len(names) < len(COMMAND_OF) else ""
         note = " (one data set; also `data.eval.NAME`)" if text.kind is SourceConfig else note

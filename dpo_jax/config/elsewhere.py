@@ -1,6 +1,6 @@
 """Map option names of TRL, PEFT, other trainers and earlier versions to the names here, to suggest these in errors."""
 
-ELSEWHERE = {
+OPTION_ALIASES = {
     "model_name_or_path": "model.path", "base_model": "model.path", "torch_dtype": "model.dtype",
     "bf16": "model.dtype", "gradient_checkpointing": "model.remat", "attn_implementation": "model.attention",
     "ref_model": "reference.path", "precompute_ref_log_probs": "reference.mode",

@@ -20,8 +20,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from dpo_jax.config import DPOConfig, RewardConfig, SFTConfig, SourceConfig, TrainConfig
-from dpo_jax.config.elsewhere import ELSEWHERE
-from dpo_jax.config.loss import ALSO_CALLED
+from dpo_jax.config.elsewhere import OPTION_ALIASES
+from dpo_jax.config.loss import LOSS_ALIASES
 from dpo_jax.config.section import Section
 from dpo_jax.errors import UserError, from_outside, must_be, reason, shown
 
@@ -201,7 +201,9 @@ def _refuse_unknown(keys: Collection[Any], options: Collection[str], prefix: str
         if kind is not root and prefix + key in field_names(kind):
             fault = f"belongs to `dpo-jax {command}`, not to `dpo-jax {COMMAND_OF[root]}`"
             raise UserError(f"{prefix}{key}: {fault}: remove it")
-    candidates = [ELSEWHERE[key]] if any(f"{name}.".startswith(f"{ELSEWHERE.get(key)}.") for name in names) else []
+    candidates = (
+        [OPTION_ALIASES[key]] if any(f"{name}.".startswith(f"{OPTION_ALIASES.get(key)}.") for name in names) else []
+    )
     candidates += [prefix + match for match in difflib.get_close_matches(key, options, 1, cutoff=0.7)]
     candidates += [name for name in names if name.endswith(f".{key}")]
     candidates += [name for name in difflib.get_close_matches(prefix + key, names, 1, cutoff=0.8) if "." in name]
@@ -256,7 +258,7 @@ def _hint(kind: Any, value: Any) -> str:
         return f"write {int(value)}"
     if isinstance(value, str):
         choices = _choices(kind)
-        candidates = [ALSO_CALLED[value.lower()]] if "sigmoid" in choices and value.lower() in ALSO_CALLED else []
+        candidates = [LOSS_ALIASES[value.lower()]] if "sigmoid" in choices and value.lower() in LOSS_ALIASES else []
         candidates += difflib.get_close_matches(value, choices, 1, cutoff=0.7)
         candidates += ["null"] if value.lower() == "none" and _accepts(kind, None) else []
         if candidates:

@@ -23,8 +23,8 @@ class Facts(NamedTuple):
     flags: frozenset[str]  # compiler options set by default on these devices
 
 
-Idle = Callable[[Any, Facts], bool]
-IDLE: tuple[tuple[str, Idle, str], ...] = (  # option, predicate, explanation with {fields of Facts}
+# option, predicate, explanation with {fields of Facts}
+IDLE: tuple[tuple[str, Callable[[Any, Facts], bool], str], ...] = (
     ("optimizer.warmup_steps", lambda value, run: value >= run.steps,
      "the run has {steps} steps, so the learning rate never reaches its peak"),
     ("reference.sync_every", lambda value, run: value > run.steps,

@@ -10,7 +10,7 @@ LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sigmoid_norm", "dpop", "simpo", "orpo", "cpo", "sft",
 ]  # fmt: skip
-ALSO_CALLED = {  # names in other trainers -> value to use here
+LOSS_ALIASES = {  # names in other trainers -> value to use here
     "dpo": "sigmoid", "dpo_norm": "sigmoid_norm", "cdpo": "sigmoid", "slic": "hinge", "exo": "exo_pair",
     "nca": "nca_pair", "bco": "bco_pair", "sppo": "sppo_hard", "apo": "apo_zero",
     "rpo": "[sigmoid, sft] as loss.types", "mpo": "[sigmoid, bco_pair, sft] as loss.types",

@@ -72,8 +72,7 @@ class RowsConfig(Section, name="batch"):
 
     def __post_init__(self):
         super().__post_init__()
-        remedy = f"it must divide batch.{self.counts}, {self.size}"
-        self.refuse("accumulation", self.size % self.accumulation, remedy)
+        self.refuse("accumulation", self.size % self.accumulation, f"it must divide batch.{self.counts}, {self.size}")
 
     @property
     def size(self) -> int:
@@ -120,9 +119,9 @@ class MeshConfig(Section, name="mesh"):
 
     def __post_init__(self):
         super().__post_init__()
-        unsized = [f"mesh.{axis}" for axis in ("data", "fsdp", "tensor") if getattr(self, axis) == -1]
-        if len(unsized) > 1:
-            raise UserError(f"{' and '.join(unsized)} cannot all be -1; give the size of all but one")
+        flexible_axes = [f"mesh.{axis}" for axis in ("data", "fsdp", "tensor") if getattr(self, axis) == -1]
+        if len(flexible_axes) > 1:
+            raise UserError(f"{' and '.join(flexible_axes)} cannot all be -1; give the size of all but one")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,8 +122,7 @@ def _work(label: str, parse: Parser, first: int, rows: Sequence[Mapping]) -> Chu
 
 def _row_chunks(source: Source) -> Iterator[tuple[str, Parser, int, list[Mapping]]]:
     for first in range(0, len(source.rows), CHUNK_ROWS):
-        last = min(first + CHUNK_ROWS, len(source.rows))
-        yield source.label, source.parse, first, [source.rows[row] for row in range(first, last)]
+        yield source.label, source.parse, first, source.rows[first : first + CHUNK_ROWS]
 
 
 def num_processes(num_rows: int, workers: int | None) -> int:

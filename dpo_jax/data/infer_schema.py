@@ -25,7 +25,7 @@ _SFT_COLUMNS = (
     ("text", {"text"}),
 )
 _COLUMNS: dict[Stage, tuple] = {"dpo": _PREFERENCE_COLUMNS, "sft": _SFT_COLUMNS}
-_OTHER_NAMES = {  # our column name -> names of that column in public data sets
+_COLUMN_ALIASES = {  # our column name -> names of that column in public data sets
     "prompt": ("question", "query", "input", "instruction", "problem", "context", "history", "post"),
     "chosen": ("chosen_response", "response_chosen", "preferred", "accepted", "better", "response_j", "positive"),
     "rejected": ("rejected_response", "response_rejected", "dispreferred", "worse", "response_k", "negative"),
@@ -40,7 +40,7 @@ _JSON_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\
 def _renames(needed: set[str], columns: Sequence[str]) -> dict[str, str]:
     """Map each of our column names that is missing to the column of the file that probably corresponds to it."""
     missing = sorted(needed - set(columns))
-    matches = {ours: [name for name in _OTHER_NAMES.get(ours, ()) if name in columns] for ours in missing}
+    matches = {ours: [name for name in _COLUMN_ALIASES.get(ours, ()) if name in columns] for ours in missing}
     return {ours: names[0] for ours, names in matches.items() if names}
 
 

@@ -60,13 +60,6 @@ def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages
     return chosen[:size], chosen[size:], rejected[size:]
 
 
-def _check_prompt_column(prompt: str, messages: Messages) -> None:
-    """Check that a text prompt next to whole conversations is part of a user message, or a rendering of one."""
-    users = [message["content"].strip() for message in messages if message["role"] == "user"]
-    if not any(prompt.strip() in content or content in prompt for content in users):
-        raise BadRow("prompts_differ", f"the prompt column is not in the conversation: {values.short_repr(prompt)}")
-
-
 def _after_prompt(prompt: Messages, answer: Messages) -> Messages:
     """Remove the prompt from an answer that repeats it as the start of a whole conversation."""
     return answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
@@ -76,7 +69,10 @@ def _text_and_conversations(prompt: str, chosen: Messages, rejected: Messages) -
     if all(answer and answer[0]["role"] == "assistant" for answer in (chosen, rejected)):
         return [{"role": "user", "content": prompt}], chosen, rejected
     messages, chosen, rejected = _split_conversations(chosen, rejected)
-    _check_prompt_column(prompt, messages)
+    # a text prompt next to whole conversations must be part of a user message, or a rendering of one
+    user_texts = [message["content"].strip() for message in messages if message["role"] == "user"]
+    if not any(prompt.strip() in content or content in prompt for content in user_texts):
+        raise BadRow("prompts_differ", f"the prompt column is not in the conversation: {values.short_repr(prompt)}")
     return messages, chosen, rejected
 
 
@@ -250,11 +246,8 @@ def _check_turns(prompt: Messages, answer: Messages) -> None:
 
 
 def _check_not_blank(answer: str | Messages) -> None:
-    if isinstance(answer, str):
-        has_text = bool(answer.strip())
-    else:
-        has_text = any(m["content"].strip() or m.get("tool_calls") for m in answer if m["role"] == "assistant")
-    if not has_text:
+    turns = [{"content": answer}] if isinstance(answer, str) else [m for m in answer if m["role"] == "assistant"]
+    if not any(turn["content"].strip() or turn.get("tool_calls") for turn in turns):
         raise BadRow("empty_answer", "an answer has no text")
 
 

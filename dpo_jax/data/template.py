@@ -75,14 +75,14 @@ def _require_template(chat_template: str | dict[str, str] | None, example: Examp
 
 
 def _set_clock(template: Template, example: Example) -> None:
-    """Make the template of this row read the configured date instead of the clock."""
-    text = template.tokenizer.get_chat_template(tools=example.tools)
-    if reads_clock(text):
-        # apply_chat_template uses this same object, cached by template text, and passes only plain data to a template
+    """Make the chat template of this row read the configured date instead of the clock."""
+    chat_template = template.tokenizer.get_chat_template(tools=example.tools)
+    if reads_clock(chat_template):
+        # apply_chat_template uses this cached object, and passes only plain data to a template
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        compiled = _compile_jinja_template(text)
-        compiled.globals["strftime_now"] = datetime.fromisoformat(template.date).strftime
+        clock = datetime.fromisoformat(template.date).strftime
+        _compile_jinja_template(chat_template).globals["strftime_now"] = clock
 
 
 @contextmanager

@@ -119,11 +119,11 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
         if coder.data.invalid_rows.equal_answers != "keep":
             return problem
         notes += (problem,)
-    prompt, answers, targets = pieces.prompt, tuple(pieces.answers), None
-    if not all(pieces.learned[len(prompt) :]):
-        targets = pieces.learned[len(prompt) :]
+    learned = pieces.learned[len(pieces.prompt) :]
+    targets = None if all(learned) else learned
     rendered = not isinstance(example.answers[0], str)
-    return TokenizedExample(example.row, prompt, answers, targets, example.weight, notes, rendered)
+    answers = tuple(pieces.answers)
+    return TokenizedExample(example.row, pieces.prompt, answers, targets, example.weight, notes, rendered)
 
 
 def _tokenize_prompted(coder: _Coder, example: Example) -> _Pieces | Problem:

@@ -10,7 +10,7 @@ import yaml
 
 from dpo_jax.config import DPOConfig, LossConfig, RewardConfig, RunConfig, SFTConfig, SourceConfig
 from dpo_jax.config.docs import help_sections, reference_page, sections
-from dpo_jax.config.elsewhere import ELSEWHERE
+from dpo_jax.config.elsewhere import OPTION_ALIASES
 from dpo_jax.config.file import CommandLineText, config_to_yaml, field_names, load_yaml, parse_config
 from dpo_jax.config.idle import IDLE, Facts, idle_options
 from dpo_jax.config.section import Range
@@ -155,7 +155,7 @@ def test_what_is_idle_in_this_run_is_noted():
 
 
 def test_names_of_other_trainers_lead_to_options():
-    for name, option in ELSEWHERE.items():
+    for name, option in OPTION_ALIASES.items():
         assert f"{name}: unknown option: did you mean {option}?" in refused(**{name: 1})
 
 

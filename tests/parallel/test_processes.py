@@ -89,11 +89,11 @@ def look_at_rows(given: dict) -> dict:
         to_devices = make_to_devices(mesh, int(accumulation > 1))
         batches = replace(setup.batches, store=counted(setup.batches.store))
         steps = [batches(step) for step in range(batches.order.num_steps)]
-        expected = [replace(setup.batches, own=None)(step) for step in range(len(steps))]
+        expected = [replace(setup.batches, own_shares=None)(step) for step in range(len(steps))]
         facts[name] = {
             "own": own_shares(mesh),
             "ids": [data.ids.tolist() for data in steps],
-            "counts": [[data.num_tokens, data.used, data.slots] for data in steps],
+            "counts": [[data.num_tokens, data.used_slots, data.slots] for data in steps],
             "read": batches.store.read,
             "rows": steps[0].batch.tokens.shape[-2] / expected[0].batch.tokens.shape[-2],
             "wrong": [
