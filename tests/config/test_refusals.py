@@ -516,7 +516,7 @@ BAD_RUNS = [
         nothing,
         "train c.yaml --run.dir next --model.path run --model.checkpoint best",
         2,
-        "its run has no checkpoint.best_metric",
+        "the run has no checkpoint.best_metric",
     ),
     (
         "revision of a run",

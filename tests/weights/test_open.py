@@ -29,5 +29,5 @@ def test_an_opened_model_has_its_options_adapters_and_weights():
 def test_what_is_not_asked_for_is_not_made():
     opened = open_model(ModelConfig(path="builtin:tiny", attention="cudnn"), "cpu")
     assert opened.source.hf_config == builtin_model("builtin:tiny")
-    with pytest.raises(UserError, match="cudnn is for GPU"):
+    with pytest.raises(UserError, match="cudnn runs on GPUs"):
         _ = opened.model
