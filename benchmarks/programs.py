@@ -212,8 +212,8 @@ def trl_arguments(folder: Path, job: dict[str, Any], num_steps: int, precompute:
     return DPOConfig(
         output_dir=str(folder / "run"),
         max_length=job["max_length"],
-        per_device_train_batch_size=job["batch"] // job["trl_setup"],
-        gradient_accumulation_steps=job["trl_setup"],
+        per_device_train_batch_size=job["batch"] // job["trl_parts"],
+        gradient_accumulation_steps=job["trl_parts"],
         gradient_checkpointing=job["remat"] == "full",
         max_steps=num_steps,
         learning_rate=LEARNING_RATE,
