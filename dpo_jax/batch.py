@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Bool, Float, Int
@@ -56,6 +57,10 @@ class PreferenceBatch:
         per_pair = {"answer_slots", "weight", "valid"}
         arrays = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
         return replace(self, **{name: pairs if name in per_pair else rows for name in arrays})
+
+    def gather_pairs(self, values: Float[AnyArray, "R A"]) -> Float[jax.Array, "B K"]:
+        """Gather one value per answer slot from the rows into pairs; 0 in empty slots."""
+        return jnp.where(self.valid[:, None], values.reshape(-1)[self.answer_slots], 0.0)
 
 
 class Adapted(NamedTuple):

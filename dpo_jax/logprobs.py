@@ -73,7 +73,7 @@ def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False
         # in two stages: one long float32 sum would lose precision
         values = jnp.pad(jnp.where(mask, values, 0.0), padding).reshape(num_rows, -1, PARTIAL_SUM_SIZE)
         sums = jnp.einsum("rjm,rjma->rja", values, is_member, precision=jax.lax.Precision.HIGHEST).sum(1)
-        return jnp.where(batch.valid[:, None], sums.reshape(-1)[batch.answer_slots], 0.0)
+        return batch.gather_pairs(sums)
 
     count = per_answer(jnp.ones_like(tokens.logp))
     tail_sum = None

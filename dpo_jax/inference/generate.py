@@ -134,5 +134,5 @@ def generate(
         answers = jax.device_get(compiled(weights, tokens, lengths, keys, jnp.asarray(end_ids, jnp.int32)))
     return [
         Answer(tokens[:length].tolist(), logps[:length].tolist(), bool(ended))
-        for tokens, logps, length, ended in zip(*map(np.asarray, answers), strict=True)
+        for tokens, logps, length, ended in zip(*answers, strict=True)
     ][: len(prompts)]

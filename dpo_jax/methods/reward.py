@@ -1,6 +1,6 @@
 """Reward modeling: scores of answers by Bradley-Terry, on the pairs, rows and step of DPO."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,13 @@ from dpo_jax.models.heads import reward_hf_config
 
 def reward(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
     """Build the method that trains a reward model and the arrays it starts from; ``flags`` are compiler options."""
-    pad_id = unused_end(setup.tokenizer, setup.model.config.vocab, setup.batches.store)
+    stores = [batches.store for batches in (setup.batches, *setup.evals.values())]
+    pad_id = unused_end(setup.tokenizer, setup.model.config.vocab, stores)
     setup = replace(setup, hf_config=reward_hf_config(setup.source.hf_config, pad_id))
     return make_offline(setup, load_policy(setup), None, flags)
 
 
-def unused_end(tokenizer: Any, vocab: int, store: Store) -> int:
+def unused_end(tokenizer: Any, vocab: int, stores: Sequence[Store]) -> int:
     """Return a padding token that no answer ends with: the tokenizer's own one if it can serve, else a special one.
 
     transformers reads the score at the last token that is not padding. Where padding is the end-of-sequence token, as
@@ -29,7 +30,7 @@ def unused_end(tokenizer: Any, vocab: int, store: Store) -> int:
     Raises:
         UserError: every special token ends an answer, and the vocabulary has no token without text.
     """
-    ends = {int(token) for token in answer_ends(store)} | {tokenizer.eos_token_id}
+    ends = {tokenizer.eos_token_id}.union(*(last_tokens(store).tolist() for store in stores))
     for token in candidates(tokenizer, vocab):
         if token is not None and token not in ends:
             return int(token)
@@ -45,7 +46,7 @@ def candidates(tokenizer: Any, vocab: int) -> Iterator[int | None]:
     yield from tokenizer.all_special_ids
 
 
-def answer_ends(store: Store) -> np.ndarray:
+def last_tokens(store: Store) -> np.ndarray:
     """Return the last token of every answer, [N * K]."""
     ends = store.starts[:, None] + np.cumsum(store.lengths, axis=1) - 1
     return np.asarray(store.tokens[ends[:, 1:].ravel()])

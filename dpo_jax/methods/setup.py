@@ -37,7 +37,6 @@ from dpo_jax.runs.manifest import make_manifest
 from dpo_jax.step import Follow, TrainState, TrainStep, init_state, make_train_step, state_shardings
 from dpo_jax.weights.open import (
     ModelSource,
-    OpenModel,
     load_start,
     load_weights,
     open_model,
@@ -74,7 +73,7 @@ def assemble(
 ) -> Setup:
     """Find the model, tokenize the data and assign it to steps; nothing is compiled and no weights are loaded."""
     opened = open_model(config.model, platform_of(mesh), config.lora)
-    model, tokenizer = with_head(opened, config), opened.tokenizer(config.data.chat_template)
+    model, tokenizer = with_head(opened.model, config), opened.tokenizer(config.data.chat_template)
     sets = hosts.writer_first(partial(sets_of, config, tokenizer, train_set, eval_sets), "tokenized data")
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
         refuse_weights(config.objective, store)
@@ -96,16 +95,15 @@ def assemble(
     )
 
 
-def with_head(opened: OpenModel, config: TrainConfig) -> Model:
-    """Return the opened model with the head that the config trains.
+def with_head(model: Model, config: TrainConfig) -> Model:
+    """Return the model of ``model.path`` with the head that the config trains.
 
     Raises:
         UserError: the config needs a language model, but ``model.path`` is a reward model.
     """
-    decoder = opened.model.config
     remedy = "it is a reward model, without an unembedding; choose a language model"
-    require(decoder.scores <= config.scores, "model.path", config.model.path, remedy)
-    return replace(opened.model, config=replace(decoder, scores=config.scores))
+    require(model.config.scores <= config.scores, "model.path", config.model.path, remedy)
+    return replace(model, config=replace(model.config, scores=config.scores))
 
 
 def sets_of(

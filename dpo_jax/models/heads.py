@@ -42,8 +42,8 @@ def make_scores_fn(model: Model) -> Callable[[Params, PreferenceBatch], PairLogp
         scores = jnp.einsum("RAD,SD->RAS", states, score, precision=jax.lax.Precision.HIGHEST)[..., 0]
         rows = jnp.arange(len(scores))[:, None]
         counts = jnp.zeros_like(scores).at[rows, batch.target_answers].add(batch.target_mask)
-        per_pair = lambda x: jnp.where(batch.valid[:, None], x.reshape(-1)[batch.answer_slots], 0.0)  # noqa: E731
-        return PairLogps(per_pair(scores), per_pair(counts), batch.weight, batch.valid, scored=True)
+        scores, counts = batch.gather_pairs(scores), batch.gather_pairs(counts)
+        return PairLogps(scores, counts, batch.weight, batch.valid, scored=True)
 
     return scores_fn
 

@@ -21,7 +21,7 @@ from dpo_jax.batching.sets import DataSets
 from dpo_jax.config import DPOConfig, ModelConfig
 from dpo_jax.errors import UserError, require
 from dpo_jax.methods.dpo import find_reference
-from dpo_jax.methods.setup import sets_of
+from dpo_jax.methods.setup import sets_of, with_head
 from dpo_jax.methods.throughput import model_flops
 from dpo_jax.models.decoder import Model, count_adapters, count_params
 from dpo_jax.models.flops import Work, causal_pairs, recomputed_flops, step_flops
@@ -57,7 +57,9 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, sear
     source = _source(config.model, tokenizer=known.data)
     if config.reference.path is not None:
         find = lambda path: _source(ModelConfig(path=path), tokenizer=False)  # noqa: E731
-        find_reference(config, config.reference.path, build_model(source, config.model, "tpu"), "tpu", find)
+        find_reference(
+            config, config.reference.path, with_head(build_model(source, config.model, "tpu"), config), "tpu", find
+        )
     if known.data:
         known = _measured(config, source, known)
     for slice_ in slices:
@@ -74,7 +76,7 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
         UserError: the config cannot run on that slice.
     """
     mesh = slice_mesh(config, slice_, known.slices)
-    model = build_model(source, config.model, "tpu", config.lora)
+    model = with_head(build_model(source, config.model, "tpu", config.lora), config)
     load = find_load(config, mesh, known)
     adapters = 0 if model.lora is None else count_adapters(model)
     options = {"dtype": model.dtype, "attention": model.attention, "remat": model.remat, "adapters": adapters}

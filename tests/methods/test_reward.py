@@ -18,6 +18,7 @@ from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.losses import preference_loss, preference_metrics
 from dpo_jax.methods.reward import unused_end
+from dpo_jax.plan.plan import Known, plan_slices
 from dpo_jax.runs.directory import read_json
 from dpo_jax.train import train
 
@@ -80,8 +81,10 @@ def test_a_reward_model_trains_on_but_is_no_policy(trained):
     more = {"model": model, "run": {"dir": str(trained / "further"), "steps": 1, "progress": False}}
     result = train(parse_config(options(trained, "further", **more), {}, RewardConfig))
     assert result["loss"] < 0.1  # the head was loaded, not drawn again
-    with pytest.raises(UserError, match="it is a reward model, without an unembedding; choose a language model"):
-        train(parse_config(options(trained, "dpo", model=model), {}, DPOConfig))
+    dpo = parse_config(options(trained, "dpo", model=model), {}, DPOConfig)
+    for use in (lambda: train(dpo), lambda: next(plan_slices(dpo, ["v5e:2x2"], Known(), search=False))):
+        with pytest.raises(UserError, match="it is a reward model, without an unembedding; choose a language model"):
+            use()
 
 
 def test_a_run_of_a_language_model_becomes_a_reward_model(shared, tmp_path):
@@ -140,7 +143,9 @@ def test_padding_is_a_token_that_ends_no_answer():
     tokenizer = make_tokenizer()
     eos = tokenizer.eos_token_id
     tokenizer.pad_token = tokenizer.eos_token
-    assert unused_end(tokenizer, len(tokenizer), store_of(eos, eos)) != eos
+    first = unused_end(tokenizer, len(tokenizer), [store_of(eos, eos)])
+    assert first != eos
+    assert unused_end(tokenizer, len(tokenizer) + 1, [store_of(eos, eos), store_of(eos, first)]) not in (eos, first)
 
 
 def test_all_special_tokens_at_ends_are_refused():
@@ -148,8 +153,8 @@ def test_all_special_tokens_at_ends_are_refused():
     special = sorted({*tokenizer.all_special_ids, tokenizer.unk_token_id or 0, tokenizer.pad_token_id or 0})
     ends = special if len(special) % 2 == 0 else [*special, special[0]]
     with pytest.raises(UserError, match="every special token may end an answer; add a padding token"):
-        unused_end(tokenizer, len(tokenizer), store_of(*ends))
-    assert unused_end(tokenizer, len(tokenizer) + 1, store_of(*ends)) == len(tokenizer)
+        unused_end(tokenizer, len(tokenizer), [store_of(*ends)])
+    assert unused_end(tokenizer, len(tokenizer) + 1, [store_of(*ends)]) == len(tokenizer)
 
 
 @pytest.mark.parametrize(
