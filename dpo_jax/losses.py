@@ -278,7 +278,7 @@ def log_ratios(policy: PairLogps, reference: PairLogps | None, loss: LossConfig)
 
 
 def wpo_weight(policy: PairLogps, loss: LossConfig) -> Float[Array, " B"]:
-    """w(y_w) w(y_l), w(y) = exp of the mean over tokens of log(p_token / sum_v p_v^2): WPO, Zhou et al. 2024.
+    """w(y_w) w(y_l), where w(y) = exp(mean over tokens of log(p_token / sum_v p_v^2)). WPO: Zhou et al. 2024.
 
     arXiv 2406.11827, with weights aligned by the expected probability of a sampled token. They carry no gradient unless
     ``wpo_gradient`` is set.

@@ -242,7 +242,7 @@ def _check_turns(prompt: Messages, answer: Messages) -> None:
         raise BadRow("empty_prompt", "no message comes before the answer")
 
     if any(message.get("weight") == 0 for message in answer):
-        raise BadRow("missing_field", "an answer has a message of weight 0, but all messages of an answer are learned")
+        raise BadRow("missing_field", "an answer has a message of weight 0, but training uses all its messages")
 
 
 def _check_not_blank(answer: str | Messages) -> None:

@@ -36,14 +36,14 @@ class Projection(NamedTuple):
     @property
     def inputs(self) -> str:
         """Matrix letters that the product contracts."""
-        _, matrix, y = self.letters
-        return "".join(letter for letter in matrix if letter not in y)
+        _, matrix_letters, y_letters = self.letters
+        return "".join(letter for letter in matrix_letters if letter not in y_letters)
 
     @property
     def outputs(self) -> str:
         """Matrix letters that remain in the result; these are the dims of the bias."""
-        _, matrix, y = self.letters
-        return "".join(letter for letter in matrix if letter in y)
+        _, matrix_letters, y_letters = self.letters
+        return "".join(letter for letter in matrix_letters if letter in y_letters)
 
     @property
     def turned(self) -> bool:

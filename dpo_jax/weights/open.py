@@ -84,7 +84,7 @@ def build_model(source: ModelSource, config: ModelConfig, platform: str, lora: L
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that exists; its functions, tokenizer and weights are created on demand."""
+    """A model whose files were found; its functions, tokenizer and weights are loaded on demand."""
 
     source: ModelSource
     config: ModelConfig
