@@ -103,7 +103,7 @@ def _one_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
         (_, policy), grads = jax.value_and_grad(pulled_back, has_aux=True)(params)
         return grads, (policy, reference)
 
-    grads, logps = _accumulate(microbatch_gradient, inputs, params)
+    grads, logps = accumulate_gradient(microbatch_gradient, inputs, params)
     policy, reference = _join_microbatches(logps)
     return _average(grads, policy), policy, reference
 
@@ -129,7 +129,7 @@ def _two_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
     _, stacked = jax.lax.scan(microbatch_logps, None, inputs)
     policy, reference = _join_microbatches(stacked)
     cotangents = jax.tree.map(lambda x: x.reshape(stacked[0].sum.shape), _loss_cotangents(policy, reference, loss))
-    grads, policy = _accumulate(microbatch_gradient, (inputs[0], cotangents), params)
+    grads, policy = accumulate_gradient(microbatch_gradient, (inputs[0], cotangents), params)
     policy = _join_microbatches(policy)
     return _average(grads, policy), policy, reference
 
@@ -149,7 +149,9 @@ def _sums(logps: PairLogps) -> dict[str, AnyArray]:
     return {name: values for name, values in sums.items() if values is not None}
 
 
-def _accumulate(fn: Callable[[Any], tuple[Params, Any]], microbatches: Any, params: Params) -> tuple[Params, Any]:
+def accumulate_gradient(
+    fn: Callable[[Any], tuple[Params, Any]], microbatches: Any, params: Params
+) -> tuple[Params, Any]:
     """Sum the gradients that ``fn`` returns for the microbatches, in float32, and stack its other outputs."""
 
     def add(grads, microbatch):

@@ -23,6 +23,7 @@ FLOORS = [
     {"console", "ops", "batching"},
     {"models", "logprobs"},
     {"step"},
+    {"policy_gradient"},
     {"inference", "runs"},
     {"weights", "reports"},
     {"methods"},
@@ -41,6 +42,7 @@ FOREIGN_FREE = {
     "ops/token_logps": {"batch", "parallel"},
     "parallel/sharding": {"config", "errors"},
     "step": {"batch", "config", "logprobs", "losses"},
+    "policy_gradient": {"batch", "config", "step"},
 }
 
 

@@ -1,0 +1,37 @@
+"""Options of training on answers that the policy samples itself."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo_jax.config.section import Section, ranged
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientConfig(Section, name="ppo"):
+    """How the policy is updated on the answers that it sampled."""
+
+    estimator: Literal["gae", "rloo"] = "gae"
+    """gae: PPO with a value model; rloo: no value model, an answer's baseline is the mean of the prompt's others."""
+    answers: int = ranged(1, above=0)
+    """Answers sampled per prompt."""
+    kl_coef: float = ranged(0.05, at_least=0)
+    """Weight of KL(policy || reference), subtracted from the reward of each token; DPO's beta."""
+    epochs: int = ranged(4, above=0)
+    """Updates on the answers of a step, each on all of them."""
+    clip: float = ranged(0.2, above=0, below=1)
+    """The ratio of new to old probability earns nothing beyond 1 +- clip."""
+    gae_lambda: float = ranged(0.95, at_least=0, at_most=1)
+    """Trades variance (1) for bias (0) of the advantages; rewards are not discounted."""
+    value_coef: float = ranged(0.1, at_least=0)
+    """Weight of the value model's loss."""
+    value_clip: float = ranged(0.2, above=0)
+    """A value's update is clipped to this distance from the value before the step."""
+    missing_eos_penalty: float = ranged(0.0, at_least=0)
+    """Subtracted from the score of an answer that reached the maximum length without an end token."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        rloo = self.estimator == "rloo"
+        self.refuse("answers", rloo and self.answers < 2, "rloo compares the answers of a prompt; sample at least 2")
+        for option in ("gae_lambda", "value_coef", "value_clip"):
+            self.refuse_idle(option, rloo, "estimator rloo has no value model")
