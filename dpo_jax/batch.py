@@ -62,6 +62,15 @@ class PreferenceBatch:
         """Gather one value per answer slot from the rows into pairs; 0 in empty slots."""
         return jnp.where(self.valid[:, None], values.reshape(-1)[self.answer_slots], 0.0)
 
+    def gather_tokens(self, values: Float[AnyArray, "R M"], num_tokens: int) -> Float[jax.Array, "B K N"]:
+        """Gather one value per target from the rows into answers of up to N tokens; 0 at all others."""
+        rows = jnp.arange(len(values))[:, None]
+        answers = jnp.zeros((len(values), self.answers_per_row, num_tokens))
+        values = jnp.where(self.target_mask, values, 0.0)
+        answers = answers.at[rows, self.target_answers, self.target_offsets].add(values)
+        answers = answers.reshape(-1, num_tokens)[self.answer_slots]
+        return jnp.where(self.valid[:, None, None], answers, 0.0)
+
 
 class Adapted(NamedTuple):
     """Weights of a model with adapters: only the adapters are trained, and the base alone is the reference model."""

@@ -13,7 +13,7 @@ import jsonargparse
 from jsonargparse.typing import PositiveInt
 
 import dpo_jax
-from dpo_jax.config import AnyConfig, DPOConfig, GenerateConfig, RewardConfig, SFTConfig, TrainConfig
+from dpo_jax.config import AnyConfig, DPOConfig, GenerateConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from dpo_jax.config.docs import NO_SECTION, help_sections
 from dpo_jax.config.file import COMMAND_OF, CommandLineText, parse_config
 from dpo_jax.config.section import Section
@@ -135,6 +135,7 @@ COMMANDS = {
     "train": Command(_train, "Train with Direct Preference Optimization.", DPOConfig),
     "sft": Command(_train, "Run supervised fine-tuning, to make the model that train starts from.", SFTConfig),
     "reward": Command(_train, "Train a reward model on preference pairs.", RewardConfig),
+    "ppo": Command(_train, "Train on sampled answers by policy gradients: PPO or RLOO.", PPOConfig),
     "eval": Command(
         _eval,
         "Compute log-probs and rewards of every evaluation pair; print a summary as JSON.",

@@ -122,9 +122,9 @@ def make_targets(
 ) -> tuple[Targets, dict[str, Array]]:
     """Compute the targets of a step's updates, and metrics of its answers as means over them.
 
-    ``kl``: the sum of log(pi / ref) over an answer's tokens; ``kl_k3``: the sum of ref / pi - 1 - log(ref / pi), which
-    has the same mean and is never negative (Schulman 2020); ``rlhf_reward``: score - kl_coef kl; ``sampler_error``: the
-    largest difference of a log-prob from the sampler's.
+    ``sampled_kl``: the sum of log(pi / ref) over an answer's tokens; ``sampled_kl_k3``: that of ref / pi - 1 -
+    log(ref / pi), which has the same mean and is never negative (Schulman 2020); ``rlhf_reward``: score - kl_coef
+    sampled_kl; ``sampler_error``: the largest difference of a log-prob from the sampler's.
     """
     mask = rollout.mask
     is_real = mask.any(-1)  # False: an empty slot of a ragged last step
@@ -135,8 +135,8 @@ def make_targets(
     totals = rewards.sum(-1)
     metrics = {
         "score": mean(rollout.scores),
-        "kl": mean(log_ratios.sum(-1)),
-        "kl_k3": mean((jnp.expm1(-log_ratios) + log_ratios).sum(-1)),
+        "sampled_kl": mean(log_ratios.sum(-1)),
+        "sampled_kl_k3": mean((jnp.expm1(-log_ratios) + log_ratios).sum(-1)),
         "rlhf_reward": mean(totals),
         "length": mean(mask.sum(-1).astype(jnp.float32)),
         "ended": mean(rollout.ended.astype(jnp.float32)),

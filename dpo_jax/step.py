@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
@@ -195,6 +196,11 @@ def apply_gradient(
     is_due = healthy & (state.step % follow.every == 0)
     reference = jax.lax.cond(is_due, partial(_mix, follow.mix), lambda old, _: old, state.reference, state.params)
     return replace(state, reference=reference), grad_norm
+
+
+def recovered(state: TrainState) -> TrainState:
+    """Return the state marked healthy again: an update that is not finite changes nothing else."""
+    return replace(state, healthy=jax.device_put(np.ones((), bool), state.healthy.sharding))
 
 
 def _mix(fraction: float, reference: Params, policy: Params) -> Params:

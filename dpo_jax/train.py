@@ -10,7 +10,7 @@ from dpo_jax.config.file import config_to_yaml
 from dpo_jax.console import lossy_streams, say
 from dpo_jax.errors import RunStopped
 from dpo_jax.methods import METHODS, Method
-from dpo_jax.methods.setup import announce, assemble
+from dpo_jax.methods.setup import announce, assemble, data_report, keep_files
 from dpo_jax.parallel import hosts
 from dpo_jax.parallel.compiler import compiler_options
 from dpo_jax.parallel.rendezvous import start_hosts
@@ -19,6 +19,8 @@ from dpo_jax.reports.run import report_done
 from dpo_jax.runs.directory import RunDir, last_metrics, log_event
 from dpo_jax.runs.profile import refuse_window
 from dpo_jax.runs.session import NotFinite, Session, lock_run, open_session
+from dpo_jax.step import recovered
+from dpo_jax.weights.open import export_run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +60,7 @@ def train(
                 session.say(method.resumed(state))
             else:
                 session.begin()
-                method.keep_files(run)
+                keep_files(method.setup, run)
                 session.say(method.check_start(state))
                 session.log_evaluation(0, *method.evaluate(state))
             session.write_config(config_to_yaml(config))
@@ -84,7 +86,7 @@ def run_steps(session: Session, method: Method, state: Any, first_step: int) -> 
                     session.save(step + 1, state)
                 session.stop_if_asked(step + 1)
         except NotFinite as error:
-            session.save(error.num_done, method.recovered(state), wait=True)
+            session.save(error.num_done, recovered(state), wait=True)
             raise RunStopped(str(error)) from error
     return state
 
@@ -92,10 +94,10 @@ def run_steps(session: Session, method: Method, state: Any, first_step: int) -> 
 def finish(config: AnyConfig, method: Method, run: RunDir, state: Any) -> None:
     """Export the model, write the report, and log their paths."""
     if config.run.export:
-        method.export(run, state)
+        export_run(run, run.export, method.setup.model, method.weights(state), overwrite=True)
         say(config.run.progress, f"export: {run.export}")
     if hosts.is_writer():
         log_event(run, "end", step=method.num_steps)
         if config.run.report:
-            report_done(run.root, method.data_report(), config.run.progress)
+            report_done(run.root, data_report(method.setup), config.run.progress)
     say(config.run.progress, f"done: {run.root}")

@@ -9,9 +9,9 @@ import numpy as np
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.batching.order import Order, make_order
-from dpo_jax.batching.packing import Packer, choose_shapes, pack_rows, step_shape
+from dpo_jax.batching.packing import ExampleTokens, Packer, choose_shapes, pack_rows, step_shape
 from dpo_jax.batching.sets import DataSets
-from dpo_jax.config import BatchConfig, SFTBatchConfig
+from dpo_jax.config import AnyBatch
 from dpo_jax.data.store import Store
 
 SAMPLED_STEPS = 2048  # approximate number of steps sampled to choose the row shapes
@@ -51,20 +51,33 @@ class Batches:
     def __call__(self, step: int) -> StepData:
         """Pack the batch of step ``step``."""
         ids = self.order.step_ids(step)
-        microbatches = self.packer.rows(*_sizes(self.store, ids))
+        return self.pack(step, ids, *_sizes(self.store, ids), lambda slot: self.store.example(ids[slot]))
+
+    def pack(
+        self,
+        step: int,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        num_targets: np.ndarray,
+        example: Callable[[int], ExampleTokens],
+    ) -> StepData:
+        """Pack examples, which ``example`` returns by their index in the step, into the rows of a step.
+
+        ``lengths`` [B, 1 + K] and ``num_targets`` [B, K] as in `make_units`; ``ids`` [B].
+        """
+        microbatches = self.packer.rows(lengths, num_targets)
         shape = self.packer.shape(microbatches)
         weights = np.where(ids < 0, 0, self.store.weights[np.maximum(ids, 0)]).astype(np.float32)
-        num_answers = self.store.lengths.shape[1] - 1
+        num_answers = lengths.shape[1] - 1
         rows_per_share = shape.rows // self.packer.multiple
         shares = range(self.packer.multiple) if self.own_shares is None else self.own_shares
         own_rows = [share * rows_per_share + row for share in shares for row in range(rows_per_share)]
         packed = []
-        splits = (np.split(array, len(microbatches)) for array in (ids, weights))
-        for rows, microbatch_ids, weight in zip(microbatches, *splits, strict=True):
+        for index, (rows, weight) in enumerate(zip(microbatches, np.split(weights, len(microbatches)), strict=True)):
             pairs = {unit.pair for row in own_rows if row < len(rows) for unit in rows[row]}
-            examples = {pair: self.store.example(microbatch_ids[pair]) for pair in pairs}
+            examples = {pair: example(index * len(weight) + pair) for pair in pairs}
             packed.append(pack_rows(rows, shape, examples, weight, num_answers, own_rows))
-        lengths = self.store.lengths[ids[ids >= 0]].astype(np.int64)
+        lengths = lengths[ids >= 0].astype(np.int64)
         return StepData(
             step=step,
             ids=ids,
@@ -111,9 +124,7 @@ def make_batches(
     return Batches(store, order, replace(packer, shapes=choose_shapes(step_shapes, shape_limit)), own_shares)
 
 
-def train_batches(
-    sets: DataSets, batch: BatchConfig | SFTBatchConfig, row_devices: int, shares: Sequence[int] | None = None
-) -> Batches:
+def train_batches(sets: DataSets, batch: AnyBatch, row_devices: int, shares: Sequence[int] | None = None) -> Batches:
     """Make the training batches of a run, whose rows are sharded over ``row_devices`` devices.
 
     ``shares``: indices of the row shares, one per device, that belong to this process; None: all.
@@ -125,7 +136,7 @@ def train_batches(
 def set_batches(
     store: Store,
     ids: np.ndarray,
-    batch: BatchConfig | SFTBatchConfig,
+    batch: AnyBatch,
     row_devices: int,
     shares: Sequence[int] | None = None,
 ) -> Batches:
@@ -134,6 +145,6 @@ def set_batches(
     return make_batches(store, order, _packer(batch, row_devices, 1), batch.max_shapes, shares)
 
 
-def _packer(batch: BatchConfig | SFTBatchConfig, row_devices: int, accumulation: int) -> Packer:
+def _packer(batch: AnyBatch, row_devices: int, accumulation: int) -> Packer:
     row_length = None if batch.row_length == "auto" else batch.row_length
     return Packer(batch.layout, row_devices, row_length, accumulation)

@@ -1,21 +1,27 @@
 """Open the data sets of a run: the training store with its order, and the evaluation sets by name."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpo_jax.batching.order import Order, make_order
-from dpo_jax.config import DataConfig, RunConfig, Stage
-from dpo_jax.data.store import Store, build_or_open_store, ids_by_source, split_held_out
+from dpo_jax.config import DataConfig, PlannedAnswers, RunConfig, Stage
+from dpo_jax.data.store import AnySource, Store, build_or_open_store, ids_by_source, split_held_out
 from dpo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 HELD_OUT = "held_out"
+
+
+def with_answers(store: Store, planned: PlannedAnswers) -> Store:
+    """Return a store of prompts as if it had these answers, all of the maximum length; it has no tokens of them."""
+    answers = np.full((len(store), planned.per_prompt), planned.num_tokens, np.int32)
+    return replace(store, lengths=np.concatenate([store.lengths[:, :1], answers], axis=1), num_targets=answers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,17 @@ class DataSets:
     train_ids: np.ndarray  # int64, without held-out examples
     order: Order  # order of the training examples
     evals: dict[str, EvalSet]
+    sources: dict[str, Sequence[AnySource]]  # of each store, by its key
+
+    def with_answers(self, planned: PlannedAnswers) -> "DataSets":
+        """Return the sets with every answer that is still to be sampled at its full length, to choose rows for it."""
+        if not planned.per_prompt:
+            return self
+        evals = {
+            name: replace(eval_set, store=with_answers(eval_set.store, planned))
+            for name, eval_set in self.evals.items()
+        }
+        return replace(self, train=with_answers(self.train, planned), evals=evals)
 
 
 def store_folder(store: str | None, run_dir: str) -> Path:
@@ -70,13 +87,14 @@ def open_sets(
     sources = data.train if train is None else (train,)
     store = build_or_open_store(folder, sources, data, tokenizer, stage, data.workers)
     train_ids, held_out = split_held_out(store, data.eval_fraction)
-    sets = {}
+    sets, sources_of = {}, dict[str, Sequence[AnySource]]({store.key: sources})
     for name, source in (data.eval if evals is None else evals).items():
         eval_store = build_or_open_store(folder, (source,), data, tokenizer, stage, data.workers)
+        sources_of[eval_store.key] = (source,)
         sets[name] = EvalSet(store=eval_store, ids=np.arange(len(eval_store)))
     if data.eval_fraction:
         sets[HELD_OUT] = EvalSet(store=store, ids=held_out)
     weights = [source.weight for source in data.train if source.weight is not None] if train is None else []
     groups, length = ids_by_source(store, train_ids), {"batch": size, "steps": run.steps, "epochs": run.epochs}
     order = make_order(groups=groups, weights=weights or None, seed=run.seed, shuffle=data.shuffle, **length)
-    return DataSets(stage=stage, train=store, train_ids=train_ids, order=order, evals=sets)
+    return DataSets(stage=stage, train=store, train_ids=train_ids, order=order, evals=sets, sources=sources_of)

@@ -5,12 +5,13 @@ when constructed; constraints between two sections are checked by the config tha
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from dpo_jax.config.data import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.config.generate import GenerateConfig
 from dpo_jax.config.loss import LOSS_TRAITS, LossConfig, LossType, RewardLossConfig
 from dpo_jax.config.model import LORA_TARGETS, LoraConfig, ModelConfig, ReferenceConfig
+from dpo_jax.config.online import JudgeConfig, PolicyGradientConfig, RolloutBatchConfig
 from dpo_jax.config.run import (
     OPTIMIZER_DEFAULTS,
     BatchConfig,
@@ -20,6 +21,7 @@ from dpo_jax.config.run import (
     RunConfig,
     SFTBatchConfig,
 )
+from dpo_jax.config.sampling import SamplingConfig
 from dpo_jax.config.section import Section
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "LOSS_TRAITS",
     "NUM_ANSWERS",
     "OPTIMIZER_DEFAULTS",
+    "AnyBatch",
     "AnyConfig",
     "BatchConfig",
     "CheckpointConfig",
@@ -34,12 +37,16 @@ __all__ = [
     "DataConfig",
     "GenerateConfig",
     "InvalidRowsConfig",
+    "JudgeConfig",
     "LoraConfig",
     "LossConfig",
     "LossType",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PPOConfig",
+    "PlannedAnswers",
+    "PolicyGradientConfig",
     "ReferenceConfig",
     "RewardConfig",
     "RewardLossConfig",
@@ -56,11 +63,19 @@ Stage = Literal["dpo", "sft", "prompts"]  # how rows are read; the answers of pr
 NUM_ANSWERS: dict[Stage, int] = {"dpo": 2, "sft": 1, "prompts": 0}  # per prompt
 
 
+class PlannedAnswers(NamedTuple):
+    """Answers that a run will sample to each prompt, and their maximum length in tokens."""
+
+    per_prompt: int = 0
+    num_tokens: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
     """Config of a training run: the sections that all methods share."""
 
     scores: ClassVar[int] = 0  # outputs of a head in place of the unembedding
+    planned: ClassVar[PlannedAnswers] = PlannedAnswers()
 
     model: ModelConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -162,4 +177,47 @@ class RewardConfig(TrainConfig):
         return LossConfig(type="sigmoid", beta=1.0, reference_free=True, label_smoothing=smoothing, center=center)
 
 
-AnyConfig = DPOConfig | SFTConfig | RewardConfig
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(TrainConfig):
+    """A run that trains on the policy's own answers, by policy gradients."""
+
+    stage: ClassVar[Stage] = "prompts"
+    objective: ClassVar[LossConfig] = LossConfig()  # plain log-probs of all tokens
+    reference_mode: ClassVar[Literal["live"]] = "live"
+
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    ppo: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: JudgeConfig
+    batch: RolloutBatchConfig = field(default_factory=RolloutBatchConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        mode = self.reference.mode
+        self.refuse("reference.mode", mode not in ("auto", "live"), "answers are sampled in every step; use live")
+        self.refuse("reference.sync_every", self.reference.sync_every, "the reference of a policy gradient is fixed")
+        has_adapters = self.lora.rank > 0
+        for option in ("path", "dtype"):
+            cause = "with lora.rank the reference is the model without its adapters"
+            self.refuse_idle(f"reference.{option}", has_adapters, cause)
+        sampling = self.sampling
+        trained = "what is trained is the policy at temperature 1, without cuts"
+        self.refuse("sampling.temperature", sampling.temperature != 1, f"{trained}; use 1")
+        self.refuse("sampling.top_p", sampling.top_p != 1, f"{trained}; use 1")
+        self.refuse("sampling.top_k", sampling.top_k != 0, f"{trained}; use 0")
+        room = self.data.max_length - sampling.max_tokens
+        remedy = f"data.max_length is {self.data.max_length}, so no prompt fits; lower it, or raise data.max_length"
+        self.refuse("sampling.max_tokens", room < 1, remedy)
+        for cause in ("equal_answers", "prompts_differ", "empty_answer"):
+            self.refuse_idle(f"data.invalid_rows.{cause}", True, "the rows are prompts, so this cannot happen")
+        self.refuse_idle("data.append_eos", True, "the policy ends its answers itself")
+        self.refuse_idle("run.token_stats", True, "they are statistics of given answers")
+
+    @property
+    def planned(self) -> PlannedAnswers:  # type: ignore[override]
+        """The answers that every step samples."""
+        return PlannedAnswers(self.ppo.answers, self.sampling.max_tokens)
+
+
+AnyBatch = BatchConfig | SFTBatchConfig | RolloutBatchConfig
+AnyConfig = DPOConfig | SFTConfig | RewardConfig | PPOConfig

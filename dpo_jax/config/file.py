@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from dpo_jax.config import DPOConfig, GenerateConfig, RewardConfig, SFTConfig, SourceConfig
+from dpo_jax.config import DPOConfig, GenerateConfig, JudgeConfig, PPOConfig, RewardConfig, SFTConfig, SourceConfig
 from dpo_jax.config.elsewhere import OPTION_ALIASES
 from dpo_jax.config.generate import RewardModelConfig
 from dpo_jax.config.loss import LOSS_ALIASES
@@ -32,9 +32,14 @@ COMMAND_OF: dict[type[Section], str] = {  # class of a whole config -> command
     DPOConfig: "train",
     SFTConfig: "sft",
     RewardConfig: "reward",
+    PPOConfig: "ppo",
     GenerateConfig: "generate",
 }
-SHORTHAND = {SourceConfig: "path", RewardModelConfig: "path"}  # section that a string may replace -> the field it sets
+SHORTHAND = {
+    SourceConfig: "path",
+    RewardModelConfig: "path",
+    JudgeConfig: "path",
+}  # section that a string may replace -> the field it sets
 SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}
 SCALAR_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
 

@@ -1,8 +1,10 @@
 """Options of training on answers that the policy samples itself."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+from dpo_jax.config.generate import RewardModelConfig
+from dpo_jax.config.run import RowsConfig
 from dpo_jax.config.section import Section, ranged
 
 
@@ -35,3 +37,29 @@ class PolicyGradientConfig(Section, name="ppo"):
         self.refuse("answers", rloo and self.answers < 2, "rloo compares the answers of a prompt; sample at least 2")
         for option in ("gae_lambda", "value_coef", "value_clip"):
             self.refuse_idle(option, rloo, "estimator rloo has no value model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatchConfig(RowsConfig):
+    """The prompts of a step, and how they and their answers are packed into rows of tokens."""
+
+    counts: ClassVar[str] = "prompts"
+    layout: ClassVar[Literal["shared"]] = "shared"
+    prompts: int = ranged(64, above=0)
+    """Prompts per step, over all devices and hosts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig(RewardModelConfig):
+    """What scores the sampled answers: a reward model or a Python function."""
+
+    function: str | None = None
+    """MODULE:FUNCTION, called once a step as function(prompts, answers, rows) with texts and rows of the data, which
+    returns a list of numbers."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        both_or_none = (self.path is None) == (self.function is None)
+        self.refuse("path", both_or_none, "give either a reward model, as reward.path, or a reward.function")
+        is_name = self.function is None or self.function.count(":") == 1
+        self.refuse("function", not is_name, "give a module and a function in it, such as my_rewards:brevity")

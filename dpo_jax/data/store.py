@@ -234,10 +234,12 @@ def open_store(path: Path) -> Store:
     arrays: dict[str, Any] = dict.fromkeys(DTYPES)
     for name, dtype in DTYPES.items():
         if f"{name}.bin" in manifest["files"]:
-            arrays[name] = np.asarray(np.memmap(path / f"{name}.bin", dtype, mode="r"))
+            is_empty = manifest["files"][f"{name}.bin"]["size"] == 0  # such as num_targets of prompts
+            arrays[name] = np.zeros(0, dtype) if is_empty else np.memmap(path / f"{name}.bin", dtype, mode="r")
+            arrays[name] = np.asarray(arrays[name])
     num_answers = manifest["num_answers"]
     arrays["lengths"] = arrays["lengths"].reshape(-1, 1 + num_answers)
-    arrays["num_targets"] = arrays["num_targets"].reshape(-1, num_answers)
+    arrays["num_targets"] = arrays["num_targets"].reshape(len(arrays["lengths"]), num_answers)
     sizes = arrays["lengths"].sum(1, dtype=np.int64)
     return Store(path=path, key=key, starts=np.cumsum(sizes) - sizes, report=manifest["report"], **arrays)
 

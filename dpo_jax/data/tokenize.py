@@ -150,7 +150,11 @@ class _Pieces:
 def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExample | Problem:
     assert len(example.answers) == num_answers, f"{len(example.answers)} answers, the stage has {num_answers}"
     try:
-        pieces = _tokenize_whole(coder, example) if example.prompt is None else _tokenize_prompted(coder, example)
+        if num_answers == 0:
+            prompt = _tokenize_prompt(coder, example)
+            pieces = prompt if isinstance(prompt, Problem) else _Pieces(prompt.tokens, [])
+        else:
+            pieces = _tokenize_whole(coder, example) if example.prompt is None else _tokenize_prompted(coder, example)
     except RenderError as error:
         return Problem(example.row, "template_refused", str(error))
     if isinstance(pieces, Problem):
@@ -166,7 +170,7 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
         notes += (problem,)
     learned = pieces.learned[len(pieces.prompt) :]
     targets = None if all(learned) else learned
-    rendered = not isinstance(example.answers[0], str)
+    rendered = not isinstance((example.prompt, *example.answers)[-1], str)
     answers = tuple(pieces.answers)
     return TokenizedExample(example.row, pieces.prompt, answers, targets, example.weight, notes, rendered)
 
@@ -284,7 +288,7 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
 def _truncate(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Problem:
     """Truncate so that the prompt and its longest answer have max_length tokens; the answers share one prompt."""
     limit, invalid_rows = coder.data.max_length, coder.data.invalid_rows
-    length = len(pieces.prompt) + max(map(len, pieces.answers))
+    length = len(pieces.prompt) + max(map(len, pieces.answers), default=0)
     if length <= limit:
         return pieces
     too_long = Problem(example.row, "too_long", f"{length} tokens, but max_length is {limit}")

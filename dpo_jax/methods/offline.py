@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,10 @@ from dpo_jax.methods.optimizer import make_optimizer, make_schedule
 from dpo_jax.methods.setup import Policy, Setup, abstract_state, describe, follow_of, make_step
 from dpo_jax.methods.start_check import check_first, mean_margin, prove_start, start_logps, starts_equal
 from dpo_jax.methods.throughput import step_rates
-from dpo_jax.parallel.hosts import is_writer
-from dpo_jax.runs.directory import RunDir
 from dpo_jax.runs.logs import clipped
 from dpo_jax.runs.manifest import new_run
 from dpo_jax.runs.session import Metrics, StepFacts
 from dpo_jax.step import Frozen, TrainState, TrainStep, init_state
-from dpo_jax.weights.open import export_run, keep_model_files
 
 
 class Start(NamedTuple):
@@ -53,7 +50,7 @@ class Offline:
     evaluates: bool  # the run has an evaluation set
     manifest: dict[str, Any]
     abstract_state: TrainState
-    first_state: Callable[[Start], TrainState]  # compiled; donates the arrays
+    first_state: Callable[[Any], TrainState]  # compiled, of a `Start`; donates the arrays
     step: TrainStep
     schedule: optax.Schedule
     base: Params | None  # frozen base weights if adapters are trained
@@ -143,13 +140,9 @@ class Offline:
 
         return StepFacts({"num_tokens": data.num_tokens}, logged_metrics, rates, progress_fields, check, advice)
 
-    def update(self, state: TrainState, data: OfflineInput) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(self, state: TrainState, data: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """Run one compiled train step; return the new state and the metrics."""
         return self.step(state, data.frozen, data.batch)
-
-    def recovered(self, state: TrainState) -> TrainState:
-        """Return the state marked healthy again; a step with a non-finite loss or gradient changes nothing else."""
-        return replace(state, healthy=jax.device_put(np.ones((), bool), state.healthy.sharding))
 
     def evaluate(self, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Return the metrics of the evaluation sets, and the distributions of their margins and rewards."""
@@ -157,21 +150,6 @@ class Offline:
         weights, reference = self.weights(state), self.reference_of(state)
         scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference)
         return evaluation_of(scored, setup.config.objective)
-
-    def keep_files(self, run: RunDir) -> None:
-        """Write the model's config.json and the tokenizer to the directory of a new run."""
-        if is_writer():
-            keep_model_files(run, self.setup.source, self.setup.hf_config, self.setup.tokenizer)
-
-    def export(self, run: RunDir, state: TrainState) -> None:
-        """Export the policy as a Hugging Face directory in the run; adapters are merged into the base model."""
-        export_run(run, run.export, self.setup.model, self.weights(state), overwrite=True)
-
-    def data_report(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the row counts of each data set by source, and why rows were dropped or changed."""
-        train = self.setup.batches.store
-        evals = {name: batches.store for name, batches in self.setup.evals.items()}
-        return {"train": train.report} | {name: store.report for name, store in evals.items() if store is not train}
 
 
 def make_offline(

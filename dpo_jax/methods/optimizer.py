@@ -37,9 +37,13 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after_warmup], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Build the optimizer, which clips the gradient by its global norm if ``max_grad_norm`` is set."""
-    rate = make_schedule(config, num_steps)
+def make_optimizer(config: OptimizerConfig, num_steps: int, updates: int = 1) -> optax.GradientTransformation:
+    """Build the optimizer, which clips the gradient by its global norm if ``max_grad_norm`` is set.
+
+    ``updates``: number of updates in each step, at the step's learning rate.
+    """
+    schedule = make_schedule(config, num_steps)
+    rate = lambda count: schedule(count // updates)  # noqa: E731
     hyperparameters = {
         name: default if getattr(config, name) is None else getattr(config, name)
         for name, default in OPTIMIZER_DEFAULTS[config.name].items()

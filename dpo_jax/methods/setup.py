@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ from dpo_jax.batching.to_devices import ToDevices, make_to_devices
 from dpo_jax.config import LOSS_TRAITS, AnyConfig, LossConfig, TrainConfig
 from dpo_jax.config.idle import Facts, idle_options
 from dpo_jax.console import say
-from dpo_jax.data.store import Store
+from dpo_jax.data.store import AnySource, Store
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError, require
@@ -37,6 +37,7 @@ from dpo_jax.runs.manifest import make_manifest
 from dpo_jax.step import Follow, TrainState, TrainStep, init_state, make_train_step, state_shardings
 from dpo_jax.weights.open import (
     ModelSource,
+    keep_model_files,
     load_start,
     load_weights,
     open_model,
@@ -60,6 +61,7 @@ class Setup:
     tokenizer: Any
     batches: Batches  # one per train step
     evals: dict[str, Batches]
+    sources: Mapping[str, Sequence[AnySource]]  # of each store, by its key
     logps_fn: LogpsFn
     logps_step: LogpsStep  # compiled, without gradient
     to_devices: ToDevices
@@ -75,6 +77,7 @@ def assemble(
     opened = open_model(config.model, platform_of(mesh), config.lora)
     model, tokenizer = with_head(opened.model, config), opened.tokenizer(config.data.chat_template)
     sets = hosts.writer_first(partial(sets_of, config, tokenizer, train_set, eval_sets), "tokenized data")
+    sets = sets.with_answers(config.planned)
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
         refuse_weights(config.objective, store)
     row_split = row_devices(mesh), own_shares(mesh)
@@ -89,6 +92,7 @@ def assemble(
         tokenizer=tokenizer,
         batches=batches,
         evals={name: set_batches(s.store, s.ids, config.batch, *row_split) for name, s in sets.evals.items()},
+        sources=sets.sources,
         logps_fn=logps_fn,
         logps_step=jax.jit(logps_fn, out_shardings=replicated(mesh)),  # every process gets all pairs' log-probs
         to_devices=make_to_devices(mesh),
@@ -113,7 +117,8 @@ def sets_of(
     evals: "Mapping[str, Dataset] | None" = None,
 ) -> DataSets:
     """Return the data as token stores on disk; ``train`` and ``evals`` replace the sets named in the config."""
-    return open_sets(config.data, config.run, tokenizer, config.stage, config.batch.size, train, evals)
+    data = replace(config.data, max_length=config.data.max_length - config.planned.num_tokens)
+    return open_sets(data, config.run, tokenizer, config.stage, config.batch.size, train, evals)
 
 
 def refuse_weights(loss: LossConfig, store: Store) -> None:
@@ -198,6 +203,19 @@ def describe(setup: Setup, ids: Mapping[str, str]) -> dict[str, Any]:
         "cores": os.cpu_count(),
     }
     return make_manifest(asdict(setup.config), identity, environment)
+
+
+def keep_files(setup: Setup, run: RunDir) -> None:
+    """Write the model's config.json and the tokenizer to the directory of a new run."""
+    if hosts.is_writer():
+        keep_model_files(run, setup.source, setup.hf_config, setup.tokenizer)
+
+
+def data_report(setup: Setup) -> dict[str, list[dict[str, Any]]]:
+    """Return the row counts of each data set by source, and why rows were dropped or changed."""
+    train = setup.batches.store
+    evals = {name: batches.store for name, batches in setup.evals.items()}
+    return {"train": train.report} | {name: store.report for name, store in evals.items() if store.key != train.key}
 
 
 class Policy(NamedTuple):

@@ -42,6 +42,16 @@ PLOTS = (
     Plot("Displacement", ("displacement",), "Pairs whose chosen answer the reference finds likelier.", share=True),
     Plot("KL", ("kl",), "Mean of half the squared log-ratio: how far the policy has moved on these answers, in nats."),
     Plot("Gradient weight", ("gradient_weight",), "Per pair: 0.5 at the start, near 0 once learned.", share=True),
+    Plot("Score", ("score",), "Mean score of the sampled answers, before the KL penalty."),
+    Plot(
+        "KL of the sampled answers",
+        ("sampled_kl", "sampled_kl_k3"),
+        "log(policy / reference), in nats; k3 is another estimate of it, which is never negative.",
+    ),
+    Plot("Answer length", ("length",), "Tokens, with the end token."),
+    Plot("Ended", ("ended",), "Answers that end before the maximum length.", share=True),
+    Plot("Explained variance", ("explained_variance",), "Of the returns, by the value model.", share=True),
+    Plot("Clipped ratios", ("clip_fraction",), "Beyond the clip, and without a gradient if they earn.", share=True),
     Plot("Token accuracy", ("mean_token_accuracy",), "Share of answer tokens that were the model's most likely token."),
     Plot("Entropy", ("entropy",), "Nats per token; near 0 the model is certain of every token."),
     Plot("Gradient norm", ("grad_norm",), "Before clipping. Rare spikes are harmless; steady growth is not.", log=True),
@@ -50,14 +60,25 @@ PLOTS = (
 )
 MAIN_KEYS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")  # shown first
 NOT_PLOTTED = {
+    "rlhf_reward": "Score of an answer minus the KL penalty of its tokens: what training maximizes.",
+    "policy_loss": "Clipped surrogate, averaged over the updates of a step.",
+    "value_loss": "Clipped squared error of the value model.",
+    "sampler_error": "Largest difference of a log-prob between the sampler and the train step.",
+    "ratio_error": "Largest |ratio - 1| at a step's first update: 0 but for rounding.",
     "logps/accuracies": "Pairs whose chosen answer has the higher log-probability, whatever the reference says.",
     "logits/chosen": "Mean logit over the vocabulary, at the tokens of chosen answers.",
     "logits/rejected": "Mean logit over the vocabulary, at the tokens of rejected answers.",
 }
 
 
-def objective(loss: Row) -> str:
-    """Return the objective in words, from the config's loss section; only a reward model's has no beta."""
+def objective(config: Row) -> str:
+    """Return the objective in words; only a reward model's loss has no beta, and fine-tuning has no options of it."""
+    if "ppo" in config:
+        options = config["ppo"]
+        return f"{options['estimator']}, KL coefficient {options['kl_coef']:g}, {options['epochs']} updates a step"
+    loss = config.get("loss")
+    if loss is None:
+        return ""
     if "beta" not in loss:
         return f"Bradley-Terry, centered with weight {loss['center']:g}"
     return f"{loss['type'] or ' + '.join(loss['types'])}, beta {loss['beta']}"
@@ -191,15 +212,15 @@ def tokens_hint(run: RunDir, config: Row, metrics: Sequence[Row]) -> tuple[str, 
 
 def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> dict[str, str]:
     """Return the run's main settings and totals as label -> text."""
-    batch, optimizer, loss = config["batch"], config["optimizer"], config.get("loss")
+    batch, optimizer = config["batch"], config["optimizer"]
     trained = [row for row in metrics if "grad_norm" in row]
-    unit = "pairs" if loss else "examples"
+    unit = next(name for name in ("pairs", "examples", "prompts") if name in batch)
     steps = f"{optimizer['schedule']}, {optimizer['warmup_steps']} warm-up steps"
     facts = {
         "Model": config["model"]["path"],
         "Trained on": ", ".join(source["path"] for source in config["data"]["train"]),
         "Evaluated on": ", ".join(f"{name}: {source['path']}" for name, source in config["data"]["eval"].items()),
-        "Objective": "" if loss is None else objective(loss),
+        "Objective": objective(config),
         "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {steps}",
         "Batch": f"{batch[unit]} {unit} a step",
         "Seed": str(config["run"]["seed"]),

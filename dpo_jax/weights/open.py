@@ -134,9 +134,17 @@ def load_saved(run: RunDir, model: Model, config: ModelConfig, mesh: Mesh) -> tu
     adapted = adapted_run(run)
     if adapted is not None:
         return _load_merged(adapted, model, config, mesh)
-    shapes = {"params": placed(model.param_shapes(), param_shardings(model, mesh))}
-    saved, manifest = restore_part(run.checkpoints, config.checkpoint, shapes)
-    return saved["params"], manifest["step"]
+    params, manifest = restore_params(
+        run, config.checkpoint, placed(model.param_shapes(), param_shardings(model, mesh))
+    )
+    return params, manifest["step"]
+
+
+def restore_params(run: RunDir, which: Literal["newest", "best"], shapes: Params) -> tuple[Params, dict]:
+    """Read the policy's trained parameters of a run's newest or best step, and the manifest of that step."""
+    trains_value = "ppo" in load_yaml(run.config)  # its parameters are an `ActorCritic`
+    saved, manifest = restore_part(run.checkpoints, which, {"params": {"policy": shapes} if trains_value else shapes})
+    return saved["params"]["policy"] if trains_value else saved["params"], manifest
 
 
 @dataclass(frozen=True)
@@ -175,14 +183,13 @@ def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: M
     except UserError as error:
         raise UserError(f"{adapted.run.config}: the base model of the adapters cannot be loaded: {error}") from error
     model = replace(model, lora=make_lora(adapted.lora))
-    shapes = {"params": trained_shapes(model, mesh)}
-    saved, manifest = restore_part(adapted.run.checkpoints, config.checkpoint, shapes)
+    adapters, manifest = restore_params(adapted.run, config.checkpoint, trained_shapes(model, mesh))
     base = load_weights(source, replace(model, param_dtype=adapted.base.param_dtype), adapted.base, mesh)
     if weights_id(base) != manifest["identity"]["weights"]:
         mismatch = f"the adapters of {adapted.run.root} were not trained on the weights in {adapted.base.path}"
         remedy = f"restore the original weights, or correct model.path in {adapted.run.config}"
         raise UserError(f"model.path: {mismatch}: {remedy}")
-    return merge(Adapted(saved["params"], base), model), manifest["step"]
+    return merge(Adapted(adapters, base), model), manifest["step"]
 
 
 def load_start(config: LoraConfig, model: Model, seed: int, mesh: Mesh) -> Params:
@@ -245,8 +252,8 @@ def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "be
     if adapted is None:
         raise UserError(f"--adapters: the run {run.root} trained all weights and has no adapters; omit --adapters")
     model = build_model(source, adapted.base, platform_of(mesh), adapted.lora)
-    saved, manifest = restore_part(run.checkpoints, which, {"params": trained_shapes(model, mesh)})
-    export_adapters(saved["params"], model, adapted.lora, adapted.base.path, out_dir)
+    adapters, manifest = restore_params(run, which, trained_shapes(model, mesh))
+    export_adapters(adapters, model, adapted.lora, adapted.base.path, out_dir)
     return manifest["step"]
 
 

@@ -66,7 +66,7 @@ def test_ppo_reaches_the_optimum():
         assert abs(reached.kl - theory.kl) < 0.4
     assert metrics["ratio_error"].max() < 1e-5
     assert metrics["sampler_error"].max() < 1e-5
-    np.testing.assert_allclose(metrics["kl"][:, 0], 0, atol=1e-5)
+    np.testing.assert_allclose(metrics["sampled_kl"][:, 0], 0, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,283 @@
+"""PPO and RLOO: the policy is updated on its own answers, by the scores that a judge gives them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from dpo_jax.batch import Adapted, Params, PreferenceBatch
+from dpo_jax.batching.batches import StepData
+from dpo_jax.batching.to_devices import ToDevices, make_to_devices
+from dpo_jax.config import PPOConfig
+from dpo_jax.errors import UserError
+from dpo_jax.inference.reference import copy_weights
+from dpo_jax.logprobs import make_token_logps_fn
+from dpo_jax.methods.dpo import reference_weights
+from dpo_jax.methods.optimizer import make_optimizer, make_schedule
+from dpo_jax.methods.rollouts import EVALUATION, Sampler, end_tokens_of, make_judge, pack_rollout
+from dpo_jax.methods.setup import Policy, Setup, describe, load_policy
+from dpo_jax.models.decoder import Model
+from dpo_jax.parallel.sharding import placed, replicated
+from dpo_jax.policy_gradient import ActorCritic, Rollout, TokensFn, policy_gradient_step
+from dpo_jax.runs.checksums import weights_id
+from dpo_jax.runs.logs import clipped
+from dpo_jax.runs.manifest import new_run
+from dpo_jax.runs.session import Metrics, StepFacts
+from dpo_jax.step import Frozen, TrainState, init_state, state_shardings
+from dpo_jax.weights.open import load_start, param_shardings, trained_shapes, trained_shardings
+
+# Largest difference, in nats per token, between the log-probs of the sampler and of the training program.
+SAMPLER_AGREEMENT = {"float32": 1e-4, "bfloat16": 0.5}
+FIRST_RATIO = 1e-5  # largest |ratio - 1| at a step's first update, relative to the number of tokens if answers have one
+
+PolicyStep = Callable[[TrainState, Frozen, Rollout], tuple[TrainState, dict[str, jax.Array]]]
+
+
+class PPOStart(NamedTuple):
+    """Arrays of the initial state, which a resumed run frees by dropping its only reference to this object."""
+
+    trained: ActorCritic
+
+
+class PPOInput(NamedTuple):
+    """Inputs of one step on the devices, and the `StepFacts` to log with its metrics."""
+
+    frozen: Frozen
+    rollout: Rollout
+    facts: StepFacts
+
+
+@dataclass(frozen=True)
+class PPO:
+    """A method whose step k is a rollout of the policy after k steps, with all updates on it."""
+
+    setup: Setup
+    config: PPOConfig
+    num_steps: int
+    evaluates: bool
+    manifest: dict[str, Any]
+    abstract_state: TrainState
+    first_state: Callable[[Any], TrainState]  # compiled, of a `PPOStart`; donates the arrays
+    step: PolicyStep
+    schedule: optax.Schedule
+    base: Params | None  # frozen base weights if adapters are trained
+    reference: Params | None  # None: the base
+    starts_equal: bool  # the reference has the weights that the policy starts from
+    sampler: Sampler
+    to_devices: ToDevices
+
+    def weights(self, state: TrainState) -> Any:
+        """Return the weights of the policy: the trained parameters, or the adapters with their base model."""
+        return state.params.policy if self.base is None else Adapted(state.params.policy, self.base)
+
+    def check_start(self, state: TrainState) -> None:
+        """Do nothing: the first rollout is checked when it is read, see `_facts`."""
+
+    def resumed(self, state: TrainState) -> None:
+        """Do nothing: every rollout is checked when it is read, see `_facts`."""
+
+    def batch(self, step: int, state: TrainState) -> PPOInput:
+        """Sample and score answers to the prompts of ``step``, and put them on the devices."""
+        batches = self.setup.batches
+        ids = batches.order.step_ids(step)
+        graded = self.sampler(self.weights(state), batches.store, ids[ids >= 0], step)
+        data, rollout = pack_rollout(batches, step, ids, graded, self.config.sampling.max_tokens)
+        packed = data.batch if batches.packer.accumulation > 1 else jax.tree.map(lambda x: x[None], data.batch)
+        put = partial(jax.device_put, device=replicated(self.setup.mesh))
+        rollout = replace(jax.tree.map(put, rollout), inputs=self.to_devices(packed))
+        facts = self._facts(data, int(graded.num_tokens.sum()))
+        return PPOInput(Frozen(self.base, self.reference), rollout, facts)
+
+    def _facts(self, data: StepData, num_sampled: int) -> StepFacts:
+        setup, step, order = self.setup, data.step, self.setup.batches.order
+        num_prompts = int((data.ids >= 0).sum())
+
+        def logged_metrics(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:
+            return {
+                **metrics,
+                "learning_rate": float(np.float32(jax.device_get(self.schedule(step)))),
+                "epoch": order.epoch(step + 1),
+                **totals,
+                "prompts": num_prompts,
+                "fill": data.fill,
+                **clipped(metrics, self.config.optimizer.max_grad_norm),
+            }
+
+        def rates(seconds: float) -> dict[str, float]:
+            return {
+                "step_seconds": seconds,
+                "pairs_per_second": num_prompts / seconds,
+                "tokens_per_second": data.used_slots / seconds,
+                "sampled_tokens_per_second": num_sampled / seconds,
+            }
+
+        def progress_fields(metrics: Metrics, seconds: float) -> dict[str, str]:
+            fields = {name: f"{metrics[name]:.3f}" for name in ("score", "sampled_kl")}
+            return fields | {"tokens/s": f"{num_sampled / seconds:.0f}"}
+
+        def check(metrics: Metrics) -> None:
+            check_rollout(setup, metrics, is_first=self.starts_equal and step == 0)
+
+        def advice(root: Path) -> str:
+            options = new_run(self.manifest["config"], root, keeps_reference=True)
+            remedy = "start a new run with a lower optimizer.learning_rate: --run.dir NEW, or from this checkpoint"
+            return f"{remedy}: {options}"
+
+        counts = {"num_tokens": data.num_tokens, "sampled_tokens": num_sampled}
+        return StepFacts(counts, logged_metrics, rates, progress_fields, check, advice)
+
+    def update(self, state: TrainState, data: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Run the compiled step: all updates on one rollout."""
+        return self.step(state, data.frozen, data.rollout)
+
+    def evaluate(self, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Answer the evaluation prompts, always with the same keys, and return means of scores and lengths."""
+        metrics = {}
+        for name, batches in self.setup.evals.items():
+            graded = [
+                self.sampler(self.weights(state), batches.store, ids[ids >= 0], EVALUATION - step)
+                for step, ids in enumerate(map(batches.order.step_ids, range(batches.order.num_steps)))
+            ]
+            answers = [answer for batch in graded for own in batch.answers for answer in own]
+            values = {
+                "score": np.concatenate([batch.scores.ravel() for batch in graded]),
+                "length": np.array([len(answer.tokens) for answer in answers]),
+                "ended": np.array([answer.ended for answer in answers]),
+            }
+            metrics |= {f"eval_{name}_{key}": float(value.mean()) for key, value in values.items()}
+        return metrics, []
+
+
+def check_rollout(setup: Setup, metrics: Metrics, is_first: bool) -> None:
+    """Check what is known of every rollout: sampler and training program agree, and the first update's ratios are 1.
+
+    ``is_first``: policy and reference have the same weights, so the KL is 0, too.
+
+    Raises:
+        UserError: a value differs, so a position, an adapter or a mask differs between sampling and training.
+    """
+    rounding = FIRST_RATIO * metrics["length"]
+    largest = {
+        "sampler_error": (SAMPLER_AGREEMENT[setup.model.dtype], "sampler and train step compute different log-probs"),
+        "ratio_error": (rounding, "the ratios of the first update are not 1"),
+        "sampled_kl": (rounding if is_first else np.inf, "policy and reference have the same weights, but differ"),
+    }
+    for name, (tolerance, meaning) in largest.items():
+        if not abs(metrics[name]) <= tolerance:
+            remedy = "compare with model.dtype float32 and model.attention xla"
+            raise UserError(f"{name} is {metrics[name]:.3g} (tolerance: {tolerance:.2g}): {meaning}; {remedy}")
+
+
+def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
+    """Build the policy-gradient method and the arrays it starts from; ``flags`` are compiler options of its step."""
+    config, mesh, num_steps = setup.config, setup.mesh, setup.batches.order.num_steps
+    assert isinstance(config, PPOConfig)
+    policy = load_policy(setup)
+    reference = reference_weights(setup, policy.weights)
+    end_ids = end_tokens_of(setup)
+    judge, judge_id = make_judge(setup, config.reward)
+    reference_id = policy.ids["weights"] if reference is policy.weights else weights_id(reference)
+    ids = policy.ids | {"reference": reference_id, "reward": judge_id, "ends": str(end_ids)}
+    optimizer = make_optimizer(config.optimizer, num_steps, config.ppo.epochs)
+    with_value = config.ppo.estimator == "gae"
+    value_model = replace(setup.model, config=replace(setup.model.config, scores=1))
+    abstract = abstract_policy_state(setup.model, value_model if with_value else None, mesh, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    has_adapters = policy.adapters is not None
+    step = partial(
+        policy_gradient_step,
+        logps_fn=make_answer_logps_fn(config, setup.model),
+        values_fn=make_values_fn(config, value_model) if with_value else None,
+        options=config.ppo,
+        optimizer=optimizer,
+    )
+    dtype = None if config.reference.dtype == "auto" else config.reference.dtype
+    method = PPO(
+        setup=setup,
+        config=config,
+        num_steps=num_steps,
+        evaluates=bool(setup.evals),
+        manifest=describe(setup, ids),
+        abstract_state=abstract,
+        first_state=jax.jit(
+            lambda start: init_state(start.trained, optimizer), out_shardings=shardings, donate_argnums=0
+        ),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)), compiler_options=dict(flags)),
+        schedule=make_schedule(config.optimizer, num_steps),
+        base=policy.weights if has_adapters else None,
+        reference=None if has_adapters else copy_weights(reference, dtype),
+        starts_equal=reference_id == ids["weights"]
+        and "adapters" not in ids
+        and dtype in (None, config.model.param_dtype),
+        sampler=Sampler(setup, config, judge, end_ids),
+        to_devices=make_to_devices(mesh, leading=1),
+    )
+    value = start_value(setup, policy, value_model) if with_value else None
+    return method, PPOStart(ActorCritic(policy.adapters if has_adapters else policy.weights, value))
+
+
+def start_value(setup: Setup, policy: Policy, value_model: Model) -> Params:
+    """Return the value model that the run starts from: the policy's own layers, and a head of zeros."""
+    head, sharding = value_model.param_shapes()["score"], param_shardings(value_model, setup.mesh)["score"]
+    score = {"score": jnp.zeros(head.shape, head.dtype, device=sharding)}
+    if policy.adapters is not None:
+        return score | {"adapters": load_start(setup.config.lora, setup.model, setup.config.run.seed + 1, setup.mesh)}
+    layers = {name: weight for name, weight in policy.weights.items() if name != "unembed"}
+    return copy_weights(layers, None) | score
+
+
+def value_weights(weights: Params | Adapted) -> Params | Adapted:
+    """Return the weights as the value model takes them: its head is trained with its adapters, not part of the base."""
+    if not isinstance(weights, Adapted):
+        return weights
+    assert weights.adapters is not None
+    base = {name: weight for name, weight in weights.base.items() if name != "unembed"}
+    return Adapted(weights.adapters["adapters"], base | {"score": weights.adapters["score"]})
+
+
+def make_answer_logps_fn(config: PPOConfig, model: Model) -> TokensFn:
+    """Return a function that computes the log-prob of each token of the answers in packed rows, [B, K, N]."""
+    logps_fn = make_token_logps_fn(
+        model.hidden, model.unembedding, chunk=config.batch.target_chunk, precision=model.precision
+    )
+    return lambda weights, batch: batch.gather_tokens(logps_fn(weights, batch), config.sampling.max_tokens)
+
+
+def make_values_fn(config: PPOConfig, model: Model) -> TokensFn:
+    """Return a function that computes the value before each token of the answers in packed rows, [B, K, N]."""
+
+    def values_fn(weights: Params | Adapted, batch: PreferenceBatch) -> jax.Array:
+        weights = value_weights(weights)
+        hidden = model.hidden(weights, batch)
+        states = jnp.take_along_axis(hidden, batch.target_sources[..., None], axis=1).astype(jnp.float32)
+        head = (weights.base if isinstance(weights, Adapted) else weights)["score"][0].astype(jnp.float32)
+        values = jnp.einsum("RMD,D->RM", states, head, precision=jax.lax.Precision.HIGHEST)
+        return batch.gather_tokens(values, config.sampling.max_tokens)
+
+    return values_fn
+
+
+def abstract_policy_state(
+    model: Model, value_model: Model | None, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Return the shapes, dtypes and shardings of the train state; ``value_model``: None without one."""
+    shapes = ActorCritic(trained_shapes(model, mesh))
+    shardings = ActorCritic(trained_shardings(model, mesh))
+    if value_model is not None:
+        value, sharding = trained_shapes(value_model, mesh), trained_shardings(value_model, mesh)
+        if model.lora is not None:
+            head = value_model.param_shapes()["score"]
+            value, sharding = (
+                {"adapters": value, "score": head},
+                {"adapters": sharding, "score": param_shardings(value_model, mesh)["score"]},
+            )
+        shapes, shardings = shapes._replace(value=value), shardings._replace(value=sharding)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer), shapes)
+    return placed(state, state_shardings(state, shardings, replicated(mesh), optimizer))

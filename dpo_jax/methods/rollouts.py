@@ -1,0 +1,217 @@
+"""Rollouts: answers that the policy samples to the prompts of a step, their scores, and their rows of tokens.
+
+A rollout is a pure function of (data, seed, step, weights), so a resumed run samples the same answers.
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.batch import Adapted, Params
+from dpo_jax.batching.batches import Batches, StepData
+from dpo_jax.config import JudgeConfig, PPOConfig
+from dpo_jax.data import sources as data_sources
+from dpo_jax.data.store import Store
+from dpo_jax.data.tokenizer import tokenizer_hash
+from dpo_jax.errors import UserError, from_outside, require
+from dpo_jax.inference.answer_scores import make_answer_scores
+from dpo_jax.inference.generate import Answer, generate, rollout_weights
+from dpo_jax.methods.setup import Setup
+from dpo_jax.parallel import hosts
+from dpo_jax.parallel.sharding import platform_of
+from dpo_jax.policy_gradient import Rollout
+from dpo_jax.runs.checksums import weights_id
+from dpo_jax.weights.hub import end_tokens
+from dpo_jax.weights.open import open_model
+
+EVALUATION = 2**31 - 1  # in place of a step, for the keys of answers to evaluation prompts
+
+
+class Graded(NamedTuple):
+    """Answers to B prompts, K to each, and the score of every answer."""
+
+    prompts: list[list[int]]
+    answers: list[list[Answer]]
+    scores: np.ndarray  # [B, K] float32
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """Number of tokens of each answer, [B, K]."""
+        return np.array([[len(answer.tokens) for answer in answers] for answers in self.answers])
+
+    def sampled_logps(self, max_tokens: int) -> np.ndarray:
+        """Log-probs of the tokens as the sampler computed them, [B, K, N]; 0 after the end."""
+        logps = np.zeros((*self.scores.shape, max_tokens), np.float32)
+        for index in np.ndindex(self.scores.shape):
+            values = self.answers[index[0]][index[1]].logps
+            logps[index][: len(values)] = values
+        return logps
+
+
+Judge = Callable[[Store, np.ndarray, list[list[int]], list[list[Answer]]], np.ndarray]
+"""(store, ids [B], prompts, answers to each) -> scores [B, K]."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples and scores answers with the weights of a step."""
+
+    setup: Setup
+    config: PPOConfig
+    judge: Judge
+    end_ids: Sequence[int]
+
+    def __call__(self, weights: Params | Adapted, store: Store, ids: np.ndarray, step: int) -> Graded:
+        """Return the answers of the policy with ``weights`` to the prompts ``ids`` [B] of ``store``."""
+        setup, config, num_answers = self.setup, self.config, self.config.ppo.answers
+        prompts = [prompt_tokens(store, i) for i in ids]
+        repeated = [prompt for prompt in prompts for _ in range(num_answers)]
+        weights = rollout_weights(setup.model, weights, setup.mesh)
+        answers = generate(
+            setup.model,
+            weights,
+            repeated,
+            config.sampling,
+            setup.mesh,
+            end_ids=self.end_ids,
+            seed=config.run.seed,
+            step=step,
+        )
+        per_prompt = [answers[i : i + num_answers] for i in range(0, len(answers), num_answers)]
+        return Graded(prompts, per_prompt, self.judge(store, ids, prompts, per_prompt))
+
+
+def prompt_tokens(store: Store, i: int | np.integer) -> list[int]:
+    """Return the tokens of a prompt."""
+    return store.tokens[store.starts[i] : store.starts[i] + store.lengths[i, 0]].tolist()
+
+
+def pack_rollout(
+    batches: Batches, step: int, ids: np.ndarray, graded: Graded, max_tokens: int
+) -> tuple[StepData, Rollout]:
+    """Pack answers into the rows of a step; ``ids`` [B] has -1 in empty slots, and ``graded`` is of the others.
+
+    Returns the packed rows, and the rollout without them, on the host.
+    """
+    is_real = ids >= 0
+    num_microbatches, num_answers = batches.packer.accumulation, graded.scores.shape[1]
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        """Give every slot of the step a value, 0 in an empty one."""
+        slots = np.zeros((len(ids), *values.shape[1:]), values.dtype)
+        slots[is_real] = values
+        return slots
+
+    index = np.cumsum(is_real) - 1  # in graded
+
+    def example(slot: int) -> Any:
+        answers = tuple(np.array(answer.tokens, np.int32) for answer in graded.answers[index[slot]])
+        return np.array(graded.prompts[index[slot]], np.int32), answers, None
+
+    num_tokens = spread(graded.num_tokens)
+    prompts = spread(np.array([len(prompt) for prompt in graded.prompts]))
+    data = batches.pack(step, ids, np.concatenate([prompts[:, None], num_tokens], axis=1), num_tokens, example)
+    ended = np.array([[answer.ended for answer in answers] for answers in graded.answers])
+    per_slot = {
+        "mask": np.arange(max_tokens) < num_tokens[..., None],
+        "ended": spread(ended),
+        "scores": spread(graded.scores),
+        "sampled_logps": spread(graded.sampled_logps(max_tokens)),
+    }
+    assert num_tokens.shape == (len(ids), num_answers)
+    split = lambda x: x.reshape(num_microbatches, -1, *x.shape[1:])  # noqa: E731
+    return data, Rollout(inputs=None, **{name: split(values) for name, values in per_slot.items()})
+
+
+def end_tokens_of(setup: Setup) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's end of sequence, and those of generation_config.json."""
+    folder = setup.source.folder
+    ends = {setup.tokenizer.eos_token_id} - {None}
+    if folder is not None and (folder / "generation_config.json").is_file():
+        ends |= end_tokens(folder, dict(setup.hf_config))
+    require(bool(ends), "model.tokenizer", setup.config.model.path, "it has no end-of-sequence token to end answers")
+    return sorted(ends)
+
+
+def make_judge(setup: Setup, config: JudgeConfig) -> tuple[Judge, str]:
+    """Return what scores the answers, and an identity that changes with it.
+
+    Raises:
+        UserError: the reward model or the function cannot be used.
+    """
+    if config.function is not None:
+        return _function_judge(setup, config.function), config.function
+    return _model_judge(setup, config)
+
+
+def _model_judge(setup: Setup, config: JudgeConfig) -> tuple[Judge, str]:
+    assert config.path is not None
+    options = replace(setup.config.model, path=config.path, revision=config.revision, checkpoint=config.checkpoint)
+    try:
+        reward = open_model(options, platform_of(setup.mesh))
+        remedy = "it is a language model, without a score; train a reward model with dpo-jax reward"
+        require(reward.model.config.scores == 1, "model.path", config.path, remedy)
+    except UserError as error:
+        raise UserError(f"reward.{str(error).removeprefix('model.')}") from error
+    same = tokenizer_hash(reward.tokenizer(setup.config.data.chat_template)) == tokenizer_hash(setup.tokenizer)
+    remedy = f"its tokenizer differs from that of {setup.config.model.path}; use a reward model of the same family"
+    require(same, "reward.path", config.path, remedy)
+    weights = reward.load(setup.mesh)
+    answer_scores = make_answer_scores(reward.model, weights, setup.mesh)
+
+    def judge(_: Store, __: np.ndarray, prompts: list[list[int]], answers: list[list[Answer]]) -> np.ndarray:
+        repeated = [prompt for prompt, own in zip(prompts, answers, strict=True) for _ in own]
+        tokens = [answer.tokens for own in answers for answer in own]
+        return np.array(answer_scores(repeated, tokens), np.float32).reshape(len(answers), -1)
+
+    return judge, weights_id(weights)
+
+
+def _function_judge(setup: Setup, name: str) -> Judge:
+    """Return a judge that calls a Python function on the writer process, once for all answers of a step."""
+    module, _, attribute = name.partition(":")
+    remedy = "give a module on the import path, and a function in it"
+    with from_outside(f"reward.function: {name} cannot be imported", remedy):
+        function = getattr(importlib.import_module(module), attribute)
+    decode = partial(setup.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    rows_of = cache(lambda store_key, source: data_sources.load_rows(setup.sources[store_key][source]))
+
+    def judge(store: Store, ids: np.ndarray, prompts: list[list[int]], answers: list[list[Answer]]) -> np.ndarray:
+        def call() -> list[float]:
+            examples = [(p, i, answer) for p, i, own in zip(prompts, ids, answers, strict=True) for answer in own]
+            texts = [answer_text(decode, prompt, answer) for prompt, _, answer in examples]
+            rows = [dict(rows_of(store.key, store.sources[i])[int(store.rows[i])]) for _, i, _ in examples]
+            with from_outside(f"reward.function: {name} failed", "fix the function"):
+                scores = function([decode(prompt) for prompt, _, _ in examples], texts, rows)
+            return checked_scores(name, scores, len(texts))
+
+        return np.array(hosts.on_writer(call, "scores"), np.float32).reshape(len(answers), -1)
+
+    return judge
+
+
+def answer_text(decode: Callable[[list[int]], str], prompt: list[int], answer: Answer) -> str:
+    """Return an answer's text without special tokens, decoded after its prompt, as spaces may depend on it."""
+    before, text = decode(prompt), decode(prompt + answer.tokens)
+    return text[len(before) :] if text.startswith(before) else decode(answer.tokens)
+
+
+def checked_scores(name: str, scores: Any, num_answers: int) -> list[float]:
+    """Return the scores of a reward function as numbers.
+
+    Raises:
+        UserError: they are not ``num_answers`` finite numbers.
+    """
+    with from_outside(f"reward.function: {name} returned {type(scores).__name__}", "return a list of numbers"):
+        numbers = [float(score) for score in scores]
+    remedy = f"it returned {len(numbers)} scores of {num_answers} answers; return one each"
+    require(len(numbers) == num_answers, "reward.function", name, remedy)
+    wrong = next((i for i, number in enumerate(numbers) if not math.isfinite(number)), None)
+    if wrong is not None:
+        raise UserError("reward.function", name, f"score {wrong} is {numbers[wrong]}; return finite numbers")
+    return numbers

@@ -1,0 +1,190 @@
+"""PPO and RLOO on models: runs from config to export, their resume, their checks, and what is refused."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.batch import PreferenceBatch
+from dpo_jax.config import PPOConfig
+from dpo_jax.config.file import parse_config
+from dpo_jax.errors import UserError
+from dpo_jax.inference import generate
+from dpo_jax.methods.rollouts import checked_scores
+from dpo_jax.runs.directory import RunDir, read_json
+from dpo_jax.runs.session import Session
+from dpo_jax.train import train
+from dpo_jax.weights.open import open_model
+
+STEPS = 4
+
+
+def vowels(prompts, answers, rows):
+    """Score answers by their share of vowels; each answer comes with its prompt's row."""
+    assert [row["prompt"] for row in rows] == prompts
+    return [sum(letter in "aeiou" for letter in answer) / (1 + len(answer)) for answer in answers]
+
+
+def options(shared: Path, folder: Path, name: str = "run", **sections) -> PPOConfig:
+    """A short run on stories260K and three prompts."""
+    data = folder / "prompts.jsonl"
+    texts = ["Once upon a time", "One day, a girl", "Tim and Sue went to the park.", "The cat"]
+    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    tree = {
+        "model": {"path": str(shared / "models" / "stories260K")},
+        "data": {"train": str(data), "max_length": 64, "store": str(folder / "store"), "workers": 1},
+        "reward": {"function": f"{__name__}:vowels"},
+        "sampling": {"max_tokens": 8},
+        "ppo": {"kl_coef": 0.1, "epochs": 2, "answers": 2},
+        "optimizer": {"learning_rate": 1e-3},
+        "batch": {"prompts": 4},
+        "run": {"dir": str(folder / name), "steps": STEPS, "progress": False, "report": False},
+    }
+    return parse_config({key: tree.get(key, {}) | sections.get(key, {}) for key in tree | sections}, {}, PPOConfig)
+
+
+def train_on_one(config: PPOConfig) -> None:
+    """Train on one device, for which a program compiles fastest."""
+    train(config, devices=jax.devices()[:1])
+
+
+def metrics_of(config: PPOConfig) -> list[dict]:
+    return [row for row in read_json(RunDir(Path(config.run.dir)).metrics) if "grad_norm" in row]
+
+
+@pytest.fixture(scope="module")
+def run(shared, tmp_path_factory):
+    """A run of PPO to its end, with its evaluation, report and export."""
+    folder = tmp_path_factory.mktemp("ppo")
+    config = options(shared, folder, run={"report": True, "export": True}, data={"eval_fraction": 0.25})
+    train_on_one(config)
+    return config
+
+
+def test_the_first_rollout_is_the_reference_s_and_its_first_ratios_are_1(run):
+    rows = metrics_of(run)
+    assert abs(rows[0]["sampled_kl"]) < 1e-5
+    assert max(row["ratio_error"] for row in rows) < 1e-5
+    assert max(row["sampler_error"] for row in rows) < 2e-5
+    assert rows[-1]["sampled_kl_k3"] > 0
+    assert 0 < rows[0]["score"] < 1  # fractions survive
+    np.testing.assert_allclose(rows[0]["rlhf_reward"], rows[0]["score"], atol=1e-6)
+
+
+def test_the_run_is_evaluated_reported_and_exported(run):
+    evaluations = [row for row in read_json(Path(run.run.dir) / "metrics.jsonl") if "eval_held_out_score" in row]
+    assert [row["step"] for row in evaluations] == [0, STEPS]
+    report = (Path(run.run.dir) / "report.html").read_text()
+    assert "gae, KL coefficient 0.1, 2 updates a step" in report
+    exported = open_model(run.model.__class__(path=str(Path(run.run.dir) / "export")), "cpu")
+    resaved = open_model(run.model.__class__(path=run.run.dir), "cpu")
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    first, second = exported.load(mesh), resaved.load(mesh)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    start = open_model(run.model, "cpu").load(mesh)
+    assert not np.array_equal(first["embed"], start["embed"])
+
+
+class Killed(Exception):
+    """Ends a run between two steps."""
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{}, {"ppo": {"estimator": "rloo"}, "lora": {"rank": 2}}, {"lora": {"rank": 2}, "batch": {"accumulation": 2}}],
+    ids=["gae", "rloo-lora", "gae-lora-accumulated"],
+)
+def test_a_run_killed_at_any_step_is_as_one_that_never_was(shared, tmp_path, monkeypatch, sections):
+    whole = options(shared, tmp_path, "whole", **sections)
+    train_on_one(whole)
+    killed = options(shared, tmp_path, "killed", checkpoint={"every": 1, "keep": 9}, **sections)
+    log = Session.log
+
+    def log_and_die(self, step, metrics, facts):
+        log(self, step, metrics, facts)
+        if step + 1 in (1, 3) and not (tmp_path / f"died{step}").exists():
+            (tmp_path / f"died{step}").touch()
+            raise Killed
+
+    monkeypatch.setattr(Session, "log", log_and_die)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            train_on_one(killed)
+    train_on_one(killed)
+    assert metrics_of(killed) == metrics_of(whole)
+    assert metrics_of(whole)[-1]["sampled_kl_k3"] > 1e-6
+
+
+@pytest.mark.slow
+def test_8_devices_sample_the_same_tokens_and_make_the_same_update(shared, tmp_path):
+    rows = []
+    for name, mesh in (("one", {"fsdp": 1}), ("eight", {"data": 2, "fsdp": 2, "tensor": 2})):
+        config = options(shared, tmp_path, name, mesh=mesh, batch={"prompts": 8})
+        train(config, devices=jax.devices()[:1] if name == "one" else jax.devices())
+        rows.append(metrics_of(config)[0])
+    for name in ("score", "length", "sampled_tokens"):
+        assert rows[0][name] == rows[1][name]
+    for name in ("loss", "grad_norm", "value_loss", "sampled_kl_k3"):
+        np.testing.assert_allclose(rows[0][name], rows[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_positions_that_differ_between_sampling_and_training_are_refused(shared, tmp_path, monkeypatch):
+    gather = PreferenceBatch.gather_tokens
+    shifted = lambda self, values, n: jax.numpy.roll(gather(self, values, n), 1, axis=-1)  # noqa: E731
+    monkeypatch.setattr(PreferenceBatch, "gather_tokens", shifted)
+    with pytest.raises(UserError, match="sampler and train step compute different log-probs"):
+        train_on_one(options(shared, tmp_path))
+
+
+def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
+    from dpo_jax.methods import rollouts
+
+    def scaled(model, weights, mesh):
+        return jax.tree.map(lambda x: 1.1 * x, generate.rollout_weights(model, weights, mesh))
+
+    monkeypatch.setattr(rollouts, "rollout_weights", scaled)
+    with pytest.raises(UserError, match=r"sampler_error is .*different log-probs"):
+        train_on_one(options(shared, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"ppo": {"kl_estimator": "k3"}}, "ppo.kl_estimator: unknown option"),
+        ({"sampling": {"top_p": 0.9}}, "sampling.top_p: 0.9 cannot be used: what is trained is the policy"),
+        ({"sampling": {"temperature": 0.7}}, "sampling.temperature: 0.7 cannot be used"),
+        ({"reference": {"mode": "cached"}}, "reference.mode: 'cached' cannot be used: answers are sampled"),
+        ({"ppo": {"estimator": "rloo", "answers": 1}}, "ppo.answers: 1 cannot be used: rloo compares the answers"),
+        ({"ppo": {"estimator": "rloo", "gae_lambda": 0.5}}, "ppo.gae_lambda"),
+        ({"reward": {"path": "somewhere"}}, "reward.path: 'somewhere' cannot be used: give either"),
+        ({"reward": {"function": "vowels"}}, "reward.function: 'vowels' cannot be used: give a module and a function"),
+        ({"sampling": {"max_tokens": 64}}, "sampling.max_tokens: 64 cannot be used: data.max_length is 64"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(shared, tmp_path, sections, message):
+    with pytest.raises(UserError) as refusal:
+        options(shared, tmp_path, **sections)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0], "it returned 1 scores of 2 answers"),
+        ([1.0, float("nan")], "score 1 is nan"),
+        (None, "returned NoneType"),
+        (["good", "bad"], "returned list"),
+    ],
+)
+def test_scores_that_are_not_a_number_each_are_refused(scores, message):
+    with pytest.raises(UserError, match=message):
+        checked_scores("m:f", scores, 2)
+
+
+def test_a_reward_function_that_fails_ends_the_run_in_one_line(shared, tmp_path):
+    with pytest.raises(UserError, match=r"reward.function: json:nothing cannot be imported"):
+        train_on_one(options(shared, tmp_path, reward={"function": "json:nothing"}))
+    with pytest.raises(UserError, match=r"reward.function: json:loads failed: .*"):
+        train_on_one(options(shared, tmp_path, reward={"function": "json:loads"}))
