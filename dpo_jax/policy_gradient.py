@@ -124,7 +124,7 @@ def make_targets(
 
     ``sampled_kl``: the sum of log(pi / ref) over an answer's tokens; ``sampled_kl_k3``: that of ref / pi - 1 -
     log(ref / pi), which has the same mean and is never negative (Schulman 2020); ``rlhf_reward``: score - kl_coef
-    sampled_kl; ``sampler_error``: the largest difference of a log-prob from the sampler's.
+    sampled_kl; ``sampler_error``: the largest difference of a log-prob from the sampler's, relative to it.
     """
     mask = rollout.mask
     is_real = mask.any(-1)  # False: an empty slot of a ragged last step
@@ -133,6 +133,7 @@ def make_targets(
     scores = rollout.scores - options.missing_eos_penalty * ~rollout.ended
     rewards = token_rewards(scores, log_ratios, mask, options.kl_coef)
     totals = rewards.sum(-1)
+    sampler_errors = jnp.abs(logps - rollout.sampled_logps) / jnp.maximum(1.0, jnp.abs(logps))
     metrics = {
         "score": mean(rollout.scores),
         "sampled_kl": mean(log_ratios.sum(-1)),
@@ -140,7 +141,7 @@ def make_targets(
         "rlhf_reward": mean(totals),
         "length": mean(mask.sum(-1).astype(jnp.float32)),
         "ended": mean(rollout.ended.astype(jnp.float32)),
-        "sampler_error": jnp.abs(jnp.where(mask, logps - rollout.sampled_logps, 0.0)).max(),
+        "sampler_error": jnp.max(sampler_errors, where=mask, initial=0.0),
     }
     if values is None:
         return Targets(logps, leave_one_out(totals)), metrics

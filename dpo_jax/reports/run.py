@@ -63,7 +63,7 @@ NOT_PLOTTED = {
     "rlhf_reward": "Score of an answer minus the KL penalty of its tokens: what training maximizes.",
     "policy_loss": "Clipped surrogate, averaged over the updates of a step.",
     "value_loss": "Clipped squared error of the value model.",
-    "sampler_error": "Largest difference of a log-prob between the sampler and the train step.",
+    "sampler_error": "Largest relative difference of a log-prob between the sampler and the train step.",
     "ratio_error": "Largest |ratio - 1| at a step's first update: 0 but for rounding.",
     "logps/accuracies": "Pairs whose chosen answer has the higher log-probability, whatever the reference says.",
     "logits/chosen": "Mean logit over the vocabulary, at the tokens of chosen answers.",

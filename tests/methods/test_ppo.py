@@ -67,7 +67,7 @@ def test_the_first_rollout_is_the_reference_s_and_its_first_ratios_are_1(run):
     rows = metrics_of(run)
     assert abs(rows[0]["sampled_kl"]) < 1e-5
     assert max(row["ratio_error"] for row in rows) < 1e-5
-    assert max(row["sampler_error"] for row in rows) < 2e-5
+    assert max(row["sampler_error"] for row in rows) < 1e-5
     assert rows[-1]["sampled_kl_k3"] > 0
     assert 0 < rows[0]["score"] < 1  # fractions survive
     np.testing.assert_allclose(rows[0]["rlhf_reward"], rows[0]["score"], atol=1e-6)
@@ -93,8 +93,11 @@ class Killed(Exception):
 
 @pytest.mark.parametrize(
     "sections",
-    [{}, {"ppo": {"estimator": "rloo"}, "lora": {"rank": 2}}, {"lora": {"rank": 2}, "batch": {"accumulation": 2}}],
-    ids=["gae", "rloo-lora", "gae-lora-accumulated"],
+    [
+        pytest.param({}, id="gae"),
+        pytest.param({"ppo": {"estimator": "rloo"}, "lora": {"rank": 2}}, id="rloo-lora", marks=pytest.mark.slow),
+        pytest.param({"lora": {"rank": 2}, "batch": {"accumulation": 2}}, id="gae-lora", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_at_any_step_is_as_one_that_never_was(shared, tmp_path, monkeypatch, sections):
     whole = options(shared, tmp_path, "whole", **sections)
