@@ -67,7 +67,7 @@ class Decoder(DecoderModule):
             layer,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
+            in_axes=nn.broadcast,
             length=c.layers,
             unroll=1 if self.scan else c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -75,7 +75,7 @@ class Decoder(DecoderModule):
         x = constrain_rows(x)
         (kind,) = c.pattern  # the scan steps over periods of the pattern
         stack = layers(c, self.param_dtype, self.lora, kind, self.attention, longest, name="layers")
-        x, cache = stack(x, angles, inputs, cache)
+        (x, cache), _ = stack((x, cache), angles, inputs)
         return self.rms_norm("final", x), cache
 
 
@@ -112,8 +112,8 @@ class Model:
     def empty_cache(self, num_rows: int, num_slots: int) -> Cache:
         """Return a cache of ``num_slots`` tokens per row."""
         c = self.config
-        zeros = jnp.zeros((c.layers, num_rows, num_slots, c.kv_heads, c.head_dim), self.dtype)
-        return Cache(KeyValues(zeros, zeros), jnp.full((num_rows, num_slots), -1), jnp.int32(0))
+        zeros = jnp.zeros((c.layers, num_rows, c.kv_heads, num_slots, c.head_dim), self.dtype)
+        return Cache(KeyValues(zeros, zeros, jnp.int32(0)), jnp.full((num_rows, num_slots), -1), jnp.int32(0))
 
     def extend(
         self, weights: Params | Adapted, tokens: Int[Array, "R T"], positions: Int[Array, "R T"], cache: Cache
