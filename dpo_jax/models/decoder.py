@@ -90,6 +90,13 @@ class Cache:
     positions: Int[Array, "R S"]  # -1: unused slot or padding
     end: Int[Array, ""]  # slots in use
 
+    def grow(self, num_slots: int) -> "Cache":
+        """Return the cache with that many more empty slots."""
+        longer = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, num_slots), (0, 0)))  # noqa: E731
+        layers = self.layers._replace(keys=longer(self.layers.keys), values=longer(self.layers.values))
+        positions = jnp.pad(self.positions, ((0, 0), (0, num_slots)), constant_values=-1)
+        return Cache(layers, positions, self.end)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
