@@ -7,7 +7,6 @@ where its output ends, and writes the file that it would have written without a 
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from jax.sharding import Mesh
 from dpo_jax.batch import Params
 from dpo_jax.config import GenerateConfig
 from dpo_jax.console import progress_line, say
+from dpo_jax.data.ranked import rank
 from dpo_jax.data.schemas import Example, Problem
 from dpo_jax.data.store import open_source
 from dpo_jax.data.tokenize import TokenizedPrompt, make_tokenize_prompt
@@ -70,6 +70,7 @@ def generate_answers(config: GenerateConfig, output: Path) -> None:
     """
     file = AnswerFile(output)
     start_hosts()
+    hosts.cache_compilations()
     mesh = make_mesh(config.mesh)
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -136,8 +137,9 @@ def open_reward(config: GenerateConfig, mesh: Mesh) -> OpenModel | None:
         reward = open_model(options, platform_of(mesh))
         remedy = "it is a language model, without a score; train a reward model with dpo-jax reward"
         require(reward.model.config.scores == 1, "model.path", path, remedy)
-    except UserError as error:  # names the option as that of a policy
-        raise UserError(str(error).replace("model.", "reward.", 1)) from error
+    except UserError as error:
+        text = str(error)
+        raise UserError(f"reward.{text.removeprefix('model.')}" if text.startswith("model.") else text) from error
     return reward
 
 
@@ -315,63 +317,22 @@ def write_rows(file: AnswerFile, rows: Sequence[Row]) -> None:
 
 def finish(config: GenerateConfig, file: AnswerFile) -> None:
     """Write the pairs, if asked for, and print what the output has."""
+    show, limit = partial(say, config.run.progress), config.sampling.max_tokens
     answers = [answer for row in file.rows() for answer in row["answers"]]
-    mean = sum(answer["num_tokens"] for answer in answers) / len(answers)
+    mean_tokens = sum(answer["num_tokens"] for answer in answers) / len(answers)
     num_cut = sum(answer["finish_reason"] == "length" for answer in answers)
-    line = (
-        f"{len(answers)} answers of {mean:.1f} tokens on average, {num_cut} of them cut at {config.sampling.max_tokens}"
-    )
+    line = f"{len(answers)} of {mean_tokens:.1f} tokens on average, {num_cut} of them cut at {limit}"
     if config.reward.path is not None:
         line += f"; mean score {sum(answer['score'] for answer in answers) / len(answers):.4g}"
-    say(config.run.progress, f"answers: {file.path}: {line}")
-    if config.pairs is not None:
-        path, skipped, rows = file.beside(f".{config.pairs}.jsonl"), Counter[str](), []
-        for row in file.rows():
-            ranked = best_and_worst(row) if config.pairs == "best-worst" else best_answer(row)
-            if isinstance(ranked, str):
-                skipped[ranked] += 1
-            else:
-                rows.append(ranked)
-        with writing(path):
-            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()))
-        skips = f"; {skipped.total()} prompts skipped: {causes}" if skipped else ""
-        say(config.run.progress, f"pairs: {path}: {len(rows)} rows{skips}")
-
-
-def ranked_answers(row: Row) -> list[Row]:
-    """Return the answers that have a text, best first."""
-    answers = [answer for answer in row["answers"] if answer["text"].strip()]
-    return sorted(answers, key=lambda answer: -answer["score"])  # stable: of equal scores, the first answer first
-
-
-def best_and_worst(row: Row) -> Row | str:
-    """Return the best and worst answers as a row that ``train`` reads, or why there is no such pair."""
-    ranked = ranked_answers(row)
-    if len(ranked) < 2:
-        return "with fewer than two answers that have text"
-    best, worst = ranked[0], ranked[-1]
-    if best["text"] == worst["text"]:
-        return "with equal texts"
-    if best["score"] == worst["score"]:
-        return "with equal scores"
-    answers = {"chosen": as_answer(row, best), "rejected": as_answer(row, worst)}
-    return prompt_columns(row) | answers | {"chosen_score": best["score"], "rejected_score": worst["score"]}
-
-
-def best_answer(row: Row) -> Row | str:
-    """Return the best answer as a row that ``sft`` reads, or why there is none."""
-    ranked = ranked_answers(row)
-    if not ranked:
-        return "without an answer that has text"
-    return prompt_columns(row) | {"answer": as_answer(row, ranked[0]), "score": ranked[0]["score"]}
-
-
-def prompt_columns(row: Row) -> Row:
-    """Return the columns of a row that belong to its prompt."""
-    return {name: value for name, value in row.items() if name not in ("row", "answers")}
-
-
-def as_answer(row: Row, answer: Row) -> str | list[Row]:
-    """Return an answer as training reads it next to its prompt: as text, or as a message."""
-    return answer["text"] if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer["text"]}]
+    show(f"answers: {file.path}: {line}")
+    if config.pairs is None:
+        return
+    path, ranked = file.beside(f".{config.pairs}.jsonl"), rank(file.rows(), config.pairs)
+    with writing(path):
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranked.rows))
+    if ranked.num_cut:
+        cut = f"{ranked.num_cut} of the best answers were cut at {limit} tokens; training would end them there"
+        show(f"note: {cut}: raise sampling.max_tokens")
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(ranked.skipped.items()))
+    skips = f"; prompts skipped: {causes}" if causes else ""
+    show(f"{config.pairs}: {path}: {len(ranked.rows)} rows{skips}")
