@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -61,14 +61,14 @@ class Prompt:
 AnswerColumn = Callable[[Sequence[Prompt], int, int], list[Row]]  # (prompts, first row, index) -> an answer to each
 
 
-def generate_answers(config: GenerateConfig, output: Path) -> None:
+def generate_answers(config: GenerateConfig, output: str) -> None:
     """Write ``config.n`` answers to each prompt to ``output``, and the rows that ``config.pairs`` asks for next to it.
 
     Raises:
         UserError: a prompt, model or option cannot be used, or ``output`` is not the output of the same command.
         RunStopped: a log-prob or score is not finite, or a file cannot be written.
     """
-    file = AnswerFile(output)
+    file = AnswerFile.named(output)
     start_hosts()
     hosts.cache_compilations()
     mesh = make_mesh(config.mesh)
@@ -176,7 +176,9 @@ def read_prompts(config: GenerateConfig, tokenizer: Any) -> list[Prompt]:
             if isinstance(tokenized, TokenizedPrompt):
                 return Prompt(example, tokenized)
         assert isinstance(problem, Problem)
-        raise UserError(f"{source.label}, row {row}: {problem.cause}: {problem.detail}; fix or remove the row")
+        raise UserError(
+            f"{source.label}, row {row}: {problem.cause.replace('_', ' ')}: {problem.detail}; fix or remove the row"
+        )
 
     return [read(row) for row in range(len(source.rows))]
 
@@ -217,8 +219,8 @@ def announce(
         limit = f"but the model supports {positions} (max_position_embeddings)"
         lines.append(f"note: a prompt with its answer has up to {longest} tokens, {limit}: lower sampling.max_tokens")
     if tokenizer.chat_template is not None and all(isinstance(prompt.example.prompt, str) for prompt in prompts):
-        rename = "set prompts.columns to {instruction: prompt}"
-        lines.append(f"note: the prompts are text, so the chat template is not used; to make each a turn, {rename}")
+        remedy = "to render them, give messages, or the text as a column named instruction, by prompts.columns"
+        lines.append(f"note: the prompts are text, so the chat template is not used; {remedy}")
     for line in lines:
         say(config.run.progress, line)
 
@@ -318,12 +320,15 @@ def write_rows(file: AnswerFile, rows: Sequence[Row]) -> None:
 def finish(config: GenerateConfig, file: AnswerFile) -> None:
     """Write the pairs, if asked for, and print what the output has."""
     show, limit = partial(say, config.run.progress), config.sampling.max_tokens
-    answers = [answer for row in file.rows() for answer in row["answers"]]
-    mean_tokens = sum(answer["num_tokens"] for answer in answers) / len(answers)
+    by_prompt = [row["answers"] for row in file.rows()]
+    answers = [answer for answers in by_prompt for answer in answers]
+    mean_tokens = fmean(answer["num_tokens"] for answer in answers)
     num_cut = sum(answer["finish_reason"] == "length" for answer in answers)
     line = f"{len(answers)} of {mean_tokens:.1f} tokens on average, {num_cut} of them cut at {limit}"
     if config.reward.path is not None:
-        line += f"; mean score {sum(answer['score'] for answer in answers) / len(answers):.4g}"
+        best = [max(answer["score"] for answer in answers) for answers in by_prompt]
+        line += f"; mean score {fmean(answer['score'] for answer in answers):.4g}"
+        line += f", of the best of {config.n} {fmean(best):.4g}" * (config.n > 1)
     show(f"answers: {file.path}: {line}")
     if config.pairs is None:
         return
