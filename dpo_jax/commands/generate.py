@@ -40,7 +40,7 @@ from dpo_jax.storage import write_whole
 from dpo_jax.weights.hub import end_tokens
 from dpo_jax.weights.open import ModelSource, OpenModel, open_model
 
-DECIMALS = 4  # of log-probs and scores; later digits of a float32 depend on the batch
+LOGP_DECIMALS, SCORE_DECIMALS = 4, 6  # later digits of a float32 depend on the batch
 NO_END = [-1]  # end tokens of a model that has none
 
 
@@ -207,10 +207,11 @@ def announce(
 ) -> None:
     """Print the sizes of model and prompts, the end tokens, and notes on what may be unexpected."""
     lengths = [len(prompt.tokenized.tokens) for prompt in prompts]
+    span = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else max(lengths)
     end_names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "no token"
     lines = [
         f"model: {config.model.path}, {count_params(policy.model):,} parameters, {policy.model.dtype}",
-        f"prompts: {len(prompts)} of {min(lengths)} to {max(lengths)} tokens",
+        f"prompts: {len(prompts)} of {span} tokens",
         f"answers: {config.n} to each prompt; they end at {end_names}, or after {config.sampling.max_tokens} tokens",
     ]
     longest = max(lengths) + config.sampling.max_tokens
@@ -254,7 +255,7 @@ def make_answer_column(
         if scores is not None:
             ended = [with_tail(prompt.tokenized, answer) for prompt, answer in zip(prompts, answers, strict=True)]
             for fields, score in zip(column, scores(tokens, ended), strict=True):
-                fields["score"] = round(score, DECIMALS)
+                fields["score"] = round(score, SCORE_DECIMALS)
         for row, fields in enumerate(column, start=first_row):
             if not all(map(math.isfinite, (fields["logp"], fields.get("score", 0.0)))):
                 raise RunStopped(f"answer {index} to row {row}: its log-prob or score is not finite: check the weights")
@@ -272,7 +273,7 @@ def answer_fields(tokenizer: Any, prompt: list[int], answer: Answer) -> Row:
     return {
         "text": text[len(before) :] if text.startswith(before) else decode(tokens),
         "num_tokens": len(answer.tokens),
-        "logp": round(math.fsum(answer.logps), DECIMALS),
+        "logp": round(math.fsum(answer.logps), LOGP_DECIMALS),
         "finish_reason": "stop" if answer.ended else "length",
     }
 

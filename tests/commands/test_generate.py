@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import num_lines, started
+from runs import num_lines, started, started_jointly
 from small import HF_CONFIG
 from small_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
@@ -159,6 +159,13 @@ def test_a_killed_command_gives_the_same_bytes(made):
     generated(made, "killed.jsonl")
     assert (made / "killed.jsonl").read_bytes() == (made / "whole.jsonl").read_bytes()
     assert not (made / "killed.lock").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes(made):
+    with started_jointly(2, *command(made, "joint.jsonl"), folder=made) as processes:
+        assert [process.code() for process in processes] == [0, 0]
+    assert (made / "joint.jsonl").read_bytes() == (made / "whole.jsonl").read_bytes()
 
 
 def test_neither_batch_nor_number_of_answers_changes_an_answer(made):
