@@ -13,13 +13,14 @@ import jsonargparse
 from jsonargparse.typing import PositiveInt
 
 import dpo_jax
-from dpo_jax.config import AnyConfig, DPOConfig, RewardConfig, SFTConfig, TrainConfig
-from dpo_jax.config.docs import help_sections
+from dpo_jax.config import AnyConfig, DPOConfig, GenerateConfig, RewardConfig, SFTConfig, TrainConfig
+from dpo_jax.config.docs import NO_SECTION, help_sections
 from dpo_jax.config.file import COMMAND_OF, CommandLineText, parse_config
+from dpo_jax.config.section import Section
 from dpo_jax.console import lossy_streams, open_descriptors
 from dpo_jax.errors import Preempted, UserError, reason, require, suggestion
 
-CONFIG_OF = {command: config for config, command in COMMAND_OF.items()}
+CONFIG_OF = {command: config for config, command in COMMAND_OF.items() if issubclass(config, TrainConfig)}
 INTERRUPTED = 130  # the shell's code for control-C
 
 Which = Literal["newest", "best"]
@@ -39,6 +40,12 @@ def _eval(config: DPOConfig, output: str, which: Which, per_token: bool) -> None
     if is_writer():
         number_list = r"\[\s+([^][{}]*?)\s+\]"  # printed on one line
         print(re.sub(number_list, lambda match: f"[{' '.join(match[1].split())}]", json.dumps(summary, indent=2)))
+
+
+def _generate(config: GenerateConfig, output: str) -> None:
+    from dpo_jax.commands.generate import generate_answers
+
+    generate_answers(config, output)
 
 
 def _export(run_dir: str, out_dir: str, which: Which, adapters: bool) -> None:
@@ -110,7 +117,7 @@ class Command:
 
     run: Callable[..., None]
     summary: str
-    config: type[TrainConfig] | None = None  # class of the config that the command reads, if it reads one
+    config: type[Section] | None = None  # class of the config that the command reads, if it reads one
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> settings for argparse
 
     @property
@@ -137,6 +144,12 @@ COMMANDS = {
             "--which": {**WHICH, "help": "Checkpoint to evaluate."},
             "--per-token": {**FLAG, "help": "Add each token's reward, and a page of colored answers."},
         },
+    ),
+    "generate": Command(
+        _generate,
+        "Generate answers to prompts; score them with a reward model, and make pairs of them, on request.",
+        GenerateConfig,
+        {"--output": {**TEXT, "required": True, "help": "File to write, with one JSON line per prompt."}},
     ),
     "export": Command(
         _export,
@@ -290,7 +303,7 @@ def _parser(command_name: str) -> jsonargparse.ArgumentParser:
             subparser.add_argument(option, **settings)
         if command.config is not None and name == command_name:
             for section in help_sections(command.config):  # only for the help: `split_overrides` takes overrides out
-                group = subparser.add_argument_group(f"{section.name}: {section.meaning.rstrip('.')}")
+                group = subparser.add_argument_group(f"{section.name or NO_SECTION}: {section.meaning.rstrip('.')}")
                 for entry in section.fields:
                     default = "required" if entry.default is None else f"default: {entry.default}"
                     text = f"{entry.meaning} ({entry.values}; {default})".replace("%", "%%")

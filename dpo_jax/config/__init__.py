@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from dpo_jax.config.data import DataConfig, InvalidRowsConfig, SourceConfig
+from dpo_jax.config.generate import GenerateConfig
 from dpo_jax.config.loss import LOSS_TRAITS, LossConfig, LossType, RewardLossConfig
 from dpo_jax.config.model import LORA_TARGETS, LoraConfig, ModelConfig, ReferenceConfig
 from dpo_jax.config.run import (
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointConfig",
     "DPOConfig",
     "DataConfig",
+    "GenerateConfig",
     "InvalidRowsConfig",
     "LoraConfig",
     "LossConfig",
@@ -50,8 +52,8 @@ __all__ = [
 ]
 
 
-Stage = Literal["dpo", "sft"]
-NUM_ANSWERS: dict[Stage, int] = {"dpo": 2, "sft": 1}  # per prompt
+Stage = Literal["dpo", "sft", "prompts"]  # how rows are read; the answers of prompts are still to be generated
+NUM_ANSWERS: dict[Stage, int] = {"dpo": 2, "sft": 1, "prompts": 0}  # per prompt
 
 
 @dataclass(frozen=True, kw_only=True)

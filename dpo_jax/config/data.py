@@ -26,7 +26,7 @@ class SourceConfig(Section):
     """Directory of a prepared TFDS data set."""
     schema: Literal[
         "auto", "preference", "transcripts", "implicit_prompt", "sharegpt", "alpaca", "openai", "prompt_answer",
-        "messages", "text",
+        "messages", "text", "prompt",
     ] = "auto"  # fmt: skip
     """Layout of the rows; auto: inferred from the columns."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -62,7 +62,8 @@ class InvalidRowsConfig(Section, name="data.invalid_rows"):
     """Prompt and answer exceed max_length."""
 
 
-def _is_date(text: str) -> bool:
+def is_date(text: str) -> bool:
+    """Return whether a text is a date as YYYY-MM-DD."""
     try:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
@@ -112,6 +113,6 @@ class DataConfig(Section, name="data"):
             require(source.weight is None, f"data.eval.{name}.weight", source.weight, remedy)
         name_taken = "held_out" in self.eval and self.eval_fraction > 0
         require(not name_taken, "data.eval", "held_out", "eval_fraction holds out rows under this name; choose another")
-        self.refuse("template_date", not _is_date(self.template_date), "give a date as YYYY-MM-DD")
+        self.refuse("template_date", not is_date(self.template_date), "give a date as YYYY-MM-DD")
         too_long = self.invalid_rows.too_long
         self.refuse_idle("truncation", too_long != "truncate", f"data.invalid_rows.too_long {too_long} cuts nothing")

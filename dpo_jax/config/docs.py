@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import docstring_parser
 
-from dpo_jax.config import SourceConfig
+from dpo_jax.config import SourceConfig, TrainConfig
 from dpo_jax.config.file import COMMAND_OF, field_types, type_words
 from dpo_jax.config.section import as_yaml
 
@@ -26,6 +26,7 @@ mappings. It replaces the value in the file; if an option is given twice, the la
   such as `012`, is a string.
 - Types are strict: `"8"` is not a number, `1.0` is not an integer, `1` is not a boolean. Unknown names are errors.
 - A path alone may stand for a data set, `pairs.jsonl` for `{path: pairs.jsonl}`, and a single entry for a list of one.
+  It may stand for the reward model of `generate`, too.
   The index may be left out if there is only one data set: `--data.train.limit 100`.
 - An option that has no effect next to the other options is an error. One that has no effect only because of the data,
   the length of the run or the devices, such as a warmup longer than the run, is noted when the run starts.
@@ -37,6 +38,8 @@ This page is generated from `dpo_jax/config/` by `python -m dpo_jax.config.docs`
 # The options that most runs set, in reading order.
 KEY_OPTIONS = ("model.path", "data.train", "data.max_length", "loss.type", "loss.beta", "reference.mode",
          "optimizer.learning_rate", "batch.pairs", "batch.accumulation", "run.dir")  # fmt: skip
+NO_SECTION = "options without a section"
+DATA_SET = "data.train.0"  # section that stands for every data set of a run
 _TABLE_HEAD = ("| option | type | default | meaning |", "|---|---|---|---|")
 
 
@@ -72,13 +75,14 @@ def sections(kind: type, name: str = "") -> Iterator[SectionText]:
 
 
 def help_sections(kind: type) -> Iterator[SectionText]:
-    """Yield the `sections` of a config class, then the section that documents an entry of data.train."""
+    """Yield the `sections` of a config class, then the section that documents an entry of data.train, if it has one."""
     yield from sections(kind)
-    yield from sections(SourceConfig, "data.train.0")
+    if issubclass(kind, TrainConfig):
+        yield from sections(SourceConfig, DATA_SET)
 
 
 def reference_page() -> str:
-    """Return the text of docs/configuration.md: every option of every command that trains."""
+    """Return the text of docs/configuration.md: every option of every command that reads a config."""
     commands: dict[SectionText, list[str]] = {}
     for config, command in COMMAND_OF.items():
         for text in help_sections(config):
@@ -88,8 +92,8 @@ def reference_page() -> str:
     lines += [*_TABLE_HEAD, *(_table_row(fields[name]) for name in KEY_OPTIONS)]
     for text, names in commands.items():
         note = f" ({', '.join(names)})" if len(names) < len(COMMAND_OF) else ""
-        note = " (one data set; also `data.eval.NAME`)" if text.kind is SourceConfig else note
-        lines += [f"\n## {text.name}{note}\n", f"{text.meaning}\n"]
+        note = " (one data set; also `data.eval.NAME`)" if text.name == DATA_SET else note
+        lines += [f"\n## {text.name or NO_SECTION}{note}\n", f"{text.meaning}\n"]
         lines += [*_TABLE_HEAD, *map(_table_row, text.fields)]
     return "\n".join(lines) + "\n"
 

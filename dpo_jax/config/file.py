@@ -19,17 +19,22 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from dpo_jax.config import DPOConfig, RewardConfig, SFTConfig, SourceConfig, TrainConfig
+from dpo_jax.config import DPOConfig, GenerateConfig, RewardConfig, SFTConfig, SourceConfig
 from dpo_jax.config.elsewhere import OPTION_ALIASES
+from dpo_jax.config.generate import RewardModelConfig
 from dpo_jax.config.loss import LOSS_ALIASES
 from dpo_jax.config.section import Section
 from dpo_jax.errors import UserError, from_outside, must_be, reason, shown
 
-Config = TypeVar("Config", bound=TrainConfig)
 Kind = TypeVar("Kind", bound=Section)
 
-COMMAND_OF: dict[type[TrainConfig], str] = {DPOConfig: "train", SFTConfig: "sft", RewardConfig: "reward"}
-SHORTHAND = {SourceConfig: "path"}  # section that a string may replace -> the field that the string sets
+COMMAND_OF: dict[type[Section], str] = {  # class of a whole config -> command
+    DPOConfig: "train",
+    SFTConfig: "sft",
+    RewardConfig: "reward",
+    GenerateConfig: "generate",
+}
+SHORTHAND = {SourceConfig: "path", RewardModelConfig: "path"}  # section that a string may replace -> the field it sets
 SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}
 SCALAR_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
 
@@ -38,7 +43,7 @@ class CommandLineText(str):
     """Text of an override, to be parsed according to the type of its field."""
 
 
-def parse_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any], kind: type[Config]) -> Config:
+def parse_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any], kind: type[Kind]) -> Kind:
     """Read and check a whole config.
 
     Args:
@@ -67,7 +72,7 @@ def read_section(kind: type[Kind], value: Any, name: str) -> Kind:
     return _read(kind, value, name, DPOConfig)
 
 
-def config_to_yaml(config: TrainConfig) -> str:
+def config_to_yaml(config: Section) -> str:
     """Return the config as YAML with every default spelled out; `parse_config` reads back an equal config."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**16)
 

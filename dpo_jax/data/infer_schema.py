@@ -24,7 +24,16 @@ _SFT_COLUMNS = (
     ("sharegpt", {"conversations"}),
     ("text", {"text"}),
 )
-_COLUMNS: dict[Stage, tuple] = {"dpo": _PREFERENCE_COLUMNS, "sft": _SFT_COLUMNS}
+_PROMPT_COLUMNS = (
+    *_PREFERENCE_COLUMNS,
+    ("messages", {"messages"}),
+    ("prompt_answer", {"prompt", "answer"}),
+    ("prompt_answer", {"prompt", "completion"}),
+    ("prompt", {"prompt"}),
+    ("alpaca", {"instruction"}),
+    ("sharegpt", {"conversations"}),
+)
+_COLUMNS: dict[Stage, tuple] = {"dpo": _PREFERENCE_COLUMNS, "sft": _SFT_COLUMNS, "prompts": _PROMPT_COLUMNS}
 _COLUMN_ALIASES = {  # our column name -> names of that column in public data sets
     "prompt": ("question", "query", "input", "instruction", "problem", "context", "history", "post"),
     "chosen": ("chosen_response", "response_chosen", "preferred", "accepted", "better", "response_j", "positive"),

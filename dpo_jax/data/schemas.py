@@ -24,9 +24,9 @@ ASSISTANT_TURN, _HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
 class Example:
     """Training example from one row.
 
-    DPO: `prompt` and `answers` = (chosen, rejected). SFT: `answers` = (answer,). Prompt and answers are either all text
-    or all messages. `prompt` is None for SFT rows without a separate prompt: a text (all tokens but the first are
-    learned), or a whole conversation (its assistant turns are learned).
+    DPO: `prompt` and `answers` = (chosen, rejected). SFT: `answers` = (answer,). Prompts: `answers` = (). Prompt and
+    answers are either all text or all messages. `prompt` is None for SFT rows without a separate prompt: a text (all
+    tokens but the first are learned), or a whole conversation (its assistant turns are learned).
     """
 
     row: int
@@ -188,6 +188,17 @@ def _prompt_answer(row: Mapping):
     return prompt, values.text(name, answer)
 
 
+def _prompt(row: Mapping):
+    prompt = row.get("prompt")
+    return (values.messages("prompt", prompt) if values.is_messages(prompt) else values.text("prompt", prompt),)
+
+
+def _unanswered(row: Mapping):
+    """Return a conversation as a prompt, without its last message if that is an answer."""
+    messages = _conversation(row)
+    return (messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages,)
+
+
 def _whole_conversation(row: Mapping):
     return None, values.messages("messages", row.get("messages"))
 
@@ -251,6 +262,14 @@ def _check_not_blank(answer: str | Messages) -> None:
         raise BadRow("empty_answer", "an answer has no text")
 
 
+def _check_prompt(prompt: str | Messages) -> None:
+    """Check that messages to be answered exist and that the last of them is not an answer itself."""
+    if not prompt and not isinstance(prompt, str):
+        raise BadRow("empty_prompt", "there is no message to answer")
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise BadRow("empty_prompt", "the prompt ends with an assistant message, so there is nothing to answer")
+
+
 @dataclass(frozen=True)
 class Parser:
     """Parser for the rows of one schema, called with a row's index and the row."""
@@ -266,6 +285,8 @@ class Parser:
             _check_no_media(row)
             prompt, *answers = self.read(row)
             answers = answers[: self.num_answers]
+            if self.num_answers == 0:
+                _check_prompt(prompt)
             for answer in answers:
                 if isinstance(prompt, list):
                     _check_turns(prompt, answer)
@@ -293,6 +314,15 @@ _SFT_SCHEMAS = _PAIR_SCHEMAS | {  # the chosen answer is learned
 }
 
 
+_PROMPT_SCHEMAS = {name: schema for name, schema in _PAIR_SCHEMAS.items() if name not in ("sharegpt", "alpaca")} | {
+    "prompt_answer": (_prompt_answer, "prompt answer completion"),
+    "prompt": (_prompt, "prompt"),
+    "messages": (_unanswered, "system messages"),
+    "sharegpt": (_unanswered, "system conversations messages"),
+    "alpaca": (lambda row: (_instruction(row),), "system history instruction input"),
+}
+
+
 def _parsers(schemas: Mapping[str, tuple[Callable, str]], num_answers: int) -> dict[str, Parser]:
     return {
         name: Parser(read, frozenset(f"{columns} {_COMMON_COLUMNS}".split()), num_answers)
@@ -300,4 +330,8 @@ def _parsers(schemas: Mapping[str, tuple[Callable, str]], num_answers: int) -> d
     }
 
 
-SCHEMAS: dict[Stage, dict[str, Parser]] = {"dpo": _parsers(_DPO_SCHEMAS, 2), "sft": _parsers(_SFT_SCHEMAS, 1)}
+SCHEMAS: dict[Stage, dict[str, Parser]] = {
+    "dpo": _parsers(_DPO_SCHEMAS, 2),
+    "sft": _parsers(_SFT_SCHEMAS, 1),
+    "prompts": _parsers(_PROMPT_SCHEMAS, 0),
+}

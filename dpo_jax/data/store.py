@@ -102,7 +102,8 @@ def _hash(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _open_source(source: AnySource, index: int, stage: Stage) -> Source:
+def open_source(source: AnySource, index: int, stage: Stage) -> Source:
+    """Open the rows of a source and infer their schema."""
     label = source_label(source, index)
     rows = data_sources.load_rows(source)
     sample = [rows[row] for row in range(min(len(rows), SAMPLE_ROWS))]
@@ -282,7 +283,7 @@ def build_or_open_store(
         except DamagedStore as damage:
             # not the exception: a handler that keeps log records would keep its frames, with every file they have open
             log.warning("%s; tokenizing the data again", str(damage))
-    open_sources = [_open_source(source, index, stage) for index, source in enumerate(sources)]
+    open_sources = [open_source(source, index, stage) for index, source in enumerate(sources)]
     log.info("tokenizing %d rows into %s", sum(len(source.rows) for source in open_sources), path)
     job = ConvertJob(data=data, tokenizer=tokenizer, stage=stage)
     try:

@@ -52,21 +52,47 @@ def make_tokenize(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", stage:
         UserError: a row needs a chat template or an EOS token that the tokenizer lacks.
     """
     _, suffix_ids = added_around(tokenizer)
-    coder = _Coder(data, tokenizer, Template(tokenizer, data.template_date), suffix_ids)
+    coder = _Coder(tokenizer, Template(tokenizer, data.template_date), suffix_ids, data)
     return partial(_tokenize, coder, NUM_ANSWERS[stage])
 
 
 @dataclass(frozen=True)
-class _Coder:
-    """The data options, the tokenizer, its chat template, and the ids that the tokenizer appends to every text."""
+class TokenizedPrompt:
+    """Token ids of a prompt, never empty, and those that training puts after the text of an answer to it."""
 
-    data: DataConfig
+    tokens: list[int]
+    tail: list[int]
+
+
+def make_tokenize_prompt(
+    template_date: str, tokenizer: "PreTrainedTokenizerBase"
+) -> Callable[[Example], TokenizedPrompt | Problem]:
+    """Return a function that tokenizes a prompt, as training does, up to where the answer begins.
+
+    Raises:
+        UserError: a row needs a chat template that the tokenizer lacks.
+    """
+    _, suffix_ids = added_around(tokenizer)
+    return partial(_tokenize_prompt, _Encoder(tokenizer, Template(tokenizer, template_date), suffix_ids))
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """The tokenizer, its chat template, and the ids that the tokenizer appends to every text."""
+
     tokenizer: Any  # a PreTrainedTokenizerBase, whose type annotations are too broad to help
     template: Template
     suffix_ids: list[int]
 
 
-def _encode(coder: _Coder, row: int, texts: Sequence[str], special: bool) -> list[list[int]]:
+@dataclass(frozen=True)
+class _Coder(_Encoder):
+    """An encoder with the data options."""
+
+    data: DataConfig
+
+
+def _encode(coder: _Encoder, row: int, texts: Sequence[str], special: bool) -> list[list[int]]:
     """Encode texts with at most one leading BOS, and without the ids that the tokenizer appends to every text."""
     with from_outside(f"row {row}: the tokenizer cannot encode the text", "remove the row, or set model.tokenizer"):
         encoded = coder.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
@@ -80,6 +106,25 @@ def _drop_extra_bos(ids: list[int], bos: int | None) -> list[int]:
     while bos is not None and ids[num_extra : num_extra + 2] == [bos, bos]:
         num_extra += 1
     return ids[num_extra:]
+
+
+def _tokenize_prompt(coder: _Encoder, example: Example) -> TokenizedPrompt | Problem:
+    row, prompt, eos = example.row, example.prompt, coder.tokenizer.eos_token_id
+    assert prompt is not None, "a prompt is to be answered"
+    try:
+        if isinstance(prompt, str):
+            (tokens,), tail = _encode(coder, row, [prompt], special=True), [] if eos is None else [eos]
+        else:
+            text = render(coder.template, example, prompt, prompt=True)
+            omission = missing_part(coder.template, example, prompt, render(coder.template, example, prompt))
+            if omission is not None:
+                return Problem(row, "message_not_rendered", omission)
+            answered = render(coder.template, example, [*prompt, {"role": "assistant", "content": MARKER}])
+            end = answered.rpartition(MARKER)[2] if MARKER in answered else ""
+            tokens, tail = _encode(coder, row, [text, end], special=False)
+    except RenderError as error:
+        return Problem(row, "template_refused", str(error))
+    return TokenizedPrompt(tokens, tail) if tokens else Problem(row, "empty_prompt", "the prompt has no token")
 
 
 def _with_eos(coder: _Coder, ids: list[int], row: int) -> list[int]:

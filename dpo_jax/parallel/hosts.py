@@ -139,6 +139,18 @@ def writer_first(make: Callable[[], Result], what: str) -> Result:
     return results[0]
 
 
+def on_writer(act: Callable[[], Result], what: str) -> Result:
+    """Call ``act()``, which returns JSON values, on process 0 and return its result on all; so is its ``UserError``."""
+    result, error = None, None
+    if is_writer():
+        try:
+            result = act()
+        except UserError as refusal:
+            error = refusal
+    agree(error, what, timeout=LONG_TIMEOUT)
+    return gather(result, what)[0]
+
+
 def agree(error: UserError | None, what: str, timeout: int = TIMEOUT) -> None:
     """Raise the error of the first process that has one on every process, so that all stop together."""
     report = None if error is None else [type(error).__name__, str(error)]

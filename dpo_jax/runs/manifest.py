@@ -34,12 +34,14 @@ _OPTIONS = {
     "adapters": "lora.path",
     "reference": "reference.path",
     "store": "data.train data.template_date",
+    "prompts": "prompts",
+    "reward": "reward",
     "template": "data.chat_template",
     "length": "run.steps run.epochs",
     "rounding": "model.attention model.remat model.scan reference.mode batch.row_length batch.accumulation "
-    "batch.target_chunk batch.layout mesh run.compiler_flags",
+    "batch.target_chunk batch.layout batch.prompts mesh run.compiler_flags",
     "free": "data.eval data.store data.workers run.dir run.log_every run.eval_every run.token_stats run.export "
-    "run.report run.trackers run.progress run.profile_steps checkpoint",
+    "run.report run.trackers run.progress run.profile_steps checkpoint pairs",
 }
 EFFECTS = {option: effect for effect, options in _OPTIONS.items() for option in options.split()}
 # Mixing weights of data sets always matter, as the store's key does not include them.

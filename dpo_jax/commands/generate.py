@@ -1,0 +1,344 @@
+"""Generate answers to prompts, score them with a reward model, and make training data of the best and the worst.
+
+An answer depends on the options, the row of its prompt and its own index only, so a command that was stopped continues
+where its output ends, and writes the file that it would have written without a stop.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dpo_jax.batch import Params
+from dpo_jax.config import GenerateConfig
+from dpo_jax.console import progress_line, say
+from dpo_jax.data.ranked import rank
+from dpo_jax.data.schemas import Example, Problem
+from dpo_jax.data.store import open_source
+from dpo_jax.data.tokenize import TokenizedPrompt, make_tokenize_prompt
+from dpo_jax.data.tokenizer import tokenizer_hash
+from dpo_jax.errors import RunStopped, UserError, require
+from dpo_jax.inference.answer_scores import AnswerScores, make_answer_scores
+from dpo_jax.inference.generate import Answer, generate, rollout_weights
+from dpo_jax.models.decoder import count_params
+from dpo_jax.parallel import hosts
+from dpo_jax.parallel.rendezvous import start_hosts
+from dpo_jax.parallel.sharding import make_mesh, platform_of
+from dpo_jax.runs.answer_file import AnswerFile, Row
+from dpo_jax.runs.checksums import weights_id
+from dpo_jax.runs.directory import writing
+from dpo_jax.runs.manifest import make_manifest
+from dpo_jax.storage import write_whole
+from dpo_jax.weights.hub import end_tokens
+from dpo_jax.weights.open import ModelSource, OpenModel, open_model
+
+LOGP_DECIMALS, SCORE_DECIMALS = 4, 6  # later digits of a float32 depend on the batch
+NO_END = [-1]  # end tokens of a model that has none
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as it was read, and as tokens."""
+
+    example: Example
+    tokenized: TokenizedPrompt
+
+    @property
+    def columns(self) -> Row:
+        """The columns of a row that training reads as this prompt."""
+        options = {"tools": self.example.tools, "chat_template_kwargs": self.example.template_kwargs}
+        return {"prompt": self.example.prompt} | {name: value for name, value in options.items() if value is not None}
+
+
+AnswerColumn = Callable[[Sequence[Prompt], int, int], list[Row]]  # (prompts, first row, index) -> an answer to each
+
+
+def generate_answers(config: GenerateConfig, output: str) -> None:
+    """Write ``config.n`` answers to each prompt to ``output``, and the rows that ``config.pairs`` asks for next to it.
+
+    Raises:
+        UserError: a prompt, model or option cannot be used, or ``output`` is not the output of the same command.
+        RunStopped: a log-prob or score is not finite, or a file cannot be written.
+    """
+    file = AnswerFile.named(output)
+    start_hosts()
+    hosts.cache_compilations()
+    mesh = make_mesh(config.mesh)
+    with ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        hosts.on_writer(lambda: stack.enter_context(file.locked()), "output")
+        policy, reward = open_policy(config, mesh), open_reward(config, mesh)
+        tokenizer = policy.tokenizer(config.data.chat_template)
+        if reward is not None:
+            refuse_other_tokenizer(config, tokenizer, reward)
+        prompts = read_prompts(config, tokenizer)
+        ends = answer_ends(policy.source, tokenizer, prompts)
+        announce(config, policy, tokenizer, prompts, ends)
+        params, reward_params = policy.load(mesh), {} if reward is None else reward.load(mesh)
+        identity = {
+            "weights": weights_id(params),
+            "reward": None if reward is None else weights_id(reward_params),
+            "tokenizer": tokenizer_hash(tokenizer),
+            "template": tokenizer.chat_template,
+            "prompts": prompts_hash(prompts),
+            "ends": ends,
+            "dtype": policy.model.dtype,
+        }
+        environment = {"platform": jax.default_backend(), "devices": jax.device_count()}
+        manifest = make_manifest(asdict(config), identity, environment)
+        done, rounding = hosts.on_writer(partial(file.resume, manifest, len(prompts)), "output")
+        if 0 < done < len(prompts):
+            say(config.run.progress, f"resuming from prompt {done} of {len(prompts)}")
+            for line in rounding:
+                say(config.run.progress, f"log-probs and scores are the same only within rounding: {line}")
+        if done < len(prompts):
+            scores = None if reward is None else make_answer_scores(reward.model, reward_params, mesh)
+            answer_column = make_answer_column(config, policy, params, tokenizer, ends, mesh, scores)
+            del params
+            for rows in answered_blocks(config, prompts, done, answer_column):
+                hosts.on_writer(partial(write_rows, file, rows), "output")
+        if hosts.is_writer():
+            finish(config, file)
+
+
+def open_policy(config: GenerateConfig, mesh: Mesh) -> OpenModel:
+    """Find the language model that answers.
+
+    Raises:
+        UserError: it is a reward model.
+    """
+    policy = open_model(config.model, platform_of(mesh))
+    remedy = "it is a reward model, without an unembedding; choose a language model"
+    require(policy.model.config.scores == 0, "model.path", config.model.path, remedy)
+    return policy
+
+
+def open_reward(config: GenerateConfig, mesh: Mesh) -> OpenModel | None:
+    """Find the reward model, computed as the policy is; None if the config names none.
+
+    Raises:
+        UserError: it is a language model.
+    """
+    path = config.reward.path
+    if path is None:
+        return None
+    options = replace(
+        config.model, path=path, revision=config.reward.revision, checkpoint=config.reward.checkpoint, tokenizer=None
+    )
+    try:
+        reward = open_model(options, platform_of(mesh))
+        remedy = "it is a language model, without a score; train a reward model with dpo-jax reward"
+        require(reward.model.config.scores == 1, "model.path", path, remedy)
+    except UserError as error:
+        text = str(error)
+        raise UserError(f"reward.{text.removeprefix('model.')}" if text.startswith("model.") else text) from error
+    return reward
+
+
+def refuse_other_tokenizer(config: GenerateConfig, tokenizer: Any, reward: OpenModel) -> None:
+    """Raise ``UserError`` if the reward model has another tokenizer or chat template than the policy."""
+    other_tokenizer = reward.tokenizer(config.data.chat_template)
+    if tokenizer_hash(other_tokenizer) != tokenizer_hash(tokenizer):
+        is_template = other_tokenizer.chat_template != tokenizer.chat_template
+        difference = "chat template is not that" if is_template else "tokenizer is not that"
+        remedy = (
+            "name a file as data.chat_template for both" if is_template else "use a reward model of the same family"
+        )
+        raise UserError("reward.path", config.reward.path, f"its {difference} of {config.model.path}; {remedy}")
+
+
+def read_prompts(config: GenerateConfig, tokenizer: Any) -> list[Prompt]:
+    """Read and tokenize every prompt.
+
+    Raises:
+        UserError: the file cannot be read, or a row cannot be used; none is dropped, as answers stand in file order.
+    """
+    source = open_source(config.prompts, 0, "prompts")
+    tokenize = make_tokenize_prompt(config.data.template_date, tokenizer)
+    for hint in source.hints:
+        say(config.run.progress, f"note: {source.label}: {hint}")
+
+    def read(row: int) -> Prompt:
+        problem = example = source.parse(row, source.rows[row])
+        if isinstance(example, Example):
+            try:
+                problem = tokenized = tokenize(example)
+            except UserError as error:
+                raise UserError(f"{source.label}, {error}") from None
+            if isinstance(tokenized, TokenizedPrompt):
+                return Prompt(example, tokenized)
+        assert isinstance(problem, Problem)
+        raise UserError(
+            f"{source.label}, row {row}: {problem.cause.replace('_', ' ')}: {problem.detail}; fix or remove the row"
+        )
+
+    return [read(row) for row in range(len(source.rows))]
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """Return a hash of all that the answers and their rows take from the prompts."""
+    content = [[prompt.columns, prompt.tokenized.tokens, prompt.tokenized.tail] for prompt in prompts]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def answer_ends(source: ModelSource, tokenizer: Any, prompts: Sequence[Prompt]) -> list[int]:
+    """Return the tokens that end an answer: EOS, those of generation_config.json, and the chat template's end of turn.
+
+    The end of turn counts only if it is a token of its own kind, such as ``<|im_end|>``, not ordinary text.
+    """
+    ends = {tokenizer.eos_token_id} - {None}
+    if source.folder is not None and (source.folder / "generation_config.json").is_file():
+        ends |= end_tokens(source.folder, source.hf_config)
+    tokenized = [prompt.tokenized for prompt in prompts]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return sorted(ends | ({prompt.tail[0] for prompt in tokenized if prompt.tail} & special))
+
+
+def announce(
+    config: GenerateConfig, policy: OpenModel, tokenizer: Any, prompts: Sequence[Prompt], ends: Sequence[int]
+) -> None:
+    """Print the sizes of model and prompts, the end tokens, and notes on what may be unexpected."""
+    lengths = [len(prompt.tokenized.tokens) for prompt in prompts]
+    span = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else max(lengths)
+    end_names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "no token"
+    lines = [
+        f"model: {config.model.path}, {count_params(policy.model):,} parameters, {policy.model.dtype}",
+        f"prompts: {len(prompts)} of {span} tokens",
+        f"answers: {config.n} to each prompt; they end at {end_names}, or after {config.sampling.max_tokens} tokens",
+    ]
+    longest = max(lengths) + config.sampling.max_tokens
+    positions = policy.source.hf_config.get("max_position_embeddings", longest)
+    if longest > positions:
+        limit = f"but the model supports {positions} (max_position_embeddings)"
+        lines.append(f"note: a prompt with its answer has up to {longest} tokens, {limit}: lower sampling.max_tokens")
+    if tokenizer.chat_template is not None and all(isinstance(prompt.example.prompt, str) for prompt in prompts):
+        remedy = "to render them, give messages, or the text as a column named instruction, by prompts.columns"
+        lines.append(f"note: the prompts are text, so the chat template is not used; {remedy}")
+    for line in lines:
+        say(config.run.progress, line)
+
+
+def make_answer_column(
+    config: GenerateConfig,
+    policy: OpenModel,
+    params: Params,
+    tokenizer: Any,
+    ends: Sequence[int],
+    mesh: Mesh,
+    scores: AnswerScores | None,
+) -> AnswerColumn:
+    """Return a function that answers consecutive prompts once each, for one index of the answers."""
+    weights = rollout_weights(policy.model, params, mesh)
+
+    def answer_column(prompts: Sequence[Prompt], first_row: int, index: int) -> list[Row]:
+        tokens = [prompt.tokenized.tokens for prompt in prompts]
+        answers = generate(
+            policy.model,
+            weights,
+            tokens,
+            config.sampling,
+            mesh,
+            end_ids=ends or NO_END,
+            seed=config.run.seed,
+            step=index,
+            first_row=first_row,
+        )
+        column = [answer_fields(tokenizer, *each) for each in zip(tokens, answers, strict=True)]
+        if scores is not None:
+            ended = [with_tail(prompt.tokenized, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+            for fields, score in zip(column, scores(tokens, ended), strict=True):
+                fields["score"] = round(score, SCORE_DECIMALS)
+        for row, fields in enumerate(column, start=first_row):
+            if not all(map(math.isfinite, (fields["logp"], fields.get("score", 0.0)))):
+                raise RunStopped(f"answer {index} to row {row}: its log-prob or score is not finite: check the weights")
+        return column
+
+    return answer_column
+
+
+def answer_fields(tokenizer: Any, prompt: list[int], answer: Answer) -> Row:
+    """Return an answer as it is written, without a score."""
+    tokens = answer.tokens[:-1] if answer.ended else answer.tokens
+    # decoded behind the prompt, because a tokenizer may drop the space at the start of a text
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    before, text = decode(prompt), decode(prompt + tokens)
+    return {
+        "text": text[len(before) :] if text.startswith(before) else decode(tokens),
+        "num_tokens": len(answer.tokens),
+        "logp": round(math.fsum(answer.logps), LOGP_DECIMALS),
+        "finish_reason": "stop" if answer.ended else "length",
+    }
+
+
+def with_tail(prompt: TokenizedPrompt, answer: Answer) -> list[int]:
+    """Return an answer's tokens up to the one where a reward model was trained to score it.
+
+    Chat templates may write something after the end of a turn, such as a newline, which is then the last token.
+    """
+    is_turn = answer.ended and answer.tokens[-1:] == prompt.tail[:1]
+    return answer.tokens + prompt.tail[1:] * is_turn
+
+
+def answered_blocks(
+    config: GenerateConfig, prompts: Sequence[Prompt], done: int, answer_column: AnswerColumn
+) -> Iterator[list[Row]]:
+    """Yield the rows of each block of prompts from row ``done`` on.
+
+    Blocks start at multiples of their size, also on resume, and all have this size: a repeated block has the same bits.
+    """
+    size = min(config.batch.prompts, len(prompts))
+    total, start = len(prompts) * config.n, done // size * size
+    with progress_line(done * config.n, total, " answers", config.run.progress and hosts.is_writer()) as progress:
+        for first in range(start, len(prompts), size):
+            block = prompts[first : first + size]
+            full_block = [*block, *[block[0]] * (size - len(block))]
+            columns = []
+            for index in range(config.n):
+                columns.append(answer_column(full_block, first, index)[: len(block)])
+                progress.update(len(block) - max(0, done - first))
+            answers = map(list, zip(*columns, strict=True))
+            rows = [
+                {"row": row, **prompt.columns, "answers": column}
+                for row, prompt, column in zip(range(first, len(prompts)), block, answers, strict=False)
+            ]
+            yield rows[max(0, done - first) :]
+
+
+def write_rows(file: AnswerFile, rows: Sequence[Row]) -> None:
+    """Append rows to the output."""
+    for row in rows:
+        file.append(row)
+
+
+def finish(config: GenerateConfig, file: AnswerFile) -> None:
+    """Write the pairs, if asked for, and print what the output has."""
+    show, limit = partial(say, config.run.progress), config.sampling.max_tokens
+    by_prompt = [row["answers"] for row in file.rows()]
+    answers = [answer for answers in by_prompt for answer in answers]
+    mean_tokens = fmean(answer["num_tokens"] for answer in answers)
+    num_cut = sum(answer["finish_reason"] == "length" for answer in answers)
+    line = f"{len(answers)} of {mean_tokens:.1f} tokens on average, {num_cut} of them cut at {limit}"
+    if config.reward.path is not None:
+        best = [max(answer["score"] for answer in answers) for answers in by_prompt]
+        line += f"; mean score {fmean(answer['score'] for answer in answers):.4g}"
+        line += f", of the best of {config.n} {fmean(best):.4g}" * (config.n > 1)
+    show(f"answers: {file.path}: {line}")
+    if config.pairs is None:
+        return
+    path, ranked = file.beside(f".{config.pairs}.jsonl"), rank(file.rows(), config.pairs)
+    with writing(path):
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranked.rows))
+    if ranked.num_cut:
+        cut = f"{ranked.num_cut} of the best answers were cut at {limit} tokens; training would end them there"
+        show(f"note: {cut}: raise sampling.max_tokens")
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(ranked.skipped.items()))
+    skips = f"; prompts skipped: {causes}" if causes else ""
+    show(f"{config.pairs}: {path}: {len(ranked.rows)} rows{skips}")

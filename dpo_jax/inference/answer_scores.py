@@ -1,0 +1,49 @@
+"""Score generated answers with a reward model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.batch import BLOCK, Params, round_up
+from dpo_jax.batching.packing import BatchShape, make_units, pack_rows
+from dpo_jax.batching.to_devices import make_to_devices
+from dpo_jax.models.decoder import Model
+from dpo_jax.models.heads import make_scores_fn
+from dpo_jax.parallel.sharding import own_shares, replicated, row_devices
+
+AnswerScores = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[float]]  # (prompts, answers) -> scores
+
+
+def make_answer_scores(model: Model, weights: Params, mesh: Mesh) -> AnswerScores:
+    """Return a function that scores an answer to each prompt at the answer's last token, as one batch.
+
+    Each prompt and answer is a row of its own. Rows are padded to a power of two of blocks, so that few programs are
+    compiled.
+    """
+    scores_fn = jax.jit(make_scores_fn(model), out_shardings=replicated(mesh))
+    to_devices, shares = make_to_devices(mesh), own_shares(mesh)
+
+    def answer_scores(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
+        examples = [(np.array(p), (np.array(a),), None) for p, a in zip(prompts, answers, strict=True)]
+        lengths = np.array([[len(p), len(a)] for p, a in zip(prompts, answers, strict=True)])
+        rows = [[unit] for unit in make_units(lengths, lengths[:, 1:], "padded")]
+        size = round_up(len(rows), row_devices(mesh)) // row_devices(mesh)  # rows per share
+        shape = _shape(size * row_devices(mesh), int(lengths.sum(1).max()))
+        own_rows = [share * size + row for share in shares for row in range(size)]
+        batch = pack_rows(rows, shape, examples, np.ones(len(rows), np.float32), 1, own_rows)
+        scores: Any = scores_fn(weights, to_devices(batch)).sum
+        return np.asarray(scores)[:, 0].tolist()
+
+    return answer_scores
+
+
+def _shape(num_rows: int, longest: int) -> BatchShape:
+    """Return the shape of rows with one prompt and answer each, of up to ``longest`` tokens together."""
+    num_blocks = 1 << (round_up(longest, BLOCK) // BLOCK - 1).bit_length()
+    length, pairs = num_blocks * BLOCK, num_blocks * (num_blocks + 1) // 2
+    return BatchShape(
+        num_rows, length, length, answers=1, blocks=round_up(pairs, 16), longest=length, branch_length=length
+    )
