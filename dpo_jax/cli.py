@@ -45,7 +45,7 @@ def _eval(config: DPOConfig, output: str, which: Which, per_token: bool) -> None
 def _generate(config: GenerateConfig, output: str) -> None:
     from dpo_jax.commands.generate import generate_answers
 
-    generate_answers(config, Path(output))
+    generate_answers(config, output)
 
 
 def _export(run_dir: str, out_dir: str, which: Which, adapters: bool) -> None:

@@ -7,12 +7,11 @@ where its output ends, and writes the file that it would have written without a 
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from jax.sharding import Mesh
 from dpo_jax.batch import Params
 from dpo_jax.config import GenerateConfig
 from dpo_jax.console import progress_line, say
+from dpo_jax.data.ranked import rank
 from dpo_jax.data.schemas import Example, Problem
 from dpo_jax.data.store import open_source
 from dpo_jax.data.tokenize import TokenizedPrompt, make_tokenize_prompt
@@ -40,7 +40,7 @@ from dpo_jax.storage import write_whole
 from dpo_jax.weights.hub import end_tokens
 from dpo_jax.weights.open import ModelSource, OpenModel, open_model
 
-DECIMALS = 4  # of log-probs and scores; later digits of a float32 depend on the batch
+LOGP_DECIMALS, SCORE_DECIMALS = 4, 6  # later digits of a float32 depend on the batch
 NO_END = [-1]  # end tokens of a model that has none
 
 
@@ -61,15 +61,16 @@ class Prompt:
 AnswerColumn = Callable[[Sequence[Prompt], int, int], list[Row]]  # (prompts, first row, index) -> an answer to each
 
 
-def generate_answers(config: GenerateConfig, output: Path) -> None:
+def generate_answers(config: GenerateConfig, output: str) -> None:
     """Write ``config.n`` answers to each prompt to ``output``, and the rows that ``config.pairs`` asks for next to it.
 
     Raises:
         UserError: a prompt, model or option cannot be used, or ``output`` is not the output of the same command.
         RunStopped: a log-prob or score is not finite, or a file cannot be written.
     """
-    file = AnswerFile(output)
+    file = AnswerFile.named(output)
     start_hosts()
+    hosts.cache_compilations()
     mesh = make_mesh(config.mesh)
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -136,8 +137,9 @@ def open_reward(config: GenerateConfig, mesh: Mesh) -> OpenModel | None:
         reward = open_model(options, platform_of(mesh))
         remedy = "it is a language model, without a score; train a reward model with dpo-jax reward"
         require(reward.model.config.scores == 1, "model.path", path, remedy)
-    except UserError as error:  # names the option as that of a policy
-        raise UserError(str(error).replace("model.", "reward.", 1)) from error
+    except UserError as error:
+        text = str(error)
+        raise UserError(f"reward.{text.removeprefix('model.')}" if text.startswith("model.") else text) from error
     return reward
 
 
@@ -174,7 +176,9 @@ def read_prompts(config: GenerateConfig, tokenizer: Any) -> list[Prompt]:
             if isinstance(tokenized, TokenizedPrompt):
                 return Prompt(example, tokenized)
         assert isinstance(problem, Problem)
-        raise UserError(f"{source.label}, row {row}: {problem.cause}: {problem.detail}; fix or remove the row")
+        raise UserError(
+            f"{source.label}, row {row}: {problem.cause.replace('_', ' ')}: {problem.detail}; fix or remove the row"
+        )
 
     return [read(row) for row in range(len(source.rows))]
 
@@ -203,10 +207,11 @@ def announce(
 ) -> None:
     """Print the sizes of model and prompts, the end tokens, and notes on what may be unexpected."""
     lengths = [len(prompt.tokenized.tokens) for prompt in prompts]
+    span = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else max(lengths)
     end_names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "no token"
     lines = [
         f"model: {config.model.path}, {count_params(policy.model):,} parameters, {policy.model.dtype}",
-        f"prompts: {len(prompts)} of {min(lengths)} to {max(lengths)} tokens",
+        f"prompts: {len(prompts)} of {span} tokens",
         f"answers: {config.n} to each prompt; they end at {end_names}, or after {config.sampling.max_tokens} tokens",
     ]
     longest = max(lengths) + config.sampling.max_tokens
@@ -215,8 +220,8 @@ def announce(
         limit = f"but the model supports {positions} (max_position_embeddings)"
         lines.append(f"note: a prompt with its answer has up to {longest} tokens, {limit}: lower sampling.max_tokens")
     if tokenizer.chat_template is not None and all(isinstance(prompt.example.prompt, str) for prompt in prompts):
-        rename = "set prompts.columns to {instruction: prompt}"
-        lines.append(f"note: the prompts are text, so the chat template is not used; to make each a turn, {rename}")
+        remedy = "to render them, give messages, or the text as a column named instruction, by prompts.columns"
+        lines.append(f"note: the prompts are text, so the chat template is not used; {remedy}")
     for line in lines:
         say(config.run.progress, line)
 
@@ -250,7 +255,7 @@ def make_answer_column(
         if scores is not None:
             ended = [with_tail(prompt.tokenized, answer) for prompt, answer in zip(prompts, answers, strict=True)]
             for fields, score in zip(column, scores(tokens, ended), strict=True):
-                fields["score"] = round(score, DECIMALS)
+                fields["score"] = round(score, SCORE_DECIMALS)
         for row, fields in enumerate(column, start=first_row):
             if not all(map(math.isfinite, (fields["logp"], fields.get("score", 0.0)))):
                 raise RunStopped(f"answer {index} to row {row}: its log-prob or score is not finite: check the weights")
@@ -268,7 +273,7 @@ def answer_fields(tokenizer: Any, prompt: list[int], answer: Answer) -> Row:
     return {
         "text": text[len(before) :] if text.startswith(before) else decode(tokens),
         "num_tokens": len(answer.tokens),
-        "logp": round(math.fsum(answer.logps), DECIMALS),
+        "logp": round(math.fsum(answer.logps), LOGP_DECIMALS),
         "finish_reason": "stop" if answer.ended else "length",
     }
 
@@ -315,63 +320,25 @@ def write_rows(file: AnswerFile, rows: Sequence[Row]) -> None:
 
 def finish(config: GenerateConfig, file: AnswerFile) -> None:
     """Write the pairs, if asked for, and print what the output has."""
-    answers = [answer for row in file.rows() for answer in row["answers"]]
-    mean = sum(answer["num_tokens"] for answer in answers) / len(answers)
+    show, limit = partial(say, config.run.progress), config.sampling.max_tokens
+    by_prompt = [row["answers"] for row in file.rows()]
+    answers = [answer for answers in by_prompt for answer in answers]
+    mean_tokens = fmean(answer["num_tokens"] for answer in answers)
     num_cut = sum(answer["finish_reason"] == "length" for answer in answers)
-    line = (
-        f"{len(answers)} answers of {mean:.1f} tokens on average, {num_cut} of them cut at {config.sampling.max_tokens}"
-    )
+    line = f"{len(answers)} of {mean_tokens:.1f} tokens on average, {num_cut} of them cut at {limit}"
     if config.reward.path is not None:
-        line += f"; mean score {sum(answer['score'] for answer in answers) / len(answers):.4g}"
-    say(config.run.progress, f"answers: {file.path}: {line}")
-    if config.pairs is not None:
-        path, skipped, rows = file.beside(f".{config.pairs}.jsonl"), Counter[str](), []
-        for row in file.rows():
-            ranked = best_and_worst(row) if config.pairs == "best-worst" else best_answer(row)
-            if isinstance(ranked, str):
-                skipped[ranked] += 1
-            else:
-                rows.append(ranked)
-        with writing(path):
-            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()))
-        skips = f"; {skipped.total()} prompts skipped: {causes}" if skipped else ""
-        say(config.run.progress, f"pairs: {path}: {len(rows)} rows{skips}")
-
-
-def ranked_answers(row: Row) -> list[Row]:
-    """Return the answers that have a text, best first."""
-    answers = [answer for answer in row["answers"] if answer["text"].strip()]
-    return sorted(answers, key=lambda answer: -answer["score"])  # stable: of equal scores, the first answer first
-
-
-def best_and_worst(row: Row) -> Row | str:
-    """Return the best and worst answers as a row that ``train`` reads, or why there is no such pair."""
-    ranked = ranked_answers(row)
-    if len(ranked) < 2:
-        return "with fewer than two answers that have text"
-    best, worst = ranked[0], ranked[-1]
-    if best["text"] == worst["text"]:
-        return "with equal texts"
-    if best["score"] == worst["score"]:
-        return "with equal scores"
-    answers = {"chosen": as_answer(row, best), "rejected": as_answer(row, worst)}
-    return prompt_columns(row) | answers | {"chosen_score": best["score"], "rejected_score": worst["score"]}
-
-
-def best_answer(row: Row) -> Row | str:
-    """Return the best answer as a row that ``sft`` reads, or why there is none."""
-    ranked = ranked_answers(row)
-    if not ranked:
-        return "without an answer that has text"
-    return prompt_columns(row) | {"answer": as_answer(row, ranked[0]), "score": ranked[0]["score"]}
-
-
-def prompt_columns(row: Row) -> Row:
-    """Return the columns of a row that belong to its prompt."""
-    return {name: value for name, value in row.items() if name not in ("row", "answers")}
-
-
-def as_answer(row: Row, answer: Row) -> str | list[Row]:
-    """Return an answer as training reads it next to its prompt: as text, or as a message."""
-    return answer["text"] if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer["text"]}]
+        best = [max(answer["score"] for answer in answers) for answers in by_prompt]
+        line += f"; mean score {fmean(answer['score'] for answer in answers):.4g}"
+        line += f", of the best of {config.n} {fmean(best):.4g}" * (config.n > 1)
+    show(f"answers: {file.path}: {line}")
+    if config.pairs is None:
+        return
+    path, ranked = file.beside(f".{config.pairs}.jsonl"), rank(file.rows(), config.pairs)
+    with writing(path):
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranked.rows))
+    if ranked.num_cut:
+        cut = f"{ranked.num_cut} of the best answers were cut at {limit} tokens; training would end them there"
+        show(f"note: {cut}: raise sampling.max_tokens")
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(ranked.skipped.items()))
+    skips = f"; prompts skipped: {causes}" if causes else ""
+    show(f"{config.pairs}: {path}: {len(ranked.rows)} rows{skips}")

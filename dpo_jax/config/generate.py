@@ -62,7 +62,7 @@ class GenerateRunConfig(Section, name="run"):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Section):
-    """What is generated."""
+    """What is generated. `--prompts FILE` stands for `--prompts.path FILE`, and `--reward` for `--reward.path`."""
 
     model: ModelConfig
     prompts: SourceConfig

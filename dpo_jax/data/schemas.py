@@ -267,7 +267,7 @@ def _check_prompt(prompt: str | Messages) -> None:
     if not prompt and not isinstance(prompt, str):
         raise BadRow("empty_prompt", "there is no message to answer")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise BadRow("prompts_differ", "the prompt ends with an assistant message, which leaves nothing to answer")
+        raise BadRow("empty_prompt", "the prompt ends with an assistant message, so there is nothing to answer")
 
 
 @dataclass(frozen=True)

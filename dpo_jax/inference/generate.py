@@ -54,9 +54,10 @@ def answer_rows(
     """Generate an answer to each right-padded prompt of ``lengths`` tokens; pure, to be compiled."""
     num_rows, prompt_length = prompts.shape
     unembedding = model.unembedding(weights).astype(model.dtype)
-    positions = jnp.where(jnp.arange(prompt_length) < lengths[:, None], jnp.arange(prompt_length), -1)
-    cache = model.empty_cache(num_rows, prompt_length + options.max_tokens)
-    hidden, cache = model.extend(weights, prompts, positions, cache)
+    last = lengths - 1  # index of the token with which the loop begins
+    positions = jnp.where(jnp.arange(prompt_length) < last[:, None], jnp.arange(prompt_length), -1)
+    _, cache = model.extend(weights, prompts, positions, model.empty_cache(num_rows, prompt_length))
+    token = jnp.take_along_axis(prompts, last[:, None], axis=1)[:, 0]
     empty = jnp.zeros((num_rows, options.max_tokens))
     none_ended = jnp.zeros(num_rows, bool)
     answers = Generated(empty.astype(jnp.int32), empty, jnp.zeros(num_rows, jnp.int32), none_ended)
@@ -66,9 +67,10 @@ def answer_rows(
         return (t < options.max_tokens) & ~answers.ended.all()
 
     def add_token(state):
-        t, hidden, cache, answers = state
+        t, token, cache, answers = state
+        hidden, cache = model.extend(weights, token[:, None], (last + t)[:, None], cache)
         logits = jnp.einsum(
-            "RD,VD->RV", hidden, unembedding, precision=model.precision, preferred_element_type=jnp.float32
+            "RD,VD->RV", hidden[:, 0], unembedding, precision=model.precision, preferred_element_type=jnp.float32
         )
         token = sample(logits, keys, t, options)
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
@@ -79,21 +81,24 @@ def answer_rows(
             lengths=answers.lengths + runs,
             ended=answers.ended | jnp.isin(token, end_ids),
         )
-        hidden, cache = model.extend(weights, token[:, None], (lengths + t)[:, None], cache)
-        return t + 1, hidden[:, 0], cache, answers
+        return t + 1, token, cache, answers
 
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    return jax.lax.while_loop(is_open, add_token, (jnp.int32(0), last, cache, answers))[-1]
+    state = jnp.int32(0), token, cache.grow(options.max_tokens), answers
+    return jax.lax.while_loop(is_open, add_token, state)[-1]
 
 
 def rollout_weights(model: Model, weights: Params | Adapted, mesh: Mesh) -> Any:
     """Copy weights in the compute dtype to the `rollout_mesh` of ``mesh``, from which they are read for every token."""
-    target = rollout_mesh(mesh)
-    shardings = weight_shardings(model.param_shapes(), model.param_axes(), target)
-    if isinstance(weights, Adapted):
-        shardings = Adapted(weight_shardings(model.adapter_shapes(), model.adapter_axes(), target), shardings)
+    return _compiled_copy(model, rollout_mesh(mesh), isinstance(weights, Adapted))(weights)
+
+
+@cache
+def _compiled_copy(model: Model, mesh: Mesh, has_adapters: bool) -> Callable[[Any], Any]:
+    shardings = weight_shardings(model.param_shapes(), model.param_axes(), mesh)
+    if has_adapters:
+        shardings = Adapted(weight_shardings(model.adapter_shapes(), model.adapter_axes(), mesh), shardings)
     cast = lambda weights: jax.tree.map(lambda x: x.astype(model.dtype), weights)  # noqa: E731
-    return jax.jit(cast, out_shardings=shardings)(weights)
+    return jax.jit(cast, out_shardings=shardings)
 
 
 @cache

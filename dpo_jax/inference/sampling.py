@@ -21,10 +21,16 @@ def sample(
     ``token``: index of the token in the answer.
     """
     if options.temperature == 0:
-        return jnp.argmax(logits, axis=-1)
+        return argmax(logits)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, token)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-    return jnp.argmax(cut(logits / options.temperature, options) + noise, axis=-1)
+    return argmax(cut(logits / options.temperature, options) + noise)
+
+
+def argmax(values: Float[Array, "R V"]) -> Int[Array, " R"]:
+    """Return each row's `jnp.argmax`, which XLA on a CPU does not vectorize, nor what it is computed from."""
+    size = values.shape[-1]
+    return jnp.where(values == values.max(-1, keepdims=True), jnp.arange(size), size - 1).min(-1)
 
 
 def cut(logits: Float[Array, "R V"], options: SamplingConfig) -> Float[Array, "R V"]:

@@ -67,7 +67,7 @@ class Decoder(DecoderModule):
             layer,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
+            in_axes=nn.broadcast,
             length=c.layers,
             unroll=1 if self.scan else c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -75,7 +75,7 @@ class Decoder(DecoderModule):
         x = constrain_rows(x)
         (kind,) = c.pattern  # the scan steps over periods of the pattern
         stack = layers(c, self.param_dtype, self.lora, kind, self.attention, longest, name="layers")
-        x, cache = stack(x, angles, inputs, cache)
+        (x, cache), _ = stack((x, cache), angles, inputs)
         return self.rms_norm("final", x), cache
 
 
@@ -89,6 +89,13 @@ class Cache:
     layers: KeyValues
     positions: Int[Array, "R S"]  # -1: unused slot or padding
     end: Int[Array, ""]  # slots in use
+
+    def grow(self, num_slots: int) -> "Cache":
+        """Return the cache with that many more empty slots."""
+        longer = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, num_slots), (0, 0)))  # noqa: E731
+        layers = self.layers._replace(keys=longer(self.layers.keys), values=longer(self.layers.values))
+        positions = jnp.pad(self.positions, ((0, 0), (0, num_slots)), constant_values=-1)
+        return Cache(layers, positions, self.end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +119,8 @@ class Model:
     def empty_cache(self, num_rows: int, num_slots: int) -> Cache:
         """Return a cache of ``num_slots`` tokens per row."""
         c = self.config
-        zeros = jnp.zeros((c.layers, num_rows, num_slots, c.kv_heads, c.head_dim), self.dtype)
-        return Cache(KeyValues(zeros, zeros), jnp.full((num_rows, num_slots), -1), jnp.int32(0))
+        zeros = jnp.zeros((c.layers, num_rows, c.kv_heads, num_slots, c.head_dim), self.dtype)
+        return Cache(KeyValues(zeros, zeros, jnp.int32(0)), jnp.full((num_rows, num_slots), -1), jnp.int32(0))
 
     def extend(
         self, weights: Params | Adapted, tokens: Int[Array, "R T"], positions: Int[Array, "R T"], cache: Cache

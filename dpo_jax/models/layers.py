@@ -142,15 +142,21 @@ class CacheInputs(NamedTuple):
 
 
 class KeyValues(NamedTuple):
-    """Cached keys and values of one layer, or of all with a leading dim L."""
+    """Cached keys and values of all layers; as a carry of the scan over layers, it is updated in place."""
 
-    keys: Float[Array, "*L R S K H"]
-    values: Float[Array, "*L R S K H"]
+    keys: Float[Array, "L R K S H"]
+    values: Float[Array, "L R K S H"]
+    layer: Int[Array, ""]  # the one that is computed next
 
-    def write(self, keys: Array, values: Array, start: Array) -> "KeyValues":
-        """Return the cache of one layer with new keys and values [R, T, K, H] from slot ``start`` on."""
-        update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-        return KeyValues(update(self.keys, keys), update(self.values, values))
+    def write(self, start: Array, keys: Array, values: Array) -> "KeyValues":
+        """Return the cache with the layer's new keys and values [R, T, K, H] from slot ``start`` on."""
+        update = partial(jax.lax.dynamic_update_slice, start_indices=(self.layer, 0, 0, start, 0))
+        keys, values = (x.swapaxes(1, 2)[None] for x in (keys, values))
+        return KeyValues(update(self.keys, keys), update(self.values, values), self.layer)
+
+    def read(self) -> tuple[Float[Array, "R K S H"], Float[Array, "R K S H"]]:
+        """Return the layer's keys and values."""
+        return self.keys[self.layer], self.values[self.layer]
 
 
 class Layer(DecoderModule):
@@ -163,12 +169,12 @@ class Layer(DecoderModule):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "R T D"],
+        carry: tuple[Float[Array, "R T D"], KeyValues | None],
         angles: Float[Array, "R T C"],
         inputs: AttentionInputs | CacheInputs,
-        cache: KeyValues | None,
-    ) -> tuple[Float[Array, "R T D"], KeyValues | None]:
-        """Return the residual stream after the layer, and its cache with the new tokens, if there is one."""
+    ) -> tuple[tuple[Float[Array, "R T D"], KeyValues | None], None]:
+        """Return the residual stream after the layer, and the cache with its new tokens, if there is one."""
+        x, cache = carry
         c = self.config
         y = self.rms_norm("attention", x)
         q, k, v = self.linear("query", y), self.linear("key", y), self.linear("value", y)
@@ -178,8 +184,9 @@ class Layer(DecoderModule):
         options = {"scale": c.head_dim**-0.5, "window": self.kind.window}
         if isinstance(inputs, CacheInputs):
             assert cache is not None
-            cache = cache.write(k, v, inputs.start)
-            y = attend_cached(q, *cache, inputs.queries, inputs.slots, **options)
+            cache = cache.write(inputs.start, k, v)
+            y = attend_cached(q, *cache.read(), inputs.queries, inputs.slots, **options)
+            cache = cache._replace(layer=(cache.layer + 1) % c.layers)
         else:
             y = attend(q, k, v, inputs, implementation=self.attention, longest=self.longest, **options)
         x += self.linear("out", y)
@@ -187,4 +194,4 @@ class Layer(DecoderModule):
         y = self.rms_norm("ffn", x)
         gate, up = self.linear("gate", y), self.linear("up", y)
         x += self.linear("down", ACTIVATIONS[c.activation](gate) * up)
-        return constrain_rows(x), cache
+        return (constrain_rows(x), cache), None

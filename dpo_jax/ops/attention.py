@@ -72,15 +72,6 @@ def _attention_scores(q, k, spec, scale, softcap):
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def _dense_row(q, k, v, queries, keys, *, scale, window, softcap):
-    """Compute attention in one row with a dense [q, s] mask; q: [q, K, G, H]; k, v: [s, K, H]."""
-    scores = _attention_scores(q, k, "qkgh,skh->kgqs", scale, softcap)
-    visible = attention_mask(queries, keys, window)
-    weights = jax.nn.softmax(scores, axis=-1, where=visible)
-    weights = jnp.where(visible.any(-1)[:, None], weights, 0.0)  # padding attends to nothing
-    return jnp.einsum("kgqs,skh->qkgh", weights.astype(v.dtype), v)
-
-
 def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
     """Compute attention in one row over J block pairs; a query block's softmax is combined across its pairs.
 
@@ -124,7 +115,7 @@ def _group_queries(q, num_kv_heads):
 
 
 def _dense(q, k, v, inputs, *, longest, **options):
-    return attend_cached(q, k, v, inputs.tokens, inputs.tokens, **options)
+    return attend_cached(q, k.swapaxes(1, 2), v.swapaxes(1, 2), inputs.tokens, inputs.tokens, **options)
 
 
 def _blocks(q, k, v, inputs, *, longest, **options):
@@ -208,8 +199,8 @@ def attend(
 
 def attend_cached(
     q: Float[Array, "R q N H"],
-    k: Float[Array, "R s K H"],
-    v: Float[Array, "R s K H"],
+    k: Float[Array, "R K s H"],
+    v: Float[Array, "R K s H"],
     queries: Int[Array, "R 3 q"],
     keys: Int[Array, "R 3 s"],
     *,
@@ -217,9 +208,20 @@ def attend_cached(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "R q N H"]:
-    """Compute attention of tokens to the slots of a cache, by `attention_mask` of (segment, branch, position)."""
-    attend_row = partial(_dense_row, scale=scale, window=window, softcap=softcap)
-    return jax.vmap(attend_row)(_group_queries(q, k.shape[2]), k, v, queries, keys).reshape(q.shape)
+    """Compute attention of tokens to the slots of a cache, with a dense mask from (segment, branch, position).
+
+    The queries of a group are adjacent (X = G * q), so that both products are plain matrix products per key head.
+    """
+    num_rows, length, num_heads, head = q.shape
+    num_kv_heads = k.shape[1]
+    grouped = q.swapaxes(1, 2).reshape(num_rows, num_kv_heads, -1, head)
+    scores = _attention_scores(grouped, k, "rkxh,rksh->rkxs", scale, softcap)
+    visible = attention_mask(queries.swapaxes(0, 1), keys.swapaxes(0, 1), window)
+    visible = jnp.tile(visible, (1, num_heads // num_kv_heads, 1))[:, None]
+    weights = jax.nn.softmax(scores, axis=-1, where=visible)
+    weights = jnp.where(visible.any(-1, keepdims=True), weights, 0.0)  # padding attends to nothing
+    out = jnp.einsum("rkxs,rksh->rkxh", weights.astype(v.dtype), v)
+    return out.reshape(num_rows, num_heads, length, head).swapaxes(1, 2)
 
 
 def choose(

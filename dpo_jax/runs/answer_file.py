@@ -24,11 +24,18 @@ class AnswerFile:
 
     path: Path
 
-    def __post_init__(self):
-        if "://" in str(self.path):
-            raise UserError(f"--output: {self.path} is not a local path: mount the bucket, or copy the file afterwards")
-        if self.path.suffix != ".jsonl":
-            raise UserError(f"--output: {self.path} has one JSON object per line: give a name that ends with .jsonl")
+    @classmethod
+    def named(cls, name: str) -> "AnswerFile":
+        """Return the file with this name.
+
+        Raises:
+            UserError: the name is not that of a local file of JSON lines.
+        """
+        if "://" in name:
+            raise UserError(f"--output: {name} is not a local path: mount the bucket, or copy the file afterwards")
+        if not name.endswith(".jsonl"):
+            raise UserError(f"--output: {name} must end with .jsonl, as it has one JSON object per line")
+        return cls(Path(name))
 
     def beside(self, suffix: str) -> Path:
         """Return the path of another file of the same command, such as ``answers.manifest.json``."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_jax.config import DPOConfig, LossConfig, RewardConfig, RunConfig, SFTConfig, SourceConfig
+from dpo_jax.config import DPOConfig, GenerateConfig, LossConfig, RewardConfig, RunConfig, SFTConfig, SourceConfig
 from dpo_jax.config.docs import help_sections, reference_page, sections
 from dpo_jax.config.elsewhere import OPTION_ALIASES
 from dpo_jax.config.file import CommandLineText, config_to_yaml, field_names, load_yaml, parse_config
@@ -569,7 +569,7 @@ def test_paths_that_are_no_config(tmp_path):
         load_yaml(tmp_path)
 
 
-@pytest.mark.parametrize("kind", [DPOConfig, SFTConfig])
+@pytest.mark.parametrize("kind", [DPOConfig, SFTConfig, GenerateConfig])
 def test_every_field_and_section_says_what_it_is(kind):
     named = set()
     for section in help_sections(kind):
@@ -605,6 +605,6 @@ def test_the_page_of_options_is_current():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_right(path):
-    named = {"sft": SFTConfig, "reward": RewardConfig}
+    named = {"sft": SFTConfig, "reward": RewardConfig, "generate": GenerateConfig}
     kind = next((kind for name, kind in named.items() if name in path.stem.split("_")), DPOConfig)
     assert dataclasses.is_dataclass(parse_config(path, {}, kind))

@@ -437,3 +437,55 @@ def test_every_row_of_the_documentation_is_read_as_it_says():
                 seen.add(schema)
         expected = set(SCHEMAS["dpo"]) if stage == "dpo" else {"prompt_answer", "messages", "alpaca", "text"}
         assert seen == expected
+
+
+PROMPT_ROWS = {  # (row, schema, prompt)
+    "text": ({"prompt": "q "}, "prompt", "q "),
+    "messages": ({"prompt": [system("s"), Q]}, "prompt", [system("s"), Q]),
+    "conversation": ({"messages": [Q]}, "messages", [Q]),
+    "answered conversation": ({"messages": [Q, A, user("r"), B]}, "messages", [Q, A, user("r")]),
+    "sharegpt": ({"system": "s", "conversations": [{"from": "human", "value": "q"}]}, "sharegpt", [system("s"), Q]),
+    "alpaca": ({"instruction": "q", "input": "x", "output": "a"}, "alpaca", [user("q\n\nx")]),
+    "text answer": ({"prompt": "q", "answer": "a"}, "prompt_answer", "q"),
+    "answer in messages": ({"prompt": "q", "completion": [A]}, "prompt_answer", [Q]),
+    "pair": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference", "q"),
+    "pair of conversations": ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, B]}, "preference", [Q]),
+    "transcripts": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+                    "transcripts", "\n\nHuman: q\n\nAssistant:"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "schema", "prompt"), PROMPT_ROWS.values(), ids=PROMPT_ROWS)
+def test_the_prompt_of_a_row_is_what_training_takes_as_its_prompt(row, schema, prompt):
+    assert detect_schema(list(row), [row], "prompts") == schema
+    assert parse(row, "prompts") == Example(7, prompt, ())
+
+
+@pytest.mark.parametrize(
+    ("row", "cause", "detail"),
+    [
+        ({"prompt": 3}, "missing_field", "prompt is 3, not text"),
+        ({"prompt": []}, "empty_prompt", "there is no message to answer"),
+        ({"messages": [A]}, "empty_prompt", "there is no message to answer"),
+        ({"prompt": [Q, A]}, "empty_prompt", "the prompt ends with an assistant message"),
+        ({"prompt": "q", "image": "cat.png"}, "missing_field", "only text is supported"),
+    ],
+)
+def test_prompts_that_cannot_be_answered(row, cause, detail):
+    problem = parse(row, "prompts")
+    assert isinstance(problem, Problem)
+    assert problem.cause == cause
+    assert detail in problem.detail
+
+
+def test_every_row_of_the_page_on_generating_is_read_as_it_says():
+    page = (Path(__file__).parents[2] / "docs" / "generating.md").read_text().split("## Prompts")[1]
+    schema, seen = None, set()
+    for name, text in re.findall(r"^`(\w+)`[: ]|^```json\n(.*?)\n```", page, re.MULTILINE | re.DOTALL):
+        schema = name or schema
+        if text:
+            row = json.loads(text)
+            assert detect_schema(list(row), [row], "prompts") == schema
+            assert isinstance(parse(row, "prompts"), Example)
+            seen.add(schema)
+    assert seen == {"prompt", "messages", "alpaca"}

@@ -8,7 +8,7 @@ import transformers
 
 from dpo_jax.config import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.data.schemas import Example, Problem
-from dpo_jax.data.tokenize import NOTES, TokenizedExample, make_tokenize
+from dpo_jax.data.tokenize import NOTES, TokenizedExample, make_tokenize, make_tokenize_prompt
 from dpo_jax.errors import UserError
 
 TEXT = "What is the capital of France? Paris. It is Lyon. user assistant system one two three four five six seven\n"
@@ -358,3 +358,29 @@ def test_the_function_travels_to_other_processes():
     made = tokenize(example)
     assert pickle.loads(pickle.dumps(tokenize))(example) == made
     assert made.weight == 0.5
+
+
+@pytest.mark.parametrize("template", [CHATML, THOUGHTS])
+def test_a_prompt_to_answer_is_that_of_training_and_its_tail_what_ends_an_answer(template):
+    tokenizer = make_tokenizer(template=template)
+    messages = [{"role": "system", "content": "Paris"}, {"role": "user", "content": "What is the capital of France?"}]
+    answer = [{"role": "assistant", "content": "Paris."}]
+    for prompt, answers in (("What is the capital of France?", (" Paris.",)), (messages, (answer,))):
+        trained = make_tokenize(DataConfig(train=(SourceConfig(path="p"),)), tokenizer, "sft")(
+            Example(0, prompt, answers)
+        )
+        asked = make_tokenize_prompt("2024-07-26", tokenizer)(Example(0, prompt, ()))
+        assert asked.tokens == trained.prompt
+        assert asked.tail == trained.answers[0][-len(asked.tail) :]
+        assert asked.tail[0] == (1 if isinstance(prompt, str) else SPECIAL.index("<|im_end|>"))
+
+
+def test_prompts_that_cannot_be_tokenized():
+    tokenize_prompt = make_tokenize_prompt(
+        "2024-07-26", make_tokenizer(bos=False, template="{{ raise_exception('no') }}")
+    )
+    messages = [{"role": "user", "content": "one"}]
+    assert tokenize_prompt(Example(0, "", ())) == Problem(0, "empty_prompt", "the prompt has no token")
+    assert tokenize_prompt(Example(0, messages, ())) == Problem(0, "template_refused", "no")
+    with pytest.raises(UserError, match="the row holds messages, but the tokenizer has no chat template"):
+        make_tokenize_prompt("2024-07-26", make_tokenizer())(Example(0, messages, ()))
