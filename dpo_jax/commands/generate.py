@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -37,8 +37,8 @@ from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import writing
 from dpo_jax.runs.manifest import make_manifest
 from dpo_jax.storage import write_whole
-from dpo_jax.weights.hub import end_tokens
-from dpo_jax.weights.open import ModelSource, OpenModel, open_model
+from dpo_jax.weights.open import OpenModel, open_model
+from dpo_jax.weights.reward_model import open_reward_model, stop_tokens, with_tail
 
 LOGP_DECIMALS, SCORE_DECIMALS = 4, 6  # later digits of a float32 depend on the batch
 NO_END = [-1]  # end tokens of a model that has none
@@ -75,12 +75,12 @@ def generate_answers(config: GenerateConfig, output: str) -> None:
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         hosts.on_writer(lambda: stack.enter_context(file.locked()), "output")
-        policy, reward = open_policy(config, mesh), open_reward(config, mesh)
-        tokenizer = policy.tokenizer(config.data.chat_template)
-        if reward is not None:
-            refuse_other_tokenizer(config, tokenizer, reward)
+        policy, template = open_policy(config, mesh), config.data.chat_template
+        tokenizer, reward = policy.tokenizer(template), None
+        if config.reward.path is not None:
+            reward = open_reward_model(config.reward, config.model, platform_of(mesh), tokenizer, template)
         prompts = read_prompts(config, tokenizer)
-        ends = answer_ends(policy.source, tokenizer, prompts)
+        ends = stop_tokens(policy.source, tokenizer, [prompt.tokenized.tail for prompt in prompts])
         announce(config, policy, tokenizer, prompts, ends)
         params, reward_params = policy.load(mesh), {} if reward is None else reward.load(mesh)
         identity = {
@@ -121,40 +121,6 @@ def open_policy(config: GenerateConfig, mesh: Mesh) -> OpenModel:
     return policy
 
 
-def open_reward(config: GenerateConfig, mesh: Mesh) -> OpenModel | None:
-    """Find the reward model, computed as the policy is; None if the config names none.
-
-    Raises:
-        UserError: it is a language model.
-    """
-    path = config.reward.path
-    if path is None:
-        return None
-    options = replace(
-        config.model, path=path, revision=config.reward.revision, checkpoint=config.reward.checkpoint, tokenizer=None
-    )
-    try:
-        reward = open_model(options, platform_of(mesh))
-        remedy = "it is a language model, without a score; train a reward model with dpo-jax reward"
-        require(reward.model.config.scores == 1, "model.path", path, remedy)
-    except UserError as error:
-        text = str(error)
-        raise UserError(f"reward.{text.removeprefix('model.')}" if text.startswith("model.") else text) from error
-    return reward
-
-
-def refuse_other_tokenizer(config: GenerateConfig, tokenizer: Any, reward: OpenModel) -> None:
-    """Raise ``UserError`` if the reward model has another tokenizer or chat template than the policy."""
-    other_tokenizer = reward.tokenizer(config.data.chat_template)
-    if tokenizer_hash(other_tokenizer) != tokenizer_hash(tokenizer):
-        is_template = other_tokenizer.chat_template != tokenizer.chat_template
-        difference = "chat template is not that" if is_template else "tokenizer is not that"
-        remedy = (
-            "name a file as data.chat_template for both" if is_template else "use a reward model of the same family"
-        )
-        raise UserError("reward.path", config.reward.path, f"its {difference} of {config.model.path}; {remedy}")
-
-
 def read_prompts(config: GenerateConfig, tokenizer: Any) -> list[Prompt]:
     """Read and tokenize every prompt.
 
@@ -187,19 +153,6 @@ def prompts_hash(prompts: Sequence[Prompt]) -> str:
     """Return a hash of all that the answers and their rows take from the prompts."""
     content = [[prompt.columns, prompt.tokenized.tokens, prompt.tokenized.tail] for prompt in prompts]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def answer_ends(source: ModelSource, tokenizer: Any, prompts: Sequence[Prompt]) -> list[int]:
-    """Return the tokens that end an answer: EOS, those of generation_config.json, and the chat template's end of turn.
-
-    The end of turn counts only if it is a token of its own kind, such as ``<|im_end|>``, not ordinary text.
-    """
-    ends = {tokenizer.eos_token_id} - {None}
-    if source.folder is not None and (source.folder / "generation_config.json").is_file():
-        ends |= end_tokens(source.folder, source.hf_config)
-    tokenized = [prompt.tokenized for prompt in prompts]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return sorted(ends | ({prompt.tail[0] for prompt in tokenized if prompt.tail} & special))
 
 
 def announce(
@@ -253,7 +206,8 @@ def make_answer_column(
         )
         column = [answer_fields(tokenizer, *each) for each in zip(tokens, answers, strict=True)]
         if scores is not None:
-            ended = [with_tail(prompt.tokenized, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+            tails = [prompt.tokenized.tail for prompt in prompts]
+            ended = [with_tail(a.tokens, a.ended, tail) for a, tail in zip(answers, tails, strict=True)]
             for fields, score in zip(column, scores(tokens, ended), strict=True):
                 fields["score"] = round(score, SCORE_DECIMALS)
         for row, fields in enumerate(column, start=first_row):
@@ -266,25 +220,12 @@ def make_answer_column(
 
 def answer_fields(tokenizer: Any, prompt: list[int], answer: Answer) -> Row:
     """Return an answer as it is written, without a score."""
-    tokens = answer.tokens[:-1] if answer.ended else answer.tokens
-    # decoded behind the prompt, because a tokenizer may drop the space at the start of a text
-    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    before, text = decode(prompt), decode(prompt + tokens)
     return {
-        "text": text[len(before) :] if text.startswith(before) else decode(tokens),
+        "text": answer.text(tokenizer, prompt),
         "num_tokens": len(answer.tokens),
         "logp": round(math.fsum(answer.logps), LOGP_DECIMALS),
         "finish_reason": "stop" if answer.ended else "length",
     }
-
-
-def with_tail(prompt: TokenizedPrompt, answer: Answer) -> list[int]:
-    """Return an answer's tokens up to the one where a reward model was trained to score it.
-
-    Chat templates may write something after the end of a turn, such as a newline, which is then the last token.
-    """
-    is_turn = answer.ended and answer.tokens[-1:] == prompt.tail[:1]
-    return answer.tokens + prompt.tail[1:] * is_turn
 
 
 def answered_blocks(

@@ -41,6 +41,13 @@ class Answer(NamedTuple):
     logps: list[float]
     ended: bool  # False: it was stopped at the maximum length
 
+    def text(self, tokenizer: Any, prompt: list[int]) -> str:
+        """Return the text without special tokens, decoded after the prompt, as a tokenizer may drop a leading space."""
+        decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokens = self.tokens[:-1] if self.ended else self.tokens
+        before, text = decode(prompt), decode(prompt + tokens)
+        return text[len(before) :] if text.startswith(before) else decode(tokens)
+
 
 def answer_rows(
     model: Model,

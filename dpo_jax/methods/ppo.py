@@ -21,7 +21,7 @@ from dpo_jax.inference.reference import copy_weights
 from dpo_jax.logprobs import make_token_logps_fn
 from dpo_jax.methods.dpo import reference_weights
 from dpo_jax.methods.optimizer import make_optimizer, make_schedule
-from dpo_jax.methods.rollouts import EVALUATION, Sampler, end_tokens_of, make_judge, pack_rollout
+from dpo_jax.methods.rollouts import EVALUATION, Sampler, answer_tail, ends_of, make_judge, pack_rollout
 from dpo_jax.methods.setup import Policy, Setup, describe, load_policy
 from dpo_jax.models.decoder import Model
 from dpo_jax.parallel.sharding import placed, replicated
@@ -179,8 +179,9 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
     assert isinstance(config, PPOConfig)
     policy = load_policy(setup)
     reference = reference_weights(setup, policy.weights)
-    end_ids = end_tokens_of(setup)
-    judge, judge_id = make_judge(setup, config.reward)
+    tail = answer_tail(setup)
+    end_ids = ends_of(setup, tail)
+    judge, judge_id = make_judge(setup, config.reward, tail)
     reference_id = policy.ids["weights"] if reference is policy.weights else weights_id(reference)
     ids = policy.ids | {"reference": reference_id, "reward": judge_id, "ends": str(end_ids)}
     optimizer = make_optimizer(config.optimizer, num_steps, config.ppo.epochs)

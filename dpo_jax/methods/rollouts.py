@@ -6,7 +6,7 @@ A rollout is a pure function of (data, seed, step, weights), so a resumed run sa
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ from dpo_jax.batch import Adapted, Params
 from dpo_jax.batching.batches import Batches, StepData
 from dpo_jax.config import JudgeConfig, PPOConfig
 from dpo_jax.data import sources as data_sources
+from dpo_jax.data.schemas import Example
 from dpo_jax.data.store import Store
-from dpo_jax.data.tokenizer import tokenizer_hash
+from dpo_jax.data.tokenize import TokenizedPrompt, make_tokenize_prompt
 from dpo_jax.errors import UserError, from_outside, require
 from dpo_jax.inference.answer_scores import make_answer_scores
 from dpo_jax.inference.generate import Answer, generate, rollout_weights
@@ -26,8 +27,7 @@ from dpo_jax.parallel import hosts
 from dpo_jax.parallel.sharding import platform_of
 from dpo_jax.policy_gradient import Rollout
 from dpo_jax.runs.checksums import weights_id
-from dpo_jax.weights.hub import end_tokens
-from dpo_jax.weights.open import open_model
+from dpo_jax.weights.reward_model import open_reward_model, stop_tokens, with_tail
 
 EVALUATION = 2**31 - 1  # in place of a step, for the keys of answers to evaluation prompts
 
@@ -128,46 +128,43 @@ def pack_rollout(
     return data, Rollout(inputs=None, **{name: split(values) for name, values in per_slot.items()})
 
 
-def end_tokens_of(setup: Setup) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's end of sequence, and those of generation_config.json."""
-    folder = setup.source.folder
-    ends = {setup.tokenizer.eos_token_id} - {None}
-    if folder is not None and (folder / "generation_config.json").is_file():
-        ends |= end_tokens(folder, dict(setup.hf_config))
+def answer_tail(setup: Setup) -> list[int]:
+    """Return the tokens that training puts after the text of an answer: EOS, or what the chat template writes."""
+    rendered = any(source["rendered"] for source in setup.batches.store.report)
+    prompt: Any = [{"role": "user", "content": "a"}] if rendered else "a"
+    tokenized = make_tokenize_prompt(setup.config.data.template_date, setup.tokenizer)(Example(0, prompt, ()))
+    return tokenized.tail if isinstance(tokenized, TokenizedPrompt) else []
+
+
+def ends_of(setup: Setup, tail: list[int]) -> list[int]:
+    """Return the tokens that end an answer.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    ends = stop_tokens(setup.source, setup.tokenizer, [tail])
     require(bool(ends), "model.tokenizer", setup.config.model.path, "it has no end-of-sequence token to end answers")
-    return sorted(ends)
+    return ends
 
 
-def make_judge(setup: Setup, config: JudgeConfig) -> tuple[Judge, str]:
-    """Return what scores the answers, and an identity that changes with it.
+def make_judge(setup: Setup, config: JudgeConfig, tail: list[int]) -> tuple[Judge, str]:
+    """Return what scores the answers, and an identity that changes with it; ``tail`` from `answer_tail`.
 
     Raises:
         UserError: the reward model or the function cannot be used.
     """
     if config.function is not None:
         return _function_judge(setup, config.function), config.function
-    return _model_judge(setup, config)
-
-
-def _model_judge(setup: Setup, config: JudgeConfig) -> tuple[Judge, str]:
-    assert config.path is not None
-    options = replace(setup.config.model, path=config.path, revision=config.revision, checkpoint=config.checkpoint)
-    try:
-        reward = open_model(options, platform_of(setup.mesh))
-        remedy = "it is a language model, without a score; train a reward model with dpo-jax reward"
-        require(reward.model.config.scores == 1, "model.path", config.path, remedy)
-    except UserError as error:
-        raise UserError(f"reward.{str(error).removeprefix('model.')}") from error
-    same = tokenizer_hash(reward.tokenizer(setup.config.data.chat_template)) == tokenizer_hash(setup.tokenizer)
-    remedy = f"its tokenizer differs from that of {setup.config.model.path}; use a reward model of the same family"
-    require(same, "reward.path", config.path, remedy)
+    options, template = setup.config.model, setup.config.data.chat_template
+    reward = open_reward_model(config, options, platform_of(setup.mesh), setup.tokenizer, template)
     weights = reward.load(setup.mesh)
     answer_scores = make_answer_scores(reward.model, weights, setup.mesh)
 
     def judge(_: Store, __: np.ndarray, prompts: list[list[int]], answers: list[list[Answer]]) -> np.ndarray:
-        repeated = [prompt for prompt, own in zip(prompts, answers, strict=True) for _ in own]
-        tokens = [answer.tokens for own in answers for answer in own]
-        return np.array(answer_scores(repeated, tokens), np.float32).reshape(len(answers), -1)
+        pairs = [(p, answer) for p, own in zip(prompts, answers, strict=True) for answer in own]
+        tokens = [with_tail(answer.tokens, answer.ended, tail) for _, answer in pairs]
+        scores = answer_scores([prompt for prompt, _ in pairs], tokens)
+        return np.array(scores, np.float32).reshape(len(answers), -1)
 
     return judge, weights_id(weights)
 
@@ -184,7 +181,7 @@ def _function_judge(setup: Setup, name: str) -> Judge:
     def judge(store: Store, ids: np.ndarray, prompts: list[list[int]], answers: list[list[Answer]]) -> np.ndarray:
         def call() -> list[float]:
             examples = [(p, i, answer) for p, i, own in zip(prompts, ids, answers, strict=True) for answer in own]
-            texts = [answer_text(decode, prompt, answer) for prompt, _, answer in examples]
+            texts = [answer.text(setup.tokenizer, prompt) for prompt, _, answer in examples]
             rows = [dict(rows_of(store.key, store.sources[i])[int(store.rows[i])]) for _, i, _ in examples]
             with from_outside(f"reward.function: {name} failed", "fix the function"):
                 scores = function([decode(prompt) for prompt, _, _ in examples], texts, rows)
@@ -193,12 +190,6 @@ def _function_judge(setup: Setup, name: str) -> Judge:
         return np.array(hosts.on_writer(call, "scores"), np.float32).reshape(len(answers), -1)
 
     return judge
-
-
-def answer_text(decode: Callable[[list[int]], str], prompt: list[int], answer: Answer) -> str:
-    """Return an answer's text without special tokens, decoded after its prompt, as spaces may depend on it."""
-    before, text = decode(prompt), decode(prompt + answer.tokens)
-    return text[len(before) :] if text.startswith(before) else decode(answer.tokens)
 
 
 def checked_scores(name: str, scores: Any, num_answers: int) -> list[float]:

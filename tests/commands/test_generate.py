@@ -28,6 +28,7 @@ from dpo_jax.models.heads import reward_hf_config
 from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.runs.directory import read_json
 from dpo_jax.weights.huggingface import export_params
+from dpo_jax.weights.reward_model import with_tail
 
 SIZES = HF_CONFIG | {"vocab_size": 264}  # 258 tokens, and six that stand for none
 END, NEWLINE = 1, 2 + 198  # newline: the byte that the template writes after </s>
@@ -135,7 +136,7 @@ def test_answers_log_probs_and_scores_are_those_of_full_forward_passes(made):
 def test_only_an_answer_that_ends_its_turn_is_scored_behind_it():
     prompt = TokenizedPrompt([5], [END, NEWLINE])
     for tokens, ended, expected in (([7, END], True, [7, END, NEWLINE]), ([7, 20], True, [7, 20]), ([7], False, [7])):
-        assert module.with_tail(prompt, Answer(tokens, [-1.0] * len(tokens), ended)) == expected
+        assert with_tail(tokens, ended, prompt.tail) == expected
 
 
 def test_an_interrupted_command_gives_the_same_bytes(made):
