@@ -111,6 +111,12 @@ def _quickstart(dir: str) -> None:
     quickstart(Path(dir))
 
 
+def _compare(dir: str) -> None:
+    from dpo_jax.commands.compare import compare
+
+    compare(Path(dir))
+
+
 @dataclass(frozen=True)
 class Command:
     """A command of the program."""
@@ -198,6 +204,11 @@ COMMANDS = {
         "Train once for each of several betas; print a table of accuracy, margin and KL.",
         DPOConfig,
         {"--betas": {**TEXT, "required": True, "help": "Numbers separated by commas: 0.05,0.1,0.5."}},
+    ),
+    "compare": Command(
+        _compare,
+        "Compare DPO, online DPO, PPO and RLOO on a task whose optimum is known exactly; write a page.",
+        arguments={"--dir": {**TEXT, "default": "runs/compare", "help": "Folder for the page."}},
     ),
     "quickstart": Command(
         _quickstart,

@@ -30,11 +30,14 @@ def outcome(capsys, *argv) -> tuple[int, str, str]:
 
 # (arguments, the line): each another way to be wrong
 WRONG = [
-    ("", "give a command: choose from train, sft, reward, eval, generate, export, data, plan, sweep, quickstart"),
+    (
+        "",
+        "give a command: choose from train, sft, reward, ppo, eval, generate, export, data, plan, sweep, compare, quickstart",
+    ),
     ("trian c.yaml", "trian: unknown command: did you mean train?"),
     (
         "dance",
-        "dance: unknown command: choose from train, sft, reward, eval, generate, export, data, plan, sweep, quickstart",
+        "dance: unknown command: choose from train, sft, reward, ppo, eval, generate, export, data, plan, sweep, compare, quickstart",
     ),
     ("--verbose", "unrecognized arguments: --verbose: see dpo-jax --help"),
     ("train", "the following arguments are required: config: see dpo-jax train --help"),

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from table_runs import LANGUAGE, policy_gradient_start, rollout
 
 from dpo_jax.commands import inn
+from dpo_jax.commands.inn_runs import LANGUAGE as LANGUAGE_TABLE
+from dpo_jax.commands.inn_runs import policy_gradient_start, sampled_rollout
 from dpo_jax.config.online import PolicyGradientConfig
 from dpo_jax.policy_gradient import clipped_surrogate, gae, leave_one_out, token_rewards, whiten
 
+LANGUAGE = jnp.asarray(LANGUAGE_TABLE, jnp.float32)
 LENGTHS = np.array([[4, 1], [2, 5]])
 MASK = np.arange(5) < LENGTHS[..., None]
 PPO = PolicyGradientConfig(kl_coef=0.2)
@@ -96,7 +98,7 @@ def test_the_mean_gradient_of_rollouts_is_that_of_the_objective():
     start = replace(start, params=start.params._replace(policy=policy))
 
     def update(key):
-        return step(start, rollout(policy, 128, options, key))[0].params.policy - policy
+        return step(start, sampled_rollout(policy, 128, options, key))[0].params.policy - policy
 
     updates = jax.jit(partial(jax.lax.map, update))(jax.random.split(jax.random.key(0), num_rollouts))
     direction = np.asarray(expected)
@@ -113,7 +115,7 @@ def assert_same(actual, expected, **tolerance):
 def test_microbatches_change_nothing(options):
     """Whitening, baselines and means are those of the whole step."""
     start, step = policy_gradient_start(options, optax.sgd(0.1))
-    whole = rollout(LANGUAGE, 32 // options.answers, options, jax.random.key(0))
+    whole = sampled_rollout(LANGUAGE, 32 // options.answers, options, jax.random.key(0))
     split = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[2:]), whole)
     (state, metrics), (split_state, split_metrics) = (jax.jit(step)(start, answers) for answers in (whole, split))
     assert_same(split_state.params, state.params, atol=1e-6)
@@ -125,7 +127,7 @@ def test_a_model_that_trains_on_other_positions_than_it_sampled_from_is_noticed(
     start, step = policy_gradient_start(PPO, optax.sgd(0.1))
     policy = LANGUAGE + 0.2 * random(*LANGUAGE.shape)
     start = replace(start, params=start.params._replace(policy=policy))
-    answers = rollout(policy, 32, PPO, jax.random.key(0))
+    answers = sampled_rollout(policy, 32, PPO, jax.random.key(0))
     assert step(start, answers)[1]["sampler_error"] < 1e-5
     shifted = answers.inputs._replace(guests=(answers.inputs.guests + 1) % 8)
     assert step(start, replace(answers, inputs=shifted))[1]["sampler_error"] > 0.1
@@ -133,7 +135,7 @@ def test_a_model_that_trains_on_other_positions_than_it_sampled_from_is_noticed(
 
 def test_an_update_that_is_not_finite_leaves_the_state_as_it_was():
     start, step = policy_gradient_start(PPO, optax.adam(0.1))
-    answers = rollout(LANGUAGE, 32, PPO, jax.random.key(0))
+    answers = sampled_rollout(LANGUAGE, 32, PPO, jax.random.key(0))
     state, metrics = step(start, replace(answers, scores=answers.scores.at[0, 3, 0].set(jnp.nan)))
     assert not np.isfinite(metrics["loss"])
     assert not state.healthy
@@ -144,7 +146,7 @@ def test_an_answer_without_end_is_penalized():
     """With a penalty, the reward of a step falls by it times the share of answers that did not end."""
     start, step = policy_gradient_start(PPO, optax.sgd(0.1))
     _, penalized = policy_gradient_start(replace(PPO, missing_eos_penalty=3.0), optax.sgd(0.1))
-    answers = rollout(LANGUAGE.at[:, :, :, inn.EOS].add(-8), 32, PPO, jax.random.key(0))
+    answers = sampled_rollout(LANGUAGE.at[:, :, :, inn.EOS].add(-8), 32, PPO, jax.random.key(0))
     share = 1 - answers.ended.mean()
     assert share > 0.2
     difference = step(start, answers)[1]["rlhf_reward"] - penalized(start, answers)[1]["rlhf_reward"]

@@ -235,7 +235,7 @@ def answered_blocks(
 
     Blocks start at multiples of their size, also on resume, and all have this size: a repeated block has the same bits.
     """
-    size = min(config.batch.prompts, len(prompts))
+    size = min(config.batch.size, len(prompts))
     total, start = len(prompts) * config.n, done // size * size
     with progress_line(done * config.n, total, " answers", config.run.progress and hosts.is_writer()) as progress:
         for first in range(start, len(prompts), size):

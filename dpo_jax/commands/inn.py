@@ -92,6 +92,19 @@ class Tree:
         normalizers = np.logaddexp.reduce(logps, axis=1, keepdims=True)
         return self.exact(logps - normalizers, reference)
 
+    def best_of(self, reference: np.ndarray, n: int) -> Exact:
+        """Return what the best of ``n`` answers of the reference reaches; of equal rewards, one is drawn at random."""
+        rewards, probs = np.round(self.rewards, 6), np.exp(reference)
+        logps = np.zeros_like(reference)
+        for guest in range(NUM_GUESTS):
+            levels, level = np.unique(rewards[guest], return_inverse=True)
+            mass = np.bincount(level, probs[guest], len(levels))
+            below = np.minimum(np.cumsum(mass), 1)
+            best = np.diff(below**n, prepend=0)  # probability that the best reward is this one
+            with np.errstate(divide="ignore"):
+                logps[guest] = reference[guest] + np.log(best / mass)[level]
+        return self.exact(np.maximum(logps, -700), reference)
+
     def best_reward(self, reference: np.ndarray, kl: float) -> float:
         """Return the largest expected reward at this KL from the reference: that of the optimum with such a KL."""
         low, high = 1e-3, 1e3  # of beta; the optimum's KL falls with beta

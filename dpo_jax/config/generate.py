@@ -46,7 +46,7 @@ class TemplateConfig(Section, name="data"):
 class PromptBatchConfig(Section, name="batch"):
     """How much is generated at once."""
 
-    prompts: int = ranged(32, above=0)
+    size: int = ranged(32, above=0)
     """Prompts answered at once, over all devices and hosts. An answer does not depend on it."""
 
 

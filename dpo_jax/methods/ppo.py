@@ -23,6 +23,7 @@ from dpo_jax.methods.dpo import reference_weights
 from dpo_jax.methods.optimizer import make_optimizer, make_schedule
 from dpo_jax.methods.rollouts import EVALUATION, Sampler, answer_tail, ends_of, make_judge, pack_rollout
 from dpo_jax.methods.setup import Policy, Setup, describe, load_policy
+from dpo_jax.methods.start_check import agreement, starts_equal
 from dpo_jax.models.decoder import Model
 from dpo_jax.parallel.sharding import placed, replicated
 from dpo_jax.policy_gradient import ActorCritic, Rollout, TokensFn, policy_gradient_step
@@ -212,9 +213,7 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
         schedule=make_schedule(config.optimizer, num_steps),
         base=policy.weights if has_adapters else None,
         reference=None if has_adapters else copy_weights(reference, dtype),
-        starts_equal=reference_id == ids["weights"]
-        and "adapters" not in ids
-        and dtype in (None, config.model.param_dtype),
+        starts_equal=starts_equal(config, ids),
         sampler=Sampler(setup, config, judge, end_ids),
         to_devices=make_to_devices(mesh, leading=1),
     )

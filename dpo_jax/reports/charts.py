@@ -183,6 +183,23 @@ def draw_reliability(bins: Sequence[Row], theme: str) -> bytes:
     return _png(fig)
 
 
+def draw_frontier(
+    optimum: Sequence[tuple[float, float]], points: Mapping[str, Sequence[tuple[float, float]]], theme: str
+) -> bytes:
+    """Draw rewards against KLs as PNG: the optimum's curve, and the points of each method by name."""
+    colors = COLORS[theme]
+    fig, (axes,) = _canvas(1)
+    axes.plot(*zip(*optimum, strict=True), color=colors["ink"], linewidth=1.2)
+    palette = (colors["chosen"], colors["rejected"], *colors["lines"])
+    for index, (name, pairs) in enumerate(points.items()):
+        style = {"marker": "osD^vPX*"[index % 8], "color": palette[index % len(palette)], "linewidths": 0}
+        axes.scatter(*zip(*pairs, strict=True), s=34, label=name, zorder=3, **style)
+    axes.set_ylabel("expected reward", color=colors["ink"])
+    _style(axes, colors, "KL(policy || reference), nats")
+    axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=8, loc="lower right")
+    return _png(fig)
+
+
 def draw_histograms(panels: Sequence[tuple[int, Sequence[float], Mapping[str, Sequence[int]]]], theme: str) -> bytes:
     """Return a PNG of histograms with a shared x-axis, one panel for each (step, edges, counts by name)."""
     colors = COLORS[theme]

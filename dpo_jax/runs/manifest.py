@@ -39,7 +39,7 @@ _OPTIONS = {
     "template": "data.chat_template",
     "length": "run.steps run.epochs",
     "rounding": "model.attention model.remat model.scan reference.mode batch.row_length batch.accumulation "
-    "batch.target_chunk batch.layout batch.prompts mesh run.compiler_flags",
+    "batch.target_chunk batch.layout batch.size mesh run.compiler_flags",
     "free": "data.eval data.store data.workers run.dir run.log_every run.eval_every run.token_stats run.export "
     "run.report run.trackers run.progress run.profile_steps checkpoint pairs",
 }

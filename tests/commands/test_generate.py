@@ -74,7 +74,7 @@ def made(tmp_path_factory):
         "n": 3,
         "reward": str(folder / "reward"),
         "sampling": {"max_tokens": 12, "temperature": 0.8, "top_p": 0.9},
-        "batch": {"prompts": 4},
+        "batch": {"size": 4},
         "run": {"seed": 3, "progress": False},
     }
     (folder / "c.yaml").write_text(json.dumps(config))
@@ -174,7 +174,7 @@ def test_neither_batch_nor_number_of_answers_changes_an_answer(made):
     rounded = {"logp": 2e-4, "score": 2e-4}  # of another batch, the last digit may differ
     expected = [[fields | {k: pytest.approx(fields[k], abs=rounded[k]) for k in rounded} for fields in row["answers"]]
                 for row in whole]  # fmt: skip
-    batch = generated(made, "batch.jsonl", "--batch.prompts", "10")
+    batch = generated(made, "batch.jsonl", "--batch.size", "10")
     assert [row["answers"] for row in batch] == expected
     single = generated(made, "single.jsonl", "--n", "1", "--prompts.limit", "5")
     assert [row["answers"] for row in single] == [answers[:1] for answers in expected[:5]]

@@ -4,12 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from table_runs import LANGUAGE, REFERENCE, START, TREE, dpo, online_dpo, policy_gradient, sampled, shares
 
 from dpo_jax.commands import inn
+from dpo_jax.commands.inn_runs import LANGUAGE, dpo, online_dpo, policy_gradient, sampled
+from dpo_jax.config import LossConfig
 from dpo_jax.config.online import PolicyGradientConfig
 
 SEEDS = range(3)
+TREE = inn.Tree()
+REFERENCE = TREE.leaf_logps(inn.table_next_logps(LANGUAGE))
+START = TREE.exact(REFERENCE, REFERENCE)
+
+
+def shares(table: np.ndarray, beta: float) -> tuple[inn.Exact, float, float]:
+    """What a policy reaches, its share of the best reward at its KL, and its share of the best objective at beta."""
+    reached = TREE.exact(TREE.leaf_logps(inn.table_next_logps(table)), REFERENCE)
+    best = TREE.optimum(REFERENCE, beta)
+    share = (reached.reward - START.reward) / (TREE.best_reward(REFERENCE, reached.kl) - START.reward)
+    objective = (reached.reward - beta * reached.kl - START.reward) / (best.reward - beta * best.kl - START.reward)
+    return reached, share, objective
 
 
 def test_the_answers_to_a_guest_have_all_of_the_mass():
@@ -18,9 +31,9 @@ def test_the_answers_to_a_guest_have_all_of_the_mass():
 
 
 def test_sampled_rewards_and_kl_agree_with_the_exact_ones():
-    table = LANGUAGE + 0.3 * jax.random.normal(jax.random.key(1), LANGUAGE.shape)
+    table = jnp.asarray(LANGUAGE, jnp.float32) + 0.3 * jax.random.normal(jax.random.key(1), LANGUAGE.shape)
     meals, scores = sampled(table, 4096, 8, jax.random.key(0))
-    ratios = (inn.table_logps(table, meals) - inn.table_logps(LANGUAGE, meals)).sum(-1)
+    ratios = (inn.table_logps(table, meals) - inn.table_logps(jnp.asarray(LANGUAGE), meals)).sum(-1)
     exact = TREE.exact(TREE.leaf_logps(inn.table_next_logps(table)), REFERENCE)
     for sample, expected in ((scores, exact.reward), (ratios, exact.kl)):
         values = np.asarray(sample, np.float64)
@@ -95,5 +108,5 @@ def test_online_dpo_reaches_the_optimum():
 
 @pytest.mark.slow
 def test_dpo_on_pairs_of_the_reference_reaches_most_of_the_optimum():
-    for table in dpo(0.5, num_steps=600, num_pairs=256, data_size=131_072, seeds=SEEDS):
+    for table in dpo(LossConfig(beta=0.5), num_steps=600, num_pairs=256, data_size=131_072, seeds=SEEDS):
         assert shares(table, 0.5)[1] > 0.92

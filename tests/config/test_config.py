@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_jax.config import DPOConfig, GenerateConfig, LossConfig, RewardConfig, RunConfig, SFTConfig, SourceConfig
+from dpo_jax.config import (
+    DPOConfig,
+    GenerateConfig,
+    LossConfig,
+    PPOConfig,
+    RewardConfig,
+    RunConfig,
+    SFTConfig,
+    SourceConfig,
+)
 from dpo_jax.config.docs import help_sections, reference_page, sections
 from dpo_jax.config.elsewhere import OPTION_ALIASES
 from dpo_jax.config.file import CommandLineText, config_to_yaml, field_names, load_yaml, parse_config
@@ -605,6 +614,6 @@ def test_the_page_of_options_is_current():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_right(path):
-    named = {"sft": SFTConfig, "reward": RewardConfig, "generate": GenerateConfig}
+    named = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "generate": GenerateConfig}
     kind = next((kind for name, kind in named.items() if name in path.stem.split("_")), DPOConfig)
     assert dataclasses.is_dataclass(parse_config(path, {}, kind))
