@@ -38,6 +38,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PairConfig",
     "ReferenceConfig",
     "RewardConfig",
     "RewardLossConfig",
@@ -160,4 +161,5 @@ class RewardConfig(TrainConfig):
         return LossConfig(type="sigmoid", beta=1.0, reference_free=True, label_smoothing=smoothing, center=center)
 
 
-AnyConfig = DPOConfig | SFTConfig | RewardConfig
+PairConfig = DPOConfig | RewardConfig  # trains on pairs of answers
+AnyConfig = PairConfig | SFTConfig
