@@ -75,6 +75,44 @@ def test_the_exported_model_scores_in_transformers_as_in_the_run(trained, torch)
     assert scores[:, 1].mean() == pytest.approx(last["eval_held_out_rewards/rejected"], abs=1e-5)
 
 
+def test_eval_of_the_run_and_of_its_export_is_the_runs_last_evaluation(trained, capsys):
+    config, exported = trained / "reward" / "config.yaml", trained / "exported_for_eval"
+    assert main(["export", str(trained / "reward"), str(exported)]) == 0
+    elsewhere = ["--model.path", str(exported), "--run.dir", str(trained / "none")]
+    (logged,) = [
+        {key: value for key, value in row.items() if key != "step"}
+        for row in read_json(trained / "reward" / "metrics.jsonl")
+        if row["step"] == 60 and "eval_held_out_loss" in row
+    ]
+    *_, spread = read_json(trained / "reward" / "distributions.jsonl")
+    for name, more in ((f"{trained / 'reward'} step 60", []), (str(exported), elsewhere)):
+        output = trained / f"pairs{len(more)}.jsonl"
+        capsys.readouterr()
+        assert main(["eval", str(config), "--for", "reward", "--output", str(output), *more]) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert summary["policy"] == name
+        metrics = summary["sets"]["held_out"]
+        assert {"step": 60, "set": "held_out", "pairs": 512, **metrics.pop("distributions")} == spread
+        assert metrics.pop("pairs") == 512
+        assert {f"eval_held_out_{key}": value for key, value in metrics.items()} == logged
+        pairs = read_json(output)
+        assert not any(key.startswith("logps/") for key in pairs[0])
+        margins = [pair["rewards/margin"] for pair in pairs]
+        assert np.mean(margins) == pytest.approx(metrics["rewards/margins"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "line"),
+    [("train", [], "it holds a reward model; use its config.yaml with --for reward"),
+     ("reward", ["--per-token"], "--per-token: a reward model scores whole answers; omit --per-token"),
+     ("reward", ["--run.dir", "none"], "model.path: 'builtin:tiny' cannot be used: it is a language model, which")],
+)  # fmt: skip
+def test_what_eval_cannot_score_is_refused(command, more, line, trained, capsys):
+    arguments = ["eval", str(trained / "reward" / "config.yaml"), "--for", command, *more]
+    assert main([*arguments, "--output", str(trained / "no.jsonl")]) == 2
+    assert line in capsys.readouterr().err
+
+
 def test_a_reward_model_trains_on_but_is_no_policy(trained):
     run = str(trained / "reward")
     model = {"path": run, "dtype": "float32"}
