@@ -53,17 +53,20 @@ class Batches:
         ids = self.order.step_ids(step)
         microbatches = self.packer.rows(*_sizes(self.store, ids))
         shape = self.packer.shape(microbatches)
-        weights = np.where(ids < 0, 0, self.store.weights[np.maximum(ids, 0)]).astype(np.float32)
+        weights, margins = (
+            np.where(ids < 0, 0, array[np.maximum(ids, 0)]).astype(np.float32)
+            for array in (self.store.weights, self.store.margins)
+        )
         num_answers = self.store.lengths.shape[1] - 1
         rows_per_share = shape.rows // self.packer.multiple
         shares = range(self.packer.multiple) if self.own_shares is None else self.own_shares
         own_rows = [share * rows_per_share + row for share in shares for row in range(rows_per_share)]
         packed = []
-        splits = (np.split(array, len(microbatches)) for array in (ids, weights))
-        for rows, microbatch_ids, weight in zip(microbatches, *splits, strict=True):
+        splits = (np.split(array, len(microbatches)) for array in (ids, weights, margins))
+        for rows, microbatch_ids, weight, margin in zip(microbatches, *splits, strict=True):
             pairs = {unit.pair for row in own_rows if row < len(rows) for unit in rows[row]}
             examples = {pair: self.store.example(microbatch_ids[pair]) for pair in pairs}
-            packed.append(pack_rows(rows, shape, examples, weight, num_answers, own_rows))
+            packed.append(pack_rows(rows, shape, examples, weight, num_answers, own_rows, margin))
         lengths = self.store.lengths[ids[ids >= 0]].astype(np.int64)
         return StepData(
             step=step,

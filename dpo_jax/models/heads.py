@@ -43,7 +43,7 @@ def make_scores_fn(model: Model) -> Callable[[Params, PreferenceBatch], PairLogp
         rows = jnp.arange(len(scores))[:, None]
         counts = jnp.zeros_like(scores).at[rows, batch.target_answers].add(batch.target_mask)
         scores, counts = batch.gather_pairs(scores), batch.gather_pairs(counts)
-        return PairLogps(scores, counts, batch.weight, batch.valid, scored=True)
+        return PairLogps(scores, counts, batch.weight, batch.valid, margin=batch.margin, scored=True)
 
     return scores_fn
 

@@ -1,6 +1,7 @@
 """Reward models: Bradley-Terry on the pairs, rows and step of DPO."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,15 +139,21 @@ def test_a_run_of_a_language_model_becomes_a_reward_model(shared, tmp_path):
     assert train(parse_config(common | more, {}, RewardConfig))["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
-@pytest.mark.parametrize("curve", [pytest.param("center 0", marks=pytest.mark.slow), "center 0.01"])
+@pytest.mark.parametrize(
+    "curve", [pytest.param("center 0", marks=pytest.mark.slow), "center 0.01", "center 0.01, margins"]
+)
 def test_every_step_equals_that_of_trl(curve, shared, tmp_path):
     """Loss, gradient norm and margin; benchmarks/trl_reward_curve.py recorded TRL's."""
     theirs = json.loads((GOLDEN / "trl_reward.json").read_text())["curves"][curve]
-    pairs = {"train": str(shared / "reference_curves" / "pairs.jsonl"), "shuffle": False, "workers": 1}
+    rows = read_json(shared / "reference_curves" / "pairs.jsonl")
+    if "margins" in curve:
+        rows = [row | {"margin": (i % 5) / 4} for i, row in enumerate(rows)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = {"train": str(tmp_path / "pairs.jsonl"), "shuffle": False, "workers": 1}
     config = {
         "model": {"path": str(shared / "models" / "stories260K")},
         "data": pairs | {"store": str(tmp_path / "store")},
-        "loss": {"center": float(curve.split()[1])},
+        "loss": {"center": float(curve.split()[1].strip(","))},
         "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
         "batch": {"pairs": 8},
         "run": {"dir": str(tmp_path / "run"), "steps": 20, "progress": False, "report": False},
@@ -168,6 +175,23 @@ def test_the_loss_is_bradley_terry_with_centering():
     expected = [np.log1p(np.exp(-1.75)) + 0.01 * 1.25**2, np.log1p(np.exp(1.5)) + 0.01 * 2.5**2]
     np.testing.assert_allclose(preference_loss(pairs, None, config), expected, rtol=1e-6)
     assert float(preference_metrics(pairs, None, config)["rewards/chosen"]) == 1.0
+    pairs = replace(pairs, margin=jnp.array([0.5, -1.0]))
+    expected = [np.log1p(np.exp(-1.25)) + 0.01 * 1.25**2, np.log1p(np.exp(0.5)) + 0.01 * 2.5**2]
+    np.testing.assert_allclose(preference_loss(pairs, None, config), expected, rtol=1e-6)
+    assert float(preference_metrics(pairs, None, config)["rewards/margins"]) == pytest.approx(0.125)
+
+
+def test_a_margin_that_is_no_number_is_refused_by_reward_and_passed_over_by_train(trained):
+    rows = read_json(trained / "data" / "train.jsonl")[:8]
+    lines = [json.dumps(row | {"margin": "large" if i == 5 else 1}) for i, row in enumerate(rows)]
+    (trained / "margins.jsonl").write_text("\n".join(lines))
+    data = {"train": str(trained / "margins.jsonl"), "max_length": 64, "workers": 1, "store": str(trained / "store")}
+    more = {"data": data, "batch": {"pairs": 4}}
+    with pytest.raises(UserError, match=r"^margin: that of row 5 of \S+ is not a number: fix the column margin, or"):
+        train(parse_config(options(trained, "m", **more), {}, RewardConfig))
+    dpo = more | {"run": {"dir": str(trained / "m"), "steps": 1, "progress": False, "report": False}}
+    result = train(parse_config(options(trained, "m", **dpo), {}, DPOConfig))
+    assert result["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
 def store_of(*ends: int) -> SimpleNamespace:
