@@ -110,18 +110,22 @@ def write_output(path: Path, text: str) -> None:
 
 def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) -> tuple[str, Params, Reference | None]:
     """Load the policy, from the run or else from ``model.path``; return its name, its weights and the reference."""
-    config, scores = setup.config, setup.model.config.scores
-    if not is_run_dir(config.run.dir):
+    config, scores, has_run = setup.config, setup.model.config.scores, is_run_dir(setup.config.run.dir)
+    if not has_run:
         remedy = f"it is a language model, which scores nothing, and {config.run.dir} has no run; give a reward model"
-        require(scores <= decoder_of(setup.source).scores, "model.path", config.model.path, remedy)
+        has_head = decoder_of(setup.source).scores or config.lora.path is not None
+        require(bool(has_head or not scores), "model.path", config.model.path, remedy)
     elif scores != decoder_of(find_model(config.run.dir, None)).scores:
         kind, command = ("language", "train") if scores else ("reward", "reward")
         raise UserError("run.dir", config.run.dir, f"it holds a {kind} model; use its config.yaml with --for {command}")
-    model_weights = load_weights(setup.source, setup.model, config.model, setup.mesh)
+    model_weights = None  # not needed for a reward model without adapters
+    if not (scores and has_run and setup.model.lora is None):
+        model_weights = load_weights(setup.source, setup.model, config.model, setup.mesh)
     weights = reference_weights(setup, model_weights)
-    if not is_run_dir(config.run.dir):
+    if not has_run:
         if setup.model.lora is not None:
-            model_weights = Adapted(load_start(config.lora, setup.model, config.run.seed, setup.mesh), model_weights)
+            adapters = load_start(config.lora, setup.model, model_weights, config.run.seed, setup.mesh)
+            model_weights = Adapted(adapters, model_weights)
         return config.model.path, model_weights, make_reference(setup, weights)
     shapes = {"params": trained_shapes(setup.model, setup.mesh)}
     if config.reference.sync_every:
@@ -129,13 +133,14 @@ def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) ->
     saved_state, manifest = restore_part(find_run(config.run.dir).checkpoints, which, shapes)
     refuse = partial(UserError, "run.dir", config.run.dir)
     name = f"{config.run.dir} step {manifest['step']}"
-    if scores:
-        return name, saved_state["params"], None
-    if "reference" not in manifest["identity"]:
-        raise refuse("it is a fine-tuning run; give it as model.path and choose another run.dir")
-    was_synced = manifest["config"]["reference"].get("sync_every", 0) > 0
-    if manifest["identity"]["reference"] != weights_id(weights) or was_synced != (config.reference.sync_every > 0):
-        raise refuse("it was trained against another reference; use its config.yaml or another run.dir")
+    if scores and weights is not None and manifest["identity"]["weights"] != weights_id(weights):
+        raise refuse("its adapters were trained on other weights; use its config.yaml or another run.dir")
+    if not scores:
+        if "reference" not in manifest["identity"]:
+            raise refuse("it is a fine-tuning run; give it as model.path and choose another run.dir")
+        was_synced = manifest["config"]["reference"].get("sync_every", 0) > 0
+        if manifest["identity"]["reference"] != weights_id(weights) or was_synced != (config.reference.sync_every > 0):
+            raise refuse("it was trained against another reference; use its config.yaml or another run.dir")
     run_lora = make_lora(lora_of(manifest["config"]))
     if run_lora != setup.model.lora:
         difference = f"it was trained with other adapters ({run_lora}, now {setup.model.lora})"

@@ -150,7 +150,6 @@ class RewardConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse("lora.rank", self.lora.rank > 0, "training a reward model updates all weights; use 0")
         for option in ("run.token_stats", "batch.target_chunk"):
             self.refuse_idle(option, True, "a reward model predicts no tokens")
 

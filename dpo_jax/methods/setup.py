@@ -226,7 +226,7 @@ def load_policy(setup: Setup) -> Policy:
     ids = {"weights": weights_id(weights)}
     if model.lora is None:
         return Policy(weights, None, ids)
-    adapters = load_start(config.lora, model, config.run.seed, setup.mesh)
+    adapters = load_start(config.lora, model, weights, config.run.seed, setup.mesh)
     if config.lora.path is not None:
         ids["adapters"] = weights_id(adapters)
     return Policy(weights, adapters, ids)
