@@ -4,7 +4,7 @@
     python benchmarks/trl_reward_curve.py MODEL PAIRS tests/golden/trl_reward.json
 
 MODEL is a directory with a language model, PAIRS a JSON lines file of prompt, chosen and rejected. TRL gets the tokens
-of this program's store, and a head that starts at 0, as here.
+of this program's store, and a head that starts at 0, as here. Where a curve has margins, row i's is `margin_of(i)`.
 """
 
 import json
@@ -33,6 +33,14 @@ KEYS = {  # TRL's name -> name here
 }
 
 
+CURVES = {"center 0": (0.0, False), "center 0.01": (0.01, False), "center 0.01, margins": (0.01, True)}
+
+
+def margin_of(row: int) -> float:
+    """Return the margin of a row of the data, as a curve with margins has them."""
+    return (row % 5) / 4
+
+
 def options(model: str, pairs: str, run: Path, center: float) -> dict[str, Any]:
     """Return the run's config: pairs in file order, 8 a step, 20 steps of AdamW at a constant rate."""
     return {
@@ -46,7 +54,7 @@ def options(model: str, pairs: str, run: Path, center: float) -> dict[str, Any]:
     }
 
 
-def curve(model: str, pairs: str, center: float) -> list[dict[str, float]]:
+def curve(model: str, pairs: str, center: float, margins: bool) -> list[dict[str, float]]:
     """Return what TRL logs at each step."""
     tokenizer = load_tokenizer(model, None, None)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +63,8 @@ def curve(model: str, pairs: str, center: float) -> list[dict[str, float]]:
         rows = []
         for i in range(len(store)):
             prompt, (chosen, rejected), _ = store.example(i)
-            rows.append({"chosen_ids": [*prompt, *chosen], "rejected_ids": [*prompt, *rejected]})
+            margin = {"margin": margin_of(int(store.rows[i]))} if margins else {}
+            rows.append({"chosen_ids": [*prompt, *chosen], "rejected_ids": [*prompt, *rejected]} | margin)
         classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
             model, num_labels=1, dtype=torch.float32
         )
@@ -76,5 +85,5 @@ def curve(model: str, pairs: str, center: float) -> list[dict[str, float]]:
 
 if __name__ == "__main__":
     model, pairs, output = sys.argv[1:]
-    curves = {f"center {center:g}": curve(model, pairs, center) for center in (0.0, 0.01)}
+    curves = {name: curve(model, pairs, *settings) for name, settings in CURVES.items()}
     Path(output).write_text(json.dumps({"trl": version("trl"), "curves": curves}, indent=1) + "\n", encoding="utf-8")

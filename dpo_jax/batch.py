@@ -46,6 +46,7 @@ class PreferenceBatch:
     target_mask: Bool[AnyArray, "*a R M"]  # False: unused target
     answer_slots: Int[AnyArray, "*a B K"]  # location of answer (pair, branch): row * answers_per_row + slot
     weight: Float[AnyArray, "*a B"]  # loss weight of the pair
+    margin: Float[AnyArray, "*a B"]  # by which a reward model's scores are to differ at least
     valid: Bool[AnyArray, "*a B"]  # False: empty slot of a ragged last step
     blocks: Int[AnyArray, "*a R J 2"]  # sorted (query block, key block) pairs with any visible key; -1: unused
     answers_per_row: int = struct.field(pytree_node=False)
@@ -54,7 +55,7 @@ class PreferenceBatch:
 
     def place(self, rows: Any, pairs: Any) -> "PreferenceBatch":
         """Return a copy with each array that has a dim R replaced by ``rows``, and every other array by ``pairs``."""
-        per_pair = {"answer_slots", "weight", "valid"}
+        per_pair = {"answer_slots", "weight", "margin", "valid"}
         arrays = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
         return replace(self, **{name: pairs if name in per_pair else rows for name in arrays})
 
@@ -99,6 +100,7 @@ class PairLogps:
     tail_sum: Float[AnyArray, "B K"] | None = None  # sum over tokens past the shorter answer's length (LD-DPO)
     log_sum_sq: Float[AnyArray, "B K"] | None = None  # log of the sum over V of p^2, summed over tokens (WPO)
     stats: TokenStats | None = None
+    margin: Float[AnyArray, " B"] | None = None  # of the pair's scores
     scored: bool = struct.field(pytree_node=False, default=False)  # ``sum`` is a reward model's score, not a log-prob
 
 

@@ -13,7 +13,16 @@ import jsonargparse
 from jsonargparse.typing import PositiveInt
 
 import dpo_jax
-from dpo_jax.config import AnyConfig, DPOConfig, GenerateConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
+from dpo_jax.config import (
+    AnyConfig,
+    DPOConfig,
+    GenerateConfig,
+    PairConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    TrainConfig,
+)
 from dpo_jax.config.docs import NO_SECTION, help_sections
 from dpo_jax.config.file import COMMAND_OF, CommandLineText, parse_config
 from dpo_jax.config.section import Section
@@ -32,7 +41,7 @@ def _train(config: AnyConfig) -> None:
     train(config)
 
 
-def _eval(config: DPOConfig, output: str, which: Which, per_token: bool) -> None:
+def _eval(config: PairConfig, output: str, which: Which, per_token: bool) -> None:
     from dpo_jax.commands.evaluate import evaluate
     from dpo_jax.parallel.hosts import is_writer
 
@@ -60,7 +69,7 @@ def _data(config: AnyConfig, step: int | None) -> None:
     print(describe_data(config, step))
 
 
-def _plan(config: DPOConfig, topology: str, search: bool, output: str | None, **load: Any) -> None:
+def _plan(config: PairConfig, topology: str, search: bool, output: str | None, **load: Any) -> None:
     lengths, data, steps = load["lengths"], load["data"], config.run.steps
     for name, is_known, cause in (
         ("lengths", data, "--data measures the lengths"),
@@ -136,6 +145,8 @@ class Command:
 TEXT: dict[str, Any] = {"type": str}
 COUNT: dict[str, Any] = {"type": PositiveInt}
 FLAG: dict[str, Any] = {"action": "store_true"}
+FOR: dict[str, Any] = {"default": "train", "help": "Command to which the config belongs."}
+OF_PAIRS: dict[str, Any] = {"choices": ["train", "reward"], **FOR}
 WHICH: dict[str, Any] = {"choices": ["newest", "best"], "default": "newest"}
 COMMANDS = {
     "train": Command(_train, "Train with Direct Preference Optimization.", DPOConfig),
@@ -144,9 +155,10 @@ COMMANDS = {
     "ppo": Command(_train, "Train on sampled answers by policy gradients: PPO or RLOO.", PPOConfig),
     "eval": Command(
         _eval,
-        "Compute log-probs and rewards of every evaluation pair; print a summary as JSON.",
+        "Compute the rewards of every evaluation pair, and for DPO its log-probs; print a summary as JSON.",
         DPOConfig,
         {
+            "--for": OF_PAIRS,
             "--output": {**TEXT, "required": True, "help": "File to write, with one JSON line per pair."},
             "--which": {**WHICH, "help": "Checkpoint to evaluate."},
             "--per-token": {**FLAG, "help": "Add each token's reward, and a page of colored answers."},
@@ -173,7 +185,7 @@ COMMANDS = {
         "Audit the data: counts, lengths, problems, and one pair as the model sees it.",
         DPOConfig,
         {
-            "--for": {"choices": list(CONFIG_OF), "default": "train", "help": "Command to which the config belongs."},
+            "--for": {"choices": list(CONFIG_OF), **FOR},
             "--step": {**COUNT, "help": "Print the pairs of this step (as in metrics.jsonl) instead."},
         },
     ),
@@ -182,6 +194,7 @@ COMMANDS = {
         "Compile the train step ahead of time for a TPU topology: memory, and bounds on time and cost.",
         DPOConfig,
         {
+            "--for": OF_PAIRS,
             "--topology": {
                 **TEXT,
                 "required": True,

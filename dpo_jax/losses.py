@@ -36,16 +36,18 @@ class LogRatios(NamedTuple):
     chosen_logps: Float[Array, " B"]  # log pi(y_w|x)
     rejected_logps: Float[Array, " B"]
     valid: Float[Array, " B"]  # 1: real pair; 0: empty slot
+    target: Float[Array, " B"] | float = 0.0  # m: by which a reward model's scores are to differ at least
 
 
 def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """-(1-e) log sigma(beta D) - e log sigma(-beta D) + c (beta s_w + beta s_l)^2; ln 2 at margin 0. DPO.
+    """-(1-e) log sigma(z) - e log sigma(-z) + c (beta s_w + beta s_l)^2, z = beta D - m; ln 2 at margin 0. DPO.
 
     Rafailov et al. 2023, arXiv 2305.18290, eq. 7. With e > 0, conservative DPO: Mitchell 2023, "A note on DPO with
     noisy preferences & relationship to IPO". With c = ``center`` > 0, reward centering: Eisenstein et al. 2023, arXiv
-    2312.09244, section 2. Of scores, with beta 1 and no reference, it is the loss of a reward model: Bradley-Terry.
+    2312.09244, section 2. Of scores, with beta 1 and no reference, it is the loss of a reward model: Bradley-Terry,
+    with the margins m of the data (Touvron et al. 2023, arXiv 2307.09288, eq. 2), which only scores have.
     """
-    loss = _smoothed(c.beta * r.margin, c)
+    loss = _smoothed(c.beta * r.margin - r.target, c)
     return loss + c.center * (c.beta * (r.chosen + r.rejected)) ** 2 if c.center else loss
 
 
@@ -274,6 +276,7 @@ def log_ratios(policy: PairLogps, reference: PairLogps | None, loss: LossConfig)
         chosen_logps=logps[:, CHOSEN],
         rejected_logps=logps[:, last],
         valid=jnp.asarray(policy.valid, jnp.float32),
+        target=0.0 if policy.margin is None else jnp.asarray(policy.margin),
     )
 
 

@@ -166,6 +166,38 @@ BREAKS = [
           "mask[i, k, len(prompt) : end] = True", "mask[i, k, len(prompt) + 1 : end] = True",
           ("test_logprobs::test_the_mask_is_of_places_and_not_of_the_pad_id",
            "test_logprobs::test_padded_is_packed")),
+    # 9: a reward model scores whole answers, and learns by Bradley-Terry
+    Break(9, "a score is read one token early", "models/heads.py",
+          "max(indices, mode=\"drop\")", "max(indices - 1, mode=\"drop\")",
+          ("test_heads::test_scores_are_read_at_the_last_token_of_each_answer[shared]",
+           "test_heads::test_scores_are_read_at_the_last_token_of_each_answer[padded]")),
+    Break(9, "a prompt has a slot, too", "models/heads.py",
+          "is_answer = batch.branches > 0", "is_answer = batch.branches >= 0",
+          ("test_heads::test_scores_are_read_at_the_last_token_of_each_answer[shared]",
+           "test_heads::test_scores_are_read_at_the_last_token_of_each_answer[padded]",
+           "test_heads::test_scores_do_not_depend_on_the_layout")),
+    Break(9, "centering drives the scores away from 0", "losses.py",
+          "loss + c.center *", "loss - c.center *",
+          ("test_reward::test_the_loss_is_bradley_terry_with_centering",)),
+    Break(9, "centering shrinks the difference", "losses.py",
+          "(c.beta * (r.chosen + r.rejected)) ** 2", "(c.beta * (r.chosen - r.rejected)) ** 2",
+          ("test_reward::test_the_loss_is_bradley_terry_with_centering",)),
+    Break(9, "a margin is added", "losses.py",
+          "c.beta * r.margin - r.target", "c.beta * r.margin + r.target",
+          ("test_reward::test_the_loss_is_bradley_terry_with_centering",)),
+    Break(9, "margins are left out of the batch", "batching/packing.py",
+          "batch.weight[:], batch.margin[:] = weight, margin", "batch.weight[:] = weight",
+          ("test_batches::test_a_step_holds_its_pairs_in_every_layout[{}]",)),
+    Break(9, "padding may be what an answer ends with", "methods/reward.py",
+          "if token is not None and token not in ends:", "if token is not None:",
+          ("test_reward::test_padding_is_a_token_that_ends_no_answer",
+           "test_reward::test_all_special_tokens_at_ends_are_refused")),
+    Break(9, "the ends of answers are looked for in the data one token early", "methods/reward.py",
+          "np.cumsum(store.lengths, axis=1) - 1", "np.cumsum(store.lengths, axis=1) - 2",
+          ("test_reward::test_all_special_tokens_at_ends_are_refused",)),
+    Break(9, "adapters begin with a head of 0", "models/adapters.py",
+          "return head.astype(leaf.dtype)", "return 0 * head.astype(leaf.dtype)",
+          ("test_reward::test_adapters_of_a_reward_model_start_from_its_head",)),
 ]  # fmt: skip
 
 NOTICED = (
@@ -241,5 +273,5 @@ def test_a_broken_line_is_noticed_by_its_tests(row, copy, shared):
 
 
 def test_every_invariant_is_broken_at_least_twice():
-    for invariant in range(1, 9):
+    for invariant in range(1, 10):
         assert sum(row.invariant == invariant for row in BREAKS) >= 2

@@ -67,16 +67,20 @@ class Batches:
         """
         microbatches = self.packer.rows(lengths, num_targets)
         shape = self.packer.shape(microbatches)
-        weights = np.where(ids < 0, 0, self.store.weights[np.maximum(ids, 0)]).astype(np.float32)
+        weights, margins = (
+            np.where(ids < 0, 0, array[np.maximum(ids, 0)]).astype(np.float32)
+            for array in (self.store.weights, self.store.margins)
+        )
         num_answers = lengths.shape[1] - 1
         rows_per_share = shape.rows // self.packer.multiple
         shares = range(self.packer.multiple) if self.own_shares is None else self.own_shares
         own_rows = [share * rows_per_share + row for share in shares for row in range(rows_per_share)]
         packed = []
-        for index, (rows, weight) in enumerate(zip(microbatches, np.split(weights, len(microbatches)), strict=True)):
+        splits = (np.split(array, len(microbatches)) for array in (weights, margins))
+        for index, (rows, weight, margin) in enumerate(zip(microbatches, *splits, strict=True)):
             pairs = {unit.pair for row in own_rows if row < len(rows) for unit in rows[row]}
             examples = {pair: example(index * len(weight) + pair) for pair in pairs}
-            packed.append(pack_rows(rows, shape, examples, weight, num_answers, own_rows))
+            packed.append(pack_rows(rows, shape, examples, weight, num_answers, own_rows, margin))
         lengths = lengths[ids >= 0].astype(np.int64)
         return StepData(
             step=step,

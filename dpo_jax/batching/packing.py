@@ -241,6 +241,7 @@ def empty_batch(
         target_mask=zeros(per_target, np.bool_),
         answer_slots=zeros((*pairs, num_answers), np.int32),
         weight=zeros(pairs, np.float32),
+        margin=zeros(pairs, np.float32),
         valid=zeros(pairs, np.bool_),
         blocks=zeros((*rows, shape.blocks, 2), np.int32),
         answers_per_row=shape.answers,
@@ -256,15 +257,16 @@ def pack_rows(
     weight: np.ndarray,
     num_answers: int,
     own_rows: Sequence[int] | None = None,
+    margin: np.ndarray | float = 0.0,
 ) -> PreferenceBatch:
     """Write the tokens and targets of units into the rows of a batch of ``shape``.
 
-    ``examples`` are the pairs in the rows to write, ``weight`` [B] is of all pairs. ``own_rows``: indices of the rows
-    to write and return; None: all. Per-pair arrays always cover all rows.
+    ``examples`` are the pairs in the rows to write, ``weight`` and ``margin`` [B] are of all pairs. ``own_rows``:
+    indices of the rows to write and return; None: all. Per-pair arrays always cover all rows.
     """
     row_indices = range(shape.rows) if own_rows is None else own_rows
     batch = empty_batch(replace(shape, rows=len(row_indices)), len(weight), num_answers)
-    batch.weight[:] = weight
+    batch.weight[:], batch.margin[:] = weight, margin
     for row, units in enumerate(rows):
         for slot, (pair, branch) in enumerate((unit.pair, branch) for unit in units for branch in unit.branches):
             batch.answer_slots[pair, branch] = row * shape.answers + slot

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from dpo_jax.batch import CHOSEN, REJECTED, Adapted, Params
-from dpo_jax.config import DPOConfig, LossConfig
+from dpo_jax.config import LossConfig, PairConfig
 from dpo_jax.console import say
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, require
 from dpo_jax.inference.distributions import reward_distributions
 from dpo_jax.inference.evaluation import ScoredSet, score_sets
 from dpo_jax.inference.reference import LiveReference, Reference
@@ -28,7 +28,7 @@ from dpo_jax.reports.tokens import token_page
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import find_run, is_run_dir
 from dpo_jax.runs.restore import restore_part
-from dpo_jax.weights.open import load_start, load_weights, lora_of, trained_shapes
+from dpo_jax.weights.open import decoder_of, find_model, load_start, load_weights, lora_of, trained_shapes
 
 NO_TOKEN_REWARDS = {  # reference.mode -> why it does not allow --per-token
     "cached": "cached stores only sums over whole answers; add --reference.mode live",
@@ -38,13 +38,14 @@ NO_TOKEN_REWARDS = {  # reference.mode -> why it does not allow --per-token
 
 
 def evaluate(
-    config: DPOConfig, output: Path, which: Literal["newest", "best"] = "newest", per_token: bool = False
+    config: PairConfig, output: Path, which: Literal["newest", "best"] = "newest", per_token: bool = False
 ) -> dict:
     """Score every evaluation pair; write one JSON line per pair to ``output`` and return the summary.
 
-    The policy is the newest or best checkpoint, by ``which``, of the run in ``run.dir``, or the model of ``model.path``
-    if there is no run; the reference is the one that the run trains against. No run is changed. ``per_token`` adds each
-    token's contribution to the reward (``token_fields``) and writes a page of colored answers next to ``output``.
+    The policy, or the reward model, is the newest or best checkpoint, by ``which``, of the run in ``run.dir``, or the
+    model of ``model.path`` if there is no run; the reference is the one that the run trains against. No run is changed.
+    ``per_token`` adds each token's contribution to the reward (``token_fields``) and writes a page of colored answers
+    next to ``output``.
 
     Raises:
         UserError: the config names no evaluation set or has an unusable value, or ``output`` already exists.
@@ -54,6 +55,8 @@ def evaluate(
         if path.exists():
             raise UserError(f"--output: {path} already exists; choose another name or remove it first")
     if per_token:
+        if config.scores:
+            raise UserError("--per-token: a reward model scores whole answers; omit --per-token")
         if config.reference_mode in NO_TOKEN_REWARDS:
             raise UserError(f"--per-token: reference.mode {NO_TOKEN_REWARDS[config.reference_mode]}")
         if page == output:
@@ -67,19 +70,19 @@ def evaluate(
         policy_name, weights, reference = load_policy_and_reference(setup, which)
         run_note = "" if is_run_dir(config.run.dir) else f" (no run in {config.run.dir})"
         say(config.run.progress, f"evaluating {policy_name}{run_note}")
-        model, chunk = setup.model, config.batch.target_chunk
+        model, chunk, loss = setup.model, config.batch.target_chunk, config.objective
         token_logps_fn = make_token_logps_fn(model.hidden, model.unembedding, chunk=chunk, precision=model.precision)
         summary: dict = {"policy": policy_name, "sets": {}}
         lines = []
         for scored in score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference):
-            metrics: dict[str, Any] = dict(scored.metrics(config.loss))
-            metrics["distributions"] = reward_distributions(scored.policy, scored.reference, config.loss)
+            metrics: dict[str, Any] = dict(scored.metrics(loss))
+            metrics["distributions"] = reward_distributions(scored.policy, scored.reference, loss)
             summary["sets"][scored.name] = {"pairs": len(scored.ids)} | metrics
-            set_lines = pair_lines(scored, config.loss)
+            set_lines = pair_lines(scored, loss)
             if per_token:
                 assert isinstance(reference, LiveReference)
                 arguments = (weights, reference, setup.evals[scored.name], setup.to_devices, mesh)
-                ratios = token_log_ratios(token_logps_fn, *arguments, config.objective.ld_alpha)
+                ratios = token_log_ratios(token_logps_fn, *arguments, loss.ld_alpha)
                 token_rewards = dict(token_fields(ratios, scored.store, setup.tokenizer))
                 set_lines = [line | token_rewards[int(i)] for i, line in zip(scored.ids, set_lines, strict=True)]
             lines += set_lines
@@ -87,7 +90,7 @@ def evaluate(
         write_output(output, "".join(json.dumps(line) + "\n" for line in lines))
         say(config.run.progress, f"pairs: {output}")
         if per_token:
-            write_output(page, token_page(lines, config.loss.beta, policy_name))
+            write_output(page, token_page(lines, config.objective.beta, policy_name))
             say(config.run.progress, f"tokens: {page}")
     return summary
 
@@ -107,23 +110,37 @@ def write_output(path: Path, text: str) -> None:
 
 def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) -> tuple[str, Params, Reference | None]:
     """Load the policy, from the run or else from ``model.path``; return its name, its weights and the reference."""
-    config = setup.config
-    model_weights = load_weights(setup.source, setup.model, config.model, setup.mesh)
+    config, scores, has_run = setup.config, setup.model.config.scores, is_run_dir(setup.config.run.dir)
+    if not has_run:
+        remedy = f"it is a language model, which scores nothing, and {config.run.dir} has no run; give a reward model"
+        has_head = decoder_of(setup.source).scores or config.lora.path is not None
+        require(bool(has_head or not scores), "model.path", config.model.path, remedy)
+    elif scores != decoder_of(find_model(config.run.dir, None)).scores:
+        kind, command = ("language", "train") if scores else ("reward", "reward")
+        raise UserError("run.dir", config.run.dir, f"it holds a {kind} model; use its config.yaml with --for {command}")
+    model_weights = None  # not needed for a reward model without adapters
+    if not (scores and has_run and setup.model.lora is None):
+        model_weights = load_weights(setup.source, setup.model, config.model, setup.mesh)
     weights = reference_weights(setup, model_weights)
-    if not is_run_dir(config.run.dir):
+    if not has_run:
         if setup.model.lora is not None:
-            model_weights = Adapted(load_start(config.lora, setup.model, config.run.seed, setup.mesh), model_weights)
+            adapters = load_start(config.lora, setup.model, model_weights, config.run.seed, setup.mesh)
+            model_weights = Adapted(adapters, model_weights)
         return config.model.path, model_weights, make_reference(setup, weights)
     shapes = {"params": trained_shapes(setup.model, setup.mesh)}
     if config.reference.sync_every:
         shapes["reference"] = shapes["params"]
     saved_state, manifest = restore_part(find_run(config.run.dir).checkpoints, which, shapes)
     refuse = partial(UserError, "run.dir", config.run.dir)
-    if "reference" not in manifest["identity"]:
-        raise refuse("it is a fine-tuning run; give it as model.path and choose another run.dir")
-    was_synced = manifest["config"]["reference"].get("sync_every", 0) > 0
-    if manifest["identity"]["reference"] != weights_id(weights) or was_synced != (config.reference.sync_every > 0):
-        raise refuse("it was trained against another reference; use its config.yaml or another run.dir")
+    name = f"{config.run.dir} step {manifest['step']}"
+    if scores and weights is not None and manifest["identity"]["weights"] != weights_id(weights):
+        raise refuse("its adapters were trained on other weights; use its config.yaml or another run.dir")
+    if not scores:
+        if "reference" not in manifest["identity"]:
+            raise refuse("it is a fine-tuning run; give it as model.path and choose another run.dir")
+        was_synced = manifest["config"]["reference"].get("sync_every", 0) > 0
+        if manifest["identity"]["reference"] != weights_id(weights) or was_synced != (config.reference.sync_every > 0):
+            raise refuse("it was trained against another reference; use its config.yaml or another run.dir")
     run_lora = make_lora(lora_of(manifest["config"]))
     if run_lora != setup.model.lora:
         difference = f"it was trained with other adapters ({run_lora}, now {setup.model.lora})"
@@ -133,11 +150,14 @@ def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) ->
     reference = (
         LiveReference(saved_state["reference"]) if config.reference.sync_every else make_reference(setup, weights)
     )
-    return f"{config.run.dir} step {manifest['step']}", policy, reference
+    return name, policy, reference
 
 
 def pair_lines(scored: ScoredSet, loss: LossConfig) -> list[dict[str, Any]]:
-    """Return one JSON object per pair: its row in the data, and its answers' token counts, log-probs and rewards."""
+    """Return one JSON object per pair: its row in the data, and its answers' token counts, log-probs and rewards.
+
+    A reward model's scores are rewards and no log-probs.
+    """
     logps = np.asarray(sequence_logps(scored.policy, loss))
     reference = scored.reference
     reference_logps = None if reference is None else np.asarray(sequence_logps(reference, loss))
@@ -148,7 +168,8 @@ def pair_lines(scored: ScoredSet, loss: LossConfig) -> list[dict[str, Any]]:
         line: dict[str, Any] = {"set": scored.name, "source": source, "row": int(scored.store.rows[i])}
         for answer, k in (("chosen", CHOSEN), ("rejected", REJECTED)):
             line[f"tokens/{answer}"] = int(scored.policy.count[position, k])
-            line[f"logps/{answer}"] = float(logps[position, k])
+            if not scored.policy.scored:
+                line[f"logps/{answer}"] = float(logps[position, k])
             if reference_logps is not None:
                 line[f"reference_logps/{answer}"] = float(reference_logps[position, k])
             line[f"rewards/{answer}"] = float(rewards[position, k])

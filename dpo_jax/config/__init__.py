@@ -45,6 +45,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PPOConfig",
+    "PairConfig",
     "PlannedAnswers",
     "PolicyGradientConfig",
     "ReferenceConfig",
@@ -166,7 +167,6 @@ class RewardConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse("lora.rank", self.lora.rank > 0, "training a reward model updates all weights; use 0")
         for option in ("run.token_stats", "batch.target_chunk"):
             self.refuse_idle(option, True, "a reward model predicts no tokens")
 
@@ -220,4 +220,5 @@ class PPOConfig(TrainConfig):
 
 
 AnyBatch = BatchConfig | SFTBatchConfig | RolloutBatchConfig
-AnyConfig = DPOConfig | SFTConfig | RewardConfig | PPOConfig
+PairConfig = DPOConfig | RewardConfig  # trains on pairs of answers
+AnyConfig = PairConfig | SFTConfig | PPOConfig

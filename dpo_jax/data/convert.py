@@ -34,6 +34,7 @@ class Chunk:
     lengths: np.ndarray  # int32 [n, 1 + K]: tokens of the prompt and of each answer
     rows: np.ndarray  # int64 [n]: row of each example in its source
     weights: np.ndarray  # float32 [n]
+    margins: np.ndarray  # float32 [n]
     targets: np.ndarray | None  # bool, same shape as tokens: answer tokens to learn; None: all of them
     dropped: list[Problem]  # one problem per row without an example
     notes: list[Problem]  # repairs, truncations and the like in the other rows
@@ -56,6 +57,7 @@ def _chunk(results: Sequence[TokenizedExample | Problem], num_answers: int, with
         lengths=np.array(lengths, np.int32).reshape(-1, 1 + num_answers),
         rows=np.array([example.row for example in examples], np.int64),
         weights=np.array([example.weight for example in examples], np.float32),
+        margins=np.array([example.margin for example in examples], np.float32),
         targets=np.array(targets, bool) if with_targets else None,
         dropped=[problem for problem in results if isinstance(problem, Problem)],
         notes=[note for example in examples for note in example.notes],

@@ -4,6 +4,7 @@ A schema is a function from a row to prompt and answers; the tables at the end l
 columns that each reads. ``infer_schema`` selects the schema of a source. Nothing here depends on tokens.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ class Example:
     weight: float = 1.0
     tools: list | None = None
     template_kwargs: dict | None = None
+    margin: float = 0.0  # by which a reward model is to prefer the chosen answer at least; NaN: not a number
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,12 @@ def _weight(row: Mapping) -> float:
     return number
 
 
+def _margin(row: Mapping) -> float:
+    """Return a pair's margin; NaN if it is not a number, which only a reward model minds."""
+    number = values.number(row.get("margin", 0.0))
+    return math.nan if number is None or abs(number) > MAX_WEIGHT else number
+
+
 def _tools(row: Mapping) -> list | None:
     """Return tools in the format of chat templates; ShareGPT files contain only the functions."""
     tools = row.get("tools")
@@ -291,12 +299,14 @@ class Parser:
                 if isinstance(prompt, list):
                     _check_turns(prompt, answer)
                 _check_not_blank(answer)
-            return Example(index, prompt, tuple(answers), _weight(row), _tools(row), _template_kwargs(row))
+            fields = (_weight(row), _tools(row), _template_kwargs(row), _margin(row))
+            return Example(index, prompt, tuple(answers), *fields)
         except BadRow as bad:
             return Problem(index, *bad.args)
 
 
-_PAIR_COLUMNS, _COMMON_COLUMNS = "chosen rejected", f"weight tools chat_template_kwargs {' '.join(_MEDIA_COLUMNS)}"
+_PAIR_COLUMNS = "chosen rejected"
+_COMMON_COLUMNS = f"weight margin tools chat_template_kwargs {' '.join(_MEDIA_COLUMNS)}"
 _PAIR_SCHEMAS: dict[str, tuple[Callable, str]] = {
     "preference": (_preference, f"prompt {_PAIR_COLUMNS}"),
     "transcripts": (_transcripts, _PAIR_COLUMNS),

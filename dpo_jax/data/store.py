@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # version of the files; increment it also when the same rows would yield different tokens
+FORMAT = 3  # version of the files; increment it also when the same rows would yield different tokens
 DTYPES = dict.fromkeys(("tokens", "lengths", "num_targets"), "<i4")
-DTYPES |= {"rows": "<i8", "sources": "<i2", "weights": "<f4", "targets": "|b1"}
+DTYPES |= {"rows": "<i8", "sources": "<i2", "weights": "<f4", "margins": "<f4", "targets": "|b1"}
 MAX_LISTED_ROWS = 10  # rows listed per cause in a report; problems.jsonl lists all
 SAMPLE_ROWS = 100  # rows from whose columns the schema is inferred
 KEY_DIGITS = 16  # hexadecimal digits of the key in the folder's name
@@ -60,6 +60,7 @@ class Store:
     rows: np.ndarray  # int64 [N]: row in the example's source
     sources: np.ndarray  # int16 [N]: index of the example's source in `report`
     weights: np.ndarray  # float32 [N]
+    margins: np.ndarray  # float32 [N]: for reward models; NaN where the data have no number
     targets: np.ndarray | None  # bool, same shape as tokens: answer tokens to learn; None: all of them
     report: list[dict[str, Any]]  # per source: source, rows, kept, rendered, hints, and dropped and notes by cause
 
@@ -155,7 +156,8 @@ def _count(causes: dict[str, Any], problems: Iterable[Problem]) -> None:
 def _arrays(chunk: Chunk, source_index: int) -> dict[str, np.ndarray]:
     lengths = chunk.lengths
     num_targets = lengths[:, 1:]
-    arrays = {"tokens": chunk.tokens, "rows": chunk.rows, "weights": chunk.weights, "lengths": lengths}
+    arrays = {"tokens": chunk.tokens, "rows": chunk.rows, "lengths": lengths}
+    arrays |= {"weights": chunk.weights, "margins": chunk.margins}
     if chunk.targets is not None:
         ends = np.cumsum(lengths.sum(1))
         learned = np.concatenate([[0], np.cumsum(chunk.targets)])

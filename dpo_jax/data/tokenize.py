@@ -38,6 +38,7 @@ class TokenizedExample:
     weight: float
     notes: tuple[Problem, ...] = ()
     rendered: bool = False  # whether a chat template rendered it
+    margin: float = 0.0
 
 
 Tokenize = Callable[[Example], TokenizedExample | Problem]
@@ -172,7 +173,8 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
     targets = None if all(learned) else learned
     rendered = not isinstance((example.prompt, *example.answers)[-1], str)
     answers = tuple(pieces.answers)
-    return TokenizedExample(example.row, pieces.prompt, answers, targets, example.weight, notes, rendered)
+    numbers = {"weight": example.weight, "margin": example.margin}
+    return TokenizedExample(example.row, pieces.prompt, answers, targets, notes=notes, rendered=rendered, **numbers)
 
 
 def _tokenize_prompted(coder: _Coder, example: Example) -> _Pieces | Problem:

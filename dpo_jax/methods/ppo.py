@@ -222,22 +222,18 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
 
 
 def start_value(setup: Setup, policy: Policy, value_model: Model) -> Params:
-    """Return the value model that the run starts from: the policy's own layers, and a head of zeros."""
+    """Return the value model that the run starts from: the policy's layers, or new adapters, and a head of zeros."""
     head, sharding = value_model.param_shapes()["score"], param_shardings(value_model, setup.mesh)["score"]
     score = {"score": jnp.zeros(head.shape, head.dtype, device=sharding)}
     if policy.adapters is not None:
-        return score | {"adapters": load_start(setup.config.lora, setup.model, setup.config.run.seed + 1, setup.mesh)}
-    layers = {name: weight for name, weight in policy.weights.items() if name != "unembed"}
-    return copy_weights(layers, None) | score
+        config = replace(setup.config.lora, path=None)
+        return load_start(config, value_model, score, setup.config.run.seed + 1, setup.mesh)
+    return copy_weights(without_unembedding(policy.weights), None) | score
 
 
-def value_weights(weights: Params | Adapted) -> Params | Adapted:
-    """Return the weights as the value model takes them: its head is trained with its adapters, not part of the base."""
-    if not isinstance(weights, Adapted):
-        return weights
-    assert weights.adapters is not None
-    base = {name: weight for name, weight in weights.base.items() if name != "unembed"}
-    return Adapted(weights.adapters["adapters"], base | {"score": weights.adapters["score"]})
+def without_unembedding(weights: Params) -> Params:
+    """Return the weights of a language model that a value model has, too."""
+    return {name: weight for name, weight in weights.items() if name != "unembed"}
 
 
 def make_answer_logps_fn(config: PPOConfig, model: Model) -> TokensFn:
@@ -252,11 +248,13 @@ def make_values_fn(config: PPOConfig, model: Model) -> TokensFn:
     """Return a function that computes the value before each token of the answers in packed rows, [B, K, N]."""
 
     def values_fn(weights: Params | Adapted, batch: PreferenceBatch) -> jax.Array:
-        weights = value_weights(weights)
-        hidden = model.hidden(weights, batch)
-        states = jnp.take_along_axis(hidden, batch.target_sources[..., None], axis=1).astype(jnp.float32)
-        head = (weights.base if isinstance(weights, Adapted) else weights)["score"][0].astype(jnp.float32)
-        values = jnp.einsum("RMD,D->RM", states, head, precision=jax.lax.Precision.HIGHEST)
+        head = model.head(weights)
+        if isinstance(weights, Adapted):  # to the policy's base, which has no head
+            weights = Adapted(weights.adapters, without_unembedding(weights.base) | {"score": head})
+        states = jnp.take_along_axis(model.hidden(weights, batch), batch.target_sources[..., None], axis=1)
+        values = jnp.einsum(
+            "RMD,D->RM", states.astype(jnp.float32), head[0].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
         return batch.gather_tokens(values, config.sampling.max_tokens)
 
     return values_fn
@@ -269,13 +267,7 @@ def abstract_policy_state(
     shapes = ActorCritic(trained_shapes(model, mesh))
     shardings = ActorCritic(trained_shardings(model, mesh))
     if value_model is not None:
-        value, sharding = trained_shapes(value_model, mesh), trained_shardings(value_model, mesh)
-        if model.lora is not None:
-            head = value_model.param_shapes()["score"]
-            value, sharding = (
-                {"adapters": value, "score": head},
-                {"adapters": sharding, "score": param_shardings(value_model, mesh)["score"]},
-            )
-        shapes, shardings = shapes._replace(value=value), shardings._replace(value=sharding)
+        shapes = shapes._replace(value=trained_shapes(value_model, mesh))
+        shardings = shardings._replace(value=trained_shardings(value_model, mesh))
     state = jax.eval_shape(lambda params: init_state(params, optimizer), shapes)
     return placed(state, state_shardings(state, shardings, replicated(mesh), optimizer))

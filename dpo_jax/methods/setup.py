@@ -80,6 +80,7 @@ def assemble(
     sets = sets.with_answers(config.planned)
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
         refuse_weights(config.objective, store)
+        refuse_margins(config, store)
     row_split = row_devices(mesh), own_shares(mesh)
     batches = train_batches(sets, config.batch, *row_split)
     logps_fn = train_logps_fn(config, model)
@@ -131,6 +132,14 @@ def refuse_weights(loss: LossConfig, store: Store) -> None:
         raise UserError("loss.type", sorting_losses[0], remedy)
 
 
+def refuse_margins(config: TrainConfig, store: Store) -> None:
+    """Raise ``UserError`` if a reward model is to be trained or evaluated on a margin that is not a number."""
+    unusable = np.flatnonzero(np.isnan(store.margins))
+    if config.scores and len(unusable):
+        row = f"row {store.rows[unusable[0]]} of {store.report[store.sources[unusable[0]]]['source']}"
+        raise UserError(f"margin: that of {row} is not a number: fix the column margin, or remove it from all rows")
+
+
 def announce(setup: Setup, run: RunDir) -> None:
     """Print the sizes of model, mesh and data; record dropped rows and notes in events.jsonl."""
     model, batches, order = setup.model, setup.batches, setup.batches.order
@@ -179,6 +188,8 @@ def notes_of(setup: Setup) -> list[str]:
     if longest > max_positions:
         limit = f"but the model supports {max_positions} (max_position_embeddings)"
         notes.append(f"a prompt with its answer has up to {longest} tokens, {limit}: lower data.max_length")
+    if setup.config.scores and setup.batches.store.margins.any():
+        notes.append("the loss subtracts the column margin of the data from the differences of scores")
     if order.batch > order.epoch_draws:
         excess = f"more than the {order.epoch_draws} of an epoch, so some appear twice in a step"
         notes.append(f"a batch has {order.batch} examples, {excess}: use a smaller batch")
@@ -233,7 +244,7 @@ def load_policy(setup: Setup) -> Policy:
     ids = {"weights": weights_id(weights)}
     if model.lora is None:
         return Policy(weights, None, ids)
-    adapters = load_start(config.lora, model, config.run.seed, setup.mesh)
+    adapters = load_start(config.lora, model, weights, config.run.seed, setup.mesh)
     if config.lora.path is not None:
         ids["adapters"] = weights_id(adapters)
     return Policy(weights, adapters, ids)

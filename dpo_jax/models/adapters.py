@@ -19,15 +19,21 @@ def make_lora(config: LoraConfig) -> Lora | None:
     return Lora(rank=config.rank, scale=config.scale, targets=targets) if config.rank > 0 else None
 
 
-def start_adapters(model: Model, key: jax.Array, init: Literal["kaiming", "gaussian", "zero_a"]) -> Params:
+def start_adapters(
+    model: Model, key: jax.Array, init: Literal["kaiming", "gaussian", "zero_a"], head: jax.Array | None = None
+) -> Params:
     """Initialize adapters so that their product B A is 0; ``init`` as in `config.LoraConfig`.
 
-    kaiming and gaussian match PEFT; zero_a is Init[B] of arXiv 2406.08447.
+    kaiming and gaussian match PEFT; zero_a is Init[B] of arXiv 2406.08447. ``head``: that of a reward model's base,
+    from which the trained head starts.
     """
     shapes = model.adapter_shapes()
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
 
     def draw(path, leaf, key):
+        if path[-1].key == "score":
+            assert head is not None
+            return head.astype(leaf.dtype)
         rank = leaf.shape[1] if path[-1].key == "a" else leaf.shape[-1]
         if (path[-1].key == "b") != (init == "zero_a"):
             return jnp.zeros(leaf.shape, leaf.dtype)
@@ -41,7 +47,10 @@ def start_adapters(model: Model, key: jax.Array, init: Literal["kaiming", "gauss
 
 
 def merge(weights: Adapted, model: Model) -> Params:
-    """Merge adapters: W + scale * B A, computed in float32, in the model's parameter dtype and the base's sharding."""
+    """Merge adapters: W + scale * B A, computed in float32, in the model's parameter dtype and the base's sharding.
+
+    A reward model's head is that of the adapters.
+    """
     assert model.lora is not None
     scale = model.lora.scale
 
@@ -56,7 +65,7 @@ def merge(weights: Adapted, model: Model) -> Params:
         assert weights.adapters is not None
         layers = weights.base["layers"]
         merged_layers = {name: add(name, layers[name], pair) for name, pair in weights.adapters["layers"].items()}
-        params = {**weights.base, "layers": {**layers, **merged_layers}}
+        params = {**weights.base, **weights.adapters, "layers": {**layers, **merged_layers}}
         return jax.tree.map(lambda x: x.astype(model.param_dtype), params)
 
     return jax.jit(merged, out_shardings=jax.tree.map(lambda x: x.sharding, weights.base))(weights)

@@ -1,6 +1,7 @@
 """Llama-style decoder as pure functions of its parameters. Shape letters as in ``layers.py``."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import flax.linen as nn
@@ -56,6 +57,8 @@ class Decoder(DecoderModule):
         c = self.config
         if c.scores:
             self.weight("score", "SD", nn.initializers.zeros)
+            if self.lora is not None:
+                self.variable("lora", "score", partial(self.zeros, "SD"))
         elif not c.tied:
             self.weight("unembed", "VD")
         x = self.weight("embed", "VD")[tokens].astype(self.dtype)
@@ -153,6 +156,11 @@ class Model:
     def unembedding(self, weights: Params | Adapted) -> Float[Array, "V D"]:
         """Return the unembedding matrix: logits = hidden @ unembedding.T."""
         return _split(weights).base["embed" if self.config.tied else "unembed"]
+
+    def head(self, weights: Params | Adapted) -> Float[Array, "S D"]:
+        """Return the head of a reward model; adapters have one of their own."""
+        adapters, base = _split(weights)
+        return (base if adapters is None else adapters)["score"]
 
     def init(self, key: Array) -> Params:
         """Initialize parameters: matrices normal with standard deviation ``init_std``, biases 0, norms 1."""

@@ -32,7 +32,7 @@ class Flops(NamedTuple):
 
     linear: int  # projections and feed-forward
     attention: int  # scores and weighted values
-    unembedding: int  # logits
+    unembedding: int  # logits; 0 in a reward model, whose head costs nothing beside its layers
 
     @property
     def total(self) -> int:
@@ -83,7 +83,7 @@ def forward_flops(config: DecoderConfig, work: Work) -> Flops:
     return Flops(
         linear=2 * config.layers * weights * work.tokens,
         attention=4 * config.layers * config.heads * config.head_dim * work.seen,
-        unembedding=2 * config.hidden * config.vocab * work.targets,
+        unembedding=2 * config.hidden * config.logits * work.targets,
     )
 
 

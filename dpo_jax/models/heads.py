@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from dpo_jax.batch import PairLogps, Params, PreferenceBatch
+from dpo_jax.batch import Adapted, PairLogps, Params, PreferenceBatch
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import FAMILIES
 
@@ -29,21 +29,21 @@ def answer_ends(batch: PreferenceBatch) -> Int[Array, "R A"]:
     return ends.at[rows, slots].max(indices, mode="drop")
 
 
-def make_scores_fn(model: Model) -> Callable[[Params, PreferenceBatch], PairLogps]:
+def make_scores_fn(model: Model) -> Callable[[Params | Adapted, PreferenceBatch], PairLogps]:
     """Make a `LogpsFn` whose ``sum`` is the reward model's score of each answer; in it the step trains Bradley-Terry.
 
     The score is computed in float32, as the loss depends on differences of scores of similar size.
     """
 
-    def scores_fn(weights: Params, batch: PreferenceBatch) -> PairLogps:
+    def scores_fn(weights: Params | Adapted, batch: PreferenceBatch) -> PairLogps:
         hidden = model.hidden(weights, batch)
         states = jnp.take_along_axis(hidden, answer_ends(batch)[..., None], axis=1).astype(jnp.float32)
-        score = weights["score"].astype(jnp.float32)
+        score = model.head(weights).astype(jnp.float32)
         scores = jnp.einsum("RAD,SD->RAS", states, score, precision=jax.lax.Precision.HIGHEST)[..., 0]
         rows = jnp.arange(len(scores))[:, None]
         counts = jnp.zeros_like(scores).at[rows, batch.target_answers].add(batch.target_mask)
         scores, counts = batch.gather_pairs(scores), batch.gather_pairs(counts)
-        return PairLogps(scores, counts, batch.weight, batch.valid, scored=True)
+        return PairLogps(scores, counts, batch.weight, batch.valid, margin=batch.margin, scored=True)
 
     return scores_fn
 

@@ -10,7 +10,7 @@ mesh or on any layout option.
 
 Adapters are a second Flax collection, `lora`, whose tree mirrors the parameter tree: each target projection has `a`
 [r, inputs] and `b` [outputs, r] with separate head dims, e.g. [L, r, D] and [L, N, H, r] for queries, regardless of the
-orientation of the projection itself.
+orientation of the projection itself. In a reward model it also has the head, `score`, which is trained whole.
 """
 
 from functools import partial
@@ -100,6 +100,10 @@ class DecoderModule(nn.Module):
         boxed = self._boxed(init or nn.initializers.normal(self.config.init_std), letters)
         return cast("Array", self.param(name, boxed, self._shape(letters), self.param_dtype))
 
+    def zeros(self, letters: str) -> Any:
+        """Declare shape and axes of a trained float32 array of the adapters; adapters.py gives its initial values."""
+        return self._boxed(jnp.zeros, letters)(self._shape(letters), jnp.float32)
+
     def linear(self, name: str, x: Array) -> Array:
         """Apply projection ``name`` of the table to x, with its bias and adapter, if any."""
         row = LAYER[name]
@@ -117,9 +121,7 @@ class DecoderModule(nn.Module):
         row = LAYER[name]
         operand, _, result = row.letters
         a, b = f"r{row.inputs}", f"{row.outputs}r"
-        zeros = lambda letters: self._boxed(jnp.zeros, letters)(self._shape(letters), jnp.float32)  # noqa: E731
-        # zeros only declare shapes and axes; adapters.py draws the initial values
-        pair = self.variable("lora", name, lambda: {"a": zeros(a), "b": zeros(b)}).value
+        pair = self.variable("lora", name, lambda: {"a": self.zeros(a), "b": self.zeros(b)}).value
         x = jnp.einsum(f"{operand},{a}->RTr", x, pair["a"].astype(x.dtype))
         return jnp.einsum(f"RTr,{b}->{result}", x, pair["b"].astype(x.dtype))
 

@@ -60,6 +60,11 @@ class DecoderConfig:
         (kind,) = self.pattern
         return kind.window
 
+    @property
+    def logits(self) -> int:
+        """Logits of a token to predict; a reward model predicts none."""
+        return 0 if self.scores else self.vocab
+
     def size(self, axis: str) -> int:
         """Return the size of a logical parameter axis: the field of the same name, or ``hidden`` for ``embed``."""
         return self.hidden if axis == "embed" else getattr(self, axis)

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch, round_up
 from dpo_jax.batching.packing import BatchShape, empty_batch
-from dpo_jax.config import DPOConfig
+from dpo_jax.config import PairConfig
 from dpo_jax.errors import UserError
 from dpo_jax.methods.optimizer import make_optimizer
 from dpo_jax.methods.setup import abstract_state, make_step, train_logps_fn
@@ -100,7 +100,7 @@ def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:
     return topologies.get_topology_desc(slice_.name, "tpu", **options).devices
 
 
-def slice_mesh(config: DPOConfig, slice_: Topology, slices: int) -> Mesh | AbstractMesh:
+def slice_mesh(config: PairConfig, slice_: Topology, slices: int) -> Mesh | AbstractMesh:
     """Return the config's mesh of compile-only TPU devices, or an abstract mesh if libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         return abstract_mesh(config.mesh, slice_.devices * slices)
@@ -123,7 +123,7 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
     return placed(batch, batch.place(row_sharding(mesh, len(leading)), replicated(mesh)))
 
 
-def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:
+def abstract_frozen(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:
     """Return the step's frozen inputs, base weights and reference, as shapes and shardings."""
     weights, mode, logps = placed(model.param_shapes(), param_shardings(model, mesh)), config.reference_mode, None
     if mode == "live" and model.lora is None and config.reference.dtype != "auto":
@@ -133,7 +133,7 @@ def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, 
         shape = (load.pairs,) if load.microbatches == 1 else (load.microbatches, load.pairs // load.microbatches)
         array: Any = partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
         answers, weight, valid = array((*shape, 2), jnp.float32), array(shape, jnp.float32), array(shape, jnp.bool_)
-        tail = None if config.loss.ld_alpha is None else answers
+        tail = None if config.objective.ld_alpha is None else answers
         logps = PairLogps(sum=answers, count=answers, weight=weight, valid=valid, tail_sum=tail)
     if model.lora is not None:
         return Frozen(weights, logps)
@@ -154,13 +154,13 @@ class Compiled:
 Arguments = tuple[TrainState, Frozen, PreferenceBatch]  # of a train step, as shapes and shardings
 
 
-def step_arguments(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Arguments:
+def step_arguments(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Arguments:
     """Return shapes and shardings of the arguments of the config's train step on a mesh."""
     state = abstract_state(config, model, mesh, make_optimizer(config.optimizer, NUM_STEPS))
     return state, abstract_frozen(config, model, mesh, load), abstract_batch(load, mesh)
 
 
-def lower_step(config: DPOConfig, model: Model, mesh: Mesh, arguments: Arguments) -> Lowered:
+def lower_step(config: PairConfig, model: Model, mesh: Mesh, arguments: Arguments) -> Lowered:
     """Lower the config's train step for the mesh's devices."""
     with no_cache_writes():
         flags = compiler_options(mesh, config.run.compiler_flags)
@@ -170,7 +170,7 @@ def lower_step(config: DPOConfig, model: Model, mesh: Mesh, arguments: Arguments
         return step.lower(*arguments)
 
 
-def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Compiled:
+def compile_step(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Compiled:
     """Compile the config's train step for the mesh's devices; on an abstract mesh, only bound its memory."""
     arguments = step_arguments(config, model, mesh, load)
     state, frozen, batch = arguments

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from dpo_jax.batching.batches import train_batches
 from dpo_jax.batching.packing import assign_rows, make_units
 from dpo_jax.batching.sets import DataSets
-from dpo_jax.config import DPOConfig, ModelConfig
+from dpo_jax.config import ModelConfig, PairConfig
 from dpo_jax.errors import UserError, require
 from dpo_jax.methods.dpo import find_reference
 from dpo_jax.methods.setup import sets_of, with_head
@@ -48,7 +48,7 @@ class Known:
     data: bool = False  # read the data for all of these
 
 
-def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, search: bool) -> Iterator[dict[str, Any]]:
+def plan_slices(config: PairConfig, topologies: Sequence[str], known: Known, search: bool) -> Iterator[dict[str, Any]]:
     """Yield the `plan` of each slice; with ``search``, also those of settings that need less memory until one fits."""
     slices = [parse_topology(text) for text in topologies]
     for slice_ in slices:
@@ -69,7 +69,7 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], known: Known, sear
             yield from search_fit(config, source, slice_, known, report["memory"]["peak"])
 
 
-def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known) -> dict[str, Any]:
+def plan(config: PairConfig, source: ModelSource, slice_: Topology, known: Known) -> dict[str, Any]:
     """Compile the config's train step for a slice; return its facts as a JSON tree for ``text.render``.
 
     Raises:
@@ -80,6 +80,7 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
     load = find_load(config, mesh, known)
     adapters = 0 if model.lora is None else count_adapters(model)
     options = {"dtype": model.dtype, "attention": model.attention, "remat": model.remat, "adapters": adapters}
+    options["scores"] = model.config.scores
     steps = {"pairs": load.pairs, "parts": load.microbatches, "rows_a_device": load.rows // row_devices(mesh)}
     fill = {"row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths)}
     report: dict[str, Any] = {
@@ -98,17 +99,19 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, known: Known)
     return report | _costs(config, model, mesh, load, slice_, compiled.text or "", known)
 
 
-MEMORY_SAVERS: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # cheapest first
+MEMORY_SAVERS: dict[str, Callable[[PairConfig], PairConfig]] = {  # cheapest first
     "model.remat": lambda c: replace(c, model=replace(c.model, remat="full")),
     "batch.accumulation": lambda c: replace(c, batch=replace(c.batch, accumulation=2 * c.batch.accumulation)),
     "mesh.tensor": lambda c: replace(c, mesh=replace(c.mesh, tensor=2 * c.mesh.tensor)),
-    "reference.mode": lambda c: replace(c, reference=replace(c.reference, mode="cached", dtype="auto")),
+    "reference.mode": lambda c: (
+        replace(c, reference=replace(c.reference, mode="cached", dtype="auto")) if c.reference_mode == "live" else c
+    ),
     "optimizer.moment_dtype": lambda c: replace(c, optimizer=replace(c.optimizer, moment_dtype="bfloat16")),
 }
 
 
 def search_fit(
-    config: DPOConfig, source: ModelSource, slice_: Topology, known: Known, peak: float
+    config: PairConfig, source: ModelSource, slice_: Topology, known: Known, peak: float
 ) -> list[dict[str, Any]]:
     """Return plans of settings that need less and less memory, until one fits or no setting helps any more.
 
@@ -137,7 +140,7 @@ def search_fit(
     return plans
 
 
-def _measured(config: DPOConfig, source: ModelSource, known: Known) -> Known:
+def _measured(config: PairConfig, source: ModelSource, known: Known) -> Known:
     """Return ``known`` with the config's data sets and the mean lengths of the training pairs."""
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = sets_of(config, tokenizer)
@@ -155,7 +158,7 @@ def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
     return find_model(config.path, config.revision, config.checkpoint, weights=False)
 
 
-def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, known: Known) -> Load:
+def find_load(config: PairConfig, mesh: Mesh | AbstractMesh, known: Known) -> Load:
     """Return the input size of a step, from the config and ``known``."""
     batch, devices, rows, lengths = config.batch, row_devices(mesh), known.rows, known.lengths
     remedy = "its rows depend on the data; plan shared or repeated"
@@ -215,7 +218,7 @@ def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
 
 
 def _costs(
-    config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, slice_: Topology, text: str, known: Known
+    config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, slice_: Topology, text: str, known: Known
 ) -> dict[str, Any]:
     """Return the step's operations, collectives, bounds on its time, and the rates and run hours that follow."""
     chip, live = slice_.chip, config.reference_mode == "live"

@@ -29,7 +29,8 @@ def matrix_traffic(
     )
     # logits are never saved, so they are recomputed whatever remat saves of the layers
     c = model.config
-    head = (3 + live_reference + trains_matrices) * width * (targets * c.hidden + c.hidden * c.vocab / tensor)
+    operands = c.hidden * (targets + c.vocab / tensor) if c.logits else 0
+    head = (3 + live_reference + trains_matrices) * width * operands
     return microbatches * (c.layers * layer + head)
 
 

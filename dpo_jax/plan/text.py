@@ -25,11 +25,12 @@ def render(plan: dict[str, Any]) -> str:
     model, batch, memory = plan["model"], plan["batch"], plan["memory"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     adapters = f", {_num_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
+    head = ", with a score head" if model["scores"] else ""
     split = f" in {batch['parts']} microbatches" if batch["parts"] > 1 else ""
     lengths = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
     lines = [
         f"{_slice_name(plan)}: {plan['chips']} chips, mesh {mesh}",
-        f"model        {model['path']}: {_num_weights(model['parameters'])} parameters{adapters}",
+        f"model        {model['path']}: {_num_weights(model['parameters'])} parameters{adapters}{head}",
         f"             {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
         f"step         {batch['pairs']} pairs{split}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
         f"             {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens",

@@ -192,11 +192,12 @@ def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: M
     return merge(Adapted(adapters, base), model), manifest["step"]
 
 
-def load_start(config: LoraConfig, model: Model, seed: int, mesh: Mesh) -> Params:
+def load_start(config: LoraConfig, model: Model, base: Params, seed: int, mesh: Mesh) -> Params:
     """Return the adapters that a run starts from: those of ``lora.path``, or drawn from ``seed`` without one."""
     if config.path is None:
         draw = partial(start_adapters, model, init=config.init)
-        return jax.jit(draw, out_shardings=trained_shardings(model, mesh))(jax.random.key(seed))
+        jitted = jax.jit(draw, out_shardings=trained_shardings(model, mesh))
+        return jitted(jax.random.key(seed), head=base.get("score"))
     return load_adapters(Path(config.path).expanduser(), model, config, trained_shardings(model, mesh))
 
 

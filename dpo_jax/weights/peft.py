@@ -22,6 +22,7 @@ from dpo_jax.weights.safetensors import Tensor, read_header, write_file
 
 CONFIG, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every tensor's name
+_HEADS = ("classifier", "score")  # PEFT's ``modules_to_save`` of a reward model, of which it has the second
 
 
 # _READ: keys of adapter_config.json that are used. _HARMLESS: keys that do not change what the adapters compute, as
@@ -47,15 +48,17 @@ _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def _tensors(model: Model) -> dict[str, Slot]:
-    """Map the name in the file of each adapter tensor to its slot; leaves are layers/PROJECTION/a and b."""
-    slots = {}
-    for projection, pair in model.adapter_shapes()["layers"].items():
+    """Map the name in the file of each adapter tensor to its slot; leaves are layers/PROJECTION/a and b, and score."""
+    slots, shapes = {}, model.adapter_shapes()
+    for projection, pair in shapes["layers"].items():
         for factor, leaf in pair.items():
             num_layers, *dims = leaf.shape
             shape = (dims[0], math.prod(dims[1:])) if factor == "a" else (math.prod(dims[:-1]), dims[-1])
             for layer in range(num_layers):
                 name = f"{_PREFIX}{_module(projection, layer)}.lora_{factor.upper()}.weight"
                 slots[name] = Slot(f"layers/{projection}/{factor}", layer, shape)
+    if "score" in shapes:
+        slots[_PREFIX + TENSORS["score"]] = Slot("score", None, shapes["score"].shape)
     return slots
 
 
@@ -72,7 +75,7 @@ def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any
     if not (folder / CONFIG).is_file():
         raise UserError(f"lora.path: {folder} contains no {CONFIG}; give a directory of adapters in PEFT's format")
     options = read_json(folder / CONFIG)
-    _check_options(folder, options, config)
+    _check_options(folder, options, config, model)
     if not (folder / TENSOR_FILE).is_file():
         raise UserError(f"lora.path: {folder} has no {TENSOR_FILE}; save the adapters with safe_serialization=True")
     tensors, expected = read_header(folder / TENSOR_FILE), _tensors(model)
@@ -81,7 +84,7 @@ def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any
     return load_tree(tensors, expected, model.adapter_shapes(), shardings)
 
 
-def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig) -> None:
+def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig, model: Model) -> None:
     def refuse(key: str, why: str) -> UserError:
         return UserError(f"lora.path: {folder / CONFIG}: {key}", options.get(key), why)
 
@@ -91,6 +94,11 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig)
         raise refuse("bias", f"training biases with adapters is not supported; {_MERGE}")
     if options.get("init_lora_weights", True) not in _PLAIN_STARTS:
         raise refuse("init_lora_weights", "it changes the base weights; convert the adapters to plain LoRA first")
+    if model.config.scores:
+        saved = options.get("modules_to_save")
+        if not isinstance(saved, list) or "score" not in saved or any(name not in _HEADS for name in saved):
+            raise refuse("modules_to_save", "a reward model's adapters have its head; save score with them")
+        options = {key: value for key, value in options.items() if key != "modules_to_save"}
     for key, value in options.items():
         is_inactive = value is None or (value == _IDLE[key] if key in _IDLE else value is False)
         if key not in _READ | _HARMLESS and not is_inactive:
@@ -104,15 +112,14 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mappin
     def refuse(why: str) -> UserError:
         return UserError(f"lora.path: {folder / TENSOR_FILE} {why}")
 
-    targets = {slot.leaf.split("/")[1] for slot in expected.values()}
-    for name in tensors:
+    targets = {slot.leaf.split("/")[1] for slot in expected.values() if slot.layer is not None}
+    for name in (name for name in tensors if name not in expected):
         module = name.split(".lora_")[0].rpartition(".")[2]
         if module not in BY_TARGET:
             raise refuse(f"contains {name}, which is not an adapter of {', '.join(BY_TARGET)}: {_MERGE}")
         if BY_TARGET[module].name not in targets:
             raise refuse(f"contains {name}, which is not in lora.targets: add {module}, or use other adapters")
-        if name not in expected:
-            raise refuse(f"contains {name}, which has no counterpart in this model: use adapters of the same model")
+        raise refuse(f"contains {name}, which has no counterpart in this model: use adapters of the same model")
     for name, slot in expected.items():
         if name not in tensors:
             raise refuse(
@@ -131,7 +138,8 @@ def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expec
     all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
     target_modules = modules if all_linear else _named(path, "target_modules", targets, modules)
     target_modules = target_modules - _named(path, "exclude_modules", excluded, modules)
-    stored_modules = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in expected}
+    adapters = (name for name, slot in expected.items() if slot.layer is not None)
+    stored_modules = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in adapters}
     if target_modules != stored_modules:
         module = min(target_modules ^ stored_modules)
         difference = f"{shown(targets)} and the tensors of {TENSOR_FILE} differ at {module}"
@@ -160,7 +168,7 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
     slots = _tensors(model)
     options = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if model.config.scores else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": config.alpha,
@@ -171,6 +179,8 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    if model.config.scores:
+        options["modules_to_save"] = list(_HEADS)
     with whole_directory(out_dir, overwrite=False) as unfinished:
         shapes, dtype = {name: slot.shape for name, slot in slots.items()}, np.dtype(np.float32)
         write_file(unfinished / TENSOR_FILE, shapes, dtype, fetch_tensors(adapters, slots, dtype))

@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("batches")
     rows = [{"prompt": "ask " * (1 + i % 5), "chosen": "yes " * (1 + i), "rejected": "no " * (1 + (7 * i) % 26),
-             "weight": 0.5 if i % 5 == 0 else 1.0} for i in range(NUM_PAIRS)]  # fmt: skip
+             "weight": 0.5 if i % 5 == 0 else 1.0, "margin": i / 4} for i in range(NUM_PAIRS)]  # fmt: skip
     Dataset.from_list(rows).to_parquet(folder / "pairs.parquet")
     Dataset.from_list([{"text": "word " * (1 + i)} for i in range(10)]).to_parquet(folder / "texts.parquet")
     return folder
@@ -88,6 +88,7 @@ def test_a_step_holds_its_pairs_in_every_layout(folder, options):
         real = data.ids[data.ids >= 0]
         seen += real.tolist()
         assert data.batch.weight.tolist() == [0 if i < 0 else sets.train.weights[i] for i in data.ids]
+        assert data.batch.margin.tolist() == [0 if i < 0 else sets.train.rows[i] / 4 for i in data.ids]
         expected = sum(2 * len(p) + len(a) + len(b) for p, (a, b), _ in filter(None, pairs))
         assert data.num_tokens == expected
         assert data.fill == (data.batch.segments > 0).mean()

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dpo_jax.data.infer_schema import detect_schema, hints, parser_of
@@ -247,6 +248,13 @@ def test_a_row_without_the_prompt_that_others_have():
     rows = [TEXT, {"chosen": "a", "rejected": "b"}]
     parser = parser_of("auto", ["prompt", "chosen", "rejected"], rows, "dpo")
     assert parser(1, rows[1]) == Problem(1, "missing_field", "prompt is absent or null, not text")
+
+
+@pytest.mark.parametrize(
+    ("margin", "expected"), [(1, 1.0), ("-0.5", -0.5), (None, np.nan), ("large", np.nan), (10**400, np.nan)], ids=str
+)
+def test_a_margin_that_is_no_number_is_kept_as_nan(margin, expected):
+    np.testing.assert_array_equal(parse(TEXT | {"margin": margin}).margin, expected)
 
 
 def test_tools_kwargs_and_weight_come_along():

@@ -95,12 +95,16 @@ def test_every_real_row_is_kept_as_tokenized_or_named_with_its_cause(hh, tmp_pat
 
 def test_several_sources_and_row_weights(tmp_path):
     first = write_rows(tmp_path / "a.jsonl", [row | {"weight": 0.5} for row in PAIRS[:3]])
-    second = write_rows(tmp_path / "b.jsonl", [PAIRS[3], PAIRS[4] | {"chosen": None}, PAIRS[5]])
+    margins = {"margin": "0.25"}, {"margin": "large"}
+    second = write_rows(
+        tmp_path / "b.jsonl", [PAIRS[3] | margins[0], PAIRS[4] | {"chosen": None}, PAIRS[5] | margins[1]]
+    )
     data = config(first, second, invalid_rows=InvalidRowsConfig(missing_field="drop"))
     built = build(tmp_path / "store", first, second, data=data)
     assert built.sources.tolist() == [0, 0, 0, 1, 1]
     assert built.rows.tolist() == [0, 1, 2, 0, 2]
     assert built.weights.tolist() == [0.5, 0.5, 0.5, 1, 1]
+    np.testing.assert_array_equal(built.margins, [0, 0, 0, 0.25, np.nan])
     assert [report["dropped"].get("missing_field", {}).get("count") for report in built.report] == [None, 1]
     assert [ids.tolist() for ids in ids_by_source(built, np.array([4, 0, 3]))] == [[0], [4, 3]]
 

@@ -1,26 +1,35 @@
 """Reward models: Bradley-Terry on the pairs, rows and step of DPO."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from small import small_model
 from small_tokenizer import make_tokenizer
 
 from dpo_jax.batch import PairLogps
 from dpo_jax.cli import main
 from dpo_jax.commands.task import write_task
-from dpo_jax.config import DPOConfig, LossConfig, RewardConfig
+from dpo_jax.config import DPOConfig, LoraConfig, LossConfig, MeshConfig, RewardConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.losses import preference_loss, preference_metrics
 from dpo_jax.methods.reward import unused_end
+from dpo_jax.methods.setup import sets_of
+from dpo_jax.models.adapters import make_lora
+from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.plan.plan import Known, plan_slices
 from dpo_jax.runs.directory import read_json
 from dpo_jax.train import train
+from dpo_jax.weights.open import load_start
+from dpo_jax.weights.peft import load_adapters
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -75,6 +84,44 @@ def test_the_exported_model_scores_in_transformers_as_in_the_run(trained, torch)
     assert scores[:, 1].mean() == pytest.approx(last["eval_held_out_rewards/rejected"], abs=1e-5)
 
 
+def test_eval_of_the_run_and_of_its_export_is_the_runs_last_evaluation(trained, capsys):
+    config, exported = trained / "reward" / "config.yaml", trained / "exported_for_eval"
+    assert main(["export", str(trained / "reward"), str(exported)]) == 0
+    elsewhere = ["--model.path", str(exported), "--run.dir", str(trained / "none")]
+    (logged,) = [
+        {key: value for key, value in row.items() if key != "step"}
+        for row in read_json(trained / "reward" / "metrics.jsonl")
+        if row["step"] == 60 and "eval_held_out_loss" in row
+    ]
+    *_, spread = read_json(trained / "reward" / "distributions.jsonl")
+    for name, more in ((f"{trained / 'reward'} step 60", []), (str(exported), elsewhere)):
+        output = trained / f"pairs{len(more)}.jsonl"
+        capsys.readouterr()
+        assert main(["eval", str(config), "--for", "reward", "--output", str(output), *more]) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert summary["policy"] == name
+        metrics = summary["sets"]["held_out"]
+        assert {"step": 60, "set": "held_out", "pairs": 512, **metrics.pop("distributions")} == spread
+        assert metrics.pop("pairs") == 512
+        assert {f"eval_held_out_{key}": value for key, value in metrics.items()} == logged
+        pairs = read_json(output)
+        assert not any(key.startswith("logps/") for key in pairs[0])
+        margins = [pair["rewards/margin"] for pair in pairs]
+        assert np.mean(margins) == pytest.approx(metrics["rewards/margins"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "line"),
+    [("train", [], "it holds a reward model; use its config.yaml with --for reward"),
+     ("reward", ["--per-token"], "--per-token: a reward model scores whole answers; omit --per-token"),
+     ("reward", ["--run.dir", "none"], "model.path: 'builtin:tiny' cannot be used: it is a language model, which")],
+)  # fmt: skip
+def test_what_eval_cannot_score_is_refused(command, more, line, trained, capsys):
+    arguments = ["eval", str(trained / "reward" / "config.yaml"), "--for", command, *more]
+    assert main([*arguments, "--output", str(trained / "no.jsonl")]) == 2
+    assert line in capsys.readouterr().err
+
+
 def test_a_reward_model_trains_on_but_is_no_policy(trained):
     run = str(trained / "reward")
     model = {"path": run, "dtype": "float32"}
@@ -100,15 +147,21 @@ def test_a_run_of_a_language_model_becomes_a_reward_model(shared, tmp_path):
     assert train(parse_config(common | more, {}, RewardConfig))["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
-@pytest.mark.parametrize("curve", [pytest.param("center 0", marks=pytest.mark.slow), "center 0.01"])
+@pytest.mark.parametrize(
+    "curve", [pytest.param("center 0", marks=pytest.mark.slow), "center 0.01", "center 0.01, margins"]
+)
 def test_every_step_equals_that_of_trl(curve, shared, tmp_path):
     """Loss, gradient norm and margin; benchmarks/trl_reward_curve.py recorded TRL's."""
     theirs = json.loads((GOLDEN / "trl_reward.json").read_text())["curves"][curve]
-    pairs = {"train": str(shared / "reference_curves" / "pairs.jsonl"), "shuffle": False, "workers": 1}
+    rows = read_json(shared / "reference_curves" / "pairs.jsonl")
+    if "margins" in curve:
+        rows = [row | {"margin": (i % 5) / 4} for i, row in enumerate(rows)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = {"train": str(tmp_path / "pairs.jsonl"), "shuffle": False, "workers": 1}
     config = {
         "model": {"path": str(shared / "models" / "stories260K")},
         "data": pairs | {"store": str(tmp_path / "store")},
-        "loss": {"center": float(curve.split()[1])},
+        "loss": {"center": float(curve.split()[1].strip(","))},
         "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
         "batch": {"pairs": 8},
         "run": {"dir": str(tmp_path / "run"), "steps": 20, "progress": False, "report": False},
@@ -130,6 +183,23 @@ def test_the_loss_is_bradley_terry_with_centering():
     expected = [np.log1p(np.exp(-1.75)) + 0.01 * 1.25**2, np.log1p(np.exp(1.5)) + 0.01 * 2.5**2]
     np.testing.assert_allclose(preference_loss(pairs, None, config), expected, rtol=1e-6)
     assert float(preference_metrics(pairs, None, config)["rewards/chosen"]) == 1.0
+    pairs = replace(pairs, margin=jnp.array([0.5, -1.0]))
+    expected = [np.log1p(np.exp(-1.25)) + 0.01 * 1.25**2, np.log1p(np.exp(0.5)) + 0.01 * 2.5**2]
+    np.testing.assert_allclose(preference_loss(pairs, None, config), expected, rtol=1e-6)
+    assert float(preference_metrics(pairs, None, config)["rewards/margins"]) == pytest.approx(0.125)
+
+
+def test_a_margin_that_is_no_number_is_refused_by_reward_and_passed_over_by_train(trained):
+    rows = read_json(trained / "data" / "train.jsonl")[:8]
+    lines = [json.dumps(row | {"margin": "large" if i == 5 else 1}) for i, row in enumerate(rows)]
+    (trained / "margins.jsonl").write_text("\n".join(lines))
+    data = {"train": str(trained / "margins.jsonl"), "max_length": 64, "workers": 1, "store": str(trained / "store")}
+    more = {"data": data, "batch": {"pairs": 4}}
+    with pytest.raises(UserError, match=r"^margin: that of row 5 of \S+ is not a number: fix the column margin, or"):
+        train(parse_config(options(trained, "m", **more), {}, RewardConfig))
+    dpo = more | {"run": {"dir": str(trained / "m"), "steps": 1, "progress": False, "report": False}}
+    result = train(parse_config(options(trained, "m", **dpo), {}, DPOConfig))
+    assert result["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
 def store_of(*ends: int) -> SimpleNamespace:
@@ -157,11 +227,71 @@ def test_all_special_tokens_at_ends_are_refused():
     assert unused_end(tokenizer, len(tokenizer) + 1, [store_of(*ends)]) == len(tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "line"),
-    [("lora.rank", 4, "lora.rank: 4 cannot be used: training a reward model updates all weights; use 0"),
-     ("batch.target_chunk", 64, "a reward model predicts no tokens; leave it at 1024")],
-)  # fmt: skip
-def test_options_without_a_meaning_for_scores_are_refused(option, value, line, tmp_path):
-    with pytest.raises(UserError, match=line):
-        parse_config(options(tmp_path, "x"), {option: value}, RewardConfig)
+def test_options_without_a_meaning_for_scores_are_refused(tmp_path):
+    with pytest.raises(UserError, match="a reward model predicts no tokens; leave it at 1024"):
+        parse_config(options(tmp_path, "x"), {"batch.target_chunk": 64}, RewardConfig)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
+def test_adapters_with_their_head_are_the_same_function_in_peft(shared, torch, peft, tmp_path, capsys):
+    """After three steps: PEFT, the merged export, eval, and a start from the adapters have the run's last scores."""
+    base, pairs = str(shared / "models" / "stories260K"), str(shared / "reference_curves" / "pairs.jsonl")
+    run = {"dir": str(tmp_path / "run"), "steps": 3, "eval_every": 3, "progress": False, "report": False}
+    config = parse_config(
+        {
+            "model": {"path": base, "dtype": "float32"},
+            "lora": {"rank": 4, "targets": ["q_proj", "up_proj"]},
+            "data": {"train": {"path": pairs, "limit": 8}, "eval": {"dev": {"path": pairs, "limit": 16}},
+                     "max_length": 96, "workers": 1, "store": str(tmp_path / "store")},
+            "optimizer": {"learning_rate": 0.03, "schedule": "constant", "warmup_steps": 0},
+            "batch": {"pairs": 4},
+            "run": run,
+        },
+        {},
+        RewardConfig,
+    )  # fmt: skip
+    train(config)
+    last = {key: value for key, value in read_json(tmp_path / "run" / "metrics.jsonl")[-1].items() if key != "step"}
+    for more in (["--adapters"], []):
+        assert main(["export", str(tmp_path / "run"), str(tmp_path / f"exported{len(more)}"), *more]) == 0
+    merged, adapters = tmp_path / "exported0", tmp_path / "exported1"
+
+    classifier = partial(transformers.AutoModelForSequenceClassification.from_pretrained, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
+    store = sets_of(config, tokenizer).evals["dev"].store
+    pad = json.loads((merged / "config.json").read_text())["pad_token_id"]
+    examples = map(store.example, range(len(store)))
+    ids = [np.concatenate([prompt, answer]) for prompt, answers, _ in examples for answer in answers]
+    tokens = torch.tensor([[*row, *[pad] * (max(map(len, ids)) - len(row))] for row in ids])
+
+    def scores(model) -> np.ndarray:
+        with torch.no_grad():
+            return model(tokens, attention_mask=(tokens != pad).long()).logits.numpy().reshape(-1, 2)
+
+    theirs = scores(peft.PeftModel.from_pretrained(classifier(base, num_labels=1, pad_token_id=pad), adapters))
+    assert np.ptp(theirs) > 0.1  # or equality would say little
+    np.testing.assert_allclose(scores(classifier(merged)), theirs, atol=1e-5)
+    arguments = ["eval", str(tmp_path / "run" / "config.yaml"), "--for", "reward", "--output"]
+    start = ["--run.dir", str(tmp_path / "none"), "--lora.path", str(adapters)]
+    for name, more in (("run", []), ("start", start)):
+        capsys.readouterr()
+        assert main([*arguments, str(tmp_path / f"{name}.jsonl"), *more]) == 0
+        found = json.loads(capsys.readouterr().out)["sets"]["dev"]
+        assert {f"eval_dev_{key}": found[key] for key in found if key not in ("pairs", "distributions")} == last
+        ours = [[pair["rewards/chosen"], pair["rewards/rejected"]] for pair in read_json(tmp_path / f"{name}.jsonl")]
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("saved", [None, "score", ["classifier"], ["score", "embed_tokens"], [{}, "score"]], ids=str)
+def test_adapters_without_the_head_alone_are_refused(saved, tmp_path):
+    model = replace(small_model(), config=replace(small_model().config, scores=1), lora=make_lora(LoraConfig(rank=2)))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "modules_to_save": saved}))
+    with pytest.raises(UserError, match=r"modules_to_save: .* a reward model's adapters have its head; save score"):
+        load_adapters(tmp_path, model, LoraConfig(rank=2), None)
+
+
+def test_adapters_of_a_reward_model_start_from_its_head(tmp_path):
+    model = replace(small_model(), config=replace(small_model().config, scores=1), lora=make_lora(LoraConfig(rank=2)))
+    head = jnp.arange(model.config.hidden, dtype=jnp.bfloat16)[None]
+    started = load_start(LoraConfig(rank=2), model, {"score": head}, 0, make_mesh(MeshConfig(), jax.devices()[:1]))
+    np.testing.assert_array_equal(started["score"], head.astype(jnp.float32))

@@ -19,7 +19,9 @@ from dpo_jax.config import (
     DPOConfig,
     MeshConfig,
     ModelConfig,
+    PairConfig,
     ReferenceConfig,
+    RewardConfig,
     RunConfig,
     SourceConfig,
 )
@@ -27,14 +29,15 @@ from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import BLOCK, make_logps_fn
 from dpo_jax.methods.setup import sets_of
-from dpo_jax.models.decoder import make_model
+from dpo_jax.models.decoder import count_params, make_model
 from dpo_jax.models.families import decoder_config
+from dpo_jax.models.flops import projections
 from dpo_jax.models.options import Lora
 from dpo_jax.parallel.chips import CHIPS, parse_topology
 from dpo_jax.parallel.sharding import make_mesh, row_sharding
 from dpo_jax.plan import ahead_of_time as aot
 from dpo_jax.plan.hlo import Collective
-from dpo_jax.plan.plan import Known, find_load, plan, plan_slices, search_fit
+from dpo_jax.plan.plan import MEMORY_SAVERS, Known, find_load, plan, plan_slices, search_fit
 from dpo_jax.plan.roofline import collective_times, matrix_traffic
 from dpo_jax.plan.text import render, table
 from dpo_jax.weights.known import builtin_model, known_config
@@ -54,7 +57,7 @@ def tiny(**changes) -> DPOConfig:
     return replace(config, **changes)
 
 
-def planned(config: DPOConfig, topology: str, known: Known):
+def planned(config: PairConfig, topology: str, known: Known):
     (found,) = plan_slices(config, [topology], known, search=False)
     return found
 
@@ -167,6 +170,34 @@ def test_a_small_plan_says_what_the_command_prints(tmp_path, capsys):
     assert best["mfu"] == pytest.approx(first["flops"]["model"] / best["step_seconds"] / peak)
     assert first["run"]["steps"] == 100
     assert first["run"]["chip_hours"][0] == pytest.approx(100 * best["step_seconds"] / 3600 * 4)
+
+
+def test_a_reward_model_is_planned_with_its_head_and_without_a_reference():
+    """Of an untied model the unembedding is gone, from weights and moments, operations and traffic."""
+    shapes = ("model", "data", "batch", "run")
+    reward = RewardConfig(**{name: getattr(tiny(), name) for name in shapes})
+    source = ModelSource(builtin_model("builtin:tiny") | {"tie_word_embeddings": False}, None, None)
+    c = decoder_config(source.hf_config)
+    found = plan(reward, source, parse_topology("v5e:2x2"), Known(lengths=(20, 16, 14)))
+    language_model = replace(build_model(source, reward.model, "tpu"), config=c)
+    parameters = count_params(language_model) - c.vocab * c.hidden + c.hidden
+    assert (found["model"]["parameters"], found["model"]["scores"]) == (parameters, 1)
+    assert "with a score head" in render(found)
+    memory, weights = found["memory"], parameters / GIB  # float32 over 4 chips
+    assert memory["fits"]
+    assert memory["weights"] == pytest.approx(weights)
+    assert memory["optimizer"] == pytest.approx(2 * weights, rel=1e-3)
+    assert memory["reference"] == 0
+    assert memory["save"] == pytest.approx(3 * 4 * weights, rel=1e-3)
+    layers = sum(inputs * outputs for inputs, outputs in projections(c).values())
+    seen = 16 * (50 * 51 // 2 - 14 * 16)  # the rejected answer does not see the chosen one
+    assert found["flops"]["model"] == 3 * c.layers * (2 * layers * 16 * 50 + 4 * c.heads * c.head_dim * seen)
+    model = replace(language_model, config=replace(c, scores=1))
+    assert matrix_traffic(model, 7, 5, microbatches=1, tensor=1, live_reference=False) == (
+        matrix_traffic(language_model, 7, 0, microbatches=1, tensor=1, live_reference=False)
+        - 4 * 2 * c.hidden * c.vocab
+    )
+    assert MEMORY_SAVERS["reference.mode"](reward) == reward
 
 
 @pytest.mark.slow
@@ -318,7 +349,7 @@ TABLE = re.findall(r"^\| \[[\w.]+\]\(([\w.]+)\) \| .+? \| (v[\w\-]+) \|", (CONFI
 def test_every_recipe_fits_its_slice(file, topology):
     """On v6e Llama-3-8B also keeps to 13.5 GiB, at the two rows a chip that its pairs make."""
     rows, most = (2, 13.5) if file == "llama3_8b_v6e16.yaml" else (1, float("inf"))
-    config = parse_config(CONFIGS / file, {}, DPOConfig)
+    config = parse_config(CONFIGS / file, {}, RewardConfig if file.startswith("reward_") else DPOConfig)
     found = planned(config, topology, Known(rows=rows))
     print(render(found))
     assert found["memory"]["fits"]

@@ -1,12 +1,13 @@
 """The shipped configs for slices: parsed strictly, of known models, and such that the slice divides them."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from dpo_jax.config import DPOConfig
+from dpo_jax.config import DPOConfig, RewardConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
@@ -24,13 +25,14 @@ SLICES = {name: (model, kind, int(pairs)) for name, _, model, kind, pairs in TAB
 def test_the_table_has_every_config():
     assert {file for _, file, *_ in TABLE} == {path.name for path in CONFIGS.glob("*.yaml")}
     assert all(file == f"{name}.yaml" for name, file, *_ in TABLE)
-    assert len(SLICES) == 8
+    assert len(SLICES) == 9
 
 
 @pytest.mark.parametrize("name", SLICES)
 def test_a_recipe_fits_its_slice(name):
     model_name, kind, pairs = SLICES[name]
-    config = parse_config(CONFIGS / f"{name}.yaml", {}, DPOConfig)
+    kind_of_run = RewardConfig if name.startswith("reward_") else DPOConfig
+    config = parse_config(CONFIGS / f"{name}.yaml", {}, kind_of_run)
     assert config.model.path.split("/")[-1] in (model_name, f"Meta-{model_name}")
     assert config.batch.pairs == pairs
 
@@ -47,7 +49,7 @@ def test_a_recipe_fits_its_slice(name):
     decoder = decoder_config(hf)
     assert decoder.kv_heads % config.mesh.tensor == 0  # else each chip would hold all of them
     assert (decoder.window or 1 << 20) >= config.data.max_length
-    model = Model(config=decoder)
+    model = Model(config=replace(decoder, scores=config.scores))
     weight_shardings(model.param_shapes(), model.param_axes(), mesh)  # refuses what an axis does not divide
 
     # the longest pair fits a row, and there are pairs for every row of a part
