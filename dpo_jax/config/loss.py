@@ -70,7 +70,7 @@ class LossConfig(Section, name="loss"):
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
     """Divergence from the reference that the loss penalizes; reverse_kl is that of DPO."""
     f_alpha: float = 0.5
-    """Coefficient of f_divergence alpha; towards 1 it becomes reverse_kl."""
+    """Coefficient of f_divergence alpha; toward 1 it becomes reverse_kl."""
     ld_alpha: float | None = ranged(None, at_least=0, at_most=1)
     """LD-DPO: weight of the longer answer's tokens beyond the length of the shorter; null: 1, all count alike."""
     weighting: Literal["none", "wpo"] = "none"

@@ -91,7 +91,7 @@ class ReferenceConfig(Section, name="reference"):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of a live reference; auto: that of the policy's weights."""
     sync_every: int = ranged(0, at_least=0)
-    """Steps between updates of a live reference towards the policy; 0: never."""
+    """Steps between updates of a live reference toward the policy; 0: never."""
     sync_mix: float = ranged(0.6, above=0, at_most=1)
     """Share of the policy in such an update; 1 copies the policy."""
 

@@ -78,9 +78,9 @@ def wrong_shards(placed: PreferenceBatch, whole: PreferenceBatch) -> list[str]:
 
 
 def look_at_rows(given: dict) -> dict:
-    """What this process makes of each step, by mesh, and how often it has tokenised."""
-    tokenised, convert = [], store_module.converted_chunks
-    store_module.converted_chunks = lambda sources, *rest: tokenised.append(len(sources)) or convert(sources, *rest)
+    """What this process makes of each step, by mesh, and how often it has tokenized."""
+    tokenized, convert = [], store_module.converted_chunks
+    store_module.converted_chunks = lambda sources, *rest: tokenized.append(len(sources)) or convert(sources, *rest)
     facts: dict = {}
     for name, (sizes, order, accumulation) in MESHES.items():
         config = parse_config(given, {"batch.pairs": 12, "batch.accumulation": accumulation}, DPOConfig)
@@ -101,7 +101,7 @@ def look_at_rows(given: dict) -> dict:
             ],
         }
     store_module.converted_chunks = convert
-    return facts | {"tokenised": len(tokenised)}
+    return facts | {"tokenized": len(tokenized)}
 
 
 def look_in_a_process(given: dict, folder) -> int:
@@ -117,8 +117,8 @@ def test_each_process_lays_its_own_rows(given, tmp_path, count):
         assert [process.code() for process in processes] == [0] * count, "\n".join(p.said() for p in processes)
     found = [json.loads((tmp_path / f"facts-{i}.json").read_text()) for i in range(count)]
     alone = json.loads(json.dumps(look_at_rows(given)))
-    assert [facts["tokenised"] for facts in found] == [2, *[0] * (count - 1)]  # both files, by one of them
-    assert alone["tokenised"] == 0
+    assert [facts["tokenized"] for facts in found] == [2, *[0] * (count - 1)]  # both files, by one of them
+    assert alone["tokenized"] == 0
     for name in MESHES:
         for facts in found:
             assert facts[name]["ids"] == alone[name]["ids"]

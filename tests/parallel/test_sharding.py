@@ -74,7 +74,7 @@ def test_one_copy_in_two_slices_is_refused(tpus):
 
 
 @pytest.mark.parametrize(("tensor", "block"), [(4, (4, 1)), (8, (4, 2))])
-def test_chips_of_a_layer_are_neighbours(tpus, tensor, block):
+def test_chips_of_a_layer_are_neighbors(tpus, tensor, block):
     mesh = make_mesh(MeshConfig(tensor=tensor), tpus("v5e:4x4"))
     for layer in mesh.devices.reshape(-1, tensor):
         places = np.array([device.coords for device in layer])

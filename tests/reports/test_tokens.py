@@ -233,7 +233,7 @@ def test_both_ends_of_the_margins_are_shown():
     assert few.count("Margin ") == 2 * MAX_SHOWN
 
 
-def test_colour_tells_sign_and_size():
+def test_color_tells_sign_and_size():
     page = Page(colored(["a", "b", "c\n", "", "e"], [2.0, -2.0, 0.01, 0.0, 50.0], beta=0.5, full=1.0))
     assert [(attrs.get("class"), attrs["title"]) for _, attrs in page.tags] == [
         ("p8", "+1"), ("n8", "-1"), ("p1", "+0.005"), (None, "+0"), ("p8", "+25"),

@@ -297,7 +297,7 @@ DAMAGED = {
     "missing tensor": (edit_tensors(lambda t: t.pop(GATE)), f"{GATE}, which the weights do not contain"),
     "unknown tensor": (edit_tensors(lambda t: t.update({"model.layers.0.mlp.router": t[NORM]})), "mlp.router"),
     "wrong shape": (edit_tensors(lambda t: t.update({GATE: t[GATE][:-1]})), r"\[191, 64\], but .* \[192, 64\]"),
-    "quantised": (edit_tensors(lambda t: t.update({GATE: t[GATE].astype(np.int8)})), "type I8"),
+    "quantized": (edit_tensors(lambda t: t.update({GATE: t[GATE].astype(np.int8)})), "type I8"),
     "cut short": (edit_bytes(lambda data: data[:-100]), "not an intact safetensors file.*not fully covered"),
     "cut in its header": (edit_bytes(lambda data: data[:100]), "not an intact safetensors file"),
     "garbage": (edit_bytes(lambda data: data[:8] + b"\xff" * (len(data) - 8)), "not an intact safetensors file"),
