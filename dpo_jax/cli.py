@@ -22,7 +22,7 @@ from dpo_jax.errors import Preempted, UserError, reason, require, suggestion
 CONFIG_OF = {command: config for config, command in COMMAND_OF.items()}
 INTERRUPTED = 130  # the shell's code for control-C
 
-Which = Literal["newest", "best"]
+CheckpointChoice = Literal["newest", "best"]
 
 
 def _train(config: AnyConfig) -> None:
@@ -31,7 +31,7 @@ def _train(config: AnyConfig) -> None:
     train(config)
 
 
-def _eval(config: DPOConfig, output: str, which: Which, per_token: bool) -> None:
+def _eval(config: DPOConfig, output: str, which: CheckpointChoice, per_token: bool) -> None:
     from dpo_jax.commands.evaluate import evaluate
     from dpo_jax.parallel.hosts import is_writer
 
@@ -41,7 +41,7 @@ def _eval(config: DPOConfig, output: str, which: Which, per_token: bool) -> None
         print(re.sub(number_list, lambda match: f"[{' '.join(match[1].split())}]", json.dumps(summary, indent=2)))
 
 
-def _export(run_dir: str, out_dir: str, which: Which, adapters: bool) -> None:
+def _export(run_dir: str, out_dir: str, which: CheckpointChoice, adapters: bool) -> None:
     from dpo_jax.commands.export import export
 
     export(Path(run_dir), Path(out_dir), which, adapters)
@@ -71,11 +71,11 @@ def _plan(config: DPOConfig, topology: str, search: bool, output: str | None, **
             raise UserError("--lengths", lengths, remedy)
         load["lengths"] = tuple(map(float, match.groups()))
     from dpo_jax.commands.evaluate import write_output
-    from dpo_jax.plan.plan import Known, plan_slices
+    from dpo_jax.plan.plan import PlanInputs, plan_slices
     from dpo_jax.plan.text import render, table
 
     plans = []
-    for plan in plan_slices(config, topology.split(","), Known(**load), search):
+    for plan in plan_slices(config, topology.split(","), PlanInputs(**load), search):
         plans.append(plan)
         print(render(plan), end="\n\n", flush=True)
         if output is not None:

@@ -70,8 +70,8 @@ def exo_pair(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     Reverse KL from the model's preference to the smoothed label: pairwise EXO, Ji et al. 2024, arXiv 2402.00856.
     """
     z = c.beta * r.margin
-    yes = logistic(z) * (log_sigmoid(z) - jnp.log1p(-c.label_smoothing))
-    return yes + logistic(-z) * (log_sigmoid(-z) - jnp.log(c.label_smoothing))
+    chosen_term = logistic(z) * (log_sigmoid(z) - jnp.log1p(-c.label_smoothing))
+    return chosen_term + logistic(-z) * (log_sigmoid(-z) - jnp.log(c.label_smoothing))
 
 
 def nca_pair(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
@@ -318,15 +318,15 @@ class AtMarginZero(NamedTuple):
 
 def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
     """Return the loss when policy and reference are identical (margin 0), or None if it depends on the policy."""
-    compared = loss.needs_reference and all(LOSS_TRAITS[name].reference for name, _ in loss.terms)
-    if not compared or loss.weighting == "wpo":
+    uses_only_ratios = loss.needs_reference and all(LOSS_TRAITS[name].reference for name, _ in loss.terms)
+    if not uses_only_ratios or loss.weighting == "wpo":
         return None
     pair = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
-    plain = replace(loss, ld_alpha=None)  # log-ratios of 0 have tails of 0
-    of = lambda sums: preference_loss(replace(pair, sum=sums), pair, plain)[0]  # noqa: E731
-    beside = 1e-4 * jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # losses may have a kink at 0
-    slopes = jnp.abs(jax.vmap(jax.grad(of))(beside)).sum((1, 2))
-    return AtMarginZero(float(of(pair.sum)), float(slopes.max()))
+    loss = replace(loss, ld_alpha=None)  # log-ratios of 0 have tails of 0
+    pair_loss = lambda sums: preference_loss(replace(pair, sum=sums), pair, loss)[0]  # noqa: E731
+    points = 1e-4 * jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # losses may have a kink at 0
+    slopes = jnp.abs(jax.vmap(jax.grad(pair_loss))(points)).sum((1, 2))
+    return AtMarginZero(float(pair_loss(pair.sum)), float(slopes.max()))
 
 
 def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Array]:

@@ -26,7 +26,7 @@ from dpo_jax.reports.charts import plots
 from dpo_jax.reports.html import cards, code, heading, page, paragraph, table
 from dpo_jax.reports.run import PLOTS
 from dpo_jax.runs.directory import RunDir, read_json
-from dpo_jax.storage import write_whole
+from dpo_jax.storage import write_atomically
 
 SEED = 0
 SHOWN_VISITS = (1, 26, 35, 60)  # held-out visits whose answers are printed: sea and land, by day and by night
@@ -181,5 +181,5 @@ def write_page(
         heading("Next steps", code(next_steps(directory))),
     ]
     report = directory / "report.html"
-    write_whole(report, page("Quickstart", f"Supervised fine-tuning, then DPO · {directory}", sections))
+    write_atomically(report, page("Quickstart", f"Supervised fine-tuning, then DPO · {directory}", sections))
     return report

@@ -158,7 +158,7 @@ def _alpaca(row: Mapping):
 
 
 def _alpaca_sft(row: Mapping):
-    """Parse an Alpaca row; one with a history becomes a whole conversation, in which every answer is learned."""
+    """Parse an Alpaca row; one with a history becomes a whole conversation, with a loss on every answer."""
     name = "output" if "output" in row else "chosen"
     prompt, answer = _instruction(row), values.answer(name, row.get(name))
     return (None, prompt + answer) if row.get("history") else (prompt, answer)
@@ -284,7 +284,7 @@ _PAIR_SCHEMAS: dict[str, tuple[Callable, str]] = {
     "openai": (_openai, "input preferred_output non_preferred_output"),
 }
 _DPO_SCHEMAS = _PAIR_SCHEMAS | {"implicit_prompt": (_implicit_prompt, _PAIR_COLUMNS)}
-_SFT_SCHEMAS = _PAIR_SCHEMAS | {  # the chosen answer is learned
+_SFT_SCHEMAS = _PAIR_SCHEMAS | {  # training is on the chosen answer
     "prompt_answer": (_prompt_answer, "prompt answer completion"),
     "messages": (_whole_conversation, "messages"),
     "text": (_plain, "text"),

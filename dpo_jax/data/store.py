@@ -30,7 +30,7 @@ from dpo_jax.data.schemas import Problem
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
-from dpo_jax.storage import list_files, seal, sync, unseal, write_whole
+from dpo_jax.storage import list_files, seal, sync, unseal, write_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -157,8 +157,8 @@ def _arrays(chunk: Chunk, source_index: int) -> dict[str, np.ndarray]:
     arrays = {"tokens": chunk.tokens, "rows": chunk.rows, "weights": chunk.weights, "lengths": lengths}
     if chunk.targets is not None:
         ends = np.cumsum(lengths.sum(1))
-        learned = np.concatenate([[0], np.cumsum(chunk.targets)])
-        num_targets = (learned[ends] - learned[ends - lengths.sum(1)])[:, None]
+        cumulative_targets = np.concatenate([[0], np.cumsum(chunk.targets)])
+        num_targets = (cumulative_targets[ends] - cumulative_targets[ends - lengths.sum(1)])[:, None]
         arrays["targets"] = chunk.targets
     return arrays | {"num_targets": num_targets, "sources": np.full(len(lengths), source_index)}
 
@@ -199,7 +199,7 @@ def _write(
             _check_not_empty(report)
         sizes = {file_names[name]: file.finish() for name, file in files.items()} | {PROBLEMS: problems.finish()}
     manifest = {"made_from": inputs, "num_answers": NUM_ANSWERS[job.stage], "files": sizes, "report": reports}
-    write_whole(folder / MANIFEST, json.dumps(seal(manifest), indent=1), durable=True)
+    write_atomically(folder / MANIFEST, json.dumps(seal(manifest), indent=1), durable=True)
 
 
 def _check_file(path: Path, size: int, crc32: int) -> None:

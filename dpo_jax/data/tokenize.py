@@ -27,7 +27,7 @@ NOTES = {"straddling_token": "A token spans the boundary between prompt and answ
 class TokenizedExample:
     """Token ids of one example; the model reads `prompt + answers[k]`, and `prompt` is never empty.
 
-    `targets` marks the tokens of `answers[0]` to learn (SFT on conversations; None: all). `notes` are repairs,
+    `targets` marks the tokens of `answers[0]` to predict (SFT on conversations; None: all). `notes` are repairs,
     truncations and the like, counted by cause: a field of ``InvalidRowsConfig`` or a key of ``NOTES``.
     """
 
@@ -98,7 +98,9 @@ class _Pieces:
 
     prompt: list[int]
     answers: list[list[int]]
-    learned: list[bool] = field(default_factory=list)  # for prompt + answers[0]; empty if example.prompt is not None
+    target_mask: list[bool] = field(
+        default_factory=list
+    )  # for prompt + answers[0]; empty if example.prompt is not None
     notes: tuple[Problem, ...] = ()
 
 
@@ -119,11 +121,16 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
         if coder.data.invalid_rows.equal_answers != "keep":
             return problem
         notes += (problem,)
-    learned = pieces.learned[len(pieces.prompt) :]
-    targets = None if all(learned) else learned
-    rendered = not isinstance(example.answers[0], str)
-    answers = tuple(pieces.answers)
-    return TokenizedExample(example.row, pieces.prompt, answers, targets, example.weight, notes, rendered)
+    targets = pieces.target_mask[len(pieces.prompt) :]
+    return TokenizedExample(
+        row=example.row,
+        prompt=pieces.prompt,
+        answers=tuple(pieces.answers),
+        targets=None if all(targets) else targets,
+        weight=example.weight,
+        notes=notes,
+        rendered=not isinstance(example.answers[0], str),
+    )
 
 
 def _tokenize_prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
@@ -132,8 +139,8 @@ def _tokenize_prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
     prompt: Any = example.prompt
     answers: Any = example.answers
     if isinstance(prompt, str):
-        prompt_ids, *full = _encode(coder, row, [prompt, *(prompt + answer for answer in answers)], special=True)
-        full_with_eos = [_with_eos(coder, ids, row) for ids in full]
+        prompt_ids, *sequences = _encode(coder, row, [prompt, *(prompt + answer for answer in answers)], special=True)
+        sequences_with_eos = [_with_eos(coder, ids, row) for ids in sequences]
     else:
         prompt_text = render(coder.template, example, prompt, prompt=True)
         texts = [render(coder.template, example, prompt + answer) for answer in answers]
@@ -147,21 +154,21 @@ def _tokenize_prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
             notes = (_not_prefix(row, f"{omission!r} of the rendered prompt is not in the rendered conversation"),)
             if coder.data.invalid_rows.template_not_prefix != "repair":
                 return notes[0]
-        prompt_ids, *full = _encode(coder, row, [prompt_text, *texts], special=False)
-        full_with_eos = full
-    size = min(common_prefix(prompt_ids, ids) for ids in full)
+        prompt_ids, *sequences = _encode(coder, row, [prompt_text, *texts], special=False)
+        sequences_with_eos = sequences
+    size = min(common_prefix(prompt_ids, ids) for ids in sequences)
     if size == 0:
         return Problem(row, "empty_prompt", "no token comes before the answers")
-    if size == min(map(len, full)):
+    if size == min(map(len, sequences)):
         return Problem(row, "empty_answer", "an answer adds no token to the prompt")
     if size < len(prompt_ids) and not notes:
         merged = coder.tokenizer.decode(prompt_ids[size:])
         notes = (Problem(row, "straddling_token", f"the end of the prompt, {merged!r}, merges with an answer"),)
-    return _Pieces(prompt_ids[:size], [ids[size:] for ids in full_with_eos], notes=notes)
+    return _Pieces(prompt_ids[:size], [ids[size:] for ids in sequences_with_eos], notes=notes)
 
 
 def _tokenize_whole(coder: _Coder, example: Example) -> _Pieces | Problem:
-    """Tokenize a text, learned except for its first token, or a conversation, whose assistant turns are learned."""
+    """Tokenize a text or a conversation; the targets are all tokens but the first, or those of the assistant turns."""
     answer: Any = example.answers[0]
     if isinstance(answer, str):
         (ids,) = _encode(coder, example.row, [answer], special=True)
@@ -180,25 +187,25 @@ def _tokenize_whole(coder: _Coder, example: Example) -> _Pieces | Problem:
     starts = [text[:position] for span in spans for position in span]
     ids, *heads = _encode(coder, example.row, [text, *starts], special=False)
     bounds = [common_prefix(head, ids) for head in heads]
-    learned = [False] * len(ids)
+    target_mask = [False] * len(ids)
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
-        learned[start:end] = [True] * (end - start)
-    pieces = _split_ids(ids, learned)
+        target_mask[start:end] = [True] * (end - start)
+    pieces = _split_ids(ids, target_mask)
     if pieces is None:
-        return Problem(example.row, "empty_answer", "no assistant message that is learned follows another message")
+        return Problem(example.row, "empty_answer", "no assistant message to train on follows another message")
     return replace(pieces, notes=notes)
 
 
-def _split_ids(ids: list[int], learned: list[bool]) -> _Pieces | None:
-    """Split before the first learned token and drop all tokens after the last one; None if no token is learned.
+def _split_ids(ids: list[int], target_mask: list[bool]) -> _Pieces | None:
+    """Split before the first target and drop all tokens after the last one; None if there is no target.
 
-    The first token is never learned, because no token precedes it.
+    The first token is never a target, because no token precedes it.
     """
-    positions = [position for position, flag in enumerate(learned) if flag and position > 0]
+    positions = [position for position, flag in enumerate(target_mask) if flag and position > 0]
     if not positions:
         return None
     first, end = positions[0], positions[-1] + 1
-    return _Pieces(ids[:first], [ids[first:end]], [False] * first + learned[first:end])
+    return _Pieces(ids[:first], [ids[first:end]], [False] * first + target_mask[first:end])
 
 
 def _not_prefix(row: int, detail: str) -> Problem:
@@ -206,7 +213,7 @@ def _not_prefix(row: int, detail: str) -> Problem:
 
 
 def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: str):
-    """Return (spans, notes), or why the turns cannot be found; spans [start, end) in `text` of the turns to learn.
+    """Return (spans, notes), or why the turns cannot be found; spans [start, end) in `text` of the turns to train on.
 
     A turn starts where the preceding conversation with its generation prompt ends. A template may render a turn
     differently when others follow (Qwen3 removes thoughts); the turn is then the longest tail of it that matches.
@@ -255,20 +262,20 @@ def _truncate(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Pro
 def _cut(pieces: _Pieces, limit: int, bos: int | None, keep_end: bool) -> _Pieces | None:
     """Cut pieces to ``limit`` tokens; None if no answer token is left. A leading BOS is kept, as models rely on it."""
     prompt, answers = pieces.prompt, pieces.answers
-    if pieces.learned:  # the example has no separate prompt
-        ids, learned = prompt + answers[0], pieces.learned
+    if pieces.target_mask:  # the example has no separate prompt
+        ids, target_mask = prompt + answers[0], pieces.target_mask
         if keep_end:
-            return _split_ids(_tail(ids, ids, limit, bos), _tail(learned, ids, limit, bos))
-        return _split_ids(ids[:limit], learned[:limit])
-    room = limit - (max(map(len, answers)) if keep_end else len(prompt))
-    if room <= 0:
+            return _split_ids(_tail(ids, ids, limit, bos), _tail(target_mask, ids, limit, bos))
+        return _split_ids(ids[:limit], target_mask[:limit])
+    num_left = limit - (max(map(len, answers)) if keep_end else len(prompt))
+    if num_left <= 0:
         return None
     if keep_end:
-        return replace(pieces, prompt=_tail(prompt, prompt, room, bos))
-    return replace(pieces, answers=[answer[:room] for answer in answers])
+        return replace(pieces, prompt=_tail(prompt, prompt, num_left, bos))
+    return replace(pieces, answers=[answer[:num_left] for answer in answers])
 
 
 def _tail(items: list, ids: list[int], size: int, bos: int | None) -> list:
-    """Return `size` items: that of a leading BOS, if there is one, and the last ones."""
-    head = 1 if ids[0] == bos else 0
-    return items[:head] + items[len(items) - (size - head) :]
+    """Return `size` items: the one of a leading BOS, if any, and the last ones."""
+    num_bos = 1 if ids[0] == bos else 0
+    return items[:num_bos] + items[len(items) - (size - num_bos) :]

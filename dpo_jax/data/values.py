@@ -157,12 +157,14 @@ def _calls(name: str, value: object) -> list[dict]:
     return [call if "function" in call else {"type": "function", "function": call} for call in calls]
 
 
-def _is_learned(name: str, message: dict) -> bool:
-    """Return whether an assistant message is learned or only read, and remove the keys that state it."""
+def _is_trained_on(name: str, message: dict) -> bool:
+    """Return whether to train on an assistant message, and remove the keys that say so."""
     flags = {key: message.pop(key) for key in _WEIGHT_KEYS if key in message}
     for key, value in flags.items():
         if number(value) not in (0, 1) and not isinstance(value, bool):
-            raise BadRow("missing_field", f"{name} {key} is {short_repr(value)}: give 1 to learn the message, else 0")
+            raise BadRow(
+                "missing_field", f"{name} {key} is {short_repr(value)}: give 1 to train on the message, else 0"
+            )
     return all(value is True or number(value) == 1 for value in flags.values())
 
 
@@ -170,7 +172,7 @@ def _message(name: str, value: object) -> dict:
     if not isinstance(value, Mapping):
         raise BadRow("missing_field", f"{name} is {short_repr(value)}, not a message")
     message: dict[str, Any] = {key: item for key, item in value.items() if item is not None}
-    learned = _is_learned(name, message)
+    is_trained_on = _is_trained_on(name, message)
     if "role" not in message and "from" in message:
         message = {"role": message["from"], "content": message.get("value")}
     role = text(f"{name} role", message.get("role"))
@@ -178,7 +180,7 @@ def _message(name: str, value: object) -> dict:
         message = {"role": "assistant", "tool_calls": _calls(f"{name} tool call", message.get("content"))}
     else:
         message["role"] = _ROLES.get(role.lower(), role)
-    if not learned and message["role"] == "assistant":
+    if not is_trained_on and message["role"] == "assistant":
         message["weight"] = 0
     calls = json_objects(f"{name} tool_calls", message.pop("tool_calls", None))
     if calls:

@@ -15,7 +15,9 @@ from dpo_jax.logprobs import answer_values
 from dpo_jax.parallel.sharding import replicated
 
 BRANCHES = ("chosen", "rejected")
-HEAD = 4  # prompt tokens decoded together with the answer, as a token's text may depend on the tokens before it
+CONTEXT_TOKENS = (
+    4  # prompt tokens decoded together with the answer, as a token's text may depend on the tokens before it
+)
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder emits for an incomplete character
 
 
@@ -76,7 +78,7 @@ def token_pieces(decode: Callable[[list[int]], str], prompt: list[int], answer: 
     A character that spans several tokens belongs to the last of them, and the others are empty. An incomplete
     character at the end is returned as the decoder emits it.
     """
-    start = max(0, len(prompt) - HEAD)
+    start = max(0, len(prompt) - CONTEXT_TOKENS)
     while start > 0 and decode(prompt[start:]).startswith(INCOMPLETE):
         start -= 1
     ids = prompt[start:] + answer

@@ -30,7 +30,7 @@ from dpo_jax.models.decoder import Model, count_adapters, count_params
 from dpo_jax.models.heads import make_scores_fn
 from dpo_jax.parallel import hosts
 from dpo_jax.parallel.compiler import platform_flags
-from dpo_jax.parallel.sharding import own_shares, placed, platform_of, replicated, row_devices
+from dpo_jax.parallel.sharding import local_row_shards, platform_of, replicated, row_devices, sharded_structs
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import RunDir, log_event
 from dpo_jax.runs.manifest import make_manifest
@@ -77,7 +77,7 @@ def assemble(
     sets = hosts.writer_first(partial(sets_of, config, tokenizer, train_set, eval_sets), "tokenized data")
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
         refuse_weights(config.objective, store)
-    row_split = row_devices(mesh), own_shares(mesh)
+    row_split = row_devices(mesh), local_row_shards(mesh)
     batches = train_batches(sets, config.batch, *row_split)
     logps_fn = train_logps_fn(config, model)
     return Setup(
@@ -249,7 +249,7 @@ def abstract_state(
 
     shapes = jax.eval_shape(initial_state, weights)
     shardings = state_shardings(shapes, trained_shardings(model, mesh), replicated(mesh), optimizer)
-    return placed(shapes, shardings)
+    return sharded_structs(shapes, shardings)
 
 
 def follow_of(config: AnyConfig) -> Follow | None:

@@ -35,7 +35,7 @@ def step_rates(
     rates = {
         "step_seconds": seconds,
         "pairs_per_second": len(real) / seconds,
-        "tokens_per_second": data.used_slots / seconds,
+        "tokens_per_second": data.num_real_tokens / seconds,
         "flops_per_second": flops / seconds,
     }
     chip = chip_of(mesh.devices.flat[0].device_kind)

@@ -103,8 +103,8 @@ def step_flops(config: DecoderConfig, work: Work, *, live_reference: bool, lora:
     pass; a cached one costs nothing.
     """
     forward = forward_flops(config, work)
-    trained = 3 if lora is None else 2
-    training = trained * (forward.linear + forward.unembedding) + 3 * forward.attention
+    products_per_matrix = 3 if lora is None else 2
+    training = products_per_matrix * (forward.linear + forward.unembedding) + 3 * forward.attention
     adapters = 0 if lora is None else 3 * adapter_flops(config, work, lora)
     return training + adapters + (forward.total if live_reference else 0)
 

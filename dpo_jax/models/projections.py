@@ -46,7 +46,7 @@ class Projection(NamedTuple):
         return "".join(letter for letter in matrix_letters if letter in y_letters)
 
     @property
-    def turned(self) -> bool:
+    def transposed(self) -> bool:
         """Whether the matrix is stored inputs first; in the files outputs always come first."""
         return self.letters[1].startswith(self.inputs)
 
@@ -84,4 +84,4 @@ TENSORS = {
     "score": "score.weight",
     **{f"layers/{name}": f"model.layers.{{}}.{tensor}" for name, tensor in _OF_LAYER.items()},
 }
-TURNED = {f"layers/{row.name}" for row in LAYER.values() if row.turned}
+TRANSPOSED = {f"layers/{row.name}" for row in LAYER.values() if row.transposed}

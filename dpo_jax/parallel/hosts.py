@@ -116,11 +116,11 @@ def make_shared(directory, what: str) -> None:
     deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while not (is_visible := probe.exists()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    blind_processes = [process for process, sees in enumerate(gather(is_visible, what)) if not sees]
+    unsynced_processes = [process for process, sees in enumerate(gather(is_visible, what)) if not sees]
     if is_writer():
         probe.unlink()
-    if blind_processes:
-        fault = f"process {list_processes(blind_processes)} does not see what process 0 wrote there"
+    if unsynced_processes:
+        fault = f"process {list_processes(unsynced_processes)} does not see what process 0 wrote there"
         raise UserError(f"{what}: {directory} is not shared: {fault}: use a run.dir that all hosts mount")
 
 

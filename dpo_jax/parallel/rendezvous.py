@@ -99,25 +99,25 @@ def _wait_for_all(port: int, num_processes: int, timeout: int) -> None:
         remedy = "free the port, or choose another"
         raise UserError(f"{COORDINATOR}: port {port} cannot be opened ({error.strerror}): {remedy}") from error
     callers: dict[int, socket.socket] = {}
-    verdict = ""
+    outcome = ""
     with server:
-        while not verdict and len(callers) < num_processes - 1:
+        while not outcome and len(callers) < num_processes - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 caller, _ = server.accept()
             except TimeoutError:
                 break
-            process_id, verdict = _receive_id(caller, num_processes, callers)
+            process_id, outcome = _receive_id(caller, num_processes, callers)
             if process_id is not None:
                 callers[process_id] = caller
         missing_ids = sorted(set(range(1, num_processes)) - set(callers))
-        if missing_ids and not verdict:
+        if missing_ids and not outcome:
             address = f"{socket.gethostname()}:{port}"
-            verdict = f"{timeout_message(timeout, missing_ids, num_processes)} at {address}: {START_ALL}"
+            outcome = f"{timeout_message(timeout, missing_ids, num_processes)} at {address}: {START_ALL}"
         for caller in callers.values():
-            _send(caller, verdict or ALL_CONNECTED)
-    if verdict:
-        raise HostsMissing(verdict)
+            _send(caller, outcome or ALL_CONNECTED)
+    if outcome:
+        raise HostsMissing(outcome)
 
 
 def _receive_id(caller: socket.socket, num_processes: int, callers: dict) -> tuple[int | None, str]:
@@ -132,20 +132,20 @@ def _receive_id(caller: socket.socket, num_processes: int, callers: dict) -> tup
         caller.close()
         return None, ""
     if size != num_processes:
-        verdict = f"process {process_id} expects {size} processes and process 0 expects {num_processes}: "
-        return process_id, verdict + f"give every process the same {NUM_PROCESSES}"
+        outcome = f"process {process_id} expects {size} processes and process 0 expects {num_processes}: "
+        return process_id, outcome + f"give every process the same {NUM_PROCESSES}"
     if process_id == 0 or process_id in callers:
-        verdict = f"two processes have process id {process_id}: give each its own {PROCESS_ID}"
-        _send(caller, verdict)
-        return None, verdict
+        outcome = f"two processes have process id {process_id}: give each its own {PROCESS_ID}"
+        _send(caller, outcome)
+        return None, outcome
     return process_id, ""
 
 
-def _send(caller: socket.socket, verdict: str) -> None:
-    """Send the verdict and let the caller close first, so that jax's service can bind the port immediately."""
+def _send(caller: socket.socket, outcome: str) -> None:
+    """Send the outcome and let the caller close first, so that jax's service can bind the port immediately."""
     with caller:
         try:
-            caller.sendall((verdict + "\n").encode())
+            caller.sendall((outcome + "\n").encode())
             caller.settimeout(1.0)
             caller.recv(1)
         except OSError:
@@ -159,11 +159,11 @@ def _connect(host: str, port: int, num_processes: int, process_id: int, timeout:
             with socket.create_connection((host, port), timeout=5.0) as connection:
                 connection.sendall(f"dpo_jax {num_processes} {process_id}\n".encode())
                 connection.settimeout(max(deadline - time.monotonic(), 0) + 10.0)  # process 0 may have started later
-                verdict = connection.makefile("r").readline().strip()
-                if verdict == ALL_CONNECTED:
+                outcome = connection.makefile("r").readline().strip()
+                if outcome == ALL_CONNECTED:
                     return
-                if verdict:
-                    raise HostsMissing(verdict)
+                if outcome:
+                    raise HostsMissing(outcome)
         except OSError:
             pass  # process 0 is not listening yet
         if time.monotonic() > deadline:

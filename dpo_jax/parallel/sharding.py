@@ -39,7 +39,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def rollout_mesh(mesh: Mesh) -> Mesh:
-    """Return a mesh over the same devices that shards rows over all but `tensor`, and no weight over `fsdp`.
+    """Return a mesh over the same devices that shards rows over all axes but `tensor`, and weights over `tensor` only.
 
     Weights sharded over `fsdp` would be gathered for every token that is generated.
     """
@@ -120,7 +120,7 @@ def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map_with_path(sharding, shapes, dims)
 
 
-def placed(shapes: Any, shardings: Any) -> Any:
+def sharded_structs(shapes: Any, shardings: Any) -> Any:
     """Return a tree of `jax.ShapeDtypeStruct` with the given shapes and shardings."""
     to_struct = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
     return jax.tree.map(to_struct, shapes, shardings)
@@ -136,7 +136,7 @@ def row_sharding(mesh: Mesh | AbstractMesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
 
 
-def own_shares(mesh: Mesh) -> tuple[int, ...]:
+def local_row_shards(mesh: Mesh) -> tuple[int, ...]:
     """Return the ascending indices of the row shards (one per row device) on the devices of this process."""
     row_slices = row_sharding(mesh).addressable_devices_indices_map((row_devices(mesh),)).values()
     return tuple(sorted({rows.start or 0 for (rows,) in filter(None, row_slices)}))

@@ -27,7 +27,7 @@ from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import projections
 from dpo_jax.parallel.chips import Topology
 from dpo_jax.parallel.compiler import compiler_options, no_cache_writes
-from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, placed, replicated, row_devices, row_sharding
+from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, replicated, row_devices, row_sharding, sharded_structs
 from dpo_jax.step import Frozen, TrainState
 from dpo_jax.weights.open import param_shardings
 
@@ -120,12 +120,16 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
     )
     leading = () if load.microbatches == 1 else (load.microbatches,)
     batch = empty_batch(shape, load.pairs // load.microbatches, 2, leading=leading, zeros=jax.ShapeDtypeStruct)
-    return placed(batch, batch.place(row_sharding(mesh, len(leading)), replicated(mesh)))
+    return sharded_structs(batch, batch.per_array(row_sharding(mesh, len(leading)), replicated(mesh)))
 
 
 def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:
     """Return the step's frozen inputs, base weights and reference, as shapes and shardings."""
-    weights, mode, logps = placed(model.param_shapes(), param_shardings(model, mesh)), config.reference_mode, None
+    weights, mode, logps = (
+        sharded_structs(model.param_shapes(), param_shardings(model, mesh)),
+        config.reference_mode,
+        None,
+    )
     if mode == "live" and model.lora is None and config.reference.dtype != "auto":
         dtype = jnp.dtype(config.reference.dtype)
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)

@@ -49,7 +49,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, num_devices: int) -> list[Collective]:
-    """Return the collectives of a program for ``num_devices`` devices, which are numbered row by row as in its mesh.
+    """Return the collectives of a program for ``num_devices`` devices, numbered in the row-major order of its mesh.
 
     The text may be that of one of several slices, which all run the same program.
     """
@@ -76,7 +76,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
 
 def _inside(line: str, num_devices: int) -> tuple[str, int, np.ndarray] | None:
-    """Return kind, bytes and groups of a collective inside one slice, or None if the line is no such collective."""
+    """Return kind, bytes and groups of a collective inside one slice, or None for any other line."""
     match = _COLLECTIVE.match(line)
     if match is None:
         return None
@@ -85,7 +85,7 @@ def _inside(line: str, num_devices: int) -> tuple[str, int, np.ndarray] | None:
 
 
 def _between(line: str, groups: np.ndarray) -> tuple[str, int, np.ndarray] | None:
-    """Return the same for a collective between slices, whose line gives what a device sends, not the result."""
+    """Return kind, bytes and groups of a collective between slices; its line has the operand sent, not the result."""
     match = _SEND.match(line)
     if match is None:
         return None

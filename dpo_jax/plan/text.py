@@ -25,13 +25,14 @@ def render(plan: dict[str, Any]) -> str:
     model, batch, memory = plan["model"], plan["batch"], plan["memory"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     adapters = f", {_num_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
-    split = f" in {batch['parts']} microbatches" if batch["parts"] > 1 else ""
+    split = f" in {batch['microbatches']} microbatches" if batch["microbatches"] > 1 else ""
+    rows = f"{batch['rows_per_device']} x {batch['row_length']} tokens per device"
     lengths = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
     lines = [
         f"{_slice_name(plan)}: {plan['chips']} chips, mesh {mesh}",
         f"model        {model['path']}: {_num_weights(model['parameters'])} parameters{adapters}",
         f"             {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
-        f"step         {batch['pairs']} pairs{split}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
+        f"step         {batch['pairs']} pairs{split}, {rows}",
         f"             {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens",
         *[ASSUMED] * batch["assumed"],
         *_memory_lines(memory),
@@ -52,14 +53,14 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
     breakdown = ", ".join(f"{name} {memory[name]:.2f}" for name in names if memory[name])
     verdicts = {True: "fits", False: "DOES NOT FIT; --search looks for settings that do", None: "at least this much"}
     return [
-        f"memory       {memory['peak']:.2f} of {memory['room']:.2f} GiB a device: {verdicts[memory['fits']]}",
+        f"memory       {memory['peak']:.2f} of {memory['capacity']:.2f} GiB per device: {verdicts[memory['fits']]}",
         f"             {breakdown}",
         f"save         {save:.3g} GiB each: {_minutes(save, 0.1)} at 100 MB/s, {_minutes(save, 1)} at 1 GB/s",
     ]
 
 
-def _minutes(gib: float, gigabytes_a_second: float) -> str:
-    minutes = gib * 2**30 / 1e9 / gigabytes_a_second / 60
+def _minutes(gib: float, gb_per_second: float) -> str:
+    minutes = gib * 2**30 / 1e9 / gb_per_second / 60
     return f"{minutes:.0f} min" if minutes >= 10 else f"{minutes:.2g} min"
 
 
@@ -72,15 +73,15 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
     if plan["compile_seconds"] is None:
         moved = "unknown, and not included in the times"
     lines = [
-        f"operations   {_short(flops['model'])} of the model on real tokens, {_short(flops['model_a_pair'])} a pair",
+        f"operations   {_short(flops['model'])} on real tokens, {_short(flops['model_per_pair'])} per pair",
         f"             {_short(flops['hardware'])} with padding and recomputation",
-        f"collectives  GiB a device and step: {moved or 'none'}",
+        f"collectives  GiB per device and step: {moved or 'none'}",
         f"time         each resource alone: {times}; bound by {plan['bound']}",
     ]
     for name, words in (("full_overlap", "full overlap"), ("no_overlap", "no overlap")):
         estimate = plan[name]
         lines.append(
-            f"{words:12} {estimate['step_seconds']:.3g} s a step, MFU {estimate['mfu']:.0%}, "
+            f"{words:12} {estimate['step_seconds']:.3g} s per step, MFU {estimate['mfu']:.0%}, "
             f"{estimate['tokens_per_second']:,.0f} tokens/s, {estimate['pairs_per_second']:.3g} pairs/s"
         )
     if "run" in plan:
@@ -103,7 +104,7 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
 def _row(plan: dict[str, Any]) -> list[str]:
     memory = plan["memory"]
     fits = {True: "yes", False: "no", None: "?"}[memory["fits"]]
-    start = [_slice_name(plan), str(plan["chips"]), f"{memory['peak']:.2f}", f"{memory['room']:.2f}", fits]
+    start = [_slice_name(plan), str(plan["chips"]), f"{memory['peak']:.2f}", f"{memory['capacity']:.2f}", fits]
     if "seconds" not in plan:
         return [*start, *[""] * 5]
     best, worst = plan["full_overlap"], plan["no_overlap"]

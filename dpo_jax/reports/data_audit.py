@@ -10,9 +10,9 @@ import numpy as np
 from dpo_jax.batching.sets import DataSets
 from dpo_jax.data.store import Store, prompt_hash
 from dpo_jax.errors import UserError
-from dpo_jax.reports.duplicates import both_labels, exact_duplicates, near_duplicates, plain_words
+from dpo_jax.reports.duplicates import contradictions, exact_duplicates, near_duplicates, plain_words
 
-MAX_NAMED = 10  # examples named for each finding
+MAX_LISTED = 10  # examples named for each finding
 MAX_COMPARED = 100_000  # examples that are searched for near duplicates
 QUANTILES = {"min": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
 ACTIONS = {"too_long": "truncated", "template_not_prefix": "repaired", "equal_answers": "kept"}
@@ -20,7 +20,7 @@ END_TOKENS = 3  # last tokens of an answer that should include a stop token; cha
 HEAD_CHARS = 60  # characters of each text that --step shows
 
 
-def _name(store: Store, i: int) -> dict[str, Any]:
+def _location(store: Store, i: int) -> dict[str, Any]:
     return {"source": store.report[store.sources[i]]["source"], "row": int(store.rows[i])}
 
 
@@ -29,7 +29,7 @@ def _groups(store: Store, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {
         "groups": len(groups),
         "examples": sum(map(len, groups)),
-        "first": [[_name(store, i) for i in group[:MAX_NAMED]] for group in groups[:MAX_NAMED]],
+        "first": [[_location(store, i) for i in group[:MAX_LISTED]] for group in groups[:MAX_LISTED]],
     }
 
 
@@ -66,17 +66,17 @@ def _length_bias(store: Store, ids: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _unended(store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int]) -> dict[str, Any]:
+def _unterminated(store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int]) -> dict[str, Any]:
     """Return the examples with an answer that lacks a stop token, and how the first of them ends."""
-    unended = []
+    unterminated = []
     for i in ids.tolist():
         endings = [answer[-END_TOKENS:].tolist() for answer in store.example(i)[1]]
-        unended += [(i, ending) for ending in endings if not ends & set(ending)][:1]
+        unterminated += [(i, ending) for ending in endings if not ends & set(ending)][:1]
     return {
         "ends": [tokenizer.decode([token]) for token in sorted(ends)],
-        "examples": len(unended),
-        "first": [_name(store, i) for i, _ in unended[:MAX_NAMED]],
-        "first_ends": tokenizer.decode(unended[0][1]) if unended else None,
+        "examples": len(unterminated),
+        "first": [_location(store, i) for i, _ in unterminated[:MAX_LISTED]],
+        "first_ends": tokenizer.decode(unterminated[0][1]) if unterminated else None,
     }
 
 
@@ -90,11 +90,11 @@ def _set_audit(
         "examples": len(ids),
         "duplicates": _groups(store, exact_duplicates(store, ids)),
         "near_duplicates": near | {"compared": len(compared_ids)},
-        "unended": _unended(store, compared_ids, tokenizer, ends),
+        "unterminated": _unterminated(store, compared_ids, tokenizer, ends),
         "lengths": _lengths(store, ids),
     }
     if store.lengths.shape[1] == 3:
-        set_audit["both_labels"] = _groups(store, both_labels(store, ids))
+        set_audit["both_labels"] = _groups(store, contradictions(store, ids))
         set_audit["length_bias"] = _length_bias(store, ids)
     return set_audit
 
@@ -108,24 +108,26 @@ def _shared_prompts(sets: DataSets) -> dict[str, Any]:
         shared = [(i, train_prompts[digest]) for i, digest in hashes if digest in train_prompts]
         overlaps[name] = {
             "examples": len(shared),
-            "first": [[_name(eval_set.store, i), _name(sets.train, train_id)] for i, train_id in shared[:MAX_NAMED]],
+            "first": [
+                [_location(eval_set.store, i), _location(sets.train, train_id)] for i, train_id in shared[:MAX_LISTED]
+            ],
         }
     return overlaps
 
 
 def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
     """Return one example as the model reads it: texts with special tokens, and tokens where the answers begin."""
-    prompt, answers, learned = store.example(i)
+    prompt, answers, targets = store.example(i)
     boundary = [tokenizer.convert_ids_to_tokens(part.tolist()) for part in (prompt[-4:], *(a[:4] for a in answers))]
-    rendered = _name(store, i) | {
+    rendered = _location(store, i) | {
         "prompt": tokenizer.decode(prompt),
         "answers": [tokenizer.decode(answer) for answer in answers],
         "boundary": {"prompt_ends": boundary[0], "answers_begin": boundary[1:]},
     }
-    if learned is not None and not learned.all():
-        edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
+    if targets is not None and not targets.all():
+        edges = [0, *(np.flatnonzero(np.diff(targets)) + 1).tolist(), len(targets)]
         runs = [slice(start, end) for start, end in pairwise(edges)]
-        rendered["learned"] = [tokenizer.decode(answers[0][run]) for run in runs if learned[run][0]]
+        rendered["learned"] = [tokenizer.decode(answers[0][run]) for run in runs if targets[run][0]]
     return rendered
 
 
@@ -182,14 +184,15 @@ def _cause_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _unended_lines(unended: dict[str, Any], with_source: bool) -> list[str]:
-    title = f"answers without a stop token ({' '.join(unended['ends']) or 'the model has none'})"
-    if not unended["examples"]:
+def _unterminated_lines(unterminated: dict[str, Any], with_source: bool) -> list[str]:
+    title = f"answers without a stop token ({' '.join(unterminated['ends']) or 'the model has none'})"
+    rows = _rows_text(unterminated["first"][:5], with_source)
+    if not unterminated["examples"]:
         return [f"  {title}: none"]
     remedy = "add its last token to eos_token_id in the model's generation_config.json: generation would not stop there"
     return [
-        f"  {title}: in {unended['examples']} examples, the first: {_rows_text(unended['first'][:5], with_source)}",
-        f"    the first ends with {unended['first_ends']!r}; unless it was truncated, {remedy}",
+        f"  {title}: in {unterminated['examples']} examples, the first: {rows}",
+        f"    the first ends with {unterminated['first_ends']!r}; unless it was truncated, {remedy}",
     ]
 
 
@@ -227,7 +230,7 @@ def _set_lines(name: str, set_audit: dict[str, Any]) -> list[str]:
         rows = "; ".join(_rows_text(group, with_source) for group in finding["first"][:5])
         count = f"{finding['examples']} examples in {finding['groups']} groups, the first: {rows}"
         lines.append(f"  {title}: {count if finding['groups'] else 'none'}")
-    lines += _unended_lines(set_audit["unended"], with_source)
+    lines += _unterminated_lines(set_audit["unterminated"], with_source)
     return lines + _length_lines(set_audit) + [""]
 
 
@@ -290,7 +293,7 @@ def show_step(sets: DataSets, step: int, tokenizer: Any) -> str:
             lines.append(f"slot {slot}: empty, the data ends here")
             continue
         prompt, answers, _ = sets.train.example(i)
-        name = _name(sets.train, i)
+        name = _location(sets.train, i)
         sizes = "+".join(map(str, sets.train.lengths[i].tolist()))
         lines.append(f"slot {slot}: example {i}, {name['source']} row {name['row']}, {sizes} tokens")
         lines.append(f"  prompt    ...{_text_head(tokenizer, prompt, last=True)}")

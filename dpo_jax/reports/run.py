@@ -16,7 +16,7 @@ from dpo_jax.inference.agreement import AGREEMENT, tied
 from dpo_jax.reports.charts import Plot, Row, eval_sets, histograms, plots, reliability, series
 from dpo_jax.reports.html import cards, code, details, heading, number, page, paragraph, table
 from dpo_jax.runs.directory import RunDir, read_json
-from dpo_jax.storage import write_whole
+from dpo_jax.storage import write_atomically
 
 PLOTS = (
     Plot("Loss", ("loss",), "The training objective."),
@@ -100,7 +100,7 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
         heading("Speed", plots(SPEED_PLOTS, timings)),
         details("Every option of the run (config.yaml)", run.config.read_text(encoding="utf-8")),
     ]
-    write_whole(run.report, page(run.root.name, f"{kind} · {run.root}", sections))
+    write_atomically(run.report, page(run.root.name, f"{kind} · {run.root}", sections))
     return run.report
 
 

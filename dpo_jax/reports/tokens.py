@@ -38,7 +38,7 @@ def token_page(lines: Sequence[Mapping[str, Any]], beta: float, policy: str) -> 
     groups = {"All pairs, by margin": ranked}
     if len(ranked) > 2 * MAX_SHOWN:
         groups = {"The largest margins": ranked[:MAX_SHOWN], "The smallest margins": ranked[: -MAX_SHOWN - 1 : -1]}
-    full = full_size([line for group in groups.values() for line in group], beta)
+    full = saturation([line for group in groups.values() for line in group], beta)
     blocks = [heading(title, *(_pair(line, beta, full) for line in group)) for title, group in groups.items()]
     legend = (
         f"An answer's reward is beta = {beta:g} times the sum of log(policy / reference) over its tokens. Blue tokens "
@@ -48,7 +48,7 @@ def token_page(lines: Sequence[Mapping[str, Any]], beta: float, policy: str) -> 
     return page("Rewards token by token", f"{policy} · {len(lines)} pairs", [paragraph(legend), *blocks], CSS)
 
 
-def full_size(lines: Iterable[Mapping[str, Any]], beta: float) -> float:
+def saturation(lines: Iterable[Mapping[str, Any]], beta: float) -> float:
     """Return the contribution at which a token gets the full color, or the smallest positive number if all are 0."""
     sizes = sorted(
         abs(beta * ratio)

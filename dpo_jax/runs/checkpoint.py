@@ -40,15 +40,15 @@ class Checkpoints:
     Use it as a context manager: on exit it waits for the last save.
     """
 
-    def __init__(self, directory, config: CheckpointConfig, notice: Callable[[str], None] = warn):
-        """Open or create the directory, which all processes share; ``notice`` is called with a line per damaged step.
+    def __init__(self, directory, config: CheckpointConfig, report: Callable[[str], None] = warn):
+        """Open or create the directory, which all processes share; ``report`` is called with a line per damaged step.
 
         Raises:
             UserError: the directory cannot be written, or some process sees a different directory.
         """
         self.directory = epath.Path(directory)
         self.config = config
-        self._notice = notice
+        self._report = report
         self._pending: int | None = None
         self._manager: ocp.CheckpointManager | None = None  # created by the first save, after damaged steps are renamed
         hosts.make_shared(self.directory, "checkpoints")
@@ -179,7 +179,7 @@ class Checkpoints:
                 copies += 1
                 target = self.directory / f"{step}{DAMAGED}-{copies}"
             path.rename(target)
-            self._notice(f"checkpoint of step {step} is damaged ({reason}): renamed to {target}")
+            self._report(f"checkpoint of step {step} is damaged ({reason}): renamed to {target}")
         self._metrics.pop(step, None)
         hosts.barrier(f"setting aside step {step}")
 

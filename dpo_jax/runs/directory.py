@@ -66,7 +66,7 @@ def find_run(path: str | Path) -> RunDir:
 
 
 @contextmanager
-def hold_run(path: str | Path) -> Iterator[RunDir]:
+def locked_run(path: str | Path) -> Iterator[RunDir]:
     """Context manager that creates or reopens a run directory and locks it; only the writer process calls it.
 
     Raises:
@@ -169,7 +169,7 @@ def log_offsets(run: RunDir) -> dict[str, int]:
     return offsets
 
 
-def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
+def truncate_logs(run: RunDir, offsets: dict[str, int]) -> None:
     """Truncate the logs to the lengths that ``log_offsets`` returned.
 
     Raises:
@@ -185,10 +185,10 @@ def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
     for path, offset in logs.items():
         if path.exists():
             with writing(path):
-                storage.cut(path, offset)
+                storage.truncate(path, offset)
 
 
-def lost_saves(run: RunDir) -> UserError | None:
+def missing_checkpoints(run: RunDir) -> UserError | None:
     """Return the error for a run without checkpoints whose events record a finished save, or None for a new run.
 
     A save is known to have finished once the same process started another, or logged its end or preemption.

@@ -47,7 +47,7 @@ def rank_steps(metrics: Mapping[int, Mapping[str, float]], config: CheckpointCon
 
 
 def restore_part(
-    directory, which: Literal["newest", "best"], abstract: Mapping[str, Any], notice: Callable[[str], None] = warn
+    directory, which: Literal["newest", "best"], abstract: Mapping[str, Any], report: Callable[[str], None] = warn
 ) -> tuple[dict[str, Any], dict]:
     """Read some fields of the state of a finished or running run, without changing the run.
 
@@ -56,7 +56,7 @@ def restore_part(
         which: newest, or best by the run's ``checkpoint.best_metric``. Damaged steps are skipped.
         abstract: maps fields of the state, such as ``params``, to pytrees of ``jax.ShapeDtypeStruct`` with shardings;
             arrays saved in another dtype are converted after their checksums have been verified.
-        notice: called with one line for each damaged step.
+        report: called with one line for each damaged step.
 
     Returns:
         The fields, and the manifest.
@@ -75,7 +75,7 @@ def restore_part(
         try:
             return read_step(directory, step, dict(abstract), part=True)
         except Damaged as damage:
-            notice(f"checkpoint of step {step} in {directory} is damaged ({damage}): skipped")
+            report(f"checkpoint of step {step} in {directory} is damaged ({damage}): skipped")
     raise UserError(f"{directory}: all saved steps {steps} are damaged (see above): restore a copy, or use another run")
 
 

@@ -17,7 +17,7 @@ from dpo_jax.errors import UserError, from_outside, shown
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.projections import BY_TARGET, LAYER, TENSORS
 from dpo_jax.weights.hub import read_json
-from dpo_jax.weights.huggingface import Slot, fetch_tensors, load_tree, whole_directory
+from dpo_jax.weights.huggingface import Slot, atomic_directory, fetch_tensors, load_tree
 from dpo_jax.weights.safetensors import Tensor, read_header, write_file
 
 CONFIG, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -171,7 +171,7 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with whole_directory(out_dir, overwrite=False) as unfinished:
+    with atomic_directory(out_dir, overwrite=False) as unfinished:
         shapes, dtype = {name: slot.shape for name, slot in slots.items()}, np.dtype(np.float32)
         write_file(unfinished / TENSOR_FILE, shapes, dtype, fetch_tensors(adapters, slots, dtype))
         (unfinished / CONFIG).write_text(json.dumps(options, indent=2) + "\n")

@@ -620,8 +620,8 @@ def test_bad_run_directories(capfd, made, tmp_path, monkeypatch, spoil, argv, co
 
 HOLDS = """
 import sys
-from dpo_jax.runs.directory import hold_run
-with hold_run('run'):
+from dpo_jax.runs.directory import locked_run
+with locked_run('run'):
     print('held', flush=True)
     sys.stdin.read()
 """

@@ -19,7 +19,7 @@ from dpo_jax.data import store as store_module
 from dpo_jax.data.store import Store
 from dpo_jax.methods.setup import assemble
 from dpo_jax.parallel import rendezvous
-from dpo_jax.parallel.sharding import make_mesh, own_shares
+from dpo_jax.parallel.sharding import local_row_shards, make_mesh
 from dpo_jax.runs.directory import read_json
 from dpo_jax.weights.huggingface import export_params
 from dpo_jax.weights.open import param_shardings
@@ -89,11 +89,11 @@ def look_at_rows(given: dict) -> dict:
         to_devices = make_to_devices(mesh, int(accumulation > 1))
         batches = replace(setup.batches, store=counted(setup.batches.store))
         steps = [batches(step) for step in range(batches.order.num_steps)]
-        expected = [replace(setup.batches, own_shares=None)(step) for step in range(len(steps))]
+        expected = [replace(setup.batches, local_row_shards=None)(step) for step in range(len(steps))]
         facts[name] = {
-            "own": own_shares(mesh),
+            "own": local_row_shards(mesh),
             "ids": [data.ids.tolist() for data in steps],
-            "counts": [[data.num_tokens, data.used_slots, data.slots] for data in steps],
+            "counts": [[data.num_tokens, data.num_real_tokens, data.slots] for data in steps],
             "read": batches.store.read,
             "rows": steps[0].batch.tokens.shape[-2] / expected[0].batch.tokens.shape[-2],
             "wrong": [

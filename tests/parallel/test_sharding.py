@@ -11,8 +11,8 @@ from dpo_jax.config import MeshConfig
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.sharding import (
     constrain_rows,
+    local_row_shards,
     make_mesh,
-    own_shares,
     replicated,
     row_devices,
     row_sharding,
@@ -118,7 +118,7 @@ def test_rows_are_spread_over_data_and_fsdp():
 
 
 def test_one_process_holds_all_rows():
-    assert own_shares(MESH) == (0, 1, 2, 3)
+    assert local_row_shards(MESH) == (0, 1, 2, 3)
 
 
 def test_activations_are_held_spread_under_a_mesh_and_left_alone_without():

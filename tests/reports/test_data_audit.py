@@ -198,9 +198,9 @@ def test_answers_that_teach_no_end_are_found(tmp_path):
     """A chat template may end turns with a token that the model's generation config does not know."""
     rows = [pair(0), pair(1) | {"rejected": "x" * 2000}, pair(2)]
     given = config(tmp_path, {"train": rows}, shuffle=False)
-    assert rows_named([audited(given)["train"]["unended"]["first"]]) == [[1]]  # cut by max_length
+    assert rows_named([audited(given)["train"]["unterminated"]["first"]]) == [[1]]  # cut by max_length
     found = audited(given, ends={5, 6})
-    assert found["train"]["unended"]["examples"] == 3
+    assert found["train"]["unterminated"]["examples"] == 3
     assert f"({TOKENIZER.decode([5])} {TOKENIZER.decode([6])}): in 3 examples, the first: 0, 1, 2\n" in render(found)
     assert f"the first ends with {pair(0)['chosen'][-2:] + '</s>'!r}" in render(found)
     assert "(the model has none): in 3 examples" in render(audited(given, ends=frozenset()))
