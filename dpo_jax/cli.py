@@ -106,7 +106,7 @@ def _quickstart(dir: str) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the program."""
+    """A subcommand: its function, summary, config class and arguments."""
 
     run: Callable[..., None]
     summary: str

@@ -19,9 +19,9 @@ class SourceConfig(Section):
     split: str = "train"
     """Split of a hub, disk or TFDS data set."""
     name: str | None = None
-    """Configuration name of a hub data set."""
+    """Configuration name of a hub dataset."""
     revision: str | None = None
-    """Branch, tag or commit of a hub data set."""
+    """Branch, tag or commit of a hub dataset."""
     data_dir: str | None = None
     """Directory of a prepared TFDS data set."""
     schema: Literal[
@@ -71,7 +71,7 @@ def _is_date(text: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section, name="data"):
-    """The data to learn from."""
+    """The training and evaluation data."""
 
     train: tuple[SourceConfig, ...]
     """Data sets to train on."""

@@ -98,14 +98,14 @@ def _kind_name(path: str) -> str:
     suffix, exists = files.file_suffix(path), os.path.exists(path)
     if exists or suffix in _SUFFIXES:
         if not exists:
-            raise UserError(f"{path}: there is no such file; the working directory is {Path.cwd()}")
+            raise UserError(f"{path}: no such file; the working directory is {Path.cwd()}")
         if suffix not in _SUFFIXES:
             suffixes = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.COMPRESSED)}"
             raise UserError(f"{path}: unknown suffix {suffix!r}; use {suffixes}, or give the folder of the files")
         return _SUFFIXES[suffix]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise UserError(f"{path}: there is no such file or folder, and it is not the name of a hub set (owner/name)")
-    return "hub set"
+        raise UserError(f"{path}: no such file or folder, and not the name of a hub dataset (owner/name)")
+    return "hub dataset"
 
 
 class _LibraryRows:
@@ -157,7 +157,7 @@ def _load_hub(source: SourceConfig) -> "datasets.Dataset":
     import datasets
 
     remedy = f"check path, name, split {source.split!r} and revision"
-    with from_outside(f"{source.path}: there is no such file or folder, and the hub set cannot be loaded", remedy):
+    with from_outside(f"{source.path}: there is no such file or folder, and the hub dataset cannot be loaded", remedy):
         return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
 
 
@@ -253,7 +253,7 @@ _KINDS = {
         lambda source: [_folder_hash(source.path), source.split, source.name],
         ("split", "name"),
     ),
-    "hub set": _dataset_kind(_load_hub, "split", "name", "revision"),
+    "hub dataset": _dataset_kind(_load_hub, "split", "name", "revision"),
     "TFDS set": _Kind(_load_tfds, _tfds_identity, ("split", "data_dir")),
 }
 _SUFFIXES = {".json": "file of JSON", ".jsonl": "file of JSON lines", ".csv": "CSV file", ".parquet": "parquet file"}

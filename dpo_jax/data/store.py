@@ -227,7 +227,7 @@ def open_store(path: Path) -> Store:
         raise DamagedStore(f"{path}: there is no readable {MANIFEST}: {error}") from None
     key = _hash(manifest["made_from"])
     if path.name != key[:KEY_DIGITS]:
-        raise DamagedStore(f"{path}: its manifest is of store {key[:KEY_DIGITS]}")
+        raise DamagedStore(f"{path}: its manifest belongs to store {key[:KEY_DIGITS]}")
     for name, sizes in manifest["files"].items():
         _check_file(path / name, **sizes)
     arrays: dict[str, Any] = dict.fromkeys(DTYPES)
@@ -329,8 +329,8 @@ def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarra
         if len(held_out) + len(members) <= target_size:
             held_out += members
     if fraction and not 0 < len(held_out) < len(store):
-        size = f"{fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held_out)}"
-        raise UserError(f"data.eval_fraction: {size}; change the fraction, or name an evaluation set in data.eval")
+        split = f"{fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held_out)}"
+        raise UserError(f"data.eval_fraction: {split}; change the fraction, or name an evaluation set in data.eval")
     mask = np.zeros(len(store), bool)
     mask[held_out] = True
     return np.flatnonzero(~mask), np.flatnonzero(mask)

@@ -134,7 +134,7 @@ class DecoderModule(nn.Module):
 
 
 class CacheInputs(NamedTuple):
-    """Where new tokens stand in a cache of S slots, the same for all layers; tokens are (segment, branch, position)."""
+    """Slots of new tokens in a cache of S slots, the same for all layers; tokens are (segment, branch, position)."""
 
     queries: Int[Array, "R 3 T"]  # the new tokens
     slots: Int[Array, "R 3 S"]  # the new tokens and all before them

@@ -217,7 +217,7 @@ def attend_cached(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "R q N H"]:
-    """Compute attention of tokens to the slots of a cache, by `attention_mask` of (segment, branch, position)."""
+    """Compute attention from tokens to the slots of a cache, masked by `attention_mask`."""
     attend_row = partial(_dense_row, scale=scale, window=window, softcap=softcap)
     return jax.vmap(attend_row)(_group_queries(q, k.shape[2]), k, v, queries, keys).reshape(q.shape)
 

@@ -98,7 +98,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], checked: frozenset
 
 
 def details(title: str, text: str) -> str:
-    """Return preformatted text that is hidden until the reader clicks its title."""
+    """Return collapsible preformatted text under a title."""
     return f'<details><summary>{escape(title)}</summary><pre class="box">{escape(text)}</pre></details>'
 
 

@@ -133,7 +133,7 @@ def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
 
 
 def starts_tied(metrics: Sequence[Row], prefix: str) -> bool:
-    """Return whether all margins were 0 within rounding when accuracy was first logged, so that accuracy means nothing.
+    """Return whether all margins were 0 within rounding when accuracy was first logged, which makes it meaningless.
 
     The float32 bound applies to every dtype: evaluation scores policy and reference with one function.
     """
@@ -201,7 +201,7 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
         "Evaluated on": ", ".join(f"{name}: {source['path']}" for name, source in config["data"]["eval"].items()),
         "Objective": "" if loss is None else objective(loss),
         "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {steps}",
-        "Batch": f"{batch[unit]} {unit} a step",
+        "Batch": f"{batch[unit]} {unit} per step",
         "Seed": str(config["run"]["seed"]),
     }
     if trained:
@@ -228,7 +228,7 @@ def speed_facts(timings: Sequence[Row], unit: str) -> dict[str, str]:
     median = lambda key: statistics.median(row[key] for row in steady)  # noqa: E731
     facts = {
         "First step": f"{timings[0]['step_seconds']:.1f} s, including compilation",
-        "Later steps": f"{median('step_seconds'):.3g} s, {median('pairs_per_second'):.4g} {unit} a second (medians)",
+        "Later steps": f"{median('step_seconds'):.3g} s, {median('pairs_per_second'):.4g} {unit} per second (medians)",
     }
     if all("mfu" in row for row in steady):
         facts["Of the chips' peak"] = f"{median('mfu'):.1%} (MFU on real tokens, median)"

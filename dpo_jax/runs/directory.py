@@ -181,7 +181,7 @@ def truncate_logs(run: RunDir, offsets: dict[str, int]) -> None:
         if size < offset:
             raise UserError(f"{path}: has {size} bytes, but had {offset} at the step to resume from: {remedy}")
         if not storage.ends_line(path, offset):
-            raise UserError(f"{path}: was edited, as byte {offset} no longer ends a line: {remedy}")
+            raise UserError(f"{path}: was edited: byte {offset} no longer ends a line: {remedy}")
     for path, offset in logs.items():
         if path.exists():
             with writing(path):

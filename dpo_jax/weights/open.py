@@ -223,7 +223,7 @@ def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str 
 
 
 def keep_model_files(run: RunDir, source: ModelSource, hf_config: Mapping[str, Any], tokenizer: Any) -> None:
-    """Write the trained model's config.json, tokenizer, chat template and generation config into the run."""
+    """Write the trained model's config.json, tokenizer, chat template and generation config to the run directory."""
     folder = run.root / MODEL_FILES
     with from_outside(f"{folder}: the tokenizer cannot be written", "free space, or fix the tokenizer's files"):
         tokenizer.save_pretrained(folder)

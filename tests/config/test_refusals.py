@@ -99,7 +99,7 @@ def talk_with_template(template: str) -> None:
 
 # (name, what spoils the data, arguments, what the line holds)
 BAD_DATA = [
-    ("no file", partial(remove, "pairs.jsonl"), "", "pairs.jsonl: there is no such file; the working directory is "),
+    ("no file", partial(remove, "pairs.jsonl"), "", "pairs.jsonl: no such file; the working directory is "),
     (
         "suffix",
         partial(write, "pairs.tsv", "a"),
@@ -192,7 +192,7 @@ BAD_DATA = [
         "--data.eval_fraction 0.01",
         "data.eval_fraction: 0.01 of 8 examples (8 prompts) holds out 0; change the fraction",
     ),
-    ("evaluation set", nothing, "--data.eval.dev dev.jsonl", "dev.jsonl: there is no such file"),
+    ("evaluation set", nothing, "--data.eval.dev dev.jsonl", "dev.jsonl: no such file"),
     (
         "row too short",
         nothing,
@@ -467,7 +467,7 @@ BAD_RUNS = [
         partial(edit, "run/metrics.jsonl", lambda text: text.replace(b"\n", b" ") + b"  "),
         "train c.yaml --run.dir run",
         2,
-        "run/metrics.jsonl: was edited, as byte  ... no longer ends a line",
+        "run/metrics.jsonl: was edited: byte  ... no longer ends a line",
     ),
     (
         "saves damaged",

@@ -115,7 +115,7 @@ def test_what_was_trained_is_the_same_function_in_peft(made, shared, peft, tmp_p
         f"exported the adapters of {made / 'run'} at step 3 to {tmp_path / 'adapters'}: 2 files, 0.1 MB, float32",
         f"exported the model of {made / 'run'} at step 3 to {tmp_path / 'merged'}: {files} files, 1.1 MB, float32",
     ]
-    with pytest.raises(UserError, match="it lies inside the run"):
+    with pytest.raises(UserError, match="it is inside the run"):
         export(made / "run", made / "run" / "checkpoints" / "9", "newest")
     hf_base = partial(transformers.AutoModelForCausalLM.from_pretrained, base)
     before, adapted = torch_logits(hf_base()), peft.PeftModel.from_pretrained(hf_base(), tmp_path / "adapters")

@@ -130,7 +130,7 @@ def test_a_log_that_was_changed(tmp_path):
         append_json(run.metrics, {"step": 1})
         offsets = log_offsets(run)
         run.metrics.write_text('{"step": 1, "note": "mine"}\n')
-        with pytest.raises(UserError, match=r"metrics.jsonl: was edited, as byte 12 no longer ends a line"):
+        with pytest.raises(UserError, match=r"metrics.jsonl: was edited: byte 12 no longer ends a line"):
             truncate_logs(run, offsets)
         assert run.metrics.read_text().endswith('mine"}\n')
 

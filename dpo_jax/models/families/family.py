@@ -26,7 +26,7 @@ class Family:
 
     @property
     def reward_architecture(self) -> str:
-        """Class in transformers of a reward model of this family."""
+        """Name of the transformers class of this family's reward models."""
         return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
 
 
@@ -34,12 +34,12 @@ MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1  # larger numbers are mistakes: no memo
 
 
 def refuse(key: str, value: object, why: str) -> UserError:
-    """Make the error that names a key of the file, its value, and the reason or remedy."""
+    """Return the error for a key of ``config.json``: its name, its value, and the reason or remedy."""
     return UserError(f"config.json: {key}", value, why)
 
 
 def one_of(value: object, options: Sequence[object]) -> bool:
-    """Like ``in``, but strict about types (1 is not True) and safe for values that cannot be compared or hashed."""
+    """Like ``in``, but strict about types (1 is not True) and safe for values that cannot be compared."""
     return any(value is option or (type(value) is type(option) and value == option) for option in options)
 
 
