@@ -71,11 +71,11 @@ def _plan(config: DPOConfig, topology: str, search: bool, output: str | None, **
             raise UserError("--lengths", lengths, remedy)
         load["lengths"] = tuple(map(float, match.groups()))
     from dpo_jax.commands.evaluate import write_output
-    from dpo_jax.plan.plan import PlanInputs, plan_slices
+    from dpo_jax.plan.plan import Inputs, plan_slices
     from dpo_jax.plan.text import render, table
 
     plans = []
-    for plan in plan_slices(config, topology.split(","), PlanInputs(**load), search):
+    for plan in plan_slices(config, topology.split(","), Inputs(**load), search):
         plans.append(plan)
         print(render(plan), end="\n\n", flush=True)
         if output is not None:

@@ -46,9 +46,7 @@ class Batches:
     store: Store
     order: Order
     packer: Packer
-    local_row_shards: Sequence[int] | None = (
-        None  # row shards of this process, of packer.multiple equal ones; None: all
-    )
+    local_row_shards: Sequence[int] | None = None  # those of this process, out of packer.multiple; None: all
 
     def __call__(self, step: int) -> StepData:
         """Pack the batch of step ``step``."""

@@ -98,9 +98,7 @@ class _Pieces:
 
     prompt: list[int]
     answers: list[list[int]]
-    target_mask: list[bool] = field(
-        default_factory=list
-    )  # for prompt + answers[0]; empty if example.prompt is not None
+    target_mask: list[bool] = field(default_factory=list)  # of prompt + answers[0]; empty if they are separate
     notes: tuple[Problem, ...] = ()
 
 
@@ -121,16 +119,11 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
         if coder.data.invalid_rows.equal_answers != "keep":
             return problem
         notes += (problem,)
-    targets = pieces.target_mask[len(pieces.prompt) :]
-    return TokenizedExample(
-        row=example.row,
-        prompt=pieces.prompt,
-        answers=tuple(pieces.answers),
-        targets=None if all(targets) else targets,
-        weight=example.weight,
-        notes=notes,
-        rendered=not isinstance(example.answers[0], str),
-    )
+    target_mask = pieces.target_mask[len(pieces.prompt) :]
+    targets = None if all(target_mask) else target_mask
+    rendered = not isinstance(example.answers[0], str)
+    answers = tuple(pieces.answers)
+    return TokenizedExample(example.row, pieces.prompt, answers, targets, example.weight, notes, rendered)
 
 
 def _tokenize_prompted(coder: _Coder, example: Example) -> _Pieces | Problem:

@@ -162,9 +162,7 @@ def _is_trained_on(name: str, message: dict) -> bool:
     flags = {key: message.pop(key) for key in _WEIGHT_KEYS if key in message}
     for key, value in flags.items():
         if number(value) not in (0, 1) and not isinstance(value, bool):
-            raise BadRow(
-                "missing_field", f"{name} {key} is {short_repr(value)}: give 1 to train on the message, else 0"
-            )
+            raise BadRow("missing_field", f"{name} {key} is {short_repr(value)}: give 1 to train on it, else 0")
     return all(value is True or number(value) == 1 for value in flags.values())
 
 

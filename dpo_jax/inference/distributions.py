@@ -59,9 +59,9 @@ def calibration(margins: np.ndarray) -> dict[str, Any]:
     """Compare the confidence of the rewards in the answer they prefer with their accuracy.
 
     By the Bradley-Terry model a reward margin m is the probability sigma(m) that the chosen answer is better, so the
-    answer with the higher reward is the better one with probability sigma(|m|). A tie counts as half right. Returns the expected calibration
-    error ``ece`` (Guo et al. 2017, arXiv 1706.04599, eq. 3), and the ``bins`` that hold pairs: ``from``, ``to``,
-    ``pairs``, mean ``confidence`` and ``accuracy``.
+    answer with the higher reward is the better one with probability sigma(|m|). A tie counts as half right. Returns the
+    expected calibration error ``ece`` (Guo et al. 2017, arXiv 1706.04599, eq. 3), and the ``bins`` that hold pairs:
+    ``from``, ``to``, ``pairs``, mean ``confidence`` and ``accuracy``.
     """
     margins = margins.astype(np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(margins)))

@@ -15,9 +15,7 @@ from dpo_jax.logprobs import answer_values
 from dpo_jax.parallel.sharding import replicated
 
 BRANCHES = ("chosen", "rejected")
-CONTEXT_TOKENS = (
-    4  # prompt tokens decoded together with the answer, as a token's text may depend on the tokens before it
-)
+CONTEXT_TOKENS = 4  # prompt tokens decoded with the answer, as a token's text may depend on the tokens before it
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder emits for an incomplete character
 
 

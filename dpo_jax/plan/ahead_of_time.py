@@ -125,11 +125,8 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
 
 def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:
     """Return the step's frozen inputs, base weights and reference, as shapes and shardings."""
-    weights, mode, logps = (
-        sharded_structs(model.param_shapes(), param_shardings(model, mesh)),
-        config.reference_mode,
-        None,
-    )
+    weights = sharded_structs(model.param_shapes(), param_shardings(model, mesh))
+    mode, logps = config.reference_mode, None
     if mode == "live" and model.lora is None and config.reference.dtype != "auto":
         dtype = jnp.dtype(config.reference.dtype)
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)
@@ -208,9 +205,9 @@ def _min_temporaries(model: Model, mesh: Mesh | AbstractMesh, load: Load, traine
     c, width = model.config, jnp.dtype(model.dtype).itemsize
     tokens = load.rows // row_devices(mesh) * load.row_length
     gradients = trained * (2 if load.microbatches > 1 else 1)  # of one microbatch, and their sum
-    saved = c.layers * tokens * c.hidden * width
+    saved_activations = c.layers * tokens * c.hidden * width
     matrices = sum(inputs * outputs for inputs, outputs in projections(c).values())
-    return gradients + saved + width * (matrices + 4 * tokens * c.ffn) // mesh.shape["tensor"]
+    return gradients + saved_activations + width * (matrices + 4 * tokens * c.ffn) // mesh.shape["tensor"]
 
 
 def _bytes(tree: Any) -> int:

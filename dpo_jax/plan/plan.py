@@ -37,7 +37,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class PlanInputs:
+class Inputs:
     """What a plan needs to know besides the config: the number of slices, and sizes of the data."""
 
     slices: int = 1
@@ -48,9 +48,7 @@ class PlanInputs:
     data: bool = False  # read the data for all of these
 
 
-def plan_slices(
-    config: DPOConfig, topologies: Sequence[str], inputs: PlanInputs, search: bool
-) -> Iterator[dict[str, Any]]:
+def plan_slices(config: DPOConfig, topologies: Sequence[str], inputs: Inputs, search: bool) -> Iterator[dict[str, Any]]:
     """Yield the `plan` of each slice; with ``search``, also those of settings that need less memory until one fits."""
     slices = [parse_topology(text) for text in topologies]
     for slice_ in slices:
@@ -71,7 +69,7 @@ def plan_slices(
             yield from search_fit(config, source, slice_, inputs, report["memory"]["peak"])
 
 
-def plan(config: DPOConfig, source: ModelSource, slice_: Topology, inputs: PlanInputs) -> dict[str, Any]:
+def plan(config: DPOConfig, source: ModelSource, slice_: Topology, inputs: Inputs) -> dict[str, Any]:
     """Compile the config's train step for a slice; return its facts as a JSON tree for ``text.render``.
 
     Raises:
@@ -110,7 +108,7 @@ MEMORY_SAVERS: dict[str, Callable[[DPOConfig], DPOConfig]] = {  # cheapest first
 
 
 def search_fit(
-    config: DPOConfig, source: ModelSource, slice_: Topology, inputs: PlanInputs, peak: float
+    config: DPOConfig, source: ModelSource, slice_: Topology, inputs: Inputs, peak: float
 ) -> list[dict[str, Any]]:
     """Return plans of settings that need ever less memory, until one fits or no setting lowers it further.
 
@@ -139,7 +137,7 @@ def search_fit(
     return plans
 
 
-def _measured_inputs(config: DPOConfig, source: ModelSource, inputs: PlanInputs) -> PlanInputs:
+def _measured_inputs(config: DPOConfig, source: ModelSource, inputs: Inputs) -> Inputs:
     """Return ``inputs`` with the config's data sets and the mean token counts of the training pairs."""
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = sets_of(config, tokenizer)
@@ -157,7 +155,7 @@ def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
     return find_model(config.path, config.revision, config.checkpoint, weights=False)
 
 
-def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, inputs: PlanInputs) -> Load:
+def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, inputs: Inputs) -> Load:
     """Return the input size of a step, from the config and ``inputs``."""
     batch, devices, rows, lengths = config.batch, row_devices(mesh), inputs.rows, inputs.lengths
     remedy = "its rows depend on the data; use shared or repeated"
@@ -217,13 +215,7 @@ def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
 
 
 def _costs(
-    config: DPOConfig,
-    model: Model,
-    mesh: Mesh | AbstractMesh,
-    load: Load,
-    slice_: Topology,
-    text: str,
-    inputs: PlanInputs,
+    config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, slice_: Topology, text: str, inputs: Inputs
 ) -> dict[str, Any]:
     """Return the step's operations, collectives, bounds on its time, and the resulting throughput and duration."""
     chip, live = slice_.chip, config.reference_mode == "live"

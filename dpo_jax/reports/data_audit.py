@@ -20,7 +20,7 @@ END_TOKENS = 3  # last tokens of an answer that should include a stop token; cha
 HEAD_CHARS = 60  # characters of each text that --step shows
 
 
-def _location(store: Store, i: int) -> dict[str, Any]:
+def _origin(store: Store, i: int) -> dict[str, Any]:
     return {"source": store.report[store.sources[i]]["source"], "row": int(store.rows[i])}
 
 
@@ -29,7 +29,7 @@ def _groups(store: Store, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {
         "groups": len(groups),
         "examples": sum(map(len, groups)),
-        "first": [[_location(store, i) for i in group[:MAX_LISTED]] for group in groups[:MAX_LISTED]],
+        "first": [[_origin(store, i) for i in group[:MAX_LISTED]] for group in groups[:MAX_LISTED]],
     }
 
 
@@ -75,7 +75,7 @@ def _unterminated(store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int])
     return {
         "ends": [tokenizer.decode([token]) for token in sorted(ends)],
         "examples": len(unterminated),
-        "first": [_location(store, i) for i, _ in unterminated[:MAX_LISTED]],
+        "first": [_origin(store, i) for i, _ in unterminated[:MAX_LISTED]],
         "first_ends": tokenizer.decode(unterminated[0][1]) if unterminated else None,
     }
 
@@ -108,9 +108,7 @@ def _shared_prompts(sets: DataSets) -> dict[str, Any]:
         shared = [(i, train_prompts[digest]) for i, digest in hashes if digest in train_prompts]
         overlaps[name] = {
             "examples": len(shared),
-            "first": [
-                [_location(eval_set.store, i), _location(sets.train, train_id)] for i, train_id in shared[:MAX_LISTED]
-            ],
+            "first": [[_origin(eval_set.store, i), _origin(sets.train, j)] for i, j in shared[:MAX_LISTED]],
         }
     return overlaps
 
@@ -119,7 +117,7 @@ def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
     """Return one example as the model reads it: texts with special tokens, and tokens where the answers begin."""
     prompt, answers, targets = store.example(i)
     boundary = [tokenizer.convert_ids_to_tokens(part.tolist()) for part in (prompt[-4:], *(a[:4] for a in answers))]
-    rendered = _location(store, i) | {
+    rendered = _origin(store, i) | {
         "prompt": tokenizer.decode(prompt),
         "answers": [tokenizer.decode(answer) for answer in answers],
         "boundary": {"prompt_ends": boundary[0], "answers_begin": boundary[1:]},
@@ -293,7 +291,7 @@ def show_step(sets: DataSets, step: int, tokenizer: Any) -> str:
             lines.append(f"slot {slot}: empty, the data ends here")
             continue
         prompt, answers, _ = sets.train.example(i)
-        name = _location(sets.train, i)
+        name = _origin(sets.train, i)
         sizes = "+".join(map(str, sets.train.lengths[i].tolist()))
         lines.append(f"slot {slot}: example {i}, {name['source']} row {name['row']}, {sizes} tokens")
         lines.append(f"  prompt    ...{_text_head(tokenizer, prompt, last=True)}")

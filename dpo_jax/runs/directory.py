@@ -188,7 +188,7 @@ def truncate_logs(run: RunDir, offsets: dict[str, int]) -> None:
                 storage.truncate(path, offset)
 
 
-def missing_checkpoints(run: RunDir) -> UserError | None:
+def lost_checkpoints(run: RunDir) -> UserError | None:
     """Return the error for a run without checkpoints whose events record a finished save, or None for a new run.
 
     A save is known to have finished once the same process started another, or logged its end or preemption.

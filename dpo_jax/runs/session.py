@@ -18,15 +18,7 @@ from dpo_jax.console import progress_line, say
 from dpo_jax.errors import Preempted, UserError
 from dpo_jax.parallel import hosts
 from dpo_jax.runs.checkpoint import Checkpoints
-from dpo_jax.runs.directory import (
-    RunDir,
-    locked_run,
-    log_event,
-    log_offsets,
-    missing_checkpoints,
-    truncate_logs,
-    writing,
-)
+from dpo_jax.runs.directory import RunDir, locked_run, log_event, log_offsets, lost_checkpoints, truncate_logs, writing
 from dpo_jax.runs.logs import MetricsLog, peak_memory
 from dpo_jax.runs.manifest import refuse_changed, rounding_changes
 from dpo_jax.runs.profile import trace_edges, traced
@@ -119,7 +111,7 @@ class Session:
             refuse_changed(saved, self._manifest, str(self.run.root))
         restored = self._checkpoints.restore(abstract_state)
         if restored is None:
-            hosts.agree(missing_checkpoints(self.run) if hosts.is_writer() else None, "saved steps")
+            hosts.agree(lost_checkpoints(self.run) if hosts.is_writer() else None, "saved steps")
             return None
         state, manifest = restored
         if hosts.is_writer():

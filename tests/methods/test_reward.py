@@ -18,7 +18,7 @@ from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.losses import preference_loss, preference_metrics
 from dpo_jax.methods.reward import unused_end
-from dpo_jax.plan.plan import PlanInputs, plan_slices
+from dpo_jax.plan.plan import Inputs, plan_slices
 from dpo_jax.runs.directory import read_json
 from dpo_jax.train import train
 
@@ -82,7 +82,7 @@ def test_a_reward_model_trains_on_but_is_no_policy(trained):
     result = train(parse_config(options(trained, "further", **more), {}, RewardConfig))
     assert result["loss"] < 0.1  # the head was loaded, not drawn again
     dpo = parse_config(options(trained, "dpo", model=model), {}, DPOConfig)
-    for use in (lambda: train(dpo), lambda: next(plan_slices(dpo, ["v5e:2x2"], PlanInputs(), search=False))):
+    for use in (lambda: train(dpo), lambda: next(plan_slices(dpo, ["v5e:2x2"], Inputs(), search=False))):
         with pytest.raises(UserError, match="it is a reward model, without an unembedding; choose a language model"):
             use()
 
