@@ -31,11 +31,7 @@ def file_suffix(path: str) -> str:
 
 
 def file_hash(path: str) -> str:
-    """Return the hexadecimal sha256 of a file's bytes.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Return the hexadecimal sha256 of a file's bytes."""
     with from_outside(path, "it must be a readable file"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -38,7 +38,7 @@ _JSON_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\
 
 
 def _renames(needed: set[str], columns: Sequence[str]) -> dict[str, str]:
-    """Map each of our column names that is missing to the column of the file that probably corresponds to it."""
+    """Map each missing standard column name to the column of the file that probably corresponds to it."""
     missing = sorted(needed - set(columns))
     matches = {ours: [name for name in _COLUMN_ALIASES.get(ours, ()) if name in columns] for ours in missing}
     return {ours: names[0] for ours, names in matches.items() if names}

@@ -153,7 +153,7 @@ def _calls(name: str, value: object) -> list[dict]:
     """Parse the tool calls of a ShareGPT turn: JSON text of an object with name and arguments, or a list of them."""
     calls = json_objects(name, value)
     if calls is None:
-        raise BadRow("missing_field", f"{name} holds no tool call")
+        raise BadRow("missing_field", f"{name} contains no tool call")
     return [call if "function" in call else {"type": "function", "function": call} for call in calls]
 
 

@@ -36,7 +36,7 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Operations of all kinds of matrix product together."""
+        """Total number of operations."""
         return sum(self)
 
 

@@ -75,9 +75,6 @@ def check_pair(requirements: Sequence[str], libtpu: str) -> None:
     """Check that a libtpu version is one that the installed jax requires; others may fail on its programs.
 
     ``requirements`` are those in jax's metadata; if libtpu is not among them, every version passes.
-
-    Raises:
-        UserError: jax requires another version.
     """
     for requirement in map(Requirement, requirements):
         if requirement.name == "libtpu" and not requirement.specifier.contains(libtpu, prereleases=True):

@@ -25,15 +25,13 @@ from dpo_jax.methods.setup import sets_of, with_head
 from dpo_jax.methods.throughput import model_flops
 from dpo_jax.models.decoder import Model, count_adapters, count_params
 from dpo_jax.models.flops import Work, causal_pairs, recomputed_flops, step_flops
-from dpo_jax.parallel.chips import Topology, parse_topology
+from dpo_jax.parallel.chips import GIB, Topology, parse_topology
 from dpo_jax.parallel.sharding import row_devices
 from dpo_jax.plan.ahead_of_time import Compiled, Load, compile_step, slice_mesh
 from dpo_jax.plan.hlo import Collective, collectives
 from dpo_jax.plan.roofline import collective_times, matrix_traffic
 from dpo_jax.weights.known import known_config
 from dpo_jax.weights.open import ModelSource, build_model, find_model, find_tokenizer
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

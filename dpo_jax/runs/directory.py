@@ -52,11 +52,7 @@ def is_run_dir(path: str | Path) -> bool:
 
 
 def find_run(path: str | Path) -> RunDir:
-    """Return the paths of an existing run.
-
-    Raises:
-        UserError: the path is not a run directory.
-    """
+    """Return the paths of an existing run."""
     root = _local(path)
     if not root.exists():
         raise UserError(f"run directory {path} does not exist; check the path")
@@ -105,9 +101,6 @@ def writing(path: Path) -> Iterator[None]:
     """Context manager that turns an ``OSError`` from writing a run's file into a one-line ``RunStopped``.
 
     Partial writes are truncated when the run resumes.
-
-    Raises:
-        RunStopped: the file cannot be written, for example on a full or read-only disk.
     """
     try:
         yield
@@ -121,9 +114,6 @@ def append_json(path: Path, values: dict[str, Any]) -> None:
 
     Numbers may be numpy or jax scalars; floats are written by ``repr``, the shortest text that reads back as the same
     float64. JSON has no infinities or NaN: they become the strings "Infinity", "-Infinity", "NaN", as ``float`` reads.
-
-    Raises:
-        RunStopped: the file cannot be written.
     """
     line = json.dumps(_plain(values), allow_nan=False, ensure_ascii=False)
     with writing(path):

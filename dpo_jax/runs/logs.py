@@ -27,11 +27,6 @@ class MetricsLog:
     """
 
     def __init__(self, run: RunDir, config: RunConfig, writes: bool):
-        """Open the trackers.
-
-        Raises:
-            UserError: a tracker's package is not installed.
-        """
         self._run = run
         self._writes = writes
         self._trackers = [Tracker(name, run) for name in config.trackers] if writes else []

@@ -221,11 +221,7 @@ class Session:
         self._clock = time.perf_counter()
 
     def stop_if_asked(self, step: int) -> None:
-        """End the run if a stop was requested; its state is saved by then.
-
-        Raises:
-            Preempted: a stop was requested.
-        """
+        """Raise ``Preempted`` if a stop was requested; the state is saved by then."""
         if not self.due.stop:
             return
         if hosts.is_writer():

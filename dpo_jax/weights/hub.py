@@ -56,11 +56,7 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Return the parsed ``config.json`` of a model directory.
-
-    Raises:
-        UserError: the file is missing or is not a JSON object.
-    """
+    """Return the parsed ``config.json`` of a model directory."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: config.json is missing; give a Hugging Face model directory")
@@ -68,11 +64,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def end_tokens(folder: Path | None, hf_config: dict[str, Any]) -> frozenset[int]:
-    """Return the end-of-sequence ids from the model directory's generation_config.json or, without one, its config.
-
-    Raises:
-        UserError: generation_config.json is not a JSON object.
-    """
+    """Return the end-of-sequence ids from the model directory's generation_config.json or, without one, its config."""
     path = None if folder is None else folder / "generation_config.json"
     options = read_json(path) if path is not None and path.is_file() else hf_config
     eos = options.get("eos_token_id")
@@ -80,11 +72,7 @@ def end_tokens(folder: Path | None, hf_config: dict[str, Any]) -> frozenset[int]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a model directory.
-
-    Raises:
-        UserError: the file cannot be read or is not a JSON object.
-    """
+    """Return the object in a JSON file of a model directory."""
     with from_outside(f"{path}: not valid JSON", "copy or download it again"):
         content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
