@@ -155,7 +155,7 @@ BREAKS = [
           "min(common_prefix(prompt_ids, ids) for ids in sequences)", "common_prefix(prompt_ids, sequences[0])",
           ("test_tokenize::test_a_token_that_straddles_belongs_to_both_answers",)),
     Break(8, "no answer ends with EOS", "data/tokenize.py",
-          "sequences_with_eos = [_with_eos(coder, ids, row) for ids in sequences]", "sequences_with_eos = sequences",
+          "sequences_with_eos = [_with_eos(encoder, ids, row) for ids in sequences]", "sequences_with_eos = sequences",
           ("test_tokenize::test_bos_that_is_eos_too",
            "test_tokenize::test_a_token_that_straddles_belongs_to_both_answers",
            "test_tokenize::test_truncation[keep_start-9-True-expected1]")),

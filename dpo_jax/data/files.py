@@ -136,8 +136,8 @@ def load_csv(path: str) -> list[Mapping]:
         raise UserError(f"{path}: two columns have the same name: {names}; rename one")
     for number, cells in lines:
         if len(cells) != len(names):
-            fault = f"{len(cells)} cells, but the first line names {len(names)} columns"
-            raise UserError(f"{path}, line {number}: {fault}; fix or remove it")
+            problem = f"{len(cells)} cells, but the first line names {len(names)} columns"
+            raise UserError(f"{path}, line {number}: {problem}; fix or remove it")
     return [dict(zip(names, cells, strict=True)) for _, cells in lines[1:]]
 
 

@@ -227,8 +227,8 @@ def _check_no_media(row: Mapping) -> None:
     """Refuse rows with images, video or audio: text about media that the model cannot see teaches it to hallucinate."""
     media = [name for name in _MEDIA_COLUMNS if row.get(name) is not None and repr(row[name]) not in _EMPTY_REPRS]
     if media:
-        fault = "only text is supported; remove the column if the text makes sense without it"
-        raise BadRow("missing_field", f"{media[0]} is {values.short_repr(row[media[0]])}, and {fault}")
+        problem = "only text is supported; remove the column if the text makes sense without it"
+        raise BadRow("missing_field", f"{media[0]} is {values.short_repr(row[media[0]])}, and {problem}")
 
 
 def _check_turns(prompt: Messages, answer: Messages) -> None:

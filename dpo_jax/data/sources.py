@@ -52,7 +52,7 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
         return Rows(_LibraryRows("data", dataset), {}, len(dataset))
     rows = _kind(source).load(source)
     if len(rows) == 0:
-        raise UserError(f"{source.path}: the source has no rows; give one that has some")
+        raise UserError(f"{source.path}: the source has no rows; choose another")
     if source.columns:
         names = {name: None for index in range(min(len(rows), 100)) for name in rows[index]}
         for ours, theirs in source.columns.items():
@@ -131,7 +131,7 @@ def _plain_dataset(rows: object) -> "datasets.Dataset":
         kind = type(rows).__name__
         raise UserError(f"data: {kind} cannot be used: give a SourceConfig or one split as a datasets.Dataset")
     if len(rows) == 0:
-        raise UserError("data: the datasets.Dataset has no rows; give one that has some")
+        raise UserError("data: the datasets.Dataset has no rows; give another")
     return rows if rows.format["type"] in (None, "custom") else rows.with_format(None)
 
 
@@ -220,8 +220,8 @@ def _tfds_builder(source: SourceConfig) -> Any:
     if not is_prepared:
         raise UserError(f"{source.path}: not prepared in {builder.data_dir}; prepare it with {remedy}")
     if "array_record" not in file_formats:
-        fault = f"prepared as {sorted(file_formats)}, which has no random access without TensorFlow"
-        raise UserError(f"{source.path}: {fault}; prepare it again, in another data_dir, with {remedy}")
+        problem = f"prepared as {sorted(file_formats)}, which has no random access without TensorFlow"
+        raise UserError(f"{source.path}: {problem}; prepare it again, in another data_dir, with {remedy}")
     return builder
 
 

@@ -169,7 +169,7 @@ def _check_not_empty(report: dict[str, Any]) -> None:
     if report["kept"] == 0:
         examples = [(name, cause["count"], cause["first"][0]) for name, cause in report["dropped"].items()]
         causes = "; ".join(f"{name} {count} (row {first['row']}: {first['detail']})" for name, count, first in examples)
-        raise UserError(f"{report['source']}: none of its {report['rows']} rows is valid: {causes}; fix the data")
+        raise UserError(f"{report['source']}: none of its {report['rows']} rows are valid: {causes}; fix the data")
 
 
 def _write(

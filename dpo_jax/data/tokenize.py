@@ -52,12 +52,12 @@ def make_tokenize(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", stage:
         UserError: a row needs a chat template or an EOS token that the tokenizer lacks.
     """
     _, suffix_ids = added_around(tokenizer)
-    coder = _Coder(data, tokenizer, Template(tokenizer, data.template_date), suffix_ids)
-    return partial(_tokenize, coder, NUM_ANSWERS[stage])
+    encoder = _Encoder(data, tokenizer, Template(tokenizer, data.template_date), suffix_ids)
+    return partial(_tokenize, encoder, NUM_ANSWERS[stage])
 
 
 @dataclass(frozen=True)
-class _Coder:
+class _Encoder:
     """The data options, the tokenizer, its chat template, and the ids that the tokenizer appends to every text."""
 
     data: DataConfig
@@ -66,11 +66,11 @@ class _Coder:
     suffix_ids: list[int]
 
 
-def _encode(coder: _Coder, row: int, texts: Sequence[str], special: bool) -> list[list[int]]:
+def _encode(encoder: _Encoder, row: int, texts: Sequence[str], special: bool) -> list[list[int]]:
     """Encode texts with at most one leading BOS, and without the ids that the tokenizer appends to every text."""
     with from_outside(f"row {row}: the tokenizer cannot encode the text", "remove the row, or set model.tokenizer"):
-        encoded = coder.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
-    bos, suffix_length = coder.tokenizer.bos_token_id, len(coder.suffix_ids) if special else 0
+        encoded = encoder.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
+    bos, suffix_length = encoder.tokenizer.bos_token_id, len(encoder.suffix_ids) if special else 0
     return [_drop_extra_bos(ids[: len(ids) - suffix_length], bos) for ids in encoded["input_ids"]]
 
 
@@ -82,10 +82,10 @@ def _drop_extra_bos(ids: list[int], bos: int | None) -> list[int]:
     return ids[num_extra:]
 
 
-def _with_eos(coder: _Coder, ids: list[int], row: int) -> list[int]:
+def _with_eos(encoder: _Encoder, ids: list[int], row: int) -> list[int]:
     """Append EOS to the ids of a plain text, unless they already end with it or data.append_eos is false."""
-    eos = coder.tokenizer.eos_token_id
-    if not coder.data.append_eos:
+    eos = encoder.tokenizer.eos_token_id
+    if not encoder.data.append_eos:
         return ids
     if eos is None:
         raise UserError(f"row {row}: the tokenizer has no EOS token to end answers with; set data.append_eos to false")
@@ -102,21 +102,21 @@ class _Pieces:
     notes: tuple[Problem, ...] = ()
 
 
-def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExample | Problem:
+def _tokenize(encoder: _Encoder, num_answers: int, example: Example) -> TokenizedExample | Problem:
     assert len(example.answers) == num_answers, f"{len(example.answers)} answers, the stage has {num_answers}"
     try:
-        pieces = _tokenize_whole(coder, example) if example.prompt is None else _tokenize_prompted(coder, example)
+        pieces = _tokenize_whole(encoder, example) if example.prompt is None else _tokenize_prompted(encoder, example)
     except RenderError as error:
         return Problem(example.row, "template_refused", str(error))
     if isinstance(pieces, Problem):
         return pieces
-    pieces = _truncate(coder, example, pieces)
+    pieces = _truncate(encoder, example, pieces)
     if isinstance(pieces, Problem):
         return pieces
     notes = pieces.notes
     if num_answers == 2 and pieces.answers[0] == pieces.answers[1]:
         problem = Problem(example.row, "equal_answers", f"both answers are the same {len(pieces.answers[0])} tokens")
-        if coder.data.invalid_rows.equal_answers != "keep":
+        if encoder.data.invalid_rows.equal_answers != "keep":
             return problem
         notes += (problem,)
     target_mask = pieces.target_mask[len(pieces.prompt) :]
@@ -126,28 +126,28 @@ def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExa
     return TokenizedExample(example.row, pieces.prompt, answers, targets, example.weight, notes, rendered)
 
 
-def _tokenize_prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
+def _tokenize_prompted(encoder: _Encoder, example: Example) -> _Pieces | Problem:
     """Split at the longest common token prefix of the encoded prompt and every encoded prompt + answer."""
     row, notes = example.row, ()
     prompt: Any = example.prompt
     answers: Any = example.answers
     if isinstance(prompt, str):
-        prompt_ids, *sequences = _encode(coder, row, [prompt, *(prompt + answer for answer in answers)], special=True)
-        sequences_with_eos = [_with_eos(coder, ids, row) for ids in sequences]
+        prompt_ids, *sequences = _encode(encoder, row, [prompt, *(prompt + answer for answer in answers)], special=True)
+        sequences_with_eos = [_with_eos(encoder, ids, row) for ids in sequences]
     else:
-        prompt_text = render(coder.template, example, prompt, prompt=True)
-        texts = [render(coder.template, example, prompt + answer) for answer in answers]
+        prompt_text = render(encoder.template, example, prompt, prompt=True)
+        texts = [render(encoder.template, example, prompt + answer) for answer in answers]
         for answer, text in zip(answers, texts, strict=True):
-            omission = missing_part(coder.template, example, prompt + answer, text)
+            omission = missing_part(encoder.template, example, prompt + answer, text)
             if omission is not None:
                 return Problem(row, "message_not_rendered", omission)
         divergence = min(common_prefix(prompt_text, text) for text in texts)
         if divergence < len(prompt_text):
             omission = prompt_text[divergence:][:40]
             notes = (_not_prefix(row, f"{omission!r} of the rendered prompt is not in the rendered conversation"),)
-            if coder.data.invalid_rows.template_not_prefix != "repair":
+            if encoder.data.invalid_rows.template_not_prefix != "repair":
                 return notes[0]
-        prompt_ids, *sequences = _encode(coder, row, [prompt_text, *texts], special=False)
+        prompt_ids, *sequences = _encode(encoder, row, [prompt_text, *texts], special=False)
         sequences_with_eos = sequences
     size = min(common_prefix(prompt_ids, ids) for ids in sequences)
     if size == 0:
@@ -155,30 +155,30 @@ def _tokenize_prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
     if size == min(map(len, sequences)):
         return Problem(row, "empty_answer", "an answer adds no token to the prompt")
     if size < len(prompt_ids) and not notes:
-        merged = coder.tokenizer.decode(prompt_ids[size:])
+        merged = encoder.tokenizer.decode(prompt_ids[size:])
         notes = (Problem(row, "straddling_token", f"the end of the prompt, {merged!r}, merges with an answer"),)
     return _Pieces(prompt_ids[:size], [ids[size:] for ids in sequences_with_eos], notes=notes)
 
 
-def _tokenize_whole(coder: _Coder, example: Example) -> _Pieces | Problem:
+def _tokenize_whole(encoder: _Encoder, example: Example) -> _Pieces | Problem:
     """Tokenize a text or a conversation; the targets are all tokens but the first, or those of the assistant turns."""
     answer: Any = example.answers[0]
     if isinstance(answer, str):
-        (ids,) = _encode(coder, example.row, [answer], special=True)
-        ids = _with_eos(coder, ids, example.row)
+        (ids,) = _encode(encoder, example.row, [answer], special=True)
+        ids = _with_eos(encoder, ids, example.row)
         return _split_ids(ids, [True] * len(ids)) or Problem(example.row, "empty_answer", "the text is a single token")
-    text = render(coder.template, example, answer)
-    omission = missing_part(coder.template, example, answer, text)
+    text = render(encoder.template, example, answer)
+    omission = missing_part(encoder.template, example, answer, text)
     if omission is not None:
         return Problem(example.row, "message_not_rendered", omission)
-    turns = _assistant_turns(coder, example, answer, text)
+    turns = _assistant_turns(encoder, example, answer, text)
     if isinstance(turns, Problem):
         return turns
     spans, notes = turns
-    if notes and coder.data.invalid_rows.template_not_prefix != "repair":
+    if notes and encoder.data.invalid_rows.template_not_prefix != "repair":
         return notes[0]
     starts = [text[:position] for span in spans for position in span]
-    ids, *heads = _encode(coder, example.row, [text, *starts], special=False)
+    ids, *heads = _encode(encoder, example.row, [text, *starts], special=False)
     bounds = [common_prefix(head, ids) for head in heads]
     target_mask = [False] * len(ids)
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
@@ -205,7 +205,7 @@ def _not_prefix(row: int, detail: str) -> Problem:
     return Problem(row, "template_not_prefix", detail)
 
 
-def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: str):
+def _assistant_turns(encoder: _Encoder, example: Example, messages: Messages, text: str):
     """Return (spans, notes), or why the turns cannot be found; spans [start, end) in `text` of the turns to train on.
 
     A turn starts where the preceding conversation with its generation prompt ends. A template may render a turn
@@ -215,16 +215,16 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0 or message.get("weight") == 0:
             continue
-        prompt_text = render(coder.template, example, messages[:index], prompt=True)
-        turn_text = render(coder.template, example, messages[: index + 1])
+        prompt_text = render(encoder.template, example, messages[:index], prompt=True)
+        turn_text = render(encoder.template, example, messages[: index + 1])
         start = common_prefix(prompt_text, text)
         end = len(turn_text)
         if start < len(prompt_text) or not text.startswith(turn_text):
             changed_index = index
             # content may start like the end of the generation prompt, so a marker is used to find the turn's start
             marked_messages = [*messages[:index], message | {"content": MARKER}, *messages[index + 1 :]]
-            start = common_prefix(prompt_text, render(coder.template, example, marked_messages))
-            turn_start = common_prefix(prompt_text, render(coder.template, example, marked_messages[: index + 1]))
+            start = common_prefix(prompt_text, render(encoder.template, example, marked_messages))
+            turn_start = common_prefix(prompt_text, render(encoder.template, example, marked_messages[: index + 1]))
             turn = turn_text[turn_start:]
             tails = (turn[cut:] for cut in range(len(turn)))
             tail = next((tail for tail in tails if tail.strip() and text.startswith(tail, start)), None)
@@ -236,18 +236,18 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
     return spans, () if changed_index is None else (_not_prefix(example.row, detail),)
 
 
-def _truncate(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Problem:
+def _truncate(encoder: _Encoder, example: Example, pieces: _Pieces) -> _Pieces | Problem:
     """Truncate so that the prompt and its longest answer have max_length tokens; the answers share one prompt."""
-    limit, invalid_rows = coder.data.max_length, coder.data.invalid_rows
+    limit, invalid_rows = encoder.data.max_length, encoder.data.invalid_rows
     length = len(pieces.prompt) + max(map(len, pieces.answers))
     if length <= limit:
         return pieces
     too_long = Problem(example.row, "too_long", f"{length} tokens, but max_length is {limit}")
     if invalid_rows.too_long != "truncate":
         return too_long
-    truncated = _cut(pieces, limit, coder.tokenizer.bos_token_id, coder.data.truncation == "keep_end")
+    truncated = _cut(pieces, limit, encoder.tokenizer.bos_token_id, encoder.data.truncation == "keep_end")
     if truncated is None:
-        cause = "the prompt" if coder.data.truncation == "keep_start" else "the answer"
+        cause = "the prompt" if encoder.data.truncation == "keep_start" else "the answer"
         return replace(too_long, detail=f"{too_long.detail}, and {cause} alone fills it")
     return replace(truncated, notes=(*pieces.notes, too_long))
 

@@ -57,8 +57,8 @@ def _select_template(path: str, default: Any, choice: str | None) -> str | dict[
         return Path(choice).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         choices_text = f"; the tokenizer has the templates {', '.join(sorted(templates))}" if templates else ""
-        fault = f"{choice!r} cannot be read: {reason(error)}"
-        raise UserError(f"data.chat_template: {fault}: give a file, relative to {Path.cwd()}{choices_text}") from None
+        problem = f"{choice!r} cannot be read: {reason(error)}"
+        raise UserError(f"data.chat_template: {problem}: give a file, relative to {Path.cwd()}{choices_text}") from None
 
 
 def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
@@ -124,8 +124,8 @@ def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     text = next(vocabulary_texts(tokenizer), "")
     with from_outside(f"{name}: the tokenizer fails", "fix its files, or set model.tokenizer to another"):
         tokenizer(text)  # says why, if it can
-    fault = "does not encode its own vocabulary, or adds other tokens to some texts than to others"
-    raise UserError(f"{name}: the tokenizer {fault}; set model.tokenizer to another")
+    problem = "does not encode its own vocabulary, or adds other tokens to some texts than to others"
+    raise UserError(f"{name}: the tokenizer {problem}; set model.tokenizer to another")
 
 
 def vocabulary_texts(tokenizer: Any) -> Iterator[str]:

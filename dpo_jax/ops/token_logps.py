@@ -126,7 +126,7 @@ class _Tiles:
         return jnp.minimum(i * self.block, len(self.unembedding) - self.block)
 
     def weights(self, i: Any, dtype: Any) -> tuple[Array, Array, Array]:
-        """Return block i's rows [b, D], their vocabulary ids [b], and whether each is not in the previous block [b]."""
+        """Return block i's rows [b, D], their vocabulary ids [b], and whether each is new to block i [b]."""
         offset = self.block_offset(i)
         rows = jax.lax.dynamic_slice_in_dim(self.unembedding, offset, self.block).astype(dtype)
         ids = offset + jnp.arange(self.block)

@@ -178,8 +178,8 @@ def _usual_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
 def _check_shape(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
     example = _example(chip)
     if len(shape) != chip.torus_dims:
-        fault = f"{chip.name} slices have {chip.torus_dims} dimensions, not {len(shape)}"
-        raise UserError("topology", text, f"{fault}; write a shape such as {example}")
+        problem = f"{chip.name} slices have {chip.torus_dims} dimensions, not {len(shape)}"
+        raise UserError("topology", text, f"{problem}; write a shape such as {example}")
     fills_hosts = all(size > 0 and size % host == 0 for size, host in zip(shape, _HOST_SHAPE, strict=False))
     if not fills_hosts and math.prod(shape) != 1:
         raise UserError("topology", text, f"a host has 2x2 chips, so the first two sizes must be even, as in {example}")

@@ -52,7 +52,7 @@ def start_hosts(
     if not host or not port.isdigit():
         raise UserError(COORDINATOR, coordinator, "write host:port, such as 10.0.0.2:8476")
     if not 0 <= process_id < num_processes:
-        raise UserError(PROCESS_ID, process_id, f"count the {num_processes} processes from 0")
+        raise UserError(PROCESS_ID, process_id, f"number the {num_processes} processes from 0")
     if num_processes == 1:
         return
     if process_id == 0:
@@ -167,6 +167,6 @@ def _connect(host: str, port: int, num_processes: int, process_id: int, timeout:
         except OSError:
             pass  # process 0 is not listening yet
         if time.monotonic() > deadline:
-            fault = f"process {process_id} {timeout_message(timeout, [0], num_processes)}"
-            raise HostsMissing(f"{fault} at {host}:{port}: {START_ALL}")
+            problem = f"process {process_id} {timeout_message(timeout, [0], num_processes)}"
+            raise HostsMissing(f"{problem} at {host}:{port}: {START_ALL}")
         time.sleep(0.2)

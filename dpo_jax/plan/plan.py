@@ -54,9 +54,13 @@ def plan_slices(config: DPOConfig, topologies: Sequence[str], inputs: Inputs, se
         require(inputs.slices == 1 or slice_.chip.dcn_bandwidth is not None, "--slices", inputs.slices, remedy)
     source = _source(config.model, tokenizer=inputs.data)
     if config.reference.path is not None:
-        find = lambda path: _source(ModelConfig(path=path), tokenizer=False)  # noqa: E731
+        find_config = lambda path: _source(ModelConfig(path=path), tokenizer=False)  # noqa: E731
         find_reference(
-            config, config.reference.path, with_head(build_model(source, config.model, "tpu"), config), "tpu", find
+            config,
+            config.reference.path,
+            with_head(build_model(source, config.model, "tpu"), config),
+            "tpu",
+            find_config,
         )
     if inputs.data:
         inputs = _measured_inputs(config, source, inputs)

@@ -108,7 +108,7 @@ def _row(plan: dict[str, Any]) -> list[str]:
     if "seconds" not in plan:
         return [*start, *[""] * 5]
     best, worst = plan["full_overlap"], plan["no_overlap"]
-    range_of = lambda name, form: f"{best[name]:{form}} - {worst[name]:{form}}"  # noqa: E731
+    format_range = lambda name, form: f"{best[name]:{form}} - {worst[name]:{form}}"  # noqa: E731
     hours = " - ".join(f"{chip_hours:.3g}" for chip_hours in plan["run"]["chip_hours"]) if "run" in plan else ""
-    speed = [range_of("step_seconds", ".3g"), range_of("mfu", ".0%"), range_of("pairs_per_second", ".3g")]
+    speed = [format_range("step_seconds", ".3g"), format_range("mfu", ".0%"), format_range("pairs_per_second", ".3g")]
     return [*start, *speed, plan["bound"], hours]

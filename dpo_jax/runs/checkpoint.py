@@ -78,7 +78,7 @@ class Checkpoints:
         name = self.config.best_metric
         if name is not None and name not in metrics:
             names = ", ".join(sorted(metrics))
-            remedy = f"available: {names}" if metrics else "there is no evaluation set: give data.eval"
+            remedy = f"available: {names}" if metrics else "there is no evaluation set: set data.eval"
             raise UserError(f"checkpoint.best_metric: {name!r} is not an evaluation metric; {remedy}")
 
     def save(self, step: int, state: Any, manifest: Json, metrics: Json | None = None, wait: bool = False) -> bool:

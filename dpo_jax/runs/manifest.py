@@ -92,8 +92,8 @@ def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
         is_length = any(line.startswith(("run.steps:", "run.epochs:")) for line in lines)
         hint = " (run.steps may change only with optimizer.schedule constant, which ignores the length)" * is_length
         remedy = f"restore these, or choose a new run.dir{hint}"
-        refusal = f"run.dir: {where} was started with different options that change the result"
-        raise UserError(f"{refusal}: {'; '.join(lines)}: {remedy}")
+        summary = f"run.dir: {where} was started with different options that change the result"
+        raise UserError(f"{summary}: {'; '.join(lines)}: {remedy}")
 
 
 def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str:

@@ -55,8 +55,8 @@ def lock_run(directory: str) -> Iterator[RunDir]:
             try:
                 run = stack.enter_context(locked_run(directory))
                 log_event(run, "start", devices=jax.device_count(), processes=jax.process_count())
-            except UserError as refusal:
-                error = refusal
+            except UserError as user_error:
+                error = user_error
         hosts.agree(error, "run directory")
         yield run
 
@@ -184,8 +184,8 @@ class Session:
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             self.due = Due()
             raise NotFinite(
-                f"step {num_done}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run stopped, the "
-                f"state after step {step} is saved; {facts.advice(self.run.root)}",
+                f"step {num_done}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run stopped, and "
+                f"the state after step {step} is saved; {facts.advice(self.run.root)}",
                 step,
             )
         facts.check(metrics)

@@ -24,19 +24,10 @@ CONFIG, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every tensor's name
 
 
-# _SUPPORTED: keys of adapter_config.json that are read. _HARMLESS: keys that do not change what the adapters compute, as
+# _USED: keys of adapter_config.json that are read. _HARMLESS: keys that do not change what the adapters compute, as
 # dropout is off here and the others are metadata. Any other key must have a value that PEFT ignores. PEFT tests most of
 # them for null only, so an empty list or dictionary can have an effect.
-_SUPPORTED = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "target_modules",
-    "exclude_modules",
-    "init_lora_weights",
-    "bias",
-}
+_USED = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights", "bias"}
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
@@ -102,7 +93,7 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig)
         raise refuse("init_lora_weights", "it changes the base weights; convert the adapters to plain LoRA first")
     for key, value in options.items():
         is_inactive = value is None or (value == _IDLE[key] if key in _IDLE else value is False)
-        if key not in _SUPPORTED | _HARMLESS and not is_inactive:
+        if key not in _USED | _HARMLESS and not is_inactive:
             raise refuse(key, f"this option is not supported; {_MERGE}")
     for key, option in (("r", "rank"), ("lora_alpha", "alpha"), ("use_rslora", "rslora")):
         if options.get(key, False) != getattr(config, option):

@@ -106,7 +106,7 @@ BAD_DATA = [
         "--data.train pairs.tsv",
         "pairs.tsv: unknown suffix '.tsv'; use",
     ),
-    ("empty", partial(write, "pairs.jsonl", "\n"), "", "pairs.jsonl: the source has no rows; give one that has some"),
+    ("empty", partial(write, "pairs.jsonl", "\n"), "", "pairs.jsonl: the source has no rows; choose another"),
     (
         "not JSON",
         partial(write, "pairs.jsonl", lines_of(ROWS) + "{oops\n"),
@@ -160,7 +160,7 @@ BAD_DATA = [
         "nothing left",
         partial(write, "pairs.jsonl", lines_of([{**PAIR, "rejected": PAIR["chosen"]}])),
         "",
-        "pairs.jsonl: none of its 1 rows is valid:  ... equal_answers",
+        "pairs.jsonl: none of its 1 rows are valid:  ... equal_answers",
     ),
     (
         "no chat template",
@@ -579,7 +579,7 @@ BAD_RUNS = [
         nothing,
         "train c.yaml --run.dir next --checkpoint.keep_best 1 --checkpoint.best_metric eval_x_loss",
         2,
-        "checkpoint.best_metric: 'eval_x_loss' is not an evaluation metric; there is no evaluation set: give data.eval",
+        "checkpoint.best_metric: 'eval_x_loss' is not an evaluation metric; there is no evaluation set: set data.eval",
     ),
     (
         "another metric for the best",

@@ -52,10 +52,10 @@ def number(hf: Mapping[str, Any], key: str, default: float | None = None, most: 
 
 
 def size(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
-    """Read a positive whole number; a missing key takes the default."""
+    """Read a positive integer; a missing key takes the default."""
     value = number(hf, key, default, most)
     if not isinstance(value, int):
-        raise refuse(key, value, "it must be a whole number")
+        raise refuse(key, value, "it must be an integer")
     return value
 
 

@@ -13,10 +13,10 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     """Read the window of all layers from ``layer_types`` or its older spelling; mixed layers are refused."""
     window, full_layers = hf.get("sliding_window", 4096), hf.get("max_window_layers", 28)
     if window is not None and type(window) is not int:
-        raise refuse("sliding_window", window, "it must be a whole number or null")
+        raise refuse("sliding_window", window, "it must be an integer or null")
     window = size(hf, "sliding_window", 4096) if flag(hf, "use_sliding_window") and window is not None else None
     if type(full_layers) is not int or full_layers < 0:
-        raise refuse("max_window_layers", full_layers, "it must be a whole number, 0 or more")
+        raise refuse("max_window_layers", full_layers, "it must be an integer, 0 or more")
     types, key = hf.get("layer_types"), "layer_types"
     if types is None:
         full_layers, key = layers if window is None else min(full_layers, layers), "max_window_layers"
