@@ -82,15 +82,15 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, inputs: Input
     load = find_load(config, mesh, inputs)
     adapters = 0 if model.lora is None else count_adapters(model)
     options = {"dtype": model.dtype, "attention": model.attention, "remat": model.remat, "adapters": adapters}
-    steps = {"pairs": load.pairs, "microbatches": load.microbatches, "rows_per_device": load.rows // row_devices(mesh)}
-    fill = {"row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths)}
+    sizes = {"pairs": load.pairs, "microbatches": load.microbatches, "rows_per_device": load.rows // row_devices(mesh)}
+    rows = {"row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths)}
     report: dict[str, Any] = {
         "topology": slice_.name,
         "slices": inputs.slices,
         "chips": slice_.chips * inputs.slices,
         "mesh": dict(mesh.shape),
         "model": {"path": config.model.path, "parameters": count_params(model)} | options,
-        "batch": steps | fill | {"assumed": inputs.lengths is None},
+        "batch": sizes | rows | {"assumed": inputs.lengths is None},
     }
     print(f"compiling for {slice_.name}; this takes minutes", file=sys.stderr)
     compiled = compile_step(config, model, mesh, load)
@@ -150,10 +150,10 @@ def _measured_inputs(config: DPOConfig, source: ModelSource, inputs: Inputs) -> 
 
 def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
     """Find a model's config: in local files, in the table of known models if no tokenizer is needed, or on the hub."""
-    published = known_config(config.path)
-    files = os.path.isdir(os.path.expanduser(config.path)) or (tokenizer and config.tokenizer is None)
-    if published is not None and not files:
-        return ModelSource(published, None, None)
+    known_hf_config = known_config(config.path)
+    reads_files = os.path.isdir(os.path.expanduser(config.path)) or (tokenizer and config.tokenizer is None)
+    if known_hf_config is not None and not reads_files:
+        return ModelSource(known_hf_config, None, None)
     return find_model(config.path, config.revision, config.checkpoint, weights=False)
 
 
@@ -223,22 +223,22 @@ def _costs(
     chip, live = slice_.chip, config.reference_mode == "live"
     lengths = np.tile(np.round(load.lengths).astype(int), (load.pairs, 1))
     targets = int(lengths[:, 1:].sum())
-    useful = model_flops(config, model, lengths, lengths[:, 1:])
+    model_ops = model_flops(config, model, lengths, lengths[:, 1:])
     band = min(filter(None, (load.longest, model.config.window)))  # most tokens that the attention kernel looks back
-    attended = causal_pairs(np.full(2 * load.rows * load.microbatches, load.row_length), band).sum()
-    work = Work(load.slots, int(attended), targets)
-    hardware = step_flops(model.config, work, live_reference=live, lora=model.lora)
-    hardware += recomputed_flops(model.config, work, model.remat)
+    attended_pairs = causal_pairs(np.full(2 * load.rows * load.microbatches, load.row_length), band).sum()
+    work = Work(load.slots, int(attended_pairs), targets)
+    hardware_ops = step_flops(model.config, work, live_reference=live, lora=model.lora)
+    hardware_ops += recomputed_flops(model.config, work, model.remat)
 
     devices, tensor = mesh.size, mesh.shape["tensor"]
     data_shards = devices // tensor
-    tokens, predicted = (count // load.microbatches // data_shards for count in (load.slots, targets))
+    tokens, target_tokens = (count // load.microbatches // data_shards for count in (load.slots, targets))
     traffic = matrix_traffic(
-        model, tokens, predicted, microbatches=load.microbatches, tensor=tensor, live_reference=live
+        model, tokens, target_tokens, microbatches=load.microbatches, tensor=tensor, live_reference=live
     )
     collective_ops = collectives(text, devices)
     seconds = {
-        "compute": hardware / devices / chip.device_peak_flops,
+        "compute": hardware_ops / devices / chip.device_peak_flops,
         "memory": traffic / (chip.memory_bandwidth / chip.devices),
         **collective_times(collective_ops, chip, devices // inputs.slices),
     }
@@ -247,10 +247,10 @@ def _costs(
 
     def rates(t: float) -> dict[str, float]:
         speed = {"pairs_per_second": load.pairs / t, "tokens_per_second": load.pairs * load.unit / t}
-        return {"step_seconds": t, "mfu": useful / (t * devices * chip.device_peak_flops)} | speed
+        return {"step_seconds": t, "mfu": model_ops / (t * devices * chip.device_peak_flops)} | speed
 
     costs = {
-        "flops": {"model": useful, "hardware": hardware, "model_per_pair": useful / load.pairs},
+        "flops": {"model": model_ops, "hardware": hardware_ops, "model_per_pair": model_ops / load.pairs},
         "collectives": _by_kind(collective_ops, devices // inputs.slices),
         "collectives_at_least": any(op.at_least for op in collective_ops),
         "seconds": seconds,

@@ -21,16 +21,16 @@ def matrix_traffic(
     """
     width = 2 if model.dtype == "bfloat16" else 4
     trains_matrices = model.lora is None  # the model's own matrices are trained; adapters are negligible
-    products = 1 + live_reference + 1 + trains_matrices  # forward, reference forward, input gradient, matrix gradient
+    matmuls = 1 + live_reference + 1 + trains_matrices  # forward, reference forward, input gradient, matrix gradient
     recomputed = recomputed_projections(model.config, model.remat)
-    layer = sum(
-        (products + (name in recomputed)) * width * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)
+    layer_bytes = sum(
+        (matmuls + (name in recomputed)) * width * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)
         for name, (inputs, outputs) in projections(model.config).items()
     )
     # logits are never saved, so they are recomputed whatever remat saves of the layers
     c = model.config
-    head = (3 + live_reference + trains_matrices) * width * (targets * c.hidden + c.hidden * c.vocab / tensor)
-    return microbatches * (c.layers * layer + head)
+    head_bytes = (3 + live_reference + trains_matrices) * width * (targets * c.hidden + c.hidden * c.vocab / tensor)
+    return microbatches * (c.layers * layer_bytes + head_bytes)
 
 
 def collective_times(collectives: Sequence[Collective], chip: Chip, devices_per_slice: int) -> dict[str, float]:

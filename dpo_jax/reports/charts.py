@@ -88,8 +88,8 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
             filter(None, (name or "training", branch if len(plot.keys) > 1 else ""))
         )  # dot: see below
         if name:
-            dots = {"linestyle": "--", "marker": "o", "markersize": 5, "markeredgecolor": "none"}
-            axes.plot(steps, values, color=color, label=label, linewidth=1.2, zorder=3, **dots)
+            marker_style = {"linestyle": "--", "marker": "o", "markersize": 5, "markeredgecolor": "none"}
+            axes.plot(steps, values, color=color, label=label, linewidth=1.2, zorder=3, **marker_style)
         elif len(steps) > MAX_RAW_POINTS:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(steps, running_mean(values, len(values) // 20), color=color, label=label, linewidth=1.8)

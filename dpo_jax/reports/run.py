@@ -183,8 +183,8 @@ def tokens_hint(run: RunDir, config: Row, metrics: Sequence[Row]) -> tuple[str, 
     """Return HTML of the command that shows rewards per token, or nothing if there is no reference."""
     if not any(key.endswith("displacement") for row in metrics for key in row):
         return ()
-    live = " --reference.mode live" if config["reference"]["mode"] == "cached" else ""
-    command = f"dpo-jax eval {run.config} --output {run.root / 'pairs.jsonl'} --per-token{live}"
+    mode_option = " --reference.mode live" if config["reference"]["mode"] == "cached" else ""
+    command = f"dpo-jax eval {run.config} --output {run.root / 'pairs.jsonl'} --per-token{mode_option}"
     hint = "The reward is a sum over tokens. This command writes each token's contribution and a page, pairs.html, with"
     return paragraph(f"{hint} colored answers for the largest and smallest margins:"), code(command)
 
@@ -194,13 +194,13 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
     batch, optimizer, loss = config["batch"], config["optimizer"], config.get("loss")
     trained = [row for row in metrics if "grad_norm" in row]
     unit = "pairs" if loss else "examples"
-    steps = f"{optimizer['schedule']}, {optimizer['warmup_steps']} warm-up steps"
+    schedule = f"{optimizer['schedule']}, {optimizer['warmup_steps']} warm-up steps"
     facts = {
         "Model": config["model"]["path"],
         "Trained on": ", ".join(source["path"] for source in config["data"]["train"]),
         "Evaluated on": ", ".join(f"{name}: {source['path']}" for name, source in config["data"]["eval"].items()),
         "Objective": "" if loss is None else objective(loss),
-        "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {steps}",
+        "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {schedule}",
         "Batch": f"{batch[unit]} {unit} per step",
         "Seed": str(config["run"]["seed"]),
     }
@@ -209,12 +209,12 @@ def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> di
         facts["Length"] = f"{last['step']} steps, {number(last['epoch'])} epochs, {last['num_tokens']:,} tokens"
     if any("clipped" in row for row in trained):
         count = sum(row.get("clipped", 0) for row in trained)
-        norm = optimizer["max_grad_norm"]
-        facts["Clipped"] = f"{count} of {len(trained)} logged steps had a gradient norm above {norm:g}"
+        max_norm = optimizer["max_grad_norm"]
+        facts["Clipped"] = f"{count} of {len(trained)} logged steps had a gradient norm above {max_norm:g}"
         if 2 * count > len(trained):
-            usual = f"{number(statistics.median(row['grad_norm'] for row in trained))} (median)"
+            median_norm = f"{number(statistics.median(row['grad_norm'] for row in trained))} (median)"
             remedy = "set optimizer.max_grad_norm above it"
-            facts["Clipped"] += f". Clipping is meant for spikes, but the usual norm here is {usual}: {remedy}"
+            facts["Clipped"] += f". Clipping is meant for spikes, but the usual norm here is {median_norm}: {remedy}"
     if timings:
         facts |= speed_facts(timings, unit)
         peaks = {name: max(series(timings, f"{name}_memory_gib")[1], default=0.0) for name in ("host", "device")}
@@ -233,8 +233,8 @@ def speed_facts(timings: Sequence[Row], unit: str) -> dict[str, str]:
     if all("mfu" in row for row in steady):
         facts["Of the chips' peak"] = f"{median('mfu'):.1%} (MFU on real tokens, median)"
     if all("data_wait_seconds" in row for row in steady):
-        waiting = sum(row["data_wait_seconds"] for row in steady) / sum(row["step_seconds"] for row in steady)
-        facts["Waiting for data"] = f"{waiting:.1%} of the time"
+        wait_share = sum(row["data_wait_seconds"] for row in steady) / sum(row["step_seconds"] for row in steady)
+        facts["Waiting for data"] = f"{wait_share:.1%} of the time"
     return facts
 
 
