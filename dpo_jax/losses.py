@@ -199,8 +199,8 @@ def cpo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     Contrastive preference optimization: Xu et al. 2024, arXiv 2401.08417, with the log-likelihood per token, as in
     the authors' code; w is ``cpo_weight``.
     """
-    likelihood = r.chosen_logps / r.chosen_count
-    return -log_sigmoid(c.beta * (r.chosen_logps - r.rejected_logps)) - c.cpo_weight * likelihood
+    mean_logp = r.chosen_logps / r.chosen_count
+    return -log_sigmoid(c.beta * (r.chosen_logps - r.rejected_logps)) - c.cpo_weight * mean_logp
 
 
 def sft(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:

@@ -149,7 +149,7 @@ def _load_saved(source: SourceConfig) -> "datasets.Dataset":
             raise UserError(f"{source.path}: split: no split {source.split!r}; available: {sorted(dataset)}")
         return dataset[source.split].with_format(None)
     if source.split not in ("train", str(dataset.split)):
-        raise UserError(f"{source.path}: split: {source.split!r}: the folder has no splits, only one set; leave it out")
+        raise UserError(f"{source.path}: split: {source.split!r}: the folder has no splits; leave it out")
     return dataset.with_format(None)
 
 

@@ -83,14 +83,14 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, inputs: Input
     adapters = 0 if model.lora is None else count_adapters(model)
     options = {"dtype": model.dtype, "attention": model.attention, "remat": model.remat, "adapters": adapters}
     sizes = {"pairs": load.pairs, "microbatches": load.microbatches, "rows_per_device": load.rows // row_devices(mesh)}
-    rows = {"row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths)}
+    row_stats = {"row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths)}
     report: dict[str, Any] = {
         "topology": slice_.name,
         "slices": inputs.slices,
         "chips": slice_.chips * inputs.slices,
         "mesh": dict(mesh.shape),
         "model": {"path": config.model.path, "parameters": count_params(model)} | options,
-        "batch": sizes | rows | {"assumed": inputs.lengths is None},
+        "batch": sizes | row_stats | {"assumed": inputs.lengths is None},
     }
     print(f"compiling for {slice_.name}; this takes minutes", file=sys.stderr)
     compiled = compile_step(config, model, mesh, load)

@@ -77,7 +77,7 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Model) ->
     allowed = expected.keys() | ({TENSORS["unembed"]} if model.config.tied else set())
     extra = [name for name in tensors if name not in allowed and not name.endswith(_BUFFER_SUFFIX)]
     if extra:
-        raise refuse(f"the weights contain {_name_list(extra)}, which config.json does not call for")
+        raise refuse(f"the weights contain {_name_list(extra)}, which config.json does not define")
     for name, slot in expected.items():
         actual = tensors[name].shape
         if actual != slot.shape:

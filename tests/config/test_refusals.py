@@ -271,7 +271,7 @@ BAD_MODELS = [
         "fewer layers",
         partial(configure_model, num_hidden_layers=4),
         "",
-        "model: the weights contain model.layers.4. ... which config.json does not call for",
+        "model: the weights contain model.layers.4. ... which config.json does not define",
     ),
     (
         "another width",
