@@ -67,21 +67,21 @@ def _slots(model: Model) -> dict[str, Slot]:
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Model) -> None:
-    def refuse(why: str) -> UserError:
+    def mismatch(why: str) -> UserError:
         return UserError(f"{folder}: {why}; check that they belong together")
 
     expected = _slots(model)
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise refuse(f"config.json requires {_name_list(missing)}, which the weights do not contain")
+        raise mismatch(f"config.json requires {_name_list(missing)}, which the weights do not contain")
     allowed = expected.keys() | ({TENSORS["unembed"]} if model.config.tied else set())
     extra = [name for name in tensors if name not in allowed and not name.endswith(_BUFFER_SUFFIX)]
     if extra:
-        raise refuse(f"the weights contain {_name_list(extra)}, which config.json does not define")
+        raise mismatch(f"the weights contain {_name_list(extra)}, which config.json does not define")
     for name, slot in expected.items():
         actual = tensors[name].shape
         if actual != slot.shape:
-            raise refuse(f"tensor {name} has shape {list(actual)}, but config.json implies {list(slot.shape)}")
+            raise mismatch(f"tensor {name} has shape {list(actual)}, but config.json implies {list(slot.shape)}")
     if model.config.tied and TENSORS["unembed"] in tensors:
         _check_tied(folder, tensors[TENSORS["unembed"]], tensors[TENSORS["embed"]])
 
@@ -113,7 +113,7 @@ def _load_leaf(
     leaf: str, tensors: list[Tensor], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
     """Load one parameter; the host buffers hold only this process's shards, and each tensor is read once."""
-    stacked = "/" in leaf
+    is_stacked = "/" in leaf
     spans = {
         device: tuple(s.indices(n)[:2] for s, n in zip(index or (), struct.shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(struct.shape).items()
@@ -121,13 +121,13 @@ def _load_leaf(
     sizes = {span: tuple(stop - start for start, stop in span) for span in spans.values()}
     buffers = {span: _aligned(size, np.dtype(struct.dtype)) for span, size in sizes.items()}
     for layer, tensor in enumerate(tensors):
-        targets = {span: buffer for span, buffer in buffers.items() if not stacked or span[0][0] <= layer < span[0][1]}
+        targets = {span: data for span, data in buffers.items() if not is_stacked or span[0][0] <= layer < span[0][1]}
         if not targets:
             continue
         value = tensor.read().T if leaf in TRANSPOSED else tensor.read()
-        value = value.reshape(struct.shape[1:] if stacked else struct.shape)
+        value = value.reshape(struct.shape[1:] if is_stacked else struct.shape)
         for span, buffer in targets.items():
-            index, value_span = (layer - span[0][0], span[1:]) if stacked else (..., span)
+            index, value_span = (layer - span[0][0], span[1:]) if is_stacked else (..., span)
             buffer[index] = value[tuple(slice(*s) for s in value_span)]
     shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
@@ -157,9 +157,9 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
     Raises:
         UserError: tensors are missing, unknown, of the wrong shape, quantized, truncated, or tied but not equal.
     """
-    tensors, embed, unembed = find_tensors(Path(path)), TENSORS["embed"], TENSORS["unembed"]
-    if model.config.tied and embed not in tensors and unembed in tensors:
-        tensors[embed] = tensors.pop(unembed)  # the tied matrix, stored under the name of the unembedding
+    tensors, embed_name, unembed_name = find_tensors(Path(path)), TENSORS["embed"], TENSORS["unembed"]
+    if model.config.tied and embed_name not in tensors and unembed_name in tensors:
+        tensors[embed_name] = tensors.pop(unembed_name)  # the tied matrix, stored under the name of the unembedding
     _check_tensors(path, tensors, model)
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.param_shapes())
     if shardings is None:

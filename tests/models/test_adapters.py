@@ -248,7 +248,7 @@ def test_adapters_of_another_model_are_refused(shared, peft_folder):
     lora = LoraConfig(rank=3, alpha=1.0)
     hf = read_hf_config(shared / "models" / "stories260K") | {"intermediate_size": 96}
     model = Model(config=decoder_config(hf), lora=make_lora(lora))
-    with pytest.raises(UserError, match=r"mlp.* of shape .* but this model needs .* use adapters of the same model"):
+    with pytest.raises(UserError, match=r"mlp.* of shape .* but this model needs .* use adapters of this model"):
         load_adapters(peft_folder / "all", model, lora, on_one_device(model.adapter_shapes()))
 
 
