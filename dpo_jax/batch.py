@@ -53,7 +53,7 @@ class PreferenceBatch:
     branch_length: int = struct.field(pytree_node=False)  # upper bound on a row's prompt tokens plus one branch's
 
     def per_array(self, rows: Any, pairs: Any) -> "PreferenceBatch":
-        """Return a copy with ``rows`` for each array that has a dim R, and ``pairs`` for the others."""
+        """Return a copy with each array that has a dim R replaced by ``rows``, and every other array by ``pairs``."""
         pair_fields = {"answer_slots", "weight", "valid"}
         arrays = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
         return replace(self, **{name: pairs if name in pair_fields else rows for name in arrays})

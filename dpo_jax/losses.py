@@ -50,7 +50,7 @@ def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 
 
 def hinge(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """relu(1 - beta D); 1 at margin 0. SLiC-HF's calibration (Zhao et al. 2023, arXiv 2305.10425) of DPO's reward."""
+    """relu(1 - beta D); 1 at margin 0. SLiC-HF's loss (Zhao et al. 2023, arXiv 2305.10425) on DPO's reward."""
     return jax.nn.relu(1 - c.beta * r.margin)
 
 
@@ -321,12 +321,12 @@ def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
     uses_only_ratios = loss.needs_reference and all(LOSS_TRAITS[name].reference for name, _ in loss.terms)
     if not uses_only_ratios or loss.weighting == "wpo":
         return None
-    pair = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
+    zero_logps = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
     loss = replace(loss, ld_alpha=None)  # log-ratios of 0 have tails of 0
-    pair_loss = lambda sums: preference_loss(replace(pair, sum=sums), pair, loss)[0]  # noqa: E731
+    pair_loss = lambda sums: preference_loss(replace(zero_logps, sum=sums), zero_logps, loss)[0]  # noqa: E731
     points = 1e-4 * jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # losses may have a kink at 0
     slopes = jnp.abs(jax.vmap(jax.grad(pair_loss))(points)).sum((1, 2))
-    return AtMarginZero(float(pair_loss(pair.sum)), float(slopes.max()))
+    return AtMarginZero(float(pair_loss(zero_logps.sum)), float(slopes.max()))
 
 
 def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Array]:

@@ -129,7 +129,7 @@ def set_batches(
     row_devices: int,
     row_shards: Sequence[int] | None = None,
 ) -> Batches:
-    """Make batches that hold each of ``ids`` once, in order; the last may be ragged. Args as in ``train_batches``."""
+    """Make batches of each of ``ids`` once, in order; the last may have empty slots. Args as in ``train_batches``."""
     order = make_order(groups=[ids], weights=None, seed=0, shuffle=False, batch=batch.size, steps=None, epochs=1)
     return make_batches(store, order, _packer(batch, row_devices, 1), batch.max_shapes, row_shards)
 

@@ -233,16 +233,16 @@ def empty_batch(
 
     ``zeros``: (shape, dtype) -> array or stand-in: numpy's or JAX's ``zeros``, or ``jax.ShapeDtypeStruct``.
     """
-    rows, pairs = (*leading, shape.rows), (*leading, num_pairs)
-    per_token, per_target = (*rows, shape.length), (*rows, shape.targets)
+    row_shape, pair_shape = (*leading, shape.rows), (*leading, num_pairs)
+    token_shape, target_shape = (*row_shape, shape.length), (*row_shape, shape.targets)
     return PreferenceBatch(
-        **{name: zeros(per_token, np.int32) for name in ("tokens", "positions", "segments", "branches")},
-        **{f"target_{name}": zeros(per_target, np.int32) for name in ("tokens", "sources", "answers", "offsets")},
-        target_mask=zeros(per_target, np.bool_),
-        answer_slots=zeros((*pairs, num_answers), np.int32),
-        weight=zeros(pairs, np.float32),
-        valid=zeros(pairs, np.bool_),
-        blocks=zeros((*rows, shape.blocks, 2), np.int32),
+        **{name: zeros(token_shape, np.int32) for name in ("tokens", "positions", "segments", "branches")},
+        **{f"target_{name}": zeros(target_shape, np.int32) for name in ("tokens", "sources", "answers", "offsets")},
+        target_mask=zeros(target_shape, np.bool_),
+        answer_slots=zeros((*pair_shape, num_answers), np.int32),
+        weight=zeros(pair_shape, np.float32),
+        valid=zeros(pair_shape, np.bool_),
+        blocks=zeros((*row_shape, shape.blocks, 2), np.int32),
         answers_per_row=shape.answers,
         longest=shape.longest,
         branch_length=shape.branch_length,

@@ -18,7 +18,7 @@ def make_to_devices(mesh: Mesh, leading: int = 0) -> ToDevices:
 
     ``leading``: number of dims before the rows, 1 if the step is accumulated.
     """
-    shards, rows, replicated_sharding = local_row_shards(mesh), row_sharding(mesh, leading), replicated(mesh)
+    shards, rows_sharding, replicated_sharding = local_row_shards(mesh), row_sharding(mesh, leading), replicated(mesh)
 
     def put_rows(array: np.ndarray) -> jax.Array:
         size = array.shape[leading] // len(shards)  # rows per shard
@@ -28,7 +28,7 @@ def make_to_devices(mesh: Mesh, leading: int = 0) -> ToDevices:
             start = shards.index((index[leading].start or 0) // size) * size
             return array[(*index[:leading], slice(start, start + size))]
 
-        return jax.make_array_from_callback(shape, rows, device_rows)
+        return jax.make_array_from_callback(shape, rows_sharding, device_rows)
 
     def put_replicated(array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, replicated_sharding, lambda index: array[index])

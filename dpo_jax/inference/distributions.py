@@ -33,30 +33,31 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
     ratios = log_ratios(policy, reference, loss)
     chosen, rejected = (loss.beta * np.asarray(ratio) for ratio in (ratios.chosen, ratios.rejected))
     margins = chosen - rejected
-    finite = np.isfinite(margins)
-    edges, margin_edges = nice_edges(np.concatenate([chosen[finite], rejected[finite]])), nice_edges(margins[finite])
+    is_finite = np.isfinite(margins)
+    reward_edges = nice_edges(np.concatenate([chosen[is_finite], rejected[is_finite]]))
+    margin_edges = nice_edges(margins[is_finite])
     lengths = np.asarray(policy.count).astype(np.int64)
     max_lengths, excess = lengths.max(1), lengths[:, CHOSEN] - lengths[:, REJECTED]
     sides = {"chosen": excess > 0, "rejected": excess < 0, "equal": excess == 0}
     return {
-        "margins": {"edges": margin_edges, "counts": _counts(margins[finite], margin_edges)},
+        "margins": {"edges": margin_edges, "counts": _counts(margins[is_finite], margin_edges)},
         "rewards": {
-            "edges": edges,
-            "chosen": _counts(chosen[finite], edges),
-            "rejected": _counts(rejected[finite], edges),
+            "edges": reward_edges,
+            "chosen": _counts(chosen[is_finite], reward_edges),
+            "rejected": _counts(rejected[is_finite], reward_edges),
         },
-        "not_finite": int((~finite).sum()),
+        "not_finite": int((~is_finite).sum()),
         "by_length": [
             {"from": first, "to": last} | _group(margins, (max_lengths >= first) & (max_lengths <= last))
             for first, last in length_buckets(max_lengths)
         ],
         "by_longer": [{"longer": side} | _group(margins, mask) for side, mask in sides.items() if mask.any()],
-        "calibration": calibration(margins[finite]),
+        "calibration": calibration(margins[is_finite]),
     }
 
 
 def calibration(margins: np.ndarray) -> dict[str, Any]:
-    """Compare the confidence of the rewards in the answer they prefer with their accuracy.
+    """Compare the confidence that the margins imply with how often the chosen answer has the higher reward.
 
     By the Bradley-Terry model a reward margin m is the probability sigma(m) that the chosen answer is better, so the
     answer with the higher reward is the better one with probability sigma(|m|). A tie counts as half right. Returns the

@@ -28,7 +28,7 @@ Compute = Callable[[Batches, Sequence[int]], tuple[np.ndarray, Mapping[str, np.n
 
 
 class Unusable(Exception):
-    """A file exists but cannot be used; the text gives the reason."""
+    """Raised if a file exists but cannot be used; the text gives the reason."""
 
 
 def cached_logps(
@@ -88,8 +88,8 @@ def _load_complete(path: Path, inputs: Mapping, shape: tuple[int, int], report: 
     try:
         fields = _read(path, inputs)
         if any(values.shape != shape for values in fields.values()):
-            shapes = ", ".join(str(values.shape) for values in fields.values())
-            raise Unusable(f"it holds log-probs of shape {shapes}, the data needs {shape}")
+            shapes_text = ", ".join(str(values.shape) for values in fields.values())
+            raise Unusable(f"it holds log-probs of shape {shapes_text}, but the data needs {shape}")
         is_finite = np.all([np.isfinite(values).all(1) for values in fields.values()], axis=0)
         if not is_finite.all():
             raise Unusable(f"row {int(np.argmin(is_finite))} has no log-prob")
@@ -109,9 +109,9 @@ def _load_parts(
         try:
             fields = _read(part, inputs)
             ids = fields.pop("ids", np.zeros(0, int))
-            valid_ids = ids.ndim == 1 and len(np.unique(ids)) == len(ids) and ((ids >= 0) & (ids < shape[0])).all()
+            ids_are_valid = ids.ndim == 1 and len(np.unique(ids)) == len(ids) and ((ids >= 0) & (ids < shape[0])).all()
             arrays = fields.values()
-            if not valid_ids or not all(x.shape == (len(ids), shape[1]) and np.isfinite(x).all() for x in arrays):
+            if not ids_are_valid or not all(x.shape == (len(ids), shape[1]) and np.isfinite(x).all() for x in arrays):
                 raise Unusable("its rows do not match the data")
         except Unusable as error:
             report(f"reference cache: {part} cannot be used ({error}): recomputing its rows")

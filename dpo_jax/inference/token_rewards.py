@@ -47,11 +47,11 @@ def token_log_ratios(
     ld_alpha: float | None = None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Yield (example id, float32 token log-ratios per answer) for every pair; one program serves both models."""
-    token_logps = jax.jit(token_logps_fn, out_shardings=replicated(mesh))
+    token_logps_step = jax.jit(token_logps_fn, out_shardings=replicated(mesh))
     gather = jax.jit(lambda batch: batch, out_shardings=replicated(mesh))  # a pair may lie in rows of two hosts
     for data in batches.ahead(range(batches.order.num_steps)):
         batch = to_devices(data.batch)
-        ratios = np.asarray(token_logps(weights, batch)) - np.asarray(token_logps(reference.weights, batch))
+        ratios = np.asarray(token_logps_step(weights, batch)) - np.asarray(token_logps_step(reference.weights, batch))
         for i, pair_ratios in zip(data.ids, answer_values(ratios, jax.device_get(gather(batch))), strict=True):
             if i >= 0:
                 yield i, weigh_tails(pair_ratios, ld_alpha)

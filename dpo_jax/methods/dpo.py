@@ -53,7 +53,7 @@ def reference_weights(setup: Setup, start: Params) -> Params:
 def find_reference(
     config: AnyConfig, path: str, model: Model, platform: str, find: Callable[[str], ModelSource]
 ) -> ModelSource:
-    """Open the model of ``reference.path`` with ``find``, and check that its architecture is the policy's, ``model``.
+    """Open the model of ``reference.path`` with ``find``; its architecture must be that of the policy, ``model``.
 
     Raises:
         UserError: the model does not exist, or differs in architecture or vocabulary.

@@ -78,10 +78,10 @@ def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 
 def forward_flops(config: DecoderConfig, work: Work) -> Flops:
-    """Count a forward pass: 2 per weight and token (unembedding: target), 4 per head, feature and visible pair."""
-    weights = sum(inputs * outputs for inputs, outputs in projections(config).values())
+    """Count a forward pass's operations: 2 per weight and token (or target), 4 per head, feature and visible pair."""
+    num_weights = sum(inputs * outputs for inputs, outputs in projections(config).values())
     return Flops(
-        linear=2 * config.layers * weights * work.tokens,
+        linear=2 * config.layers * num_weights * work.tokens,
         attention=4 * config.layers * config.heads * config.head_dim * work.seen,
         unembedding=2 * config.hidden * config.vocab * work.targets,
     )
@@ -125,6 +125,6 @@ def recomputed_flops(config: DecoderConfig, work: Work, remat: Literal["none", "
     ``dots``: also attention's forward pass. ``full``: also ``recomputed_projections``.
     """
     forward = forward_flops(config, work)
-    weights = sum(inputs * outputs for inputs, outputs in recomputed_projections(config, remat).values())
-    attention = 0 if remat == "none" else forward.attention
-    return forward.unembedding + forward.attention // 2 + attention + 2 * config.layers * weights * work.tokens
+    num_weights = sum(inputs * outputs for inputs, outputs in recomputed_projections(config, remat).values())
+    attention_ops = forward.attention // 2 + (0 if remat == "none" else forward.attention)
+    return forward.unembedding + attention_ops + 2 * config.layers * num_weights * work.tokens

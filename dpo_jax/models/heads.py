@@ -30,7 +30,7 @@ def answer_ends(batch: PreferenceBatch) -> Int[Array, "R A"]:
 
 
 def make_scores_fn(model: Model) -> Callable[[Params, PreferenceBatch], PairLogps]:
-    """Make a `LogpsFn` whose ``sum`` is the reward model's score of each answer; DPO's step then trains Bradley-Terry.
+    """Make a `LogpsFn` that returns each answer's score as ``sum``; a DPO step then minimizes the Bradley-Terry loss.
 
     The score is computed in float32, as the loss depends on differences of scores of similar size.
     """

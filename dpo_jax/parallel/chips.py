@@ -165,12 +165,12 @@ def parse_topology(text: str) -> Topology:
 
 
 def _usual_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
-    chips, remainder = divmod(number, chip.units_per_chip)
-    if remainder or chips < 1 or chips & (chips - 1):
+    num_chips, remainder = divmod(number, chip.units_per_chip)
+    if remainder or num_chips < 1 or num_chips & (num_chips - 1):
         unit = "chips" if chip.units_per_chip == 1 else "TensorCores, two per chip,"
         remedy = f"its number of {unit} is not a power of two; give a shape such as {_example(chip)}"
         raise UserError("topology", text, remedy)
-    exponent, num_larger = divmod(chips.bit_length() - 1, chip.torus_dims)
+    exponent, num_larger = divmod(num_chips.bit_length() - 1, chip.torus_dims)
     shape = (2**exponent,) * (chip.torus_dims - num_larger) + (2 ** (exponent + 1),) * num_larger
     return shape if exponent else shape[::-1]  # a host's four chips span the first two dimensions
 

@@ -39,8 +39,8 @@ def start_hosts(
     num_processes = _number(num_processes, NUM_PROCESSES)
     process_id = _number(process_id, PROCESS_ID)
     timeout = _number(timeout, START_TIMEOUT) or TIMEOUT
-    auto = coordinator == "auto"
-    if auto:
+    is_auto = coordinator == "auto"
+    if is_auto:
         coordinator, num_processes, process_id = _ask_cluster(timeout)
     if coordinator is None and num_processes is None and process_id is None:
         return
@@ -59,7 +59,7 @@ def start_hosts(
         _wait_for_all(int(port), num_processes, timeout)
     else:
         _connect(host, int(port), num_processes, process_id, timeout)
-    if auto:  # jax detects the same settings again, and the devices of this process
+    if is_auto:  # jax detects the same settings again, and the devices of this process
         jax.distributed.initialize(initialization_timeout=timeout)
     else:
         options = {"initialization_timeout": timeout, "cluster_detection_method": "deactivate"}

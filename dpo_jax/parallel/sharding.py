@@ -69,13 +69,13 @@ def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.nd
     """
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(shape)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if shape[0] % slices:
-        raise UserError("mesh.data", shape[0], f"use a multiple of the {slices} slices, as only this axis spans slices")
-    slice_shape = (shape[0] // slices, *shape[1:])
-    if slices == 1:
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % num_slices:
+        raise UserError("mesh.data", shape[0], f"use a multiple of the {num_slices} slices, which only this axis spans")
+    slice_shape = (shape[0] // num_slices, *shape[1:])
+    if num_slices == 1:
         return mesh_utils.create_device_mesh(slice_shape, devices, allow_split_physical_axes=True)
-    dcn_shape = (slices, *(1,) * len(slice_shape[1:]))
+    dcn_shape = (num_slices, *(1,) * len(slice_shape[1:]))
     return mesh_utils.create_hybrid_device_mesh(slice_shape, dcn_shape, devices, allow_split_physical_axes=True)
 
 
