@@ -121,8 +121,8 @@ def refuse_weights(loss: LossConfig, store: Store) -> None:
     sorting_losses = [name for name, _ in loss.terms if LOSS_TRAITS[name].sorts]
     weighted_rows = np.flatnonzero(store.weights != 1)
     if sorting_losses and len(weighted_rows):
-        weight = f"row {store.rows[weighted_rows[0]]} of the data has weight {store.weights[weighted_rows[0]]:g}"
-        remedy = f"it sorts the pairs of a step, but {weight}; remove the weight column or choose another loss"
+        weight_note = f"row {store.rows[weighted_rows[0]]} of the data has weight {store.weights[weighted_rows[0]]:g}"
+        remedy = f"it sorts the pairs of a step, but {weight_note}; remove the weight column or choose another loss"
         raise UserError("loss.type", sorting_losses[0], remedy)
 
 
@@ -139,15 +139,15 @@ def announce(setup: Setup, run: RunDir) -> None:
         log_event(
             run, "data", rows=num_rows, train=order.epoch_draws, evals=eval_sizes, dropped=dict(causes), notes=notes
         )
-    evals = "".join(f", {count} in {name}" for name, count in eval_sizes.items())
-    dropped_rows = ", ".join(f"{count} rows dropped: {cause}" for cause, count in causes.items()) or "no rows dropped"
-    rows = " or ".join(f"{shape.rows} x {shape.length}" for shape in batches.packer.shapes)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
-    adapters = f", {count_adapters(model):,} more in adapters" if model.lora is not None else ""
+    evals_note = "".join(f", {count} in {name}" for name, count in eval_sizes.items())
+    dropped_note = ", ".join(f"{count} rows dropped: {cause}" for cause, count in causes.items()) or "no rows dropped"
+    shapes_text = " or ".join(f"{shape.rows} x {shape.length}" for shape in batches.packer.shapes)
+    mesh_text = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    adapters_note = f", {count_adapters(model):,} more in adapters" if model.lora is not None else ""
     for line in (
-        f"model: {count_params(model):,} parameters{adapters}, {model.dtype}; mesh: {mesh}",
-        f"data: {order.epoch_draws} training examples{evals}; {dropped_rows}",
-        f"steps: {order.num_steps} of {order.batch} each, in rows of {rows} tokens",
+        f"model: {count_params(model):,} parameters{adapters_note}, {model.dtype}; mesh: {mesh_text}",
+        f"data: {order.epoch_draws} training examples{evals_note}; {dropped_note}",
+        f"steps: {order.num_steps} of {order.batch} each, in rows of {shapes_text} tokens",
         *(f"note: {note}" for note in notes),
     ):
         say(setup.config.run.progress, line)
@@ -158,13 +158,13 @@ def notes_of(setup: Setup) -> list[str]:
     stores = [batches.store for batches in (setup.batches, *setup.evals.values())]
     reports = [source for store in stores for source in store.report]
     device = setup.mesh.devices.flat[0]
-    messages = sum(source["rendered"] for source in reports)
+    num_rendered = sum(source["rendered"] for source in reports)
     facts = Facts(
         steps=setup.batches.order.num_steps,
         eval_sets=len(setup.evals),
         examples=sum(source["kept"] for source in reports),
-        messages=messages,
-        dated=messages > 0 and reads_clock(setup.tokenizer.chat_template),
+        messages=num_rendered,
+        dated=num_rendered > 0 and reads_clock(setup.tokenizer.chat_template),
         platform=device.platform,
         flags=frozenset(platform_flags(device.platform, device.device_kind, {})),
     )
@@ -172,11 +172,11 @@ def notes_of(setup: Setup) -> list[str]:
     longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
     max_positions = setup.source.hf_config.get("max_position_embeddings", longest)
     if longest > max_positions:
-        limit = f"but the model supports {max_positions} (max_position_embeddings)"
-        notes.append(f"a prompt with its answer has up to {longest} tokens, {limit}: lower data.max_length")
+        limit_note = f"but the model supports {max_positions} (max_position_embeddings)"
+        notes.append(f"a prompt with its answer has up to {longest} tokens, {limit_note}: lower data.max_length")
     if order.batch > order.epoch_draws:
-        excess = f"more than the {order.epoch_draws} of an epoch, so some appear twice in a step"
-        notes.append(f"a batch has {order.batch} examples, {excess}: use a smaller batch")
+        excess_note = f"more than the {order.epoch_draws} of an epoch, so some appear twice in a step"
+        notes.append(f"a batch has {order.batch} examples, {excess_note}: use a smaller batch")
     return notes
 
 

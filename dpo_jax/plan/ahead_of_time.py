@@ -130,9 +130,9 @@ def abstract_frozen(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, 
     if mode == "cached":
         shape = (load.pairs,) if load.microbatches == 1 else (load.microbatches, load.pairs // load.microbatches)
         array: Any = partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
-        answers, weight, valid = array((*shape, 2), jnp.float32), array(shape, jnp.float32), array(shape, jnp.bool_)
-        tail = None if config.loss.ld_alpha is None else answers
-        logps = PairLogps(sum=answers, count=answers, weight=weight, valid=valid, tail_sum=tail)
+        per_answer, weight, valid = array((*shape, 2), jnp.float32), array(shape, jnp.float32), array(shape, jnp.bool_)
+        tail = None if config.loss.ld_alpha is None else per_answer
+        logps = PairLogps(sum=per_answer, count=per_answer, weight=weight, valid=valid, tail_sum=tail)
     if model.lora is not None:
         return Frozen(weights, logps)
     return Frozen(reference=weights if mode == "live" and not config.reference.sync_every else logps)
@@ -178,11 +178,11 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
         "reference": _bytes((state.reference, frozen.reference)),
         "batch": _bytes(batch),
     }
-    save = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    save_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     if isinstance(mesh, AbstractMesh):
         peak = sum(sizes.values()) + _min_temporaries(model, mesh, load, _bytes(state.params))
-        return Compiled(None, None, peak, sizes, save)
-    start = time.perf_counter()
+        return Compiled(None, None, peak, sizes, save_bytes)
+    start_time = time.perf_counter()
     lowered = lower_step(config, model, mesh, arguments)
     try:
         with no_cache_writes():
@@ -192,19 +192,19 @@ def compile_step(config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, loa
         if exhausted is None:
             raise
         peak = int(float(exhausted[1]) * {"M": 2**20, "G": 2**30}[exhausted[2]])
-        return Compiled(time.perf_counter() - start, None, peak, sizes, save)
+        return Compiled(time.perf_counter() - start_time, None, peak, sizes, save_bytes)
     memory: Any = program.memory_analysis()
-    return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, sizes, save)
+    return Compiled(time.perf_counter() - start_time, program.as_text(), memory.peak_memory_in_bytes, sizes, save_bytes)
 
 
 def _min_temporaries(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) -> int:
     """Return a lower bound on temporary bytes: gradients, each layer's saved input, and one layer's activations."""
-    c, width = model.config, jnp.dtype(model.dtype).itemsize
+    c, itemsize = model.config, jnp.dtype(model.dtype).itemsize
     tokens = load.rows // row_devices(mesh) * load.row_length
-    gradients = trained * (2 if load.microbatches > 1 else 1)  # of one microbatch, and their sum
-    saved_activations = c.layers * tokens * c.hidden * width
-    matrices = sum(inputs * outputs for inputs, outputs in projections(c).values())
-    return gradients + saved_activations + width * (matrices + 4 * tokens * c.ffn) // mesh.shape["tensor"]
+    gradient_bytes = trained * (2 if load.microbatches > 1 else 1)  # of one microbatch, and their sum
+    activation_bytes = c.layers * tokens * c.hidden * itemsize
+    layer_weights = sum(inputs * outputs for inputs, outputs in projections(c).values())
+    return gradient_bytes + activation_bytes + itemsize * (layer_weights + 4 * tokens * c.ffn) // mesh.shape["tensor"]
 
 
 def _bytes(tree: Any) -> int:

@@ -55,13 +55,13 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     """
     computations, entry = _computations(text)
     header = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
-    in_slice = int(header[1]) if header else num_devices
-    peers = np.arange(num_devices).reshape(-1, in_slice).T  # each device with its peers in the other slices
+    devices_per_slice = int(header[1]) if header else num_devices
+    peers = np.arange(num_devices).reshape(-1, devices_per_slice).T  # each device with its peers in the other slices
     times, uncertain = _times(computations, entry)
     unique: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines.values():
-            collective = (_inside(line, in_slice) or _between(line, peers)) if times[name] else None
+            collective = (_inside(line, devices_per_slice) or _between(line, peers)) if times[name] else None
             if collective is None:
                 continue
             kind, num_bytes, groups = collective
@@ -80,8 +80,8 @@ def _inside(line: str, num_devices: int) -> tuple[str, int, np.ndarray] | None:
     match = _COLLECTIVE.match(line)
     if match is None:
         return None
-    result, kind, start = match.groups()
-    return kind, _num_bytes(result, kind, bool(start)), _groups(line, kind, num_devices)
+    result, kind, start_suffix = match.groups()
+    return kind, _num_bytes(result, kind, bool(start_suffix)), _groups(line, kind, num_devices)
 
 
 def _between(line: str, groups: np.ndarray) -> tuple[str, int, np.ndarray] | None:
@@ -93,8 +93,8 @@ def _between(line: str, groups: np.ndarray) -> tuple[str, int, np.ndarray] | Non
     if kind not in KINDS:  # from one slice to another
         kind = "collective-permute"
     members = groups.shape[1]
-    share = {"all-gather": members, "reduce-scatter": 1 / members}.get(kind, 1)
-    return kind, int(_num_bytes(operand, kind, start=False) * share), groups
+    factor = {"all-gather": members, "reduce-scatter": 1 / members}.get(kind, 1)
+    return kind, int(_num_bytes(operand, kind, start=False) * factor), groups
 
 
 Computation = dict[str, str]  # name -> instruction; the result's instruction also as ROOT

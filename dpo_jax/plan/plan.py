@@ -80,8 +80,8 @@ def plan(config: DPOConfig, source: ModelSource, slice_: Topology, inputs: Input
     mesh = slice_mesh(config, slice_, inputs.slices)
     model = with_head(build_model(source, config.model, "tpu", config.lora), config)
     load = find_load(config, mesh, inputs)
-    adapters = 0 if model.lora is None else count_adapters(model)
-    options = {"dtype": model.dtype, "attention": model.attention, "remat": model.remat, "adapters": adapters}
+    num_adapter_params = 0 if model.lora is None else count_adapters(model)
+    options = {"dtype": model.dtype, "attention": model.attention, "remat": model.remat, "adapters": num_adapter_params}
     sizes = {"pairs": load.pairs, "microbatches": load.microbatches, "rows_per_device": load.rows // row_devices(mesh)}
     row_stats = {"row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths)}
     report: dict[str, Any] = {
@@ -184,19 +184,19 @@ def find_load(config: DPOConfig, mesh: Mesh | AbstractMesh, inputs: Inputs) -> L
     )
     longest, max_length = lengths[0] + max(lengths[1:]), config.data.max_length
     fits = longest <= max_length and max(longest, load.unit / copies) <= batch.row_length
-    limits = f"a prompt and answer may have {max_length} tokens (data.max_length), a pair {batch.row_length} (a row)"
-    require(fits, "--lengths", lengths, f"{limits}; give means")
+    reason = f"a prompt and answer may have {max_length} tokens (data.max_length), a pair {batch.row_length} (a row)"
+    require(fits, "--lengths", lengths, f"{reason}; give mean lengths")
     if rows is None and inputs.sets is not None:
         return replace(load, rows=train_batches(inputs.sets, config.batch, devices).packer.shapes[-1].rows)
     if rows is None and inputs.lengths is not None:
         pair_lengths = np.tile(np.round(lengths).astype(int), (int(pairs), 1))
         units = make_units(pair_lengths, pair_lengths[:, 1:], batch.layout)
-        packed = assign_rows(units, layout=batch.layout, multiple=devices, row_length=batch.row_length)
-        return replace(load, rows=len(packed))
+        packed_rows = assign_rows(units, layout=batch.layout, multiple=devices, row_length=batch.row_length)
+        return replace(load, rows=len(packed_rows))
     if load.fill > 1:
-        capacity = f"{rows} rows of {batch.row_length} tokens per device"
+        rows_text = f"{rows} rows of {batch.row_length} tokens per device"
         remedy = "give more rows or raise batch.accumulation"
-        raise UserError(f"--rows: {capacity} do not hold {pairs:g} pairs of {load.unit:g} tokens; {remedy}")
+        raise UserError(f"--rows: {rows_text} cannot hold {pairs:g} pairs of {load.unit:g} tokens; {remedy}")
     return load
 
 
@@ -220,21 +220,21 @@ def _costs(
     config: DPOConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, slice_: Topology, text: str, inputs: Inputs
 ) -> dict[str, Any]:
     """Return the step's operations, collectives, bounds on its time, and the resulting throughput and duration."""
-    chip, live = slice_.chip, config.reference_mode == "live"
+    chip, is_live = slice_.chip, config.reference_mode == "live"
     lengths = np.tile(np.round(load.lengths).astype(int), (load.pairs, 1))
-    targets = int(lengths[:, 1:].sum())
+    num_targets = int(lengths[:, 1:].sum())
     model_ops = model_flops(config, model, lengths, lengths[:, 1:])
     band = min(filter(None, (load.longest, model.config.window)))  # most tokens that the attention kernel looks back
     attended_pairs = causal_pairs(np.full(2 * load.rows * load.microbatches, load.row_length), band).sum()
-    work = Work(load.slots, int(attended_pairs), targets)
-    hardware_ops = step_flops(model.config, work, live_reference=live, lora=model.lora)
+    work = Work(load.slots, int(attended_pairs), num_targets)
+    hardware_ops = step_flops(model.config, work, live_reference=is_live, lora=model.lora)
     hardware_ops += recomputed_flops(model.config, work, model.remat)
 
     devices, tensor = mesh.size, mesh.shape["tensor"]
     data_shards = devices // tensor
-    tokens, target_tokens = (count // load.microbatches // data_shards for count in (load.slots, targets))
+    tokens, target_tokens = (count // load.microbatches // data_shards for count in (load.slots, num_targets))
     traffic = matrix_traffic(
-        model, tokens, target_tokens, microbatches=load.microbatches, tensor=tensor, live_reference=live
+        model, tokens, target_tokens, microbatches=load.microbatches, tensor=tensor, live_reference=is_live
     )
     collective_ops = collectives(text, devices)
     seconds = {

@@ -16,24 +16,24 @@ def _num_weights(number: int) -> str:
 
 
 def _slice_name(plan: dict[str, Any]) -> str:
-    slices = f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
-    return f"{slices}{plan['topology']}"
+    prefix = f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
+    return f"{prefix}{plan['topology']}"
 
 
 def render(plan: dict[str, Any]) -> str:
     """Return the full plan of one slice as text."""
     model, batch, memory = plan["model"], plan["batch"], plan["memory"]
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    adapters = f", {_num_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
-    split = f" in {batch['microbatches']} microbatches" if batch["microbatches"] > 1 else ""
-    rows = f"{batch['rows_per_device']} x {batch['row_length']} tokens per device"
-    lengths = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
+    mesh_text = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    adapters_note = f", {_num_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
+    split_note = f" in {batch['microbatches']} microbatches" if batch["microbatches"] > 1 else ""
+    rows_text = f"{batch['rows_per_device']} x {batch['row_length']} tokens per device"
+    lengths_text = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
     lines = [
-        f"{_slice_name(plan)}: {plan['chips']} chips, mesh {mesh}",
-        f"model        {model['path']}: {_num_weights(model['parameters'])} parameters{adapters}",
+        f"{_slice_name(plan)}: {plan['chips']} chips, mesh {mesh_text}",
+        f"model        {model['path']}: {_num_weights(model['parameters'])} parameters{adapters_note}",
         f"             {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
-        f"step         {batch['pairs']} pairs{split}, {rows}",
-        f"             {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens",
+        f"step         {batch['pairs']} pairs{split_note}, {rows_text}",
+        f"             {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths_text} tokens",
         *[ASSUMED] * batch["assumed"],
         *_memory_lines(memory),
     ]
@@ -66,17 +66,18 @@ def _minutes(gib: float, gb_per_second: float) -> str:
 
 def _cost_lines(plan: dict[str, Any]) -> list[str]:
     flops, seconds = plan["flops"], plan["seconds"]
-    times = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
-    moved = ", ".join(f"{kind} {ops['gib']:.3g}" for kind, ops in plan["collectives"].items() if ops["gib"] >= 0.005)
+    times_text = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
+    gib_by_kind = {kind: ops["gib"] for kind, ops in plan["collectives"].items() if ops["gib"] >= 0.005}
+    moved_text = ", ".join(f"{kind} {size:.3g}" for kind, size in gib_by_kind.items())
     if plan["collectives_at_least"]:
-        moved += ", at least: some are in loops whose length depends on the data"
+        moved_text += ", at least: some are in loops whose length depends on the data"
     if plan["compile_seconds"] is None:
-        moved = "unknown, and not included in the times"
+        moved_text = "unknown, and not included in the times"
     lines = [
         f"operations   {_short(flops['model'])} on real tokens, {_short(flops['model_per_pair'])} per pair",
         f"             {_short(flops['hardware'])} with padding and recomputation",
-        f"collectives  GiB per device and step: {moved or 'none'}",
-        f"time         each resource alone: {times}; bound by {plan['bound']}",
+        f"collectives  GiB per device and step: {moved_text or 'none'}",
+        f"time         each resource alone: {times_text}; bound by {plan['bound']}",
     ]
     for name, words in (("full_overlap", "full overlap"), ("no_overlap", "no overlap")):
         estimate = plan[name]
@@ -87,8 +88,8 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
     if "run" in plan:
         run = plan["run"]
         low, high = (f"{hours:.3g}" for hours in run["hours"])
-        cost = " to ".join(f"{hours:.3g}" for hours in run["chip_hours"])
-        lines.append(f"run          {run['steps']} steps: {low} to {high} hours, {cost} chip-hours")
+        cost_text = " to ".join(f"{hours:.3g}" for hours in run["chip_hours"])
+        lines.append(f"run          {run['steps']} steps: {low} to {high} hours, {cost_text} chip-hours")
     return lines
 
 
@@ -103,12 +104,12 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
 
 def _row(plan: dict[str, Any]) -> list[str]:
     memory = plan["memory"]
-    fits = {True: "yes", False: "no", None: "?"}[memory["fits"]]
-    start = [_slice_name(plan), str(plan["chips"]), f"{memory['peak']:.2f}", f"{memory['capacity']:.2f}", fits]
+    verdict = {True: "yes", False: "no", None: "?"}[memory["fits"]]
+    first_cells = [_slice_name(plan), str(plan["chips"]), f"{memory['peak']:.2f}", f"{memory['capacity']:.2f}", verdict]
     if "seconds" not in plan:
-        return [*start, *[""] * 5]
+        return [*first_cells, *[""] * 5]
     best, worst = plan["full_overlap"], plan["no_overlap"]
     format_range = lambda name, form: f"{best[name]:{form}} - {worst[name]:{form}}"  # noqa: E731
-    hours = " - ".join(f"{chip_hours:.3g}" for chip_hours in plan["run"]["chip_hours"]) if "run" in plan else ""
-    speed = [format_range("step_seconds", ".3g"), format_range("mfu", ".0%"), format_range("pairs_per_second", ".3g")]
-    return [*start, *speed, plan["bound"], hours]
+    hours_text = " - ".join(f"{chip_hours:.3g}" for chip_hours in plan["run"]["chip_hours"]) if "run" in plan else ""
+    cells = [format_range("step_seconds", ".3g"), format_range("mfu", ".0%"), format_range("pairs_per_second", ".3g")]
+    return [*first_cells, *cells, plan["bound"], hours_text]

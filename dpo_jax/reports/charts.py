@@ -144,10 +144,10 @@ def histograms(rows: Sequence[Row]) -> str:
     figures = []
     for name in dict.fromkeys(row["set"] for row in rows):
         set_rows = [row for row in rows if row["set"] == name]
-        evals = set_rows if len(set_rows) == 1 else [set_rows[0], set_rows[-1]]
-        margins = [(row["step"], row["margins"]["edges"], {"margin": row["margins"]["counts"]}) for row in evals]
-        counts = [{answer: row["rewards"][answer] for answer in ("chosen", "rejected")} for row in evals]
-        rewards = [(row["step"], row["rewards"]["edges"], both) for row, both in zip(evals, counts, strict=True)]
+        shown = set_rows if len(set_rows) == 1 else [set_rows[0], set_rows[-1]]
+        margins = [(row["step"], row["margins"]["edges"], {"margin": row["margins"]["counts"]}) for row in shown]
+        counts = [{answer: row["rewards"][answer] for answer in ("chosen", "rejected")} for row in shown]
+        rewards = [(row["step"], row["rewards"]["edges"], both) for row, both in zip(shown, counts, strict=True)]
         note = "Pairs by margin. Left of 0 the rejected answer is preferred."
         figures.append(figure(f"{name}: margins", note, partial(draw_histograms, margins)))
         figures.append(figure(f"{name}: rewards", "Answers by reward.", partial(draw_histograms, rewards)))

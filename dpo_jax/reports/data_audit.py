@@ -130,12 +130,12 @@ def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
 
 
 def audit(
-    sets: DataSets, tokenizer: Any, *, ends: Set[int] | None = None, max_length: int = 0, positions: Any = None
+    sets: DataSets, tokenizer: Any, *, ends: Set[int] | None = None, max_length: int = 0, max_positions: Any = None
 ) -> dict[str, Any]:
     """Audit all data sets of a run; return counts, findings, lengths and one example as JSON-compatible data.
 
     ``ends``: ids of the model's stop tokens; None: the tokenizer's EOS. ``max_length`` is reported if it exceeds
-    ``positions``, the model's ``max_position_embeddings``.
+    ``max_positions``, the model's ``max_position_embeddings``.
     """
     order, train = sets.order, sets.train
     ends = frozenset({tokenizer.eos_token_id} - {None} if ends is None else ends)
@@ -151,9 +151,9 @@ def audit(
         "run": {"steps": order.num_steps, "batch": order.batch, "epochs": order.epoch(order.num_steps)},
         "example": _rendered(train, int(order.step_ids(0)[0]), tokenizer),
     }
-    if isinstance(positions, int) and max_length > positions:
-        longer = int((train.lengths[:, 0] + train.lengths[:, 1:].max(1) > positions).sum())
-        result["positions"] = {"max_length": max_length, "made_for": positions, "longer": longer}
+    if isinstance(max_positions, int) and max_length > max_positions:
+        num_longer = int((train.lengths[:, 0] + train.lengths[:, 1:].max(1) > max_positions).sum())
+        result["positions"] = {"max_length": max_length, "made_for": max_positions, "longer": num_longer}
     return result
 
 
@@ -175,21 +175,21 @@ def _cause_lines(report: dict[str, Any]) -> list[str]:
     for kind in ("dropped", "notes"):
         for cause, problems in report[kind].items():
             action = "dropped" if kind == "dropped" else ACTIONS.get(cause, "noted")
-            more = ", ..." if problems["count"] > len(problems["first"]) else ""
-            rows = ", ".join(str(problem["row"]) for problem in problems["first"])
-            lines.append(f"    {action:9} {cause:20} {problems['count']:7}  rows {rows}{more}")
+            more_note = ", ..." if problems["count"] > len(problems["first"]) else ""
+            rows_text = ", ".join(str(problem["row"]) for problem in problems["first"])
+            lines.append(f"    {action:9} {cause:20} {problems['count']:7}  rows {rows_text}{more_note}")
             lines.append(f"    {'':30} first: {problems['first'][0]['detail']}")
     return lines
 
 
 def _unterminated_lines(unterminated: dict[str, Any], with_source: bool) -> list[str]:
     title = f"answers without a stop token ({' '.join(unterminated['ends']) or 'the model has none'})"
-    rows = _rows_text(unterminated["first"][:5], with_source)
+    rows_text = _rows_text(unterminated["first"][:5], with_source)
     if not unterminated["examples"]:
         return [f"  {title}: none"]
     remedy = "add its last token to eos_token_id in the model's generation_config.json: generation would not stop there"
     return [
-        f"  {title}: in {unterminated['examples']} examples, the first: {rows}",
+        f"  {title}: in {unterminated['examples']} examples, the first: {rows_text}",
         f"    the first ends with {unterminated['first_ends']!r}; unless it was truncated, {remedy}",
     ]
 
@@ -206,9 +206,9 @@ def _length_lines(set_audit: dict[str, Any]) -> list[str]:
         bias = set_audit["length_bias"]
         lines.append(f"  a prompt stored once for both answers saves {lengths['sharing_saves']:.2f}x of the tokens")
         if bias["longer_wins"] is not None:
-            means = f"(mean tokens: chosen {bias['mean_chosen']:.1f}, rejected {bias['mean_rejected']:.1f})"
-            wins = f"{bias['longer_wins']:.1%} of {bias['pairs']} pairs {means}"
-            lines.append(f"  length bias: the longer answer is chosen in {wins}")
+            means_note = f"(mean tokens: chosen {bias['mean_chosen']:.1f}, rejected {bias['mean_rejected']:.1f})"
+            wins_text = f"{bias['longer_wins']:.1%} of {bias['pairs']} pairs {means_note}"
+            lines.append(f"  length bias: the longer answer is chosen in {wins_text}")
     return lines
 
 
@@ -220,14 +220,14 @@ def _set_lines(name: str, set_audit: dict[str, Any]) -> list[str]:
         lines += _cause_lines(report)
     with_source = len(set_audit["sources"]) != 1
     near = set_audit["near_duplicates"]
-    compared = "" if near["compared"] == set_audit["examples"] else f" (among the first {near['compared']})"
-    findings = {"exact duplicates": set_audit["duplicates"], f"near duplicates{compared}": near}
+    compared_note = "" if near["compared"] == set_audit["examples"] else f" (among the first {near['compared']})"
+    findings = {"exact duplicates": set_audit["duplicates"], f"near duplicates{compared_note}": near}
     if "both_labels" in set_audit:
         findings["same pair with both labels"] = set_audit["both_labels"]
     for title, finding in findings.items():
-        rows = "; ".join(_rows_text(group, with_source) for group in finding["first"][:5])
-        count = f"{finding['examples']} examples in {finding['groups']} groups, the first: {rows}"
-        lines.append(f"  {title}: {count if finding['groups'] else 'none'}")
+        rows_text = "; ".join(_rows_text(group, with_source) for group in finding["first"][:5])
+        count_text = f"{finding['examples']} examples in {finding['groups']} groups, the first: {rows_text}"
+        lines.append(f"  {title}: {count_text if finding['groups'] else 'none'}")
     lines += _unterminated_lines(set_audit["unterminated"], with_source)
     return lines + _length_lines(set_audit) + [""]
 
@@ -241,9 +241,10 @@ def _text_lines(text: str) -> list[str]:
 def _example_lines(example: dict[str, Any], branches: Sequence[str]) -> list[str]:
     title = f"first example of step 0: {example['source']}, row {example['row']}"
     lines = [title, "prompt", *_text_lines(example["prompt"])]
-    ends = " ".join(map(repr, example["boundary"]["prompt_ends"]))
+    ends_text = " ".join(map(repr, example["boundary"]["prompt_ends"]))
     for branch, answer, begins in zip(branches, example["answers"], example["boundary"]["answers_begin"], strict=True):
-        lines += [f"{branch}, whose tokens begin at ||: {ends} || {' '.join(map(repr, begins))}", *_text_lines(answer)]
+        boundary_text = f"{ends_text} || {' '.join(map(repr, begins))}"
+        lines += [f"{branch}, whose tokens begin at ||: {boundary_text}", *_text_lines(answer)]
     if "learned" in example:
         lines.append("learned")
         for learned in example["learned"]:
@@ -258,16 +259,16 @@ def render(result: dict[str, Any]) -> str:
     for name, set_audit in result["evals"].items():
         lines += _set_lines(f"eval {name}", set_audit)
         shared = result["shared_prompts"][name]
-        pairs = "; ".join(f"{_rows_text(pair, True)}" for pair in shared["first"][:5])
-        count = f"{shared['examples'] or 'none'}{f', {pairs}' if pairs else ''}"
-        lines[-1:] = [f"  prompts also in the training set: {count}", ""]
+        pairs_text = "; ".join(f"{_rows_text(pair, True)}" for pair in shared["first"][:5])
+        count_text = f"{shared['examples'] or 'none'}{f', {pairs_text}' if pairs_text else ''}"
+        lines[-1:] = [f"  prompts also in the training set: {count_text}", ""]
     run = result["run"]
     lines += [f"run: {run['steps']} steps of {run['batch']}, {run['epochs']:.2f} epochs"]
     if "positions" in result:
         positions = result["positions"]
-        limit = f"but the model supports {positions['made_for']} (max_position_embeddings)"
-        longer = f"{positions['longer']} examples are longer: lower it"
-        lines.append(f"note: data.max_length is {positions['max_length']}, {limit}; {longer}")
+        limit_note = f"but the model supports {positions['made_for']} (max_position_embeddings)"
+        longer_note = f"{positions['longer']} examples are longer: lower it"
+        lines.append(f"note: data.max_length is {positions['max_length']}, {limit_note}; {longer_note}")
     lines += ["", *_example_lines(result["example"], _branches(len(result["example"]["answers"]))[1:])]
     return "\n".join(lines)
 
@@ -287,9 +288,9 @@ def show_step(sets: DataSets, step: int, tokenizer: Any) -> str:
             lines.append(f"slot {slot}: empty, the data ends here")
             continue
         prompt, answers, _ = sets.train.example(i)
-        name = _origin(sets.train, i)
-        sizes = "+".join(map(str, sets.train.lengths[i].tolist()))
-        lines.append(f"slot {slot}: example {i}, {name['source']} row {name['row']}, {sizes} tokens")
+        origin = _origin(sets.train, i)
+        sizes_text = "+".join(map(str, sets.train.lengths[i].tolist()))
+        lines.append(f"slot {slot}: example {i}, {origin['source']} row {origin['row']}, {sizes_text} tokens")
         lines.append(f"  prompt    ...{_text_head(tokenizer, prompt, last=True)}")
         for branch, answer in zip(_branches(len(answers))[1:], answers, strict=True):
             lines.append(f"  {branch:9} {_text_head(tokenizer, answer)}")

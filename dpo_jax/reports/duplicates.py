@@ -50,7 +50,7 @@ def contradictions(store: Store, ids: np.ndarray) -> list[tuple[int, int]]:
 
 
 def plain_words(tokenizer) -> np.ndarray:
-    """Return int64 [V], the word number of each token, equal up to case and spaces; -1 for spaces and specials."""
+    """Return int64 [V], a word number per token, the same up to case and spaces; -1 for spaces and special tokens."""
     numbers: dict[str, int] = {}
     words = np.full(len(tokenizer), -1, np.int64)
     special = set(tokenizer.all_special_ids)

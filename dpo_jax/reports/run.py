@@ -111,7 +111,7 @@ def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], progress: bool
     except Exception as error:  # noqa: BLE001
         if not isinstance(error, OSError):
             warn(traceback.format_exc())
-        warn(f"report: not written ({reason(error)}); the run is complete, and the same command tries again")
+        warn(f"report: not written ({reason(error)}); the run is complete, and its command can be run again")
     else:
         say(progress, f"report: {path}")
 
@@ -192,29 +192,29 @@ def tokens_hint(run: RunDir, config: Row, metrics: Sequence[Row]) -> tuple[str, 
 def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> dict[str, str]:
     """Return the run's main settings and totals as label -> text."""
     batch, optimizer, loss = config["batch"], config["optimizer"], config.get("loss")
-    trained = [row for row in metrics if "grad_norm" in row]
+    trained_rows = [row for row in metrics if "grad_norm" in row]
     unit = "pairs" if loss else "examples"
-    schedule = f"{optimizer['schedule']}, {optimizer['warmup_steps']} warm-up steps"
+    schedule_text = f"{optimizer['schedule']}, {optimizer['warmup_steps']} warm-up steps"
     facts = {
         "Model": config["model"]["path"],
         "Trained on": ", ".join(source["path"] for source in config["data"]["train"]),
         "Evaluated on": ", ".join(f"{name}: {source['path']}" for name, source in config["data"]["eval"].items()),
         "Objective": "" if loss is None else objective(loss),
-        "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {schedule}",
+        "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {schedule_text}",
         "Batch": f"{batch[unit]} {unit} per step",
         "Seed": str(config["run"]["seed"]),
     }
-    if trained:
-        last = trained[-1]
+    if trained_rows:
+        last = trained_rows[-1]
         facts["Length"] = f"{last['step']} steps, {number(last['epoch'])} epochs, {last['num_tokens']:,} tokens"
-    if any("clipped" in row for row in trained):
-        count = sum(row.get("clipped", 0) for row in trained)
+    if any("clipped" in row for row in trained_rows):
+        count = sum(row.get("clipped", 0) for row in trained_rows)
         max_norm = optimizer["max_grad_norm"]
-        facts["Clipped"] = f"{count} of {len(trained)} logged steps had a gradient norm above {max_norm:g}"
-        if 2 * count > len(trained):
-            median_norm = f"{number(statistics.median(row['grad_norm'] for row in trained))} (median)"
+        facts["Clipped"] = f"{count} of {len(trained_rows)} logged steps had a gradient norm above {max_norm:g}"
+        if 2 * count > len(trained_rows):
+            median_text = f"{number(statistics.median(row['grad_norm'] for row in trained_rows))} (median)"
             remedy = "set optimizer.max_grad_norm above it"
-            facts["Clipped"] += f". Clipping is meant for spikes, but the usual norm here is {median_norm}: {remedy}"
+            facts["Clipped"] += f". Clipping is meant for spikes, but the usual norm here is {median_text}: {remedy}"
     if timings:
         facts |= speed_facts(timings, unit)
         peaks = {name: max(series(timings, f"{name}_memory_gib")[1], default=0.0) for name in ("host", "device")}

@@ -63,7 +63,7 @@ def saturation(lines: Iterable[Mapping[str, Any]], beta: float) -> float:
 def _pair(line: Mapping[str, Any], beta: float, full: float) -> str:
     title = f"Margin {number(line['rewards/margin'])}"
     origin = f"{line['set']} · {line['source']}, row {line['row']}"
-    answers = "".join(
+    answers_html = "".join(
         f'<div><div class="soft">{answer}: reward {number(line[f"rewards/{answer}"])}, '
         f"{line[f'tokens/{answer}']} tokens</div>"
         f'<div class="text">{colored(line[f"pieces/{answer}"], line[f"log_ratios/{answer}"], beta, full)}</div></div>'
@@ -71,16 +71,16 @@ def _pair(line: Mapping[str, Any], beta: float, full: float) -> str:
     )
     return (
         f'<div class="card pair"><h3>{escape(title)} <span class="soft">{escape(origin)}</span></h3>'
-        f'{details("Prompt", line["prompt"])}<div class="answers">{answers}</div></div>\n'
+        f'{details("Prompt", line["prompt"])}<div class="answers">{answers_html}</div></div>\n'
     )
 
 
 def colored(pieces: Iterable[str], log_ratios: Iterable[float], beta: float, full: float) -> str:
     """Return an answer's tokens as HTML, each colored by its contribution to the reward."""
-    tokens = []
+    spans = []
     for piece, ratio in zip(pieces, log_ratios, strict=True):
         gain = beta * ratio
         level = math.ceil(LEVELS * min(1.0, abs(gain) / full)) if math.isfinite(gain) else LEVELS
         shade = f' class="{"p" if gain > 0 else "n"}{level}"' if level else ""
-        tokens.append(f'<span{shade} title="{gain:+.4g}">{escape(piece or "·").replace(NEWLINE, "↵" + NEWLINE)}</span>')
-    return "".join(tokens)
+        spans.append(f'<span{shade} title="{gain:+.4g}">{escape(piece or "·").replace(NEWLINE, "↵" + NEWLINE)}</span>')
+    return "".join(spans)

@@ -79,7 +79,7 @@ def test_rows_follow_the_lengths():
     few = tiny(batch=BatchConfig(pairs=2, row_length=64), data=replace(config.data, max_length=256))
     assert find_load(few, mesh, Inputs()).lengths == (21, 21, 21)  # a pair has 64, though there is room for 128
     assert find_load(replace(few, data=replace(few.data, max_length=32)), mesh, Inputs()).lengths == (16, 16, 16)
-    with pytest.raises(UserError, match=r"--rows: 1 rows of 256 tokens per device do not hold 32 pairs of 50 tokens"):
+    with pytest.raises(UserError, match=r"--rows: 1 rows of 256 tokens per device cannot hold 32 pairs of 50 tokens"):
         find_load(config, mesh, Inputs(lengths=(20, 16, 14), rows=1))
     with pytest.raises(UserError, match=r"batch.row_length: 'auto' cannot be used: plan needs a number"):
         find_load(tiny(batch=BatchConfig(pairs=64)), mesh, Inputs())
