@@ -48,15 +48,15 @@ def _no_schema_message(columns: Sequence[str], stage: Stage) -> str:
     """Return a message with the closest schema (fewest columns missing, then most columns) and the renames it needs."""
 
     def distance(schema: tuple[str, set[str]]) -> tuple[int, int, int]:
-        missing = len(schema[1] - set(columns))
-        return missing - len(_renames(schema[1], columns)), -len(schema[1]), missing
+        num_missing = len(schema[1] - set(columns))
+        return num_missing - len(_renames(schema[1], columns)), -len(schema[1]), num_missing
 
     name, needed = min(_COLUMNS[stage], key=distance)
     renames = _renames(needed, columns)
-    pairs = ", ".join(f"{ours}: {renames.get(ours, 'COLUMN')}" for ours in sorted(needed - set(columns)))
+    renames_text = ", ".join(f"{ours}: {renames.get(ours, 'COLUMN')}" for ours in sorted(needed - set(columns)))
     hint = "; replace COLUMN by its name in the file, or add the column" if distance((name, needed))[0] else ""
-    closest = f"the closest is {name} ({', '.join(sorted(needed))}): set columns: {{{pairs}}}{hint}"
-    return f"columns {sorted(columns)} match no schema of {stage}; {closest}"
+    closest_text = f"the closest is {name} ({', '.join(sorted(needed))}): set columns: {{{renames_text}}}{hint}"
+    return f"columns {sorted(columns)} match no schema of {stage}; {closest_text}"
 
 
 def _first_role(value: object) -> str | None:

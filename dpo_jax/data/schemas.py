@@ -135,12 +135,12 @@ def _sharegpt_sft(row: Mapping):
 
 def _history(row: Mapping) -> Messages:
     """Return the earlier turns of an Alpaca row, which are stored as pairs of instruction and answer."""
-    pairs = row.get("history") or []
-    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-        raise BadRow("missing_field", f"history is {values.short_repr(pairs)}, not a list of [instruction, answer]")
+    history = row.get("history") or []
+    if not isinstance(history, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
+        raise BadRow("missing_field", f"history is {values.short_repr(history)}, not a list of [instruction, answer]")
     return [
         {"role": role, "content": values.text(f"history[{index}]", content)}
-        for index, pair in enumerate(pairs)
+        for index, pair in enumerate(history)
         for role, content in zip(("user", "assistant"), pair, strict=True)
     ]
 

@@ -93,15 +93,15 @@ def _kind_name(path: str) -> str:
     if path.startswith("tfds:"):
         return "TFDS set"
     if os.path.isdir(path):
-        saved = any(os.path.isfile(os.path.join(path, name)) for name in _SAVED_FILES)
-        return "saved folder" if saved else "folder of files"
+        is_saved = any(os.path.isfile(os.path.join(path, name)) for name in _SAVED_FILES)
+        return "saved folder" if is_saved else "folder of files"
     suffix, exists = files.file_suffix(path), os.path.exists(path)
     if exists or suffix in _SUFFIXES:
         if not exists:
             raise UserError(f"{path}: no such file; the working directory is {Path.cwd()}")
         if suffix not in _SUFFIXES:
-            suffixes = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.COMPRESSED)}"
-            raise UserError(f"{path}: unknown suffix {suffix!r}; use {suffixes}, or give the folder of the files")
+            suffixes_text = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.COMPRESSED)}"
+            raise UserError(f"{path}: unknown suffix {suffix!r}; use {suffixes_text}, or give the folder of the files")
         return _SUFFIXES[suffix]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(f"{path}: no such file or folder, and not the name of a hub dataset (owner/name)")
@@ -165,10 +165,10 @@ def _load_folder(source: SourceConfig) -> "datasets.Dataset":
     import datasets
 
     # the library identifies local files by their times only, and could return cached rows of a replaced file
-    cache = os.path.join(datasets.config.HF_DATASETS_CACHE, "dpo_jax", _folder_hash(source.path))
+    cache_dir = os.path.join(datasets.config.HF_DATASETS_CACHE, "dpo_jax", _folder_hash(source.path))
     remedy = f"check path, name and split {source.split!r}"
     with from_outside(f"{source.path}: this folder of files cannot be loaded", remedy):
-        return datasets.load_dataset(source.path, source.name, split=source.split, cache_dir=cache)
+        return datasets.load_dataset(source.path, source.name, split=source.split, cache_dir=cache_dir)
 
 
 def _folder_hash(path: str) -> str:

@@ -164,12 +164,12 @@ def _arrays(chunk: Chunk, source_index: int) -> dict[str, np.ndarray]:
 
 
 def _check_not_empty(report: dict[str, Any]) -> None:
-    dropped = sum(cause["count"] for cause in report["dropped"].values())
-    assert report["kept"] + dropped == report["rows"], report
+    num_dropped = sum(cause["count"] for cause in report["dropped"].values())
+    assert report["kept"] + num_dropped == report["rows"], report
     if report["kept"] == 0:
-        examples = [(name, cause["count"], cause["first"][0]) for name, cause in report["dropped"].items()]
-        causes = "; ".join(f"{name} {count} (row {first['row']}: {first['detail']})" for name, count, first in examples)
-        raise UserError(f"{report['source']}: none of its {report['rows']} rows are valid: {causes}; fix the data")
+        counts = [(name, cause["count"], cause["first"][0]) for name, cause in report["dropped"].items()]
+        problem = "; ".join(f"{name} {count} (row {first['row']}: {first['detail']})" for name, count, first in counts)
+        raise UserError(f"{report['source']}: none of its {report['rows']} rows are valid: {problem}; fix the data")
 
 
 def _write(
@@ -329,8 +329,8 @@ def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarra
         if len(held_out) + len(members) <= target_size:
             held_out += members
     if fraction and not 0 < len(held_out) < len(store):
-        split = f"{fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held_out)}"
-        raise UserError(f"data.eval_fraction: {split}; change the fraction, or name an evaluation set in data.eval")
+        problem = f"{fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held_out)}"
+        raise UserError(f"data.eval_fraction: {problem}; change the fraction, or name an evaluation set in data.eval")
     mask = np.zeros(len(store), bool)
     mask[held_out] = True
     return np.flatnonzero(~mask), np.flatnonzero(mask)

@@ -68,8 +68,8 @@ def _require_template(chat_template: str | dict[str, str] | None, example: Examp
     if chat_template is None:
         problem = f"row {example.row}: the row holds messages, but the tokenizer has no chat template"
         raise UserError(f"{problem}; give a file with one as data.chat_template")
-    with_tools = example.tools is not None and isinstance(chat_template, dict) and "tool_use" in chat_template
-    if isinstance(chat_template, dict) and "default" not in chat_template and not with_tools:
+    has_tool_template = example.tools is not None and isinstance(chat_template, dict) and "tool_use" in chat_template
+    if isinstance(chat_template, dict) and "default" not in chat_template and not has_tool_template:
         problem = f"the tokenizer has several chat templates and no default: {', '.join(sorted(chat_template))}"
         raise UserError(f"row {example.row}: {problem}; name one of them as data.chat_template")
 

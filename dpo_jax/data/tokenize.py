@@ -37,7 +37,7 @@ class TokenizedExample:
     targets: list[bool] | None
     weight: float
     notes: tuple[Problem, ...] = ()
-    rendered: bool = False  # whether a chat template rendered it
+    is_conversation: bool = False  # whether a chat template rendered it
 
 
 Tokenize = Callable[[Example], TokenizedExample | Problem]
@@ -121,9 +121,9 @@ def _tokenize(encoder: _Encoder, num_answers: int, example: Example) -> Tokenize
         notes += (problem,)
     target_mask = pieces.target_mask[len(pieces.prompt) :]
     targets = None if all(target_mask) else target_mask
-    rendered = not isinstance(example.answers[0], str)
+    is_conversation = not isinstance(example.answers[0], str)
     answers = tuple(pieces.answers)
-    return TokenizedExample(example.row, pieces.prompt, answers, targets, example.weight, notes, rendered)
+    return TokenizedExample(example.row, pieces.prompt, answers, targets, example.weight, notes, is_conversation)
 
 
 def _tokenize_prompted(encoder: _Encoder, example: Example) -> _Pieces | Problem:
@@ -177,9 +177,9 @@ def _tokenize_whole(encoder: _Encoder, example: Example) -> _Pieces | Problem:
     spans, notes = turns
     if notes and encoder.data.invalid_rows.template_not_prefix != "repair":
         return notes[0]
-    starts = [text[:position] for span in spans for position in span]
-    ids, *heads = _encode(encoder, example.row, [text, *starts], special=False)
-    bounds = [common_prefix(head, ids) for head in heads]
+    prefixes = [text[:position] for span in spans for position in span]
+    ids, *prefix_ids = _encode(encoder, example.row, [text, *prefixes], special=False)
+    bounds = [common_prefix(head, ids) for head in prefix_ids]
     target_mask = [False] * len(ids)
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
         target_mask[start:end] = [True] * (end - start)
@@ -194,10 +194,10 @@ def _split_ids(ids: list[int], target_mask: list[bool]) -> _Pieces | None:
 
     The first token is never a target, because no token precedes it.
     """
-    positions = [position for position, flag in enumerate(target_mask) if flag and position > 0]
-    if not positions:
+    target_positions = [position for position, flag in enumerate(target_mask) if flag and position > 0]
+    if not target_positions:
         return None
-    first, end = positions[0], positions[-1] + 1
+    first, end = target_positions[0], target_positions[-1] + 1
     return _Pieces(ids[:first], [ids[first:end]], [False] * first + target_mask[first:end])
 
 
@@ -269,6 +269,6 @@ def _cut(pieces: _Pieces, limit: int, bos: int | None, keep_end: bool) -> _Piece
 
 
 def _tail(items: list, ids: list[int], size: int, bos: int | None) -> list:
-    """Return `size` items: the one of a leading BOS, if any, and the last ones."""
+    """Return `size` items: that of the leading BOS, if there is one, and the last of the others."""
     num_bos = 1 if ids[0] == bos else 0
     return items[:num_bos] + items[len(items) - (size - num_bos) :]

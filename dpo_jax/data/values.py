@@ -19,7 +19,7 @@ _WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")  # keys of a messa
 
 
 class BadRow(Exception):
-    """An invalid row; the arguments are (cause, detail)."""
+    """Raised for an invalid row, with the arguments (cause, detail)."""
 
 
 def read_json(text: str | bytes) -> Any:
@@ -28,11 +28,11 @@ def read_json(text: str | bytes) -> Any:
     Raises:
         ValueError: the text is not JSON, has a number too long to parse, or is nested deeper than MAX_NESTING.
     """
-    too_deep = f"lists and objects are nested more than {MAX_NESTING} deep"
+    problem = f"lists and objects are nested more than {MAX_NESTING} deep"
     try:
         value = json.loads(text)
     except RecursionError:
-        raise ValueError(too_deep) from None
+        raise ValueError(problem) from None
     level = [value]
     for _ in range(MAX_NESTING):
         nested = [item for item in level if isinstance(item, dict | list)]
@@ -40,7 +40,7 @@ def read_json(text: str | bytes) -> Any:
         if not level:
             return value
     if any(isinstance(item, dict | list) for item in level):
-        raise ValueError(too_deep)
+        raise ValueError(problem)
     return value
 
 
@@ -158,7 +158,7 @@ def _calls(name: str, value: object) -> list[dict]:
 
 
 def _is_trained_on(name: str, message: dict) -> bool:
-    """Return whether to train on an assistant message, and remove the keys that say so."""
+    """Return whether to train on an assistant message, and remove the keys that state it."""
     flags = {key: message.pop(key) for key in _WEIGHT_KEYS if key in message}
     for key, value in flags.items():
         if number(value) not in (0, 1) and not isinstance(value, bool):
