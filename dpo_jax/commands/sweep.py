@@ -29,7 +29,7 @@ def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
         UserError: the config has no reference, so there is no KL to compare.
     """
     if config.reference_mode == "none":
-        raise UserError("reference.mode: none leaves no KL to compare; use live or cached")
+        raise UserError("reference.mode: with none there is no KL to the reference; use live or cached")
     if len(set(betas)) < len(betas):
         raise UserError(f"--betas: {list(betas)} has duplicates; give each beta once")
     rows = []

@@ -10,7 +10,7 @@ from dpo_jax.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section, name="model"):
-    """The policy: where its weights come from and how it computes."""
+    """The policy: where its weights come from and how it is computed."""
 
     path: str
     """Hugging Face directory or hub name, run directory of this program, or builtin:tiny."""
@@ -59,10 +59,10 @@ class LoraConfig(Section, name="lora"):
 
     def __post_init__(self):
         super().__post_init__()
-        choices = ", ".join(LORA_TARGETS)
-        self.refuse("targets", not self.targets, f"choose from {choices}")
+        choices_text = ", ".join(LORA_TARGETS)
+        self.refuse("targets", not self.targets, f"choose from {choices_text}")
         for pattern in self.targets:
-            remedy = f"it matches none of {choices}; * matches all, and several are a list, [q_proj, v_proj]"
+            remedy = f"it matches none of {choices_text}; * matches all, and several are a list, [q_proj, v_proj]"
             require(any(fnmatchcase(name, pattern) for name in LORA_TARGETS), "lora.targets", pattern, remedy)
         for option in ("alpha", "targets", "rslora", "init", "path"):
             self.refuse_idle(option, self.rank == 0, "lora.rank is 0, so there are no adapters")

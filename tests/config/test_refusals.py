@@ -488,14 +488,14 @@ BAD_RUNS = [
         other_format,
         "train c.yaml --run.dir run",
         2,
-        "has format 0, this version reads 3: use the version that wrote it",
+        "has format 0, but this version reads 3: use the version that wrote it",
     ),
     (
         "export of no run",
         nothing,
         "export model out",
         2,
-        "run directory model: has no events.jsonl, so it is not a run of this program: check the path",
+        "run directory model has no events.jsonl, so it is not a run of this program: check the path",
     ),
     (
         "export onto something",
@@ -558,7 +558,7 @@ BAD_RUNS = [
         nothing,
         "eval c.yaml --run.dir run --output o.jsonl",
         2,
-        "data.eval:  ... names no evaluation set",
+        "data.eval: there is no evaluation set; add one or set data.eval_fraction",
     ),
     (
         "evaluated against another reference",
