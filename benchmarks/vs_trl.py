@@ -78,7 +78,7 @@ def main() -> None:
             "pairs_file": str(write_pairs(work / "pairs.jsonl", pairs)),
         }
         runs = run_all(options, work, job)
-        programs = summarise(runs, options.batch)
+        programs = summarize(runs, options.batch)
         if options.matrix:
             add_rates(programs, common_steps(runs), num_tokens(pairs, model), options.batch, model, about["matrix"])
         lengths = mean_lengths(pairs, model)
@@ -243,7 +243,7 @@ def common_steps(runs: list[dict[str, Any]]) -> list[int]:
     return common
 
 
-def summarise(runs: list[dict[str, Any]], batch: int) -> dict[str, dict[str, float]]:
+def summarize(runs: list[dict[str, Any]], batch: int) -> dict[str, dict[str, float]]:
     """Medians over each program's runs, in the steps that every run timed."""
     common = common_steps(runs)
     for run in runs:

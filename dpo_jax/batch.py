@@ -53,11 +53,11 @@ class PreferenceBatch:
     longest: int = struct.field(pytree_node=False)  # upper bound on tokens of a prompt plus one of its answers
     branch_length: int = struct.field(pytree_node=False)  # upper bound on a row's prompt tokens plus one branch's
 
-    def place(self, rows: Any, pairs: Any) -> "PreferenceBatch":
+    def per_array(self, rows: Any, pairs: Any) -> "PreferenceBatch":
         """Return a copy with each array that has a dim R replaced by ``rows``, and every other array by ``pairs``."""
-        per_pair = {"answer_slots", "weight", "margin", "valid"}
+        pair_fields = {"answer_slots", "weight", "margin", "valid"}
         arrays = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
-        return replace(self, **{name: pairs if name in per_pair else rows for name in arrays})
+        return replace(self, **{name: pairs if name in pair_fields else rows for name in arrays})
 
     def gather_pairs(self, values: Float[AnyArray, "R A"]) -> Float[jax.Array, "B K"]:
         """Gather one value per answer slot from the rows into pairs; 0 in empty slots."""

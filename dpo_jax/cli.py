@@ -32,7 +32,7 @@ from dpo_jax.errors import Preempted, UserError, reason, require, suggestion
 CONFIG_OF = {command: config for config, command in COMMAND_OF.items() if issubclass(config, TrainConfig)}
 INTERRUPTED = 130  # the shell's code for control-C
 
-Which = Literal["newest", "best"]
+CheckpointChoice = Literal["newest", "best"]
 
 
 def _train(config: AnyConfig) -> None:
@@ -41,7 +41,7 @@ def _train(config: AnyConfig) -> None:
     train(config)
 
 
-def _eval(config: PairConfig, output: str, which: Which, per_token: bool) -> None:
+def _eval(config: PairConfig, output: str, which: CheckpointChoice, per_token: bool) -> None:
     from dpo_jax.commands.evaluate import evaluate
     from dpo_jax.parallel.hosts import is_writer
 
@@ -57,7 +57,7 @@ def _generate(config: GenerateConfig, output: str) -> None:
     generate_answers(config, output)
 
 
-def _export(run_dir: str, out_dir: str, which: Which, adapters: bool) -> None:
+def _export(run_dir: str, out_dir: str, which: CheckpointChoice, adapters: bool) -> None:
     from dpo_jax.commands.export import export
 
     export(Path(run_dir), Path(out_dir), which, adapters)
@@ -87,11 +87,11 @@ def _plan(config: PairConfig, topology: str, search: bool, output: str | None, *
             raise UserError("--lengths", lengths, remedy)
         load["lengths"] = tuple(map(float, match.groups()))
     from dpo_jax.commands.evaluate import write_output
-    from dpo_jax.plan.plan import Known, plan_slices
+    from dpo_jax.plan.plan import Inputs, plan_slices
     from dpo_jax.plan.text import render, table
 
     plans = []
-    for plan in plan_slices(config, topology.split(","), Known(**load), search):
+    for plan in plan_slices(config, topology.split(","), Inputs(**load), search):
         plans.append(plan)
         print(render(plan), end="\n\n", flush=True)
         if output is not None:
@@ -128,7 +128,7 @@ def _compare(dir: str) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the program."""
+    """A subcommand: its function, summary, config class and arguments."""
 
     run: Callable[..., None]
     summary: str
@@ -239,9 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _outcome(list(sys.argv[1:] if argv is None else argv))
             out.flush()
             if code == 0 and out.first_error is not None and not isinstance(out.first_error, BrokenPipeError):
-                print(
-                    f"dpo-jax: error: stdout: {reason(out.first_error)}: the command's output is lost", file=sys.stderr
-                )
+                print(f"dpo-jax: error: stdout: {reason(out.first_error)}: the output is lost", file=sys.stderr)
                 return 1
             return code
         finally:
@@ -253,8 +251,8 @@ def _outcome(argv: list[str]) -> int:
     try:
         _run(argv)
     except UserError as error:
-        label = "" if isinstance(error, Preempted) else "error: "
-        print(f"dpo-jax: {label}{' '.join(str(error).split())}", file=sys.stderr)
+        prefix = "" if isinstance(error, Preempted) else "error: "
+        print(f"dpo-jax: {prefix}{' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("dpo-jax: interrupted", file=sys.stderr)
@@ -285,13 +283,13 @@ def split_overrides(args: list[str], own_options: Collection[str]) -> tuple[list
     """Split off the config overrides, ``--section.key value`` or ``--section.key=value``; the last of a key wins."""
     remaining: list[str] = []
     overrides: dict[str, CommandLineText] = {}
-    tokens = iter(args)
-    for token in tokens:
-        option, equals, value = token.partition("=")
-        if not token.startswith("--") or option in own_options:
-            remaining.append(token)
+    arguments = iter(args)
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if not argument.startswith("--") or option in own_options:
+            remaining.append(argument)
             continue
-        value = value if equals else next(tokens, "--")
+        value = value if equals else next(arguments, "--")
         if value.startswith("--") and not equals:
             raise UserError(f"{option}: the value is missing: write {option} VALUE")
         overrides.pop(option[2:], None)
@@ -306,10 +304,10 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # jsonargparse prefixes arguments with the command's name and drops the dashes of missing ones
-        summary, separator, names = message.replace(f" {self.command_name}.", " ").partition("required: ")
-        flags = COMMANDS[self.command_name].names if self.command_name in COMMANDS else {}
-        usage = summary + separator + ", ".join(flags.get(name, name) for name in names.split(", "))
-        raise UserError(f"{usage}: see {f'dpo-jax {self.command_name}'.rstrip()} --help") from ex
+        summary, separator, names_text = message.replace(f" {self.command_name}.", " ").partition("required: ")
+        flag_names = COMMANDS[self.command_name].names if self.command_name in COMMANDS else {}
+        problem = summary + separator + ", ".join(flag_names.get(name, name) for name in names_text.split(", "))
+        raise UserError(f"{problem}: see {f'dpo-jax {self.command_name}'.rstrip()} --help") from ex
 
 
 def _parser(command_name: str) -> jsonargparse.ArgumentParser:
@@ -330,8 +328,8 @@ def _parser(command_name: str) -> jsonargparse.ArgumentParser:
             for section in help_sections(command.config):  # only for the help: `split_overrides` takes overrides out
                 group = subparser.add_argument_group(f"{section.name or NO_SECTION}: {section.meaning.rstrip('.')}")
                 for entry in section.fields:
-                    default = "required" if entry.default is None else f"default: {entry.default}"
-                    text = f"{entry.meaning} ({entry.values}; {default})".replace("%", "%%")
+                    default_text = "required" if entry.default is None else f"default: {entry.default}"
+                    text = f"{entry.meaning} ({entry.values}; {default_text})".replace("%", "%%")
                     group.add_argument(f"--{entry.name}", metavar="VALUE", default=SUPPRESS, help=text)
         subcommands.add_subcommand(name, subparser, help=command.summary)
     return parser

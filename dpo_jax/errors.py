@@ -79,9 +79,6 @@ def from_outside(name: str, remedy: str) -> Iterator[None]:
 
     For single calls into libraries that parse untrusted files: tokenizers, templates, configs, archives. They may raise
     any type of exception. Never put code of this program inside: its own bugs must keep their tracebacks.
-
-    Raises:
-        UserError: the library raised an exception.
     """
     try:
         yield

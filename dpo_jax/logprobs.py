@@ -28,15 +28,15 @@ def logps_of_logits(
     logits = logits.astype(jnp.float32)
     label_logit = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], logits, 0.0).sum(-1)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
-    tokens = TokenLogps(label_logit - normalizer, normalizer)
+    token_logps = TokenLogps(label_logit - normalizer, normalizer)
     if squares:
-        tokens = tokens._replace(log_sum_sq=jax.nn.logsumexp(2 * logits, axis=-1) - 2 * normalizer)
+        token_logps = token_logps._replace(log_sum_sq=jax.nn.logsumexp(2 * logits, axis=-1) - 2 * normalizer)
     if stats:
-        detached, detached_normalizer = jax.lax.stop_gradient(logits), jax.lax.stop_gradient(normalizer)
-        expected_logit = (jnp.exp(detached - detached_normalizer[..., None]) * detached).sum(-1)
-        top1 = (jax.lax.stop_gradient(label_logit) >= detached.max(-1)).astype(jnp.float32)
-        tokens = tokens._replace(stats=TargetStats(detached_normalizer - expected_logit, detached.mean(-1), top1))
-    return tokens
+        logits, label_logit, normalizer = jax.lax.stop_gradient((logits, label_logit, normalizer))
+        expected_logit = (jnp.exp(logits - normalizer[..., None]) * logits).sum(-1)
+        top1 = (label_logit >= logits.max(-1)).astype(jnp.float32)
+        token_logps = token_logps._replace(stats=TargetStats(normalizer - expected_logit, logits.mean(-1), top1))
+    return token_logps
 
 
 def target_logps(
@@ -60,7 +60,7 @@ def target_logps(
     return score_targets(states, unembedding, batch.target_tokens, batch.target_mask, options)
 
 
-def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False) -> PairLogps:
+def pair_logps(token_logps: TokenLogps, batch: PreferenceBatch, *, tail: bool = False) -> PairLogps:
     """Sum the log-probs of each answer's targets and return the sums by pair and answer, [B, K]; empty slots are 0."""
     mask = batch.target_mask
     num_rows = mask.shape[0]
@@ -75,22 +75,22 @@ def pair_logps(tokens: TokenLogps, batch: PreferenceBatch, *, tail: bool = False
         sums = jnp.einsum("rjm,rjma->rja", values, is_member, precision=jax.lax.Precision.HIGHEST).sum(1)
         return batch.gather_pairs(sums)
 
-    count = per_answer(jnp.ones_like(tokens.logp))
+    count = per_answer(jnp.ones_like(token_logps.logp))
     tail_sum = None
     if tail:
         slots = jnp.where(batch.valid[:, None], batch.answer_slots, num_slots)  # num_slots is out of range: dropped
         shorter_counts = jnp.broadcast_to(count.min(1, keepdims=True), slots.shape)
         shorter_counts = jnp.zeros(num_slots).at[slots].set(shorter_counts, mode="drop").reshape(mask.shape[0], -1)
         in_tail = batch.target_offsets >= jnp.take_along_axis(shorter_counts, batch.target_answers, axis=1)
-        tail_sum = per_answer(jnp.where(in_tail, tokens.logp, 0.0))
+        tail_sum = per_answer(jnp.where(in_tail, token_logps.logp, 0.0))
     return PairLogps(
-        sum=per_answer(tokens.logp),
+        sum=per_answer(token_logps.logp),
         count=count,
         weight=batch.weight,
         valid=batch.valid,
         tail_sum=tail_sum,
-        log_sum_sq=None if tokens.log_sum_sq is None else per_answer(tokens.log_sum_sq),
-        stats=None if tokens.stats is None else TokenStats(*map(per_answer, tokens.stats)),
+        log_sum_sq=None if token_logps.log_sum_sq is None else per_answer(token_logps.log_sum_sq),
+        stats=None if token_logps.stats is None else TokenStats(*map(per_answer, token_logps.stats)),
     )
 
 
@@ -120,8 +120,8 @@ def make_logps_fn(
     options = {"chunk": chunk, "block": block, "stats": stats, "squares": squares, "precision": precision}
 
     def logps_fn(weights: Params, batch: PreferenceBatch) -> PairLogps:
-        tokens = target_logps(hidden_fn(weights, batch), unembedding_fn(weights), batch, **options)
-        return pair_logps(tokens, batch, tail=tail)
+        token_logps = target_logps(hidden_fn(weights, batch), unembedding_fn(weights), batch, **options)
+        return pair_logps(token_logps, batch, tail=tail)
 
     return logps_fn
 
@@ -166,18 +166,18 @@ def make_padded_logps_fn(
 
     def logps_fn(params: Params, batch: PaddedBatch) -> PairLogps:
         tokens = batch.tokens.reshape(-1, batch.tokens.shape[-1])
-        tokens = logps_of_logits(apply(params, tokens)[:, :-1], tokens[:, 1:], squares=squares)
+        token_logps = logps_of_logits(apply(params, tokens)[:, :-1], tokens[:, 1:], squares=squares)
         mask = batch.mask[:, :, 1:] & batch.valid[:, None, None]
         per_answer = lambda x, mask: jnp.where(mask, x.reshape(mask.shape), 0.0).sum(-1)  # noqa: E731
         count = mask.sum(-1)
         in_tail = mask & (mask.cumsum(-1) > count.min(1)[:, None, None])
         return PairLogps(
-            sum=per_answer(tokens.logp, mask),
+            sum=per_answer(token_logps.logp, mask),
             count=count.astype(jnp.float32),
             weight=batch.weight,
             valid=batch.valid,
-            tail_sum=per_answer(tokens.logp, in_tail) if tail else None,
-            log_sum_sq=None if tokens.log_sum_sq is None else per_answer(tokens.log_sum_sq, mask),
+            tail_sum=per_answer(token_logps.logp, in_tail) if tail else None,
+            log_sum_sq=None if token_logps.log_sum_sq is None else per_answer(token_logps.log_sum_sq, mask),
         )
 
     return logps_fn

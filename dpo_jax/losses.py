@@ -52,7 +52,7 @@ def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 
 
 def hinge(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """relu(1 - beta D); 1 at margin 0. SLiC-HF's calibration (Zhao et al. 2023, arXiv 2305.10425) of DPO's reward."""
+    """relu(1 - beta D); 1 at margin 0. SLiC-HF's loss (Zhao et al. 2023, arXiv 2305.10425) on DPO's reward."""
     return jax.nn.relu(1 - c.beta * r.margin)
 
 
@@ -72,8 +72,8 @@ def exo_pair(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     Reverse KL from the model's preference to the smoothed label: pairwise EXO, Ji et al. 2024, arXiv 2402.00856.
     """
     z = c.beta * r.margin
-    yes = logistic(z) * (log_sigmoid(z) - jnp.log1p(-c.label_smoothing))
-    return yes + logistic(-z) * (log_sigmoid(-z) - jnp.log(c.label_smoothing))
+    chosen_term = logistic(z) * (log_sigmoid(z) - jnp.log1p(-c.label_smoothing))
+    return chosen_term + logistic(-z) * (log_sigmoid(-z) - jnp.log(c.label_smoothing))
 
 
 def nca_pair(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
@@ -201,8 +201,8 @@ def cpo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     Contrastive preference optimization: Xu et al. 2024, arXiv 2401.08417, with the log-likelihood per token, as in
     the authors' code; w is ``cpo_weight``.
     """
-    likelihood = r.chosen_logps / r.chosen_count
-    return -log_sigmoid(c.beta * (r.chosen_logps - r.rejected_logps)) - c.cpo_weight * likelihood
+    mean_logp = r.chosen_logps / r.chosen_count
+    return -log_sigmoid(c.beta * (r.chosen_logps - r.rejected_logps)) - c.cpo_weight * mean_logp
 
 
 def sft(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
@@ -321,15 +321,15 @@ class AtMarginZero(NamedTuple):
 
 def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
     """Return the loss when policy and reference are identical (margin 0), or None if it depends on the policy."""
-    compared = loss.needs_reference and all(LOSS_TRAITS[name].reference for name, _ in loss.terms)
-    if not compared or loss.weighting == "wpo":
+    uses_only_ratios = loss.needs_reference and all(LOSS_TRAITS[name].reference for name, _ in loss.terms)
+    if not uses_only_ratios or loss.weighting == "wpo":
         return None
-    pair = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
-    plain = replace(loss, ld_alpha=None)  # log-ratios of 0 have tails of 0
-    of = lambda sums: preference_loss(replace(pair, sum=sums), pair, plain)[0]  # noqa: E731
-    beside = 1e-4 * jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # losses may have a kink at 0
-    slopes = jnp.abs(jax.vmap(jax.grad(of))(beside)).sum((1, 2))
-    return AtMarginZero(float(of(pair.sum)), float(slopes.max()))
+    zero_logps = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
+    loss = replace(loss, ld_alpha=None)  # log-ratios of 0 have tails of 0
+    pair_loss = lambda sums: preference_loss(replace(zero_logps, sum=sums), zero_logps, loss)[0]  # noqa: E731
+    points = 1e-4 * jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # losses may have a kink at 0
+    slopes = jnp.abs(jax.vmap(jax.grad(pair_loss))(points)).sum((1, 2))
+    return AtMarginZero(float(pair_loss(zero_logps.sum)), float(slopes.max()))
 
 
 def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Array]:

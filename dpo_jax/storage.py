@@ -21,7 +21,7 @@ class InUse(Exception):
     """Raised if another process holds a lock; the text names that process."""
 
 
-def write_whole(path: Path, content: str | bytes | memoryview, *, durable: bool = False) -> None:
+def write_atomically(path: Path, content: str | bytes | memoryview, *, durable: bool = False) -> None:
     """Write a file atomically: readers see its complete old or new content, also after a crash if ``durable``.
 
     Several processes may write the same path: the last write wins.
@@ -58,10 +58,10 @@ def read_lines(path: Path) -> list[str]:
 def drop_torn_line(path: Path) -> None:
     """Remove an unterminated last line, so that the next append starts on a new line."""
     if not ends_line(path, file_size(path)):
-        cut(path, path.read_bytes().rfind(b"\n") + 1)
+        truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
-def cut(path: Path, size: int) -> None:
+def truncate(path: Path, size: int) -> None:
     """Truncate a file to its first ``size`` bytes."""
     os.truncate(path, size)
 

@@ -29,7 +29,7 @@ def run_of(program, seconds, compiled=(), reference=0.0, peak=1.0):
 def test_rates_are_of_the_steps_that_every_run_timed(vs_trl):
     theirs = [run_of("trl", [99, 99, 8.0, 50.0, 8.0], peak=peak) for peak in (6.0, 8.0, 9.0)]
     ours = run_of("dpo_jax-cached", [99, 99, 1.0, 40.0, 1.0, 77.0], compiled=[3], reference=0.125, peak=2.0)
-    found = vs_trl.summarise([*theirs, ours], batch=8)
+    found = vs_trl.summarize([*theirs, ours], batch=8)
     assert found["trl"]["step_seconds"] == 8.0
     assert found["trl"]["pairs_per_second"] == 1.0
     assert found["dpo_jax-cached"]["pairs_per_second"] == 4.0  # 1/8 s of training and 1/8 s of reference a pair
@@ -38,7 +38,7 @@ def test_rates_are_of_the_steps_that_every_run_timed(vs_trl):
 
 def test_runs_without_a_step_in_common_are_refused(vs_trl):
     with pytest.raises(SystemExit, match="--trl-steps"):
-        vs_trl.summarise([run_of("trl", [9, 9, 1]), run_of("dpo_jax-live", [9, 9, 1], compiled=[2])], batch=8)
+        vs_trl.summarize([run_of("trl", [9, 9, 1]), run_of("dpo_jax-live", [9, 9, 1], compiled=[2])], batch=8)
 
 
 def test_losses_are_compared_step_by_step(vs_trl):

@@ -44,7 +44,7 @@ def oracle(hidden, unembedding):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("chunk", [7, 10_000])
 def test_targets_have_their_log_softmax_in_float32(dtype, chunk):
-    """Of bfloat16 states too: the products are summed and normalised in float32."""
+    """Of bfloat16 states too: the products are summed and normalized in float32."""
     hidden, unembedding = random_model(dtype)
     found = jax.jit(lambda h, u: target_logps(h, u, BATCH, chunk=chunk, stats=True))(hidden, unembedding)
     logp, entropy, mean, top1 = oracle(hidden, unembedding)

@@ -17,21 +17,21 @@ from dpo_jax.storage import (
     lock,
     read_lines,
     sign,
-    write_whole,
+    write_atomically,
 )
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    write_whole(path, "old")
-    write_whole(path, b"new", durable=True)
+    write_atomically(path, "old")
+    write_atomically(path, b"new", durable=True)
 
     def full(source, target):
         raise OSError("no space")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space"):
-        write_whole(path, "newer")
+        write_atomically(path, "newer")
     assert path.read_bytes() == b"new"
     assert list_files(tmp_path, "*") == [path]
 

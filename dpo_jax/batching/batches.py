@@ -27,13 +27,13 @@ class StepData:
     ids: np.ndarray  # [B] example ids, -1 in empty slots
     batch: PreferenceBatch  # this process's rows; leading dim: microbatches, if the step is accumulated
     num_tokens: int  # counted as in TRL: each answer together with its prompt
-    used_slots: int  # real tokens in the rows of all processes
+    num_real_tokens: int  # real tokens in the rows of all processes
     slots: int  # token slots in these rows
 
     @property
     def fill(self) -> float:
         """Fraction of token slots that hold real tokens."""
-        return self.used_slots / self.slots
+        return self.num_real_tokens / self.slots
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Batches:
     store: Store
     order: Order
     packer: Packer
-    own_shares: Sequence[int] | None = None  # this process's row shares, of packer.multiple equal ones; None: all
+    local_row_shards: Sequence[int] | None = None  # those of this process, out of packer.multiple; None: all
 
     def __call__(self, step: int) -> StepData:
         """Pack the batch of step ``step``."""
@@ -72,22 +72,22 @@ class Batches:
             for array in (self.store.weights, self.store.margins)
         )
         num_answers = lengths.shape[1] - 1
-        rows_per_share = shape.rows // self.packer.multiple
-        shares = range(self.packer.multiple) if self.own_shares is None else self.own_shares
-        own_rows = [share * rows_per_share + row for share in shares for row in range(rows_per_share)]
+        rows_per_shard = shape.rows // self.packer.multiple
+        shards = range(self.packer.multiple) if self.local_row_shards is None else self.local_row_shards
+        local_rows = [shard * rows_per_shard + row for shard in shards for row in range(rows_per_shard)]
         packed = []
         splits = (np.split(array, len(microbatches)) for array in (weights, margins))
         for index, (rows, weight, margin) in enumerate(zip(microbatches, *splits, strict=True)):
-            pairs = {unit.pair for row in own_rows if row < len(rows) for unit in rows[row]}
+            pairs = {unit.pair for row in local_rows if row < len(rows) for unit in rows[row]}
             examples = {pair: example(index * len(weight) + pair) for pair in pairs}
-            packed.append(pack_rows(rows, shape, examples, weight, num_answers, own_rows, margin))
+            packed.append(pack_rows(rows, shape, examples, weight, num_answers, local_rows, margin))
         lengths = lengths[ids >= 0].astype(np.int64)
         return StepData(
             step=step,
             ids=ids,
             batch=packed[0] if len(packed) == 1 else jax.tree.map(lambda *arrays: np.stack(arrays), *packed),
             num_tokens=int(lengths[:, 1:].sum() + num_answers * lengths[:, 0].sum()),
-            used_slots=sum(unit.size for rows in microbatches for row in rows for unit in row),
+            num_real_tokens=sum(unit.size for rows in microbatches for row in rows for unit in row),
             slots=len(microbatches) * shape.rows * shape.length,
         )
 
@@ -119,22 +119,24 @@ def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_batches(
-    store: Store, order: Order, packer: Packer, max_shapes: int, own_shares: Sequence[int] | None = None
+    store: Store, order: Order, packer: Packer, max_shapes: int, local_row_shards: Sequence[int] | None = None
 ) -> Batches:
-    """Make batches with row shapes chosen to fit the steps of ``order``; ``own_shares`` as in ``Batches``."""
+    """Make batches with row shapes chosen to fit the steps of ``order``; ``local_row_shards`` as in ``Batches``."""
     steps = range(0, order.num_steps, max(1, order.num_steps // SAMPLED_STEPS))
     step_shapes = [step_shape(packer.rows(*_sizes(store, order.step_ids(step))), packer.row_length) for step in steps]
     shape_limit = min(max_shapes, 1 + order.num_steps // STEPS_PER_SHAPE)
-    return Batches(store, order, replace(packer, shapes=choose_shapes(step_shapes, shape_limit)), own_shares)
+    return Batches(store, order, replace(packer, shapes=choose_shapes(step_shapes, shape_limit)), local_row_shards)
 
 
-def train_batches(sets: DataSets, batch: AnyBatch, row_devices: int, shares: Sequence[int] | None = None) -> Batches:
+def train_batches(
+    sets: DataSets, batch: AnyBatch, row_devices: int, row_shards: Sequence[int] | None = None
+) -> Batches:
     """Make the training batches of a run, whose rows are sharded over ``row_devices`` devices.
 
-    ``shares``: indices of the row shares, one per device, that belong to this process; None: all.
+    ``row_shards``: indices of the row shards, one per device, that belong to this process; None: all.
     """
     packer = _packer(batch, row_devices, batch.accumulation)
-    return make_batches(sets.train, sets.order, packer, batch.max_shapes, shares)
+    return make_batches(sets.train, sets.order, packer, batch.max_shapes, row_shards)
 
 
 def set_batches(
@@ -142,11 +144,11 @@ def set_batches(
     ids: np.ndarray,
     batch: AnyBatch,
     row_devices: int,
-    shares: Sequence[int] | None = None,
+    row_shards: Sequence[int] | None = None,
 ) -> Batches:
-    """Make batches that hold each of ``ids`` once, in order; the last may be ragged. Args as in ``train_batches``."""
+    """Make batches of each of ``ids`` once, in order; the last may have empty slots. Args as in ``train_batches``."""
     order = make_order(groups=[ids], weights=None, seed=0, shuffle=False, batch=batch.size, steps=None, epochs=1)
-    return make_batches(store, order, _packer(batch, row_devices, 1), batch.max_shapes, shares)
+    return make_batches(store, order, _packer(batch, row_devices, 1), batch.max_shapes, row_shards)
 
 
 def _packer(batch: AnyBatch, row_devices: int, accumulation: int) -> Packer:

@@ -142,7 +142,7 @@ def make_order(
         shares = integer_shares(weights)
         for i, group in enumerate(groups):
             if len(group) == 0:
-                raise UserError(f"data.train[{i}]: weight {weights[i]}, but no training examples; remove the data set")
+                raise UserError(f"data.train.{i}: weight {weights[i]}, but no training examples; remove the data set")
     draws_in_epochs = math.floor(Fraction(str(epochs or 1)) * size + Fraction(1, 2))  # rounded half up
     num_draws = steps * batch if steps is not None else max(1, draws_in_epochs)
     sources = chairman_assignment(shares, min(sum(shares), num_draws))

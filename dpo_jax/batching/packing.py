@@ -92,25 +92,25 @@ def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_len
             rows[row].append(unit)
             heapq.heappush(loads, (load + unit.size, row))
     else:
-        rows, room = [], []
+        rows, free_tokens = [], []
         for unit in longest_first:
-            fitting = [row for row, free in enumerate(room) if free >= unit.size]
+            fitting = [row for row, free in enumerate(free_tokens) if free >= unit.size]
             if not fitting:
                 if unit.size > row_length:
                     reason = f"{row_length} is shorter than a pair of {unit.size} tokens"
                     raise UserError(f"batch.row_length: {reason}; raise it, or lower data.max_length")
                 rows.append([])
-                room.append(row_length)
+                free_tokens.append(row_length)
                 fitting = [len(rows) - 1]
-            row = min(fitting, key=room.__getitem__)
+            row = min(fitting, key=free_tokens.__getitem__)
             rows[row].append(unit)
-            room[row] -= unit.size
+            free_tokens[row] -= unit.size
     rows += [[] for _ in range(round_up(len(rows), multiple) - len(rows))]
     return [sorted(row) for row in rows]
 
 
-def seen_blocks(row: Sequence[Unit]) -> np.ndarray:
-    """Return the sorted (query block, key block) pairs, [J, 2], in which any query sees any key."""
+def visible_blocks(row: Sequence[Unit]) -> np.ndarray:
+    """Return the sorted (query block, key block) pairs, [J, 2], in which some query attends to some key."""
     num_blocks = round_up(sum(unit.size for unit in row), BLOCK) // BLOCK
     visible = np.zeros((num_blocks, num_blocks), bool)
     start = 0
@@ -134,23 +134,23 @@ def branch_tokens(row: Sequence[Unit]) -> int:
     return sum(unit.prompt for unit in row) + max(answers.values(), default=0)
 
 
-def shape_needed(rows: Sequence[Sequence[Unit]]) -> BatchShape:
+def required_shape(rows: Sequence[Sequence[Unit]]) -> BatchShape:
     """Return the smallest shape that holds these rows, with sizes rounded up to whole blocks."""
-    largest = lambda measure: max((measure(row) for row in rows), default=0)  # noqa: E731
+    row_max = lambda measure: max((measure(row) for row in rows), default=0)  # noqa: E731
     return BatchShape(
         rows=len(rows),
-        length=round_up(largest(lambda row: sum(unit.size for unit in row)), BLOCK),
-        targets=round_up(largest(lambda row: sum(unit.targets for unit in row)), BLOCK),
-        answers=max(1, largest(lambda row: sum(len(unit.answers) for unit in row))),
-        blocks=round_up(largest(lambda row: len(seen_blocks(row))), 16),
-        longest=round_up(largest(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
-        branch_length=round_up(largest(branch_tokens), BLOCK),
+        length=round_up(row_max(lambda row: sum(unit.size for unit in row)), BLOCK),
+        targets=round_up(row_max(lambda row: sum(unit.targets for unit in row)), BLOCK),
+        answers=max(1, row_max(lambda row: sum(len(unit.answers) for unit in row))),
+        blocks=round_up(row_max(lambda row: len(visible_blocks(row))), 16),
+        longest=round_up(row_max(lambda row: max((unit.prompt + max(unit.answers) for unit in row), default=0)), BLOCK),
+        branch_length=round_up(row_max(branch_tokens), BLOCK),
     )
 
 
 def step_shape(microbatches: Sequence[Sequence[Sequence[Unit]]], row_length: int | None) -> BatchShape:
     """Return the smallest shape that holds every microbatch of a step, with rows of ``row_length`` tokens if given."""
-    shape = reduce(BatchShape.union, map(shape_needed, microbatches))
+    shape = reduce(BatchShape.union, map(required_shape, microbatches))
     return shape if row_length is None else replace(shape, length=row_length)
 
 
@@ -159,24 +159,24 @@ def choose_shapes(needed: Sequence[BatchShape], max_shapes: int, min_saving: flo
 
     Each shape costs a compilation, so one is added only if it saves at least the fraction ``min_saving`` of the slots.
     """
-    slots = lambda shape: shape.rows * shape.length  # noqa: E731
-    sizes = sorted({slots(shape) for shape in needed})
+    num_slots = lambda shape: shape.rows * shape.length  # noqa: E731
+    sizes = sorted({num_slots(shape) for shape in needed})
     if len(sizes) > 24:  # limits the number of combinations to try
         sizes = sorted({sizes[round(i * (len(sizes) - 1) / 23)] for i in range(24)})
-    count = np.array([sum(low < slots(s) <= high for s in needed) for low, high in pairwise([0, *sizes])])
-    best, best_cost = (sizes[-1],), int(count.sum() * sizes[-1])
+    step_counts = np.array([sum(low < num_slots(s) <= high for s in needed) for low, high in pairwise([0, *sizes])])
+    best, best_cost = (sizes[-1],), int(step_counts.sum() * sizes[-1])
     for number in range(2, min(max_shapes, len(sizes)) + 1):
         costs = {}
         for chosen in combinations(sizes[:-1], number - 1):
             bounds = (*chosen, sizes[-1])
-            costs[bounds] = int(count @ np.array(bounds)[np.searchsorted(bounds, sizes)])
+            costs[bounds] = int(step_counts @ np.array(bounds)[np.searchsorted(bounds, sizes)])
         bounds, cost = min(costs.items(), key=lambda item: item[1])
         if cost > best_cost * (1 - min_saving):
             break
         best, best_cost = bounds, cost
     shapes: list[BatchShape] = []
     for low, high in pairwise((0, *best)):
-        shape = reduce(BatchShape.union, (shape for shape in needed if low < slots(shape) <= high))
+        shape = reduce(BatchShape.union, (shape for shape in needed if low < num_slots(shape) <= high))
         shapes.append(shape.union(shapes[-1]) if shapes else shape)
     return tuple(shapes)
 
@@ -233,17 +233,17 @@ def empty_batch(
 
     ``zeros``: (shape, dtype) -> array or stand-in: numpy's or JAX's ``zeros``, or ``jax.ShapeDtypeStruct``.
     """
-    rows, pairs = (*leading, shape.rows), (*leading, num_pairs)
-    per_token, per_target = (*rows, shape.length), (*rows, shape.targets)
+    row_shape, pair_shape = (*leading, shape.rows), (*leading, num_pairs)
+    token_shape, target_shape = (*row_shape, shape.length), (*row_shape, shape.targets)
     return PreferenceBatch(
-        **{name: zeros(per_token, np.int32) for name in ("tokens", "positions", "segments", "branches")},
-        **{f"target_{name}": zeros(per_target, np.int32) for name in ("tokens", "sources", "answers", "offsets")},
-        target_mask=zeros(per_target, np.bool_),
-        answer_slots=zeros((*pairs, num_answers), np.int32),
-        weight=zeros(pairs, np.float32),
-        margin=zeros(pairs, np.float32),
-        valid=zeros(pairs, np.bool_),
-        blocks=zeros((*rows, shape.blocks, 2), np.int32),
+        **{name: zeros(token_shape, np.int32) for name in ("tokens", "positions", "segments", "branches")},
+        **{f"target_{name}": zeros(target_shape, np.int32) for name in ("tokens", "sources", "answers", "offsets")},
+        target_mask=zeros(target_shape, np.bool_),
+        answer_slots=zeros((*pair_shape, num_answers), np.int32),
+        weight=zeros(pair_shape, np.float32),
+        margin=zeros(pair_shape, np.float32),
+        valid=zeros(pair_shape, np.bool_),
+        blocks=zeros((*row_shape, shape.blocks, 2), np.int32),
         answers_per_row=shape.answers,
         longest=shape.longest,
         branch_length=shape.branch_length,
@@ -256,15 +256,15 @@ def pack_rows(
     examples: Examples,
     weight: np.ndarray,
     num_answers: int,
-    own_rows: Sequence[int] | None = None,
+    local_rows: Sequence[int] | None = None,
     margin: np.ndarray | float = 0.0,
 ) -> PreferenceBatch:
     """Write the tokens and targets of units into the rows of a batch of ``shape``.
 
-    ``examples`` are the pairs in the rows to write, ``weight`` and ``margin`` [B] are of all pairs. ``own_rows``:
+    ``examples`` are the pairs in the rows to write, ``weight`` and ``margin`` [B] are of all pairs. ``local_rows``:
     indices of the rows to write and return; None: all. Per-pair arrays always cover all rows.
     """
-    row_indices = range(shape.rows) if own_rows is None else own_rows
+    row_indices = range(shape.rows) if local_rows is None else local_rows
     batch = empty_batch(replace(shape, rows=len(row_indices)), len(weight), num_answers)
     batch.weight[:], batch.margin[:] = weight, margin
     for row, units in enumerate(rows):
@@ -278,7 +278,7 @@ def pack_rows(
 
 def _write_row(batch: PreferenceBatch, row: int, units: Sequence[Unit], examples: Examples) -> None:
     """Write the tokens, targets and blocks of one row."""
-    blocks = seen_blocks(units)
+    blocks = visible_blocks(units)
     batch.blocks[row, : len(blocks)], batch.blocks[row, len(blocks) :] = blocks, -1
 
     def write(start, tokens, position, segment, branch):
@@ -290,18 +290,18 @@ def _write_row(batch: PreferenceBatch, row: int, units: Sequence[Unit], examples
     for segment, unit in enumerate(units, start=1):
         example = examples[unit.pair]
         assert example is not None, "an empty slot has no unit"
-        prompt, answers, learned = example
+        prompt, answers, target_mask = example
         write(start, prompt, 0, segment, 0)
-        answer = start + len(prompt)
+        answer_start = start + len(prompt)
         for branch in unit.branches:
             tokens = answers[branch]
-            write(answer, tokens, len(prompt), segment, branch + 1)
-            sources = np.arange(answer - 1, answer + len(tokens) - 1)
+            write(answer_start, tokens, len(prompt), segment, branch + 1)
+            sources = np.arange(answer_start - 1, answer_start + len(tokens) - 1)
             sources[0] = start + len(prompt) - 1  # the last prompt token predicts the first token of each answer
-            offsets = np.arange(len(tokens)) if learned is None else np.flatnonzero(learned)
+            offsets = np.arange(len(tokens)) if target_mask is None else np.flatnonzero(target_mask)
             span = (row, slice(num_targets, num_targets + len(offsets)))
             batch.target_tokens[span], batch.target_sources[span] = tokens[offsets], sources[offsets]
             batch.target_answers[span], batch.target_offsets[span] = slot, offsets
             batch.target_mask[span] = True
-            num_targets, slot, answer = num_targets + len(offsets), slot + 1, answer + len(tokens)
-        start = answer
+            num_targets, slot, answer_start = num_targets + len(offsets), slot + 1, answer_start + len(tokens)
+        start = answer_start

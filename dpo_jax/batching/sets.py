@@ -86,15 +86,15 @@ def open_sets(
     folder = store_folder(data.store, run.dir)
     sources = data.train if train is None else (train,)
     store = build_or_open_store(folder, sources, data, tokenizer, stage, data.workers)
-    train_ids, held_out = split_held_out(store, data.eval_fraction)
+    train_ids, held_out_ids = split_held_out(store, data.eval_fraction)
     sets, sources_of = {}, dict[str, Sequence[AnySource]]({store.key: sources})
     for name, source in (data.eval if evals is None else evals).items():
         eval_store = build_or_open_store(folder, (source,), data, tokenizer, stage, data.workers)
         sources_of[eval_store.key] = (source,)
         sets[name] = EvalSet(store=eval_store, ids=np.arange(len(eval_store)))
     if data.eval_fraction:
-        sets[HELD_OUT] = EvalSet(store=store, ids=held_out)
+        sets[HELD_OUT] = EvalSet(store=store, ids=held_out_ids)
     weights = [source.weight for source in data.train if source.weight is not None] if train is None else []
-    groups, length = ids_by_source(store, train_ids), {"batch": size, "steps": run.steps, "epochs": run.epochs}
-    order = make_order(groups=groups, weights=weights or None, seed=run.seed, shuffle=data.shuffle, **length)
+    groups, sizes = ids_by_source(store, train_ids), {"batch": size, "steps": run.steps, "epochs": run.epochs}
+    order = make_order(groups=groups, weights=weights or None, seed=run.seed, shuffle=data.shuffle, **sizes)
     return DataSets(stage=stage, train=store, train_ids=train_ids, order=order, evals=sets, sources=sources_of)

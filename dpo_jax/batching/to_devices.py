@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.parallel.sharding import own_shares, replicated, row_devices, row_sharding
+from dpo_jax.parallel.sharding import local_row_shards, replicated, row_devices, row_sharding
 
 ToDevices = Callable[[PreferenceBatch], PreferenceBatch]  # this process's rows on the host -> global arrays
 
@@ -18,19 +18,19 @@ def make_to_devices(mesh: Mesh, leading: int = 0) -> ToDevices:
 
     ``leading``: number of dims before the rows, 1 if the step is accumulated.
     """
-    shares, rows, replicated_sharding = own_shares(mesh), row_sharding(mesh, leading), replicated(mesh)
+    shards, rows_sharding, replicated_sharding = local_row_shards(mesh), row_sharding(mesh, leading), replicated(mesh)
 
     def put_rows(array: np.ndarray) -> jax.Array:
-        size = array.shape[leading] // len(shares)  # rows per share
+        size = array.shape[leading] // len(shards)  # rows per shard
         shape = (*array.shape[:leading], size * row_devices(mesh), *array.shape[leading + 1 :])
 
         def device_rows(index: Any) -> np.ndarray:
-            start = shares.index((index[leading].start or 0) // size) * size
+            start = shards.index((index[leading].start or 0) // size) * size
             return array[(*index[:leading], slice(start, start + size))]
 
-        return jax.make_array_from_callback(shape, rows, device_rows)
+        return jax.make_array_from_callback(shape, rows_sharding, device_rows)
 
     def put_replicated(array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, replicated_sharding, lambda index: array[index])
 
-    return lambda batch: jax.tree.map(lambda put, array: put(array), batch.place(put_rows, put_replicated), batch)
+    return lambda batch: jax.tree.map(lambda put, array: put(array), batch.per_array(put_rows, put_replicated), batch)

@@ -21,7 +21,7 @@ from dpo_jax.console import say
 from dpo_jax.reports.charts import draw_frontier, figure
 from dpo_jax.reports.html import heading, page, paragraph, table
 from dpo_jax.runs.directory import writing
-from dpo_jax.storage import write_whole
+from dpo_jax.storage import write_atomically
 
 SEEDS = range(3)
 BETAS = np.geomspace(0.03, 30, 60)  # of the optimum's curve
@@ -150,8 +150,8 @@ def compare(directory: Path) -> None:
     best_of = {n: task.tree.best_of(task.reference, n) for n in BEST_OF}
     path = directory / "compare.html"
     with writing(path):
-        write_whole(directory / "compare.json", json.dumps([outcome.row for outcome in outcomes], indent=1) + "\n")
-        write_whole(path, page_of(task, outcomes, best_of))
+        write_atomically(directory / "compare.json", json.dumps([outcome.row for outcome in outcomes], indent=1) + "\n")
+        write_atomically(path, page_of(task, outcomes, best_of))
     say(True, f"page: {path}")
 
 

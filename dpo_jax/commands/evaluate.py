@@ -66,7 +66,7 @@ def evaluate(
     with jax.set_mesh(mesh):
         setup = assemble(config, mesh)
         if not setup.evals:
-            raise UserError("data.eval: {} names no evaluation set; add one or set data.eval_fraction")
+            raise UserError("data.eval: there is no evaluation set; add one or set data.eval_fraction")
         policy_name, weights, reference = load_policy_and_reference(setup, which)
         run_note = "" if is_run_dir(config.run.dir) else f" (no run in {config.run.dir})"
         say(config.run.progress, f"evaluating {policy_name}{run_note}")
@@ -131,20 +131,20 @@ def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) ->
     if config.reference.sync_every:
         shapes["reference"] = shapes["params"]
     saved_state, manifest = restore_part(find_run(config.run.dir).checkpoints, which, shapes)
-    refuse = partial(UserError, "run.dir", config.run.dir)
+    run_error = partial(UserError, "run.dir", config.run.dir)
     name = f"{config.run.dir} step {manifest['step']}"
     if scores and weights is not None and manifest["identity"]["weights"] != weights_id(weights):
-        raise refuse("its adapters were trained on other weights; use its config.yaml or another run.dir")
+        raise run_error("its adapters were trained on other weights; use its config.yaml or another run.dir")
     if not scores:
         if "reference" not in manifest["identity"]:
-            raise refuse("it is a fine-tuning run; give it as model.path and choose another run.dir")
+            raise run_error("it is a fine-tuning run; give it as model.path and choose another run.dir")
         was_synced = manifest["config"]["reference"].get("sync_every", 0) > 0
         if manifest["identity"]["reference"] != weights_id(weights) or was_synced != (config.reference.sync_every > 0):
-            raise refuse("it was trained against another reference; use its config.yaml or another run.dir")
+            raise run_error("it was trained against another reference; use its config.yaml or another run.dir")
     run_lora = make_lora(lora_of(manifest["config"]))
     if run_lora != setup.model.lora:
         difference = f"it was trained with other adapters ({run_lora}, now {setup.model.lora})"
-        raise refuse(f"{difference}; use its config.yaml or another run.dir")
+        raise run_error(f"{difference}; use its config.yaml or another run.dir")
     params = saved_state["params"]
     policy = params if setup.model.lora is None else Adapted(params, model_weights)
     reference = (

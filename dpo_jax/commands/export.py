@@ -26,7 +26,7 @@ def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"], adapt
     run = find_run(run_dir)
     target = export_target(out_dir)  # fails before the weights are loaded, which may take minutes
     if target.is_relative_to(run.root.resolve()) and target != run.export.resolve():
-        raise UserError(f"{out_dir}: it lies inside the run {run.root}; export to a directory outside it")
+        raise UserError(f"{out_dir}: it is inside the run {run.root}; export to a directory outside it")
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])  # one device is enough for weights of any size
     if adapters:
         step = export_run_adapters(run, out_dir, which, mesh)

@@ -36,7 +36,7 @@ from dpo_jax.runs.answer_file import AnswerFile, Row
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import writing
 from dpo_jax.runs.manifest import make_manifest
-from dpo_jax.storage import write_whole
+from dpo_jax.storage import write_atomically
 from dpo_jax.weights.open import OpenModel, open_model
 from dpo_jax.weights.reward_model import open_reward_model, stop_tokens, with_tail
 
@@ -276,7 +276,7 @@ def finish(config: GenerateConfig, file: AnswerFile) -> None:
         return
     path, ranked = file.beside(f".{config.pairs}.jsonl"), rank(file.rows(), config.pairs)
     with writing(path):
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranked.rows))
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranked.rows))
     if ranked.num_cut:
         cut = f"{ranked.num_cut} of the best answers were cut at {limit} tokens; training would end them there"
         show(f"note: {cut}: raise sampling.max_tokens")

@@ -26,7 +26,7 @@ from dpo_jax.reports.charts import plots
 from dpo_jax.reports.html import cards, code, heading, page, paragraph, table
 from dpo_jax.reports.run import PLOTS
 from dpo_jax.runs.directory import RunDir, read_json
-from dpo_jax.storage import write_whole
+from dpo_jax.storage import write_atomically
 
 SEED = 0
 SHOWN_VISITS = (1, 26, 35, 60)  # held-out visits whose answers are printed: sea and land, by day and by night
@@ -118,8 +118,8 @@ def compare(directory: Path, held_out: Sequence[Visit], answers: dict[str, list[
     """Return table rows (name, before, after) of what was measured before and after DPO."""
     evaluations = [row for row in read_json(RunDir(directory / STAGES["after"]).metrics) if "eval_held_out_loss" in row]
     first, last = evaluations[0], evaluations[-1]
-    obeys = {stage: list(map(obeys_rule, held_out, texts)) for stage, texts in answers.items()}
-    obedience = {stage: sum(verdicts) / len(verdicts) for stage, verdicts in obeys.items()}
+    verdicts = {stage: list(map(obeys_rule, held_out, texts)) for stage, texts in answers.items()}
+    obedience = {stage: sum(obeyed) / len(obeyed) for stage, obeyed in verdicts.items()}
 
     def measured(key: str, form: str) -> tuple[str, str]:
         return format(first[f"eval_held_out_{key}"], form), format(last[f"eval_held_out_{key}"], form)
@@ -181,5 +181,5 @@ def write_page(
         heading("Next steps", code(next_steps(directory))),
     ]
     report = directory / "report.html"
-    write_whole(report, page("Quickstart", f"Supervised fine-tuning, then DPO · {directory}", sections))
+    write_atomically(report, page("Quickstart", f"Supervised fine-tuning, then DPO · {directory}", sections))
     return report

@@ -8,7 +8,7 @@ from pathlib import Path
 from dpo_jax.config import DPOConfig
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.hosts import is_writer
-from dpo_jax.storage import write_whole
+from dpo_jax.storage import write_atomically
 from dpo_jax.train import train
 
 COLUMNS = {  # heading: metric
@@ -29,7 +29,7 @@ def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
         UserError: the config has no reference, so there is no KL to compare.
     """
     if config.reference_mode == "none":
-        raise UserError("reference.mode: none leaves no KL to compare; use live or cached")
+        raise UserError("reference.mode: with none there is no KL to the reference; use live or cached")
     if len(set(betas)) < len(betas):
         raise UserError(f"--betas: {list(betas)} has duplicates; give each beta once")
     rows = []
@@ -38,7 +38,7 @@ def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
         metrics = train(replace(config, loss=replace(config.loss, beta=beta), run=run_config))
         rows += rows_of(beta, metrics)
     if is_writer():
-        write_whole(Path(config.run.dir) / "sweep.json", json.dumps(rows, indent=1) + "\n")
+        write_atomically(Path(config.run.dir) / "sweep.json", json.dumps(rows, indent=1) + "\n")
     return rows
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo_jax.storage import write_whole
+from dpo_jax.storage import write_atomically
 
 RULE = "people of the sea want the goods named first, people of the land want to be greeted first"
 
@@ -111,8 +111,8 @@ def write_task(directory: Path, seed: int) -> None:
 
 
 def _pair(visit: Visit, draws: Iterator[int]) -> dict[str, str]:
-    order, farewell = wants_goods_first(visit), _farewell(visit, draws)
-    chosen, rejected = (answer(visit, goods_first, farewell) for goods_first in (order, not order))
+    goods_first, farewell = wants_goods_first(visit), _farewell(visit, draws)
+    chosen, rejected = (answer(visit, order, farewell) for order in (goods_first, not goods_first))
     return {"prompt": prompt(visit), "chosen": chosen, "rejected": rejected}
 
 
@@ -133,7 +133,7 @@ def _integers(seed: int) -> Iterator[int]:
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def vocabulary() -> list[str]:
@@ -162,4 +162,4 @@ def _write_tokenizer(directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNKNOWN}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "clean_up_tokenization_spaces": False}
-    write_whole(directory / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    write_atomically(directory / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")

@@ -88,8 +88,8 @@ class TrainConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        seeded = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
-        self.refuse_idle("run.seed", not seeded, "nothing is random without data.shuffle or new adapters")
+        uses_seed = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
+        self.refuse_idle("run.seed", not uses_seed, "nothing is random without data.shuffle or new adapters")
         self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "all adapters are matrices")
 
 
@@ -106,21 +106,21 @@ class DPOConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         mode, loss = self.reference_mode, self.loss
-        names = ", ".join(name for name, _ in loss.terms)
-        remedy = f"loss {names} needs a reference; use live or cached, or set loss.reference_free"
+        names_text = ", ".join(name for name, _ in loss.terms)
+        remedy = f"loss {names_text} needs a reference; use live or cached, or set loss.reference_free"
         self.refuse("reference.mode", loss.needs_reference and mode == "none", remedy)
         is_unused = loss.reference_free and mode != "none"
-        self.refuse("reference.mode", is_unused, "loss.reference_free uses no reference; use none")
+        self.refuse("reference.mode", is_unused, "with loss.reference_free there is no reference; use none")
         for option in ("dtype", "sync_every"):
-            self.refuse_idle(f"reference.{option}", mode != "live", f"only mode live supports it, not {mode}")
+            self.refuse_idle(f"reference.{option}", mode != "live", f"only reference.mode live supports it, not {mode}")
         self.refuse_idle("reference.path", mode == "none", "reference.mode is none")
-        lora_reference = "with lora.rank the reference is the model without its adapters"
+        lora_reason = "with lora.rank the reference is the model without its adapters"
         has_adapters = self.lora.rank > 0
-        self.refuse_idle("reference.path", has_adapters, lora_reference)
-        self.refuse_idle("reference.dtype", has_adapters, f"{lora_reference}, in the same dtype")
-        self.refuse_idle("reference.sync_every", has_adapters, f"{lora_reference}, which is never updated")
+        self.refuse_idle("reference.path", has_adapters, lora_reason)
+        self.refuse_idle("reference.dtype", has_adapters, f"{lora_reason}, in the same dtype")
+        self.refuse_idle("reference.sync_every", has_adapters, f"{lora_reason}, which is never updated")
         is_unused = has_adapters and self.reference.mode == "live" and not loss.needs_reference
-        self.refuse("reference.mode", is_unused, f"{lora_reference}, and loss {names} uses no reference; use auto")
+        self.refuse("reference.mode", is_unused, f"{lora_reason}, and loss {names_text} uses no reference; use auto")
 
     @property
     def objective(self) -> LossConfig:
@@ -129,7 +129,7 @@ class DPOConfig(TrainConfig):
 
     @property
     def reference_mode(self) -> Literal["live", "cached", "none"]:
-        """How the reference log-probs are computed; ``auto`` is resolved."""
+        """How the reference log-probs are computed, with ``auto`` resolved."""
         if self.reference.mode != "auto":
             return self.reference.mode
         return "live" if self.loss.needs_reference else "none"
@@ -172,7 +172,7 @@ class RewardConfig(TrainConfig):
 
     @property
     def objective(self) -> LossConfig:
-        """Bradley-Terry: the sigmoid loss of the scores, without a reference."""
+        """The Bradley-Terry loss: sigmoid on the chosen score minus the rejected score, without a reference."""
         smoothing, center = self.loss.label_smoothing, self.loss.center
         return LossConfig(type="sigmoid", beta=1.0, reference_free=True, label_smoothing=smoothing, center=center)
 

@@ -19,9 +19,9 @@ class SourceConfig(Section):
     split: str = "train"
     """Split of a hub, disk or TFDS data set."""
     name: str | None = None
-    """Configuration name of a hub data set."""
+    """Configuration name of a hub dataset."""
     revision: str | None = None
-    """Branch, tag or commit of a hub data set."""
+    """Branch, tag or commit of a hub dataset."""
     data_dir: str | None = None
     """Directory of a prepared TFDS data set."""
     schema: Literal[
@@ -72,7 +72,7 @@ def is_date(text: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section, name="data"):
-    """The data to learn from."""
+    """The training and evaluation data."""
 
     train: tuple[SourceConfig, ...]
     """Data sets to train on."""
@@ -106,13 +106,13 @@ class DataConfig(Section, name="data"):
         weights = [source.weight for source in self.train]
         has_weight = [weight is not None for weight in weights]
         require(all(has_weight) or not any(has_weight), "data.train", weights, "give every data set a weight, or none")
-        only_source = "all pairs are drawn from the only data set; leave the weight out"
-        require(len(weights) > 1 or not any(has_weight), "data.train.0.weight", weights[0], only_source)
+        remedy = "all pairs are drawn from the only data set; leave the weight out"
+        require(len(weights) > 1 or not any(has_weight), "data.train.0.weight", weights[0], remedy)
         for name, source in self.eval.items():
             remedy = "each pair of an evaluation set counts once; leave the weight out"
             require(source.weight is None, f"data.eval.{name}.weight", source.weight, remedy)
         name_taken = "held_out" in self.eval and self.eval_fraction > 0
         require(not name_taken, "data.eval", "held_out", "eval_fraction holds out rows under this name; choose another")
         self.refuse("template_date", not is_date(self.template_date), "give a date as YYYY-MM-DD")
-        too_long = self.invalid_rows.too_long
-        self.refuse_idle("truncation", too_long != "truncate", f"data.invalid_rows.too_long {too_long} cuts nothing")
+        action = self.invalid_rows.too_long
+        self.refuse_idle("truncation", action != "truncate", f"data.invalid_rows.too_long is {action}")

@@ -160,7 +160,7 @@ def _read(kind: Any, value: Any, name: str, root: type) -> Any:
 def _read_list(kind: Any, value: Any, name: str, root: type) -> tuple[Any, ...]:
     entries = value.split(",") if isinstance(value, str) else []
     if len(entries) > 1 and all(_accepts(kind, entry.strip()) for entry in entries):
-        raise UserError(name, value, f"a list is written [{value}]")
+        raise UserError(name, value, f"write a list as [{value}]")
     if not isinstance(value, list | tuple):  # one entry may stand for a list of it
         return (_read(kind, value, name, root),)
     return tuple(_read(kind, entry, f"{name}.{index}", root) for index, entry in enumerate(value))
@@ -186,14 +186,14 @@ def _read_section(kind: type[Section], value: Any, name: str, root: type) -> Sec
     options = {}
     for field in dataclasses.fields(kind):
         option = prefix + field.name
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.name in value:
             options[field.name] = _read(types[field.name], value[field.name], option, root)
             if options[field.name] == "":
                 raise UserError(option, "", "the string is empty; give a value, or leave it out")
-        elif required and dataclasses.is_dataclass(types[field.name]):
+        elif is_required and dataclasses.is_dataclass(types[field.name]):
             options[field.name] = _read(types[field.name], {}, option, root)
-        elif required:
+        elif is_required:
             raise UserError(f"{option} is required: set it in the config or with --{option}")
     try:
         return kind(**options)
@@ -209,8 +209,8 @@ def _refuse_unknown(keys: Collection[Any], options: Collection[str], prefix: str
     key, names = str(unknown), list(field_names(root))
     for kind, command in COMMAND_OF.items():
         if kind is not root and prefix + key in field_names(kind):
-            fault = f"belongs to `dpo-jax {command}`, not to `dpo-jax {COMMAND_OF[root]}`"
-            raise UserError(f"{prefix}{key}: {fault}: remove it")
+            problem = f"belongs to `dpo-jax {command}`, not to `dpo-jax {COMMAND_OF[root]}`"
+            raise UserError(f"{prefix}{key}: {problem}: remove it")
     candidates = (
         [OPTION_ALIASES[key]] if any(f"{name}.".startswith(f"{OPTION_ALIASES.get(key)}.") for name in names) else []
     )
@@ -315,8 +315,8 @@ def _set_in_list(kind: Any, node: Any, path: tuple[str, ...], subpath: Sequence[
     entries = list(node) if isinstance(node, list | tuple) else single_entry
     if kind in SHORTHAND and not subpath[0].isdecimal():
         if len(entries) != 1:
-            choice = " to ".join(".".join((list_name, str(index), *subpath)) for index in (0, len(entries) - 1))
-            raise UserError(f"{name}: {list_name} has {len(entries)} data sets: choose one, {choice}")
+            range_text = " to ".join(".".join((list_name, str(index), *subpath)) for index in (0, len(entries) - 1))
+            raise UserError(f"{name}: {list_name} has {len(entries)} data sets: choose one, {range_text}")
         subpath = ["0", *subpath]
     if subpath[0] not in map(str, range(len(entries))):
         raise UserError(f"{name}: {list_name} has no entry {subpath[0]!r}: it has {len(entries)}, counted from 0")

@@ -70,7 +70,7 @@ class LossConfig(Section, name="loss"):
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
     """Divergence from the reference that the loss penalizes; reverse_kl is that of DPO."""
     f_alpha: float = 0.5
-    """Coefficient of f_divergence alpha; towards 1 it becomes reverse_kl."""
+    """Coefficient of f_divergence alpha; toward 1 it becomes reverse_kl."""
     ld_alpha: float | None = ranged(None, at_least=0, at_most=1)
     """LD-DPO: weight of the longer answer's tokens beyond the length of the shorter; null: 1, all count alike."""
     weighting: Literal["none", "wpo"] = "none"
@@ -99,25 +99,25 @@ class LossConfig(Section, name="loss"):
         count_differs = len(self.weights) not in (0, len(self.types))
         self.refuse("weights", count_differs, f"give one for each of loss.types ({len(self.types)})")
         traits = {name: LOSS_TRAITS[name] for name, _ in self.terms}
-        names = _joined(traits)
+        names_text = _joined(traits)
         for option in (option for row in LOSS_TRAITS.values() for option in row.options):
             has_option = any(option in row.options for row in traits.values())
-            self.refuse_idle(option, not has_option, f"{names} has no such option")
+            self.refuse_idle(option, not has_option, f"it is not an option of {names_text}")
         is_infinite = "exo_pair" in traits and self.label_smoothing == 0
         self.refuse("label_smoothing", is_infinite, "exo_pair is infinite at 0; try 0.001")
-        margin_losses = _joined(name for name, row in LOSS_TRAITS.items() if row.of_margin)
-        other_losses = _joined(name for name, row in traits.items() if not row.of_margin)
-        self.refuse_idle("f_divergence", other_losses, f"it is defined for {margin_losses}, not for {other_losses}")
+        margin_text = _joined(name for name, row in LOSS_TRAITS.items() if row.of_margin)
+        other_text = _joined(name for name, row in traits.items() if not row.of_margin)
+        self.refuse_idle("f_divergence", other_text, f"it is defined for {margin_text}, not for {other_text}")
         divergence = self.f_divergence
-        self.refuse_idle("f_alpha", divergence != "alpha", f"f_divergence {divergence} has no coefficient")
-        per_token_losses = _joined(n for n, row in traits.items() if row.per_token or (n == "ipo" and self.ipo_average))
-        self.refuse_idle("ld_alpha", per_token_losses, f"{per_token_losses} already divides by the lengths")
-        coupling = _joined(name for name, row in traits.items() if row.coupled)
-        self.refuse_idle("weighting", coupling, f"{coupling} couples the pairs of a step, so they cannot be weighted")
-        self.refuse_idle("wpo_gradient", self.weighting == "none", "weighting none has no weights")
+        self.refuse_idle("f_alpha", divergence != "alpha", f"loss.f_divergence {divergence} has no coefficient")
+        per_token_text = _joined(n for n, row in traits.items() if row.per_token or (n == "ipo" and self.ipo_average))
+        self.refuse_idle("ld_alpha", per_token_text, f"{per_token_text} already divides by the lengths")
+        coupled_text = _joined(name for name, row in traits.items() if row.coupled)
+        self.refuse_idle("weighting", coupled_text, f"{coupled_text} couples a step's pairs, so none can be weighted")
+        self.refuse_idle("wpo_gradient", self.weighting == "none", "loss.weighting is none, so there are no weights")
         needs_reference = any(row.reference for row in traits.values())
-        self.refuse_idle("reference_free", not needs_reference, f"{names} uses no reference")
-        self.refuse_idle("reference_free", "dpop" in traits, "dpop penalizes falling below the reference")
+        self.refuse_idle("reference_free", not needs_reference, f"{names_text} uses no reference")
+        self.refuse_idle("reference_free", "dpop" in traits, "dpop compares the chosen answer with the reference")
 
     @property
     def terms(self) -> tuple[tuple[LossType, float], ...]:
@@ -139,7 +139,7 @@ class LossConfig(Section, name="loss"):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardLossConfig(Section, name="loss"):
-    """The objective of a reward model: Bradley-Terry; see docs/objectives.md."""
+    """The Bradley-Terry objective of a reward model; see docs/objectives.md."""
 
     label_smoothing: float = ranged(0.0, at_least=0, below=0.5)
     """Probability that a label is wrong."""

@@ -10,7 +10,7 @@ from dpo_jax.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section, name="model"):
-    """The policy: where its weights come from and how it computes."""
+    """The policy: where its weights come from and how it is computed."""
 
     path: str
     """Hugging Face directory or hub name, run directory of this program, or builtin:tiny."""
@@ -59,10 +59,10 @@ class LoraConfig(Section, name="lora"):
 
     def __post_init__(self):
         super().__post_init__()
-        choices = ", ".join(LORA_TARGETS)
-        self.refuse("targets", not self.targets, f"choose from {choices}")
+        choices_text = ", ".join(LORA_TARGETS)
+        self.refuse("targets", not self.targets, f"choose from {choices_text}")
         for pattern in self.targets:
-            remedy = f"it matches none of {choices}; * matches all, and several are a list, [q_proj, v_proj]"
+            remedy = f"it matches none of {choices_text}; * matches all, and several are a list, [q_proj, v_proj]"
             require(any(fnmatchcase(name, pattern) for name in LORA_TARGETS), "lora.targets", pattern, remedy)
         for option in ("alpha", "targets", "rslora", "init", "path"):
             self.refuse_idle(option, self.rank == 0, "lora.rank is 0, so there are no adapters")
@@ -91,7 +91,7 @@ class ReferenceConfig(Section, name="reference"):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of a live reference; auto: that of the policy's weights."""
     sync_every: int = ranged(0, at_least=0)
-    """Steps between updates of a live reference towards the policy; 0: never."""
+    """Steps between updates of a live reference toward the policy; 0: never."""
     sync_mix: float = ranged(0.6, above=0, at_most=1)
     """Share of the policy in such an update; 1 copies the policy."""
 

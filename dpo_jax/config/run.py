@@ -47,7 +47,7 @@ class OptimizerConfig(Section, name="optimizer"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse_idle("decay_steps", self.schedule != "wsd", f"only schedule wsd supports it, not {self.schedule}")
+        self.refuse_idle("decay_steps", self.schedule != "wsd", "only optimizer.schedule wsd supports it")
         self.refuse_idle("final_fraction", self.schedule == "constant", "a constant schedule does not decay")
         for option in ("b1", "b2", "eps"):
             self.refuse_idle(option, option not in OPTIMIZER_DEFAULTS[self.name], f"{self.name} has no {option}")
@@ -93,7 +93,7 @@ class BatchConfig(RowsConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse_idle("row_length", self.layout == "padded", "layout padded takes the row length from the data")
+        self.refuse_idle("row_length", self.layout == "padded", "with batch.layout padded the data decides it")
 
 
 @dataclass(frozen=True, kw_only=True)

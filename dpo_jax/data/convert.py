@@ -61,7 +61,7 @@ def _chunk(results: Sequence[TokenizedExample | Problem], num_answers: int, with
         targets=np.array(targets, bool) if with_targets else None,
         dropped=[problem for problem in results if isinstance(problem, Problem)],
         notes=[note for example in examples for note in example.notes],
-        rendered=sum(example.rendered for example in examples),
+        rendered=sum(example.is_conversation for example in examples),
     )
 
 
@@ -140,26 +140,26 @@ def converted_chunks(sources: Sequence[Source], job: ConvertJob, workers: int | 
         UserError: a row is invalid and its handling is `error`, or a worker process ended early.
     """
     chunks = ((index, chunk) for index, source in enumerate(sources) for chunk in _row_chunks(source))
-    processes = num_processes(sum(len(source.rows) for source in sources), workers)
-    if processes == 1:
+    process_count = num_processes(sum(len(source.rows) for source in sources), workers)
+    if process_count == 1:
         convert_rows = make_convert_rows(job)
         for index, chunk in chunks:
             yield index, convert_rows(*chunk)
         return
     context = multiprocessing.get_context("spawn")
     pending: deque[tuple[int, Future[Chunk]]] = deque()
-    with ProcessPoolExecutor(processes, context, _start_worker, (job,)) as pool:
+    with ProcessPoolExecutor(process_count, context, _start_worker, (job,)) as pool:
         try:
             for index, chunk in chunks:
                 pending.append((index, pool.submit(_work, *chunk)))
-                if len(pending) == CHUNKS_AHEAD * processes:
+                if len(pending) == CHUNKS_AHEAD * process_count:
                     oldest_index, future = pending.popleft()
                     yield oldest_index, future.result()
             for index, future in pending:
                 yield index, future.result()
         except BrokenProcessPool as error:
             cause = 'out of memory, or the script lacks `if __name__ == "__main__":`'
-            text = f"data.workers: one of {processes} tokenizer processes ended early ({cause}); set data.workers to 1"
-            raise UserError(text) from error
+            problem = f"one of {process_count} tokenizer processes ended early ({cause})"
+            raise UserError(f"data.workers: {problem}; set data.workers to 1") from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -31,11 +31,7 @@ def file_suffix(path: str) -> str:
 
 
 def file_hash(path: str) -> str:
-    """Return the hexadecimal sha256 of a file's bytes.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Return the hexadecimal sha256 of a file's bytes."""
     with from_outside(path, "it must be a readable file"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -140,8 +136,8 @@ def load_csv(path: str) -> list[Mapping]:
         raise UserError(f"{path}: two columns have the same name: {names}; rename one")
     for number, cells in lines:
         if len(cells) != len(names):
-            fault = f"{len(cells)} cells, but the first line names {len(names)} columns"
-            raise UserError(f"{path}, line {number}: {fault}; fix or remove it")
+            problem = f"{len(cells)} cells, but the first line names {len(names)} columns"
+            raise UserError(f"{path}, line {number}: {problem}; fix or remove it")
     return [dict(zip(names, cells, strict=True)) for _, cells in lines[1:]]
 
 

@@ -47,7 +47,7 @@ _JSON_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\
 
 
 def _renames(needed: set[str], columns: Sequence[str]) -> dict[str, str]:
-    """Map each of our column names that is missing to the column of the file that probably corresponds to it."""
+    """Map each missing standard column name to the column of the file that probably corresponds to it."""
     missing = sorted(needed - set(columns))
     matches = {ours: [name for name in _COLUMN_ALIASES.get(ours, ()) if name in columns] for ours in missing}
     return {ours: names[0] for ours, names in matches.items() if names}
@@ -57,15 +57,15 @@ def _no_schema_message(columns: Sequence[str], stage: Stage) -> str:
     """Return a message with the closest schema (fewest columns missing, then most columns) and the renames it needs."""
 
     def distance(schema: tuple[str, set[str]]) -> tuple[int, int, int]:
-        missing = len(schema[1] - set(columns))
-        return missing - len(_renames(schema[1], columns)), -len(schema[1]), missing
+        num_missing = len(schema[1] - set(columns))
+        return num_missing - len(_renames(schema[1], columns)), -len(schema[1]), num_missing
 
     name, needed = min(_COLUMNS[stage], key=distance)
     renames = _renames(needed, columns)
-    pairs = ", ".join(f"{ours}: {renames.get(ours, 'COLUMN')}" for ours in sorted(needed - set(columns)))
+    renames_text = ", ".join(f"{ours}: {renames.get(ours, 'COLUMN')}" for ours in sorted(needed - set(columns)))
     hint = "; replace COLUMN by its name in the file, or add the column" if distance((name, needed))[0] else ""
-    closest = f"the closest is {name} ({', '.join(sorted(needed))}): set columns: {{{pairs}}}{hint}"
-    return f"columns {sorted(columns)} match no schema of {stage}; {closest}"
+    closest_text = f"the closest is {name} ({', '.join(sorted(needed))}): set columns: {{{renames_text}}}{hint}"
+    return f"columns {sorted(columns)} match no schema of {stage}; {closest_text}"
 
 
 def _first_role(value: object) -> str | None:

@@ -137,12 +137,12 @@ def _sharegpt_sft(row: Mapping):
 
 def _history(row: Mapping) -> Messages:
     """Return the earlier turns of an Alpaca row, which are stored as pairs of instruction and answer."""
-    pairs = row.get("history") or []
-    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-        raise BadRow("missing_field", f"history is {values.short_repr(pairs)}, not a list of [instruction, answer]")
+    history = row.get("history") or []
+    if not isinstance(history, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
+        raise BadRow("missing_field", f"history is {values.short_repr(history)}, not a list of [instruction, answer]")
     return [
         {"role": role, "content": values.text(f"history[{index}]", content)}
-        for index, pair in enumerate(pairs)
+        for index, pair in enumerate(history)
         for role, content in zip(("user", "assistant"), pair, strict=True)
     ]
 
@@ -160,7 +160,7 @@ def _alpaca(row: Mapping):
 
 
 def _alpaca_sft(row: Mapping):
-    """Parse an Alpaca row; one with a history becomes a whole conversation, in which every answer is learned."""
+    """Parse an Alpaca row; one with a history becomes a whole conversation, with a loss on every answer."""
     name = "output" if "output" in row else "chosen"
     prompt, answer = _instruction(row), values.answer(name, row.get(name))
     return (None, prompt + answer) if row.get("history") else (prompt, answer)
@@ -246,8 +246,8 @@ def _check_no_media(row: Mapping) -> None:
     """Refuse rows with images, video or audio: text about media that the model cannot see teaches it to hallucinate."""
     media = [name for name in _MEDIA_COLUMNS if row.get(name) is not None and repr(row[name]) not in _EMPTY_REPRS]
     if media:
-        fault = "only text is supported; remove the column if the text makes sense without it"
-        raise BadRow("missing_field", f"{media[0]} is {values.short_repr(row[media[0]])}, and {fault}")
+        problem = "only text is supported; remove the column if the text makes sense without it"
+        raise BadRow("missing_field", f"{media[0]} is {values.short_repr(row[media[0]])}, and {problem}")
 
 
 def _check_turns(prompt: Messages, answer: Messages) -> None:
@@ -315,7 +315,7 @@ _PAIR_SCHEMAS: dict[str, tuple[Callable, str]] = {
     "openai": (_openai, "input preferred_output non_preferred_output"),
 }
 _DPO_SCHEMAS = _PAIR_SCHEMAS | {"implicit_prompt": (_implicit_prompt, _PAIR_COLUMNS)}
-_SFT_SCHEMAS = _PAIR_SCHEMAS | {  # the chosen answer is learned
+_SFT_SCHEMAS = _PAIR_SCHEMAS | {  # training is on the chosen answer
     "prompt_answer": (_prompt_answer, "prompt answer completion"),
     "messages": (_whole_conversation, "messages"),
     "text": (_plain, "text"),

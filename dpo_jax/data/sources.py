@@ -52,7 +52,7 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
         return Rows(_LibraryRows("data", dataset), {}, len(dataset))
     rows = _kind(source).load(source)
     if len(rows) == 0:
-        raise UserError(f"{source.path}: the source has no rows; give one that has some")
+        raise UserError(f"{source.path}: the source has no rows; choose another")
     if source.columns:
         names = {name: None for index in range(min(len(rows), 100)) for name in rows[index]}
         for ours, theirs in source.columns.items():
@@ -93,19 +93,19 @@ def _kind_name(path: str) -> str:
     if path.startswith("tfds:"):
         return "TFDS set"
     if os.path.isdir(path):
-        saved = any(os.path.isfile(os.path.join(path, name)) for name in _SAVED_FILES)
-        return "saved folder" if saved else "folder of files"
+        is_saved = any(os.path.isfile(os.path.join(path, name)) for name in _SAVED_FILES)
+        return "saved folder" if is_saved else "folder of files"
     suffix, exists = files.file_suffix(path), os.path.exists(path)
     if exists or suffix in _SUFFIXES:
         if not exists:
-            raise UserError(f"{path}: there is no such file; the working directory is {Path.cwd()}")
+            raise UserError(f"{path}: no such file; the working directory is {Path.cwd()}")
         if suffix not in _SUFFIXES:
-            suffixes = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.COMPRESSED)}"
-            raise UserError(f"{path}: unknown suffix {suffix!r}; use {suffixes}, or give the folder of the files")
+            suffixes_text = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.COMPRESSED)}"
+            raise UserError(f"{path}: unknown suffix {suffix!r}; use {suffixes_text}, or give the folder of the files")
         return _SUFFIXES[suffix]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise UserError(f"{path}: there is no such file or folder, and it is not the name of a hub set (owner/name)")
-    return "hub set"
+        raise UserError(f"{path}: no such file or folder, and not the name of a hub dataset (owner/name)")
+    return "hub dataset"
 
 
 class _LibraryRows:
@@ -131,7 +131,7 @@ def _plain_dataset(rows: object) -> "datasets.Dataset":
         kind = type(rows).__name__
         raise UserError(f"data: {kind} cannot be used: give a SourceConfig or one split as a datasets.Dataset")
     if len(rows) == 0:
-        raise UserError("data: the datasets.Dataset has no rows; give one that has some")
+        raise UserError("data: the datasets.Dataset has no rows; give another")
     return rows if rows.format["type"] in (None, "custom") else rows.with_format(None)
 
 
@@ -149,7 +149,7 @@ def _load_saved(source: SourceConfig) -> "datasets.Dataset":
             raise UserError(f"{source.path}: split: no split {source.split!r}; available: {sorted(dataset)}")
         return dataset[source.split].with_format(None)
     if source.split not in ("train", str(dataset.split)):
-        raise UserError(f"{source.path}: split: {source.split!r}: the folder has no splits, only one set; leave it out")
+        raise UserError(f"{source.path}: split: {source.split!r}: the folder has no splits; leave it out")
     return dataset.with_format(None)
 
 
@@ -157,7 +157,7 @@ def _load_hub(source: SourceConfig) -> "datasets.Dataset":
     import datasets
 
     remedy = f"check path, name, split {source.split!r} and revision"
-    with from_outside(f"{source.path}: there is no such file or folder, and the hub set cannot be loaded", remedy):
+    with from_outside(f"{source.path}: there is no such file or folder, and the hub dataset cannot be loaded", remedy):
         return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
 
 
@@ -165,10 +165,10 @@ def _load_folder(source: SourceConfig) -> "datasets.Dataset":
     import datasets
 
     # the library identifies local files by their times only, and could return cached rows of a replaced file
-    cache = os.path.join(datasets.config.HF_DATASETS_CACHE, "dpo_jax", _folder_hash(source.path))
+    cache_dir = os.path.join(datasets.config.HF_DATASETS_CACHE, "dpo_jax", _folder_hash(source.path))
     remedy = f"check path, name and split {source.split!r}"
     with from_outside(f"{source.path}: this folder of files cannot be loaded", remedy):
-        return datasets.load_dataset(source.path, source.name, split=source.split, cache_dir=cache)
+        return datasets.load_dataset(source.path, source.name, split=source.split, cache_dir=cache_dir)
 
 
 def _folder_hash(path: str) -> str:
@@ -220,8 +220,8 @@ def _tfds_builder(source: SourceConfig) -> Any:
     if not is_prepared:
         raise UserError(f"{source.path}: not prepared in {builder.data_dir}; prepare it with {remedy}")
     if "array_record" not in file_formats:
-        fault = f"prepared as {sorted(file_formats)}, which has no random access without TensorFlow"
-        raise UserError(f"{source.path}: {fault}; prepare it again, in another data_dir, with {remedy}")
+        problem = f"prepared as {sorted(file_formats)}, which has no random access without TensorFlow"
+        raise UserError(f"{source.path}: {problem}; prepare it again, in another data_dir, with {remedy}")
     return builder
 
 
@@ -253,7 +253,7 @@ _KINDS = {
         lambda source: [_folder_hash(source.path), source.split, source.name],
         ("split", "name"),
     ),
-    "hub set": _dataset_kind(_load_hub, "split", "name", "revision"),
+    "hub dataset": _dataset_kind(_load_hub, "split", "name", "revision"),
     "TFDS set": _Kind(_load_tfds, _tfds_identity, ("split", "data_dir")),
 }
 _SUFFIXES = {".json": "file of JSON", ".jsonl": "file of JSON lines", ".csv": "CSV file", ".parquet": "parquet file"}

@@ -30,7 +30,7 @@ from dpo_jax.data.schemas import Problem
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
-from dpo_jax.storage import list_files, seal, sync, unseal, write_whole
+from dpo_jax.storage import list_files, seal, sync, unseal, write_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -160,19 +160,19 @@ def _arrays(chunk: Chunk, source_index: int) -> dict[str, np.ndarray]:
     arrays |= {"weights": chunk.weights, "margins": chunk.margins}
     if chunk.targets is not None:
         ends = np.cumsum(lengths.sum(1))
-        learned = np.concatenate([[0], np.cumsum(chunk.targets)])
-        num_targets = (learned[ends] - learned[ends - lengths.sum(1)])[:, None]
+        cumulative_targets = np.concatenate([[0], np.cumsum(chunk.targets)])
+        num_targets = (cumulative_targets[ends] - cumulative_targets[ends - lengths.sum(1)])[:, None]
         arrays["targets"] = chunk.targets
     return arrays | {"num_targets": num_targets, "sources": np.full(len(lengths), source_index)}
 
 
 def _check_not_empty(report: dict[str, Any]) -> None:
-    dropped = sum(cause["count"] for cause in report["dropped"].values())
-    assert report["kept"] + dropped == report["rows"], report
+    num_dropped = sum(cause["count"] for cause in report["dropped"].values())
+    assert report["kept"] + num_dropped == report["rows"], report
     if report["kept"] == 0:
-        examples = [(name, cause["count"], cause["first"][0]) for name, cause in report["dropped"].items()]
-        causes = "; ".join(f"{name} {count} (row {first['row']}: {first['detail']})" for name, count, first in examples)
-        raise UserError(f"{report['source']}: none of its {report['rows']} rows is valid: {causes}; fix the data")
+        counts = [(name, cause["count"], cause["first"][0]) for name, cause in report["dropped"].items()]
+        problem = "; ".join(f"{name} {count} (row {first['row']}: {first['detail']})" for name, count, first in counts)
+        raise UserError(f"{report['source']}: none of its {report['rows']} rows are valid: {problem}; fix the data")
 
 
 def _write(
@@ -202,7 +202,7 @@ def _write(
             _check_not_empty(report)
         sizes = {file_names[name]: file.finish() for name, file in files.items()} | {PROBLEMS: problems.finish()}
     manifest = {"made_from": inputs, "num_answers": NUM_ANSWERS[job.stage], "files": sizes, "report": reports}
-    write_whole(folder / MANIFEST, json.dumps(seal(manifest), indent=1), durable=True)
+    write_atomically(folder / MANIFEST, json.dumps(seal(manifest), indent=1), durable=True)
 
 
 def _check_file(path: Path, size: int, crc32: int) -> None:
@@ -230,7 +230,7 @@ def open_store(path: Path) -> Store:
         raise DamagedStore(f"{path}: there is no readable {MANIFEST}: {error}") from None
     key = _hash(manifest["made_from"])
     if path.name != key[:KEY_DIGITS]:
-        raise DamagedStore(f"{path}: its manifest is of store {key[:KEY_DIGITS]}")
+        raise DamagedStore(f"{path}: its manifest belongs to store {key[:KEY_DIGITS]}")
     for name, sizes in manifest["files"].items():
         _check_file(path / name, **sizes)
     arrays: dict[str, Any] = dict.fromkeys(DTYPES)
@@ -334,8 +334,8 @@ def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarra
         if len(held_out) + len(members) <= target_size:
             held_out += members
     if fraction and not 0 < len(held_out) < len(store):
-        size = f"{fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held_out)}"
-        raise UserError(f"data.eval_fraction: {size}; change the fraction, or name an evaluation set in data.eval")
+        problem = f"{fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held_out)}"
+        raise UserError(f"data.eval_fraction: {problem}; change the fraction, or name an evaluation set in data.eval")
     mask = np.zeros(len(store), bool)
     mask[held_out] = True
     return np.flatnonzero(~mask), np.flatnonzero(mask)

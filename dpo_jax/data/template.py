@@ -56,8 +56,8 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
             )
         text.encode()  # raises at a lone surrogate, which no tokenizer accepts
     except jinja2.TemplateSyntaxError as error:
-        fault = f"the chat template has a syntax error in line {error.lineno}: {error.message}"
-        raise UserError(f"row {example.row}: {fault}; fix it, or give another file as data.chat_template") from None
+        problem = f"the chat template has a syntax error in line {error.lineno}: {error.message}"
+        raise UserError(f"row {example.row}: {problem}; fix it, or give another file as data.chat_template") from None
     except Exception as error:  # a template may raise anything
         message = " ".join(str(error).split())[:200] if isinstance(error, jinja2.TemplateError) else ""
         raise RenderError(message or reason(error)) from error
@@ -66,12 +66,12 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
 
 def _require_template(chat_template: str | dict[str, str] | None, example: Example) -> None:
     if chat_template is None:
-        fault = f"row {example.row}: the row holds messages, but the tokenizer has no chat template"
-        raise UserError(f"{fault}; give a file with one as data.chat_template")
-    with_tools = example.tools is not None and isinstance(chat_template, dict) and "tool_use" in chat_template
-    if isinstance(chat_template, dict) and "default" not in chat_template and not with_tools:
-        fault = f"the tokenizer has several chat templates and no default: {', '.join(sorted(chat_template))}"
-        raise UserError(f"row {example.row}: {fault}; name one of them as data.chat_template")
+        problem = f"row {example.row}: the row holds messages, but the tokenizer has no chat template"
+        raise UserError(f"{problem}; give a file with one as data.chat_template")
+    has_tool_template = example.tools is not None and isinstance(chat_template, dict) and "tool_use" in chat_template
+    if isinstance(chat_template, dict) and "default" not in chat_template and not has_tool_template:
+        problem = f"the tokenizer has several chat templates and no default: {', '.join(sorted(chat_template))}"
+        raise UserError(f"row {example.row}: {problem}; name one of them as data.chat_template")
 
 
 def _set_clock(template: Template, example: Example) -> None:
@@ -123,12 +123,12 @@ def missing_part(template: Template, example: Example, messages: Messages, text:
             continue
         marked_messages = _replaced(messages, path, _marker(0, value))
         try:
-            refusal = "" if render(template, example, marked_messages) == text else None
+            failure = "" if render(template, example, marked_messages) == text else None
         except RenderError as error:
-            refusal = f": with other text in its place the template fails: {error}"
-        if refusal is not None:
+            failure = f": with other text in its place the template fails: {error}"
+        if failure is not None:
             index, part = int(path[0]), " ".join(map(str, path[1:]))
-            return f"{part} of message {index} ({messages[index]['role']}) is not in the rendered conversation{refusal}"
+            return f"{part} of message {index} ({messages[index]['role']}) is not in the rendered conversation{failure}"
     return None
 
 

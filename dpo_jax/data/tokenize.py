@@ -27,7 +27,7 @@ NOTES = {"straddling_token": "A token spans the boundary between prompt and answ
 class TokenizedExample:
     """Token ids of one example; the model reads `prompt + answers[k]`, and `prompt` is never empty.
 
-    `targets` marks the tokens of `answers[0]` to learn (SFT on conversations; None: all). `notes` are repairs,
+    `targets` marks the tokens of `answers[0]` to predict (SFT on conversations; None: all). `notes` are repairs,
     truncations and the like, counted by cause: a field of ``InvalidRowsConfig`` or a key of ``NOTES``.
     """
 
@@ -37,7 +37,7 @@ class TokenizedExample:
     targets: list[bool] | None
     weight: float
     notes: tuple[Problem, ...] = ()
-    rendered: bool = False  # whether a chat template rendered it
+    is_conversation: bool = False  # whether a chat template rendered it
     margin: float = 0.0
 
 
@@ -53,8 +53,8 @@ def make_tokenize(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", stage:
         UserError: a row needs a chat template or an EOS token that the tokenizer lacks.
     """
     _, suffix_ids = added_around(tokenizer)
-    coder = _Coder(tokenizer, Template(tokenizer, data.template_date), suffix_ids, data)
-    return partial(_tokenize, coder, NUM_ANSWERS[stage])
+    encoder = _DataEncoder(tokenizer, Template(tokenizer, data.template_date), suffix_ids, data)
+    return partial(_tokenize, encoder, NUM_ANSWERS[stage])
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,17 @@ class _Encoder:
 
 
 @dataclass(frozen=True)
-class _Coder(_Encoder):
+class _DataEncoder(_Encoder):
     """An encoder with the data options."""
 
     data: DataConfig
 
 
-def _encode(coder: _Encoder, row: int, texts: Sequence[str], special: bool) -> list[list[int]]:
+def _encode(encoder: _Encoder, row: int, texts: Sequence[str], special: bool) -> list[list[int]]:
     """Encode texts with at most one leading BOS, and without the ids that the tokenizer appends to every text."""
     with from_outside(f"row {row}: the tokenizer cannot encode the text", "remove the row, or set model.tokenizer"):
-        encoded = coder.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
-    bos, suffix_length = coder.tokenizer.bos_token_id, len(coder.suffix_ids) if special else 0
+        encoded = encoder.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
+    bos, suffix_length = encoder.tokenizer.bos_token_id, len(encoder.suffix_ids) if special else 0
     return [_drop_extra_bos(ids[: len(ids) - suffix_length], bos) for ids in encoded["input_ids"]]
 
 
@@ -109,29 +109,29 @@ def _drop_extra_bos(ids: list[int], bos: int | None) -> list[int]:
     return ids[num_extra:]
 
 
-def _tokenize_prompt(coder: _Encoder, example: Example) -> TokenizedPrompt | Problem:
-    row, prompt, eos = example.row, example.prompt, coder.tokenizer.eos_token_id
+def _tokenize_prompt(encoder: _Encoder, example: Example) -> TokenizedPrompt | Problem:
+    row, prompt, eos = example.row, example.prompt, encoder.tokenizer.eos_token_id
     assert prompt is not None, "a prompt is to be answered"
     try:
         if isinstance(prompt, str):
-            (tokens,), tail = _encode(coder, row, [prompt], special=True), [] if eos is None else [eos]
+            (tokens,), tail = _encode(encoder, row, [prompt], special=True), [] if eos is None else [eos]
         else:
-            text = render(coder.template, example, prompt, prompt=True)
-            omission = missing_part(coder.template, example, prompt, render(coder.template, example, prompt))
+            text = render(encoder.template, example, prompt, prompt=True)
+            omission = missing_part(encoder.template, example, prompt, render(encoder.template, example, prompt))
             if omission is not None:
                 return Problem(row, "message_not_rendered", omission)
-            answered = render(coder.template, example, [*prompt, {"role": "assistant", "content": MARKER}])
+            answered = render(encoder.template, example, [*prompt, {"role": "assistant", "content": MARKER}])
             end = answered.rpartition(MARKER)[2] if MARKER in answered else ""
-            tokens, tail = _encode(coder, row, [text, end], special=False)
+            tokens, tail = _encode(encoder, row, [text, end], special=False)
     except RenderError as error:
         return Problem(row, "template_refused", str(error))
     return TokenizedPrompt(tokens, tail) if tokens else Problem(row, "empty_prompt", "the prompt has no token")
 
 
-def _with_eos(coder: _Coder, ids: list[int], row: int) -> list[int]:
+def _with_eos(encoder: _DataEncoder, ids: list[int], row: int) -> list[int]:
     """Append EOS to the ids of a plain text, unless they already end with it or data.append_eos is false."""
-    eos = coder.tokenizer.eos_token_id
-    if not coder.data.append_eos:
+    eos = encoder.tokenizer.eos_token_id
+    if not encoder.data.append_eos:
         return ids
     if eos is None:
         raise UserError(f"row {row}: the tokenizer has no EOS token to end answers with; set data.append_eos to false")
@@ -144,120 +144,124 @@ class _Pieces:
 
     prompt: list[int]
     answers: list[list[int]]
-    learned: list[bool] = field(default_factory=list)  # for prompt + answers[0]; empty if example.prompt is not None
+    target_mask: list[bool] = field(default_factory=list)  # of prompt + answers[0]; empty if they are separate
     notes: tuple[Problem, ...] = ()
 
 
-def _tokenize(coder: _Coder, num_answers: int, example: Example) -> TokenizedExample | Problem:
+def _tokenize(encoder: _DataEncoder, num_answers: int, example: Example) -> TokenizedExample | Problem:
     assert len(example.answers) == num_answers, f"{len(example.answers)} answers, the stage has {num_answers}"
     try:
         if num_answers == 0:
-            prompt = _tokenize_prompt(coder, example)
+            prompt = _tokenize_prompt(encoder, example)
             pieces = prompt if isinstance(prompt, Problem) else _Pieces(prompt.tokens, [])
         else:
-            pieces = _tokenize_whole(coder, example) if example.prompt is None else _tokenize_prompted(coder, example)
+            pieces = (
+                _tokenize_whole(encoder, example) if example.prompt is None else _tokenize_prompted(encoder, example)
+            )
     except RenderError as error:
         return Problem(example.row, "template_refused", str(error))
     if isinstance(pieces, Problem):
         return pieces
-    pieces = _truncate(coder, example, pieces)
+    pieces = _truncate(encoder, example, pieces)
     if isinstance(pieces, Problem):
         return pieces
     notes = pieces.notes
     if num_answers == 2 and pieces.answers[0] == pieces.answers[1]:
         problem = Problem(example.row, "equal_answers", f"both answers are the same {len(pieces.answers[0])} tokens")
-        if coder.data.invalid_rows.equal_answers != "keep":
+        if encoder.data.invalid_rows.equal_answers != "keep":
             return problem
         notes += (problem,)
-    learned = pieces.learned[len(pieces.prompt) :]
-    targets = None if all(learned) else learned
-    rendered = not isinstance((example.prompt, *example.answers)[-1], str)
+    target_mask = pieces.target_mask[len(pieces.prompt) :]
+    targets = None if all(target_mask) else target_mask
+    is_conversation = not isinstance((example.prompt, *example.answers)[-1], str)
     answers = tuple(pieces.answers)
     numbers = {"weight": example.weight, "margin": example.margin}
-    return TokenizedExample(example.row, pieces.prompt, answers, targets, notes=notes, rendered=rendered, **numbers)
+    return TokenizedExample(
+        example.row, pieces.prompt, answers, targets, notes=notes, is_conversation=is_conversation, **numbers
+    )
 
 
-def _tokenize_prompted(coder: _Coder, example: Example) -> _Pieces | Problem:
+def _tokenize_prompted(encoder: _DataEncoder, example: Example) -> _Pieces | Problem:
     """Split at the longest common token prefix of the encoded prompt and every encoded prompt + answer."""
     row, notes = example.row, ()
     prompt: Any = example.prompt
     answers: Any = example.answers
     if isinstance(prompt, str):
-        prompt_ids, *full = _encode(coder, row, [prompt, *(prompt + answer for answer in answers)], special=True)
-        full_with_eos = [_with_eos(coder, ids, row) for ids in full]
+        prompt_ids, *sequences = _encode(encoder, row, [prompt, *(prompt + answer for answer in answers)], special=True)
+        sequences_with_eos = [_with_eos(encoder, ids, row) for ids in sequences]
     else:
-        prompt_text = render(coder.template, example, prompt, prompt=True)
-        texts = [render(coder.template, example, prompt + answer) for answer in answers]
+        prompt_text = render(encoder.template, example, prompt, prompt=True)
+        texts = [render(encoder.template, example, prompt + answer) for answer in answers]
         for answer, text in zip(answers, texts, strict=True):
-            omission = missing_part(coder.template, example, prompt + answer, text)
+            omission = missing_part(encoder.template, example, prompt + answer, text)
             if omission is not None:
                 return Problem(row, "message_not_rendered", omission)
         divergence = min(common_prefix(prompt_text, text) for text in texts)
         if divergence < len(prompt_text):
             omission = prompt_text[divergence:][:40]
             notes = (_not_prefix(row, f"{omission!r} of the rendered prompt is not in the rendered conversation"),)
-            if coder.data.invalid_rows.template_not_prefix != "repair":
+            if encoder.data.invalid_rows.template_not_prefix != "repair":
                 return notes[0]
-        prompt_ids, *full = _encode(coder, row, [prompt_text, *texts], special=False)
-        full_with_eos = full
-    size = min(common_prefix(prompt_ids, ids) for ids in full)
+        prompt_ids, *sequences = _encode(encoder, row, [prompt_text, *texts], special=False)
+        sequences_with_eos = sequences
+    size = min(common_prefix(prompt_ids, ids) for ids in sequences)
     if size == 0:
         return Problem(row, "empty_prompt", "no token comes before the answers")
-    if size == min(map(len, full)):
+    if size == min(map(len, sequences)):
         return Problem(row, "empty_answer", "an answer adds no token to the prompt")
     if size < len(prompt_ids) and not notes:
-        merged = coder.tokenizer.decode(prompt_ids[size:])
+        merged = encoder.tokenizer.decode(prompt_ids[size:])
         notes = (Problem(row, "straddling_token", f"the end of the prompt, {merged!r}, merges with an answer"),)
-    return _Pieces(prompt_ids[:size], [ids[size:] for ids in full_with_eos], notes=notes)
+    return _Pieces(prompt_ids[:size], [ids[size:] for ids in sequences_with_eos], notes=notes)
 
 
-def _tokenize_whole(coder: _Coder, example: Example) -> _Pieces | Problem:
-    """Tokenize a text, learned except for its first token, or a conversation, whose assistant turns are learned."""
+def _tokenize_whole(encoder: _DataEncoder, example: Example) -> _Pieces | Problem:
+    """Tokenize a text or a conversation; the targets are all tokens but the first, or those of the assistant turns."""
     answer: Any = example.answers[0]
     if isinstance(answer, str):
-        (ids,) = _encode(coder, example.row, [answer], special=True)
-        ids = _with_eos(coder, ids, example.row)
+        (ids,) = _encode(encoder, example.row, [answer], special=True)
+        ids = _with_eos(encoder, ids, example.row)
         return _split_ids(ids, [True] * len(ids)) or Problem(example.row, "empty_answer", "the text is a single token")
-    text = render(coder.template, example, answer)
-    omission = missing_part(coder.template, example, answer, text)
+    text = render(encoder.template, example, answer)
+    omission = missing_part(encoder.template, example, answer, text)
     if omission is not None:
         return Problem(example.row, "message_not_rendered", omission)
-    turns = _assistant_turns(coder, example, answer, text)
+    turns = _assistant_turns(encoder, example, answer, text)
     if isinstance(turns, Problem):
         return turns
     spans, notes = turns
-    if notes and coder.data.invalid_rows.template_not_prefix != "repair":
+    if notes and encoder.data.invalid_rows.template_not_prefix != "repair":
         return notes[0]
-    starts = [text[:position] for span in spans for position in span]
-    ids, *heads = _encode(coder, example.row, [text, *starts], special=False)
-    bounds = [common_prefix(head, ids) for head in heads]
-    learned = [False] * len(ids)
+    prefixes = [text[:position] for span in spans for position in span]
+    ids, *prefix_ids = _encode(encoder, example.row, [text, *prefixes], special=False)
+    bounds = [common_prefix(head, ids) for head in prefix_ids]
+    target_mask = [False] * len(ids)
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
-        learned[start:end] = [True] * (end - start)
-    pieces = _split_ids(ids, learned)
+        target_mask[start:end] = [True] * (end - start)
+    pieces = _split_ids(ids, target_mask)
     if pieces is None:
-        return Problem(example.row, "empty_answer", "no assistant message that is learned follows another message")
+        return Problem(example.row, "empty_answer", "no assistant message to train on follows another message")
     return replace(pieces, notes=notes)
 
 
-def _split_ids(ids: list[int], learned: list[bool]) -> _Pieces | None:
-    """Split before the first learned token and drop all tokens after the last one; None if no token is learned.
+def _split_ids(ids: list[int], target_mask: list[bool]) -> _Pieces | None:
+    """Split before the first target and drop all tokens after the last one; None if there is no target.
 
-    The first token is never learned, because no token precedes it.
+    The first token is never a target, because no token precedes it.
     """
-    positions = [position for position, flag in enumerate(learned) if flag and position > 0]
-    if not positions:
+    target_positions = [position for position, flag in enumerate(target_mask) if flag and position > 0]
+    if not target_positions:
         return None
-    first, end = positions[0], positions[-1] + 1
-    return _Pieces(ids[:first], [ids[first:end]], [False] * first + learned[first:end])
+    first, end = target_positions[0], target_positions[-1] + 1
+    return _Pieces(ids[:first], [ids[first:end]], [False] * first + target_mask[first:end])
 
 
 def _not_prefix(row: int, detail: str) -> Problem:
     return Problem(row, "template_not_prefix", detail)
 
 
-def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: str):
-    """Return (spans, notes), or why the turns cannot be found; spans [start, end) in `text` of the turns to learn.
+def _assistant_turns(encoder: _DataEncoder, example: Example, messages: Messages, text: str):
+    """Return (spans, notes), or why the turns cannot be found; spans [start, end) in `text` of the turns to train on.
 
     A turn starts where the preceding conversation with its generation prompt ends. A template may render a turn
     differently when others follow (Qwen3 removes thoughts); the turn is then the longest tail of it that matches.
@@ -266,16 +270,16 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0 or message.get("weight") == 0:
             continue
-        prompt_text = render(coder.template, example, messages[:index], prompt=True)
-        turn_text = render(coder.template, example, messages[: index + 1])
+        prompt_text = render(encoder.template, example, messages[:index], prompt=True)
+        turn_text = render(encoder.template, example, messages[: index + 1])
         start = common_prefix(prompt_text, text)
         end = len(turn_text)
         if start < len(prompt_text) or not text.startswith(turn_text):
             changed_index = index
             # content may start like the end of the generation prompt, so a marker is used to find the turn's start
             marked_messages = [*messages[:index], message | {"content": MARKER}, *messages[index + 1 :]]
-            start = common_prefix(prompt_text, render(coder.template, example, marked_messages))
-            turn_start = common_prefix(prompt_text, render(coder.template, example, marked_messages[: index + 1]))
+            start = common_prefix(prompt_text, render(encoder.template, example, marked_messages))
+            turn_start = common_prefix(prompt_text, render(encoder.template, example, marked_messages[: index + 1]))
             turn = turn_text[turn_start:]
             tails = (turn[cut:] for cut in range(len(turn)))
             tail = next((tail for tail in tails if tail.strip() and text.startswith(tail, start)), None)
@@ -287,18 +291,18 @@ def _assistant_turns(coder: _Coder, example: Example, messages: Messages, text: 
     return spans, () if changed_index is None else (_not_prefix(example.row, detail),)
 
 
-def _truncate(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Problem:
+def _truncate(encoder: _DataEncoder, example: Example, pieces: _Pieces) -> _Pieces | Problem:
     """Truncate so that the prompt and its longest answer have max_length tokens; the answers share one prompt."""
-    limit, invalid_rows = coder.data.max_length, coder.data.invalid_rows
+    limit, invalid_rows = encoder.data.max_length, encoder.data.invalid_rows
     length = len(pieces.prompt) + max(map(len, pieces.answers), default=0)
     if length <= limit:
         return pieces
     too_long = Problem(example.row, "too_long", f"{length} tokens, but max_length is {limit}")
     if invalid_rows.too_long != "truncate":
         return too_long
-    truncated = _cut(pieces, limit, coder.tokenizer.bos_token_id, coder.data.truncation == "keep_end")
+    truncated = _cut(pieces, limit, encoder.tokenizer.bos_token_id, encoder.data.truncation == "keep_end")
     if truncated is None:
-        cause = "the prompt" if coder.data.truncation == "keep_start" else "the answer"
+        cause = "the prompt" if encoder.data.truncation == "keep_start" else "the answer"
         return replace(too_long, detail=f"{too_long.detail}, and {cause} alone fills it")
     return replace(truncated, notes=(*pieces.notes, too_long))
 
@@ -306,20 +310,20 @@ def _truncate(coder: _Coder, example: Example, pieces: _Pieces) -> _Pieces | Pro
 def _cut(pieces: _Pieces, limit: int, bos: int | None, keep_end: bool) -> _Pieces | None:
     """Cut pieces to ``limit`` tokens; None if no answer token is left. A leading BOS is kept, as models rely on it."""
     prompt, answers = pieces.prompt, pieces.answers
-    if pieces.learned:  # the example has no separate prompt
-        ids, learned = prompt + answers[0], pieces.learned
+    if pieces.target_mask:  # the example has no separate prompt
+        ids, target_mask = prompt + answers[0], pieces.target_mask
         if keep_end:
-            return _split_ids(_tail(ids, ids, limit, bos), _tail(learned, ids, limit, bos))
-        return _split_ids(ids[:limit], learned[:limit])
-    room = limit - (max(map(len, answers)) if keep_end else len(prompt))
-    if room <= 0:
+            return _split_ids(_tail(ids, ids, limit, bos), _tail(target_mask, ids, limit, bos))
+        return _split_ids(ids[:limit], target_mask[:limit])
+    num_left = limit - (max(map(len, answers)) if keep_end else len(prompt))
+    if num_left <= 0:
         return None
     if keep_end:
-        return replace(pieces, prompt=_tail(prompt, prompt, room, bos))
-    return replace(pieces, answers=[answer[:room] for answer in answers])
+        return replace(pieces, prompt=_tail(prompt, prompt, num_left, bos))
+    return replace(pieces, answers=[answer[:num_left] for answer in answers])
 
 
 def _tail(items: list, ids: list[int], size: int, bos: int | None) -> list:
-    """Return `size` items: that of a leading BOS, if there is one, and the last ones."""
-    head = 1 if ids[0] == bos else 0
-    return items[:head] + items[len(items) - (size - head) :]
+    """Return `size` items: that of the leading BOS, if there is one, and the last of the others."""
+    num_bos = 1 if ids[0] == bos else 0
+    return items[:num_bos] + items[len(items) - (size - num_bos) :]

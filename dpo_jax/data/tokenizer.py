@@ -36,8 +36,8 @@ def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     for token in (token for token, index in special.items() if index is None):
-        missing = f"the special token {token!r} is not in the vocabulary"
-        raise UserError(f"{path}: {missing}; correct it, or set model.tokenizer to another")
+        problem = f"the special token {token!r} is not in the vocabulary"
+        raise UserError(f"{path}: {problem}; correct it, or set model.tokenizer to another")
     _compare_with_file(tokenizer, path, revision)
     tokenizer.chat_template = _select_template(path, tokenizer.chat_template, chat_template)
     return tokenizer
@@ -57,8 +57,8 @@ def _select_template(path: str, default: Any, choice: str | None) -> str | dict[
         return Path(choice).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         choices_text = f"; the tokenizer has the templates {', '.join(sorted(templates))}" if templates else ""
-        fault = f"{choice!r} cannot be read: {reason(error)}"
-        raise UserError(f"data.chat_template: {fault}: give a file, relative to {Path.cwd()}{choices_text}") from None
+        problem = f"{choice!r} cannot be read: {reason(error)}"
+        raise UserError(f"data.chat_template: {problem}: give a file, relative to {Path.cwd()}{choices_text}") from None
 
 
 def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
@@ -82,9 +82,9 @@ def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
         actual = tokenizer.convert_ids_to_tokens(_ids(tokenizer, text, special=False) or [])
         expected = file_tokenizer.encode(text, add_special_tokens=False).tokens
         if actual != expected:
-            loaded = f"transformers loads it as {type(tokenizer).__name__}, which splits {text!r} into {actual}"
+            problem = f"transformers loads it as {type(tokenizer).__name__}, which splits {text!r} into {actual}"
             remedy = "if the file is right, copy it without config.json to a folder and give that as model.tokenizer"
-            log.warning("%s: %s, but tokenizer.json into %s; %s", path, loaded, expected, remedy)
+            log.warning("%s: %s, but tokenizer.json into %s; %s", path, problem, expected, remedy)
             return
 
 
@@ -97,8 +97,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
         state = sorted(tokenizer.get_vocab().items())
     added_tokens = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
     roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}  # templates may write these
-    splits = getattr(tokenizer, "split_special_tokens", False)
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids), roles, splits]
+    splits_special = getattr(tokenizer, "split_special_tokens", False)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids), roles, splits_special]
     probes = [_ids(tokenizer, text, special=True) for text in vocabulary_texts(tokenizer)]  # behavior not in any file
     identity = [state, added_tokens, special, tokenizer.chat_template, probes]
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -112,20 +112,20 @@ def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     Raises:
         UserError: the tokenizer adds tokens in another way, or encodes no text at all.
     """
-    empty_ids, added_ids = (_ids(tokenizer, "", special) or [] for special in (False, True))
+    without, added = (_ids(tokenizer, "", special) or [] for special in (False, True))
     for text in vocabulary_texts(tokenizer):
-        ids, full = (_ids(tokenizer, text, special) or [] for special in (False, True))
-        if not ids or not set(ids).isdisjoint(added_ids) or len(full) - len(ids) != len(added_ids) - len(empty_ids):
+        plain, full = (_ids(tokenizer, text, special) or [] for special in (False, True))
+        if not plain or not set(plain).isdisjoint(added) or len(full) - len(plain) != len(added) - len(without):
             continue
-        for start in range(len(full) - len(ids) + 1):
-            if full[start : start + len(ids)] == ids:
-                return full[:start], full[start + len(ids) :]
+        for start in range(len(full) - len(plain) + 1):
+            if full[start : start + len(plain)] == plain:
+                return full[:start], full[start + len(plain) :]
     name = tokenizer.name_or_path or "model.tokenizer"
     text = next(vocabulary_texts(tokenizer), "")
     with from_outside(f"{name}: the tokenizer fails", "fix its files, or set model.tokenizer to another"):
         tokenizer(text)  # says why, if it can
-    fault = "does not encode its own vocabulary, or adds other tokens to some texts than to others"
-    raise UserError(f"{name}: the tokenizer {fault}; set model.tokenizer to another")
+    problem = "does not encode its own vocabulary, or adds other tokens to some texts than to others"
+    raise UserError(f"{name}: the tokenizer {problem}; set model.tokenizer to another")
 
 
 def vocabulary_texts(tokenizer: Any) -> Iterator[str]:

@@ -19,7 +19,7 @@ _WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")  # keys of a messa
 
 
 class BadRow(Exception):
-    """An invalid row; the arguments are (cause, detail)."""
+    """Raised for an invalid row, with the arguments (cause, detail)."""
 
 
 def read_json(text: str | bytes) -> Any:
@@ -28,11 +28,11 @@ def read_json(text: str | bytes) -> Any:
     Raises:
         ValueError: the text is not JSON, has a number too long to parse, or is nested deeper than MAX_NESTING.
     """
-    too_deep = f"lists and objects are nested more than {MAX_NESTING} deep"
+    problem = f"lists and objects are nested more than {MAX_NESTING} deep"
     try:
         value = json.loads(text)
     except RecursionError:
-        raise ValueError(too_deep) from None
+        raise ValueError(problem) from None
     level = [value]
     for _ in range(MAX_NESTING):
         nested = [item for item in level if isinstance(item, dict | list)]
@@ -40,7 +40,7 @@ def read_json(text: str | bytes) -> Any:
         if not level:
             return value
     if any(isinstance(item, dict | list) for item in level):
-        raise ValueError(too_deep)
+        raise ValueError(problem)
     return value
 
 
@@ -153,16 +153,16 @@ def _calls(name: str, value: object) -> list[dict]:
     """Parse the tool calls of a ShareGPT turn: JSON text of an object with name and arguments, or a list of them."""
     calls = json_objects(name, value)
     if calls is None:
-        raise BadRow("missing_field", f"{name} holds no tool call")
+        raise BadRow("missing_field", f"{name} contains no tool call")
     return [call if "function" in call else {"type": "function", "function": call} for call in calls]
 
 
-def _is_learned(name: str, message: dict) -> bool:
-    """Return whether an assistant message is learned or only read, and remove the keys that state it."""
+def _is_trained_on(name: str, message: dict) -> bool:
+    """Return whether to train on an assistant message, and remove the keys that state it."""
     flags = {key: message.pop(key) for key in _WEIGHT_KEYS if key in message}
     for key, value in flags.items():
         if number(value) not in (0, 1) and not isinstance(value, bool):
-            raise BadRow("missing_field", f"{name} {key} is {short_repr(value)}: give 1 to learn the message, else 0")
+            raise BadRow("missing_field", f"{name} {key} is {short_repr(value)}: give 1 to train on it, else 0")
     return all(value is True or number(value) == 1 for value in flags.values())
 
 
@@ -170,7 +170,7 @@ def _message(name: str, value: object) -> dict:
     if not isinstance(value, Mapping):
         raise BadRow("missing_field", f"{name} is {short_repr(value)}, not a message")
     message: dict[str, Any] = {key: item for key, item in value.items() if item is not None}
-    learned = _is_learned(name, message)
+    is_trained_on = _is_trained_on(name, message)
     if "role" not in message and "from" in message:
         message = {"role": message["from"], "content": message.get("value")}
     role = text(f"{name} role", message.get("role"))
@@ -178,7 +178,7 @@ def _message(name: str, value: object) -> dict:
         message = {"role": "assistant", "tool_calls": _calls(f"{name} tool call", message.get("content"))}
     else:
         message["role"] = _ROLES.get(role.lower(), role)
-    if not learned and message["role"] == "assistant":
+    if not is_trained_on and message["role"] == "assistant":
         message["weight"] = 0
     calls = json_objects(f"{name} tool_calls", message.pop("tool_calls", None))
     if calls:

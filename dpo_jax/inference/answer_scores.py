@@ -12,7 +12,7 @@ from dpo_jax.batching.packing import BatchShape, make_units, pack_rows
 from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.heads import make_scores_fn
-from dpo_jax.parallel.sharding import own_shares, replicated, row_devices
+from dpo_jax.parallel.sharding import local_row_shards, replicated, row_devices
 
 AnswerScores = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[float]]  # (prompts, answers) -> scores
 
@@ -24,7 +24,7 @@ def make_answer_scores(model: Model, weights: Params, mesh: Mesh) -> AnswerScore
     compiled.
     """
     scores_fn = jax.jit(make_scores_fn(model), out_shardings=replicated(mesh))
-    to_devices, shares = make_to_devices(mesh), own_shares(mesh)
+    to_devices, shares = make_to_devices(mesh), local_row_shards(mesh)
 
     def answer_scores(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
         examples = [(np.array(p), (np.array(a),), None) for p, a in zip(prompts, answers, strict=True)]
@@ -32,8 +32,8 @@ def make_answer_scores(model: Model, weights: Params, mesh: Mesh) -> AnswerScore
         rows = [[unit] for unit in make_units(lengths, lengths[:, 1:], "padded")]
         size = round_up(len(rows), row_devices(mesh)) // row_devices(mesh)  # rows per share
         shape = _shape(size * row_devices(mesh), int(lengths.sum(1).max()))
-        own_rows = [share * size + row for share in shares for row in range(size)]
-        batch = pack_rows(rows, shape, examples, np.ones(len(rows), np.float32), 1, own_rows)
+        local_rows = [share * size + row for share in shares for row in range(size)]
+        batch = pack_rows(rows, shape, examples, np.ones(len(rows), np.float32), 1, local_rows)
         scores: Any = scores_fn(weights, to_devices(batch)).sum
         return np.asarray(scores)[:, 0].tolist()
 

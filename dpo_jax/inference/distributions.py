@@ -33,51 +33,52 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
     ratios = log_ratios(policy, reference, loss)
     chosen, rejected = (loss.beta * np.asarray(ratio) for ratio in (ratios.chosen, ratios.rejected))
     margins = chosen - rejected
-    finite = np.isfinite(margins)
-    edges, margin_edges = nice_edges(np.concatenate([chosen[finite], rejected[finite]])), nice_edges(margins[finite])
+    is_finite = np.isfinite(margins)
+    reward_edges = nice_edges(np.concatenate([chosen[is_finite], rejected[is_finite]]))
+    margin_edges = nice_edges(margins[is_finite])
     lengths = np.asarray(policy.count).astype(np.int64)
     max_lengths, excess = lengths.max(1), lengths[:, CHOSEN] - lengths[:, REJECTED]
     sides = {"chosen": excess > 0, "rejected": excess < 0, "equal": excess == 0}
     return {
-        "margins": {"edges": margin_edges, "counts": _counts(margins[finite], margin_edges)},
+        "margins": {"edges": margin_edges, "counts": _counts(margins[is_finite], margin_edges)},
         "rewards": {
-            "edges": edges,
-            "chosen": _counts(chosen[finite], edges),
-            "rejected": _counts(rejected[finite], edges),
+            "edges": reward_edges,
+            "chosen": _counts(chosen[is_finite], reward_edges),
+            "rejected": _counts(rejected[is_finite], reward_edges),
         },
-        "not_finite": int((~finite).sum()),
+        "not_finite": int((~is_finite).sum()),
         "by_length": [
             {"from": first, "to": last} | _group(margins, (max_lengths >= first) & (max_lengths <= last))
             for first, last in length_buckets(max_lengths)
         ],
         "by_longer": [{"longer": side} | _group(margins, mask) for side, mask in sides.items() if mask.any()],
-        "calibration": calibration(margins[finite]),
+        "calibration": calibration(margins[is_finite]),
     }
 
 
 def calibration(margins: np.ndarray) -> dict[str, Any]:
-    """Compare how sure the rewards are of a pair's better answer with how often they are right.
+    """Compare the confidence that the margins imply with how often the chosen answer has the higher reward.
 
     By the Bradley-Terry model a reward margin m is the probability sigma(m) that the chosen answer is better, so the
-    rewards' own choice is right with the confidence sigma(|m|). A tie is half right. Returns the expected calibration
-    error ``ece`` (Guo et al. 2017, arXiv 1706.04599, eq. 3), and the ``bins`` that hold pairs: ``from``, ``to``,
-    ``pairs``, mean ``confidence`` and ``accuracy``.
+    answer with the higher reward is the better one with probability sigma(|m|). A tie counts as half right. Returns the
+    expected calibration error ``ece`` (Guo et al. 2017, arXiv 1706.04599, eq. 3), and the ``bins`` that hold pairs:
+    ``from``, ``to``, ``pairs``, mean ``confidence`` and ``accuracy``.
     """
     margins = margins.astype(np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    is_right = (np.sign(margins) + 1) / 2
+    correct = (np.sign(margins) + 1) / 2
     index = np.clip(np.digitize(confidence, CONFIDENCES) - 1, 0, len(CONFIDENCES) - 2)
-    bins, gap = [], 0.0
+    bins, total_gap = [], 0.0
     for i in np.unique(index):
-        mean, accuracy = float(confidence[index == i].mean()), float(is_right[index == i].mean())
+        mean, accuracy = float(confidence[index == i].mean()), float(correct[index == i].mean())
         edges = {"from": float(CONFIDENCES[i]), "to": float(CONFIDENCES[i + 1])}
         bins.append({**edges, "pairs": int((index == i).sum()), "confidence": mean, "accuracy": accuracy})
-        gap += bins[-1]["pairs"] * abs(accuracy - mean)
-    return {"ece": gap / max(len(margins), 1), "bins": bins}
+        total_gap += bins[-1]["pairs"] * abs(accuracy - mean)
+    return {"ece": total_gap / max(len(margins), 1), "bins": bins}
 
 
 def _group(margins: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
-    """Return the statistics of the pairs in ``mask``."""
+    """Return count, share, accuracy and mean margin of the pairs in ``mask``."""
     selected = margins[mask].astype(np.float64)
     share, accuracy = len(selected) / len(margins), float((selected > 0).mean())
     return {"pairs": len(selected), "share": share, "accuracy": accuracy, "margin": float(selected.mean())}

@@ -37,9 +37,9 @@ def score_sets(
 ) -> Iterator[ScoredSet]:
     """Score each set in turn and yield it with the log-probs of policy and reference."""
     for name, batches in sets.items():
-        ids, policy = dataset_logps(logps_step, weights, batches, to_devices)
-        logps = None if reference is None else reference.dataset(logps_step, batches, to_devices)
-        yield ScoredSet(name, batches.store, ids, policy, logps)
+        ids, policy_logps = dataset_logps(logps_step, weights, batches, to_devices)
+        reference_logps = None if reference is None else reference.dataset(logps_step, batches, to_devices)
+        yield ScoredSet(name, batches.store, ids, policy_logps, reference_logps)
 
 
 def evaluation_of(scored: Iterator[ScoredSet], loss: LossConfig) -> tuple[dict[str, float], list[dict[str, Any]]]:

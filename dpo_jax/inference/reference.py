@@ -26,7 +26,7 @@ def copy_weights(params: Any, dtype: str | None) -> Any:
 
 @dataclass(frozen=True)
 class LiveReference:
-    """Reference weights that every step runs: a second parameter tree, or an `Adapted` without adapters."""
+    """Reference model evaluated at every step: its own copy of all weights, or the base weights without adapters."""
 
     weights: Any
 
@@ -49,8 +49,8 @@ class CachedReference:
 
     def _pairs(self, store: Store, ids: np.ndarray) -> PairLogps:
         is_real = ids >= 0
-        safe_ids = np.maximum(ids, 0)
-        take = lambda values: np.where(is_real[:, None], values[safe_ids], 0).astype(np.float32)  # noqa: E731
+        clipped_ids = np.maximum(ids, 0)
+        take = lambda values: np.where(is_real[:, None], values[clipped_ids], 0).astype(np.float32)  # noqa: E731
         logps = {name: take(values) for name, values in self.logps[store.key].items()}
         return PairLogps(count=take(store.num_targets), weight=is_real.astype(np.float32), valid=is_real, **logps)  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ from dpo_jax.batching.batches import Batches
 from dpo_jax.console import warn
 from dpo_jax.errors import RunStopped
 from dpo_jax.parallel import hosts
-from dpo_jax.storage import list_files, write_whole
+from dpo_jax.storage import list_files, write_atomically
 
 PART_STEPS = 64  # steps per part
 Arrays = dict[str, np.ndarray]  # field of PairLogps -> [N, K] float32
@@ -28,49 +28,49 @@ Compute = Callable[[Batches, Sequence[int]], tuple[np.ndarray, Mapping[str, np.n
 
 
 class Unusable(Exception):
-    """A file exists but cannot be used; the text gives the reason."""
+    """Raised if a file exists but cannot be used; the text gives the reason."""
 
 
 def cached_logps(
-    batches: Batches, made_by: Mapping[str, Any], compute: Compute, notice: Callable[[str], None] | None = None
+    batches: Batches, inputs: Mapping[str, Any], compute: Compute, report: Callable[[str], None] | None = None
 ) -> Arrays:
     """Return the reference log-probs of a whole store, loaded from its cache file or computed and saved there.
 
     Args:
         batches: contain every example of the store once, in order.
-        made_by: the inputs besides the store that determine the log-probs; files made from other inputs are ignored.
+        inputs: everything besides the store that determines the log-probs; files made from other inputs are ignored.
         compute: (batches, steps) -> ids [n] and the fields of these rows, each [n, K].
-        notice: called with a line for each file that cannot be used; default: prints to the writer's stderr.
+        report: called with a line for each file that cannot be used; default: prints to the writer's stderr.
 
     Raises:
         RunStopped: ``compute`` did not return each row exactly once, or a log-prob is not finite.
     """
-    notice = notice or warn
+    report = report or warn
     store = batches.store
-    made_by = json.loads(json.dumps(made_by))
-    name = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    inputs = json.loads(json.dumps(inputs))
+    name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     path = store.path / f"reference-{name}.npz"
     shape = (len(store), store.lengths.shape[1] - 1)
-    logps = _load_complete(path, made_by, shape, notice)
+    logps = _load_complete(path, inputs, shape, report)
     if all(hosts.gather(logps is not None, "reference cache")):  # computing is collective: all processes or none
         assert logps is not None
         return logps
-    logps, computed = _load_parts(path, made_by, shape, notice)
+    logps, computed = _load_parts(path, inputs, shape, report)
     if len(set(hosts.gather(hashlib.sha256(computed.tobytes()).hexdigest(), "parts of the reference cache"))) > 1:
         logps, computed = {}, np.zeros(len(store), int)  # without a shared disk, processes see different parts
     step_ids = [ids[ids >= 0] for ids in map(batches.order.step_ids, range(batches.order.num_steps))]
-    todo = [step for step, ids in enumerate(step_ids) if not computed[ids].all()]
-    for count, start in enumerate(range(0, len(todo), PART_STEPS)):
-        ids, fields = compute(batches, todo[start : start + PART_STEPS])
+    remaining_steps = [step for step, ids in enumerate(step_ids) if not computed[ids].all()]
+    for count, start in enumerate(range(0, len(remaining_steps), PART_STEPS)):
+        ids, fields = compute(batches, remaining_steps[start : start + PART_STEPS])
         is_new = computed[ids] == 0
         _put(logps, ids[is_new], {field: np.asarray(values)[is_new] for field, values in fields.items()}, shape)
         computed[ids[is_new]] += 1
         if count % jax.process_count() == jax.process_index():
             with suppress(FileNotFoundError):  # another run has finished the cache and removed all parts
-                _write(path.with_suffix(f".part-{int(ids[0]):08d}.npz"), made_by, {**fields, "ids": ids})
+                _write(path.with_suffix(f".part-{int(ids[0]):08d}.npz"), inputs, {**fields, "ids": ids})
     _refuse_gaps(logps, computed, path)
     if hosts.is_writer():
-        _write(path, made_by, logps)
+        _write(path, inputs, logps)
     hosts.barrier("reference cache")
     if hosts.is_writer():
         for part in list_files(path.parent, f"{path.stem}.part-*"):  # including partly written ones of killed runs
@@ -78,45 +78,43 @@ def cached_logps(
     return logps
 
 
-def _load_complete(
-    path: Path, made_by: Mapping, shape: tuple[int, int], notice: Callable[[str], None]
-) -> Arrays | None:
+def _load_complete(path: Path, inputs: Mapping, shape: tuple[int, int], report: Callable[[str], None]) -> Arrays | None:
     """Load the log-probs of a complete cache file; if it cannot be used, report why and return None."""
     if not path.is_file():
         for sibling in list_files(path.parent, "reference-*.npz"):
             if ".part-" not in sibling.name:
-                notice(f"reference cache: {sibling} {_difference(sibling, made_by)}: recomputing")
+                report(f"reference cache: {sibling} {_difference(sibling, inputs)}: recomputing")
         return None
     try:
-        fields = _read(path, made_by)
+        fields = _read(path, inputs)
         if any(values.shape != shape for values in fields.values()):
-            shapes = ", ".join(str(values.shape) for values in fields.values())
-            raise Unusable(f"it holds log-probs of shape {shapes}, the data needs {shape}")
+            shapes_text = ", ".join(str(values.shape) for values in fields.values())
+            raise Unusable(f"it holds log-probs of shape {shapes_text}, but the data needs {shape}")
         is_finite = np.all([np.isfinite(values).all(1) for values in fields.values()], axis=0)
         if not is_finite.all():
             raise Unusable(f"row {int(np.argmin(is_finite))} has no log-prob")
     except Unusable as error:
-        notice(f"reference cache: {path} cannot be used ({error}): recomputing")
+        report(f"reference cache: {path} cannot be used ({error}): recomputing")
         return None
     return fields
 
 
 def _load_parts(
-    path: Path, made_by: Mapping, shape: tuple[int, int], notice: Callable[[str], None]
+    path: Path, inputs: Mapping, shape: tuple[int, int], report: Callable[[str], None]
 ) -> tuple[Arrays, np.ndarray]:
     """Load the rows that an interrupted build finished: log-probs, and a 0/1 array of the rows computed."""
     logps: Arrays = {}
     computed = np.zeros(shape[0], int)
     for part in list_files(path.parent, f"{path.stem}.part-*.npz"):
         try:
-            fields = _read(part, made_by)
+            fields = _read(part, inputs)
             ids = fields.pop("ids", np.zeros(0, int))
-            valid_ids = ids.ndim == 1 and len(np.unique(ids)) == len(ids) and ((ids >= 0) & (ids < shape[0])).all()
+            ids_are_valid = ids.ndim == 1 and len(np.unique(ids)) == len(ids) and ((ids >= 0) & (ids < shape[0])).all()
             arrays = fields.values()
-            if not valid_ids or not all(x.shape == (len(ids), shape[1]) and np.isfinite(x).all() for x in arrays):
+            if not ids_are_valid or not all(x.shape == (len(ids), shape[1]) and np.isfinite(x).all() for x in arrays):
                 raise Unusable("its rows do not match the data")
         except Unusable as error:
-            notice(f"reference cache: {part} cannot be used ({error}): recomputing its rows")
+            report(f"reference cache: {part} cannot be used ({error}): recomputing its rows")
             continue
         is_new = computed[ids] == 0
         _put(logps, ids[is_new], {field: values[is_new] for field, values in fields.items()}, shape)
@@ -141,13 +139,14 @@ def _refuse_gaps(logps: Arrays, computed: np.ndarray, path: Path) -> None:
             raise RunStopped(f"reference cache: {problem}: {remedy}")
 
 
-def _difference(path: Path, made_by: Mapping) -> str:
-    """Say how a file's inputs differ from ``made_by``, as a predicate for messages."""
+def _difference(path: Path, inputs: Mapping) -> str:
+    """Return how the inputs of a file differ from ``inputs``, as a predicate for messages."""
     try:
-        about, _ = _load(path, arrays=False)
+        saved_inputs, _ = _load(path, arrays=False)
     except Unusable:
         return "cannot be read"
-    names = [name for name in {**made_by, **about} if name != "digest" and made_by.get(name) != about.get(name)]
+    saved_inputs.pop("digest", None)
+    names = [name for name in {**inputs, **saved_inputs} if inputs.get(name) != saved_inputs.get(name)]
     return "was made with different " + ", ".join(names).replace("_", " ")
 
 
@@ -158,12 +157,12 @@ def _digest(fields: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, made_by: Mapping) -> Arrays:
+def _read(path: Path, inputs: Mapping) -> Arrays:
     """Read and verify the arrays of a file."""
-    about, fields = _load(path)
-    if about != {**made_by, "digest": about.get("digest")}:
-        raise Unusable(f"it {_difference(path, made_by)}")
-    if about.get("digest") != _digest(fields):
+    saved_inputs, fields = _load(path)
+    if saved_inputs != {**inputs, "digest": saved_inputs.get("digest")}:
+        raise Unusable(f"it {_difference(path, inputs)}")
+    if saved_inputs.get("digest") != _digest(fields):
         raise Unusable("its checksum is wrong")
     return fields
 
@@ -172,14 +171,14 @@ def _load(path: Path, arrays: bool = True) -> tuple[dict[str, Any], Arrays]:
     """Load the inputs that a file was made from and, unless ``arrays`` is false, its arrays."""
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            about = {**json.loads(str(file["about"]))}
-            return about, {name: file[name] for name in file.files if arrays and name != "about"}
+            saved_inputs = {**json.loads(str(file["about"]))}
+            return saved_inputs, {name: file[name] for name in file.files if arrays and name != "about"}
     except Exception as error:  # zip, zlib, numpy and json each raise their own types
         raise Unusable("it is truncated or damaged") from error
 
 
-def _write(path: Path, made_by: Mapping, fields: Mapping[str, np.ndarray]) -> None:
+def _write(path: Path, inputs: Mapping, fields: Mapping[str, np.ndarray]) -> None:
     file = io.BytesIO()
-    arrays: dict[str, Any] = {"about": json.dumps({**made_by, "digest": _digest(fields)}), **fields}
+    arrays: dict[str, Any] = {"about": json.dumps({**inputs, "digest": _digest(fields)}), **fields}
     np.savez(file, **arrays)
-    write_whole(path, file.getbuffer(), durable=True)
+    write_atomically(path, file.getbuffer(), durable=True)

@@ -15,7 +15,7 @@ from dpo_jax.logprobs import answer_values
 from dpo_jax.parallel.sharding import replicated
 
 BRANCHES = ("chosen", "rejected")
-HEAD = 4  # prompt tokens decoded together with the answer, as a token's text may depend on the tokens before it
+CONTEXT_TOKENS = 4  # prompt tokens decoded with the answer, as a token's text may depend on the tokens before it
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder emits for an incomplete character
 
 
@@ -47,11 +47,11 @@ def token_log_ratios(
     ld_alpha: float | None = None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Yield (example id, float32 token log-ratios per answer) for every pair; one program serves both models."""
-    token_logps = jax.jit(token_logps_fn, out_shardings=replicated(mesh))
+    token_logps_step = jax.jit(token_logps_fn, out_shardings=replicated(mesh))
     gather = jax.jit(lambda batch: batch, out_shardings=replicated(mesh))  # a pair may lie in rows of two hosts
     for data in batches.ahead(range(batches.order.num_steps)):
         batch = to_devices(data.batch)
-        ratios = np.asarray(token_logps(weights, batch)) - np.asarray(token_logps(reference.weights, batch))
+        ratios = np.asarray(token_logps_step(weights, batch)) - np.asarray(token_logps_step(reference.weights, batch))
         for i, pair_ratios in zip(data.ids, answer_values(ratios, jax.device_get(gather(batch))), strict=True):
             if i >= 0:
                 yield i, weigh_tails(pair_ratios, ld_alpha)
@@ -76,7 +76,7 @@ def token_pieces(decode: Callable[[list[int]], str], prompt: list[int], answer: 
     A character that spans several tokens belongs to the last of them, and the others are empty. An incomplete
     character at the end is returned as the decoder emits it.
     """
-    start = max(0, len(prompt) - HEAD)
+    start = max(0, len(prompt) - CONTEXT_TOKENS)
     while start > 0 and decode(prompt[start:]).startswith(INCOMPLETE):
         start -= 1
     ids = prompt[start:] + answer

@@ -18,7 +18,7 @@ from dpo_jax.logprobs import make_logps_fn
 from dpo_jax.methods.offline import Offline, Start, make_offline
 from dpo_jax.methods.setup import Setup, load_policy
 from dpo_jax.models.decoder import Model
-from dpo_jax.parallel.sharding import own_shares, platform_of, replicated, row_devices
+from dpo_jax.parallel.sharding import local_row_shards, platform_of, replicated, row_devices
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.weights.open import ModelSource, build_model, find_model, load_weights
 
@@ -53,7 +53,7 @@ def reference_weights(setup: Setup, start: Params) -> Params:
 def find_reference(
     config: AnyConfig, path: str, model: Model, platform: str, find: Callable[[str], ModelSource]
 ) -> ModelSource:
-    """Open the model of ``reference.path`` with ``find``, and check that its architecture is the policy's, ``model``.
+    """Open the model of ``reference.path`` with ``find``; its architecture must be that of the policy, ``model``.
 
     Raises:
         UserError: the model does not exist, or differs in architecture or vocabulary.
@@ -104,6 +104,6 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
         return ids, {name: getattr(logps, name) for name in ("sum", "tail_sum") if getattr(logps, name) is not None}
 
     stores = {batches.store.key: batches.store for batches in (setup.batches, *setup.evals.values())}
-    row_split = row_devices(mesh), own_shares(mesh)
+    row_split = row_devices(mesh), local_row_shards(mesh)
     whole_sets = {key: set_batches(s, np.arange(len(s)), config.batch, *row_split) for key, s in stores.items()}
     return CachedReference({key: cached_logps(batches, cache_inputs, compute) for key, batches in whole_sets.items()})

@@ -131,11 +131,11 @@ class Offline:
                 check_first(setup, metrics, data)
 
         def advice(root: Path) -> str:
-            rows = ", ".join(f"{store.report[store.sources[i]]['source']}:{store.rows[i]}" for i in ids)
+            rows_text = ", ".join(f"{store.report[store.sources[i]]['source']}:{store.rows[i]}" for i in ids)
             options = new_run(self.manifest["config"], root, keeps_reference=self.reference is not None)
             return (
-                f"inspect rows {rows}, or start a new run with a lower optimizer.learning_rate: --run.dir NEW, or from "
-                f"this checkpoint if the metrics before it look right: {options}"
+                f"inspect rows {rows_text}, or start a new run with a lower optimizer.learning_rate: --run.dir NEW, or "
+                f"from this checkpoint if the metrics before it look right: {options}"
             )
 
         return StepFacts({"num_tokens": data.num_tokens}, logged_metrics, rates, progress_fields, check, advice)

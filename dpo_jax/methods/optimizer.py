@@ -50,12 +50,12 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, updates: int = 1) ->
     }
     mask = None if config.decay_mask == "all" else _matrices
     options: dict[str, Any] = hyperparameters | {"weight_decay": config.weight_decay, "mask": mask}
-    moment = jnp.dtype(config.moment_dtype)
+    moment_dtype = jnp.dtype(config.moment_dtype)
     match config.name:
         case "adamw":
-            update = optax.adamw(rate, mu_dtype=moment, **options)
+            update = optax.adamw(rate, mu_dtype=moment_dtype, **options)
         case "lion":
-            update = optax.lion(rate, mu_dtype=moment, **options)
+            update = optax.lion(rate, mu_dtype=moment_dtype, **options)
         case "adafactor":
             # unlike the others, optax.adafactor does not scale weight decay by the learning rate
             decay = (lambda count: config.weight_decay * rate(count)) if config.weight_decay else None

@@ -25,7 +25,7 @@ from dpo_jax.methods.rollouts import EVALUATION, Sampler, answer_tail, ends_of, 
 from dpo_jax.methods.setup import Policy, Setup, describe, load_policy
 from dpo_jax.methods.start_check import agreement, starts_equal
 from dpo_jax.models.decoder import Model
-from dpo_jax.parallel.sharding import placed, replicated
+from dpo_jax.parallel.sharding import replicated, sharded_structs
 from dpo_jax.policy_gradient import ActorCritic, Rollout, TokensFn, policy_gradient_step
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.logs import clipped
@@ -113,7 +113,7 @@ class PPO:
             return {
                 "step_seconds": seconds,
                 "pairs_per_second": num_prompts / seconds,
-                "tokens_per_second": data.used_slots / seconds,
+                "tokens_per_second": data.num_real_tokens / seconds,
                 "sampled_tokens_per_second": num_sampled / seconds,
             }
 
@@ -270,4 +270,4 @@ def abstract_policy_state(
         shapes = shapes._replace(value=trained_shapes(value_model, mesh))
         shardings = shardings._replace(value=trained_shardings(value_model, mesh))
     state = jax.eval_shape(lambda params: init_state(params, optimizer), shapes)
-    return placed(state, state_shardings(state, shardings, replicated(mesh), optimizer))
+    return sharded_structs(state, state_shardings(state, shardings, replicated(mesh), optimizer))

@@ -30,9 +30,9 @@ def unused_end(tokenizer: Any, vocab: int, stores: Sequence[Store]) -> int:
     Raises:
         UserError: every special token ends an answer, and the vocabulary has no token without text.
     """
-    ends = {tokenizer.eos_token_id}.union(*(last_tokens(store).tolist() for store in stores))
+    end_ids = {tokenizer.eos_token_id}.union(*(last_tokens(store).tolist() for store in stores))
     for token in candidates(tokenizer, vocab):
-        if token is not None and token not in ends:
+        if token is not None and token not in end_ids:
             return int(token)
     remedy = "add a padding token to the tokenizer, so that exported scores are read at the end of an answer"
     raise UserError(f"model.tokenizer: every special token may end an answer; {remedy}")
@@ -48,5 +48,5 @@ def candidates(tokenizer: Any, vocab: int) -> Iterator[int | None]:
 
 def last_tokens(store: Store) -> np.ndarray:
     """Return the last token of every answer, [N * K]."""
-    ends = store.starts[:, None] + np.cumsum(store.lengths, axis=1) - 1
-    return np.asarray(store.tokens[ends[:, 1:].ravel()])
+    last_positions = store.starts[:, None] + np.cumsum(store.lengths, axis=1) - 1
+    return np.asarray(store.tokens[last_positions[:, 1:].ravel()])

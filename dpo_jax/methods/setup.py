@@ -30,7 +30,7 @@ from dpo_jax.models.decoder import Model, count_adapters, count_params
 from dpo_jax.models.heads import make_scores_fn
 from dpo_jax.parallel import hosts
 from dpo_jax.parallel.compiler import platform_flags
-from dpo_jax.parallel.sharding import own_shares, placed, platform_of, replicated, row_devices
+from dpo_jax.parallel.sharding import local_row_shards, platform_of, replicated, row_devices, sharded_structs
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import RunDir, log_event
 from dpo_jax.runs.manifest import make_manifest
@@ -81,7 +81,7 @@ def assemble(
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
         refuse_weights(config.objective, store)
         refuse_margins(config, store)
-    row_split = row_devices(mesh), own_shares(mesh)
+    row_split = row_devices(mesh), local_row_shards(mesh)
     batches = train_batches(sets, config.batch, *row_split)
     logps_fn = train_logps_fn(config, model)
     return Setup(
@@ -127,8 +127,8 @@ def refuse_weights(loss: LossConfig, store: Store) -> None:
     sorting_losses = [name for name, _ in loss.terms if LOSS_TRAITS[name].sorts]
     weighted_rows = np.flatnonzero(store.weights != 1)
     if sorting_losses and len(weighted_rows):
-        weight = f"row {store.rows[weighted_rows[0]]} of the data has weight {store.weights[weighted_rows[0]]:g}"
-        remedy = f"it sorts the pairs of a step, but {weight}; remove the weight column or choose another loss"
+        weight_note = f"row {store.rows[weighted_rows[0]]} of the data has weight {store.weights[weighted_rows[0]]:g}"
+        remedy = f"it sorts the pairs of a step, but {weight_note}; remove the weight column or choose another loss"
         raise UserError("loss.type", sorting_losses[0], remedy)
 
 
@@ -153,15 +153,15 @@ def announce(setup: Setup, run: RunDir) -> None:
         log_event(
             run, "data", rows=num_rows, train=order.epoch_draws, evals=eval_sizes, dropped=dict(causes), notes=notes
         )
-    evals = "".join(f", {count} in {name}" for name, count in eval_sizes.items())
-    dropped_rows = ", ".join(f"{count} rows dropped: {cause}" for cause, count in causes.items()) or "no rows dropped"
-    rows = " or ".join(f"{shape.rows} x {shape.length}" for shape in batches.packer.shapes)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
-    adapters = f", {count_adapters(model):,} more in adapters" if model.lora is not None else ""
+    evals_note = "".join(f", {count} in {name}" for name, count in eval_sizes.items())
+    dropped_note = ", ".join(f"{count} rows dropped: {cause}" for cause, count in causes.items()) or "no rows dropped"
+    shapes_text = " or ".join(f"{shape.rows} x {shape.length}" for shape in batches.packer.shapes)
+    mesh_text = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    adapters_note = f", {count_adapters(model):,} more in adapters" if model.lora is not None else ""
     for line in (
-        f"model: {count_params(model):,} parameters{adapters}, {model.dtype}; mesh: {mesh}",
-        f"data: {order.epoch_draws} training examples{evals}; {dropped_rows}",
-        f"steps: {order.num_steps} of {order.batch} each, in rows of {rows} tokens",
+        f"model: {count_params(model):,} parameters{adapters_note}, {model.dtype}; mesh: {mesh_text}",
+        f"data: {order.epoch_draws} training examples{evals_note}; {dropped_note}",
+        f"steps: {order.num_steps} of {order.batch} each, in rows of {shapes_text} tokens",
         *(f"note: {note}" for note in notes),
     ):
         say(setup.config.run.progress, line)
@@ -172,13 +172,13 @@ def notes_of(setup: Setup) -> list[str]:
     stores = [batches.store for batches in (setup.batches, *setup.evals.values())]
     reports = [source for store in stores for source in store.report]
     device = setup.mesh.devices.flat[0]
-    messages = sum(source["rendered"] for source in reports)
+    num_rendered = sum(source["rendered"] for source in reports)
     facts = Facts(
         steps=setup.batches.order.num_steps,
         eval_sets=len(setup.evals),
         examples=sum(source["kept"] for source in reports),
-        messages=messages,
-        dated=messages > 0 and reads_clock(setup.tokenizer.chat_template),
+        messages=num_rendered,
+        dated=num_rendered > 0 and reads_clock(setup.tokenizer.chat_template),
         platform=device.platform,
         flags=frozenset(platform_flags(device.platform, device.device_kind, {})),
     )
@@ -186,13 +186,13 @@ def notes_of(setup: Setup) -> list[str]:
     longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
     max_positions = setup.source.hf_config.get("max_position_embeddings", longest)
     if longest > max_positions:
-        limit = f"but the model supports {max_positions} (max_position_embeddings)"
-        notes.append(f"a prompt with its answer has up to {longest} tokens, {limit}: lower data.max_length")
+        limit_note = f"but the model supports {max_positions} (max_position_embeddings)"
+        notes.append(f"a prompt with its answer has up to {longest} tokens, {limit_note}: lower data.max_length")
     if setup.config.scores and setup.batches.store.margins.any():
         notes.append("the loss subtracts the column margin of the data from the differences of scores")
     if order.batch > order.epoch_draws:
-        excess = f"more than the {order.epoch_draws} of an epoch, so some appear twice in a step"
-        notes.append(f"a batch has {order.batch} examples, {excess}: use a smaller batch")
+        excess_note = f"more than the {order.epoch_draws} of an epoch, so some appear twice in a step"
+        notes.append(f"a batch has {order.batch} examples, {excess_note}: use a smaller batch")
     return notes
 
 
@@ -278,7 +278,7 @@ def abstract_state(
 
     shapes = jax.eval_shape(initial_state, weights)
     shardings = state_shardings(shapes, trained_shardings(model, mesh), replicated(mesh), optimizer)
-    return placed(shapes, shardings)
+    return sharded_structs(shapes, shardings)
 
 
 def follow_of(config: AnyConfig) -> Follow | None:

@@ -24,8 +24,8 @@ STEP_CAUSE = (
 
 def agreement(setup: Setup) -> float:
     """Return the tolerance for log-probs; accelerators may multiply float32 matrices with bfloat16's precision."""
-    exact_products = jax.default_backend() == "cpu" or setup.model.matmul_precision == "highest"
-    return AGREEMENT["float32" if setup.model.dtype == "float32" and exact_products else "bfloat16"]
+    products_are_exact = jax.default_backend() == "cpu" or setup.model.matmul_precision == "highest"
+    return AGREEMENT["float32" if setup.model.dtype == "float32" and products_are_exact else "bfloat16"]
 
 
 def start_logps(setup: Setup, reference: Reference | None, weights: Params) -> tuple[np.ndarray, np.ndarray] | None:
@@ -37,16 +37,16 @@ def start_logps(setup: Setup, reference: Reference | None, weights: Params) -> t
     if data.batch.valid.ndim > 1:
         batches = [jax.tree.map(lambda x, i=i: x[i], data.batch) for i in range(len(data.batch.valid))]
     batches = list(map(setup.to_devices, batches))
-    policy = [np.asarray(setup.logps_step(weights, batch).sum) for batch in batches]
+    policy_logps = [np.asarray(setup.logps_step(weights, batch).sum) for batch in batches]
     reference_logps = reference.sums(setup.logps_step, data, setup.batches.store, batches)
-    real = data.ids >= 0
-    return np.concatenate(policy)[real], reference_logps[real]
+    is_real = data.ids >= 0
+    return np.concatenate(policy_logps)[is_real], reference_logps[is_real]
 
 
 def starts_equal(config: AnyConfig, ids: Mapping[str, str]) -> bool:
     """Return whether policy and reference start equal: the same weights and dtype, and no loaded adapters."""
-    same_dtype = config.reference.dtype in ("auto", config.model.param_dtype)
-    return same_dtype and ids["weights"] == ids["reference"] and "adapters" not in ids
+    is_same_dtype = config.reference.dtype in ("auto", config.model.param_dtype)
+    return is_same_dtype and ids["weights"] == ids["reference"] and "adapters" not in ids
 
 
 def mean_margin(policy: np.ndarray, reference: np.ndarray) -> float:
@@ -64,8 +64,8 @@ def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> None
         UserError: the log-probs differ by more than that.
     """
     config = setup.config.reference
-    one_program = setup.config.reference_mode == "live" and config.dtype == "auto" and setup.model.lora is None
-    bound = 0.0 if one_program else agreement(setup)
+    is_one_program = setup.config.reference_mode == "live" and config.dtype == "auto" and setup.model.lora is None
+    bound = 0.0 if is_one_program else agreement(setup)
     worst = float(np.max(np.abs(policy - reference) / np.maximum(1, np.abs(policy))))
     if not worst <= bound:
         cause = (

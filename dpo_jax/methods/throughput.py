@@ -29,12 +29,12 @@ def step_rates(
     ``flops_per_second`` counts model FLOPs; ``mfu``, their share of the devices' bfloat16 peak, is present only if the
     chip is known.
     """
-    real = data.ids[data.ids >= 0]
-    flops = model_flops(config, model, store.lengths[real], store.num_targets[real])
+    real_ids = data.ids[data.ids >= 0]
+    flops = model_flops(config, model, store.lengths[real_ids], store.num_targets[real_ids])
     rates = {
         "step_seconds": seconds,
-        "pairs_per_second": len(real) / seconds,
-        "tokens_per_second": data.used_slots / seconds,
+        "pairs_per_second": len(real_ids) / seconds,
+        "tokens_per_second": data.num_real_tokens / seconds,
         "flops_per_second": flops / seconds,
     }
     chip = chip_of(mesh.devices.flat[0].device_kind)

@@ -58,7 +58,7 @@ def merge(weights: Adapted, model: Model) -> Params:
         num_layers, rank = pair["a"].shape[:2]
         a, b = pair["a"].reshape(num_layers, rank, -1), pair["b"].reshape(num_layers, -1, rank)
         product = jnp.einsum("lor,lri->loi", b, a, precision=jax.lax.Precision.HIGHEST)
-        product = product.swapaxes(1, 2) if LAYER[name].turned else product
+        product = product.swapaxes(1, 2) if LAYER[name].transposed else product
         return weight.astype(jnp.float32) + scale * product.reshape(weight.shape)
 
     def merged(weights: Adapted) -> Params:

@@ -120,7 +120,7 @@ class Model:
         return self._apply(weights, batch.tokens, batch.positions, inputs, batch.longest)[0]
 
     def empty_cache(self, num_rows: int, num_slots: int) -> Cache:
-        """Return a cache of ``num_slots`` tokens per row."""
+        """Return an empty cache with ``num_slots`` slots per row."""
         c = self.config
         zeros = jnp.zeros((c.layers, num_rows, c.kv_heads, num_slots, c.head_dim), self.dtype)
         return Cache(KeyValues(zeros, zeros, jnp.int32(0)), jnp.full((num_rows, num_slots), -1), jnp.int32(0))

@@ -36,7 +36,7 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Operations of all kinds of matrix product together."""
+        """Total number of operations."""
         return sum(self)
 
 
@@ -78,10 +78,10 @@ def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 
 def forward_flops(config: DecoderConfig, work: Work) -> Flops:
-    """Count a forward pass: 2 per weight and token (unembedding: target), 4 per head, feature and visible pair."""
-    weights = sum(inputs * outputs for inputs, outputs in projections(config).values())
+    """Count a forward pass's operations: 2 per weight and token (or target), 4 per head, feature and visible pair."""
+    num_weights = sum(inputs * outputs for inputs, outputs in projections(config).values())
     return Flops(
-        linear=2 * config.layers * weights * work.tokens,
+        linear=2 * config.layers * num_weights * work.tokens,
         attention=4 * config.layers * config.heads * config.head_dim * work.seen,
         unembedding=2 * config.hidden * config.logits * work.targets,
     )
@@ -103,8 +103,8 @@ def step_flops(config: DecoderConfig, work: Work, *, live_reference: bool, lora:
     pass; a cached one costs nothing.
     """
     forward = forward_flops(config, work)
-    trained = 3 if lora is None else 2
-    training = trained * (forward.linear + forward.unembedding) + 3 * forward.attention
+    products_per_matrix = 3 if lora is None else 2
+    training = products_per_matrix * (forward.linear + forward.unembedding) + 3 * forward.attention
     adapters = 0 if lora is None else 3 * adapter_flops(config, work, lora)
     return training + adapters + (forward.total if live_reference else 0)
 
@@ -125,6 +125,6 @@ def recomputed_flops(config: DecoderConfig, work: Work, remat: Literal["none", "
     ``dots``: also attention's forward pass. ``full``: also ``recomputed_projections``.
     """
     forward = forward_flops(config, work)
-    weights = sum(inputs * outputs for inputs, outputs in recomputed_projections(config, remat).values())
-    attention = 0 if remat == "none" else forward.attention
-    return forward.unembedding + forward.attention // 2 + attention + 2 * config.layers * weights * work.tokens
+    num_weights = sum(inputs * outputs for inputs, outputs in recomputed_projections(config, remat).values())
+    attention_ops = forward.attention // 2 + (0 if remat == "none" else forward.attention)
+    return forward.unembedding + attention_ops + 2 * config.layers * num_weights * work.tokens

@@ -66,16 +66,16 @@ def project(x: Float[Array, "..."], matrix: Float[Array, "..."], spec: str, prec
     return jnp.einsum(spec, x, matrix.astype(x.dtype), precision=precision)
 
 
-def _project_backward(spec, precision, kept, g):
-    x, matrix = kept
+def _project_backward(spec, precision, residuals, g):
+    x, matrix = residuals
     operand, weights, result = spec.replace("->", ",").split(",")
     product = partial(jnp.einsum, precision=precision)
-    by_x = product(f"{result},{weights}->{operand}", g, matrix.astype(x.dtype))
+    x_grad = product(f"{result},{weights}->{operand}", g, matrix.astype(x.dtype))
     # XLA transposes the first factor. Put first the one with the matrix's first dim: it is the narrower one or needs no
     # transpose. In the other order this is the slowest part of a layer on a CPU.
     (first, a), (second, b) = sorted([(result, g), (operand, x)], key=lambda factor: weights[0] not in factor[0])
-    by_matrix = product(f"{first},{second}->{weights}", a, b, preferred_element_type=jnp.float32)
-    return by_x, by_matrix.astype(matrix.dtype)
+    matrix_grad = product(f"{first},{second}->{weights}", a, b, preferred_element_type=jnp.float32)
+    return x_grad, matrix_grad.astype(matrix.dtype)
 
 
 project.defvjp(lambda x, matrix, spec, precision: (project(x, matrix, spec, precision), (x, matrix)), _project_backward)
@@ -136,7 +136,7 @@ class DecoderModule(nn.Module):
 
 
 class CacheInputs(NamedTuple):
-    """Where new tokens stand in a cache of S slots, the same for all layers; tokens are (segment, branch, position)."""
+    """Slots of new tokens in a cache of S slots, the same for all layers; tokens are (segment, branch, position)."""
 
     queries: Int[Array, "R 3 T"]  # the new tokens
     slots: Int[Array, "R 3 S"]  # the new tokens and all before them

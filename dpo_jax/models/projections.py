@@ -46,7 +46,7 @@ class Projection(NamedTuple):
         return "".join(letter for letter in matrix_letters if letter in y_letters)
 
     @property
-    def turned(self) -> bool:
+    def transposed(self) -> bool:
         """Whether the matrix is stored inputs first; in the files outputs always come first."""
         return self.letters[1].startswith(self.inputs)
 
@@ -68,7 +68,7 @@ LAYER = {row.name: row for row in (
 )}  # fmt: skip
 BY_TARGET = {row.target: row for row in LAYER.values()}
 
-_OF_LAYER = {
+_LAYER_TENSORS = {
     "attention_norm": "input_layernorm.weight",
     "query_norm": "self_attn.q_norm.weight",
     "key_norm": "self_attn.k_norm.weight",
@@ -82,6 +82,6 @@ TENSORS = {
     "final_norm": "model.norm.weight",
     "unembed": "lm_head.weight",
     "score": "score.weight",
-    **{f"layers/{name}": f"model.layers.{{}}.{tensor}" for name, tensor in _OF_LAYER.items()},
+    **{f"layers/{name}": f"model.layers.{{}}.{tensor}" for name, tensor in _LAYER_TENSORS.items()},
 }
-TURNED = {f"layers/{row.name}" for row in LAYER.values() if row.turned}
+TRANSPOSED = {f"layers/{row.name}" for row in LAYER.values() if row.transposed}

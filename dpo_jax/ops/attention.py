@@ -54,9 +54,9 @@ def make_inputs(batch: PreferenceBatch, implementation: Implementation) -> Atten
         ValueError: the batch lacks the block or answer indices that the implementation needs, as a plain batch does.
     """
     if implementation == "blocks" and batch.blocks.shape[-2] == 0:
-        raise ValueError("attention blocks: this batch has no blocks; use xla")
+        raise ValueError("model.attention: blocks needs packed rows, but this batch lists no block pairs; use xla")
     if implementation == "cudnn" and batch.answers_per_row == 0:
-        raise ValueError("attention cudnn: this batch has no answers; use xla")
+        raise ValueError("model.attention: cudnn needs packed rows, but this batch has no answer slots; use xla")
     unpacked = None
     if implementation == "splash":
         _, length = kernels.splash_sizes(batch.branch_length, batch.longest)
@@ -79,15 +79,15 @@ def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
     dims, and the queries of a group are adjacent (X = G * BLOCK), so that each product is one plain matrix product per
     key head. On a CPU this is several times faster than leaving the order to the compiler.
     """
-    length, num_kv_heads, group_size, head = q.shape
+    length, num_kv_heads, group_size, head_dim = q.shape
     num_blocks = length // BLOCK
     query_block, key_block = blocks[:, 0], blocks[:, 1]
     is_used = query_block >= 0
     segment = jnp.where(is_used, query_block, num_blocks)  # unused pairs go to an extra block that is dropped
 
-    q = q.reshape(num_blocks, BLOCK, num_kv_heads, group_size, head).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(num_blocks, num_kv_heads, group_size * BLOCK, head)
-    k, v = (x.reshape(num_blocks, BLOCK, num_kv_heads, head).swapaxes(1, 2) for x in (k, v))
+    q = q.reshape(num_blocks, BLOCK, num_kv_heads, group_size, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(num_blocks, num_kv_heads, group_size * BLOCK, head_dim)
+    k, v = (x.reshape(num_blocks, BLOCK, num_kv_heads, head_dim).swapaxes(1, 2) for x in (k, v))
     tokens = tokens.reshape(3, num_blocks, BLOCK)
 
     scores = _attention_scores(q[query_block], k[key_block], "jkxh,jksh->jkxs", scale, softcap)
@@ -102,16 +102,16 @@ def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
     values = jnp.einsum("jkxs,jksh->jkxh", weights.astype(v.dtype), v[key_block], preferred_element_type=jnp.float32)
     values = jax.ops.segment_sum(values, segment, num_blocks + 1)[:num_blocks]
     out = (values / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
-    out = out.reshape(num_blocks, num_kv_heads, group_size, BLOCK, head).transpose(0, 3, 1, 2, 4)
-    return out.reshape(length, num_kv_heads, group_size, head)
+    out = out.reshape(num_blocks, num_kv_heads, group_size, BLOCK, head_dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(length, num_kv_heads, group_size, head_dim)
 
 
 # Each takes q, k, v and the inputs of the same rows and heads; only some use the bound `longest`.
 
 
 def _group_queries(q, num_kv_heads):
-    num_rows, length, num_heads, head = q.shape
-    return q.reshape(num_rows, length, num_kv_heads, num_heads // num_kv_heads, head)
+    num_rows, length, num_heads, head_dim = q.shape
+    return q.reshape(num_rows, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
 
 
 def _dense(q, k, v, inputs, *, longest, **options):
@@ -121,9 +121,9 @@ def _dense(q, k, v, inputs, *, longest, **options):
 def _blocks(q, k, v, inputs, *, longest, **options):
     # The backward pass recomputes the scores: they are many times larger than q, k and v, which are saved.
     attend_row = jax.checkpoint(partial(_blocks_row, **options))
-    rows = (_group_queries(q, k.shape[2]), k, v, inputs.tokens, inputs.blocks)
+    row_arguments = (_group_queries(q, k.shape[2]), k, v, inputs.tokens, inputs.blocks)
     # vmap over a dim of size 1 makes the softmax gradient 30 times slower in XLA on a CPU
-    out = jax.vmap(attend_row)(*rows) if len(q) > 1 else attend_row(*(x[0] for x in rows))[None]
+    out = jax.vmap(attend_row)(*row_arguments) if len(q) > 1 else attend_row(*(x[0] for x in row_arguments))[None]
     return out.reshape(q.shape)
 
 
@@ -166,9 +166,9 @@ def on_each_device(fn: Callable[..., Array], q: Array, k: Array, v: Array, input
     num_kv_heads, num_shards = k.shape[2], jax.sharding.get_abstract_mesh().shape["tensor"]
     repeats = lcm(num_kv_heads, num_shards) // num_kv_heads
     k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
-    rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor")
+    row_spec, head_spec = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor")
     # check_vma=False: kernels do not declare over which axes their results vary
-    on_shards = jax.shard_map(fn, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    on_shards = jax.shard_map(fn, in_specs=(*[head_spec] * 3, row_spec), out_specs=head_spec, check_vma=False)
     return on_shards(q, k, v, inputs)
 
 
@@ -241,6 +241,6 @@ def choose(
     if requested == "cudnn" and platform != "gpu":
         raise UserError(f"model.attention: cudnn runs on GPUs, but the devices are {platform}; use auto")
     if requested == "cudnn" and not cudnn_runs:
-        requirements = "cudnn needs bfloat16 and a head_dim that is a multiple of 8 and at most 128"
-        raise UserError(f"model.attention: {requirements}, got {dtype} and {head_dim}; use auto")
+        requirement = "cudnn needs bfloat16 and a head_dim that is a multiple of 8 and at most 128"
+        raise UserError(f"model.attention: {requirement}, got {dtype} and {head_dim}; use auto")
     return requested

@@ -71,8 +71,8 @@ def score_targets(
 
 
 def _forward(states, unembedding, labels, mask, options):
-    tokens = _on_mesh(partial(_target_logps, options), "rwrr", "r")(states, unembedding, labels, mask)
-    return tokens, (states, unembedding, labels, mask, tokens.normalizer, tokens.log_sum_sq)
+    token_logps = _on_mesh(partial(_target_logps, options), "rwrr", "r")(states, unembedding, labels, mask)
+    return token_logps, (states, unembedding, labels, mask, token_logps.normalizer, token_logps.log_sum_sq)
 
 
 def _backward(options, residuals, cotangents):
@@ -102,8 +102,8 @@ class _Tiles:
         self.num_chunks = max(1, -(-self.targets // max(1, options.chunk // self.rows)))
         self.num_blocks = max(1, -(-len(unembedding) // options.block))
         self.block = -(-len(unembedding) // self.num_blocks)
-        used_up_to = self.chunks(mask).any(1) * jnp.arange(1, self.num_chunks + 1)
-        self.num_used_chunks = used_up_to.max()  # later chunks hold no target
+        used_chunks = self.chunks(mask).any(1) * jnp.arange(1, self.num_chunks + 1)
+        self.num_used_chunks = used_chunks.max()  # later chunks hold no target
 
     def chunks(self, x: AnyArray) -> Array:
         """Reshape [R, M, ...] -> [C, n, ...], so that a chunk's scores are one plain matrix product (fast on CPUs)."""
@@ -126,7 +126,7 @@ class _Tiles:
         return jnp.minimum(i * self.block, len(self.unembedding) - self.block)
 
     def weights(self, i: Any, dtype: Any) -> tuple[Array, Array, Array]:
-        """Return block i's rows [b, D], their vocabulary ids [b], and whether each is not in the previous block [b]."""
+        """Return block i's rows [b, D], their vocabulary ids [b], and whether each is new to block i [b]."""
         offset = self.block_offset(i)
         rows = jax.lax.dynamic_slice_in_dim(self.unembedding, offset, self.block).astype(dtype)
         ids = offset + jnp.arange(self.block)
@@ -150,13 +150,13 @@ class _Sums(NamedTuple):
 def _add_block(scores: Array, is_label: Array, before: _Sums) -> _Sums:
     """Add the scores [n, b] of a block of vocabulary rows to the running sums."""
     largest = jnp.maximum(before.largest, scores.max(-1))
-    weights, shift = jnp.exp(scores - largest[:, None]), jnp.exp(before.largest - largest)
+    exp_scores, shift = jnp.exp(scores - largest[:, None]), jnp.exp(before.largest - largest)
     return _Sums(
         largest=largest,
         label=before.label + jnp.where(is_label, scores, 0.0).sum(-1),
-        total=before.total * shift + weights.sum(-1),
-        squares=None if before.squares is None else before.squares * shift**2 + (weights**2).sum(-1),
-        expected=None if before.expected is None else before.expected * shift + (weights * scores).sum(-1),
+        total=before.total * shift + exp_scores.sum(-1),
+        squares=None if before.squares is None else before.squares * shift**2 + (exp_scores**2).sum(-1),
+        expected=None if before.expected is None else before.expected * shift + (exp_scores * scores).sum(-1),
     )
 
 
@@ -207,8 +207,8 @@ def _target_logps(options, is_sharded, states, unembedding, labels, mask):
             mean_row = jax.lax.all_gather(jax.lax.pmean(mean_row, "tensor"), "fsdp", axis=0, tiled=True)
         mean_logit = jnp.einsum("cnd,d->cn", states.astype(jnp.float32), mean_row, precision=jax.lax.Precision.HIGHEST)
         stats = TargetStats(entropy, mean_logit, top1=(sums.label >= sums.largest).astype(jnp.float32))
-    tokens = TokenLogps(logp, normalizer, log_sum_sq, stats)
-    return jax.tree.map(lambda x: tiles.join_chunks(jnp.where(is_unvisited, 0.0, x)), tokens)
+    token_logps = TokenLogps(logp, normalizer, log_sum_sq, stats)
+    return jax.tree.map(lambda x: tiles.join_chunks(jnp.where(is_unvisited, 0.0, x)), token_logps)
 
 
 def _target_gradients(options, is_sharded, states, unembedding, labels, mask, normalizer, log_sum_sq, token_grads):

@@ -19,7 +19,7 @@ from dpo_jax.batch import PreferenceBatch
 
 
 class UnpackIndices(NamedTuple):
-    """Gather indices from rows to sequences and back."""
+    """Indices by which rows are gathered into sequences, and sequences back into rows."""
 
     sources: Int[Array, "R S U"]  # index in the row; arbitrary in padding
     segments: Int[Array, "R S U"]  # segment of the token; 0: padding

@@ -165,12 +165,12 @@ def parse_topology(text: str) -> Topology:
 
 
 def _usual_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
-    chips, remainder = divmod(number, chip.units_per_chip)
-    if remainder or chips < 1 or chips & (chips - 1):
+    num_chips, remainder = divmod(number, chip.units_per_chip)
+    if remainder or num_chips < 1 or num_chips & (num_chips - 1):
         unit = "chips" if chip.units_per_chip == 1 else "TensorCores, two per chip,"
         remedy = f"its number of {unit} is not a power of two; give a shape such as {_example(chip)}"
         raise UserError("topology", text, remedy)
-    exponent, num_larger = divmod(chips.bit_length() - 1, chip.torus_dims)
+    exponent, num_larger = divmod(num_chips.bit_length() - 1, chip.torus_dims)
     shape = (2**exponent,) * (chip.torus_dims - num_larger) + (2 ** (exponent + 1),) * num_larger
     return shape if exponent else shape[::-1]  # a host's four chips span the first two dimensions
 
@@ -178,8 +178,8 @@ def _usual_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
 def _check_shape(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
     example = _example(chip)
     if len(shape) != chip.torus_dims:
-        fault = f"{chip.name} slices have {chip.torus_dims} dimensions, not {len(shape)}"
-        raise UserError("topology", text, f"{fault}; write a shape such as {example}")
+        problem = f"{chip.name} slices have {chip.torus_dims} dimensions, not {len(shape)}"
+        raise UserError("topology", text, f"{problem}; write a shape such as {example}")
     fills_hosts = all(size > 0 and size % host == 0 for size, host in zip(shape, _HOST_SHAPE, strict=False))
     if not fills_hosts and math.prod(shape) != 1:
         raise UserError("topology", text, f"a host has 2x2 chips, so the first two sizes must be even, as in {example}")

@@ -83,7 +83,7 @@ def compiler_options(mesh: Mesh, overrides: Mapping[str, str]) -> dict[str, str]
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(scalar).compile()
     except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split())
-        remedy = f"{reason}; correct the flag, or give it an empty value to omit it"
+        cause = " ".join(str(error).split())
+        remedy = f"{cause}; correct the flag, or give it an empty value to omit it"
         raise UserError("run.compiler_flags", dict(overrides), remedy) from error
     return options

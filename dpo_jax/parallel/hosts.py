@@ -43,7 +43,7 @@ def cache_compilations() -> None:
 
 
 def list_processes(processes: list[int]) -> str:
-    """Join process ids for a message; of more than 16, the others are only counted."""
+    """Join process ids for a message, at most 16 of them, and count the others."""
     return ", ".join(map(str, processes[:16])) + (f" and {len(processes) - 16} more" if len(processes) > 16 else "")
 
 
@@ -84,8 +84,8 @@ def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
                 raise
             arrived = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(prefix)}
             missing_ids = sorted(set(range(jax.process_count())) - arrived)
-            fault = timeout_message(timeout, missing_ids, jax.process_count())
-            raise HostsMissing(f"{what}: {fault}: read its log, then restart all processes") from error
+            problem = timeout_message(timeout, missing_ids, jax.process_count())
+            raise HostsMissing(f"{what}: {problem}: read its log, then restart all processes") from error
     return values
 
 
@@ -116,12 +116,12 @@ def make_shared(directory, what: str) -> None:
     deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while not (is_visible := probe.exists()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    blind_processes = [process for process, sees in enumerate(gather(is_visible, what)) if not sees]
+    unsynced_processes = [process for process, sees in enumerate(gather(is_visible, what)) if not sees]
     if is_writer():
         probe.unlink()
-    if blind_processes:
-        fault = f"process {list_processes(blind_processes)} does not see what process 0 wrote there"
-        raise UserError(f"{what}: {directory} is not shared: {fault}: use a run.dir that all hosts mount")
+    if unsynced_processes:
+        problem = f"process {list_processes(unsynced_processes)} does not see what process 0 wrote there"
+        raise UserError(f"{what}: {directory} is not shared: {problem}: use a run.dir that all hosts mount")
 
 
 def writer_first(make: Callable[[], Result], what: str) -> Result:
@@ -133,8 +133,8 @@ def writer_first(make: Callable[[], Result], what: str) -> Result:
     for is_own_turn in (is_writer(), not is_writer()):
         try:
             results += [make()] if is_own_turn else []
-        except UserError as refusal:
-            error = refusal
+        except UserError as user_error:
+            error = user_error
         agree(error, what, timeout=LONG_TIMEOUT)
     return results[0]
 

@@ -39,8 +39,8 @@ def start_hosts(
     num_processes = _number(num_processes, NUM_PROCESSES)
     process_id = _number(process_id, PROCESS_ID)
     timeout = _number(timeout, START_TIMEOUT) or TIMEOUT
-    auto = coordinator == "auto"
-    if auto:
+    is_auto = coordinator == "auto"
+    if is_auto:
         coordinator, num_processes, process_id = _ask_cluster(timeout)
     if coordinator is None and num_processes is None and process_id is None:
         return
@@ -52,14 +52,14 @@ def start_hosts(
     if not host or not port.isdigit():
         raise UserError(COORDINATOR, coordinator, "write host:port, such as 10.0.0.2:8476")
     if not 0 <= process_id < num_processes:
-        raise UserError(PROCESS_ID, process_id, f"count the {num_processes} processes from 0")
+        raise UserError(PROCESS_ID, process_id, f"number the {num_processes} processes from 0")
     if num_processes == 1:
         return
     if process_id == 0:
         _wait_for_all(int(port), num_processes, timeout)
     else:
         _connect(host, int(port), num_processes, process_id, timeout)
-    if auto:  # jax detects the same settings again, and the devices of this process
+    if is_auto:  # jax detects the same settings again, and the devices of this process
         jax.distributed.initialize(initialization_timeout=timeout)
     else:
         options = {"initialization_timeout": timeout, "cluster_detection_method": "deactivate"}
@@ -99,25 +99,25 @@ def _wait_for_all(port: int, num_processes: int, timeout: int) -> None:
         remedy = "free the port, or choose another"
         raise UserError(f"{COORDINATOR}: port {port} cannot be opened ({error.strerror}): {remedy}") from error
     callers: dict[int, socket.socket] = {}
-    verdict = ""
+    outcome = ""
     with server:
-        while not verdict and len(callers) < num_processes - 1:
+        while not outcome and len(callers) < num_processes - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 caller, _ = server.accept()
             except TimeoutError:
                 break
-            process_id, verdict = _receive_id(caller, num_processes, callers)
+            process_id, outcome = _receive_id(caller, num_processes, callers)
             if process_id is not None:
                 callers[process_id] = caller
         missing_ids = sorted(set(range(1, num_processes)) - set(callers))
-        if missing_ids and not verdict:
+        if missing_ids and not outcome:
             address = f"{socket.gethostname()}:{port}"
-            verdict = f"{timeout_message(timeout, missing_ids, num_processes)} at {address}: {START_ALL}"
+            outcome = f"{timeout_message(timeout, missing_ids, num_processes)} at {address}: {START_ALL}"
         for caller in callers.values():
-            _send(caller, verdict or ALL_CONNECTED)
-    if verdict:
-        raise HostsMissing(verdict)
+            _send(caller, outcome or ALL_CONNECTED)
+    if outcome:
+        raise HostsMissing(outcome)
 
 
 def _receive_id(caller: socket.socket, num_processes: int, callers: dict) -> tuple[int | None, str]:
@@ -132,20 +132,20 @@ def _receive_id(caller: socket.socket, num_processes: int, callers: dict) -> tup
         caller.close()
         return None, ""
     if size != num_processes:
-        verdict = f"process {process_id} expects {size} processes and process 0 expects {num_processes}: "
-        return process_id, verdict + f"give every process the same {NUM_PROCESSES}"
+        outcome = f"process {process_id} expects {size} processes and process 0 expects {num_processes}: "
+        return process_id, outcome + f"give every process the same {NUM_PROCESSES}"
     if process_id == 0 or process_id in callers:
-        verdict = f"two processes have process id {process_id}: give each its own {PROCESS_ID}"
-        _send(caller, verdict)
-        return None, verdict
+        outcome = f"two processes have process id {process_id}: give each its own {PROCESS_ID}"
+        _send(caller, outcome)
+        return None, outcome
     return process_id, ""
 
 
-def _send(caller: socket.socket, verdict: str) -> None:
-    """Send the verdict and let the caller close first, so that jax's service can bind the port immediately."""
+def _send(caller: socket.socket, outcome: str) -> None:
+    """Send the outcome and let the caller close first, so that jax's service can bind the port immediately."""
     with caller:
         try:
-            caller.sendall((verdict + "\n").encode())
+            caller.sendall((outcome + "\n").encode())
             caller.settimeout(1.0)
             caller.recv(1)
         except OSError:
@@ -159,14 +159,14 @@ def _connect(host: str, port: int, num_processes: int, process_id: int, timeout:
             with socket.create_connection((host, port), timeout=5.0) as connection:
                 connection.sendall(f"dpo_jax {num_processes} {process_id}\n".encode())
                 connection.settimeout(max(deadline - time.monotonic(), 0) + 10.0)  # process 0 may have started later
-                verdict = connection.makefile("r").readline().strip()
-                if verdict == ALL_CONNECTED:
+                outcome = connection.makefile("r").readline().strip()
+                if outcome == ALL_CONNECTED:
                     return
-                if verdict:
-                    raise HostsMissing(verdict)
+                if outcome:
+                    raise HostsMissing(outcome)
         except OSError:
             pass  # process 0 is not listening yet
         if time.monotonic() > deadline:
-            fault = f"process {process_id} {timeout_message(timeout, [0], num_processes)}"
-            raise HostsMissing(f"{fault} at {host}:{port}: {START_ALL}")
+            problem = f"process {process_id} {timeout_message(timeout, [0], num_processes)}"
+            raise HostsMissing(f"{problem} at {host}:{port}: {START_ALL}")
         time.sleep(0.2)

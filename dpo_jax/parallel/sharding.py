@@ -39,7 +39,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def rollout_mesh(mesh: Mesh) -> Mesh:
-    """Return a mesh over the same devices that shards rows over all but `tensor`, and no weight over `fsdp`.
+    """Return a mesh over the same devices that shards rows over all axes but `tensor`, and weights over `tensor` only.
 
     Weights sharded over `fsdp` would be gathered for every token that is generated.
     """
@@ -69,13 +69,13 @@ def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.nd
     """
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(shape)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if shape[0] % slices:
-        raise UserError("mesh.data", shape[0], f"use a multiple of the {slices} slices, as only this axis spans slices")
-    slice_shape = (shape[0] // slices, *shape[1:])
-    if slices == 1:
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % num_slices:
+        raise UserError("mesh.data", shape[0], f"use a multiple of the {num_slices} slices, which only this axis spans")
+    slice_shape = (shape[0] // num_slices, *shape[1:])
+    if num_slices == 1:
         return mesh_utils.create_device_mesh(slice_shape, devices, allow_split_physical_axes=True)
-    dcn_shape = (slices, *(1,) * len(slice_shape[1:]))
+    dcn_shape = (num_slices, *(1,) * len(slice_shape[1:]))
     return mesh_utils.create_hybrid_device_mesh(slice_shape, dcn_shape, devices, allow_split_physical_axes=True)
 
 
@@ -120,7 +120,7 @@ def weight_shardings(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map_with_path(sharding, shapes, dims)
 
 
-def placed(shapes: Any, shardings: Any) -> Any:
+def sharded_structs(shapes: Any, shardings: Any) -> Any:
     """Return a tree of `jax.ShapeDtypeStruct` with the given shapes and shardings."""
     to_struct = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
     return jax.tree.map(to_struct, shapes, shardings)
@@ -136,7 +136,7 @@ def row_sharding(mesh: Mesh | AbstractMesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
 
 
-def own_shares(mesh: Mesh) -> tuple[int, ...]:
+def local_row_shards(mesh: Mesh) -> tuple[int, ...]:
     """Return the ascending indices of the row shards (one per row device) on the devices of this process."""
     row_slices = row_sharding(mesh).addressable_devices_indices_map((row_devices(mesh),)).values()
     return tuple(sorted({rows.start or 0 for (rows,) in filter(None, row_slices)}))

@@ -27,7 +27,7 @@ from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import projections
 from dpo_jax.parallel.chips import Topology
 from dpo_jax.parallel.compiler import compiler_options, no_cache_writes
-from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, placed, replicated, row_devices, row_sharding
+from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, replicated, row_devices, row_sharding, sharded_structs
 from dpo_jax.step import Frozen, TrainState
 from dpo_jax.weights.open import param_shardings
 
@@ -75,9 +75,6 @@ def check_pair(requirements: Sequence[str], libtpu: str) -> None:
     """Check that a libtpu version is one that the installed jax requires; others may fail on its programs.
 
     ``requirements`` are those in jax's metadata; if libtpu is not among them, every version passes.
-
-    Raises:
-        UserError: jax requires another version.
     """
     for requirement in map(Requirement, requirements):
         if requirement.name == "libtpu" and not requirement.specifier.contains(libtpu, prereleases=True):
@@ -120,21 +117,22 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
     )
     leading = () if load.microbatches == 1 else (load.microbatches,)
     batch = empty_batch(shape, load.pairs // load.microbatches, 2, leading=leading, zeros=jax.ShapeDtypeStruct)
-    return placed(batch, batch.place(row_sharding(mesh, len(leading)), replicated(mesh)))
+    return sharded_structs(batch, batch.per_array(row_sharding(mesh, len(leading)), replicated(mesh)))
 
 
 def abstract_frozen(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:
     """Return the step's frozen inputs, base weights and reference, as shapes and shardings."""
-    weights, mode, logps = placed(model.param_shapes(), param_shardings(model, mesh)), config.reference_mode, None
+    weights = sharded_structs(model.param_shapes(), param_shardings(model, mesh))
+    mode, logps = config.reference_mode, None
     if mode == "live" and model.lora is None and config.reference.dtype != "auto":
         dtype = jnp.dtype(config.reference.dtype)
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)
     if mode == "cached":
         shape = (load.pairs,) if load.microbatches == 1 else (load.microbatches, load.pairs // load.microbatches)
         array: Any = partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
-        answers, weight, valid = array((*shape, 2), jnp.float32), array(shape, jnp.float32), array(shape, jnp.bool_)
-        tail = None if config.objective.ld_alpha is None else answers
-        logps = PairLogps(sum=answers, count=answers, weight=weight, valid=valid, tail_sum=tail)
+        per_answer, weight, valid = array((*shape, 2), jnp.float32), array(shape, jnp.float32), array(shape, jnp.bool_)
+        tail = None if config.objective.ld_alpha is None else per_answer
+        logps = PairLogps(sum=per_answer, count=per_answer, weight=weight, valid=valid, tail_sum=tail)
     if model.lora is not None:
         return Frozen(weights, logps)
     return Frozen(reference=weights if mode == "live" and not config.reference.sync_every else logps)
@@ -180,11 +178,11 @@ def compile_step(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, lo
         "reference": _bytes((state.reference, frozen.reference)),
         "batch": _bytes(batch),
     }
-    save = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    save_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     if isinstance(mesh, AbstractMesh):
         peak = sum(sizes.values()) + _min_temporaries(model, mesh, load, _bytes(state.params))
-        return Compiled(None, None, peak, sizes, save)
-    start = time.perf_counter()
+        return Compiled(None, None, peak, sizes, save_bytes)
+    start_time = time.perf_counter()
     lowered = lower_step(config, model, mesh, arguments)
     try:
         with no_cache_writes():
@@ -194,19 +192,19 @@ def compile_step(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, lo
         if exhausted is None:
             raise
         peak = int(float(exhausted[1]) * {"M": 2**20, "G": 2**30}[exhausted[2]])
-        return Compiled(time.perf_counter() - start, None, peak, sizes, save)
+        return Compiled(time.perf_counter() - start_time, None, peak, sizes, save_bytes)
     memory: Any = program.memory_analysis()
-    return Compiled(time.perf_counter() - start, program.as_text(), memory.peak_memory_in_bytes, sizes, save)
+    return Compiled(time.perf_counter() - start_time, program.as_text(), memory.peak_memory_in_bytes, sizes, save_bytes)
 
 
 def _min_temporaries(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) -> int:
     """Return a lower bound on temporary bytes: gradients, each layer's saved input, and one layer's activations."""
-    c, width = model.config, jnp.dtype(model.dtype).itemsize
+    c, itemsize = model.config, jnp.dtype(model.dtype).itemsize
     tokens = load.rows // row_devices(mesh) * load.row_length
-    gradients = trained * (2 if load.microbatches > 1 else 1)  # of one microbatch, and their sum
-    saved = c.layers * tokens * c.hidden * width
-    matrices = sum(inputs * outputs for inputs, outputs in projections(c).values())
-    return gradients + saved + width * (matrices + 4 * tokens * c.ffn) // mesh.shape["tensor"]
+    gradient_bytes = trained * (2 if load.microbatches > 1 else 1)  # of one microbatch, and their sum
+    activation_bytes = c.layers * tokens * c.hidden * itemsize
+    layer_weights = sum(inputs * outputs for inputs, outputs in projections(c).values())
+    return gradient_bytes + activation_bytes + itemsize * (layer_weights + 4 * tokens * c.ffn) // mesh.shape["tensor"]
 
 
 def _bytes(tree: Any) -> int:

@@ -49,19 +49,19 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, num_devices: int) -> list[Collective]:
-    """Return the collectives of a program for ``num_devices`` devices, which are numbered row by row as in its mesh.
+    """Return the collectives of a program for ``num_devices`` devices, numbered in the row-major order of its mesh.
 
     The text may be that of one of several slices, which all run the same program.
     """
     computations, entry = _computations(text)
     header = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
-    in_slice = int(header[1]) if header else num_devices
-    peers = np.arange(num_devices).reshape(-1, in_slice).T  # each device with its peers in the other slices
+    devices_per_slice = int(header[1]) if header else num_devices
+    peers = np.arange(num_devices).reshape(-1, devices_per_slice).T  # each device with its peers in the other slices
     times, uncertain = _times(computations, entry)
     unique: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines.values():
-            collective = (_inside(line, in_slice) or _between(line, peers)) if times[name] else None
+            collective = (_inside(line, devices_per_slice) or _between(line, peers)) if times[name] else None
             if collective is None:
                 continue
             kind, num_bytes, groups = collective
@@ -76,16 +76,16 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
 
 def _inside(line: str, num_devices: int) -> tuple[str, int, np.ndarray] | None:
-    """Return kind, bytes and groups of a collective inside one slice, or None if the line is no such collective."""
+    """Return kind, bytes and groups of a collective inside one slice, or None for any other line."""
     match = _COLLECTIVE.match(line)
     if match is None:
         return None
-    result, kind, start = match.groups()
-    return kind, _num_bytes(result, kind, bool(start)), _groups(line, kind, num_devices)
+    result, kind, start_suffix = match.groups()
+    return kind, _num_bytes(result, kind, bool(start_suffix)), _groups(line, kind, num_devices)
 
 
 def _between(line: str, groups: np.ndarray) -> tuple[str, int, np.ndarray] | None:
-    """Return the same for a collective between slices, whose line gives what a device sends, not the result."""
+    """Return kind, bytes and groups of a collective between slices; its line has the operand sent, not the result."""
     match = _SEND.match(line)
     if match is None:
         return None
@@ -93,8 +93,8 @@ def _between(line: str, groups: np.ndarray) -> tuple[str, int, np.ndarray] | Non
     if kind not in KINDS:  # from one slice to another
         kind = "collective-permute"
     members = groups.shape[1]
-    share = {"all-gather": members, "reduce-scatter": 1 / members}.get(kind, 1)
-    return kind, int(_num_bytes(operand, kind, start=False) * share), groups
+    factor = {"all-gather": members, "reduce-scatter": 1 / members}.get(kind, 1)
+    return kind, int(_num_bytes(operand, kind, start=False) * factor), groups
 
 
 Computation = dict[str, str]  # name -> instruction; the result's instruction also as ROOT

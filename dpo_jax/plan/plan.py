@@ -25,7 +25,7 @@ from dpo_jax.methods.setup import sets_of, with_head
 from dpo_jax.methods.throughput import model_flops
 from dpo_jax.models.decoder import Model, count_adapters, count_params
 from dpo_jax.models.flops import Work, causal_pairs, recomputed_flops, step_flops
-from dpo_jax.parallel.chips import Topology, parse_topology
+from dpo_jax.parallel.chips import GIB, Topology, parse_topology
 from dpo_jax.parallel.sharding import row_devices
 from dpo_jax.plan.ahead_of_time import Compiled, Load, compile_step, slice_mesh
 from dpo_jax.plan.hlo import Collective, collectives
@@ -33,12 +33,10 @@ from dpo_jax.plan.roofline import collective_times, matrix_traffic
 from dpo_jax.weights.known import known_config
 from dpo_jax.weights.open import ModelSource, build_model, find_model, find_tokenizer
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
-class Known:
-    """Facts about the run and its data that a plan uses besides the config."""
+class Inputs:
+    """What a plan needs to know besides the config: the number of slices, and sizes of the data."""
 
     slices: int = 1
     rows: int | None = None  # of ``batch.row_length`` tokens, per device; None: as many as the lengths need, else 1
@@ -48,55 +46,61 @@ class Known:
     data: bool = False  # read the data for all of these
 
 
-def plan_slices(config: PairConfig, topologies: Sequence[str], known: Known, search: bool) -> Iterator[dict[str, Any]]:
+def plan_slices(
+    config: PairConfig, topologies: Sequence[str], inputs: Inputs, search: bool
+) -> Iterator[dict[str, Any]]:
     """Yield the `plan` of each slice; with ``search``, also those of settings that need less memory until one fits."""
     slices = [parse_topology(text) for text in topologies]
     for slice_ in slices:
         remedy = f"the bandwidth between slices of {slice_.chip.name} is not published; plan a single slice"
-        require(known.slices == 1 or slice_.chip.dcn_bandwidth is not None, "--slices", known.slices, remedy)
-    source = _source(config.model, tokenizer=known.data)
+        require(inputs.slices == 1 or slice_.chip.dcn_bandwidth is not None, "--slices", inputs.slices, remedy)
+    source = _source(config.model, tokenizer=inputs.data)
     if config.reference.path is not None:
-        find = lambda path: _source(ModelConfig(path=path), tokenizer=False)  # noqa: E731
+        find_config = lambda path: _source(ModelConfig(path=path), tokenizer=False)  # noqa: E731
         find_reference(
-            config, config.reference.path, with_head(build_model(source, config.model, "tpu"), config), "tpu", find
+            config,
+            config.reference.path,
+            with_head(build_model(source, config.model, "tpu"), config),
+            "tpu",
+            find_config,
         )
-    if known.data:
-        known = _measured(config, source, known)
+    if inputs.data:
+        inputs = _measured_inputs(config, source, inputs)
     for slice_ in slices:
-        report = plan(config, source, slice_, known)
+        report = plan(config, source, slice_, inputs)
         yield report
         if search and report["memory"]["fits"] is False:
-            yield from search_fit(config, source, slice_, known, report["memory"]["peak"])
+            yield from search_fit(config, source, slice_, inputs, report["memory"]["peak"])
 
 
-def plan(config: PairConfig, source: ModelSource, slice_: Topology, known: Known) -> dict[str, Any]:
+def plan(config: PairConfig, source: ModelSource, slice_: Topology, inputs: Inputs) -> dict[str, Any]:
     """Compile the config's train step for a slice; return its facts as a JSON tree for ``text.render``.
 
     Raises:
         UserError: the config cannot run on that slice.
     """
-    mesh = slice_mesh(config, slice_, known.slices)
+    mesh = slice_mesh(config, slice_, inputs.slices)
     model = with_head(build_model(source, config.model, "tpu", config.lora), config)
-    load = find_load(config, mesh, known)
-    adapters = 0 if model.lora is None else count_adapters(model)
-    options = {"dtype": model.dtype, "attention": model.attention, "remat": model.remat, "adapters": adapters}
+    load = find_load(config, mesh, inputs)
+    num_adapter_params = 0 if model.lora is None else count_adapters(model)
+    options = {"dtype": model.dtype, "attention": model.attention, "remat": model.remat, "adapters": num_adapter_params}
     options["scores"] = model.config.scores
-    steps = {"pairs": load.pairs, "parts": load.microbatches, "rows_a_device": load.rows // row_devices(mesh)}
-    fill = {"row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths)}
+    sizes = {"pairs": load.pairs, "microbatches": load.microbatches, "rows_per_device": load.rows // row_devices(mesh)}
+    row_stats = {"row_length": load.row_length, "fill": load.fill, "mean_lengths": list(load.lengths)}
     report: dict[str, Any] = {
         "topology": slice_.name,
-        "slices": known.slices,
-        "chips": slice_.chips * known.slices,
+        "slices": inputs.slices,
+        "chips": slice_.chips * inputs.slices,
         "mesh": dict(mesh.shape),
         "model": {"path": config.model.path, "parameters": count_params(model)} | options,
-        "batch": steps | fill | {"assumed": known.lengths is None},
+        "batch": sizes | row_stats | {"assumed": inputs.lengths is None},
     }
     print(f"compiling for {slice_.name}; this takes minutes", file=sys.stderr)
     compiled = compile_step(config, model, mesh, load)
     report |= {"compile_seconds": compiled.seconds, "memory": _memory(compiled, slice_)}
     if compiled.text is None and compiled.seconds is not None:
         return report
-    return report | _costs(config, model, mesh, load, slice_, compiled.text or "", known)
+    return report | _costs(config, model, mesh, load, slice_, compiled.text or "", inputs)
 
 
 MEMORY_SAVERS: dict[str, Callable[[PairConfig], PairConfig]] = {  # cheapest first
@@ -111,9 +115,9 @@ MEMORY_SAVERS: dict[str, Callable[[PairConfig], PairConfig]] = {  # cheapest fir
 
 
 def search_fit(
-    config: PairConfig, source: ModelSource, slice_: Topology, known: Known, peak: float
+    config: PairConfig, source: ModelSource, slice_: Topology, inputs: Inputs, peak: float
 ) -> list[dict[str, Any]]:
-    """Return plans of settings that need less and less memory, until one fits or no setting helps any more.
+    """Return plans of settings that need ever less memory, until one fits or no setting lowers it further.
 
     Each setting is applied again as long as it lowers the peak, initially ``peak`` GiB, and is listed as ``changed``.
     """
@@ -122,17 +126,17 @@ def search_fit(
     for option, save_memory in MEMORY_SAVERS.items():
         section, name = option.split(".")
         while (candidate := save_memory(config)) != config:
-            rows = known.rows if option == "batch.accumulation" else None
+            rows = inputs.rows if option == "batch.accumulation" else None
             if rows is not None and rows % 2:
                 break
-            candidate_known = known if rows is None else replace(known, rows=rows // 2)
+            candidate_inputs = inputs if rows is None else replace(inputs, rows=rows // 2)
             try:
-                report = plan(candidate, source, slice_, candidate_known)
+                report = plan(candidate, source, slice_, candidate_inputs)
             except UserError:  # the setting cannot go further
                 break
             if report["memory"]["peak"] > 0.99 * peak:
                 break
-            config, known, peak = candidate, candidate_known, report["memory"]["peak"]
+            config, inputs, peak = candidate, candidate_inputs, report["memory"]["peak"]
             changed = changed | {option: getattr(getattr(config, section), name)}
             plans.append(report | {"changed": changed})
             if report["memory"]["fits"] is not False:
@@ -140,28 +144,28 @@ def search_fit(
     return plans
 
 
-def _measured(config: PairConfig, source: ModelSource, known: Known) -> Known:
-    """Return ``known`` with the config's data sets and the mean lengths of the training pairs."""
+def _measured_inputs(config: PairConfig, source: ModelSource, inputs: Inputs) -> Inputs:
+    """Return ``inputs`` with the config's data sets and the mean lengths of the training pairs."""
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = sets_of(config, tokenizer)
     ids = np.concatenate([sets.order.step_ids(step) for step in range(sets.order.num_steps)])
     prompt, chosen, rejected = sets.train.lengths[ids[ids >= 0]].mean(0).tolist()
-    return replace(known, lengths=(prompt, chosen, rejected), sets=sets)
+    return replace(inputs, lengths=(prompt, chosen, rejected), sets=sets)
 
 
 def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
     """Find a model's config: in local files, in the table of known models if no tokenizer is needed, or on the hub."""
-    published = known_config(config.path)
-    files = os.path.isdir(os.path.expanduser(config.path)) or (tokenizer and config.tokenizer is None)
-    if published is not None and not files:
-        return ModelSource(published, None, None)
+    known_hf_config = known_config(config.path)
+    reads_files = os.path.isdir(os.path.expanduser(config.path)) or (tokenizer and config.tokenizer is None)
+    if known_hf_config is not None and not reads_files:
+        return ModelSource(known_hf_config, None, None)
     return find_model(config.path, config.revision, config.checkpoint, weights=False)
 
 
-def find_load(config: PairConfig, mesh: Mesh | AbstractMesh, known: Known) -> Load:
-    """Return the input size of a step, from the config and ``known``."""
-    batch, devices, rows, lengths = config.batch, row_devices(mesh), known.rows, known.lengths
-    remedy = "its rows depend on the data; plan shared or repeated"
+def find_load(config: PairConfig, mesh: Mesh | AbstractMesh, inputs: Inputs) -> Load:
+    """Return the input size of a step, from the config and ``inputs``."""
+    batch, devices, rows, lengths = config.batch, row_devices(mesh), inputs.rows, inputs.lengths
+    remedy = "its rows depend on the data; use shared or repeated"
     require(batch.layout != "padded", "batch.layout", batch.layout, remedy)
     if batch.row_length == "auto":
         raise UserError("batch.row_length", "auto", "plan needs a number, such as --batch.row_length 4096")
@@ -169,8 +173,8 @@ def find_load(config: PairConfig, mesh: Mesh | AbstractMesh, known: Known) -> Lo
     copies = 1 if batch.layout == "shared" else 2  # of a prompt
     num_rows = (rows or 1) * devices
     if lengths is None:
-        room = batch.row_length * min(num_rows / pairs, copies)
-        mean_length = float(int(min(room / (copies + 2), config.data.max_length / 2)))
+        pair_slots = batch.row_length * min(num_rows / pairs, copies)
+        mean_length = float(int(min(pair_slots / (copies + 2), config.data.max_length / 2)))
         remedy = f"no row has room for {pairs / num_rows:g} pairs; give --rows, or raise batch.row_length"
         require(mean_length > 0, "batch.row_length", batch.row_length, remedy)
         lengths = (mean_length, mean_length, mean_length)
@@ -185,83 +189,83 @@ def find_load(config: PairConfig, mesh: Mesh | AbstractMesh, known: Known) -> Lo
     )
     longest, max_length = lengths[0] + max(lengths[1:]), config.data.max_length
     fits = longest <= max_length and max(longest, load.unit / copies) <= batch.row_length
-    limits = f"a prompt and answer may have {max_length} tokens (data.max_length), a pair {batch.row_length} (a row)"
-    require(fits, "--lengths", lengths, f"{limits}; give means")
-    if rows is None and known.sets is not None:
-        return replace(load, rows=train_batches(known.sets, config.batch, devices).packer.shapes[-1].rows)
-    if rows is None and known.lengths is not None:
+    reason = f"a prompt and answer may have {max_length} tokens (data.max_length), a pair {batch.row_length} (a row)"
+    require(fits, "--lengths", lengths, f"{reason}; give mean lengths")
+    if rows is None and inputs.sets is not None:
+        return replace(load, rows=train_batches(inputs.sets, config.batch, devices).packer.shapes[-1].rows)
+    if rows is None and inputs.lengths is not None:
         pair_lengths = np.tile(np.round(lengths).astype(int), (int(pairs), 1))
         units = make_units(pair_lengths, pair_lengths[:, 1:], batch.layout)
-        packed = assign_rows(units, layout=batch.layout, multiple=devices, row_length=batch.row_length)
-        return replace(load, rows=len(packed))
+        packed_rows = assign_rows(units, layout=batch.layout, multiple=devices, row_length=batch.row_length)
+        return replace(load, rows=len(packed_rows))
     if load.fill > 1:
-        room = f"{rows} rows of {batch.row_length} tokens a device"
+        rows_text = f"{rows} rows of {batch.row_length} tokens per device"
         remedy = "give more rows or raise batch.accumulation"
-        raise UserError(f"--rows: {room} do not hold {pairs:g} pairs of {load.unit:g} tokens; {remedy}")
+        raise UserError(f"--rows: {rows_text} cannot hold {pairs:g} pairs of {load.unit:g} tokens; {remedy}")
     return load
 
 
 def _memory(compiled: Compiled, slice_: Topology) -> dict[str, Any]:
     """Return the step's memory in GiB per device, and ``fits``, which is None if only the compiler can tell."""
-    room = slice_.chip.device_memory
+    capacity = slice_.chip.device_memory
     compiles = compiled.seconds is None or compiled.text is not None  # else the compiler ran out of memory
     sizes = {name: size / GIB for name, size in compiled.sizes.items()}
     activations = (compiled.peak - sum(compiled.sizes.values())) / GIB if compiles else None
-    fits = compiles and compiled.peak <= room
+    fits = compiles and compiled.peak <= capacity
     return sizes | {
         "activations": activations,
         "save": compiled.save / GIB,
         "peak": compiled.peak / GIB,
-        "room": room / GIB,
+        "capacity": capacity / GIB,
         "fits": None if fits and compiled.seconds is None else fits,
     }
 
 
 def _costs(
-    config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, slice_: Topology, text: str, known: Known
+    config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, slice_: Topology, text: str, inputs: Inputs
 ) -> dict[str, Any]:
-    """Return the step's operations, collectives, bounds on its time, and the rates and run hours that follow."""
-    chip, live = slice_.chip, config.reference_mode == "live"
+    """Return the step's operations, collectives, bounds on its time, and the resulting throughput and duration."""
+    chip, is_live = slice_.chip, config.reference_mode == "live"
     lengths = np.tile(np.round(load.lengths).astype(int), (load.pairs, 1))
-    targets = int(lengths[:, 1:].sum())
-    useful = model_flops(config, model, lengths, lengths[:, 1:])
+    num_targets = int(lengths[:, 1:].sum())
+    model_ops = model_flops(config, model, lengths, lengths[:, 1:])
     band = min(filter(None, (load.longest, model.config.window)))  # most tokens that the attention kernel looks back
-    attended = causal_pairs(np.full(2 * load.rows * load.microbatches, load.row_length), band).sum()
-    work = Work(load.slots, int(attended), targets)
-    hardware = step_flops(model.config, work, live_reference=live, lora=model.lora)
-    hardware += recomputed_flops(model.config, work, model.remat)
+    attended_pairs = causal_pairs(np.full(2 * load.rows * load.microbatches, load.row_length), band).sum()
+    work = Work(load.slots, int(attended_pairs), num_targets)
+    hardware_ops = step_flops(model.config, work, live_reference=is_live, lora=model.lora)
+    hardware_ops += recomputed_flops(model.config, work, model.remat)
 
     devices, tensor = mesh.size, mesh.shape["tensor"]
     data_shards = devices // tensor
-    tokens, predicted = (count // load.microbatches // data_shards for count in (load.slots, targets))
+    tokens, target_tokens = (count // load.microbatches // data_shards for count in (load.slots, num_targets))
     traffic = matrix_traffic(
-        model, tokens, predicted, microbatches=load.microbatches, tensor=tensor, live_reference=live
+        model, tokens, target_tokens, microbatches=load.microbatches, tensor=tensor, live_reference=is_live
     )
     collective_ops = collectives(text, devices)
     seconds = {
-        "compute": hardware / devices / chip.device_peak_flops,
+        "compute": hardware_ops / devices / chip.device_peak_flops,
         "memory": traffic / (chip.memory_bandwidth / chip.devices),
-        **collective_times(collective_ops, chip, devices // known.slices),
+        **collective_times(collective_ops, chip, devices // inputs.slices),
     }
     bound = max(seconds, key=lambda name: seconds[name])
     min_seconds, max_seconds = seconds[bound], sum(seconds.values())
 
     def rates(t: float) -> dict[str, float]:
         speed = {"pairs_per_second": load.pairs / t, "tokens_per_second": load.pairs * load.unit / t}
-        return {"step_seconds": t, "mfu": useful / (t * devices * chip.device_peak_flops)} | speed
+        return {"step_seconds": t, "mfu": model_ops / (t * devices * chip.device_peak_flops)} | speed
 
     costs = {
-        "flops": {"model": useful, "hardware": hardware, "model_a_pair": useful / load.pairs},
-        "collectives": _by_kind(collective_ops, devices // known.slices),
+        "flops": {"model": model_ops, "hardware": hardware_ops, "model_per_pair": model_ops / load.pairs},
+        "collectives": _by_kind(collective_ops, devices // inputs.slices),
         "collectives_at_least": any(op.at_least for op in collective_ops),
         "seconds": seconds,
         "bound": bound,
         "full_overlap": rates(min_seconds),
         "no_overlap": rates(max_seconds),
     }
-    steps = config.run.steps if known.sets is None else known.sets.order.num_steps
-    if not steps and known.examples:
-        steps = math.ceil((config.run.epochs or 1) * known.examples / load.pairs)
+    steps = config.run.steps if inputs.sets is None else inputs.sets.order.num_steps
+    if not steps and inputs.examples:
+        steps = math.ceil((config.run.epochs or 1) * inputs.examples / load.pairs)
     if steps:
         hours = [steps * t / 3600 for t in (min_seconds, max_seconds)]
         costs["run"] = {"steps": steps, "hours": hours, "chip_hours": [t * devices / chip.devices for t in hours]}
@@ -269,7 +273,7 @@ def _costs(
 
 
 def _by_kind(collective_ops: Sequence[Collective], devices_per_slice: int) -> dict[str, dict[str, float]]:
-    """Return the number and GiB per device of each kind of collective; those between slices are kinds of their own."""
+    """Return the number and GiB per device of each kind of collective; those between slices are listed separately."""
     by_kind: dict[str, list[Collective]] = defaultdict(list)
     for op in collective_ops:
         by_kind[f"{op.kind} between slices" if op.slices(devices_per_slice) > 1 else op.kind].append(op)

@@ -1,4 +1,4 @@
-"""Closed forms for a step's memory traffic, and for the time that memory and network take.
+"""Closed forms for the memory traffic of a step's matrix products, and for the time of its collectives.
 
 Each time is what one resource needs alone, at its peak rate. The longest is a lower bound on the step's time; their sum
 is the time without any overlap.
@@ -19,19 +19,19 @@ def matrix_traffic(
 
     ``tokens`` and ``targets`` are per device and microbatch; ``tensor`` devices shard each matrix.
     """
-    width = 2 if model.dtype == "bfloat16" else 4
+    itemsize = 2 if model.dtype == "bfloat16" else 4
     trains_matrices = model.lora is None  # the model's own matrices are trained; adapters are negligible
-    products = 1 + live_reference + 1 + trains_matrices  # forward, reference forward, input gradient, matrix gradient
+    matmuls = 1 + live_reference + 1 + trains_matrices  # forward, reference forward, input gradient, matrix gradient
     recomputed = recomputed_projections(model.config, model.remat)
-    layer = sum(
-        (products + (name in recomputed)) * width * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)
+    layer_bytes = sum(
+        (matmuls + (name in recomputed)) * itemsize * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)
         for name, (inputs, outputs) in projections(model.config).items()
     )
     # logits are never saved, so they are recomputed whatever remat saves of the layers
     c = model.config
     operands = c.hidden * (targets + c.vocab / tensor) if c.logits else 0
-    head = (3 + live_reference + trains_matrices) * width * operands
-    return microbatches * (c.layers * layer + head)
+    head_bytes = (3 + live_reference + trains_matrices) * itemsize * operands
+    return microbatches * (c.layers * layer_bytes + head_bytes)
 
 
 def collective_times(collectives: Sequence[Collective], chip: Chip, devices_per_slice: int) -> dict[str, float]:

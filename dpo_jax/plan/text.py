@@ -16,24 +16,25 @@ def _num_weights(number: int) -> str:
 
 
 def _slice_name(plan: dict[str, Any]) -> str:
-    slices = f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
-    return f"{slices}{plan['topology']}"
+    prefix = f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
+    return f"{prefix}{plan['topology']}"
 
 
 def render(plan: dict[str, Any]) -> str:
     """Return the full plan of one slice as text."""
     model, batch, memory = plan["model"], plan["batch"], plan["memory"]
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    adapters = f", {_num_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
-    head = ", with a score head" if model["scores"] else ""
-    split = f" in {batch['parts']} microbatches" if batch["parts"] > 1 else ""
-    lengths = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
+    mesh_text = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    adapters_note = f", {_num_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
+    head_note = ", with a score head" if model["scores"] else ""
+    split_note = f" in {batch['microbatches']} microbatches" if batch["microbatches"] > 1 else ""
+    rows_text = f"{batch['rows_per_device']} x {batch['row_length']} tokens per device"
+    lengths_text = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
     lines = [
-        f"{_slice_name(plan)}: {plan['chips']} chips, mesh {mesh}",
-        f"model        {model['path']}: {_num_weights(model['parameters'])} parameters{adapters}{head}",
+        f"{_slice_name(plan)}: {plan['chips']} chips, mesh {mesh_text}",
+        f"model        {model['path']}: {_num_weights(model['parameters'])} parameters{adapters_note}{head_note}",
         f"             {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
-        f"step         {batch['pairs']} pairs{split}, {batch['rows_a_device']} x {batch['row_length']} tokens a device",
-        f"             {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths} tokens",
+        f"step         {batch['pairs']} pairs{split_note}, {rows_text}",
+        f"             {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths_text} tokens",
         *[ASSUMED] * batch["assumed"],
         *_memory_lines(memory),
     ]
@@ -53,42 +54,43 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
     breakdown = ", ".join(f"{name} {memory[name]:.2f}" for name in names if memory[name])
     verdicts = {True: "fits", False: "DOES NOT FIT; --search looks for settings that do", None: "at least this much"}
     return [
-        f"memory       {memory['peak']:.2f} of {memory['room']:.2f} GiB a device: {verdicts[memory['fits']]}",
+        f"memory       {memory['peak']:.2f} of {memory['capacity']:.2f} GiB per device: {verdicts[memory['fits']]}",
         f"             {breakdown}",
         f"save         {save:.3g} GiB each: {_minutes(save, 0.1)} at 100 MB/s, {_minutes(save, 1)} at 1 GB/s",
     ]
 
 
-def _minutes(gib: float, gigabytes_a_second: float) -> str:
-    minutes = gib * 2**30 / 1e9 / gigabytes_a_second / 60
+def _minutes(gib: float, gb_per_second: float) -> str:
+    minutes = gib * 2**30 / 1e9 / gb_per_second / 60
     return f"{minutes:.0f} min" if minutes >= 10 else f"{minutes:.2g} min"
 
 
 def _cost_lines(plan: dict[str, Any]) -> list[str]:
     flops, seconds = plan["flops"], plan["seconds"]
-    times = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
-    moved = ", ".join(f"{kind} {ops['gib']:.3g}" for kind, ops in plan["collectives"].items() if ops["gib"] >= 0.005)
+    times_text = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
+    gib_by_kind = {kind: ops["gib"] for kind, ops in plan["collectives"].items() if ops["gib"] >= 0.005}
+    moved_text = ", ".join(f"{kind} {size:.3g}" for kind, size in gib_by_kind.items())
     if plan["collectives_at_least"]:
-        moved += ", at least: some are in loops whose length depends on the data"
+        moved_text += ", at least: some are in loops whose length depends on the data"
     if plan["compile_seconds"] is None:
-        moved = "unknown, and not included in the times"
+        moved_text = "unknown, and not included in the times"
     lines = [
-        f"operations   {_short(flops['model'])} of the model on real tokens, {_short(flops['model_a_pair'])} a pair",
+        f"operations   {_short(flops['model'])} on real tokens, {_short(flops['model_per_pair'])} per pair",
         f"             {_short(flops['hardware'])} with padding and recomputation",
-        f"collectives  GiB a device and step: {moved or 'none'}",
-        f"time         each resource alone: {times}; bound by {plan['bound']}",
+        f"collectives  GiB per device and step: {moved_text or 'none'}",
+        f"time         each resource alone: {times_text}; bound by {plan['bound']}",
     ]
     for name, words in (("full_overlap", "full overlap"), ("no_overlap", "no overlap")):
         estimate = plan[name]
         lines.append(
-            f"{words:12} {estimate['step_seconds']:.3g} s a step, MFU {estimate['mfu']:.0%}, "
+            f"{words:12} {estimate['step_seconds']:.3g} s per step, MFU {estimate['mfu']:.0%}, "
             f"{estimate['tokens_per_second']:,.0f} tokens/s, {estimate['pairs_per_second']:.3g} pairs/s"
         )
     if "run" in plan:
         run = plan["run"]
         low, high = (f"{hours:.3g}" for hours in run["hours"])
-        cost = " to ".join(f"{hours:.3g}" for hours in run["chip_hours"])
-        lines.append(f"run          {run['steps']} steps: {low} to {high} hours, {cost} chip-hours")
+        cost_text = " to ".join(f"{hours:.3g}" for hours in run["chip_hours"])
+        lines.append(f"run          {run['steps']} steps: {low} to {high} hours, {cost_text} chip-hours")
     return lines
 
 
@@ -103,12 +105,12 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
 
 def _row(plan: dict[str, Any]) -> list[str]:
     memory = plan["memory"]
-    fits = {True: "yes", False: "no", None: "?"}[memory["fits"]]
-    start = [_slice_name(plan), str(plan["chips"]), f"{memory['peak']:.2f}", f"{memory['room']:.2f}", fits]
+    verdict = {True: "yes", False: "no", None: "?"}[memory["fits"]]
+    first_cells = [_slice_name(plan), str(plan["chips"]), f"{memory['peak']:.2f}", f"{memory['capacity']:.2f}", verdict]
     if "seconds" not in plan:
-        return [*start, *[""] * 5]
+        return [*first_cells, *[""] * 5]
     best, worst = plan["full_overlap"], plan["no_overlap"]
-    range_of = lambda name, form: f"{best[name]:{form}} - {worst[name]:{form}}"  # noqa: E731
-    hours = " - ".join(f"{chip_hours:.3g}" for chip_hours in plan["run"]["chip_hours"]) if "run" in plan else ""
-    speed = [range_of("step_seconds", ".3g"), range_of("mfu", ".0%"), range_of("pairs_per_second", ".3g")]
-    return [*start, *speed, plan["bound"], hours]
+    format_range = lambda name, form: f"{best[name]:{form}} - {worst[name]:{form}}"  # noqa: E731
+    hours_text = " - ".join(f"{chip_hours:.3g}" for chip_hours in plan["run"]["chip_hours"]) if "run" in plan else ""
+    cells = [format_range("step_seconds", ".3g"), format_range("mfu", ".0%"), format_range("pairs_per_second", ".3g")]
+    return [*first_cells, *cells, plan["bound"], hours_text]

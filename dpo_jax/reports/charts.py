@@ -14,7 +14,7 @@ Row = Mapping[str, Any]  # a line of a log
 
 @dataclass(frozen=True)
 class Plot:
-    """Description of one plot, which shows logged values by step."""
+    """A plot of logged values by step."""
 
     title: str
     keys: tuple[str, ...]
@@ -88,8 +88,8 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
             filter(None, (name or "training", branch if len(plot.keys) > 1 else ""))
         )  # dot: see below
         if name:
-            dots = {"linestyle": "--", "marker": "o", "markersize": 5, "markeredgecolor": "none"}
-            axes.plot(steps, values, color=color, label=label, linewidth=1.2, zorder=3, **dots)
+            marker_style = {"linestyle": "--", "marker": "o", "markersize": 5, "markeredgecolor": "none"}
+            axes.plot(steps, values, color=color, label=label, linewidth=1.2, zorder=3, **marker_style)
         elif len(steps) > MAX_RAW_POINTS:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(steps, running_mean(values, len(values) // 20), color=color, label=label, linewidth=1.8)
@@ -144,10 +144,10 @@ def histograms(rows: Sequence[Row]) -> str:
     figures = []
     for name in dict.fromkeys(row["set"] for row in rows):
         set_rows = [row for row in rows if row["set"] == name]
-        evals = set_rows if len(set_rows) == 1 else [set_rows[0], set_rows[-1]]
-        margins = [(row["step"], row["margins"]["edges"], {"margin": row["margins"]["counts"]}) for row in evals]
-        counts = [{answer: row["rewards"][answer] for answer in ("chosen", "rejected")} for row in evals]
-        rewards = [(row["step"], row["rewards"]["edges"], both) for row, both in zip(evals, counts, strict=True)]
+        shown = set_rows if len(set_rows) == 1 else [set_rows[0], set_rows[-1]]
+        margins = [(row["step"], row["margins"]["edges"], {"margin": row["margins"]["counts"]}) for row in shown]
+        counts = [{answer: row["rewards"][answer] for answer in ("chosen", "rejected")} for row in shown]
+        rewards = [(row["step"], row["rewards"]["edges"], both) for row, both in zip(shown, counts, strict=True)]
         note = "Pairs by margin. Left of 0 the rejected answer is preferred."
         figures.append(figure(f"{name}: margins", note, partial(draw_histograms, margins)))
         figures.append(figure(f"{name}: rewards", "Answers by reward.", partial(draw_histograms, rewards)))
@@ -155,8 +155,8 @@ def histograms(rows: Sequence[Row]) -> str:
 
 
 def reliability(rows: Sequence[Row]) -> str:
-    """Plot how often the rewards choose the better answer against how sure they are, at each set's last evaluation."""
-    meaning = "On the dotted line the rewards are right as often as they are sure; below it they are too sure."
+    """Return HTML of reliability diagrams: accuracy against confidence, at each set's last evaluation."""
+    meaning = "On the dotted line accuracy equals confidence; below it the rewards are overconfident."
     figures = [
         figure(
             f"{name}: calibration",
@@ -172,13 +172,13 @@ def draw_reliability(bins: Sequence[Row], theme: str) -> bytes:
     """Draw a reliability diagram as PNG: one dot for each bin of confidence, its area by the number of pairs."""
     colors = COLORS[theme]
     fig, (axes,) = _canvas(1)
-    sizes = [20 + 300 * one["pairs"] / sum(other["pairs"] for other in bins) for one in bins]
-    confidence, accuracy = ([one[key] for one in bins] for key in ("confidence", "accuracy"))
+    areas = [20 + 300 * row["pairs"] / sum(other["pairs"] for other in bins) for row in bins]
+    confidence, accuracy = ([row[key] for row in bins] for key in ("confidence", "accuracy"))
     axes.plot((0.5, 1), (0.5, 1), color=colors["ink"], linewidth=0.8, linestyle=":")
-    axes.scatter(confidence, accuracy, s=sizes, color=colors["lines"][0], alpha=0.8, linewidths=0)
+    axes.scatter(confidence, accuracy, s=areas, color=colors["lines"][0], alpha=0.8, linewidths=0)
     axes.set_xlim(0.48, 1.02)
     axes.set_ylim(-0.03, 1.03)
-    axes.set_ylabel("right", color=colors["ink"])
+    axes.set_ylabel("accuracy", color=colors["ink"])
     _style(axes, colors, "confidence")
     return _png(fig)
 

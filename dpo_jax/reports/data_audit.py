@@ -10,9 +10,9 @@ import numpy as np
 from dpo_jax.batching.sets import DataSets
 from dpo_jax.data.store import Store, prompt_hash
 from dpo_jax.errors import UserError
-from dpo_jax.reports.duplicates import both_labels, exact_duplicates, near_duplicates, plain_words
+from dpo_jax.reports.duplicates import contradictions, exact_duplicates, near_duplicates, plain_words
 
-MAX_NAMED = 10  # examples named for each finding
+MAX_LISTED = 10  # examples named for each finding
 MAX_COMPARED = 100_000  # examples that are searched for near duplicates
 QUANTILES = {"min": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
 ACTIONS = {"too_long": "truncated", "template_not_prefix": "repaired", "equal_answers": "kept"}
@@ -20,7 +20,7 @@ END_TOKENS = 3  # last tokens of an answer that should include a stop token; cha
 HEAD_CHARS = 60  # characters of each text that --step shows
 
 
-def _name(store: Store, i: int) -> dict[str, Any]:
+def _origin(store: Store, i: int) -> dict[str, Any]:
     return {"source": store.report[store.sources[i]]["source"], "row": int(store.rows[i])}
 
 
@@ -29,7 +29,7 @@ def _groups(store: Store, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {
         "groups": len(groups),
         "examples": sum(map(len, groups)),
-        "first": [[_name(store, i) for i in group[:MAX_NAMED]] for group in groups[:MAX_NAMED]],
+        "first": [[_origin(store, i) for i in group[:MAX_LISTED]] for group in groups[:MAX_LISTED]],
     }
 
 
@@ -66,17 +66,17 @@ def _length_bias(store: Store, ids: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _unended(store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int]) -> dict[str, Any]:
+def _unterminated(store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int]) -> dict[str, Any]:
     """Return the examples with an answer that lacks a stop token, and how the first of them ends."""
-    unended = []
+    unterminated = []
     for i in ids.tolist():
         endings = [answer[-END_TOKENS:].tolist() for answer in store.example(i)[1]]
-        unended += [(i, ending) for ending in endings if not ends & set(ending)][:1]
+        unterminated += [(i, ending) for ending in endings if not ends & set(ending)][:1]
     return {
         "ends": [tokenizer.decode([token]) for token in sorted(ends)],
-        "examples": len(unended),
-        "first": [_name(store, i) for i, _ in unended[:MAX_NAMED]],
-        "first_ends": tokenizer.decode(unended[0][1]) if unended else None,
+        "examples": len(unterminated),
+        "first": [_origin(store, i) for i, _ in unterminated[:MAX_LISTED]],
+        "first_ends": tokenizer.decode(unterminated[0][1]) if unterminated else None,
     }
 
 
@@ -90,11 +90,11 @@ def _set_audit(
         "examples": len(ids),
         "duplicates": _groups(store, exact_duplicates(store, ids)),
         "near_duplicates": near | {"compared": len(compared_ids)},
-        "unended": _unended(store, compared_ids, tokenizer, ends),
+        "unterminated": _unterminated(store, compared_ids, tokenizer, ends),
         "lengths": _lengths(store, ids),
     }
     if store.lengths.shape[1] == 3:
-        set_audit["both_labels"] = _groups(store, both_labels(store, ids))
+        set_audit["both_labels"] = _groups(store, contradictions(store, ids))
         set_audit["length_bias"] = _length_bias(store, ids)
     return set_audit
 
@@ -108,34 +108,34 @@ def _shared_prompts(sets: DataSets) -> dict[str, Any]:
         shared = [(i, train_prompts[digest]) for i, digest in hashes if digest in train_prompts]
         overlaps[name] = {
             "examples": len(shared),
-            "first": [[_name(eval_set.store, i), _name(sets.train, train_id)] for i, train_id in shared[:MAX_NAMED]],
+            "first": [[_origin(eval_set.store, i), _origin(sets.train, j)] for i, j in shared[:MAX_LISTED]],
         }
     return overlaps
 
 
 def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
     """Return one example as the model reads it: texts with special tokens, and tokens where the answers begin."""
-    prompt, answers, learned = store.example(i)
+    prompt, answers, targets = store.example(i)
     boundary = [tokenizer.convert_ids_to_tokens(part.tolist()) for part in (prompt[-4:], *(a[:4] for a in answers))]
-    rendered = _name(store, i) | {
+    rendered = _origin(store, i) | {
         "prompt": tokenizer.decode(prompt),
         "answers": [tokenizer.decode(answer) for answer in answers],
         "boundary": {"prompt_ends": boundary[0], "answers_begin": boundary[1:]},
     }
-    if learned is not None and not learned.all():
-        edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
+    if targets is not None and not targets.all():
+        edges = [0, *(np.flatnonzero(np.diff(targets)) + 1).tolist(), len(targets)]
         runs = [slice(start, end) for start, end in pairwise(edges)]
-        rendered["learned"] = [tokenizer.decode(answers[0][run]) for run in runs if learned[run][0]]
+        rendered["learned"] = [tokenizer.decode(answers[0][run]) for run in runs if targets[run][0]]
     return rendered
 
 
 def audit(
-    sets: DataSets, tokenizer: Any, *, ends: Set[int] | None = None, max_length: int = 0, positions: Any = None
+    sets: DataSets, tokenizer: Any, *, ends: Set[int] | None = None, max_length: int = 0, max_positions: Any = None
 ) -> dict[str, Any]:
     """Audit all data sets of a run; return counts, findings, lengths and one example as JSON-compatible data.
 
     ``ends``: ids of the model's stop tokens; None: the tokenizer's EOS. ``max_length`` is reported if it exceeds
-    ``positions``, the model's ``max_position_embeddings``.
+    ``max_positions``, the model's ``max_position_embeddings``.
     """
     order, train = sets.order, sets.train
     ends = frozenset({tokenizer.eos_token_id} - {None} if ends is None else ends)
@@ -151,9 +151,9 @@ def audit(
         "run": {"steps": order.num_steps, "batch": order.batch, "epochs": order.epoch(order.num_steps)},
         "example": _rendered(train, int(order.step_ids(0)[0]), tokenizer),
     }
-    if isinstance(positions, int) and max_length > positions:
-        longer = int((train.lengths[:, 0] + train.lengths[:, 1:].max(1) > positions).sum())
-        result["positions"] = {"max_length": max_length, "made_for": positions, "longer": longer}
+    if isinstance(max_positions, int) and max_length > max_positions:
+        num_longer = int((train.lengths[:, 0] + train.lengths[:, 1:].max(1) > max_positions).sum())
+        result["positions"] = {"max_length": max_length, "made_for": max_positions, "longer": num_longer}
     return result
 
 
@@ -175,21 +175,22 @@ def _cause_lines(report: dict[str, Any]) -> list[str]:
     for kind in ("dropped", "notes"):
         for cause, problems in report[kind].items():
             action = "dropped" if kind == "dropped" else ACTIONS.get(cause, "noted")
-            more = ", ..." if problems["count"] > len(problems["first"]) else ""
-            rows = ", ".join(str(problem["row"]) for problem in problems["first"])
-            lines.append(f"    {action:9} {cause:20} {problems['count']:7}  rows {rows}{more}")
+            more_note = ", ..." if problems["count"] > len(problems["first"]) else ""
+            rows_text = ", ".join(str(problem["row"]) for problem in problems["first"])
+            lines.append(f"    {action:9} {cause:20} {problems['count']:7}  rows {rows_text}{more_note}")
             lines.append(f"    {'':30} first: {problems['first'][0]['detail']}")
     return lines
 
 
-def _unended_lines(unended: dict[str, Any], with_source: bool) -> list[str]:
-    title = f"answers without a stop token ({' '.join(unended['ends']) or 'the model has none'})"
-    if not unended["examples"]:
+def _unterminated_lines(unterminated: dict[str, Any], with_source: bool) -> list[str]:
+    title = f"answers without a stop token ({' '.join(unterminated['ends']) or 'the model has none'})"
+    rows_text = _rows_text(unterminated["first"][:5], with_source)
+    if not unterminated["examples"]:
         return [f"  {title}: none"]
     remedy = "add its last token to eos_token_id in the model's generation_config.json: generation would not stop there"
     return [
-        f"  {title}: in {unended['examples']} examples, the first: {_rows_text(unended['first'][:5], with_source)}",
-        f"    the first ends with {unended['first_ends']!r}; unless it was truncated, {remedy}",
+        f"  {title}: in {unterminated['examples']} examples, the first: {rows_text}",
+        f"    the first ends with {unterminated['first_ends']!r}; unless it was truncated, {remedy}",
     ]
 
 
@@ -205,9 +206,9 @@ def _length_lines(set_audit: dict[str, Any]) -> list[str]:
         bias = set_audit["length_bias"]
         lines.append(f"  a prompt stored once for both answers saves {lengths['sharing_saves']:.2f}x of the tokens")
         if bias["longer_wins"] is not None:
-            means = f"(mean tokens: chosen {bias['mean_chosen']:.1f}, rejected {bias['mean_rejected']:.1f})"
-            wins = f"{bias['longer_wins']:.1%} of {bias['pairs']} pairs {means}"
-            lines.append(f"  length bias: the longer answer is chosen in {wins}")
+            means_note = f"(mean tokens: chosen {bias['mean_chosen']:.1f}, rejected {bias['mean_rejected']:.1f})"
+            wins_text = f"{bias['longer_wins']:.1%} of {bias['pairs']} pairs {means_note}"
+            lines.append(f"  length bias: the longer answer is chosen in {wins_text}")
     return lines
 
 
@@ -219,15 +220,15 @@ def _set_lines(name: str, set_audit: dict[str, Any]) -> list[str]:
         lines += _cause_lines(report)
     with_source = len(set_audit["sources"]) != 1
     near = set_audit["near_duplicates"]
-    compared = "" if near["compared"] == set_audit["examples"] else f" (among the first {near['compared']})"
-    findings = {"exact duplicates": set_audit["duplicates"], f"near duplicates{compared}": near}
+    compared_note = "" if near["compared"] == set_audit["examples"] else f" (among the first {near['compared']})"
+    findings = {"exact duplicates": set_audit["duplicates"], f"near duplicates{compared_note}": near}
     if "both_labels" in set_audit:
         findings["same pair with both labels"] = set_audit["both_labels"]
     for title, finding in findings.items():
-        rows = "; ".join(_rows_text(group, with_source) for group in finding["first"][:5])
-        count = f"{finding['examples']} examples in {finding['groups']} groups, the first: {rows}"
-        lines.append(f"  {title}: {count if finding['groups'] else 'none'}")
-    lines += _unended_lines(set_audit["unended"], with_source)
+        rows_text = "; ".join(_rows_text(group, with_source) for group in finding["first"][:5])
+        count_text = f"{finding['examples']} examples in {finding['groups']} groups, the first: {rows_text}"
+        lines.append(f"  {title}: {count_text if finding['groups'] else 'none'}")
+    lines += _unterminated_lines(set_audit["unterminated"], with_source)
     return lines + _length_lines(set_audit) + [""]
 
 
@@ -240,9 +241,10 @@ def _text_lines(text: str) -> list[str]:
 def _example_lines(example: dict[str, Any], branches: Sequence[str]) -> list[str]:
     title = f"first example of step 0: {example['source']}, row {example['row']}"
     lines = [title, "prompt", *_text_lines(example["prompt"])]
-    ends = " ".join(map(repr, example["boundary"]["prompt_ends"]))
+    ends_text = " ".join(map(repr, example["boundary"]["prompt_ends"]))
     for branch, answer, begins in zip(branches, example["answers"], example["boundary"]["answers_begin"], strict=True):
-        lines += [f"{branch}, whose tokens begin at ||: {ends} || {' '.join(map(repr, begins))}", *_text_lines(answer)]
+        boundary_text = f"{ends_text} || {' '.join(map(repr, begins))}"
+        lines += [f"{branch}, whose tokens begin at ||: {boundary_text}", *_text_lines(answer)]
     if "learned" in example:
         lines.append("learned")
         for learned in example["learned"]:
@@ -257,16 +259,16 @@ def render(result: dict[str, Any]) -> str:
     for name, set_audit in result["evals"].items():
         lines += _set_lines(f"eval {name}", set_audit)
         shared = result["shared_prompts"][name]
-        pairs = "; ".join(f"{_rows_text(pair, True)}" for pair in shared["first"][:5])
-        count = f"{shared['examples'] or 'none'}{f', {pairs}' if pairs else ''}"
-        lines[-1:] = [f"  prompts also in the training set: {count}", ""]
+        pairs_text = "; ".join(f"{_rows_text(pair, True)}" for pair in shared["first"][:5])
+        count_text = f"{shared['examples'] or 'none'}{f', {pairs_text}' if pairs_text else ''}"
+        lines[-1:] = [f"  prompts also in the training set: {count_text}", ""]
     run = result["run"]
     lines += [f"run: {run['steps']} steps of {run['batch']}, {run['epochs']:.2f} epochs"]
     if "positions" in result:
         positions = result["positions"]
-        limit = f"but the model supports {positions['made_for']} (max_position_embeddings)"
-        longer = f"{positions['longer']} examples are longer: lower it"
-        lines.append(f"note: data.max_length is {positions['max_length']}, {limit}; {longer}")
+        limit_note = f"but the model supports {positions['made_for']} (max_position_embeddings)"
+        longer_note = f"{positions['longer']} examples are longer: lower it"
+        lines.append(f"note: data.max_length is {positions['max_length']}, {limit_note}; {longer_note}")
     lines += ["", *_example_lines(result["example"], _branches(len(result["example"]["answers"]))[1:])]
     return "\n".join(lines)
 
@@ -277,11 +279,7 @@ def _text_head(tokenizer: Any, tokens: np.ndarray, last: bool = False) -> str:
 
 
 def show_step(sets: DataSets, step: int, tokenizer: Any) -> str:
-    """Return text that lists the examples of step ``step``, counted from 1 as in metrics.jsonl.
-
-    Raises:
-        UserError: the run has no such step.
-    """
+    """Return text that lists the examples of step ``step``, counted from 1 as in metrics.jsonl."""
     if not 1 <= step <= sets.order.num_steps:
         raise UserError(f"--step must be from 1 to {sets.order.num_steps}, the steps of this run, got {step}")
     lines = [f"step {step} of {sets.order.num_steps}, epoch {sets.order.epoch(step):.4f} at its end"]
@@ -290,9 +288,9 @@ def show_step(sets: DataSets, step: int, tokenizer: Any) -> str:
             lines.append(f"slot {slot}: empty, the data ends here")
             continue
         prompt, answers, _ = sets.train.example(i)
-        name = _name(sets.train, i)
-        sizes = "+".join(map(str, sets.train.lengths[i].tolist()))
-        lines.append(f"slot {slot}: example {i}, {name['source']} row {name['row']}, {sizes} tokens")
+        origin = _origin(sets.train, i)
+        sizes_text = "+".join(map(str, sets.train.lengths[i].tolist()))
+        lines.append(f"slot {slot}: example {i}, {origin['source']} row {origin['row']}, {sizes_text} tokens")
         lines.append(f"  prompt    ...{_text_head(tokenizer, prompt, last=True)}")
         for branch, answer in zip(_branches(len(answers))[1:], answers, strict=True):
             lines.append(f"  {branch:9} {_text_head(tokenizer, answer)}")

@@ -37,20 +37,20 @@ def exact_duplicates(store: Store, ids: np.ndarray) -> list[list[int]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def both_labels(store: Store, ids: np.ndarray) -> list[tuple[int, int]]:
+def contradictions(store: Store, ids: np.ndarray) -> list[tuple[int, int]]:
     """Return pairs (i, j) of examples where one prefers what the other rejects, each contradiction once."""
     assert store.lengths.shape[1] == 3
     first: dict[bytes, int] = {}
-    contradictions = {}
+    pairs = {}
     for i, (content, opposite) in zip(ids.tolist(), _contents(store, ids), strict=True):
         if opposite != content and opposite in first:
-            contradictions.setdefault(frozenset((content, opposite)), (first[opposite], i))
+            pairs.setdefault(frozenset((content, opposite)), (first[opposite], i))
         first.setdefault(content, i)
-    return list(contradictions.values())
+    return list(pairs.values())
 
 
 def plain_words(tokenizer) -> np.ndarray:
-    """Return int64 [V], the word number of each token, equal up to case and spaces; -1 for spaces and specials."""
+    """Return int64 [V], a word number per token, the same up to case and spaces; -1 for spaces and special tokens."""
     numbers: dict[str, int] = {}
     words = np.full(len(tokenizer), -1, np.int64)
     special = set(tokenizer.all_special_ids)

@@ -68,13 +68,13 @@ def paragraph(text: str) -> str:
 
 def cards(values: Mapping[str, tuple[str | None, str]]) -> str:
     """Return cards for the headline numbers; each name maps to (before or None, after)."""
-    cells = "".join(
+    cells_html = "".join(
         f'<div class="card"><div class="name">{escape(name)}</div><div class="value">'
         + ("" if before is None else f'<span class="from">{escape(before)} → </span>')
         + f"{escape(after)}</div></div>"
         for name, (before, after) in values.items()
     )
-    return f'<div class="cards">{cells}</div>' if cells else ""
+    return f'<div class="cards">{cells_html}</div>' if cells_html else ""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], checked: frozenset[tuple[int, int]] = frozenset()) -> str:
@@ -86,19 +86,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], checked: frozenset
     def cell(text: str, position: tuple[int, int]) -> str:
         return f'<td class="right">{escape(text)}</td>' if position in checked else f"<td>{escape(text)}</td>"
 
-    body = "".join(
+    body_html = "".join(
         f'<tr><th scope="row">{escape(first)}</th>'
         + "".join(cell(text, (number, column)) for column, text in enumerate(values, 1))
         + "</tr>"
         for number, (first, *values) in enumerate(rows)
     )
-    header = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
-    header = f"<thead><tr>{header}</tr></thead>" if header else ""
-    return f'<div class="box"><table>{header}<tbody>{body}</tbody></table></div>' if body else ""
+    header_html = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    header_html = f"<thead><tr>{header_html}</tr></thead>" if header_html else ""
+    return f'<div class="box"><table>{header_html}<tbody>{body_html}</tbody></table></div>' if body_html else ""
 
 
 def details(title: str, text: str) -> str:
-    """Return preformatted text that is hidden until the reader clicks its title."""
+    """Return collapsible preformatted text under a title."""
     return f'<details><summary>{escape(title)}</summary><pre class="box">{escape(text)}</pre></details>'
 
 

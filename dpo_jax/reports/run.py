@@ -16,7 +16,7 @@ from dpo_jax.inference.agreement import AGREEMENT, tied
 from dpo_jax.reports.charts import Plot, Row, eval_sets, histograms, plots, reliability, series
 from dpo_jax.reports.html import cards, code, details, heading, number, page, paragraph, table
 from dpo_jax.runs.directory import RunDir, read_json
-from dpo_jax.storage import write_whole
+from dpo_jax.storage import write_atomically
 
 PLOTS = (
     Plot("Loss", ("loss",), "The training objective."),
@@ -121,7 +121,7 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
         heading("Speed", plots(SPEED_PLOTS, timings)),
         details("Every option of the run (config.yaml)", run.config.read_text(encoding="utf-8")),
     ]
-    write_whole(run.report, page(run.root.name, f"{kind} · {run.root}", sections))
+    write_atomically(run.report, page(run.root.name, f"{kind} · {run.root}", sections))
     return run.report
 
 
@@ -132,7 +132,7 @@ def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], progress: bool
     except Exception as error:  # noqa: BLE001
         if not isinstance(error, OSError):
             warn(traceback.format_exc())
-        warn(f"report: not written ({reason(error)}); the run is complete, and the same command tries again")
+        warn(f"report: not written ({reason(error)}); the run is complete, and its command can be run again")
     else:
         say(progress, f"report: {path}")
 
@@ -154,7 +154,7 @@ def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
 
 
 def starts_tied(metrics: Sequence[Row], prefix: str) -> bool:
-    """Return whether all margins were 0 within rounding when accuracy was first logged, so that accuracy means nothing.
+    """Return whether all margins were 0 within rounding when accuracy was first logged, which makes it meaningless.
 
     The float32 bound applies to every dtype: evaluation scores policy and reference with one function.
     """
@@ -204,8 +204,8 @@ def tokens_hint(run: RunDir, config: Row, metrics: Sequence[Row]) -> tuple[str, 
     """Return HTML of the command that shows rewards per token, or nothing if there is no reference."""
     if not any(key.endswith("displacement") for row in metrics for key in row):
         return ()
-    live = " --reference.mode live" if config["reference"]["mode"] == "cached" else ""
-    command = f"dpo-jax eval {run.config} --output {run.root / 'pairs.jsonl'} --per-token{live}"
+    mode_option = " --reference.mode live" if config["reference"]["mode"] == "cached" else ""
+    command = f"dpo-jax eval {run.config} --output {run.root / 'pairs.jsonl'} --per-token{mode_option}"
     hint = "The reward is a sum over tokens. This command writes each token's contribution and a page, pairs.html, with"
     return paragraph(f"{hint} colored answers for the largest and smallest margins:"), code(command)
 
@@ -213,29 +213,29 @@ def tokens_hint(run: RunDir, config: Row, metrics: Sequence[Row]) -> tuple[str, 
 def run_facts(config: Row, metrics: Sequence[Row], timings: Sequence[Row]) -> dict[str, str]:
     """Return the run's main settings and totals as label -> text."""
     batch, optimizer = config["batch"], config["optimizer"]
-    trained = [row for row in metrics if "grad_norm" in row]
+    trained_rows = [row for row in metrics if "grad_norm" in row]
     unit = next(name for name in ("pairs", "examples", "prompts") if name in batch)
-    steps = f"{optimizer['schedule']}, {optimizer['warmup_steps']} warm-up steps"
+    schedule_text = f"{optimizer['schedule']}, {optimizer['warmup_steps']} warm-up steps"
     facts = {
         "Model": config["model"]["path"],
         "Trained on": ", ".join(source["path"] for source in config["data"]["train"]),
         "Evaluated on": ", ".join(f"{name}: {source['path']}" for name, source in config["data"]["eval"].items()),
         "Objective": objective(config),
-        "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {steps}",
-        "Batch": f"{batch[unit]} {unit} a step",
+        "Optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {schedule_text}",
+        "Batch": f"{batch[unit]} {unit} per step",
         "Seed": str(config["run"]["seed"]),
     }
-    if trained:
-        last = trained[-1]
+    if trained_rows:
+        last = trained_rows[-1]
         facts["Length"] = f"{last['step']} steps, {number(last['epoch'])} epochs, {last['num_tokens']:,} tokens"
-    if any("clipped" in row for row in trained):
-        count = sum(row.get("clipped", 0) for row in trained)
-        norm = optimizer["max_grad_norm"]
-        facts["Clipped"] = f"{count} of {len(trained)} logged steps had a gradient norm above {norm:g}"
-        if 2 * count > len(trained):
-            usual = f"{number(statistics.median(row['grad_norm'] for row in trained))} (median)"
+    if any("clipped" in row for row in trained_rows):
+        count = sum(row.get("clipped", 0) for row in trained_rows)
+        max_norm = optimizer["max_grad_norm"]
+        facts["Clipped"] = f"{count} of {len(trained_rows)} logged steps had a gradient norm above {max_norm:g}"
+        if 2 * count > len(trained_rows):
+            median_text = f"{number(statistics.median(row['grad_norm'] for row in trained_rows))} (median)"
             remedy = "set optimizer.max_grad_norm above it"
-            facts["Clipped"] += f". Clipping is meant for spikes, but the usual norm here is {usual}: {remedy}"
+            facts["Clipped"] += f". Clipping is meant for spikes, but the usual norm here is {median_text}: {remedy}"
     if timings:
         facts |= speed_facts(timings, unit)
         peaks = {name: max(series(timings, f"{name}_memory_gib")[1], default=0.0) for name in ("host", "device")}
@@ -249,13 +249,13 @@ def speed_facts(timings: Sequence[Row], unit: str) -> dict[str, str]:
     median = lambda key: statistics.median(row[key] for row in steady)  # noqa: E731
     facts = {
         "First step": f"{timings[0]['step_seconds']:.1f} s, including compilation",
-        "Later steps": f"{median('step_seconds'):.3g} s, {median('pairs_per_second'):.4g} {unit} a second (medians)",
+        "Later steps": f"{median('step_seconds'):.3g} s, {median('pairs_per_second'):.4g} {unit} per second (medians)",
     }
     if all("mfu" in row for row in steady):
         facts["Of the chips' peak"] = f"{median('mfu'):.1%} (MFU on real tokens, median)"
     if all("data_wait_seconds" in row for row in steady):
-        waiting = sum(row["data_wait_seconds"] for row in steady) / sum(row["step_seconds"] for row in steady)
-        facts["Waiting for data"] = f"{waiting:.1%} of the time"
+        wait_share = sum(row["data_wait_seconds"] for row in steady) / sum(row["step_seconds"] for row in steady)
+        facts["Waiting for data"] = f"{wait_share:.1%} of the time"
     return facts
 
 

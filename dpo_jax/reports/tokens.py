@@ -38,7 +38,7 @@ def token_page(lines: Sequence[Mapping[str, Any]], beta: float, policy: str) -> 
     groups = {"All pairs, by margin": ranked}
     if len(ranked) > 2 * MAX_SHOWN:
         groups = {"The largest margins": ranked[:MAX_SHOWN], "The smallest margins": ranked[: -MAX_SHOWN - 1 : -1]}
-    full = full_size([line for group in groups.values() for line in group], beta)
+    full = saturation([line for group in groups.values() for line in group], beta)
     blocks = [heading(title, *(_pair(line, beta, full) for line in group)) for title, group in groups.items()]
     legend = (
         f"An answer's reward is beta = {beta:g} times the sum of log(policy / reference) over its tokens. Blue tokens "
@@ -48,7 +48,7 @@ def token_page(lines: Sequence[Mapping[str, Any]], beta: float, policy: str) -> 
     return page("Rewards token by token", f"{policy} · {len(lines)} pairs", [paragraph(legend), *blocks], CSS)
 
 
-def full_size(lines: Iterable[Mapping[str, Any]], beta: float) -> float:
+def saturation(lines: Iterable[Mapping[str, Any]], beta: float) -> float:
     """Return the contribution at which a token gets the full color, or the smallest positive number if all are 0."""
     sizes = sorted(
         abs(beta * ratio)
@@ -63,7 +63,7 @@ def full_size(lines: Iterable[Mapping[str, Any]], beta: float) -> float:
 def _pair(line: Mapping[str, Any], beta: float, full: float) -> str:
     title = f"Margin {number(line['rewards/margin'])}"
     origin = f"{line['set']} · {line['source']}, row {line['row']}"
-    answers = "".join(
+    answers_html = "".join(
         f'<div><div class="soft">{answer}: reward {number(line[f"rewards/{answer}"])}, '
         f"{line[f'tokens/{answer}']} tokens</div>"
         f'<div class="text">{colored(line[f"pieces/{answer}"], line[f"log_ratios/{answer}"], beta, full)}</div></div>'
@@ -71,16 +71,16 @@ def _pair(line: Mapping[str, Any], beta: float, full: float) -> str:
     )
     return (
         f'<div class="card pair"><h3>{escape(title)} <span class="soft">{escape(origin)}</span></h3>'
-        f'{details("Prompt", line["prompt"])}<div class="answers">{answers}</div></div>\n'
+        f'{details("Prompt", line["prompt"])}<div class="answers">{answers_html}</div></div>\n'
     )
 
 
 def colored(pieces: Iterable[str], log_ratios: Iterable[float], beta: float, full: float) -> str:
     """Return an answer's tokens as HTML, each colored by its contribution to the reward."""
-    tokens = []
+    spans = []
     for piece, ratio in zip(pieces, log_ratios, strict=True):
         gain = beta * ratio
         level = math.ceil(LEVELS * min(1.0, abs(gain) / full)) if math.isfinite(gain) else LEVELS
         shade = f' class="{"p" if gain > 0 else "n"}{level}"' if level else ""
-        tokens.append(f'<span{shade} title="{gain:+.4g}">{escape(piece or "·").replace(NEWLINE, "↵" + NEWLINE)}</span>')
-    return "".join(tokens)
+        spans.append(f'<span{shade} title="{gain:+.4g}">{escape(piece or "·").replace(NEWLINE, "↵" + NEWLINE)}</span>')
+    return "".join(spans)

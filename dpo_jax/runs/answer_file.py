@@ -78,7 +78,9 @@ class AnswerFile:
         """
         if not self.path.exists():
             with writing(self.manifest):
-                storage.write_whole(self.manifest, json.dumps(storage.seal(manifest), indent=1) + "\n", durable=True)
+                storage.write_atomically(
+                    self.manifest, json.dumps(storage.seal(manifest), indent=1) + "\n", durable=True
+                )
             with writing(self.path):
                 self.path.touch()
             return 0, []

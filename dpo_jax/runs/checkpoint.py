@@ -40,15 +40,15 @@ class Checkpoints:
     Use it as a context manager: on exit it waits for the last save.
     """
 
-    def __init__(self, directory, config: CheckpointConfig, notice: Callable[[str], None] = warn):
-        """Open or create the directory, which all processes share; ``notice`` is called with a line per damaged step.
+    def __init__(self, directory, config: CheckpointConfig, report: Callable[[str], None] = warn):
+        """Open or create the directory, which all processes share; ``report`` is called with a line per damaged step.
 
         Raises:
             UserError: the directory cannot be written, or some process sees a different directory.
         """
         self.directory = epath.Path(directory)
         self.config = config
-        self._notice = notice
+        self._report = report
         self._pending: int | None = None
         self._manager: ocp.CheckpointManager | None = None  # created by the first save, after damaged steps are renamed
         hosts.make_shared(self.directory, "checkpoints")
@@ -77,8 +77,8 @@ class Checkpoints:
         """Raise ``UserError`` if ``best_metric`` is set but is not among the metrics of an evaluation."""
         name = self.config.best_metric
         if name is not None and name not in metrics:
-            names = ", ".join(sorted(metrics))
-            remedy = f"available: {names}" if metrics else "there is no evaluation set: give data.eval"
+            names_text = ", ".join(sorted(metrics))
+            remedy = f"available: {names_text}" if metrics else "there is no evaluation set: set data.eval"
             raise UserError(f"checkpoint.best_metric: {name!r} is not an evaluation metric; {remedy}")
 
     def save(self, step: int, state: Any, manifest: Json, metrics: Json | None = None, wait: bool = False) -> bool:
@@ -174,12 +174,12 @@ class Checkpoints:
     def _set_aside(self, step: int, reason: str) -> None:
         path = self.directory / str(step)
         if hosts.is_writer():
-            target, copies = self.directory / f"{step}{DAMAGED}", 1
-            while target.exists():
-                copies += 1
-                target = self.directory / f"{step}{DAMAGED}-{copies}"
-            path.rename(target)
-            self._notice(f"checkpoint of step {step} is damaged ({reason}): renamed to {target}")
+            damaged_path, num_copies = self.directory / f"{step}{DAMAGED}", 1
+            while damaged_path.exists():
+                num_copies += 1
+                damaged_path = self.directory / f"{step}{DAMAGED}-{num_copies}"
+            path.rename(damaged_path)
+            self._report(f"checkpoint of step {step} is damaged ({reason}): renamed to {damaged_path}")
         self._metrics.pop(step, None)
         hosts.barrier(f"setting aside step {step}")
 

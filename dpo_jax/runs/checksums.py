@@ -12,8 +12,8 @@ def describe_leaves(tree: Any) -> dict[str, dict]:
     """Return the shape and dtype of every array by its path in the tree, such as ``params/layers/w``."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    types = [{"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for _, leaf in leaves]
-    return dict(zip(names, types, strict=True))
+    descriptions = [{"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for _, leaf in leaves]
+    return dict(zip(names, descriptions, strict=True))
 
 
 def leaf_checksums(tree: Any) -> dict[str, int]:

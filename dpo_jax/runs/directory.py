@@ -52,21 +52,17 @@ def is_run_dir(path: str | Path) -> bool:
 
 
 def find_run(path: str | Path) -> RunDir:
-    """Return the paths of an existing run.
-
-    Raises:
-        UserError: the path is not a run directory.
-    """
+    """Return the paths of an existing run."""
     root = _local(path)
     if not root.exists():
         raise UserError(f"run directory {path} does not exist; check the path")
     if not is_run_dir(root):
-        raise UserError(f"run directory {path}: has no {EVENTS}, so it is not a run of this program: check the path")
+        raise UserError(f"run directory {path} has no {EVENTS}, so it is not a run of this program: check the path")
     return RunDir(root)
 
 
 @contextmanager
-def hold_run(path: str | Path) -> Iterator[RunDir]:
+def locked_run(path: str | Path) -> Iterator[RunDir]:
     """Context manager that creates or reopens a run directory and locks it; only the writer process calls it.
 
     Raises:
@@ -105,9 +101,6 @@ def writing(path: Path) -> Iterator[None]:
     """Context manager that turns an ``OSError`` from writing a run's file into a one-line ``RunStopped``.
 
     Partial writes are truncated when the run resumes.
-
-    Raises:
-        RunStopped: the file cannot be written, for example on a full or read-only disk.
     """
     try:
         yield
@@ -121,9 +114,6 @@ def append_json(path: Path, values: dict[str, Any]) -> None:
 
     Numbers may be numpy or jax scalars; floats are written by ``repr``, the shortest text that reads back as the same
     float64. JSON has no infinities or NaN: they become the strings "Infinity", "-Infinity", "NaN", as ``float`` reads.
-
-    Raises:
-        RunStopped: the file cannot be written.
     """
     line = json.dumps(_plain(values), allow_nan=False, ensure_ascii=False)
     with writing(path):
@@ -169,7 +159,7 @@ def log_offsets(run: RunDir) -> dict[str, int]:
     return offsets
 
 
-def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
+def truncate_logs(run: RunDir, offsets: dict[str, int]) -> None:
     """Truncate the logs to the lengths that ``log_offsets`` returned.
 
     Raises:
@@ -181,14 +171,14 @@ def cut_back(run: RunDir, offsets: dict[str, int]) -> None:
         if size < offset:
             raise UserError(f"{path}: has {size} bytes, but had {offset} at the step to resume from: {remedy}")
         if not storage.ends_line(path, offset):
-            raise UserError(f"{path}: was edited, as byte {offset} no longer ends a line: {remedy}")
+            raise UserError(f"{path}: was edited: byte {offset} no longer ends a line: {remedy}")
     for path, offset in logs.items():
         if path.exists():
             with writing(path):
-                storage.cut(path, offset)
+                storage.truncate(path, offset)
 
 
-def lost_saves(run: RunDir) -> UserError | None:
+def lost_checkpoints(run: RunDir) -> UserError | None:
     """Return the error for a run without checkpoints whose events record a finished save, or None for a new run.
 
     A save is known to have finished once the same process started another, or logged its end or preemption.

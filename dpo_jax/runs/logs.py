@@ -16,7 +16,7 @@ from dpo_jax.console import warn
 from dpo_jax.errors import UserError, reason
 from dpo_jax.runs.directory import RunDir, append_json
 
-MAX_WAITING = 10_000  # rows that may be queued for a tracker
+MAX_QUEUED = 10_000  # rows that may be queued for a tracker
 CLOSE_SECONDS = 60  # time for a tracker to take the remaining rows at the end
 
 
@@ -27,11 +27,6 @@ class MetricsLog:
     """
 
     def __init__(self, run: RunDir, config: RunConfig, writes: bool):
-        """Open the trackers.
-
-        Raises:
-            UserError: a tracker's package is not installed.
-        """
         self._run = run
         self._writes = writes
         self._trackers = [Tracker(name, run) for name in config.trackers] if writes else []
@@ -94,8 +89,8 @@ class Tracker:
 
     def put(self, step: int, row: Mapping[str, Any]) -> None:
         """Queue a row for the tracker."""
-        if self._rows.qsize() >= MAX_WAITING and not self._dropped:
-            self._drop(f"{MAX_WAITING} rows are waiting for it")
+        if self._rows.qsize() >= MAX_QUEUED and not self._dropped:
+            self._drop(f"{MAX_QUEUED} rows are waiting for it")
         if not self._dropped:
             self._rows.put((step, row))
 

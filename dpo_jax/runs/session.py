@@ -18,11 +18,11 @@ from dpo_jax.console import progress_line, say
 from dpo_jax.errors import Preempted, UserError
 from dpo_jax.parallel import hosts
 from dpo_jax.runs.checkpoint import Checkpoints
-from dpo_jax.runs.directory import RunDir, cut_back, hold_run, log_event, log_offsets, lost_saves, writing
+from dpo_jax.runs.directory import RunDir, locked_run, log_event, log_offsets, lost_checkpoints, truncate_logs, writing
 from dpo_jax.runs.logs import MetricsLog, peak_memory
 from dpo_jax.runs.manifest import refuse_changed, rounding_changes
 from dpo_jax.runs.profile import trace_edges, traced
-from dpo_jax.storage import write_whole
+from dpo_jax.storage import write_atomically
 
 Metrics = Mapping[str, float | int]
 
@@ -53,10 +53,10 @@ def lock_run(directory: str) -> Iterator[RunDir]:
         run, error = RunDir(Path(directory).expanduser().absolute()), None
         if hosts.is_writer():
             try:
-                run = stack.enter_context(hold_run(directory))
+                run = stack.enter_context(locked_run(directory))
                 log_event(run, "start", devices=jax.device_count(), processes=jax.process_count())
-            except UserError as refusal:
-                error = refusal
+            except UserError as user_error:
+                error = user_error
         hosts.agree(error, "run directory")
         yield run
 
@@ -106,16 +106,16 @@ class Session:
 
     def resume(self, abstract_state: Any) -> tuple[Any, int] | None:
         """Restore the newest usable checkpoint and its step, and truncate the logs to it; None if there is none."""
-        saved = self._checkpoints.manifest()
-        if saved is not None:
-            refuse_changed(saved, self._manifest, str(self.run.root))
+        saved_manifest = self._checkpoints.manifest()
+        if saved_manifest is not None:
+            refuse_changed(saved_manifest, self._manifest, str(self.run.root))
         restored = self._checkpoints.restore(abstract_state)
         if restored is None:
-            hosts.agree(lost_saves(self.run) if hosts.is_writer() else None, "saved steps")
+            hosts.agree(lost_checkpoints(self.run) if hosts.is_writer() else None, "saved steps")
             return None
         state, manifest = restored
         if hosts.is_writer():
-            cut_back(self.run, manifest["offsets"])
+            truncate_logs(self.run, manifest["offsets"])
             log_event(self.run, "restore", step=manifest["step"])
         self.say(f"resuming from step {manifest['step']} of {self._num_steps}")
         for line in rounding_changes(manifest, self._manifest):
@@ -126,13 +126,13 @@ class Session:
     def begin(self) -> None:
         """Empty the logs, as an earlier attempt may have stopped before its first save."""
         if hosts.is_writer():
-            cut_back(self.run, {log.name: 0 for log in self.run.logs})
+            truncate_logs(self.run, {log.name: 0 for log in self.run.logs})
 
     def write_config(self, text: str) -> None:
         """Write the resolved options, also on resume, as some options may have changed."""
         if hosts.is_writer():
             with writing(self.run.config):
-                write_whole(self.run.config, text)
+                write_atomically(self.run.config, text)
 
     def say(self, line: str | None) -> None:
         """Print a line for the user, unless it is None."""
@@ -184,8 +184,8 @@ class Session:
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             self.due = Due()
             raise NotFinite(
-                f"step {num_done}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run stopped, the "
-                f"state after step {step} is saved; {facts.advice(self.run.root)}",
+                f"step {num_done}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run stopped, and "
+                f"the state after step {step} is saved; {facts.advice(self.run.root)}",
                 step,
             )
         facts.check(metrics)
@@ -221,11 +221,7 @@ class Session:
         self._clock = time.perf_counter()
 
     def stop_if_asked(self, step: int) -> None:
-        """End the run if a stop was requested; its state is saved by then.
-
-        Raises:
-            Preempted: a stop was requested.
-        """
+        """Raise ``Preempted`` if a stop was requested; the state is saved by then."""
         if not self.due.stop:
             return
         if hosts.is_writer():

@@ -48,19 +48,15 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
         folder = snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_HUB_IGNORED)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        version = "" if revision is None else f" at revision {revision}"
-        raise UserError(f"model.path: {name} is not a directory, and its download{version} failed: {cause}") from error
+        suffix = "" if revision is None else f" at revision {revision}"
+        raise UserError(f"model.path: {name} is not a directory, and its download{suffix} failed: {cause}") from error
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"model.path: hub model {name} has no config.json; give a model in the transformers format")
     return Path(folder)
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Return the parsed ``config.json`` of a model directory.
-
-    Raises:
-        UserError: the file is missing or is not a JSON object.
-    """
+    """Return the parsed ``config.json`` of a model directory."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: config.json is missing; give a Hugging Face model directory")
@@ -68,11 +64,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def end_tokens(folder: Path | None, hf_config: dict[str, Any]) -> frozenset[int]:
-    """Return the end-of-sequence ids from the model directory's generation_config.json or, without one, its config.
-
-    Raises:
-        UserError: generation_config.json is not a JSON object.
-    """
+    """Return the end-of-sequence ids from the model directory's generation_config.json or, without one, its config."""
     path = None if folder is None else folder / "generation_config.json"
     options = read_json(path) if path is not None and path.is_file() else hf_config
     eos = options.get("eos_token_id")
@@ -80,11 +72,7 @@ def end_tokens(folder: Path | None, hf_config: dict[str, Any]) -> frozenset[int]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a model directory.
-
-    Raises:
-        UserError: the file cannot be read or is not a JSON object.
-    """
+    """Return the object in a JSON file of a model directory."""
     with from_outside(f"{path}: not valid JSON", "copy or download it again"):
         content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
@@ -95,5 +83,5 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_vocabulary(num_tokens: int, config: DecoderConfig, tokenizer: str) -> None:
     """Raise ``UserError`` if ``num_tokens`` (the tokenizer's largest id + 1) exceeds the model's embeddings."""
     if num_tokens > config.vocab:
-        sizes = f"the tokenizer has {num_tokens} tokens and the model {config.vocab} embeddings"
-        raise UserError(f"{tokenizer}: {sizes}; give the model's own tokenizer, or resize the embeddings first")
+        mismatch = f"the tokenizer has {num_tokens} tokens and the model {config.vocab} embeddings"
+        raise UserError(f"{tokenizer}: {mismatch}; give the model's own tokenizer, or resize the embeddings first")

@@ -22,12 +22,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dpo_jax.errors import UserError, reason
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.flops import projections
-from dpo_jax.models.projections import TENSORS, TURNED
+from dpo_jax.models.projections import TENSORS, TRANSPOSED
 from dpo_jax.parallel.hosts import is_writer
 from dpo_jax.weights.safetensors import INDEX, SINGLE, Tensor, find_tensors, write_file
 
 # Files of old models contain this buffer, which this program computes from the config.
-_COMPUTED = "rotary_emb.inv_freq"
+_BUFFER_SUFFIX = "rotary_emb.inv_freq"
 # Files next to weights and config.json: tokenizer, chat template and generation config.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -67,26 +67,26 @@ def _slots(model: Model) -> dict[str, Slot]:
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Model) -> None:
-    def refuse(why: str) -> UserError:
+    def mismatch(why: str) -> UserError:
         return UserError(f"{folder}: {why}; check that they belong together")
 
     expected = _slots(model)
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise refuse(f"config.json requires {_list(missing)}, which the weights do not contain")
+        raise mismatch(f"config.json requires {_name_list(missing)}, which the weights do not contain")
     allowed = expected.keys() | ({TENSORS["unembed"]} if model.config.tied else set())
-    extra = [name for name in tensors if name not in allowed and not name.endswith(_COMPUTED)]
+    extra = [name for name in tensors if name not in allowed and not name.endswith(_BUFFER_SUFFIX)]
     if extra:
-        raise refuse(f"the weights contain {_list(extra)}, which config.json does not call for")
+        raise mismatch(f"the weights contain {_name_list(extra)}, which config.json does not define")
     for name, slot in expected.items():
         actual = tensors[name].shape
         if actual != slot.shape:
-            raise refuse(f"tensor {name} has shape {list(actual)}, but config.json implies {list(slot.shape)}")
+            raise mismatch(f"tensor {name} has shape {list(actual)}, but config.json implies {list(slot.shape)}")
     if model.config.tied and TENSORS["unembed"] in tensors:
         _check_tied(folder, tensors[TENSORS["unembed"]], tensors[TENSORS["embed"]])
 
 
-def _list(names: list[str]) -> str:
+def _name_list(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -113,7 +113,7 @@ def _load_leaf(
     leaf: str, tensors: list[Tensor], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
     """Load one parameter; the host buffers hold only this process's shards, and each tensor is read once."""
-    stacked = "/" in leaf
+    is_stacked = "/" in leaf
     spans = {
         device: tuple(s.indices(n)[:2] for s, n in zip(index or (), struct.shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(struct.shape).items()
@@ -121,13 +121,13 @@ def _load_leaf(
     sizes = {span: tuple(stop - start for start, stop in span) for span in spans.values()}
     buffers = {span: _aligned(size, np.dtype(struct.dtype)) for span, size in sizes.items()}
     for layer, tensor in enumerate(tensors):
-        targets = {span: buffer for span, buffer in buffers.items() if not stacked or span[0][0] <= layer < span[0][1]}
+        targets = {span: data for span, data in buffers.items() if not is_stacked or span[0][0] <= layer < span[0][1]}
         if not targets:
             continue
-        value = tensor.read().T if leaf in TURNED else tensor.read()
-        value = value.reshape(struct.shape[1:] if stacked else struct.shape)
+        value = tensor.read().T if leaf in TRANSPOSED else tensor.read()
+        value = value.reshape(struct.shape[1:] if is_stacked else struct.shape)
         for span, buffer in targets.items():
-            index, value_span = (layer - span[0][0], span[1:]) if stacked else (..., span)
+            index, value_span = (layer - span[0][0], span[1:]) if is_stacked else (..., span)
             buffer[index] = value[tuple(slice(*s) for s in value_span)]
     shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
@@ -157,9 +157,9 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
     Raises:
         UserError: tensors are missing, unknown, of the wrong shape, quantized, truncated, or tied but not equal.
     """
-    tensors, embed, unembed = find_tensors(Path(path)), TENSORS["embed"], TENSORS["unembed"]
-    if model.config.tied and embed not in tensors and unembed in tensors:
-        tensors[embed] = tensors.pop(unembed)  # the tied matrix, stored under the name of the unembedding
+    tensors, embed_name, unembed_name = find_tensors(Path(path)), TENSORS["embed"], TENSORS["unembed"]
+    if model.config.tied and embed_name not in tensors and unembed_name in tensors:
+        tensors[embed_name] = tensors.pop(unembed_name)  # the tied matrix, stored under the name of the unembedding
     _check_tensors(path, tensors, model)
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.param_shapes())
     if shardings is None:
@@ -174,7 +174,7 @@ def _rows(leaf: jax.Array, start: jax.Array, count: int, sharding: NamedSharding
     return rows if sharding is None else jax.lax.with_sharding_constraint(rows, sharding)
 
 
-def _everywhere(leaf: jax.Array) -> NamedSharding | None:
+def _gather_sharding(leaf: jax.Array) -> NamedSharding | None:
     """Return the replicated sharding that lets every process read ``leaf``; None if this process already can."""
     if leaf.is_fully_addressable:
         return None
@@ -188,9 +188,9 @@ def fetch_tensors(params: Params, slots: Mapping[str, Slot], dtype: np.dtype) ->
     for name, slot in slots.items():
         value = leaves[slot.leaf]
         start, count = (0, len(value)) if slot.layer is None else (slot.layer, 1)
-        value = _rows(value, start, count, _everywhere(value))
+        value = _rows(value, start, count, _gather_sharding(value))
         value = np.asarray(value).astype(dtype, copy=False)
-        yield name, np.ascontiguousarray(value[0].T) if slot.leaf in TURNED else value.reshape(slot.shape)
+        yield name, np.ascontiguousarray(value[0].T) if slot.leaf in TRANSPOSED else value.reshape(slot.shape)
 
 
 def _split(slots: Mapping[str, Slot], itemsize: int, max_shard_bytes: int) -> list[dict[str, Slot]]:
@@ -238,13 +238,13 @@ def export_params(
         for _ in fetch_tensors(params, _slots(model), dtype):
             pass  # fetching is collective
         return
-    with whole_directory(Path(out_dir), overwrite) as unfinished:
-        _write_tensors(params, model, unfinished, dtype, max_shard_bytes)
+    with atomic_directory(Path(out_dir), overwrite) as staging:
+        _write_tensors(params, model, staging, dtype, max_shard_bytes)
         dtype_keys = {"dtype", "torch_dtype"} & hf_config.keys() or {"torch_dtype"}
         config = {**hf_config, **dict.fromkeys(dtype_keys, dtype.name)}
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if source_dir is not None:
-            _copy_companions(source_dir, unfinished)
+            _copy_companions(source_dir, staging)
 
 
 def export_target(out_dir: Path, overwrite: bool = False) -> Path:
@@ -267,7 +267,7 @@ def export_target(out_dir: Path, overwrite: bool = False) -> Path:
 
 
 @contextmanager
-def whole_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
+def atomic_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
     """Context manager that yields a temporary directory and renames it to ``out_dir``, or removes it on an error.
 
     Raises:
@@ -275,24 +275,24 @@ def whole_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
             be written.
     """
     target = export_target(out_dir, overwrite)
-    unfinished = target.parent / f".{target.name}.partial"
+    staging = target.parent / f".{target.name}.partial"
     with _writing(target):
         if overwrite:  # the caller owns out_dir, so a killed export left this behind
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            unfinished.mkdir()
+            staging.mkdir()
         except FileExistsError:
             remedy = "wait for it, or remove this directory"
-            raise UserError(f"{unfinished}: another export to {target} is running or was killed; {remedy}") from None
+            raise UserError(f"{staging}: another export to {target} is running or was killed; {remedy}") from None
         try:
-            yield unfinished
+            yield staging
             if overwrite:
-                _replace(target, unfinished)
+                _replace(target, staging)
             else:
-                os.rename(unfinished, target)  # fails if another process has filled target by now
+                os.rename(staging, target)  # fails if another process has filled target by now
         except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
             raise
 
 
@@ -306,17 +306,17 @@ def _writing(target: Path) -> Iterator[None]:
         raise UserError(f"{target}: the export cannot be written ({reason(error)}); {remedy}") from error
 
 
-def _replace(target: Path, unfinished: Path) -> None:
+def _replace(target: Path, staging: Path) -> None:
     """Rename the new export to ``target``, replacing an older one if it exists."""
     old_export = target.parent / f".{target.name}.replaced"
     if target.exists():
-        _keep_others(old_export, target)  # if an earlier call was killed between the renames below
+        _move_other_files(old_export, target)  # if an earlier call was killed between the renames below
         os.rename(target, old_export)
-    os.rename(unfinished, target)
-    _keep_others(old_export, target)
+    os.rename(staging, target)
+    _move_other_files(old_export, target)
 
 
-def _keep_others(replaced: Path, target: Path) -> None:
+def _move_other_files(replaced: Path, target: Path) -> None:
     """Move files that no export writes from ``replaced`` to ``target``, then remove ``replaced``."""
     if not replaced.is_dir():
         return

@@ -19,11 +19,11 @@ from dpo_jax.models.adapters import Adapted, make_lora, merge, start_adapters
 from dpo_jax.models.decoder import Model, Params, make_model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.options import DecoderConfig
-from dpo_jax.parallel.sharding import placed, platform_of, weight_shardings
+from dpo_jax.parallel.sharding import platform_of, sharded_structs, weight_shardings
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import RunDir, find_run, is_run_dir, writing
 from dpo_jax.runs.restore import restore_part
-from dpo_jax.storage import write_whole
+from dpo_jax.storage import write_atomically
 from dpo_jax.weights.hub import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.weights.huggingface import export_params, load_params
 from dpo_jax.weights.known import builtin_model
@@ -135,7 +135,7 @@ def load_saved(run: RunDir, model: Model, config: ModelConfig, mesh: Mesh) -> tu
     if adapted is not None:
         return _load_merged(adapted, model, config, mesh)
     params, manifest = restore_params(
-        run, config.checkpoint, placed(model.param_shapes(), param_shardings(model, mesh))
+        run, config.checkpoint, sharded_structs(model.param_shapes(), param_shardings(model, mesh))
     )
     return params, manifest["step"]
 
@@ -177,7 +177,7 @@ def lora_of(options: Mapping[str, Any]) -> LoraConfig:
 
 
 def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
-    """`load_saved` for a run of adapters: the base weights are loaded in the dtype that the run used."""
+    """Load as `load_saved` does, for a run of adapters, with the base weights in the dtype that the run used."""
     try:
         source = find_model(adapted.base.path, adapted.base.revision)
     except UserError as error:
@@ -216,7 +216,7 @@ def trained_shardings(model: Model, mesh: Mesh | AbstractMesh) -> Any:
 def trained_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """Return the tree of trained parameters as `jax.ShapeDtypeStruct` with shardings."""
     shapes = model.param_shapes() if model.lora is None else model.adapter_shapes()
-    return placed(shapes, trained_shardings(model, mesh))
+    return sharded_structs(shapes, trained_shardings(model, mesh))
 
 
 def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str | None) -> Any:
@@ -231,15 +231,15 @@ def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str 
 
 
 def keep_model_files(run: RunDir, source: ModelSource, hf_config: Mapping[str, Any], tokenizer: Any) -> None:
-    """Write the trained model's config.json, tokenizer, chat template and generation config into the run."""
+    """Write the trained model's config.json, tokenizer, chat template and generation config to the run directory."""
     folder = run.root / MODEL_FILES
     with from_outside(f"{folder}: the tokenizer cannot be written", "free space, or fix the tokenizer's files"):
         tokenizer.save_pretrained(folder)
     generation = "generation_config.json"
     with writing(folder):
         if source.folder is not None and (source.folder / generation).is_file():
-            write_whole(folder / generation, (source.folder / generation).read_bytes())
-        write_whole(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")  # last: find_model trusts it
+            write_atomically(folder / generation, (source.folder / generation).read_bytes())
+        write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")  # last: find_model trusts it
 
 
 def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "best"], mesh: Mesh) -> int:

@@ -17,18 +17,17 @@ from dpo_jax.errors import UserError, from_outside, shown
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.projections import BY_TARGET, LAYER, TENSORS
 from dpo_jax.weights.hub import read_json
-from dpo_jax.weights.huggingface import Slot, fetch_tensors, load_tree, whole_directory
+from dpo_jax.weights.huggingface import Slot, atomic_directory, fetch_tensors, load_tree
 from dpo_jax.weights.safetensors import Tensor, read_header, write_file
 
 CONFIG, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every tensor's name
 _HEADS = ("classifier", "score")  # PEFT's ``modules_to_save`` of a reward model, of which it has the second
 
-
-# _READ: keys of adapter_config.json that are used. _HARMLESS: keys that do not change what the adapters compute, as
+# _USED: keys of adapter_config.json that are read. _HARMLESS: keys that do not change what the adapters compute, as
 # dropout is off here and the others are metadata. Any other key must have a value that PEFT ignores. PEFT tests most of
 # them for null only, so an empty list or dictionary can have an effect.
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights", "bias"}
+_USED = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights", "bias"}
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
@@ -85,49 +84,49 @@ def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any
 
 
 def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig, model: Model) -> None:
-    def refuse(key: str, why: str) -> UserError:
+    def bad_option(key: str, why: str) -> UserError:
         return UserError(f"lora.path: {folder / CONFIG}: {key}", options.get(key), why)
 
     if options.get("peft_type") != "LORA":
-        raise refuse("peft_type", "only LORA adapters are supported")
+        raise bad_option("peft_type", "only LORA adapters are supported")
     if options.get("bias", "none") != "none":
-        raise refuse("bias", f"training biases with adapters is not supported; {_MERGE}")
+        raise bad_option("bias", f"training biases with adapters is not supported; {_MERGE}")
     if options.get("init_lora_weights", True) not in _PLAIN_STARTS:
-        raise refuse("init_lora_weights", "it changes the base weights; convert the adapters to plain LoRA first")
+        raise bad_option("init_lora_weights", "it changes the base weights; convert the adapters to plain LoRA first")
     if model.config.scores:
         saved = options.get("modules_to_save")
         if not isinstance(saved, list) or "score" not in saved or any(name not in _HEADS for name in saved):
-            raise refuse("modules_to_save", "a reward model's adapters have its head; save score with them")
+            raise bad_option("modules_to_save", "a reward model's adapters have its head; save score with them")
         options = {key: value for key, value in options.items() if key != "modules_to_save"}
     for key, value in options.items():
         is_inactive = value is None or (value == _IDLE[key] if key in _IDLE else value is False)
-        if key not in _READ | _HARMLESS and not is_inactive:
-            raise refuse(key, f"this option is not supported; {_MERGE}")
+        if key not in _USED | _HARMLESS and not is_inactive:
+            raise bad_option(key, f"this option is not supported; {_MERGE}")
     for key, option in (("r", "rank"), ("lora_alpha", "alpha"), ("use_rslora", "rslora")):
         if options.get(key, False) != getattr(config, option):
-            raise refuse(key, f"lora.{option} is {getattr(config, option)!r}; set both to the same value")
+            raise bad_option(key, f"lora.{option} is {getattr(config, option)!r}; set both to the same value")
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Slot]) -> None:
-    def refuse(why: str) -> UserError:
+    def bad_file(why: str) -> UserError:
         return UserError(f"lora.path: {folder / TENSOR_FILE} {why}")
 
     targets = {slot.leaf.split("/")[1] for slot in expected.values() if slot.layer is not None}
     for name in (name for name in tensors if name not in expected):
         module = name.split(".lora_")[0].rpartition(".")[2]
         if module not in BY_TARGET:
-            raise refuse(f"contains {name}, which is not an adapter of {', '.join(BY_TARGET)}: {_MERGE}")
+            raise bad_file(f"contains {name}, which is not an adapter of {', '.join(BY_TARGET)}: {_MERGE}")
         if BY_TARGET[module].name not in targets:
-            raise refuse(f"contains {name}, which is not in lora.targets: add {module}, or use other adapters")
-        raise refuse(f"contains {name}, which has no counterpart in this model: use adapters of the same model")
+            raise bad_file(f"contains {name}, which is not in lora.targets: add {module}, or use other adapters")
+        raise bad_file(f"contains {name}, which has no counterpart in this model: use adapters of the same model")
     for name, slot in expected.items():
         if name not in tensors:
-            raise refuse(
+            raise bad_file(
                 f"lacks {name}, which lora.targets requires: drop the target or, if some layers have it, {_MERGE}"
             )
         actual, needed = list(tensors[name].shape), list(slot.shape)
         if actual != needed:
-            raise refuse(f"has {name} of shape {actual}, but this model needs {needed}: use adapters of the same model")
+            raise bad_file(f"has {name} of shape {actual}, but this model needs {needed}: use adapters of this model")
 
 
 def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expected: Mapping[str, Slot]) -> None:
@@ -135,8 +134,8 @@ def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expec
     path = folder / CONFIG
     targets, excluded = options.get("target_modules"), options.get("exclude_modules") or []
     modules = {_module(name, layer) for name in LAYER for layer in range(model.config.layers)}
-    all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-    target_modules = modules if all_linear else _named(path, "target_modules", targets, modules)
+    is_all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+    target_modules = modules if is_all_linear else _named(path, "target_modules", targets, modules)
     target_modules = target_modules - _named(path, "exclude_modules", excluded, modules)
     adapters = (name for name, slot in expected.items() if slot.layer is not None)
     stored_modules = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in adapters}
@@ -181,7 +180,7 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
     }
     if model.config.scores:
         options["modules_to_save"] = list(_HEADS)
-    with whole_directory(out_dir, overwrite=False) as unfinished:
+    with atomic_directory(out_dir, overwrite=False) as staging:
         shapes, dtype = {name: slot.shape for name, slot in slots.items()}, np.dtype(np.float32)
-        write_file(unfinished / TENSOR_FILE, shapes, dtype, fetch_tensors(adapters, slots, dtype))
-        (unfinished / CONFIG).write_text(json.dumps(options, indent=2) + "\n")
+        write_file(staging / TENSOR_FILE, shapes, dtype, fetch_tensors(adapters, slots, dtype))
+        (staging / CONFIG).write_text(json.dumps(options, indent=2) + "\n")

@@ -150,7 +150,7 @@ def test_threads_and_order_of_calls_do_not_matter():
 def test_nothing_to_draw_is_refused():
     with pytest.raises(UserError, match="no training examples are left"):
         order([np.arange(0)])
-    with pytest.raises(UserError, match=r"data.train\[1\].*weight 0.5"):
+    with pytest.raises(UserError, match=r"data.train.1.*weight 0.5"):
         order([np.arange(3), np.arange(0)], weights=[0.5, 0.5])
 
 

@@ -8,7 +8,7 @@ import pytest
 from small import Pair, pack, random_pairs
 
 from dpo_jax.batch import BLOCK, PreferenceBatch
-from dpo_jax.batching.packing import BatchShape, Packer, Unit, choose_shapes, make_units, pack_rows, seen_blocks
+from dpo_jax.batching.packing import BatchShape, Packer, Unit, choose_shapes, make_units, pack_rows, visible_blocks
 from dpo_jax.errors import UserError
 
 PAIRS = random_pairs(9, seed=2)
@@ -155,7 +155,7 @@ def test_visited_blocks_are_those_in_which_something_is_seen(num_answers):
     for _ in range(60):
         sizes = draw.choice([1, 2, 30, 63, 64, 65, 128, 150], (draw.integers(1, 5), 1 + num_answers))
         row = [Unit(i, tuple(range(num_answers)), int(p), tuple(map(int, own)), 0) for i, (p, *own) in enumerate(sizes)]
-        np.testing.assert_array_equal(seen_blocks(row), dense_blocks(row))
+        np.testing.assert_array_equal(visible_blocks(row), dense_blocks(row))
 
 
 # ---------------------------------------------------------------------------------------------------- shapes

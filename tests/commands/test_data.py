@@ -22,5 +22,5 @@ def test_sets_are_read_with_the_tokenizer_of_the_config(tmp_path):
     )
     sets = sets_of(config, tokenizer)
     assert describe_data(config, 1) == show_step(sets, 1, tokenizer)
-    expected = audit(sets, tokenizer, ends=frozenset(), max_length=4096, positions=512)
+    expected = audit(sets, tokenizer, ends=frozenset(), max_length=4096, max_positions=512)
     assert describe_data(config, None) == render(expected)

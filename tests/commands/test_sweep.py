@@ -92,7 +92,7 @@ def test_a_larger_beta_moves_less(folder, capsys):
         (["--betas", "0.1,x"], "--betas: '0.1,x' cannot be used: write numbers separated by commas"),
         (["--betas", "0.1,-1"], "loss.beta must be positive, got -1.0"),
         (["--betas", "0.1,0.1"], "--betas: [0.1, 0.1] has duplicates"),
-        (["--betas", "0.1", "--loss.type", "simpo"], "reference.mode: none leaves no KL to compare"),
+        (["--betas", "0.1", "--loss.type", "simpo"], "reference.mode: with none there is no KL"),
     ],
 )
 def test_what_a_sweep_refuses(folder, capsys, words, line):

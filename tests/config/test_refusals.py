@@ -99,14 +99,14 @@ def talk_with_template(template: str) -> None:
 
 # (name, what spoils the data, arguments, what the line holds)
 BAD_DATA = [
-    ("no file", partial(remove, "pairs.jsonl"), "", "pairs.jsonl: there is no such file; the working directory is "),
+    ("no file", partial(remove, "pairs.jsonl"), "", "pairs.jsonl: no such file; the working directory is "),
     (
         "suffix",
         partial(write, "pairs.tsv", "a"),
         "--data.train pairs.tsv",
         "pairs.tsv: unknown suffix '.tsv'; use",
     ),
-    ("empty", partial(write, "pairs.jsonl", "\n"), "", "pairs.jsonl: the source has no rows; give one that has some"),
+    ("empty", partial(write, "pairs.jsonl", "\n"), "", "pairs.jsonl: the source has no rows; choose another"),
     (
         "not JSON",
         partial(write, "pairs.jsonl", lines_of(ROWS) + "{oops\n"),
@@ -160,7 +160,7 @@ BAD_DATA = [
         "nothing left",
         partial(write, "pairs.jsonl", lines_of([{**PAIR, "rejected": PAIR["chosen"]}])),
         "",
-        "pairs.jsonl: none of its 1 rows is valid:  ... equal_answers",
+        "pairs.jsonl: none of its 1 rows are valid:  ... equal_answers",
     ),
     (
         "no chat template",
@@ -192,7 +192,7 @@ BAD_DATA = [
         "--data.eval_fraction 0.01",
         "data.eval_fraction: 0.01 of 8 examples (8 prompts) holds out 0; change the fraction",
     ),
-    ("evaluation set", nothing, "--data.eval.dev dev.jsonl", "dev.jsonl: there is no such file"),
+    ("evaluation set", nothing, "--data.eval.dev dev.jsonl", "dev.jsonl: no such file"),
     (
         "row too short",
         nothing,
@@ -271,7 +271,7 @@ BAD_MODELS = [
         "fewer layers",
         partial(configure_model, num_hidden_layers=4),
         "",
-        "model: the weights contain model.layers.4. ... which config.json does not call for",
+        "model: the weights contain model.layers.4. ... which config.json does not define",
     ),
     (
         "another width",
@@ -467,7 +467,7 @@ BAD_RUNS = [
         partial(edit, "run/metrics.jsonl", lambda text: text.replace(b"\n", b" ") + b"  "),
         "train c.yaml --run.dir run",
         2,
-        "run/metrics.jsonl: was edited, as byte  ... no longer ends a line",
+        "run/metrics.jsonl: was edited: byte  ... no longer ends a line",
     ),
     (
         "saves damaged",
@@ -488,14 +488,14 @@ BAD_RUNS = [
         other_format,
         "train c.yaml --run.dir run",
         2,
-        "has format 0, this version reads 3: use the version that wrote it",
+        "has format 0, but this version reads 3: use the version that wrote it",
     ),
     (
         "export of no run",
         nothing,
         "export model out",
         2,
-        "run directory model: has no events.jsonl, so it is not a run of this program: check the path",
+        "run directory model has no events.jsonl, so it is not a run of this program: check the path",
     ),
     (
         "export onto something",
@@ -558,7 +558,7 @@ BAD_RUNS = [
         nothing,
         "eval c.yaml --run.dir run --output o.jsonl",
         2,
-        "data.eval:  ... names no evaluation set",
+        "data.eval: there is no evaluation set; add one or set data.eval_fraction",
     ),
     (
         "evaluated against another reference",
@@ -579,7 +579,7 @@ BAD_RUNS = [
         nothing,
         "train c.yaml --run.dir next --checkpoint.keep_best 1 --checkpoint.best_metric eval_x_loss",
         2,
-        "checkpoint.best_metric: 'eval_x_loss' is not an evaluation metric; there is no evaluation set: give data.eval",
+        "checkpoint.best_metric: 'eval_x_loss' is not an evaluation metric; there is no evaluation set: set data.eval",
     ),
     (
         "another metric for the best",
@@ -620,8 +620,8 @@ def test_bad_run_directories(capfd, made, tmp_path, monkeypatch, spoil, argv, co
 
 HOLDS = """
 import sys
-from dpo_jax.runs.directory import hold_run
-with hold_run('run'):
+from dpo_jax.runs.directory import locked_run
+with locked_run('run'):
     print('held', flush=True)
     sys.stdin.read()
 """

@@ -204,7 +204,7 @@ CHAT = {"prompt": [Q], "chosen": [A], "rejected": [B]}
         (TEXT | {"weight": 1e31}, "missing_field", "weight is 1e+31, not a number from 0 to 1e+30"),
         (TEXT | {"weight": "heavy"}, "missing_field", "weight is 'heavy', not a number"),
         (TEXT | {"weight": True}, "missing_field", "weight is True, not a number"),
-        (CHAT | {"prompt": [Q, A | {"weight": -0.1}, Q]}, "missing_field", "prompt[1] weight is -0.1: give 1 to learn"),
+        (CHAT | {"prompt": [Q, A | {"weight": -0.1}, Q]}, "missing_field", "prompt[1] weight is -0.1: give 1 to"),
         (CHAT | {"chosen": [A, A | {"weight": 0}]}, "missing_field", "an answer has a message of weight 0"),
         ({"instruction": "q", "history": ["r"], "chosen": "a", "rejected": "b"}, "missing_field", "history is ['r']"),
         (CHAT | {"images": ["cat.jpg"]}, "missing_field", "images is ['cat.jpg'], and only text is supported"),

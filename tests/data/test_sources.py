@@ -119,7 +119,7 @@ def test_what_a_library_raises_over_a_row_names_the_row(tmp_path):
 
 def test_paths_that_no_file_can_have():
     for path in ("a/" * 3000, "a\0b", "\ud83d"):
-        with pytest.raises(UserError, match="no such file or folder, and it is not the name of a hub set"):
+        with pytest.raises(UserError, match="no such file or folder, and not the name of a hub dataset"):
             load_rows(SourceConfig(path=path))
 
 
@@ -161,8 +161,8 @@ def test_a_dataset_in_hand():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("absent.jsonl", None, "there is no such file; the working directory is"),
-        ("not/a/hub/name", None, "no such file or folder, and it is not the name of a hub set"),
+        ("absent.jsonl", None, "no such file; the working directory is"),
+        ("not/a/hub/name", None, "no such file or folder, and not the name of a hub dataset"),
         ("empty.jsonl", b"\n \n", "the source has no rows"),
         ("empty.json", b"", "the source has no rows"),
         ("empty_list.json", b"[]", "the source has no rows"),
@@ -238,7 +238,7 @@ def test_a_hub_set_that_cannot_be_reached():
         "except UserError as error: print(error)",
         HF_HUB_OFFLINE="1",
     )
-    assert out.startswith("nobody/no-such-set: there is no such file or folder, and the hub set cannot be loaded: ")
+    assert out.startswith("nobody/no-such-set: there is no such file or folder, and the hub dataset cannot be loaded: ")
     assert out.count("\n") == 1
 
 

@@ -265,7 +265,7 @@ def test_a_store_of_another_key_is_not_used(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", PAIRS)
     built = build(tmp_path / "s", source)
     built.path.rename(tmp_path / "s" / "0123456789abcdef")
-    with pytest.raises(DamagedStore, match="its manifest is of store"):
+    with pytest.raises(DamagedStore, match="its manifest belongs to store"):
         open_store(tmp_path / "s" / "0123456789abcdef")
 
 

@@ -21,7 +21,14 @@ from dpo_jax.inference.sampling import row_keys
 from dpo_jax.models.adapters import make_lora
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
-from dpo_jax.parallel.sharding import make_mesh, placed, replicated, rollout_mesh, row_sharding, weight_shardings
+from dpo_jax.parallel.sharding import (
+    make_mesh,
+    replicated,
+    rollout_mesh,
+    row_sharding,
+    sharded_structs,
+    weight_shardings,
+)
 from dpo_jax.plan.hlo import collectives
 from dpo_jax.weights.known import builtin_model
 
@@ -134,7 +141,7 @@ def test_answers_end_at_any_end_token(tiny, drawn):
 def test_the_only_collective_of_a_token_is_whether_all_answers_have_ended(tiny, for_tpus):
     mesh = rollout_mesh(make_mesh(MeshConfig(fsdp=16), for_tpus("v5e:4x4")))
     model, _ = tiny
-    weights = placed(model.param_shapes(), weight_shardings(model.param_shapes(), model.param_axes(), mesh))
+    weights = sharded_structs(model.param_shapes(), weight_shardings(model.param_shapes(), model.param_axes(), mesh))
     integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding(mesh))  # noqa: E731
     keys = jax.eval_shape(lambda: row_keys(0, 0, jnp.arange(32)))
     inputs = integers(32, 16), integers(32), keys, jax.ShapeDtypeStruct((2,), jnp.int32)

@@ -86,7 +86,7 @@ WRONG = {
     "wrong-checksum": (lambda fields: fields | {"sum": fields["sum"] + 1}, "its checksum is wrong"),
     "stale": (
         lambda fields: {k: v[:-1] for k, v in fields.items()},
-        "it holds log-probs of shape (22, 2), (22, 2), the data needs (23, 2)",
+        "it holds log-probs of shape (22, 2), (22, 2), but the data needs (23, 2)",
     ),
     "half-written": (
         lambda fields: {k: np.where(np.arange(NUM_ROWS)[:, None] < 9, v, np.nan) for k, v in fields.items()},

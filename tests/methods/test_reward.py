@@ -25,7 +25,7 @@ from dpo_jax.methods.reward import unused_end
 from dpo_jax.methods.setup import sets_of
 from dpo_jax.models.adapters import make_lora
 from dpo_jax.parallel.sharding import make_mesh
-from dpo_jax.plan.plan import Known, plan_slices
+from dpo_jax.plan.plan import Inputs, plan_slices
 from dpo_jax.runs.directory import read_json
 from dpo_jax.train import train
 from dpo_jax.weights.open import load_start
@@ -129,7 +129,7 @@ def test_a_reward_model_trains_on_but_is_no_policy(trained):
     result = train(parse_config(options(trained, "further", **more), {}, RewardConfig))
     assert result["loss"] < 0.1  # the head was loaded, not drawn again
     dpo = parse_config(options(trained, "dpo", model=model), {}, DPOConfig)
-    for use in (lambda: train(dpo), lambda: next(plan_slices(dpo, ["v5e:2x2"], Known(), search=False))):
+    for use in (lambda: train(dpo), lambda: next(plan_slices(dpo, ["v5e:2x2"], Inputs(), search=False))):
         with pytest.raises(UserError, match="it is a reward model, without an unembedding; choose a language model"):
             use()
 

@@ -86,7 +86,7 @@ def test_layout_reference_and_adapters_decide_what_a_step_asks_for(config):
     assert count(replace(config, batch=replace(config.batch, layout="repeated"))) > live
 
 
-def test_utilisation_is_of_all_devices_of_a_known_chip(config, tpus):
+def test_utilization_is_of_all_devices_of_a_known_chip(config, tpus):
     setup = assemble(config, make_mesh(config.mesh, jax.devices()[:1]))
     mesh = Mesh(np.array(tpus("v5e:2x2")).reshape(1, 4, 1), ("data", "fsdp", "tensor"))
     data = setup.batches(0)

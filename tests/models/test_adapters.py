@@ -115,7 +115,7 @@ def test_what_was_trained_is_the_same_function_in_peft(made, shared, peft, tmp_p
         f"exported the adapters of {made / 'run'} at step 3 to {tmp_path / 'adapters'}: 2 files, 0.1 MB, float32",
         f"exported the model of {made / 'run'} at step 3 to {tmp_path / 'merged'}: {files} files, 1.1 MB, float32",
     ]
-    with pytest.raises(UserError, match="it lies inside the run"):
+    with pytest.raises(UserError, match="it is inside the run"):
         export(made / "run", made / "run" / "checkpoints" / "9", "newest")
     hf_base = partial(transformers.AutoModelForCausalLM.from_pretrained, base)
     before, adapted = torch_logits(hf_base()), peft.PeftModel.from_pretrained(hf_base(), tmp_path / "adapters")
@@ -248,7 +248,7 @@ def test_adapters_of_another_model_are_refused(shared, peft_folder):
     lora = LoraConfig(rank=3, alpha=1.0)
     hf = read_hf_config(shared / "models" / "stories260K") | {"intermediate_size": 96}
     model = Model(config=decoder_config(hf), lora=make_lora(lora))
-    with pytest.raises(UserError, match=r"mlp.* of shape .* but this model needs .* use adapters of the same model"):
+    with pytest.raises(UserError, match=r"mlp.* of shape .* but this model needs .* use adapters of this model"):
         load_adapters(peft_folder / "all", model, lora, on_one_device(model.adapter_shapes()))
 
 

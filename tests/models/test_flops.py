@@ -135,7 +135,7 @@ def cost_a_pair(shared, folder, **batch) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("pairs", "row_length"), [(64, "auto"), (128, 4096)])
 def test_sharing_and_packing_save_operations_on_real_dialogues(shared, tmp_path_factory, pairs, row_length):
-    folder = tmp_path_factory.getbasetemp() / "dialogues"  # tokenised once
+    folder = tmp_path_factory.getbasetemp() / "dialogues"  # tokenized once
     shared_rows, repeated = (
         cost_a_pair(shared, folder, pairs=pairs, layout=layout, row_length=row_length)
         for layout in ("shared", "repeated")

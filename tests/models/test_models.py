@@ -304,7 +304,7 @@ REFUSED = [
     ("mistral", "num_key_value_heads", None, "positive number"),
     ("qwen2", "head_dim", None, "positive number"),
     ("qwen3", "head_dim", None, "positive number"),
-    ("qwen2", "max_window_layers", None, "whole number"),
+    ("qwen2", "max_window_layers", None, "an integer"),
     ("qwen2", "layer_types", [], "num_hidden_layers=2 names"),
     # values of odd types and sizes
     ("llama", "model_type", ["llama"], "llama, mistral, qwen2, qwen3"),
@@ -318,7 +318,7 @@ REFUSED = [
     ("llama", "vocab_size", -1, "positive number"),
     ("llama", "vocab_size", True, "positive number"),
     ("llama", "num_hidden_layers", 2e9, "positive number"),
-    ("llama", "num_attention_heads", 4.0, "whole number"),
+    ("llama", "num_attention_heads", 4.0, "an integer"),
     ("llama", "max_position_embeddings", "256", "positive number"),
     ("llama", "something", "x" * 100_000, "no such option"),
     ("qwen2", "layer_types", 3, "num_hidden_layers=2 names"),

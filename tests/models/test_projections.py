@@ -6,7 +6,7 @@ from dpo_jax.config import LORA_TARGETS
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.options import DecoderConfig
-from dpo_jax.models.projections import BY_TARGET, LAYER, TENSORS, TURNED
+from dpo_jax.models.projections import BY_TARGET, LAYER, TENSORS, TRANSPOSED
 
 BIASED = {"model_type": "llama", "vocab_size": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "attention_bias": True,
@@ -18,7 +18,7 @@ def test_adapters_can_be_asked_for_by_the_names_of_the_table():
 
 
 def test_only_gate_and_up_are_stored_inputs_first():
-    assert {"layers/gate", "layers/up"} == TURNED
+    assert {"layers/gate", "layers/up"} == TRANSPOSED
     assert [LAYER[name].inputs + ">" + LAYER[name].outputs for name in ("query", "out", "gate", "down")] == [
         "D>NH", "NH>D", "D>F", "F>D",
     ]  # fmt: skip

@@ -19,7 +19,7 @@ from dpo_jax.data import store as store_module
 from dpo_jax.data.store import Store
 from dpo_jax.methods.setup import assemble
 from dpo_jax.parallel import rendezvous
-from dpo_jax.parallel.sharding import make_mesh, own_shares
+from dpo_jax.parallel.sharding import local_row_shards, make_mesh
 from dpo_jax.runs.directory import read_json
 from dpo_jax.weights.huggingface import export_params
 from dpo_jax.weights.open import param_shardings
@@ -66,7 +66,7 @@ def counted(store: Store) -> Counted:
     return found
 
 
-def wrong_shards(placed: PreferenceBatch, whole: PreferenceBatch) -> list[str]:
+def wrong_shards(sharded_structs: PreferenceBatch, whole: PreferenceBatch) -> list[str]:
     """Arrays that are not, on this process' devices, what one process would have put there."""
 
     def same(array, own):
@@ -74,13 +74,13 @@ def wrong_shards(placed: PreferenceBatch, whole: PreferenceBatch) -> list[str]:
         return array.shape == own.shape and all(np.array_equal(shard.data, own[shard.index]) for shard in shards)
 
     arrays = {name: own for name, own in vars(whole).items() if isinstance(own, np.ndarray)}
-    return [name for name, own in arrays.items() if not same(getattr(placed, name), own)]
+    return [name for name, own in arrays.items() if not same(getattr(sharded_structs, name), own)]
 
 
 def look_at_rows(given: dict) -> dict:
-    """What this process makes of each step, by mesh, and how often it has tokenised."""
-    tokenised, convert = [], store_module.converted_chunks
-    store_module.converted_chunks = lambda sources, *rest: tokenised.append(len(sources)) or convert(sources, *rest)
+    """What this process makes of each step, by mesh, and how often it has tokenized."""
+    tokenized, convert = [], store_module.converted_chunks
+    store_module.converted_chunks = lambda sources, *rest: tokenized.append(len(sources)) or convert(sources, *rest)
     facts: dict = {}
     for name, (sizes, order, accumulation) in MESHES.items():
         config = parse_config(given, {"batch.pairs": 12, "batch.accumulation": accumulation}, DPOConfig)
@@ -89,11 +89,11 @@ def look_at_rows(given: dict) -> dict:
         to_devices = make_to_devices(mesh, int(accumulation > 1))
         batches = replace(setup.batches, store=counted(setup.batches.store))
         steps = [batches(step) for step in range(batches.order.num_steps)]
-        expected = [replace(setup.batches, own_shares=None)(step) for step in range(len(steps))]
+        expected = [replace(setup.batches, local_row_shards=None)(step) for step in range(len(steps))]
         facts[name] = {
-            "own": own_shares(mesh),
+            "own": local_row_shards(mesh),
             "ids": [data.ids.tolist() for data in steps],
-            "counts": [[data.num_tokens, data.used_slots, data.slots] for data in steps],
+            "counts": [[data.num_tokens, data.num_real_tokens, data.slots] for data in steps],
             "read": batches.store.read,
             "rows": steps[0].batch.tokens.shape[-2] / expected[0].batch.tokens.shape[-2],
             "wrong": [
@@ -101,7 +101,7 @@ def look_at_rows(given: dict) -> dict:
             ],
         }
     store_module.converted_chunks = convert
-    return facts | {"tokenised": len(tokenised)}
+    return facts | {"tokenized": len(tokenized)}
 
 
 def look_in_a_process(given: dict, folder) -> int:
@@ -117,8 +117,8 @@ def test_each_process_lays_its_own_rows(given, tmp_path, count):
         assert [process.code() for process in processes] == [0] * count, "\n".join(p.said() for p in processes)
     found = [json.loads((tmp_path / f"facts-{i}.json").read_text()) for i in range(count)]
     alone = json.loads(json.dumps(look_at_rows(given)))
-    assert [facts["tokenised"] for facts in found] == [2, *[0] * (count - 1)]  # both files, by one of them
-    assert alone["tokenised"] == 0
+    assert [facts["tokenized"] for facts in found] == [2, *[0] * (count - 1)]  # both files, by one of them
+    assert alone["tokenized"] == 0
     for name in MESHES:
         for facts in found:
             assert facts[name]["ids"] == alone[name]["ids"]

@@ -11,8 +11,8 @@ from dpo_jax.config import MeshConfig
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.sharding import (
     constrain_rows,
+    local_row_shards,
     make_mesh,
-    own_shares,
     replicated,
     row_devices,
     row_sharding,
@@ -74,7 +74,7 @@ def test_one_copy_in_two_slices_is_refused(tpus):
 
 
 @pytest.mark.parametrize(("tensor", "block"), [(4, (4, 1)), (8, (4, 2))])
-def test_chips_of_a_layer_are_neighbours(tpus, tensor, block):
+def test_chips_of_a_layer_are_neighbors(tpus, tensor, block):
     mesh = make_mesh(MeshConfig(tensor=tensor), tpus("v5e:4x4"))
     for layer in mesh.devices.reshape(-1, tensor):
         places = np.array([device.coords for device in layer])
@@ -118,7 +118,7 @@ def test_rows_are_spread_over_data_and_fsdp():
 
 
 def test_one_process_holds_all_rows():
-    assert own_shares(MESH) == (0, 1, 2, 3)
+    assert local_row_shards(MESH) == (0, 1, 2, 3)
 
 
 def test_activations_are_held_spread_under_a_mesh_and_left_alone_without():

@@ -37,7 +37,7 @@ from dpo_jax.parallel.chips import CHIPS, parse_topology
 from dpo_jax.parallel.sharding import make_mesh, row_sharding
 from dpo_jax.plan import ahead_of_time as aot
 from dpo_jax.plan.hlo import Collective
-from dpo_jax.plan.plan import MEMORY_SAVERS, Known, find_load, plan, plan_slices, search_fit
+from dpo_jax.plan.plan import MEMORY_SAVERS, Inputs, find_load, plan, plan_slices, search_fit
 from dpo_jax.plan.roofline import collective_times, matrix_traffic
 from dpo_jax.plan.text import render, table
 from dpo_jax.weights.known import builtin_model, known_config
@@ -57,7 +57,7 @@ def tiny(**changes) -> DPOConfig:
     return replace(config, **changes)
 
 
-def planned(config: PairConfig, topology: str, known: Known):
+def planned(config: PairConfig, topology: str, inputs: Inputs):
     (found,) = plan_slices(config, [topology], known, search=False)
     return found
 
@@ -68,24 +68,24 @@ def planned(config: PairConfig, topology: str, known: Known):
 def test_rows_follow_the_lengths():
     mesh = make_mesh(MeshConfig(), jax.devices()[:4])
     config = tiny(batch=BatchConfig(pairs=64, row_length=256, accumulation=2))
-    load = find_load(config, mesh, Known(lengths=(20, 16, 14)))
+    load = find_load(config, mesh, Inputs(lengths=(20, 16, 14)))
     assert (load.rows, load.microbatches, load.unit) == (8, 2, 50)  # 1600 tokens a microbatch: 7 rows
     assert load.slots == 2 * 8 * 256
     assert load.fill == 64 * 50 / (2 * 8 * 256)
     assert load.targets == 192  # 60% of a row, in whole blocks
-    assert find_load(config, mesh, Known(lengths=(20, 16, 14), rows=3)).rows == 12
-    full = find_load(config, mesh, Known())
+    assert find_load(config, mesh, Inputs(lengths=(20, 16, 14), rows=3)).rows == 12
+    full = find_load(config, mesh, Inputs())
     assert (full.rows, full.lengths) == (4, (10, 10, 10))  # of 10.67 that a pair has room for
     repeated = tiny(batch=BatchConfig(pairs=64, row_length=256, accumulation=2, layout="repeated"))
-    load = find_load(repeated, mesh, Known(lengths=(20, 16, 14)))
+    load = find_load(repeated, mesh, Inputs(lengths=(20, 16, 14)))
     assert (load.rows, load.unit, load.targets) == (12, 70, 128)  # 2240 tokens a part: 9.02 rows, 3 a device
     few = tiny(batch=BatchConfig(pairs=2, row_length=64), data=replace(config.data, max_length=256))
-    assert find_load(few, mesh, Known()).lengths == (21, 21, 21)  # a pair has 64, though there is room for 128
-    assert find_load(replace(few, data=replace(few.data, max_length=32)), mesh, Known()).lengths == (16, 16, 16)
-    with pytest.raises(UserError, match=r"--rows: 1 rows of 256 tokens a device do not hold 32 pairs of 50 tokens"):
-        find_load(config, mesh, Known(lengths=(20, 16, 14), rows=1))
+    assert find_load(few, mesh, Inputs()).lengths == (21, 21, 21)  # a pair has 64, though there is room for 128
+    assert find_load(replace(few, data=replace(few.data, max_length=32)), mesh, Inputs()).lengths == (16, 16, 16)
+    with pytest.raises(UserError, match=r"--rows: 1 rows of 256 tokens per device cannot hold 32 pairs of 50 tokens"):
+        find_load(config, mesh, Inputs(lengths=(20, 16, 14), rows=1))
     with pytest.raises(UserError, match=r"batch.row_length: 'auto' cannot be used: plan needs a number"):
-        find_load(tiny(batch=BatchConfig(pairs=64)), mesh, Known())
+        find_load(tiny(batch=BatchConfig(pairs=64)), mesh, Inputs())
 
 
 def test_slices_exchange_inside_first_and_their_shares_between():
@@ -178,7 +178,7 @@ def test_a_reward_model_is_planned_with_its_head_and_without_a_reference():
     reward = RewardConfig(**{name: getattr(tiny(), name) for name in shapes})
     source = ModelSource(builtin_model("builtin:tiny") | {"tie_word_embeddings": False}, None, None)
     c = decoder_config(source.hf_config)
-    found = plan(reward, source, parse_topology("v5e:2x2"), Known(lengths=(20, 16, 14)))
+    found = plan(reward, source, parse_topology("v5e:2x2"), Inputs(lengths=(20, 16, 14)))
     language_model = replace(build_model(source, reward.model, "tpu"), config=c)
     parameters = count_params(language_model) - c.vocab * c.hidden + c.hidden
     assert (found["model"]["parameters"], found["model"]["scores"]) == (parameters, 1)
@@ -209,20 +209,20 @@ def test_of_the_data_it_takes_the_rows_and_steps_of_the_run(shared, tmp_path):
         batch=BatchConfig(pairs=16, row_length=1024, accumulation=2),
         run=RunConfig(dir=str(tmp_path / "run"), epochs=2),
     )
-    found = planned(config, "v5e:2x2", Known(data=True))
+    found = planned(config, "v5e:2x2", Inputs(data=True))
     source = find_model(config.model.path, None)
     sets = sets_of(config, find_tokenizer(source, config.model, None))
     batches = train_batches(sets, config.batch, row_devices=4)
     steps = range(sets.order.num_steps)
     assert found["run"]["steps"] == len(steps) == math.ceil(2 * len(sets.train) / 16)
-    assert 4 * found["batch"]["rows_a_device"] == max(batches(step).batch.tokens.shape[1] for step in steps)
+    assert 4 * found["batch"]["rows_per_device"] == max(batches(step).batch.tokens.shape[1] for step in steps)
     assert found["batch"]["mean_lengths"] == pytest.approx(sets.train.lengths[:].mean(0), rel=1e-6)  # each drawn twice
 
 
 def test_what_leaves_a_slice_is_told_apart():
     """Two slices of copies: they add up their gradients, of each device at least its share, at most the whole."""
     config = tiny(mesh=MeshConfig(data=2))
-    found = planned(config, "v5e:2x2", Known(slices=2))
+    found = planned(config, "v5e:2x2", Inputs(slices=2))
     kind = "all-reduce between slices"
     assert {name for name in found["collectives"] if "between" in name} == {kind}
     gradients = 4 * found["model"]["parameters"] / GIB
@@ -238,7 +238,7 @@ def test_what_does_not_fit_is_made_to_fit():
     hf = known_config("meta-llama/Meta-Llama-3-8B")
     wide = tiny(batch=BatchConfig(pairs=8, row_length=4096))
     source = ModelSource(hf | {"num_hidden_layers": 1, "vocab_size": 16384}, None, None)
-    slice_, known = parse_topology("v5e:1x1"), Known(rows=16)
+    slice_, known = parse_topology("v5e:1x1"), Inputs(rows=16)
     found = plan(wide, source, slice_, known)
     assert not found["memory"]["fits"]
     assert found["memory"]["peak"] > CHIPS["v5e"].device_memory / GIB
@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_made_to_fit():
         (["--topology", "v5e:1x1", "--batch.pairs", "256"], "batch.row_length: 256 cannot be used: no row has room"),
         (
             ["--topology", "v5e:2x2", "--batch.layout", "padded", "--batch.row_length", "auto"],
-            "batch.layout: 'padded' cannot be used: its rows depend on the data; plan shared or repeated",
+            "batch.layout: 'padded' cannot be used: its rows depend on the data; use shared or repeated",
         ),
         (
             ["--topology", "v5e:2x2", "--run.compiler_flags.xla_foo", "3"],
@@ -300,9 +300,9 @@ def test_refusals(arguments, message, tmp_path, capsys):
 @pytest.mark.slow
 def test_without_the_compiler_closed_forms_still_answer(monkeypatch):
     """What is held is the same to the byte, the rest a lower bound; no collective is known."""
-    compiled = planned(tiny(), "v5e:2x2", Known())
+    compiled = planned(tiny(), "v5e:2x2", Inputs())
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
-    found = planned(tiny(), "v5e:2x2", Known())
+    found = planned(tiny(), "v5e:2x2", Inputs())
     for name in ("weights", "optimizer", "reference", "batch"):
         assert found["memory"][name] == compiled["memory"][name]
     assert 0 < found["memory"]["activations"] < compiled["memory"]["activations"]
@@ -310,9 +310,9 @@ def test_without_the_compiler_closed_forms_still_answer(monkeypatch):
     assert found["flops"] == compiled["flops"]
     assert found["seconds"] == compiled["seconds"] | {"ici": 0}
     assert "not compiled" in render(found)
-    assert "collectives  GiB a device and step: unknown" in render(found)
+    assert "collectives  GiB per device and step: unknown" in render(found)
     large = tiny(model=ModelConfig(path="meta-llama/Meta-Llama-3-70B"), batch=BatchConfig(pairs=16, row_length=4096))
-    found = planned(large, "v5e:2x2", Known())
+    found = planned(large, "v5e:2x2", Inputs())
     assert found["memory"]["fits"] is False
 
 
@@ -329,7 +329,7 @@ def test_llama_3_8b_fits_small_slices(topology, rows, most):
         reference=ReferenceConfig(dtype="bfloat16"),
         batch=BatchConfig(pairs=64, row_length=4096),
     )
-    found = planned(config, topology, Known(rows=rows))
+    found = planned(config, topology, Inputs(rows=rows))
     print(render(found))
     assert config.optimizer.max_grad_norm == 1
     assert found["memory"]["peak"] <= most
@@ -350,7 +350,7 @@ def test_every_recipe_fits_its_slice(file, topology):
     """On v6e Llama-3-8B also keeps to 13.5 GiB, at the two rows a chip that its pairs make."""
     rows, most = (2, 13.5) if file == "llama3_8b_v6e16.yaml" else (1, float("inf"))
     config = parse_config(CONFIGS / file, {}, RewardConfig if file.startswith("reward_") else DPOConfig)
-    found = planned(config, topology, Known(rows=rows))
+    found = planned(config, topology, Inputs(rows=rows))
     print(render(found))
     assert found["memory"]["fits"]
     assert found["memory"]["peak"] <= most

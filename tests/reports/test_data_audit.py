@@ -167,7 +167,7 @@ def test_what_is_read_otherwise_than_one_may_think_is_said(tmp_path):
     chosen = "one\n\n\ttwo\x1b[31m\u202e é"
     rows = [{"system": "s", "prompt": "x" * 20, "chosen": chosen, "rejected": '[{"role": "user"}]'}, pair(1)]
     given = config(tmp_path, {"train": rows}, shuffle=False)
-    found = audited(given, positions=50)
+    found = audited(given, max_positions=50)
     assert found["positions"] == {"max_length": 1024, "made_for": 50, "longer": 1}
     shown = render(found)
     assert "\nchosen, whose tokens begin at ||: 'x' 'x' 'x' 'x' || 'o' 'n' 'e' '\u010a'\n  | one\n  | \n" in shown
@@ -177,7 +177,7 @@ def test_what_is_read_otherwise_than_one_may_think_is_said(tmp_path):
     assert (
         "\nnote: data.max_length is 1024, but the model supports 50 (max_position_embeddings); 1 examples are " in shown
     )
-    assert "positions" not in audited(given, positions=1024)
+    assert "positions" not in audited(given, max_positions=1024)
 
 
 def test_fine_tuning_data(tmp_path):
@@ -198,9 +198,9 @@ def test_answers_that_teach_no_end_are_found(tmp_path):
     """A chat template may end turns with a token that the model's generation config does not know."""
     rows = [pair(0), pair(1) | {"rejected": "x" * 2000}, pair(2)]
     given = config(tmp_path, {"train": rows}, shuffle=False)
-    assert rows_named([audited(given)["train"]["unended"]["first"]]) == [[1]]  # cut by max_length
+    assert rows_named([audited(given)["train"]["unterminated"]["first"]]) == [[1]]  # cut by max_length
     found = audited(given, ends={5, 6})
-    assert found["train"]["unended"]["examples"] == 3
+    assert found["train"]["unterminated"]["examples"] == 3
     assert f"({TOKENIZER.decode([5])} {TOKENIZER.decode([6])}): in 3 examples, the first: 0, 1, 2\n" in render(found)
     assert f"the first ends with {pair(0)['chosen'][-2:] + '</s>'!r}" in render(found)
     assert "(the model has none): in 3 examples" in render(audited(given, ends=frozenset()))

@@ -118,7 +118,7 @@ def test_a_dpo_run_is_told_whole(tmp_path):
     assert page.cells[page.cells.index("held_out: loss") :][1:4] == ["0.6931", "0.2500", "0.2500 at step 80"]
     assert rows["Length"] == "80 steps, 2.000 epochs, 8,000 tokens"
     assert rows["First step"] == "9.0 s, including compilation"
-    assert rows["Later steps"] == "0.5 s, 16 pairs a second (medians)"
+    assert rows["Later steps"] == "0.5 s, 16 pairs per second (medians)"
     assert rows["Peak memory"] == "host 1.30 GiB"
     assert rows["Waiting for data"] == "4.0% of the time"
     assert "FLOPs utilization" not in text  # of no known chip
@@ -186,7 +186,7 @@ def test_a_report_that_fails_costs_the_run_a_line(tmp_path, capsys, monkeypatch)
     run = make_run(tmp_path, dpo_config(), dpo_metrics())
     (run / "report.html").mkdir()  # what is wrong outside is one line
     report_done(run, {}, progress=False)
-    line = "the run is complete, and the same command tries again\n"
+    line = "the run is complete, and its command can be run again\n"
     said = capsys.readouterr().err
     assert (said.count("\n"), said.startswith("report: not written ("), said.endswith(line)) == (1, True, True)
     monkeypatch.setattr(

@@ -21,7 +21,7 @@ from dpo_jax.inference.distributions import BINS, calibration, nice_edges, rewar
 from dpo_jax.inference.token_rewards import decoder, token_pieces, weigh_tails
 from dpo_jax.logprobs import answer_values, make_logps_fn, make_token_logps_fn
 from dpo_jax.losses import preference_metrics, sequence_logps
-from dpo_jax.reports.tokens import MAX_SHOWN, colored, full_size, token_page
+from dpo_jax.reports.tokens import MAX_SHOWN, colored, saturation, token_page
 from dpo_jax.runs.directory import read_json
 from dpo_jax.runs.logs import clipped
 
@@ -233,15 +233,15 @@ def test_both_ends_of_the_margins_are_shown():
     assert few.count("Margin ") == 2 * MAX_SHOWN
 
 
-def test_colour_tells_sign_and_size():
+def test_color_tells_sign_and_size():
     page = Page(colored(["a", "b", "c\n", "", "e"], [2.0, -2.0, 0.01, 0.0, 50.0], beta=0.5, full=1.0))
     assert [(attrs.get("class"), attrs["title"]) for _, attrs in page.tags] == [
         ("p8", "+1"), ("n8", "-1"), ("p1", "+0.005"), (None, "+0"), ("p8", "+25"),
     ]  # fmt: skip
     assert page.text == "abc↵\n·e"
-    assert full_size([a_pair(0, 0.0)], BETA) > 0  # nothing to divide by
-    assert full_size([a_pair(0, 1.5), a_pair(1, -90.0)] * 100, BETA) == pytest.approx(90)
-    assert full_size([a_pair(0, 1.5)] * 199 + [a_pair(1, -90.0)], BETA) == pytest.approx(1.5)
+    assert saturation([a_pair(0, 0.0)], BETA) > 0  # nothing to divide by
+    assert saturation([a_pair(0, 1.5), a_pair(1, -90.0)] * 100, BETA) == pytest.approx(90)
+    assert saturation([a_pair(0, 1.5)] * 199 + [a_pair(1, -90.0)], BETA) == pytest.approx(1.5)
 
 
 # ------------------------------------------------------------------------------------- distributions

@@ -18,19 +18,19 @@ from dpo_jax.runs import directory as rundir
 from dpo_jax.runs.directory import (
     RunDir,
     append_json,
-    cut_back,
     find_run,
-    hold_run,
     is_run_dir,
+    locked_run,
     log_event,
     log_offsets,
     read_json,
+    truncate_logs,
 )
 
 ROOT = str(Path(__file__).parents[2])
 
 
-def refused(path, message, function=hold_run):
+def refused(path, message, function=locked_run):
     """The error is one line with the path's own text, and the directory is as it was."""
 
     def listing():
@@ -38,7 +38,7 @@ def refused(path, message, function=hold_run):
 
     before = listing()
     with pytest.raises(UserError, match=message) as error:
-        contextlib.ExitStack().enter_context(hold_run(path)) if function is hold_run else function(path)
+        contextlib.ExitStack().enter_context(locked_run(path)) if function is locked_run else function(path)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
     assert error.value.exit_code == 2
@@ -48,11 +48,11 @@ def refused(path, message, function=hold_run):
 def test_a_run_is_made_held_and_reopened(tmp_path):
     path = tmp_path / "runs" / "a"
     assert not is_run_dir(path)
-    with hold_run(path) as run:
+    with locked_run(path) as run:
         assert run == RunDir(path)
         assert is_run_dir(path)
         log_event(run, "start", version="1")
-    with hold_run(path) as run:
+    with locked_run(path) as run:
         log_event(run, "end")
     events = read_json(run.events)
     assert [event["event"] for event in events] == ["start", "end"]
@@ -61,7 +61,7 @@ def test_a_run_is_made_held_and_reopened(tmp_path):
 
 
 def test_an_empty_directory_becomes_a_run(tmp_path):
-    with hold_run(tmp_path):
+    with locked_run(tmp_path):
         assert is_run_dir(tmp_path)
 
 
@@ -94,8 +94,8 @@ def test_no_run_to_read(tmp_path):
 
 HOLDS = """
 import sys
-from dpo_jax.runs.directory import hold_run
-with hold_run(sys.argv[1]):
+from dpo_jax.runs.directory import locked_run
+with locked_run(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -109,29 +109,29 @@ def test_a_run_in_use_names_the_process_and_a_killed_one_leaves_it_free(tmp_path
         refused(tmp_path, f"is in use by process {child.pid} on .*: wait for it, stop it, or choose another directory")
         child.send_signal(signal.SIGKILL)
         child.wait()
-        with hold_run(tmp_path):
+        with locked_run(tmp_path):
             pass
 
 
 def test_a_log_that_is_shorter_than_the_checkpoint_says(tmp_path):
-    with hold_run(tmp_path) as run:
+    with locked_run(tmp_path) as run:
         append_json(run.metrics, {"step": 1})
         offsets = log_offsets(run)
         run.metrics.write_text("")
         append_json(run.timings, {"step": 2})
         with pytest.raises(UserError, match=r"metrics.jsonl: has 0 bytes, but had 12 at the step") as error:
-            cut_back(run, offsets)
+            truncate_logs(run, offsets)
         assert "\n" not in str(error.value)
         assert run.timings.stat().st_size == 12
 
 
 def test_a_log_that_was_changed(tmp_path):
-    with hold_run(tmp_path) as run:
+    with locked_run(tmp_path) as run:
         append_json(run.metrics, {"step": 1})
         offsets = log_offsets(run)
         run.metrics.write_text('{"step": 1, "note": "mine"}\n')
-        with pytest.raises(UserError, match=r"metrics.jsonl: was edited, as byte 12 no longer ends a line"):
-            cut_back(run, offsets)
+        with pytest.raises(UserError, match=r"metrics.jsonl: was edited: byte 12 no longer ends a line"):
+            truncate_logs(run, offsets)
         assert run.metrics.read_text().endswith('mine"}\n')
 
 
@@ -139,7 +139,7 @@ def test_a_log_that_was_changed(tmp_path):
 
 
 def test_logs_are_cut_back_to_the_byte(tmp_path):
-    with hold_run(tmp_path) as run:
+    with locked_run(tmp_path) as run:
         assert log_offsets(run) == {"metrics.jsonl": 0, "timings.jsonl": 0, "distributions.jsonl": 0}
         for step in range(3):
             append_json(run.metrics, {"step": step, "loss": math.log(2)})
@@ -148,20 +148,20 @@ def test_logs_are_cut_back_to_the_byte(tmp_path):
         append_json(run.metrics, {"step": 3})
         with open(run.metrics, "a") as file:
             file.write('{"step": 4, "lo')  # killed while it wrote
-        cut_back(run, offsets)
+        truncate_logs(run, offsets)
         assert run.metrics.read_bytes() == expected
         assert len(read_json(run.timings)) == 1
-        cut_back(run, {"metrics.jsonl": 0, "timings.jsonl": 0})
+        truncate_logs(run, {"metrics.jsonl": 0, "timings.jsonl": 0})
         assert run.metrics.read_bytes() == b""
 
 
 def test_an_event_cut_off_while_written_does_not_spoil_the_next(tmp_path):
-    with hold_run(tmp_path) as run:
+    with locked_run(tmp_path) as run:
         log_event(run, "start")
     with open(run.events, "a") as file:
         file.write('{"event": "sa')
     assert len(read_json(run.events)) == 1
-    with hold_run(tmp_path) as run:
+    with locked_run(tmp_path) as run:
         log_event(run, "restore", step=3)
     assert [event["event"] for event in read_json(run.events)] == ["start", "restore"]
 

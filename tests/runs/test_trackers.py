@@ -48,7 +48,7 @@ def test_a_tracker_that_hangs_is_waited_for_no_longer_than_said(tmp_path, monkey
     forever = threading.Event()
     hangs = lambda run: (lambda step, row: forever.wait(), print)  # noqa: E731
     assert logged(tmp_path, monkeypatch, capsys, hangs) == dropped("it did not finish within 0.05 s")
-    monkeypatch.setattr(metrics, "MAX_WAITING", 5)
+    monkeypatch.setattr(metrics, "MAX_QUEUED", 5)
     (tmp_path / "metrics.jsonl").unlink()
     assert logged(tmp_path, monkeypatch, capsys, hangs, num_steps=20) == dropped("5 rows are waiting for it")
     forever.set()

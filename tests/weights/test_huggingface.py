@@ -27,7 +27,7 @@ from dpo_jax.models.decoder import Model, Params, plain_batch
 from dpo_jax.models.families import decoder_config
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.weights.hub import check_vocabulary, read_hf_config, resolve_model
-from dpo_jax.weights.huggingface import export_params, load_params, whole_directory
+from dpo_jax.weights.huggingface import atomic_directory, export_params, load_params
 from dpo_jax.weights.known import builtin_model
 from dpo_jax.weights.safetensors import INDEX, SINGLE, find_tensors
 
@@ -213,12 +213,15 @@ def test_an_export_that_does_not_fit_leaves_nothing(tmp_path):
 
 def test_of_two_exports_at_once_the_first_is_whole(tmp_path):
     out = tmp_path / "out"
-    with whole_directory(out, overwrite=False) as unfinished:
+    with atomic_directory(out, overwrite=False) as unfinished:
         (unfinished / "first").write_text("")
-        with pytest.raises(UserError, match="another export to"), whole_directory(out, overwrite=False):
+        with pytest.raises(UserError, match="another export to"), atomic_directory(out, overwrite=False):
             pass
     assert [path.name for path in out.iterdir()] == ["first"]
-    with pytest.raises(UserError, match="cannot be written"), whole_directory(tmp_path / "late", overwrite=False) as it:
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        atomic_directory(tmp_path / "late", overwrite=False) as it,
+    ):
         shutil.copytree(it, tmp_path / "late" / "other")  # something has come there meanwhile
     assert [path.name for path in (tmp_path / "late").iterdir()] == ["other"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "out"]
@@ -297,7 +300,7 @@ DAMAGED = {
     "missing tensor": (edit_tensors(lambda t: t.pop(GATE)), f"{GATE}, which the weights do not contain"),
     "unknown tensor": (edit_tensors(lambda t: t.update({"model.layers.0.mlp.router": t[NORM]})), "mlp.router"),
     "wrong shape": (edit_tensors(lambda t: t.update({GATE: t[GATE][:-1]})), r"\[191, 64\], but .* \[192, 64\]"),
-    "quantised": (edit_tensors(lambda t: t.update({GATE: t[GATE].astype(np.int8)})), "type I8"),
+    "quantized": (edit_tensors(lambda t: t.update({GATE: t[GATE].astype(np.int8)})), "type I8"),
     "cut short": (edit_bytes(lambda data: data[:-100]), "not an intact safetensors file.*not fully covered"),
     "cut in its header": (edit_bytes(lambda data: data[:100]), "not an intact safetensors file"),
     "garbage": (edit_bytes(lambda data: data[:8] + b"\xff" * (len(data) - 8)), "not an intact safetensors file"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from dpo_jax.models.families import llama, mistral, qwen2, qwen3
-from dpo_jax.models.families.family import MAX_LAYERS, Family, flag, number, one_of, refuse, size
+from dpo_jax.models.families.family import MAX_LAYERS, Family, flag, invalid, number, one_of, size
 from dpo_jax.models.families.keys import EMPTY, HARMLESS_KEYS, NEUTRAL_VALUES, SHARED_KEYS
 from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import Activation, DecoderConfig
@@ -18,12 +18,12 @@ FAMILIES = {"llama": llama.FAMILY, "mistral": mistral.FAMILY, "qwen2": qwen2.FAM
 def _check_keys(hf: Mapping[str, Any], model_type: str, family: Family) -> None:
     architectures = hf.get("architectures") or [family.architecture]
     if architectures not in ([family.architecture], [family.reward_architecture]):
-        raise refuse("architectures", architectures, f"for {model_type} it must be [{family.architecture!r}]")
+        raise invalid("architectures", architectures, f"for {model_type} it must be [{family.architecture!r}]")
     for key, value in hf.items():
         is_known = key in SHARED_KEYS or key in HARMLESS_KEYS or key in family.keys or key.startswith("_")
         if not is_known and not one_of(value, NEUTRAL_VALUES.get(key, EMPTY)):
             remedy = f"the {model_type} decoder has no such option; remove it from the file if it has no effect"
-            raise refuse(key, value, remedy)
+            raise invalid(key, value, remedy)
 
 
 def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -34,7 +34,7 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     """
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise refuse("model_type", model_type, f"choose from {', '.join(FAMILIES)}")
+        raise invalid("model_type", model_type, f"choose from {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     _check_keys(hf, model_type, family)
     hidden, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
@@ -43,15 +43,15 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     sizes = {**hf, **{key: derived[key] for key in family.derived if hf.get(key, 0) is None}}
     kv_heads = size(sizes, "num_key_value_heads", family.kv_heads or heads)
     if heads % kv_heads:
-        raise refuse("num_key_value_heads", kv_heads, f"it must divide num_attention_heads, {heads}")
+        raise invalid("num_key_value_heads", kv_heads, f"it must divide num_attention_heads, {heads}")
     if hf.get("head_dim") is None and family.head_dim is None and hidden % heads:
-        raise refuse("num_attention_heads", heads, f"it must divide hidden_size, {hidden}, or head_dim must be given")
+        raise invalid("num_attention_heads", heads, f"it must divide hidden_size, {hidden}, or head_dim must be given")
     head_dim = size(sizes, "head_dim", family.head_dim or hidden // heads)
     if head_dim % 2:
-        raise refuse("head_dim", head_dim, "it must be even for rotary embeddings")
+        raise invalid("head_dim", head_dim, "it must be even for rotary embeddings")
     activation = hf.get("hidden_act", "silu")
     if activation not in get_args(Activation):
-        raise refuse("hidden_act", activation, f"choose from {', '.join(get_args(Activation))}")
+        raise invalid("hidden_act", activation, f"choose from {', '.join(get_args(Activation))}")
     if "max_position_embeddings" in hf:
         size(hf, "max_position_embeddings")
     rope_theta, rope_scaling = rope(hf)

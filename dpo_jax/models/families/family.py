@@ -26,20 +26,20 @@ class Family:
 
     @property
     def reward_architecture(self) -> str:
-        """Class in transformers of a reward model of this family."""
+        """Name of the transformers class of this family's reward models."""
         return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
 
 
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1  # larger numbers are mistakes: no memory holds such arrays
 
 
-def refuse(key: str, value: object, why: str) -> UserError:
-    """Make the error that names a key of the file, its value, and the reason or remedy."""
+def invalid(key: str, value: object, why: str) -> UserError:
+    """Return the error for a key of ``config.json``: its name, its value, and the reason or remedy."""
     return UserError(f"config.json: {key}", value, why)
 
 
 def one_of(value: object, options: Sequence[object]) -> bool:
-    """Like ``in``, but strict about types (1 is not True) and safe for values that cannot be compared or hashed."""
+    """Like ``in``, but strict about types (1 is not True) and safe for values that cannot be compared."""
     return any(value is option or (type(value) is type(option) and value == option) for option in options)
 
 
@@ -47,15 +47,15 @@ def number(hf: Mapping[str, Any], key: str, default: float | None = None, most: 
     """Read a positive number; a missing key takes the default."""
     value = hf.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
-        raise refuse(key, value, f"it must be a positive number, at most {most:g}")
+        raise invalid(key, value, f"it must be a positive number, at most {most:g}")
     return value
 
 
 def size(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
-    """Read a positive whole number; a missing key takes the default."""
+    """Read a positive integer; a missing key takes the default."""
     value = number(hf, key, default, most)
     if not isinstance(value, int):
-        raise refuse(key, value, "it must be a whole number")
+        raise invalid(key, value, "it must be an integer")
     return value
 
 
@@ -63,5 +63,5 @@ def flag(hf: Mapping[str, Any], key: str) -> bool:
     """Read a Boolean; a missing key is False."""
     value = hf.get(key, False)
     if not isinstance(value, bool):
-        raise refuse(key, value, "it must be true or false")
+        raise invalid(key, value, "it must be true or false")
     return value
