@@ -201,9 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _outcome(list(sys.argv[1:] if argv is None else argv))
             out.flush()
             if code == 0 and out.first_error is not None and not isinstance(out.first_error, BrokenPipeError):
-                print(
-                    f"dpo-jax: error: stdout: {reason(out.first_error)}: the command's output is lost", file=sys.stderr
-                )
+                print(f"dpo-jax: error: stdout: {reason(out.first_error)}: the output is lost", file=sys.stderr)
                 return 1
             return code
         finally:
@@ -215,8 +213,8 @@ def _outcome(argv: list[str]) -> int:
     try:
         _run(argv)
     except UserError as error:
-        label = "" if isinstance(error, Preempted) else "error: "
-        print(f"dpo-jax: {label}{' '.join(str(error).split())}", file=sys.stderr)
+        prefix = "" if isinstance(error, Preempted) else "error: "
+        print(f"dpo-jax: {prefix}{' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("dpo-jax: interrupted", file=sys.stderr)
@@ -247,13 +245,13 @@ def split_overrides(args: list[str], own_options: Collection[str]) -> tuple[list
     """Split off the config overrides, ``--section.key value`` or ``--section.key=value``; the last of a key wins."""
     remaining: list[str] = []
     overrides: dict[str, CommandLineText] = {}
-    tokens = iter(args)
-    for token in tokens:
-        option, equals, value = token.partition("=")
-        if not token.startswith("--") or option in own_options:
-            remaining.append(token)
+    arguments = iter(args)
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if not argument.startswith("--") or option in own_options:
+            remaining.append(argument)
             continue
-        value = value if equals else next(tokens, "--")
+        value = value if equals else next(arguments, "--")
         if value.startswith("--") and not equals:
             raise UserError(f"{option}: the value is missing: write {option} VALUE")
         overrides.pop(option[2:], None)
@@ -268,10 +266,10 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # jsonargparse prefixes arguments with the command's name and drops the dashes of missing ones
-        summary, separator, names = message.replace(f" {self.command_name}.", " ").partition("required: ")
-        flags = COMMANDS[self.command_name].names if self.command_name in COMMANDS else {}
-        usage = summary + separator + ", ".join(flags.get(name, name) for name in names.split(", "))
-        raise UserError(f"{usage}: see {f'dpo-jax {self.command_name}'.rstrip()} --help") from ex
+        summary, separator, names_text = message.replace(f" {self.command_name}.", " ").partition("required: ")
+        flag_names = COMMANDS[self.command_name].names if self.command_name in COMMANDS else {}
+        problem = summary + separator + ", ".join(flag_names.get(name, name) for name in names_text.split(", "))
+        raise UserError(f"{problem}: see {f'dpo-jax {self.command_name}'.rstrip()} --help") from ex
 
 
 def _parser(command_name: str) -> jsonargparse.ArgumentParser:
@@ -292,8 +290,8 @@ def _parser(command_name: str) -> jsonargparse.ArgumentParser:
             for section in help_sections(command.config):  # only for the help: `split_overrides` takes overrides out
                 group = subparser.add_argument_group(f"{section.name}: {section.meaning.rstrip('.')}")
                 for entry in section.fields:
-                    default = "required" if entry.default is None else f"default: {entry.default}"
-                    text = f"{entry.meaning} ({entry.values}; {default})".replace("%", "%%")
+                    default_text = "required" if entry.default is None else f"default: {entry.default}"
+                    text = f"{entry.meaning} ({entry.values}; {default_text})".replace("%", "%%")
                     group.add_argument(f"--{entry.name}", metavar="VALUE", default=SUPPRESS, help=text)
         subcommands.add_subcommand(name, subparser, help=command.summary)
     return parser

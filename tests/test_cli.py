@@ -121,7 +121,7 @@ def test_output_that_cannot_be_written_costs_no_work(config, monkeypatch):
     if Path("/dev/full").exists():
         with open("/dev/full", "w") as out, open("err", "w") as err:
             assert code(out, err) == 1  # what it found is lost, and nobody chose that
-        lost = "dpo-jax: error: stdout: [Errno 28] No space left on device: the command's output is lost\n"
+        lost = "dpo-jax: error: stdout: [Errno 28] No space left on device: the output is lost\n"
         assert Path("err").read_text() == f"noticed\n{lost}"
     assert len(done) == 3 + Path("/dev/full").exists()
 

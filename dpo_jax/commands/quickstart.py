@@ -118,8 +118,8 @@ def compare(directory: Path, held_out: Sequence[Visit], answers: dict[str, list[
     """Return table rows (name, before, after) of what was measured before and after DPO."""
     evaluations = [row for row in read_json(RunDir(directory / STAGES["after"]).metrics) if "eval_held_out_loss" in row]
     first, last = evaluations[0], evaluations[-1]
-    obeys = {stage: list(map(obeys_rule, held_out, texts)) for stage, texts in answers.items()}
-    obedience = {stage: sum(verdicts) / len(verdicts) for stage, verdicts in obeys.items()}
+    verdicts = {stage: list(map(obeys_rule, held_out, texts)) for stage, texts in answers.items()}
+    obedience = {stage: sum(obeyed) / len(obeyed) for stage, obeyed in verdicts.items()}
 
     def measured(key: str, form: str) -> tuple[str, str]:
         return format(first[f"eval_held_out_{key}"], form), format(last[f"eval_held_out_{key}"], form)

@@ -111,8 +111,8 @@ def write_task(directory: Path, seed: int) -> None:
 
 
 def _pair(visit: Visit, draws: Iterator[int]) -> dict[str, str]:
-    order, farewell = wants_goods_first(visit), _farewell(visit, draws)
-    chosen, rejected = (answer(visit, goods_first, farewell) for goods_first in (order, not order))
+    goods_first, farewell = wants_goods_first(visit), _farewell(visit, draws)
+    chosen, rejected = (answer(visit, order, farewell) for order in (goods_first, not goods_first))
     return {"prompt": prompt(visit), "chosen": chosen, "rejected": rejected}
 
 

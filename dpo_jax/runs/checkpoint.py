@@ -77,8 +77,8 @@ class Checkpoints:
         """Raise ``UserError`` if ``best_metric`` is set but is not among the metrics of an evaluation."""
         name = self.config.best_metric
         if name is not None and name not in metrics:
-            names = ", ".join(sorted(metrics))
-            remedy = f"available: {names}" if metrics else "there is no evaluation set: set data.eval"
+            names_text = ", ".join(sorted(metrics))
+            remedy = f"available: {names_text}" if metrics else "there is no evaluation set: set data.eval"
             raise UserError(f"checkpoint.best_metric: {name!r} is not an evaluation metric; {remedy}")
 
     def save(self, step: int, state: Any, manifest: Json, metrics: Json | None = None, wait: bool = False) -> bool:
@@ -174,12 +174,12 @@ class Checkpoints:
     def _set_aside(self, step: int, reason: str) -> None:
         path = self.directory / str(step)
         if hosts.is_writer():
-            target, copies = self.directory / f"{step}{DAMAGED}", 1
-            while target.exists():
-                copies += 1
-                target = self.directory / f"{step}{DAMAGED}-{copies}"
-            path.rename(target)
-            self._report(f"checkpoint of step {step} is damaged ({reason}): renamed to {target}")
+            damaged_path, num_copies = self.directory / f"{step}{DAMAGED}", 1
+            while damaged_path.exists():
+                num_copies += 1
+                damaged_path = self.directory / f"{step}{DAMAGED}-{num_copies}"
+            path.rename(damaged_path)
+            self._report(f"checkpoint of step {step} is damaged ({reason}): renamed to {damaged_path}")
         self._metrics.pop(step, None)
         hosts.barrier(f"setting aside step {step}")
 

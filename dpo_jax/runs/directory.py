@@ -57,7 +57,7 @@ def find_run(path: str | Path) -> RunDir:
     if not root.exists():
         raise UserError(f"run directory {path} does not exist; check the path")
     if not is_run_dir(root):
-        raise UserError(f"run directory {path}: has no {EVENTS}, so it is not a run of this program: check the path")
+        raise UserError(f"run directory {path} has no {EVENTS}, so it is not a run of this program: check the path")
     return RunDir(root)
 
 

@@ -85,12 +85,12 @@ def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
     ``where``: the run directory, for the message. A checkpoint of another manifest format is refused too.
     """
     if old["format"] != new["format"]:
-        mismatch = f"was written in checkpoint format {old['format']}, this version reads {new['format']}"
+        mismatch = f"was written in checkpoint format {old['format']}, but this version reads {new['format']}"
         raise UserError(f"run.dir: {where} {mismatch}: use the version that wrote it")
     lines = compare_manifest(old, new)
     if lines:
-        is_length = any(line.startswith(("run.steps:", "run.epochs:")) for line in lines)
-        hint = " (run.steps may change only with optimizer.schedule constant, which ignores the length)" * is_length
+        length_changed = any(line.startswith(("run.steps:", "run.epochs:")) for line in lines)
+        hint = " (run.steps may change only with optimizer.schedule constant, which ignores it)" * length_changed
         remedy = f"restore these, or choose a new run.dir{hint}"
         summary = f"run.dir: {where} was started with different options that change the result"
         raise UserError(f"{summary}: {'; '.join(lines)}: {remedy}")
@@ -106,8 +106,8 @@ def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str
     if keeps_reference:
         reference = config["reference"]["path"]
         is_pinned = reference is None and (model["revision"] is not None or model["checkpoint"] != "newest")
-        copy = f"A_COPY_OF_{model['path']}_AT_{model['revision'] or model['checkpoint']}"
-        options += f" --reference.path {copy if is_pinned else reference or model['path']}"
+        placeholder = f"A_COPY_OF_{model['path']}_AT_{model['revision'] or model['checkpoint']}"
+        options += f" --reference.path {placeholder if is_pinned else reference or model['path']}"
     defaults = {("model", "revision"): None, ("model", "checkpoint"): "newest", ("lora", "path"): None}
     for (section, name), default in defaults.items():
         if config[section][name] != default:

@@ -108,7 +108,7 @@ def read_manifest(directory: epath.Path, step: int) -> dict:
             raise Damaged(f"its manifest cannot be used: {error}") from error
         manifest = {"format": 1}
     if manifest["format"] != FORMAT:
-        mismatch = f"has format {manifest['format']!r}, this version reads {FORMAT}"
+        mismatch = f"has format {manifest['format']!r}, but this version reads {FORMAT}"
         raise UserError(f"checkpoint of step {step}: {directory} {mismatch}: use the version that wrote it")
     if manifest.get("step") != step:
         raise Damaged(f"its manifest belongs to step {manifest.get('step')}")
@@ -141,8 +141,8 @@ def read_step(directory: epath.Path, step: int, abstract: Any, part: bool = Fals
         raise Damaged(next(filter(None, failures)))
     corrupted = [name for name, checksum in leaf_checksums(state).items() if checksum != saved[name]["checksum"]]
     if corrupted:
-        others = f", and of {len(corrupted) - 1} more" * (len(corrupted) > 1)
-        raise Damaged(f"the checksum of {corrupted[0]} is wrong{others}")
+        others_note = f", and of {len(corrupted) - 1} more" * (len(corrupted) > 1)
+        raise Damaged(f"the checksum of {corrupted[0]} is wrong{others_note}")
     return jax.tree.map(lambda array, struct: array.astype(struct.dtype), state, abstract), manifest
 
 
@@ -157,8 +157,8 @@ def _read_arrays(path: epath.Path, abstract: Any, saved: Mapping[str, dict], par
         # Use the handler, not the manager: a process that fails must not leave the others waiting at Orbax's barrier.
         return ocp.PyTreeCheckpointHandler(type_handler_registry=registry).restore(path, args=options)
     except Exception as error:  # Orbax raises a plain Exception for a chunk that cannot be decoded
-        text = f"{error} {error.__cause__ or ''}"
-        if isinstance(error, ENVIRONMENT_ERRORS) or any(code in text for code in ENVIRONMENT_CODES):
+        error_text = f"{error} {error.__cause__ or ''}"
+        if isinstance(error, ENVIRONMENT_ERRORS) or any(code in error_text for code in ENVIRONMENT_CODES):
             raise
         raise Damaged(f"its arrays cannot be read: {reason(error.__cause__ or error)}") from error
 
@@ -179,14 +179,14 @@ def _check_leaves(abstract: Any, saved: Mapping[str, dict], path: epath.Path, pa
     names = expected if part else {**expected, **saved}
     mismatches, compared_keys = [], ("shape",) if part else ("shape", "dtype")
     for name in names:
-        leaf, needed_leaf = saved.get(name), expected.get(name)
-        if leaf is None or needed_leaf is None or any(leaf[key] != needed_leaf[key] for key in compared_keys):
-            mismatches.append(f"{name}: saved {_describe(leaf)}, needed {_describe(needed_leaf)}")
+        saved_leaf, expected_leaf = saved.get(name, {}), expected.get(name, {})
+        if any(saved_leaf.get(key) != expected_leaf.get(key) for key in compared_keys):
+            mismatches.append(f"{name}: saved {_describe(saved_leaf)}, needed {_describe(expected_leaf)}")
     if mismatches:
-        text = "; ".join(mismatches[:4]) + f"; and {len(mismatches) - 4} more" * (len(mismatches) > 4)
+        mismatches_text = "; ".join(mismatches[:4]) + f"; and {len(mismatches) - 4} more" * (len(mismatches) > 4)
         remedy = "use the options it was written with"
-        raise UserError(f"checkpoint {path}: has different arrays from this run: {text}: {remedy}")
+        raise UserError(f"checkpoint {path}: has different arrays from this run: {mismatches_text}: {remedy}")
 
 
-def _describe(leaf: Mapping | None) -> str:
-    return "absent" if leaf is None else f"{leaf['dtype']}{leaf['shape']}"
+def _describe(leaf: Mapping) -> str:
+    return f"{leaf['dtype']}{leaf['shape']}" if leaf else "absent"

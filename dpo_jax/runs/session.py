@@ -106,9 +106,9 @@ class Session:
 
     def resume(self, abstract_state: Any) -> tuple[Any, int] | None:
         """Restore the newest usable checkpoint and its step, and truncate the logs to it; None if there is none."""
-        saved = self._checkpoints.manifest()
-        if saved is not None:
-            refuse_changed(saved, self._manifest, str(self.run.root))
+        saved_manifest = self._checkpoints.manifest()
+        if saved_manifest is not None:
+            refuse_changed(saved_manifest, self._manifest, str(self.run.root))
         restored = self._checkpoints.restore(abstract_state)
         if restored is None:
             hosts.agree(lost_checkpoints(self.run) if hosts.is_writer() else None, "saved steps")

