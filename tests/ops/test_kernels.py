@@ -251,9 +251,9 @@ def test_kernels_are_refused_where_they_do_not_run(asked, platform, dtype, said)
 
 def test_a_plain_batch_is_refused_where_it_says_too_little():
     batch = BATCHES["random"]()
-    with pytest.raises(ValueError, match="no blocks"):
+    with pytest.raises(ValueError, match="no block pairs"):
         make_inputs(replace(batch, blocks=batch.blocks[:, :0]), "blocks")
-    with pytest.raises(ValueError, match="no answers"):
+    with pytest.raises(ValueError, match="no answer slots"):
         make_inputs(replace(batch, answers_per_row=0), "cudnn")
 
 
