@@ -286,7 +286,9 @@ def test_adapters_with_their_head_are_the_same_function_in_peft(shared, torch, p
 def test_adapters_without_the_head_alone_are_refused(saved, tmp_path):
     model = replace(small_model(), config=replace(small_model().config, scores=1), lora=make_lora(LoraConfig(rank=2)))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "modules_to_save": saved}))
-    with pytest.raises(UserError, match="modules_to_save: .* a reward model's adapters have its head; save score with"):
+    with pytest.raises(
+        UserError, match=r"modules_to_save: .* a reward model's adapters have its head; save score with"
+    ):
         load_adapters(tmp_path, model, LoraConfig(rank=2), None)
 
 
