@@ -45,7 +45,7 @@ def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     Rafailov et al. 2023, arXiv 2305.18290, eq. 7. With e > 0, conservative DPO: Mitchell 2023, "A note on DPO with
     noisy preferences & relationship to IPO". With c = ``center`` > 0, reward centering: Eisenstein et al. 2023, arXiv
     2312.09244, section 2. Of scores, with beta 1 and no reference, it is the loss of a reward model: Bradley-Terry,
-    with the margins m of the data (Touvron et al. 2023, arXiv 2307.09288, eq. 2), which only scores have.
+    with the margins m of the data as in Llama 2's; only scores have margins, and elsewhere m is 0.
     """
     loss = _smoothed(c.beta * r.margin - r.target, c)
     return loss + c.center * (c.beta * (r.chosen + r.rejected)) ** 2 if c.center else loss

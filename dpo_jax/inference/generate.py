@@ -81,11 +81,11 @@ def answer_rows(
         )
         token = sample(logits, keys, t, options)
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-        runs = ~answers.ended
+        is_open = ~answers.ended
         answers = Generated(
-            tokens=answers.tokens.at[:, t].set(jnp.where(runs, token, 0)),
-            logps=answers.logps.at[:, t].set(jnp.where(runs, logp, 0.0)),
-            lengths=answers.lengths + runs,
+            tokens=answers.tokens.at[:, t].set(jnp.where(is_open, token, 0)),
+            logps=answers.logps.at[:, t].set(jnp.where(is_open, logp, 0.0)),
+            lengths=answers.lengths + is_open,
             ended=answers.ended | jnp.isin(token, end_ids),
         )
         return t + 1, token, cache, answers
@@ -95,7 +95,7 @@ def answer_rows(
 
 
 def rollout_weights(model: Model, weights: Params | Adapted, mesh: Mesh) -> Any:
-    """Copy weights in the compute dtype to the `rollout_mesh` of ``mesh``, from which they are read for every token."""
+    """Copy the weights, cast to the compute dtype, to the `rollout_mesh` of ``mesh``; each token reads all of them."""
     return _compiled_copy(model, rollout_mesh(mesh), isinstance(weights, Adapted))(weights)
 
 
@@ -138,9 +138,8 @@ def generate(
     lengths = np.ones(num_rows, np.int32)  # of rows that only fill up the devices, too
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
-    rows = row_sharding(mesh)
     with jax.set_mesh(mesh):
-        tokens, lengths = jax.device_put((tokens, lengths), rows)
+        tokens, lengths = jax.device_put((tokens, lengths), row_sharding(mesh))
         keys = row_keys(seed, step, first_row + jnp.arange(num_rows))
         compiled = _compiled(model, options, replicated(mesh))
         answers = jax.device_get(compiled(weights, tokens, lengths, keys, jnp.asarray(end_ids, jnp.int32)))

@@ -77,10 +77,10 @@ class PPO:
         return state.params.policy if self.base is None else Adapted(state.params.policy, self.base)
 
     def check_start(self, state: TrainState) -> None:
-        """Do nothing: the first rollout is checked when it is read, see `_facts`."""
+        """Return nothing to say: the first rollout is checked by `check_rollout` when its metrics are read."""
 
     def resumed(self, state: TrainState) -> None:
-        """Do nothing: every rollout is checked when it is read, see `_facts`."""
+        """Return nothing to say: every rollout is checked by `check_rollout` when its metrics are read."""
 
     def batch(self, step: int, state: TrainState) -> PPOInput:
         """Sample and score answers to the prompts of ``step``, and put them on the devices."""
@@ -98,7 +98,7 @@ class PPO:
         setup, step, order = self.setup, data.step, self.setup.batches.order
         num_prompts = int((data.ids >= 0).sum())
 
-        def logged_metrics(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:
+        def log_row(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:
             return {
                 **metrics,
                 "learning_rate": float(np.float32(jax.device_get(self.schedule(step)))),
@@ -117,7 +117,7 @@ class PPO:
                 "sampled_tokens_per_second": num_sampled / seconds,
             }
 
-        def progress_fields(metrics: Metrics, seconds: float) -> dict[str, str]:
+        def progress_metrics(metrics: Metrics, seconds: float) -> dict[str, str]:
             fields = {name: f"{metrics[name]:.3f}" for name in ("score", "sampled_kl")}
             return fields | {"tokens/s": f"{num_sampled / seconds:.0f}"}
 
@@ -130,7 +130,7 @@ class PPO:
             return f"{remedy}: {options}"
 
         counts = {"num_tokens": data.num_tokens, "sampled_tokens": num_sampled}
-        return StepFacts(counts, logged_metrics, rates, progress_fields, check, advice)
+        return StepFacts(counts, log_row, rates, progress_metrics, check, advice)
 
     def update(self, state: TrainState, data: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """Run the compiled step: all updates on one rollout."""

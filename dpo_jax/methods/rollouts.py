@@ -99,7 +99,6 @@ def pack_rollout(
     Returns the packed rows, and the rollout without them, on the host.
     """
     is_real = ids >= 0
-    num_microbatches, num_answers = batches.packer.accumulation, graded.scores.shape[1]
 
     def spread(values: np.ndarray) -> np.ndarray:
         """Give every slot of the step a value, 0 in an empty one."""
@@ -123,8 +122,7 @@ def pack_rollout(
         "scores": spread(graded.scores),
         "sampled_logps": spread(graded.sampled_logps(max_tokens)),
     }
-    assert num_tokens.shape == (len(ids), num_answers)
-    split = lambda x: x.reshape(num_microbatches, -1, *x.shape[1:])  # noqa: E731
+    split = lambda x: x.reshape(batches.packer.accumulation, -1, *x.shape[1:])  # noqa: E731
     return data, Rollout(inputs=None, **{name: split(values) for name, values in per_slot.items()})
 
 
