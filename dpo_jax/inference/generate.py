@@ -69,7 +69,7 @@ def answer_rows(
     none_ended = jnp.zeros(num_rows, bool)
     answers = Generated(empty.astype(jnp.int32), empty, jnp.zeros(num_rows, jnp.int32), none_ended)
 
-    def is_open(state):
+    def any_open(state):
         t, _, _, answers = state
         return (t < options.max_tokens) & ~answers.ended.all()
 
@@ -91,7 +91,7 @@ def answer_rows(
         return t + 1, token, cache, answers
 
     state = jnp.int32(0), token, cache.grow(options.max_tokens), answers
-    return jax.lax.while_loop(is_open, add_token, state)[-1]
+    return jax.lax.while_loop(any_open, add_token, state)[-1]
 
 
 def rollout_weights(model: Model, weights: Params | Adapted, mesh: Mesh) -> Any:
