@@ -190,9 +190,9 @@ def draw_frontier(
     colors = COLORS[theme]
     fig, (axes,) = _canvas(1)
     axes.plot(*zip(*optimum, strict=True), color=colors["ink"], linewidth=1.2)
-    palette = (colors["chosen"], colors["rejected"], *colors["lines"])
+    palette = (colors["ink"], colors["chosen"], colors["rejected"], *colors["lines"])
     for index, (name, pairs) in enumerate(points.items()):
-        style = {"marker": "osD^vPX*"[index % 8], "color": palette[index % len(palette)], "linewidths": 0}
+        style = {"marker": "osD^vPX*h"[index % 9], "color": palette[index % len(palette)], "linewidths": 0}
         axes.scatter(*zip(*pairs, strict=True), s=34, label=name, zorder=3, **style)
     axes.set_ylabel("expected reward", color=colors["ink"])
     _style(axes, colors, "KL(policy || reference), nats")
