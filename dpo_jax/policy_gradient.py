@@ -80,11 +80,13 @@ def gae(
     later_values = jnp.pad(values[..., 1:], [(0, 0)] * (values.ndim - 1) + [(0, 1)])
     deltas = jnp.where(mask, rewards + later_values - values, 0.0)
 
-    def earlier(advantage: Array, delta: Array) -> tuple[Array, Array]:
+    def previous_advantage(advantage: Array, delta: Array) -> tuple[Array, Array]:
         advantage = delta + gae_lambda * advantage
         return advantage, advantage
 
-    _, advantages = jax.lax.scan(earlier, jnp.zeros_like(deltas[..., 0]), jnp.moveaxis(deltas, -1, 0), reverse=True)
+    _, advantages = jax.lax.scan(
+        previous_advantage, jnp.zeros_like(deltas[..., 0]), jnp.moveaxis(deltas, -1, 0), reverse=True
+    )
     return jnp.where(mask, jnp.moveaxis(advantages, 0, -1), 0.0)
 
 
@@ -123,8 +125,9 @@ def make_targets(
     """Compute the targets of a step's updates, and metrics of its answers as means over them.
 
     ``sampled_kl``: the sum of log(pi / ref) over an answer's tokens; ``sampled_kl_k3``: that of ref / pi - 1 -
-    log(ref / pi), which has the same mean and is never negative (Schulman 2020); ``rlhf_reward``: score - kl_coef
-    sampled_kl; ``sampler_error``: the largest difference of a log-prob from the sampler's, relative to it.
+    log(ref / pi), which has the same mean and is never negative (Schulman 2020); ``rlhf_reward``: the score minus
+    kl_coef sampled_kl, and minus the penalty of an answer without end; ``sampler_error``: the largest difference of a
+    log-prob from the sampler's, relative to it.
     """
     mask = rollout.mask
     is_real = mask.any(-1)  # False: an empty slot of a ragged last step
@@ -172,7 +175,9 @@ def update_loss(
     if values is not None and targets.values is not None:
         value_losses = clipped_value_loss(values, *targets.values, options.value_clip)
         sums["value_loss"] = jnp.sum(value_losses, where=mask)
-    return sums | {"ratio_error": jnp.abs(jnp.where(terms, ratio - 1, 0.0)).max()}
+    sizes = targets.logps if values is not None else targets.logps.sum(-1)
+    ratio_errors = jnp.abs(log_ratios) / jnp.maximum(1.0, jnp.abs(sizes))
+    return sums | {"ratio_error": jnp.max(ratio_errors, where=terms, initial=0.0)}
 
 
 def policy_gradient_step(
@@ -193,8 +198,9 @@ def policy_gradient_step(
     over the tokens (GAE) or answers (RLOO) of the whole step, however many microbatches it has.
 
     Metrics are float32 scalars: those of `make_targets`; loss, its parts, ``grad_norm`` before clipping and
-    ``clip_fraction``, averaged over the updates; and ``ratio_error``, the largest |ratio - 1| at the first update,
-    which is 0 but for rounding. If any update is not finite, the state is unchanged but for ``healthy``.
+    ``clip_fraction``, averaged over the updates; ``max_grad_norm``, the largest of these norms; and ``ratio_error``,
+    the largest |log ratio| at the first update relative to the log-prob, which is 0 but for rounding. If any update is
+    not finite, the state is unchanged but for ``healthy``.
     """
     base = frozen.base
 
@@ -230,6 +236,7 @@ def policy_gradient_step(
 
     updated, updates = jax.lax.scan(update, state, length=options.epochs)
     ratio_error = updates.pop("ratio_error")[0]
+    metrics["max_grad_norm"] = updates["grad_norm"].max()
     metrics |= {name: x.mean() for name, x in updates.items()} | {"ratio_error": ratio_error}
     old_state = replace(state, healthy=updated.healthy)
     return jax.tree.map(lambda new, old: jnp.where(updated.healthy, new, old), updated, old_state), metrics

@@ -92,7 +92,7 @@ class Task:
         return (reached.reward - self.start.reward) / (best - self.start.reward)
 
 
-def elsewhere() -> np.ndarray:
+def repeating_policy() -> np.ndarray:
     """Return the table of another policy than the reference, which repeats courses."""
     logits = LANGUAGE.copy()
     courses = np.arange(inn.NUM_COURSES)
@@ -108,8 +108,8 @@ def methods() -> list[Method]:
         return Method(name, loss.beta, run, labels=size)
 
     def online(beta: float) -> Method:
-        run = partial(online_dpo, beta, num_steps=ONLINE_STEPS, num_pairs=PAIRS // 2, seeds=SEEDS)
-        return Method("Online DPO", beta, run, sampled=ONLINE_STEPS * PAIRS)
+        run = partial(online_dpo, beta, num_steps=ONLINE_STEPS, num_pairs=ANSWERS // 2, seeds=SEEDS)
+        return Method("Online DPO", beta, run, sampled=ONLINE_STEPS * ANSWERS)
 
     def gradient(name: str, options: PolicyGradientConfig) -> Method:
         run = partial(policy_gradient, options, num_steps=GRADIENT_STEPS, num_answers=ANSWERS, seeds=SEEDS)
@@ -119,7 +119,7 @@ def methods() -> list[Method]:
     return [
         *(offline("DPO", LossConfig(beta=beta)) for beta in (1.0, 0.5, 0.2)),
         *(offline("DPO, 16 times the pairs", LossConfig(beta=beta), LARGE_DATA) for beta in (0.5, 0.2)),
-        offline("DPO, pairs of another policy", LossConfig(beta=0.5), sampler=elsewhere()),
+        offline("DPO, pairs of another policy", LossConfig(beta=0.5), sampler=repeating_policy()),
         offline("IPO", LossConfig(type="ipo", beta=0.5)),
         *map(online, (0.5, 0.2)),
         *(gradient("RLOO", replace(rloo, kl_coef=beta)) for beta in (0.5, 0.2)),

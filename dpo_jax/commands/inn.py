@@ -26,7 +26,7 @@ VOCAB = FIRST_COURSE + NUM_COURSES + NUM_GUESTS
 MAX_TOKENS = 5  # of an answer
 STOPS = np.array([token for token in range(VOCAB) if not FIRST_COURSE <= token < FIRST_COURSE + NUM_COURSES])
 
-# The rule: how much a guest likes each course, what a course repeated at once costs, and what an answer without end.
+# The rule: how much a guest likes each course, and what it costs to repeat one at once or not to end the answer.
 LIKES = np.array([1, 0.5, 0, 0, -0.5, -1])
 LIKED = np.stack([np.roll(LIKES if guest % 2 else LIKES[::-1], guest // 2) for guest in range(NUM_GUESTS)])
 REPEATED, NOT_ENDED = 0.5, 2.0
@@ -73,13 +73,13 @@ class Tree:
 
     def leaf_logps(self, next_logps: Callable[[np.ndarray], np.ndarray]) -> Float[np.ndarray, "guests leaves"]:
         """Return the log-prob of every answer; ``next_logps``: meals [n, depth] -> log-probs [guests, n, V]."""
-        reached = np.zeros((NUM_GUESTS, 1))
+        prefix_logps = np.zeros((NUM_GUESTS, 1))
         leaves = []
         for meals in self.meals[:-1]:
-            logps = reached[:, :, None] + next_logps(meals).astype(np.float64)
+            logps = prefix_logps[:, :, None] + next_logps(meals).astype(np.float64)
             leaves.append(logps[:, :, STOPS].reshape(NUM_GUESTS, -1))
-            reached = logps[:, :, FIRST_COURSE : FIRST_COURSE + NUM_COURSES].reshape(NUM_GUESTS, -1)
-        return np.concatenate([*leaves, reached], axis=1)
+            prefix_logps = logps[:, :, FIRST_COURSE : FIRST_COURSE + NUM_COURSES].reshape(NUM_GUESTS, -1)
+        return np.concatenate([*leaves, prefix_logps], axis=1)
 
     def exact(self, logps: np.ndarray, reference: np.ndarray) -> Exact:
         """Return what the policy with these log-probs of its leaves reaches."""

@@ -21,7 +21,7 @@ class PolicyGradientConfig(Section, name="ppo"):
     epochs: int = ranged(4, above=0)
     """Updates on the answers of a step, each on all of them."""
     clip: float = ranged(0.2, above=0, below=1)
-    """The ratio of new to old probability earns nothing beyond 1 +- clip."""
+    """A probability ratio outside 1 +- clip gains nothing more: a token's ratio with gae, a whole answer's with rloo."""
     gae_lambda: float = ranged(0.95, at_least=0, at_most=1)
     """Trades variance (1) for bias (0) of the advantages; rewards are not discounted."""
     value_coef: float = ranged(0.1, at_least=0)
@@ -54,12 +54,15 @@ class JudgeConfig(RewardModelConfig):
     """What scores the sampled answers: a reward model or a Python function."""
 
     function: str | None = None
-    """MODULE:FUNCTION, called once a step as function(prompts, answers, rows) with texts and rows of the data, which
-    returns a list of numbers."""
+    """MODULE:FUNCTION, in a module that is installed or on PYTHONPATH; called for each rollout as
+    function(prompts, answers, rows), three lists with one entry per answer, and returns a list of numbers."""
 
     def __post_init__(self):
         super().__post_init__()
-        both_or_none = (self.path is None) == (self.function is None)
-        self.refuse("path", both_or_none, "give either a reward model, as reward.path, or a reward.function")
+        has_path, has_function = self.path is not None, self.function is not None
+        self.refuse(
+            "path", not has_path and not has_function, "name a reward model, or a Python function: reward.function"
+        )
+        self.refuse("function", has_path and has_function, "reward.path is set, too; remove one of the two")
         is_name = self.function is None or self.function.count(":") == 1
         self.refuse("function", not is_name, "give a module and a function in it, such as my_rewards:brevity")

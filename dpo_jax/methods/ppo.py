@@ -16,12 +16,14 @@ from dpo_jax.batch import Adapted, Params, PreferenceBatch
 from dpo_jax.batching.batches import StepData
 from dpo_jax.batching.to_devices import ToDevices, make_to_devices
 from dpo_jax.config import PPOConfig
+from dpo_jax.data.store import Store
 from dpo_jax.errors import UserError
+from dpo_jax.inference.generate import rollout_weights
 from dpo_jax.inference.reference import copy_weights
 from dpo_jax.logprobs import make_token_logps_fn
 from dpo_jax.methods.dpo import reference_weights
 from dpo_jax.methods.optimizer import make_optimizer, make_schedule
-from dpo_jax.methods.rollouts import EVALUATION, Sampler, answer_tail, ends_of, make_judge, pack_rollout
+from dpo_jax.methods.rollouts import EVALUATION, Sampler, answer_tail, end_ids_of, make_judge, pack_rollout
 from dpo_jax.methods.setup import Policy, Setup, describe, load_policy
 from dpo_jax.methods.start_check import agreement, starts_equal
 from dpo_jax.models.decoder import Model
@@ -33,8 +35,6 @@ from dpo_jax.runs.manifest import new_run
 from dpo_jax.runs.session import Metrics, StepFacts
 from dpo_jax.step import Frozen, TrainState, init_state, state_shardings
 from dpo_jax.weights.open import load_start, param_shardings, trained_shapes, trained_shardings
-
-FIRST_RATIO = 1e-5  # largest |ratio - 1| at a step's first update, per token of an answer
 
 PolicyStep = Callable[[TrainState, Frozen, Rollout], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -76,17 +76,20 @@ class PPO:
         """Return the weights of the policy: the trained parameters, or the adapters with their base model."""
         return state.params.policy if self.base is None else Adapted(state.params.policy, self.base)
 
+    def _rollout_weights(self, state: TrainState) -> Any:
+        return rollout_weights(self.setup.model, self.weights(state), self.setup.mesh)
+
     def check_start(self, state: TrainState) -> None:
-        """Return nothing to say: the first rollout is checked by `check_rollout` when its metrics are read."""
+        """Do nothing: `check_rollout` checks the first rollout when its metrics are read."""
 
     def resumed(self, state: TrainState) -> None:
-        """Return nothing to say: every rollout is checked by `check_rollout` when its metrics are read."""
+        """Do nothing: `check_rollout` checks every rollout when its metrics are read."""
 
     def batch(self, step: int, state: TrainState) -> PPOInput:
         """Sample and score answers to the prompts of ``step``, and put them on the devices."""
         batches = self.setup.batches
         ids = batches.order.step_ids(step)
-        graded = self.sampler(self.weights(state), batches.store, ids[ids >= 0], step)
+        graded = self.sampler(self._rollout_weights(state), batches.store, ids[ids >= 0], step)
         data, rollout = pack_rollout(batches, step, ids, graded, self.config.sampling.max_tokens)
         packed = data.batch if batches.packer.accumulation > 1 else jax.tree.map(lambda x: x[None], data.batch)
         put = partial(jax.device_put, device=replicated(self.setup.mesh))
@@ -106,7 +109,7 @@ class PPO:
                 **totals,
                 "prompts": num_prompts,
                 "fill": data.fill,
-                **clipped(metrics, self.config.optimizer.max_grad_norm),
+                **clipped({"grad_norm": metrics["max_grad_norm"]}, self.config.optimizer.max_grad_norm),
             }
 
         def rates(seconds: float) -> dict[str, float]:
@@ -125,7 +128,7 @@ class PPO:
             check_rollout(setup, metrics, is_first=self.starts_equal and step == 0)
 
         def advice(root: Path) -> str:
-            options = new_run(self.manifest["config"], root, keeps_reference=True)
+            options = new_run(self.manifest["config"], root, keeps_reference=self.base is None)
             remedy = "start a new run with a lower optimizer.learning_rate: --run.dir NEW, or from this checkpoint"
             return f"{remedy}: {options}"
 
@@ -138,17 +141,17 @@ class PPO:
 
     def evaluate(self, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Answer the evaluation prompts, always with the same keys, and return means of scores and lengths."""
-        metrics = {}
+        metrics, weights = {}, self._rollout_weights(state) if self.evaluates else None
         for name, batches in self.setup.evals.items():
             graded = [
-                self.sampler(self.weights(state), batches.store, ids[ids >= 0], EVALUATION - step)
+                self.sampler(weights, batches.store, ids[ids >= 0], EVALUATION - step)
                 for step, ids in enumerate(map(batches.order.step_ids, range(batches.order.num_steps)))
             ]
-            answers = [answer for batch in graded for own in batch.answers for answer in own]
+            all_answers = [answer for batch in graded for answers in batch.answers for answer in answers]
             values = {
                 "score": np.concatenate([batch.scores.ravel() for batch in graded]),
-                "length": np.array([len(answer.tokens) for answer in answers]),
-                "ended": np.array([answer.ended for answer in answers]),
+                "length": np.array([len(answer.tokens) for answer in all_answers]),
+                "ended": np.array([answer.ended for answer in all_answers]),
             }
             metrics |= {f"eval_{name}_{key}": float(value.mean()) for key, value in values.items()}
         return metrics, []
@@ -162,13 +165,14 @@ def check_rollout(setup: Setup, metrics: Metrics, is_first: bool) -> None:
     Raises:
         UserError: a value differs, so a position, an adapter or a mask differs between sampling and training.
     """
-    rounding = FIRST_RATIO * metrics["length"]
-    largest = {
-        "sampler_error": (agreement(setup), "sampler and train step compute different log-probs"),
-        "ratio_error": (rounding, "the ratios of the first update are not 1"),
-        "sampled_kl": (rounding if is_first else np.inf, "policy and reference have the same weights, but differ"),
+    bound = agreement(setup)
+    largest_kl = bound * metrics["length"] if is_first else np.inf
+    checks = {
+        "sampler_error": (bound, "sampler and train step compute different log-probs"),
+        "ratio_error": (bound, "the ratios of the first update are not 1"),
+        "sampled_kl": (largest_kl, "policy and reference have the same weights, but differ"),
     }
-    for name, (tolerance, meaning) in largest.items():
+    for name, (tolerance, meaning) in checks.items():
         if not abs(metrics[name]) <= tolerance:
             remedy = "compare with model.dtype float32 and model.attention xla"
             raise UserError(f"{name} is {metrics[name]:.3g} (tolerance: {tolerance:.2g}): {meaning}; {remedy}")
@@ -178,10 +182,11 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
     """Build the policy-gradient method and the arrays it starts from; ``flags`` are compiler options of its step."""
     config, mesh, num_steps = setup.config, setup.mesh, setup.batches.order.num_steps
     assert isinstance(config, PPOConfig)
+    refuse_prompt_weights(setup.batches.store)
     policy = load_policy(setup)
     reference = reference_weights(setup, policy.weights)
     tail = answer_tail(setup)
-    end_ids = ends_of(setup, tail)
+    end_ids = end_ids_of(setup, tail)
     judge, judge_id = make_judge(setup, config.reward, tail)
     reference_id = policy.ids["weights"] if reference is policy.weights else weights_id(reference)
     ids = policy.ids | {"reference": reference_id, "reward": judge_id, "ends": str(end_ids)}
@@ -219,6 +224,14 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
     )
     value = start_value(setup, policy, value_model) if with_value else None
     return method, PPOStart(ActorCritic(policy.adapters if has_adapters else policy.weights, value))
+
+
+def refuse_prompt_weights(store: Store) -> None:
+    """Raise ``UserError`` if the prompts have weights, which the loss of a rollout does not."""
+    weighted_rows = np.flatnonzero(store.weights != 1)
+    if len(weighted_rows):
+        row = f"row {store.rows[weighted_rows[0]]} has weight {store.weights[weighted_rows[0]]:g}"
+        raise UserError(f"data.train: {row}, but ppo weights all prompts alike; remove the column weight")
 
 
 def start_value(setup: Setup, policy: Policy, value_model: Model) -> Params:

@@ -21,7 +21,7 @@ from dpo_jax.data.store import Store
 from dpo_jax.data.tokenize import TokenizedPrompt, make_tokenize_prompt
 from dpo_jax.errors import UserError, from_outside, require
 from dpo_jax.inference.answer_scores import make_answer_scores
-from dpo_jax.inference.generate import Answer, generate, rollout_weights
+from dpo_jax.inference.generate import Answer, generate
 from dpo_jax.methods.setup import Setup
 from dpo_jax.parallel import hosts
 from dpo_jax.parallel.sharding import platform_of
@@ -67,11 +67,10 @@ class Sampler:
     end_ids: Sequence[int]
 
     def __call__(self, weights: Params | Adapted, store: Store, ids: np.ndarray, step: int) -> Graded:
-        """Return the answers of the policy with ``weights`` to the prompts ``ids`` [B] of ``store``."""
+        """Return the answers of the policy to the prompts ``ids`` [B] of ``store``; weights of `rollout_weights`."""
         setup, config, num_answers = self.setup, self.config, self.config.ppo.answers
         prompts = [prompt_tokens(store, i) for i in ids]
         repeated = [prompt for prompt in prompts for _ in range(num_answers)]
-        weights = rollout_weights(setup.model, weights, setup.mesh)
         answers = generate(
             setup.model,
             weights,
@@ -127,22 +126,31 @@ def pack_rollout(
 
 
 def answer_tail(setup: Setup) -> list[int]:
-    """Return the tokens that training puts after the text of an answer: EOS, or what the chat template writes."""
-    rendered = any(source["rendered"] for source in setup.batches.store.report)
+    """Return the tokens that training puts after the text of an answer: EOS, or what the chat template writes.
+
+    The latter counts if any data set has messages.
+
+    Raises:
+        UserError: the chat template cannot render a single message of a user.
+    """
+    stores = [setup.batches.store, *(batches.store for batches in setup.evals.values())]
+    rendered = any(source["rendered"] for store in stores for source in store.report)
     prompt: Any = [{"role": "user", "content": "a"}] if rendered else "a"
     tokenized = make_tokenize_prompt(setup.config.data.template_date, setup.tokenizer)(Example(0, prompt, ()))
-    return tokenized.tail if isinstance(tokenized, TokenizedPrompt) else []
+    if not isinstance(tokenized, TokenizedPrompt):
+        raise UserError(f"data.chat_template: it cannot render one message of a user: {tokenized.detail}; use another")
+    return tokenized.tail
 
 
-def ends_of(setup: Setup, tail: list[int]) -> list[int]:
+def end_ids_of(setup: Setup, tail: list[int]) -> list[int]:
     """Return the tokens that end an answer.
 
     Raises:
         UserError: the tokenizer has none.
     """
-    ends = stop_tokens(setup.source, setup.tokenizer, [tail])
-    require(bool(ends), "model.tokenizer", setup.config.model.path, "it has no end-of-sequence token to end answers")
-    return ends
+    end_ids = stop_tokens(setup.source, setup.tokenizer, [tail])
+    require(bool(end_ids), "model.tokenizer", setup.config.model.path, "it has no end-of-sequence token to end answers")
+    return end_ids
 
 
 def make_judge(setup: Setup, config: JudgeConfig, tail: list[int]) -> tuple[Judge, str]:
@@ -159,7 +167,7 @@ def make_judge(setup: Setup, config: JudgeConfig, tail: list[int]) -> tuple[Judg
     answer_scores = make_answer_scores(reward.model, weights, setup.mesh)
 
     def judge(_: Store, __: np.ndarray, prompts: list[list[int]], answers: list[list[Answer]]) -> np.ndarray:
-        pairs = [(p, answer) for p, own in zip(prompts, answers, strict=True) for answer in own]
+        pairs = [(p, answer) for p, of_prompt in zip(prompts, answers, strict=True) for answer in of_prompt]
         tokens = [with_tail(answer.tokens, answer.ended, tail) for _, answer in pairs]
         scores = answer_scores([prompt for prompt, _ in pairs], tokens)
         return np.array(scores, np.float32).reshape(len(answers), -1)
@@ -170,7 +178,7 @@ def make_judge(setup: Setup, config: JudgeConfig, tail: list[int]) -> tuple[Judg
 def _function_judge(setup: Setup, name: str) -> Judge:
     """Return a judge that calls a Python function on the writer process, once for all answers of a step."""
     module, _, attribute = name.partition(":")
-    remedy = "give a module on the import path, and a function in it"
+    remedy = "install its module or set PYTHONPATH to its folder, and name a function in it"
     with from_outside(f"reward.function: {name} cannot be imported", remedy):
         function = getattr(importlib.import_module(module), attribute)
     decode = partial(setup.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -178,7 +186,7 @@ def _function_judge(setup: Setup, name: str) -> Judge:
 
     def judge(store: Store, ids: np.ndarray, prompts: list[list[int]], answers: list[list[Answer]]) -> np.ndarray:
         def call() -> list[float]:
-            examples = [(p, i, answer) for p, i, own in zip(prompts, ids, answers, strict=True) for answer in own]
+            examples = [(p, i, answer) for p, i, row in zip(prompts, ids, answers, strict=True) for answer in row]
             texts = [answer.text(setup.tokenizer, prompt) for prompt, _, answer in examples]
             rows = [dict(rows_of(store.key, store.sources[i])[int(store.rows[i])]) for _, i, _ in examples]
             with from_outside(f"reward.function: {name} failed", "fix the function"):

@@ -60,11 +60,12 @@ PLOTS = (
 )
 MAIN_KEYS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")  # shown first
 NOT_PLOTTED = {
+    "max_grad_norm": "Largest gradient norm of a step's updates, before clipping.",
     "rlhf_reward": "Score of an answer minus the KL penalty of its tokens: what training maximizes.",
     "policy_loss": "Clipped surrogate, averaged over the updates of a step.",
     "value_loss": "Clipped squared error of the value model.",
     "sampler_error": "Largest relative difference of a log-prob between the sampler and the train step.",
-    "ratio_error": "Largest |ratio - 1| at a step's first update: 0 but for rounding.",
+    "ratio_error": "Largest |log ratio| at a step's first update, relative to the log-prob: 0 but for rounding.",
     "logps/accuracies": "Pairs whose chosen answer has the higher log-probability, whatever the reference says.",
     "logits/chosen": "Mean logit over the vocabulary, at the tokens of chosen answers.",
     "logits/rejected": "Mean logit over the vocabulary, at the tokens of rejected answers.",

@@ -49,9 +49,14 @@ def open_reward_model(
         remedy = "it is a language model, without a score; train a reward model with dpo-jax reward"
         require(reward.model.config.scores == 1, "model.path", config.path, remedy)
     except UserError as error:
-        text = str(error)
-        raise UserError(f"reward.{text.removeprefix('model.')}" if text.startswith("model.") else text) from error
-    other_tokenizer = reward.tokenizer(chat_template)
+        if not str(error).startswith(("model.path", "model.revision", "model.checkpoint")):
+            raise
+        raise UserError(f"reward.{str(error).removeprefix('model.')}") from error
+    try:
+        other_tokenizer = reward.tokenizer(chat_template)
+    except UserError as error:
+        remedy = "fix the tokenizer in its directory, or choose another reward model"
+        raise UserError(f"reward.path: {config.path}: its tokenizer cannot be loaded: {error}; {remedy}") from error
     if tokenizer_hash(other_tokenizer) != tokenizer_hash(tokenizer):
         is_template = other_tokenizer.chat_template != tokenizer.chat_template
         difference, remedy = "tokenizer", "use a reward model of the same family"

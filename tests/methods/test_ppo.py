@@ -161,7 +161,7 @@ def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
         ({"reference": {"mode": "cached"}}, "reference.mode: 'cached' cannot be used: answers are sampled"),
         ({"ppo": {"estimator": "rloo", "answers": 1}}, "ppo.answers: 1 cannot be used: rloo compares the answers"),
         ({"ppo": {"estimator": "rloo", "gae_lambda": 0.5}}, "ppo.gae_lambda"),
-        ({"reward": {"path": "somewhere"}}, "reward.path: 'somewhere' cannot be used: give either"),
+        ({"reward": {"path": "somewhere"}}, ".vowels' cannot be used: reward.path is set, too"),
         ({"reward": {"function": "vowels"}}, "reward.function: 'vowels' cannot be used: give a module and a function"),
         ({"sampling": {"max_tokens": 64}}, "sampling.max_tokens: 64 cannot be used: data.max_length is 64"),
     ],
