@@ -21,7 +21,7 @@ class PolicyGradientConfig(Section, name="ppo"):
     epochs: int = ranged(4, above=0)
     """Updates on the answers of a step, each on all of them."""
     clip: float = ranged(0.2, above=0, below=1)
-    """A probability ratio outside 1 +- clip gains nothing more: a token's ratio with gae, a whole answer's with rloo."""
+    """A probability ratio outside 1 +- clip gains nothing more: a token's with gae, a whole answer's with rloo."""
     gae_lambda: float = ranged(0.95, at_least=0, at_most=1)
     """Trades variance (1) for bias (0) of the advantages; rewards are not discounted."""
     value_coef: float = ranged(0.1, at_least=0)
