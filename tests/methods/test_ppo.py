@@ -1,6 +1,7 @@
 """PPO and RLOO on models: runs from config to export, their resume, their checks, and what is refused."""
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -142,12 +143,10 @@ def test_positions_that_differ_between_sampling_and_training_are_refused(shared,
 
 
 def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
-    from dpo_jax.methods import rollouts
-
     def scaled(model, weights, mesh):
         return jax.tree.map(lambda x: 1.1 * x, generate.rollout_weights(model, weights, mesh))
 
-    monkeypatch.setattr(rollouts, "rollout_weights", scaled)
+    monkeypatch.setattr(sys.modules["dpo_jax.methods.ppo"], "rollout_weights", scaled)
     with pytest.raises(UserError, match=r"sampler_error is .*different log-probs"):
         train_on_one(options(shared, tmp_path))
 
@@ -161,7 +160,7 @@ def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
         ({"reference": {"mode": "cached"}}, "reference.mode: 'cached' cannot be used: answers are sampled"),
         ({"ppo": {"estimator": "rloo", "answers": 1}}, "ppo.answers: 1 cannot be used: rloo compares the answers"),
         ({"ppo": {"estimator": "rloo", "gae_lambda": 0.5}}, "ppo.gae_lambda"),
-        ({"reward": {"path": "somewhere"}}, ".vowels' cannot be used: reward.path is set, too"),
+        ({"reward": {"path": "somewhere"}}, "vowels' cannot be used: reward.path is set, too"),
         ({"reward": {"function": "vowels"}}, "reward.function: 'vowels' cannot be used: give a module and a function"),
         ({"sampling": {"max_tokens": 64}}, "sampling.max_tokens: 64 cannot be used: data.max_length is 64"),
     ],

@@ -58,7 +58,7 @@ def tiny(**changes) -> DPOConfig:
 
 
 def planned(config: PairConfig, topology: str, inputs: Inputs):
-    (found,) = plan_slices(config, [topology], known, search=False)
+    (found,) = plan_slices(config, [topology], inputs, search=False)
     return found
 
 

@@ -258,7 +258,7 @@ REFUSED = [
     ("--reward {policy}", "reward.path: '{policy}' cannot be used: it is a language model, without a score"),
     ("--model.path {reward}", "model.path: '{reward}' cannot be used: it is a reward model, without an unembedding"),
     ("--reward {other}", "reward.path: '{other}' cannot be used: its tokenizer is not that of {policy}"),
-    ("--prompts {empty}", "the source has no rows; give one that has some"),
+    ("--prompts {empty}", "the source has no rows; choose another"),
     ("--prompts {blank}", "row 1: missing field: prompt is absent or null, not text; fix or remove the row"),
     ("--prompts {answered}", "row 0: empty prompt: the prompt ends with an assistant message"),
     ("--output {taken}", "taken.jsonl exists, but taken.manifest.json does not: choose another name"),
