@@ -126,8 +126,8 @@ def make_targets(
 
     ``sampled_kl``: the sum of log(pi / ref) over an answer's tokens; ``sampled_kl_k3``: that of ref / pi - 1 -
     log(ref / pi), which has the same mean and is never negative (Schulman 2020); ``rlhf_reward``: the score minus
-    kl_coef sampled_kl, and minus the penalty of an answer without end; ``sampler_error``: the largest difference of a
-    log-prob from the sampler's, relative to it.
+    kl_coef sampled_kl, and minus the penalty of an answer without end; ``sampler_error`` and
+    ``mean_sampler_error``: the largest and the mean difference of a log-prob from the sampler's, relative to it.
     """
     mask = rollout.mask
     is_real = mask.any(-1)  # False: an empty slot of a ragged last step
@@ -145,6 +145,7 @@ def make_targets(
         "length": mean(mask.sum(-1).astype(jnp.float32)),
         "ended": mean(rollout.ended.astype(jnp.float32)),
         "sampler_error": jnp.max(sampler_errors, where=mask, initial=0.0),
+        "mean_sampler_error": jnp.mean(sampler_errors, where=mask),
     }
     if values is None:
         return Targets(logps, leave_one_out(totals)), metrics

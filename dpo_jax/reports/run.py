@@ -65,6 +65,7 @@ NOT_PLOTTED = {
     "policy_loss": "Clipped surrogate, averaged over the updates of a step.",
     "value_loss": "Clipped squared error of the value model.",
     "sampler_error": "Largest relative difference of a log-prob between the sampler and the train step.",
+    "mean_sampler_error": "Mean relative difference of a log-prob between the sampler and the train step.",
     "ratio_error": "Largest |log ratio| at a step's first update, relative to the log-prob: 0 but for rounding.",
     "logps/accuracies": "Pairs whose chosen answer has the higher log-probability, whatever the reference says.",
     "logits/chosen": "Mean logit over the vocabulary, at the tokens of chosen answers.",

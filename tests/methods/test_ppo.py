@@ -142,6 +142,19 @@ def test_positions_that_differ_between_sampling_and_training_are_refused(shared,
         train_on_one(options(shared, tmp_path))
 
 
+@pytest.mark.slow
+def test_in_bfloat16_the_mean_error_of_the_sampler_is_bounded(shared, tmp_path, monkeypatch):
+    config = options(shared, tmp_path, model={"dtype": "bfloat16"})
+    train_on_one(config)
+    errors = [(row["sampler_error"], row["mean_sampler_error"]) for row in metrics_of(config)]
+    assert all(mean < 0.02 < largest for largest, mean in errors)  # the largest would refuse a run that is right
+    gather = PreferenceBatch.gather_tokens
+    shifted = lambda self, values, n: jax.numpy.roll(gather(self, values, n), 1, axis=-1)  # noqa: E731
+    monkeypatch.setattr(PreferenceBatch, "gather_tokens", shifted)
+    with pytest.raises(UserError, match="sampler and train step compute different log-probs"):
+        train_on_one(options(shared, tmp_path, "shifted", model={"dtype": "bfloat16"}))
+
+
 def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
     def scaled(model, weights, mesh):
         return jax.tree.map(lambda x: 1.1 * x, generate.rollout_weights(model, weights, mesh))
