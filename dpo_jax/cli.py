@@ -79,7 +79,7 @@ def _plan(config: PairConfig, topology: str, search: bool, output: str | None, *
         require(load[name] is None or not is_known, f"--{name}", load[name], f"{cause}; give one of the two")
     if output is not None:
         is_writable = Path(output).absolute().parent.is_dir() and not Path(output).is_dir()
-        require(is_writable, "--output", output, "give a file in an existing folder")
+        require(is_writable, "--output", output, "give a file in an existing, writable folder")
     if lengths is not None:
         match = re.fullmatch(r"(\d+),(\d+),(\d+)", lengths)
         if match is None or not all(map(int, match.groups())):

@@ -75,7 +75,7 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def from_outside(name: str, remedy: str) -> Iterator[None]:
-    """Context manager that turns any exception of a library into a one-line ``UserError``: name, reason, remedy.
+    """Context manager that turns any exception raised by a library into a one-line ``UserError``: name, reason, remedy.
 
     For single calls into libraries that parse untrusted files: tokenizers, templates, configs, archives. They may raise
     any type of exception. Never put code of this program inside: its own bugs must keep their tracebacks.

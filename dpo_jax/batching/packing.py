@@ -229,7 +229,7 @@ def empty_batch(
     leading: tuple[int, ...] = (),
     zeros: Callable[[tuple[int, ...], Any], Any] = np.zeros,
 ) -> PreferenceBatch:
-    """Make a batch of zeros for B pairs of K answers; ``leading``: dims before all others, of an accumulated step.
+    """Return a batch of zeros for B pairs of K answers; ``leading`` dims, such as one of microbatches, come first.
 
     ``zeros``: (shape, dtype) -> array or stand-in: numpy's or JAX's ``zeros``, or ``jax.ShapeDtypeStruct``.
     """

@@ -95,6 +95,7 @@ def open_sets(
     if data.eval_fraction:
         sets[HELD_OUT] = EvalSet(store=store, ids=held_out_ids)
     weights = [source.weight for source in data.train if source.weight is not None] if train is None else []
-    groups, sizes = ids_by_source(store, train_ids), {"batch": size, "steps": run.steps, "epochs": run.epochs}
-    order = make_order(groups=groups, weights=weights or None, seed=run.seed, shuffle=data.shuffle, **sizes)
+    groups = ids_by_source(store, train_ids)
+    length = {"batch": size, "steps": run.steps, "epochs": run.epochs}
+    order = make_order(groups=groups, weights=weights or None, seed=run.seed, shuffle=data.shuffle, **length)
     return DataSets(stage=stage, train=store, train_ids=train_ids, order=order, evals=sets, sources=sources_of)

@@ -39,7 +39,7 @@ SLIP = 1e-3  # probability of a token that the language does not have there
 
 
 class Exact(NamedTuple):
-    """What a policy reaches, exactly, as means over guests."""
+    """A policy's reward, KL and other expectations, computed without sampling and averaged over guests."""
 
     reward: float
     kl: float  # KL(policy || reference), nats

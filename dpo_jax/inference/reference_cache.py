@@ -92,7 +92,7 @@ def _load_complete(path: Path, inputs: Mapping, shape: tuple[int, int], report: 
             raise Unusable(f"it holds log-probs of shape {shapes_text}, but the data needs {shape}")
         is_finite = np.all([np.isfinite(values).all(1) for values in fields.values()], axis=0)
         if not is_finite.all():
-            raise Unusable(f"row {int(np.argmin(is_finite))} has no log-prob")
+            raise Unusable(f"row {int(np.argmin(is_finite))} has no finite log-prob")
     except Unusable as error:
         report(f"reference cache: {path} cannot be used ({error}): recomputing")
         return None

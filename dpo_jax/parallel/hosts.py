@@ -100,7 +100,8 @@ def make_shared(directory, what: str) -> None:
     Raises:
         UserError: the directory cannot be created, or a process does not see a file that process 0 wrote there.
     """
-    error, probe = None, directory / f".seen-by-all-{time.time_ns()}"
+    error = None
+    probe = directory / f".seen-by-all-{time.time_ns()}"
     is_multiprocess = jax.process_count() > 1
     if is_writer():
         try:

@@ -149,8 +149,8 @@ def _measured_inputs(config: PairConfig, source: ModelSource, inputs: Inputs) ->
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = sets_of(config, tokenizer)
     ids = np.concatenate([sets.order.step_ids(step) for step in range(sets.order.num_steps)])
-    prompt, chosen, rejected = sets.train.lengths[ids[ids >= 0]].mean(0).tolist()
-    return replace(inputs, lengths=(prompt, chosen, rejected), sets=sets)
+    prompt_length, chosen_length, rejected_length = sets.train.lengths[ids[ids >= 0]].mean(0).tolist()
+    return replace(inputs, lengths=(prompt_length, chosen_length, rejected_length), sets=sets)
 
 
 def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:

@@ -58,9 +58,9 @@ class AnswerFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = storage.lock(path)
             storage.sign(lock)
-        except storage.InUse as owner:
+        except storage.InUse as error:
             remedy = "wait for it, stop it, or choose another name"
-            raise UserError(f"--output: {self.path} is being written by {owner}: {remedy}") from owner
+            raise UserError(f"--output: {self.path} is being written by {error}: {remedy}") from error
         except OSError as error:
             cause = error.strerror or reason(error)
             raise UserError(f"--output: {self.path} cannot be written: {cause}: choose another file") from error

@@ -75,9 +75,9 @@ def locked_run(path: str | Path) -> Iterator[RunDir]:
             raise UserError(f"run.dir: {path} has other files but no run of this program: choose an empty directory")
         root.mkdir(parents=True, exist_ok=True)
         lock = storage.lock(root / LOCK)
-    except storage.InUse as owner:
+    except storage.InUse as error:
         remedy = "wait for it, stop it, or choose another directory"
-        raise UserError(f"run.dir: {path} is in use by {owner}: {remedy}") from owner
+        raise UserError(f"run.dir: {path} is in use by {error}: {remedy}") from error
     except OSError as error:
         message = f"run.dir: {path} cannot be written or locked ({error.strerror}): choose another directory"
         raise UserError(message) from error

@@ -92,7 +92,7 @@ def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
     lines = compare_manifest(old, new)
     if lines:
         length_changed = any(line.startswith(("run.steps:", "run.epochs:")) for line in lines)
-        hint = " (run.steps may change only with optimizer.schedule constant, which ignores it)" * length_changed
+        hint = " (run.steps may change only with optimizer.schedule constant)" if length_changed else ""
         remedy = f"restore these, or choose a new run.dir{hint}"
         summary = f"run.dir: {where} was started with different options that change the result"
         raise UserError(f"{summary}: {'; '.join(lines)}: {remedy}")
