@@ -148,7 +148,8 @@ def test_a_run_of_a_language_model_becomes_a_reward_model(shared, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "curve", [pytest.param("center 0", marks=pytest.mark.slow), "center 0.01", "center 0.01, margins"]
+    "curve",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("center 0", "center 0.01")), "center 0.01, margins"],
 )
 def test_every_step_equals_that_of_trl(curve, shared, tmp_path):
     """Loss, gradient norm and margin; benchmarks/trl_reward_curve.py recorded TRL's."""
