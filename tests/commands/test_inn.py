@@ -99,6 +99,7 @@ def test_rloo_reaches_the_optimum():
     assert metrics["ratio_error"].max() < 1e-5
 
 
+@pytest.mark.slow
 def test_online_dpo_reaches_the_optimum():
     for table in online_dpo(0.2, num_steps=300, num_pairs=128, seeds=SEEDS):
         _, share, objective = shares(table, 0.2)

@@ -155,6 +155,7 @@ def test_in_bfloat16_the_mean_error_of_the_sampler_is_bounded(shared, tmp_path, 
         train_on_one(options(shared, tmp_path, "shifted", model={"dtype": "bfloat16"}))
 
 
+@pytest.mark.slow
 def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
     def scaled(model, weights, mesh):
         return jax.tree.map(lambda x: 1.1 * x, generate.rollout_weights(model, weights, mesh))
