@@ -68,7 +68,8 @@ def test_the_first_rollout_is_the_reference_s_and_its_first_ratios_are_1(run):
     rows = metrics_of(run)
     assert abs(rows[0]["sampled_kl"]) < 1e-5
     assert max(row["ratio_error"] for row in rows) < 1e-5
-    assert max(row["sampler_error"] for row in rows) < 1e-5
+    assert max(row["mean_sampler_error"] for row in rows) < 1e-5
+    assert max(row["sampler_error"] for row in rows) < 1e-4
     assert rows[-1]["sampled_kl_k3"] > 0
     assert 0 < rows[0]["score"] < 1  # fractions survive
     np.testing.assert_allclose(rows[0]["rlhf_reward"], rows[0]["score"], atol=1e-6)
@@ -143,7 +144,7 @@ def test_positions_that_differ_between_sampling_and_training_are_refused(shared,
 
 
 @pytest.mark.slow
-def test_in_bfloat16_the_mean_error_of_the_sampler_is_bounded(shared, tmp_path, monkeypatch):
+def test_bfloat16_is_trained_and_shifted_positions_are_refused_in_it(shared, tmp_path, monkeypatch):
     config = options(shared, tmp_path, model={"dtype": "bfloat16"})
     train_on_one(config)
     errors = [(row["sampler_error"], row["mean_sampler_error"]) for row in metrics_of(config)]
@@ -161,7 +162,7 @@ def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
         return jax.tree.map(lambda x: 1.1 * x, generate.rollout_weights(model, weights, mesh))
 
     monkeypatch.setattr(sys.modules["dpo_jax.methods.ppo"], "rollout_weights", scaled)
-    with pytest.raises(UserError, match=r"sampler_error is .*different log-probs"):
+    with pytest.raises(UserError, match=r"mean_sampler_error is .*different log-probs"):
         train_on_one(options(shared, tmp_path))
 
 
