@@ -185,7 +185,7 @@ COMMANDS = {
         "Audit the data: counts, lengths, problems, and one pair as the model sees it.",
         DPOConfig,
         {
-            "--for": {"choices": list(CONFIG_OF), **FOR},
+            "--for": {"choices": [name for name in CONFIG_OF if name != "ppo"], **FOR},  # prompts have no answers
             "--step": {**COUNT, "help": "Print the pairs of this step (as in metrics.jsonl) instead."},
         },
     ),
