@@ -88,7 +88,8 @@ class TrainConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        uses_seed = self.data.shuffle or (self.lora.rank > 0 and self.lora.path is None)
+        draws_adapters = self.lora.rank > 0 and self.lora.path is None
+        uses_seed = self.data.shuffle or draws_adapters or self.planned.per_prompt > 0
         self.refuse_idle("run.seed", not uses_seed, "nothing is random without data.shuffle or new adapters")
         self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "all adapters are matrices")
 

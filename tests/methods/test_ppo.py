@@ -135,6 +135,10 @@ def test_8_devices_sample_the_same_tokens_and_make_the_same_update(shared, tmp_p
         np.testing.assert_allclose(rows[0][name], rows[1][name], rtol=1e-4, atol=1e-6)
 
 
+def test_the_seed_of_the_samples_may_be_given_without_shuffling(shared, tmp_path):
+    assert options(shared, tmp_path, data={"shuffle": False}, run={"seed": 3}).run.seed == 3
+
+
 def test_positions_that_differ_between_sampling_and_training_are_refused(shared, tmp_path, monkeypatch):
     gather = PreferenceBatch.gather_tokens
     shifted = lambda self, values, n: jax.numpy.roll(gather(self, values, n), 1, axis=-1)  # noqa: E731
