@@ -86,6 +86,10 @@ class Task:
         """What the reference itself reaches."""
         return self.tree.exact(self.reference, self.reference)
 
+    def reached(self, table: np.ndarray) -> inn.Exact:
+        """Return what the policy with this table reaches."""
+        return self.tree.exact(self.tree.leaf_logps(inn.table_next_logps(table)), self.reference)
+
     def share(self, reached: inn.Exact) -> float:
         """Return a policy's gain in reward as a share of the largest gain at its KL."""
         best = self.tree.best_reward(self.reference, reached.kl)
@@ -130,9 +134,7 @@ def methods() -> list[Method]:
 def outcome_of(method: Method, task: Task) -> Outcome:
     """Run a method, and compute what its policies reached."""
     began = time.perf_counter()
-    reached = [
-        task.tree.exact(task.tree.leaf_logps(inn.table_next_logps(each)), task.reference) for each in method.run()
-    ]
+    reached = list(map(task.reached, method.run()))
     rewards = [each.reward for each in reached]
     mean = inn.Exact(*np.mean(reached, axis=0).tolist())
     return Outcome(method, mean, max(rewards) - min(rewards), task.share(mean), time.perf_counter() - began)

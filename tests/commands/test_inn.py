@@ -6,23 +6,21 @@ import numpy as np
 import pytest
 
 from dpo_jax.commands import inn
+from dpo_jax.commands.compare import Task
 from dpo_jax.commands.inn_runs import LANGUAGE, dpo, online_dpo, policy_gradient, sampled
 from dpo_jax.config import LossConfig
 from dpo_jax.config.online import PolicyGradientConfig
 
 SEEDS = range(3)
-TREE = inn.Tree()
-REFERENCE = TREE.leaf_logps(inn.table_next_logps(LANGUAGE))
-START = TREE.exact(REFERENCE, REFERENCE)
+TASK = Task()
+TREE, REFERENCE, START = TASK.tree, TASK.reference, TASK.start
 
 
 def shares(table: np.ndarray, beta: float) -> tuple[inn.Exact, float, float]:
     """What a policy reaches, its share of the best reward at its KL, and its share of the best objective at beta."""
-    reached = TREE.exact(TREE.leaf_logps(inn.table_next_logps(table)), REFERENCE)
-    best = TREE.optimum(REFERENCE, beta)
-    share = (reached.reward - START.reward) / (TREE.best_reward(REFERENCE, reached.kl) - START.reward)
+    reached, best = TASK.reached(table), TREE.optimum(REFERENCE, beta)
     objective = (reached.reward - beta * reached.kl - START.reward) / (best.reward - beta * best.kl - START.reward)
-    return reached, share, objective
+    return reached, TASK.share(reached), objective
 
 
 def test_the_answers_to_a_guest_have_all_of_the_mass():
@@ -34,7 +32,7 @@ def test_sampled_rewards_and_kl_agree_with_the_exact_ones():
     table = jnp.asarray(LANGUAGE, jnp.float32) + 0.3 * jax.random.normal(jax.random.key(1), LANGUAGE.shape)
     meals, scores = sampled(table, 4096, 8, jax.random.key(0))
     ratios = (inn.table_logps(table, meals) - inn.table_logps(jnp.asarray(LANGUAGE), meals)).sum(-1)
-    exact = TREE.exact(TREE.leaf_logps(inn.table_next_logps(table)), REFERENCE)
+    exact = TASK.reached(np.asarray(table))
     for sample, expected in ((scores, exact.reward), (ratios, exact.kl)):
         values = np.asarray(sample, np.float64)
         assert abs(values.mean() - expected) < 3.5 * values.std() / values.size**0.5
