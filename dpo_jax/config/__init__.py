@@ -209,7 +209,7 @@ class PPOConfig(TrainConfig):
         room = self.data.max_length - sampling.max_tokens
         remedy = f"data.max_length is {self.data.max_length}, so no prompt fits; lower it, or raise data.max_length"
         self.refuse("sampling.max_tokens", room < 1, remedy)
-        for cause in ("equal_answers", "prompts_differ", "empty_answer"):
+        for cause in ("equal_answers", "template_not_prefix"):
             self.refuse_idle(f"data.invalid_rows.{cause}", True, "the rows are prompts, so this cannot happen")
         self.refuse_idle("data.append_eos", True, "the policy ends its answers itself")
         self.refuse_idle("run.token_stats", True, "they are statistics of given answers")

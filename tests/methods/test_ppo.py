@@ -135,6 +135,11 @@ def test_8_devices_sample_the_same_tokens_and_make_the_same_update(shared, tmp_p
         np.testing.assert_allclose(rows[0][name], rows[1][name], rtol=1e-4, atol=1e-6)
 
 
+def test_rows_without_a_prompt_to_answer_may_be_errors(shared, tmp_path):
+    causes = {"prompts_differ": "error", "empty_answer": "error"}  # of conversations that end with the wrong side
+    assert options(shared, tmp_path, data={"invalid_rows": causes}).data.invalid_rows.prompts_differ == "error"
+
+
 def test_the_seed_of_the_samples_may_be_given_without_shuffling(shared, tmp_path):
     assert options(shared, tmp_path, data={"shuffle": False}, run={"seed": 3}).run.seed == 3
 
@@ -181,6 +186,7 @@ def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
         ({"ppo": {"estimator": "rloo", "gae_lambda": 0.5}}, "ppo.gae_lambda"),
         ({"reward": {"path": "somewhere"}}, "vowels' cannot be used: reward.path is set, too"),
         ({"reward": {"function": "vowels"}}, "reward.function: 'vowels' cannot be used: give a module and a function"),
+        ({"data": {"invalid_rows": {"template_not_prefix": "drop"}}}, "data.invalid_rows.template_not_prefix"),
         ({"sampling": {"max_tokens": 64}}, "sampling.max_tokens: 64 cannot be used: data.max_length is 64"),
     ],
 )
