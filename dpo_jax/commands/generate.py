@@ -25,7 +25,7 @@ from dpo_jax.data.schemas import Example, Problem
 from dpo_jax.data.store import open_source
 from dpo_jax.data.tokenize import TokenizedPrompt, make_tokenize_prompt
 from dpo_jax.data.tokenizer import tokenizer_hash
-from dpo_jax.errors import RunStopped, UserError, require
+from dpo_jax.errors import RunStopped, UserError
 from dpo_jax.inference.answer_scores import AnswerScores, make_answer_scores
 from dpo_jax.inference.generate import Answer, generate, rollout_weights
 from dpo_jax.models.decoder import count_params
@@ -38,7 +38,7 @@ from dpo_jax.runs.directory import writing
 from dpo_jax.runs.manifest import make_manifest
 from dpo_jax.storage import write_atomically
 from dpo_jax.weights.open import OpenModel, open_model
-from dpo_jax.weights.reward_model import open_reward_model, stop_tokens, with_tail
+from dpo_jax.weights.reward_model import open_reward_model, refuse_reward_model, stop_tokens, with_tail
 
 LOGP_DECIMALS, SCORE_DECIMALS = 4, 6  # later digits of a float32 depend on the batch
 NO_END = [-1]  # end tokens of a model that has none
@@ -116,8 +116,7 @@ def open_policy(config: GenerateConfig, mesh: Mesh) -> OpenModel:
         UserError: it is a reward model.
     """
     policy = open_model(config.model, platform_of(mesh))
-    remedy = "it is a reward model, without an unembedding; choose a language model"
-    require(policy.model.config.scores == 0, "model.path", config.model.path, remedy)
+    refuse_reward_model(policy.model, config.model.path)
     return policy
 
 

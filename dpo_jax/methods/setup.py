@@ -23,7 +23,7 @@ from dpo_jax.console import say
 from dpo_jax.data.store import AnySource, Store
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
-from dpo_jax.errors import UserError, require
+from dpo_jax.errors import UserError
 from dpo_jax.inference.score import LogpsStep
 from dpo_jax.logprobs import LogpsFn, make_logps_fn
 from dpo_jax.models.decoder import Model, count_adapters, count_params
@@ -44,6 +44,7 @@ from dpo_jax.weights.open import (
     trained_shapes,
     trained_shardings,
 )
+from dpo_jax.weights.reward_model import refuse_reward_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -106,8 +107,8 @@ def with_head(model: Model, config: TrainConfig) -> Model:
     Raises:
         UserError: the config needs a language model, but ``model.path`` is a reward model.
     """
-    remedy = "it is a reward model, without an unembedding; choose a language model"
-    require(model.config.scores <= config.scores, "model.path", config.model.path, remedy)
+    if not config.scores:
+        refuse_reward_model(model, config.model.path)
     return replace(model, config=replace(model.config, scores=config.scores))
 
 

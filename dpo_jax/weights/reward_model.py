@@ -8,6 +8,7 @@ from dpo_jax.config import ModelConfig
 from dpo_jax.config.generate import RewardModelConfig
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError, require
+from dpo_jax.models.decoder import Model
 from dpo_jax.weights.hub import end_tokens
 from dpo_jax.weights.open import ModelSource, OpenModel, open_model
 
@@ -23,6 +24,12 @@ def stop_tokens(source: ModelSource, tokenizer: Any, tails: Iterable[list[int]])
         ends |= end_tokens(source.folder, source.hf_config)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return sorted(ends | ({tail[0] for tail in tails if tail} & special))
+
+
+def refuse_reward_model(model: Model, path: str) -> None:
+    """Raise ``UserError`` if the model of ``model.path`` predicts no tokens."""
+    remedy = "it is a reward model, without an unembedding; choose a language model"
+    require(model.config.scores == 0, "model.path", path, remedy)
 
 
 def with_tail(tokens: list[int], ended: bool, tail: list[int]) -> list[int]:
