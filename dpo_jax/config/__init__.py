@@ -65,7 +65,7 @@ NUM_ANSWERS: dict[Stage, int] = {"dpo": 2, "sft": 1, "prompts": 0}  # per prompt
 
 
 class PlannedAnswers(NamedTuple):
-    """Answers that a run will sample to each prompt, and their maximum length in tokens."""
+    """Number of answers that a run samples per prompt, and their maximum length in tokens."""
 
     per_prompt: int = 0
     num_tokens: int = 0
@@ -75,7 +75,7 @@ class PlannedAnswers(NamedTuple):
 class TrainConfig(Section):
     """Config of a training run: the sections that all methods share."""
 
-    scores: ClassVar[int] = 0  # outputs of a head in place of the unembedding
+    scores: ClassVar[int] = 0  # outputs of a head that replaces the unembedding; 0: a language model
     planned: ClassVar[PlannedAnswers] = PlannedAnswers()
 
     model: ModelConfig
@@ -173,7 +173,7 @@ class RewardConfig(TrainConfig):
 
     @property
     def objective(self) -> LossConfig:
-        """The Bradley-Terry loss: sigmoid on the chosen score minus the rejected score, without a reference."""
+        """The Bradley-Terry loss, -log sigmoid(chosen score - rejected score); there is no reference model."""
         smoothing, center = self.loss.label_smoothing, self.loss.center
         return LossConfig(type="sigmoid", beta=1.0, reference_free=True, label_smoothing=smoothing, center=center)
 
@@ -195,28 +195,28 @@ class PPOConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         mode = self.reference.mode
-        self.refuse("reference.mode", mode not in ("auto", "live"), "answers are sampled in every step; use live")
-        self.refuse("reference.sync_every", self.reference.sync_every, "the reference of a policy gradient is fixed")
+        self.refuse("reference.mode", mode not in ("auto", "live"), "new answers need a live reference; use live")
+        self.refuse("reference.sync_every", self.reference.sync_every, "PPO and RLOO keep the reference fixed; use 0")
         has_adapters = self.lora.rank > 0
         for option in ("path", "dtype"):
             cause = "with lora.rank the reference is the model without its adapters"
             self.refuse_idle(f"reference.{option}", has_adapters, cause)
         sampling = self.sampling
-        trained = "what is trained is the policy at temperature 1, without cuts"
-        self.refuse("sampling.temperature", sampling.temperature != 1, f"{trained}; use 1")
-        self.refuse("sampling.top_p", sampling.top_p != 1, f"{trained}; use 1")
-        self.refuse("sampling.top_k", sampling.top_k != 0, f"{trained}; use 0")
+        remedy = "policy gradients need samples of the unmodified policy"
+        self.refuse("sampling.temperature", sampling.temperature != 1, f"{remedy}; use 1")
+        self.refuse("sampling.top_p", sampling.top_p != 1, f"{remedy}; use 1")
+        self.refuse("sampling.top_k", sampling.top_k != 0, f"{remedy}; use 0")
         room = self.data.max_length - sampling.max_tokens
         remedy = f"data.max_length is {self.data.max_length}, so no prompt fits; lower it, or raise data.max_length"
         self.refuse("sampling.max_tokens", room < 1, remedy)
         for cause in ("equal_answers", "template_not_prefix"):
             self.refuse_idle(f"data.invalid_rows.{cause}", True, "the rows are prompts, so this cannot happen")
         self.refuse_idle("data.append_eos", True, "the policy ends its answers itself")
-        self.refuse_idle("run.token_stats", True, "they are statistics of given answers")
+        self.refuse_idle("run.token_stats", True, "token statistics are computed on answers of the data set only")
 
     @property
     def planned(self) -> PlannedAnswers:  # type: ignore[override]
-        """The answers that every step samples."""
+        """Number and maximum length of the answers sampled to each prompt."""
         return PlannedAnswers(self.ppo.answers, self.sampling.max_tokens)
 
 

@@ -12,7 +12,7 @@ TEMPLATE_DATE = "2024-07-26"  # the fallback date of Llama 3.1's template
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(Section):
-    """One data set."""
+    """A data set and how its rows are read."""
 
     path: str
     """File (.json, .jsonl, .csv, also as .gz, .bz2 or .zst; .parquet), folder, hub name, or tfds:NAME."""
@@ -32,7 +32,7 @@ class SourceConfig(Section):
     columns: dict[str, str] = field(default_factory=dict)
     """Renamed columns, from this program's name to the file's: {prompt: question}."""
     weight: float | None = ranged(None, above=0)
-    """Share of the pairs drawn from this data set; give one to every data set or to none."""
+    """Relative weight of this data set in the training mixture; give one to every data set or to none."""
     limit: int | None = ranged(None, above=0)
     """Maximum number of rows, from the start."""
 
@@ -46,7 +46,7 @@ class InvalidRowsConfig(Section, name="data.invalid_rows"):
     empty_answer: Literal["drop", "error"] = "drop"
     """An answer has no tokens."""
     empty_prompt: Literal["drop", "error"] = "drop"
-    """A prompt has no tokens, with a tokenizer that adds none."""
+    """A prompt has no tokens, not even a BOS token."""
     equal_answers: Literal["drop", "keep", "error"] = "drop"
     """Both answers have the same tokens, so the pair teaches nothing."""
     prompts_differ: Literal["drop", "error"] = "drop"
@@ -63,7 +63,7 @@ class InvalidRowsConfig(Section, name="data.invalid_rows"):
 
 
 def is_date(text: str) -> bool:
-    """Return whether a text is a date as YYYY-MM-DD."""
+    """Return whether a text is a valid date in the form YYYY-MM-DD."""
     try:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
@@ -81,14 +81,14 @@ class DataConfig(Section, name="data"):
     eval_fraction: float = ranged(0.0, at_least=0, below=1)
     """Share of the training rows held out as the evaluation set `held_out`."""
     max_length: int = ranged(1024, at_least=2)
-    """Maximum tokens of a prompt and one of its answers."""
+    """Maximum number of tokens in a prompt plus one of its answers."""
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
     """keep_start cuts the end of the answer (a prompt that leaves no room is dropped); keep_end, the start of the
     prompt."""
     shuffle: bool = True
     """Draw in an order derived from run.seed; false: in file order."""
     chat_template: str | None = None
-    """File with a Jinja chat template to use instead of the tokenizer's, or the name of one of the tokenizer's."""
+    """Jinja chat template to use instead of the tokenizer's default: a file, or the name of one of its templates."""
     template_date: str = TEMPLATE_DATE
     """Date, YYYY-MM-DD, given to chat templates instead of today's; Llama 3's write it into the system turn."""
     append_eos: bool = True

@@ -1,4 +1,4 @@
-"""Document config fields by their docstrings, for ``--help`` and docs/configuration.md.
+"""Document config fields from their docstrings, for ``--help`` and docs/configuration.md.
 
 ``python -m dpo_jax.config.docs > docs/configuration.md`` regenerates that page.
 """
@@ -75,7 +75,7 @@ def sections(kind: type, name: str = "") -> Iterator[SectionText]:
 
 
 def help_sections(kind: type) -> Iterator[SectionText]:
-    """Yield the `sections` of a config class, then the section that documents an entry of data.train, if it has one."""
+    """Yield the `sections` of a config class and, for a training config, those of an entry of data.train."""
     yield from sections(kind)
     if issubclass(kind, TrainConfig):
         yield from sections(SourceConfig, DATA_SET)

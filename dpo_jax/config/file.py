@@ -49,7 +49,7 @@ class CommandLineText(str):
 
 
 def parse_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any], kind: type[Kind]) -> Kind:
-    """Read and check a whole config.
+    """Read a config from a YAML file or a mapping, apply the overrides and check the result.
 
     Args:
         source: path of a YAML file, or a mapping with the same content.
@@ -58,7 +58,7 @@ def parse_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str,
         kind: class of the config.
 
     Raises:
-        UserError: the file cannot be read, or a name, type or value is wrong; names the option, value and remedy.
+        UserError: the file cannot be read, or a name, type or value is wrong; the text names option, value and remedy.
     """
     if not isinstance(source, str | os.PathLike | Mapping):
         raise UserError("the config", source, "give the path of a YAML file, or a mapping of sections")
@@ -83,7 +83,7 @@ def config_to_yaml(config: Section) -> str:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read the mapping of sections in a YAML file."""
+    """Read a YAML config file, whose top level must be a mapping."""
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a directory: give a config file, such as {path / 'config.yaml'}")
@@ -258,7 +258,7 @@ def _is_usable(kind: Any, value: Any) -> bool:
 
 
 def _hint(kind: Any, value: Any) -> str:
-    """Return a hint on how to write a value of the wrong type, "" if there is none."""
+    """Return a hint on how to write a value of the wrong type, or "" if there is none."""
     scalars = (kind, *get_args(kind))
     if type(value) is str and str in scalars and not _is_usable(kind, value):
         return "write UTF-8 without NUL characters"

@@ -62,7 +62,7 @@ class LossConfig(Section, name="loss"):
     weights: tuple[float, ...] = ranged((), above=0)
     """Weights of types, in order; default: 1 each."""
     beta: float = ranged(0.1, above=0)
-    """Weight of the KL term; larger keeps the policy closer to the reference. For orpo: weight of the odds ratio."""
+    """Weight of the KL term; larger keeps the policy closer to the reference. For orpo: of the odds-ratio term."""
     label_smoothing: float = ranged(0.0, at_least=0, below=0.5)
     """Probability that a label is wrong: for sigmoid (cDPO), robust, aot, aot_unpaired; exo_pair needs more than 0."""
     center: float = ranged(0.0, at_least=0)

@@ -31,7 +31,7 @@ class ModelConfig(Section, name="model"):
     """Precision of float32 matrix products on TPU and GPU; use highest to compare with a CPU."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes, layer by layer: nothing, all but matrix products, or everything. Recomputing
-    saves memory; it costs next to no time on a CPU, up to a third on an accelerator."""
+    saves memory; it makes a step up to a third slower on an accelerator, and hardly slower on a CPU."""
     scan: bool = True
     """Compile one layer and loop over it; false unrolls the layers."""
 
@@ -62,7 +62,7 @@ class LoraConfig(Section, name="lora"):
         choices_text = ", ".join(LORA_TARGETS)
         self.refuse("targets", not self.targets, f"choose from {choices_text}")
         for pattern in self.targets:
-            remedy = f"it matches none of {choices_text}; * matches all, and several are a list, [q_proj, v_proj]"
+            remedy = f"it matches none of {choices_text}; * matches all; write several as a list, [q_proj, v_proj]"
             require(any(fnmatchcase(name, pattern) for name in LORA_TARGETS), "lora.targets", pattern, remedy)
         for option in ("alpha", "targets", "rslora", "init", "path"):
             self.refuse_idle(option, self.rank == 0, "lora.rank is 0, so there are no adapters")
@@ -75,13 +75,13 @@ class LoraConfig(Section, name="lora"):
 
     @property
     def scale(self) -> float:
-        """Factor of the product B A."""
+        """Factor by which an adapter's matrix product B A is scaled."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig(Section, name="reference"):
-    """The frozen model that the policy is compared with."""
+    """The model that the policy is compared with; it is frozen unless sync_every is set."""
 
     mode: Literal["auto", "live", "cached", "none"] = "auto"
     """live: a forward pass in every step; cached: log-probs computed once and kept on disk; none: no reference; auto:
@@ -93,7 +93,7 @@ class ReferenceConfig(Section, name="reference"):
     sync_every: int = ranged(0, at_least=0)
     """Steps between updates of a live reference toward the policy; 0: never."""
     sync_mix: float = ranged(0.6, above=0, at_most=1)
-    """Share of the policy in such an update; 1 copies the policy."""
+    """Weight of the policy in each update of the reference; 1 copies the policy."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Options of training on answers that the policy samples itself."""
+"""Options of training on answers sampled from the policy."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,7 +13,8 @@ class PolicyGradientConfig(Section, name="ppo"):
     """How the policy is updated on the answers that it sampled."""
 
     estimator: Literal["gae", "rloo"] = "gae"
-    """gae: PPO with a value model; rloo: no value model, an answer's baseline is the mean of the prompt's others."""
+    """gae: PPO with a value model; rloo: no value model, an answer's baseline is the mean reward of the prompt's other
+    answers."""
     answers: int = ranged(1, above=0)
     """Answers sampled per prompt."""
     kl_coef: float = ranged(0.05, at_least=0)
@@ -21,9 +22,9 @@ class PolicyGradientConfig(Section, name="ppo"):
     epochs: int = ranged(4, above=0)
     """Updates on the answers of a step, each on all of them."""
     clip: float = ranged(0.2, above=0, below=1)
-    """A probability ratio outside 1 +- clip gains nothing more: a token's with gae, a whole answer's with rloo."""
+    """Probability ratios are clipped to 1 +- clip, as in PPO: those of tokens with gae, of whole answers with rloo."""
     gae_lambda: float = ranged(0.95, at_least=0, at_most=1)
-    """Trades variance (1) for bias (0) of the advantages; rewards are not discounted."""
+    """Lambda of GAE: advantages have least bias at 1 and least variance at 0; rewards are not discounted."""
     value_coef: float = ranged(0.1, at_least=0)
     """Weight of the value model's loss."""
     value_clip: float = ranged(0.2, above=0)
@@ -60,9 +61,8 @@ class JudgeConfig(RewardModelConfig):
     def __post_init__(self):
         super().__post_init__()
         has_path, has_function = self.path is not None, self.function is not None
-        self.refuse(
-            "path", not has_path and not has_function, "name a reward model, or a Python function: reward.function"
-        )
+        remedy = "give a reward model, or a Python function as reward.function"
+        self.refuse("path", not has_path and not has_function, remedy)
         self.refuse("function", has_path and has_function, "reward.path is set, too; remove one of the two")
         is_name = self.function is None or self.function.count(":") == 1
         self.refuse("function", not is_name, "give a module and a function in it, such as my_rewards:brevity")

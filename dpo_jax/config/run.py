@@ -76,7 +76,7 @@ class RowsConfig(Section, name="batch"):
 
     @property
     def size(self) -> int:
-        """Examples in a step."""
+        """Number of examples in a step."""
         return getattr(self, self.counts)
 
 
@@ -93,7 +93,7 @@ class BatchConfig(RowsConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse_idle("row_length", self.layout == "padded", "with batch.layout padded the data decides it")
+        self.refuse_idle("row_length", self.layout == "padded", "layout padded takes the row length from the data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class RunConfig(Section, name="run"):
     epochs: float | None = ranged(None, above=0)
     """Length in passes over the training data; or give steps. Default: 1 epoch."""
     seed: int = ranged(0, at_least=0)
-    """Determines the order of the data and the initial adapters."""
+    """Determines the order of the data, the initial adapters and the sampled answers."""
     log_every: int = ranged(1, above=0)
     """Steps between lines of metrics.jsonl."""
     eval_every: int = ranged(0, at_least=0)

@@ -1,4 +1,4 @@
-"""Options of generation."""
+"""Options of sampling, for generation and for training on sampled answers."""
 
 from dataclasses import dataclass
 

@@ -179,9 +179,9 @@ def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
     ("sections", "message"),
     [
         ({"ppo": {"kl_estimator": "k3"}}, "ppo.kl_estimator: unknown option"),
-        ({"sampling": {"top_p": 0.9}}, "sampling.top_p: 0.9 cannot be used: what is trained is the policy"),
+        ({"sampling": {"top_p": 0.9}}, "sampling.top_p: 0.9 cannot be used: policy gradients need samples"),
         ({"sampling": {"temperature": 0.7}}, "sampling.temperature: 0.7 cannot be used"),
-        ({"reference": {"mode": "cached"}}, "reference.mode: 'cached' cannot be used: answers are sampled"),
+        ({"reference": {"mode": "cached"}}, "reference.mode: 'cached' cannot be used: new answers need a live ref"),
         ({"ppo": {"estimator": "rloo", "answers": 1}}, "ppo.answers: 1 cannot be used: rloo compares the answers"),
         ({"ppo": {"estimator": "rloo", "gae_lambda": 0.5}}, "ppo.gae_lambda"),
         ({"reward": {"path": "somewhere"}}, "vowels' cannot be used: reward.path is set, too"),
