@@ -15,7 +15,7 @@ _HUB_IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
 
 
 def resolve_model(path: str, revision: str | None, weights: bool = True) -> Path:
-    """Return the local directory of a Hugging Face model: ``path`` itself, or a snapshot of that hub model.
+    """Return the local directory of a Hugging Face model: ``path`` itself, or the downloaded snapshot of a hub model.
 
     If ``weights`` is false, only config and tokenizer are downloaded.
 
@@ -64,7 +64,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def end_tokens(folder: Path | None, hf_config: dict[str, Any]) -> frozenset[int]:
-    """Return the end-of-sequence ids from the model directory's generation_config.json or, without one, its config."""
+    """Return the end-of-sequence ids from the directory's generation_config.json or, if it has none, ``hf_config``."""
     path = None if folder is None else folder / "generation_config.json"
     options = read_json(path) if path is not None and path.is_file() else hf_config
     eos = options.get("eos_token_id")
@@ -72,7 +72,7 @@ def end_tokens(folder: Path | None, hf_config: dict[str, Any]) -> frozenset[int]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a model directory."""
+    """Read a JSON file of a model directory; its top level must be an object."""
     with from_outside(f"{path}: not valid JSON", "copy or download it again"):
         content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):

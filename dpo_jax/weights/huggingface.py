@@ -39,7 +39,7 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class Slot(NamedTuple):
-    """Which part of the parameter tree a tensor of the file holds."""
+    """Where a tensor of the file belongs in the parameter tree."""
 
     leaf: str
     layer: int | None  # index into the parameter's first dim; None: the whole parameter
@@ -55,7 +55,7 @@ def _path(path: tuple[Any, ...]) -> str:
 
 
 def _slots(model: Model) -> dict[str, Slot]:
-    """Map the name of each tensor a model directory must contain to its slot; files flatten [heads, head_dim]."""
+    """Map the name of each tensor that a model directory must contain to its slot. Files flatten [heads, head_dim]."""
     slots, matrix_sizes = {}, projections(model.config)
     for leaf, struct in _leaves(model.param_shapes()).items():
         prefix, _, name = leaf.rpartition("/")
@@ -127,8 +127,8 @@ def _load_leaf(
         value = tensor.read().T if leaf in TRANSPOSED else tensor.read()
         value = value.reshape(struct.shape[1:] if is_stacked else struct.shape)
         for span, buffer in targets.items():
-            index, value_span = (layer - span[0][0], span[1:]) if is_stacked else (..., span)
-            buffer[index] = value[tuple(slice(*s) for s in value_span)]
+            index, tensor_span = (layer - span[0][0], span[1:]) if is_stacked else (..., span)
+            buffer[index] = value[tuple(slice(*s) for s in tensor_span)]
     shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
 
@@ -183,7 +183,7 @@ def _gather_sharding(leaf: jax.Array) -> NamedSharding | None:
 
 
 def fetch_tensors(params: Params, slots: Mapping[str, Slot], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the file's tensors in the order of ``slots``, fetching each from the devices lazily."""
+    """Yield the name and host array of each tensor in ``slots``, fetched from the devices one at a time."""
     leaves = _leaves(params)
     for name, slot in slots.items():
         value = leaves[slot.leaf]
@@ -217,7 +217,7 @@ def export_params(
     overwrite: bool,
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Export a directory that `transformers` and inference servers can load.
+    """Export the parameters as a directory that `transformers` and inference servers can load.
 
     The export is written next to ``out_dir`` and renamed when complete. Every process must call this and one writes:
     while a tensor is being fetched, every host holds a copy of it.

@@ -24,7 +24,7 @@ _LLAMA3_70B = _LLAMA3 | _sizes(8192, 28672, 80, 64, 8)
 
 
 def _llama31(factor: float) -> HFConfig:
-    """Return the keys of Llama 3.1's extended context."""
+    """Return the config.json entries of Llama 3.1's extended context."""
     bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": factor} | bands}
 

@@ -1,4 +1,4 @@
-"""Open what ``model.path`` names: the model, its weights on the mesh, and its tokenizer."""
+"""Open the model that ``model.path`` names: its functions, its weights on the mesh, and its tokenizer."""
 
 import json
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ class ModelSource:
 
 
 def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, weights: bool = True) -> ModelSource:
-    """Find the model that ``model.path`` names; a hub model is downloaded, with or without its ``weights``.
+    """Find the model that ``model.path`` names; a hub model is downloaded, its weights only if ``weights`` is true.
 
     Raises:
         UserError: the model does not exist, or ``revision`` or ``checkpoint`` does not apply to it.
@@ -78,7 +78,7 @@ def decoder_of(source: ModelSource) -> DecoderConfig:
 
 
 def build_model(source: ModelSource, config: ModelConfig, platform: str, lora: LoraConfig | None = None) -> Model:
-    """Build the model as pure functions for devices of ``platform``, with the adapters of ``lora``; no weights."""
+    """Build the model's pure functions for ``platform``, with the adapters of ``lora``; no weights are loaded."""
     return make_model(decoder_of(source), config, platform, None if lora is None else make_lora(lora))
 
 
@@ -106,7 +106,7 @@ class OpenModel:
 
 
 def open_model(config: ModelConfig, platform: str, lora: LoraConfig | None = None, weights: bool = True) -> OpenModel:
-    """Open the model of ``model.path`` for ``platform``; a hub model is downloaded, with or without its ``weights``."""
+    """Open the model of ``model.path`` for ``platform``; ``weights`` as in `find_model`."""
     source = find_model(config.path, config.revision, config.checkpoint, weights=weights)
     return OpenModel(source, config, platform, lora)
 
@@ -130,7 +130,7 @@ def load_weights(source: ModelSource, model: Model, config: ModelConfig, mesh: M
 
 
 def load_saved(run: RunDir, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
-    """Load a run's saved weights, with adapters merged into the base, and their step; ``model`` has no adapters."""
+    """Load a run's saved weights and their step. Adapters are merged into the base: ``model`` must have none."""
     adapted = adapted_run(run)
     if adapted is not None:
         return _load_merged(adapted, model, config, mesh)
@@ -141,7 +141,7 @@ def load_saved(run: RunDir, model: Model, config: ModelConfig, mesh: Mesh) -> tu
 
 
 def restore_params(run: RunDir, which: Literal["newest", "best"], shapes: Params) -> tuple[Params, dict]:
-    """Read the policy's trained parameters of a run's newest or best step, and the manifest of that step."""
+    """Read the policy's trained parameters and the manifest from a run's newest or best step."""
     trains_value = "ppo" in load_yaml(run.config)  # its parameters are an `ActorCritic`
     saved, manifest = restore_part(run.checkpoints, which, {"params": {"policy": shapes} if trains_value else shapes})
     return saved["params"]["policy"] if trains_value else saved["params"], manifest
@@ -172,12 +172,12 @@ def adapted_run(run: RunDir) -> AdaptedRun | None:
 
 
 def lora_of(options: Mapping[str, Any]) -> LoraConfig:
-    """Read the `lora` section of a run's resolved options, which runs older than adapters lack."""
+    """Read the `lora` section of a run's resolved options; runs older than adapters have none."""
     return read_section(LoraConfig, options.get("lora", {}), "lora")
 
 
 def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:
-    """Load as `load_saved` does, for a run of adapters, with the base weights in the dtype that the run used."""
+    """`load_saved` for a run that trained adapters; the base weights are loaded in the dtype that the run used."""
     try:
         source = find_model(adapted.base.path, adapted.base.revision)
     except UserError as error:
@@ -193,7 +193,7 @@ def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: M
 
 
 def load_start(config: LoraConfig, model: Model, base: Params, seed: int, mesh: Mesh) -> Params:
-    """Return the adapters that a run starts from: those of ``lora.path``, or drawn from ``seed`` without one."""
+    """Return a run's initial adapters: loaded from ``lora.path`` if it is set, otherwise drawn from ``seed``."""
     if config.path is None:
         draw = partial(start_adapters, model, init=config.init)
         jitted = jax.jit(draw, out_shardings=trained_shardings(model, mesh))
@@ -220,7 +220,7 @@ def trained_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
 
 
 def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str | None) -> Any:
-    """Load the tokenizer that ``model.tokenizer`` names or, without that option, the model's own."""
+    """Load the tokenizer that ``model.tokenizer`` names or, if it is not set, the model's own."""
     path = config.tokenizer or source.folder
     if path is None:
         raise UserError(f"model.tokenizer: {config.path} has no tokenizer; give a directory or hub model that has one")

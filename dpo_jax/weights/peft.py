@@ -22,7 +22,7 @@ from dpo_jax.weights.safetensors import Tensor, read_header, write_file
 
 CONFIG, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every tensor's name
-_HEADS = ("classifier", "score")  # PEFT's ``modules_to_save`` of a reward model, of which it has the second
+_HEADS = ("classifier", "score")  # PEFT's ``modules_to_save`` for a sequence classifier; models here have ``score``
 
 # _USED: keys of adapter_config.json that are read. _HARMLESS: keys that do not change what the adapters compute, as
 # dropout is off here and the others are metadata. Any other key must have a value that PEFT ignores. PEFT tests most of
@@ -47,7 +47,7 @@ _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def _tensors(model: Model) -> dict[str, Slot]:
-    """Map the name in the file of each adapter tensor to its slot; leaves are layers/PROJECTION/a and b, and score."""
+    """Map the stored name of each adapter tensor to its slot, whose leaf is layers/PROJECTION/a or b, or score."""
     slots, shapes = {}, model.adapter_shapes()
     for projection, pair in shapes["layers"].items():
         for factor, leaf in pair.items():
@@ -96,7 +96,7 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig,
     if model.config.scores:
         saved = options.get("modules_to_save")
         if not isinstance(saved, list) or "score" not in saved or any(name not in _HEADS for name in saved):
-            raise bad_option("modules_to_save", "a reward model's adapters have its head; save score with them")
+            raise bad_option("modules_to_save", "a reward model's adapters must include its head; save score with them")
         options = {key: value for key, value in options.items() if key != "modules_to_save"}
     for key, value in options.items():
         is_inactive = value is None or (value == _IDLE[key] if key in _IDLE else value is False)
@@ -122,7 +122,7 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mappin
     for name, slot in expected.items():
         if name not in tensors:
             raise bad_file(
-                f"lacks {name}, which lora.targets requires: drop the target or, if some layers have it, {_MERGE}"
+                f"lacks {name}, which lora.targets requires: drop the target or, if only some layers have it, {_MERGE}"
             )
         actual, needed = list(tensors[name].shape), list(slot.shape)
         if actual != needed:
@@ -145,15 +145,15 @@ def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expec
         raise UserError(f"lora.path: {path}: target_modules: {difference}; copy both files again")
 
 
-def _named(path: Path, key: str, given: Any, modules: set[str]) -> set[str]:
-    """Return the modules that a regular expression or a list of names or name suffixes selects, as PEFT does."""
-    if isinstance(given, str):
+def _named(path: Path, key: str, selector: Any, modules: set[str]) -> set[str]:
+    """Return the modules that PEFT selects by a regular expression, or by a list of names or name suffixes."""
+    if isinstance(selector, str):
         with from_outside(f"lora.path: {path}: {key}", "it must be a regular expression or a list of names"):
-            pattern = re.compile(given)
+            pattern = re.compile(selector)
         return set(filter(pattern.fullmatch, modules))
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise UserError(f"lora.path: {path}: {key}", given, "give a list of names")
-    return {module for module in modules if any(f".{module}".endswith(f".{name}") for name in given)}
+    if not isinstance(selector, list) or not all(isinstance(name, str) for name in selector):
+        raise UserError(f"lora.path: {path}: {key}", selector, "give a list of names")
+    return {module for module in modules if any(f".{module}".endswith(f".{name}") for name in selector)}
 
 
 def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: str, out_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where a policy's answers end, and the reward model that scores them there."""
+"""The tokens that end a policy's answers, and the reward model that scores answers there."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,8 +16,8 @@ from dpo_jax.weights.open import ModelSource, OpenModel, open_model
 def stop_tokens(source: ModelSource, tokenizer: Any, tails: Iterable[list[int]]) -> list[int]:
     """Return the tokens that end an answer: EOS, those of generation_config.json, and the chat template's end of turn.
 
-    ``tails``: what training puts after the text of answers. An end of turn counts only if it is a token of its own
-    kind, such as ``<|im_end|>``, not ordinary text.
+    ``tails``: tokens that training appends to the text of answers. An end of turn counts only if it is a special or
+    added token, such as ``<|im_end|>``, not ordinary text.
     """
     ends = {tokenizer.eos_token_id} - {None}
     if source.folder is not None and (source.folder / "generation_config.json").is_file():
@@ -33,7 +33,7 @@ def refuse_reward_model(model: Model, path: str) -> None:
 
 
 def with_tail(tokens: list[int], ended: bool, tail: list[int]) -> list[int]:
-    """Return an answer's tokens up to the one where a reward model was trained to score it.
+    """Return an answer's tokens, extended to the token at which a reward model was trained to score it.
 
     Chat templates may write something after the end of a turn, such as a newline, which is then the last token.
     """
@@ -44,7 +44,7 @@ def with_tail(tokens: list[int], ended: bool, tail: list[int]) -> list[int]:
 def open_reward_model(
     config: RewardModelConfig, policy: ModelConfig, platform: str, tokenizer: Any, chat_template: str | None
 ) -> OpenModel:
-    """Find the reward model of ``reward.path``, to be computed as the policy is; ``tokenizer`` is the policy's.
+    """Open the reward model of ``reward.path`` with the policy's compute options; ``tokenizer`` is the policy's.
 
     Raises:
         UserError: it is a language model, or has another tokenizer or chat template than the policy.
@@ -53,7 +53,7 @@ def open_reward_model(
     model = replace(policy, path=config.path, revision=config.revision, checkpoint=config.checkpoint, tokenizer=None)
     try:
         reward = open_model(model, platform)
-        remedy = "it is a language model, without a score; train a reward model with dpo-jax reward"
+        remedy = "it is a language model, which has no score head; train a reward model with dpo-jax reward"
         require(reward.model.config.scores == 1, "model.path", config.path, remedy)
     except UserError as error:
         if not str(error).startswith(("model.path", "model.revision", "model.checkpoint")):

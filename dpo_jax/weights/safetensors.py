@@ -1,4 +1,4 @@
-"""Read and write safetensors files tensor by tensor, so that no more than one tensor is in memory.
+"""Read and write safetensors files tensor by tensor, so that only one is in memory at a time.
 
 A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes:
 https://huggingface.co/docs/safetensors/index#format. The safetensors library validates the header; tensors are read
@@ -63,7 +63,7 @@ class Tensor:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of one file by name.
+    """Return the location, type and shape of each tensor in a file, by name.
 
     Raises:
         UserError: the safetensors library rejects the file.
@@ -88,7 +88,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def find_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a model directory: of the single file or else of the index's files, as in transformers.
+    """Find a model directory's tensors: in its single file or else in the files of its index, as transformers does.
 
     Raises:
         UserError: there are no safetensors files, a file of the index is missing, or a tensor is not in the file that
@@ -116,7 +116,7 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Return the file name of each tensor."""
+    """Return the file name of each tensor in the index."""
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise UserError(f"{folder / INDEX}: weight_map", files, f"it must name the file of each tensor; {AGAIN}")
