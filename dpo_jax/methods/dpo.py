@@ -105,5 +105,5 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
 
     stores = {batches.store.key: batches.store for batches in (setup.batches, *setup.evals.values())}
     row_split = row_devices(mesh), local_row_shards(mesh)
-    whole_sets = {key: set_batches(s, np.arange(len(s)), config.batch, *row_split) for key, s in stores.items()}
-    return CachedReference({key: cached_logps(batches, cache_inputs, compute) for key, batches in whole_sets.items()})
+    by_store = {key: set_batches(s, np.arange(len(s)), config.batch, *row_split) for key, s in stores.items()}
+    return CachedReference({key: cached_logps(batches, cache_inputs, compute) for key, batches in by_store.items()})

@@ -1,4 +1,4 @@
-"""The training method for a fixed data set; fine-tuning and DPO share it and differ only in their reference."""
+"""The training method for a fixed data set, which fine-tuning, DPO and reward modeling share."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ class OfflineInput(NamedTuple):
 
 @dataclass(frozen=True)
 class Offline:
-    """A method that trains on data that exist beforehand: step k's batch is a pure function of (data, seed, k)."""
+    """A method that trains on a fixed data set: step k's batch is a pure function of (data, seed, k)."""
 
     setup: Setup
     num_steps: int
@@ -68,7 +68,7 @@ class Offline:
         return self.reference if state.reference is None else LiveReference(state.reference)
 
     def check_start(self, state: TrainState) -> str | None:
-        """Verify that policy and reference of the same weights agree; else return a line with their mean margin."""
+        """If policy and reference have equal weights, check that they agree; else return their mean margin as text."""
         logps = start_logps(self.setup, self.reference_of(state), self.weights(state))
         if logps is None:
             return None

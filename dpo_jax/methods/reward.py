@@ -1,4 +1,4 @@
-"""Reward modeling: scores of answers by Bradley-Terry, on the pairs, rows and step of DPO."""
+"""Reward modeling: answer scores with the Bradley-Terry loss, on the same pairs, packing and train step as DPO."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ def reward(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
 
 
 def unused_end(tokenizer: Any, vocab: int, stores: Sequence[Store]) -> int:
-    """Return a padding token that no answer ends with: the tokenizer's own one if it can serve, else a special one.
+    """Return a padding token that ends no answer: the tokenizer's own if possible, else an unused or special one.
 
     transformers reads the score at the last token that is not padding. Where padding is the end-of-sequence token, as
     is common, that would be the token before the end.

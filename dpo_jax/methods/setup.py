@@ -138,7 +138,7 @@ def refuse_margins(config: TrainConfig, store: Store) -> None:
     unusable = np.flatnonzero(np.isnan(store.margins))
     if config.scores and len(unusable):
         row = f"row {store.rows[unusable[0]]} of {store.report[store.sources[unusable[0]]]['source']}"
-        raise UserError(f"margin: that of {row} is not a number: fix the column margin, or remove it from all rows")
+        raise UserError(f"{row}: margin is not a number: fix the column margin, or remove it from all rows")
 
 
 def announce(setup: Setup, run: RunDir) -> None:
@@ -190,7 +190,7 @@ def notes_of(setup: Setup) -> list[str]:
         limit_note = f"but the model supports {max_positions} (max_position_embeddings)"
         notes.append(f"a prompt with its answer has up to {longest} tokens, {limit_note}: lower data.max_length")
     if setup.config.scores and setup.batches.store.margins.any():
-        notes.append("the loss subtracts the column margin of the data from the differences of scores")
+        notes.append("the loss subtracts the data's column margin from the score differences")
     if order.batch > order.epoch_draws:
         excess_note = f"more than the {order.epoch_draws} of an epoch, so some appear twice in a step"
         notes.append(f"a batch has {order.batch} examples, {excess_note}: use a smaller batch")

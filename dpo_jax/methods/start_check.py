@@ -23,7 +23,7 @@ STEP_CAUSE = (
 
 
 def agreement(setup: Setup) -> float:
-    """Return the tolerance for log-probs; accelerators may multiply float32 matrices with bfloat16's precision."""
+    """Return the tolerance for log-probs; accelerators may multiply float32 matrices in bfloat16 precision."""
     products_are_exact = jax.default_backend() == "cpu" or setup.model.matmul_precision == "highest"
     return AGREEMENT["float32" if setup.model.dtype == "float32" and products_are_exact else "bfloat16"]
 
@@ -80,7 +80,7 @@ def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> None
 
 
 def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> None:
-    """Check that the first train step of equal models has margins of 0 and the loss that follows from them.
+    """Check that the first train step, with policy equal to reference, has margins of 0 and the loss of margin 0.
 
     Equal bits are required of the evaluation function only: in the train step the policy's log-probs come with a
     gradient and the reference's without, and a compiler may round the two differently. The margins are 0 within

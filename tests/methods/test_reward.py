@@ -196,7 +196,7 @@ def test_a_margin_that_is_no_number_is_refused_by_reward_and_passed_over_by_trai
     (trained / "margins.jsonl").write_text("\n".join(lines))
     data = {"train": str(trained / "margins.jsonl"), "max_length": 64, "workers": 1, "store": str(trained / "store")}
     more = {"data": data, "batch": {"pairs": 4}}
-    with pytest.raises(UserError, match=r"^margin: that of row 5 of \S+ is not a number: fix the column margin, or"):
+    with pytest.raises(UserError, match=r"^row 5 of \S+: margin is not a number: fix the column margin, or"):
         train(parse_config(options(trained, "m", **more), {}, RewardConfig))
     dpo = more | {"run": {"dir": str(trained / "m"), "steps": 1, "progress": False, "report": False}}
     result = train(parse_config(options(trained, "m", **dpo), {}, DPOConfig))
@@ -287,7 +287,7 @@ def test_adapters_with_their_head_are_the_same_function_in_peft(shared, torch, p
 def test_adapters_without_the_head_alone_are_refused(saved, tmp_path):
     model = replace(small_model(), config=replace(small_model().config, scores=1), lora=make_lora(LoraConfig(rank=2)))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "modules_to_save": saved}))
-    with pytest.raises(UserError, match=r"modules_to_save: .* a reward model's adapters have its head; save score"):
+    with pytest.raises(UserError, match=r"modules_to_save: .* adapters must include its head; save score"):
         load_adapters(tmp_path, model, LoraConfig(rank=2), None)
 
 
