@@ -18,21 +18,21 @@ AnswerScores = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list
 
 
 def make_answer_scores(model: Model, weights: Params, mesh: Mesh) -> AnswerScores:
-    """Return a function that scores an answer to each prompt at the answer's last token, as one batch.
+    """Return a function that scores one answer per prompt at the answer's last token, in one batch.
 
     Each prompt and answer is a row of its own. Rows are padded to a power of two of blocks, so that few programs are
     compiled.
     """
     scores_fn = jax.jit(make_scores_fn(model), out_shardings=replicated(mesh))
-    to_devices, shares = make_to_devices(mesh), local_row_shards(mesh)
+    to_devices, shards = make_to_devices(mesh), local_row_shards(mesh)
 
     def answer_scores(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
         examples = [(np.array(p), (np.array(a),), None) for p, a in zip(prompts, answers, strict=True)]
         lengths = np.array([[len(p), len(a)] for p, a in zip(prompts, answers, strict=True)])
         rows = [[unit] for unit in make_units(lengths, lengths[:, 1:], "padded")]
-        size = round_up(len(rows), row_devices(mesh)) // row_devices(mesh)  # rows per share
+        size = round_up(len(rows), row_devices(mesh)) // row_devices(mesh)  # rows per shard
         shape = _shape(size * row_devices(mesh), int(lengths.sum(1).max()))
-        local_rows = [share * size + row for share in shares for row in range(size)]
+        local_rows = [shard * size + row for shard in shards for row in range(size)]
         batch = pack_rows(rows, shape, examples, np.ones(len(rows), np.float32), 1, local_rows)
         scores: Any = scores_fn(weights, to_devices(batch)).sum
         return np.asarray(scores)[:, 0].tolist()

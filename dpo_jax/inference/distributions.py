@@ -18,7 +18,7 @@ CONFIDENCES = np.linspace(0.5, 1, 11)  # edges of the reliability diagram's bins
 
 
 def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Any]:
-    """Return the distributions of rewards and margins over a set of pairs without empty slots.
+    """Return the distributions of rewards and margins over a set of pairs, none of which may be padding.
 
     The keys of the result:
 

@@ -29,20 +29,20 @@ class Generated(NamedTuple):
     """Answers of R rows; values after the end of an answer are 0."""
 
     tokens: Int[Array, "R N"]
-    logps: Float[Array, "R N"]  # log-prob of each token under the model itself, at temperature 1 and without cuts
+    logps: Float[Array, "R N"]  # log-prob of each token under the model, at temperature 1 without top-k or top-p
     lengths: Int[Array, " R"]  # tokens, with the end token
     ended: Bool[Array, " R"]  # the answer has an end token
 
 
 class Answer(NamedTuple):
-    """One answer, on the host."""
+    """One generated answer, as Python values."""
 
     tokens: list[int]  # with the end token
     logps: list[float]
     ended: bool  # False: it was stopped at the maximum length
 
     def text(self, tokenizer: Any, prompt: list[int]) -> str:
-        """Return the text without special tokens, decoded after the prompt, as a tokenizer may drop a leading space."""
+        """Decode the answer without special tokens, after its prompt, as a tokenizer may drop a leading space."""
         decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         tokens = self.tokens[:-1] if self.ended else self.tokens
         before, text = decode(prompt), decode(prompt + tokens)
@@ -58,7 +58,7 @@ def answer_rows(
     end_ids: Int[Array, " _"],
     options: SamplingConfig,
 ) -> Generated:
-    """Generate an answer to each right-padded prompt of ``lengths`` tokens; pure, to be compiled."""
+    """Generate an answer to each right-padded prompt; ``lengths`` are the prompts' token counts. A pure function."""
     num_rows, prompt_length = prompts.shape
     unembedding = model.unembedding(weights).astype(model.dtype)
     last = lengths - 1  # index of the token with which the loop begins
@@ -95,7 +95,7 @@ def answer_rows(
 
 
 def rollout_weights(model: Model, weights: Params | Adapted, mesh: Mesh) -> Any:
-    """Copy the weights, cast to the compute dtype, to the `rollout_mesh` of ``mesh``; each token reads all of them."""
+    """Copy the weights to the `rollout_mesh` of ``mesh`` in the compute dtype, as every new token reads them all."""
     return _compiled_copy(model, rollout_mesh(mesh), isinstance(weights, Adapted))(weights)
 
 
@@ -127,8 +127,8 @@ def generate(
 ) -> list[Answer]:
     """Generate an answer to each prompt, as one batch on the devices of ``mesh``.
 
-    ``weights``: from `rollout_weights` for the same mesh. The draw of prompt i depends on (``seed``, ``step``,
-    ``first_row`` + i) and its token's index.
+    ``weights``: from `rollout_weights` for the same mesh. The draw of a token of answer i depends on (``seed``,
+    ``step``, ``first_row`` + i) and the token's index.
     """
     assert all(len(prompt) > 0 for prompt in prompts), "a prompt must have at least one token"
     mesh = rollout_mesh(mesh)

@@ -43,7 +43,7 @@ class LiveReference:
 
 @dataclass(frozen=True)
 class CachedReference:
-    """Cached reference log-probs of every example of the run's stores, without weights."""
+    """Cached reference log-probs of every example in the run's stores; no reference weights are in memory."""
 
     logps: Mapping[str, Mapping[str, np.ndarray]]  # store key -> field of PairLogps -> [N, K] float32
 

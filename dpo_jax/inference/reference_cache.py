@@ -34,7 +34,7 @@ class Unusable(Exception):
 def cached_logps(
     batches: Batches, inputs: Mapping[str, Any], compute: Compute, report: Callable[[str], None] | None = None
 ) -> Arrays:
-    """Return the reference log-probs of a whole store, loaded from its cache file or computed and saved there.
+    """Return the reference log-probs of a store's examples, loaded from its cache file or computed and saved there.
 
     Args:
         batches: contain every example of the store once, in order.
@@ -92,7 +92,7 @@ def _load_complete(path: Path, inputs: Mapping, shape: tuple[int, int], report: 
             raise Unusable(f"it holds log-probs of shape {shapes_text}, but the data needs {shape}")
         is_finite = np.all([np.isfinite(values).all(1) for values in fields.values()], axis=0)
         if not is_finite.all():
-            raise Unusable(f"row {int(np.argmin(is_finite))} has no finite log-prob")
+            raise Unusable(f"row {int(np.argmin(is_finite))} has a log-prob that is not finite")
     except Unusable as error:
         report(f"reference cache: {path} cannot be used ({error}): recomputing")
         return None
@@ -140,7 +140,7 @@ def _refuse_gaps(logps: Arrays, computed: np.ndarray, path: Path) -> None:
 
 
 def _difference(path: Path, inputs: Mapping) -> str:
-    """Return how the inputs of a file differ from ``inputs``, as a predicate for messages."""
+    """Return how the inputs of a file differ from ``inputs``, as a verb phrase for messages."""
     try:
         saved_inputs, _ = _load(path, arrays=False)
     except Unusable:

@@ -28,13 +28,13 @@ def sample(
 
 
 def argmax(values: Float[Array, "R V"]) -> Int[Array, " R"]:
-    """Return each row's `jnp.argmax`, which XLA on a CPU does not vectorize, nor what it is computed from."""
+    """Return the argmax of each row. On a CPU, XLA vectorizes neither `jnp.argmax` nor the computation of its input."""
     size = values.shape[-1]
     return jnp.where(values == values.max(-1, keepdims=True), jnp.arange(size), size - 1).min(-1)
 
 
 def cut(logits: Float[Array, "R V"], options: SamplingConfig) -> Float[Array, "R V"]:
-    """Set all logits to -inf but those of the ``top_k`` tokens, and of these the nucleus of mass ``top_p``.
+    """Set logits to -inf, first outside the ``top_k`` most likely tokens, then outside the nucleus of mass ``top_p``.
 
     The nucleus is the smallest set of most likely tokens with at least that mass (Holtzman et al. 2020, arXiv
     1904.09751).

@@ -22,7 +22,7 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder emits for an incomple
 def token_fields(
     ratios: Iterable[tuple[int, list[np.ndarray]]], store: Store, tokenizer: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (example id, fields) for every pair of ``ratios``, which ``token_log_ratios`` yields.
+    """Yield (example id, fields) for every pair in ``ratios``, the output of ``token_log_ratios``.
 
     The fields are ``prompt``; ``pieces/ANSWER``, the text of each token of an answer; and ``log_ratios/ANSWER``, each
     token's log pi - log ref in nats, weighted as in the loss. The latter sum to the answer's log-ratio.
@@ -46,7 +46,7 @@ def token_log_ratios(
     mesh: Mesh,
     ld_alpha: float | None = None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Yield (example id, float32 token log-ratios per answer) for every pair; one program serves both models."""
+    """Yield (example id, float32 token log-ratios per answer) per pair; one program computes policy and reference."""
     token_logps_step = jax.jit(token_logps_fn, out_shardings=replicated(mesh))
     gather = jax.jit(lambda batch: batch, out_shardings=replicated(mesh))  # a pair may lie in rows of two hosts
     for data in batches.ahead(range(batches.order.num_steps)):

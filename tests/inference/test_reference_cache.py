@@ -90,7 +90,7 @@ WRONG = {
     ),
     "half-written": (
         lambda fields: {k: np.where(np.arange(NUM_ROWS)[:, None] < 9, v, np.nan) for k, v in fields.items()},
-        "row 9 has no finite log-prob",
+        "row 9 has a log-prob that is not finite",
     ),
 }
 
