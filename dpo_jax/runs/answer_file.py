@@ -20,13 +20,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class AnswerFile:
-    """The file that ``--output`` names. Only the writer process calls the functions."""
+    """The file that ``--output`` names. Only the writer process calls its methods."""
 
     path: Path
 
     @classmethod
     def named(cls, name: str) -> "AnswerFile":
-        """Return the file with this name.
+        """Return the answer file with the name that ``--output`` gives.
 
         Raises:
             UserError: the name is not that of a local file of JSON lines.
@@ -43,7 +43,7 @@ class AnswerFile:
 
     @property
     def manifest(self) -> Path:
-        """Path of the options and hashes of the models that the answers depend on."""
+        """Path of the manifest: the options and model hashes that the answers depend on."""
         return self.beside(".manifest.json")
 
     @contextmanager
@@ -71,7 +71,7 @@ class AnswerFile:
                 path.unlink(missing_ok=True)
 
     def resume(self, manifest: Mapping[str, Any], num_rows: int) -> tuple[int, list[str]]:
-        """Begin the file, or cut an incomplete last line; return its number of rows, and what changes their rounding.
+        """Create the file or drop an incomplete last line; return its number of rows and what affects rounding.
 
         Raises:
             UserError: the file is not that of a command with this ``manifest``, or was edited.
@@ -88,16 +88,15 @@ class AnswerFile:
         changes = compare_manifest(old, manifest)
         if changes:
             remedy = "restore these, or choose another --output"
-            raise UserError(f"--output: {self.path} has answers of other options: {'; '.join(changes)}: {remedy}")
+            mismatch = f"has answers made with other options: {'; '.join(changes)}"
+            raise UserError(f"--output: {self.path} {mismatch}: {remedy}")
         with writing(self.path):
             storage.drop_torn_line(self.path)
         last = -1
         for last, row in enumerate(self.rows()):
             if row.get("row") != last or last >= num_rows:
                 remedy = "restore the file, or choose another --output"
-                raise UserError(
-                    f"--output: {self.path} was edited: line {last + 1} is not that of row {last}: {remedy}"
-                )
+                raise UserError(f"--output: {self.path} was edited: line {last + 1} does not hold row {last}: {remedy}")
         return last + 1, rounding_changes(old, manifest)
 
     def _read_manifest(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def leaf_checksums(tree: Any) -> dict[str, int]:
     """Return a 32-bit checksum of every array's bits by path, computed on the array's devices in one pass.
 
     It is the sum modulo 2**32 of a hash of each element's bits and row-major index. It therefore does not depend on the
-    sharding or the number of devices, and any change to a single element changes it.
+    sharding or the number of devices. A change to a single element of at most 32 bits always changes it.
     """
     return dict(zip(describe_leaves(tree), map(int, jax.device_get(_checksums(jax.tree.leaves(tree)))), strict=True))
 

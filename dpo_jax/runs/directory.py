@@ -66,8 +66,8 @@ def locked_run(path: str | Path) -> Iterator[RunDir]:
     """Context manager that creates or reopens a run directory and locks it; only the writer process calls it.
 
     Raises:
-        UserError: another process trains there, the directory is not a run, or it cannot be written. Nothing in it
-            was changed then.
+        UserError: another process trains there, the directory is not a run, or it cannot be written. In these
+            cases nothing in it is changed.
     """
     root = _local(path)
     try:

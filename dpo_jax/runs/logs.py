@@ -63,7 +63,7 @@ class MetricsLog:
 
 
 def clipped(values: Mapping[str, float | int], max_grad_norm: float | None) -> dict[str, int]:
-    """Return the metric ``clipped``, 1 if the step's gradient was clipped; empty if the optimizer does not clip."""
+    """Return {"clipped": 1 if the step's gradient was clipped, else 0}, or {} if the optimizer does not clip."""
     return {} if max_grad_norm is None else {"clipped": int(values["grad_norm"] > np.float32(max_grad_norm))}
 
 

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, and rules for which of its differences prevent a run from resuming.
+"""The manifest of a checkpoint, and the rules by which differences between manifests prevent a run from resuming.
 
 Plain data, without jax. A manifest is a dictionary of JSON values:
 
@@ -101,7 +101,7 @@ def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
 def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str:
     """Return the command-line options with which a new run starts from an old run's newest step.
 
-    ``config``: the old run's resolved options, of which the others may change. ``keeps_reference``: add the old
+    ``config``: the old run's resolved options; those not returned may be changed. ``keeps_reference``: add the old
     reference; otherwise the new run's start would become the reference.
     """
     model, options = config["model"], f"--run.dir NEW --model.path {root}"
@@ -143,8 +143,8 @@ def _effect(name: str) -> str:
 def _length_matters(old: Mapping, new: Mapping) -> bool:
     """Return whether changing the length of the run changes its steps.
 
-    Schedules other than constant depend on the length, and the last step of a run given in epochs may have empty
-    slots that a longer run would have filled.
+    Schedules other than constant depend on the length, and the last step of a run given in epochs may have padding
+    where a longer run has examples.
     """
     in_steps = old["run"]["steps"] is not None and new["run"]["steps"] is not None
     return not in_steps or new["optimizer"]["schedule"] != "constant"

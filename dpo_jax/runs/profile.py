@@ -18,7 +18,7 @@ def refuse_window(window: Sequence[int], num_steps: int) -> None:
 
 
 def trace_edges(window: Sequence[int]) -> set[int]:
-    """Return the steps, counted from 1, to wait for, so that the trace contains exactly the steps of the window."""
+    """Return the steps, counted from 1, whose end to wait for, so that exactly the window's steps are traced."""
     return {window[0] - 1, window[1]} if window else set()
 
 

@@ -36,7 +36,7 @@ def saved_steps(directory: epath.Path) -> list[int]:
 
 
 def rank_steps(metrics: Mapping[int, Mapping[str, float]], config: CheckpointConfig) -> list[int]:
-    """Rank steps by ``best_metric``, best first, of equals the latest; omit steps where it is missing or NaN."""
+    """Rank steps by ``best_metric``, best first and ties by latest step; omit steps where it is missing or NaN."""
     name = config.best_metric
     if name is None:
         return []
@@ -164,7 +164,7 @@ def _read_arrays(path: epath.Path, abstract: Any, saved: Mapping[str, dict], par
 
 
 class _PatientReader(ocp.type_handlers.ArrayHandler):
-    """Orbax's reader, which here waits for the other reads after an error, before its event loop is closed."""
+    """Orbax's array reader; after an error it waits for the other reads, before the event loop is closed."""
 
     async def deserialize(self, infos, args=None):
         earlier_tasks = asyncio.all_tasks()

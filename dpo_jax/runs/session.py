@@ -105,7 +105,7 @@ class Session:
     _clock: float = field(init=False)  # when the last step, evaluation or save ended
 
     def resume(self, abstract_state: Any) -> tuple[Any, int] | None:
-        """Restore the newest usable checkpoint and its step, and truncate the logs to it; None if there is none."""
+        """Restore the newest usable checkpoint, if any, and truncate the logs to it; return state and step, or None."""
         saved_manifest = self._checkpoints.manifest()
         if saved_manifest is not None:
             refuse_changed(saved_manifest, self._manifest, str(self.run.root))
@@ -221,7 +221,7 @@ class Session:
         self._clock = time.perf_counter()
 
     def stop_if_asked(self, step: int) -> None:
-        """Raise ``Preempted`` if a stop was requested; the state is saved by then."""
+        """Raise ``Preempted`` if a stop was requested; the caller has saved the state."""
         if not self.due.stop:
             return
         if hosts.is_writer():
