@@ -186,7 +186,7 @@ def draw_reliability(bins: Sequence[Row], theme: str) -> bytes:
 def draw_frontier(
     optimum: Sequence[tuple[float, float]], points: Mapping[str, Sequence[tuple[float, float]]], theme: str
 ) -> bytes:
-    """Draw rewards against KLs as PNG: the optimum's curve, and the points of each method by name."""
+    """Draw reward against KL as PNG: the frontier of optimal policies as a curve, and points for each named method."""
     colors = COLORS[theme]
     fig, (axes,) = _canvas(1)
     axes.plot(*zip(*optimum, strict=True), color=colors["ink"], linewidth=1.2)

@@ -281,7 +281,7 @@ def _text_head(tokenizer: Any, tokens: np.ndarray, last: bool = False) -> str:
 def show_step(sets: DataSets, step: int, tokenizer: Any) -> str:
     """Return text that lists the examples of step ``step``, counted from 1 as in metrics.jsonl."""
     if not 1 <= step <= sets.order.num_steps:
-        raise UserError(f"--step must be from 1 to {sets.order.num_steps}, the steps of this run, got {step}")
+        raise UserError(f"--step must be from 1 to {sets.order.num_steps}, the run's last step, got {step}")
     lines = [f"step {step} of {sets.order.num_steps}, epoch {sets.order.epoch(step):.4f} at its end"]
     for slot, i in enumerate(sets.order.step_ids(step - 1).tolist()):
         if i < 0:

@@ -38,7 +38,7 @@ def exact_duplicates(store: Store, ids: np.ndarray) -> list[list[int]]:
 
 
 def contradictions(store: Store, ids: np.ndarray) -> list[tuple[int, int]]:
-    """Return pairs (i, j) of examples where one prefers what the other rejects, each contradiction once."""
+    """Return pairs (i, j) of examples with the same prompt and answers but opposite labels, each contradiction once."""
     assert store.lengths.shape[1] == 3
     first: dict[bytes, int] = {}
     pairs = {}
@@ -50,7 +50,7 @@ def contradictions(store: Store, ids: np.ndarray) -> list[tuple[int, int]]:
 
 
 def plain_words(tokenizer) -> np.ndarray:
-    """Return int64 [V], a word number per token, the same up to case and spaces; -1 for spaces and special tokens."""
+    """Return a word id per token, int64 [V], equal if only case and spaces differ; -1 for blank and special tokens."""
     numbers: dict[str, int] = {}
     words = np.full(len(tokenizer), -1, np.int64)
     special = set(tokenizer.all_special_ids)

@@ -67,7 +67,7 @@ def paragraph(text: str) -> str:
 
 
 def cards(values: Mapping[str, tuple[str | None, str]]) -> str:
-    """Return cards for the headline numbers; each name maps to (before or None, after)."""
+    """Return cards of headline numbers; ``values`` maps each name to its value (before or None, after)."""
     cells_html = "".join(
         f'<div class="card"><div class="name">{escape(name)}</div><div class="value">'
         + ("" if before is None else f'<span class="from">{escape(before)} → </span>')
@@ -108,7 +108,7 @@ def code(text: str) -> str:
 
 
 def number(value: float) -> str:
-    """Format a number with about four digits."""
+    """Format a number with about four significant digits."""
     if not math.isfinite(value):
         return str(value)
     if value == 0 or 1e-3 <= abs(value) < 1e5:

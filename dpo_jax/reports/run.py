@@ -51,7 +51,7 @@ PLOTS = (
     Plot("Answer length", ("length",), "Tokens, with the end token."),
     Plot("Ended", ("ended",), "Answers that end before the maximum length.", share=True),
     Plot("Explained variance", ("explained_variance",), "Of the returns, by the value model.", share=True),
-    Plot("Clipped ratios", ("clip_fraction",), "Beyond the clip, and without a gradient if they earn.", share=True),
+    Plot("Clipped ratios", ("clip_fraction",), "Share of probability ratios outside the clip range.", share=True),
     Plot("Token accuracy", ("mean_token_accuracy",), "Share of answer tokens that were the model's most likely token."),
     Plot("Entropy", ("entropy",), "Nats per token; near 0 the model is certain of every token."),
     Plot("Gradient norm", ("grad_norm",), "Before clipping. Rare spikes are harmless; steady growth is not.", log=True),
@@ -74,7 +74,7 @@ NOT_PLOTTED = {
 
 
 def objective(config: Row) -> str:
-    """Return the objective in words; only a reward model's loss has no beta, and fine-tuning has no options of it."""
+    """Return the objective in words, empty for fine-tuning; only a reward model's loss has no beta."""
     if "ppo" in config:
         options = config["ppo"]
         return f"{options['estimator']}, KL coefficient {options['kl_coef']:g}, {options['epochs']} updates a step"
@@ -156,7 +156,7 @@ def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
 
 
 def starts_tied(metrics: Sequence[Row], prefix: str) -> bool:
-    """Return whether all margins were 0 within rounding when accuracy was first logged, which makes it meaningless.
+    """Return whether all margins were 0 within rounding at the first logged accuracy, which is then meaningless.
 
     The float32 bound applies to every dtype: evaluation scores policy and reference with one function.
     """

@@ -1,4 +1,4 @@
-"""HTML page that colors answer tokens by their contribution to the reward, for the extreme margins."""
+"""HTML page that colors answer tokens by their contribution to the reward, for pairs with extreme margins."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -220,7 +220,7 @@ def test_a_step_shows_exactly_its_examples(tmp_path):
         shown += ids
     assert Counter(shown) == Counter(range(70))
     assert block.count("empty, the data ends here") == 128 - 70
-    with pytest.raises(UserError, match="--step must be from 1 to 2, the steps of this run, got 3"):
+    with pytest.raises(UserError, match="--step must be from 1 to 2, the run's last step, got 3"):
         show_step(sets, 3, TOKENIZER)
 
 

@@ -168,7 +168,7 @@ def test_parts_of_the_reward_sum_to_it(made, tmp_path, options):
         (["--loss.type", "simpo"], "--per-token: reference.mode none provides nothing to compare tokens with; "),
         (
             ["--output", "x.html"],
-            "--output: x.html is also the name of the page of tokens; choose one in .jsonl",
+            "--output: x.html is also the path of the token page; choose a .jsonl name",
         ),
     ],
 )
