@@ -44,12 +44,12 @@ class Collective(NamedTuple):
         return ring.get(self.kind, 1.0) * self.num_bytes  # a permute sends everything once
 
     def slices(self, devices_per_slice: int) -> int:
-        """Return the number of slices that the collective spans."""
+        """Return the number of TPU slices that the collective spans."""
         return max(len(np.unique(group // devices_per_slice)) for group in self.groups)
 
 
 def collectives(text: str, num_devices: int) -> list[Collective]:
-    """Return the collectives of a program for ``num_devices`` devices, numbered in the row-major order of its mesh.
+    """Return the collectives of a program; its ``num_devices`` devices are numbered in the mesh's row-major order.
 
     The text may be that of one of several slices, which all run the same program.
     """

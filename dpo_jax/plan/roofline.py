@@ -1,4 +1,4 @@
-"""Closed forms for the memory traffic of a step's matrix products, and for the time of its collectives.
+"""Closed forms for the memory traffic of a step's matmuls, and for the time of its collectives.
 
 Each time is what one resource needs alone, at its peak rate. The longest is a lower bound on the step's time; their sum
 is the time without any overlap.
@@ -15,7 +15,7 @@ from dpo_jax.plan.hlo import Collective
 def matrix_traffic(
     model: Model, tokens: int, targets: int, *, microbatches: int, tensor: int, live_reference: bool
 ) -> float:
-    """Return the bytes that a device's matrix products read and write, counting each operand once per product.
+    """Return the bytes that a device's matmuls read and write, counting each operand once per matmul.
 
     ``tokens`` and ``targets`` are per device and microbatch; ``tensor`` devices shard each matrix.
     """
@@ -35,7 +35,7 @@ def matrix_traffic(
 
 
 def collective_times(collectives: Sequence[Collective], chip: Chip, devices_per_slice: int) -> dict[str, float]:
-    """Return the seconds that collectives take inside slices (``ici``) and between them (``dcn``)."""
+    """Return the seconds that collectives take inside TPU slices (``ici``) and between them (``dcn``)."""
     seconds = {"ici": 0.0, "dcn": 0.0}
     for collective in collectives:
         members = collective.groups.shape[1]
