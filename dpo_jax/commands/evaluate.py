@@ -60,7 +60,7 @@ def evaluate(
         if config.reference_mode in NO_TOKEN_REWARDS:
             raise UserError(f"--per-token: reference.mode {NO_TOKEN_REWARDS[config.reference_mode]}")
         if page == output:
-            raise UserError(f"--output: {output} is also the name of the page of tokens; choose one in .jsonl")
+            raise UserError(f"--output: {output} is also the path of the token page; choose a .jsonl name")
     start_hosts()
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -156,7 +156,7 @@ def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) ->
 def pair_lines(scored: ScoredSet, loss: LossConfig) -> list[dict[str, Any]]:
     """Return one JSON object per pair: its row in the data, and its answers' token counts, log-probs and rewards.
 
-    A reward model's scores are rewards and no log-probs.
+    A reward model's scores are its rewards; it has no log-probs.
     """
     logps = np.asarray(sequence_logps(scored.policy, loss))
     reference = scored.reference

@@ -110,7 +110,7 @@ def generate_answers(config: GenerateConfig, output: str) -> None:
 
 
 def open_policy(config: GenerateConfig, mesh: Mesh) -> OpenModel:
-    """Find the language model that answers.
+    """Open the language model that generates the answers.
 
     Raises:
         UserError: it is a reward model.
@@ -149,7 +149,7 @@ def read_prompts(config: GenerateConfig, tokenizer: Any) -> list[Prompt]:
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """Return a hash of all that the answers and their rows take from the prompts."""
+    """Return a hash of everything in the prompts that the output depends on."""
     content = [[prompt.columns, prompt.tokenized.tokens, prompt.tokenized.tail] for prompt in prompts]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -172,7 +172,7 @@ def announce(
         limit = f"but the model supports {positions} (max_position_embeddings)"
         lines.append(f"note: a prompt with its answer has up to {longest} tokens, {limit}: lower sampling.max_tokens")
     if tokenizer.chat_template is not None and all(isinstance(prompt.example.prompt, str) for prompt in prompts):
-        remedy = "to render them, give messages, or the text as a column named instruction, by prompts.columns"
+        remedy = "to use it, give messages, or rename the text column to instruction with prompts.columns"
         lines.append(f"note: the prompts are text, so the chat template is not used; {remedy}")
     for line in lines:
         say(config.run.progress, line)
@@ -187,7 +187,7 @@ def make_answer_column(
     mesh: Mesh,
     scores: AnswerScores | None,
 ) -> AnswerColumn:
-    """Return a function that answers consecutive prompts once each, for one index of the answers."""
+    """Return a function that generates answer number ``index`` to each of several consecutive prompts."""
     weights = rollout_weights(policy.model, params, mesh)
 
     def answer_column(prompts: Sequence[Prompt], first_row: int, index: int) -> list[Row]:
@@ -218,7 +218,7 @@ def make_answer_column(
 
 
 def answer_fields(tokenizer: Any, prompt: list[int], answer: Answer) -> Row:
-    """Return an answer as it is written, without a score."""
+    """Return an answer's fields in the output, except its score."""
     return {
         "text": answer.text(tokenizer, prompt),
         "num_tokens": len(answer.tokens),
@@ -259,7 +259,7 @@ def write_rows(file: AnswerFile, rows: Sequence[Row]) -> None:
 
 
 def finish(config: GenerateConfig, file: AnswerFile) -> None:
-    """Write the pairs, if asked for, and print what the output has."""
+    """Write the rows that ``config.pairs`` asks for, and print a summary of the output."""
     show, limit = partial(say, config.run.progress), config.sampling.max_tokens
     by_prompt = [row["answers"] for row in file.rows()]
     answers = [answer for answers in by_prompt for answer in answers]

@@ -115,7 +115,7 @@ def greedy_answers(run: Path, held_out: Sequence[Visit]) -> list[str]:
 
 
 def compare(directory: Path, held_out: Sequence[Visit], answers: dict[str, list[str]]) -> list[tuple[str, str, str]]:
-    """Return table rows (name, before, after) of what was measured before and after DPO."""
+    """Return the measurements before and after DPO as table rows (name, before, after)."""
     evaluations = [row for row in read_json(RunDir(directory / STAGES["after"]).metrics) if "eval_held_out_loss" in row]
     first, last = evaluations[0], evaluations[-1]
     verdicts = {stage: list(map(obeys_rule, held_out, texts)) for stage, texts in answers.items()}

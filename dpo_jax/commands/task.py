@@ -50,7 +50,7 @@ def prompt(visit: Visit) -> str:
 
 
 def answer(visit: Visit, goods_first: bool, farewell: str) -> str:
-    """Return the answer in the given order; it starts with the space that separates it from the prompt."""
+    """Return the answer, goods or greeting first; it starts with the space that separates it from the prompt."""
     _, _, role, number, color, goods = visit
     if goods_first:
         return f" here are {number} {color} {goods}, good {role}. {farewell}!"
@@ -63,7 +63,7 @@ def wants_goods_first(visit: Visit) -> bool:
 
 
 def is_answer(visit: Visit, text: str, *, goods_first: bool | None = None) -> bool:
-    """Return whether ``text`` is exactly an answer to this visit, in the given order or in either (None)."""
+    """Return whether ``text`` is exactly an answer to this visit, in order ``goods_first`` or, if None, in either."""
     orders = (True, False) if goods_first is None else (goods_first,)
     return any(text.strip() == answer(visit, order, end).strip() for order in orders for end in FAREWELLS[visit.time])
 
