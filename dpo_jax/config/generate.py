@@ -16,7 +16,7 @@ class RewardModelConfig(Section, name="reward"):
 
     path: str | None = None
     """Run directory of `dpo-jax reward`, or Hugging Face directory or hub name of a model for sequence
-    classification, with the tokenizer of model.path."""
+    classification. If its tokenizer or chat template is not the policy's, it reads the text of the answers."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     checkpoint: Literal["newest", "best"] = "newest"
