@@ -47,7 +47,7 @@ def start_adapters(
 
 
 def merge(weights: Adapted, model: Model) -> Params:
-    """Merge adapters: return W + scale * B A, summed in float32, in the model's parameter dtype, sharded like the base.
+    """Merge adapters: return W + scale * B A, summed in float32, cast to the parameter dtype, sharded like the base.
 
     The head of a reward model is taken from the adapters.
     """
