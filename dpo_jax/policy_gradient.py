@@ -122,12 +122,13 @@ def make_targets(
     values: Float[Array, "G B K N"] | None,
     options: PolicyGradientConfig,
 ) -> tuple[Targets, dict[str, Array]]:
-    """Compute the targets of a step's updates, and metrics averaged over its answers.
+    """Compute the targets of a step's updates, and metrics of its answers.
 
-    ``sampled_kl``: the sum of log(pi / ref) over an answer's tokens; ``sampled_kl_k3``: that of ref / pi - 1 -
-    log(ref / pi), which has the same mean and is never negative (Schulman 2020); ``rlhf_reward``: the score minus
-    kl_coef sampled_kl, and minus the penalty for a missing end token; ``sampler_error`` and
-    ``mean_sampler_error``: the largest and the mean difference of a log-prob from the sampler's, relative to it.
+    Score, KLs, reward, length and ``ended`` are means over answers. ``sampled_kl``: the sum of log(pi / ref) over an
+    answer's tokens; ``sampled_kl_k3``: that of ref / pi - 1 - log(ref / pi), which has the same mean and is never
+    negative (Schulman 2020); ``rlhf_reward``: the score minus kl_coef sampled_kl, and minus the penalty for a missing
+    end token; ``sampler_error`` and ``mean_sampler_error``: the largest and the mean difference of a log-prob from the
+    sampler's, relative to it.
     """
     mask = rollout.mask
     is_real = mask.any(-1)  # False: padding of a ragged last step
