@@ -28,7 +28,7 @@ def round_up(number: float, multiple: int) -> int:
 
 @struct.dataclass
 class PreferenceBatch:
-    """The pairs of a step, packed into rows that each hold whole units ``[prompt][chosen][rejected]`` back to back.
+    """Pairs of a step packed into rows, as units ``[prompt][chosen][rejected]`` back to back; no unit spans two rows.
 
     A token attends to a key if both are in the same segment, the key is not later, and the key is in the prompt
     (branch 0) or in the token's own branch. So both answers share one copy of their prompt, and labels are not a plain
@@ -46,8 +46,8 @@ class PreferenceBatch:
     target_mask: Bool[AnyArray, "*a R M"]  # False: unused target
     answer_slots: Int[AnyArray, "*a B K"]  # location of answer (pair, branch): row * answers_per_row + slot
     weight: Float[AnyArray, "*a B"]  # loss weight of the pair
-    margin: Float[AnyArray, "*a B"]  # by which a reward model's scores are to differ at least
-    valid: Bool[AnyArray, "*a B"]  # False: empty slot of a ragged last step
+    margin: Float[AnyArray, "*a B"]  # m: margin by which a reward model should score chosen above rejected
+    valid: Bool[AnyArray, "*a B"]  # False: padding of a ragged last step
     blocks: Int[AnyArray, "*a R J 2"]  # sorted (query block, key block) pairs with any visible key; -1: unused
     answers_per_row: int = struct.field(pytree_node=False)
     longest: int = struct.field(pytree_node=False)  # upper bound on tokens of a prompt plus one of its answers
@@ -60,11 +60,11 @@ class PreferenceBatch:
         return replace(self, **{name: pairs if name in pair_fields else rows for name in arrays})
 
     def gather_pairs(self, values: Float[AnyArray, "R A"]) -> Float[jax.Array, "B K"]:
-        """Gather one value per answer slot from the rows into pairs; 0 in empty slots."""
+        """Gather one value per answer slot from the rows into pairs; 0 for padding pairs."""
         return jnp.where(self.valid[:, None], values.reshape(-1)[self.answer_slots], 0.0)
 
     def gather_tokens(self, values: Float[AnyArray, "R M"], num_tokens: int) -> Float[jax.Array, "B K N"]:
-        """Gather one value per target from the rows into answers of up to N tokens; 0 at all others."""
+        """Gather one value per target from the rows into answers padded to N tokens; 0 where there is no target."""
         rows = jnp.arange(len(values))[:, None]
         answers = jnp.zeros((len(values), self.answers_per_row, num_tokens))
         values = jnp.where(self.target_mask, values, 0.0)
@@ -100,7 +100,7 @@ class PairLogps:
     tail_sum: Float[AnyArray, "B K"] | None = None  # sum over tokens past the shorter answer's length (LD-DPO)
     log_sum_sq: Float[AnyArray, "B K"] | None = None  # log of the sum over V of p^2, summed over tokens (WPO)
     stats: TokenStats | None = None
-    margin: Float[AnyArray, " B"] | None = None  # of the pair's scores
+    margin: Float[AnyArray, " B"] | None = None  # as in `PreferenceBatch`
     scored: bool = struct.field(pytree_node=False, default=False)  # ``sum`` is a reward model's score, not a log-prob
 
 

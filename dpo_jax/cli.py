@@ -69,14 +69,14 @@ def _data(config: AnyConfig, step: int | None) -> None:
     print(describe_data(config, step))
 
 
-def _plan(config: PairConfig, topology: str, search: bool, output: str | None, **load: Any) -> None:
-    lengths, data, steps = load["lengths"], load["data"], config.run.steps
+def _plan(config: PairConfig, topology: str, search: bool, output: str | None, **inputs: Any) -> None:
+    lengths, data, steps = inputs["lengths"], inputs["data"], config.run.steps
     for name, is_known, cause in (
         ("lengths", data, "--data measures the lengths"),
         ("examples", data, "--data counts the examples"),
         ("examples", steps is not None, f"run.steps is {steps} already"),
     ):
-        require(load[name] is None or not is_known, f"--{name}", load[name], f"{cause}; give one of the two")
+        require(inputs[name] is None or not is_known, f"--{name}", inputs[name], f"{cause}; give one of the two")
     if output is not None:
         is_writable = Path(output).absolute().parent.is_dir() and not Path(output).is_dir()
         require(is_writable, "--output", output, "give a file in an existing, writable folder")
@@ -85,13 +85,13 @@ def _plan(config: PairConfig, topology: str, search: bool, output: str | None, *
         if match is None or not all(map(int, match.groups())):
             remedy = "write mean tokens of prompt, chosen and rejected answer, such as 180,330,300"
             raise UserError("--lengths", lengths, remedy)
-        load["lengths"] = tuple(map(float, match.groups()))
+        inputs["lengths"] = tuple(map(float, match.groups()))
     from dpo_jax.commands.evaluate import write_output
     from dpo_jax.plan.plan import Inputs, plan_slices
     from dpo_jax.plan.text import render, table
 
     plans = []
-    for plan in plan_slices(config, topology.split(","), Inputs(**load), search):
+    for plan in plan_slices(config, topology.split(","), Inputs(**inputs), search):
         plans.append(plan)
         print(render(plan), end="\n\n", flush=True)
         if output is not None:
@@ -225,7 +225,7 @@ COMMANDS = {
     ),
     "quickstart": Command(
         _quickstart,
-        "Run both stages on a built-in task, without network, in about two minutes, and write a report.",
+        "Run SFT, then DPO, on a built-in task, without network, in about two minutes, and write a report.",
         arguments={"--dir": {**TEXT, "default": "runs/quickstart", "help": "Folder for the runs and the report."}},
     ),
 }
@@ -280,7 +280,7 @@ def _run(argv: list[str]) -> None:
 
 
 def split_overrides(args: list[str], own_options: Collection[str]) -> tuple[list[str], dict[str, CommandLineText]]:
-    """Split off the config overrides, ``--section.key value`` or ``--section.key=value``; the last of a key wins."""
+    """Split off the config overrides, ``--section.key value`` or ``--section.key=value``; a key's last value wins."""
     remaining: list[str] = []
     overrides: dict[str, CommandLineText] = {}
     arguments = iter(args)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 def say(enabled: bool, line: str) -> None:
-    """Print a line on stderr, above the progress bar, if ``enabled`` and only in process 0."""
+    """If ``enabled``, print a line on stderr above the progress bar, in process 0 only."""
     from dpo_jax.parallel.hosts import is_writer  # imported lazily, because it imports JAX
 
     if enabled and is_writer():

@@ -24,7 +24,7 @@ LogpsFn = Callable[[Any, Any], PairLogps]  # (weights, batch); weights are a pyt
 def logps_of_logits(
     logits: Float[Array, "*n V"], labels: Int[AnyArray, "*n"], *, stats: bool = False, squares: bool = False
 ) -> TokenLogps:
-    """Compute log-softmax at the labels in float32, with a masked sum over V, which stays local if V is sharded."""
+    """Compute log-softmax at the labels in float32; a masked sum over V picks them, without gathering a sharded V."""
     logits = logits.astype(jnp.float32)
     label_logit = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], logits, 0.0).sum(-1)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
@@ -50,7 +50,7 @@ def target_logps(
     squares: bool = False,
     precision: str | None = None,
 ) -> TokenLogps:
-    """Compute the log-probs of the batch's targets [R, M]; differentiable in ``logp`` and ``log_sum_sq``.
+    """Compute the log-probs of the batch's targets [R, M]; gradients flow through ``logp`` and ``log_sum_sq``.
 
     Logits exist for at most ``chunk`` targets per device and ``block`` vocabulary rows at a time, in the backward pass
     too. Values at unused targets are undefined.
@@ -61,7 +61,7 @@ def target_logps(
 
 
 def pair_logps(token_logps: TokenLogps, batch: PreferenceBatch, *, tail: bool = False) -> PairLogps:
-    """Sum the log-probs of each answer's targets and return the sums by pair and answer, [B, K]; empty slots are 0."""
+    """Sum the log-probs over the targets of each answer, [B, K]; the sums of padding pairs are 0."""
     mask = batch.target_mask
     num_rows = mask.shape[0]
     num_slots = num_rows * batch.answers_per_row
@@ -115,7 +115,7 @@ def make_logps_fn(
         stats: also compute `TokenStats`, used only by metrics.
         tail: also compute ``tail_sum``, required by ``loss.ld_alpha``.
         squares: also compute ``log_sum_sq``, required by ``loss.weighting: wpo``.
-        precision: of the products with the unembedding, as in ``jax.lax.Precision``; None: JAX's default.
+        precision: of the matmuls with the unembedding, as in ``jax.lax.Precision``; None: JAX's default.
     """
     options = {"chunk": chunk, "block": block, "stats": stats, "squares": squares, "precision": precision}
 
@@ -134,7 +134,7 @@ def make_token_logps_fn(
     block: int = BLOCK,
     precision: str | None = None,
 ) -> Callable[[Params, PreferenceBatch], Float[Array, "R M"]]:
-    """Make ``token_logps_fn(weights, batch)``, as `make_logps_fn` but per target; see also `answer_values`."""
+    """Make ``token_logps_fn(weights, batch)``, which returns each target's log-prob; `answer_values` groups them."""
 
     def token_logps_fn(weights: Params, batch: PreferenceBatch) -> Float[Array, "R M"]:
         hidden, unembedding = hidden_fn(weights, batch), unembedding_fn(weights)
@@ -144,7 +144,7 @@ def make_token_logps_fn(
 
 
 def answer_values(values: Float[np.ndarray, "R M"], batch: PreferenceBatch) -> list[list[np.ndarray]]:
-    """Group per-target values by pair and answer, in the answer's token order; empty slots have empty arrays."""
+    """Group per-target values by pair and answer, in the answer's token order; padding pairs get empty arrays."""
     slots_per_row = batch.answers_per_row
 
     def slot_values(slot: int, valid: bool) -> np.ndarray:
@@ -159,7 +159,7 @@ def answer_values(values: Float[np.ndarray, "R M"], batch: PreferenceBatch) -> l
 def make_padded_logps_fn(
     apply: Callable[[Params, Int[AnyArray, "n T"]], Float[Array, "n T V"]], *, tail: bool = False, squares: bool = False
 ) -> LogpsFn:
-    """Make ``logps_fn`` over padded batches for any model that maps tokens to next-token logits; nothing is chunked.
+    """Make ``logps_fn`` over padded batches for any model that maps tokens to next-token logits, which are not chunked.
 
     ``tail`` and ``squares`` as in ``make_logps_fn``.
     """

@@ -35,8 +35,8 @@ class LogRatios(NamedTuple):
     rejected_count: Float[Array, " B"]
     chosen_logps: Float[Array, " B"]  # log pi(y_w|x)
     rejected_logps: Float[Array, " B"]
-    valid: Float[Array, " B"]  # 1: real pair; 0: empty slot
-    target: Float[Array, " B"] | float = 0.0  # m: by which a reward model's scores are to differ at least
+    valid: Float[Array, " B"]  # 1: real pair; 0: padding
+    target: Float[Array, " B"] | float = 0.0  # m: margin by which a reward model should score chosen above rejected
 
 
 def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
@@ -44,8 +44,8 @@ def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 
     Rafailov et al. 2023, arXiv 2305.18290, eq. 7. With e > 0, conservative DPO: Mitchell 2023, "A note on DPO with
     noisy preferences & relationship to IPO". With c = ``center`` > 0, reward centering: Eisenstein et al. 2023, arXiv
-    2312.09244, section 2. Of scores, with beta 1 and no reference, it is the loss of a reward model: Bradley-Terry,
-    with the margins m of the data as in Llama 2's; only scores have margins, and elsewhere m is 0.
+    2312.09244, section 2. Applied to a reward model's scores, with beta 1 and no reference, it is the Bradley-Terry
+    loss, with the margins m of the data as in Llama 2; m is 0 for log-probs.
     """
     loss = _smoothed(c.beta * r.margin - r.target, c)
     return loss + c.center * (c.beta * (r.chosen + r.rejected)) ** 2 if c.center else loss
@@ -111,10 +111,10 @@ def sppo_hard(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 
 
 def aot(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """Sigmoid loss of d = sort(log pi(y_w) - log pi(y_l)) - sort(log ref(y_w) - log ref(y_l)); ln 2 at margin 0.
+    """-log sigma(beta d), d = sort(log pi(y_w)/pi(y_l)) - sort(log ref(y_w)/ref(y_l)); ln 2 at margin 0.
 
     Alignment via optimal transport, paired: Melnyk et al. 2024, arXiv 2406.05882. The sort runs over the whole
-    step: each policy margin is matched with the reference margin of the same rank.
+    step: each policy margin is matched with the reference margin of the same rank. Label smoothing as in `sigmoid`.
     """
     policy = r.chosen_logps - r.rejected_logps
     reference = (r.chosen_logps - r.chosen) - (r.rejected_logps - r.rejected)
@@ -122,10 +122,10 @@ def aot(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 
 
 def aot_unpaired(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """Sigmoid loss of d = sort(s(y_w)) - sort(s(y_l)); ln 2 at margin 0.
+    """-log sigma(beta d), d = sort(s(y_w)) - sort(s(y_l)); ln 2 at margin 0.
 
     Alignment via optimal transport, unpaired: Melnyk et al. 2024, arXiv 2406.05882. The sort runs over the whole
-    step: each chosen answer is matched with the rejected answer of the same rank.
+    step: each chosen answer is matched with the rejected answer of the same rank. Label smoothing as in `sigmoid`.
     """
     return _smoothed(c.beta * (r.chosen - _same_rank(r.chosen, r.rejected, r.valid)), c)
 
@@ -182,7 +182,7 @@ def simpo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
 
 
 def orpo(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
-    """-l_w - beta log sigma(log odds(l_w) - log odds(l_l)), l = log pi(y|x)/|y|, odds = p/(1-p); needs no reference.
+    """-log p_w - beta log sigma(log(odds_w / odds_l)), p = pi(y|x)^(1/|y|), odds = p/(1-p); needs no reference.
 
     ORPO: Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7; beta is the paper's lambda.
     """
@@ -227,9 +227,9 @@ def _same_rank(x: Float[Array, " B"], other: Float[Array, " B"], valid: Float[Ar
 
 
 def divergence_score(s: Float[Array, " B"], c: LossConfig) -> Float[Array, " B"]:
-    """Return f(s) = f'(u), the divergence's derivative at u = exp(s), up to a constant: f-DPO, Wang et al. 2023.
+    """Return f(s) = h'(exp(s)) up to a constant, h the generator of the f-divergence: f-DPO, Wang et al. 2023.
 
-    arXiv 2309.16240, table 1: reverse KL s, forward KL -1/u, Jensen-Shannon log(u / (1 + u)), alpha
+    arXiv 2309.16240, table 1, with u = exp(s): reverse KL s, forward KL -1/u, Jensen-Shannon log(u / (1 + u)), alpha
     u^(alpha-1) / (alpha-1). Exponents are clipped at 80 to stay within float32.
     """
     match c.f_divergence:
@@ -257,7 +257,10 @@ def sequence_logps(logps: PairLogps, loss: LossConfig) -> Float[AnyArray, "B K"]
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> LogRatios:
-    """Compute s(y) of both answers; log pi(y|x) itself if reference-free. With one answer per prompt, y_l is y_w."""
+    """Compute the log-ratios s(y) of both answers, or log pi(y|x) without a reference.
+
+    With one answer per prompt, y_l is y_w.
+    """
     logps = jnp.asarray(sequence_logps(policy, loss))
     ratio = (
         logps
@@ -293,7 +296,7 @@ def wpo_weight(policy: PairLogps, loss: LossConfig) -> Float[Array, " B"]:
 
 
 def preference_loss(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Float[Array, " B"]:
-    """Compute the loss of each pair, 0 in empty slots; no gradient flows into the reference.
+    """Compute the loss of each pair, 0 for padding pairs; no gradient flows into the reference.
 
     The step's loss is the ``mean_loss`` of these: the weighted sum over pairs, divided by the number of pairs.
 

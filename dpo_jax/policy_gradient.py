@@ -45,7 +45,7 @@ class Rollout:
 
 
 class ValueTargets(NamedTuple):
-    """What the values of a step were before its updates, and what they should have been."""
+    """Values that the value model predicted before a step's updates, and the returns that it is trained to predict."""
 
     old_values: Float[Array, "*G B K N"]
     returns: Float[Array, "*G B K N"]
@@ -53,9 +53,9 @@ class ValueTargets(NamedTuple):
 
 @struct.dataclass
 class Targets:
-    """What the updates of a step aim at, computed before the first of them."""
+    """Constants in the loss of a step's updates, computed before the first update."""
 
-    logps: Float[Array, "*G B K N"]  # of the policy that sampled, by the program that trains
+    logps: Float[Array, "*G B K N"]  # of the policy that sampled, recomputed by the training program
     advantages: Float[Array, "*a"]  # of each token [*G B K N] with GAE, of each answer [*G B K] with RLOO
     values: ValueTargets | None = None
 
@@ -71,7 +71,7 @@ def token_rewards(
 def gae(
     rewards: Float[Array, "*R N"], values: Float[Array, "*R N"], mask: Bool[Array, "*R N"], gae_lambda: float
 ) -> Float[Array, "*R N"]:
-    """A_t = d_t + lambda A_{t+1}, d_t = r_t + V_{t+1} - V_t, where A and V after the last token are 0; not discounted.
+    """A_t = d_t + lambda A_{t+1}, d_t = r_t + V_{t+1} - V_t, where A and V after the last token are 0; gamma is 1.
 
     Generalized advantage estimation: Schulman et al. 2016, arXiv 1506.02438, eq. 16. An answer that was cut off at the
     maximum length ends there too; otherwise length would cost nothing.
@@ -91,7 +91,7 @@ def gae(
 
 
 def whiten(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float[Array, "*n"]:
-    """Shift and scale to mean 0 and variance 1 over the masked values, all those of a step; 0 elsewhere."""
+    """Shift and scale a step's values to mean 0 and variance 1 where ``mask`` is True; 0 elsewhere."""
     mean = jnp.mean(x, where=mask)
     return jnp.where(mask, (x - mean) * jax.lax.rsqrt(jnp.var(x, where=mask) + 1e-8), 0.0)
 
@@ -122,15 +122,16 @@ def make_targets(
     values: Float[Array, "G B K N"] | None,
     options: PolicyGradientConfig,
 ) -> tuple[Targets, dict[str, Array]]:
-    """Compute the targets of a step's updates, and metrics of its answers as means over them.
+    """Compute the targets of a step's updates, and metrics of its answers.
 
-    ``sampled_kl``: the sum of log(pi / ref) over an answer's tokens; ``sampled_kl_k3``: that of ref / pi - 1 -
-    log(ref / pi), which has the same mean and is never negative (Schulman 2020); ``rlhf_reward``: the score minus
-    kl_coef sampled_kl, and minus the penalty of an answer without end; ``sampler_error`` and
-    ``mean_sampler_error``: the largest and the mean difference of a log-prob from the sampler's, relative to it.
+    Score, KLs, reward, length and ``ended`` are means over answers. ``sampled_kl``: the sum of log(pi / ref) over an
+    answer's tokens; ``sampled_kl_k3``: that of ref / pi - 1 - log(ref / pi), which has the same mean and is never
+    negative (Schulman 2020); ``rlhf_reward``: the score minus kl_coef sampled_kl, and minus the penalty for a missing
+    end token; ``sampler_error`` and ``mean_sampler_error``: the largest and the mean difference of a log-prob from the
+    sampler's, relative to it.
     """
     mask = rollout.mask
-    is_real = mask.any(-1)  # False: an empty slot of a ragged last step
+    is_real = mask.any(-1)  # False: padding of a ragged last step
     mean = partial(jnp.mean, where=is_real)
     log_ratios = jnp.where(mask, logps - reference_logps, 0.0)
     scores = rollout.scores - options.missing_eos_penalty * ~rollout.ended
@@ -194,9 +195,9 @@ def policy_gradient_step(
     """Make all updates on the answers of one rollout. This is a pure function and is not jitted.
 
     ``state.params``: an `ActorCritic`; ``frozen.reference``: the reference's weights, which may be None if the policy
-    has adapters. ``logps_fn`` and ``values_fn`` give each token's log-prob, and the value before it, 0 at masked ones;
-    their weights are a part of ``state.params``, or that part ``Adapted`` to ``frozen.base``. The gradient is averaged
-    over the tokens (GAE) or answers (RLOO) of the whole step, however many microbatches it has.
+    has adapters. ``logps_fn`` and ``values_fn`` give each token's log-prob, and the value before it, 0 outside the
+    mask; their weights are a field of ``state.params``, or with adapters ``Adapted(field, frozen.base)``. The gradient
+    is averaged over the tokens (GAE) or answers (RLOO) of the whole step, however many microbatches it has.
 
     Metrics are float32 scalars: those of `make_targets`; loss, its parts, ``grad_norm`` before clipping and
     ``clip_fraction``, averaged over the updates; ``max_grad_norm``, the largest of these norms; and ``ratio_error``,

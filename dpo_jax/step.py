@@ -52,14 +52,14 @@ class Follow(NamedTuple):
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, reference: Params | None = None) -> TrainState:
-    """Return the initial state; ``reference``: weights, not aliased with ``params``, that are to follow the policy."""
+    """Return the initial state; ``reference``: weights that will follow the policy and must not alias ``params``."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.ones((), bool), reference)
 
 
 def pair_gradient(
     params: Params, frozen: Frozen, batch: Any, *, logps_fn: LogpsFn, loss: LossConfig, accumulation: int = 1
 ) -> tuple[Params, PairLogps, PairLogps | None]:
-    """Compute the gradient of a step's mean loss and the log-probs of policy and reference.
+    """Return the gradient of a step's mean loss, and the log-probs of policy and reference.
 
     ``accumulation``: number of microbatches, computed sequentially; if above 1, the arrays of ``batch`` and of cached
     log-probs have a leading dim of that size. For every loss the result equals that of all pairs at once.
@@ -199,7 +199,7 @@ def apply_gradient(
 
 
 def recovered(state: TrainState) -> TrainState:
-    """Return the state marked healthy again: an update that is not finite changes nothing else."""
+    """Return the state marked healthy again; a non-finite update has changed nothing but that mark."""
     return replace(state, healthy=jax.device_put(np.ones((), bool), state.healthy.sharding))
 
 
@@ -243,7 +243,7 @@ def train_step(
 def state_shardings(
     state: TrainState, param_shardings: Any, replicated: Any, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Return the state's shardings: moments and reference are sharded as their weights, all else is ``replicated``.
+    """Return the state's shardings: moments and reference are sharded like their weights, all else is ``replicated``.
 
     ``state`` may be a tree of shapes (``jax.eval_shape``). A factored moment, whose shape differs from its weight's,
     is ``replicated``.
@@ -274,7 +274,7 @@ def make_train_step(
     metrics_sharding: Any = None,
     compiler_options: Mapping[str, str] | None = None,
 ) -> TrainStep:
-    """Compile ``train_step`` to ``step(state, frozen, batch) -> (state, metrics)``, which donates the old state.
+    """Return ``train_step`` jitted as ``step(state, frozen, batch) -> (state, metrics)``, which donates the old state.
 
     ``shardings``: of the state, from ``state_shardings``; the new state has the same ones.
     ``compiler_options``: XLA options by name.

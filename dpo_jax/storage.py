@@ -50,7 +50,7 @@ def append_line(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the non-empty lines of a file, without an unterminated last line; an empty list if there is no file."""
+    """Return the non-empty lines of a file, ignoring an unterminated last line; an empty list if there is no file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [line for line in text[: text.rfind("\n") + 1].split("\n") if line]
 
@@ -139,9 +139,9 @@ def unseal(text: bytes) -> dict[str, Any]:
         checksum = content.pop(SEAL, None) if isinstance(content, dict) else None
         canonical = json.dumps(content, sort_keys=True)
     except Exception as error:  # nested too deeply, a lone surrogate, ...
-        raise ValueError(f"it is not JSON: {reason(error)}") from error
+        raise ValueError(f"not JSON: {reason(error)}") from error
     if checksum != _checksum(canonical):
-        raise ValueError("its checksum is wrong")
+        raise ValueError("checksum mismatch")
     return content
 
 

@@ -162,7 +162,7 @@ def test_key_heads_that_are_held_whole_change_nothing():
 
 
 def test_a_size_that_tensor_does_not_divide_is_refused():
-    with pytest.raises(UserError, match=r"^mesh.tensor: 3 cannot be used: use a divisor of the vocab size 160 of "):
+    with pytest.raises(UserError, match=r"^mesh.tensor: 3 cannot be used: use a divisor of 160, the vocab size of "):
         param_shardings(small_model(), make_mesh(MeshConfig(fsdp=2, tensor=3), jax.devices()[:6]))
 
 

@@ -24,8 +24,8 @@ class StepData:
     """The packed pairs of one step, as numpy arrays."""
 
     step: int
-    ids: np.ndarray  # [B] example ids, -1 in empty slots
-    batch: PreferenceBatch  # this process's rows; leading dim: microbatches, if the step is accumulated
+    ids: np.ndarray  # [B] example ids; -1: padding
+    batch: PreferenceBatch  # this process's rows; leading dim: microbatches, with gradient accumulation
     num_tokens: int  # counted as in TRL: each answer together with its prompt
     num_real_tokens: int  # real tokens in the rows of all processes
     slots: int  # token slots in these rows
@@ -46,7 +46,7 @@ class Batches:
     store: Store
     order: Order
     packer: Packer
-    local_row_shards: Sequence[int] | None = None  # those of this process, out of packer.multiple; None: all
+    local_row_shards: Sequence[int] | None = None  # row shards of this process, out of packer.multiple; None: all
 
     def __call__(self, step: int) -> StepData:
         """Pack the batch of step ``step``."""
@@ -61,7 +61,7 @@ class Batches:
         num_targets: np.ndarray,
         example: Callable[[int], ExampleTokens],
     ) -> StepData:
-        """Pack examples, which ``example`` returns by their index in the step, into the rows of a step.
+        """Pack examples into the rows of a step; ``example(i)`` returns the i-th example of the step.
 
         ``lengths`` [B, 1 + K] and ``num_targets`` [B, K] as in `make_units`; ``ids`` [B].
         """
@@ -112,7 +112,7 @@ def prefetched(batches: Batches, steps: Sequence[int]) -> Callable[[int], StepDa
 
 
 def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return lengths [B, 1 + K] and target counts [B, K] of a step; 0 in empty slots."""
+    """Return lengths [B, 1 + K] and target counts [B, K] of a step's pairs; 0 for padding pairs."""
     is_real = (ids >= 0)[:, None]
     clipped_ids = np.maximum(ids, 0)
     return np.where(is_real, store.lengths[clipped_ids], 0), np.where(is_real, store.num_targets[clipped_ids], 0)
@@ -146,7 +146,7 @@ def set_batches(
     row_devices: int,
     row_shards: Sequence[int] | None = None,
 ) -> Batches:
-    """Make batches of each of ``ids`` once, in order; the last may have empty slots. Args as in ``train_batches``."""
+    """Make batches of ``ids`` in order, each id once; the last batch may be padded. Args as in ``train_batches``."""
     order = make_order(groups=[ids], weights=None, seed=0, shuffle=False, batch=batch.size, steps=None, epochs=1)
     return make_batches(store, order, _packer(batch, row_devices, 1), batch.max_shapes, row_shards)
 

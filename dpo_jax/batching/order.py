@@ -51,7 +51,7 @@ def integer_shares(weights: Sequence[float]) -> list[int]:
 
 
 def chairman_assignment(shares: Sequence[int], draws: int) -> np.ndarray:
-    """Return the source of each draw, int64 [draws]; after any t draws, each source has its share of t to within 1.
+    """Return the source of each draw, int64 [draws]; of the first t, for any t, each source has its share to within 1.
 
     Tijdeman (1980), "The chairman assignment problem", Discrete Mathematics 32: among the sources that are owed enough,
     draw the one with the earliest deadline. The sequence repeats after sum(shares) draws.
@@ -88,7 +88,7 @@ class Order:
     arrange: Callable[[int, int], np.ndarray]  # (group, epoch of the group) -> permutation of the group
 
     def step_ids(self, step: int) -> np.ndarray:
-        """Return the example ids of step ``step``, from 0: int64 [batch], -1 in empty slots of a ragged last step."""
+        """Return the example ids of step ``step`` (0-based), int64 [batch]; a ragged last step is padded with -1."""
         assert 0 <= step < self.num_steps, (step, self.num_steps)
         draws = np.arange(step * self.batch, min((step + 1) * self.batch, self.num_draws), dtype=np.int64)
         cycle, offset = np.divmod(draws, len(self.cycle_sources))
@@ -105,7 +105,7 @@ class Order:
         return ids
 
     def epoch(self, steps_done: int) -> float:
-        """Return the epochs completed after ``steps_done`` steps: examples drawn divided by the size of all sources."""
+        """Return the epochs completed after ``steps_done`` steps: examples drawn / examples in all sources."""
         return min(steps_done * self.batch, self.num_draws) / self.epoch_draws
 
 

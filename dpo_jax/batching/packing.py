@@ -38,7 +38,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True, order=True)
 class BatchShape:
-    """Static sizes of a packed batch; each distinct shape is compiled once."""
+    """Static sizes of a packed batch; each distinct shape costs one compilation."""
 
     rows: int  # R
     length: int  # T
@@ -60,7 +60,7 @@ class BatchShape:
 def make_units(lengths: np.ndarray, num_targets: np.ndarray, layout: Layout) -> list[Unit]:
     """Make the units of a step: one for each pair in layout ``shared``, otherwise one for each answer.
 
-    ``lengths`` [B, 1 + K]: tokens of prompt and answers, 0 in an empty slot; ``num_targets`` [B, K]: tokens to predict.
+    ``lengths`` [B, 1 + K]: tokens of prompt and answers, 0 for padding; ``num_targets`` [B, K]: tokens to predict.
     """
     units = []
     for pair, (prompt, *answers) in enumerate(lengths.tolist()):
@@ -77,7 +77,7 @@ def make_units(lengths: np.ndarray, num_targets: np.ndarray, layout: Layout) -> 
 def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_length: int | None) -> list[list[Unit]]:
     """Assign units to rows; the number of rows is a multiple of ``multiple``, the number of devices that shard rows.
 
-    With ``row_length=None``, ``multiple`` rows of similar load (longest unit first, into the shortest row); otherwise
+    With ``row_length=None``, ``multiple`` rows of similar length (longest unit first, into the shortest row); otherwise
     as many rows of that length as needed (longest unit first, into the fullest row with room for it).
     """
     longest_first = sorted(units, key=lambda unit: -unit.size)  # stable sort: units of equal size keep their order
@@ -86,11 +86,11 @@ def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_len
         rows = [[unit] for unit in units]
     elif row_length is None:
         rows = [[] for _ in range(multiple)]
-        loads = [(0, row) for row in range(multiple)]
+        row_sizes = [(0, row) for row in range(multiple)]
         for unit in longest_first:
-            load, row = heapq.heappop(loads)
+            row_size, row = heapq.heappop(row_sizes)
             rows[row].append(unit)
-            heapq.heappush(loads, (load + unit.size, row))
+            heapq.heappush(row_sizes, (row_size + unit.size, row))
     else:
         rows, free_tokens = [], []
         for unit in longest_first:
@@ -155,7 +155,7 @@ def step_shape(microbatches: Sequence[Sequence[Sequence[Unit]]], row_length: int
 
 
 def choose_shapes(needed: Sequence[BatchShape], max_shapes: int, min_saving: float = 0.05) -> tuple[BatchShape, ...]:
-    """Choose at most ``max_shapes`` shapes, smallest first, that hold all of ``needed`` with the fewest token slots.
+    """Choose at most ``max_shapes`` shapes, smallest first, that together cover ``needed`` with the fewest token slots.
 
     Each shape costs a compilation, so one is added only if it saves at least the fraction ``min_saving`` of the slots.
     """
@@ -261,7 +261,7 @@ def pack_rows(
 ) -> PreferenceBatch:
     """Write the tokens and targets of units into the rows of a batch of ``shape``.
 
-    ``examples`` are the pairs in the rows to write, ``weight`` and ``margin`` [B] are of all pairs. ``local_rows``:
+    ``examples``: tokens of the pairs in the rows to write; ``weight`` and ``margin`` [B]: of all pairs. ``local_rows``:
     indices of the rows to write and return; None: all. Per-pair arrays always cover all rows.
     """
     row_indices = range(shape.rows) if local_rows is None else local_rows

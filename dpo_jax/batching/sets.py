@@ -19,7 +19,7 @@ HELD_OUT = "held_out"
 
 
 def with_answers(store: Store, planned: PlannedAnswers) -> Store:
-    """Return a store of prompts as if it had these answers, all of the maximum length; it has no tokens of them."""
+    """Return the store of prompts with the lengths of ``planned`` answers added, but not their tokens."""
     answers = np.full((len(store), planned.per_prompt), planned.num_tokens, np.int32)
     return replace(store, lengths=np.concatenate([store.lengths[:, :1], answers], axis=1), num_targets=answers)
 
@@ -44,7 +44,7 @@ class DataSets:
     sources: dict[str, Sequence[AnySource]]  # of each store, by its key
 
     def with_answers(self, planned: PlannedAnswers) -> "DataSets":
-        """Return the sets with every answer that is still to be sampled at its full length, to choose rows for it."""
+        """Return the sets with the lengths of ``planned`` answers added to every prompt, for choosing row shapes."""
         if not planned.per_prompt:
             return self
         evals = {
@@ -63,7 +63,7 @@ def store_folder(store: str | None, run_dir: str) -> Path:
     location = store or run_dir
     if "://" in location:
         field = "data.store" if store else "run.dir"
-        raise UserError(f"{field}: {location} is not a local folder; set data.store to one for tokenized data")
+        raise UserError(f"{field}: {location} is not a local folder; set data.store to one")
     return Path(store) if store else Path(run_dir).absolute().parent / "store"
 
 
@@ -76,7 +76,7 @@ def open_sets(
     train: "Dataset | None" = None,
     evals: "Mapping[str, Dataset] | None" = None,
 ) -> DataSets:
-    """Open or build the stores of a run, and make the order of its examples in steps of ``size``.
+    """Open or build the stores of a run, and make the order of its examples, ``size`` per step.
 
     ``train`` and ``evals`` replace the sets of ``data``.
 

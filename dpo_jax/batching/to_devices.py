@@ -14,9 +14,9 @@ ToDevices = Callable[[PreferenceBatch], PreferenceBatch]  # this process's rows 
 
 
 def make_to_devices(mesh: Mesh, leading: int = 0) -> ToDevices:
-    """Return a function that puts this process's rows on its devices, as part of arrays that span all processes.
+    """Return a function that puts this process's rows on its devices, as shards of arrays that span all processes.
 
-    ``leading``: number of dims before the rows, 1 if the step is accumulated.
+    ``leading``: number of dims before the rows, 1 with gradient accumulation.
     """
     shards, rows_sharding, replicated_sharding = local_row_shards(mesh), row_sharding(mesh, leading), replicated(mesh)
 

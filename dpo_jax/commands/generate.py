@@ -38,7 +38,12 @@ from dpo_jax.runs.directory import writing
 from dpo_jax.runs.manifest import make_manifest
 from dpo_jax.storage import write_atomically
 from dpo_jax.weights.open import OpenModel, open_model
-from dpo_jax.weights.reward_model import open_reward_model, refuse_reward_model, stop_tokens, with_tail
+from dpo_jax.weights.reward_model import (
+    ReadAnswer,
+    open_reward_model,
+    refuse_reward_model,
+    stop_tokens,
+)
 
 LOGP_DECIMALS, SCORE_DECIMALS = 4, 6  # later digits of a float32 depend on the batch
 NO_END = [-1]  # end tokens of a model that has none
@@ -78,11 +83,12 @@ def generate_answers(config: GenerateConfig, output: str) -> None:
         policy, template = open_policy(config, mesh), config.data.chat_template
         tokenizer, reward = policy.tokenizer(template), None
         if config.reward.path is not None:
-            reward = open_reward_model(config.reward, config.model, platform_of(mesh), tokenizer, template)
+            date = config.data.template_date
+            reward = open_reward_model(config.reward, config.model, platform_of(mesh), tokenizer, date)
         prompts = read_prompts(config, tokenizer)
         ends = stop_tokens(policy.source, tokenizer, [prompt.tokenized.tail for prompt in prompts])
         announce(config, policy, tokenizer, prompts, ends)
-        params, reward_params = policy.load(mesh), {} if reward is None else reward.load(mesh)
+        params, reward_params = policy.load(mesh), {} if reward is None else reward.opened.load(mesh)
         identity = {
             "weights": weights_id(params),
             "reward": None if reward is None else weights_id(reward_params),
@@ -100,7 +106,10 @@ def generate_answers(config: GenerateConfig, output: str) -> None:
             for line in rounding:
                 say(config.run.progress, f"log-probs and scores are the same only within rounding: {line}")
         if done < len(prompts):
-            scores = None if reward is None else make_answer_scores(reward.model, reward_params, mesh)
+            scores = None
+            if reward is not None:
+                answer_scores = make_answer_scores(reward.opened.model, reward_params, mesh)
+                scores = partial(score_answers, reward.read_answer, answer_scores)
             answer_column = make_answer_column(config, policy, params, tokenizer, ends, mesh, scores)
             del params
             for rows in answered_blocks(config, prompts, done, answer_column):
@@ -185,7 +194,7 @@ def make_answer_column(
     tokenizer: Any,
     ends: Sequence[int],
     mesh: Mesh,
-    scores: AnswerScores | None,
+    scores: Callable[[Sequence[Prompt], Sequence[Answer]], list[float]] | None,
 ) -> AnswerColumn:
     """Return a function that generates answer number ``index`` to each of several consecutive prompts."""
     weights = rollout_weights(policy.model, params, mesh)
@@ -205,9 +214,7 @@ def make_answer_column(
         )
         column = [answer_fields(tokenizer, *each) for each in zip(tokens, answers, strict=True)]
         if scores is not None:
-            tails = [prompt.tokenized.tail for prompt in prompts]
-            ended = [with_tail(a.tokens, a.ended, tail) for a, tail in zip(answers, tails, strict=True)]
-            for fields, score in zip(column, scores(tokens, ended), strict=True):
+            for fields, score in zip(column, scores(prompts, answers), strict=True):
                 fields["score"] = round(score, SCORE_DECIMALS)
         for row, fields in enumerate(column, start=first_row):
             if not all(map(math.isfinite, (fields["logp"], fields.get("score", 0.0)))):
@@ -215,6 +222,17 @@ def make_answer_column(
         return column
 
     return answer_column
+
+
+def score_answers(
+    read_answer: ReadAnswer, answer_scores: AnswerScores, prompts: Sequence[Prompt], answers: Sequence[Answer]
+) -> list[float]:
+    """Score an answer to each prompt."""
+    pairs = [
+        read_answer(prompt.tokenized, answer, lambda prompt=prompt: prompt.example)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return answer_scores([prompt for prompt, _ in pairs], [answer for _, answer in pairs])
 
 
 def answer_fields(tokenizer: Any, prompt: list[int], answer: Answer) -> Row:

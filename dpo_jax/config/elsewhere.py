@@ -1,4 +1,4 @@
-"""Map option names of TRL, PEFT, other trainers and earlier versions to the names here, to suggest these in errors."""
+"""Option names of TRL, PEFT, other trainers and earlier versions, and what to tell whoever uses them here."""
 
 OPTION_ALIASES = {
     "model_name_or_path": "model.path", "base_model": "model.path", "torch_dtype": "model.dtype",
@@ -24,4 +24,19 @@ OPTION_ALIASES = {
     "logging_steps": "run.log_every", "eval_steps": "run.eval_every", "report_to": "run.trackers",
     "save_steps": "checkpoint.every", "save_total_limit": "checkpoint.keep",
     "metric_for_best_model": "checkpoint.best_metric",
+    "center_rewards_coefficient": "loss.center",
+    "init_kl_coef": "ppo.kl_coef", "beta": "ppo.kl_coef", "cliprange": "ppo.clip", "epsilon": "ppo.clip",
+    "cliprange_value": "ppo.value_clip", "vf_coef": "ppo.value_coef", "lam": "ppo.gae_lambda",
+    "num_ppo_epochs": "ppo.epochs", "num_iterations": "ppo.epochs", "num_generations": "ppo.answers",
+    "rloo_k": "ppo.answers", "response_length": "sampling.max_tokens", "max_completion_length": "sampling.max_tokens",
+    "max_new_tokens": "sampling.max_tokens", "reward_model": "reward.path", "reward_model_path": "reward.path",
+    "reward_funcs": "reward.function",
 }  # fmt: skip
+
+NOT_OFFERED = {  # option of another trainer -> why it has no counterpart
+    "ppo.kl_estimator": "the penalty is k1, whose gradient is that of KL; k3 is only logged, as sampled_kl_k3",
+    "ppo.use_kl_loss": "the KL is part of the reward; in the loss, the gradient of its k1 estimate has mean 0",
+    "ppo.whiten_rewards": "it would rescale ppo.kl_coef in every step; advantages are whitened",
+    "ppo.scale_rewards": "it would rescale ppo.kl_coef for every prompt",
+    "ppo.gamma": "rewards are not discounted",
+}

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from dpo_jax.config import DPOConfig, GenerateConfig, JudgeConfig, PPOConfig, RewardConfig, SFTConfig, SourceConfig
-from dpo_jax.config.elsewhere import OPTION_ALIASES
+from dpo_jax.config.elsewhere import NOT_OFFERED, OPTION_ALIASES
 from dpo_jax.config.generate import RewardModelConfig
 from dpo_jax.config.loss import LOSS_ALIASES
 from dpo_jax.config.section import Section
@@ -207,6 +207,8 @@ def _refuse_unknown(keys: Collection[Any], options: Collection[str], prefix: str
     if unknown is None:
         return
     key, names = str(unknown), list(field_names(root))
+    if prefix + key in NOT_OFFERED:
+        raise UserError(f"{prefix}{key}: unknown option: {NOT_OFFERED[prefix + key]}; remove it")
     for kind, command in COMMAND_OF.items():
         if kind is not root and prefix + key in field_names(kind):
             problem = f"belongs to `dpo-jax {command}`, not to `dpo-jax {COMMAND_OF[root]}`"

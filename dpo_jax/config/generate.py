@@ -15,8 +15,8 @@ class RewardModelConfig(Section, name="reward"):
     """The reward model that scores the answers; if reward.path is not set, answers are not scored."""
 
     path: str | None = None
-    """Run directory of `dpo-jax reward`, or Hugging Face directory or hub name of a sequence-classification model; its
-    tokenizer must be that of model.path."""
+    """Run directory of `dpo-jax reward`, or Hugging Face directory or hub name of a sequence-classification
+    model. If its tokenizer or chat template is not the policy's, it reads the text of the answers."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     checkpoint: Literal["newest", "best"] = "newest"

@@ -88,7 +88,7 @@ ConvertRows = Callable[[str, Parser, int, Sequence[Mapping]], Chunk]  # (label, 
 
 
 def make_convert_rows(job: ConvertJob) -> ConvertRows:
-    """Return a function that converts rows to a chunk; it raises if data.invalid_rows is `error` for a row's cause."""
+    """Return a function that converts rows to a chunk; it raises on a cause that data.invalid_rows sets to `error`."""
     tokenize = make_tokenize(job.data, job.tokenizer, job.stage)
 
     def convert(label: str, parse: Parser, row: int, values: Mapping) -> TokenizedExample | Problem:

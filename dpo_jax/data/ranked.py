@@ -1,4 +1,4 @@
-"""Make rows that training reads of the scored answers to each prompt: pairs for DPO, best answers for fine-tuning."""
+"""Make training rows from the scored answers to each prompt: pairs for DPO, or best answers for fine-tuning."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -10,12 +10,12 @@ Pairs = Literal["best-worst", "best"]
 
 
 class NoPair(Exception):
-    """Raised for a prompt whose answers make no row; the text says which prompts these are."""
+    """Raised for a prompt without a training row; the text completes "prompts skipped: 3 ..."."""
 
 
 @dataclass
 class Ranked:
-    """Rows for training, and what became of the other prompts."""
+    """Training rows, and the numbers of prompts without one, by cause."""
 
     rows: list[Row] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # prompts without a row, by cause
@@ -23,7 +23,7 @@ class Ranked:
 
 
 def rank(rows: Iterable[Row], pairs: Pairs) -> Ranked:
-    """Rank the answers in the rows of an output of ``dpo-jax generate``; answers without text are left out.
+    """Make training rows from the rows that ``dpo-jax generate`` writes; answers without text are left out.
 
     best-worst: rows of the schema `preference`; best: rows of the schema `prompt_answer`.
     """
@@ -41,19 +41,19 @@ def rank(rows: Iterable[Row], pairs: Pairs) -> Ranked:
 
 def _best_and_worst(row: Row, answers: list[Row]) -> Row:
     if len(answers) < 2:
-        raise NoPair("with fewer than two answers that have text")
+        raise NoPair("with fewer than two non-blank answers")
     best, worst = answers[0], answers[-1]
     if best["text"] == worst["text"]:
-        raise NoPair("with equal texts")
+        raise NoPair("with equal best and worst answers")
     if best["score"] == worst["score"]:
-        raise NoPair("with equal scores")
+        raise NoPair("with equal scores of all answers")
     texts = {"chosen": _as_answer(row, best), "rejected": _as_answer(row, worst)}
     return texts | {"chosen_score": best["score"], "rejected_score": worst["score"]}
 
 
 def _best(row: Row, answers: list[Row]) -> Row:
     if not answers:
-        raise NoPair("without an answer that has text")
+        raise NoPair("without a non-blank answer")
     return {"answer": _as_answer(row, answers[0]), "score": answers[0]["score"]}
 
 
@@ -65,5 +65,5 @@ def _prompt_columns(row: Row) -> Row:
 
 
 def _as_answer(row: Row, answer: Row) -> str | list[Row]:
-    """Return an answer as training reads it next to its prompt: as text, or as a message."""
+    """Return an answer in the form of its prompt: text, or a list of one message."""
     return answer["text"] if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer["text"]}]

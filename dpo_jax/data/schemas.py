@@ -36,7 +36,7 @@ class Example:
     weight: float = 1.0
     tools: list | None = None
     template_kwargs: dict | None = None
-    margin: float = 0.0  # by which a reward model is to prefer the chosen answer at least; NaN: not a number
+    margin: float = 0.0  # by which a reward model should score chosen above rejected; NaN: not a number
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,13 @@ def _weight(row: Mapping) -> float:
 
 
 def _margin(row: Mapping) -> float:
-    """Return a pair's margin; NaN if it is not a number, which only a reward model minds."""
+    """Return a pair's margin; NaN if it is not a number, which is an error only for a reward model."""
     number = values.number(row.get("margin", 0.0))
     return math.nan if number is None or abs(number) > MAX_WEIGHT else number
 
 
 def _tools(row: Mapping) -> list | None:
-    """Return tools in the format of chat templates; ShareGPT files contain only the functions."""
+    """Return tools in the format of chat templates, which wraps the bare functions of ShareGPT files."""
     tools = row.get("tools")
     if tools is None and "preferred_output" in row:
         tools = _openai_input(row).get("tools")
@@ -271,7 +271,7 @@ def _check_not_blank(answer: str | Messages) -> None:
 
 
 def _check_prompt(prompt: str | Messages) -> None:
-    """Check that messages to be answered exist and that the last of them is not an answer itself."""
+    """Check that a prompt of messages is not empty and does not end with an answer."""
     if not prompt and not isinstance(prompt, str):
         raise BadRow("empty_prompt", "there is no message to answer")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":

@@ -142,7 +142,7 @@ def _dataset_identity(rows: "datasets.Dataset") -> list:
 def _load_saved(source: SourceConfig) -> "datasets.Dataset":
     import datasets
 
-    with from_outside(source.path, "it must be a folder of datasets.save_to_disk"):
+    with from_outside(source.path, "it must be a folder written by datasets.save_to_disk"):
         dataset = datasets.load_from_disk(source.path)
     if isinstance(dataset, datasets.DatasetDict):
         if source.split not in dataset:

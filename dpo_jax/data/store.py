@@ -305,7 +305,7 @@ def build_or_open_store(
 
 
 def ids_by_source(store: Store, ids: np.ndarray) -> list[np.ndarray]:
-    """Return one array of example ids (int64) per source: the given ``ids`` of that source, in their order."""
+    """Split example ids by source: one int64 array per source, which keeps the order of ``ids``."""
     return [ids[store.sources[ids] == source] for source in range(len(store.report))]
 
 

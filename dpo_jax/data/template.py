@@ -93,7 +93,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"it did not finish within {seconds:g} s of processor time")
+        raise TimeoutError(f"the template did not finish within {seconds:g} s of processor time")
 
     previous_handler = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1)  # repeats each second: a callback may swallow one exception
@@ -167,7 +167,7 @@ def _parts(messages: Messages) -> Iterator[tuple[_Path, Any]]:
 
 
 def _marker(number: int, value: Any) -> Any:
-    """Return a unique value of the same kind; an object keeps its keys, which a template may access."""
+    """Return a unique marker to replace ``value``; an object keeps its keys, which a template may access."""
     text = f"zqxj{number}jxqz"
     return dict.fromkeys(value, text) if isinstance(value, dict) else text
 

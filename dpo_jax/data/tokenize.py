@@ -59,7 +59,7 @@ def make_tokenize(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", stage:
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """Token ids of a prompt, never empty, and those that training puts after the text of an answer to it."""
+    """Token ids of a prompt, never empty, and those that training appends to the text of its answers."""
 
     tokens: list[int]
     tail: list[int]
@@ -95,7 +95,8 @@ class _DataEncoder(_Encoder):
 
 def _encode(encoder: _Encoder, row: int, texts: Sequence[str], special: bool) -> list[list[int]]:
     """Encode texts with at most one leading BOS, and without the ids that the tokenizer appends to every text."""
-    with from_outside(f"row {row}: the tokenizer cannot encode the text", "remove the row, or set model.tokenizer"):
+    remedy = "remove the row, or set model.tokenizer to another"
+    with from_outside(f"row {row}: the tokenizer cannot encode the text", remedy):
         encoded = encoder.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
     bos, suffix_length = encoder.tokenizer.bos_token_id, len(encoder.suffix_ids) if special else 0
     return [_drop_extra_bos(ids[: len(ids) - suffix_length], bos) for ids in encoded["input_ids"]]
@@ -144,7 +145,7 @@ class _Pieces:
 
     prompt: list[int]
     answers: list[list[int]]
-    target_mask: list[bool] = field(default_factory=list)  # of prompt + answers[0]; empty if they are separate
+    target_mask: list[bool] = field(default_factory=list)  # of prompt + answers[0]; empty if the prompt is separate
     notes: tuple[Problem, ...] = ()
 
 
@@ -234,13 +235,13 @@ def _tokenize_whole(encoder: _DataEncoder, example: Example) -> _Pieces | Proble
         return notes[0]
     prefixes = [text[:position] for span in spans for position in span]
     ids, *prefix_ids = _encode(encoder, example.row, [text, *prefixes], special=False)
-    bounds = [common_prefix(head, ids) for head in prefix_ids]
+    bounds = [common_prefix(prefix, ids) for prefix in prefix_ids]
     target_mask = [False] * len(ids)
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
         target_mask[start:end] = [True] * (end - start)
     pieces = _split_ids(ids, target_mask)
     if pieces is None:
-        return Problem(example.row, "empty_answer", "no assistant message to train on follows another message")
+        return Problem(example.row, "empty_answer", "no assistant message after the first message is to be trained on")
     return replace(pieces, notes=notes)
 
 
@@ -261,7 +262,7 @@ def _not_prefix(row: int, detail: str) -> Problem:
 
 
 def _assistant_turns(encoder: _DataEncoder, example: Example, messages: Messages, text: str):
-    """Return (spans, notes), or why the turns cannot be found; spans [start, end) in `text` of the turns to train on.
+    """Return (spans, notes) or a ``Problem``; the spans [start, end) in `text` are the assistant turns to train on.
 
     A turn starts where the preceding conversation with its generation prompt ends. A template may render a turn
     differently when others follow (Qwen3 removes thoughts); the turn is then the longest tail of it that matches.
@@ -292,7 +293,7 @@ def _assistant_turns(encoder: _DataEncoder, example: Example, messages: Messages
 
 
 def _truncate(encoder: _DataEncoder, example: Example, pieces: _Pieces) -> _Pieces | Problem:
-    """Truncate so that the prompt and its longest answer have max_length tokens; the answers share one prompt."""
+    """Truncate so that prompt + longest answer has at most max_length tokens; all answers share one prompt."""
     limit, invalid_rows = encoder.data.max_length, encoder.data.invalid_rows
     length = len(pieces.prompt) + max(map(len, pieces.answers), default=0)
     if length <= limit:
@@ -324,6 +325,6 @@ def _cut(pieces: _Pieces, limit: int, bos: int | None, keep_end: bool) -> _Piece
 
 
 def _tail(items: list, ids: list[int], size: int, bos: int | None) -> list:
-    """Return `size` items: that of the leading BOS, if there is one, and the last of the others."""
+    """Return `size` of the items: that of the leading BOS of `ids`, if any, then the last of the rest."""
     num_bos = 1 if ids[0] == bos else 0
     return items[:num_bos] + items[len(items) - (size - num_bos) :]

@@ -23,7 +23,7 @@ TOKENS_PER_SAMPLE = 4
 def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a directory or hub name; Python files in its repository are never run.
 
-    ``revision``: branch, tag or commit of a hub name. ``chat_template``: a file, or the name of one of its templates.
+    ``revision``: branch, tag or commit of a hub name. ``chat_template``: a file, or the name of one of the tokenizer's.
 
     Raises:
         UserError: there is no such tokenizer or template.

@@ -61,7 +61,7 @@ def text(name: str, value: object) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """Remove null keys recursively: in tables all objects of a column have the same keys, null where a row has none."""
+    """Remove keys with null values recursively: tables give all objects of a column the same keys, null if absent."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
@@ -78,7 +78,7 @@ def _parse_json_text(name: str, value: Any) -> Any:
 
 
 def _check_characters(name: str, value: Any) -> None:
-    """Check that every text in a value is valid, because chat templates may write any part of it."""
+    """Check that every text in a value is valid Unicode, because chat templates may write any part of it."""
     if isinstance(value, str):
         text(name, value)
     elif isinstance(value, Mapping | list | tuple):
@@ -162,7 +162,7 @@ def _is_trained_on(name: str, message: dict) -> bool:
     flags = {key: message.pop(key) for key in _WEIGHT_KEYS if key in message}
     for key, value in flags.items():
         if number(value) not in (0, 1) and not isinstance(value, bool):
-            raise BadRow("missing_field", f"{name} {key} is {short_repr(value)}: give 1 to train on it, else 0")
+            raise BadRow("missing_field", f"{name} {key} is {short_repr(value)}: give 1 to train on a message, else 0")
     return all(value is True or number(value) == 1 for value in flags.values())
 
 

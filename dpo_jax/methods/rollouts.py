@@ -15,9 +15,8 @@ import numpy as np
 from dpo_jax.batch import Adapted, Params
 from dpo_jax.batching.batches import Batches, StepData
 from dpo_jax.config import JudgeConfig, PPOConfig
-from dpo_jax.data import sources as data_sources
 from dpo_jax.data.schemas import Example
-from dpo_jax.data.store import Store
+from dpo_jax.data.store import Source, Store, open_source
 from dpo_jax.data.tokenize import TokenizedPrompt, make_tokenize_prompt
 from dpo_jax.errors import UserError, from_outside, require
 from dpo_jax.inference.answer_scores import make_answer_scores
@@ -27,7 +26,7 @@ from dpo_jax.parallel import hosts
 from dpo_jax.parallel.sharding import platform_of
 from dpo_jax.policy_gradient import Rollout
 from dpo_jax.runs.checksums import weights_id
-from dpo_jax.weights.reward_model import open_reward_model, stop_tokens, with_tail
+from dpo_jax.weights.reward_model import open_reward_model, stop_tokens
 
 EVALUATION = 2**31 - 1  # in place of a step, for the keys of answers to evaluation prompts
 
@@ -161,18 +160,35 @@ def make_judge(setup: Setup, config: JudgeConfig, tail: list[int]) -> tuple[Judg
     """
     if config.function is not None:
         return _function_judge(setup, config.function), config.function
-    options, template = setup.config.model, setup.config.data.chat_template
-    reward = open_reward_model(config, options, platform_of(setup.mesh), setup.tokenizer, template)
-    weights = reward.load(setup.mesh)
-    answer_scores = make_answer_scores(reward.model, weights, setup.mesh)
+    tokenizer, template_date = setup.tokenizer, setup.config.data.template_date
+    reward = open_reward_model(config, setup.config.model, platform_of(setup.mesh), tokenizer, template_date)
+    row_of = make_row_of(setup)
+    weights = reward.opened.load(setup.mesh)
+    answer_scores = make_answer_scores(reward.opened.model, weights, setup.mesh)
 
-    def judge(_: Store, __: np.ndarray, prompts: list[list[int]], answers: list[list[Answer]]) -> np.ndarray:
-        pairs = [(p, answer) for p, of_prompt in zip(prompts, answers, strict=True) for answer in of_prompt]
-        tokens = [with_tail(answer.tokens, answer.ended, tail) for _, answer in pairs]
-        scores = answer_scores([prompt for prompt, _ in pairs], tokens)
+    def judge(store: Store, ids: np.ndarray, prompts: list[list[int]], answers: list[list[Answer]]) -> np.ndarray:
+        def example(i: int) -> Example:
+            source, row = row_of(store, i)
+            parsed = source.parse(row, source.rows[row])
+            assert isinstance(parsed, Example), "the store has valid rows only"
+            return parsed
+
+        def read_all() -> list[tuple[list[int], list[int]]]:
+            each = zip(prompts, answers, ids, strict=True)
+            read = reward.read_answer
+            return [read(TokenizedPrompt(p, tail), answer, partial(example, i)) for p, row, i in each for answer in row]
+
+        pairs = hosts.on_writer(read_all, "answers")
+        scores = answer_scores([prompt for prompt, _ in pairs], [answer for _, answer in pairs])
         return np.array(scores, np.float32).reshape(len(answers), -1)
 
     return judge, weights_id(weights)
+
+
+def make_row_of(setup: Setup) -> Callable[[Store, int], tuple[Source, int]]:
+    """Return a function from an example of a store to its source, which is opened once, and the row in it."""
+    source_of = cache(lambda key, index: open_source(setup.sources[key][index], index, setup.config.stage))
+    return lambda store, i: (source_of(store.key, int(store.sources[i])), int(store.rows[i]))
 
 
 def _function_judge(setup: Setup, name: str) -> Judge:
@@ -182,13 +198,13 @@ def _function_judge(setup: Setup, name: str) -> Judge:
     with from_outside(f"reward.function: {name} cannot be imported", remedy):
         function = getattr(importlib.import_module(module), attribute)
     decode = partial(setup.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    rows_of = cache(lambda store_key, source: data_sources.load_rows(setup.sources[store_key][source]))
+    row_of = make_row_of(setup)
 
     def judge(store: Store, ids: np.ndarray, prompts: list[list[int]], answers: list[list[Answer]]) -> np.ndarray:
         def call() -> list[float]:
             examples = [(p, i, answer) for p, i, row in zip(prompts, ids, answers, strict=True) for answer in row]
             texts = [answer.text(setup.tokenizer, prompt) for prompt, _, answer in examples]
-            rows = [dict(rows_of(store.key, store.sources[i])[int(store.rows[i])]) for _, i, _ in examples]
+            rows = [dict(source.rows[row]) for source, row in (row_of(store, i) for _, i, _ in examples)]
             with from_outside(f"reward.function: {name} failed", "fix the function"):
                 scores = function([decode(prompt) for prompt, _, _ in examples], texts, rows)
             return checked_scores(name, scores, len(texts))

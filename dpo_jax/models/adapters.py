@@ -24,7 +24,7 @@ def start_adapters(
 ) -> Params:
     """Initialize adapters so that their product B A is 0; ``init`` as in `config.LoraConfig`.
 
-    kaiming and gaussian match PEFT; zero_a is Init[B] of arXiv 2406.08447. ``head``: that of a reward model's base,
+    kaiming and gaussian match PEFT; zero_a is Init[B] of arXiv 2406.08447. ``head``: the reward head of the base,
     from which the trained head starts.
     """
     shapes = model.adapter_shapes()
@@ -47,9 +47,9 @@ def start_adapters(
 
 
 def merge(weights: Adapted, model: Model) -> Params:
-    """Merge adapters: W + scale * B A, computed in float32, in the model's parameter dtype and the base's sharding.
+    """Merge adapters: return W + scale * B A, summed in float32, cast to the parameter dtype, sharded like the base.
 
-    A reward model's head is that of the adapters.
+    The head of a reward model is taken from the adapters.
     """
     assert model.lora is not None
     scale = model.lora.scale

@@ -53,7 +53,7 @@ class Decoder(DecoderModule):
         longest: int,
         cache: KeyValues | None = None,
     ) -> tuple[Float[Array, "R T D"], KeyValues | None]:
-        """Return hidden states after the final norm, and the cache of all layers with the tokens, if there is one."""
+        """Return hidden states after the final norm, and the cache, if any, with the tokens added."""
         c = self.config
         if c.scores:
             self.weight("score", "SD", nn.initializers.zeros)
@@ -84,17 +84,17 @@ class Decoder(DecoderModule):
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the tokens of R rows so far, in S slots; token t after the prompt is in the same slot of all.
+    """Keys and values of the tokens so far, R rows of S slots; token t after the prompt has the same slot in every row.
 
     Prompts are right-padded, so a row's positions have a gap in slots but not in value.
     """
 
     layers: KeyValues
     positions: Int[Array, "R S"]  # -1: unused slot or padding
-    end: Int[Array, ""]  # slots in use
+    end: Int[Array, ""]  # number of slots in use
 
     def grow(self, num_slots: int) -> "Cache":
-        """Return the cache with that many more empty slots."""
+        """Return the cache with ``num_slots`` more empty slots per row."""
         longer = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, num_slots), (0, 0)))  # noqa: E731
         layers = self.layers._replace(keys=longer(self.layers.keys), values=longer(self.layers.values))
         positions = jnp.pad(self.positions, ((0, 0), (0, num_slots)), constant_values=-1)
@@ -128,18 +128,18 @@ class Model:
     def extend(
         self, weights: Params | Adapted, tokens: Int[Array, "R T"], positions: Int[Array, "R T"], cache: Cache
     ) -> tuple[Float[Array, "R T D"], Cache]:
-        """Return hidden states of T more tokens per row, as `hidden` does of whole sequences, and the longer cache.
+        """Return hidden states of T more tokens per row, as `hidden` does for whole sequences, and the extended cache.
 
         ``positions``: of the tokens in their sequences; -1: padding.
         """
-        marks = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.end, axis=1)
-        as_tokens = lambda marks: jnp.stack([marks >= 0, jnp.zeros_like(marks), marks], axis=1)  # noqa: E731
-        inputs = CacheInputs(as_tokens(positions), as_tokens(marks), cache.end)
-        hidden, layers = self._apply(weights, tokens, positions, inputs, marks.shape[1], cache.layers)
-        return hidden, Cache(layers, marks, cache.end + tokens.shape[1])
+        slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.end, axis=1)
+        as_tokens = lambda positions: jnp.stack([positions >= 0, jnp.zeros_like(positions), positions], axis=1)  # noqa: E731
+        inputs = CacheInputs(as_tokens(positions), as_tokens(slots), cache.end)
+        hidden, layers = self._apply(weights, tokens, positions, inputs, slots.shape[1], cache.layers)
+        return hidden, Cache(layers, slots, cache.end + tokens.shape[1])
 
     def _apply(self, weights: Params | Adapted, *inputs: Any) -> tuple[Array, Any]:
-        """Apply the module to the ``inputs`` of its call."""
+        """Call the Flax module on ``inputs`` with these weights."""
         adapters, base = _split(weights)
         assert adapters is None or self.lora is not None, "the model has no adapters"
         variables = {"params": base} if adapters is None else {"params": base, "lora": adapters}
@@ -158,7 +158,7 @@ class Model:
         return _split(weights).base["embed" if self.config.tied else "unembed"]
 
     def head(self, weights: Params | Adapted) -> Float[Array, "S D"]:
-        """Return the head of a reward model; adapters have one of their own."""
+        """Return the head of a reward model: the adapters' own, or without adapters the base's."""
         adapters, base = _split(weights)
         return (base if adapters is None else adapters)["score"]
 

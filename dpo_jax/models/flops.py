@@ -54,7 +54,7 @@ def pairs_work(
     layout: Literal["shared", "repeated", "padded"],
     window: int | None,
 ) -> Work:
-    """Compute the workload of the real tokens of B prompts with K answers each; slots with lengths 0 are empty.
+    """Compute the workload of B prompts with K answers each, counting real tokens only; lengths 0 are padding.
 
     In layout ``shared`` a prompt is processed once and all its answers continue it; otherwise, once per answer.
     ``lengths`` [B, 1 + K]: tokens of prompt and answers; ``num_targets`` [B, K]: tokens to predict.
@@ -110,9 +110,9 @@ def step_flops(config: DecoderConfig, work: Work, *, live_reference: bool, lora:
 
 
 def recomputed_projections(config: DecoderConfig, remat: Literal["none", "dots", "full"]) -> dict[str, tuple[int, int]]:
-    """Return the (input, output) size of each matrix of a layer whose product the backward pass recomputes.
+    """Return the (input, output) size of each matrix of a layer whose matmul the backward pass recomputes.
 
-    ``full``: all matrices but the last, whose result nothing in the layer needs. Otherwise none: products are saved.
+    ``full``: all matrices but the last, whose output nothing in the layer needs. Otherwise none: outputs are saved.
     """
     *all_but_last, _ = projections(config).items()
     return dict(all_but_last) if remat == "full" else {}
@@ -121,7 +121,7 @@ def recomputed_projections(config: DecoderConfig, remat: Literal["none", "dots",
 def recomputed_flops(config: DecoderConfig, work: Work, remat: Literal["none", "dots", "full"]) -> int:
     """Count the operations that the policy's backward pass recomputes; ``remat`` as in `config.ModelConfig`.
 
-    Always: the logits, chunk by chunk, and the attention scores, which every kernel but the oracle recomputes.
+    Always: the logits, chunk by chunk, and the attention scores, which every kernel but ``xla`` recomputes.
     ``dots``: also attention's forward pass. ``full``: also ``recomputed_projections``.
     """
     forward = forward_flops(config, work)

@@ -16,7 +16,7 @@ from dpo_jax.models.families import FAMILIES
 
 
 def answer_ends(batch: PreferenceBatch) -> Int[Array, "R A"]:
-    """Return the index in the row of the last token of each answer slot; 0 for an unused slot.
+    """Return each answer slot's last token, as an index in its row; 0 for an unused slot.
 
     This does not follow from the targets: a one-token answer's only target has its source at the end of the prompt.
     """
@@ -30,7 +30,7 @@ def answer_ends(batch: PreferenceBatch) -> Int[Array, "R A"]:
 
 
 def make_scores_fn(model: Model) -> Callable[[Params | Adapted, PreferenceBatch], PairLogps]:
-    """Make a `LogpsFn` whose ``sum`` is the reward model's score of each answer; in it the step trains Bradley-Terry.
+    """Make a `LogpsFn` whose ``sum`` is the reward model's score of each answer, so that ``train_step`` trains it.
 
     The score is computed in float32, as the loss depends on differences of scores of similar size.
     """

@@ -101,7 +101,7 @@ class DecoderModule(nn.Module):
         return cast("Array", self.param(name, boxed, self._shape(letters), self.param_dtype))
 
     def zeros(self, letters: str) -> Any:
-        """Declare shape and axes of a trained float32 array of the adapters; adapters.py gives its initial values."""
+        """Declare a float32 array of the adapters by the letters of its dims; adapters.py sets its initial values."""
         return self._boxed(jnp.zeros, letters)(self._shape(letters), jnp.float32)
 
     def linear(self, name: str, x: Array) -> Array:
@@ -136,7 +136,7 @@ class DecoderModule(nn.Module):
 
 
 class CacheInputs(NamedTuple):
-    """Slots of new tokens in a cache of S slots, the same for all layers; tokens are (segment, branch, position)."""
+    """Attention inputs for T new tokens in a cache of S slots; each token is (segment, branch, position)."""
 
     queries: Int[Array, "R 3 T"]  # the new tokens
     slots: Int[Array, "R 3 S"]  # the new tokens and all before them
@@ -148,16 +148,16 @@ class KeyValues(NamedTuple):
 
     keys: Float[Array, "L R K S H"]
     values: Float[Array, "L R K S H"]
-    layer: Int[Array, ""]  # the one that is computed next
+    layer: Int[Array, ""]  # index of the layer to compute next
 
     def write(self, start: Array, keys: Array, values: Array) -> "KeyValues":
-        """Return the cache with the layer's new keys and values [R, T, K, H] from slot ``start`` on."""
+        """Return the cache with the current layer's new keys and values [R, T, K, H] written from slot ``start`` on."""
         update = partial(jax.lax.dynamic_update_slice, start_indices=(self.layer, 0, 0, start, 0))
         keys, values = (x.swapaxes(1, 2)[None] for x in (keys, values))
         return KeyValues(update(self.keys, keys), update(self.values, values), self.layer)
 
     def read(self) -> tuple[Float[Array, "R K S H"], Float[Array, "R K S H"]]:
-        """Return the layer's keys and values."""
+        """Return the current layer's keys and values."""
         return self.keys[self.layer], self.values[self.layer]
 
 
@@ -166,7 +166,7 @@ class Layer(DecoderModule):
 
     kind: LayerKind
     attention: Implementation
-    longest: int  # tokens
+    longest: int  # as in `PreferenceBatch`
 
     @nn.compact
     def __call__(
@@ -175,7 +175,7 @@ class Layer(DecoderModule):
         angles: Float[Array, "R T C"],
         inputs: AttentionInputs | CacheInputs,
     ) -> tuple[tuple[Float[Array, "R T D"], KeyValues | None], None]:
-        """Return the residual stream after the layer, and the cache with its new tokens, if there is one."""
+        """Return the residual stream after the layer, and the cache, if any, with the new tokens added."""
         x, cache = carry
         c = self.config
         y = self.rms_norm("attention", x)

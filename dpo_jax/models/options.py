@@ -25,7 +25,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """Options of the layers at one index of the repeating pattern."""
+    """Options of the layers at one position of the repeating layer pattern."""
 
     window: int | None = None  # a token sees keys at most window - 1 positions back
 
@@ -62,7 +62,7 @@ class DecoderConfig:
 
     @property
     def logits(self) -> int:
-        """Logits of a token to predict; a reward model predicts none."""
+        """Number of logits per predicted token; 0 in a reward model."""
         return 0 if self.scores else self.vocab
 
     def size(self, axis: str) -> int:

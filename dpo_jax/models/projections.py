@@ -1,4 +1,4 @@
-"""Table of a layer's matrices: their products, and their tensor names in Hugging Face files.
+"""Table of a layer's weight matrices: the einsum that applies each, and its tensor name in Hugging Face files.
 
 It has one row per matrix. Parameters, biases, adapters, LoRA targets, tensor names, mesh axes, operation counts and
 memory bounds are all derived from it.
@@ -20,7 +20,7 @@ AXES = {
 
 
 class Projection(NamedTuple):
-    """A matrix of every layer, with its optional bias."""
+    """A weight matrix that every layer has, with its optional bias."""
 
     name: str  # name of the layer's parameter; its bias is NAME_bias
     spec: str  # "x,matrix->y" for `jnp.einsum`; its matrix letters give the order of the parameter's dims
@@ -35,19 +35,19 @@ class Projection(NamedTuple):
 
     @property
     def inputs(self) -> str:
-        """Matrix letters that the product contracts."""
+        """Dim letters of the matrix that the einsum contracts."""
         _, matrix_letters, y_letters = self.letters
         return "".join(letter for letter in matrix_letters if letter not in y_letters)
 
     @property
     def outputs(self) -> str:
-        """Matrix letters that remain in the result; these are the dims of the bias."""
+        """Dim letters of the matrix that remain in y; these are the dims of the bias."""
         _, matrix_letters, y_letters = self.letters
         return "".join(letter for letter in matrix_letters if letter in y_letters)
 
     @property
     def transposed(self) -> bool:
-        """Whether the matrix is stored inputs first; in the files outputs always come first."""
+        """Whether the parameter has its input dims first; in Hugging Face files the output dims always come first."""
         return self.letters[1].startswith(self.inputs)
 
     @property

@@ -1,1 +1,1 @@
-"""Array functions of shapes and a mesh, independent of model parameters."""
+"""Attention and token log-probs as array functions, which depend on shapes and the mesh but on no model."""

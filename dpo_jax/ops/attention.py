@@ -24,7 +24,7 @@ Implementation = Literal["blocks", "xla", "splash", "cudnn"]
 
 
 def attention_mask(query: Int[Array, "3 *j q"], key: Int[Array, "3 *j s"], window: int | None) -> Bool[Array, "*j q s"]:
-    """Return the attention mask from (segment, branch, position) of queries and keys, whose order does not matter.
+    """Compute the attention mask from (segment, branch, position) of queries and keys, which may be in any order.
 
     Positions increase by one within a branch, so "not later" compares positions; a prompt key is never later than an
     answer token. ``window``: only keys at most window - 1 positions back.
@@ -158,8 +158,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 def on_each_device(fn: Callable[..., Array], q: Array, k: Array, v: Array, inputs: AttentionInputs) -> Array:
     """Run ``fn(q, k, v, inputs)`` on each device's own rows and heads; without an active mesh, simply call it.
 
-    It needs no collectives: a token attends only within its row. If `tensor` does not divide the key heads, they are
-    repeated just often enough that each device has exactly those of its own query heads.
+    Attention needs no collectives: a token attends only within its row. If `tensor` does not divide the key heads, they
+    are repeated just often enough that each device has exactly those of its own query heads.
     """
     if not mesh_is_active():
         return fn(q, k, v, inputs)
@@ -212,16 +212,16 @@ def attend_cached(
 
     The queries of a group are adjacent (X = G * q), so that both products are plain matrix products per key head.
     """
-    num_rows, length, num_heads, head = q.shape
+    num_rows, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    grouped = q.swapaxes(1, 2).reshape(num_rows, num_kv_heads, -1, head)
+    grouped = q.swapaxes(1, 2).reshape(num_rows, num_kv_heads, -1, head_dim)
     scores = _attention_scores(grouped, k, "rkxh,rksh->rkxs", scale, softcap)
     visible = attention_mask(queries.swapaxes(0, 1), keys.swapaxes(0, 1), window)
     visible = jnp.tile(visible, (1, num_heads // num_kv_heads, 1))[:, None]
     weights = jax.nn.softmax(scores, axis=-1, where=visible)
     weights = jnp.where(visible.any(-1, keepdims=True), weights, 0.0)  # padding attends to nothing
     out = jnp.einsum("rkxs,rksh->rkxh", weights.astype(v.dtype), v)
-    return out.reshape(num_rows, num_heads, length, head).swapaxes(1, 2)
+    return out.reshape(num_rows, num_heads, length, head_dim).swapaxes(1, 2)
 
 
 def choose(

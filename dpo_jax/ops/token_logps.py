@@ -63,7 +63,7 @@ def score_targets(
 ) -> TokenLogps:
     """Compute the log-probs of the labels; they are undefined where ``mask`` is False.
 
-    Differentiable in ``logp`` and ``log_sum_sq``. The gradient is written by hand, so that the backward pass also holds
+    Gradients flow through ``logp`` and ``log_sum_sq``. They are written by hand, so that the backward pass also holds
     only one tile of scores z and visits only chunks with unmasked targets:
     d log p_label / dz = onehot(label) - p, and d log sum p^2 / dz = 2 (p^2 / sum p^2 - p).
     """
@@ -126,7 +126,7 @@ class _Tiles:
         return jnp.minimum(i * self.block, len(self.unembedding) - self.block)
 
     def weights(self, i: Any, dtype: Any) -> tuple[Array, Array, Array]:
-        """Return block i's rows [b, D], their vocabulary ids [b], and whether each is new to block i [b]."""
+        """Return block i's rows [b, D], their vocabulary ids [b], and a mask of those in no earlier block [b]."""
         offset = self.block_offset(i)
         rows = jax.lax.dynamic_slice_in_dim(self.unembedding, offset, self.block).astype(dtype)
         ids = offset + jnp.arange(self.block)
@@ -138,13 +138,13 @@ class _Tiles:
 
 
 class _Sums(NamedTuple):
-    """Running values over the vocabulary rows visited so far, [C, n] float32; the sums are in units of exp(largest)."""
+    """Running values over the vocabulary rows visited so far, [C, n] float32."""
 
     largest: Array  # largest score
     label: Array  # score of the label
-    total: Array  # sum of exp(score)
-    squares: Array | None  # sum of exp(2 score)
-    expected: Array | None  # sum of exp(score) score
+    total: Array  # sum of exp(score - largest)
+    squares: Array | None  # sum of exp(2 (score - largest))
+    expected: Array | None  # sum of exp(score - largest) score
 
 
 def _add_block(scores: Array, is_label: Array, before: _Sums) -> _Sums:

@@ -29,7 +29,7 @@ class UnpackIndices(NamedTuple):
 
 
 def unpack_branches(batch: PreferenceBatch, length: int) -> UnpackIndices:
-    """Return indices that unpack each row into K sequences of ``length`` tokens: a branch's answers and all prompts."""
+    """Return indices that unpack each row into K sequences of ``length`` tokens: all prompts and a branch's answers."""
     num_branches = batch.answer_slots.shape[-1]
     branches, segments = jnp.asarray(batch.branches)[:, None], jnp.asarray(batch.segments)[:, None]
     branch = jnp.arange(1, num_branches + 1)[:, None]
@@ -37,7 +37,7 @@ def unpack_branches(batch: PreferenceBatch, length: int) -> UnpackIndices:
 
 
 def unpack_answers(batch: PreferenceBatch, length: int) -> UnpackIndices:
-    """Return indices that unpack each row into A sequences of ``length`` tokens: an answer after its prompt."""
+    """Return indices that unpack each row into A sequences of ``length`` tokens: each answer after its prompt."""
     branches, segments = jnp.asarray(batch.branches), jnp.asarray(batch.segments)
     shift_right = lambda grid: jnp.pad(grid[:, :-1], ((0, 0), (1, 0)))  # noqa: E731
     starts = (branches > 0) & ((branches != shift_right(branches)) | (segments != shift_right(segments)))
@@ -50,7 +50,7 @@ def unpack_answers(batch: PreferenceBatch, length: int) -> UnpackIndices:
 
 
 def _indices(batch: PreferenceBatch, is_member: Bool[Array, "R S T"], length: int) -> UnpackIndices:
-    """Return the indices for the sequences that ``is_member`` selects, in row order; at most K have the same token."""
+    """Return the indices for the sequences that ``is_member`` selects, in row order; at most K share a token."""
     num_rows, num_sequences, _ = is_member.shape
     copies = batch.answer_slots.shape[-1]
     sources = jnp.argsort(~is_member, axis=-1, stable=True)[..., :length]

@@ -22,7 +22,7 @@ class Flag(NamedTuple):
 
     name: str
     value: str
-    kinds: tuple[str, ...] = ()  # device kinds that it applies to, in JAX's names; (): all of the platform
+    kinds: tuple[str, ...] = ()  # device kinds that take the option, as JAX names them; (): all of the platform
 
 
 _V5E = ("TPU v5 lite", "TPU v5e")
@@ -42,7 +42,7 @@ _BOOLEANS = {"true": "True", "false": "False"}  # spellings that the options of 
 
 @contextmanager
 def no_cache_writes() -> Iterator[None]:
-    """Context manager that disables writes to JAX's compilation cache, which cannot load programs of absent devices."""
+    """Context manager that disables writes to JAX's compilation cache: it cannot load programs for absent devices."""
     option = "jax_persistent_cache_min_compile_time_secs"
     previous = jax.config.values[option]
     jax.config.update(option, float("inf"))

@@ -58,7 +58,7 @@ def is_writer() -> bool:
 
 
 def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
-    """Gather one JSON value per process, by process id. All processes must make the same calls in the same order.
+    """Return one JSON value per process, in process order. All processes must make the same calls in the same order.
 
     Args:
         what: name of the operation, for error messages.
@@ -85,12 +85,12 @@ def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
             arrived = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(prefix)}
             missing_ids = sorted(set(range(jax.process_count())) - arrived)
             problem = timeout_message(timeout, missing_ids, jax.process_count())
-            raise HostsMissing(f"{what}: {problem}: read its log, then restart all processes") from error
+            raise HostsMissing(f"{what}: {problem}: read the logs of those missing, then restart all") from error
     return values
 
 
 def barrier(what: str, timeout: int = TIMEOUT) -> None:
-    """Wait until every process calls this; raise ``HostsMissing`` with the ids of those that do not in time."""
+    """Wait until every process calls this; raise ``HostsMissing`` with the ids of the processes that time out."""
     gather(None, what, timeout)
 
 
@@ -141,7 +141,7 @@ def writer_first(make: Callable[[], Result], what: str) -> Result:
 
 
 def on_writer(act: Callable[[], Result], what: str) -> Result:
-    """Call ``act()``, which returns JSON values, on process 0 and return its result on all; so is its ``UserError``."""
+    """Call ``act()`` on process 0, and return its JSON result, or raise its ``UserError``, on all processes."""
     result, error = None, None
     if is_writer():
         try:
@@ -153,7 +153,7 @@ def on_writer(act: Callable[[], Result], what: str) -> Result:
 
 
 def agree(error: UserError | None, what: str, timeout: int = TIMEOUT) -> None:
-    """Raise the error of the first process that has one on every process, so that all stop together."""
+    """Raise, on every process, the error of the first process that has one, so that all stop together."""
     report = None if error is None else [type(error).__name__, str(error)]
     for kind, text in filter(None, gather(report, what, timeout)):
         raise getattr(errors, kind, UserError)(text) from error

@@ -57,8 +57,10 @@ def _sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     product = int(np.prod([size for size in requested_sizes.values() if size != -1]))
     sizes = {name: num_devices // product if size == -1 else size for name, size in requested_sizes.items()}
     if int(np.prod(list(sizes.values()))) != num_devices:
-        remedy = f"{product} does not divide {num_devices}" if -1 in requested_sizes.values() else "set one axis to -1"
-        raise UserError(f"mesh: {requested_sizes} does not use {num_devices} devices: {remedy}, or change the sizes")
+        remedy = "set one axis to -1, or change the sizes"
+        if -1 in requested_sizes.values():
+            remedy = f"{product} does not divide {num_devices}; change the sizes"
+        raise UserError(f"mesh: {requested_sizes} does not use {num_devices} devices: {remedy}")
     return tuple(sizes.values())
 
 
@@ -71,7 +73,7 @@ def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.nd
         return np.array(devices).reshape(shape)
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape[0] % num_slices:
-        raise UserError("mesh.data", shape[0], f"use a multiple of the {num_slices} slices, which only this axis spans")
+        raise UserError("mesh.data", shape[0], f"use a multiple of the {num_slices} slices: no other axis spans slices")
     slice_shape = (shape[0] // num_slices, *shape[1:])
     if num_slices == 1:
         return mesh_utils.create_device_mesh(slice_shape, devices, allow_split_physical_axes=True)
@@ -92,7 +94,7 @@ def platform_of(mesh: Mesh) -> str:
 def weight_spec(
     dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, name: str
 ) -> PartitionSpec:
-    """Return the partition spec of a weight whose dims have these logical axes, from ``RULES``.
+    """Return the partition spec that ``RULES`` gives to a weight whose dims have these logical axes.
 
     Raises:
         UserError: a mesh axis does not divide the size of a dim.
@@ -103,7 +105,7 @@ def weight_spec(
         axis, may_replicate = RULES[dim] if dim is not None else (None, False)
         if axis is not None and size % mesh.shape[axis]:
             if not may_replicate:
-                raise UserError(f"mesh.{axis}", mesh.shape[axis], f"use a divisor of the {dim} size {size} of {name}")
+                raise UserError(f"mesh.{axis}", mesh.shape[axis], f"use a divisor of {size}, the {dim} size of {name}")
             axis = None
         if axis is not None and axis in spec:
             raise ValueError(f"{name}: dims {tuple(dims)} map to mesh axis {axis!r} twice")

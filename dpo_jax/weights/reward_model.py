@@ -1,13 +1,17 @@
 """The tokens that end a policy's answers, and the reward model that scores answers there."""
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from dpo_jax.config import ModelConfig
+from dpo_jax.config import DataConfig, ModelConfig, SourceConfig
 from dpo_jax.config.generate import RewardModelConfig
+from dpo_jax.data.schemas import Example, Problem
+from dpo_jax.data.tokenize import TokenizedExample, TokenizedPrompt, make_tokenize, make_tokenize_prompt
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError, require
+from dpo_jax.inference.generate import Answer
 from dpo_jax.models.decoder import Model
 from dpo_jax.weights.hub import end_tokens
 from dpo_jax.weights.open import ModelSource, OpenModel, open_model
@@ -41,33 +45,73 @@ def with_tail(tokens: list[int], ended: bool, tail: list[int]) -> list[int]:
     return tokens + tail[1:] * is_turn
 
 
+ReadAnswer = Callable[[TokenizedPrompt, Answer, Callable[[], Example]], tuple[list[int], list[int]]]
+"""(prompt, answer, function that returns the prompt's row) -> tokens of prompt and answer for the reward model."""
+
+
+class RewardModel(NamedTuple):
+    """A reward model whose files were found, and how it reads the policy's answers."""
+
+    opened: OpenModel
+    read_answer: ReadAnswer
+
+
 def open_reward_model(
-    config: RewardModelConfig, policy: ModelConfig, platform: str, tokenizer: Any, chat_template: str | None
-) -> OpenModel:
+    config: RewardModelConfig, policy: ModelConfig, platform: str, tokenizer: Any, template_date: str
+) -> RewardModel:
     """Open the reward model of ``reward.path`` with the policy's compute options; ``tokenizer`` is the policy's.
 
     Raises:
-        UserError: it is a language model, or has another tokenizer or chat template than the policy.
+        UserError: it is a language model, or its tokenizer cannot be loaded.
     """
     assert config.path is not None
     model = replace(policy, path=config.path, revision=config.revision, checkpoint=config.checkpoint, tokenizer=None)
     try:
-        reward = open_model(model, platform)
+        opened = open_model(model, platform)
         remedy = "it is a language model, which has no score head; train a reward model with dpo-jax reward"
-        require(reward.model.config.scores == 1, "model.path", config.path, remedy)
+        require(opened.model.config.scores == 1, "model.path", config.path, remedy)
     except UserError as error:
         if not str(error).startswith(("model.path", "model.revision", "model.checkpoint")):
             raise
         raise UserError(f"reward.{str(error).removeprefix('model.')}") from error
     try:
-        other_tokenizer = reward.tokenizer(chat_template)
+        reward_tokenizer = opened.tokenizer(None)
     except UserError as error:
         remedy = "fix the tokenizer in its directory, or choose another reward model"
         raise UserError(f"reward.path: {config.path}: its tokenizer cannot be loaded: {error}; {remedy}") from error
-    if tokenizer_hash(other_tokenizer) != tokenizer_hash(tokenizer):
-        is_template = other_tokenizer.chat_template != tokenizer.chat_template
-        difference, remedy = "tokenizer", "use a reward model of the same family"
-        if is_template:
-            difference, remedy = "chat template", "name a file as data.chat_template for both"
-        raise UserError("reward.path", config.path, f"its {difference} is not that of {policy.path}; {remedy}")
-    return reward
+    if reward_tokenizer.chat_template is None:
+        reward_tokenizer.chat_template = tokenizer.chat_template
+    if tokenizer_hash(reward_tokenizer) == tokenizer_hash(tokenizer):
+        return RewardModel(opened, _read_tokens)
+    return RewardModel(opened, _make_read_text(config.path, reward_tokenizer, tokenizer, template_date))
+
+
+def _read_tokens(prompt: TokenizedPrompt, answer: Answer, _: Callable[[], Example]) -> tuple[list[int], list[int]]:
+    return prompt.tokens, with_tail(answer.tokens, answer.ended, prompt.tail)
+
+
+def _make_read_text(path: str, reward_tokenizer: Any, tokenizer: Any, template_date: str) -> ReadAnswer:
+    """Return a function that tokenizes an answer's text as the training of the reward model did.
+
+    An answer that was cut off has none of the tokens that end one.
+    """
+    tokenize_prompt = make_tokenize_prompt(template_date, reward_tokenizer)
+    data = DataConfig(train=(SourceConfig(path="answers"),), max_length=sys.maxsize, template_date=template_date)
+    tokenize = make_tokenize(data, reward_tokenizer, "sft")
+
+    def read_text(prompt: TokenizedPrompt, answer: Answer, row: Callable[[], Example]) -> tuple[list[int], list[int]]:
+        example, text = row(), answer.text(tokenizer, prompt.tokens)
+        message = text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]
+        alone = tokenize_prompt(example)
+        answered = alone if isinstance(alone, Problem) else tokenize(replace(example, answers=(message,)))
+        tail = [] if isinstance(alone, Problem) else alone.tail
+        if isinstance(answered, TokenizedExample):
+            tokens = answered.answers[0]
+            is_cut = not answer.ended and 0 < len(tail) < len(tokens) and tokens[-len(tail) :] == tail
+            return answered.prompt, tokens[: -len(tail)] if is_cut else tokens
+        if answered.cause == "empty_answer" and tail and isinstance(alone, TokenizedPrompt):
+            return alone.tokens, tail
+        remedy = "remove the row, or choose another reward model"
+        raise UserError(f"reward.path: {path} cannot read row {example.row}: {answered.detail}; {remedy}")
+
+    return read_text

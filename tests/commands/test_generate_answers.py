@@ -15,12 +15,13 @@ from small_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 from dpo_jax import cli
 from dpo_jax.commands import generate as module
-from dpo_jax.config import DataConfig, GenerateConfig, SourceConfig
+from dpo_jax.config import DataConfig, GenerateConfig, MeshConfig, SourceConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.data.ranked import rank
 from dpo_jax.data.store import build_or_open_store
 from dpo_jax.data.tokenize import TokenizedPrompt
 from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.inference.answer_scores import make_answer_scores
 from dpo_jax.inference.generate import Answer, generate, rollout_weights
 from dpo_jax.models.decoder import Model, plain_batch
 from dpo_jax.models.families import decoder_config
@@ -133,6 +134,28 @@ def test_answers_log_probs_and_scores_are_those_of_full_forward_passes(made):
     assert len({fields["logp"] for fields in written}) == len(written)
 
 
+def test_a_reward_model_with_another_tokenizer_reads_the_text(made):
+    """It writes </s> and a newline only after answers that ended; its tokens are otherwise those of the same text."""
+    other, folder = make_tokenizer(), made / "other"
+    other.chat_template = TOKENIZER.chat_template
+    other.add_special_tokens({"pad_token": "<pad>"})
+    shutil.copytree(made / "reward", folder)
+    other.save_pretrained(folder)
+    rows = generated(made, "other.jsonl", "--reward", str(folder))
+    params, mesh = make_params(REWARD, 1), make_mesh(MeshConfig())
+    answer_scores = make_answer_scores(REWARD, params, mesh)
+    for row, whole in zip(rows, read_json(made / "whole.jsonl"), strict=True):
+        prompt, is_text = prompt_tokens(row), isinstance(row["prompt"], str)
+        before = row["prompt"] if is_text else TOKENIZER.decode(prompt)
+        for answer, by_tokens in zip(row["answers"], whole["answers"], strict=True):
+            tokens = TOKENIZER(before + answer["text"], add_special_tokens=is_text)["input_ids"]
+            tail = [END] if is_text else [END, NEWLINE]
+            tokens = tokens[len(prompt) :] + tail * (answer["finish_reason"] == "stop")
+            (score,) = answer_scores([prompt], [tokens])
+            assert answer["score"] == pytest.approx(score, abs=2e-4)
+            assert answer["text"] == by_tokens["text"]
+
+
 def test_only_an_answer_that_ends_its_turn_is_scored_behind_it():
     prompt = TokenizedPrompt([5], [END, NEWLINE])
     for tokens, ended, expected in (([7, END], True, [7, END, NEWLINE]), ([7, 20], True, [7, 20]), ([7], False, [7])):
@@ -227,11 +250,11 @@ def test_prompts_without_a_pair_are_counted_by_cause():
     ]
     pairs = rank(rows, "best-worst")
     assert pairs.rows == [{"prompt": "p", "chosen": "b", "rejected": "a", "chosen_score": 2, "rejected_score": 1}]
-    few = "with fewer than two answers that have text"
-    assert pairs.skipped == {"with equal texts": 1, "with equal scores": 1, few: 2}
+    few = "with fewer than two non-blank answers"
+    assert pairs.skipped == {"with equal best and worst answers": 1, "with equal scores of all answers": 1, few: 2}
     best = rank(rows, "best")
     assert [(row["answer"], row["score"]) for row in best.rows] == [("b", 2), ("a", 2), ("a", 1), ("a", 1)]
-    assert best.skipped == {"without an answer that has text": 1}
+    assert best.skipped == {"without a non-blank answer": 1}
     assert (pairs.num_cut, best.num_cut) == (0, 1)
 
 
@@ -257,7 +280,7 @@ REFUSED = [
     ("--prompts.weight 1", "prompts.weight: 1.0 cannot be used: every prompt is answered; leave it out"),
     ("--reward {policy}", "reward.path: '{policy}' cannot be used: it is a language model, which has no score head"),
     ("--model.path {reward}", "model.path: '{reward}' cannot be used: it is a reward model, without an unembedding"),
-    ("--reward {other}", "reward.path: '{other}' cannot be used: its tokenizer is not that of {policy}"),
+    ("--reward {broken}", "reward.path: {broken}: its tokenizer cannot be loaded: "),
     ("--prompts {empty}", "the source has no rows; choose another"),
     ("--prompts {blank}", "row 1: missing field: prompt is absent or null, not text; fix or remove the row"),
     ("--prompts {answered}", "row 0: empty prompt: the prompt ends with an assistant message"),
@@ -285,12 +308,9 @@ def spoiled(made) -> dict[str, str]:
     for name, rows in lines.items():
         (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (made / "edited.manifest.json").write_bytes((made / "whole.manifest.json").read_bytes())
-    shutil.copytree(made / "reward", made / "other")
-    other = make_tokenizer()
-    other.chat_template = TOKENIZER.chat_template
-    other.add_special_tokens({"pad_token": "<pad>"})
-    other.save_pretrained(made / "other")
-    folders = {name: str(made / name) for name in ("policy", "reward", "other")}
+    shutil.copytree(made / "reward", made / "broken")
+    (made / "broken" / "tokenizer.json").write_text("{}")
+    folders = {name: str(made / name) for name in ("policy", "reward", "broken")}
     return folders | {name: str(made / f"{name}.jsonl") for name in (*lines, "whole")}
 
 

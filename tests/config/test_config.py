@@ -19,7 +19,7 @@ from dpo_jax.config import (
     SourceConfig,
 )
 from dpo_jax.config.docs import help_sections, reference_page, sections
-from dpo_jax.config.elsewhere import OPTION_ALIASES
+from dpo_jax.config.elsewhere import NOT_OFFERED, OPTION_ALIASES
 from dpo_jax.config.file import CommandLineText, config_to_yaml, field_names, load_yaml, parse_config
 from dpo_jax.config.idle import IDLE, Facts, idle_options
 from dpo_jax.config.section import Range
@@ -163,9 +163,19 @@ def test_what_is_idle_in_this_run_is_noted():
     ]
 
 
+def accepts(kind, option) -> bool:
+    return any(f"{name}.".startswith(f"{option}.") for name in field_names(kind))
+
+
 def test_names_of_other_trainers_lead_to_options():
     for name, option in OPTION_ALIASES.items():
-        assert f"{name}: unknown option: did you mean {option}?" in refused(**{name: 1})
+        kind = next(kind for kind in (DPOConfig, PPOConfig, RewardConfig) if accepts(kind, option))
+        assert f"{name}: unknown option: did you mean {option}?" in refused(kind, **{name: 1})
+
+
+def test_options_that_would_train_something_else_are_refused_with_the_reason():
+    for name, why in NOT_OFFERED.items():
+        assert refused(PPOConfig, **{name.replace(".", "__"): 1}) == f"{name}: unknown option: {why}; remove it"
 
 
 # (overrides, what the line must hold): each another path through the code

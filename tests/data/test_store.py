@@ -241,8 +241,8 @@ def lose_problems(path):
     ("damage", "said"),
     [(cut_tokens, "tokens.bin: the file has 100 bytes, expected"), (flip_bit, "tokens.bin: its checksum"),
      (lose_manifest, "no readable manifest.json"), (cut_manifest, "no readable manifest.json"),
-     (edit_manifest, "manifest.json: its checksum is wrong"), (empty_manifest, "manifest.json: its checksum is wrong"),
-     (nest_manifest, "manifest.json: it is not JSON: RecursionError"),
+     (edit_manifest, "manifest.json: checksum mismatch"), (empty_manifest, "manifest.json: checksum mismatch"),
+     (nest_manifest, "manifest.json: not JSON: RecursionError"),
      (lose_problems, "problems.jsonl: the file is missing")],
 )  # fmt: skip
 def test_a_damaged_store_is_built_again_and_said(damage, said, tmp_path, caplog):

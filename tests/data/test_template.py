@@ -51,7 +51,7 @@ ENDLESS = """{% set r = range(100000) %}{% for i in r %}{% for j in r %}{% for k
 def test_a_template_that_never_ends_makes_its_row_invalid(monkeypatch):
     monkeypatch.setattr(templates, "RENDER_SECONDS", 0.1)
     problem = make_tokenize(config(), make_tokenizer(template=ENDLESS), "dpo")(ROW)
-    assert problem == Problem(3, "template_refused", "it did not finish within 0.1 s of processor time")
+    assert problem == Problem(3, "template_refused", "the template did not finish within 0.1 s of processor time")
 
 
 def test_rendering_works_outside_of_the_main_thread():

@@ -178,7 +178,7 @@ def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"ppo": {"kl_estimator": "k3"}}, "ppo.kl_estimator: unknown option"),
+        ({"ppo": {"kl_estimator": "k3"}}, "ppo.kl_estimator: unknown option: the penalty is k1"),
         ({"sampling": {"top_p": 0.9}}, "sampling.top_p: 0.9 cannot be used: policy gradients need samples"),
         ({"sampling": {"temperature": 0.7}}, "sampling.temperature: 0.7 cannot be used"),
         ({"reference": {"mode": "cached"}}, "reference.mode: 'cached' cannot be used: new answers need a live ref"),

@@ -96,9 +96,9 @@ def test_few_key_heads_are_held_by_all():
 
 
 def test_sizes_that_do_not_divide_are_refused_by_name():
-    with pytest.raises(UserError, match=r"mesh.tensor: 2 cannot be used: use a divisor of the heads size 3 of q"):
+    with pytest.raises(UserError, match=r"mesh.tensor: 2 cannot be used: use a divisor of 3, the heads size of q"):
         spec(("heads", "embed"), (3, 4), MESH, "q")
-    with pytest.raises(UserError, match=r"mesh.fsdp: 2 cannot be used: use a divisor of the embed size 5 of \['q'\]"):
+    with pytest.raises(UserError, match=r"mesh.fsdp: 2 cannot be used: use a divisor of 5, the embed size of \['q'\]"):
         weight_shardings({"q": jax.ShapeDtypeStruct((5,), jnp.float32)}, {"q": ("embed",)}, MESH)
 
 

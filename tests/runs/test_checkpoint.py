@@ -272,10 +272,10 @@ DAMAGE = {
     flip_a_byte: "the checksum of params/layers/w is wrong",  # Orbax reads it without complaint
     delete_arrays: "its arrays cannot be read",
     delete_manifest: "it has no manifest",
-    cut_manifest: "its manifest cannot be used: it is not JSON",
-    edit_manifest: "its manifest cannot be used: its checksum is wrong",
-    empty_manifest: "its manifest cannot be used: its checksum is wrong",
-    nested_manifest: "its manifest cannot be used: it is not JSON: RecursionError",
+    cut_manifest: "its manifest cannot be used: not JSON",
+    edit_manifest: "its manifest cannot be used: checksum mismatch",
+    empty_manifest: "its manifest cannot be used: checksum mismatch",
+    nested_manifest: "its manifest cannot be used: not JSON: RecursionError",
     empty: "it has no manifest",
     swap_arrays: "the checksum of .* is wrong",
 }

@@ -1,4 +1,4 @@
-"""Building blocks of model families: the `Family` table, and readers for values of ``config.json``."""
+"""Building blocks of model families: the `Family` class, and readers for values of ``config.json``."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

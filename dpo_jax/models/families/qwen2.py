@@ -10,7 +10,7 @@ WINDOW_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_lay
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return the window that all layers share, from ``layer_types`` or the older key; refuse layers that differ."""
+    """Return the window that all layers share, from ``layer_types`` or, in older files, ``max_window_layers``."""
     window, full_layers = hf.get("sliding_window", 4096), hf.get("max_window_layers", 28)
     if window is not None and type(window) is not int:
         raise invalid("sliding_window", window, "it must be an integer or null")

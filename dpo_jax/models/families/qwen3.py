@@ -1,4 +1,4 @@
-"""Qwen3, dense: Llama with RMSNorm of each query and key head, a default head_dim of 128, and Qwen2's windows."""
+"""Qwen3, dense: Llama with RMSNorm of each query and key head, a default head_dim of 128, and Qwen2's window keys."""
 
 from dpo_jax.models.families import qwen2
 from dpo_jax.models.families.family import Family

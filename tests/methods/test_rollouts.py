@@ -1,0 +1,67 @@
+"""Judges of sampled answers: what a reward model with another tokenizer or chat template reads."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dpo_jax.config import MeshConfig, PPOConfig
+from dpo_jax.config.file import parse_config
+from dpo_jax.inference.generate import Answer
+from dpo_jax.methods.rollouts import answer_tail, make_judge, prompt_tokens
+from dpo_jax.methods.setup import assemble
+from dpo_jax.models.heads import reward_hf_config
+from dpo_jax.parallel.sharding import make_mesh
+from dpo_jax.weights.huggingface import export_params
+from dpo_jax.weights.open import OpenModel, open_model
+
+TEXTS = {"Once upon a time": " there was a dog.", "One day, a girl": " went to the park."}
+
+
+def save_reward_model(policy: OpenModel, folder: Path, chat_template: str | None) -> None:
+    """A reward model with the policy's layers and a random head."""
+    model = replace(policy.model, config=replace(policy.model.config, scores=1))
+    params = policy.load(make_mesh(MeshConfig(), jax.devices()[:1]))
+    params["score"] = jax.random.normal(jax.random.key(0), (1, model.config.hidden))
+    params = {name: params[name] for name in model.param_shapes()}
+    hf_config, source_dir = reward_hf_config(policy.source.hf_config, 0), policy.source.folder
+    export_params(
+        params, model, hf_config=hf_config, out_dir=folder, dtype="float32", source_dir=source_dir, overwrite=True
+    )
+    tokenizer = policy.tokenizer()
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_reward_model_gives_the_same_scores_by_the_policy_s_tokens_and_by_the_text(shared, tmp_path):
+    """Prompts that are text use no chat template, so another one changes how the reward model reads, not what."""
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in TEXTS))
+    tree = {
+        "model": {"path": str(shared / "models" / "stories260K")},
+        "data": {"train": str(data), "max_length": 64, "store": str(tmp_path / "store"), "workers": 1},
+        "reward": str(tmp_path / "reward"),
+        "sampling": {"max_tokens": 32},
+        "batch": {"prompts": 2},
+        "run": {"dir": str(tmp_path / "run"), "steps": 1, "progress": False},
+    }
+    config = parse_config(tree, {}, PPOConfig)
+    setup = assemble(config, make_mesh(config.mesh, jax.devices()[:1]))
+    store, tokenizer, tail = setup.batches.store, setup.tokenizer, answer_tail(setup)
+    prompts = [prompt_tokens(store, i) for i in range(2)]
+    wholes = [tokenizer(prompt + text)["input_ids"] for prompt, text in TEXTS.items()]
+    answers = []
+    for prompt, whole in zip(prompts, wholes, strict=True):
+        assert whole[: len(prompt)] == prompt
+        cut = whole[len(prompt) :]
+        of_prompt = [(cut, False), (cut + tail, True), (tail, True)]
+        answers.append([Answer(tokens, [0.0] * len(tokens), ended) for tokens, ended in of_prompt])
+    scores = {}
+    for name, template in (("tokens", None), ("text", "{{ messages }}")):
+        save_reward_model(open_model(config.model, "cpu"), tmp_path / "reward", template)
+        judge, _ = make_judge(setup, config.reward, tail)
+        scores[name] = judge(store, np.arange(2), prompts, answers)
+    np.testing.assert_allclose(scores["text"], scores["tokens"], atol=1e-6)
+    assert len(set(np.round(scores["tokens"].ravel(), 4))) == 6
