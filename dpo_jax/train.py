@@ -62,7 +62,7 @@ def train(
                 session.begin()
                 keep_files(method.setup, run)
                 session.say(method.check_start(state))
-                session.log_evaluation(0, *method.evaluate(state))
+                session.log_evaluation(0, method.evaluate(state))
             session.write_config(config_to_yaml(config))
             state = run_steps(session, method, state, first_step)
         finish(config, method, run, state)
@@ -81,7 +81,7 @@ def run_steps(session: Session, method: Method, state: Any, first_step: int) -> 
                 state, metrics = method.update(state, data)
                 session.log(step, metrics, data.facts)
                 if session.due.evaluation:
-                    session.log_evaluation(step + 1, *method.evaluate(state))
+                    session.log_evaluation(step + 1, method.evaluate(state))
                 if session.due.save:
                     session.save(step + 1, state)
                 session.stop_if_asked(step + 1)

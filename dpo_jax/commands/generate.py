@@ -27,7 +27,7 @@ from dpo_jax.data.tokenize import TokenizedPrompt, make_tokenize_prompt
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import RunStopped, UserError
 from dpo_jax.inference.answer_scores import AnswerScores, make_answer_scores
-from dpo_jax.inference.generate import Answer, generate, rollout_weights
+from dpo_jax.inference.generate import NO_END, Answer, generate, rollout_weights
 from dpo_jax.models.decoder import count_params
 from dpo_jax.parallel import hosts
 from dpo_jax.parallel.rendezvous import start_hosts
@@ -46,7 +46,6 @@ from dpo_jax.weights.reward_model import (
 )
 
 LOGP_DECIMALS, SCORE_DECIMALS = 4, 6  # later digits of a float32 depend on the batch
-NO_END = [-1]  # end tokens of a model that has none
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class TrainConfig(Section):
     model: ModelConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     run: RunConfig
@@ -89,8 +90,12 @@ class TrainConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         draws_adapters = self.lora.rank > 0 and self.lora.path is None
-        uses_seed = self.data.shuffle or draws_adapters or self.planned.per_prompt > 0
+        samples = self.planned.per_prompt > 0 or self.run.samples > 0
+        draws_answers = samples and self.sampling.temperature > 0
+        uses_seed = self.data.shuffle or draws_adapters or draws_answers
         self.refuse_idle("run.seed", not uses_seed, "nothing is random without data.shuffle or new adapters")
+        for option in ("max_tokens", "temperature", "top_k", "top_p"):
+            self.refuse_idle(f"sampling.{option}", not samples, "run.samples is 0, so nothing is sampled")
         self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "all adapters are matrices")
 
 
@@ -168,7 +173,7 @@ class RewardConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for option in ("run.token_stats", "batch.target_chunk"):
+        for option in ("run.samples", "run.token_stats", "batch.target_chunk"):
             self.refuse_idle(option, True, "a reward model predicts no tokens")
 
     @property
@@ -188,7 +193,6 @@ class PPOConfig(TrainConfig):
 
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     ppo: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: JudgeConfig
     batch: RolloutBatchConfig = field(default_factory=RolloutBatchConfig)
 

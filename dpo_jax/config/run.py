@@ -140,6 +140,10 @@ class RunConfig(Section, name="run"):
     """Steps between lines of metrics.jsonl."""
     eval_every: int = ranged(0, at_least=0)
     """Steps between evaluations; 0: only before the first and after the last step."""
+    samples: int = ranged(0, at_least=0)
+    """Answer the first different prompts, up to this many of each evaluation set, at every evaluation; answers go to
+    samples.jsonl and the report. Next to the policy's stand the reference's, sampled once before training unless it
+    moves, so also those of a cached one; without a reference, the start's."""
     token_stats: bool = True
     """Also log entropy, mean logits and token accuracy."""
     export: bool = False

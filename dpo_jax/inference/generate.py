@@ -22,6 +22,7 @@ from dpo_jax.inference.sampling import row_keys, sample
 from dpo_jax.models.decoder import Model
 from dpo_jax.parallel.sharding import replicated, rollout_mesh, row_devices, row_sharding, weight_shardings
 
+NO_END = [-1]  # end tokens of a model that has none
 SMALLEST_BUCKET = 16  # tokens; prompts are padded to a power of two, so that few programs are compiled
 
 

@@ -16,7 +16,8 @@ from dpo_jax.inference.reference_cache import cached_logps
 from dpo_jax.inference.score import dataset_logps
 from dpo_jax.logprobs import make_logps_fn
 from dpo_jax.methods.offline import Offline, Start, make_offline
-from dpo_jax.methods.setup import Setup, load_policy
+from dpo_jax.methods.samples import Samples, make_samples
+from dpo_jax.methods.setup import Policy, Setup, follow_of, load_policy
 from dpo_jax.models.decoder import Model
 from dpo_jax.parallel.sharding import local_row_shards, platform_of, replicated, row_devices
 from dpo_jax.runs.checksums import weights_id
@@ -32,7 +33,18 @@ def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
     weights = reference_weights(setup, policy.weights)
     reference_id = policy.ids["weights"] if weights is policy.weights else weights_id(weights)
     policy = policy._replace(ids=policy.ids | {"reference": reference_id})
-    return make_offline(setup, policy, make_reference(setup, weights), flags)
+    reference = make_reference(setup, weights)
+    return make_offline(setup, policy, reference, flags, dpo_samples(setup, policy, reference, weights))
+
+
+def dpo_samples(setup: Setup, policy: Policy, reference: Reference | None, weights: Params) -> Samples | None:
+    """Return what samples answers next to those of the reference, of ``weights``, or without one of the start."""
+    if reference is None:
+        return make_samples(setup, "start", policy.start)
+    if follow_of(setup.config) is not None:
+        return make_samples(setup, "reference", None)
+    is_copy = isinstance(reference, LiveReference) and setup.model.lora is None  # it may have another dtype
+    return make_samples(setup, "reference", reference.weights if is_copy else weights)
 
 
 def reference_weights(setup: Setup, start: Params) -> Params:

@@ -17,10 +17,11 @@ from dpo_jax.inference.agreement import AGREEMENT, tied
 from dpo_jax.inference.evaluation import evaluation_of, score_sets
 from dpo_jax.inference.reference import CachedReference, LiveReference, Reference
 from dpo_jax.methods.optimizer import make_optimizer, make_schedule
+from dpo_jax.methods.samples import Samples
 from dpo_jax.methods.setup import Policy, Setup, abstract_state, describe, follow_of, make_step
 from dpo_jax.methods.start_check import check_first, mean_margin, prove_start, start_logps, starts_equal
 from dpo_jax.methods.throughput import step_rates
-from dpo_jax.runs.logs import clipped
+from dpo_jax.runs.logs import Evaluation, clipped
 from dpo_jax.runs.manifest import new_run
 from dpo_jax.runs.session import Metrics, StepFacts
 from dpo_jax.step import Frozen, TrainState, TrainStep, init_state
@@ -57,6 +58,7 @@ class Offline:
     reference: Reference | None  # None: no reference, or it is part of the state
     proven: bool  # the reference equals the initial policy, so the first step's values are known
     packed: Callable[[int], StepData]
+    samples: Samples | None
     to_devices: ToDevices  # for train steps, whose batches have a leading microbatch axis when accumulating
 
     def weights(self, state: TrainState) -> Any:
@@ -144,16 +146,18 @@ class Offline:
         """Run one compiled train step; return the new state and the metrics."""
         return self.step(state, data.frozen, data.batch)
 
-    def evaluate(self, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Return the metrics of the evaluation sets, and the distributions of their margins and rewards."""
+    def evaluate(self, state: TrainState) -> Evaluation:
+        """Return the metrics of the evaluation sets, the distributions of their margins and rewards, and samples."""
         setup = self.setup
         weights, reference = self.weights(state), self.reference_of(state)
         scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference)
-        return evaluation_of(scored, setup.config.objective)
+        metrics, distributions = evaluation_of(scored, setup.config.objective)
+        samples = [] if self.samples is None else self.samples.rows(weights, state.reference)
+        return Evaluation(metrics, distributions, samples)
 
 
 def make_offline(
-    setup: Setup, policy: Policy, reference: Reference | None, flags: Mapping[str, str]
+    setup: Setup, policy: Policy, reference: Reference | None, flags: Mapping[str, str], samples: Samples | None = None
 ) -> tuple[Offline, Start]:
     """Build the method and the arrays it starts from; ``flags`` are compiler options of its step."""
     config, mesh, num_steps = setup.config, setup.mesh, setup.batches.order.num_steps
@@ -179,6 +183,7 @@ def make_offline(
         reference=None if reference_follows else reference,
         proven=reference is not None and starts_equal(config, policy.ids),
         packed=prefetched(setup.batches, range(num_steps)),
+        samples=samples,
         to_devices=make_to_devices(mesh, leading=int(config.batch.accumulation > 1)),
     )
     return method, Start(trained, reference.weights if reference_follows else None)

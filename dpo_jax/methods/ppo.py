@@ -24,13 +24,14 @@ from dpo_jax.logprobs import make_token_logps_fn
 from dpo_jax.methods.dpo import reference_weights
 from dpo_jax.methods.optimizer import make_optimizer, make_schedule
 from dpo_jax.methods.rollouts import EVALUATION, Sampler, answer_tail, end_ids_of, make_judge, pack_rollout
+from dpo_jax.methods.samples import Samples, make_samples
 from dpo_jax.methods.setup import Policy, Setup, describe, load_policy
 from dpo_jax.methods.start_check import agreement, starts_equal
 from dpo_jax.models.decoder import Model
 from dpo_jax.parallel.sharding import replicated, sharded_structs
 from dpo_jax.policy_gradient import ActorCritic, Rollout, TokensFn, policy_gradient_step
 from dpo_jax.runs.checksums import weights_id
-from dpo_jax.runs.logs import clipped
+from dpo_jax.runs.logs import Evaluation, clipped
 from dpo_jax.runs.manifest import new_run
 from dpo_jax.runs.session import Metrics, StepFacts
 from dpo_jax.step import Frozen, TrainState, init_state, state_shardings
@@ -70,6 +71,7 @@ class PPO:
     reference: Params | None  # None: the base
     starts_equal: bool  # the reference has the weights that the policy starts from
     sampler: Sampler
+    samples: Samples | None
     to_devices: ToDevices
 
     def weights(self, state: TrainState) -> Any:
@@ -139,8 +141,9 @@ class PPO:
         """Run the compiled step: all updates on one rollout."""
         return self.step(state, data.frozen, data.rollout)
 
-    def evaluate(self, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Answer the evaluation prompts, always with the same keys, and return means of scores and lengths."""
+    def evaluate(self, state: TrainState) -> Evaluation:
+        """Answer the evaluation prompts, always with the same keys; return means of scores and lengths, and samples."""
+        samples = [] if self.samples is None else self.samples.rows(self.weights(state))
         metrics, weights = {}, self._rollout_weights(state) if self.evaluates else None
         for name, batches in self.setup.evals.items():
             graded = [
@@ -154,7 +157,7 @@ class PPO:
                 "ended": np.array([answer.ended for answer in all_answers]),
             }
             metrics |= {f"eval_{name}_{key}": float(value.mean()) for key, value in values.items()}
-        return metrics, []
+        return Evaluation(metrics, samples=samples)
 
 
 def check_rollout(setup: Setup, metrics: Metrics, is_first: bool) -> None:
@@ -222,6 +225,7 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
         reference=None if has_adapters else copy_weights(reference, dtype),
         starts_equal=starts_equal(config, ids),
         sampler=Sampler(setup, config, judge, end_ids),
+        samples=make_samples(setup, "reference", reference, judge),
         to_devices=make_to_devices(mesh, leading=1),
     )
     value = start_value(setup, policy, value_model) if with_value else None

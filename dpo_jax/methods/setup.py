@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from dpo_jax.batch import Params
+from dpo_jax.batch import Adapted, Params
 from dpo_jax.batching.batches import Batches, set_batches, train_batches
 from dpo_jax.batching.sets import DataSets, open_sets
 from dpo_jax.batching.to_devices import ToDevices, make_to_devices
@@ -236,6 +236,11 @@ class Policy(NamedTuple):
     weights: Params  # of the model
     adapters: Params | None
     ids: dict[str, str]  # hashes, for the manifest
+
+    @property
+    def start(self) -> Params | Adapted:
+        """The weights of the policy: of the model, with the adapters if there are any."""
+        return self.weights if self.adapters is None else Adapted(self.adapters, self.weights)
 
 
 def load_policy(setup: Setup) -> Policy:

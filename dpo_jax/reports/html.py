@@ -41,6 +41,14 @@ code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; 
 pre { margin: 0; padding: 14px 16px; overflow-x: auto; }
 summary { cursor: pointer; color: var(--accent); margin-top: 14px; }
 details pre { margin-top: 10px; }
+.pair { padding: 14px 18px; margin-bottom: 16px; }
+.pair h3 { margin-bottom: 6px; }
+.pair details { margin-bottom: 10px; }
+.pair summary { margin-top: 0; }
+.pair pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); gap: 18px; }
+.answers.three { grid-template-columns: repeat(auto-fit, minmax(min(260px, 100%), 1fr)); margin-top: 8px; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; }
 """
 
 

@@ -15,6 +15,7 @@ from dpo_jax.errors import reason
 from dpo_jax.inference.agreement import AGREEMENT, tied
 from dpo_jax.reports.charts import Plot, Row, eval_sets, histograms, plots, reliability, series
 from dpo_jax.reports.html import cards, code, details, heading, number, page, paragraph, table
+from dpo_jax.reports.samples import samples
 from dpo_jax.runs.directory import RunDir, read_json
 from dpo_jax.storage import write_atomically
 
@@ -117,6 +118,7 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
         heading("Margins and rewards", histograms(distributions), reliability(distributions)),
         heading("Accuracy by length", lengths_table(distributions, metrics)),
         heading("What earns the reward", *tokens_hint(run, config, metrics)) if distributions else "",
+        heading("Sampled answers", samples(read_json(run.samples))),
         heading("The run", table((), run_facts(config, metrics, timings).items())),
         heading("Data", data_table(data)) if data else "",
         heading("Other curves", plots((plot for plot in PLOTS if plot not in headline_plots), metrics)),

@@ -13,13 +13,6 @@ LEVELS = 8  # of color intensity
 FULL_QUANTILE = 0.98  # quantile of sizes that gets the full color, so that one outlier does not pale the others
 
 CSS = """
-.pair { padding: 14px 18px; margin-bottom: 16px; }
-.pair h3 { margin-bottom: 6px; }
-.pair details { margin-bottom: 10px; }
-.pair summary { margin-top: 0; }
-.pair pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); gap: 18px; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; }
 .text span { border-radius: 3px; }
 """ + "".join(
     f".{sign}{level} {{ background: rgba({color}, {0.75 * level / LEVELS:.2f}); }}\n"

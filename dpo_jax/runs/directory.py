@@ -36,6 +36,7 @@ class RunDir:
     metrics = _path("metrics.jsonl")  # one object per logged step: functions of data, seed and step only
     timings = _path("timings.jsonl")  # clocks, throughput and memory of the same steps
     distributions = _path("distributions.jsonl")  # one object per evaluation and set: reward distributions
+    samples = _path("samples.jsonl")  # one object per evaluation and prompt: answers
     events = _path(EVENTS)  # starts, saves, restores, stops; never truncated
     profile = _path("profile")  # profiler traces of ``run.profile_steps``
     report = _path("report.html")  # the report for people
@@ -43,7 +44,7 @@ class RunDir:
     @property
     def logs(self) -> tuple[Path, ...]:
         """The logs that are truncated when a run resumes, to the step that it resumes from."""
-        return self.metrics, self.timings, self.distributions
+        return self.metrics, self.timings, self.distributions, self.samples
 
 
 def is_run_dir(path: str | Path) -> bool:

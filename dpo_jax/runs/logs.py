@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,14 @@ from dpo_jax.runs.directory import RunDir, append_json
 
 MAX_QUEUED = 10_000  # rows that may be queued for a tracker
 CLOSE_SECONDS = 60  # time for a tracker to take the remaining rows at the end
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found; all of it depends only on (data, seed, step)."""
+
+    metrics: Mapping[str, float]
+    distributions: Sequence[Mapping[str, Any]] = ()  # one object per set
+    samples: Sequence[Mapping[str, Any]] = ()  # one object per prompt
 
 
 class MetricsLog:
@@ -44,12 +52,14 @@ class MetricsLog:
             append_json(self._run.metrics, {"step": step, **values})
             self._track(step, values)
 
-    def evaluation(self, step: int, values: Mapping[str, Any], distributions: Sequence[Mapping[str, Any]]) -> None:
-        """Log the metrics of an evaluation, and append a line per set to distributions.jsonl (not to trackers)."""
-        self.metrics(step, values)
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Log the metrics of an evaluation; append the rest to distributions.jsonl and samples.jsonl only."""
+        self.metrics(step, evaluation.metrics)
         if self._writes:
-            for distribution in distributions:
+            for distribution in evaluation.distributions:
                 append_json(self._run.distributions, {"step": step, **distribution})
+            for sample in evaluation.samples:
+                append_json(self._run.samples, {"step": step, **sample})
 
     def timings(self, step: int, values: Mapping[str, Any]) -> None:
         """Log clocks, throughput and memory, to timings.jsonl and the trackers."""

@@ -40,8 +40,8 @@ _OPTIONS = {
     "length": "run.steps run.epochs",
     "rounding": "model.attention model.remat model.scan reference.mode batch.row_length batch.accumulation "
     "batch.target_chunk batch.layout batch.size mesh run.compiler_flags",
-    "free": "data.eval data.store data.workers run.dir run.log_every run.eval_every run.token_stats run.export "
-    "run.report run.trackers run.progress run.profile_steps checkpoint pairs",
+    "free": "data.eval data.store data.workers run.dir run.log_every run.eval_every run.samples run.token_stats "
+    "run.export run.report run.trackers run.progress run.profile_steps checkpoint pairs",
 }
 EFFECTS = {option: effect for effect, options in _OPTIONS.items() for option in options.split()}
 # Mixing weights of data sets always matter, as the store's key does not include them.

@@ -5,7 +5,7 @@ Every process makes the same calls; only the writer writes.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from dpo_jax.errors import Preempted, UserError
 from dpo_jax.parallel import hosts
 from dpo_jax.runs.checkpoint import Checkpoints
 from dpo_jax.runs.directory import RunDir, locked_run, log_event, log_offsets, lost_checkpoints, truncate_logs, writing
-from dpo_jax.runs.logs import MetricsLog, peak_memory
+from dpo_jax.runs.logs import Evaluation, MetricsLog, peak_memory
 from dpo_jax.runs.manifest import refuse_changed, rounding_changes
 from dpo_jax.runs.profile import trace_edges, traced
 from dpo_jax.storage import write_atomically
@@ -198,15 +198,13 @@ class Session:
         self._progress.set_postfix(facts.progress_metrics(metrics, seconds), refresh=False)
         self._progress.update(1)
 
-    def log_evaluation(
-        self, step: int, metrics: Mapping[str, float], distributions: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Log an evaluation after ``step`` steps; at step 0, also check that it contains ``best_metric``."""
-        if metrics:
-            self._logs.evaluation(step, metrics, distributions)
+        if evaluation.metrics:
+            self._logs.evaluation(step, evaluation)
         if step == 0:
-            self._checkpoints.check_best_metric(metrics)
-        self._evaluation = metrics
+            self._checkpoints.check_best_metric(evaluation.metrics)
+        self._evaluation = evaluation.metrics
         self._clock = time.perf_counter()
 
     def save(self, step: int, state: Any, wait: bool = False) -> None:

@@ -68,6 +68,12 @@ NEVER_ACTS = [
     ("optimizer.moment_dtype", "bfloat16", {"optimizer.name": "rmsprop"}),
     ("run.seed", 7, {"data.shuffle": False}),
     ("run.seed", 7, {"data.shuffle": False, "lora.rank": 4, "lora.path": "x"}),
+    ("run.seed", 7, {"data.shuffle": False, "run.samples": 4, "sampling.temperature": 0.0}),
+    ("sampling.max_tokens", 8, {}),
+    ("sampling.temperature", 0.0, {}),
+    ("sampling.top_k", 8, {}),
+    ("sampling.top_p", 0.5, {}),
+    ("sampling.top_p", 0.5, {"run.samples": 4, "sampling.temperature": 0.0}),
     ("checkpoint.best_metric", "eval_x_loss", {}),
     ("checkpoint.best_mode", "min", {}),
     ("reference.path", "x", {"loss.type": "simpo"}),
@@ -140,6 +146,7 @@ IDLE_VALUES = [
     ("run.log_every", 11, 10, {}),
     ("run.eval_every", 11, 10, {}),
     ("run.eval_every", 1, 0, {"eval_sets": 0}),
+    ("run.samples", 1, 0, {"eval_sets": 0}),
     ("data.chat_template", "t.jinja", None, {"messages": 0}),
     ("data.template_date", "2025-01-01", "2024-07-26", {"dated": False}),
     ("data.append_eos", False, True, {"messages": 8}),
@@ -345,11 +352,12 @@ def test_the_page_gives_the_range_that_is_checked():
     positive = {"data.train.0.limit", "data.train.0.weight", "data.workers", "lora.alpha", "loss.beta", "loss.weights",
                 "optimizer.learning_rate", "optimizer.decay_steps", "optimizer.max_grad_norm", "batch.pairs",
                 "batch.examples", "batch.max_shapes", "batch.accumulation", "batch.target_chunk", "run.steps",
-                "run.epochs", "run.log_every", "run.profile_steps", "checkpoint.keep"}  # fmt: skip
+                "run.epochs", "run.log_every", "run.profile_steps", "checkpoint.keep",
+                "sampling.max_tokens"}  # fmt: skip
     from_0 = {"lora.rank", "loss.dpop_lambda", "loss.simpo_gamma", "loss.cpo_weight", "loss.center",
-              "optimizer.warmup_steps",
-              "optimizer.weight_decay", "reference.sync_every", "run.eval_every", "run.seed", "checkpoint.every",
-              "checkpoint.keep_best"}  # fmt: skip
+              "optimizer.warmup_steps", "optimizer.weight_decay", "reference.sync_every", "run.eval_every",
+              "run.seed", "run.samples", "checkpoint.every",
+              "checkpoint.keep_best", "sampling.temperature", "sampling.top_k"}  # fmt: skip
     assert ranges == {
         **dict.fromkeys(positive, "positive"),
         **dict.fromkeys(from_0, "at least 0"),
@@ -360,6 +368,7 @@ def test_the_page_gives_the_range_that_is_checked():
         "batch.row_length": "at least 64 and a multiple of 64",
         "optimizer.final_fraction": "at least 0 and at most 1",
         "reference.sync_mix": "positive and at most 1",
+        "sampling.top_p": "positive and at most 1",
         "loss.label_smoothing": "at least 0 and below 0.5",
         "loss.ld_alpha": "at least 0 and at most 1",
         "loss.discopop_tau": "positive and below 1",

@@ -59,7 +59,7 @@ def metrics_of(config: PPOConfig) -> list[dict]:
 def run(shared, tmp_path_factory):
     """A run of PPO to its end, with its evaluation, report and export."""
     folder = tmp_path_factory.mktemp("ppo")
-    config = options(shared, folder, run={"report": True, "export": True}, data={"eval_fraction": 0.25})
+    config = options(shared, folder, run={"report": True, "export": True, "samples": 3}, data={"eval_fraction": 0.25})
     train_on_one(config)
     return config
 
@@ -80,6 +80,7 @@ def test_the_run_is_evaluated_reported_and_exported(run):
     assert [row["step"] for row in evaluations] == [0, STEPS]
     report = (Path(run.run.dir) / "report.html").read_text()
     assert "gae, KL coefficient 0.1, 2 updates a step" in report
+    assert "reference, and policy at step 0, score 0." in report
     exported = open_model(run.model.__class__(path=str(Path(run.run.dir) / "export")), "cpu")
     resaved = open_model(run.model.__class__(path=run.run.dir), "cpu")
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
@@ -87,6 +88,15 @@ def test_the_run_is_evaluated_reported_and_exported(run):
     jax.tree.map(np.testing.assert_array_equal, first, second)
     start = open_model(run.model, "cpu").load(mesh)
     assert not np.array_equal(first["embed"], start["embed"])
+
+
+def test_samples_are_scored_by_the_judge_and_begin_as_the_reference(run):
+    first, last = read_json(Path(run.run.dir) / "samples.jsonl")
+    assert [row["step"] for row in (first, last)] == [0, STEPS]
+    assert first["policy"] == first["reference"] == last["reference"] != last["policy"]
+    for answer in (first["policy"], last["policy"]):
+        (score,) = vowels([first["prompt"]], [answer["text"]], [{"prompt": first["prompt"]}])
+        assert answer["score"] == pytest.approx(score, abs=1e-6)
 
 
 class Killed(Exception):

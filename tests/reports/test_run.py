@@ -369,3 +369,24 @@ def test_cells_are_escaped_and_the_right_ones_set_off():
     page = Page(table(("a", "b", "c"), [("<x>", "<b>", "&"), ("1", "<i>", "3")], frozenset({(1, 1)})))
     assert page.cells == ["a", "b", "c", "<x>", "<b>", "&", "1", "<i>", "3"]
     assert [attrs.get("class") for tag, attrs in page.tags if tag == "td"] == [None, None, "right", None]
+
+
+def test_sampled_answers_stand_side_by_side(tmp_path):
+    run = make_run(tmp_path, dpo_config(), dpo_metrics())
+    answer = lambda text, finish="stop": {"text": text, "num_tokens": 3, "finish_reason": finish}  # noqa: E731
+    for step, texts in ((0, ("same", "first")), (40, ("middle", "middle")), (80, ("<b>", "last"))):
+        for row, text in enumerate(texts):
+            question = {"step": step, "set": "dev", "source": "pairs.jsonl", "row": row, "prompt": f"Q{row} & more"}
+            append_json(
+                run / "samples.jsonl", {**question, "policy": answer(text), "reference": answer("same", "length")}
+            )
+    text = write_report(run).read_text()
+    Page(text)
+    section = text[text.index("Sampled answers</h2>") : text.index("<h2>The run")]
+    cells = re.findall(r'<div class="(?:soft|text)">(.*?)</div>', section)
+    assert cells == [
+        "dev · row 0", "<b>Q0 &amp; more</b>",
+        "reference, and policy at step 0, cut at 3 tokens", "same", "policy at step 80", "&lt;b&gt;",
+        "dev · row 1", "<b>Q1 &amp; more</b>",
+        "reference, cut at 3 tokens", "same", "policy at step 0", "first", "policy at step 80", "last",
+    ]  # fmt: skip

@@ -37,10 +37,11 @@ def config(shared, tmp_path):
 @pytest.mark.slow
 def test_killed_and_stopped_anywhere_a_run_is_as_if_it_never_was(config, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert ended("train", config, "--run.dir", whole, output=tmp_path / "said") == (0, "")
+    samples = ["--run.samples", "3", "--sampling.max_tokens", "6"]
+    assert ended("train", config, *samples, "--run.dir", whole, output=tmp_path / "said") == (0, "")
 
     def restart():
-        return started("train", config, output=tmp_path / "said")
+        return started("train", config, *samples, output=tmp_path / "said")
 
     def restored() -> int:
         return len(events(run, "restore"))
@@ -72,11 +73,12 @@ def test_killed_and_stopped_anywhere_a_run_is_as_if_it_never_was(config, tmp_pat
     stopped = events(run, "preempt")[0]["step"]
     assert f"stopped after step {stopped} of {STEPS}, the state is saved: run the same command again" in running.said()
     assert "error" not in running.said()
-    assert ended("train", config, output=tmp_path / "said") == (0, "")
+    assert ended("train", config, *samples, output=tmp_path / "said") == (0, "")
 
     assert events(run, "restore")[-1]["step"] == stopped  # nothing that was done is done again
-    for name in ("metrics.jsonl", "distributions.jsonl"):
+    for name in ("metrics.jsonl", "distributions.jsonl", "samples.jsonl"):
         assert (run / name).read_bytes() == (whole / name).read_bytes()
+    assert num_lines(run / "samples.jsonl") == 9
     assert [row["step"] for row in read_json(run / "timings.jsonl")] == list(range(1, STEPS + 1))
     assert saved_bits(run, STEPS) == saved_bits(whole, STEPS)
 

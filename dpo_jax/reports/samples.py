@@ -1,0 +1,65 @@
+"""Sampled answers of a run, as HTML: to each prompt those of the start, of the end, and of the compared model."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from dpo_jax.reports.html import details, number, paragraph
+
+MAX_SHOWN = 12  # prompts of each set
+MAX_PROMPT = 300  # characters; a longer one is folded
+Row = Mapping[str, Any]  # a line of samples.jsonl
+
+
+def samples(rows: Sequence[Row]) -> str:
+    """Return HTML of the answers at the first and the newest evaluation; an empty string if there are none."""
+    if not rows:
+        return ""
+    newest, first = rows[-1]["step"], {}
+    for row in rows:
+        first.setdefault(_question(row), row)
+    last = [row for row in rows if row["step"] == newest]
+    shown = [row for name in dict.fromkeys(row["set"] for row in last) for row in _of_set(last, name)[:MAX_SHOWN]]
+    count = f"The first {len(shown)} of {len(last)} prompts; samples.jsonl has all" if len(shown) < len(last) else ""
+    note = [paragraph(f"{count}.")] if count else []
+    return "\n".join([*note, *(_block(first[_question(row)], row) for row in shown)])
+
+
+def _question(row: Row) -> tuple[str, str, int]:
+    return row["set"], row["source"], row["row"]
+
+
+def _of_set(rows: Sequence[Row], name: str) -> list[Row]:
+    return [row for row in rows if row["set"] == name]
+
+
+def _block(first: Row, last: Row) -> str:
+    answers_html = "".join(
+        f'<div><div class="soft">{escape(title)}</div><div class="text">{escape(text) or "·"}</div></div>'
+        for title, text in columns(first, last)
+    )
+    prompt = last["prompt"].strip()
+    is_long = len(prompt) > MAX_PROMPT
+    prompt_html = details("Prompt", prompt) if is_long else f'<div class="text"><b>{escape(prompt)}</b></div>'
+    return (
+        f'<div class="card pair"><div class="soft">{escape(last["set"])} · row {last["row"]}</div>'
+        f'{prompt_html}<div class="answers three">{answers_html}</div></div>\n'
+    )
+
+
+def columns(first: Row, last: Row) -> list[tuple[str, str]]:
+    """Return titles and answers to one prompt; equal ones of the compared model and the start are one."""
+    compared = next(name for name in ("reference", "start") if name in last)
+    answers = [(compared, last[compared])]
+    begin, end = (f"policy at step {row['step']}" for row in (first, last))
+    if first["policy"]["text"] == last[compared]["text"]:
+        answers = [(f"{compared}, and {begin}", last[compared])]
+    elif first["step"] < last["step"]:
+        answers.append((begin, first["policy"]))
+    answers.append((end, last["policy"]))
+    return [(title + _facts(answer), answer["text"].strip()) for title, answer in answers]
+
+
+def _facts(answer: Row) -> str:
+    score = f", score {number(answer['score'])}" if "score" in answer else ""
+    return score + f", cut at {answer['num_tokens']} tokens" * (answer["finish_reason"] == "length")
