@@ -9,16 +9,15 @@ import jax
 import numpy as np
 
 from dpo_jax.batch import CHOSEN, REJECTED, Adapted, Params
-from dpo_jax.config import LossConfig, PairConfig
+from dpo_jax.config import DPOConfig, LossConfig, PairConfig
 from dpo_jax.console import say
 from dpo_jax.errors import UserError, require
-from dpo_jax.inference.distributions import reward_distributions
 from dpo_jax.inference.evaluation import ScoredSet, score_sets
 from dpo_jax.inference.reference import LiveReference, Reference
 from dpo_jax.inference.token_rewards import token_fields, token_log_ratios
 from dpo_jax.logprobs import make_token_logps_fn
 from dpo_jax.losses import sequence_logps
-from dpo_jax.methods.dpo import make_reference, reference_weights
+from dpo_jax.methods.dpo import make_reference, reference_weights, reward_model_scores
 from dpo_jax.methods.setup import Setup, assemble
 from dpo_jax.models.adapters import make_lora
 from dpo_jax.parallel import hosts
@@ -67,6 +66,7 @@ def evaluate(
         setup = assemble(config, mesh)
         if not setup.evals:
             raise UserError("data.eval: there is no evaluation set; add one or set data.eval_fraction")
+        scores = reward_model_scores(setup, config.eval.reward) if isinstance(config, DPOConfig) else {}
         policy_name, weights, reference = load_policy_and_reference(setup, which)
         run_note = "" if is_run_dir(config.run.dir) else f" (no run in {config.run.dir})"
         say(config.run.progress, f"evaluating {policy_name}{run_note}")
@@ -74,9 +74,9 @@ def evaluate(
         token_logps_fn = make_token_logps_fn(model.hidden, model.unembedding, chunk=chunk, precision=model.precision)
         summary: dict = {"policy": policy_name, "sets": {}}
         lines = []
-        for scored in score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference):
+        for scored in score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference, scores):
             metrics: dict[str, Any] = dict(scored.metrics(loss))
-            metrics["distributions"] = reward_distributions(scored.policy, scored.reference, loss)
+            metrics["distributions"] = scored.distributions(loss)
             summary["sets"][scored.name] = {"pairs": len(scored.ids)} | metrics
             set_lines = pair_lines(scored, loss)
             if per_token:
@@ -156,7 +156,7 @@ def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) ->
 def pair_lines(scored: ScoredSet, loss: LossConfig) -> list[dict[str, Any]]:
     """Return one JSON object per pair: its row in the data, and its answers' token counts, log-probs and rewards.
 
-    A reward model's scores are its rewards; it has no log-probs.
+    A reward model's scores are its rewards; it has no log-probs. Scores of ``eval.reward`` stand next to the rewards.
     """
     logps = np.asarray(sequence_logps(scored.policy, loss))
     reference = scored.reference
@@ -173,5 +173,7 @@ def pair_lines(scored: ScoredSet, loss: LossConfig) -> list[dict[str, Any]]:
             if reference_logps is not None:
                 line[f"reference_logps/{answer}"] = float(reference_logps[position, k])
             line[f"rewards/{answer}"] = float(rewards[position, k])
+            if scored.scores is not None:
+                line[f"reward_model/{answer}"] = float(scored.scores.sum[position, k])
         lines.append(line | {"rewards/margin": float(rewards[position, CHOSEN] - rewards[position, REJECTED])})
     return lines

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 from dpo_jax.config.data import DataConfig, InvalidRowsConfig, SourceConfig
-from dpo_jax.config.generate import GenerateConfig
+from dpo_jax.config.generate import EvaluationConfig, GenerateConfig
 from dpo_jax.config.loss import LOSS_TRAITS, LossConfig, LossType, RewardLossConfig
 from dpo_jax.config.model import LORA_TARGETS, LoraConfig, ModelConfig, ReferenceConfig
 from dpo_jax.config.online import JudgeConfig, PolicyGradientConfig, RolloutBatchConfig
@@ -107,6 +107,7 @@ class DPOConfig(TrainConfig):
 
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    eval: EvaluationConfig = field(default_factory=EvaluationConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self):
@@ -173,7 +174,7 @@ class RewardConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for option in ("run.samples", "run.token_stats", "batch.target_chunk"):
+        for option in ("run.token_stats", "batch.target_chunk"):
             self.refuse_idle(option, True, "a reward model predicts no tokens")
 
     @property

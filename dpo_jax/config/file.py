@@ -21,7 +21,7 @@ import yaml
 
 from dpo_jax.config import DPOConfig, GenerateConfig, JudgeConfig, PPOConfig, RewardConfig, SFTConfig, SourceConfig
 from dpo_jax.config.elsewhere import NOT_OFFERED, OPTION_ALIASES
-from dpo_jax.config.generate import RewardModelConfig
+from dpo_jax.config.generate import ComparedRewardConfig, RewardModelConfig
 from dpo_jax.config.loss import LOSS_ALIASES
 from dpo_jax.config.section import Section
 from dpo_jax.errors import UserError, from_outside, must_be, reason, shown
@@ -38,6 +38,7 @@ COMMAND_OF: dict[type[Section], str] = {  # class of a whole config -> command
 SHORTHAND = {
     SourceConfig: "path",
     RewardModelConfig: "path",
+    ComparedRewardConfig: "path",
     JudgeConfig: "path",
 }  # section that a string may replace -> the field it sets
 SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}

@@ -25,7 +25,22 @@ class RewardModelConfig(Section, name="reward"):
     def __post_init__(self):
         super().__post_init__()
         for option in ("revision", "checkpoint"):
-            self.refuse_idle(option, self.path is None, "reward.path is not set, so no reward model is loaded")
+            self.refuse_idle(option, self.path is None, f"{self.section}.path is not set, so no reward model is loaded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRewardConfig(RewardModelConfig, name="eval.reward"):
+    """A reward model that scores the evaluation pairs once, before training, as a measure of the implicit reward.
+
+    The report puts its accuracy and calibration next to those of the implicit reward.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Section, name="eval"):
+    """What evaluations compare the policy with."""
+
+    reward: ComparedRewardConfig = field(default_factory=ComparedRewardConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,8 @@ IDLE: tuple[tuple[str, Callable[[Any, Facts], bool], str], ...] = (
      "there is no evaluation set; name one in data.eval, or set data.eval_fraction"),
     ("run.samples", lambda value, run: run.eval_sets == 0 and value > 0,
      "there is no evaluation set; name one in data.eval, or set data.eval_fraction"),
+    ("eval.reward.path", lambda value, run: run.eval_sets == 0 and value is not None,
+     "there is no evaluation set; name one in data.eval, or set data.eval_fraction"),
     ("data.chat_template", lambda value, run: value is not None and run.messages == 0,
      "no example holds messages, so the template renders nothing"),
     ("data.template_date", lambda value, run: value != TEMPLATE_DATE and not run.dated,

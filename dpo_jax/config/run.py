@@ -143,7 +143,8 @@ class RunConfig(Section, name="run"):
     samples: int = ranged(0, at_least=0)
     """Answer the first different prompts, up to this many of each evaluation set, at every evaluation; answers go to
     samples.jsonl and the report. Next to the policy's stand the reference's, sampled once before training unless it
-    moves, so also those of a cached one; without a reference, the start's."""
+    moves, so also those of a cached one; without a reference, the start's. A reward model scores the answers of the
+    language model that it starts from."""
     token_stats: bool = True
     """Also log entropy, mean logits and token accuracy."""
     export: bool = False

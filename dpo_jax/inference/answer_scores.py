@@ -1,13 +1,14 @@
 """Score generated answers with a reward model."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from dpo_jax.batch import BLOCK, Params, round_up
+from dpo_jax.batch import BLOCK, Adapted, PairLogps, Params, round_up
 from dpo_jax.batching.packing import BatchShape, make_units, pack_rows
 from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.models.decoder import Model
@@ -17,13 +18,13 @@ from dpo_jax.parallel.sharding import local_row_shards, replicated, row_devices
 AnswerScores = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[float]]  # (prompts, answers) -> scores
 
 
-def make_answer_scores(model: Model, weights: Params, mesh: Mesh) -> AnswerScores:
+def make_answer_scores(model: Model, weights: Params | Adapted, mesh: Mesh) -> AnswerScores:
     """Return a function that scores one answer per prompt at the answer's last token, in one batch.
 
     Each prompt and answer is a row of its own. Rows are padded to a power of two of blocks, so that few programs are
     compiled.
     """
-    scores_fn = jax.jit(make_scores_fn(model), out_shardings=replicated(mesh))
+    scores_fn = _compiled(model, replicated(mesh))
     to_devices, shards = make_to_devices(mesh), local_row_shards(mesh)
 
     def answer_scores(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
@@ -38,6 +39,11 @@ def make_answer_scores(model: Model, weights: Params, mesh: Mesh) -> AnswerScore
         return np.asarray(scores)[:, 0].tolist()
 
     return answer_scores
+
+
+@cache
+def _compiled(model: Model, out_sharding: NamedSharding) -> Callable[..., PairLogps]:
+    return jax.jit(make_scores_fn(model), out_shardings=out_sharding)
 
 
 def _shape(num_rows: int, longest: int) -> BatchShape:

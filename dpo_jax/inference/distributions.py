@@ -30,8 +30,7 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
     - ``by_longer``: the same, grouped by which answer is ``longer``: ``chosen``, ``rejected`` or ``equal``;
     - ``calibration``: see `calibration`.
     """
-    ratios = log_ratios(policy, reference, loss)
-    chosen, rejected = (loss.beta * np.asarray(ratio) for ratio in (ratios.chosen, ratios.rejected))
+    chosen, rejected = rewards(policy, reference, loss)
     margins = chosen - rejected
     is_finite = np.isfinite(margins)
     reward_edges = nice_edges(np.concatenate([chosen[is_finite], rejected[is_finite]]))
@@ -54,6 +53,18 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
         "by_longer": [{"longer": side} | _group(margins, mask) for side, mask in sides.items() if mask.any()],
         "calibration": calibration(margins[is_finite]),
     }
+
+
+def rewards(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return the implicit rewards of the chosen and of the rejected answers, each [N]."""
+    ratios = log_ratios(policy, reference, loss)
+    return loss.beta * np.asarray(ratios.chosen), loss.beta * np.asarray(ratios.rejected)
+
+
+def reward_margins(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> np.ndarray:
+    """Return the implicit reward of the chosen answer minus that of the rejected one, [N]."""
+    chosen, rejected = rewards(policy, reference, loss)
+    return chosen - rejected
 
 
 def calibration(margins: np.ndarray) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """Direct Preference Optimization: training on pairs of answers, relative to a reference model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import jax
 import numpy as np
 
-from dpo_jax.batch import Adapted, Params
+from dpo_jax.batch import Adapted, PairLogps, Params
 from dpo_jax.batching.batches import Batches, set_batches
-from dpo_jax.config import AnyConfig, ModelConfig
-from dpo_jax.errors import UserError
+from dpo_jax.config import AnyConfig, DPOConfig, ModelConfig
+from dpo_jax.config.generate import RewardModelConfig
+from dpo_jax.errors import UserError, require
 from dpo_jax.inference.reference import CachedReference, LiveReference, Reference, copy_weights
 from dpo_jax.inference.reference_cache import cached_logps
 from dpo_jax.inference.score import dataset_logps
@@ -19,9 +20,11 @@ from dpo_jax.methods.offline import Offline, Start, make_offline
 from dpo_jax.methods.samples import Samples, make_samples
 from dpo_jax.methods.setup import Policy, Setup, follow_of, load_policy
 from dpo_jax.models.decoder import Model
+from dpo_jax.models.heads import make_scores_fn
 from dpo_jax.parallel.sharding import local_row_shards, platform_of, replicated, row_devices
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.weights.open import ModelSource, build_model, find_model, load_weights
+from dpo_jax.weights.reward_model import open_reward_model
 
 
 def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
@@ -29,12 +32,34 @@ def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
 
     The reference is always built from the weights that the config names, on resume too, never from a restored policy.
     """
+    assert isinstance(setup.config, DPOConfig)
+    scores = reward_model_scores(setup, setup.config.eval.reward)  # first, while no other weights are loaded
     policy = load_policy(setup)
     weights = reference_weights(setup, policy.weights)
     reference_id = policy.ids["weights"] if weights is policy.weights else weights_id(weights)
     policy = policy._replace(ids=policy.ids | {"reference": reference_id})
     reference = make_reference(setup, weights)
-    return make_offline(setup, policy, reference, flags, dpo_samples(setup, policy, reference, weights))
+    method, start = make_offline(setup, policy, reference, flags, dpo_samples(setup, policy, reference, weights))
+    return replace(method, scores=scores), start
+
+
+def reward_model_scores(setup: Setup, options: RewardModelConfig) -> dict[str, PairLogps]:
+    """Score the pairs of each evaluation set with a reward model; empty if ``options`` names none.
+
+    The pairs lie in the rows in which the policy is evaluated, and as a reward model was trained on them.
+
+    Raises:
+        UserError: it cannot be used, or has another tokenizer or chat template than the policy.
+    """
+    if options.path is None or not setup.evals:
+        return {}
+    policy, date = setup.config.model, setup.config.data.template_date
+    reward = open_reward_model(options, policy, platform_of(setup.mesh), setup.tokenizer, date)
+    remedy = f"its tokenizer or chat template is not that of {policy.path}, by which the pairs are tokenized"
+    require(reward.reads_tokens, f"{options.section}.path", options.path, f"{remedy}; use one of the same family")
+    weights = reward.opened.load(setup.mesh)
+    step = jax.jit(make_scores_fn(reward.opened.model), out_shardings=replicated(setup.mesh))
+    return {name: dataset_logps(step, weights, pairs, setup.to_devices)[1] for name, pairs in setup.evals.items()}
 
 
 def dpo_samples(setup: Setup, policy: Policy, reference: Reference | None, weights: Params) -> Samples | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import optax
 
-from dpo_jax.batch import Adapted, Params, PreferenceBatch
+from dpo_jax.batch import Adapted, PairLogps, Params, PreferenceBatch
 from dpo_jax.batching.batches import StepData, prefetched
 from dpo_jax.batching.to_devices import ToDevices, make_to_devices
 from dpo_jax.inference.agreement import AGREEMENT, tied
 from dpo_jax.inference.evaluation import evaluation_of, score_sets
 from dpo_jax.inference.reference import CachedReference, LiveReference, Reference
 from dpo_jax.methods.optimizer import make_optimizer, make_schedule
-from dpo_jax.methods.samples import Samples
+from dpo_jax.methods.samples import Samples, StartAnswers
 from dpo_jax.methods.setup import Policy, Setup, abstract_state, describe, follow_of, make_step
 from dpo_jax.methods.start_check import check_first, mean_margin, prove_start, start_logps, starts_equal
 from dpo_jax.methods.throughput import step_rates
@@ -58,8 +58,9 @@ class Offline:
     reference: Reference | None  # None: no reference, or it is part of the state
     proven: bool  # the reference equals the initial policy, so the first step's values are known
     packed: Callable[[int], StepData]
-    samples: Samples | None
+    samples: Samples | StartAnswers | None
     to_devices: ToDevices  # for train steps, whose batches have a leading microbatch axis when accumulating
+    scores: Mapping[str, PairLogps] = field(default_factory=dict)  # of a reward model, by evaluation set
 
     def weights(self, state: TrainState) -> Any:
         """Return the weights of the policy: the trained parameters, or the adapters with their base model."""
@@ -150,14 +151,20 @@ class Offline:
         """Return the metrics of the evaluation sets, the distributions of their margins and rewards, and samples."""
         setup = self.setup
         weights, reference = self.weights(state), self.reference_of(state)
-        scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference)
+        scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference, self.scores)
         metrics, distributions = evaluation_of(scored, setup.config.objective)
-        samples = [] if self.samples is None else self.samples.rows(weights, state.reference)
-        return Evaluation(metrics, distributions, samples)
+        if self.samples is None:
+            return Evaluation(metrics, distributions)
+        sample_metrics, rows = self.samples.evaluate(weights, state.reference)
+        return Evaluation(metrics | sample_metrics, distributions, rows)
 
 
 def make_offline(
-    setup: Setup, policy: Policy, reference: Reference | None, flags: Mapping[str, str], samples: Samples | None = None
+    setup: Setup,
+    policy: Policy,
+    reference: Reference | None,
+    flags: Mapping[str, str],
+    samples: Samples | StartAnswers | None,
 ) -> tuple[Offline, Start]:
     """Build the method and the arrays it starts from; ``flags`` are compiler options of its step."""
     config, mesh, num_steps = setup.config, setup.mesh, setup.batches.order.num_steps

@@ -143,8 +143,8 @@ class PPO:
 
     def evaluate(self, state: TrainState) -> Evaluation:
         """Answer the evaluation prompts, always with the same keys; return means of scores and lengths, and samples."""
-        samples = [] if self.samples is None else self.samples.rows(self.weights(state))
-        metrics, weights = {}, self._rollout_weights(state) if self.evaluates else None
+        metrics, samples = ({}, []) if self.samples is None else self.samples.evaluate(self.weights(state))
+        weights = self._rollout_weights(state) if self.evaluates else None
         for name, batches in self.setup.evals.items():
             graded = [
                 self.sampler(weights, batches.store, ids[ids >= 0], EVALUATION - step)

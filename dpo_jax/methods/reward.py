@@ -9,6 +9,7 @@ import numpy as np
 from dpo_jax.data.store import Store
 from dpo_jax.errors import UserError
 from dpo_jax.methods.offline import Offline, Start, make_offline
+from dpo_jax.methods.samples import make_start_answers
 from dpo_jax.methods.setup import Setup, load_policy
 from dpo_jax.models.heads import reward_hf_config
 
@@ -18,7 +19,8 @@ def reward(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
     stores = [batches.store for batches in (setup.batches, *setup.evals.values())]
     pad_id = unused_end(setup.tokenizer, setup.model.config.vocab, stores)
     setup = replace(setup, hf_config=reward_hf_config(setup.source.hf_config, pad_id))
-    return make_offline(setup, load_policy(setup), None, flags)
+    samples = make_start_answers(setup)  # first, while no other weights are loaded
+    return make_offline(setup, load_policy(setup), None, flags, samples)
 
 
 def unused_end(tokenizer: Any, vocab: int, stores: Sequence[Store]) -> int:

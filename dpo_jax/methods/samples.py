@@ -5,7 +5,7 @@ same ones.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -13,11 +13,14 @@ import numpy as np
 
 from dpo_jax.batch import Adapted, Params
 from dpo_jax.batching.batches import Batches
+from dpo_jax.errors import require
+from dpo_jax.inference.answer_scores import make_answer_scores
 from dpo_jax.inference.generate import NO_END, Answer, generate, rollout_weights
 from dpo_jax.methods.rollouts import EVALUATION, Judge, answer_tail, prompt_tokens
 from dpo_jax.methods.setup import Setup
 from dpo_jax.models.decoder import Model
-from dpo_jax.weights.reward_model import stop_tokens
+from dpo_jax.weights.open import decoder_of, load_weights
+from dpo_jax.weights.reward_model import stop_tokens, with_tail
 
 MAX_ROWS = 32  # answers sampled at once; they do not depend on it
 SCORE_DECIMALS = 6  # later digits of a float32 depend on the batch
@@ -44,17 +47,16 @@ class Respondent:
     def __call__(self, weights: Params | Adapted) -> dict[str, list[Answer]]:
         """Return an answer to each question of each set."""
         copied = rollout_weights(self.model, weights, self.setup.mesh)
-        return {name: list(self._answers(copied, questions.prompts)) for name, questions in self.questions.items()}
+        return {
+            name: list(self._answers(copied, questions.prompts))[: len(questions.prompts)]
+            for name, questions in self.questions.items()
+        }
 
     def _answers(self, weights: Any, prompts: list[list[int]]) -> Iterator[Answer]:
         config = self.setup.config
         sample = partial(generate, self.model, weights, end_ids=self.end_ids, seed=config.run.seed, step=EVALUATION)
-        num_rows = min(MAX_ROWS, len(prompts))
-        for first in range(0, len(prompts), num_rows):
-            block = prompts[first : first + num_rows]
-            full_block = [*block, *[block[0]] * (num_rows - len(block))]  # so that the program has one shape
-            answers = sample(prompts=full_block, options=config.sampling, mesh=self.setup.mesh, first_row=first)
-            yield from answers[: len(block)]
+        for first, block in blocks(prompts):
+            yield from sample(prompts=block, options=config.sampling, mesh=self.setup.mesh, first_row=first)
 
     def rows(self) -> Iterator[Row]:
         """Yield a row for each question: its set, its row in the data, and its text."""
@@ -71,6 +73,17 @@ class Respondent:
             for prompt, answer in zip(prompts, answers[name], strict=True):
                 text, finish = answer.text(self.setup.tokenizer, prompt), "stop" if answer.ended else "length"
                 yield {"text": text, "num_tokens": len(answer.tokens), "finish_reason": finish}
+
+
+def blocks(items: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
+    """Yield consecutive items as lists of one length, for one compiled program, each with its first item's index.
+
+    Repetitions of an item fill the last list.
+    """
+    size = min(MAX_ROWS, len(items))
+    for first in range(0, len(items), size):
+        block = list(items[first : first + size])
+        yield first, block + block[:1] * (size - len(block))
 
 
 def make_respondent(setup: Setup, model: Model) -> Respondent | None:
@@ -102,11 +115,13 @@ class Samples:
     answers: Mapping[str, list[Answer]] | None  # of the compared model; None: the reference moves
     judge: Judge | None = None  # scores all answers
 
-    def rows(self, weights: Params | Adapted, reference: Params | None = None) -> list[Row]:
-        """Return a row for each question; ``reference``: the weights of one that moves."""
+    def evaluate(
+        self, weights: Params | Adapted, reference: Params | None = None
+    ) -> tuple[dict[str, float], list[Row]]:
+        """Return no metrics, and a row for each question; ``reference``: the weights of one that moves."""
         compared = self.respondent(reference) if self.answers is None else self.answers
         columns = [self._fields(answers) for answers in (self.respondent(weights), compared)]
-        return [
+        return {}, [
             row | {"policy": policy, self.compared: other}
             for row, policy, other in zip(self.respondent.rows(), *columns, strict=True)
         ]
@@ -131,3 +146,58 @@ def make_samples(
     if respondent is None:
         return None
     return Samples(respondent, compared, None if weights is None else respondent(weights), judge)
+
+
+@dataclass(frozen=True)
+class StartAnswers:
+    """Answers of the language model that a reward model starts from, which it scores at every evaluation.
+
+    Mean and deviation of these scores are what a policy gradient from the same model begins with.
+    """
+
+    respondent: Respondent
+    answers: Mapping[str, list[Answer]]
+    tail: list[int]  # what training puts after the text of an answer
+
+    def evaluate(self, weights: Params | Adapted, _: Params | None) -> tuple[dict[str, float], list[Row]]:
+        """Return mean and standard deviation of the scores of each set, and a row for each question."""
+        metrics, scores = {}, []
+        for name, (_, _, prompts) in self.respondent.questions.items():
+            values = self._scores(weights, prompts, self.answers[name])
+            metrics |= {f"eval_{name}_samples/score_mean": float(values.mean())}
+            metrics |= {f"eval_{name}_samples/score_std": float(values.std())}
+            scores += values.tolist()
+        columns = self.respondent.rows(), self.respondent.fields(self.answers), scores
+        return metrics, [
+            row | {"start": fields | {"score": round(score, SCORE_DECIMALS)}}
+            for row, fields, score in zip(*columns, strict=True)
+        ]
+
+    def _scores(self, weights: Params | Adapted, prompts: list[list[int]], answers: list[Answer]) -> np.ndarray:
+        answer_scores = make_answer_scores(self.respondent.setup.model, weights, self.respondent.setup.mesh)
+        tokens = [with_tail(answer.tokens, answer.ended, self.tail) for answer in answers]
+        scores: list[float] = []
+        for _, block in blocks(list(zip(prompts, tokens, strict=True))):
+            scores += answer_scores(*zip(*block, strict=True))
+        return np.array(scores[: len(prompts)])
+
+
+def make_start_answers(setup: Setup) -> StartAnswers | None:
+    """Sample the start's answers with its unembedding, before its weights are loaded again without, or return None.
+
+    Raises:
+        UserError: the run starts from a reward model.
+    """
+    num_samples, model = setup.config.run.samples, setup.model
+    require(
+        not (num_samples and decoder_of(setup.source).scores),
+        "run.samples",
+        num_samples,
+        "model.path is a reward model, which gives no answers to score; use 0",
+    )
+    language_model = replace(model, config=replace(model.config, scores=0), lora=None)
+    respondent = make_respondent(setup, language_model)
+    if respondent is None:
+        return None
+    weights = load_weights(setup.source, language_model, setup.config.model, setup.mesh)
+    return StartAnswers(respondent, respondent(weights), answer_tail(setup))

@@ -157,29 +157,37 @@ def histograms(rows: Sequence[Row]) -> str:
 def reliability(rows: Sequence[Row]) -> str:
     """Return HTML of reliability diagrams: accuracy against confidence, at each set's last evaluation."""
     meaning = "On the dotted line accuracy equals confidence; below it the rewards are overconfident."
-    figures = [
-        figure(
-            f"{name}: calibration",
-            f"Expected calibration error {values['ece']:.3f}. {meaning}",
-            partial(draw_reliability, values["bins"]),
-        )
-        for name, values in {row["set"]: row["calibration"] for row in rows}.items()
-    ]
+    figures = []
+    for name, row in {row["set"]: row for row in rows}.items():
+        judged = {"implicit reward": row["calibration"]}
+        note = f"Expected calibration error {row['calibration']['ece']:.3f}"
+        if "reward_model" in row:
+            judged["reward model"] = row["reward_model"]["calibration"]
+            note += f" (implicit reward) and {judged['reward model']['ece']:.3f} (reward model)"
+        bins = {label: values["bins"] for label, values in judged.items()}
+        figures.append(figure(f"{name}: calibration", f"{note}. {meaning}", partial(draw_reliability, bins)))
     return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
-def draw_reliability(bins: Sequence[Row], theme: str) -> bytes:
-    """Draw a reliability diagram as PNG: one dot for each bin of confidence, its area by the number of pairs."""
+def draw_reliability(bins_of: Mapping[str, Sequence[Row]], theme: str) -> bytes:
+    """Draw a reliability diagram as PNG: one dot for each bin of confidence, its area by the number of pairs.
+
+    ``bins_of``: the bins of each reward, by name.
+    """
     colors = COLORS[theme]
     fig, (axes,) = _canvas(1)
-    areas = [20 + 300 * row["pairs"] / sum(other["pairs"] for other in bins) for row in bins]
-    confidence, accuracy = ([row[key] for row in bins] for key in ("confidence", "accuracy"))
     axes.plot((0.5, 1), (0.5, 1), color=colors["ink"], linewidth=0.8, linestyle=":")
-    axes.scatter(confidence, accuracy, s=areas, color=colors["lines"][0], alpha=0.8, linewidths=0)
+    for (name, bins), color in zip(bins_of.items(), colors["lines"], strict=False):
+        areas = [20 + 300 * row["pairs"] / sum(other["pairs"] for other in bins) for row in bins]
+        confidence, accuracy = ([row[key] for row in bins] for key in ("confidence", "accuracy"))
+        axes.scatter(confidence, accuracy, s=areas, color=color, alpha=0.8, linewidths=0, label=name)
     axes.set_xlim(0.48, 1.02)
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("accuracy", color=colors["ink"])
     _style(axes, colors, "confidence")
+    if len(bins_of) > 1:
+        for handle in axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9).legend_handles:
+            handle.set_sizes([60])
     return _png(fig)
 
 

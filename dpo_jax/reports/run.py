@@ -42,7 +42,18 @@ PLOTS = (
     ),
     Plot("Displacement", ("displacement",), "Pairs whose chosen answer the reference finds likelier.", share=True),
     Plot("KL", ("kl",), "Mean of half the squared log-ratio: how far the policy has moved on these answers, in nats."),
+    Plot(
+        "Agreement with the reward model",
+        ("reward_model/agreement",),
+        "Pairs whose answers the implicit reward and the reward model rank alike; a tie counts as half.",
+        share=True,
+    ),
     Plot("Gradient weight", ("gradient_weight",), "Per pair: 0.5 at the start, near 0 once learned.", share=True),
+    Plot(
+        "Scores of sampled answers",
+        ("samples/score_mean", "samples/score_std"),
+        "Mean and standard deviation over answers of the model that the run starts from: where PPO would begin.",
+    ),
     Plot("Score", ("score",), "Mean score of the sampled answers, before the KL penalty."),
     Plot(
         "KL of the sampled answers",
@@ -69,6 +80,7 @@ NOT_PLOTTED = {
     "mean_sampler_error": "Mean relative difference of a log-prob between the sampler and the train step.",
     "ratio_error": "Largest |log ratio| at a step's first update, relative to the log-prob: 0 but for rounding.",
     "logps/accuracies": "Pairs whose chosen answer has the higher log-probability, whatever the reference says.",
+    "reward_model/accuracies": "Pairs whose chosen answer has the higher score of the reward model, which is fixed.",
     "logits/chosen": "Mean logit over the vocabulary, at the tokens of chosen answers.",
     "logits/rejected": "Mean logit over the vocabulary, at the tokens of rejected answers.",
 }
@@ -116,6 +128,7 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
         heading(first_title, plots(headline_plots, metrics)),
         heading("Before and after", comparison_table(metrics)),
         heading("Margins and rewards", histograms(distributions), reliability(distributions)),
+        heading("Implicit reward and reward model", *reward_model_table(config, metrics, distributions)),
         heading("Accuracy by length", lengths_table(distributions, metrics)),
         heading("What earns the reward", *tokens_hint(run, config, metrics)) if distributions else "",
         heading("Sampled answers", samples(read_json(run.samples))),
@@ -181,6 +194,21 @@ def comparison_table(metrics: Sequence[Row]) -> str:
             before = "tied" if all_tied else number(values[0])
             rows.append((f"{name}: {metric}", before, number(values[-1]), best_at, MEANINGS.get(metric, "")))
     return table(("Evaluation", "before", "after", "best", "meaning"), rows)
+
+
+def reward_model_table(config: Row, metrics: Sequence[Row], distributions: Sequence[Row]) -> list[str]:
+    """Return a table of accuracy and calibration of the implicit reward and the reward model on the same pairs."""
+    rows = []
+    for name, last in {row["set"]: row for row in distributions if "reward_model" in row}.items():
+        latest = lambda key, name=name: number(series(metrics, f"eval_{name}_{key}")[1][-1])  # noqa: E731
+        errors = [number(values["calibration"]["ece"]) for values in (last, last["reward_model"])]
+        agreement = latest("reward_model/agreement")
+        rows.append((f"{name}: implicit reward", latest("rewards/accuracies"), errors[0], agreement))
+        rows.append((f"{name}: reward model", latest("reward_model/accuracies"), errors[1], ""))
+    if not rows:
+        return []
+    head = ("At the last evaluation", "accuracy", "expected calibration error", "ranked as by the reward model")
+    return [table(head, rows), paragraph(f"The reward model is {config['eval']['reward']['path']}.")]
 
 
 def lengths_table(distributions: Sequence[Row], metrics: Sequence[Row]) -> str:

@@ -50,6 +50,9 @@ def _block(first: Row, last: Row) -> str:
 def columns(first: Row, last: Row) -> list[tuple[str, str]]:
     """Return titles and answers to one prompt; equal ones of the compared model and the start are one."""
     compared = next(name for name in ("reference", "start") if name in last)
+    if "policy" not in last:  # a reward model, which scores answers that stay the same
+        scores = ", ".join(f"{number(row[compared]['score'])} at step {row['step']}" for row in (first, last))
+        return [(f"{compared}, score {scores}{_cut(last[compared])}", last[compared]["text"].strip())]
     answers = [(compared, last[compared])]
     begin, end = (f"policy at step {row['step']}" for row in (first, last))
     if first["policy"]["text"] == last[compared]["text"]:
@@ -62,4 +65,8 @@ def columns(first: Row, last: Row) -> list[tuple[str, str]]:
 
 def _facts(answer: Row) -> str:
     score = f", score {number(answer['score'])}" if "score" in answer else ""
-    return score + f", cut at {answer['num_tokens']} tokens" * (answer["finish_reason"] == "length")
+    return score + _cut(answer)
+
+
+def _cut(answer: Row) -> str:
+    return f", cut at {answer['num_tokens']} tokens" * (answer["finish_reason"] == "length")

@@ -40,7 +40,7 @@ _OPTIONS = {
     "length": "run.steps run.epochs",
     "rounding": "model.attention model.remat model.scan reference.mode batch.row_length batch.accumulation "
     "batch.target_chunk batch.layout batch.size mesh run.compiler_flags",
-    "free": "data.eval data.store data.workers run.dir run.log_every run.eval_every run.samples run.token_stats "
+    "free": "data.eval eval data.store data.workers run.dir run.log_every run.eval_every run.samples run.token_stats "
     "run.export run.report run.trackers run.progress run.profile_steps checkpoint pairs",
 }
 EFFECTS = {option: effect for effect, options in _OPTIONS.items() for option in options.split()}

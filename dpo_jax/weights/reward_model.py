@@ -55,16 +55,22 @@ class RewardModel(NamedTuple):
     opened: OpenModel
     read_answer: ReadAnswer
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it has the policy's tokenizer and chat template."""
+        return self.read_answer is _read_tokens
+
 
 def open_reward_model(
     config: RewardModelConfig, policy: ModelConfig, platform: str, tokenizer: Any, template_date: str
 ) -> RewardModel:
-    """Open the reward model of ``reward.path`` with the policy's compute options; ``tokenizer`` is the policy's.
+    """Open the reward model of ``config.path`` with the policy's compute options; ``tokenizer`` is the policy's.
 
     Raises:
         UserError: it is a language model, or its tokenizer cannot be loaded.
     """
     assert config.path is not None
+    section = config.section
     model = replace(policy, path=config.path, revision=config.revision, checkpoint=config.checkpoint, tokenizer=None)
     try:
         opened = open_model(model, platform)
@@ -73,12 +79,12 @@ def open_reward_model(
     except UserError as error:
         if not str(error).startswith(("model.path", "model.revision", "model.checkpoint")):
             raise
-        raise UserError(f"reward.{str(error).removeprefix('model.')}") from error
+        raise UserError(f"{section}.{str(error).removeprefix('model.')}") from error
     try:
         reward_tokenizer = opened.tokenizer(None)
     except UserError as error:
         remedy = "fix the tokenizer in its directory, or choose another reward model"
-        raise UserError(f"reward.path: {config.path}: its tokenizer cannot be loaded: {error}; {remedy}") from error
+        raise UserError(f"{section}.path: {config.path}: its tokenizer cannot be loaded: {error}; {remedy}") from error
     if reward_tokenizer.chat_template is None:
         reward_tokenizer.chat_template = tokenizer.chat_template
     if tokenizer_hash(reward_tokenizer) == tokenizer_hash(tokenizer):

@@ -79,7 +79,7 @@ def setup_of(folder, **overrides):
 
 
 def evaluated(setup, weights, reference):
-    scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference)
+    scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference, {})
     return evaluation_of(scored, setup.config.objective)
 
 

@@ -51,7 +51,8 @@ def trained(tmp_path_factory) -> Path:
     """The folder of a finished run, `reward`, on the shop's pairs."""
     folder = tmp_path_factory.mktemp("shop")
     write_task(folder, 0)
-    train(parse_config(options(folder, "reward"), {}, RewardConfig))
+    run = {"dir": str(folder / "reward"), "steps": 60, "samples": 40, "progress": False}
+    train(parse_config(options(folder, "reward", run=run, sampling={"max_tokens": 16}), {}, RewardConfig))
     return folder
 
 
@@ -62,6 +63,19 @@ def test_a_reward_model_learns_the_rule_of_the_shop(trained):
     assert 512 * metrics[-1]["eval_held_out_rewards/accuracies"] >= 510
     assert not any(name.startswith("logps/") for row in metrics for name in row)
     assert "Reward model" in (trained / "reward" / "report.html").read_text()
+
+
+def test_the_start_s_answers_are_scored_at_every_evaluation(trained):
+    rows, metrics = (read_json(trained / "reward" / f"{name}.jsonl") for name in ("samples", "metrics"))
+    answers = [[row["start"]["text"] for row in rows if row["step"] == step] for step in (0, 60)]
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 40
+    for step, logged in ((0, metrics[0]), (60, metrics[-1])):
+        scores = [row["start"]["score"] for row in rows if row["step"] == step]
+        assert logged["eval_held_out_samples/score_mean"] == pytest.approx(np.mean(scores), abs=1e-6)
+        assert logged["eval_held_out_samples/score_std"] == pytest.approx(np.std(scores), abs=1e-6)
+        assert (np.std(scores) > 0.1) == (step > 0)  # the head starts at 0
+    assert "start, score 0.0000 at step 0, " in (trained / "reward" / "report.html").read_text()
 
 
 def test_the_exported_model_scores_in_transformers_as_in_the_run(trained, torch):
@@ -128,10 +142,40 @@ def test_a_reward_model_trains_on_but_is_no_policy(trained):
     more = {"model": model, "run": {"dir": str(trained / "further"), "steps": 1, "progress": False}}
     result = train(parse_config(options(trained, "further", **more), {}, RewardConfig))
     assert result["loss"] < 0.1  # the head was loaded, not drawn again
+    with pytest.raises(UserError, match=r"^run.samples: 1 cannot be used: model.path is a reward model, which gives"):
+        train(parse_config(options(trained, "further", **more), {"run.samples": 1}, RewardConfig))
     dpo = parse_config(options(trained, "dpo", model=model), {}, DPOConfig)
     for use in (lambda: train(dpo), lambda: next(plan_slices(dpo, ["v5e:2x2"], Inputs(), search=False))):
         with pytest.raises(UserError, match="it is a reward model, without an unembedding; choose a language model"):
             use()
+
+
+def test_a_dpo_run_puts_the_reward_model_next_to_the_implicit_reward(trained, capsys):
+    """Its scores are those of the reward model's own run on the same pairs."""
+    *_, spread = read_json(trained / "reward" / "distributions.jsonl")
+    *_, logged = read_json(trained / "reward" / "metrics.jsonl")
+    data = options(trained, "x")["data"] | {"train": {"path": str(trained / "data" / "train.jsonl"), "limit": 8}}
+    more = {"data": data, "batch": {"pairs": 8}, "eval": {"reward": str(trained / "reward")}}
+    run = {"dir": str(trained / "compared"), "steps": 1, "progress": False}
+    train(parse_config(options(trained, "compared", **more, run=run), {}, DPOConfig))
+    first, last = read_json(trained / "compared" / "distributions.jsonl")
+    expected = pytest.approx(spread["calibration"]["ece"], abs=1e-6)
+    assert first["reward_model"]["calibration"]["ece"] == last["reward_model"]["calibration"]["ece"] == expected
+    assert last["calibration"] != first["calibration"]
+    assert '<th scope="row">held_out: reward model</th>' in (trained / "compared" / "report.html").read_text()
+    pairs = trained / "compared.jsonl"
+    assert main(["eval", str(trained / "compared" / "config.yaml"), "--output", str(pairs)]) == 0
+    metrics = json.loads(capsys.readouterr().out)["sets"]["held_out"]
+    assert metrics["reward_model/accuracies"] == logged["eval_held_out_rewards/accuracies"]
+    assert metrics["distributions"]["reward_model"]["calibration"]["ece"] == expected
+    lines = read_json(pairs)
+    assert np.mean([row["reward_model/chosen"] for row in lines]) == pytest.approx(
+        logged["eval_held_out_rewards/chosen"], abs=1e-5
+    )
+    alike = [
+        (row["reward_model/chosen"] > row["reward_model/rejected"]) == (row["rewards/margin"] > 0) for row in lines
+    ]
+    assert metrics["reward_model/agreement"] == np.mean(alike) < 1
 
 
 def test_a_run_of_a_language_model_becomes_a_reward_model(shared, tmp_path):
