@@ -111,31 +111,35 @@ class Samples:
     """Answers of the policy, next to those of the model that it is compared with."""
 
     respondent: Respondent
+    judge: Judge | None  # scores all answers
     compared: Literal["reference", "start"]
-    answers: Mapping[str, list[Answer]] | None  # of the compared model; None: the reference moves
-    judge: Judge | None = None  # scores all answers
+    compared_fields: list[Row] | None  # None: the reference moves
 
     def evaluate(
         self, weights: Params | Adapted, reference: Params | None = None
     ) -> tuple[dict[str, float], list[Row]]:
         """Return no metrics, and a row for each question; ``reference``: the weights of one that moves."""
-        compared = self.respondent(reference) if self.answers is None else self.answers
-        columns = [self._fields(answers) for answers in (self.respondent(weights), compared)]
+        other = self.compared_fields
+        if other is None:
+            other = answer_fields(self.respondent, self.judge, reference)
+        columns = self.respondent.rows(), answer_fields(self.respondent, self.judge, weights), other
         return {}, [
-            row | {"policy": policy, self.compared: other}
-            for row, policy, other in zip(self.respondent.rows(), *columns, strict=True)
+            row | {"policy": policy, self.compared: compared} for row, policy, compared in zip(*columns, strict=True)
         ]
 
-    def _fields(self, answers: Mapping[str, list[Answer]]) -> list[Row]:
-        fields = list(self.respondent.fields(answers))
-        if self.judge is None:
-            return fields
-        scores = [
-            self.judge(batches.store, ids, prompts, [[answer] for answer in answers[name]])
-            for name, (batches, ids, prompts) in self.respondent.questions.items()
-        ]
-        flat = np.concatenate(scores).ravel().tolist()
-        return [row | {"score": round(score, SCORE_DECIMALS)} for row, score in zip(fields, flat, strict=True)]
+
+def answer_fields(respondent: Respondent, judge: Judge | None, weights: Params | Adapted) -> list[Row]:
+    """Answer each question with these weights; return the answers as they are written, with scores of a judge."""
+    answers = respondent(weights)
+    fields = list(respondent.fields(answers))
+    if judge is None:
+        return fields
+    scores = [
+        judge(batches.store, ids, prompts, [[answer] for answer in answers[name]])
+        for name, (batches, ids, prompts) in respondent.questions.items()
+    ]
+    flat = np.concatenate(scores).ravel().tolist()
+    return [row | {"score": round(score, SCORE_DECIMALS)} for row, score in zip(fields, flat, strict=True)]
 
 
 def make_samples(
@@ -145,7 +149,8 @@ def make_samples(
     respondent = make_respondent(setup, setup.model)
     if respondent is None:
         return None
-    return Samples(respondent, compared, None if weights is None else respondent(weights), judge)
+    fields = None if weights is None else answer_fields(respondent, judge, weights)
+    return Samples(respondent, judge, compared, fields)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def test_eval_of_the_run_and_of_its_export_is_the_runs_last_evaluation(trained, 
     assert main(["export", str(trained / "reward"), str(exported)]) == 0
     elsewhere = ["--model.path", str(exported), "--run.dir", str(trained / "none")]
     (logged,) = [
-        {key: value for key, value in row.items() if key != "step"}
+        {key: value for key, value in row.items() if key != "step" and "samples/" not in key}
         for row in read_json(trained / "reward" / "metrics.jsonl")
         if row["step"] == 60 and "eval_held_out_loss" in row
     ]
@@ -156,6 +156,7 @@ def test_a_dpo_run_puts_the_reward_model_next_to_the_implicit_reward(trained, ca
     *_, logged = read_json(trained / "reward" / "metrics.jsonl")
     data = options(trained, "x")["data"] | {"train": {"path": str(trained / "data" / "train.jsonl"), "limit": 8}}
     more = {"data": data, "batch": {"pairs": 8}, "eval": {"reward": str(trained / "reward")}}
+    more["optimizer"] = {"learning_rate": 1e-3, "schedule": "constant"}
     run = {"dir": str(trained / "compared"), "steps": 1, "progress": False}
     train(parse_config(options(trained, "compared", **more, run=run), {}, DPOConfig))
     first, last = read_json(trained / "compared" / "distributions.jsonl")
