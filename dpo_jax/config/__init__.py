@@ -90,13 +90,15 @@ class TrainConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         draws_adapters = self.lora.rank > 0 and self.lora.path is None
-        samples = self.planned.per_prompt > 0 or self.run.samples > 0
-        draws_answers = samples and self.sampling.temperature > 0
+        draws_answers = self.planned.per_prompt > 0 or (self.run.samples > 0 and self.sampling.temperature > 0)
         uses_seed = self.data.shuffle or draws_adapters or draws_answers
         self.refuse_idle("run.seed", not uses_seed, "nothing is random without data.shuffle or new adapters")
-        for option in ("max_tokens", "temperature", "top_k", "top_p"):
-            self.refuse_idle(f"sampling.{option}", not samples, "run.samples is 0, so nothing is sampled")
         self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "all adapters are matrices")
+
+    def _refuse_idle_sampling(self) -> None:
+        """Refuse options of ``sampling`` in a run that uses them for ``run.samples`` only, if that is 0."""
+        for option in ("max_tokens", "temperature", "top_k", "top_p"):
+            self.refuse_idle(f"sampling.{option}", self.run.samples == 0, "run.samples is 0, so nothing is sampled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,7 @@ class DPOConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self._refuse_idle_sampling()
         mode, loss = self.reference_mode, self.loss
         names_text = ", ".join(name for name, _ in loss.terms)
         remedy = f"loss {names_text} needs a reference; use live or cached, or set loss.reference_free"
@@ -155,6 +158,7 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self._refuse_idle_sampling()
         explanation = "fine-tuning has one answer per row, so this cannot happen"
         for cause in ("equal_answers", "prompts_differ"):
             self.refuse_idle(f"data.invalid_rows.{cause}", True, explanation)
@@ -174,6 +178,7 @@ class RewardConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self._refuse_idle_sampling()
         for option in ("run.token_stats", "batch.target_chunk"):
             self.refuse_idle(option, True, "a reward model predicts no tokens")
 

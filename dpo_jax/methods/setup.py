@@ -189,6 +189,14 @@ def notes_of(setup: Setup) -> list[str]:
     if longest > max_positions:
         limit_note = f"but the model supports {max_positions} (max_position_embeddings)"
         notes.append(f"a prompt with its answer has up to {longest} tokens, {limit_note}: lower data.max_length")
+    if setup.config.run.samples and setup.evals:
+        prompt = max(int(batches.store.lengths[:, 0].max()) for batches in setup.evals.values())
+        sampled = prompt + setup.config.sampling.max_tokens
+        if sampled > max(longest, max_positions):
+            limit_note = f"but the model supports {max_positions} (max_position_embeddings)"
+            notes.append(
+                f"a prompt with its sample has up to {sampled} tokens, {limit_note}: lower sampling.max_tokens"
+            )
     if setup.config.scores and setup.batches.store.margins.any():
         notes.append("the loss subtracts the data's column margin from the score differences")
     if order.batch > order.epoch_draws:
