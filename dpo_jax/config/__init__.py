@@ -92,7 +92,8 @@ class TrainConfig(Section):
         draws_adapters = self.lora.rank > 0 and self.lora.path is None
         draws_answers = self.planned.per_prompt > 0 or (self.run.samples > 0 and self.sampling.temperature > 0)
         uses_seed = self.data.shuffle or draws_adapters or draws_answers
-        self.refuse_idle("run.seed", not uses_seed, "nothing is random without data.shuffle or new adapters")
+        idle_reason = "nothing is random without data.shuffle, new adapters or sampled answers"
+        self.refuse_idle("run.seed", not uses_seed, idle_reason)
         self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "all adapters are matrices")
 
     def _refuse_idle_sampling(self) -> None:
