@@ -184,11 +184,11 @@ COMMANDS = {
     ),
     "data": Command(
         _data,
-        "Audit the data: counts, lengths, problems, and one pair as the model sees it.",
+        "Audit the data: counts, lengths, problems, and one example as the model sees it.",
         DPOConfig,
         {
-            "--for": {"choices": [name for name in CONFIG_OF if name != "ppo"], **FOR},  # prompts have no answers
-            "--step": {**COUNT, "help": "Print the pairs of this step (as in metrics.jsonl) instead."},
+            "--for": {"choices": [*CONFIG_OF], **FOR},
+            "--step": {**COUNT, "help": "Print the examples of this step (as in metrics.jsonl) instead."},
         },
     ),
     "plan": Command(

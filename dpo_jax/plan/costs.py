@@ -101,17 +101,17 @@ def policy_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> li
     token_traffic = forward_traffic(model, num_rows, num_rows, tensor=tensor) + cache_bytes(model, rollout, mesh)
     prompt_traffic = forward_traffic(model, num_rows * slots, 0, tensor=tensor)
     stages = [
-        Stage("copy", 0, 0, 0, collectives(texts["copying"], mesh.size)),
+        Stage("copy", 0, 0, 0, collectives(texts["copy"], mesh.size)),
         Stage("prompts", _forward(model, prompts), _forward(model, padded_prompts), prompt_traffic, once),
         Stage("tokens", _forward(model, decoded), _forward(model, padded_tokens), new * token_traffic, per_token),
     ]
     if reward is not None:
         length = plan.scored.length
-        seen = int(rollout.rows * causal_pairs(np.array(length), reward.config.window))
+        seen = int(causal_pairs(np.full(rollout.rows, length), reward.config.window).sum())
         padded = Work(rollout.rows * length, seen, 0)
         traffic = forward_traffic(reward, num_rows * length, 0, tensor=tensor)
         sent = collectives(texts["scoring"], mesh.size)
-        stages.append(Stage("scores", _forward(reward, answered), _forward(reward, padded), traffic, sent))
+        stages.append(Stage("scoring", _forward(reward, answered), _forward(reward, padded), traffic, sent))
     return [*stages, _update_stage(plan, load, texts["update"])]
 
 

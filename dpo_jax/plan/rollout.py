@@ -123,7 +123,7 @@ def rollout_phases(plan: RolloutPlan, arguments: Arguments, load: Load) -> list[
     copying = compiled(lambda: plan.lower_copy(arguments), policy + copy)
     sampling = compiled(plan.lower_sampler, copy + cache)
     phases = [
-        Phase("copying", copying, always | {"copy": copy}, total - policy),
+        Phase("copy", copying, always | {"copy": copy}, total - policy),
         Phase("sampling", sampling, always | {"copy": copy, "cache": cache}, total),
     ]
     if plan.reward_model is not None:

@@ -73,12 +73,12 @@ def _rollout_lines(rollout: dict[str, Any]) -> list[str]:
     value, reward, updates = rollout["value_parameters"], rollout["reward_parameters"], rollout["updates"]
     size = "a Python function, whose time is not counted" if reward is None else f"{_num_weights(reward)} parameters"
     assumed = "it is not found, so it is taken to be the policy's model with a score head"
-    updates_text = f"{updates} update{'s' * (updates > 1)} on them"
+    rows_text = f"{rollout['rows_per_device']} answers per device, {rollout['answers']} to a prompt"
     return [
         *([] if value is None else [f"value model  {_num_weights(value)} parameters"]),
         f"reward       {rollout['reward']}: {size}",
         *[f"             ASSUMED: {assumed}"] * (not rollout["reward_exists"]),
-        f"rollout      {rollout['rows_per_device']} answers per device, {rollout['answers']} to a prompt; {updates_text}",
+        f"rollout      {rows_text}; {updates} update{'s' * (updates > 1)} on them",
         f"             prompts padded to {rollout['prompt_slots']} tokens, answers of up to {rollout['max_tokens']}",
     ]
 
@@ -87,7 +87,7 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
     save, phases = memory["save"], memory.get("phases", {})
     breakdown = ", ".join(f"{text} {memory[name]:.2f}" for name, text in SIZES.items() if memory.get(name))
     verdicts = {True: "fits", False: "DOES NOT FIT; --search looks for settings that do", None: "at least this much"}
-    in_phase = f" in {memory['phase']}" if phases else ""
+    in_phase = f" during the {memory['phase']}" if phases else ""
     peak_text = f"{memory['peak']:.2f} of {memory['capacity']:.2f} GiB per device{in_phase}"
     return [
         f"memory       {peak_text}: {verdicts[memory['fits']]}",
