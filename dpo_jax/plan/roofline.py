@@ -30,13 +30,13 @@ def matrix_traffic(
 
 
 def forward_traffic(model: Model, tokens: int, targets: int, *, tensor: int) -> float:
-    """Return the bytes that the matrix products of a forward pass read and write, as in `matrix_traffic`."""
+    """Return the bytes that the matmuls of a forward pass read and write, as in `matrix_traffic`."""
     layer_bytes = sum(_layer_products(model, tokens, tensor).values())
     return model.config.layers * layer_bytes + _head_product(model, targets, tensor)
 
 
 def _layer_products(model: Model, tokens: int, tensor: int) -> dict[str, float]:
-    """Return the bytes of the operands of each matrix product of a layer, by name."""
+    """Return the bytes of the operands of each matmul of a layer, by name."""
     itemsize = 2 if model.dtype == "bfloat16" else 4
     return {
         name: itemsize * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)

@@ -88,6 +88,7 @@ def open_reward_model(
     Raises:
         UserError: it is a language model, or its tokenizer cannot be loaded.
     """
+    assert config.path is not None
     with naming_reward():
         opened = open_model(reward_model_config(config, policy), platform)
         refuse_language_model(opened.model, config)

@@ -298,7 +298,7 @@ def test_a_small_plan_is_compiled(monkeypatch):
         (["--batch.row_length", "64", "--ppo.answers", "2"], "a prompt with its answers 64 (a row); give mean lengths"),
         (
             ["--reward.path", "meta-llama/Llama-3.2-1B"],
-            "reward.path: 'meta-llama/Llama-3.2-1B' cannot be used: it is a language model, without a score",
+            "reward.path: 'meta-llama/Llama-3.2-1B' cannot be used: it is a language model, which has",
         ),
         (["--reward.path", "."], "reward.path: . holds neither config.json nor checkpoints/"),
     ],
