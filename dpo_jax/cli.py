@@ -69,7 +69,7 @@ def _data(config: AnyConfig, step: int | None) -> None:
     print(describe_data(config, step))
 
 
-def _plan(config: PairConfig, topology: str, search: bool, output: str | None, **inputs: Any) -> None:
+def _plan(config: PairConfig | PPOConfig, topology: str, search: bool, output: str | None, **inputs: Any) -> None:
     lengths, data, steps = inputs["lengths"], inputs["data"], config.run.steps
     for name, is_known, cause in (
         ("lengths", data, "--data measures the lengths"),
@@ -81,11 +81,13 @@ def _plan(config: PairConfig, topology: str, search: bool, output: str | None, *
         is_writable = Path(output).absolute().parent.is_dir() and not Path(output).is_dir()
         require(is_writable, "--output", output, "give a file in an existing, writable folder")
     if lengths is not None:
-        match = re.fullmatch(r"(\d+),(\d+),(\d+)", lengths)
-        if match is None or not all(map(int, match.groups())):
-            remedy = "write mean tokens of prompt, chosen and rejected answer, such as 180,330,300"
-            raise UserError("--lengths", lengths, remedy)
-        inputs["lengths"] = tuple(map(float, match.groups()))
+        parts, example = "prompt, chosen and rejected answer", "180,330,300"
+        if isinstance(config, PPOConfig):
+            parts, example = "prompt and answer", "180,150"
+        is_list = re.fullmatch(r"\d+(,\d+)*", lengths) and lengths.count(",") == example.count(",")
+        values = tuple(map(float, lengths.split(","))) if is_list else ()
+        require(all((values, *values)), "--lengths", lengths, f"write mean tokens of {parts}, such as {example}")
+        inputs["lengths"] = values
     from dpo_jax.commands.evaluate import write_output
     from dpo_jax.plan.plan import Inputs, plan_slices
     from dpo_jax.plan.text import render, table
@@ -182,11 +184,11 @@ COMMANDS = {
     ),
     "data": Command(
         _data,
-        "Audit the data: counts, lengths, problems, and one pair as the model sees it.",
+        "Audit the data: counts, lengths, problems, and one example as the model sees it.",
         DPOConfig,
         {
-            "--for": {"choices": [name for name in CONFIG_OF if name != "ppo"], **FOR},  # prompts have no answers
-            "--step": {**COUNT, "help": "Print the pairs of this step (as in metrics.jsonl) instead."},
+            "--for": {"choices": [*CONFIG_OF], **FOR},
+            "--step": {**COUNT, "help": "Print the examples of this step (as in metrics.jsonl) instead."},
         },
     ),
     "plan": Command(
@@ -194,7 +196,7 @@ COMMANDS = {
         "Compile the train step ahead of time for a TPU topology: memory, and bounds on time and cost.",
         DPOConfig,
         {
-            "--for": OF_PAIRS,
+            "--for": {"choices": ["train", "reward", "ppo"], **FOR},
             "--topology": {
                 **TEXT,
                 "required": True,
@@ -204,10 +206,11 @@ COMMANDS = {
             "--rows": {**COUNT, "help": "Rows of batch.row_length tokens per device."},
             "--lengths": {
                 **TEXT,
-                "help": "Mean tokens of prompt, chosen, rejected, as 180,330,300; default: full rows.",
+                "help": "Mean tokens of prompt, chosen, rejected, as 180,330,300; default: full rows. "
+                "For ppo, of prompt and answer, as 180,150; default: the most that they may have.",
             },
-            "--examples": {**COUNT, "help": "Number of pairs in the data, to estimate the run's hours."},
-            "--data": {**FLAG, "help": "Measure lengths and number of pairs in the config's data."},
+            "--examples": {**COUNT, "help": "Number of pairs or prompts in the data, to estimate the run's hours."},
+            "--data": {**FLAG, "help": "Measure lengths and number of pairs or prompts in the config's data."},
             "--search": {**FLAG, "help": "If the step does not fit in memory, search for settings that do."},
             "--output": {**TEXT, "help": "JSON file to write the plans to."},
         },

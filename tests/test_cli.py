@@ -47,7 +47,8 @@ WRONG = [
     ("export runs/x", "the following arguments are required: out_dir: see dpo-jax export --help"),
     ("export runs/x out --which newst", "invalid choice: 'newst' (choose from 'newest', 'best')"),
     ("data c.yaml --step 0", "0 does not conform to restriction v>0: see dpo-jax data --help"),
-    ("data c.yaml --for ppo", "invalid choice: 'ppo' (choose from 'train', 'sft', 'reward')"),
+    ("data c.yaml --for pop", "invalid choice: 'pop' (choose from 'train', 'sft', 'reward', 'ppo')"),
+    ("data c.yaml --for ppo --loss.beta 1", "loss: belongs to `dpo-jax train`, not to `dpo-jax ppo`: remove it"),
     ("data c.yaml --for sft --loss.beta 1", "loss: belongs to `dpo-jax train`, not to `dpo-jax sft`: remove it"),
     ("quickstart here", "unrecognized arguments: here: see dpo-jax quickstart --help"),
 ]

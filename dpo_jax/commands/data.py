@@ -19,4 +19,5 @@ def describe_data(config: AnyConfig, step: int | None) -> str:
     if step is not None:
         return show_step(sets, step, tokenizer)
     max_positions, ends = source.hf_config.get("max_position_embeddings"), end_tokens(source.folder, source.hf_config)
-    return render(audit(sets, tokenizer, ends=ends, max_length=config.data.max_length, max_positions=max_positions))
+    limits = {"max_length": config.data.max_length, "max_positions": max_positions}
+    return render(audit(sets, tokenizer, ends=ends, num_sampled=config.planned.num_tokens, **limits))

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from dpo_jax.batch import BLOCK, Adapted, PairLogps, Params, round_up
 from dpo_jax.batching.packing import BatchShape, make_units, pack_rows
@@ -24,7 +24,7 @@ def make_answer_scores(model: Model, weights: Params | Adapted, mesh: Mesh) -> A
     Each prompt and answer is a row of its own. Rows are padded to a power of two of blocks, so that few programs are
     compiled.
     """
-    scores_fn = _compiled(model, replicated(mesh))
+    scores_fn = make_scores(model, mesh)
     to_devices, shards = make_to_devices(mesh), local_row_shards(mesh)
 
     def answer_scores(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
@@ -32,7 +32,7 @@ def make_answer_scores(model: Model, weights: Params | Adapted, mesh: Mesh) -> A
         lengths = np.array([[len(p), len(a)] for p, a in zip(prompts, answers, strict=True)])
         rows = [[unit] for unit in make_units(lengths, lengths[:, 1:], "padded")]
         size = round_up(len(rows), row_devices(mesh)) // row_devices(mesh)  # rows per shard
-        shape = _shape(size * row_devices(mesh), int(lengths.sum(1).max()))
+        shape = scored_shape(size * row_devices(mesh), int(lengths.sum(1).max()))
         local_rows = [shard * size + row for shard in shards for row in range(size)]
         batch = pack_rows(rows, shape, examples, np.ones(len(rows), np.float32), 1, local_rows)
         scores: Any = scores_fn(weights, to_devices(batch)).sum
@@ -42,11 +42,12 @@ def make_answer_scores(model: Model, weights: Params | Adapted, mesh: Mesh) -> A
 
 
 @cache
-def _compiled(model: Model, out_sharding: NamedSharding) -> Callable[..., PairLogps]:
-    return jax.jit(make_scores_fn(model), out_shardings=out_sharding)
+def make_scores(model: Model, mesh: Mesh) -> Callable[..., PairLogps]:
+    """Return the jitted function that scores the answers of a batch, which a plan compiles ahead of time, too."""
+    return jax.jit(make_scores_fn(model), out_shardings=replicated(mesh))
 
 
-def _shape(num_rows: int, longest: int) -> BatchShape:
+def scored_shape(num_rows: int, longest: int) -> BatchShape:
     """Return the shape of rows with one prompt and answer each, of up to ``longest`` tokens together."""
     num_blocks = 1 << (round_up(longest, BLOCK) // BLOCK - 1).bit_length()
     length, pairs = num_blocks * BLOCK, num_blocks * (num_blocks + 1) // 2

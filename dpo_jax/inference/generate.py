@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dpo_jax.batch import Adapted, Params, round_up
@@ -97,21 +97,33 @@ def answer_rows(
 
 def rollout_weights(model: Model, weights: Params | Adapted, mesh: Mesh) -> Any:
     """Copy the weights to the `rollout_mesh` of ``mesh`` in the compute dtype, as every new token reads them all."""
-    return _compiled_copy(model, rollout_mesh(mesh), isinstance(weights, Adapted))(weights)
+    return make_copy(model, rollout_mesh(mesh), isinstance(weights, Adapted))(weights)
 
 
-@cache
-def _compiled_copy(model: Model, mesh: Mesh, has_adapters: bool) -> Callable[[Any], Any]:
+def rollout_shardings(model: Model, mesh: Mesh | AbstractMesh, has_adapters: bool) -> Any:
+    """Return the sharding of each weight that `answer_rows` reads; ``mesh``: a `rollout_mesh`."""
     shardings = weight_shardings(model.param_shapes(), model.param_axes(), mesh)
-    if has_adapters:
-        shardings = Adapted(weight_shardings(model.adapter_shapes(), model.adapter_axes(), mesh), shardings)
-    cast = lambda weights: jax.tree.map(lambda x: x.astype(model.dtype), weights)  # noqa: E731
-    return jax.jit(cast, out_shardings=shardings)
+    if not has_adapters:
+        return shardings
+    return Adapted(weight_shardings(model.adapter_shapes(), model.adapter_axes(), mesh), shardings)
 
 
 @cache
-def _compiled(model: Model, options: SamplingConfig, out_sharding: NamedSharding) -> Callable[..., Generated]:
+def make_copy(model: Model, mesh: Mesh, has_adapters: bool) -> Callable[[Any], Any]:
+    """Return the jitted function that copies weights to a `rollout_mesh`, which a plan compiles ahead of time, too."""
+    cast = lambda weights: jax.tree.map(lambda x: x.astype(model.dtype), weights)  # noqa: E731
+    return jax.jit(cast, out_shardings=rollout_shardings(model, mesh, has_adapters))
+
+
+@cache
+def make_answer_rows(model: Model, options: SamplingConfig, out_sharding: NamedSharding) -> Callable[..., Generated]:
+    """Return `answer_rows` jitted, which a plan compiles ahead of time, too."""
     return jax.jit(partial(answer_rows, model, options=options), out_shardings=out_sharding)
+
+
+def prompt_bucket(longest: int) -> int:
+    """Return the tokens to which prompts of up to ``longest`` tokens are padded."""
+    return max(SMALLEST_BUCKET, 1 << (longest - 1).bit_length())
 
 
 def generate(
@@ -134,15 +146,14 @@ def generate(
     assert all(len(prompt) > 0 for prompt in prompts), "a prompt must have at least one token"
     mesh = rollout_mesh(mesh)
     num_rows = round_up(len(prompts), row_devices(mesh))
-    longest = max(map(len, prompts))
-    tokens = np.zeros((num_rows, max(SMALLEST_BUCKET, 1 << (longest - 1).bit_length())), np.int32)
+    tokens = np.zeros((num_rows, prompt_bucket(max(map(len, prompts)))), np.int32)
     lengths = np.ones(num_rows, np.int32)  # of rows that only fill up the devices, too
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
     with jax.set_mesh(mesh):
         tokens, lengths = jax.device_put((tokens, lengths), row_sharding(mesh))
         keys = row_keys(seed, step, first_row + jnp.arange(num_rows))
-        compiled = _compiled(model, options, replicated(mesh))
+        compiled = make_answer_rows(model, options, replicated(mesh))
         answers = jax.device_get(compiled(weights, tokens, lengths, keys, jnp.asarray(end_ids, jnp.int32)))
     return [
         Answer(tokens[:length].tolist(), logps[:length].tolist(), bool(ended))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax.batch import Adapted, Params, PreferenceBatch
 from dpo_jax.batching.batches import StepData
@@ -196,18 +196,10 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
     reference_id = policy.ids["weights"] if reference is policy.weights else weights_id(reference)
     ids = policy.ids | {"reference": reference_id, "reward": judge_id, "ends": str(end_ids)}
     optimizer = make_optimizer(config.optimizer, num_steps, config.ppo.epochs)
-    with_value = config.ppo.estimator == "gae"
-    value_model = replace(setup.model, config=replace(setup.model.config, scores=1))
-    abstract = abstract_policy_state(setup.model, value_model if with_value else None, mesh, optimizer)
+    value_model = value_model_of(config, setup.model)
+    abstract = abstract_policy_state(setup.model, value_model, mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     has_adapters = policy.adapters is not None
-    step = partial(
-        policy_gradient_step,
-        logps_fn=make_answer_logps_fn(config, setup.model),
-        values_fn=make_values_fn(config, value_model) if with_value else None,
-        options=config.ppo,
-        optimizer=optimizer,
-    )
     dtype = None if config.reference.dtype == "auto" else config.reference.dtype
     method = PPO(
         setup=setup,
@@ -219,7 +211,7 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
         first_state=jax.jit(
             lambda start: init_state(start.trained, optimizer), out_shardings=shardings, donate_argnums=0
         ),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)), compiler_options=dict(flags)),
+        step=make_policy_step(config, setup.model, mesh, optimizer, abstract, flags),
         schedule=make_schedule(config.optimizer, num_steps),
         base=policy.weights if has_adapters else None,
         reference=None if has_adapters else copy_weights(reference, dtype),
@@ -228,7 +220,7 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
         samples=make_samples(setup, "reference", reference, judge),
         to_devices=make_to_devices(mesh, leading=1),
     )
-    value = start_value(setup, policy, value_model) if with_value else None
+    value = None if value_model is None else start_value(setup, policy, value_model)
     return method, PPOStart(ActorCritic(policy.adapters if has_adapters else policy.weights, value))
 
 
@@ -238,6 +230,35 @@ def refuse_prompt_weights(store: Store) -> None:
     if len(weighted_rows):
         row = f"row {store.rows[weighted_rows[0]]} has weight {store.weights[weighted_rows[0]]:g}"
         raise UserError(f"data.train: {row}, but ppo weights all prompts alike; remove the column weight")
+
+
+def value_model_of(config: PPOConfig, model: Model) -> Model | None:
+    """Return the value model, which is the policy's decoder with a head, or None if the estimator has none."""
+    return replace(model, config=replace(model.config, scores=1)) if config.ppo.estimator == "gae" else None
+
+
+def make_policy_step(
+    config: PPOConfig,
+    model: Model,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    compiler_options: Mapping[str, str],
+) -> PolicyStep:
+    """Return the config's jitted step on a rollout, which a run executes and a plan compiles ahead of time.
+
+    ``state`` holds shapes and shardings, as `abstract_policy_state` returns them.
+    """
+    value_model = value_model_of(config, model)
+    step = partial(
+        policy_gradient_step,
+        logps_fn=make_answer_logps_fn(config, model),
+        values_fn=None if value_model is None else make_values_fn(config, value_model),
+        options=config.ppo,
+        optimizer=optimizer,
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state), replicated(mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=dict(compiler_options))
 
 
 def start_value(setup: Setup, policy: Policy, value_model: Model) -> Params:
@@ -280,7 +301,7 @@ def make_values_fn(config: PPOConfig, model: Model) -> TokensFn:
 
 
 def abstract_policy_state(
-    model: Model, value_model: Model | None, mesh: Mesh, optimizer: optax.GradientTransformation
+    model: Model, value_model: Model | None, mesh: Mesh | AbstractMesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Return the shapes, dtypes and shardings of the train state; ``value_model``: None without one."""
     shapes = ActorCritic(trained_shapes(model, mesh))

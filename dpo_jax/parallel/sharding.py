@@ -38,13 +38,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(_arrange_devices(devices, _sizes(config, len(devices))), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def rollout_mesh(mesh: Mesh) -> Mesh:
+def rollout_mesh(mesh: Mesh | AbstractMesh) -> Any:
     """Return a mesh over the same devices that shards rows over all axes but `tensor`, and weights over `tensor` only.
 
     Weights sharded over `fsdp` would be gathered for every token that is generated.
     """
-    sizes = (row_devices(mesh), 1, mesh.shape["tensor"])
-    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    sizes, types = (row_devices(mesh), 1, mesh.shape["tensor"]), (AxisType.Auto,) * len(AXES)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(sizes, AXES, axis_types=types)
+    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=types)
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:

@@ -1,11 +1,11 @@
-"""Compile a train step ahead of time for a TPU topology, from shapes alone."""
+"""Compile a train step, or another program, ahead of time for a TPU topology, from shapes alone."""
 
 import importlib.util
 import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -13,21 +13,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AbstractMesh, Mesh
 from jax.stages import Lowered
 from packaging.requirements import Requirement
 
 from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch, round_up
 from dpo_jax.batching.packing import BatchShape, empty_batch
-from dpo_jax.config import PairConfig
+from dpo_jax.config import PPOConfig
 from dpo_jax.errors import UserError
 from dpo_jax.methods.optimizer import make_optimizer
+from dpo_jax.methods.ppo import abstract_policy_state, make_policy_step, value_model_of
 from dpo_jax.methods.setup import abstract_state, make_step, train_logps_fn
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import projections
 from dpo_jax.parallel.chips import Topology
 from dpo_jax.parallel.compiler import compiler_options, no_cache_writes
 from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, replicated, row_devices, row_sharding, sharded_structs
+from dpo_jax.plan.load import Load, PlannedConfig
+from dpo_jax.policy_gradient import Rollout
 from dpo_jax.step import Frozen, TrainState
 from dpo_jax.weights.open import param_shardings
 
@@ -35,40 +39,6 @@ NUM_STEPS = 1000  # length of the learning-rate schedule; the plan does not depe
 # libtpu probes for a TPU and for other processes that use it; this machine has none
 WITHOUT_TPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """Size of a step's input; ``lengths`` are the mean tokens of a pair's prompt, chosen and rejected answer."""
-
-    pairs: int  # per step
-    microbatches: int
-    rows: int  # per microbatch, over all devices
-    row_length: int
-    lengths: tuple[float, float, float]
-    copies: int = 1  # copies of a pair's prompt in the rows
-    longest: int  # most tokens of a prompt with one answer
-
-    @property
-    def unit(self) -> float:
-        """Mean tokens that a pair occupies in the rows."""
-        prompt, chosen, rejected = self.lengths
-        return self.copies * prompt + chosen + rejected
-
-    @property
-    def slots(self) -> int:
-        """Number of token slots in a step's rows."""
-        return self.microbatches * self.rows * self.row_length
-
-    @property
-    def fill(self) -> float:
-        """Share of the slots that hold real tokens."""
-        return self.pairs * self.unit / self.slots
-
-    @property
-    def targets(self) -> int:
-        """Answer tokens of a full row, rounded up to a multiple of ``BLOCK``."""
-        return round_up(self.row_length * sum(self.lengths[1:]) / self.unit, BLOCK)
 
 
 def check_pair(requirements: Sequence[str], libtpu: str) -> None:
@@ -97,30 +67,54 @@ def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:
     return topologies.get_topology_desc(slice_.name, "tpu", **options).devices
 
 
-def slice_mesh(config: PairConfig, slice_: Topology, slices: int) -> Mesh | AbstractMesh:
+def slice_mesh(config: PlannedConfig, slice_: Topology, slices: int) -> Mesh | AbstractMesh:
     """Return the config's mesh of compile-only TPU devices, or an abstract mesh if libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         return abstract_mesh(config.mesh, slice_.devices * slices)
     return make_mesh(config.mesh, slice_devices(slice_, slices))
 
 
-def abstract_batch(load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
-    """Return a train step's batch as shapes and shardings."""
+def abstract_batch(load: Load, mesh: Mesh | AbstractMesh, leading: tuple[int, ...] | None = None) -> PreferenceBatch:
+    """Return a train step's batch as shapes and shardings; ``leading`` dims: by default of several microbatches."""
+    num_answers = len(load.lengths) - 1
     shape = BatchShape(
         rows=load.rows,
         length=load.row_length,
         targets=load.targets,
-        answers=2 * math.ceil(load.row_length / load.unit),
+        answers=num_answers * math.ceil(load.row_length / load.unit_room),
         blocks=16 * (load.row_length // BLOCK),
         longest=round_up(load.longest, BLOCK),
         branch_length=load.row_length,
     )
-    leading = () if load.microbatches == 1 else (load.microbatches,)
-    batch = empty_batch(shape, load.pairs // load.microbatches, 2, leading=leading, zeros=jax.ShapeDtypeStruct)
+    if leading is None:
+        leading = () if load.microbatches == 1 else (load.microbatches,)
+    return batch_structs(shape, load.examples // load.microbatches, num_answers, mesh, leading)
+
+
+def batch_structs(
+    shape: BatchShape, num_pairs: int, num_answers: int, mesh: Mesh | AbstractMesh, leading: tuple[int, ...] = ()
+) -> PreferenceBatch:
+    """Return a batch as shapes and shardings."""
+    batch = empty_batch(shape, num_pairs, num_answers, leading=leading, zeros=jax.ShapeDtypeStruct)
     return sharded_structs(batch, batch.per_array(row_sharding(mesh, len(leading)), replicated(mesh)))
 
 
-def abstract_frozen(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:
+def abstract_rollout(config: PPOConfig, load: Load, mesh: Mesh | AbstractMesh) -> Rollout:
+    """Return the rollout of a step as shapes and shardings."""
+    leading = (load.microbatches,)
+    shape = (*leading, load.examples // load.microbatches, config.ppo.answers)
+    array: Any = partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
+    tokens = (*shape, config.sampling.max_tokens)
+    return Rollout(
+        inputs=abstract_batch(load, mesh, leading),
+        mask=array(tokens, jnp.bool_),
+        ended=array(shape, jnp.bool_),
+        scores=array(shape, jnp.float32),
+        sampled_logps=array(tokens, jnp.float32),
+    )
+
+
+def abstract_frozen(config: PlannedConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Frozen:
     """Return the step's frozen inputs, base weights and reference, as shapes and shardings."""
     weights = sharded_structs(model.param_shapes(), param_shardings(model, mesh))
     mode, logps = config.reference_mode, None
@@ -128,7 +122,7 @@ def abstract_frozen(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh,
         dtype = jnp.dtype(config.reference.dtype)
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)
     if mode == "cached":
-        shape = (load.pairs,) if load.microbatches == 1 else (load.microbatches, load.pairs // load.microbatches)
+        shape = (load.examples,) if load.microbatches == 1 else (load.microbatches, load.examples // load.microbatches)
         array: Any = partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
         per_answer, weight, valid = array((*shape, 2), jnp.float32), array(shape, jnp.float32), array(shape, jnp.bool_)
         tail = None if config.objective.ld_alpha is None else per_answer
@@ -140,50 +134,89 @@ def abstract_frozen(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh,
 
 @dataclass(frozen=True)
 class Compiled:
-    """Result of compiling a step, or estimates if there is no compiler; sizes are bytes per device."""
+    """A compiled program, or an estimate if there is no compiler."""
 
     seconds: float | None  # None: not compiled, and ``peak`` is a lower bound
     text: str | None  # None: out of memory, or not compiled
-    peak: int
-    sizes: dict[str, int]  # weights, optimizer, reference, batch
-    save: int  # bytes of a checkpoint, over all devices
+    peak: int  # bytes per device, arguments included
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the compiler found the program too large for the device."""
+        return self.seconds is not None and self.text is None
 
 
-Arguments = tuple[TrainState, Frozen, PreferenceBatch]  # of a train step, as shapes and shardings
+@dataclass(frozen=True)
+class Phase:
+    """A program of a step, and what is in memory while it runs; sizes are bytes per device."""
+
+    name: str
+    program: Compiled
+    sizes: dict[str, int]  # of the arrays of known size, arguments of the program or not
+    outside: int = 0  # of these, what is no argument of the program and no part of its peak
+
+    @property
+    def peak(self) -> int:
+        """Bytes of all that is in memory."""
+        return self.program.peak + self.outside
 
 
-def step_arguments(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Arguments:
+Arguments = tuple[TrainState, Frozen, PreferenceBatch | Rollout]  # of a train step, as shapes and shardings
+
+
+def step_arguments(config: PlannedConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Arguments:
     """Return shapes and shardings of the arguments of the config's train step on a mesh."""
-    state = abstract_state(config, model, mesh, make_optimizer(config.optimizer, NUM_STEPS))
-    return state, abstract_frozen(config, model, mesh, load), abstract_batch(load, mesh)
+    frozen = abstract_frozen(config, model, mesh, load)
+    if isinstance(config, PPOConfig):
+        state = abstract_policy_state(model, value_model_of(config, model), mesh, _optimizer(config))
+        return state, frozen, abstract_rollout(config, load, mesh)
+    return abstract_state(config, model, mesh, _optimizer(config)), frozen, abstract_batch(load, mesh)
 
 
-def lower_step(config: PairConfig, model: Model, mesh: Mesh, arguments: Arguments) -> Lowered:
+def lower_step(config: PlannedConfig, model: Model, mesh: Mesh, arguments: Arguments) -> Lowered:
     """Lower the config's train step for the mesh's devices."""
     with no_cache_writes():
         flags = compiler_options(mesh, config.run.compiler_flags)
-    optimizer = make_optimizer(config.optimizer, NUM_STEPS)
-    step: Any = make_step(config, train_logps_fn(config, model), mesh, optimizer, arguments[0], flags)
+    step = _train_step(config, model, mesh, arguments[0], flags)
     with jax.set_mesh(mesh):
         return step.lower(*arguments)
 
 
-def compile_step(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Compiled:
-    """Compile the config's train step for the mesh's devices; on an abstract mesh, only bound its memory."""
-    arguments = step_arguments(config, model, mesh, load)
+def _train_step(config: PlannedConfig, model: Model, mesh: Mesh, state: TrainState, flags: Mapping[str, str]) -> Any:
+    if isinstance(config, PPOConfig):
+        return make_policy_step(config, model, mesh, _optimizer(config), state, flags)
+    return make_step(config, train_logps_fn(config, model), mesh, _optimizer(config), state, flags)
+
+
+def _optimizer(config: PlannedConfig) -> optax.GradientTransformation:
+    return make_optimizer(config.optimizer, NUM_STEPS, config.ppo.epochs if isinstance(config, PPOConfig) else 1)
+
+
+def step_sizes(arguments: Arguments) -> dict[str, int]:
+    """Return the bytes per device of a train step's arguments."""
     state, frozen, batch = arguments
-    sizes = {
-        "weights": _bytes((state.params, frozen.base)),
-        "optimizer": _bytes(state.opt_state),
-        "reference": _bytes((state.reference, frozen.reference)),
-        "batch": _bytes(batch),
+    return {
+        "weights": num_bytes((state.params, frozen.base)),
+        "optimizer": num_bytes(state.opt_state),
+        "reference": num_bytes((state.reference, frozen.reference)),
+        "batch": num_bytes(batch),
     }
-    save_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def compile_step(
+    config: PlannedConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, arguments: Arguments
+) -> Compiled:
+    """Compile the config's train step for the mesh's devices; on an abstract mesh, only bound its memory."""
     if isinstance(mesh, AbstractMesh):
-        peak = sum(sizes.values()) + _min_temporaries(model, mesh, load, _bytes(state.params))
-        return Compiled(None, None, peak, sizes, save_bytes)
+        peak = sum(step_sizes(arguments).values())
+        return Compiled(None, None, peak + _min_temporaries(model, mesh, load, num_bytes(arguments[0].params)))
+    return compile_program(partial(lower_step, config, model, mesh, arguments))
+
+
+def compile_program(lower: Callable[[], Lowered]) -> Compiled:
+    """Compile what ``lower`` returns, and measure its memory, even if there is not enough of it."""
     start_time = time.perf_counter()
-    lowered = lower_step(config, model, mesh, arguments)
+    lowered = lower()
     try:
         with no_cache_writes():
             program = lowered.compile()
@@ -192,9 +225,9 @@ def compile_step(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, lo
         if exhausted is None:
             raise
         peak = int(float(exhausted[1]) * {"M": 2**20, "G": 2**30}[exhausted[2]])
-        return Compiled(time.perf_counter() - start_time, None, peak, sizes, save_bytes)
+        return Compiled(time.perf_counter() - start_time, None, peak)
     memory: Any = program.memory_analysis()
-    return Compiled(time.perf_counter() - start_time, program.as_text(), memory.peak_memory_in_bytes, sizes, save_bytes)
+    return Compiled(time.perf_counter() - start_time, program.as_text(), memory.peak_memory_in_bytes)
 
 
 def _min_temporaries(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) -> int:
@@ -207,6 +240,6 @@ def _min_temporaries(model: Model, mesh: Mesh | AbstractMesh, load: Load, traine
     return gradient_bytes + activation_bytes + itemsize * (layer_weights + 4 * tokens * c.ffn) // mesh.shape["tensor"]
 
 
-def _bytes(tree: Any) -> int:
+def num_bytes(tree: Any) -> int:
     """Return the bytes per device of a tree of shapes and shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

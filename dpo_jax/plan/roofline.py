@@ -19,19 +19,35 @@ def matrix_traffic(
 
     ``tokens`` and ``targets`` are per device and microbatch; ``tensor`` devices shard each matrix.
     """
-    itemsize = 2 if model.dtype == "bfloat16" else 4
     trains_matrices = model.lora is None  # the model's own matrices are trained; adapters are negligible
     matmuls = 1 + live_reference + 1 + trains_matrices  # forward, reference forward, input gradient, matrix gradient
     recomputed = recomputed_projections(model.config, model.remat)
-    layer_bytes = sum(
-        (matmuls + (name in recomputed)) * itemsize * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)
-        for name, (inputs, outputs) in projections(model.config).items()
-    )
+    products = _layer_products(model, tokens, tensor)
+    layer_bytes = sum((matmuls + (name in recomputed)) * num_bytes for name, num_bytes in products.items())
     # logits are never saved, so they are recomputed whatever remat saves of the layers
-    c = model.config
-    operands = c.hidden * (targets + c.vocab / tensor) if c.logits else 0
-    head_bytes = (3 + live_reference + trains_matrices) * itemsize * operands
-    return microbatches * (c.layers * layer_bytes + head_bytes)
+    head_bytes = (3 + live_reference + trains_matrices) * _head_product(model, targets, tensor)
+    return microbatches * (model.config.layers * layer_bytes + head_bytes)
+
+
+def forward_traffic(model: Model, tokens: int, targets: int, *, tensor: int) -> float:
+    """Return the bytes that the matmuls of a forward pass read and write, as in `matrix_traffic`."""
+    layer_bytes = sum(_layer_products(model, tokens, tensor).values())
+    return model.config.layers * layer_bytes + _head_product(model, targets, tensor)
+
+
+def _layer_products(model: Model, tokens: int, tensor: int) -> dict[str, float]:
+    """Return the bytes of the operands of each matmul of a layer, by name."""
+    itemsize = 2 if model.dtype == "bfloat16" else 4
+    return {
+        name: itemsize * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)
+        for name, (inputs, outputs) in projections(model.config).items()
+    }
+
+
+def _head_product(model: Model, targets: int, tensor: int) -> float:
+    """Return the bytes of the operands of the logits; 0 if there are none."""
+    c, itemsize = model.config, 2 if model.dtype == "bfloat16" else 4
+    return itemsize * c.hidden * (targets + c.vocab / tensor) if c.logits and targets else 0
 
 
 def collective_times(collectives: Sequence[Collective], chip: Chip, devices_per_slice: int) -> dict[str, float]:

@@ -3,7 +3,20 @@
 from collections.abc import Sequence
 from typing import Any
 
-ASSUMED = "             ASSUMED: equal lengths that fill the rows; set --rows, --lengths or --data"
+ASSUMED = {
+    "pair": "equal lengths that fill the rows; set --rows, --lengths or --data",
+    "prompt": "prompts and answers as long as they may be; set --lengths, or --data for the prompts",
+}
+SIZES = {
+    "weights": "weights",
+    "optimizer": "optimizer",
+    "reference": "reference",
+    "reward_model": "reward model",
+    "batch": "batch",
+    "copy": "copy of the policy",
+    "cache": "cache",
+    "activations": "activations",
+}
 UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
@@ -20,26 +33,32 @@ def _slice_name(plan: dict[str, Any]) -> str:
     return f"{prefix}{plan['topology']}"
 
 
+def _unit(plan: dict[str, Any]) -> str:
+    return "prompt" if "prompts" in plan["batch"] else "pair"
+
+
 def render(plan: dict[str, Any]) -> str:
     """Return the full plan of one slice as text."""
-    model, batch, memory = plan["model"], plan["batch"], plan["memory"]
+    model, batch, unit = plan["model"], plan["batch"], _unit(plan)
     mesh_text = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     adapters_note = f", {_num_weights(model['adapters'])} more in adapters" if model["adapters"] else ""
     head_note = ", with a score head" if model["scores"] else ""
     split_note = f" in {batch['microbatches']} microbatches" if batch["microbatches"] > 1 else ""
     rows_text = f"{batch['rows_per_device']} x {batch['row_length']} tokens per device"
     lengths_text = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
+    parts = {"pair": "prompt, chosen and rejected answer", "prompt": "prompt and each answer"}[unit]
     lines = [
         f"{_slice_name(plan)}: {plan['chips']} chips, mesh {mesh_text}",
         f"model        {model['path']}: {_num_weights(model['parameters'])} parameters{adapters_note}{head_note}",
         f"             {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
-        f"step         {batch['pairs']} pairs{split_note}, {rows_text}",
-        f"             {batch['fill']:.0%} full, of prompt, chosen and rejected answer of {lengths_text} tokens",
-        *[ASSUMED] * batch["assumed"],
-        *_memory_lines(memory),
+        *(_rollout_lines(plan["rollout"]) if "rollout" in plan else ()),
+        f"step         {batch[f'{unit}s']} {unit}s{split_note}, {rows_text}",
+        f"             {batch['fill']:.0%} full, of {parts} of {lengths_text} tokens",
+        *[f"             ASSUMED: {ASSUMED[unit]}"] * batch["assumed"],
+        *_memory_lines(plan["memory"]),
     ]
     if "seconds" in plan:
-        lines += _cost_lines(plan)
+        lines += _cost_lines(plan, unit)
     if "changed" in plan:
         lines.append("changed      " + ", ".join(f"{option} {value}" for option, value in plan["changed"].items()))
     if plan["compile_seconds"] is None:
@@ -49,15 +68,39 @@ def render(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _memory_lines(memory: dict[str, Any]) -> list[str]:
-    save, names = memory["save"], ("weights", "optimizer", "reference", "batch", "activations")
-    breakdown = ", ".join(f"{name} {memory[name]:.2f}" for name in names if memory[name])
-    verdicts = {True: "fits", False: "DOES NOT FIT; --search looks for settings that do", None: "at least this much"}
+def _rollout_lines(rollout: dict[str, Any]) -> list[str]:
+    """Return what a policy gradient has besides the policy: its other models, and the size of a rollout."""
+    value, reward, updates = rollout["value_parameters"], rollout["reward_parameters"], rollout["updates"]
+    size = "a Python function, whose time is not counted" if reward is None else f"{_num_weights(reward)} parameters"
+    assumed = "it is not found, so it is taken to be the policy's model with a score head"
+    rows_text = f"{rollout['rows_per_device']} answers per device, {rollout['answers']} to a prompt"
     return [
-        f"memory       {memory['peak']:.2f} of {memory['capacity']:.2f} GiB per device: {verdicts[memory['fits']]}",
+        *([] if value is None else [f"value model  {_num_weights(value)} parameters"]),
+        f"reward       {rollout['reward']}: {size}",
+        *[f"             ASSUMED: {assumed}"] * (not rollout["reward_exists"]),
+        f"rollout      {rows_text}; {updates} update{'s' * (updates > 1)} on them",
+        f"             prompts padded to {rollout['prompt_slots']} tokens, answers of up to {rollout['max_tokens']}",
+    ]
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    save, phases = memory["save"], memory.get("phases", {})
+    breakdown = ", ".join(f"{text} {memory[name]:.2f}" for name, text in SIZES.items() if memory.get(name))
+    verdicts = {True: "fits", False: "DOES NOT FIT; --search looks for settings that do", None: "at least this much"}
+    in_phase = f" during the {memory['phase']}" if phases else ""
+    peak_text = f"{memory['peak']:.2f} of {memory['capacity']:.2f} GiB per device{in_phase}"
+    return [
+        f"memory       {peak_text}: {verdicts[memory['fits']]}",
         f"             {breakdown}",
+        *(f"  {name:10} {_phase_text(phase)}" for name, phase in phases.items() if name != memory["phase"]),
         f"save         {save:.3g} GiB each: {_minutes(save, 0.1)} at 100 MB/s, {_minutes(save, 1)} at 1 GB/s",
     ]
+
+
+def _phase_text(phase: dict[str, Any]) -> str:
+    """Return a phase's peak, and of that what is not in memory in every phase."""
+    parts = [f"{SIZES[name]} {phase[name]:.2f}" for name in ("copy", "cache", "activations") if phase.get(name)]
+    return f"{phase['peak']:.2f} GiB: {', '.join(parts)}"
 
 
 def _minutes(gib: float, gb_per_second: float) -> str:
@@ -65,9 +108,22 @@ def _minutes(gib: float, gb_per_second: float) -> str:
     return f"{minutes:.0f} min" if minutes >= 10 else f"{minutes:.2g} min"
 
 
-def _cost_lines(plan: dict[str, Any]) -> list[str]:
-    flops, seconds = plan["flops"], plan["seconds"]
-    times_text = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
+def _times_text(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
+
+
+def _time_lines(plan: dict[str, Any]) -> list[str]:
+    """Return how long each resource is busy alone, in each stage if a step has several."""
+    if "stages" not in plan:
+        return [f"time         each resource alone: {_times_text(plan['seconds'])}; bound by {plan['bound']}"]
+    return [
+        f"time         each resource alone, by stage; bound by {plan['bound']} of {plan['longest_stage']}",
+        *(f"  {name:10} {_times_text(seconds) or '0 s'}" for name, seconds in plan["stages"].items()),
+    ]
+
+
+def _cost_lines(plan: dict[str, Any], unit: str) -> list[str]:
+    flops = plan["flops"]
     gib_by_kind = {kind: ops["gib"] for kind, ops in plan["collectives"].items() if ops["gib"] >= 0.005}
     moved_text = ", ".join(f"{kind} {size:.3g}" for kind, size in gib_by_kind.items())
     if plan["collectives_at_least"]:
@@ -75,16 +131,18 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
     if plan["compile_seconds"] is None:
         moved_text = "unknown, and not included in the times"
     lines = [
-        f"operations   {_short(flops['model'])} on real tokens, {_short(flops['model_per_pair'])} per pair",
+        f"operations   {_short(flops['model'])} on real tokens, {_short(flops[f'model_per_{unit}'])} per {unit}",
         f"             {_short(flops['hardware'])} with padding and recomputation",
         f"collectives  GiB per device and step: {moved_text or 'none'}",
-        f"time         each resource alone: {times_text}; bound by {plan['bound']}",
+        *_time_lines(plan),
     ]
     for name, words in (("full_overlap", "full overlap"), ("no_overlap", "no overlap")):
         estimate = plan[name]
+        is_sampled = "sampled_tokens_per_second" in estimate
+        tokens_text = f"{estimate['sampled_tokens_per_second' if is_sampled else 'tokens_per_second']:,.0f} "
         lines.append(
             f"{words:12} {estimate['step_seconds']:.3g} s per step, MFU {estimate['mfu']:.0%}, "
-            f"{estimate['tokens_per_second']:,.0f} tokens/s, {estimate['pairs_per_second']:.3g} pairs/s"
+            f"{tokens_text}{'sampled ' if is_sampled else ''}tokens/s, {estimate[f'{unit}s_per_second']:.3g} {unit}s/s"
         )
     if "run" in plan:
         run = plan["run"]
@@ -96,7 +154,8 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
 
 def table(plans: Sequence[dict[str, Any]]) -> str:
     """Return a table of plans as text, one line per plan."""
-    head = ["slice", "chips", "GiB", "of", "fits", "s/step", "MFU", "pairs/s", "bound by", "chip-hours"]
+    unit = _unit(plans[0])
+    head = ["slice", "chips", "GiB", "of", "fits", "s/step", "MFU", f"{unit}s/s", "bound by", "chip-hours"]
     rows = [head, *map(_row, plans)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
@@ -112,5 +171,7 @@ def _row(plan: dict[str, Any]) -> list[str]:
     best, worst = plan["full_overlap"], plan["no_overlap"]
     format_range = lambda name, form: f"{best[name]:{form}} - {worst[name]:{form}}"  # noqa: E731
     hours_text = " - ".join(f"{chip_hours:.3g}" for chip_hours in plan["run"]["chip_hours"]) if "run" in plan else ""
-    cells = [format_range("step_seconds", ".3g"), format_range("mfu", ".0%"), format_range("pairs_per_second", ".3g")]
-    return [*first_cells, *cells, plan["bound"], hours_text]
+    speed = f"{_unit(plan)}s_per_second"
+    cells = [format_range("step_seconds", ".3g"), format_range("mfu", ".0%"), format_range(speed, ".3g")]
+    stage_text = f" of {plan['longest_stage']}" if "stages" in plan else ""
+    return [*first_cells, *cells, f"{plan['bound']}{stage_text}", hours_text]

@@ -39,7 +39,7 @@ def _quantiles(lengths: np.ndarray) -> dict[str, float]:
 
 
 def _branches(num_answers: int) -> tuple[str, ...]:
-    return ("prompt", "chosen", "rejected") if num_answers == 2 else ("prompt", "answer")
+    return (("prompt",), ("prompt", "answer"), ("prompt", "chosen", "rejected"))[num_answers]
 
 
 def _lengths(store: Store, ids: np.ndarray) -> dict[str, Any]:
@@ -90,9 +90,10 @@ def _set_audit(
         "examples": len(ids),
         "duplicates": _groups(store, exact_duplicates(store, ids)),
         "near_duplicates": near | {"compared": len(compared_ids)},
-        "unterminated": _unterminated(store, compared_ids, tokenizer, ends),
         "lengths": _lengths(store, ids),
     }
+    if store.lengths.shape[1] > 1:
+        set_audit["unterminated"] = _unterminated(store, compared_ids, tokenizer, ends)
     if store.lengths.shape[1] == 3:
         set_audit["both_labels"] = _groups(store, contradictions(store, ids))
         set_audit["length_bias"] = _length_bias(store, ids)
@@ -130,12 +131,19 @@ def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
 
 
 def audit(
-    sets: DataSets, tokenizer: Any, *, ends: Set[int] | None = None, max_length: int = 0, max_positions: Any = None
+    sets: DataSets,
+    tokenizer: Any,
+    *,
+    ends: Set[int] | None = None,
+    max_length: int = 0,
+    max_positions: Any = None,
+    num_sampled: int = 0,
 ) -> dict[str, Any]:
     """Audit all data sets of a run; return counts, findings, lengths and one example as JSON-compatible data.
 
     ``ends``: ids of the model's stop tokens; None: the tokenizer's EOS. ``max_length`` is reported if it exceeds
-    ``max_positions``, the model's ``max_position_embeddings``.
+    ``max_positions``, the model's ``max_position_embeddings``. ``num_sampled``: most tokens of an answer that the run
+    will sample to each prompt.
     """
     order, train = sets.order, sets.train
     ends = frozenset({tokenizer.eos_token_id} - {None} if ends is None else ends)
@@ -152,7 +160,8 @@ def audit(
         "example": _rendered(train, int(order.step_ids(0)[0]), tokenizer),
     }
     if isinstance(max_positions, int) and max_length > max_positions:
-        num_longer = int((train.lengths[:, 0] + train.lengths[:, 1:].max(1) > max_positions).sum())
+        longest = train.lengths[:, 0] + train.lengths[:, 1:].max(1, initial=num_sampled)
+        num_longer = int((longest > max_positions).sum())
         result["positions"] = {"max_length": max_length, "made_for": max_positions, "longer": num_longer}
     return result
 
@@ -228,7 +237,8 @@ def _set_lines(name: str, set_audit: dict[str, Any]) -> list[str]:
         rows_text = "; ".join(_rows_text(group, with_source) for group in finding["first"][:5])
         count_text = f"{finding['examples']} examples in {finding['groups']} groups, the first: {rows_text}"
         lines.append(f"  {title}: {count_text if finding['groups'] else 'none'}")
-    lines += _unterminated_lines(set_audit["unterminated"], with_source)
+    if "unterminated" in set_audit:
+        lines += _unterminated_lines(set_audit["unterminated"], with_source)
     return lines + _length_lines(set_audit) + [""]
 
 

@@ -1,7 +1,8 @@
 """The tokens that end a policy's answers, and the reward model that scores answers there."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -61,6 +62,29 @@ class RewardModel(NamedTuple):
         return self.read_answer is _read_tokens
 
 
+def reward_model_config(config: RewardModelConfig, policy: ModelConfig) -> ModelConfig:
+    """Return the options of the reward model of ``reward.path``, which is computed as the policy is."""
+    assert config.path is not None
+    return replace(policy, path=config.path, revision=config.revision, checkpoint=config.checkpoint, tokenizer=None)
+
+
+def refuse_language_model(model: Model, config: RewardModelConfig) -> None:
+    """Raise ``UserError`` if the model of ``reward.path`` gives no scores."""
+    remedy = "it is a language model, which has no score head; train a reward model with dpo-jax reward"
+    require(model.config.scores == 1, "model.path", config.path, remedy)
+
+
+@contextmanager
+def naming_reward(section: str) -> Iterator[None]:
+    """Name the options of ``section`` in errors about a reward model's path, revision or checkpoint."""
+    try:
+        yield
+    except UserError as error:
+        if not str(error).startswith(("model.path", "model.revision", "model.checkpoint")):
+            raise
+        raise UserError(f"{section}.{str(error).removeprefix('model.')}") from error
+
+
 def open_reward_model(
     config: RewardModelConfig, policy: ModelConfig, platform: str, tokenizer: Any, template_date: str
 ) -> RewardModel:
@@ -71,15 +95,9 @@ def open_reward_model(
     """
     assert config.path is not None
     section = config.section
-    model = replace(policy, path=config.path, revision=config.revision, checkpoint=config.checkpoint, tokenizer=None)
-    try:
-        opened = open_model(model, platform)
-        remedy = "it is a language model, which has no score head; train a reward model with dpo-jax reward"
-        require(opened.model.config.scores == 1, "model.path", config.path, remedy)
-    except UserError as error:
-        if not str(error).startswith(("model.path", "model.revision", "model.checkpoint")):
-            raise
-        raise UserError(f"{section}.{str(error).removeprefix('model.')}") from error
+    with naming_reward(section):
+        opened = open_model(reward_model_config(config, policy), platform)
+        refuse_language_model(opened.model, config)
     try:
         reward_tokenizer = opened.tokenizer(None)
     except UserError as error:

@@ -146,7 +146,7 @@ def test_the_only_collective_of_a_token_is_whether_all_answers_have_ended(tiny, 
     keys = jax.eval_shape(lambda: row_keys(0, 0, jnp.arange(32)))
     inputs = integers(32, 16), integers(32), keys, jax.ShapeDtypeStruct((2,), jnp.int32)
     with jax.set_mesh(mesh):
-        text = module._compiled(model, DRAWN, replicated(mesh)).lower(weights, *inputs).compile().as_text()
+        text = module.make_answer_rows(model, DRAWN, replicated(mesh)).lower(weights, *inputs).compile().as_text()
     in_loops = [x for x in collectives(text, 16) if x.at_least or "while" in x.source]
     assert [(x.kind, x.source.removeprefix("jit(answer_rows)/")) for x in in_loops] == [
         ("all-reduce", "while/cond/reduce_and")

@@ -49,7 +49,7 @@ def compiled(kind: str, loss: LossConfig):
     )
     mesh = make_mesh(MeshConfig(), jax.devices()[:DEVICES])
     model = make_model(decoder_config(LLAMA_3_8B), config.model, "cpu", make_lora(config.lora))
-    load = Load(pairs=PAIRS, microbatches=1, rows=ROWS, row_length=LENGTH, longest=LENGTH,
+    load = Load(examples=PAIRS, microbatches=1, rows=ROWS, row_length=LENGTH, longest=LENGTH,
                 lengths=(LENGTH / 4, LENGTH / 8, LENGTH / 8))  # fmt: skip
     assert load.targets == TARGETS
     arguments = step_arguments(config, model, mesh, load)

@@ -20,6 +20,7 @@ from dpo_jax.config import (
     MeshConfig,
     ModelConfig,
     PairConfig,
+    PPOConfig,
     ReferenceConfig,
     RewardConfig,
     RunConfig,
@@ -57,7 +58,7 @@ def tiny(**changes) -> DPOConfig:
     return replace(config, **changes)
 
 
-def planned(config: PairConfig, topology: str, inputs: Inputs):
+def planned(config: PairConfig | PPOConfig, topology: str, inputs: Inputs):
     (found,) = plan_slices(config, [topology], inputs, search=False)
     return found
 
@@ -349,8 +350,9 @@ TABLE = re.findall(r"^\| \[[\w.]+\]\(([\w.]+)\) \| .+? \| (v[\w\-]+) \|", (CONFI
 def test_every_recipe_fits_its_slice(file, topology):
     """On v6e Llama-3-8B also keeps to 13.5 GiB, at the two rows a chip that its pairs make."""
     rows, most = (2, 13.5) if file == "llama3_8b_v6e16.yaml" else (1, float("inf"))
-    config = parse_config(CONFIGS / file, {}, RewardConfig if file.startswith("reward_") else DPOConfig)
-    found = planned(config, topology, Inputs(rows=rows))
+    kinds = {"reward": RewardConfig, "ppo": PPOConfig}
+    config = parse_config(CONFIGS / file, {}, kinds.get(file.split("_")[0], DPOConfig))
+    found = planned(config, topology, Inputs() if isinstance(config, PPOConfig) else Inputs(rows=rows))
     print(render(found))
     assert found["memory"]["fits"]
     assert found["memory"]["peak"] <= most
@@ -375,7 +377,7 @@ def test_memory_of_scores_follows_targets_and_not_the_vocabulary(platform, for_t
         total = lambda params, batch, fn=fn: fn(params, batch).sum.sum()  # noqa: E731
         peaks = []
         for lengths in ((1024, 512, 512), (0, 1024, 1024)):
-            load = aot.Load(pairs=8, microbatches=1, rows=4, row_length=4096, longest=4096, lengths=lengths)
+            load = aot.Load(examples=8, microbatches=1, rows=4, row_length=4096, longest=4096, lengths=lengths)
             step = jax.jit(jax.grad(total), out_shardings=(row, whole))
             with jax.set_mesh(mesh):
                 lowered = step.lower((hidden, weights), aot.abstract_batch(load, mesh))
@@ -404,7 +406,7 @@ def test_memory_of_a_step_follows_targets_and_not_the_vocabulary(for_tpus):
         model = build_model(ModelSource(shapes, None, None), config.model, "tpu")
         peaks = []
         for lengths in ((1024, 512, 512), (0, 1024, 1024)):
-            load = aot.Load(pairs=32, microbatches=1, rows=16, row_length=4096, longest=2048, lengths=lengths)
+            load = aot.Load(examples=32, microbatches=1, rows=16, row_length=4096, longest=2048, lengths=lengths)
             lowered = aot.lower_step(config, model, mesh, aot.step_arguments(config, model, mesh, load))
             peaks.append(lowered.compile(IN_MAIN_MEMORY).memory_analysis().peak_memory_in_bytes)
         more[vocabulary] = peaks[1] - peaks[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from dpo_jax.config import DPOConfig, RewardConfig
+from dpo_jax.config import DPOConfig, PPOConfig, RewardConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
@@ -20,21 +20,21 @@ TABLE = re.findall(
     r"^\| \[([\w.]+)\]\(([\w.]+)\) \| (.+?) \| (.+?) \| (\d+) \|", (CONFIGS / "README.md").read_text(), re.M
 )
 SLICES = {name: (model, kind, int(pairs)) for name, _, model, kind, pairs in TABLE if kind != "CPU"}
+KINDS = {"reward": RewardConfig, "ppo": PPOConfig}
 
 
 def test_the_table_has_every_config():
     assert {file for _, file, *_ in TABLE} == {path.name for path in CONFIGS.glob("*.yaml")}
     assert all(file == f"{name}.yaml" for name, file, *_ in TABLE)
-    assert len(SLICES) == 9
+    assert len(SLICES) == 10
 
 
 @pytest.mark.parametrize("name", SLICES)
 def test_a_recipe_fits_its_slice(name):
-    model_name, kind, pairs = SLICES[name]
-    kind_of_run = RewardConfig if name.startswith("reward_") else DPOConfig
-    config = parse_config(CONFIGS / f"{name}.yaml", {}, kind_of_run)
+    model_name, kind, examples = SLICES[name]
+    config = parse_config(CONFIGS / f"{name}.yaml", {}, KINDS.get(name.split("_")[0], DPOConfig))
     assert config.model.path.split("/")[-1] in (model_name, f"Meta-{model_name}")
-    assert config.batch.pairs == pairs
+    assert config.batch.size == examples
 
     topology = parse_topology(kind)
     fixed = config.mesh.data * config.mesh.tensor
@@ -52,6 +52,8 @@ def test_a_recipe_fits_its_slice(name):
     model = Model(config=replace(decoder, scores=config.scores))
     weight_shardings(model.param_shapes(), model.param_axes(), mesh)  # refuses what an axis does not divide
 
-    # the longest pair fits a row, and there are pairs for every row of a part
-    assert 2 * config.data.max_length <= config.batch.row_length
-    assert config.batch.pairs // config.batch.accumulation >= row_devices(mesh)
+    # the longest pair, or prompt with its sampled answers, fits a row, and there are some for every row of a part
+    planned = config.planned
+    others = (planned.per_prompt - 1) * planned.num_tokens if planned.per_prompt else config.data.max_length
+    assert config.data.max_length + others <= config.batch.row_length
+    assert config.batch.size // config.batch.accumulation >= row_devices(mesh)

@@ -1,0 +1,199 @@
+"""What a step computes, reads and sends, as stages that follow each other; and bounds on its time.
+
+Operations and traffic are closed forms; collectives are read from the compiled programs.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from dpo_jax.config import PairConfig
+from dpo_jax.methods.ppo import value_model_of
+from dpo_jax.methods.throughput import model_flops
+from dpo_jax.models.decoder import Model
+from dpo_jax.models.flops import (
+    Work,
+    adapter_flops,
+    causal_pairs,
+    forward_flops,
+    pairs_work,
+    recomputed_flops,
+    step_flops,
+)
+from dpo_jax.parallel.chips import GIB, Topology
+from dpo_jax.parallel.sharding import row_devices
+from dpo_jax.plan.hlo import Collective, collectives
+from dpo_jax.plan.load import Load
+from dpo_jax.plan.rollout import RolloutPlan, cache_bytes
+from dpo_jax.plan.roofline import collective_times, forward_traffic, matrix_traffic
+
+
+class Stage(NamedTuple):
+    """A part of a step that ends before the next one begins."""
+
+    name: str
+    model_flops: float  # on real tokens, over all devices
+    flops: float  # with padding and recomputation, over all devices
+    traffic: float  # bytes per device
+    collectives: Sequence[Collective]
+
+
+def rows_work(load: Load, model: Model) -> Work:
+    """Return the workload of a step's rows when they are full, as the kernels compute them."""
+    band = min(filter(None, (load.longest, model.config.window)))  # most tokens that the attention kernel looks back
+    num_answers = len(load.lengths) - 1
+    mean_lengths = np.round(load.lengths).astype(int)
+    rows = np.full(num_answers * load.rows * load.microbatches, load.row_length)
+    num_targets = load.examples * int(mean_lengths[1:].sum())
+    return Work(load.slots, int(causal_pairs(rows, band).sum()), num_targets)
+
+
+def pair_stages(
+    config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, texts: Mapping[str, str]
+) -> list[Stage]:
+    """Return the only stage of a step on pairs."""
+    lengths = np.tile(np.round(load.lengths).astype(int), (load.examples, 1))
+    model_ops = model_flops(config, model, lengths, lengths[:, 1:])
+    is_live, work = config.reference_mode == "live", rows_work(load, model)
+    hardware_ops = step_flops(model.config, work, live_reference=is_live, lora=model.lora)
+    hardware_ops += recomputed_flops(model.config, work, model.remat)
+    tensor = mesh.shape["tensor"]
+    tokens, targets = _per_microbatch(load, work, mesh)
+    traffic = matrix_traffic(
+        model, tokens, targets, microbatches=load.microbatches, tensor=tensor, live_reference=is_live
+    )
+    return [Stage("update", model_ops, hardware_ops, traffic, collectives(texts["update"], mesh.size))]
+
+
+def _per_microbatch(load: Load, work: Work, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
+    """Return the tokens and targets of a microbatch on one device."""
+    shards = mesh.size // mesh.shape["tensor"]
+    return work.tokens // load.microbatches // shards, work.targets // load.microbatches // shards
+
+
+def _forward(model: Model, work: Work) -> int:
+    """Count the operations of a forward pass, with adapters if the model has them."""
+    adapters = 0 if model.lora is None else adapter_flops(model.config, work, model.lora)
+    return forward_flops(model.config, work).total + adapters
+
+
+def policy_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> list[Stage]:
+    """Return the stages of a policy-gradient step; ``texts``: the compiled programs by their phase."""
+    model, mesh, rollout, reward = plan.model, plan.mesh, plan.load, plan.reward_model
+    tensor, num_rows = mesh.shape["tensor"], rollout.rows // row_devices(mesh)
+    prompt, answer = np.round(load.lengths[:2]).astype(int)
+    real = np.tile([prompt, answer], (rollout.answers, 1))
+    layout: Any = {"layout": "padded", "window": model.config.window}
+    answered = pairs_work(real, real[:, 1:], **layout)
+    prompts = pairs_work(real * [1, 0], real[:, 1:] * 0, **layout)
+    decoded = Work(*(whole - part for whole, part in zip(answered, prompts, strict=True)))
+    slots, new = rollout.prompt_slots, rollout.max_tokens
+    padded_prompts = Work(rollout.rows * slots, rollout.rows * slots**2, 0)
+    padded_tokens = Work(rollout.rows * new, rollout.rows * new * rollout.slots, rollout.rows * new)
+    # a loop of unknown length is that over tokens, which ends at the latest after ``max_tokens``
+    sampling = collectives(texts["sampling"], mesh.size)
+    once = [op for op in sampling if not op.at_least]
+    per_token = [op._replace(times=op.times * new, at_least=False) for op in sampling if op.at_least]
+    token_traffic = forward_traffic(model, num_rows, num_rows, tensor=tensor) + cache_bytes(model, rollout, mesh)
+    prompt_traffic = forward_traffic(model, num_rows * slots, 0, tensor=tensor)
+    stages = [
+        Stage("copy", 0, 0, 0, collectives(texts["copy"], mesh.size)),
+        Stage("prompts", _forward(model, prompts), _forward(model, padded_prompts), prompt_traffic, once),
+        Stage("tokens", _forward(model, decoded), _forward(model, padded_tokens), new * token_traffic, per_token),
+    ]
+    if reward is not None:
+        length = plan.scored.length
+        seen = int(causal_pairs(np.full(rollout.rows, length), reward.config.window).sum())
+        padded = Work(rollout.rows * length, seen, 0)
+        traffic = forward_traffic(reward, num_rows * length, 0, tensor=tensor)
+        sent = collectives(texts["scoring"], mesh.size)
+        stages.append(Stage("scoring", _forward(reward, answered), _forward(reward, padded), traffic, sent))
+    return [*stages, _update_stage(plan, load, texts["update"])]
+
+
+def _update_stage(plan: RolloutPlan, load: Load, text: str) -> Stage:
+    """Return the stage of all updates on a rollout.
+
+    Before the first one, policy, reference and value model are computed once; then policy and value model are trained
+    in each.
+    """
+    config, policy, mesh = plan.config, plan.model, plan.mesh
+    epochs, value = config.ppo.epochs, value_model_of(config, plan.model)
+    lengths = np.tile(np.round(load.lengths).astype(int), (load.examples, 1))
+    real = pairs_work(lengths, lengths[:, 1:], layout=config.batch.layout, window=policy.config.window)
+    rows, tensor = rows_work(load, policy), mesh.shape["tensor"]
+    tokens, targets = _per_microbatch(load, rows, mesh)
+    trained = [policy] if value is None else [policy, value]
+    forward = [*trained, replace(policy, lora=None)]
+
+    def operations(work: Work) -> int:
+        updates = sum(step_flops(m.config, work, live_reference=False, lora=m.lora) for m in trained)
+        return epochs * updates + sum(_forward(m, work) for m in forward)
+
+    recomputed = epochs * sum(recomputed_flops(m.config, rows, m.remat) for m in trained)
+    sizes: Any = {"microbatches": load.microbatches, "tensor": tensor, "live_reference": False}
+    traffic = epochs * sum(matrix_traffic(m, tokens, targets, **sizes) for m in trained)
+    traffic += load.microbatches * sum(forward_traffic(m, tokens, targets, tensor=tensor) for m in forward)
+    return Stage("update", operations(real), operations(rows) + recomputed, traffic, collectives(text, mesh.size))
+
+
+def step_costs(
+    stages: Sequence[Stage], unit: str, load: Load, mesh: Mesh | AbstractMesh, slice_: Topology, slices: int
+) -> dict[str, Any]:
+    """Return the step's operations, collectives, and bounds on its time and throughput; ``unit``: of the examples."""
+    chip, devices = slice_.chip, mesh.size
+    model_ops = sum(stage.model_flops for stage in stages)
+    all_ops = [op for stage in stages for op in stage.collectives]
+    times = {
+        stage.name: {
+            "compute": stage.flops / devices / chip.device_peak_flops,
+            "memory": stage.traffic / (chip.memory_bandwidth / chip.devices),
+            **collective_times(stage.collectives, chip, devices // slices),
+        }
+        for stage in stages
+    }
+    totals = {resource: sum(t[resource] for t in times.values()) for resource in ("compute", "memory", "ici", "dcn")}
+    name = max(times, key=lambda name: max(times[name].values()))
+    bound = max(times[name], key=lambda resource: times[name][resource])
+
+    def rates(t: float) -> dict[str, float]:
+        speed = {f"{unit}s_per_second": load.examples / t, "tokens_per_second": load.examples * load.unit / t}
+        if len(stages) > 1:
+            speed["sampled_tokens_per_second"] = load.examples * sum(load.lengths[1:]) / t
+        return {"step_seconds": t, "mfu": model_ops / (t * devices * chip.device_peak_flops)} | speed
+
+    costs = {
+        "flops": {
+            "model": model_ops,
+            "hardware": sum(stage.flops for stage in stages),
+            f"model_per_{unit}": model_ops / load.examples,
+        },
+        "collectives": _by_kind(all_ops, devices // slices),
+        "collectives_at_least": any(op.at_least for op in all_ops),
+        "seconds": totals,
+        "bound": bound,
+        "full_overlap": rates(sum(max(t.values()) for t in times.values())),
+        "no_overlap": rates(sum(totals.values())),
+    }
+    return costs if len(stages) == 1 else costs | {"stages": times, "longest_stage": name}
+
+
+def run_costs(costs: dict[str, Any], steps: int, slice_: Topology, slices: int) -> dict[str, Any]:
+    """Return the duration and the price of a run of that many steps."""
+    hours = [steps * costs[name]["step_seconds"] / 3600 for name in ("full_overlap", "no_overlap")]
+    return {"steps": steps, "hours": hours, "chip_hours": [t * slice_.chips * slices for t in hours]}
+
+
+def _by_kind(collective_ops: Sequence[Collective], devices_per_slice: int) -> dict[str, dict[str, float]]:
+    """Return the number and GiB per device of each kind of collective; those between slices are listed separately."""
+    by_kind: dict[str, list[Collective]] = defaultdict(list)
+    for op in collective_ops:
+        by_kind[f"{op.kind} between slices" if op.slices(devices_per_slice) > 1 else op.kind].append(op)
+    return {
+        kind: {"times": sum(op.times for op in ops), "gib": sum(op.moved * op.times for op in ops) / GIB}
+        for kind, ops in sorted(by_kind.items())
+    }
