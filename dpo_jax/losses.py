@@ -5,6 +5,9 @@ answer's implicit reward is beta * s(y) (Rafailov et al. 2023, arXiv 2305.18290,
 D = s(y_w) - s(y_l). beta weights the KL term: a *larger* beta keeps the policy closer to the reference. |y| is the
 number of tokens in an answer, sigma the logistic function, e the label smoothing.
 
+If y_w is the better answer only with probability q, a loss L is q L(y_w, y_l) + (1-q) L(y_l, y_w): the mean over labels
+drawn so, for every loss in which a pair's loss depends on that pair alone.
+
 Each loss is one equation of a paper, per pair, float32, shape [B]; `LOSSES` maps config names to losses. "At margin 0"
 gives the value when policy and reference are identical.
 """
@@ -37,6 +40,18 @@ class LogRatios(NamedTuple):
     rejected_logps: Float[Array, " B"]
     valid: Float[Array, " B"]  # 1: real pair; 0: empty slot
     target: Float[Array, " B"] | float = 0.0  # m: by which a reward model's scores are to differ at least
+
+    def swapped(self) -> "LogRatios":
+        """Return the same pairs with chosen and rejected swapped."""
+        return self._replace(
+            chosen=self.rejected,
+            rejected=self.chosen,
+            margin=-self.margin,
+            chosen_count=self.rejected_count,
+            rejected_count=self.chosen_count,
+            chosen_logps=self.rejected_logps,
+            rejected_logps=self.chosen_logps,
+        )
 
 
 def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
@@ -292,6 +307,10 @@ def wpo_weight(policy: PairLogps, loss: LossConfig) -> Float[Array, " B"]:
     return jnp.exp(log_weight if loss.wpo_gradient else jax.lax.stop_gradient(log_weight))
 
 
+def _weighted_terms(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    return sum(weight * LOSSES[name](r, c) for name, weight in c.terms)  # type: ignore[bad-return]
+
+
 def preference_loss(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Float[Array, " B"]:
     """Compute the loss of each pair, 0 in empty slots; no gradient flows into the reference.
 
@@ -301,7 +320,9 @@ def preference_loss(policy: PairLogps, reference: PairLogps | None, loss: LossCo
         ValueError: the log-probs lack a field that the loss needs.
     """
     ratios = log_ratios(policy, reference, loss)
-    losses = sum(weight * LOSSES[name](ratios, loss) for name, weight in loss.terms)
+    losses = _weighted_terms(ratios, loss)
+    if policy.label is not None:
+        losses = policy.label * losses + (1 - policy.label) * _weighted_terms(ratios.swapped(), loss)
     if loss.weighting == "wpo":
         losses = losses * wpo_weight(policy, loss)
     return jnp.where(policy.valid, losses, 0.0)
@@ -341,6 +362,10 @@ def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: Los
     al. 2023, eq. 7); and ``kl``, the mean over answers of s(y)^2 / 2, which would be KL(policy || reference) to second
     order if the policy had sampled the answers. With one answer per prompt (fine-tuning) there are only the loss and
     the token statistics.
+
+    If the policy sampled the answers, there are also ``sampled_kl``, the mean over them of s(y), which estimates that
+    KL if none was left out; and ``sampler_error`` and ``mean_sampler_error``, the largest and the mean difference of
+    an answer's log-prob from the sampler's, relative to it.
     """
     num_pairs = jnp.maximum(policy.valid.sum(), 1)
     pair_mean = lambda x: (x * policy.valid).sum() / num_pairs  # noqa: E731
@@ -367,6 +392,12 @@ def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: Los
                 "gradient_weight": pair_mean(logistic(rejected - chosen)),
                 "kl": pair_mean(ratios.chosen**2 + ratios.rejected**2) / 4,
             }
+    if policy.sampled_sum is not None:
+        errors = jnp.abs(policy.sum - policy.sampled_sum) / jnp.maximum(1.0, jnp.abs(policy.sum))
+        metrics["mean_sampler_error"] = pair_mean(errors.mean(-1))
+        metrics["sampler_error"] = jnp.max(errors, where=policy.valid[:, None], initial=0.0)
+        if reference is not None:
+            metrics["sampled_kl"] = pair_mean((policy.sum - reference.sum).mean(-1))
     if policy.stats is not None:
         num_tokens = jnp.maximum(policy.count.sum(0), 1)
         token_mean = lambda x: x.sum(0) / num_tokens  # noqa: E731

@@ -25,7 +25,7 @@ class RewardModelConfig(Section, name="reward"):
     def __post_init__(self):
         super().__post_init__()
         for option in ("revision", "checkpoint"):
-            self.refuse_idle(option, self.path is None, "it applies to reward.path, which is not set")
+            self.refuse_idle(option, self.path is None, f"it applies to {self.section}.path, which is not set")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,7 @@ def open_reward_model(
         UserError: it is a language model, or has another tokenizer or chat template than the policy.
     """
     assert config.path is not None
+    option = f"{config.section}.path"
     model = replace(policy, path=config.path, revision=config.revision, checkpoint=config.checkpoint, tokenizer=None)
     try:
         reward = open_model(model, platform)
@@ -58,16 +59,16 @@ def open_reward_model(
     except UserError as error:
         if not str(error).startswith(("model.path", "model.revision", "model.checkpoint")):
             raise
-        raise UserError(f"reward.{str(error).removeprefix('model.')}") from error
+        raise UserError(f"{config.section}.{str(error).removeprefix('model.')}") from error
     try:
         other_tokenizer = reward.tokenizer(chat_template)
     except UserError as error:
         remedy = "fix the tokenizer in its directory, or choose another reward model"
-        raise UserError(f"reward.path: {config.path}: its tokenizer cannot be loaded: {error}; {remedy}") from error
+        raise UserError(f"{option}: {config.path}: its tokenizer cannot be loaded: {error}; {remedy}") from error
     if tokenizer_hash(other_tokenizer) != tokenizer_hash(tokenizer):
         is_template = other_tokenizer.chat_template != tokenizer.chat_template
         difference, remedy = "tokenizer", "use a reward model of the same family"
         if is_template:
             difference, remedy = "chat template", "name a file as data.chat_template for both"
-        raise UserError("reward.path", config.path, f"its {difference} is not that of {policy.path}; {remedy}")
+        raise UserError(option, config.path, f"its {difference} is not that of {policy.path}; {remedy}")
     return reward
