@@ -42,8 +42,8 @@ def _train(config: AnyConfig) -> None:
 
 
 def _refuse_online(config: AnyConfig, reason: str) -> None:
-    remedy = "add --data.online null to treat the rows as pairs"
-    require(config.data.online is None, "data.online", "a section", f"{reason}; {remedy}")
+    if config.data.online is not None:
+        raise UserError(f"data.online: {reason}; add --data.online null to treat the rows as pairs")
 
 
 def _eval(config: PairConfig, output: str, which: CheckpointChoice, per_token: bool) -> None:

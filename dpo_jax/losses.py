@@ -5,8 +5,7 @@ answer's implicit reward is beta * s(y) (Rafailov et al. 2023, arXiv 2305.18290,
 D = s(y_w) - s(y_l). beta weights the KL term: a *larger* beta keeps the policy closer to the reference. |y| is the
 number of tokens in an answer, sigma the logistic function, e the label smoothing.
 
-If y_w is the better answer only with probability q, a loss L is q L(y_w, y_l) + (1-q) L(y_l, y_w): the mean over labels
-drawn so, for every loss in which a pair's loss depends on that pair alone.
+If y_w is the better answer with probability q only, a loss L becomes q L(y_w, y_l) + (1-q) L(y_l, y_w).
 
 Each loss is one equation of a paper, per pair, float32, shape [B]; `LOSSES` maps config names to losses. "At margin 0"
 gives the value when policy and reference are identical.
@@ -40,18 +39,6 @@ class LogRatios(NamedTuple):
     rejected_logps: Float[Array, " B"]
     valid: Float[Array, " B"]  # 1: real pair; 0: empty slot
     target: Float[Array, " B"] | float = 0.0  # m: by which a reward model's scores are to differ at least
-
-    def swapped(self) -> "LogRatios":
-        """Return the same pairs with chosen and rejected swapped."""
-        return self._replace(
-            chosen=self.rejected,
-            rejected=self.chosen,
-            margin=-self.margin,
-            chosen_count=self.rejected_count,
-            rejected_count=self.chosen_count,
-            chosen_logps=self.rejected_logps,
-            rejected_logps=self.chosen_logps,
-        )
 
 
 def sigmoid(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
@@ -271,8 +258,13 @@ def sequence_logps(logps: PairLogps, loss: LossConfig) -> Float[AnyArray, "B K"]
     return logps.sum - (1 - loss.ld_alpha) * logps.tail_sum
 
 
-def log_ratios(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> LogRatios:
-    """Compute s(y) of both answers; log pi(y|x) itself if reference-free. With one answer per prompt, y_l is y_w."""
+def log_ratios(
+    policy: PairLogps, reference: PairLogps | None, loss: LossConfig, order: tuple[int, int] = (CHOSEN, REJECTED)
+) -> LogRatios:
+    """Compute s(y) of both answers, y_w and y_l at ``order`` on the K axis; log pi(y|x) itself if reference-free.
+
+    With one answer per prompt, y_l is y_w.
+    """
     logps = jnp.asarray(sequence_logps(policy, loss))
     ratio = (
         logps
@@ -280,15 +272,15 @@ def log_ratios(policy: PairLogps, reference: PairLogps | None, loss: LossConfig)
         else logps - jax.lax.stop_gradient(sequence_logps(reference, loss))
     )
     count = jnp.maximum(policy.count, 1.0)
-    last = min(REJECTED, logps.shape[-1] - 1)
-    chosen, rejected = ratio[:, CHOSEN], ratio[:, last]
+    first, last = (min(k, logps.shape[-1] - 1) for k in order)
+    chosen, rejected = ratio[:, first], ratio[:, last]
     return LogRatios(
         chosen=chosen,
         rejected=rejected,
         margin=divergence_score(chosen, loss) - divergence_score(rejected, loss),
-        chosen_count=count[:, CHOSEN],
+        chosen_count=count[:, first],
         rejected_count=count[:, last],
-        chosen_logps=logps[:, CHOSEN],
+        chosen_logps=logps[:, first],
         rejected_logps=logps[:, last],
         valid=jnp.asarray(policy.valid, jnp.float32),
         target=0.0 if policy.margin is None else jnp.asarray(policy.margin),
@@ -319,10 +311,10 @@ def preference_loss(policy: PairLogps, reference: PairLogps | None, loss: LossCo
     Raises:
         ValueError: the log-probs lack a field that the loss needs.
     """
-    ratios = log_ratios(policy, reference, loss)
-    losses = _weighted_terms(ratios, loss)
+    losses = _weighted_terms(log_ratios(policy, reference, loss), loss)
     if policy.label is not None:
-        losses = policy.label * losses + (1 - policy.label) * _weighted_terms(ratios.swapped(), loss)
+        other = _weighted_terms(log_ratios(policy, reference, loss, (REJECTED, CHOSEN)), loss)
+        losses = policy.label * losses + (1 - policy.label) * other
     if loss.weighting == "wpo":
         losses = losses * wpo_weight(policy, loss)
     return jnp.where(policy.valid, losses, 0.0)

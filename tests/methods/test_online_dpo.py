@@ -100,7 +100,7 @@ def test_the_run_is_evaluated_against_the_reference_and_reported(run):
 
 def by_hand(method, weights, reference, prompts, answers, scores) -> dict:
     """The gradient of online DPO with sequences padded one by one, in both orders."""
-    model, loss = method.setup.model, method.setup.config.loss
+    model, loss = replace(method.setup.model, attention="xla"), method.setup.config.loss
 
     def sums(weights, batch):
         shape = batch.tokens.shape
