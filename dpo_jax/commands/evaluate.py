@@ -49,6 +49,7 @@ def evaluate(
     Raises:
         UserError: the config names no evaluation set or has an unusable value, or ``output`` already exists.
     """
+    config = config.without_online()
     page = output.with_suffix(".html")
     for path in (output, page) if per_token else (output,):
         if path.exists():

@@ -4,14 +4,20 @@ A config is a tree of frozen dataclasses. The docstring under a field is its ``-
 when constructed; constraints between two sections are checked by the config that holds both.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple
 
 from dpo_jax.config.data import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.config.generate import EvaluationConfig, GenerateConfig
 from dpo_jax.config.loss import LOSS_TRAITS, LossConfig, LossType, RewardLossConfig
 from dpo_jax.config.model import LORA_TARGETS, LoraConfig, ModelConfig, ReferenceConfig
-from dpo_jax.config.online import JudgeConfig, PolicyGradientConfig, RolloutBatchConfig
+from dpo_jax.config.online import (
+    JudgeConfig,
+    OnlineConfig,
+    PairDataConfig,
+    PolicyGradientConfig,
+    RolloutBatchConfig,
+)
 from dpo_jax.config.run import (
     OPTIMIZER_DEFAULTS,
     BatchConfig,
@@ -43,9 +49,11 @@ __all__ = [
     "LossType",
     "MeshConfig",
     "ModelConfig",
+    "OnlineConfig",
     "OptimizerConfig",
     "PPOConfig",
     "PairConfig",
+    "PairDataConfig",
     "PlannedAnswers",
     "PolicyGradientConfig",
     "ReferenceConfig",
@@ -54,6 +62,7 @@ __all__ = [
     "RunConfig",
     "SFTBatchConfig",
     "SFTConfig",
+    "SamplingConfig",
     "SourceConfig",
     "Stage",
     "TrainConfig",
@@ -101,13 +110,26 @@ class TrainConfig(Section):
         for option in ("max_tokens", "temperature", "top_k", "top_p"):
             self.refuse_idle(f"sampling.{option}", self.run.samples == 0, "run.samples is 0, so nothing is sampled")
 
+    def _check_rollouts(self) -> None:
+        """Refuse what cannot be trained on the policy's own answers, and options that prompts alone make useless."""
+        sampling = self.sampling
+        remedy = "training needs samples of the unmodified policy"
+        self.refuse("sampling.temperature", sampling.temperature != 1, f"{remedy}; use 1")
+        self.refuse("sampling.top_p", sampling.top_p != 1, f"{remedy}; use 1")
+        self.refuse("sampling.top_k", sampling.top_k != 0, f"{remedy}; use 0")
+        room = self.data.max_length - sampling.max_tokens
+        remedy = f"data.max_length is {self.data.max_length}, so no prompt fits; lower it, or raise data.max_length"
+        self.refuse("sampling.max_tokens", room < 1, remedy)
+        for cause in ("equal_answers", "template_not_prefix"):
+            self.refuse_idle(f"data.invalid_rows.{cause}", True, "the rows are prompts, so this cannot happen")
+        self.refuse_idle("data.append_eos", True, "the policy ends its answers itself")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainConfig):
     """A run of Direct Preference Optimization."""
 
-    stage: ClassVar[Stage] = "dpo"
-
+    data: PairDataConfig | DataConfig
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     eval: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -115,7 +137,6 @@ class DPOConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._refuse_idle_sampling()
         mode, loss = self.reference_mode, self.loss
         names_text = ", ".join(name for name, _ in loss.terms)
         remedy = f"loss {names_text} needs a reference; use live or cached, or set loss.reference_free"
@@ -132,6 +153,44 @@ class DPOConfig(TrainConfig):
         self.refuse_idle("reference.sync_every", has_adapters, f"{lora_reason}, which is never updated")
         is_unused = has_adapters and self.reference.mode == "live" and not loss.needs_reference
         self.refuse("reference.mode", is_unused, f"{lora_reason}, and loss {names_text} uses no reference; use auto")
+        if self.data.online is None:
+            self._refuse_idle_sampling()
+        else:
+            self._check_online(self.data.online)
+
+    def _check_online(self, online: OnlineConfig) -> None:
+        """Refuse what cannot be trained on sampled and judged answers."""
+        self._check_rollouts()
+        is_cached = self.reference.mode == "cached"
+        self.refuse("reference.mode", is_cached, "new answers need a live reference; use live")
+        self.refuse_idle("eval.reward.path", True, "with data.online the evaluation sets are prompts without answers")
+        loss, option = self.loss, "loss.type" if self.loss.type else "loss.types"
+        for name, _ in loss.terms:
+            reason = f"{name} imitates the chosen answers, but with data.online these are samples of the policy"
+            self.refuse(option, LOSS_TRAITS[name].imitates, f"{reason}; choose another loss")
+            reason = f"{name} sorts the pairs of a step, but with data.online each pair has its own label"
+            self.refuse(option, LOSS_TRAITS[name].sorts, f"{reason}; choose another loss")
+        is_soft = online.labels == "soft"
+        remedy = "soft labels are probabilities already; use 0, or data.online.labels hard"
+        self.refuse("loss.label_smoothing", is_soft and loss.label_smoothing > 0, remedy)
+        self.refuse_idle("loss.weighting", True, "with data.online the answers are the policy's own, as wpo imitates")
+
+    def without_online(self) -> "DPOConfig":
+        """Return the config of training on the answers of the data, for commands that score these."""
+        if self.data.online is None:
+            return self
+        return replace(self, data=replace(self.data, online=None), sampling=SamplingConfig())
+
+    @property
+    def stage(self) -> Stage:
+        """How rows are read: as pairs, or as prompts if the answers are sampled."""
+        return "dpo" if self.data.online is None else "prompts"
+
+    @property
+    def planned(self) -> PlannedAnswers:  # type: ignore[override]
+        """The answers of a pair, if they are sampled."""
+        online = self.data.online
+        return PlannedAnswers() if online is None else PlannedAnswers(2, self.sampling.max_tokens)
 
     @property
     def objective(self) -> LossConfig:
@@ -183,6 +242,10 @@ class RewardConfig(TrainConfig):
         for option in ("run.token_stats", "batch.target_chunk"):
             self.refuse_idle(option, True, "a reward model predicts no tokens")
 
+    def without_online(self) -> "RewardConfig":
+        """Return this config, as a reward model is always trained on the answers of the data."""
+        return self
+
     @property
     def objective(self) -> LossConfig:
         """The Bradley-Terry loss, -log sigmoid(chosen score - rejected score); there is no reference model."""
@@ -212,17 +275,7 @@ class PPOConfig(TrainConfig):
         for option in ("path", "dtype"):
             cause = "with lora.rank the reference is the model without its adapters"
             self.refuse_idle(f"reference.{option}", has_adapters, cause)
-        sampling = self.sampling
-        remedy = "policy gradients need samples of the unmodified policy"
-        self.refuse("sampling.temperature", sampling.temperature != 1, f"{remedy}; use 1")
-        self.refuse("sampling.top_p", sampling.top_p != 1, f"{remedy}; use 1")
-        self.refuse("sampling.top_k", sampling.top_k != 0, f"{remedy}; use 0")
-        room = self.data.max_length - sampling.max_tokens
-        remedy = f"data.max_length is {self.data.max_length}, so no prompt fits; lower it, or raise data.max_length"
-        self.refuse("sampling.max_tokens", room < 1, remedy)
-        for cause in ("equal_answers", "template_not_prefix"):
-            self.refuse_idle(f"data.invalid_rows.{cause}", True, "the rows are prompts, so this cannot happen")
-        self.refuse_idle("data.append_eos", True, "the policy ends its answers itself")
+        self._check_rollouts()
         self.refuse_idle("run.token_stats", True, "token statistics are computed on answers of the data set only")
 
     @property

@@ -17,6 +17,7 @@ from dpo_jax.inference.reference_cache import cached_logps
 from dpo_jax.inference.score import dataset_logps
 from dpo_jax.logprobs import make_logps_fn
 from dpo_jax.methods.offline import Offline, Start, make_offline
+from dpo_jax.methods.rollouts import Judge
 from dpo_jax.methods.samples import Samples, make_samples
 from dpo_jax.methods.setup import Policy, Setup, follow_of, load_policy
 from dpo_jax.models.decoder import Model
@@ -62,14 +63,16 @@ def reward_model_scores(setup: Setup, options: RewardModelConfig) -> dict[str, P
     return {name: dataset_logps(step, weights, pairs, setup.to_devices)[1] for name, pairs in setup.evals.items()}
 
 
-def dpo_samples(setup: Setup, policy: Policy, reference: Reference | None, weights: Params) -> Samples | None:
+def dpo_samples(
+    setup: Setup, policy: Policy, reference: Reference | None, weights: Params, judge: Judge | None = None
+) -> Samples | None:
     """Return what samples answers next to those of the reference, of ``weights``, or without one of the start."""
     if reference is None:
-        return make_samples(setup, "start", policy.start)
+        return make_samples(setup, "start", policy.start, judge)
     if follow_of(setup.config) is not None:
-        return make_samples(setup, "reference", None)
+        return make_samples(setup, "reference", None, judge)
     is_copy = isinstance(reference, LiveReference) and setup.model.lora is None  # it may have another dtype
-    return make_samples(setup, "reference", reference.weights if is_copy else weights)
+    return make_samples(setup, "reference", reference.weights if is_copy else weights, judge)
 
 
 def reference_weights(setup: Setup, start: Params) -> Params:
