@@ -32,7 +32,8 @@ def matrix_traffic(
 def forward_traffic(model: Model, tokens: int, targets: int, *, tensor: int) -> float:
     """Return the bytes that the matmuls of a forward pass read and write, as in `matrix_traffic`."""
     layer_bytes = sum(_layer_products(model, tokens, tensor).values())
-    return model.config.layers * layer_bytes + _head_product(model, targets, tensor)
+    head_bytes = _head_product(model, targets, tensor) if targets else 0  # without targets no logits are computed
+    return model.config.layers * layer_bytes + head_bytes
 
 
 def _layer_products(model: Model, tokens: int, tensor: int) -> dict[str, float]:
@@ -47,7 +48,7 @@ def _layer_products(model: Model, tokens: int, tensor: int) -> dict[str, float]:
 def _head_product(model: Model, targets: int, tensor: int) -> float:
     """Return the bytes of the operands of the logits; 0 if there are none."""
     c, itemsize = model.config, 2 if model.dtype == "bfloat16" else 4
-    return itemsize * c.hidden * (targets + c.vocab / tensor) if c.logits and targets else 0
+    return itemsize * c.hidden * (targets + c.vocab / tensor) if c.logits else 0
 
 
 def collective_times(collectives: Sequence[Collective], chip: Chip, devices_per_slice: int) -> dict[str, float]:
