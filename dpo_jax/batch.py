@@ -52,11 +52,14 @@ class PreferenceBatch:
     answers_per_row: int = struct.field(pytree_node=False)
     longest: int = struct.field(pytree_node=False)  # upper bound on tokens of a prompt plus one of its answers
     branch_length: int = struct.field(pytree_node=False)  # upper bound on a row's prompt tokens plus one branch's
+    label: Float[AnyArray, "*a B"] | None = None  # probability that `chosen` is the better answer; None: 1
+    sampled_sum: Float[AnyArray, "*a B K"] | None = None  # log pi(y | x) by the sampler, if the policy sampled y
 
     def per_array(self, rows: Any, pairs: Any) -> "PreferenceBatch":
         """Return a copy with each array that has a dim R replaced by ``rows``, and every other array by ``pairs``."""
-        pair_fields = {"answer_slots", "weight", "margin", "valid"}
-        arrays = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
+        pair_fields = {"answer_slots", "weight", "margin", "valid", "label", "sampled_sum"}
+        names = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
+        arrays = (name for name in names if getattr(self, name) is not None)
         return replace(self, **{name: pairs if name in pair_fields else rows for name in arrays})
 
     def gather_pairs(self, values: Float[AnyArray, "R A"]) -> Float[jax.Array, "B K"]:
@@ -101,6 +104,8 @@ class PairLogps:
     log_sum_sq: Float[AnyArray, "B K"] | None = None  # log of the sum over V of p^2, summed over tokens (WPO)
     stats: TokenStats | None = None
     margin: Float[AnyArray, " B"] | None = None  # as in `PreferenceBatch`
+    label: Float[AnyArray, " B"] | None = None  # probability that `chosen` is the better answer; None: 1
+    sampled_sum: Float[AnyArray, "B K"] | None = None  # ``sum`` by the sampler, if the policy sampled the answers
     scored: bool = struct.field(pytree_node=False, default=False)  # ``sum`` is a reward model's score, not a log-prob
 
 

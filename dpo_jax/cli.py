@@ -41,7 +41,13 @@ def _train(config: AnyConfig) -> None:
     train(config)
 
 
+def _refuse_online(config: AnyConfig, reason: str) -> None:
+    if config.data.online is not None:
+        raise UserError(f"data.online: {reason}; add --data.online null to treat the rows as pairs")
+
+
 def _eval(config: PairConfig, output: str, which: CheckpointChoice, per_token: bool) -> None:
+    _refuse_online(config, "eval scores the pairs of an evaluation set")
     from dpo_jax.commands.evaluate import evaluate
     from dpo_jax.parallel.hosts import is_writer
 
@@ -64,12 +70,14 @@ def _export(run_dir: str, out_dir: str, which: CheckpointChoice, adapters: bool)
 
 
 def _data(config: AnyConfig, step: int | None) -> None:
+    _refuse_online(config, "data audits answers, and these are sampled in training")
     from dpo_jax.commands.data import describe_data
 
     print(describe_data(config, step))
 
 
 def _plan(config: PairConfig, topology: str, search: bool, output: str | None, **inputs: Any) -> None:
+    _refuse_online(config, "plan does not count the memory and the time of sampling")
     lengths, data, steps = inputs["lengths"], inputs["data"], config.run.steps
     for name, is_known, cause in (
         ("lengths", data, "--data measures the lengths"),

@@ -91,6 +91,8 @@ def pair_logps(token_logps: TokenLogps, batch: PreferenceBatch, *, tail: bool = 
         tail_sum=tail_sum,
         log_sum_sq=None if token_logps.log_sum_sq is None else per_answer(token_logps.log_sum_sq),
         stats=None if token_logps.stats is None else TokenStats(*map(per_answer, token_logps.stats)),
+        label=batch.label,
+        sampled_sum=batch.sampled_sum,
     )
 
 

@@ -5,6 +5,8 @@ answer's implicit reward is beta * s(y) (Rafailov et al. 2023, arXiv 2305.18290,
 D = s(y_w) - s(y_l). beta weights the KL term: a *larger* beta keeps the policy closer to the reference. |y| is the
 number of tokens in an answer, sigma the logistic function, e the label smoothing.
 
+If y_w is the better answer with probability q only, a loss L becomes q L(y_w, y_l) + (1-q) L(y_l, y_w).
+
 Each loss is one equation of a paper, per pair, float32, shape [B]; `LOSSES` maps config names to losses. "At margin 0"
 gives the value when policy and reference are identical.
 """
@@ -256,8 +258,10 @@ def sequence_logps(logps: PairLogps, loss: LossConfig) -> Float[AnyArray, "B K"]
     return logps.sum - (1 - loss.ld_alpha) * logps.tail_sum
 
 
-def log_ratios(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> LogRatios:
-    """Compute the log-ratios s(y) of both answers, or log pi(y|x) without a reference.
+def log_ratios(
+    policy: PairLogps, reference: PairLogps | None, loss: LossConfig, order: tuple[int, int] = (CHOSEN, REJECTED)
+) -> LogRatios:
+    """Compute the log-ratios s(y), or log pi(y|x) without a reference, of y_w and y_l, at ``order`` on the K axis.
 
     With one answer per prompt, y_l is y_w.
     """
@@ -268,15 +272,15 @@ def log_ratios(policy: PairLogps, reference: PairLogps | None, loss: LossConfig)
         else logps - jax.lax.stop_gradient(sequence_logps(reference, loss))
     )
     count = jnp.maximum(policy.count, 1.0)
-    last = min(REJECTED, logps.shape[-1] - 1)
-    chosen, rejected = ratio[:, CHOSEN], ratio[:, last]
+    first, last = (min(k, logps.shape[-1] - 1) for k in order)
+    chosen, rejected = ratio[:, first], ratio[:, last]
     return LogRatios(
         chosen=chosen,
         rejected=rejected,
         margin=divergence_score(chosen, loss) - divergence_score(rejected, loss),
-        chosen_count=count[:, CHOSEN],
+        chosen_count=count[:, first],
         rejected_count=count[:, last],
-        chosen_logps=logps[:, CHOSEN],
+        chosen_logps=logps[:, first],
         rejected_logps=logps[:, last],
         valid=jnp.asarray(policy.valid, jnp.float32),
         target=0.0 if policy.margin is None else jnp.asarray(policy.margin),
@@ -295,6 +299,10 @@ def wpo_weight(policy: PairLogps, loss: LossConfig) -> Float[Array, " B"]:
     return jnp.exp(log_weight if loss.wpo_gradient else jax.lax.stop_gradient(log_weight))
 
 
+def _weighted_terms(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
+    return sum(weight * LOSSES[name](r, c) for name, weight in c.terms)  # type: ignore[bad-return]
+
+
 def preference_loss(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Float[Array, " B"]:
     """Compute the loss of each pair, 0 for padding pairs; no gradient flows into the reference.
 
@@ -303,8 +311,10 @@ def preference_loss(policy: PairLogps, reference: PairLogps | None, loss: LossCo
     Raises:
         ValueError: the log-probs lack a field that the loss needs.
     """
-    ratios = log_ratios(policy, reference, loss)
-    losses = sum(weight * LOSSES[name](ratios, loss) for name, weight in loss.terms)
+    losses = _weighted_terms(log_ratios(policy, reference, loss), loss)
+    if policy.label is not None:
+        other = _weighted_terms(log_ratios(policy, reference, loss, (REJECTED, CHOSEN)), loss)
+        losses = policy.label * losses + (1 - policy.label) * other
     if loss.weighting == "wpo":
         losses = losses * wpo_weight(policy, loss)
     return jnp.where(policy.valid, losses, 0.0)
@@ -344,6 +354,10 @@ def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: Los
     al. 2023, eq. 7); and ``kl``, the mean over answers of s(y)^2 / 2, which would be KL(policy || reference) to second
     order if the policy had sampled the answers. With one answer per prompt (fine-tuning) there are only the loss and
     the token statistics.
+
+    If the policy sampled the answers, there are also ``sampled_kl``, the mean over them of s(y), which estimates that
+    KL if none was left out; and ``sampler_error`` and ``mean_sampler_error``, the largest and the mean difference of
+    an answer's log-prob from the sampler's, relative to it.
     """
     num_pairs = jnp.maximum(policy.valid.sum(), 1)
     pair_mean = lambda x: (x * policy.valid).sum() / num_pairs  # noqa: E731
@@ -370,6 +384,12 @@ def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: Los
                 "gradient_weight": pair_mean(logistic(rejected - chosen)),
                 "kl": pair_mean(ratios.chosen**2 + ratios.rejected**2) / 4,
             }
+    if policy.sampled_sum is not None:
+        errors = jnp.abs(policy.sum - policy.sampled_sum) / jnp.maximum(1.0, jnp.abs(policy.sum))
+        metrics["mean_sampler_error"] = pair_mean(errors.mean(-1))
+        metrics["sampler_error"] = jnp.max(errors, where=policy.valid[:, None], initial=0.0)
+        if reference is not None:
+            metrics["sampled_kl"] = pair_mean((policy.sum - reference.sum).mean(-1))
     if policy.stats is not None:
         num_tokens = jnp.maximum(policy.count.sum(0), 1)
         token_mean = lambda x: x.sum(0) / num_tokens  # noqa: E731

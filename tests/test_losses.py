@@ -453,3 +453,19 @@ def test_loss_at_the_start(name):
     np.testing.assert_allclose(preference_loss(policy, policy, loss), expected, rtol=1e-6)
     moved = policy.replace(sum=policy.sum + jnp.array([1e-3, -1e-3]), tail_sum=policy.tail_sum)
     assert abs(float(preference_loss(moved, policy, loss)[0]) - expected) <= 1.02e-3 * start.slope
+
+
+def swapped(sides: PairLogps) -> PairLogps:
+    """The same pairs with chosen and rejected swapped."""
+    names = ("sum", "count", "tail_sum", "log_sum_sq")
+    return sides.replace(**{name: getattr(sides, name)[:, ::-1] for name in names})
+
+
+@pytest.mark.parametrize("name", [name for name, loss in CONFIGS.items() if not loss.coupled])
+def test_a_label_mixes_the_losses_of_both_orders(name):
+    policy, reference = random_logps()
+    label = jnp.linspace(0.0, 1.0, len(policy.sum))
+    actual = preference_loss(policy.replace(label=label), reference, CONFIGS[name])
+    given = preference_loss(policy, reference, CONFIGS[name])
+    other = preference_loss(swapped(policy), swapped(reference), CONFIGS[name])
+    np.testing.assert_allclose(actual, label * given + (1 - label) * other, rtol=1e-5, atol=1e-6)

@@ -44,11 +44,14 @@ class DataSets:
     sources: dict[str, Sequence[AnySource]]  # of each store, by its key
 
     def with_answers(self, planned: PlannedAnswers) -> "DataSets":
-        """Return the sets with the lengths of ``planned`` answers added to every prompt, for choosing row shapes."""
+        """Return the sets with the lengths of ``planned`` answers added to every prompt, for choosing row shapes.
+
+        Evaluation samples one answer to each prompt.
+        """
         if not planned.per_prompt:
             return self
         evals = {
-            name: replace(eval_set, store=with_answers(eval_set.store, planned))
+            name: replace(eval_set, store=with_answers(eval_set.store, planned._replace(per_prompt=1)))
             for name, eval_set in self.evals.items()
         }
         return replace(self, train=with_answers(self.train, planned), evals=evals)

@@ -205,10 +205,11 @@ class Pairs(NamedTuple):
     """Pairs of answers for DPO's step."""
 
     meals: Meals  # [P, 2]
-    weight: Float[Array, " P"]
+    label: Float[Array, " P"] | None = None  # probability that the first answer is the better one; None: 1
 
 
 def table_pair_logps(table: Float[Array, "guests depth previous V"], pairs: Pairs) -> PairLogps:
     """Return the log-probs of pairs: the `LogpsFn` of a policy that is a table."""
     logps, counts = table_logps(table, pairs.meals).sum(-1), pairs.meals.mask.sum(-1).astype(jnp.float32)
-    return PairLogps(logps, counts, pairs.weight, jnp.ones_like(pairs.weight, bool))
+    ones = jnp.ones(len(logps))
+    return PairLogps(logps, counts, ones, ones > 0, label=pairs.label)

@@ -85,9 +85,11 @@ def policy_gradient(
     return np.asarray(state.params.policy), jax.device_get(metrics)
 
 
-def _pairs(meals: inn.Meals, rows: Int[Array, " P"], order: Int[Array, "P 2"], weight: Float[Array, " P"]) -> inn.Pairs:
+def _pairs(
+    meals: inn.Meals, rows: Int[Array, " P"], order: Int[Array, "P 2"], label: Float[Array, " P"] | None = None
+) -> inn.Pairs:
     """Return the pairs whose answers are those of ``order`` to the prompts ``rows``."""
-    return inn.Pairs(jax.tree.map(lambda x: x[rows[:, None], order], meals), weight)
+    return inn.Pairs(jax.tree.map(lambda x: x[rows[:, None], order], meals), label)
 
 
 def online_dpo(beta: float, *, num_steps: int, num_pairs: int, seeds: Sequence[int]) -> np.ndarray:
@@ -98,7 +100,7 @@ def online_dpo(beta: float, *, num_steps: int, num_pairs: int, seeds: Sequence[i
         "loss": LossConfig(beta=beta),
         "optimizer": optimizer,
     }
-    rows = jnp.tile(jnp.arange(num_pairs), 2)
+    rows = jnp.arange(num_pairs)
 
     def step(state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
         meals, scores = sampled(state.params, num_pairs, 2, key)
@@ -132,7 +134,7 @@ def dpo(
 
         def step(state: TrainState, k: Int[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
             rows = drawn[(k * num_pairs + jnp.arange(num_pairs)) % data_size]
-            return train_step(state, table, _pairs(meals, rows, order[rows], jnp.ones(num_pairs)), **options)
+            return train_step(state, table, _pairs(meals, rows, order[rows]), **options)
 
         return jax.lax.scan(step, init_state(table, optimizer), jnp.arange(num_steps))[0].params
 

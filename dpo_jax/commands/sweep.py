@@ -17,6 +17,7 @@ COLUMNS = {  # heading: metric
     "KL": "kl",
     "displacement": "displacement",
 }
+SAMPLED_COLUMNS = {"score": "score", "KL": "sampled_kl", "win rate": "win_rate", "length": "length", "ended": "ended"}
 
 
 def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
@@ -26,17 +27,21 @@ def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
     sets, a row holds the metrics of the last training step.
 
     Raises:
-        UserError: the config has no reference, so there is no KL to compare.
+        UserError: the config has no reference, so there is no KL to compare, or it samples answers in training and has
+            no prompts to evaluate it on.
     """
     if config.reference_mode == "none":
         raise UserError("reference.mode: with none there is no KL to the reference; use live or cached")
+    has_sets = bool(config.data.eval) or config.data.eval_fraction > 0
+    if config.data.online is not None and not has_sets:
+        raise UserError("data.eval: a sweep of online DPO compares answers to evaluation prompts; name a set of them")
     if len(set(betas)) < len(betas):
         raise UserError(f"--betas: {list(betas)} has duplicates; give each beta once")
     rows = []
     for beta in betas:
         run_config = replace(config.run, dir=str(Path(config.run.dir) / f"beta-{beta:g}"))
         metrics = train(replace(config, loss=replace(config.loss, beta=beta), run=run_config))
-        rows += rows_of(beta, metrics)
+        rows += rows_of(beta, metrics) if config.data.online is None else sampled_rows_of(beta, metrics)
     if is_writer():
         write_atomically(Path(config.run.dir) / "sweep.json", json.dumps(rows, indent=1) + "\n")
     return rows
@@ -44,14 +49,27 @@ def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
 
 def rows_of(beta: float, metrics: Mapping[str, float]) -> list[dict]:
     """Return the last metrics of the run at ``beta`` as one row per evaluation set."""
-    suffix = f"_{COLUMNS['accuracy']}"
-    prefixes = [key.removesuffix(suffix) + "_" for key in metrics if key.startswith("eval_") and key.endswith(suffix)]
     return [
-        {"beta": beta, "set": prefix.removeprefix("eval_").removesuffix("_") or "last step"}
-        | {heading: metrics[prefix + name] for heading, name in COLUMNS.items()}
-        | {"margin, nats": metrics[prefix + COLUMNS["reward margin"]] / beta}
-        for prefix in prefixes or [""]
+        row_of(beta, prefix, metrics, COLUMNS) | {"margin, nats": metrics[prefix + COLUMNS["reward margin"]] / beta}
+        for prefix in eval_prefixes(metrics, COLUMNS["accuracy"]) or [""]
     ]
+
+
+def sampled_rows_of(beta: float, metrics: Mapping[str, float]) -> list[dict]:
+    """Return the last metrics of answers that the run at ``beta`` sampled, as one row per evaluation set."""
+    prefixes = eval_prefixes(metrics, SAMPLED_COLUMNS["score"])
+    return [row_of(beta, prefix, metrics, SAMPLED_COLUMNS) for prefix in prefixes]
+
+
+def eval_prefixes(metrics: Mapping[str, float], metric: str) -> list[str]:
+    """Return the prefix of each evaluation set that has a metric."""
+    return [key.removesuffix(metric) for key in metrics if key.startswith("eval_") and key.endswith(f"_{metric}")]
+
+
+def row_of(beta: float, prefix: str, metrics: Mapping[str, float], columns: Mapping[str, str]) -> dict:
+    """Return the metrics of one evaluation set by the headings of their columns."""
+    name = prefix.removeprefix("eval_").removesuffix("_") or "last step"
+    return {"beta": beta, "set": name} | {heading: metrics[prefix + key] for heading, key in columns.items()}
 
 
 def render(rows: Sequence[Mapping]) -> str:

@@ -11,7 +11,14 @@ from dpo_jax.config.data import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.config.generate import GenerateConfig
 from dpo_jax.config.loss import LOSS_TRAITS, LossConfig, LossType, RewardLossConfig
 from dpo_jax.config.model import LORA_TARGETS, LoraConfig, ModelConfig, ReferenceConfig
-from dpo_jax.config.online import JudgeConfig, PolicyGradientConfig, RolloutBatchConfig
+from dpo_jax.config.online import (
+    JudgeConfig,
+    OnlineConfig,
+    PairDataConfig,
+    PolicyGradientConfig,
+    RolloutBatchConfig,
+    RolloutSamplingConfig,
+)
 from dpo_jax.config.run import (
     OPTIMIZER_DEFAULTS,
     BatchConfig,
@@ -43,9 +50,11 @@ __all__ = [
     "LossType",
     "MeshConfig",
     "ModelConfig",
+    "OnlineConfig",
     "OptimizerConfig",
     "PPOConfig",
     "PairConfig",
+    "PairDataConfig",
     "PlannedAnswers",
     "PolicyGradientConfig",
     "ReferenceConfig",
@@ -54,6 +63,7 @@ __all__ = [
     "RunConfig",
     "SFTBatchConfig",
     "SFTConfig",
+    "SamplingConfig",
     "SourceConfig",
     "Stage",
     "TrainConfig",
@@ -93,13 +103,21 @@ class TrainConfig(Section):
         self.refuse_idle("run.seed", not uses_seed, "nothing is random without data.shuffle or new adapters")
         self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "all adapters are matrices")
 
+    def _check_prompts(self, sampling: str) -> None:
+        """Refuse options that prompts without answers make useless; ``sampling``: name of the section of sampling."""
+        room = self.data.max_length - self.planned.num_tokens
+        remedy = f"data.max_length is {self.data.max_length}, so no prompt fits; lower it, or raise data.max_length"
+        self.refuse(f"{sampling}.max_tokens", room < 1, remedy)
+        for cause in ("equal_answers", "template_not_prefix"):
+            self.refuse_idle(f"data.invalid_rows.{cause}", True, "the rows are prompts, so this cannot happen")
+        self.refuse_idle("data.append_eos", True, "the policy ends its answers itself")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainConfig):
     """A run of Direct Preference Optimization."""
 
-    stage: ClassVar[Stage] = "dpo"
-
+    data: PairDataConfig | DataConfig
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -122,6 +140,35 @@ class DPOConfig(TrainConfig):
         self.refuse_idle("reference.sync_every", has_adapters, f"{lora_reason}, which is never updated")
         is_unused = has_adapters and self.reference.mode == "live" and not loss.needs_reference
         self.refuse("reference.mode", is_unused, f"{lora_reason}, and loss {names_text} uses no reference; use auto")
+        if self.data.online is not None:
+            self._check_online(self.data.online)
+
+    def _check_online(self, online: OnlineConfig) -> None:
+        """Refuse what cannot be trained on sampled and judged answers."""
+        self._check_prompts("data.online.sampling")
+        mode = self.reference.mode
+        self.refuse("reference.mode", mode == "cached", "answers are sampled in every step; use live")
+        loss, option = self.loss, "loss.type" if self.loss.type else "loss.types"
+        for name, _ in loss.terms:
+            reason = f"{name} imitates the chosen answers, but with data.online these are samples of the policy"
+            self.refuse(option, LOSS_TRAITS[name].imitates, f"{reason}; choose another loss")
+            reason = f"{name} sorts the pairs of a step, but with data.online each pair has its own label"
+            self.refuse(option, LOSS_TRAITS[name].sorts, f"{reason}; choose another loss")
+        is_soft = online.labels == "soft"
+        remedy = "soft labels are probabilities already; use 0, or data.online.labels hard"
+        self.refuse("loss.label_smoothing", is_soft and loss.label_smoothing > 0, remedy)
+        self.refuse_idle("loss.weighting", True, "with data.online the answers are the policy's own, as wpo imitates")
+
+    @property
+    def stage(self) -> Stage:
+        """How rows are read: as pairs, or as prompts if the answers are sampled."""
+        return "dpo" if self.data.online is None else "prompts"
+
+    @property
+    def planned(self) -> PlannedAnswers:  # type: ignore[override]
+        """The answers of a pair, if they are sampled."""
+        online = self.data.online
+        return PlannedAnswers() if online is None else PlannedAnswers(2, online.sampling.max_tokens)
 
     @property
     def objective(self) -> LossConfig:
@@ -188,7 +235,7 @@ class PPOConfig(TrainConfig):
 
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     ppo: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: RolloutSamplingConfig = field(default_factory=RolloutSamplingConfig)
     reward: JudgeConfig
     batch: RolloutBatchConfig = field(default_factory=RolloutBatchConfig)
 
@@ -201,17 +248,7 @@ class PPOConfig(TrainConfig):
         for option in ("path", "dtype"):
             cause = "with lora.rank the reference is the model without its adapters"
             self.refuse_idle(f"reference.{option}", has_adapters, cause)
-        sampling = self.sampling
-        remedy = "policy gradients need samples of the unmodified policy"
-        self.refuse("sampling.temperature", sampling.temperature != 1, f"{remedy}; use 1")
-        self.refuse("sampling.top_p", sampling.top_p != 1, f"{remedy}; use 1")
-        self.refuse("sampling.top_k", sampling.top_k != 0, f"{remedy}; use 0")
-        room = self.data.max_length - sampling.max_tokens
-        remedy = f"data.max_length is {self.data.max_length}, so no prompt fits; lower it, or raise data.max_length"
-        self.refuse("sampling.max_tokens", room < 1, remedy)
-        for cause in ("equal_answers", "template_not_prefix"):
-            self.refuse_idle(f"data.invalid_rows.{cause}", True, "the rows are prompts, so this cannot happen")
-        self.refuse_idle("data.append_eos", True, "the policy ends its answers itself")
+        self._check_prompts("sampling")
         self.refuse_idle("run.token_stats", True, "token statistics are computed on answers of the data set only")
 
     @property

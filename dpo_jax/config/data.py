@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dpo_jax.config.section import Section, ranged
 from dpo_jax.errors import require
@@ -73,6 +73,8 @@ def is_date(text: str) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section, name="data"):
     """The training and evaluation data."""
+
+    online: ClassVar[None] = None  # answers are in the data
 
     train: tuple[SourceConfig, ...]
     """Data sets to train on."""

@@ -53,10 +53,9 @@ class FieldText(NamedTuple):
 
 
 class SectionText(NamedTuple):
-    """Documentation of a section: dotted name, class, meaning and fields."""
+    """Documentation of a section: dotted name, meaning and fields."""
 
     name: str
-    kind: type
     meaning: str
     fields: tuple[FieldText, ...]
 
@@ -68,7 +67,7 @@ def sections(kind: type, name: str = "") -> Iterator[SectionText]:
     options = (field for field in dataclasses.fields(kind) if not dataclasses.is_dataclass(types[field.name]))
     fields = tuple(_field_text(field, types[field.name], meanings[field.name], prefix) for field in options)
     if fields:
-        yield SectionText(name, kind, inspect.getdoc(kind) or "", fields)
+        yield SectionText(name, " ".join((inspect.getdoc(kind) or "").split()), fields)
     for option, option_type in types.items():
         if dataclasses.is_dataclass(option_type):
             yield from sections(option_type, prefix + option)

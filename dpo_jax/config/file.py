@@ -23,6 +23,7 @@ from dpo_jax.config import DPOConfig, GenerateConfig, JudgeConfig, PPOConfig, Re
 from dpo_jax.config.elsewhere import NOT_OFFERED, OPTION_ALIASES
 from dpo_jax.config.generate import RewardModelConfig
 from dpo_jax.config.loss import LOSS_ALIASES
+from dpo_jax.config.online import PairJudgeConfig
 from dpo_jax.config.section import Section
 from dpo_jax.errors import UserError, from_outside, must_be, reason, shown
 
@@ -39,6 +40,7 @@ SHORTHAND = {
     SourceConfig: "path",
     RewardModelConfig: "path",
     JudgeConfig: "path",
+    PairJudgeConfig: "path",
 }  # section that a string may replace -> the field it sets
 SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}
 SCALAR_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
@@ -104,9 +106,14 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 @cache
 def field_types(kind: type) -> dict[str, Any]:
-    """Return the type of each field of a section, by name, in order of definition."""
+    """Return the type of each field of a section, by name, in order of definition; of a union, its first section."""
     hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return {field.name: _section_type(hints[field.name]) for field in dataclasses.fields(kind)}
+
+
+def _section_type(kind: Any) -> Any:
+    options = get_args(kind) if get_origin(kind) is UnionType else ()
+    return next(filter(dataclasses.is_dataclass, options), kind)
 
 
 def field_names(kind: type, prefix: str = "") -> Iterator[str]:
@@ -187,7 +194,7 @@ def _read_section(kind: type[Section], value: Any, name: str, root: type) -> Sec
     for field in dataclasses.fields(kind):
         option = prefix + field.name
         is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if field.name in value:
+        if field.name in value and not _is_no_section(field, types[field.name], value[field.name]):
             options[field.name] = _read(types[field.name], value[field.name], option, root)
             if options[field.name] == "":
                 raise UserError(option, "", "the string is empty; give a value, or leave it out")
@@ -199,6 +206,12 @@ def _read_section(kind: type[Section], value: Any, name: str, root: type) -> Sec
         return kind(**options)
     except UserError as error:  # an entry of a list does not know its own name
         raise error if kind.section else UserError(prefix + str(error)) from None
+
+
+def _is_no_section(field: dataclasses.Field[Any], kind: Any, value: Any) -> bool:
+    """Return whether the value is the null of an optional section."""
+    is_null = value is None or (isinstance(value, CommandLineText) and value == "null")
+    return is_null and dataclasses.is_dataclass(kind) and field.default is None
 
 
 def _refuse_unknown(keys: Collection[Any], options: Collection[str], prefix: str, root: type) -> None:

@@ -25,7 +25,7 @@ class RewardModelConfig(Section, name="reward"):
     def __post_init__(self):
         super().__post_init__()
         for option in ("revision", "checkpoint"):
-            self.refuse_idle(option, self.path is None, "reward.path is not set, so no reward model is loaded")
+            self.refuse_idle(option, self.path is None, f"{self.section}.path is not set, so no reward model is loaded")
 
 
 @dataclass(frozen=True, kw_only=True)

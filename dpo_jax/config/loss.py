@@ -26,6 +26,7 @@ class Traits(NamedTuple):
     per_token: bool = False  # divides log-probs by lengths; ipo does so if ipo_average
     sorts: bool = False  # sorts the pairs of a step
     coupled: bool = False  # the loss of a pair depends on the other pairs of its step
+    imitates: bool = False  # raises the likelihood of the chosen answer, whatever the rejected one is
 
 
 LOSS_TRAITS: dict[LossType, Traits] = {
@@ -45,9 +46,9 @@ LOSS_TRAITS: dict[LossType, Traits] = {
     "sigmoid_norm": Traits(per_token=True),
     "dpop": Traits(("dpop_lambda",)),
     "simpo": Traits(("simpo_gamma",), reference=False, per_token=True),
-    "orpo": Traits(reference=False, per_token=True),
-    "cpo": Traits(("cpo_weight",), reference=False, per_token=True),
-    "sft": Traits(reference=False, per_token=True, coupled=True),
+    "orpo": Traits(reference=False, per_token=True, imitates=True),
+    "cpo": Traits(("cpo_weight",), reference=False, per_token=True, imitates=True),
+    "sft": Traits(reference=False, per_token=True, coupled=True, imitates=True),
 }
 
 

@@ -1,10 +1,12 @@
 """Options of training on answers sampled from the policy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from dpo_jax.config.data import DataConfig
 from dpo_jax.config.generate import RewardModelConfig
 from dpo_jax.config.run import RowsConfig
+from dpo_jax.config.sampling import SamplingConfig
 from dpo_jax.config.section import Section, ranged
 
 
@@ -61,8 +63,56 @@ class JudgeConfig(RewardModelConfig):
     def __post_init__(self):
         super().__post_init__()
         has_path, has_function = self.path is not None, self.function is not None
-        remedy = "give a reward model, or a Python function as reward.function"
+        remedy = f"give a reward model, or a Python function as {self.section}.function"
         self.refuse("path", not has_path and not has_function, remedy)
-        self.refuse("function", has_path and has_function, "reward.path is set, too; remove one of the two")
+        self.refuse("function", has_path and has_function, f"{self.section}.path is set, too; remove one of the two")
         is_name = self.function is None or self.function.count(":") == 1
         self.refuse("function", not is_name, "give a module and a function in it, such as my_rewards:brevity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSamplingConfig(SamplingConfig):
+    """How answers are sampled."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        remedy = "training on sampled answers needs samples of the unmodified policy"
+        self.refuse("temperature", self.temperature != 1, f"{remedy}; use 1")
+        self.refuse("top_p", self.top_p != 1, f"{remedy}; use 1")
+        self.refuse("top_k", self.top_k != 0, f"{remedy}; use 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairJudgeConfig(JudgeConfig, name="data.online.reward"):
+    """What scores the sampled answers: a reward model or a Python function."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSamplingConfig(RolloutSamplingConfig, name="data.online.sampling"):
+    """How the answers to the prompts of `data.train` are sampled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig(Section, name="data.online"):
+    """Online DPO: each step samples answers to its prompts, and trains on the best and the worst answer to each.
+
+    Rows of `data.train` are prompts then; of pairs, only the prompt is read.
+    """
+
+    reward: PairJudgeConfig
+    answers: int = ranged(2, at_least=2)
+    """Answers sampled per prompt."""
+    labels: Literal["soft", "hard"] = "soft"
+    """soft: the better answer is the chosen one with probability sigmoid(difference of scores); hard: always, and the
+    margin grows without end."""
+    missing_eos_penalty: float = ranged(0.0, at_least=0)
+    """Subtracted from the score of an answer that reached the maximum length without an end token."""
+    sampling: PairSamplingConfig = field(default_factory=PairSamplingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairDataConfig(DataConfig):
+    """The training and evaluation data."""
+
+    online: OnlineConfig | None = None  # type: ignore[override]
+    """Sample the answers in training; null: they are in the data."""

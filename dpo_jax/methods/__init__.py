@@ -1,17 +1,27 @@
 """Training methods, one file each: frozen dataclasses that the loop in train.py runs."""
 
+from collections.abc import Mapping
+
 from dpo_jax.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from dpo_jax.methods.dpo import dpo
-from dpo_jax.methods.offline import Offline
+from dpo_jax.methods.offline import Offline, Start
+from dpo_jax.methods.online_dpo import OnlineDPO, online_dpo
 from dpo_jax.methods.ppo import PPO, ppo
 from dpo_jax.methods.reward import reward
+from dpo_jax.methods.setup import Setup
 from dpo_jax.methods.sft import sft
 
 __all__ = ["METHODS", "Method"]
 
-Method = Offline | PPO
+
+def _pairs(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline | OnlineDPO, Start]:
+    """Build DPO on the pairs of the data, or on pairs that it samples itself."""
+    return (dpo if setup.config.data.online is None else online_dpo)(setup, flags)
+
+
+Method = Offline | OnlineDPO | PPO
 METHODS = {
-    DPOConfig: dpo,
+    DPOConfig: _pairs,
     SFTConfig: sft,
     RewardConfig: reward,
     PPOConfig: ppo,

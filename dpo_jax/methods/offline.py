@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 
 from dpo_jax.batch import Adapted, Params, PreferenceBatch
@@ -17,10 +16,9 @@ from dpo_jax.inference.agreement import AGREEMENT, tied
 from dpo_jax.inference.evaluation import evaluation_of, score_sets
 from dpo_jax.inference.reference import CachedReference, LiveReference, Reference
 from dpo_jax.methods.optimizer import make_optimizer, make_schedule
-from dpo_jax.methods.setup import Policy, Setup, abstract_state, describe, follow_of, make_step
+from dpo_jax.methods.setup import Policy, Setup, abstract_state, describe, follow_of, logged_row, make_step
 from dpo_jax.methods.start_check import check_first, mean_margin, prove_start, start_logps, starts_equal
 from dpo_jax.methods.throughput import step_rates
-from dpo_jax.runs.logs import clipped
 from dpo_jax.runs.manifest import new_run
 from dpo_jax.runs.session import Metrics, StepFacts
 from dpo_jax.step import Frozen, TrainState, TrainStep, init_state
@@ -99,19 +97,11 @@ class Offline:
 
     def _facts(self, data: StepData, wait_seconds: float) -> StepFacts:
         setup, ids = self.setup, data.ids[data.ids >= 0]
-        config, order, store = setup.config, setup.batches.order, setup.batches.store
+        config, store = setup.config, setup.batches.store
         proven = self.proven and data.step == 0  # the first step, with known values
 
         def logged_metrics(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:
-            return {
-                **metrics,
-                "learning_rate": float(np.float32(jax.device_get(self.schedule(data.step)))),
-                "epoch": order.epoch(data.step + 1),
-                **totals,
-                "pairs": len(ids),
-                "fill": data.fill,
-                **clipped(metrics, config.optimizer.max_grad_norm),
-            }
+            return logged_row(setup, self.schedule, data, metrics, {**totals, "pairs": len(ids)})
 
         def rates(seconds: float) -> dict[str, float]:
             speeds = step_rates(config, setup.model, setup.mesh, store, data, seconds)

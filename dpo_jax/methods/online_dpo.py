@@ -1,19 +1,153 @@
 """Online DPO: pairs of the policy's own answers, labeled by their scores, in the step and the losses of DPO."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dpo_jax.batching.batches import StepData
+from dpo_jax.config import OnlineConfig
+from dpo_jax.inference.generate import rollout_weights
+from dpo_jax.inference.reference import LiveReference
+from dpo_jax.methods.dpo import make_reference, reference_weights
+from dpo_jax.methods.offline import Offline, OfflineInput, Start, make_offline
+from dpo_jax.methods.rollouts import Graded, Sampler, in_slots, make_sampler, pack_answers
+from dpo_jax.methods.sampled import AnswerEvaluation, check_sampler, make_evaluation, sampled_facts
+from dpo_jax.methods.setup import Setup, load_policy
+from dpo_jax.methods.start_check import check_first
+from dpo_jax.runs.checksums import weights_id
+from dpo_jax.runs.session import Metrics
+from dpo_jax.step import Frozen, TrainState
 
-def labeled_pairs(scores: Float[Array, "B K"]) -> tuple[Int[Array, "P 2"], Float[Array, " P"]]:
-    """Pair each prompt's best and worst answer, in both orders: indices on the K axis, and weights; P = 2 B.
 
-    The weights are 2 p and 2 (1 - p), p = sigma(best score - worst score): the mean loss is that of labels drawn from
-    Bradley-Terry, whose fixed point is the optimum of the scores. Hard labels have none: the margin grows without end.
+def labeled_pairs(
+    scores: Float[Array, "B K"], labels: Literal["soft", "hard"] = "soft"
+) -> tuple[Int[Array, "B 2"], Float[Array, " B"]]:
+    """Pair each prompt's best and worst answer: their indices on the K axis, and the labels of the pairs.
+
+    A soft label is sigma(best score - worst score): the loss is then the mean over labels drawn from Bradley-Terry,
+    whose fixed point is the optimum of the scores. A hard label is 1, or 1/2 of tied answers; under it the margin grows
+    without end.
     """
     best = scores.argmax(1)
     worst = scores.shape[1] - 1 - scores[:, ::-1].argmin(1)  # the last of equal ones, so that tied answers are a pair
     pairs = jnp.stack([best, worst], axis=1)
     margin = jnp.take_along_axis(scores, best[:, None], 1) - jnp.take_along_axis(scores, worst[:, None], 1)
-    probability = jax.nn.sigmoid(margin[:, 0])
-    return jnp.concatenate([pairs, pairs[:, ::-1]]), 2 * jnp.concatenate([probability, 1 - probability])
+    label = jax.nn.sigmoid(margin) if labels == "soft" else (1 + jnp.sign(margin)) / 2
+    return pairs, label[:, 0]
+
+
+@dataclass(frozen=True)
+class OnlineDPO:
+    """A method whose step k is DPO's step on the answers of the policy after k steps."""
+
+    setup: Setup
+    num_steps: int
+    evaluates: bool
+    manifest: dict[str, Any]
+    abstract_state: TrainState
+    first_state: Callable[[Any], TrainState]  # compiled, of a `Start`; donates the arrays
+    dpo: Offline  # the step, with its weights and its reference
+    options: OnlineConfig
+    sampler: Sampler
+    evaluation: AnswerEvaluation
+
+    def weights(self, state: TrainState) -> Any:
+        """Return the weights of the policy: the trained parameters, or the adapters with their base model."""
+        return self.dpo.weights(state)
+
+    def check_start(self, state: TrainState) -> None:
+        """Do nothing: the first step is checked when its metrics are read."""
+
+    def resumed(self, state: TrainState) -> None:
+        """Do nothing: the sampler is checked in every step, when its metrics are read."""
+
+    def batch(self, step: int, state: TrainState) -> OfflineInput:
+        """Sample answers to the prompts of ``step``, and put the pair of the best and the worst on the devices."""
+        dpo, batches = self.dpo, self.setup.batches
+        ids = batches.order.step_ids(step)
+        copy = rollout_weights(self.setup.model, self.weights(state), self.setup.mesh)
+        graded = self.sampler(copy, batches.store, ids[ids >= 0], step)
+        scores = graded.scores - np.float32(self.options.missing_eos_penalty) * ~graded.ended
+        indices, label = jax.device_get(labeled_pairs(jnp.asarray(scores), self.options.labels))
+        pairs = graded.take(indices)
+        data = pack_answers(batches, step, ids, pairs)
+        shape = data.batch.weight.shape  # with a dim of microbatches first, if the step is accumulated
+        batch = replace(
+            data.batch,
+            label=in_slots(ids, label).reshape(shape),
+            sampled_sum=in_slots(ids, pairs.sampled_sums).reshape(*shape, 2),
+        )
+        reference = None  # it is in the state, or it is the adapters' base, which `pair_gradient` finds
+        if isinstance(dpo.reference, LiveReference) and dpo.base is None:
+            reference = dpo.reference.weights
+        facts = sampled_facts(
+            self.setup,
+            self.manifest,
+            dpo.schedule,
+            data,
+            graded,
+            extra=pair_metrics(graded, pairs, label),
+            check=lambda metrics: self._check(metrics, data),
+            keeps_reference=dpo.reference is not None,
+        )
+        return OfflineInput(Frozen(dpo.base, reference), dpo.to_devices(batch), facts)
+
+    def _check(self, metrics: Metrics, data: StepData) -> None:
+        check_sampler(self.setup, metrics)
+        if self.dpo.proven and data.step == 0:
+            check_first(self.setup, metrics, data)
+
+    def update(self, state: TrainState, data: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Run the compiled train step of DPO; return the new state and the metrics."""
+        return self.dpo.update(state, data)
+
+    def evaluate(self, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Return the metrics of answers to the evaluation prompts."""
+        reference = self.dpo.reference_of(state)
+        weights = reference.weights if isinstance(reference, LiveReference) else None
+        return self.evaluation(self.weights(state), weights), []
+
+
+def pair_metrics(graded: Graded, pairs: Graded, label: np.ndarray) -> dict[str, float]:
+    """Return means over all answers of a step, the scores of its pairs, and the share of pairs with tied answers."""
+    values = {
+        "score": graded.scores,
+        "score/best": pairs.scores[:, 0],
+        "score/worst": pairs.scores[:, 1],
+        "length": graded.num_tokens,
+        "ended": graded.ended,
+        "tied": label == 0.5,
+    }
+    return {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
+
+
+def online_dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[OnlineDPO, Start]:
+    """Build online DPO and the arrays it starts from; ``flags`` are compiler options of its step."""
+    options = setup.config.data.online
+    assert options is not None
+    policy = load_policy(setup)
+    weights = reference_weights(setup, policy.weights)
+    sampler, ids = make_sampler(setup, options.sampling, options.answers, options.reward)
+    reference_id = policy.ids["weights"] if weights is policy.weights else weights_id(weights)
+    policy = policy._replace(ids=policy.ids | ids | {"reference": reference_id})
+    reference = make_reference(setup, weights)
+    evaluation = make_evaluation(setup, sampler, None if reference is None else weights)
+    dpo, start = make_offline(setup, policy, reference, flags)
+    method = OnlineDPO(
+        setup=setup,
+        num_steps=dpo.num_steps,
+        evaluates=dpo.evaluates,
+        manifest=dpo.manifest,
+        abstract_state=dpo.abstract_state,
+        first_state=dpo.first_state,
+        dpo=dpo,
+        options=options,
+        sampler=sampler,
+        evaluation=evaluation,
+    )
+    return method, start

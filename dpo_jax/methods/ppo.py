@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,6 @@ import optax
 from jax.sharding import Mesh
 
 from dpo_jax.batch import Adapted, Params, PreferenceBatch
-from dpo_jax.batching.batches import StepData
 from dpo_jax.batching.to_devices import ToDevices, make_to_devices
 from dpo_jax.config import PPOConfig
 from dpo_jax.data.store import Store
@@ -23,15 +21,20 @@ from dpo_jax.inference.reference import copy_weights
 from dpo_jax.logprobs import make_token_logps_fn
 from dpo_jax.methods.dpo import reference_weights
 from dpo_jax.methods.optimizer import make_optimizer, make_schedule
-from dpo_jax.methods.rollouts import EVALUATION, Sampler, answer_tail, end_ids_of, make_judge, pack_rollout
+from dpo_jax.methods.rollouts import Sampler, make_rollout, make_sampler, pack_answers
+from dpo_jax.methods.sampled import (
+    AnswerEvaluation,
+    check_sampler,
+    make_evaluation,
+    refuse_difference,
+    sampled_facts,
+)
 from dpo_jax.methods.setup import Policy, Setup, describe, load_policy
-from dpo_jax.methods.start_check import agreement, starts_equal
+from dpo_jax.methods.start_check import starts_equal
 from dpo_jax.models.decoder import Model
 from dpo_jax.parallel.sharding import replicated, sharded_structs
 from dpo_jax.policy_gradient import ActorCritic, Rollout, TokensFn, policy_gradient_step
 from dpo_jax.runs.checksums import weights_id
-from dpo_jax.runs.logs import clipped
-from dpo_jax.runs.manifest import new_run
 from dpo_jax.runs.session import Metrics, StepFacts
 from dpo_jax.step import Frozen, TrainState, init_state, state_shardings
 from dpo_jax.weights.open import load_start, param_shardings, trained_shapes, trained_shardings
@@ -70,14 +73,12 @@ class PPO:
     reference: Params | None  # None: the base
     starts_equal: bool  # the reference has the weights that the policy starts from
     sampler: Sampler
+    evaluation: AnswerEvaluation
     to_devices: ToDevices
 
     def weights(self, state: TrainState) -> Any:
         """Return the weights of the policy: the trained parameters, or the adapters with their base model."""
         return state.params.policy if self.base is None else Adapted(state.params.policy, self.base)
-
-    def _rollout_weights(self, state: TrainState) -> Any:
-        return rollout_weights(self.setup.model, self.weights(state), self.setup.mesh)
 
     def check_start(self, state: TrainState) -> None:
         """Do nothing: `check_rollout` checks the first rollout when its metrics are read."""
@@ -87,97 +88,50 @@ class PPO:
 
     def batch(self, step: int, state: TrainState) -> PPOInput:
         """Sample and score answers to the prompts of ``step``, and put them on the devices."""
-        batches = self.setup.batches
+        setup, batches = self.setup, self.setup.batches
         ids = batches.order.step_ids(step)
-        graded = self.sampler(self._rollout_weights(state), batches.store, ids[ids >= 0], step)
-        data, rollout = pack_rollout(batches, step, ids, graded, self.config.sampling.max_tokens)
-        packed = data.batch if batches.packer.accumulation > 1 else jax.tree.map(lambda x: x[None], data.batch)
-        put = partial(jax.device_put, device=replicated(self.setup.mesh))
+        copy = rollout_weights(setup.model, self.weights(state), setup.mesh)
+        graded = self.sampler(copy, batches.store, ids[ids >= 0], step)
+        data, accumulation = pack_answers(batches, step, ids, graded), batches.packer.accumulation
+        rollout = make_rollout(ids, graded, self.config.sampling.max_tokens, accumulation)
+        packed = data.batch if accumulation > 1 else jax.tree.map(lambda x: x[None], data.batch)
+        put = partial(jax.device_put, device=replicated(setup.mesh))
         rollout = replace(jax.tree.map(put, rollout), inputs=self.to_devices(packed))
-        facts = self._facts(data, int(graded.num_tokens.sum()))
+        facts = sampled_facts(
+            setup,
+            self.manifest,
+            self.schedule,
+            data,
+            graded,
+            extra={},
+            check=lambda metrics: check_rollout(setup, metrics, is_first=self.starts_equal and step == 0),
+            keeps_reference=self.base is None,
+        )
         return PPOInput(Frozen(self.base, self.reference), rollout, facts)
-
-    def _facts(self, data: StepData, num_sampled: int) -> StepFacts:
-        setup, step, order = self.setup, data.step, self.setup.batches.order
-        num_prompts = int((data.ids >= 0).sum())
-
-        def log_row(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:
-            return {
-                **metrics,
-                "learning_rate": float(np.float32(jax.device_get(self.schedule(step)))),
-                "epoch": order.epoch(step + 1),
-                **totals,
-                "prompts": num_prompts,
-                "fill": data.fill,
-                **clipped({"grad_norm": metrics["max_grad_norm"]}, self.config.optimizer.max_grad_norm),
-            }
-
-        def rates(seconds: float) -> dict[str, float]:
-            return {
-                "step_seconds": seconds,
-                "pairs_per_second": num_prompts / seconds,
-                "tokens_per_second": data.num_real_tokens / seconds,
-                "sampled_tokens_per_second": num_sampled / seconds,
-            }
-
-        def progress_metrics(metrics: Metrics, seconds: float) -> dict[str, str]:
-            fields = {name: f"{metrics[name]:.3f}" for name in ("score", "sampled_kl")}
-            return fields | {"tokens/s": f"{num_sampled / seconds:.0f}"}
-
-        def check(metrics: Metrics) -> None:
-            check_rollout(setup, metrics, is_first=self.starts_equal and step == 0)
-
-        def advice(root: Path) -> str:
-            options = new_run(self.manifest["config"], root, keeps_reference=self.base is None)
-            remedy = "start a new run with a lower optimizer.learning_rate: --run.dir NEW, or from this checkpoint"
-            return f"{remedy}: {options}"
-
-        counts = {"num_tokens": data.num_tokens, "sampled_tokens": num_sampled}
-        return StepFacts(counts, log_row, rates, progress_metrics, check, advice)
 
     def update(self, state: TrainState, data: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """Run the compiled step: all updates on one rollout."""
         return self.step(state, data.frozen, data.rollout)
 
     def evaluate(self, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Answer the evaluation prompts, always with the same keys, and return means of scores and lengths."""
-        metrics, weights = {}, self._rollout_weights(state) if self.evaluates else None
-        for name, batches in self.setup.evals.items():
-            graded = [
-                self.sampler(weights, batches.store, ids[ids >= 0], EVALUATION - step)
-                for step, ids in enumerate(map(batches.order.step_ids, range(batches.order.num_steps)))
-            ]
-            all_answers = [answer for batch in graded for answers in batch.answers for answer in answers]
-            values = {
-                "score": np.concatenate([batch.scores.ravel() for batch in graded]),
-                "length": np.array([len(answer.tokens) for answer in all_answers]),
-                "ended": np.array([answer.ended for answer in all_answers]),
-            }
-            metrics |= {f"eval_{name}_{key}": float(value.mean()) for key, value in values.items()}
-        return metrics, []
+        """Return the metrics of answers to the evaluation prompts."""
+        reference = Adapted(None, self.base) if self.reference is None else self.reference
+        return self.evaluation(self.weights(state), reference), []
 
 
 def check_rollout(setup: Setup, metrics: Metrics, is_first: bool) -> None:
     """Check what is known of every rollout: sampler and training program agree, and the first update's ratios are 1.
 
-    The sampler's mean error is bounded: rounding makes the error of a single token many times as large, and a wrong
-    one exceeds the bound even in the mean over thousands.
     ``is_first``: policy and reference have the same weights, so the KL is 0, too.
 
     Raises:
         UserError: a value differs, so a position, an adapter or a mask differs between sampling and training.
     """
-    bound = agreement(setup)
-    largest_kl = bound * metrics["length"] if is_first else np.inf
-    checks = {
-        "mean_sampler_error": (bound, "sampler and train step compute different log-probs"),
-        "ratio_error": (bound, "the ratios of the first update are not 1"),
-        "sampled_kl": (largest_kl, "policy and reference have the same weights, but differ"),
-    }
-    for name, (tolerance, meaning) in checks.items():
-        if not abs(metrics[name]) <= tolerance:
-            remedy = "compare with model.dtype float32 and model.attention xla"
-            raise UserError(f"{name} is {metrics[name]:.3g} (tolerance: {tolerance:.2g}): {meaning}; {remedy}")
+    check_sampler(setup, metrics)
+    refuse_difference(setup, metrics, "ratio_error", "the ratios of the first update are not 1")
+    if is_first:
+        meaning = "policy and reference have the same weights, but differ"
+        refuse_difference(setup, metrics, "sampled_kl", meaning, scale=metrics["length"])
 
 
 def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
@@ -187,11 +141,9 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
     refuse_prompt_weights(setup.batches.store)
     policy = load_policy(setup)
     reference = reference_weights(setup, policy.weights)
-    tail = answer_tail(setup)
-    end_ids = end_ids_of(setup, tail)
-    judge, judge_id = make_judge(setup, config.reward, tail)
+    sampler, sampler_ids = make_sampler(setup, config.sampling, config.ppo.answers, config.reward)
     reference_id = policy.ids["weights"] if reference is policy.weights else weights_id(reference)
-    ids = policy.ids | {"reference": reference_id, "reward": judge_id, "ends": str(end_ids)}
+    ids = policy.ids | sampler_ids | {"reference": reference_id}
     optimizer = make_optimizer(config.optimizer, num_steps, config.ppo.epochs)
     with_value = config.ppo.estimator == "gae"
     value_model = replace(setup.model, config=replace(setup.model.config, scores=1))
@@ -221,7 +173,8 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
         base=policy.weights if has_adapters else None,
         reference=None if has_adapters else copy_weights(reference, dtype),
         starts_equal=starts_equal(config, ids),
-        sampler=Sampler(setup, config, judge, end_ids),
+        sampler=sampler,
+        evaluation=make_evaluation(setup, sampler, reference),
         to_devices=make_to_devices(mesh, leading=1),
     )
     value = start_value(setup, policy, value_model) if with_value else None

@@ -6,7 +6,7 @@ A rollout is a pure function of (data, seed, step, weights), so a resumed run sa
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_jax.batch import Adapted, Params
 from dpo_jax.batching.batches import Batches, StepData
-from dpo_jax.config import JudgeConfig, PPOConfig
+from dpo_jax.config import JudgeConfig, SamplingConfig
 from dpo_jax.data.schemas import Example
 from dpo_jax.data.store import Source, Store, open_source
 from dpo_jax.data.tokenize import TokenizedPrompt, make_tokenize_prompt
@@ -43,6 +43,22 @@ class Graded(NamedTuple):
         """Number of tokens of each answer, [B, K]."""
         return np.array([[len(answer.tokens) for answer in answers] for answers in self.answers])
 
+    @property
+    def ended(self) -> np.ndarray:
+        """Whether each answer has an end token, [B, K]."""
+        return np.array([[answer.ended for answer in answers] for answers in self.answers])
+
+    @property
+    def sampled_sums(self) -> np.ndarray:
+        """Log-prob of each answer as the sampler computed it, [B, K]."""
+        sums = [[sum(answer.logps) for answer in answers] for answers in self.answers]
+        return np.array(sums, np.float32)
+
+    def take(self, indices: np.ndarray) -> "Graded":
+        """Return some answers to each prompt, by their indices [B, K']."""
+        answers = [[row[i] for i in chosen] for row, chosen in zip(self.answers, indices.tolist(), strict=True)]
+        return Graded(self.prompts, answers, np.take_along_axis(self.scores, indices, axis=1))
+
     def sampled_logps(self, max_tokens: int) -> np.ndarray:
         """Log-probs of the tokens as the sampler computed them, [B, K, N]; 0 after the end."""
         logps = np.zeros((*self.scores.shape, max_tokens), np.float32)
@@ -61,27 +77,46 @@ class Sampler:
     """Samples and scores answers with the weights of a step."""
 
     setup: Setup
-    config: PPOConfig
+    options: SamplingConfig
+    num_answers: int  # to each prompt
     judge: Judge
     end_ids: Sequence[int]
 
+    def once(self) -> "Sampler":
+        """Return a sampler of one answer to each prompt."""
+        return replace(self, num_answers=1)
+
     def __call__(self, weights: Params | Adapted, store: Store, ids: np.ndarray, step: int) -> Graded:
         """Return the answers of the policy to the prompts ``ids`` [B] of ``store``; weights of `rollout_weights`."""
-        setup, config, num_answers = self.setup, self.config, self.config.ppo.answers
+        setup, num_answers = self.setup, self.num_answers
         prompts = [prompt_tokens(store, i) for i in ids]
         repeated = [prompt for prompt in prompts for _ in range(num_answers)]
         answers = generate(
             setup.model,
             weights,
             repeated,
-            config.sampling,
+            self.options,
             setup.mesh,
             end_ids=self.end_ids,
-            seed=config.run.seed,
+            seed=setup.config.run.seed,
             step=step,
         )
         per_prompt = [answers[i : i + num_answers] for i in range(0, len(answers), num_answers)]
         return Graded(prompts, per_prompt, self.judge(store, ids, prompts, per_prompt))
+
+
+def make_sampler(
+    setup: Setup, options: SamplingConfig, num_answers: int, reward: JudgeConfig
+) -> tuple[Sampler, dict[str, str]]:
+    """Return the sampler, and identities of what scores and what ends the answers, for the manifest.
+
+    Raises:
+        UserError: the reward model or the function cannot be used, or no token ends an answer.
+    """
+    tail = answer_tail(setup)
+    end_ids = end_ids_of(setup, tail)
+    judge, judge_id = make_judge(setup, reward, tail)
+    return Sampler(setup, options, num_answers, judge, end_ids), {"reward": judge_id, "ends": str(end_ids)}
 
 
 def prompt_tokens(store: Store, i: int | np.integer) -> list[int]:
@@ -89,39 +124,36 @@ def prompt_tokens(store: Store, i: int | np.integer) -> list[int]:
     return store.tokens[store.starts[i] : store.starts[i] + store.lengths[i, 0]].tolist()
 
 
-def pack_rollout(
-    batches: Batches, step: int, ids: np.ndarray, graded: Graded, max_tokens: int
-) -> tuple[StepData, Rollout]:
-    """Pack answers into the rows of a step; ``ids`` [B] has -1 in empty slots, and ``graded`` is of the others.
+def in_slots(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Spread values of real prompts over the slots of a step, whose ``ids`` [B] are -1 where empty; 0 there."""
+    slots = np.zeros((len(ids), *values.shape[1:]), values.dtype)
+    slots[ids >= 0] = values
+    return slots
 
-    Returns the packed rows, and the rollout without them, on the host.
-    """
-    is_real = ids >= 0
 
-    def spread(values: np.ndarray) -> np.ndarray:
-        """Give every slot of the step a value, 0 in an empty one."""
-        slots = np.zeros((len(ids), *values.shape[1:]), values.dtype)
-        slots[is_real] = values
-        return slots
-
-    index = np.cumsum(is_real) - 1  # in graded
+def pack_answers(batches: Batches, step: int, ids: np.ndarray, graded: Graded) -> StepData:
+    """Pack answers into the rows of a step; ``ids`` [B] has -1 in empty slots, and ``graded`` is of the others."""
+    index = np.cumsum(ids >= 0) - 1  # in graded
 
     def example(slot: int) -> Any:
         answers = tuple(np.array(answer.tokens, np.int32) for answer in graded.answers[index[slot]])
         return np.array(graded.prompts[index[slot]], np.int32), answers, None
 
-    num_tokens = spread(graded.num_tokens)
-    prompts = spread(np.array([len(prompt) for prompt in graded.prompts]))
-    data = batches.pack(step, ids, np.concatenate([prompts[:, None], num_tokens], axis=1), num_tokens, example)
-    ended = np.array([[answer.ended for answer in answers] for answers in graded.answers])
+    num_tokens = in_slots(ids, graded.num_tokens)
+    prompts = in_slots(ids, np.array([len(prompt) for prompt in graded.prompts]))
+    return batches.pack(step, ids, np.concatenate([prompts[:, None], num_tokens], axis=1), num_tokens, example)
+
+
+def make_rollout(ids: np.ndarray, graded: Graded, max_tokens: int, accumulation: int) -> Rollout:
+    """Return what a policy gradient needs of the answers besides their packed rows, on the host."""
     per_slot = {
-        "mask": np.arange(max_tokens) < num_tokens[..., None],
-        "ended": spread(ended),
-        "scores": spread(graded.scores),
-        "sampled_logps": spread(graded.sampled_logps(max_tokens)),
+        "mask": np.arange(max_tokens) < graded.num_tokens[..., None],
+        "ended": graded.ended,
+        "scores": graded.scores,
+        "sampled_logps": graded.sampled_logps(max_tokens),
     }
-    split = lambda x: x.reshape(batches.packer.accumulation, -1, *x.shape[1:])  # noqa: E731
-    return data, Rollout(inputs=None, **{name: split(values) for name, values in per_slot.items()})
+    split = lambda x: x.reshape(accumulation, -1, *x.shape[1:])  # noqa: E731
+    return Rollout(inputs=None, **{name: split(in_slots(ids, values)) for name, values in per_slot.items()})
 
 
 def answer_tail(setup: Setup) -> list[int]:
@@ -159,7 +191,7 @@ def make_judge(setup: Setup, config: JudgeConfig, tail: list[int]) -> tuple[Judg
         UserError: the reward model or the function cannot be used.
     """
     if config.function is not None:
-        return _function_judge(setup, config.function), config.function
+        return _function_judge(setup, config.function, f"{config.section}.function"), config.function
     tokenizer, template_date = setup.tokenizer, setup.config.data.template_date
     reward = open_reward_model(config, setup.config.model, platform_of(setup.mesh), tokenizer, template_date)
     row_of = make_row_of(setup)
@@ -191,11 +223,11 @@ def make_row_of(setup: Setup) -> Callable[[Store, int], tuple[Source, int]]:
     return lambda store, i: (source_of(store.key, int(store.sources[i])), int(store.rows[i]))
 
 
-def _function_judge(setup: Setup, name: str) -> Judge:
-    """Return a judge that calls a Python function on the writer process, once for all answers of a step."""
+def _function_judge(setup: Setup, name: str, option: str) -> Judge:
+    """Return a judge that calls the Python function of ``option`` on the writer, once for all answers of a step."""
     module, _, attribute = name.partition(":")
     remedy = "install its module or set PYTHONPATH to its folder, and name a function in it"
-    with from_outside(f"reward.function: {name} cannot be imported", remedy):
+    with from_outside(f"{option}: {name} cannot be imported", remedy):
         function = getattr(importlib.import_module(module), attribute)
     decode = partial(setup.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     row_of = make_row_of(setup)
@@ -205,26 +237,26 @@ def _function_judge(setup: Setup, name: str) -> Judge:
             examples = [(p, i, answer) for p, i, row in zip(prompts, ids, answers, strict=True) for answer in row]
             texts = [answer.text(setup.tokenizer, prompt) for prompt, _, answer in examples]
             rows = [dict(source.rows[row]) for source, row in (row_of(store, i) for _, i, _ in examples)]
-            with from_outside(f"reward.function: {name} failed", "fix the function"):
+            with from_outside(f"{option}: {name} failed", "fix the function"):
                 scores = function([decode(prompt) for prompt, _, _ in examples], texts, rows)
-            return checked_scores(name, scores, len(texts))
+            return checked_scores(option, name, scores, len(texts))
 
         return np.array(hosts.on_writer(call, "scores"), np.float32).reshape(len(answers), -1)
 
     return judge
 
 
-def checked_scores(name: str, scores: Any, num_answers: int) -> list[float]:
-    """Return the scores of a reward function as numbers.
+def checked_scores(option: str, name: str, scores: Any, num_answers: int) -> list[float]:
+    """Return the scores of the reward function ``name``, given as ``option``, as numbers.
 
     Raises:
         UserError: they are not ``num_answers`` finite numbers.
     """
-    with from_outside(f"reward.function: {name} returned {type(scores).__name__}", "return a list of numbers"):
+    with from_outside(f"{option}: {name} returned {type(scores).__name__}", "return a list of numbers"):
         numbers = [float(score) for score in scores]
     remedy = f"it returned {len(numbers)} scores of {num_answers} answers; return one each"
-    require(len(numbers) == num_answers, "reward.function", name, remedy)
+    require(len(numbers) == num_answers, option, name, remedy)
     wrong = next((i for i, number in enumerate(numbers) if not math.isfinite(number)), None)
     if wrong is not None:
-        raise UserError("reward.function", name, f"score {wrong} is {numbers[wrong]}; return finite numbers")
+        raise UserError(option, name, f"score {wrong} is {numbers[wrong]}; return finite numbers")
     return numbers

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax.batch import Params
-from dpo_jax.batching.batches import Batches, set_batches, train_batches
+from dpo_jax.batching.batches import Batches, StepData, set_batches, train_batches
 from dpo_jax.batching.sets import DataSets, open_sets
 from dpo_jax.batching.to_devices import ToDevices, make_to_devices
 from dpo_jax.config import LOSS_TRAITS, AnyConfig, LossConfig, TrainConfig
@@ -33,7 +33,9 @@ from dpo_jax.parallel.compiler import platform_flags
 from dpo_jax.parallel.sharding import local_row_shards, platform_of, replicated, row_devices, sharded_structs
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import RunDir, log_event
+from dpo_jax.runs.logs import clipped
 from dpo_jax.runs.manifest import make_manifest
+from dpo_jax.runs.session import Metrics
 from dpo_jax.step import Follow, TrainState, TrainStep, init_state, make_train_step, state_shardings
 from dpo_jax.weights.open import (
     ModelSource,
@@ -215,6 +217,22 @@ def describe(setup: Setup, ids: Mapping[str, str]) -> dict[str, Any]:
         "cores": os.cpu_count(),
     }
     return make_manifest(asdict(setup.config), identity, environment)
+
+
+def logged_row(
+    setup: Setup, schedule: optax.Schedule, data: StepData, metrics: Metrics, counts: Mapping[str, int]
+) -> Metrics:
+    """Return the line of metrics.jsonl of a step: its metrics, and what follows from the step and the data alone."""
+    max_norm = setup.config.optimizer.max_grad_norm
+    largest = {"grad_norm": metrics.get("max_grad_norm", metrics["grad_norm"])}  # of the step's updates
+    return {
+        **metrics,
+        "learning_rate": float(np.float32(jax.device_get(schedule(data.step)))),
+        "epoch": setup.batches.order.epoch(data.step + 1),
+        **counts,
+        "fill": data.fill,
+        **clipped(largest, max_norm),
+    }
 
 
 def keep_files(setup: Setup, run: RunDir) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,9 +42,10 @@ def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
 
 
 def eval_sets(rows: Sequence[Row]) -> list[str]:
-    """Return the names of the evaluation sets, from the keys ``eval_NAME_loss``."""
+    """Return the names of the evaluation sets, from the keys ``eval_NAME_loss``, or ``eval_NAME_score`` of answers."""
     keys = dict.fromkeys(key for row in rows for key in row)
-    return [key[len("eval_") : -len("_loss")] for key in keys if key.startswith("eval_") and key.endswith("_loss")]
+    names = (re.fullmatch(r"eval_(.+)_(loss|score)", key) for key in keys)
+    return [name[1] for name in names if name is not None]
 
 
 def plots(chosen_plots: Iterable[Plot], rows: Sequence[Row]) -> str:

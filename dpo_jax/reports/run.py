@@ -42,7 +42,12 @@ PLOTS = (
     Plot("Displacement", ("displacement",), "Pairs whose chosen answer the reference finds likelier.", share=True),
     Plot("KL", ("kl",), "Mean of half the squared log-ratio: how far the policy has moved on these answers, in nats."),
     Plot("Gradient weight", ("gradient_weight",), "Per pair: 0.5 at the start, near 0 once learned.", share=True),
-    Plot("Score", ("score",), "Mean score of the sampled answers, before the KL penalty."),
+    Plot(
+        "Score",
+        ("score", "score/best", "score/worst"),
+        "Mean score of the sampled answers, before the KL penalty; and of the best and the worst to a prompt.",
+    ),
+    Plot("Win rate", ("win_rate",), "Answers that score higher than the reference's own; ties count half.", share=True),
     Plot(
         "KL of the sampled answers",
         ("sampled_kl", "sampled_kl_k3"),
@@ -50,6 +55,7 @@ PLOTS = (
     ),
     Plot("Answer length", ("length",), "Tokens, with the end token."),
     Plot("Ended", ("ended",), "Answers that end before the maximum length.", share=True),
+    Plot("Tied", ("tied",), "Prompts whose best and worst answer have the same score.", share=True),
     Plot("Explained variance", ("explained_variance",), "Of the returns, by the value model.", share=True),
     Plot("Clipped ratios", ("clip_fraction",), "Share of probability ratios outside the clip range.", share=True),
     Plot("Token accuracy", ("mean_token_accuracy",), "Share of answer tokens that were the model's most likely token."),
@@ -78,12 +84,26 @@ def objective(config: Row) -> str:
     if "ppo" in config:
         options = config["ppo"]
         return f"{options['estimator']}, KL coefficient {options['kl_coef']:g}, {options['epochs']} updates a step"
-    loss = config.get("loss")
+    loss, online = config.get("loss"), config["data"].get("online")
     if loss is None:
         return ""
     if "beta" not in loss:
         return f"Bradley-Terry, centered with weight {loss['center']:g}"
-    return f"{loss['type'] or ' + '.join(loss['types'])}, beta {loss['beta']}"
+    text = f"{loss['type'] or ' + '.join(loss['types'])}, beta {loss['beta']}"
+    if online is not None:
+        text += f", {online['labels']} labels of the best and the worst of {online['answers']} answers"
+    return text
+
+
+def kind(config: Row) -> str:
+    """Return what was trained, in words."""
+    if "ppo" in config:
+        return "Policy gradient"
+    if "loss" not in config:
+        return "Supervised fine-tuning"
+    if "beta" not in config["loss"]:
+        return "Reward model"
+    return "Direct Preference Optimization" if config["data"].get("online") is None else "Online DPO"
 
 
 MEANINGS = {key: plot.note for plot in reversed(PLOTS) for key in plot.keys} | NOT_PLOTTED
@@ -105,9 +125,6 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
     run = RunDir(run_dir)
     config, metrics, timings = load_yaml(run.config), read_json(run.metrics), read_json(run.timings)
     distributions = read_json(run.distributions)
-    kind = "Supervised fine-tuning"
-    if "loss" in config:
-        kind = "Direct Preference Optimization" if "beta" in config["loss"] else "Reward model"
     first_title = "Loss, accuracy, margin and rewards" if "loss" in config else "Loss"
     headline_plots = [plot for plot in PLOTS if plot.keys[0] in MAIN_KEYS]
     sections = [
@@ -123,7 +140,7 @@ def write_report(run_dir: Path, data: Mapping[str, Sequence[Row]] | None = None)
         heading("Speed", plots(SPEED_PLOTS, timings)),
         details("Every option of the run (config.yaml)", run.config.read_text(encoding="utf-8")),
     ]
-    write_atomically(run.report, page(run.root.name, f"{kind} · {run.root}", sections))
+    write_atomically(run.report, page(run.root.name, f"{kind(config)} · {run.root}", sections))
     return run.report
 
 
@@ -142,7 +159,7 @@ def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], progress: bool
 def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
     """Return first and last values of the main metrics for each evaluation set, or for training if there is none."""
     titles = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss"}
-    titles["mean_token_accuracy"] = "token accuracy"
+    titles |= {"mean_token_accuracy": "token accuracy", "score": "score", "win_rate": "win rate", "sampled_kl": "KL"}
     prefixes = {f"eval_{name}_": f"{name}: " for name in eval_sets(metrics)} or {"": "training: "}
     summary: dict[str, tuple[str | None, str]] = {}
     for prefix, label in prefixes.items():

@@ -35,7 +35,7 @@ _OPTIONS = {
     "reference": "reference.path",
     "store": "data.train data.template_date",
     "prompts": "prompts",
-    "reward": "reward",
+    "reward": "reward data.online.reward",
     "template": "data.chat_template",
     "length": "run.steps run.epochs",
     "rounding": "model.attention model.remat model.scan reference.mode batch.row_length batch.accumulation "

@@ -65,6 +65,7 @@ def open_reward_model(
         UserError: it is a language model, or its tokenizer cannot be loaded.
     """
     assert config.path is not None
+    option = f"{config.section}.path"
     model = replace(policy, path=config.path, revision=config.revision, checkpoint=config.checkpoint, tokenizer=None)
     try:
         opened = open_model(model, platform)
@@ -73,24 +74,24 @@ def open_reward_model(
     except UserError as error:
         if not str(error).startswith(("model.path", "model.revision", "model.checkpoint")):
             raise
-        raise UserError(f"reward.{str(error).removeprefix('model.')}") from error
+        raise UserError(f"{config.section}.{str(error).removeprefix('model.')}") from error
     try:
         reward_tokenizer = opened.tokenizer(None)
     except UserError as error:
         remedy = "fix the tokenizer in its directory, or choose another reward model"
-        raise UserError(f"reward.path: {config.path}: its tokenizer cannot be loaded: {error}; {remedy}") from error
+        raise UserError(f"{option}: {config.path}: its tokenizer cannot be loaded: {error}; {remedy}") from error
     if reward_tokenizer.chat_template is None:
         reward_tokenizer.chat_template = tokenizer.chat_template
     if tokenizer_hash(reward_tokenizer) == tokenizer_hash(tokenizer):
         return RewardModel(opened, _read_tokens)
-    return RewardModel(opened, _make_read_text(config.path, reward_tokenizer, tokenizer, template_date))
+    return RewardModel(opened, _make_read_text(option, config.path, reward_tokenizer, tokenizer, template_date))
 
 
 def _read_tokens(prompt: TokenizedPrompt, answer: Answer, _: Callable[[], Example]) -> tuple[list[int], list[int]]:
     return prompt.tokens, with_tail(answer.tokens, answer.ended, prompt.tail)
 
 
-def _make_read_text(path: str, reward_tokenizer: Any, tokenizer: Any, template_date: str) -> ReadAnswer:
+def _make_read_text(option: str, path: str, reward_tokenizer: Any, tokenizer: Any, template_date: str) -> ReadAnswer:
     """Return a function that tokenizes an answer's text as the training of the reward model did.
 
     An answer that was cut off has none of the tokens that end one.
@@ -112,6 +113,6 @@ def _make_read_text(path: str, reward_tokenizer: Any, tokenizer: Any, template_d
         if answered.cause == "empty_answer" and tail and isinstance(alone, TokenizedPrompt):
             return alone.tokens, tail
         remedy = "remove the row, or choose another reward model"
-        raise UserError(f"reward.path: {path} cannot read row {example.row}: {answered.detail}; {remedy}")
+        raise UserError(f"{option}: {path} cannot read row {example.row}: {answered.detail}; {remedy}")
 
     return read_text

@@ -10,6 +10,7 @@ from small_tokenizer import make_tokenizer
 
 from dpo_jax import cli
 from dpo_jax.commands.evaluate import evaluate
+from dpo_jax.commands.sweep import sampled_rows_of
 from dpo_jax.config import DPOConfig
 from dpo_jax.config.file import config_to_yaml, parse_config
 from dpo_jax.errors import UserError
@@ -100,3 +101,15 @@ def test_what_a_sweep_refuses(folder, capsys, words, line):
     assert cli.main(["sweep", str(folder / "refused.yaml"), *words]) == 2
     assert line in capsys.readouterr().err
     assert not (folder / "refused").exists()
+
+
+def test_a_sweep_of_online_dpo_compares_answers_and_needs_prompts_for_it(folder, capsys):
+    metrics = {"score": 9.0, "eval_x_score": 1.5, "eval_x_sampled_kl": 0.5, "eval_x_win_rate": 0.75}
+    metrics |= {"eval_x_length": 8.0, "eval_x_ended": 1.0}
+    row = {"beta": 0.1, "set": "x", "score": 1.5, "KL": 0.5, "win rate": 0.75, "length": 8.0, "ended": 1.0}
+    assert sampled_rows_of(0.1, metrics) == [row]
+    config = folder / "online.yaml"
+    online = {"data__online__reward__function": "rewards:vowels", "data__eval_fraction": 0.0}
+    config.write_text(config_to_yaml(config_of(folder, "online", **online)))
+    assert cli.main(["sweep", str(config), "--betas", "0.1,0.2"]) == 2
+    assert "data.eval: a sweep of online DPO compares answers to evaluation prompts" in capsys.readouterr().err

@@ -81,6 +81,8 @@ NEVER_ACTS = [
     ("loss.f_alpha", 0.7, {}),
     ("loss.ld_alpha", 0.5, {"loss.type": "ipo"}),
     ("loss.weighting", "wpo", {"loss.type": "aot"}),
+    ("loss.weighting", "wpo", {"data.online.reward": "r"}),
+    ("data.append_eos", False, {"data.online.reward": "r"}),
     ("loss.wpo_gradient", True, {}),
     ("loss.reference_free", True, {"loss.type": "simpo"}),
     ("loss.ipo_average", False, {}),
@@ -96,7 +98,10 @@ ACTS = {
     "data.max_length", "data.shuffle", "data.invalid_rows.missing_field", "data.invalid_rows.empty_answer",
     "data.invalid_rows.empty_prompt", "data.invalid_rows.equal_answers", "data.invalid_rows.message_not_rendered",
     "data.invalid_rows.prompts_differ", "data.invalid_rows.template_not_prefix", "data.invalid_rows.template_refused",
-    "data.invalid_rows.too_long",
+    "data.invalid_rows.too_long", "data.online.reward.path", "data.online.reward.revision",
+    "data.online.reward.checkpoint", "data.online.reward.function", "data.online.answers", "data.online.labels",
+    "data.online.missing_eos_penalty", "data.online.sampling.max_tokens", "data.online.sampling.temperature",
+    "data.online.sampling.top_k", "data.online.sampling.top_p",
     "data.store", "data.workers", "optimizer.name", "optimizer.learning_rate", "optimizer.schedule",
     "optimizer.weight_decay", "optimizer.max_grad_norm", "mesh.data", "mesh.fsdp", "mesh.tensor", "run.dir",
     "run.steps", "run.epochs", "run.token_stats", "run.export", "run.report", "run.trackers", "run.progress",
@@ -607,15 +612,17 @@ def test_every_field_and_section_says_what_it_is(kind):
 
 
 def test_defaults_in_the_help_are_the_defaults():
-    config = parse()
+    online = {"data.online.reward": "r"}  # opens a section that is not there by default
+    config = parse(**online)
     for section in sections(DPOConfig):
         for field in section.fields:
-            if field.default is None:
+            if field.default is None or field.name.startswith("data.online.reward."):
                 continue
             value = config
             for part in field.name.split("."):
                 value = getattr(value, part)
-            assert parse_config(LEAST, {field.name: CommandLineText(field.default)}, DPOConfig) == config, field.name
+            overrides = online | {field.name: CommandLineText(field.default)}
+            assert parse_config(LEAST, overrides, DPOConfig) == config, field.name
             texts = (str(value), json.dumps(value), yaml.safe_dump(value).split("\n")[0], "null", "[]")
             assert field.default in texts, field.name
 

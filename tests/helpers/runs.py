@@ -7,11 +7,12 @@ begins as a fresh one would, some seconds sooner.
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -114,6 +115,17 @@ def joined(count: int, function: Callable[..., int | None], *arguments: Any, fol
 def started_jointly(count: int, *argv: Any, folder: Path) -> AbstractContextManager[list[Running]]:
     """``dpo-jax`` with these arguments in so many processes."""
     return joined(count, _command, [str(word) for word in argv], folder=folder)
+
+
+def killed(lines: Sequence[int], *argv: Any, run: Path, output: Path, chance: random.Random) -> None:
+    """Start a command once for each of ``lines``, and kill it up to a second after its metrics have more than that."""
+    for count in lines:
+        starts = len(events(run, "data")) if run.exists() else 0
+        with started(*argv, output=output) as running:
+            running.wait_for(lambda: run.exists() and len(events(run, "data")) > starts)  # noqa: B023
+            running.wait_for(lambda: num_lines(run / "metrics.jsonl") > count)  # noqa: B023
+            time.sleep(chance.random())
+            running.kill()
 
 
 def free_port() -> int:

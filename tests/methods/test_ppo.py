@@ -22,12 +22,6 @@ from dpo_jax.weights.open import open_model
 STEPS = 4
 
 
-def vowels(prompts, answers, rows):
-    """Score answers by their share of vowels; each answer comes with its prompt's row."""
-    assert [row["prompt"] for row in rows] == prompts
-    return [sum(letter in "aeiou" for letter in answer) / (1 + len(answer)) for answer in answers]
-
-
 def options(shared: Path, folder: Path, name: str = "run", **sections) -> PPOConfig:
     """A short run on stories260K and three prompts."""
     data = folder / "prompts.jsonl"
@@ -36,7 +30,7 @@ def options(shared: Path, folder: Path, name: str = "run", **sections) -> PPOCon
     tree = {
         "model": {"path": str(shared / "models" / "stories260K")},
         "data": {"train": str(data), "max_length": 64, "store": str(folder / "store"), "workers": 1},
-        "reward": {"function": f"{__name__}:vowels"},
+        "reward": {"function": "rewards:vowels"},
         "sampling": {"max_tokens": 8},
         "ppo": {"kl_coef": 0.1, "epochs": 2, "answers": 2},
         "optimizer": {"learning_rate": 1e-3},
@@ -78,7 +72,10 @@ def test_the_first_rollout_is_the_reference_s_and_its_first_ratios_are_1(run):
 def test_the_run_is_evaluated_reported_and_exported(run):
     evaluations = [row for row in read_json(Path(run.run.dir) / "metrics.jsonl") if "eval_held_out_score" in row]
     assert [row["step"] for row in evaluations] == [0, STEPS]
+    assert (evaluations[0]["eval_held_out_sampled_kl"], evaluations[0]["eval_held_out_win_rate"]) == (0, 0.5)
+    assert evaluations[1]["eval_held_out_sampled_kl"] != 0
     report = (Path(run.run.dir) / "report.html").read_text()
+    assert "Policy gradient" in report
     assert "gae, KL coefficient 0.1, 2 updates a step" in report
     exported = open_model(run.model.__class__(path=str(Path(run.run.dir) / "export")), "cpu")
     resaved = open_model(run.model.__class__(path=run.run.dir), "cpu")
@@ -179,7 +176,7 @@ def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
     ("sections", "message"),
     [
         ({"ppo": {"kl_estimator": "k3"}}, "ppo.kl_estimator: unknown option: the penalty is k1"),
-        ({"sampling": {"top_p": 0.9}}, "sampling.top_p: 0.9 cannot be used: policy gradients need samples"),
+        ({"sampling": {"top_p": 0.9}}, "sampling.top_p: 0.9 cannot be used: training on sampled answers"),
         ({"sampling": {"temperature": 0.7}}, "sampling.temperature: 0.7 cannot be used"),
         ({"reference": {"mode": "cached"}}, "reference.mode: 'cached' cannot be used: new answers need a live ref"),
         ({"ppo": {"estimator": "rloo", "answers": 1}}, "ppo.answers: 1 cannot be used: rloo compares the answers"),
@@ -207,7 +204,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(shared, tmp_path, section
 )
 def test_scores_that_are_not_a_number_each_are_refused(scores, message):
     with pytest.raises(UserError, match=message):
-        checked_scores("m:f", scores, 2)
+        checked_scores("reward.function", "m:f", scores, 2)
 
 
 def test_a_reward_function_that_fails_ends_the_run_in_one_line(shared, tmp_path):

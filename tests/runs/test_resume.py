@@ -4,11 +4,10 @@ import hashlib
 import json
 import random
 import signal
-import time
 
 import numpy as np
 import pytest
-from runs import ended, events, num_lines, saved_bits, started, write_config
+from runs import ended, events, killed, num_lines, saved_bits, started, write_config
 
 from dpo_jax.config import InvalidRowsConfig
 from dpo_jax.config.file import load_yaml
@@ -189,13 +188,7 @@ def test_an_epoch_killed_at_random_is_the_epoch(hh, tmp_path):
     assert accuracy[1] > 0.5
 
     num_steps, chance = rows[-1]["step"], random.Random(3)
-    for lines in sorted(chance.sample(range(2, num_steps), 3)):
-        starts = len(events(run, "start")) if run.exists() else 0
-        with started("train", hh, output=tmp_path / "said") as running:
-            running.wait_for(lambda: run.exists() and len(events(run, "data")) > starts)  # noqa: B023
-            running.wait_for(lambda: num_lines(run / "metrics.jsonl") > lines)  # noqa: B023
-            time.sleep(chance.random())
-            running.kill()
+    killed(sorted(chance.sample(range(2, num_steps), 3)), "train", hh, run=run, output=tmp_path / "said", chance=chance)
     assert ended("train", hh, output=tmp_path / "said") == (0, "")
     print("restored at", [event["step"] for event in events(run, "restore")])
     assert len(events(run, "start")) == 4

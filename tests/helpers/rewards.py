@@ -1,0 +1,12 @@
+"""Reward functions, in a module that processes started by tests can import."""
+
+
+def vowels(prompts, answers, rows):
+    """Score answers by their share of vowels; each answer comes with its prompt's row."""
+    assert [row["prompt"] for row in rows] == prompts
+    return [sum(letter in "aeiou" for letter in answer) / (1 + len(answer)) for answer in answers]
+
+
+def equal(prompts, answers, rows):
+    """Score all answers alike."""
+    return [0.0] * len(answers)
