@@ -350,11 +350,13 @@ def test_the_page_gives_the_range_that_is_checked():
     positive = {"data.train.0.limit", "data.train.0.weight", "data.workers", "lora.alpha", "loss.beta", "loss.weights",
                 "optimizer.learning_rate", "optimizer.decay_steps", "optimizer.max_grad_norm", "batch.pairs",
                 "batch.examples", "batch.max_shapes", "batch.accumulation", "batch.target_chunk", "run.steps",
-                "run.epochs", "run.log_every", "run.profile_steps", "checkpoint.keep"}  # fmt: skip
+                "run.epochs", "run.log_every", "run.profile_steps", "checkpoint.keep",
+                "data.online.sampling.max_tokens"}  # fmt: skip
     from_0 = {"lora.rank", "loss.dpop_lambda", "loss.simpo_gamma", "loss.cpo_weight", "loss.center",
               "optimizer.warmup_steps",
               "optimizer.weight_decay", "reference.sync_every", "run.eval_every", "run.seed", "checkpoint.every",
-              "checkpoint.keep_best"}  # fmt: skip
+              "checkpoint.keep_best", "data.online.missing_eos_penalty", "data.online.sampling.temperature",
+              "data.online.sampling.top_k"}  # fmt: skip
     assert ranges == {
         **dict.fromkeys(positive, "positive"),
         **dict.fromkeys(from_0, "at least 0"),
@@ -362,6 +364,8 @@ def test_the_page_gives_the_range_that_is_checked():
         **dict.fromkeys(["optimizer.b1", "optimizer.b2", "optimizer.eps"], "at least 0 and below 1"),
         "data.eval_fraction": "at least 0 and below 1",
         "data.max_length": "at least 2",
+        "data.online.answers": "at least 2",
+        "data.online.sampling.top_p": "positive and at most 1",
         "batch.row_length": "at least 64 and a multiple of 64",
         "optimizer.final_fraction": "at least 0 and at most 1",
         "reference.sync_mix": "positive and at most 1",
@@ -507,7 +511,7 @@ def test_yaml_out_and_in_again_is_equal(kind, tmp_path):
 
 
 def test_every_default_is_spelled_out(tmp_path):
-    tree = yaml.safe_load(config_to_yaml(parse()))
+    tree = yaml.safe_load(config_to_yaml(parse(data__online__reward="r")))
     for name in field_names(DPOConfig):
         node = tree
         for part in name.split("."):
