@@ -355,7 +355,7 @@ def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: Los
     order if the policy had sampled the answers. With one answer per prompt (fine-tuning) there are only the loss and
     the token statistics.
 
-    Of sampled answers there are also ``sampled_kl``, the mean of s(y), which estimates that KL if none was left out, and
+    Sampled answers also have ``sampled_kl``, the mean of s(y), which estimates that KL if none was left out, and
     ``sampler_error`` and ``mean_sampler_error``, of log-probs against the sampler's, relative to their size.
     """
     num_pairs = jnp.maximum(policy.valid.sum(), 1)
