@@ -11,10 +11,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.commands import inn
-from dpo_jax.commands.inn_runs import LANGUAGE, dpo, online_dpo, policy_gradient
+from dpo_jax.commands.inn_policies import Policy, table_policy
+from dpo_jax.commands.inn_runs import offline as run_offline
+from dpo_jax.commands.inn_runs import online_dpo, policy_gradient, preferences
 from dpo_jax.config import LossConfig
 from dpo_jax.config.online import PolicyGradientConfig
 from dpo_jax.console import say
@@ -48,7 +51,7 @@ class Method(NamedTuple):
 
     name: str
     beta: float
-    run: Callable[[], np.ndarray]  # -> each seed's table
+    run: Callable[[], list[Any]]  # -> each seed's weights
     sampled: int = 0  # answers sampled in training
     labels: int = 0  # preference pairs
 
@@ -72,23 +75,24 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Task:
-    """The inn, and the reference's log-probs of all its answers."""
+    """The inn for one kind of policy, and the log-probs of all answers under the one that all runs start from."""
 
+    policy: Policy
     tree: inn.Tree = field(default_factory=inn.Tree)
 
     @cached_property
     def reference(self) -> np.ndarray:
         """Log-prob of every leaf under the policy that all runs start from."""
-        return self.tree.leaf_logps(inn.table_next_logps(LANGUAGE))
+        return self.tree.leaf_logps(self.policy.next_logps(self.policy.start))
 
     @cached_property
     def start(self) -> inn.Exact:
         """What the reference itself reaches."""
         return self.tree.exact(self.reference, self.reference)
 
-    def reached(self, table: np.ndarray) -> inn.Exact:
-        """Return what the policy with this table reaches."""
-        return self.tree.exact(self.tree.leaf_logps(inn.table_next_logps(table)), self.reference)
+    def reached(self, weights: Any) -> inn.Exact:
+        """Return what the policy with these weights reaches."""
+        return self.tree.exact(self.tree.leaf_logps(self.policy.next_logps(weights)), self.reference)
 
     def share(self, reached: inn.Exact) -> float:
         """Return a policy's gain in reward as a share of the largest gain at its KL."""
@@ -96,28 +100,29 @@ class Task:
         return (reached.reward - self.start.reward) / (best - self.start.reward)
 
 
-def repeating_policy() -> np.ndarray:
+def repeating_policy() -> Any:
     """Return the table of another policy than the reference, which repeats courses."""
-    logits = LANGUAGE.copy()
     courses = np.arange(inn.NUM_COURSES)
-    logits[:, :, courses, inn.FIRST_COURSE + courses] += REPEATS
-    return logits
+    return jnp.asarray(inn.language()).at[:, :, courses, inn.FIRST_COURSE + courses].add(REPEATS)
 
 
-def methods() -> list[Method]:
+def methods(policy: Policy) -> list[Method]:
     """Return all methods, in the order of the page."""
 
-    def offline(name: str, loss: LossConfig, size: int = DATA_SIZE, sampler: np.ndarray = LANGUAGE) -> Method:
-        run = partial(dpo, loss, num_steps=DPO_STEPS, num_pairs=PAIRS, data_size=size, seeds=SEEDS, sampler=sampler)
+    def offline(name: str, loss: LossConfig, size: int = DATA_SIZE, sampler: Any = None) -> Method:
+        def run() -> list[Any]:
+            data = preferences(policy, size, SEEDS, sampler)
+            return run_offline(policy, loss, data, SEEDS, num_steps=DPO_STEPS, batch_size=PAIRS).weights
+
         return Method(name, loss.beta, run, labels=size)
 
     def online(beta: float) -> Method:
-        run = partial(online_dpo, beta, num_steps=ONLINE_STEPS, num_pairs=ANSWERS // 2, seeds=SEEDS)
-        return Method("Online DPO", beta, run, sampled=ONLINE_STEPS * ANSWERS)
+        run = partial(online_dpo, policy, beta, SEEDS, num_steps=ONLINE_STEPS, num_pairs=ANSWERS // 2)
+        return Method("Online DPO", beta, lambda: run().weights, sampled=ONLINE_STEPS * ANSWERS)
 
     def gradient(name: str, options: PolicyGradientConfig) -> Method:
-        run = partial(policy_gradient, options, num_steps=GRADIENT_STEPS, num_answers=ANSWERS, seeds=SEEDS)
-        return Method(name, options.kl_coef, lambda: run()[0], sampled=GRADIENT_STEPS * ANSWERS)
+        run = partial(policy_gradient, policy, options, SEEDS, num_steps=GRADIENT_STEPS, num_answers=ANSWERS)
+        return Method(name, options.kl_coef, lambda: run().weights, sampled=GRADIENT_STEPS * ANSWERS)
 
     rloo = PolicyGradientConfig(estimator="rloo", answers=4, epochs=2)
     return [
@@ -142,9 +147,9 @@ def outcome_of(method: Method, task: Task) -> Outcome:
 
 def compare(directory: Path) -> None:
     """Run every method, and write ``compare.json`` and the page ``compare.html`` to a directory."""
-    task, outcomes = Task(), []
+    task, outcomes = Task(table_policy()), []
     directory.mkdir(parents=True, exist_ok=True)
-    for method in methods():
+    for method in methods(task.policy):
         outcome = outcome_of(method, task)
         reward, kl = outcome.reached.reward, outcome.reached.kl
         say(True, f"{method.name}, beta {method.beta:g}: reward {reward:.3f} at KL {kl:.3f}, share {outcome.share:.3f}")

@@ -11,18 +11,16 @@ from functools import cached_property
 from itertools import product
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
-
-from dpo_jax.batch import PairLogps
+from jaxtyping import Array, Bool, Float, Int
 
 BOS, EOS, PAD, UNKNOWN = range(4)
 COURSES = ("soup", "bread", "fish", "roast", "cheese", "cake")
 GUESTS = ("captain", "carter", "fiddler", "judge", "miller", "piper", "smith", "weaver")
 FIRST_COURSE, NUM_COURSES, NUM_GUESTS = 4, len(COURSES), len(GUESTS)
-VOCAB = FIRST_COURSE + NUM_COURSES + NUM_GUESTS
+FIRST_GUEST = FIRST_COURSE + NUM_COURSES
+VOCAB = FIRST_GUEST + NUM_GUESTS
 MAX_TOKENS = 5  # of an answer
 STOPS = np.array([token for token in range(VOCAB) if not FIRST_COURSE <= token < FIRST_COURSE + NUM_COURSES])
 
@@ -145,70 +143,18 @@ def language() -> Float[np.ndarray, "guests depth previous V"]:
 
 
 class Meals(NamedTuple):
-    """Answers to guests, as the table policy reads them."""
+    """Answers to guests."""
 
     guests: Int[Array, "*B K"]
     tokens: Int[Array, "*B K N"]
-    mask: Bool[Array, "*B K N"]
+    mask: Bool[Array, "*B K N"]  # True: a token of the answer, its stop included
 
+    @property
+    def rewards(self) -> Float[Array, "*B K"]:
+        """The rule's reward of each answer."""
+        return answer_rewards(*self)
 
-def table_logps(table: Float[Array, "guests depth previous V"], meals: Meals) -> Float[Array, "*B K N"]:
-    """Return the log-prob of each token under a policy that is a table of next-token logits; 0 at masked ones."""
-    logps = jax.nn.log_softmax(table)[_cells(meals)]
-    token_logps = jnp.take_along_axis(logps, meals.tokens[..., None], axis=-1)[..., 0]
-    return jnp.where(meals.mask, token_logps, 0.0)
-
-
-def table_values(table: Float[Array, "guests depth previous"], meals: Meals) -> Float[Array, "*B K N"]:
-    """Return the value before each token of a value model that is a table."""
-    return jnp.where(meals.mask, table[_cells(meals)], 0.0)
-
-
-def _cells(meals: Meals) -> tuple[Array, Array, Array]:
-    """Return the table's indices before each token: guest, depth, previous course."""
-    previous = jnp.clip(meals.tokens[..., :-1] - FIRST_COURSE, 0, NUM_COURSES - 1)
-    pad = [(0, 0)] * (previous.ndim - 1) + [(1, 0)]
-    previous = jnp.pad(previous, pad, constant_values=NUM_COURSES)
-    return meals.guests[..., None], jnp.arange(MAX_TOKENS), previous
-
-
-def table_answers(
-    table: Float[Array, "guests depth previous V"], guests: Int[Array, " R"], key: Key[Array, ""]
-) -> Meals:
-    """Sample an answer to each guest."""
-
-    def add_token(state: tuple[Array, Array], depth: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        previous, is_open = state
-        token = jax.random.categorical(jax.random.fold_in(key, depth), table[guests, depth, previous])
-        course = token - FIRST_COURSE
-        stays_open = is_open & (course >= 0) & (course < NUM_COURSES)
-        return (jnp.clip(course, 0, NUM_COURSES - 1), stays_open), (token, is_open)
-
-    start = jnp.full_like(guests, NUM_COURSES), jnp.ones_like(guests, bool)
-    _, (tokens, mask) = jax.lax.scan(add_token, start, jnp.arange(MAX_TOKENS))
-    return Meals(guests, tokens.T, mask.T)
-
-
-def table_next_logps(table: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a policy that is a table as `Tree.leaf_logps` takes it."""
-    logps = np.asarray(jax.nn.log_softmax(jnp.asarray(table, jnp.float32)), np.float64)
-    logps -= np.logaddexp.reduce(logps, axis=-1, keepdims=True)
-
-    def next_logps(meals: np.ndarray) -> np.ndarray:
-        depth = meals.shape[1]
-        return logps[:, depth, meals[:, -1] if depth else [NUM_COURSES]]
-
-    return next_logps
-
-
-class Pairs(NamedTuple):
-    """Pairs of answers for DPO's step."""
-
-    meals: Meals  # [P, 2]
-    weight: Float[Array, " P"]
-
-
-def table_pair_logps(table: Float[Array, "guests depth previous V"], pairs: Pairs) -> PairLogps:
-    """Return the log-probs of pairs: the `LogpsFn` of a policy that is a table."""
-    logps, counts = table_logps(table, pairs.meals).sum(-1), pairs.meals.mask.sum(-1).astype(jnp.float32)
-    return PairLogps(logps, counts, pairs.weight, jnp.ones_like(pairs.weight, bool))
+    @property
+    def ended(self) -> Bool[Array, "*B K"]:
+        """Whether each answer ends with the end-of-sequence token."""
+        return (self.mask & (self.tokens == EOS)).any(-1)

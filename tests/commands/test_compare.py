@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from dpo_jax.commands import compare, inn
+from dpo_jax.commands.inn_policies import table_policy
 
 
 def test_best_of_n_is_what_choosing_among_samples_reaches():
-    task = compare.Task()
+    task = compare.Task(table_policy())
     rng, best = np.random.default_rng(0), []
     for guest in range(inn.NUM_GUESTS):
         probs = np.exp(task.reference[guest])
@@ -30,7 +31,7 @@ def test_the_page_has_a_row_and_a_point_for_every_method(tmp_path, monkeypatch):
     compare.compare(tmp_path)
     rows = json.loads((tmp_path / "compare.json").read_text())
     page = (tmp_path / "compare.html").read_text()
-    assert [row["method"] for row in rows] == [method.name for method in compare.methods()]
+    assert [row["method"] for row in rows] == [method.name for method in compare.methods(table_policy())]
     for row in rows:
         assert f"<td>{row['reward']:.3f}</td><td>{row['kl']:.3f}</td><td>{row['share']:.3f}</td>" in page
     assert page.count("<td>") == 10 * (len(rows) + len(compare.BEST_OF))
