@@ -33,6 +33,7 @@ REPEATED, NOT_ENDED = 0.5, 2.0
 START = np.array([3, 3, 2, 2, 1, 1]) / 12  # of the first course
 FOLLOWS = np.array([1, 4, 3, 2, 2, 1]) / 13  # of the next one, by its distance from the last in the list of courses
 STOPS_AFTER = 0.4  # any course but the fourth, after which every meal ends
+NEVER = -20.0  # nats, of a token that another policy than the reference does not use
 SLIP = 1e-3  # probability of a token that the language does not have there
 
 
@@ -43,6 +44,7 @@ class Exact(NamedTuple):
     kl: float  # KL(policy || reference), nats
     ended: float  # share of answers that end with the end-of-sequence token
     entropy: float  # nats
+    length: float  # courses
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ class Tree:
         num_nodes = sum(map(len, self.meals[:-1]))
         return np.concatenate([np.tile(STOPS == EOS, num_nodes), np.zeros(len(self.meals[-1]), bool)])
 
+    @cached_property
+    def lengths(self) -> Int[np.ndarray, "leaves"]:
+        """Number of courses of each leaf."""
+        *nodes, unended = map(len, self.meals)
+        return np.repeat(np.arange(MAX_TOKENS + 1), [*(n * len(STOPS) for n in nodes), unended])
+
     def leaf_logps(self, next_logps: Callable[[np.ndarray], np.ndarray]) -> Float[np.ndarray, "guests leaves"]:
         """Return the log-prob of every answer; ``next_logps``: meals [n, depth] -> log-probs [guests, n, V]."""
         prefix_logps = np.zeros((NUM_GUESTS, 1))
@@ -82,7 +90,7 @@ class Tree:
     def exact(self, logps: np.ndarray, reference: np.ndarray) -> Exact:
         """Return what the policy with these log-probs of its leaves reaches."""
         mean = lambda values: float((np.exp(logps) * values).sum(1).mean())  # noqa: E731
-        return Exact(mean(self.rewards), mean(logps - reference), mean(self.ended), mean(-logps))
+        return Exact(mean(self.rewards), mean(logps - reference), mean(self.ended), mean(-logps), mean(self.lengths))
 
     def optimum(self, reference: np.ndarray, beta: float) -> Exact:
         """Return what ref(y) exp(r(y) / beta) / Z reaches."""
@@ -158,3 +166,24 @@ class Meals(NamedTuple):
     def ended(self) -> Bool[Array, "*B K"]:
         """Whether each answer ends with the end-of-sequence token."""
         return (self.mask & (self.tokens == EOS)).any(-1)
+
+    @property
+    def texts(self) -> list[str]:
+        """What each answer says; a dash for a token that is no course, an ellipsis for an answer without end."""
+        return [_text(tokens[mask]) for tokens, mask in zip(*map(_rows, (self.tokens, self.mask)), strict=True)]
+
+
+def _rows(x: Array) -> np.ndarray:
+    return np.asarray(x).reshape(-1, MAX_TOKENS)
+
+
+def _text(tokens: Int[np.ndarray, " n"]) -> str:
+    words = [COURSES[t - FIRST_COURSE] if FIRST_COURSE <= t < FIRST_GUEST else "-" for t in tokens if t != EOS]
+    return ", ".join(words) + ("." if EOS in tokens else " ...")
+
+
+def without_liked_courses() -> Float[np.ndarray, "guests depth previous V"]:
+    """Return the table of another policy: the language, but it serves no guest a course that the guest likes."""
+    logps = language().copy()
+    logps[..., FIRST_COURSE:FIRST_GUEST] += np.where(LIKED > 0, NEVER, 0)[:, None, None]
+    return logps

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]  # a line of a log
 
@@ -108,11 +108,11 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
     return _png(fig)
 
 
-def _canvas(panels: int) -> tuple[Any, Sequence[Any]]:
+def _canvas(panels: int, size: tuple[float, float] = (6.2, 3.1)) -> tuple[Any, Sequence[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = FigureCanvasAgg(Figure(figsize=(6.2, 3.1), dpi=160, layout="constrained")).figure
+    fig = FigureCanvasAgg(Figure(figsize=size, dpi=160, layout="constrained")).figure
     return fig, fig.subplots(1, panels, sharex=True, squeeze=False)[0]
 
 
@@ -183,20 +183,46 @@ def draw_reliability(bins: Sequence[Row], theme: str) -> bytes:
     return _png(fig)
 
 
-def draw_frontier(
-    optimum: Sequence[tuple[float, float]], points: Mapping[str, Sequence[tuple[float, float]]], theme: str
-) -> bytes:
-    """Draw reward against KL as PNG: the frontier of optimal policies as a curve, and points for each named method."""
+class Frontier(NamedTuple):
+    """What methods reached beside the optimum, as pairs of KL and expected reward."""
+
+    optimum: Sequence[tuple[float, float]]  # a curve
+    points: Mapping[str, Sequence[tuple[float, float, str]]]  # of each method, with a label
+
+
+def draw_frontier(panels: Mapping[str, Frontier], theme: str) -> bytes:
+    """Draw rewards against KLs as PNG, one panel for each title; a method looks alike in all of them."""
     colors = COLORS[theme]
-    fig, (axes,) = _canvas(1)
-    axes.plot(*zip(*optimum, strict=True), color=colors["ink"], linewidth=1.2)
+    fig, columns = _canvas(len(panels), (11.0, 5.4))
     palette = (colors["ink"], colors["chosen"], colors["rejected"], *colors["lines"])
-    for index, (name, pairs) in enumerate(points.items()):
-        style = {"marker": "osD^vPX*h"[index % 9], "color": palette[index % len(palette)], "linewidths": 0}
-        axes.scatter(*zip(*pairs, strict=True), s=34, label=name, zorder=3, **style)
-    axes.set_ylabel("expected reward", color=colors["ink"])
-    _style(axes, colors, "KL(policy || reference), nats")
-    axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=8, loc="lower right")
+    names = list(dict.fromkeys(name for frontier in panels.values() for name in frontier.points))
+    for axes, (title, frontier) in zip(columns, panels.items(), strict=True):
+        axes.plot(*zip(*frontier.optimum, strict=True), color=colors["ink"], linewidth=1.2)
+        for name, points in frontier.points.items():
+            index = names.index(name)
+            style = {"marker": "osD^vPX*h<>p"[index % 12], "color": palette[index % len(palette)], "linewidths": 0}
+            axes.scatter(*zip(*((kl, reward) for kl, reward, _ in points), strict=True), s=40, zorder=3, **style)
+            axes.scatter([], [], s=40, label=name, **style)
+            for kl, reward, text in points:
+                offset = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 7, "color": colors["ink"]}
+                axes.annotate(text, (kl, reward), **offset)
+        axes.set_title(title, color=colors["ink"], fontsize=10)
+        axes.set_ylabel("expected reward", color=colors["ink"])
+        _style(axes, colors, "KL(policy || reference), nats")
+        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=7.5, loc="lower right")
+    return _png(fig)
+
+
+def draw_proxy(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], theme: str) -> bytes:
+    """Draw rewards along training against the KL so far as PNG: a panel for each method, a line for each reward."""
+    colors = COLORS[theme]
+    fig, columns = _canvas(len(curves), (7.6, 3.4))
+    for axes, (title, lines) in zip(columns, curves.items(), strict=True):
+        for (name, points), color in zip(lines.items(), colors["lines"], strict=False):
+            axes.plot(*zip(*points, strict=True), color=color, label=name, linewidth=1.6)
+        axes.set_title(title, color=colors["ink"], fontsize=10)
+        _style(axes, colors, "KL(policy || reference), nats")
+        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=8)
     return _png(fig)
 
 

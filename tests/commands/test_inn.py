@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.commands import inn
-from dpo_jax.commands.compare import Task
+from dpo_jax.commands.inn_experiment import Task
 from dpo_jax.commands.inn_policies import Policy, decoder_policy, decoder_start, table_logps, table_policy
 from dpo_jax.commands.inn_runs import (
     offline,
@@ -121,22 +121,19 @@ def test_dpo_on_pairs_of_the_reference_reaches_most_of_the_optimum():
         assert shares(table, 0.5)[1] > 0.92
 
 
-def test_a_decoder_is_enumerated_sampled_and_trained_with_the_same_log_probs():
-    """Three programs: one forward pass over the tree, the sampler's cache, and packed rows as in training."""
+def test_the_tree_of_a_decoder_has_the_log_probs_that_are_trained():
+    """Two programs: one forward pass over all lists of 4 courses, and packed rows as in training."""
     policy = decoder_policy(jax.tree.map(lambda x: 3 * x, decoder_start(0)))
     leaves = inn.Tree().leaf_logps(policy.next_logps(policy.start))
     np.testing.assert_allclose(np.exp(leaves).sum(1), 1, atol=1e-5)
-
-    @jax.jit
-    def drawn(weights: dict) -> tuple:
-        meals, sampled_logps = sampled(policy, weights, 8, 8, jax.random.key(0))
-        return meals, sampled_logps, policy.logps_fn(weights, policy.inputs(meals, jnp.ones(8)))
-
-    meals, sampled_logps, logps = jax.device_get(drawn(policy.start))
-    np.testing.assert_allclose(sampled_logps, logps, atol=1e-5)
-    assert len(np.unique(meals.mask.sum(-1))) > 2
-    expected = [leaves[meals.guests[i], leaf_of(meals.tokens[i], meals.mask[i])] for i in np.ndindex(8, 8)]
-    np.testing.assert_allclose(logps.sum(-1).ravel(), expected, atol=5e-5)
+    rng = np.random.default_rng(0)
+    tokens = np.where(rng.random((8, 8, 5)) < 0.3, rng.choice(inn.STOPS, (8, 8, 5)), rng.integers(4, 10, (8, 8, 5)))
+    is_stop = np.isin(tokens, inn.STOPS)
+    meals = inn.Meals(rng.integers(0, 8, (8, 8)), tokens, np.cumsum(is_stop, axis=-1) - is_stop == 0)
+    logps = jax.jit(lambda meals: policy.logps_fn(policy.start, policy.inputs(meals, jnp.ones(8))).sum(-1))(meals)
+    expected = [leaves[meals.guests[i], leaf_of(tokens[i], meals.mask[i])] for i in np.ndindex(8, 8)]
+    np.testing.assert_allclose(np.ravel(logps), expected, atol=5e-5)
+    assert len(np.unique(meals.mask.sum(-1))) == 5
 
 
 def leaf_of(tokens: np.ndarray, mask: np.ndarray) -> int:
