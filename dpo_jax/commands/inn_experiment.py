@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo_jax.batch import CHOSEN
 from dpo_jax.commands import inn
-from dpo_jax.commands.inn_policies import Policy, table_policy
+from dpo_jax.commands.inn_policies import PolicyKind, table_policy
 from dpo_jax.commands.inn_runs import (
     REWARD_LOSS,
     Trained,
@@ -81,7 +81,7 @@ class Outcome:
 class Task:
     """The inn for one kind of policy, and the log-probs of all answers under the one that all runs start from."""
 
-    policy: Policy
+    policy: PolicyKind
 
     @cached_property
     def tree(self) -> inn.Tree:
@@ -117,7 +117,7 @@ class Experiment:
     sizes: Sizes
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> PolicyKind:
         """The kind of policy."""
         return self.task.policy
 

@@ -57,7 +57,7 @@ CHUNK = 4096  # targets whose logits are in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # compiled runs are cached by its identity
-class Policy:
+class PolicyKind:
     """A kind of policy: the weights that its runs start from, and pure functions of such weights.
 
     The value model and the reward model are of the same kind. All functions but the last two take what ``inputs``
@@ -84,10 +84,10 @@ class Batch(NamedTuple):
     weight: Float[Array, " B"]
 
 
-def table_policy() -> Policy:
+def table_policy() -> PolicyKind:
     """Return the policy that is a table of logits [guest, depth, previous course, next token]."""
     table = jnp.asarray(language(), jnp.float32)
-    return Policy(
+    return PolicyKind(
         start=table,
         start_value=jnp.zeros(table.shape[:-1]),
         start_reward=jnp.zeros(table.shape),
@@ -179,10 +179,10 @@ def _normalized(logits: np.ndarray) -> np.ndarray:
 
 def decoder_start(seed: int) -> Params:
     """Return the untrained weights of the decoder."""
-    return _MODEL.init(jax.random.key(seed))
+    return jax.jit(_MODEL.init)(jax.random.key(seed))
 
 
-def decoder_policy(start: Params) -> Policy:
+def decoder_policy(start: Params) -> PolicyKind:
     """Return the policy that is a decoder; ``start``: its supervised weights, from which its other models start, too.
 
     The head of the value model is 0, that of the reward model random.
@@ -191,7 +191,7 @@ def decoder_policy(start: Params) -> Policy:
     scored = replace(model, config=replace(DECODER, scores=1))
     layers = without_unembedding(start)
     head = jax.random.normal(jax.random.key(0), (1, DECODER.hidden)) / (DECODER.hidden + 1) ** 0.5
-    return Policy(
+    return PolicyKind(
         start=start,
         start_value=layers | {"score": jnp.zeros_like(head)},
         start_reward=layers | {"score": head},

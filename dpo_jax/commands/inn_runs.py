@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from dpo_jax.batch import Params
 from dpo_jax.commands.inn import NUM_GUESTS, Meals
-from dpo_jax.commands.inn_policies import Policy, decoder_policy, decoder_start, table_policy
+from dpo_jax.commands.inn_policies import PolicyKind, decoder_policy, decoder_start, table_policy
 from dpo_jax.config import LossConfig
 from dpo_jax.config.online import PolicyGradientConfig
 from dpo_jax.logprobs import LogpsFn
@@ -75,7 +75,7 @@ def _compiled(run: Callable[..., Any], structure: Any, shapes: tuple[jax.ShapeDt
 
 
 def sampled(
-    policy: Policy, weights: Params, num_prompts: int, num_answers: int, key: Key[Array, ""]
+    policy: PolicyKind, weights: Params, num_prompts: int, num_answers: int, key: Key[Array, ""]
 ) -> tuple[Meals, Float[Array, "B K N"]]:
     """Sample answers [B, K, N] to guests in turn; return them and the log-prob of each token."""
     guests = jnp.repeat(jnp.arange(num_prompts) % NUM_GUESTS, num_answers)
@@ -83,7 +83,7 @@ def sampled(
     return jax.tree.map(lambda x: x.reshape(num_prompts, num_answers, *x.shape[1:]), answers)
 
 
-def preferences(policy: Policy, size: int, seeds: Sequence[int], sampler: Params | None = None) -> list[Meals]:
+def preferences(policy: PolicyKind, size: int, seeds: Sequence[int], sampler: Params | None = None) -> list[Meals]:
     """Return pairs [size, 2] for each seed, the chosen answer first, labeled by Bradley-Terry of the rule.
 
     ``sampler``: the weights of the policy that answers; None: those that the runs start from.
@@ -107,7 +107,7 @@ def _reordered(meals: Meals, rows: Array, order: Array) -> Meals:
 
 
 def offline(
-    policy: Policy,
+    policy: PolicyKind,
     loss: LossConfig,
     data: Sequence[Meals],
     seeds: Sequence[int],
@@ -132,7 +132,7 @@ def offline(
 
 @cache
 def _offline_run(
-    policy: Policy, loss: LossConfig, logps_fn: LogpsFn, num_steps: int, batch_size: int
+    policy: PolicyKind, loss: LossConfig, logps_fn: LogpsFn, num_steps: int, batch_size: int
 ) -> Callable[..., tuple[Params, dict[str, Array]]]:
     def run(
         start: Params, reference: Params, meals: Meals, seed: Array, rate: Array
@@ -152,7 +152,7 @@ def _offline_run(
     return run
 
 
-def online_dpo(policy: Policy, beta: float, seeds: Sequence[int], *, num_steps: int, num_pairs: int) -> Trained:
+def online_dpo(policy: PolicyKind, beta: float, seeds: Sequence[int], *, num_steps: int, num_pairs: int) -> Trained:
     """Run online DPO on the rule."""
     options: dict[str, Any] = {"logps_fn": policy.pair_logps_fn, "loss": LossConfig(beta=beta)}
     rows = jnp.tile(jnp.arange(num_pairs), 2)
@@ -173,7 +173,7 @@ def online_dpo(policy: Policy, beta: float, seeds: Sequence[int], *, num_steps: 
 
 
 def policy_gradient(
-    policy: Policy,
+    policy: PolicyKind,
     options: PolicyGradientConfig,
     seeds: Sequence[int],
     *,
@@ -193,7 +193,7 @@ def policy_gradient(
 
 @cache
 def _policy_gradient_run(
-    policy: Policy, options: PolicyGradientConfig, num_steps: int, num_prompts: int
+    policy: PolicyKind, options: PolicyGradientConfig, num_steps: int, num_prompts: int
 ) -> Callable[..., tuple[Params, dict[str, Array]]]:
     def run(
         reference: Params, value: Params | None, reward: Params | None, seed: Array
@@ -222,7 +222,7 @@ def _step_keys(seed: Array, num_steps: int) -> Key[Array, " steps"]:
     return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(num_steps))
 
 
-def supervised_decoder() -> Policy:
+def supervised_decoder() -> PolicyKind:
     """Return a decoder that was trained to the language before preferences, as every run's start."""
     untrained = decoder_policy(decoder_start(0))
     language_policy = table_policy()

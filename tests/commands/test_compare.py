@@ -44,6 +44,7 @@ def test_the_page_has_a_row_and_a_point_for_every_method(tmp_path, monkeypatch):
     assert page.count("<picture>") == 2 + len(results["rankings"])
 
 
+@pytest.mark.slow
 def test_rankings_agree_with_labels_as_often_as_the_rule_allows():
     """A ranker that knows the rule is right about the labels and calibrated, as they are drawn from it."""
     experiment = Experiment("", Task(table_policy()), compare.TABLE_SIZES)

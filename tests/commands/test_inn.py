@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax.commands import inn
 from dpo_jax.commands.inn_experiment import Task
-from dpo_jax.commands.inn_policies import Policy, decoder_policy, decoder_start, table_logps, table_policy
+from dpo_jax.commands.inn_policies import PolicyKind, decoder_policy, decoder_start, table_logps, table_policy
 from dpo_jax.commands.inn_runs import (
     offline,
     online_dpo,
@@ -150,11 +150,11 @@ def leaf_of(tokens: np.ndarray, mask: np.ndarray) -> int:
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Policy:
+def decoder() -> PolicyKind:
     return supervised_decoder()
 
 
-def decoder_shares(decoder: Policy, weights: list) -> list[float]:
+def decoder_shares(decoder: PolicyKind, weights: list) -> list[float]:
     task = Task(decoder)
     return [task.share(task.reached(each)) for each in weights]
 
