@@ -150,16 +150,14 @@ def _ranking(margins: np.ndarray, differences: np.ndarray) -> dict[str, Any]:
     return {"labels": right(margins), "rule": of_rule, "calibration": calibration(margins.ravel())}
 
 
-def proxy_curves(outcome: Outcome) -> dict[str, list[tuple[float, float]]]:
-    """Return the learned and the true reward along training, as means over seeds, against the sampled KL.
+def proxy_curves(outcome: Outcome) -> dict[str, list[float]]:
+    """Return the learned and the true reward of each step's answers, as means over seeds.
 
     A learned reward has an arbitrary offset; it is shifted to the rule's mean on the answers of the first step, which
     are the reference's.
     """
-    keys = ("sampled_kl", "score", "rule")
-    kl, score, rule = (np.mean([metrics[key] for metrics in outcome.trained.metrics], axis=0) for key in keys)
-    lines = {"learned reward": score - score[0] + rule[0], "the rule": rule}
-    return {name: list(zip(kl.tolist(), values.tolist(), strict=True)) for name, values in lines.items()}
+    score, rule = (np.mean([metrics[key] for metrics in outcome.trained.metrics], axis=0) for key in ("score", "rule"))
+    return {"learned reward": (score - score[0] + rule[0]).tolist(), "the rule": rule.tolist()}
 
 
 def texts(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -193,36 +193,37 @@ class Frontier(NamedTuple):
 def draw_frontier(panels: Mapping[str, Frontier], theme: str) -> bytes:
     """Draw rewards against KLs as PNG, one panel for each title; a method looks alike in all of them."""
     colors = COLORS[theme]
-    fig, columns = _canvas(len(panels), (11.0, 5.4))
+    fig, columns = _canvas(len(panels), (11.0, 5.8))
     palette = (colors["ink"], colors["chosen"], colors["rejected"], *colors["lines"])
     names = list(dict.fromkeys(name for frontier in panels.values() for name in frontier.points))
-    for axes, (title, frontier) in zip(columns, panels.items(), strict=True):
+    for number, (axes, (title, frontier)) in enumerate(zip(columns, panels.items(), strict=True)):
         axes.plot(*zip(*frontier.optimum, strict=True), color=colors["ink"], linewidth=1.2)
         for name, points in frontier.points.items():
             index = names.index(name)
             style = {"marker": "osD^vPX*h<>p"[index % 12], "color": palette[index % len(palette)], "linewidths": 0}
-            axes.scatter(*zip(*((kl, reward) for kl, reward, _ in points), strict=True), s=40, zorder=3, **style)
-            axes.scatter([], [], s=40, label=name, **style)
+            label = name if all(name not in drawn.points for drawn in list(panels.values())[:number]) else None
+            places = zip(*((kl, reward) for kl, reward, _ in points), strict=True)
+            axes.scatter(*places, s=44, alpha=0.8, zorder=3, label=label, **style)
             for kl, reward, text in points:
                 offset = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 7, "color": colors["ink"]}
                 axes.annotate(text, (kl, reward), **offset)
         axes.set_title(title, color=colors["ink"], fontsize=10)
         axes.set_ylabel("expected reward", color=colors["ink"])
         _style(axes, colors, "KL(policy || reference), nats")
-        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=7.5, loc="lower right")
+    fig.legend(frameon=False, labelcolor=colors["ink"], fontsize=8.5, loc="outside lower center", ncols=4)
     return _png(fig)
 
 
-def draw_proxy(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], theme: str) -> bytes:
-    """Draw rewards along training against the KL so far as PNG: a panel for each method, a line for each reward."""
+def draw_proxy(curves: Mapping[str, Mapping[str, Sequence[float]]], theme: str) -> bytes:
+    """Draw rewards along training as PNG: a panel for each method, a line for each reward."""
     colors = COLORS[theme]
-    fig, columns = _canvas(len(curves), (7.6, 3.4))
+    fig, columns = _canvas(len(curves), (11.0, 3.6))
     for axes, (title, lines) in zip(columns, curves.items(), strict=True):
-        for (name, points), color in zip(lines.items(), colors["lines"], strict=False):
-            axes.plot(*zip(*points, strict=True), color=color, label=name, linewidth=1.6)
-        axes.set_title(title, color=colors["ink"], fontsize=10)
-        _style(axes, colors, "KL(policy || reference), nats")
-        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=8)
+        for (name, values), color in zip(lines.items(), colors["lines"], strict=False):
+            axes.plot(values, color=color, label=name, linewidth=1.6)
+        axes.set_title(title.replace(", ", ",\n"), color=colors["ink"], fontsize=10)
+        _style(axes, colors, "step")
+        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
     return _png(fig)
 
 

@@ -18,8 +18,8 @@ RANKING_NOTE = """Labels right: of the held-out pairs' noisy labels; a ranker th
 the first row. As the rule: pairs ranked as the rule ranks them, ties of the rule aside. The calibration error compares
 the probability that a margin stands for with how often the label agrees."""
 PROXY_NOTE = """Both rewards of the answers sampled in training, as means over seeds; the learned one is shifted to the
-rule's mean at the first step. Where the learned reward rises and the rule's does not, the policy exploits the reward
-model's errors."""
+rule's mean at the first step. Where the learned reward rises and the rule's does not, the policy exploits what the
+reward model does not know."""
 BILL_NOTE = """Updates are those of the policy. CPU seconds are those of all seeds, and of compiling their one program.
 Memory is that of the compiled program: its inputs, outputs and temporary arrays. Every method that says reward model
 also needs one trained: {updates} updates, {seconds:.0f} + {compile:.0f} CPU seconds. Best of n samples n answers for
