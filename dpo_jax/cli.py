@@ -225,7 +225,7 @@ COMMANDS = {
     ),
     "compare": Command(
         _compare,
-        "Compare DPO, online DPO, PPO and RLOO on a task whose optimum is known exactly; write a page.",
+        "Compare DPO, reward models, PPO and others on a task whose optimum is known exactly; write a page.",
         arguments={"--dir": {**TEXT, "default": "runs/compare", "help": "Folder for the page."}},
     ),
     "quickstart": Command(

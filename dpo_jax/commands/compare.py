@@ -1,196 +1,177 @@
 """Compare the ways from preferences to a policy on a task where the optimum is known exactly.
 
-Every method trains the same table policy of the inn, with 3 seeds; expected reward and KL are sums over all answers.
+Every method starts from the same supervised policy and, if it is offline, from the same pairs, with 3 seeds; expected
+reward and KL are sums over all answers.
 """
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.batch import CHOSEN, REJECTED
 from dpo_jax.commands import inn
-from dpo_jax.commands.inn_runs import LANGUAGE, dpo, online_dpo, policy_gradient
+from dpo_jax.commands.inn_experiment import (
+    DATA_SIZE,
+    SEEDS,
+    TUNED_BETA,
+    Experiment,
+    Method,
+    Outcome,
+    Sizes,
+    Task,
+)
+from dpo_jax.commands.inn_policies import table_policy
+from dpo_jax.commands.inn_runs import SFT_LOSS, supervised_decoder
 from dpo_jax.config import LossConfig
 from dpo_jax.config.online import PolicyGradientConfig
 from dpo_jax.console import say
-from dpo_jax.reports.charts import draw_frontier, figure
-from dpo_jax.reports.html import heading, page, paragraph, table
+from dpo_jax.inference.distributions import calibration
+from dpo_jax.reports.comparison import comparison_page
 from dpo_jax.runs.directory import writing
 from dpo_jax.storage import write_atomically
 
-SEEDS = range(3)
 BETAS = np.geomspace(0.03, 30, 60)  # of the optimum's curve
 BEST_OF = (4, 16, 64)
-DATA_SIZE = 8192  # preference pairs
-LARGE_DATA = 131_072
-DPO_STEPS, ONLINE_STEPS, GRADIENT_STEPS = 600, 300, 100
-PAIRS, ANSWERS = 256, 256  # per step
-REPEATS = 3.0  # nats that another policy than the reference adds to a course repeated at once
-COLUMNS = (
-    "Method", "beta", "reward", "KL, nats", "share", "ended", "optimum's KL", "spread", "sampled", "pairs", "seconds"
-)  # fmt: skip
-INTRODUCTION = """Each method starts from the same supervised policy, its reference. Rewards are the rule's own, KL is
-KL(policy || reference), and both are exact. Share is a method's gain in reward as a part of the largest gain that any
-policy has at its KL. Beta is the KL coefficient of PPO and RLOO."""
-EXPLANATION = """Optimum's KL is that of the exact optimum for the method's beta. Spread is the range of expected
-rewards over seeds. PPO, RLOO and online DPO ask the rule for the score of every answer that they sample; DPO and IPO
-see only noisy labels of pairs that were drawn beforehand. The pairs of another policy are answers that repeat courses,
-which the reference rarely does."""
+TABLE_SIZES = Sizes(offline=600, online=300, gradient=100, rates=(0.05,))
+DECODER_SIZES = Sizes(offline=200, online=150, gradient=60, rates=(1e-3, 1.5e-3))
+RLOO = PolicyGradientConfig(estimator="rloo", answers=4, epochs=2, kl_coef=0.2)
+PPO = PolicyGradientConfig(kl_coef=0.2)
+DPO, LEARNED_PPO = "DPO", "Reward model + PPO"  # names of rows that other parts of the page are about
+SHOWN_GUESTS = (1, 2, 5)  # whose answers the page shows, by number
 
 
-class Method(NamedTuple):
-    """A way to a policy."""
-
-    name: str
-    beta: float
-    run: Callable[[], np.ndarray]  # -> each seed's table
-    sampled: int = 0  # answers sampled in training
-    labels: int = 0  # preference pairs
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a method reached, as means over seeds, and what it took."""
-
-    method: Method
-    reached: inn.Exact
-    spread: float  # largest minus smallest expected reward of the seeds
-    share: float  # of the best reward at this KL
-    seconds: float
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """The outcome as a JSON object."""
-        measured = {"share": self.share, "spread": self.spread, "seconds": round(self.seconds, 1)}
-        return {"method": self.method.name, "beta": self.method.beta, **self.reached._asdict(), **measured}
-
-
-@dataclass(frozen=True)
-class Task:
-    """The inn, and the reference's log-probs of all its answers."""
-
-    tree: inn.Tree = field(default_factory=inn.Tree)
-
-    @cached_property
-    def reference(self) -> np.ndarray:
-        """Log-prob of every leaf under the policy that all runs start from."""
-        return self.tree.leaf_logps(inn.table_next_logps(LANGUAGE))
-
-    @cached_property
-    def start(self) -> inn.Exact:
-        """What the reference itself reaches."""
-        return self.tree.exact(self.reference, self.reference)
-
-    def reached(self, table: np.ndarray) -> inn.Exact:
-        """Return what the policy with this table reaches."""
-        return self.tree.exact(self.tree.leaf_logps(inn.table_next_logps(table)), self.reference)
-
-    def share(self, reached: inn.Exact) -> float:
-        """Return a policy's gain in reward as a share of the largest gain at its KL."""
-        best = self.tree.best_reward(self.reference, reached.kl)
-        return (reached.reward - self.start.reward) / (best - self.start.reward)
-
-
-def repeating_policy() -> np.ndarray:
-    """Return the table of another policy than the reference, which repeats courses."""
-    logits = LANGUAGE.copy()
-    courses = np.arange(inn.NUM_COURSES)
-    logits[:, :, courses, inn.FIRST_COURSE + courses] += REPEATS
-    return logits
-
-
-def methods() -> list[Method]:
-    """Return all methods, in the order of the page."""
-
-    def offline(name: str, loss: LossConfig, size: int = DATA_SIZE, sampler: np.ndarray = LANGUAGE) -> Method:
-        run = partial(dpo, loss, num_steps=DPO_STEPS, num_pairs=PAIRS, data_size=size, seeds=SEEDS, sampler=sampler)
-        return Method(name, loss.beta, run, labels=size)
-
-    def online(beta: float) -> Method:
-        run = partial(online_dpo, beta, num_steps=ONLINE_STEPS, num_pairs=ANSWERS // 2, seeds=SEEDS)
-        return Method("Online DPO", beta, run, sampled=ONLINE_STEPS * ANSWERS)
-
-    def gradient(name: str, options: PolicyGradientConfig) -> Method:
-        run = partial(policy_gradient, options, num_steps=GRADIENT_STEPS, num_answers=ANSWERS, seeds=SEEDS)
-        return Method(name, options.kl_coef, lambda: run()[0], sampled=GRADIENT_STEPS * ANSWERS)
-
-    rloo = PolicyGradientConfig(estimator="rloo", answers=4, epochs=2)
+def table_methods(experiment: Experiment) -> list[Method]:
+    """Return the methods that the table runs: those whose theory it shows without a network's errors."""
     return [
-        *(offline("DPO", LossConfig(beta=beta)) for beta in (1.0, 0.5, 0.2)),
-        *(offline("DPO, 16 times the pairs", LossConfig(beta=beta), LARGE_DATA) for beta in (0.5, 0.2)),
-        offline("DPO, pairs of another policy", LossConfig(beta=0.5), sampler=repeating_policy()),
-        offline("IPO", LossConfig(type="ipo", beta=0.5)),
-        *map(online, (0.5, 0.2)),
-        *(gradient("RLOO", replace(rloo, kl_coef=beta)) for beta in (0.5, 0.2)),
-        *(gradient("PPO", PolicyGradientConfig(kl_coef=beta)) for beta in (1.0, 0.5, 0.2)),
+        *(experiment.by_pairs(DPO, LossConfig(beta=beta)) for beta in (0.5, 0.2)),
+        experiment.online(0.2),
+        *(experiment.gradient("PPO on the rule", replace(PPO, kl_coef=beta)) for beta in (1.0, 0.5, 0.2)),
     ]
 
 
-def outcome_of(method: Method, task: Task) -> Outcome:
-    """Run a method, and compute what its policies reached."""
-    began = time.perf_counter()
-    reached = list(map(task.reached, method.run()))
-    rewards = [each.reward for each in reached]
-    mean = inn.Exact(*np.mean(reached, axis=0).tolist())
-    return Outcome(method, mean, max(rewards) - min(rewards), task.share(mean), time.perf_counter() - began)
+def decoder_methods(experiment: Experiment) -> list[Method]:
+    """Return the methods that the decoder runs, in the order of the page."""
+    learned, foreign = lambda: experiment.rewards, lambda: experiment.foreign_rewards
+    return [
+        experiment.by_pairs("Preferred fine-tuning", SFT_LOSS),
+        *(experiment.by_pairs(DPO, LossConfig(beta=beta)) for beta in (TUNED_BETA, 0.2)),
+        experiment.by_pairs("IPO", LossConfig(type="ipo", beta=TUNED_BETA)),
+        experiment.gradient(LEARNED_PPO, PPO, learned),
+        experiment.gradient("Reward model + RLOO", RLOO, learned),
+        experiment.online(0.2),
+        experiment.gradient("PPO on the rule", PPO),
+        experiment.by_pairs("DPO, pairs without liked courses", LossConfig(beta=TUNED_BETA), foreign=True),
+        experiment.gradient("Reward model + PPO, pairs without liked courses", PPO, foreign),
+    ]
+
+
+def outcomes_of(experiment: Experiment, methods: Sequence[Method]) -> Iterator[Outcome]:
+    """Run the methods in turn."""
+    for method in methods:
+        outcome = experiment.outcome(method)
+        reached, beta = outcome.reached, "" if method.beta is None else f", beta {method.beta:g}"
+        result = f"reward {reached.reward:.3f} at KL {reached.kl:.3f}, share {outcome.share:.3f}"
+        say(True, f"{experiment.title}: {method.name}{beta}: {result}")
+        yield outcome
 
 
 def compare(directory: Path) -> None:
     """Run every method, and write ``compare.json`` and the page ``compare.html`` to a directory."""
-    task, outcomes = Task(), []
     directory.mkdir(parents=True, exist_ok=True)
-    for method in methods():
-        outcome = outcome_of(method, task)
-        reward, kl = outcome.reached.reward, outcome.reached.kl
-        say(True, f"{method.name}, beta {method.beta:g}: reward {reward:.3f} at KL {kl:.3f}, share {outcome.share:.3f}")
-        outcomes.append(outcome)
-    best_of = {n: task.tree.best_of(task.reference, n) for n in BEST_OF}
+    table = Experiment("table", Task(table_policy()), TABLE_SIZES)
+    table_outcomes = list(outcomes_of(table, table_methods(table)))
+    decoder = Experiment("decoder", Task(supervised_decoder()), DECODER_SIZES)
+    outcomes = list(outcomes_of(decoder, decoder_methods(decoder)))
+    results = {
+        "seeds": len(SEEDS),
+        "pairs": DATA_SIZE,
+        "answers": decoder.task.reference.size,
+        "learning_rate": decoder.learning_rate,
+        "experiments": [experiment_results(table, table_outcomes), experiment_results(decoder, outcomes)],
+        "rankings": rankings(decoder, outcomes),
+        "reward_model": decoder.rewards.cost._asdict() | {"updates": DECODER_SIZES.offline},
+        "proxy": {
+            each.method.name: proxy_curves(each) for each in outcomes if each.method.name.startswith("Reward model")
+        },
+        "texts": texts(decoder, outcomes),
+    }
     path = directory / "compare.html"
     with writing(path):
-        write_atomically(directory / "compare.json", json.dumps([outcome.row for outcome in outcomes], indent=1) + "\n")
-        write_atomically(path, page_of(task, outcomes, best_of))
+        write_atomically(directory / "compare.json", json.dumps(results, indent=1) + "\n")
+        write_atomically(path, comparison_page(results))
     say(True, f"page: {path}")
 
 
-def page_of(task: Task, outcomes: Sequence[Outcome], best_of: Mapping[int, inn.Exact]) -> str:
-    """Return the page: the frontier, and a table of what each method reached and cost."""
-    points: dict[str, list[tuple[float, float]]] = {"Reference": [(0.0, task.start.reward)]}
+def experiment_results(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return what the methods and the exact policies of one kind of policy reached, as JSON."""
+    task = experiment.task
+    optimum = partial(task.tree.optimum, task.reference)
+    best_of = {n: task.tree.best_of(task.reference, n) for n in BEST_OF}
+    rows = [outcome.row | {"optimum_kl": _optimum_kl(task, outcome.method)} for outcome in outcomes]
+    return {
+        "title": experiment.title,
+        "reference": task.start._asdict(),
+        "optimum": [(each.kl, each.reward) for each in map(optimum, BETAS)],
+        "best_of": [each._asdict() | {"n": n, "share": task.share(each)} for n, each in best_of.items()],
+        "rows": rows,
+    }
+
+
+def _optimum_kl(task: Task, method: Method) -> float | None:
+    return None if method.beta is None else task.tree.optimum(task.reference, method.beta).kl
+
+
+def rankings(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Compare how the reward models, DPO's implicit rewards and the rule rank held-out pairs with noisy labels."""
+    rewards = np.asarray(experiment.held_out.rewards, np.float64)
+    differences = np.round(rewards[:, CHOSEN] - rewards[:, REJECTED], 6)
+    margins = {"The rule": [differences]}
+    margins["Reward model"] = [-np.diff(experiment.scores(each))[:, 0] for each in experiment.rewards.weights]
     for outcome in outcomes:
-        points.setdefault(outcome.method.name, []).append((outcome.reached.kl, outcome.reached.reward))
-    points["Best of n"] = [(each.kl, each.reward) for each in best_of.values()]
-    optimum = [task.tree.optimum(task.reference, beta) for beta in BETAS]
-    draw = partial(draw_frontier, [(each.kl, each.reward) for each in optimum], points)
-    note = "The line is the largest reward that any policy has at a KL: that of reference exp(reward / beta) / Z."
-    rows = [
-        (
-            outcome.method.name,
-            f"{outcome.method.beta:g}",
-            *_reached(outcome.reached, outcome.share),
-            f"{task.tree.optimum(task.reference, outcome.method.beta).kl:.3f}",
-            f"{outcome.spread:.3f}",
-            f"{outcome.method.sampled:,}",
-            f"{outcome.method.labels:,}",
-            f"{outcome.seconds:.0f}",
-        )
-        for outcome in outcomes
-    ]
-    rows += [(f"Best of {n}", "", *_reached(each, task.share(each)), "", "", "", "", "") for n, each in best_of.items()]
-    size = task.reference.size
-    return page(
-        "From preferences to a policy",
-        f"{len(SEEDS)} seeds of a table policy on the inn, a task whose {size:,} answers are all enumerated",
-        [
-            paragraph(INTRODUCTION),
-            heading("Reward against KL", figure("Frontier", note, draw)),
-            heading("What each reached, and what it took", table(COLUMNS, rows), paragraph(EXPLANATION)),
-        ],
-    )
+        beta = outcome.method.beta
+        if outcome.method.name == DPO and beta is not None:
+            ratios = map(experiment.log_ratios, outcome.trained.weights)
+            margins[f"Implicit reward of DPO, beta {beta:g}"] = [-beta * np.diff(each)[:, 0] for each in ratios]
+    return {name: _ranking(np.stack(values), differences) for name, values in margins.items()}
 
 
-def _reached(reached: inn.Exact, share: float) -> tuple[str, ...]:
-    return f"{reached.reward:.3f}", f"{reached.kl:.3f}", f"{share:.3f}", f"{reached.ended:.1%}"
+def _ranking(margins: np.ndarray, differences: np.ndarray) -> dict[str, Any]:
+    """Return how often margins [seeds, pairs] agree with the labels and with the rule, and their calibration."""
+    right = lambda x: float(((np.sign(x) + 1) / 2).mean())  # noqa: E731  a tie counts as half right
+    has_better = differences != 0
+    of_rule = right(margins[:, has_better] * np.sign(differences[has_better]))
+    return {"labels": right(margins), "rule": of_rule, "calibration": calibration(margins.ravel())}
+
+
+def proxy_curves(outcome: Outcome) -> dict[str, list[float]]:
+    """Return the learned and the true reward of each step's answers, as means over seeds.
+
+    A learned reward has an arbitrary offset; it is shifted to the rule's mean on the answers of the first step, which
+    are the reference's.
+    """
+    score, rule = (np.mean([metrics[key] for metrics in outcome.trained.metrics], axis=0) for key in ("score", "rule"))
+    return {"learned reward": (score - score[0] + rule[0]).tolist(), "the rule": rule.tolist()}
+
+
+def texts(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return an answer of each method's first policy to the same guests, drawn with the same key, and its reward."""
+    guests, policy = jnp.array(SHOWN_GUESTS), experiment.policy
+    answers = jax.jit(lambda weights: policy.answers(weights, guests, jax.random.key(0))[0])
+
+    def shown(weights: Any) -> list[tuple[str, float]]:
+        meals = answers(weights)
+        return list(zip(meals.texts, np.asarray(meals.rewards).tolist(), strict=True))
+
+    rows = {"Reference": shown(policy.start)}
+    for outcome in outcomes:
+        beta = "" if outcome.method.beta is None else f", {outcome.method.beta:g}"
+        rows[outcome.method.name + beta] = shown(outcome.trained.weights[0])
+    names = {inn.GUESTS[i]: [inn.COURSES[c] for c in np.argsort(-inn.LIKED[i])[:2]] for i in SHOWN_GUESTS}
+    return {"guests": names, "rows": rows}

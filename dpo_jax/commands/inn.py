@@ -11,18 +11,16 @@ from functools import cached_property
 from itertools import product
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
-
-from dpo_jax.batch import PairLogps
+from jaxtyping import Array, Bool, Float, Int
 
 BOS, EOS, PAD, UNKNOWN = range(4)
 COURSES = ("soup", "bread", "fish", "roast", "cheese", "cake")
 GUESTS = ("captain", "carter", "fiddler", "judge", "miller", "piper", "smith", "weaver")
 FIRST_COURSE, NUM_COURSES, NUM_GUESTS = 4, len(COURSES), len(GUESTS)
-VOCAB = FIRST_COURSE + NUM_COURSES + NUM_GUESTS
+FIRST_GUEST = FIRST_COURSE + NUM_COURSES
+VOCAB = FIRST_GUEST + NUM_GUESTS
 MAX_TOKENS = 5  # of an answer
 STOPS = np.array([token for token in range(VOCAB) if not FIRST_COURSE <= token < FIRST_COURSE + NUM_COURSES])
 
@@ -35,6 +33,7 @@ REPEATED, NOT_ENDED = 0.5, 2.0
 START = np.array([3, 3, 2, 2, 1, 1]) / 12  # of the first course
 FOLLOWS = np.array([1, 4, 3, 2, 2, 1]) / 13  # of the next one, by its distance from the last in the list of courses
 STOPS_AFTER = 0.4  # any course but the fourth, after which every meal ends
+NEVER = -20.0  # nats, of a token that another policy than the reference does not use
 SLIP = 1e-3  # probability of a token that the language does not have there
 
 
@@ -45,6 +44,7 @@ class Exact(NamedTuple):
     kl: float  # KL(policy || reference), nats
     ended: float  # share of answers that end with the end-of-sequence token
     entropy: float  # nats
+    length: float  # courses
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,12 @@ class Tree:
         num_nodes = sum(map(len, self.meals[:-1]))
         return np.concatenate([np.tile(STOPS == EOS, num_nodes), np.zeros(len(self.meals[-1]), bool)])
 
+    @cached_property
+    def lengths(self) -> Int[np.ndarray, "leaves"]:
+        """Number of courses of each leaf."""
+        *nodes, unended = map(len, self.meals)
+        return np.repeat(np.arange(MAX_TOKENS + 1), [*(n * len(STOPS) for n in nodes), unended])
+
     def leaf_logps(self, next_logps: Callable[[np.ndarray], np.ndarray]) -> Float[np.ndarray, "guests leaves"]:
         """Return the log-prob of every answer; ``next_logps``: meals [n, depth] -> log-probs [guests, n, V]."""
         prefix_logps = np.zeros((NUM_GUESTS, 1))
@@ -84,7 +90,7 @@ class Tree:
     def exact(self, logps: np.ndarray, reference: np.ndarray) -> Exact:
         """Return what the policy with these log-probs of its leaves reaches."""
         mean = lambda values: float((np.exp(logps) * values).sum(1).mean())  # noqa: E731
-        return Exact(mean(self.rewards), mean(logps - reference), mean(self.ended), mean(-logps))
+        return Exact(mean(self.rewards), mean(logps - reference), mean(self.ended), mean(-logps), mean(self.lengths))
 
     def optimum(self, reference: np.ndarray, beta: float) -> Exact:
         """Return what ref(y) exp(r(y) / beta) / Z reaches."""
@@ -145,71 +151,39 @@ def language() -> Float[np.ndarray, "guests depth previous V"]:
 
 
 class Meals(NamedTuple):
-    """Answers to guests, as the table policy reads them."""
+    """Answers to guests."""
 
     guests: Int[Array, "*B K"]
     tokens: Int[Array, "*B K N"]
-    mask: Bool[Array, "*B K N"]
+    mask: Bool[Array, "*B K N"]  # True: a token of the answer, its stop included
+
+    @property
+    def rewards(self) -> Float[Array, "*B K"]:
+        """The rule's reward of each answer."""
+        return answer_rewards(*self)
+
+    @property
+    def ended(self) -> Bool[Array, "*B K"]:
+        """Whether each answer ends with the end-of-sequence token."""
+        return (self.mask & (self.tokens == EOS)).any(-1)
+
+    @property
+    def texts(self) -> list[str]:
+        """What each answer says; a dash for a token that is no course, an ellipsis for an answer without end."""
+        return [_text(tokens[mask]) for tokens, mask in zip(*map(_rows, (self.tokens, self.mask)), strict=True)]
 
 
-def table_logps(table: Float[Array, "guests depth previous V"], meals: Meals) -> Float[Array, "*B K N"]:
-    """Return the log-prob of each token under a policy that is a table of next-token logits; 0 at masked ones."""
-    logps = jax.nn.log_softmax(table)[_cells(meals)]
-    token_logps = jnp.take_along_axis(logps, meals.tokens[..., None], axis=-1)[..., 0]
-    return jnp.where(meals.mask, token_logps, 0.0)
+def _rows(x: Array) -> np.ndarray:
+    return np.asarray(x).reshape(-1, MAX_TOKENS)
 
 
-def table_values(table: Float[Array, "guests depth previous"], meals: Meals) -> Float[Array, "*B K N"]:
-    """Return the value before each token of a value model that is a table."""
-    return jnp.where(meals.mask, table[_cells(meals)], 0.0)
+def _text(tokens: Int[np.ndarray, " n"]) -> str:
+    words = [COURSES[t - FIRST_COURSE] if FIRST_COURSE <= t < FIRST_GUEST else "-" for t in tokens if t != EOS]
+    return ", ".join(words) + ("." if EOS in tokens else " ...")
 
 
-def _cells(meals: Meals) -> tuple[Array, Array, Array]:
-    """Return the table's indices before each token: guest, depth, previous course."""
-    previous = jnp.clip(meals.tokens[..., :-1] - FIRST_COURSE, 0, NUM_COURSES - 1)
-    pad = [(0, 0)] * (previous.ndim - 1) + [(1, 0)]
-    previous = jnp.pad(previous, pad, constant_values=NUM_COURSES)
-    return meals.guests[..., None], jnp.arange(MAX_TOKENS), previous
-
-
-def table_answers(
-    table: Float[Array, "guests depth previous V"], guests: Int[Array, " R"], key: Key[Array, ""]
-) -> Meals:
-    """Sample an answer to each guest."""
-
-    def add_token(state: tuple[Array, Array], depth: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        previous, is_open = state
-        token = jax.random.categorical(jax.random.fold_in(key, depth), table[guests, depth, previous])
-        course = token - FIRST_COURSE
-        stays_open = is_open & (course >= 0) & (course < NUM_COURSES)
-        return (jnp.clip(course, 0, NUM_COURSES - 1), stays_open), (token, is_open)
-
-    start = jnp.full_like(guests, NUM_COURSES), jnp.ones_like(guests, bool)
-    _, (tokens, mask) = jax.lax.scan(add_token, start, jnp.arange(MAX_TOKENS))
-    return Meals(guests, tokens.T, mask.T)
-
-
-def table_next_logps(table: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a policy that is a table as `Tree.leaf_logps` takes it."""
-    logps = np.asarray(jax.nn.log_softmax(jnp.asarray(table, jnp.float32)), np.float64)
-    logps -= np.logaddexp.reduce(logps, axis=-1, keepdims=True)
-
-    def next_logps(meals: np.ndarray) -> np.ndarray:
-        depth = meals.shape[1]
-        return logps[:, depth, meals[:, -1] if depth else [NUM_COURSES]]
-
-    return next_logps
-
-
-class Pairs(NamedTuple):
-    """Pairs of answers for DPO's step."""
-
-    meals: Meals  # [P, 2]
-    label: Float[Array, " P"] | None = None  # probability that the first answer is the better one; None: 1
-
-
-def table_pair_logps(table: Float[Array, "guests depth previous V"], pairs: Pairs) -> PairLogps:
-    """Return the log-probs of pairs: the `LogpsFn` of a policy that is a table."""
-    logps, counts = table_logps(table, pairs.meals).sum(-1), pairs.meals.mask.sum(-1).astype(jnp.float32)
-    ones = jnp.ones(len(logps))
-    return PairLogps(logps, counts, ones, ones > 0, label=pairs.label)
+def without_liked_courses() -> Float[np.ndarray, "guests depth previous V"]:
+    """Return the table of another policy: the language, but it serves no guest a course that the guest likes."""
+    logps = language().copy()
+    logps[..., FIRST_COURSE:FIRST_GUEST] += np.where(LIKED > 0, NEVER, 0)[:, None, None]
+    return logps

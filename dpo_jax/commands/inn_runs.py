@@ -1,153 +1,230 @@
-"""Whole runs of each method on the inn, with a policy that is a table of next-token logits.
+"""Whole runs of each method on the inn, for either kind of policy.
 
-A table can hold the optimum exactly and costs next to nothing, so what a method misses is the method's own. The runs
-use the functions that the commands run on models: `train_step`, `policy_gradient_step` and `labeled_pairs`. A run is
-one compiled program over all of its seeds.
+The runs use the functions that the commands run on models: `train_step`, `policy_gradient_step` and `labeled_pairs`. A
+run is one compiled program, in which answers are sampled, too; it serves all seeds and learning rates.
 """
 
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
-from dpo_jax.commands import inn
+from dpo_jax.batch import Params
+from dpo_jax.commands.inn import NUM_GUESTS, Meals
+from dpo_jax.commands.inn_policies import PolicyKind, decoder_policy, decoder_start, table_policy
 from dpo_jax.config import LossConfig
 from dpo_jax.config.online import PolicyGradientConfig
+from dpo_jax.logprobs import LogpsFn
 from dpo_jax.methods.online_dpo import labeled_pairs
 from dpo_jax.policy_gradient import ActorCritic, Rollout, policy_gradient_step
 from dpo_jax.step import Frozen, TrainState, init_state, train_step
 
-LEARNING_RATE = 0.05
-LANGUAGE = inn.language()  # the table that every run starts from, and its reference
-Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
+REWARD_LOSS = LossConfig(beta=1.0, reference_free=True, center=0.01)  # as `RewardConfig.objective`
+SFT_LOSS = LossConfig(type="sft")
+SFT_STEPS, SFT_BATCH, SFT_SIZE = 600, 256, 65_536  # of the decoder's supervised model
 
 
-def make_optimizer(num_updates: int) -> optax.GradientTransformation:
+class Cost(NamedTuple):
+    """What the runs of all seeds took."""
+
+    seconds: float  # of CPU time, without compilation
+    compile_seconds: float  # of the one program of all seeds
+    num_bytes: int  # of a run's inputs, outputs and temporary arrays, as its program was compiled
+
+
+class Trained(NamedTuple):
+    """What the runs of one method made."""
+
+    weights: list[Params]  # of each seed
+    metrics: list[dict[str, np.ndarray]]  # of each seed: a value for every step
+    cost: Cost
+
+
+def make_optimizer(learning_rate: Any, num_updates: int) -> optax.GradientTransformation:
     """Return the optimizer of all runs."""
-    rate = optax.cosine_decay_schedule(LEARNING_RATE, num_updates, 0.1)
+    rate = optax.cosine_decay_schedule(learning_rate, num_updates, 0.1)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99, eps=1e-5))
 
 
+def trained(run: Callable[..., tuple[Params, Any]], arguments: Sequence[tuple[Any, ...]]) -> Trained:
+    """Compile ``run(*arguments) -> (weights, metrics)``, unless it was before, and call it with each of them."""
+    arguments = [jax.tree.map(jnp.asarray, each) for each in arguments]
+    leaves, structure = jax.tree.flatten(arguments[0])
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+    compiled, compile_seconds = _compiled(run, structure, shapes)
+    began = time.process_time()
+    results = jax.block_until_ready([compiled(*each) for each in arguments])
+    memory = compiled.memory_analysis()
+    num_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    cost = Cost(time.process_time() - began, compile_seconds, num_bytes)
+    return Trained([weights for weights, _ in results], jax.device_get([metrics for _, metrics in results]), cost)
+
+
+@cache
+def _compiled(run: Callable[..., Any], structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[Any, float]:
+    """Return the program, and the CPU seconds that its compilation took."""
+    began = time.process_time()
+    compiled = jax.jit(run).lower(*jax.tree.unflatten(structure, shapes)).compile()
+    return compiled, time.process_time() - began
+
+
 def sampled(
-    table: Float[Array, "..."], num_prompts: int, num_answers: int, key: Key[Array, ""]
-) -> tuple[inn.Meals, Float[Array, "B K"]]:
-    """Sample answers [B, K, N] to guests in turn; return them and the rule's reward of each."""
-    guests = jnp.repeat(jnp.arange(num_prompts) % inn.NUM_GUESTS, num_answers)
-    meals = inn.table_answers(table, guests, key)
-    meals = jax.tree.map(lambda x: x.reshape(num_prompts, num_answers, *x.shape[1:]), meals)
-    return meals, inn.answer_rewards(*meals)
+    policy: PolicyKind, weights: Params, num_prompts: int, num_answers: int, key: Key[Array, ""]
+) -> tuple[Meals, Float[Array, "B K N"]]:
+    """Sample answers [B, K, N] to guests in turn; return them and the log-prob of each token."""
+    guests = jnp.repeat(jnp.arange(num_prompts) % NUM_GUESTS, num_answers)
+    answers = policy.answers(weights, guests, key)
+    return jax.tree.map(lambda x: x.reshape(num_prompts, num_answers, *x.shape[1:]), answers)
 
 
-def sampled_rollout(
-    table: Float[Array, "..."], num_prompts: int, options: PolicyGradientConfig, key: Key[Array, ""]
-) -> Rollout:
-    """Sample a rollout of one microbatch."""
-    meals, scores = sampled(table, num_prompts, options.answers, key)
-    ended = (meals.mask & (meals.tokens == inn.EOS)).any(-1)
-    fields = meals, meals.mask, ended, scores, inn.table_logps(table, meals)
-    return Rollout(*jax.tree.map(lambda x: x[None], fields))
+def preferences(policy: PolicyKind, size: int, seeds: Sequence[int], sampler: Params | None = None) -> list[Meals]:
+    """Return pairs [size, 2] for each seed, the chosen answer first, labeled by Bradley-Terry of the rule.
+
+    ``sampler``: the weights of the policy that answers; None: those that the runs start from.
+    """
+
+    @jax.jit
+    def pairs(weights: Params, seed: Array) -> Meals:
+        answers_key, label_key = jax.random.split(jax.random.key(seed))
+        meals, _ = sampled(policy, weights, size, 2, answers_key)
+        rewards = meals.rewards
+        second_wins = jax.random.bernoulli(label_key, jax.nn.sigmoid(rewards[:, 1] - rewards[:, 0])).astype(int)
+        return _reordered(meals, jnp.arange(size), jnp.stack([second_wins, 1 - second_wins], axis=1))
+
+    weights = policy.start if sampler is None else sampler
+    return [pairs(weights, seed) for seed in seeds]
 
 
-def policy_gradient_start(
-    options: PolicyGradientConfig, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, Step]:
-    """Return the initial state, and the step from a state and a rollout to the next state and metrics."""
-    table = jnp.asarray(LANGUAGE, jnp.float32)
-    value = None if options.estimator == "rloo" else jnp.zeros(table.shape[:-1])
-    step = partial(
-        policy_gradient_step,
-        logps_fn=inn.table_logps,
-        values_fn=None if value is None else inn.table_values,
-        options=options,
-        optimizer=optimizer,
-    )
-    frozen = Frozen(reference=table)
-    start = init_state(ActorCritic(table, value), optimizer)
-    return start, lambda state, rollout: step(state, frozen, rollout)
+def _reordered(meals: Meals, rows: Array, order: Array) -> Meals:
+    """Return the answers ``order`` [P, 2] to the prompts ``rows`` [P]."""
+    return jax.tree.map(lambda x: x[rows[:, None], order], meals)
+
+
+def offline(
+    policy: PolicyKind,
+    loss: LossConfig,
+    data: Sequence[Meals],
+    seeds: Sequence[int],
+    *,
+    num_steps: int,
+    batch_size: int,
+    logps_fn: LogpsFn | None = None,
+    start: Params | None = None,
+    learning_rates: Sequence[float] | None = None,
+) -> Trained:
+    """Train on answers that exist beforehand, a set of them for each seed: DPO, fine-tuning or a reward model.
+
+    ``logps_fn`` and ``start``: the policy's, unless another model is trained; the reference, if the loss has one, is
+    the policy's start. ``learning_rates``: of each seed.
+    """
+    run = _offline_run(policy, loss, logps_fn or policy.pair_logps_fn, num_steps, batch_size)
+    start = policy.start if start is None else start
+    reference = policy.start if loss.needs_reference else None
+    rates = learning_rates or [policy.learning_rate] * len(seeds)
+    return trained(run, [(start, reference, *each) for each in zip(data, seeds, rates, strict=True)])
+
+
+@cache
+def _offline_run(
+    policy: PolicyKind, loss: LossConfig, logps_fn: LogpsFn, num_steps: int, batch_size: int
+) -> Callable[..., tuple[Params, dict[str, Array]]]:
+    def run(
+        start: Params, reference: Params, meals: Meals, seed: Array, rate: Array
+    ) -> tuple[Params, dict[str, Array]]:
+        size = len(meals.guests)
+        optimizer = make_optimizer(rate, num_steps)
+        drawn = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), 1), size)
+
+        def step(state: TrainState, k: Array) -> tuple[TrainState, dict[str, Array]]:
+            rows = drawn[(k * batch_size + jnp.arange(batch_size)) % size]
+            batch = policy.inputs(jax.tree.map(lambda x: x[rows], meals))
+            return train_step(state, reference, batch, logps_fn=logps_fn, loss=loss, optimizer=optimizer)
+
+        state, metrics = jax.lax.scan(step, init_state(start, optimizer), jnp.arange(num_steps))
+        return state.params, metrics
+
+    return run
+
+
+def online_dpo(policy: PolicyKind, beta: float, seeds: Sequence[int], *, num_steps: int, num_pairs: int) -> Trained:
+    """Run online DPO on the rule."""
+    options: dict[str, Any] = {"logps_fn": policy.pair_logps_fn, "loss": LossConfig(beta=beta)}
+
+    def run(reference: Params, seed: Array) -> tuple[Params, dict[str, Array]]:
+        optimizer = make_optimizer(policy.learning_rate, num_steps)
+
+        def step(state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
+            meals, _ = sampled(policy, state.params, num_pairs, 2, key)
+            order, label = labeled_pairs(meals.rewards)
+            batch = policy.inputs(_reordered(meals, jnp.arange(num_pairs), order), label)
+            return train_step(state, reference, batch, optimizer=optimizer, **options)
+
+        state, metrics = jax.lax.scan(step, init_state(reference, optimizer), _step_keys(seed, num_steps))
+        return state.params, metrics
+
+    return trained(run, [(policy.start, seed) for seed in seeds])
 
 
 def policy_gradient(
-    options: PolicyGradientConfig, *, num_steps: int, num_answers: int, seeds: Sequence[int]
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Run PPO or RLOO on the exact rule; return each seed's final table, and metrics [seeds, steps]."""
-    start, update = policy_gradient_start(options, make_optimizer(num_steps * options.epochs))
-    num_prompts = num_answers // options.answers
-
-    def step(state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
-        return update(state, sampled_rollout(state.params.policy, num_prompts, options, key))
-
-    state, metrics = _over_seeds(start, step, num_steps, seeds)
-    return np.asarray(state.params.policy), jax.device_get(metrics)
-
-
-def _pairs(
-    meals: inn.Meals, rows: Int[Array, " P"], order: Int[Array, "P 2"], label: Float[Array, " P"] | None = None
-) -> inn.Pairs:
-    """Return the pairs whose answers are those of ``order`` to the prompts ``rows``."""
-    return inn.Pairs(jax.tree.map(lambda x: x[rows[:, None], order], meals), label)
-
-
-def online_dpo(beta: float, *, num_steps: int, num_pairs: int, seeds: Sequence[int]) -> np.ndarray:
-    """Run online DPO on the exact rule; return each seed's final table."""
-    table, optimizer = jnp.asarray(LANGUAGE, jnp.float32), make_optimizer(num_steps)
-    options: dict[str, Any] = {
-        "logps_fn": inn.table_pair_logps,
-        "loss": LossConfig(beta=beta),
-        "optimizer": optimizer,
-    }
-    rows = jnp.arange(num_pairs)
-
-    def step(state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
-        meals, scores = sampled(state.params, num_pairs, 2, key)
-        return train_step(state, table, _pairs(meals, rows, *labeled_pairs(scores)), **options)
-
-    return np.asarray(_over_seeds(init_state(table, optimizer), step, num_steps, seeds)[0].params)
-
-
-def dpo(
-    loss: LossConfig,
+    policy: PolicyKind,
+    options: PolicyGradientConfig,
+    seeds: Sequence[int],
     *,
     num_steps: int,
-    num_pairs: int,
-    data_size: int,
-    seeds: Sequence[int],
-    sampler: np.ndarray = LANGUAGE,
-) -> np.ndarray:
-    """Run DPO on ``data_size`` pairs of answers of the table ``sampler``, labeled by Bradley-Terry of the rule.
+    num_answers: int,
+    rewards: Sequence[Params] | None = None,
+) -> Trained:
+    """Run PPO or RLOO, ``num_answers`` a step, on the rule or on the reward model ``rewards`` of each seed.
 
-    Returns each seed's final table.
+    Metrics are those of `policy_gradient_step` and ``rule``, the mean reward of the step's answers by the rule.
     """
-    table, optimizer = jnp.asarray(LANGUAGE, jnp.float32), make_optimizer(num_steps)
-    options: dict[str, Any] = {"logps_fn": inn.table_pair_logps, "loss": loss, "optimizer": optimizer}
-
-    def run(seed: Int[Array, ""]) -> Float[Array, "..."]:
-        answers_key, label_key, order_key = jax.random.split(jax.random.key(seed), 3)
-        meals, scores = sampled(jnp.asarray(sampler, jnp.float32), data_size, 2, answers_key)
-        second_wins = jax.random.bernoulli(label_key, jax.nn.sigmoid(scores[:, 1] - scores[:, 0])).astype(int)
-        order = jnp.stack([second_wins, 1 - second_wins], axis=1)
-        drawn = jax.random.permutation(order_key, data_size)
-
-        def step(state: TrainState, k: Int[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
-            rows = drawn[(k * num_pairs + jnp.arange(num_pairs)) % data_size]
-            return train_step(state, table, _pairs(meals, rows, order[rows]), **options)
-
-        return jax.lax.scan(step, init_state(table, optimizer), jnp.arange(num_steps))[0].params
-
-    return np.asarray(jax.jit(jax.vmap(run))(jnp.array(seeds)))
+    run = _policy_gradient_run(policy, options, num_steps, num_answers // options.answers)
+    value = policy.start_value if options.estimator == "gae" else None
+    each_reward = [None] * len(seeds) if rewards is None else rewards
+    return trained(run, [(policy.start, value, *each) for each in zip(each_reward, seeds, strict=True)])
 
 
-def _over_seeds(
-    start: TrainState, step: Step, num_steps: int, seeds: Sequence[int]
-) -> tuple[TrainState, dict[str, Array]]:
-    """Run ``step(state, key)`` from ``start`` for every seed, with keys folded from (seed, step)."""
+@cache
+def _policy_gradient_run(
+    policy: PolicyKind, options: PolicyGradientConfig, num_steps: int, num_prompts: int
+) -> Callable[..., tuple[Params, dict[str, Array]]]:
+    def run(
+        reference: Params, value: Params | None, reward: Params | None, seed: Array
+    ) -> tuple[Params, dict[str, Array]]:
+        optimizer = make_optimizer(policy.learning_rate, num_steps * options.epochs)
+        values_fn = None if value is None else policy.values_fn
+        update = partial(policy_gradient_step, logps_fn=policy.logps_fn, values_fn=values_fn, options=options)
 
-    def run(seed: Int[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(num_steps))
-        return jax.lax.scan(step, start, keys)
+        def step(state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
+            meals, logps = sampled(policy, state.params.policy, num_prompts, options.answers, key)
+            inputs = policy.inputs(meals)
+            scores = meals.rewards if reward is None else policy.scores_fn(reward, inputs).sum
+            fields = jax.tree.map(lambda x: x[None], (inputs, meals.mask, meals.ended, scores, logps))
+            state, metrics = update(state, Frozen(reference=reference), Rollout(*fields), optimizer=optimizer)
+            return state, metrics | {"rule": meals.rewards.mean()}
 
-    return jax.jit(jax.vmap(run))(jnp.array(seeds))
+        start = init_state(ActorCritic(reference, value), optimizer)
+        state, metrics = jax.lax.scan(step, start, _step_keys(seed, num_steps))
+        return state.params.policy, metrics
+
+    return run
+
+
+def _step_keys(seed: Array, num_steps: int) -> Key[Array, " steps"]:
+    """Return a key for each step, folded from (seed, step)."""
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(num_steps))
+
+
+def supervised_decoder() -> PolicyKind:
+    """Return a decoder that was trained to the language before preferences, as every run's start."""
+    untrained = decoder_policy(decoder_start(0))
+    language_policy = table_policy()
+    meals, _ = jax.jit(lambda key: sampled(language_policy, language_policy.start, SFT_SIZE, 1, key))(jax.random.key(0))
+    result = offline(untrained, SFT_LOSS, [meals], [0], num_steps=SFT_STEPS, batch_size=SFT_BATCH)
+    return decoder_policy(result.weights[0])

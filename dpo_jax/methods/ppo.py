@@ -204,11 +204,11 @@ def make_policy_step(
 
     ``state`` holds shapes and shardings, as `abstract_policy_state` returns them.
     """
-    value_model = value_model_of(config, model)
+    value_model, max_tokens = value_model_of(config, model), config.sampling.max_tokens
     step = partial(
         policy_gradient_step,
-        logps_fn=make_answer_logps_fn(config, model),
-        values_fn=None if value_model is None else make_values_fn(config, value_model),
+        logps_fn=make_answer_logps_fn(model, max_tokens, chunk=config.batch.target_chunk),
+        values_fn=None if value_model is None else make_values_fn(value_model, max_tokens),
         options=config.ppo,
         optimizer=optimizer,
     )
@@ -231,15 +231,16 @@ def without_unembedding(weights: Params) -> Params:
     return {name: weight for name, weight in weights.items() if name != "unembed"}
 
 
-def make_answer_logps_fn(config: PPOConfig, model: Model) -> TokensFn:
-    """Return a function that computes the log-prob of each token of the answers in packed rows, [B, K, N]."""
-    logps_fn = make_token_logps_fn(
-        model.hidden, model.unembedding, chunk=config.batch.target_chunk, precision=model.precision
-    )
-    return lambda weights, batch: batch.gather_tokens(logps_fn(weights, batch), config.sampling.max_tokens)
+def make_answer_logps_fn(model: Model, max_tokens: int, *, chunk: int) -> TokensFn:
+    """Return a function that computes the log-prob of each token of the answers in packed rows, [B, K, N].
+
+    ``max_tokens``: N; ``chunk``: targets per device whose logits are in memory at a time.
+    """
+    logps_fn = make_token_logps_fn(model.hidden, model.unembedding, chunk=chunk, precision=model.precision)
+    return lambda weights, batch: batch.gather_tokens(logps_fn(weights, batch), max_tokens)
 
 
-def make_values_fn(config: PPOConfig, model: Model) -> TokensFn:
+def make_values_fn(model: Model, max_tokens: int) -> TokensFn:
     """Return a function that computes the value before each token of the answers in packed rows, [B, K, N]."""
 
     def values_fn(weights: Params | Adapted, batch: PreferenceBatch) -> jax.Array:
@@ -250,7 +251,7 @@ def make_values_fn(config: PPOConfig, model: Model) -> TokensFn:
         values = jnp.einsum(
             "RMD,D->RM", states.astype(jnp.float32), head[0].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
-        return batch.gather_tokens(values, config.sampling.max_tokens)
+        return batch.gather_tokens(values, max_tokens)
 
     return values_fn
 

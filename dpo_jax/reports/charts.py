@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]  # a line of a log
 
@@ -110,11 +110,11 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
     return _png(fig)
 
 
-def _canvas(panels: int) -> tuple[Any, Sequence[Any]]:
+def _canvas(panels: int, size: tuple[float, float] = (6.2, 3.1)) -> tuple[Any, Sequence[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = FigureCanvasAgg(Figure(figsize=(6.2, 3.1), dpi=160, layout="constrained")).figure
+    fig = FigureCanvasAgg(Figure(figsize=size, dpi=160, layout="constrained")).figure
     return fig, fig.subplots(1, panels, sharex=True, squeeze=False)[0]
 
 
@@ -193,20 +193,47 @@ def draw_reliability(bins_of: Mapping[str, Sequence[Row]], theme: str) -> bytes:
     return _png(fig)
 
 
-def draw_frontier(
-    optimum: Sequence[tuple[float, float]], points: Mapping[str, Sequence[tuple[float, float]]], theme: str
-) -> bytes:
-    """Draw reward against KL as PNG: the frontier of optimal policies as a curve, and points for each named method."""
+class Frontier(NamedTuple):
+    """What methods reached beside the optimum, as pairs of KL and expected reward."""
+
+    optimum: Sequence[tuple[float, float]]  # a curve
+    points: Mapping[str, Sequence[tuple[float, float, str]]]  # of each method, with a label
+
+
+def draw_frontier(panels: Mapping[str, Frontier], theme: str) -> bytes:
+    """Draw rewards against KLs as PNG, one panel for each title; a method looks alike in all of them."""
     colors = COLORS[theme]
-    fig, (axes,) = _canvas(1)
-    axes.plot(*zip(*optimum, strict=True), color=colors["ink"], linewidth=1.2)
+    fig, columns = _canvas(len(panels), (11.0, 5.8))
     palette = (colors["ink"], colors["chosen"], colors["rejected"], *colors["lines"])
-    for index, (name, pairs) in enumerate(points.items()):
-        style = {"marker": "osD^vPX*h"[index % 9], "color": palette[index % len(palette)], "linewidths": 0}
-        axes.scatter(*zip(*pairs, strict=True), s=34, label=name, zorder=3, **style)
-    axes.set_ylabel("expected reward", color=colors["ink"])
-    _style(axes, colors, "KL(policy || reference), nats")
-    axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=8, loc="lower right")
+    names = list(dict.fromkeys(name for frontier in panels.values() for name in frontier.points))
+    for number, (axes, (title, frontier)) in enumerate(zip(columns, panels.items(), strict=True)):
+        axes.plot(*zip(*frontier.optimum, strict=True), color=colors["ink"], linewidth=1.2)
+        for name, points in frontier.points.items():
+            index = names.index(name)
+            style = {"marker": "osD^vPX*h<>p"[index % 12], "color": palette[index % len(palette)], "linewidths": 0}
+            label = name if all(name not in drawn.points for drawn in list(panels.values())[:number]) else None
+            places = zip(*((kl, reward) for kl, reward, _ in points), strict=True)
+            axes.scatter(*places, s=44, alpha=0.8, zorder=3, label=label, **style)
+            for kl, reward, text in points:
+                offset = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 7, "color": colors["ink"]}
+                axes.annotate(text, (kl, reward), **offset)
+        axes.set_title(title, color=colors["ink"], fontsize=10)
+        axes.set_ylabel("expected reward", color=colors["ink"])
+        _style(axes, colors, "KL(policy || reference), nats")
+    fig.legend(frameon=False, labelcolor=colors["ink"], fontsize=8.5, loc="outside lower center", ncols=4)
+    return _png(fig)
+
+
+def draw_proxy(curves: Mapping[str, Mapping[str, Sequence[float]]], theme: str) -> bytes:
+    """Draw rewards along training as PNG: a panel for each method, a line for each reward."""
+    colors = COLORS[theme]
+    fig, columns = _canvas(len(curves), (11.0, 3.6))
+    for axes, (title, lines) in zip(columns, curves.items(), strict=True):
+        for (name, values), color in zip(lines.items(), colors["lines"], strict=False):
+            axes.plot(values, color=color, label=name, linewidth=1.6)
+        axes.set_title(title.replace(", ", ",\n"), color=colors["ink"], fontsize=10)
+        _style(axes, colors, "step")
+        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
     return _png(fig)
 
 
