@@ -72,6 +72,16 @@ def tpus():
     return lambda text, slices=1: slice_devices(parse_topology(text), slices)
 
 
+@pytest.fixture(scope="module")
+def optimized():
+    """From here on the module's programs are optimized as a run's are: they run for longer than they compile."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0")
+
+
 @pytest.fixture
 def for_tpus(tpus):
     """As ``tpus``, where a test compiles for them itself."""

@@ -149,6 +149,7 @@ def test_a_run_of_a_language_model_becomes_a_reward_model(shared, tmp_path):
     assert result["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     "curve",
     [*(pytest.param(name, marks=pytest.mark.slow) for name in ("center 0", "center 0.01")), "center 0.01, margins"],
