@@ -12,7 +12,7 @@ slow:
 	.venv/bin/pytest -m slow
 
 weekly:
-	.venv/bin/pytest -m weekly
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv/bin/pytest -m weekly  # its runs are long
 
 lint:
 	.venv/bin/ruff check .

@@ -9,7 +9,9 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
-# What tests wait for is compilation: each program is compiled once for all tests, their processes, and later calls.
+# What tests wait for is compilation: half of it would optimize programs that run for milliseconds.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Each program is compiled once for all tests, their processes, and later calls.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Of processes that tests start: an entry that another one is still writing is compiled instead.
@@ -68,6 +70,16 @@ def tpus():
     from dpo_jax.plan.ahead_of_time import slice_devices
 
     return lambda text, slices=1: slice_devices(parse_topology(text), slices)
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """From here on the module's programs are optimized as a run's are: they run for longer than they compile."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0")
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ SLOW = {"ipo", "bco_pair", "aot", "discopop", "sft", "ld", "wpo", "mpo", "linear
 MARKS = {"sigmoid": (), **dict.fromkeys(SLOW, pytest.mark.slow)}
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.weekly)) for name in RUNS])
 def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_path):
     curve, options = RUNS[name]

@@ -154,6 +154,7 @@ def test_the_only_collective_of_a_token_is_whether_all_answers_have_ended(tiny, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_it_is_eight_times_as_fast_as_full_forward_passes():
     model = Model(config=decoder_config(builtin_model("builtin:tiny")), attention="xla")
     weights = rollout_weights(model, model.init(jax.random.key(0)), ONE)

@@ -1,13 +1,12 @@
 """The reference's cache: computed once for what made it, proven before it is used, continued where it was cut off."""
 
 import json
-import os
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import called
 from small_cache import LOGPS, MADE_BY, NUM_ROWS, Computer, files, in_steps, run, small_store
 
 from dpo_jax.errors import RunStopped
@@ -155,36 +154,29 @@ def test_rows_that_are_lost_doubled_or_not_finite_stop_the_run(batches):
         cached_logps(batches, MADE_BY | {"weights": "c"}, Computer(logps=bad))
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-import small_cache as t
-from dpo_jax.inference import reference_cache as refcache
+class Slow(Computer):
+    """Takes its time for each row."""
 
-class Slow(t.Computer):
     def __call__(self, batches, steps):
         time.sleep(0.05)
         return super().__call__(batches, steps)
 
-refcache.PART_STEPS = 1
-batches = t.in_steps(t.small_store(Path(sys.argv[1])), 1)
-print("begin", flush=True)
-t.cached_logps(batches, t.MADE_BY, Slow())
-"""
+
+def build_slowly(folder: Path) -> int:
+    refcache.PART_STEPS = 1
+    batches = in_steps(small_store(folder), 1)
+    print("begin", flush=True)
+    cached_logps(batches, MADE_BY, Slow())
+    return 0
 
 
 @pytest.mark.parametrize("seconds", [0.2, 0.5, 0.8])
 def test_a_build_killed_by_sigkill_goes_on(batches, monkeypatch, tmp_path, seconds):
     """Wherever it is killed: what it had done is not done again, and each row is there once."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        stdout=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert child.stdout.readline() == b"begin\n"
-    time.sleep(seconds)
-    child.kill()
-    child.wait()
-    child.stdout.close()
+    with called(build_slowly, tmp_path, output=tmp_path / "said") as child:
+        child.wait_for(lambda: (tmp_path / "said").exists() and child.said() == "begin\n")
+        time.sleep(seconds)
+        child.kill()
     done = len(files(batches, "*.part-*.npz"))
     assert 0 < done < NUM_ROWS
     files(batches, "*.part-*.npz")[0].with_suffix(".npz.new-1").write_bytes(b"killed at it")

@@ -32,6 +32,7 @@ from dpo_jax.weights.open import load_start
 from dpo_jax.weights.peft import load_adapters
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+ONE = jax.devices()[:1]  # for which a program compiles fastest
 
 
 def options(folder: Path, name: str, **more) -> dict:
@@ -140,7 +141,7 @@ def test_a_reward_model_trains_on_but_is_no_policy(trained):
     run = str(trained / "reward")
     model = {"path": run, "dtype": "float32"}
     more = {"model": model, "run": {"dir": str(trained / "further"), "steps": 1, "progress": False}}
-    result = train(parse_config(options(trained, "further", **more), {}, RewardConfig))
+    result = train(parse_config(options(trained, "further", **more), {}, RewardConfig), devices=ONE)
     assert result["loss"] < 0.1  # the head was loaded, not drawn again
     with pytest.raises(UserError, match=r"^run.samples: 1 cannot be used: model.path is a reward model, which gives"):
         train(parse_config(options(trained, "further", **more), {"run.samples": 1}, RewardConfig))
@@ -187,11 +188,13 @@ def test_a_run_of_a_language_model_becomes_a_reward_model(shared, tmp_path):
         "batch": {"pairs": 4},
     }
     run = {"steps": 1, "progress": False, "report": False}
-    train(parse_config(common | {"run": run | {"dir": str(tmp_path / "dpo")}}, {}, DPOConfig))
+    train(parse_config(common | {"run": run | {"dir": str(tmp_path / "dpo")}}, {}, DPOConfig), devices=ONE)
     more = {"model": {"path": str(tmp_path / "dpo"), "dtype": "float32"}, "run": run | {"dir": str(tmp_path / "r")}}
-    assert train(parse_config(common | more, {}, RewardConfig))["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    result = train(parse_config(common | more, {}, RewardConfig), devices=ONE)
+    assert result["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     "curve",
     [*(pytest.param(name, marks=pytest.mark.slow) for name in ("center 0", "center 0.01")), "center 0.01, margins"],
@@ -213,7 +216,7 @@ def test_every_step_equals_that_of_trl(curve, shared, tmp_path):
         "run": {"dir": str(tmp_path / "run"), "steps": 20, "progress": False, "report": False},
         "checkpoint": {"every": 20},
     }
-    train(parse_config(config, {}, RewardConfig))
+    train(parse_config(config, {}, RewardConfig), devices=ONE)
     ours = read_json(tmp_path / "run" / "metrics.jsonl")
     assert len(ours) == len(theirs) == 20
     for row, expected in zip(ours, theirs, strict=True):
@@ -244,7 +247,7 @@ def test_a_margin_that_is_no_number_is_refused_by_reward_and_passed_over_by_trai
     with pytest.raises(UserError, match=r"^row 5 of \S+: margin is not a number: fix the column margin, or"):
         train(parse_config(options(trained, "m", **more), {}, RewardConfig))
     dpo = more | {"run": {"dir": str(trained / "m"), "steps": 1, "progress": False, "report": False}}
-    result = train(parse_config(options(trained, "m", **dpo), {}, DPOConfig))
+    result = train(parse_config(options(trained, "m", **dpo), {}, DPOConfig), devices=ONE)
     assert result["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 

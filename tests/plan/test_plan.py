@@ -146,7 +146,7 @@ def test_a_small_plan_says_what_the_command_prints(tmp_path, capsys):
     config = tmp_path / "tiny.yaml"
     config.write_text("model: {path: builtin:tiny}\ndata: {train: none.jsonl, max_length: 64}\n"
                       "batch: {pairs: 16, row_length: 256}\nrun: {dir: none, steps: 100}\n")  # fmt: skip
-    code = main(["plan", str(config), "--topology", "v5e:2x2,v6e:2x2", "--lengths", "20,16,14",
+    code = main(["plan", str(config), "--topology", "v5e:2x2,v5e:1x1", "--lengths", "20,16,14",
                  "--output", str(tmp_path / "plan.json")])  # fmt: skip
     assert code == 0
     plans = json.loads((tmp_path / "plan.json").read_text())

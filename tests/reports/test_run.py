@@ -54,6 +54,19 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
+@pytest.fixture
+def drawn():
+    """For tests of pictures, which take a page longer than all else."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """For the others every picture is the same word."""
+    if "drawn" not in request.fixturenames:
+        kept = charts.figure
+        monkeypatch.setattr(charts, "figure", lambda title, note, _: kept(title, note, lambda theme: theme.encode()))
+
+
 def make_run(tmp_path: Path, config: Any, metrics: Sequence[Mapping], timings: Sequence[Mapping] = ()) -> Path:
     run = tmp_path / "run"
     run.mkdir()
@@ -223,6 +236,7 @@ def test_the_command_names_a_live_reference_where_the_run_has_none(tmp_path):
     assert "--per-token" not in write_report(run).read_text()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_likelihood_is_shown_since_the_start_and_of_evaluations_only(monkeypatch):
     drawn = {}
     monkeypatch.setattr(charts, "draw", lambda plot, curves, theme: drawn.setdefault(plot.title, curves) and b"")
@@ -308,6 +322,7 @@ def test_a_run_that_logged_nothing_yet_has_a_page(tmp_path):
     Page(write_report(make_run(tmp_path, dpo_config(), [])).read_text())
 
 
+@pytest.mark.usefixtures("drawn")
 def test_values_without_meaning_leave_a_gap(tmp_path):
     rows = [step_row(1), step_row(2) | {"rewards/margins": float("inf"), "grad_norm": 0.0}, step_row(3)]
     run = make_run(tmp_path, dpo_config(), rows)
@@ -335,8 +350,12 @@ def test_curves_are_drawn_in_their_colors(theme):
     assert heights[0] < heights[1]  # chosen is the upper curve
 
 
+@pytest.mark.usefixtures("drawn")
 def test_pictures_are_small_and_come_for_both_grounds(tmp_path):
-    text = write_report(make_run(tmp_path, dpo_config(), dpo_metrics())).read_text()
+    run = make_run(tmp_path, dpo_config(), dpo_metrics())
+    append_json(run / "distributions.jsonl", spread_row(0, [0, 8]))
+    text = write_report(run).read_text()
+    assert {"Loss", "held_out: margins", "held_out: calibration"} < set(re.findall(r"<h3>(.*?)</h3>", text))
     pictures = [base64.b64decode(data) for data in re.findall(r'base64,([^"]*)"', text)]
     assert len(pictures) == 2 * len(re.findall("<figure>", text))
     assert all(picture.startswith(b"\x89PNG") and len(picture) < 150_000 for picture in pictures)
