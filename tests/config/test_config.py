@@ -364,7 +364,8 @@ def test_the_page_gives_the_range_that_is_checked():
     from_0 = {"lora.rank", "loss.dpop_lambda", "loss.simpo_gamma", "loss.cpo_weight", "loss.center",
               "optimizer.warmup_steps", "optimizer.weight_decay", "reference.sync_every", "run.eval_every",
               "run.seed", "run.samples", "checkpoint.every",
-              "checkpoint.keep_best", "sampling.temperature", "sampling.top_k", "data.online.missing_eos_penalty"}  # fmt: skip
+              "checkpoint.keep_best", "sampling.temperature", "sampling.top_k",
+              "data.online.missing_eos_penalty"}  # fmt: skip
     assert ranges == {
         **dict.fromkeys(positive, "positive"),
         **dict.fromkeys(from_0, "at least 0"),
