@@ -62,6 +62,7 @@ def test_scores_do_not_depend_on_the_layout():
     assert not np.any(shared.sum[6:])
 
 
+@pytest.mark.usefixtures("optimized")  # unoptimized, sums of float32 are rounded more often
 @pytest.mark.parametrize("hf_config", [TIED, UNTIED], ids=["tied", "untied"])
 def test_transformers_computes_the_same_scores(hf_config, torch, tmp_path):
     model = reward_model(hf_config)
@@ -77,7 +78,7 @@ def test_transformers_computes_the_same_scores(hf_config, torch, tmp_path):
     packed = pack(pairs(), rows=2)
     actual = jax.jit(make_scores_fn(model))(params, packed)
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(actual.sum, expected, atol=3e-5, rtol=1e-5)  # of scores around 10
+    np.testing.assert_allclose(actual.sum, expected, atol=1e-5, rtol=1e-5)
 
     theirs.save_pretrained(tmp_path / "theirs")
     read = Model(config=decoder_config(json.loads((tmp_path / "theirs" / "config.json").read_text())))
