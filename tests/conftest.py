@@ -72,9 +72,9 @@ def tpus():
     return lambda text, slices=1: slice_devices(parse_topology(text), slices)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def optimized():
-    """From here on the module's programs are optimized as a run's are: they run for longer than they compile."""
+    """Programs of a test that run for longer than they compile are optimized as a run's are."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", False)
