@@ -71,7 +71,8 @@ def _data(config: AnyConfig, step: int | None) -> None:
 
 def _plan(config: PairConfig | PPOConfig, topology: str, search: bool, output: str | None, **inputs: Any) -> None:
     if config.data.online is not None:
-        raise UserError("data.online: plan does not cover sampled pairs; to plan the update alone, remove this section")
+        remedy = "to plan the update alone, remove this section and sampling"
+        raise UserError(f"data.online: plan does not cover sampled pairs; {remedy}")
     lengths, data, steps = inputs["lengths"], inputs["data"], config.run.steps
     for name, is_known, cause in (
         ("lengths", data, "--data measures the lengths"),

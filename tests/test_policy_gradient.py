@@ -10,16 +10,43 @@ import optax
 import pytest
 
 from dpo_jax.commands import inn
-from dpo_jax.commands.inn_runs import LANGUAGE as LANGUAGE_TABLE
-from dpo_jax.commands.inn_runs import policy_gradient_start, sampled_rollout
+from dpo_jax.commands.inn_policies import table_policy
+from dpo_jax.commands.inn_runs import sampled
 from dpo_jax.config.online import PolicyGradientConfig
-from dpo_jax.policy_gradient import clipped_surrogate, gae, leave_one_out, token_rewards, whiten
+from dpo_jax.policy_gradient import (
+    ActorCritic,
+    Rollout,
+    clipped_surrogate,
+    gae,
+    leave_one_out,
+    policy_gradient_step,
+    token_rewards,
+    whiten,
+)
+from dpo_jax.step import Frozen, init_state
 
-LANGUAGE = jnp.asarray(LANGUAGE_TABLE, jnp.float32)
+TABLE = table_policy()
+LANGUAGE = TABLE.start
 LENGTHS = np.array([[4, 1], [2, 5]])
 MASK = np.arange(5) < LENGTHS[..., None]
 PPO = PolicyGradientConfig(kl_coef=0.2)
 RLOO = PolicyGradientConfig(estimator="rloo", answers=4, epochs=2, kl_coef=0.2)
+
+
+def policy_gradient_start(options, optimizer):
+    """The initial state of a table, and its step from a state and a rollout."""
+    value = TABLE.start_value if options.estimator == "gae" else None
+    functions = {"logps_fn": TABLE.logps_fn, "values_fn": None if value is None else TABLE.values_fn}
+    step = partial(policy_gradient_step, options=options, optimizer=optimizer, **functions)
+    start = init_state(ActorCritic(LANGUAGE, value), optimizer)
+    return start, lambda state, rollout: step(state, Frozen(reference=LANGUAGE), rollout)
+
+
+def sampled_rollout(table, num_prompts, options, key):
+    """A rollout of one microbatch, scored by the rule."""
+    meals, logps = sampled(TABLE, table, num_prompts, options.answers, key)
+    fields = TABLE.inputs(meals), meals.mask, meals.ended, meals.rewards, logps
+    return Rollout(*jax.tree.map(lambda x: x[None], fields))
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -129,7 +156,8 @@ def test_a_model_that_trains_on_other_positions_than_it_sampled_from_is_noticed(
     start = replace(start, params=start.params._replace(policy=policy))
     answers = sampled_rollout(policy, 32, PPO, jax.random.key(0))
     assert step(start, answers)[1]["sampler_error"] < 1e-5
-    shifted = answers.inputs._replace(guests=(answers.inputs.guests + 1) % 8)
+    meals = answers.inputs.meals
+    shifted = answers.inputs._replace(meals=meals._replace(guests=(meals.guests + 1) % 8))
     assert step(start, replace(answers, inputs=shifted))[1]["sampler_error"] > 0.1
 
 

@@ -172,14 +172,18 @@ class DPOConfig(TrainConfig):
             self.refuse(option, LOSS_TRAITS[name].sorts, f"{reason}; choose another loss")
         is_soft = online.labels == "soft"
         remedy = "soft labels are probabilities already; use 0, or data.online.labels hard"
-        self.refuse("loss.label_smoothing", is_soft and loss.label_smoothing > 0, remedy)
-        self.refuse_idle("loss.weighting", True, "with data.online the answers are the policy's own, as wpo imitates")
+        is_smoothed = loss.label_smoothing > 0 and all(name != "exo_pair" for name, _ in loss.terms)
+        self.refuse("loss.label_smoothing", is_soft and is_smoothed, remedy)
+        self.refuse_idle(
+            "loss.weighting", True, "wpo weights pairs as if the policy had sampled them; with data.online it has"
+        )
 
     def without_online(self) -> "DPOConfig":
         """Return the config of training on the answers of the data, for commands that score these."""
         if self.data.online is None:
             return self
-        return replace(self, data=replace(self.data, online=None), sampling=SamplingConfig())
+        data = replace(self.data, online=None, shuffle=True)  # or run.seed, if it is not 0, would be refused
+        return replace(self, data=data, sampling=SamplingConfig())
 
     @property
     def stage(self) -> Stage:

@@ -26,7 +26,8 @@ mappings. It replaces the value in the file; if an option is given twice, the la
   such as `012`, is a string.
 - Types are strict: `"8"` is not a number, `1.0` is not an integer, `1` is not a boolean. Unknown names are errors.
 - A path alone may stand for a data set, `pairs.jsonl` for `{path: pairs.jsonl}`, and a single entry for a list of one.
-  It may stand for a reward model, as `reward` of `generate` and `eval.reward` of `train`, too.
+  It may stand for a reward model, too: `reward` of `generate` and `ppo`, `eval.reward` and `data.online.reward` of
+  `train`.
   The index may be left out if there is only one data set: `--data.train.limit 100`.
 - An option that has no effect next to the other options is an error. One that has no effect only because of the data,
   the length of the run or the devices, such as a warmup longer than the run, is noted when the run starts.

@@ -1,4 +1,4 @@
-"""Options of the command ``generate``."""
+"""Options of the command ``generate``, and of reward models."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -34,6 +34,10 @@ class ComparedRewardConfig(RewardModelConfig, name="eval.reward"):
 
     The report puts its accuracy and calibration next to those of the implicit reward.
     """
+
+    path: str | None = None
+    """Run directory of `dpo-jax reward`, or Hugging Face directory or hub name of a model for sequence
+    classification, with the policy's tokenizer and chat template."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class Traits(NamedTuple):
     per_token: bool = False  # divides log-probs by lengths; ipo does so if ipo_average
     sorts: bool = False  # sorts the pairs of a step
     coupled: bool = False  # the loss of a pair depends on the other pairs of its step
-    imitates: bool = False  # raises the likelihood of the chosen answer, whatever the rejected one is
+    imitates: bool = False  # adds the negative log-likelihood of the chosen answer
 
 
 LOSS_TRAITS: dict[LossType, Traits] = {

@@ -85,8 +85,8 @@ class OnlineConfig(Section, name="data.online"):
     answers: int = ranged(2, at_least=2)
     """Answers sampled per prompt."""
     labels: Literal["soft", "hard"] = "soft"
-    """soft: the better answer is the chosen one with probability sigmoid(difference of scores); hard: always, and the
-    margin grows without end."""
+    """soft: the best answer is the chosen one with probability sigmoid(score of the best - score of the worst); hard:
+    always, and the margin grows without end."""
     missing_eos_penalty: float = ranged(0.0, at_least=0)
     """Subtracted from the score of an answer that reached the maximum length without an end token."""
 

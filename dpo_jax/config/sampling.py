@@ -1,4 +1,4 @@
-"""Options of sampling, for generation and for training on sampled answers."""
+"""How answers are sampled: by ``generate``, in training on sampled answers, and for ``run.samples``."""
 
 from dataclasses import dataclass
 

@@ -25,4 +25,4 @@ METHODS = {
     SFTConfig: sft,
     RewardConfig: reward,
     PPOConfig: ppo,
-}  # -> function from a `Setup` to method and `Start`
+}  # config class -> function from a `Setup` and compiler flags to the method and its initial arrays

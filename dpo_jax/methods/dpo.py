@@ -71,8 +71,13 @@ def dpo_samples(
         return make_samples(setup, "start", policy.start, judge)
     if follow_of(setup.config) is not None:
         return make_samples(setup, "reference", None, judge)
-    is_copy = isinstance(reference, LiveReference) and setup.model.lora is None  # it may have another dtype
-    return make_samples(setup, "reference", reference.weights if is_copy else weights, judge)
+    return make_samples(setup, "reference", sampling_weights(setup, reference, weights), judge)
+
+
+def sampling_weights(setup: Setup, reference: Reference, weights: Params) -> Params:
+    """Return the reference's weights to sample with: its copy, maybe of another dtype, or the base of adapters."""
+    is_copy = isinstance(reference, LiveReference) and setup.model.lora is None
+    return reference.weights if is_copy else weights
 
 
 def reference_weights(setup: Setup, start: Params) -> Params:

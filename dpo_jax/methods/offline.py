@@ -69,6 +69,12 @@ class Offline:
         """Return the reference, taken from ``state`` if it follows the policy."""
         return self.reference if state.reference is None else LiveReference(state.reference)
 
+    def frozen(self) -> Frozen:
+        """Return the weights that the step reads: adapters' base, and a reference that is neither it nor moves."""
+        if isinstance(self.reference, LiveReference) and self.base is None:
+            return Frozen(reference=self.reference.weights)
+        return Frozen(self.base)
+
     def check_start(self, state: TrainState) -> str | None:
         """If policy and reference have equal weights, check that they agree; else return their mean margin as text."""
         logps = start_logps(self.setup, self.reference_of(state), self.weights(state))
@@ -91,13 +97,10 @@ class Offline:
         fetch_start = time.perf_counter()
         data = self.packed(step)
         batch = self.to_devices(data.batch)
-        # None: there is no reference, it is in the state, or it is the adapters' base, which `pair_gradient` finds
-        reference = None
+        frozen = self.frozen()
         if isinstance(self.reference, CachedReference):
-            reference = self.reference.of(data, self.setup.batches.store)
-        elif isinstance(self.reference, LiveReference) and self.base is None:
-            reference = self.reference.weights
-        return OfflineInput(Frozen(self.base, reference), batch, self._facts(data, time.perf_counter() - fetch_start))
+            frozen = Frozen(self.base, self.reference.of(data, self.setup.batches.store))
+        return OfflineInput(frozen, batch, self._facts(data, time.perf_counter() - fetch_start))
 
     def _facts(self, data: StepData, wait_seconds: float) -> StepFacts:
         setup, ids = self.setup, data.ids[data.ids >= 0]

@@ -44,9 +44,9 @@ class AnswerEvaluation:
                 "ended": np.concatenate([graded.ended.ravel() for graded in answers]),
             }
             if reference is not None:
-                others = self.reference_scores[name]
+                reference_scores = self.reference_scores[name]
                 values["sampled_kl"] = self._log_ratios(name, answers, weights, reference)
-                values["win_rate"] = (scores > others) + 0.5 * (scores == others)
+                values["win_rate"] = (scores > reference_scores) + 0.5 * (scores == reference_scores)
             metrics |= {f"eval_{name}_{key}": float(value.mean(dtype=np.float64)) for key, value in values.items()}
         return metrics
 
@@ -58,14 +58,16 @@ class AnswerEvaluation:
         for step, graded in enumerate(answers):
             ids = batches.order.step_ids(step)
             batch = setup.to_devices(pack_answers(batches, step, ids, graded).batch)
-            policy, other = (np.asarray(setup.logps_step(w, batch).sum)[ids >= 0] for w in (weights, reference))
-            log_ratios.append((policy - other).ravel())
+            policy_logps, reference_logps = (
+                np.asarray(setup.logps_step(w, batch).sum)[ids >= 0] for w in (weights, reference)
+            )
+            log_ratios.append((policy_logps - reference_logps).ravel())
         return np.concatenate(log_ratios)
 
 
 def make_evaluation(setup: Setup, sampler: Sampler, reference: Params | Adapted | None) -> AnswerEvaluation:
     """Return the evaluation of a run, for which the weights of the reference at its start answer the prompts, too."""
-    sampler = sampler.once()
+    sampler = sampler.with_one_answer()
     if reference is None:
         return AnswerEvaluation(setup, sampler, {})
     sets = eval_answers(setup, sampler, reference)

@@ -13,7 +13,7 @@ from dpo_jax.batching.batches import StepData
 from dpo_jax.config import OnlineConfig
 from dpo_jax.inference.generate import rollout_weights
 from dpo_jax.inference.reference import LiveReference
-from dpo_jax.methods.dpo import dpo_samples, make_reference, reference_weights
+from dpo_jax.methods.dpo import dpo_samples, make_reference, reference_weights, sampling_weights
 from dpo_jax.methods.offline import Offline, OfflineInput, Start, make_offline
 from dpo_jax.methods.on_policy import AnswerEvaluation, check_sampler, make_evaluation, sampled_facts
 from dpo_jax.methods.rollouts import Graded, Sampler, in_slots, make_sampler, pack_answers
@@ -22,7 +22,7 @@ from dpo_jax.methods.start_check import check_first
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.logs import Evaluation
 from dpo_jax.runs.session import Metrics
-from dpo_jax.step import Frozen, TrainState
+from dpo_jax.step import TrainState
 
 
 def labeled_pairs(
@@ -83,9 +83,6 @@ class OnlineDPO:
             label=in_slots(ids, label).reshape(shape),
             sampled_sum=in_slots(ids, pairs.sampled_sums).reshape(*shape, 2),
         )
-        reference = None  # it is in the state, or it is the adapters' base, which `pair_gradient` finds
-        if isinstance(dpo.reference, LiveReference) and dpo.base is None:
-            reference = dpo.reference.weights
         facts = sampled_facts(
             self.setup,
             self.manifest,
@@ -96,7 +93,7 @@ class OnlineDPO:
             check=lambda metrics: self._check(metrics, data),
             keeps_reference=dpo.reference is not None,
         )
-        return OfflineInput(Frozen(dpo.base, reference), dpo.to_devices(batch), facts)
+        return OfflineInput(dpo.frozen(), dpo.to_devices(batch), facts)
 
     def _check(self, metrics: Metrics, data: StepData) -> None:
         check_sampler(self.setup, metrics)
@@ -116,7 +113,10 @@ class OnlineDPO:
 
 
 def pair_metrics(graded: Graded, pairs: Graded, label: np.ndarray) -> dict[str, float]:
-    """Return means over all answers of a step, the scores of its pairs, and the share of pairs with tied answers."""
+    """Return means over all answers of a step, the scores of its pairs, and the share of tied pairs.
+
+    Scores are those of the judge; an answer without end may be the best of them and, by its penalty, the worst answer.
+    """
     values = {
         "score": graded.scores,
         "score/best": pairs.scores[:, 0],
@@ -138,7 +138,8 @@ def online_dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[OnlineDPO, Start
     reference_id = policy.ids["weights"] if weights is policy.weights else weights_id(weights)
     policy = policy._replace(ids=policy.ids | ids | {"reference": reference_id})
     reference = make_reference(setup, weights)
-    evaluation = make_evaluation(setup, sampler, None if reference is None else weights)
+    start_reference = None if reference is None else sampling_weights(setup, reference, weights)
+    evaluation = make_evaluation(setup, sampler, start_reference)
     samples = dpo_samples(setup, policy, reference, weights, sampler.judge)
     dpo, start = make_offline(setup, policy, reference, flags, samples)
     method = OnlineDPO(

@@ -155,6 +155,7 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     has_adapters = policy.adapters is not None
     dtype = None if config.reference.dtype == "auto" else config.reference.dtype
+    reference = reference if has_adapters else copy_weights(reference, dtype)
     method = PPO(
         setup=setup,
         config=config,
@@ -168,7 +169,7 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
         step=make_policy_step(config, setup.model, mesh, optimizer, abstract, flags),
         schedule=make_schedule(config.optimizer, num_steps),
         base=policy.weights if has_adapters else None,
-        reference=None if has_adapters else copy_weights(reference, dtype),
+        reference=None if has_adapters else reference,
         starts_equal=starts_equal(config, ids),
         sampler=sampler,
         evaluation=make_evaluation(setup, sampler, reference),

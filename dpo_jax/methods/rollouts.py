@@ -81,7 +81,7 @@ class Sampler:
     judge: Judge
     end_ids: Sequence[int]
 
-    def once(self) -> "Sampler":
+    def with_one_answer(self) -> "Sampler":
         """Return a sampler of one answer to each prompt."""
         return replace(self, num_answers=1)
 
@@ -199,7 +199,9 @@ def make_judge(setup: Setup, config: JudgeConfig, tail: list[int]) -> tuple[Judg
         def example(i: int) -> Example:
             source, row = row_of(store, i)
             parsed = source.parse(row, source.rows[row])
-            assert isinstance(parsed, Example), "the store has valid rows only"
+            if not isinstance(parsed, Example):
+                problem = f"{parsed.detail}: the data changed since it was tokenized"
+                raise UserError(f"{source.label}, row {row}: {problem}; restore it")
             return parsed
 
         def read_all() -> list[tuple[list[int], list[int]]]:
@@ -207,11 +209,11 @@ def make_judge(setup: Setup, config: JudgeConfig, tail: list[int]) -> tuple[Judg
             read = reward.read_answer
             return [read(TokenizedPrompt(p, tail), answer, partial(example, i)) for p, row, i in each for answer in row]
 
-        pairs = hosts.on_writer(read_all, "answers")
+        pairs = read_all() if reward.reads_tokens else hosts.on_writer(read_all, "answers")
         scores = answer_scores([prompt for prompt, _ in pairs], [answer for _, answer in pairs])
         return np.array(scores, np.float32).reshape(len(answers), -1)
 
-    return judge, weights_id(weights)
+    return judge, f"{weights_id(weights)} {reward.reading}"
 
 
 def make_row_of(setup: Setup) -> Callable[[Store, int], tuple[Source, int]]:

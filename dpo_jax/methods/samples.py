@@ -27,7 +27,7 @@ SCORE_DECIMALS = 6  # later digits of a float32 depend on the batch
 Row = dict[str, Any]
 
 
-class Questions(NamedTuple):
+class SamplePrompts(NamedTuple):
     """The prompts of an evaluation set that are answered."""
 
     batches: Batches
@@ -36,20 +36,20 @@ class Questions(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Respondent:
+class PromptAnswerer:
     """Answers the first different prompts of each evaluation set, with any weights of a language model."""
 
     setup: Setup
     model: Model
-    questions: Mapping[str, Questions]  # by the set's name
+    sets: Mapping[str, SamplePrompts]  # by the set's name
     end_ids: Sequence[int]
 
     def __call__(self, weights: Params | Adapted) -> dict[str, list[Answer]]:
-        """Return an answer to each question of each set."""
+        """Return an answer to each prompt of each set."""
         copied = rollout_weights(self.model, weights, self.setup.mesh)
         return {
-            name: list(self._answers(copied, questions.prompts))[: len(questions.prompts)]
-            for name, questions in self.questions.items()
+            name: list(self._answers(copied, sample.prompts))[: len(sample.prompts)]
+            for name, sample in self.sets.items()
         }
 
     def _answers(self, weights: Any, prompts: list[list[int]]) -> Iterator[Answer]:
@@ -59,8 +59,8 @@ class Respondent:
             yield from sample(prompts=block, options=config.sampling, mesh=self.setup.mesh, first_row=first)
 
     def rows(self) -> Iterator[Row]:
-        """Yield a row for each question: its set, its row in the data, and its text."""
-        for name, (batches, ids, prompts) in self.questions.items():
+        """Yield a row for each prompt: its set, its row in the data, and its text."""
+        for name, (batches, ids, prompts) in self.sets.items():
             store = batches.store
             for i, prompt in zip(ids, prompts, strict=True):
                 source = store.report[store.sources[i]]["source"]
@@ -68,8 +68,8 @@ class Respondent:
                 yield {"set": name, "source": source, "row": int(store.rows[i]), "prompt": text}
 
     def fields(self, answers: Mapping[str, list[Answer]]) -> Iterator[Row]:
-        """Yield the answer to each question as it is written."""
-        for name, (_, _, prompts) in self.questions.items():
+        """Yield the answer to each prompt as it is written."""
+        for name, (_, _, prompts) in self.sets.items():
             for prompt, answer in zip(prompts, answers[name], strict=True):
                 text, finish = answer.text(self.setup.tokenizer, prompt), "stop" if answer.ended else "length"
                 yield {"text": text, "num_tokens": len(answer.tokens), "finish_reason": finish}
@@ -86,31 +86,31 @@ def blocks(items: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
         yield first, block + block[:1] * (size - len(block))
 
 
-def make_respondent(setup: Setup, model: Model) -> Respondent | None:
+def make_answerer(setup: Setup, model: Model) -> PromptAnswerer | None:
     """Return what answers evaluation prompts, or None if ``run.samples`` is 0 or there is no evaluation set."""
     num_samples = setup.config.run.samples
     if not num_samples or not setup.evals:
         return None
-    questions = {name: first_questions(batches, num_samples) for name, batches in setup.evals.items()}
+    sets = {name: first_prompts(batches, num_samples) for name, batches in setup.evals.items()}
     end_ids = stop_tokens(setup.source, setup.tokenizer, [answer_tail(setup)]) or NO_END
-    return Respondent(setup, model, questions, end_ids)
+    return PromptAnswerer(setup, model, sets, end_ids)
 
 
-def first_questions(batches: Batches, count: int) -> Questions:
+def first_prompts(batches: Batches, count: int) -> SamplePrompts:
     """Return the first different prompts of an evaluation set, at most ``count``."""
     by_prompt: dict[tuple[int, ...], int] = {}
     for i in np.concatenate(batches.order.groups).tolist():
         by_prompt.setdefault(tuple(prompt_tokens(batches.store, i)), i)
         if len(by_prompt) == count:
             break
-    return Questions(batches, np.array(list(by_prompt.values())), list(map(list, by_prompt)))
+    return SamplePrompts(batches, np.array(list(by_prompt.values())), list(map(list, by_prompt)))
 
 
 @dataclass(frozen=True)
 class Samples:
     """Answers of the policy, next to those of the model that it is compared with."""
 
-    respondent: Respondent
+    answerer: PromptAnswerer
     judge: Judge | None  # scores all answers
     compared: Literal["reference", "start"]
     compared_fields: list[Row] | None  # None: the reference moves
@@ -118,25 +118,25 @@ class Samples:
     def evaluate(
         self, weights: Params | Adapted, reference: Params | None = None
     ) -> tuple[dict[str, float], list[Row]]:
-        """Return no metrics, and a row for each question; ``reference``: the weights of one that moves."""
+        """Return no metrics, and a row for each prompt; ``reference``: the weights of one that moves."""
         other = self.compared_fields
         if other is None:
-            other = answer_fields(self.respondent, self.judge, reference)
-        columns = self.respondent.rows(), answer_fields(self.respondent, self.judge, weights), other
+            other = answer_fields(self.answerer, self.judge, reference)
+        columns = self.answerer.rows(), answer_fields(self.answerer, self.judge, weights), other
         return {}, [
             row | {"policy": policy, self.compared: compared} for row, policy, compared in zip(*columns, strict=True)
         ]
 
 
-def answer_fields(respondent: Respondent, judge: Judge | None, weights: Params | Adapted) -> list[Row]:
-    """Answer each question with these weights; return the answers as they are written, with scores of a judge."""
-    answers = respondent(weights)
-    fields = list(respondent.fields(answers))
+def answer_fields(answerer: PromptAnswerer, judge: Judge | None, weights: Params | Adapted) -> list[Row]:
+    """Answer each prompt with these weights; return the answers as they are written, with scores of a judge."""
+    answers = answerer(weights)
+    fields = list(answerer.fields(answers))
     if judge is None:
         return fields
     scores = [
         judge(batches.store, ids, prompts, [[answer] for answer in answers[name]])
-        for name, (batches, ids, prompts) in respondent.questions.items()
+        for name, (batches, ids, prompts) in answerer.sets.items()
     ]
     flat = np.concatenate(scores).ravel().tolist()
     return [row | {"score": round(score, SCORE_DECIMALS)} for row, score in zip(fields, flat, strict=True)]
@@ -146,11 +146,11 @@ def make_samples(
     setup: Setup, compared: Literal["reference", "start"], weights: Params | Adapted | None, judge: Judge | None = None
 ) -> Samples | None:
     """Return what samples answers at every evaluation, or None; ``weights``: None for a reference that moves."""
-    respondent = make_respondent(setup, setup.model)
-    if respondent is None:
+    answerer = make_answerer(setup, setup.model)
+    if answerer is None:
         return None
-    fields = None if weights is None else answer_fields(respondent, judge, weights)
-    return Samples(respondent, judge, compared, fields)
+    fields = None if weights is None else answer_fields(answerer, judge, weights)
+    return Samples(answerer, judge, compared, fields)
 
 
 @dataclass(frozen=True)
@@ -160,26 +160,26 @@ class StartAnswers:
     Mean and deviation of these scores are what a policy gradient from the same model begins with.
     """
 
-    respondent: Respondent
+    answerer: PromptAnswerer
     answers: Mapping[str, list[Answer]]
     tail: list[int]  # what training puts after the text of an answer
 
     def evaluate(self, weights: Params | Adapted, _: Params | None) -> tuple[dict[str, float], list[Row]]:
-        """Return mean and standard deviation of the scores of each set, and a row for each question."""
+        """Return mean and standard deviation of the scores of each set, and a row for each prompt."""
         metrics, scores = {}, []
-        for name, (_, _, prompts) in self.respondent.questions.items():
+        for name, (_, _, prompts) in self.answerer.sets.items():
             values = self._scores(weights, prompts, self.answers[name])
             metrics |= {f"eval_{name}_samples/score_mean": float(values.mean())}
             metrics |= {f"eval_{name}_samples/score_std": float(values.std())}
             scores += values.tolist()
-        columns = self.respondent.rows(), self.respondent.fields(self.answers), scores
+        columns = self.answerer.rows(), self.answerer.fields(self.answers), scores
         return metrics, [
             row | {"start": fields | {"score": round(score, SCORE_DECIMALS)}}
             for row, fields, score in zip(*columns, strict=True)
         ]
 
     def _scores(self, weights: Params | Adapted, prompts: list[list[int]], answers: list[Answer]) -> np.ndarray:
-        answer_scores = make_answer_scores(self.respondent.setup.model, weights, self.respondent.setup.mesh)
+        answer_scores = make_answer_scores(self.answerer.setup.model, weights, self.answerer.setup.mesh)
         tokens = [with_tail(answer.tokens, answer.ended, self.tail) for answer in answers]
         scores: list[float] = []
         for _, block in blocks(list(zip(prompts, tokens, strict=True))):
@@ -201,8 +201,8 @@ def make_start_answers(setup: Setup) -> StartAnswers | None:
         "model.path is a reward model, which gives no answers to score; use 0",
     )
     language_model = replace(model, config=replace(model.config, scores=0), lora=None)
-    respondent = make_respondent(setup, language_model)
-    if respondent is None:
+    answerer = make_answerer(setup, language_model)
+    if answerer is None:
         return None
     weights = load_weights(setup.source, language_model, setup.config.model, setup.mesh)
-    return StartAnswers(respondent, respondent(weights), answer_tail(setup))
+    return StartAnswers(answerer, answerer(weights), answer_tail(setup))

@@ -32,7 +32,7 @@ class Flops(NamedTuple):
 
     linear: int  # projections and feed-forward
     attention: int  # scores and weighted values
-    unembedding: int  # logits; 0 in a reward model, whose head costs nothing beside its layers
+    unembedding: int  # logits; 0 in a reward model, whose head costs nothing next to its layers
 
     @property
     def total(self) -> int:

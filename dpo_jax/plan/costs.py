@@ -90,7 +90,7 @@ def policy_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> li
     layout: Any = {"layout": "padded", "window": model.config.window}
     answered = pairs_work(real, real[:, 1:], **layout)
     prompts = pairs_work(real * [1, 0], real[:, 1:] * 0, **layout)
-    decoded = Work(*(whole - part for whole, part in zip(answered, prompts, strict=True)))
+    decoded = Work(*(all_work - prompt_work for all_work, prompt_work in zip(answered, prompts, strict=True)))
     slots, new = rollout.prompt_slots, rollout.max_tokens
     padded_prompts = Work(rollout.rows * slots, rollout.rows * slots**2, 0)
     padded_tokens = Work(rollout.rows * new, rollout.rows * new * rollout.slots, rollout.rows * new)

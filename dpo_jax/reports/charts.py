@@ -194,7 +194,7 @@ def draw_reliability(bins_of: Mapping[str, Sequence[Row]], theme: str) -> bytes:
 
 
 class Frontier(NamedTuple):
-    """What methods reached beside the optimum, as pairs of KL and expected reward."""
+    """What methods reached, and the optimum's curve, as pairs of KL and expected reward."""
 
     optimum: Sequence[tuple[float, float]]  # a curve
     points: Mapping[str, Sequence[tuple[float, float, str]]]  # of each method, with a label

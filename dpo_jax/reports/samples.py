@@ -17,15 +17,15 @@ def samples(rows: Sequence[Row]) -> str:
         return ""
     newest, first = rows[-1]["step"], {}
     for row in rows:
-        first.setdefault(_question(row), row)
+        first.setdefault(_prompt_of(row), row)
     last = [row for row in rows if row["step"] == newest]
     shown = [row for name in dict.fromkeys(row["set"] for row in last) for row in _of_set(last, name)[:MAX_SHOWN]]
     count = f"The first {len(shown)} of {len(last)} prompts; samples.jsonl has all" if len(shown) < len(last) else ""
     note = [paragraph(f"{count}.")] if count else []
-    return "\n".join([*note, *(_block(first[_question(row)], row) for row in shown)])
+    return "\n".join([*note, *(_block(first[_prompt_of(row)], row) for row in shown)])
 
 
-def _question(row: Row) -> tuple[str, str, int]:
+def _prompt_of(row: Row) -> tuple[str, str, int]:
     return row["set"], row["source"], row["row"]
 
 

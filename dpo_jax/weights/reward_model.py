@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from dpo_jax.config import DataConfig, ModelConfig, SourceConfig
 from dpo_jax.config.generate import RewardModelConfig
 from dpo_jax.data.schemas import Example, Problem
+from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenize import TokenizedExample, TokenizedPrompt, make_tokenize, make_tokenize_prompt
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError, require
@@ -55,6 +56,7 @@ class RewardModel(NamedTuple):
 
     opened: OpenModel
     read_answer: ReadAnswer
+    reading: str  # identity of how it reads answers, for manifests
 
     @property
     def reads_tokens(self) -> bool:
@@ -63,13 +65,13 @@ class RewardModel(NamedTuple):
 
 
 def reward_model_config(config: RewardModelConfig, policy: ModelConfig) -> ModelConfig:
-    """Return the options of the reward model of ``reward.path``, which is computed as the policy is."""
+    """Return the options of the reward model at ``config.path``, which is computed as the policy is."""
     assert config.path is not None
     return replace(policy, path=config.path, revision=config.revision, checkpoint=config.checkpoint, tokenizer=None)
 
 
 def refuse_language_model(model: Model, config: RewardModelConfig) -> None:
-    """Raise ``UserError`` if the model of ``reward.path`` gives no scores."""
+    """Raise ``UserError`` if the model at ``config.path`` gives no scores."""
     remedy = "it is a language model, which has no score head; train a reward model with dpo-jax reward"
     require(model.config.scores == 1, "model.path", config.path, remedy)
 
@@ -105,16 +107,19 @@ def open_reward_model(
         raise UserError(f"{section}.path: {config.path}: its tokenizer cannot be loaded: {error}; {remedy}") from error
     if reward_tokenizer.chat_template is None:
         reward_tokenizer.chat_template = tokenizer.chat_template
-    if tokenizer_hash(reward_tokenizer) == tokenizer_hash(tokenizer):
-        return RewardModel(opened, _read_tokens)
-    return RewardModel(opened, _make_read_text(config.path, reward_tokenizer, tokenizer, template_date))
+    reading = tokenizer_hash(reward_tokenizer)
+    if reading == tokenizer_hash(tokenizer):
+        return RewardModel(opened, _read_tokens, "tokens")
+    if reads_clock(reward_tokenizer.chat_template):
+        reading += f" {template_date}"
+    return RewardModel(opened, _make_read_text(config, reward_tokenizer, tokenizer, template_date), reading)
 
 
 def _read_tokens(prompt: TokenizedPrompt, answer: Answer, _: Callable[[], Example]) -> tuple[list[int], list[int]]:
     return prompt.tokens, with_tail(answer.tokens, answer.ended, prompt.tail)
 
 
-def _make_read_text(path: str, reward_tokenizer: Any, tokenizer: Any, template_date: str) -> ReadAnswer:
+def _make_read_text(config: RewardModelConfig, reward_tokenizer: Any, tokenizer: Any, template_date: str) -> ReadAnswer:
     """Return a function that tokenizes an answer's text as the training of the reward model did.
 
     An answer that was cut off has none of the tokens that end one.
@@ -135,7 +140,7 @@ def _make_read_text(path: str, reward_tokenizer: Any, tokenizer: Any, template_d
             return answered.prompt, tokens[: -len(tail)] if is_cut else tokens
         if answered.cause == "empty_answer" and tail and isinstance(alone, TokenizedPrompt):
             return alone.tokens, tail
-        remedy = "remove the row, or choose another reward model"
-        raise UserError(f"reward.path: {path} cannot read row {example.row}: {answered.detail}; {remedy}")
+        problem = f"{config.path} cannot read row {example.row}: {answered.detail}"
+        raise UserError(f"{config.section}.path: {problem}; remove the row, or choose another reward model")
 
     return read_text

@@ -151,6 +151,7 @@ def test_a_reward_model_trains_on_but_is_no_policy(trained):
             use()
 
 
+@pytest.mark.slow
 def test_a_dpo_run_puts_the_reward_model_next_to_the_implicit_reward(trained, capsys):
     """Its scores are those of the reward model's own run on the same pairs."""
     *_, spread = read_json(trained / "reward" / "distributions.jsonl")

@@ -12,7 +12,7 @@ from dpo_jax.config.sampling import SamplingConfig
 from dpo_jax.inference.generate import generate, rollout_weights
 from dpo_jax.methods import samples
 from dpo_jax.methods.rollouts import EVALUATION
-from dpo_jax.methods.samples import Questions, Respondent
+from dpo_jax.methods.samples import PromptAnswerer, SamplePrompts
 from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.runs.directory import read_json
 from dpo_jax.train import train
@@ -117,8 +117,8 @@ def test_answers_are_the_same_in_blocks(shared, monkeypatch):
     )
     opened = open_model(ModelConfig(path=str(shared / "models" / "stories260K"), dtype="float32"), "cpu")
     prompts = opened.tokenizer()(PROMPTS[1:])["input_ids"]
-    respondent = Respondent(setup, opened.model, {"dev": Questions(None, None, prompts)}, [2])
+    answerer = PromptAnswerer(setup, opened.model, {"dev": SamplePrompts(None, None, prompts)}, [2])
     with jax.set_mesh(setup.mesh):
-        whole = respondent(weights := opened.load(setup.mesh))
+        whole = answerer(weights := opened.load(setup.mesh))
         monkeypatch.setattr(samples, "MAX_ROWS", 2)
-        assert [answer.tokens for answer in respondent(weights)["dev"]] == [answer.tokens for answer in whole["dev"]]
+        assert [answer.tokens for answer in answerer(weights)["dev"]] == [answer.tokens for answer in whole["dev"]]

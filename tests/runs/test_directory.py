@@ -140,7 +140,9 @@ def test_a_log_that_was_changed(tmp_path):
 
 def test_logs_are_cut_back_to_the_byte(tmp_path):
     with locked_run(tmp_path) as run:
-        assert log_offsets(run) == {"metrics.jsonl": 0, "timings.jsonl": 0, "distributions.jsonl": 0}
+        assert log_offsets(run) == dict.fromkeys(
+            ("metrics.jsonl", "timings.jsonl", "distributions.jsonl", "samples.jsonl"), 0
+        )
         for step in range(3):
             append_json(run.metrics, {"step": step, "loss": math.log(2)})
         append_json(run.timings, {"step": 0})
