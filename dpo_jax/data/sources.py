@@ -101,7 +101,7 @@ def _kind_name(path: str) -> str:
             raise UserError(f"{path}: no such file; the working directory is {Path.cwd()}")
         if suffix not in _SUFFIXES:
             suffixes_text = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.COMPRESSED)}"
-            raise UserError(f"{path}: unknown suffix {suffix!r}; use {suffixes_text}, or give the folder of the files")
+            raise UserError(f"{path}: unknown suffix {suffix!r}; use {suffixes_text}, or give a folder of such files")
         return _SUFFIXES[suffix]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(f"{path}: no such file or folder, and not the name of a hub dataset (owner/name)")

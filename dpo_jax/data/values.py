@@ -56,7 +56,8 @@ def text(name: str, value: object) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadRow("missing_field", f"{name} has a lone surrogate (half a character) at {error.start}") from None
+        problem = f"has a lone surrogate (half a character) at character {error.start}"
+        raise BadRow("missing_field", f"{name} {problem}") from None
     return value
 
 

@@ -185,7 +185,7 @@ def refuse_prompt_weights(store: Store) -> None:
     weighted_rows = np.flatnonzero(store.weights != 1)
     if len(weighted_rows):
         row = f"row {store.rows[weighted_rows[0]]} has weight {store.weights[weighted_rows[0]]:g}"
-        raise UserError(f"data.train: {row}, but ppo weights all prompts alike; remove the column weight")
+        raise UserError(f"data.train: {row}, but ppo weights all prompts equally; remove the column `weight`")
 
 
 def value_model_of(config: PPOConfig, model: Model) -> Model | None:

@@ -97,8 +97,8 @@ def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> No
         tolerance = 3e-6 * max(1.0, abs(expected)) + bound * known_loss.slope * max(1.0, weight)
         if not abs(values["loss"] - expected) <= tolerance:
             raise UserError(
-                f"step 0: the loss is {values['loss']:.7g}, but at margin 0 it is {expected:.7g} (tolerance: "
-                f"{tolerance:.2g}): {STEP_CAUSE}"
+                f"step 0: the loss is {values['loss']:.7g}, but it must be {expected:.7g}, as all margins are 0 "
+                f"(tolerance: {tolerance:.2g}): {STEP_CAUSE}"
             )
     if not tied(values, agreement(setup)):
         raise UserError(

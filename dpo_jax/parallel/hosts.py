@@ -53,7 +53,7 @@ def timeout_message(timeout: int, missing_ids: list[int], num_processes: int) ->
 
 
 def is_writer() -> bool:
-    """Return whether this process, process 0, writes the files of the run: logs, config, exports."""
+    """Return whether this is process 0, which writes the files of the run: logs, config, exports."""
     return jax.process_index() == 0
 
 

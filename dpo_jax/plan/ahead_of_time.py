@@ -214,7 +214,7 @@ def compile_step(
 
 
 def compile_program(lower: Callable[[], Lowered]) -> Compiled:
-    """Compile what ``lower`` returns, and measure its memory, even if there is not enough of it."""
+    """Compile what ``lower`` returns, and measure the memory that it needs, even if the device has less."""
     start_time = time.perf_counter()
     lowered = lower()
     try:

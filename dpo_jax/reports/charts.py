@@ -42,7 +42,7 @@ def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
 
 
 def eval_sets(rows: Sequence[Row]) -> list[str]:
-    """Return the names of the evaluation sets, from the keys ``eval_NAME_loss``, or ``eval_NAME_score`` of answers."""
+    """Return the names of the evaluation sets: NAME in keys ``eval_NAME_loss`` or, of sampled answers, ``_score``."""
     keys = dict.fromkeys(key for row in rows for key in row)
     names = (re.fullmatch(r"eval_(.+)_(loss|score)", key) for key in keys)
     return [name[1] for name in names if name is not None]

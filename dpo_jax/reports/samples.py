@@ -15,14 +15,15 @@ def samples(rows: Sequence[Row]) -> str:
     """Return HTML of the answers at the first and the newest evaluation; an empty string if there are none."""
     if not rows:
         return ""
-    newest, first = rows[-1]["step"], {}
+    newest_step = rows[-1]["step"]
+    first_of_prompt: dict[tuple[str, str, int], Row] = {}
     for row in rows:
-        first.setdefault(_prompt_of(row), row)
-    last = [row for row in rows if row["step"] == newest]
+        first_of_prompt.setdefault(_prompt_of(row), row)
+    last = [row for row in rows if row["step"] == newest_step]
     shown = [row for name in dict.fromkeys(row["set"] for row in last) for row in _of_set(last, name)[:MAX_SHOWN]]
     count = f"The first {len(shown)} of {len(last)} prompts; samples.jsonl has all" if len(shown) < len(last) else ""
     note = [paragraph(f"{count}.")] if count else []
-    return "\n".join([*note, *(_block(first[_prompt_of(row)], row) for row in shown)])
+    return "\n".join([*note, *(_block(first_of_prompt[_prompt_of(row)], row) for row in shown)])
 
 
 def _prompt_of(row: Row) -> tuple[str, str, int]:

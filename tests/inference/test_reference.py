@@ -253,7 +253,7 @@ def test_the_first_step_has_the_loss_of_margin_0(live, type_):
     values = {"loss": expected, "logps/chosen": -40.0, "logps/rejected": -15.0, "kl": 0.0}
     check_first(setup, values, data)
     for wrong in (1.001, 0.999, np.nan):
-        with pytest.raises(UserError, match=r"step 0: the loss is .* but at margin 0 it is"):
+        with pytest.raises(UserError, match=r"step 0: the loss is .* but it must be"):
             check_first(setup, values | {"loss": expected * wrong}, data)
     if type_ == "sigmoid":  # and it is what the step computes
         optimizer = optax.sgd(1.0)
