@@ -378,9 +378,10 @@ def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: Los
                 "logps/accuracies": pair_mean(logps[CHOSEN] > logps[REJECTED]),
             }
         if reference is not None:
+            weight = logistic(rejected - chosen) - (0.0 if policy.label is None else 1 - policy.label)
             metrics |= {
                 "displacement": pair_mean(ratios.chosen < 0),
-                "gradient_weight": pair_mean(logistic(rejected - chosen)),
+                "gradient_weight": pair_mean(jnp.abs(weight)),
                 "kl": pair_mean(ratios.chosen**2 + ratios.rejected**2) / 4,
             }
     if policy.sampled_sum is not None:

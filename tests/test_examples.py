@@ -8,9 +8,10 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = sorted(path.name for path in EXAMPLES.glob("*.py"))
+MARKS = {"from_python.py": pytest.mark.slow}
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in FILES])
 def test_an_example_lowers_its_loss(name, capsys):
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     before, after = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", capsys.readouterr().out).groups())

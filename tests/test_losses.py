@@ -460,6 +460,20 @@ def swapped(sides: PairLogps) -> PairLogps:
     return sides.replace(**{name: getattr(sides, name)[:, ::-1] for name in names})
 
 
+def test_the_gradient_weight_of_a_labeled_pair_is_that_of_its_loss():
+    """|q - sigma(margin)|, the gradient of q L(y_w, y_l) + (1-q) L(y_l, y_w) with respect to the reward margin."""
+    policy, reference = random_logps()
+    loss, label = LossConfig(beta=0.3), jnp.linspace(0.0, 1.0, len(policy.sum))
+
+    def labeled_loss(shift):
+        moved = policy.replace(sum=policy.sum.at[:, 0].add(shift / loss.beta), label=label)
+        return preference_loss(moved, reference, loss).sum()
+
+    weights = jnp.abs(jax.grad(labeled_loss)(jnp.zeros(len(label)))) * policy.valid
+    actual = preference_metrics(policy.replace(label=label), reference, loss)["gradient_weight"]
+    np.testing.assert_allclose(actual, weights.sum() / policy.valid.sum(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", [name for name, loss in CONFIGS.items() if not loss.coupled])
 def test_a_label_mixes_the_losses_of_both_orders(name):
     policy, reference = random_logps()

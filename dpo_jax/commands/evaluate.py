@@ -67,7 +67,7 @@ def evaluate(
         setup = assemble(config, mesh)
         if not setup.evals:
             raise UserError("data.eval: there is no evaluation set; add one or set data.eval_fraction")
-        scores = reward_model_scores(setup, config.eval.reward) if isinstance(config, DPOConfig) else {}
+        scores = reward_model_scores(setup, config.eval.reward)[0] if isinstance(config, DPOConfig) else {}
         policy_name, weights, reference = load_policy_and_reference(setup, which)
         run_note = "" if is_run_dir(config.run.dir) else f" (no run in {config.run.dir})"
         say(config.run.progress, f"evaluating {policy_name}{run_note}")

@@ -90,7 +90,7 @@ def generate_answers(config: GenerateConfig, output: str) -> None:
         params, reward_params = policy.load(mesh), {} if reward is None else reward.opened.load(mesh)
         identity = {
             "weights": weights_id(params),
-            "reward": None if reward is None else f"{weights_id(reward_params)} {reward.reading}",
+            "reward": None if reward is None else weights_id(reward_params) + reward.reading,
             "tokenizer": tokenizer_hash(tokenizer),
             "template": tokenizer.chat_template,
             "prompts": prompts_hash(prompts),

@@ -183,6 +183,8 @@ class DPOConfig(TrainConfig):
         if self.data.online is None:
             return self
         data = replace(self.data, online=None, shuffle=True)  # or run.seed, if it is not 0, would be refused
+        if data.eval and data.eval_fraction == 0:
+            data = replace(data, train=tuple(data.eval.values()))  # those of the config may be prompts alone
         return replace(self, data=data, sampling=SamplingConfig())
 
     @property

@@ -34,18 +34,18 @@ def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
     The reference is always built from the weights that the config names, on resume too, never from a restored policy.
     """
     assert isinstance(setup.config, DPOConfig)
-    scores = reward_model_scores(setup, setup.config.eval.reward)  # first, while no other weights are loaded
+    scores, reward_ids = reward_model_scores(setup, setup.config.eval.reward)  # while no other weights are loaded
     policy = load_policy(setup)
     weights = reference_weights(setup, policy.weights)
     reference_id = policy.ids["weights"] if weights is policy.weights else weights_id(weights)
-    policy = policy._replace(ids=policy.ids | {"reference": reference_id})
+    policy = policy._replace(ids=policy.ids | reward_ids | {"reference": reference_id})
     reference = make_reference(setup, weights)
     method, start = make_offline(setup, policy, reference, flags, dpo_samples(setup, policy, reference, weights))
     return replace(method, scores=scores), start
 
 
-def reward_model_scores(setup: Setup, options: RewardModelConfig) -> dict[str, PairLogps]:
-    """Score the pairs of each evaluation set with a reward model; empty if ``options`` names none.
+def reward_model_scores(setup: Setup, options: RewardModelConfig) -> tuple[dict[str, PairLogps], dict[str, str]]:
+    """Score the pairs of each evaluation set with a reward model, and identify it; empty if ``options`` names none.
 
     The pairs lie in the rows in which the policy is evaluated, and as a reward model was trained on them.
 
@@ -53,14 +53,15 @@ def reward_model_scores(setup: Setup, options: RewardModelConfig) -> dict[str, P
         UserError: it cannot be used, or has another tokenizer or chat template than the policy.
     """
     if options.path is None or not setup.evals:
-        return {}
+        return {}, {}
     policy, date = setup.config.model, setup.config.data.template_date
     reward = open_reward_model(options, policy, platform_of(setup.mesh), setup.tokenizer, date)
     remedy = f"its tokenizer or chat template is not that of {policy.path}, by which the pairs are tokenized"
     require(reward.reads_tokens, f"{options.section}.path", options.path, f"{remedy}; use one of the same family")
     weights = reward.opened.load(setup.mesh)
     step = jax.jit(make_scores_fn(reward.opened.model), out_shardings=replicated(setup.mesh))
-    return {name: dataset_logps(step, weights, pairs, setup.to_devices)[1] for name, pairs in setup.evals.items()}
+    scores = {name: dataset_logps(step, weights, pairs, setup.to_devices)[1] for name, pairs in setup.evals.items()}
+    return scores, {"eval_reward": weights_id(weights)}
 
 
 def dpo_samples(

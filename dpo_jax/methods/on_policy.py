@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class AnswerEvaluation:
 
     setup: Setup
     sampler: Sampler
-    reference_scores: Mapping[str, np.ndarray]  # of the reference's own answers, by set; empty: there is no reference
+    reference_answers: Mapping[str, list[Graded]]  # by set and batch; empty: there is no reference
 
     def __call__(self, weights: Params | Adapted, reference: Params | Adapted | None) -> dict[str, float]:
         """Return means over the answers of each set, as ``eval_NAME_METRIC``.
@@ -33,7 +34,7 @@ class AnswerEvaluation:
         ``score``, ``length`` in tokens, and ``ended``, the share with an end token. With a reference also
         ``sampled_kl``, the sum of log(pi / ref) over an answer's tokens; and ``win_rate``, the share of answers that
         score higher than the answer which the reference at the start of the run gives to the same prompt with the same
-        key; ties count half.
+        key; equal answers and equal scores count half.
         """
         metrics: dict[str, float] = {}
         for name, answers in eval_answers(self.setup, self.sampler, weights).items():
@@ -44,9 +45,8 @@ class AnswerEvaluation:
                 "ended": np.concatenate([graded.ended.ravel() for graded in answers]),
             }
             if reference is not None:
-                reference_scores = self.reference_scores[name]
                 values["sampled_kl"] = self._log_ratios(name, answers, weights, reference)
-                values["win_rate"] = (scores > reference_scores) + 0.5 * (scores == reference_scores)
+                values["win_rate"] = np.concatenate(list(map(wins, answers, self.reference_answers[name])))
             metrics |= {f"eval_{name}_{key}": float(value.mean(dtype=np.float64)) for key, value in values.items()}
         return metrics
 
@@ -70,9 +70,18 @@ def make_evaluation(setup: Setup, sampler: Sampler, reference: Params | Adapted 
     sampler = sampler.with_one_answer()
     if reference is None:
         return AnswerEvaluation(setup, sampler, {})
-    sets = eval_answers(setup, sampler, reference)
-    scores = {name: np.concatenate([graded.scores.ravel() for graded in answers]) for name, answers in sets.items()}
-    return AnswerEvaluation(setup, sampler, scores)
+    return AnswerEvaluation(setup, sampler, eval_answers(setup, sampler, reference))
+
+
+def wins(answers: Graded, reference: Graded) -> np.ndarray:
+    """Return for each answer 1 if it scores higher than the reference's, 0 if lower, 1/2 if equal.
+
+    The same answer may score differently in another batch, by rounding, so equal tokens are equal, too.
+    """
+    pairs = zip(chain(*answers.answers), chain(*reference.answers), strict=True)
+    is_same = np.array([answer.tokens == other.tokens for answer, other in pairs])
+    scores, reference_scores = answers.scores.ravel(), reference.scores.ravel()
+    return np.where(is_same | (scores == reference_scores), 0.5, scores > reference_scores)
 
 
 def eval_answers(setup: Setup, sampler: Sampler, weights: Params | Adapted) -> dict[str, list[Graded]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from dpo_jax.batch import Adapted, Params
@@ -23,7 +24,7 @@ from dpo_jax.inference.answer_scores import make_answer_scores
 from dpo_jax.inference.generate import Answer, generate
 from dpo_jax.methods.setup import Setup
 from dpo_jax.parallel import hosts
-from dpo_jax.parallel.sharding import platform_of
+from dpo_jax.parallel.sharding import local_mesh, platform_of
 from dpo_jax.policy_gradient import Rollout
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.weights.reward_model import open_reward_model, stop_tokens
@@ -211,9 +212,10 @@ def make_judge(setup: Setup, config: JudgeConfig, tail: list[int]) -> tuple[Judg
 
         pairs = read_all() if reward.reads_tokens else hosts.on_writer(read_all, "answers")
         scores = answer_scores([prompt for prompt, _ in pairs], [answer for _, answer in pairs])
+        refuse_not_finite(f"{config.section}.path", str(config.path), scores)
         return np.array(scores, np.float32).reshape(len(answers), -1)
 
-    return judge, f"{weights_id(weights)} {reward.reading}"
+    return judge, weights_id(weights) + reward.reading
 
 
 def make_row_of(setup: Setup) -> Callable[[Store, int], tuple[Source, int]]:
@@ -236,7 +238,7 @@ def _function_judge(setup: Setup, name: str, option: str) -> Judge:
             examples = [(p, i, answer) for p, i, row in zip(prompts, ids, answers, strict=True) for answer in row]
             texts = [answer.text(setup.tokenizer, prompt) for prompt, _, answer in examples]
             rows = [dict(source.rows[row]) for source, row in (row_of(store, i) for _, i, _ in examples)]
-            with from_outside(f"{option}: {name} failed", "fix the function"):
+            with from_outside(f"{option}: {name} failed", "fix the function"), jax.set_mesh(local_mesh()):
                 scores = function([decode(prompt) for prompt, _, _ in examples], texts, rows)
             return checked_scores(option, name, scores, len(texts))
 
@@ -255,7 +257,12 @@ def checked_scores(option: str, name: str, scores: Any, num_answers: int) -> lis
         numbers = [float(score) for score in scores]
     remedy = f"it returned {len(numbers)} scores of {num_answers} answers; return one each"
     require(len(numbers) == num_answers, option, name, remedy)
-    wrong = next((i for i, number in enumerate(numbers) if not math.isfinite(number)), None)
-    if wrong is not None:
-        raise UserError(option, name, f"score {wrong} is {numbers[wrong]}; return finite numbers")
+    refuse_not_finite(option, name, numbers)
     return numbers
+
+
+def refuse_not_finite(option: str, value: str, scores: Sequence[float]) -> None:
+    """Raise ``UserError`` about ``option`` if a score is NaN or infinite."""
+    wrong = next((i for i, score in enumerate(scores) if not math.isfinite(score)), None)
+    if wrong is not None:
+        raise UserError(option, value, f"score {wrong} is {scores[wrong]}; scores must be finite")

@@ -27,6 +27,7 @@ VISIBILITY_TIMEOUT = 10.0  # seconds within which a file written by one host mus
 Result = TypeVar("Result")
 
 _gather_numbers = itertools.count()  # every process gathers in the same order, so these numbers match
+_own_keys: list[str] = []  # of values that this process sent and other processes may still read
 
 
 class HostsMissing(UserError):
@@ -86,7 +87,15 @@ def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
             missing_ids = sorted(set(range(jax.process_count())) - arrived)
             problem = timeout_message(timeout, missing_ids, jax.process_count())
             raise HostsMissing(f"{what}: {problem}: read the logs of those missing, then restart all") from error
+    _forget_gathered(client, f"{prefix}{jax.process_index()}")
     return values
+
+
+def _forget_gathered(client: Any, key: str) -> None:
+    """Delete this process's value of the `gather` before, which all have read, as each has sent its next one."""
+    _own_keys.append(key)
+    if len(_own_keys) > 1:
+        client.key_value_delete(_own_keys.pop(0))
 
 
 def barrier(what: str, timeout: int = TIMEOUT) -> None:

@@ -83,6 +83,11 @@ def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.nd
     return mesh_utils.create_hybrid_device_mesh(slice_shape, dcn_shape, devices, allow_split_physical_axes=True)
 
 
+def local_mesh() -> Mesh:
+    """Return a mesh of one device of this process, for arrays that no other process computes."""
+    return Mesh(jax.local_devices()[:1], ("local",))
+
+
 def row_devices(mesh: Mesh | AbstractMesh) -> int:
     """Return the number of devices that shard the rows of a batch; the number of rows must be a multiple of it."""
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))

@@ -28,16 +28,19 @@ PACKAGES = ("dpo-jax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "nu
 #   NAME       points to something that is compared through identity NAME: a moved directory is the same model, and
 #              changed contents are refused under that name
 #   length     see _length_matters
+#   sampling   refused if answers are sampled to train on or as output, else free: it affects run.samples alone
 _OPTIONS = {
     "weights": "model.path model.revision model.checkpoint",
     "tokenizer": "model.tokenizer",
     "adapters": "lora.path",
     "reference": "reference.path",
+    "eval_reward": "eval.reward",
     "store": "data.train data.template_date",
     "prompts": "prompts",
     "reward": "reward data.online.reward",
     "template": "data.chat_template",
     "length": "run.steps run.epochs",
+    "sampling": "sampling",
     "rounding": "model.attention model.remat model.scan reference.mode batch.row_length batch.accumulation "
     "batch.target_chunk batch.layout batch.size mesh run.compiler_flags",
     "free": "data.eval eval data.store data.workers run.dir run.log_every run.eval_every run.samples run.token_stats "
@@ -126,6 +129,8 @@ def _differences(old: Mapping, new: Mapping) -> list[tuple[str, str]]:
         effect = _effect(name)
         if effect == "length":  # row shapes are chosen from the run's own steps
             effect = "matters" if _length_matters(old["config"], new["config"]) else "rounding"
+        elif effect == "sampling":
+            effect = "matters" if "ends" in new["identity"] else "free"
         elif effect not in ("free", "rounding", "matters"):
             is_recorded = new["identity"].get(effect) is not None and old["identity"].get(effect) is not None
             effect = "free" if is_recorded and effect not in changed_names else "matters"

@@ -56,7 +56,7 @@ class RewardModel(NamedTuple):
 
     opened: OpenModel
     read_answer: ReadAnswer
-    reading: str  # identity of how it reads answers, for manifests
+    reading: str  # identity of how it reads text, for manifests; empty if it reads the policy's tokens
 
     @property
     def reads_tokens(self) -> bool:
@@ -107,9 +107,9 @@ def open_reward_model(
         raise UserError(f"{section}.path: {config.path}: its tokenizer cannot be loaded: {error}; {remedy}") from error
     if reward_tokenizer.chat_template is None:
         reward_tokenizer.chat_template = tokenizer.chat_template
-    reading = tokenizer_hash(reward_tokenizer)
-    if reading == tokenizer_hash(tokenizer):
-        return RewardModel(opened, _read_tokens, "tokens")
+    reading = f" {tokenizer_hash(reward_tokenizer)}"
+    if reading == f" {tokenizer_hash(tokenizer)}":
+        return RewardModel(opened, _read_tokens, "")
     if reads_clock(reward_tokenizer.chat_template):
         reading += f" {template_date}"
     return RewardModel(opened, _make_read_text(config, reward_tokenizer, tokenizer, template_date), reading)
@@ -125,7 +125,12 @@ def _make_read_text(config: RewardModelConfig, reward_tokenizer: Any, tokenizer:
     An answer that was cut off has none of the tokens that end one.
     """
     tokenize_prompt = make_tokenize_prompt(template_date, reward_tokenizer)
-    data = DataConfig(train=(SourceConfig(path="answers"),), max_length=sys.maxsize, template_date=template_date)
+    data = DataConfig(
+        train=(SourceConfig(path="answers"),),
+        max_length=sys.maxsize,
+        template_date=template_date,
+        append_eos=reward_tokenizer.eos_token_id is not None,
+    )
     tokenize = make_tokenize(data, reward_tokenizer, "sft")
 
     def read_text(prompt: TokenizedPrompt, answer: Answer, row: Callable[[], Example]) -> tuple[list[int], list[int]]:
@@ -138,8 +143,8 @@ def _make_read_text(config: RewardModelConfig, reward_tokenizer: Any, tokenizer:
             tokens = answered.answers[0]
             is_cut = not answer.ended and 0 < len(tail) < len(tokens) and tokens[-len(tail) :] == tail
             return answered.prompt, tokens[: -len(tail)] if is_cut else tokens
-        if answered.cause == "empty_answer" and tail and isinstance(alone, TokenizedPrompt):
-            return alone.tokens, tail
+        if answered.cause == "empty_answer" and isinstance(alone, TokenizedPrompt):  # scored where an answer begins
+            return (alone.tokens, tail) if tail else (alone.tokens[:-1], alone.tokens[-1:])
         problem = f"{config.path} cannot read row {example.row}: {answered.detail}"
         raise UserError(f"{config.section}.path: {problem}; remove the row, or choose another reward model")
 

@@ -1,5 +1,7 @@
 """Reward functions, in a module that processes started by tests can import."""
 
+import jax.numpy as jnp
+
 
 def vowels(prompts, answers, rows):
     """Score answers by their share of vowels; each answer comes with its prompt's row."""
@@ -10,3 +12,8 @@ def vowels(prompts, answers, rows):
 def equal(prompts, answers, rows):
     """Score all answers alike."""
     return [0.0] * len(answers)
+
+
+def devices(prompts, answers, rows):
+    """Score all answers by the number of devices on which an array is made."""
+    return [float(len(jnp.zeros(3).devices()))] * len(answers)

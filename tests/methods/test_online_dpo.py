@@ -284,4 +284,7 @@ def test_plan_refuses_sampled_pairs_and_eval_reads_the_pairs_of_the_data(tmp_pat
     config.write_text(json.dumps(tree | {"data": tree["data"] | {"online": online}, "sampling": {"max_tokens": 8}}))
     assert cli.main(["plan", str(config), "--topology", "v5e:4x4"]) == 2
     assert capsys.readouterr().err.endswith("to plan the update alone, remove this section and sampling\n")
-    assert parse_config(config, {}, DPOConfig).without_online() == parse_config(tree, {}, DPOConfig)
+    read = parse_config(config, {}, DPOConfig).without_online()
+    assert read == parse_config(tree, {}, DPOConfig)
+    read = parse_config(config, {"data.eval.dev": "pairs", "data.shuffle": False, "run.seed": 3}, DPOConfig)
+    assert read.without_online().data.train == (read.data.eval["dev"],)  # the others may be prompts alone

@@ -152,6 +152,7 @@ def test_the_seed_of_the_samples_may_be_given_without_shuffling(shared, tmp_path
     assert options(shared, tmp_path, data={"shuffle": False}, run={"seed": 3}).run.seed == 3
 
 
+@pytest.mark.slow
 def test_positions_that_differ_between_sampling_and_training_are_refused(shared, tmp_path, monkeypatch):
     gather = PreferenceBatch.gather_tokens
     shifted = lambda self, values, n: jax.numpy.roll(gather(self, values, n), 1, axis=-1)  # noqa: E731

@@ -137,6 +137,7 @@ def test_what_eval_cannot_score_is_refused(command, more, line, trained, capsys)
     assert line in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_reward_model_trains_on_but_is_no_policy(trained):
     run = str(trained / "reward")
     model = {"path": run, "dtype": "float32"}
@@ -181,6 +182,7 @@ def test_a_dpo_run_puts_the_reward_model_next_to_the_implicit_reward(trained, ca
     assert metrics["reward_model/agreement"] == np.mean(alike) < 1
 
 
+@pytest.mark.slow
 def test_a_run_of_a_language_model_becomes_a_reward_model(shared, tmp_path):
     pairs = str(shared / "reference_curves" / "pairs.jsonl")
     common = {
@@ -282,6 +284,7 @@ def test_options_without_a_meaning_for_scores_are_refused(tmp_path):
         parse_config(options(tmp_path, "x"), {"batch.target_chunk": 64}, RewardConfig)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 def test_adapters_with_their_head_are_the_same_function_in_peft(shared, torch, peft, tmp_path, capsys):
     """After three steps: PEFT, the merged export, eval, and a start from the adapters have the run's last scores."""

@@ -1,8 +1,9 @@
-"""Judges of sampled answers: what a reward model with another tokenizer or chat template reads."""
+"""Judges of sampled answers: what a reward model reads, where a function runs, and which answer wins."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from dpo_jax.config import MeshConfig, PPOConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.inference.generate import Answer
-from dpo_jax.methods.rollouts import answer_tail, make_judge, prompt_tokens
+from dpo_jax.methods.on_policy import wins
+from dpo_jax.methods.rollouts import Graded, answer_tail, make_judge, prompt_tokens
 from dpo_jax.methods.setup import assemble
 from dpo_jax.models.heads import reward_hf_config
 from dpo_jax.parallel.sharding import make_mesh
@@ -35,19 +37,24 @@ def save_reward_model(policy: OpenModel, folder: Path, chat_template: str | None
     tokenizer.save_pretrained(folder)
 
 
-def test_a_reward_model_gives_the_same_scores_by_the_policy_s_tokens_and_by_the_text(shared, tmp_path):
-    """Prompts that are text use no chat template, so another one changes how the reward model reads, not what."""
-    data = tmp_path / "prompts.jsonl"
+def config_of(shared: Path, folder: Path, reward: Any) -> PPOConfig:
+    """A run on the prompts of `TEXTS`."""
+    data = folder / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in TEXTS))
     tree = {
         "model": {"path": str(shared / "models" / "stories260K")},
-        "data": {"train": str(data), "max_length": 64, "store": str(tmp_path / "store"), "workers": 1},
-        "reward": str(tmp_path / "reward"),
+        "data": {"train": str(data), "max_length": 64, "store": str(folder / "store"), "workers": 1},
+        "reward": reward,
         "sampling": {"max_tokens": 32},
         "batch": {"prompts": 2},
-        "run": {"dir": str(tmp_path / "run"), "steps": 1, "progress": False},
+        "run": {"dir": str(folder / "run"), "steps": 1, "progress": False},
     }
-    config = parse_config(tree, {}, PPOConfig)
+    return parse_config(tree, {}, PPOConfig)
+
+
+def test_a_reward_model_gives_the_same_scores_by_the_policy_s_tokens_and_by_the_text(shared, tmp_path):
+    """Prompts that are text use no chat template, so another one changes how the reward model reads, not what."""
+    config = config_of(shared, tmp_path, str(tmp_path / "reward"))
     setup = assemble(config, make_mesh(config.mesh, jax.devices()[:1]))
     store, tokenizer, tail = setup.batches.store, setup.tokenizer, answer_tail(setup)
     prompts = [prompt_tokens(store, i) for i in range(2)]
@@ -65,3 +72,22 @@ def test_a_reward_model_gives_the_same_scores_by_the_policy_s_tokens_and_by_the_
         scores[name] = judge(store, np.arange(2), prompts, answers)
     np.testing.assert_allclose(scores["text"], scores["tokens"], atol=1e-6)
     assert len(set(np.round(scores["tokens"].ravel(), 4))) == 6
+
+
+def test_a_function_that_uses_jax_runs_on_one_device(shared, tmp_path):
+    """Another process would wait for ever for an array over the devices of all."""
+    config = config_of(shared, tmp_path, {"function": "rewards:devices"})
+    setup = assemble(config, make_mesh(config.mesh))
+    prompts = [prompt_tokens(setup.batches.store, i) for i in range(2)]
+    with jax.set_mesh(setup.mesh):
+        judge, _ = make_judge(setup, config.reward, answer_tail(setup))
+        scores = judge(setup.batches.store, np.arange(2), prompts, [[Answer([5], [0.0], False)]] * 2)
+    np.testing.assert_array_equal(scores, [[1.0], [1.0]])
+
+
+def test_an_answer_ties_with_the_same_tokens_and_with_the_same_score():
+    def graded(tokens, scores):
+        return Graded([[1]] * 4, [[Answer([t], [0.0], False)] for t in tokens], np.array(scores, np.float32)[:, None])
+
+    won = wins(graded([5, 6, 7, 8], [1.0, 0.5, 0.2, 0.9]), graded([5, 7, 8, 9], [0.9, 0.5, 0.3, 0.1]))
+    np.testing.assert_array_equal(won, [0.5, 0.5, 0.0, 1.0])

@@ -134,7 +134,7 @@ def made(shared, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("options", [(), ("--loss.ld_alpha", "0.5")])
+@pytest.mark.parametrize("options", [(), pytest.param(("--loss.ld_alpha", "0.5"), marks=pytest.mark.slow)])
 def test_parts_of_the_reward_sum_to_it(made, tmp_path, options):
     output = tmp_path / "pairs.jsonl"
     code, said = ended("eval", made / "config.yaml", "--output", output, "--per-token", *options, output=made / "said")

@@ -31,6 +31,7 @@ from dpo_jax.config import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    SamplingConfig,
     SourceConfig,
 )
 from dpo_jax.errors import RunStopped, UserError
@@ -512,6 +513,15 @@ def test_options_that_do_not_matter_pass():
         checkpoint=CheckpointConfig(keep=7),
     )
     assert compare_manifest(MANIFEST, manifest_of(new)) == [] == rounding_changes(MANIFEST, manifest_of(new))
+
+
+def test_sampling_matters_only_to_what_is_trained_on_samples():
+    config = make_config()
+    run = replace(config.run, samples=2)
+    old, new = (replace(config, run=run, sampling=SamplingConfig(max_tokens=n)) for n in (8, 16))
+    assert compare_manifest(manifest_of(old), manifest_of(new)) == []
+    trained = [manifest_of(config, ends="[1]") for config in (old, new)]
+    assert compare_manifest(*trained) == ["sampling.max_tokens: was 8, now 16"]
 
 
 def test_layout_and_place_pass_with_a_word():
