@@ -231,14 +231,14 @@ def _function_judge(setup: Setup, name: str, option: str) -> Judge:
     with from_outside(f"{option}: {name} cannot be imported", remedy):
         function = getattr(importlib.import_module(module), attribute)
     decode = partial(setup.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    row_of = make_row_of(setup)
+    row_of, mesh = make_row_of(setup), local_mesh()
 
     def judge(store: Store, ids: np.ndarray, prompts: list[list[int]], answers: list[list[Answer]]) -> np.ndarray:
         def call() -> list[float]:
             examples = [(p, i, answer) for p, i, row in zip(prompts, ids, answers, strict=True) for answer in row]
             texts = [answer.text(setup.tokenizer, prompt) for prompt, _, answer in examples]
             rows = [dict(source.rows[row]) for source, row in (row_of(store, i) for _, i, _ in examples)]
-            with from_outside(f"{option}: {name} failed", "fix the function"), jax.set_mesh(local_mesh()):
+            with from_outside(f"{option}: {name} failed", "fix the function"), jax.set_mesh(mesh):
                 scores = function([decode(prompt) for prompt, _, _ in examples], texts, rows)
             return checked_scores(option, name, scores, len(texts))
 
