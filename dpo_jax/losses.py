@@ -352,8 +352,7 @@ def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: Los
     as wrong. With a reference there are also ``displacement``, the fraction of pairs whose chosen answer has become
     less likely; ``gradient_weight``, the mean of sigma(-reward margin), DPO's weight of a pair's gradient (Rafailov et
     al. 2023, eq. 7); and ``kl``, the mean over answers of s(y)^2 / 2, which would be KL(policy || reference) to second
-    order if the policy had sampled the answers. With one answer per prompt (fine-tuning) there are only the loss and
-    the token statistics.
+    order if the policy had sampled the answers. With one answer per prompt there are only loss and token statistics.
 
     Sampled answers also have ``sampled_kl``, the mean of s(y), which estimates that KL if none was left out, and
     ``sampler_error`` and ``mean_sampler_error``, of log-probs against the sampler's, relative to their size.

@@ -26,7 +26,7 @@ from dpo_jax.data.store import open_source
 from dpo_jax.data.tokenize import TokenizedPrompt, make_tokenize_prompt
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import RunStopped, UserError
-from dpo_jax.inference.answer_scores import AnswerScores, make_answer_scores
+from dpo_jax.inference.answer_scores import SCORE_DECIMALS, AnswerScores, make_answer_scores
 from dpo_jax.inference.generate import NO_END, Answer, generate, rollout_weights
 from dpo_jax.models.decoder import count_params
 from dpo_jax.parallel import hosts
@@ -45,7 +45,7 @@ from dpo_jax.weights.reward_model import (
     stop_tokens,
 )
 
-LOGP_DECIMALS, SCORE_DECIMALS = 4, 6  # later digits of a float32 depend on the batch
+LOGP_DECIMALS = 4  # later digits of a float32 depend on the batch
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from dpo_jax.models.decoder import Model
 from dpo_jax.models.heads import make_scores_fn
 from dpo_jax.parallel.sharding import local_row_shards, replicated, row_devices
 
+SCORE_DECIMALS = 6  # in output files; later digits of a float32 depend on the batch
+
 AnswerScores = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[float]]  # (prompts, answers) -> scores
 
 

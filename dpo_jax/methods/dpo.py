@@ -37,8 +37,7 @@ def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
     scores, reward_ids = reward_model_scores(setup, setup.config.eval.reward)  # while no other weights are loaded
     policy = load_policy(setup)
     weights = reference_weights(setup, policy.weights)
-    reference_id = policy.ids["weights"] if weights is policy.weights else weights_id(weights)
-    policy = policy._replace(ids=policy.ids | reward_ids | {"reference": reference_id})
+    policy = policy._replace(ids=policy.ids | reward_ids | reference_ids(policy, weights))
     reference = make_reference(setup, weights)
     method, start = make_offline(setup, policy, reference, flags, dpo_samples(setup, policy, reference, weights))
     return replace(method, scores=scores), start
@@ -94,6 +93,11 @@ def reference_weights(setup: Setup, start: Params) -> Params:
     source = find_reference(config, path, setup.model, platform_of(setup.mesh), partial(find_model, revision=None))
     options = ModelConfig(path=path, param_dtype=config.model.param_dtype)
     return load_weights(source, setup.model, options, setup.mesh)
+
+
+def reference_ids(policy: Policy, weights: Params) -> dict[str, str]:
+    """Return the identity of the reference's weights, which are hashed only if they are not the initial policy's."""
+    return {"reference": policy.ids["weights"] if weights is policy.weights else weights_id(weights)}
 
 
 def find_reference(

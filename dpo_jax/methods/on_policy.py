@@ -97,6 +97,13 @@ def eval_answers(setup: Setup, sampler: Sampler, weights: Params | Adapted) -> d
     return {name: answers(batches) for name, batches in setup.evals.items()}
 
 
+def sampled_answers(setup: Setup, sampler: Sampler, weights: Params | Adapted, step: int) -> tuple[np.ndarray, Graded]:
+    """Return the example ids of ``step``, -1 for padding, and the policy's answers to the others."""
+    ids = setup.batches.order.step_ids(step)
+    copy = rollout_weights(setup.model, weights, setup.mesh)
+    return ids, sampler(copy, setup.batches.store, ids[ids >= 0], step)
+
+
 def sampled_facts(
     setup: Setup,
     manifest: Mapping[str, Any],

@@ -11,15 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from dpo_jax.batching.batches import StepData
 from dpo_jax.config import OnlineConfig
-from dpo_jax.inference.generate import rollout_weights
 from dpo_jax.inference.reference import LiveReference
-from dpo_jax.methods.dpo import dpo_samples, make_reference, reference_weights, sampling_weights
+from dpo_jax.methods.dpo import dpo_samples, make_reference, reference_ids, reference_weights, sampling_weights
 from dpo_jax.methods.offline import Offline, OfflineInput, Start, make_offline
-from dpo_jax.methods.on_policy import AnswerEvaluation, check_sampler, make_evaluation, sampled_facts
+from dpo_jax.methods.on_policy import AnswerEvaluation, check_sampler, make_evaluation, sampled_answers, sampled_facts
 from dpo_jax.methods.rollouts import Graded, Sampler, in_slots, make_sampler, pack_answers
 from dpo_jax.methods.setup import Setup, load_policy
 from dpo_jax.methods.start_check import check_first
-from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.logs import Evaluation
 from dpo_jax.runs.session import Metrics
 from dpo_jax.step import TrainState
@@ -70,9 +68,7 @@ class OnlineDPO:
     def batch(self, step: int, state: TrainState) -> OfflineInput:
         """Sample answers to the prompts of ``step``, and put the pair of the best and the worst on the devices."""
         dpo, batches = self.dpo, self.setup.batches
-        ids = batches.order.step_ids(step)
-        copy = rollout_weights(self.setup.model, self.weights(state), self.setup.mesh)
-        graded = self.sampler(copy, batches.store, ids[ids >= 0], step)
+        ids, graded = sampled_answers(self.setup, self.sampler, self.weights(state), step)
         scores = graded.scores - np.float32(self.options.missing_eos_penalty) * ~graded.ended
         indices, label = jax.device_get(labeled_pairs(jnp.asarray(scores), self.options.labels))
         pairs = graded.take(indices)
@@ -135,8 +131,7 @@ def online_dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[OnlineDPO, Start
     policy = load_policy(setup)
     weights = reference_weights(setup, policy.weights)
     sampler, ids = make_sampler(setup, options.answers, options.reward)
-    reference_id = policy.ids["weights"] if weights is policy.weights else weights_id(weights)
-    policy = policy._replace(ids=policy.ids | ids | {"reference": reference_id})
+    policy = policy._replace(ids=policy.ids | ids | reference_ids(policy, weights))
     reference = make_reference(setup, weights)
     start_reference = None if reference is None else sampling_weights(setup, reference, weights)
     evaluation = make_evaluation(setup, sampler, start_reference)

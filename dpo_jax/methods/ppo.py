@@ -16,15 +16,15 @@ from dpo_jax.batching.to_devices import ToDevices, make_to_devices
 from dpo_jax.config import PPOConfig
 from dpo_jax.data.store import Store
 from dpo_jax.errors import UserError
-from dpo_jax.inference.generate import rollout_weights
 from dpo_jax.inference.reference import copy_weights
 from dpo_jax.logprobs import make_token_logps_fn
-from dpo_jax.methods.dpo import reference_weights
+from dpo_jax.methods.dpo import reference_ids, reference_weights
 from dpo_jax.methods.on_policy import (
     AnswerEvaluation,
     check_sampler,
     make_evaluation,
     refuse_difference,
+    sampled_answers,
     sampled_facts,
 )
 from dpo_jax.methods.optimizer import make_optimizer, make_schedule
@@ -35,7 +35,6 @@ from dpo_jax.methods.start_check import starts_equal
 from dpo_jax.models.decoder import Model
 from dpo_jax.parallel.sharding import replicated, sharded_structs
 from dpo_jax.policy_gradient import ActorCritic, Rollout, TokensFn, policy_gradient_step
-from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.logs import Evaluation
 from dpo_jax.runs.session import Metrics, StepFacts
 from dpo_jax.step import Frozen, TrainState, init_state, state_shardings
@@ -92,9 +91,7 @@ class PPO:
     def batch(self, step: int, state: TrainState) -> PPOInput:
         """Sample and score answers to the prompts of ``step``, and put them on the devices."""
         setup, batches = self.setup, self.setup.batches
-        ids = batches.order.step_ids(step)
-        copy = rollout_weights(setup.model, self.weights(state), setup.mesh)
-        graded = self.sampler(copy, batches.store, ids[ids >= 0], step)
+        ids, graded = sampled_answers(setup, self.sampler, self.weights(state), step)
         data, accumulation = pack_answers(batches, step, ids, graded), batches.packer.accumulation
         rollout = make_rollout(ids, graded, self.config.sampling.max_tokens, accumulation)
         packed = data.batch if accumulation > 1 else jax.tree.map(lambda x: x[None], data.batch)
@@ -147,8 +144,7 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
     policy = load_policy(setup)
     reference = reference_weights(setup, policy.weights)
     sampler, sampler_ids = make_sampler(setup, config.ppo.answers, config.reward)
-    reference_id = policy.ids["weights"] if reference is policy.weights else weights_id(reference)
-    ids = policy.ids | sampler_ids | {"reference": reference_id}
+    ids = policy.ids | sampler_ids | reference_ids(policy, reference)
     optimizer = make_optimizer(config.optimizer, num_steps, config.ppo.epochs)
     value_model = value_model_of(config, setup.model)
     abstract = abstract_policy_state(setup.model, value_model, mesh, optimizer)

@@ -14,7 +14,7 @@ import numpy as np
 from dpo_jax.batch import Adapted, Params
 from dpo_jax.batching.batches import Batches
 from dpo_jax.errors import require
-from dpo_jax.inference.answer_scores import make_answer_scores
+from dpo_jax.inference.answer_scores import SCORE_DECIMALS, make_answer_scores
 from dpo_jax.inference.generate import NO_END, Answer, generate, rollout_weights
 from dpo_jax.methods.rollouts import EVALUATION, Judge, answer_tail, prompt_tokens
 from dpo_jax.methods.setup import Setup
@@ -23,7 +23,6 @@ from dpo_jax.weights.open import decoder_of, load_weights
 from dpo_jax.weights.reward_model import stop_tokens, with_tail
 
 MAX_ROWS = 32  # answers sampled at once; they do not depend on it
-SCORE_DECIMALS = 6  # later digits of a float32 depend on the batch
 Row = dict[str, Any]
 
 

@@ -229,7 +229,7 @@ def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
     def scaled(model, weights, mesh):
         return jax.tree.map(lambda x: 1.1 * x, generate.rollout_weights(model, weights, mesh))
 
-    monkeypatch.setattr(sys.modules["dpo_jax.methods.online_dpo"], "rollout_weights", scaled)
+    monkeypatch.setattr(sys.modules["dpo_jax.methods.on_policy"], "rollout_weights", scaled)
     with pytest.raises(UserError, match=r"mean_sampler_error is .*different log-probs"):
         train_on_one(options(shared, tmp_path))
 
@@ -240,7 +240,7 @@ def test_adapters_that_the_sampler_lacks_are_refused(shared, tmp_path, monkeypat
         assert isinstance(weights, Adapted)
         return generate.rollout_weights(model, weights.base, mesh)
 
-    monkeypatch.setattr(sys.modules["dpo_jax.methods.online_dpo"], "rollout_weights", without)
+    monkeypatch.setattr(sys.modules["dpo_jax.methods.on_policy"], "rollout_weights", without)
     with pytest.raises(UserError, match=r"mean_sampler_error is .*different log-probs"):
         train_on_one(options(shared, tmp_path, lora={"rank": 2}, optimizer={"learning_rate": 1e-1}))
 

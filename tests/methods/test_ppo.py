@@ -179,7 +179,7 @@ def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
     def scaled(model, weights, mesh):
         return jax.tree.map(lambda x: 1.1 * x, generate.rollout_weights(model, weights, mesh))
 
-    monkeypatch.setattr(sys.modules["dpo_jax.methods.ppo"], "rollout_weights", scaled)
+    monkeypatch.setattr(sys.modules["dpo_jax.methods.on_policy"], "rollout_weights", scaled)
     with pytest.raises(UserError, match=r"mean_sampler_error is .*different log-probs"):
         train_on_one(options(shared, tmp_path))
 
