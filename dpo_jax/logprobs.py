@@ -49,6 +49,7 @@ def target_logps(
     stats: bool = False,
     squares: bool = False,
     precision: str | None = None,
+    softcap: float | None = None,
 ) -> TokenLogps:
     """Compute the log-probs of the batch's targets [R, M]; gradients flow through ``logp`` and ``log_sum_sq``.
 
@@ -56,7 +57,7 @@ def target_logps(
     too. Values at unused targets are undefined.
     """
     states = constrain_rows(jnp.take_along_axis(hidden, batch.target_sources[..., None], axis=1))
-    options = Options(chunk, block, stats, squares, precision)
+    options = Options(chunk, block, stats, squares, precision, softcap)
     return score_targets(states, unembedding, batch.target_tokens, batch.target_mask, options)
 
 
@@ -106,6 +107,7 @@ def make_logps_fn(
     tail: bool = False,
     squares: bool = False,
     precision: str | None = None,
+    softcap: float | None = None,
 ) -> LogpsFn:
     """Make ``logps_fn(weights, batch) -> PairLogps`` over packed rows, for a model given as two pure functions.
 
@@ -118,8 +120,10 @@ def make_logps_fn(
         tail: also compute ``tail_sum``, required by ``loss.ld_alpha``.
         squares: also compute ``log_sum_sq``, required by ``loss.weighting: wpo``.
         precision: of the matmuls with the unembedding, as in ``jax.lax.Precision``; None: JAX's default.
+        softcap: cap of the logits, which become cap * tanh(logit / cap); None: no cap.
     """
-    options = {"chunk": chunk, "block": block, "stats": stats, "squares": squares, "precision": precision}
+    options = {"chunk": chunk, "block": block, "stats": stats, "squares": squares}
+    options |= {"precision": precision, "softcap": softcap}
 
     def logps_fn(weights: Params, batch: PreferenceBatch) -> PairLogps:
         token_logps = target_logps(hidden_fn(weights, batch), unembedding_fn(weights), batch, **options)
@@ -135,12 +139,14 @@ def make_token_logps_fn(
     chunk: int,
     block: int = BLOCK,
     precision: str | None = None,
+    softcap: float | None = None,
 ) -> Callable[[Params, PreferenceBatch], Float[Array, "R M"]]:
     """Make ``token_logps_fn(weights, batch)``, which returns each target's log-prob; `answer_values` groups them."""
 
     def token_logps_fn(weights: Params, batch: PreferenceBatch) -> Float[Array, "R M"]:
         hidden, unembedding = hidden_fn(weights, batch), unembedding_fn(weights)
-        return target_logps(hidden, unembedding, batch, chunk=chunk, block=block, precision=precision).logp
+        options = {"chunk": chunk, "block": block, "precision": precision, "softcap": softcap}
+        return target_logps(hidden, unembedding, batch, **options).logp
 
     return token_logps_fn
 

@@ -72,7 +72,7 @@ def evaluate(
         run_note = "" if is_run_dir(config.run.dir) else f" (no run in {config.run.dir})"
         say(config.run.progress, f"evaluating {policy_name}{run_note}")
         model, chunk, loss = setup.model, config.batch.target_chunk, config.objective
-        token_logps_fn = make_token_logps_fn(model.hidden, model.unembedding, chunk=chunk, precision=model.precision)
+        token_logps_fn = make_token_logps_fn(model.hidden, model.unembedding, chunk=chunk, **model.logit_options)
         summary: dict = {"policy": policy_name, "sets": {}}
         lines = []
         for scored in score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference, scores):

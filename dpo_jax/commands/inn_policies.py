@@ -47,8 +47,7 @@ DECODER = DecoderConfig(
     kv_heads=2,
     head_dim=8,
     ffn=64,
-    rms_eps=1e-5,
-    rope_theta=10_000.0,
+    norm_eps=1e-5,
     init_std=0.08,
 )
 _MODEL = Model(config=DECODER, attention="xla")

@@ -20,6 +20,7 @@ from dpo_jax.batch import Adapted, Params, round_up
 from dpo_jax.config.sampling import SamplingConfig
 from dpo_jax.inference.sampling import row_keys, sample
 from dpo_jax.models.decoder import Model
+from dpo_jax.ops.softcap import soft_cap
 from dpo_jax.parallel.sharding import replicated, rollout_mesh, row_devices, row_sharding, weight_shardings
 
 NO_END = [-1]  # end tokens of a model that has none
@@ -80,6 +81,7 @@ def answer_rows(
         logits = jnp.einsum(
             "RD,VD->RV", hidden[:, 0], unembedding, precision=model.precision, preferred_element_type=jnp.float32
         )
+        logits = soft_cap(logits, model.config.logit_softcap)
         token = sample(logits, keys, t, options)
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
         is_open = ~answers.ended

@@ -146,7 +146,7 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
         "platform": jax.default_backend(),
     }
     chunk = config.batch.target_chunk
-    logps_fn = make_logps_fn(model.hidden, model.unembedding, chunk=chunk, tail=tail, precision=model.precision)
+    logps_fn = make_logps_fn(model.hidden, model.unembedding, chunk=chunk, tail=tail, **model.logit_options)
     logps_step = jax.jit(logps_fn, out_shardings=replicated(mesh))  # without token statistics, which only metrics need
 
     def compute(batches: Batches, steps: Sequence[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -233,7 +233,7 @@ def make_answer_logps_fn(model: Model, max_tokens: int, *, chunk: int) -> Tokens
 
     ``max_tokens``: N; ``chunk``: targets per device whose logits are in memory at a time.
     """
-    logps_fn = make_token_logps_fn(model.hidden, model.unembedding, chunk=chunk, precision=model.precision)
+    logps_fn = make_token_logps_fn(model.hidden, model.unembedding, chunk=chunk, **model.logit_options)
     return lambda weights, batch: batch.gather_tokens(logps_fn(weights, batch), max_tokens)
 
 

@@ -293,7 +293,7 @@ def train_logps_fn(config: AnyConfig, model: Model) -> LogpsFn:
         stats=config.run.token_stats,
         tail=config.objective.ld_alpha is not None,
         squares=config.objective.weighting == "wpo",
-        precision=model.precision,
+        **model.logit_options,
     )
 
 

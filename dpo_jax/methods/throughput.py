@@ -17,7 +17,7 @@ def model_flops(config: AnyConfig, model: Model, lengths: np.ndarray, num_target
     ``lengths`` [B, 1 + K]: tokens of the prompt and of each answer; ``num_targets`` [B, K]: answer tokens in the loss.
     The config's layout decides how often a prompt is computed, its reference mode whether the reference runs too.
     """
-    work = pairs_work(lengths, num_targets, layout=config.batch.layout, window=model.config.window)
+    work = pairs_work(lengths, num_targets, layout=config.batch.layout, windows=model.config.windows)
     return step_flops(model.config, work, live_reference=config.reference_mode == "live", lora=model.lora)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from dpo_jax.batch import Adapted, AnyArray, Params, PreferenceBatch
 from dpo_jax.batching.packing import BatchShape, empty_batch
 from dpo_jax.config import ModelConfig
-from dpo_jax.models.layers import CacheInputs, DecoderModule, KeyValues, Layer, rotary_frequencies
+from dpo_jax.models.layers import CacheInputs, DecoderModule, KeyValues, Layer, make_rotations, scaled
 from dpo_jax.models.options import DecoderConfig, Lora
 from dpo_jax.ops.attention import AttentionInputs, Implementation, choose, make_inputs
 from dpo_jax.parallel.sharding import constrain_rows
@@ -53,7 +53,7 @@ class Decoder(DecoderModule):
         longest: int,
         cache: KeyValues | None = None,
     ) -> tuple[Float[Array, "R T D"], KeyValues | None]:
-        """Return hidden states after the final norm, and the cache, if any, with the tokens added."""
+        """Return hidden states after the final norm, times ``logit_scale``, and the cache, if any, with the tokens added."""
         c = self.config
         if c.scores:
             self.weight("score", "SD", nn.initializers.zeros)
@@ -61,8 +61,7 @@ class Decoder(DecoderModule):
                 self.variable("lora", "score", partial(self.zeros, "SD"))
         elif not c.tied:
             self.weight("unembed", "VD")
-        x = self.weight("embed", "VD")[tokens].astype(self.dtype)
-        angles = jnp.asarray(positions, jnp.float32)[..., None] * rotary_frequencies(c)
+        x = scaled(self.weight("embed", "VD")[tokens].astype(self.dtype), c.embed_scale)
         # inside a scan XLA cannot merge the recomputed forward pass with the first; unrolled, it could
         policy = REMAT[self.remat]
         layer = Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=not self.scan)
@@ -70,16 +69,15 @@ class Decoder(DecoderModule):
             layer,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.layers,
             unroll=1 if self.scan else c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x = constrain_rows(x)
-        (kind,) = c.pattern  # the scan steps over periods of the pattern
-        stack = layers(c, self.param_dtype, self.lora, kind, self.attention, longest, name="layers")
-        (x, cache), _ = stack((x, cache), angles, inputs)
-        return self.rms_norm("final", x), cache
+        stack = layers(c, self.param_dtype, self.lora, self.attention, longest, name="layers")
+        (x, cache), _ = stack((x, cache), jnp.asarray(c.kind_of_layer), make_rotations(c, positions), inputs)
+        return self.norm("final", x, factor=1.0 if c.scores else c.logit_scale), cache
 
 
 @struct.dataclass
@@ -153,8 +151,13 @@ class Model:
         """Value for `jax.default_matmul_precision`."""
         return None if self.matmul_precision == "default" else self.matmul_precision
 
+    @property
+    def logit_options(self) -> dict[str, Any]:
+        """Options of `logprobs.make_logps_fn` that are the model's own."""
+        return {"precision": self.precision, "softcap": self.config.logit_softcap}
+
     def unembedding(self, weights: Params | Adapted) -> Float[Array, "V D"]:
-        """Return the unembedding matrix: logits = hidden @ unembedding.T."""
+        """Return the unembedding matrix: logits = hidden @ unembedding.T, then capped if the model has a cap."""
         return _split(weights).base["embed" if self.config.tied else "unembed"]
 
     def head(self, weights: Params | Adapted) -> Float[Array, "S D"]:
@@ -219,7 +222,13 @@ def make_model(config: DecoderConfig, options: ModelConfig, platform: str, lora:
         config=config,
         dtype=dtype,
         param_dtype=options.param_dtype,
-        attention=choose(options.attention, platform=platform, dtype=dtype, head_dim=config.head_dim),
+        attention=choose(
+            options.attention,
+            platform=platform,
+            dtype=dtype,
+            head_dim=config.head_dim,
+            softcap=config.attention_softcap,
+        ),
         remat=options.remat,
         scan=options.scan,
         matmul_precision=options.matmul_precision,

@@ -10,6 +10,8 @@ backward pass recomputes to save memory; the hardware executes the sum of both.
 """
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +25,7 @@ class Work(NamedTuple):
     """Workload of a forward pass; counts over all rows of a batch."""
 
     tokens: int  # tokens through the layers: real ones for MFU, all slots for the cost of a layout
-    seen: int  # visible (query, key) pairs in each layer
+    seen: int  # visible (query, key) pairs, over all layers
     targets: int  # tokens to predict, each with logits over the whole vocabulary
 
 
@@ -40,11 +42,17 @@ class Flops(NamedTuple):
         return sum(self)
 
 
-def causal_pairs(length: Int[np.ndarray, "*n"], window: int | None) -> Int[np.ndarray, "*n"]:
-    """Count the (query, key) pairs of a causal sequence: token p sees p + 1 keys, or the last ``window`` of them."""
+def causal_pairs(length: Int[np.ndarray, "*n"], windows: Sequence[int | None]) -> Int[np.ndarray, "*n"]:
+    """Count the (query, key) pairs of a causal sequence over layers with these sliding windows.
+
+    Token p sees p + 1 keys, or the last ``window`` of them.
+    """
     length = np.asarray(length, np.int64)
-    capped_length = length if window is None else np.minimum(length, window)
-    return capped_length * (capped_length + 1) // 2 + (length - capped_length) * capped_length
+    total = np.zeros_like(length)
+    for window, num_layers in Counter(windows).items():
+        capped_length = length if window is None else np.minimum(length, window)
+        total += num_layers * (capped_length * (capped_length + 1) // 2 + (length - capped_length) * capped_length)
+    return total
 
 
 def pairs_work(
@@ -52,18 +60,19 @@ def pairs_work(
     num_targets: Int[np.ndarray, "B K"],
     *,
     layout: Literal["shared", "repeated", "padded"],
-    window: int | None,
+    windows: Sequence[int | None],
 ) -> Work:
     """Compute the workload of B prompts with K answers each, counting real tokens only; lengths 0 are padding.
 
     In layout ``shared`` a prompt is processed once and all its answers continue it; otherwise, once per answer.
     ``lengths`` [B, 1 + K]: tokens of prompt and answers; ``num_targets`` [B, K]: tokens to predict.
+    ``windows``: sliding window of each layer.
     """
     lengths = np.asarray(lengths, np.int64)
     prompts, answers = lengths[:, :1], lengths[:, 1:]
     copies = 1 if layout == "shared" else answers.shape[1]
-    unshared = causal_pairs(prompts + answers, window).sum()
-    saved = (answers.shape[1] - copies) * causal_pairs(prompts, window).sum()
+    unshared = causal_pairs(prompts + answers, windows).sum()
+    saved = (answers.shape[1] - copies) * causal_pairs(prompts, windows).sum()
     tokens = copies * prompts.sum() + answers.sum()
     return Work(int(tokens), int(unshared - saved), int(np.sum(num_targets)))
 
@@ -82,7 +91,7 @@ def forward_flops(config: DecoderConfig, work: Work) -> Flops:
     num_weights = sum(inputs * outputs for inputs, outputs in projections(config).values())
     return Flops(
         linear=2 * config.layers * num_weights * work.tokens,
-        attention=4 * config.layers * config.heads * config.head_dim * work.seen,
+        attention=4 * config.heads * config.head_dim * work.seen,
         unembedding=2 * config.hidden * config.logits * work.targets,
     )
 

@@ -13,6 +13,7 @@ Adapters are a second Flax collection, `lora`, whose tree mirrors the parameter 
 orientation of the projection itself. In a reward model it also has the head, `score`, which is trained whole.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +24,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.models.options import DecoderConfig, LayerKind, LinearScaling, Llama3Scaling, Lora
+from dpo_jax.batch import AnyArray
+from dpo_jax.models.options import DecoderConfig, LinearScaling, Llama3Scaling, Lora, Rope, YarnScaling
 from dpo_jax.models.projections import AXES, LAYER
 from dpo_jax.ops.attention import AttentionInputs, Implementation, attend, attend_cached
 from dpo_jax.parallel.sharding import constrain_rows
@@ -35,23 +37,69 @@ ACTIVATIONS = {
 }
 
 
-def rotary_frequencies(config: DecoderConfig) -> Float[np.ndarray, "C"]:
+def scaled(x: Array, factor: float) -> Array:
+    """Multiply in x's dtype, to which ``factor`` is rounded."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
+class Rotation(NamedTuple):
+    """Rotary embeddings at the positions of a batch; stacked by kind of layer, or of one kind."""
+
+    angles: Float[Array, "*kinds R T C"]
+    factor: Float[Array, "*kinds"] | None  # of cosines and sines; None: 1
+
+
+def rotary_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "C"]:
     """Return the radians per position of each rotated pair; see `options` for the scalings."""
-    frequency = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    match config.rope_scaling:
+    frequency = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    match rope.scaling:
         case LinearScaling(factor=factor):
             frequency = frequency / factor
         case Llama3Scaling() as scaling:
             turns = scaling.original_max_position_embeddings * frequency / (2 * np.pi)  # in the original context
             blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-            blend = np.clip(blend, 0, 1)
-            frequency = blend * frequency + (1 - blend) * frequency / scaling.factor
+            frequency = _blend(frequency, scaling.factor, blend)
+        case YarnScaling() as scaling:
+            # index, not rounded, of the frequency that makes so many turns in the original context
+            index = lambda turns: (  # noqa: E731
+                head_dim
+                * np.log(scaling.original_max_position_embeddings / (turns * 2 * np.pi))
+                / 2
+                / np.log(rope.theta)
+            )
+            first, last = index(scaling.beta_fast), index(scaling.beta_slow)
+            if scaling.truncate:
+                first, last = np.floor(first), np.ceil(last)
+            first, last = max(first, 0), min(last, head_dim - 1)
+            blend = 1 - (np.arange(head_dim // 2) - first) / max(last - first, 0.001)
+            frequency = _blend(frequency, scaling.factor, blend)
     return frequency.astype(np.float32)
 
 
-def rotate(x: Float[Array, "R T N H"], angles: Float[Array, "R T C"]) -> Float[Array, "R T N H"]:
+def _blend(frequency: np.ndarray, factor: float, kept: np.ndarray) -> np.ndarray:
+    """Divide frequencies by ``factor`` where ``kept`` is 0 or less, keep them where it is 1 or more."""
+    kept = np.clip(kept, 0, 1)
+    return kept * frequency + (1 - kept) * frequency / factor
+
+
+def make_rotations(config: DecoderConfig, positions: Int[AnyArray, "R T"]) -> Rotation | None:
+    """Return the rotation of each kind of layer at these positions; None if no layer rotates."""
+    ropes = [kind.rope for kind in config.kinds]
+    if not any(ropes):
+        return None
+    zeros = np.zeros(config.head_dim // 2, np.float32)  # leave a head as it is, bit for bit
+    frequencies = np.stack([zeros if rope is None else rotary_frequencies(rope, config.head_dim) for rope in ropes])
+    scalings = [None if rope is None else rope.scaling for rope in ropes]
+    factors = [scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0 for scaling in scalings]
+    angles = jnp.asarray(positions, jnp.float32)[..., None] * frequencies[:, None, None]
+    return Rotation(angles, None if set(factors) == {1.0} else jnp.asarray(factors, jnp.float32))
+
+
+def rotate(x: Float[Array, "R T N H"], rotation: Rotation) -> Float[Array, "R T N H"]:
     """Apply rotary embeddings in float32; the first half of a head is paired with its second half."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    cos, sin = jnp.cos(rotation.angles)[:, :, None], jnp.sin(rotation.angles)[:, :, None]
+    if rotation.factor is not None:
+        cos, sin = cos * rotation.factor, sin * rotation.factor
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -125,14 +173,20 @@ class DecoderModule(nn.Module):
         x = jnp.einsum(f"{operand},{a}->RTr", x, pair["a"].astype(x.dtype))
         return jnp.einsum(f"RTr,{b}->{result}", x, pair["b"].astype(x.dtype))
 
-    def rms_norm(self, name: str, x: Array) -> Array:
-        """Divide by sqrt(mean(x^2) + eps) over the last dim and scale, in float32 (arXiv 1910.07467)."""
-        letter = "H" if x.ndim == 4 else "D"
-        scale = self.weight(f"{name}_norm", letter, nn.initializers.ones).astype(jnp.float32)
+    def norm(self, name: str, x: Array, letters: str = "D", factor: float = 1.0) -> Array:
+        """Divide by sqrt(mean(x^2) + eps) over the dims of ``letters`` and scale, in float32 (arXiv 1910.07467).
+
+        ``factor``: of the result, rounded with it.
+        """
+        c = self.config
+        scale = self.weight(f"{name}_norm", letters, nn.initializers.constant(1 - c.norm_offset)).astype(jnp.float32)
+        if c.norm_offset:
+            scale += c.norm_offset
         # merge rows and tokens: with a leading dim of 1, XLA's gradient is 8 times slower on a CPU
         x32 = x.astype(jnp.float32).reshape(-1, *x.shape[2:])
-        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_eps)
-        return (x32 * scale).astype(x.dtype).reshape(x.shape)
+        mean_square = jnp.mean(x32 * x32, axis=tuple(range(-len(letters), 0)), keepdims=True)
+        x32 *= jax.lax.rsqrt(mean_square + c.norm_eps)
+        return (x32 * scaled(scale, factor)).astype(x.dtype).reshape(x.shape)
 
 
 class CacheInputs(NamedTuple):
@@ -162,9 +216,8 @@ class KeyValues(NamedTuple):
 
 
 class Layer(DecoderModule):
-    """Pre-norm decoder layer: attention, then feed-forward."""
+    """Decoder layer: attention, then feed-forward, each added to the residual stream."""
 
-    kind: LayerKind
     attention: Implementation
     longest: int  # as in `PreferenceBatch`
 
@@ -172,28 +225,66 @@ class Layer(DecoderModule):
     def __call__(
         self,
         carry: tuple[Float[Array, "R T D"], KeyValues | None],
-        angles: Float[Array, "R T C"],
+        kind: Int[Array, ""],
+        rotations: Rotation | None,
         inputs: AttentionInputs | CacheInputs,
     ) -> tuple[tuple[Float[Array, "R T D"], KeyValues | None], None]:
-        """Return the residual stream after the layer, and the cache, if any, with the new tokens added."""
+        """Return the residual stream after the layer, and the cache, if any, with the new tokens added.
+
+        ``kind``: index into the config's ``kinds``; ``rotations`` are stacked by it.
+        """
         x, cache = carry
+        y, cache = self.self_attention(self.pre_norm("attention", x), cache, kind, rotations, inputs)
+        x += self.branch("attention", y)
+        x += self.branch("ffn", self.feed_forward(self.pre_norm("ffn", x)))
+        return (constrain_rows(x), cache), None
+
+    def pre_norm(self, name: str, x: Array) -> Array:
+        """Return the input of the block ``name``."""
+        return self.norm(name, x) if self.config.pre_norm else x
+
+    def branch(self, name: str, y: Array) -> Array:
+        """Return what the output y of the block ``name`` adds to the residual stream."""
         c = self.config
-        y = self.rms_norm("attention", x)
-        q, k, v = self.linear("query", y), self.linear("key", y), self.linear("value", y)
-        if c.qk_norm:
-            q, k = self.rms_norm("query", q), self.rms_norm("key", k)
-        q, k = rotate(q, angles), rotate(k, angles)
-        options = {"scale": c.head_dim**-0.5, "window": self.kind.window}
+        return scaled(self.norm(f"{name}_post", y) if c.post_norm else y, c.residual_scale)
+
+    def self_attention(
+        self,
+        x: Array,
+        cache: KeyValues | None,
+        kind: Array,
+        rotations: Rotation | None,
+        inputs: AttentionInputs | CacheInputs,
+    ) -> tuple[Array, KeyValues | None]:
+        """Compute attention; also return the cache, if any, with the new tokens added."""
+        c = self.config
+        q, k, v = self.linear("query", x), self.linear("key", x), self.linear("value", x)
+        if c.qk_norm != "none":
+            letters = ("H", "H") if c.qk_norm == "head" else ("NH", "KH")
+            q, k = self.norm("query", q, letters[0]), self.norm("key", k, letters[1])
+        if rotations is not None:
+            rotation = jax.tree.map(lambda x: x[0 if len(c.kinds) == 1 else kind], rotations)
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        options = {"scale": c.score_scale, "softcap": c.attention_softcap}
         if isinstance(inputs, CacheInputs):
             assert cache is not None
             cache = cache.write(inputs.start, k, v)
-            y = attend_cached(q, *cache.read(), inputs.queries, inputs.slots, **options)
+            fn = partial(attend_cached, q, *cache.read(), inputs.queries, inputs.slots, **options)
             cache = cache._replace(layer=(cache.layer + 1) % c.layers)
         else:
-            y = attend(q, k, v, inputs, implementation=self.attention, longest=self.longest, **options)
-        x += self.linear("out", y)
+            fn = partial(attend, q, k, v, inputs, implementation=self.attention, longest=self.longest, **options)
+        return self.linear("out", self.by_window(fn, kind)), cache
 
-        y = self.rms_norm("ffn", x)
-        gate, up = self.linear("gate", y), self.linear("up", y)
-        x += self.linear("down", ACTIVATIONS[c.activation](gate) * up)
-        return (constrain_rows(x), cache), None
+    def by_window(self, fn: Callable[..., Array], kind: Array) -> Array:
+        """Call ``fn`` with the sliding window of this kind of layer, which kernels need as a Python value."""
+        windows = [kind.window for kind in self.config.kinds]
+        choices = list(dict.fromkeys(windows))
+        if len(choices) == 1:
+            return fn(window=choices[0])
+        index = jnp.asarray([choices.index(window) for window in windows])[kind]
+        return jax.lax.switch(index, [partial(fn, window=window) for window in choices])
+
+    def feed_forward(self, x: Array) -> Array:
+        """Compute the gated feed-forward block."""
+        gate, up = self.linear("gate", x), self.linear("up", x)
+        return self.linear("down", ACTIVATIONS[self.config.activation](gate) * up)

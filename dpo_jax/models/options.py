@@ -24,10 +24,34 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN: low frequencies are divided by ``factor``, high ones kept, those in between blended (arXiv 2309.00071)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float  # of cosines and sines, so that scores are scaled by its square
+    beta_fast: float = 32.0  # turns in the original context from which a frequency is kept
+    beta_slow: float = 1.0  # turns below which it is divided
+    truncate: bool = True  # round the indices of the two frequencies outward
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embeddings (arXiv 2104.09864)."""
+
+    theta: float
+    scaling: Scaling | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """Options of the layers at one position of the repeating layer pattern."""
+    """Options in which layers of one decoder may differ; neither of them has parameters."""
 
     window: int | None = None  # a token sees keys at most window - 1 positions back
+    rope: Rope | None = Rope(theta=10_000.0)  # None: the layer does not rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,24 +65,46 @@ class DecoderConfig:
     kv_heads: int  # K
     head_dim: int  # H
     ffn: int  # F
-    rms_eps: float
-    rope_theta: float
-    rope_scaling: LinearScaling | Llama3Scaling | None = None
+    norm_eps: float
+    norm_offset: float = 0.0  # added to the weight of every RMSNorm
+    pre_norm: bool = True  # norm of the input of attention and feed-forward
+    post_norm: bool = False  # norm of their output, before it is added to the residual stream
+    qk_norm: Literal["none", "head", "all"] = "none"  # RMSNorm of each query and key head, or of all heads at once
     activation: Activation = "silu"
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the projection after attention
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm of each query and key head
-    pattern: tuple[LayerKind, ...] = (LayerKind(),)  # repeated over the layers; only one kind is supported
+    pattern: tuple[LayerKind, ...] = (LayerKind(),)  # kinds of the layers from the first on, repeated
+    attention_scale: float | None = None  # of scores; None: 1 / sqrt(H)
+    attention_softcap: float | None = None  # scores become cap * tanh(score / cap)
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0  # factor of the embeddings
+    residual_scale: float = 1.0  # factor of what attention and feed-forward add to the residual stream
+    logit_scale: float = 1.0
     tied: bool = False  # the unembedding is the embedding
     scores: int = 0  # outputs of a reward model's head, which replaces the unembedding; 0: a language model
     init_std: float = 0.02
+    family: str = "llama"  # ``model_type`` that names the tensors in the files; it does not affect the computation
 
     @property
-    def window(self) -> int | None:
-        """Sliding window, the same in every layer."""
-        (kind,) = self.pattern
-        return kind.window
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The different kinds of layers, in order of their first layers."""
+        return tuple(dict.fromkeys(self.pattern))
+
+    @property
+    def kind_of_layer(self) -> tuple[int, ...]:
+        """Index into ``kinds`` of each layer."""
+        return tuple(self.kinds.index(self.pattern[layer % len(self.pattern)]) for layer in range(self.layers))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Sliding window of each layer."""
+        return tuple(self.kinds[kind].window for kind in self.kind_of_layer)
+
+    @property
+    def score_scale(self) -> float:
+        """Factor of attention scores."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
     def logits(self) -> int:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dpo_jax.batch import BLOCK, PreferenceBatch
 from dpo_jax.errors import UserError
 from dpo_jax.ops import kernels
+from dpo_jax.ops.softcap import soft_cap
 from dpo_jax.ops.unpack import UnpackIndices, share, unpack_answers, unpack_branches, unshare
 from dpo_jax.parallel.sharding import ROWS, mesh_is_active
 
@@ -69,7 +70,7 @@ def make_inputs(batch: PreferenceBatch, implementation: Implementation) -> Atten
 
 def _attention_scores(q, k, spec, scale, softcap):
     scores = jnp.einsum(spec, q, k, preferred_element_type=jnp.float32) * scale
-    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    return soft_cap(scores, softcap)
 
 
 def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
@@ -138,8 +139,7 @@ def _splash(q, k, v, inputs, *, longest, scale, window, softcap):
 
 
 def _padded(q, k, v, inputs, *, longest, scale, window, softcap, implementation):
-    if softcap is not None:
-        raise UserError("model.attention: cudnn cannot soft-cap scores, which this model requires; use blocks")
+    assert softcap is None, "`choose` refuses cudnn for models that cap scores"
     indices = inputs.unpacked
     lengths = (indices.segments > 0).sum(-1).reshape(-1)
     lengths = jnp.maximum(lengths, 1)  # the kernel needs one token in an unused slot; nothing reads it
@@ -189,9 +189,6 @@ def attend(
     ``xla`` applies `attention_mask` as a dense mask. It is the oracle that all others are tested against; the compiler
     partitions it. ``inputs`` must be made for the same implementation; ``longest`` is the batch's. ``window`` is a
     sliding window in positions (not row indices). Each group of N / K query heads shares a key head.
-
-    Raises:
-        UserError: the implementation does not support soft-capping.
     """
     fn = partial(IMPLEMENTATIONS[implementation], longest=longest, scale=scale, window=window, softcap=softcap)
     return fn(q, k, v, inputs) if implementation == "xla" else on_each_device(fn, q, k, v, inputs)
@@ -225,15 +222,21 @@ def attend_cached(
 
 
 def choose(
-    requested: Literal["auto", "blocks", "xla", "splash", "cudnn"], *, platform: str, dtype: str, head_dim: int
+    requested: Literal["auto", "blocks", "xla", "splash", "cudnn"],
+    *,
+    platform: str,
+    dtype: str,
+    head_dim: int,
+    softcap: float | None = None,
 ) -> Implementation:
     """Return the requested implementation or, for ``auto``, the default on ``platform`` (cpu, gpu or tpu).
 
     Raises:
-        UserError: the requested implementation does not support the platform, ``dtype`` or ``head_dim``.
+        UserError: the requested implementation does not support the platform, ``dtype``, ``head_dim`` or soft-capping.
     """
     cudnn_runs = dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128  # supported by cuDNN on every GPU
-    defaults: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn" if cudnn_runs else "blocks"}
+    cudnn_default = cudnn_runs and softcap is None
+    defaults: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn" if cudnn_default else "blocks"}
     if requested == "auto":
         return defaults.get(platform, "blocks")
     if requested == "splash" and platform not in ("tpu", "cpu"):
@@ -243,4 +246,6 @@ def choose(
     if requested == "cudnn" and not cudnn_runs:
         requirement = "cudnn needs bfloat16 and a head_dim that is a multiple of 8 and at most 128"
         raise UserError(f"model.attention: {requirement}, got {dtype} and {head_dim}; use auto")
+    if requested == "cudnn" and softcap is not None:
+        raise UserError("model.attention: cudnn cannot soft-cap scores, which this model requires; use auto")
     return requested

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.batch import AnyArray
+from dpo_jax.ops.softcap import soft_cap
 from dpo_jax.parallel.sharding import ROWS, mesh_is_active
 
 MIN_SCORE = -1e30  # score of a masked vocabulary row; finite, so that 0 times it is 0
@@ -47,10 +48,15 @@ class Options(NamedTuple):
     stats: bool = False
     squares: bool = False
     precision: str | None = None
+    softcap: float | None = None  # scores become cap * tanh(score / cap)
 
     def product(self, spec: str, x: Array, y: Array) -> Array:
         """Return an einsum of ``x`` and ``y``, accumulated in float32."""
         return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32, precision=self.precision)
+
+    def scores(self, states: Float[Array, "n D"], rows: Float[Array, "b D"]) -> Float[Array, "n b"]:
+        """Return the scores of vocabulary rows."""
+        return soft_cap(self.product("nd,vd->nv", states, rows), self.softcap)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -145,6 +151,7 @@ class _Sums(NamedTuple):
     total: Array  # sum of exp(score - largest)
     squares: Array | None  # sum of exp(2 (score - largest))
     expected: Array | None  # sum of exp(score - largest) score
+    score_sum: Array | None  # sum of the scores; only where a cap makes it no linear function of the states
 
 
 def _add_block(scores: Array, is_label: Array, before: _Sums) -> _Sums:
@@ -157,6 +164,9 @@ def _add_block(scores: Array, is_label: Array, before: _Sums) -> _Sums:
         total=before.total * shift + exp_scores.sum(-1),
         squares=None if before.squares is None else before.squares * shift**2 + (exp_scores**2).sum(-1),
         expected=None if before.expected is None else before.expected * shift + (exp_scores * scores).sum(-1),
+        score_sum=None
+        if before.score_sum is None
+        else before.score_sum + jnp.where(scores > MIN_SCORE, scores, 0.0).sum(-1),
     )
 
 
@@ -180,7 +190,7 @@ def _target_logps(options, is_sharded, states, unembedding, labels, mask):
         rows, ids, is_new = tiles.weights(i, states.dtype)
 
         def visit_chunk(c, sums):
-            scores = options.product("nd,vd->nv", states[c], rows)
+            scores = options.scores(states[c], rows)
             if tiles.num_blocks > 1:
                 scores = jnp.where(is_new, scores, MIN_SCORE)
             is_label = (ids == labels[c][:, None]) & is_new
@@ -190,7 +200,9 @@ def _target_logps(options, is_sharded, states, unembedding, labels, mask):
         return jax.lax.fori_loop(0, tiles.num_used_chunks, visit_chunk, sums)
 
     zeros = jnp.zeros(labels.shape, jnp.float32)
-    sums = _Sums(zeros + MIN_SCORE, zeros, zeros, zeros if options.squares else None, zeros if options.stats else None)
+    squares, expected = zeros if options.squares else None, zeros if options.stats else None
+    score_sum = None if options.softcap is None else expected
+    sums = _Sums(zeros + MIN_SCORE, zeros, zeros, squares, expected, score_sum)
     sums = tiles.fold_blocks(visit_block, sums)
     if is_sharded:
         sums = _combine_shards(sums)
@@ -202,13 +214,21 @@ def _target_logps(options, is_sharded, states, unembedding, labels, mask):
     stats = None
     if sums.expected is not None:
         entropy = normalizer - sums.expected / sums.total
-        mean_row = unembedding.mean(0, dtype=jnp.float32)
-        if is_sharded:
-            mean_row = jax.lax.all_gather(jax.lax.pmean(mean_row, "tensor"), "fsdp", axis=0, tiled=True)
-        mean_logit = jnp.einsum("cnd,d->cn", states.astype(jnp.float32), mean_row, precision=jax.lax.Precision.HIGHEST)
+        mean_logit = _mean_logit(sums, states, unembedding, is_sharded)
         stats = TargetStats(entropy, mean_logit, top1=(sums.label >= sums.largest).astype(jnp.float32))
     token_logps = TokenLogps(logp, normalizer, log_sum_sq, stats)
     return jax.tree.map(lambda x: tiles.join_chunks(jnp.where(is_unvisited, 0.0, x)), token_logps)
+
+
+def _mean_logit(sums: _Sums, states: Array, unembedding: Array, is_sharded: bool) -> Array:
+    """Return the mean score over the vocabulary; without a cap it is the score of the mean row."""
+    if sums.score_sum is not None:
+        num_shards = jax.lax.axis_size("tensor") if is_sharded else 1
+        return sums.score_sum / (len(unembedding) * num_shards)
+    mean_row = unembedding.mean(0, dtype=jnp.float32)
+    if is_sharded:
+        mean_row = jax.lax.all_gather(jax.lax.pmean(mean_row, "tensor"), "fsdp", axis=0, tiled=True)
+    return jnp.einsum("cnd,d->cn", states.astype(jnp.float32), mean_row, precision=jax.lax.Precision.HIGHEST)
 
 
 def _target_gradients(options, is_sharded, states, unembedding, labels, mask, normalizer, log_sum_sq, token_grads):
@@ -219,12 +239,15 @@ def _target_gradients(options, is_sharded, states, unembedding, labels, mask, no
     )
 
     def score_gradients(c, rows, ids, is_new):
-        logps = options.product("nd,vd->nv", states[c], rows) - normalizer[c][:, None]
+        scores = options.scores(states[c], rows)
+        logps = scores - normalizer[c][:, None]
         probs = jnp.exp(logps)
         grads = logp_grads[c][:, None] * ((ids == labels[c][:, None]) - probs)
         if options.squares:
             squared_shares = jnp.exp(2 * logps - log_sum_sq[c][:, None])
             grads += 2 * log_sum_sq_grads[c][:, None] * (squared_shares - probs)
+        if options.softcap is not None:
+            grads *= 1 - (scores / options.softcap) ** 2
         if tiles.num_blocks > 1:
             grads = jnp.where(is_new, grads, 0.0)
         return grads.astype(states.dtype)

@@ -44,12 +44,13 @@ class Stage(NamedTuple):
 
 def rows_work(load: Load, model: Model) -> Work:
     """Return the workload of a step's rows when they are full, as the kernels compute them."""
-    band = min(filter(None, (load.longest, model.config.window)))  # most tokens that the attention kernel looks back
+    # most tokens that the attention kernel looks back in each layer
+    bands = [load.longest if window is None else min(window, load.longest) for window in model.config.windows]
     num_answers = len(load.lengths) - 1
     mean_lengths = np.round(load.lengths).astype(int)
     rows = np.full(num_answers * load.rows * load.microbatches, load.row_length)
     num_targets = load.examples * int(mean_lengths[1:].sum())
-    return Work(load.slots, int(causal_pairs(rows, band).sum()), num_targets)
+    return Work(load.slots, int(causal_pairs(rows, bands).sum()), num_targets)
 
 
 def pair_stages(
@@ -87,13 +88,15 @@ def policy_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> li
     tensor, num_rows = mesh.shape["tensor"], rollout.rows // row_devices(mesh)
     prompt, answer = np.round(load.lengths[:2]).astype(int)
     real = np.tile([prompt, answer], (rollout.answers, 1))
-    layout: Any = {"layout": "padded", "window": model.config.window}
+    layout: Any = {"layout": "padded", "windows": model.config.windows}
     answered = pairs_work(real, real[:, 1:], **layout)
     prompts = pairs_work(real * [1, 0], real[:, 1:] * 0, **layout)
     decoded = Work(*(all_work - prompt_work for all_work, prompt_work in zip(answered, prompts, strict=True)))
     slots, new = rollout.prompt_slots, rollout.max_tokens
-    padded_prompts = Work(rollout.rows * slots, rollout.rows * slots**2, 0)
-    padded_tokens = Work(rollout.rows * new, rollout.rows * new * rollout.slots, rollout.rows * new)
+    padded_prompts = Work(rollout.rows * slots, model.config.layers * rollout.rows * slots**2, 0)
+    padded_tokens = Work(
+        rollout.rows * new, model.config.layers * rollout.rows * new * rollout.slots, rollout.rows * new
+    )
     # a loop of unknown length is that over tokens, which ends at the latest after ``max_tokens``
     sampling = collectives(texts["sampling"], mesh.size)
     once = [op for op in sampling if not op.at_least]
@@ -107,7 +110,7 @@ def policy_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> li
     ]
     if reward is not None:
         length = plan.scored.length
-        seen = int(causal_pairs(np.full(rollout.rows, length), reward.config.window).sum())
+        seen = int(causal_pairs(np.full(rollout.rows, length), reward.config.windows).sum())
         padded = Work(rollout.rows * length, seen, 0)
         traffic = forward_traffic(reward, num_rows * length, 0, tensor=tensor)
         sent = collectives(texts["scoring"], mesh.size)
@@ -124,7 +127,7 @@ def _update_stage(plan: RolloutPlan, load: Load, text: str) -> Stage:
     config, policy, mesh = plan.config, plan.model, plan.mesh
     epochs, value = config.ppo.epochs, value_model_of(config, plan.model)
     lengths = np.tile(np.round(load.lengths).astype(int), (load.examples, 1))
-    real = pairs_work(lengths, lengths[:, 1:], layout=config.batch.layout, window=policy.config.window)
+    real = pairs_work(lengths, lengths[:, 1:], layout=config.batch.layout, windows=policy.config.windows)
     rows, tensor = rows_work(load, policy), mesh.shape["tensor"]
     tokens, targets = _per_microbatch(load, rows, mesh)
     trained = [policy] if value is None else [policy, value]

@@ -21,8 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError, reason
 from dpo_jax.models.decoder import Model, Params
+from dpo_jax.models.families import tensor_name
 from dpo_jax.models.flops import projections
-from dpo_jax.models.projections import TENSORS, TRANSPOSED
+from dpo_jax.models.projections import TRANSPOSED
 from dpo_jax.parallel.hosts import is_writer
 from dpo_jax.weights.safetensors import INDEX, SINGLE, Tensor, find_tensors, write_file
 
@@ -62,7 +63,7 @@ def _slots(model: Model) -> dict[str, Slot]:
         dims = matrix_sizes.get(name, (math.prod(struct.shape[1:]),))
         shape = dims[::-1] if prefix else struct.shape
         for layer in range(model.config.layers) if prefix else (None,):
-            slots[TENSORS[leaf].format(layer)] = Slot(leaf, layer, shape)
+            slots[tensor_name(model.config, leaf).format(layer)] = Slot(leaf, layer, shape)
     return slots
 
 
@@ -74,7 +75,8 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Model) ->
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise mismatch(f"config.json requires {_name_list(missing)}, which the weights do not contain")
-    allowed = expected.keys() | ({TENSORS["unembed"]} if model.config.tied else set())
+    embed, unembed = (tensor_name(model.config, leaf) for leaf in ("embed", "unembed"))
+    allowed = expected.keys() | ({unembed} if model.config.tied else set())
     extra = [name for name in tensors if name not in allowed and not name.endswith(_BUFFER_SUFFIX)]
     if extra:
         raise mismatch(f"the weights contain {_name_list(extra)}, which config.json does not define")
@@ -82,8 +84,8 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Model) ->
         actual = tensors[name].shape
         if actual != slot.shape:
             raise mismatch(f"tensor {name} has shape {list(actual)}, but config.json implies {list(slot.shape)}")
-    if model.config.tied and TENSORS["unembed"] in tensors:
-        _check_tied(folder, tensors[TENSORS["unembed"]], tensors[TENSORS["embed"]])
+    if model.config.tied and unembed in tensors:
+        _check_tied(folder, tensors[unembed], tensors[embed])
 
 
 def _name_list(names: list[str]) -> str:
@@ -97,7 +99,7 @@ def _check_tied(folder: Path, unembed: Tensor, embed: Tensor) -> None:
         for rows in (slice(start, start + chunk) for start in range(0, embed.shape[0], chunk))
     )
     if not is_equal:
-        remedy = f"{TENSORS['unembed']} differs from {TENSORS['embed']}; set it to false in config.json"
+        remedy = f"{unembed.name} differs from {embed.name}; set it to false in config.json"
         raise UserError(f"{folder}: tie_word_embeddings", True, remedy)
 
 
@@ -157,9 +159,10 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
     Raises:
         UserError: tensors are missing, unknown, of the wrong shape, quantized, truncated, or tied but not equal.
     """
-    tensors, embed_name, unembed_name = find_tensors(Path(path)), TENSORS["embed"], TENSORS["unembed"]
-    if model.config.tied and embed_name not in tensors and unembed_name in tensors:
-        tensors[embed_name] = tensors.pop(unembed_name)  # the tied matrix, stored under the name of the unembedding
+    tensors = find_tensors(Path(path))
+    embed, unembed = (tensor_name(model.config, leaf) for leaf in ("embed", "unembed"))
+    if model.config.tied and embed not in tensors and unembed in tensors:
+        tensors[embed] = tensors.pop(unembed)  # the tied matrix, stored under the name of the unembedding
     _check_tensors(path, tensors, model)
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.param_shapes())
     if shardings is None:

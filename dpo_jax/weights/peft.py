@@ -15,7 +15,8 @@ import numpy as np
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import UserError, from_outside, shown
 from dpo_jax.models.decoder import Model, Params
-from dpo_jax.models.projections import BY_TARGET, LAYER, TENSORS
+from dpo_jax.models.families import tensor_name
+from dpo_jax.models.projections import BY_TARGET, LAYER
 from dpo_jax.weights.hub import read_json
 from dpo_jax.weights.huggingface import Slot, atomic_directory, fetch_tensors, load_tree
 from dpo_jax.weights.safetensors import Tensor, read_header, write_file
@@ -54,15 +55,15 @@ def _tensors(model: Model) -> dict[str, Slot]:
             num_layers, *dims = leaf.shape
             shape = (dims[0], math.prod(dims[1:])) if factor == "a" else (math.prod(dims[:-1]), dims[-1])
             for layer in range(num_layers):
-                name = f"{_PREFIX}{_module(projection, layer)}.lora_{factor.upper()}.weight"
+                name = f"{_PREFIX}{_module(model, projection, layer)}.lora_{factor.upper()}.weight"
                 slots[name] = Slot(f"layers/{projection}/{factor}", layer, shape)
     if "score" in shapes:
-        slots[_PREFIX + TENSORS["score"]] = Slot("score", None, shapes["score"].shape)
+        slots[_PREFIX + tensor_name(model.config, "score")] = Slot("score", None, shapes["score"].shape)
     return slots
 
 
-def _module(projection: str, layer: int) -> str:
-    return TENSORS[f"layers/{projection}"].removesuffix(".weight").format(layer)
+def _module(model: Model, projection: str, layer: int) -> str:
+    return tensor_name(model.config, f"layers/{projection}").removesuffix(".weight").format(layer)
 
 
 def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any) -> Params:
@@ -133,7 +134,7 @@ def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expec
     """Refuse options that would make PEFT ignore some tensors of the file, or expect ones that are not in it."""
     path = folder / CONFIG
     targets, excluded = options.get("target_modules"), options.get("exclude_modules") or []
-    modules = {_module(name, layer) for name in LAYER for layer in range(model.config.layers)}
+    modules = {_module(model, name, layer) for name in LAYER for layer in range(model.config.layers)}
     is_all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
     target_modules = modules if is_all_linear else _named(path, "target_modules", targets, modules)
     target_modules = target_modules - _named(path, "exclude_modules", excluded, modules)

@@ -6,13 +6,36 @@ Every key of the file is either read here, known not to affect the computation, 
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from dpo_jax.models.families import llama, mistral, qwen2, qwen3
+from dpo_jax.models.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    olmo3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from dpo_jax.models.families.family import MAX_LAYERS, Family, flag, invalid, number, one_of, size
 from dpo_jax.models.families.keys import EMPTY, HARMLESS_KEYS, NEUTRAL_VALUES, SHARED_KEYS
-from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import Activation, DecoderConfig
 
-FAMILIES = {"llama": llama.FAMILY, "mistral": mistral.FAMILY, "qwen2": qwen2.FAMILY, "qwen3": qwen3.FAMILY}
+FAMILIES = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "olmo3": olmo3.FAMILY,
+    "smollm3": smollm3.FAMILY,
+    "granite": granite.FAMILY,
+}
 
 
 def _check_keys(hf: Mapping[str, Any], model_type: str, family: Family) -> None:
@@ -37,24 +60,24 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         raise invalid("model_type", model_type, f"choose from {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     _check_keys(hf, model_type, family)
+    hf = {**family.defaults, **hf}
     hidden, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
     layers = size(hf, "num_hidden_layers", most=MAX_LAYERS)
     derived = {"num_key_value_heads": heads, "head_dim": hidden // heads}
     sizes = {**hf, **{key: derived[key] for key in family.derived if hf.get(key, 0) is None}}
-    kv_heads = size(sizes, "num_key_value_heads", family.kv_heads or heads)
+    kv_heads = size(sizes, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise invalid("num_key_value_heads", kv_heads, f"it must divide num_attention_heads, {heads}")
-    if hf.get("head_dim") is None and family.head_dim is None and hidden % heads:
+    if hf.get("head_dim") is None and hidden % heads:
         raise invalid("num_attention_heads", heads, f"it must divide hidden_size, {hidden}, or head_dim must be given")
-    head_dim = size(sizes, "head_dim", family.head_dim or hidden // heads)
+    head_dim = size(sizes, "head_dim", hidden // heads)
     if head_dim % 2:
         raise invalid("head_dim", head_dim, "it must be even for rotary embeddings")
-    activation = hf.get("hidden_act", "silu")
-    if activation not in get_args(Activation):
-        raise invalid("hidden_act", activation, f"choose from {', '.join(get_args(Activation))}")
     if "max_position_embeddings" in hf:
         size(hf, "max_position_embeddings")
-    rope_theta, rope_scaling = rope(hf)
+    options = {"activation": hf.get("hidden_act", "silu"), **family.options(hf)}
+    if options["activation"] not in get_args(Activation):
+        raise invalid("hidden_act", options["activation"], f"choose from {', '.join(get_args(Activation))}")
     return DecoderConfig(
         vocab=size(hf, "vocab_size"),
         hidden=hidden,
@@ -63,16 +86,19 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         kv_heads=kv_heads,
         head_dim=head_dim,
         ffn=size(hf, "intermediate_size"),
-        rms_eps=float(number(hf, "rms_norm_eps", 1e-6)),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        activation=activation,
-        qkv_bias=family.qkv_bias or flag(hf, "attention_bias"),
-        out_bias=flag(hf, "attention_bias"),
-        mlp_bias=flag(hf, "mlp_bias"),
-        qk_norm=family.qk_norm,
+        norm_eps=float(number(hf, "rms_norm_eps", 1e-6)),
         pattern=family.pattern(hf, layers),
         tied=flag(hf, "tie_word_embeddings"),
         scores=int(hf.get("architectures") == [family.reward_architecture]),
         init_std=float(number(hf, "initializer_range", 0.02, most=1)),
+        family=model_type,
+        **options,
     )
+
+
+def tensor_name(config: DecoderConfig, leaf: str) -> str:
+    """Return the name in the files of a parameter; {} stands for the layer.
+
+    ``leaf``: path of the parameter in the tree.
+    """
+    return FAMILIES[config.family].tensor(leaf)

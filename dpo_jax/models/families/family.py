@@ -1,33 +1,34 @@
 """Building blocks of model families: the `Family` class, and readers for values of ``config.json``."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.options import LayerKind
-
-Pattern = Callable[[Mapping[str, Any], int], tuple[LayerKind, ...]]
+from dpo_jax.models.projections import TENSORS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Keys, defaults and fixed options of one ``model_type``."""
+    """One ``model_type``: the keys of its ``config.json``, their defaults, and what the decoder computes."""
 
     architecture: str
     keys: frozenset[str] = frozenset()  # additional keys of config.json, beyond those shared by all families
-    # (config.json, number of layers) -> pattern of layer kinds; default: all layers alike, without a window
-    pattern: Pattern = lambda hf, layers: (LayerKind(),)
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys, as in transformers
     derived: frozenset[str] = frozenset()  # sizes derived from others if null; null is refused for all other sizes
-    kv_heads: int | None = None  # default; None: as many as query heads
-    head_dim: int | None = None  # default; None: hidden / heads
-    qkv_bias: bool = False  # always on; if False, attention_bias decides, if the family has that key
-    qk_norm: bool = False
+    pattern: Callable[[Mapping[str, Any], int], tuple[LayerKind, ...]]  # (config.json, number of layers) -> layer kinds
+    options: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf: {}  # other fields of `DecoderConfig`
+    tensors: Mapping[str, str] = field(default_factory=dict)  # parameters named otherwise than in `projections.TENSORS`
 
     @property
     def reward_architecture(self) -> str:
         """Name of the transformers class of this family's reward models."""
         return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+
+    def tensor(self, leaf: str) -> str:
+        """Return the name in the files of the parameter ``leaf``, a path in the tree; {} stands for the layer."""
+        return {**TENSORS, **self.tensors}[leaf]
 
 
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1  # larger numbers are mistakes: no memory holds such arrays

@@ -10,11 +10,12 @@ SHARED_KEYS = frozenset({
 HARMLESS_KEYS = frozenset({
     "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
     "decoder_start_token_id", "use_cache", "pretraining_tp", "torch_dtype", "dtype", "transformers_version", "id2label",
-    "label2id", "num_labels", "return_dict", "chunk_size_feed_forward", "problem_type", "tokenizer_class",
-    "task_specific_params", "name_or_path", "model_max_length", "bos_token", "eos_token", "pad_token", "max_length",
-    "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
-    "diversity_penalty", "num_beams", "num_beam_groups", "num_return_sequences", "encoder_no_repeat_ngram_size",
-    "no_repeat_ngram_size", "unsloth_version", "unsloth_fixed", "transformers.js_config", "is_llama_config",
+    "label2id", "num_labels", "return_dict", "chunk_size_feed_forward", "cache_implementation", "problem_type",
+    "tokenizer_class", "task_specific_params", "name_or_path", "model_max_length", "bos_token", "eos_token",
+    "pad_token", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p",
+    "repetition_penalty", "length_penalty", "diversity_penalty", "num_beams", "num_beam_groups", "num_return_sequences",
+    "encoder_no_repeat_ngram_size", "no_repeat_ngram_size", "unsloth_version", "unsloth_fixed",
+    "transformers.js_config", "is_llama_config",
 })  # fmt: skip
 # Values of an option that is off.
 EMPTY = (None, False, 0, 0.0, "", [], {})

@@ -1,14 +1,17 @@
 """Qwen3, dense: Llama with RMSNorm of each query and key head, a default head_dim of 128, and Qwen2's window keys."""
 
 from dpo_jax.models.families import qwen2
-from dpo_jax.models.families.family import Family
+from dpo_jax.models.families.family import Family, flag
 
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",
     keys=qwen2.WINDOW_KEYS | {"attention_bias"},
-    pattern=qwen2.pattern,
+    defaults={"num_key_value_heads": 32, "head_dim": 128},
     derived=frozenset({"num_key_value_heads"}),
-    kv_heads=32,
-    head_dim=128,
-    qk_norm=True,
+    pattern=qwen2.pattern,
+    options=lambda hf: {
+        "qkv_bias": flag(hf, "attention_bias"),
+        "out_bias": flag(hf, "attention_bias"),
+        "qk_norm": "head",
+    },
 )

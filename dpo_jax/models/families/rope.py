@@ -1,56 +1,120 @@
 """Rotary options of ``config.json``: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``."""
 
-from collections.abc import Mapping
-from dataclasses import fields
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpo_jax.errors import shown
-from dpo_jax.models.families.family import invalid, number, one_of, size
+from dpo_jax.models.families.family import flag, invalid, number, one_of, size
 from dpo_jax.models.families.keys import NEUTRAL_VALUES
-from dpo_jax.models.options import LinearScaling, Llama3Scaling
+from dpo_jax.models.options import LinearScaling, Llama3Scaling, Rope, Scaling, YarnScaling
 
-Scaling = LinearScaling | Llama3Scaling | None
-KINDS = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}
+ORIGINAL = "original_max_position_embeddings"
 
 
-def rope(hf: Mapping[str, Any]) -> tuple[float, Scaling]:
-    """Read the rotary base and scaling.
+class RopeOptions:
+    """Rotary options of a model, or of one of its types of layers, with the names that they have in the file."""
+
+    def __init__(self, hf: Mapping[str, Any], key: str, values: object):
+        if not isinstance(values, dict):
+            raise invalid(key, values, "it must be a dictionary")
+        self.hf, self.key, self.values = hf, key, values
+        self.keyed = {f"{key}.{name}": value for name, value in values.items()}
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """Read a positive number."""
+        return float(number(self.keyed, f"{self.key}.{name}", default))
+
+    def original(self) -> int:
+        """Read the length of the original context."""
+        return size(self.keyed, f"{self.key}.{ORIGINAL}", self.hf.get("max_position_embeddings"))
+
+
+def _linear(options: RopeOptions) -> LinearScaling:
+    return LinearScaling(factor=options.number("factor"))
+
+
+def _llama3(options: RopeOptions) -> Llama3Scaling:
+    names = "factor", "low_freq_factor", "high_freq_factor"
+    factors = {name: options.number(name) for name in names}
+    scaling = Llama3Scaling(**factors, original_max_position_embeddings=options.original())
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise invalid(f"{options.key}.high_freq_factor", scaling.high_freq_factor, "it must exceed low_freq_factor")
+    return scaling
+
+
+def _yarn(options: RopeOptions) -> YarnScaling:
+    values = options.values
+    factor = options.number("factor")
+    mscales = [options.number(name) if values.get(name) else 0.0 for name in ("mscale", "mscale_all_dim")]
+    temperature = lambda mscale: 0.1 * mscale * math.log(max(factor, 1)) + 1  # noqa: E731
+    attention_factor = temperature(mscales[0]) / temperature(mscales[1]) if all(mscales) else temperature(1)
+    if values.get("attention_factor") is not None:
+        attention_factor = options.number("attention_factor")
+    return YarnScaling(
+        factor=factor,
+        original_max_position_embeddings=options.original(),
+        attention_factor=attention_factor,
+        beta_fast=options.number("beta_fast") if values.get("beta_fast") else 32.0,
+        beta_slow=options.number("beta_slow") if values.get("beta_slow") else 1.0,
+        truncate=flag({"truncate": True, **values}, "truncate"),
+    )
+
+
+# name -> (reader, the options that it reads)
+YARN = {"factor", ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+KINDS: dict[str, tuple[Callable[[RopeOptions], Scaling | None], set[str]]] = {
+    "default": (lambda options: None, set()),
+    "linear": (_linear, {"factor"}),
+    "llama3": (_llama3, {"factor", "low_freq_factor", "high_freq_factor", ORIGINAL}),
+    "yarn": (_yarn, YARN),
+}
+
+
+def _read(options: RopeOptions, default_theta: float) -> Rope:
+    name = options.values.get("rope_type", options.values.get("type", "default"))
+    if not isinstance(name, str) or name not in KINDS:
+        raise invalid(options.key, options.values, f"choose the rope scaling from {', '.join(KINDS)}")
+    read_scaling, names = KINDS[name]
+    for extra in options.values.keys() - {"rope_theta", "rope_type", "type", *names}:
+        value = options.values[extra]
+        if not one_of(value, NEUTRAL_VALUES.get(extra, (None,))):
+            raise invalid(f"{options.key}.{extra}", value, f"rope scaling {name} has no such option; remove it")
+    return Rope(theta=options.number("rope_theta", default_theta), scaling=read_scaling(options))
+
+
+def rope(hf: Mapping[str, Any]) -> Rope:
+    """Read the rotary options of all layers.
 
     Two spellings must agree: transformers uses only the older one, base included, and other programs the newer.
     """
-    older_rope, newer_rope = (_read(hf, key) for key in ("rope_scaling", "rope_parameters"))
-    if older_rope and newer_rope and older_rope != newer_rope:
+    theta = float(number(hf, "rope_theta", 10_000.0))
+    spellings = (
+        RopeOptions(hf, key, {} if hf.get(key) is None else hf[key]) for key in ("rope_scaling", "rope_parameters")
+    )
+    older, newer = (_read(options, theta) if options.values else None for options in spellings)
+    if older and newer and older != newer:
         why = f"rope_parameters, {shown(hf['rope_parameters'])}, disagrees; remove the wrong one from the file"
         raise invalid("rope_scaling", hf["rope_scaling"], why)
-    return older_rope or newer_rope or (float(number(hf, "rope_theta", 10000.0)), None)
+    return older or newer or Rope(theta=theta)
 
 
-def _read(hf: Mapping[str, Any], key: str) -> tuple[float, Scaling] | None:
-    """Read base and scaling from one of the two keys; None if it is missing or empty."""
-    options = hf.get(key)
-    if options is not None and not isinstance(options, dict):
-        raise invalid(key, options, "it must be a dictionary")
-    if not options:
-        return None
-    keyed_options = {f"{key}.{name}": value for name, value in options.items()}
-    theta = float(number(keyed_options, f"{key}.rope_theta", number(hf, "rope_theta", 10000.0)))
-    name = options.get("rope_type", options.get("type", "default"))
-    if not isinstance(name, str) or name not in KINDS:
-        raise invalid(key, options, f"choose the rope scaling from {', '.join(KINDS)}")
-    kind = KINDS[name]
-    names = [] if kind is None else [field.name for field in fields(kind)]
-    for extra in options.keys() - {"rope_theta", "rope_type", "type", *names}:
-        if not one_of(options[extra], NEUTRAL_VALUES.get(extra, (None,))):
-            raise invalid(f"{key}.{extra}", options[extra], f"rope scaling {name} has no such option; remove it")
-    if kind is None:
-        return theta, None
+def ropes_by_type(hf: Mapping[str, Any], thetas: Mapping[str, float]) -> dict[str, Rope]:
+    """Read the rotary options of each type of layer; ``rope_scaling`` is that of full attention.
 
-    def value(name: str) -> Any:
-        if name == "original_max_position_embeddings":
-            return size(keyed_options, f"{key}.{name}", hf.get("max_position_embeddings"))
-        return float(number(keyed_options, f"{key}.{name}"))
-
-    scaling = kind(**{name: value(name) for name in names})
-    if isinstance(scaling, Llama3Scaling) and scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise invalid(f"{key}.high_freq_factor", scaling.high_freq_factor, "it must exceed low_freq_factor")
-    return theta, scaling
+    ``thetas``: base of each type where ``rope_parameters`` does not give it.
+    """
+    given = hf.get("rope_parameters") or {}
+    if not isinstance(given, dict) or given.keys() - thetas.keys():
+        raise invalid("rope_parameters", given, f"it must have the rotary options of {' and '.join(thetas)}, each")
+    ropes = {}
+    for layer_type, theta in thetas.items():
+        key = f"rope_parameters.{layer_type}"
+        options = RopeOptions(hf, key, given.get(layer_type) or {})
+        if layer_type == "full_attention" and hf.get("rope_scaling"):
+            scaling = RopeOptions(hf, "rope_scaling", hf["rope_scaling"]).values
+            options = RopeOptions(hf, key, {**options.values, **scaling})
+        ropes[layer_type] = _read(options, theta)
+        if "truncate" in options.values and not options.values["truncate"]:
+            raise invalid(f"{key}.truncate", False, "transformers rounds in models with several types of layers")
+    return ropes

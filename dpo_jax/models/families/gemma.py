@@ -1,0 +1,35 @@
+"""Gemma 1: scaled embeddings, RMSNorm by 1 + weight, and a feed-forward gated by GELU."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.models.families.family import Family, flag, size
+from dpo_jax.models.families.patterns import alike
+
+DEFAULTS = {
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
+
+
+def options(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what all Gemma models have in common."""
+    return {
+        # "gelu" in old files means this approximation, for which the models were trained
+        "activation": "gelu_pytorch_tanh" if hf.get("hidden_act") == "gelu" else hf.get("hidden_act"),
+        "norm_offset": 1.0,
+        "embed_scale": size(hf, "hidden_size") ** 0.5,
+        "qkv_bias": flag(hf, "attention_bias"),
+        "out_bias": flag(hf, "attention_bias"),
+    }
+
+
+FAMILY = Family(
+    architecture="GemmaForCausalLM",
+    keys=frozenset({"attention_bias"}),
+    defaults=DEFAULTS,
+    pattern=alike,
+    options=options,
+)

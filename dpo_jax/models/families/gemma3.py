@@ -1,0 +1,31 @@
+"""Gemma 3, text: Gemma 2 without caps, with RMSNorm of each query and key head, and a full layer after five windows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.models.families import gemma2
+from dpo_jax.models.families.family import Family, number, size
+from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, every, layer_types, window
+from dpo_jax.models.families.rope import ropes_by_type
+from dpo_jax.models.options import LayerKind
+
+
+def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
+    """Return the kinds of layers: full attention rotates by a larger base than a window."""
+    thetas = {
+        FULL: float(number(hf, "rope_theta", 1_000_000.0)),
+        SLIDING: float(number(hf, "rope_local_base_freq", 10_000.0)),
+    }
+    ropes = ropes_by_type(hf, thetas)
+    kinds = {FULL: LayerKind(rope=ropes[FULL]), SLIDING: LayerKind(window=window(hf, 4096), rope=ropes[SLIDING])}
+    return by_type(layer_types(hf, layers, every(size(hf, "sliding_window_pattern", 6), layers)), kinds)
+
+
+FAMILY = Family(
+    architecture="Gemma3ForCausalLM",
+    keys=gemma2.KEYS | {"rope_local_base_freq", "sliding_window_pattern"},
+    defaults=gemma2.DEFAULTS,
+    pattern=pattern,
+    options=lambda hf: gemma2.options(hf, None, None) | {"qk_norm": "head"},
+    tensors=gemma2.TENSORS,
+)

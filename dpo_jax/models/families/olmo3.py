@@ -1,0 +1,32 @@
+"""OLMo 3: OLMo 2 with a sliding window in three of four layers; only the fourth stretches its context."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.models.families import olmo2
+from dpo_jax.models.families.family import Family, invalid
+from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, every, layer_types, window
+from dpo_jax.models.families.rope import ropes_by_type
+from dpo_jax.models.options import LayerKind
+
+THETA = 500_000.0
+
+
+def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
+    """Return three layers with a window and one without, unless ``layer_types`` says otherwise."""
+    if hf.get("rope_theta", THETA) != THETA:  # transformers would use it in one type of layers only
+        raise invalid("rope_theta", hf["rope_theta"], "give it to each type of layers in rope_parameters")
+    ropes = ropes_by_type(hf, {FULL: THETA, SLIDING: THETA})
+    kinds = {FULL: LayerKind(rope=ropes[FULL]), SLIDING: LayerKind(window=window(hf, 4096), rope=ropes[SLIDING])}
+    return by_type(layer_types(hf, layers, every(4, layers)), kinds)
+
+
+FAMILY = Family(
+    architecture="Olmo3ForCausalLM",
+    keys=olmo2.FAMILY.keys | {"sliding_window", "layer_types"},
+    defaults=olmo2.FAMILY.defaults,
+    derived=olmo2.FAMILY.derived,
+    pattern=pattern,
+    options=olmo2.FAMILY.options,
+    tensors=olmo2.TENSORS,
+)

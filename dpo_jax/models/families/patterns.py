@@ -1,0 +1,45 @@
+"""Patterns of layers: full and sliding attention, from ``layer_types`` and other keys of ``config.json``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_jax.models.families.family import invalid, size
+from dpo_jax.models.families.rope import rope
+from dpo_jax.models.options import LayerKind
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def alike(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
+    """Return the pattern of layers that all see every earlier token."""
+    return (LayerKind(rope=rope(hf)),)
+
+
+def by_type(types: Sequence[str], kinds: Mapping[str, LayerKind]) -> tuple[LayerKind, ...]:
+    """Return the shortest pattern that repeats to one kind for each entry of ``types``."""
+    period = next(n for n in range(1, len(types) + 1) if all(a == b for a, b in zip(types, types[n:], strict=False)))
+    return tuple(kinds[layer_type] for layer_type in types[:period])
+
+
+def layer_types(hf: Mapping[str, Any], layers: int, default: Sequence[str]) -> Sequence[str]:
+    """Read ``layer_types``: full or sliding attention in each layer; null or missing means ``default``."""
+    types = hf.get("layer_types")
+    if types is None:
+        return default
+    if not isinstance(types, list) or len(types) != layers:
+        raise invalid("layer_types", types, f"it must be a list of num_hidden_layers={layers} names")
+    if any(layer_type not in (FULL, SLIDING) for layer_type in types):
+        raise invalid("layer_types", types, f"choose from {FULL} and {SLIDING}")
+    return types
+
+
+def every(period: int, layers: int) -> list[str]:
+    """Return the types of layers of which every ``period``-th has full attention."""
+    return [SLIDING if (layer + 1) % period else FULL for layer in range(layers)]
+
+
+def window(hf: Mapping[str, Any], default: int | None) -> int | None:
+    """Read ``sliding_window``, in tokens; null means none."""
+    if hf.get("sliding_window", default) is None:
+        return None
+    return size(hf, "sliding_window", default)

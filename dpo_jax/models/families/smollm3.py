@@ -1,0 +1,48 @@
+"""SmolLM3: Llama in which every fourth layer does not rotate its queries and keys."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.models.families.family import Family, flag, invalid, one_of, size
+from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, layer_types, window
+from dpo_jax.models.families.rope import rope
+from dpo_jax.models.options import LayerKind
+
+
+def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
+    """Return the layers that rotate (1 in ``no_rope_layers``) and those that do not (0), which may have a window."""
+    interval = size(hf, "no_rope_layer_interval", 4)
+    rotates = hf.get("no_rope_layers")
+    if rotates is None:
+        rotates = [int((layer + 1) % interval != 0) for layer in range(layers)]
+    if not isinstance(rotates, list) or len(rotates) != layers or not all(one_of(value, (0, 1)) for value in rotates):
+        raise invalid("no_rope_layers", rotates, f"it must be a list of num_hidden_layers={layers} values, 0 or 1")
+    sliding_window = window(hf, None) if flag(hf, "use_sliding_window") else None
+    has_windows = sliding_window is not None
+    types = layer_types(hf, layers, [SLIDING if has_windows and not rotated else FULL for rotated in rotates])
+    if SLIDING in types and not has_windows:
+        raise invalid("layer_types", types, "sliding attention needs use_sliding_window and a sliding_window")
+    windows, ropes = {FULL: None, SLIDING: sliding_window}, (None, rope(hf))
+    kinds = {
+        f"{layer_type} {rotated}": LayerKind(window=windows[layer_type], rope=ropes[rotated])
+        for layer_type in windows
+        for rotated in (0, 1)
+    }
+    return by_type([f"{layer_type} {rotated}" for layer_type, rotated in zip(types, rotates, strict=True)], kinds)
+
+
+FAMILY = Family(
+    architecture="SmolLM3ForCausalLM",
+    keys=frozenset({
+        "attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", "use_sliding_window",
+        "sliding_window", "layer_types",
+    }),
+    defaults={"num_key_value_heads": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True},
+    derived=frozenset({"num_key_value_heads"}),
+    pattern=pattern,
+    options=lambda hf: {
+        "qkv_bias": flag(hf, "attention_bias"),
+        "out_bias": flag(hf, "attention_bias"),
+        "mlp_bias": flag(hf, "mlp_bias"),
+    },
+)  # fmt: skip
