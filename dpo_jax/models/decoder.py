@@ -53,7 +53,7 @@ class Decoder(DecoderModule):
         longest: int,
         cache: KeyValues | None = None,
     ) -> tuple[Float[Array, "R T D"], KeyValues | None]:
-        """Return hidden states after the final norm, times ``logit_scale``, and the cache, if any, with the tokens added."""
+        """Return hidden states, of which the unembedding makes logits, and the cache, if any, with the tokens added."""
         c = self.config
         if c.scores:
             self.weight("score", "SD", nn.initializers.zeros)

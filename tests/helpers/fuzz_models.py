@@ -20,7 +20,7 @@ from dpo_jax.models.adapters import make_lora, start_adapters
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.families.keys import HARMLESS_KEYS
-from dpo_jax.models.options import DecoderConfig, LinearScaling, Llama3Scaling
+from dpo_jax.models.options import DecoderConfig, LayerKind, LinearScaling, Llama3Scaling, Rope
 from dpo_jax.weights.hub import read_hf_config
 from dpo_jax.weights.peft import _HARMLESS, CONFIG, TENSOR_FILE, export_adapters, load_adapters
 from dpo_jax.weights.safetensors import DTYPES, INDEX, SINGLE, Tensor, find_tensors, read_header
@@ -174,13 +174,11 @@ def by_transformers(hf: PretrainedConfig) -> dict[str, Any]:
             original_max_position_embeddings=rope["original_max_position_embeddings"],
         ),
     }[rope["rope_type"]]()
-    window = getattr(hf, "sliding_window", None)
     if hf.model_type.startswith("qwen"):
-        kinds = set(hf.layer_types)
-        assert len(kinds) == 1, "a mixture of layers"
-        window = hf.sliding_window if kinds == {"sliding_attention"} else None
-    elif hf.model_type == "llama":
-        window = None
+        windows = [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
+    else:
+        windows = [None if hf.model_type == "llama" else hf.sliding_window] * hf.num_hidden_layers
+    rotation = Rope(theta=rope["rope_theta"], scaling=scaling)
     bias = getattr(hf, "attention_bias", False)
     return {
         "vocab": hf.vocab_size,
@@ -190,15 +188,14 @@ def by_transformers(hf: PretrainedConfig) -> dict[str, Any]:
         "kv_heads": hf.num_key_value_heads,
         "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         "ffn": hf.intermediate_size,
-        "rms_eps": hf.rms_norm_eps,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": scaling,
+        "norm_eps": hf.rms_norm_eps,
+        "kinds": tuple(dict.fromkeys(LayerKind(window=window, rope=rotation) for window in windows)),
         "activation": hf.hidden_act,
         "qkv_bias": bias or hf.model_type == "qwen2",
         "out_bias": bias and hf.model_type in ("llama", "qwen3"),
         "mlp_bias": getattr(hf, "mlp_bias", False),
-        "qk_norm": hf.model_type == "qwen3",
-        "window": window,
+        "qk_norm": "head" if hf.model_type == "qwen3" else "none",
+        "windows": tuple(windows),
         "tied": hf.tie_word_embeddings,
         "init_std": hf.initializer_range,
     }

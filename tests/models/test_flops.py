@@ -24,20 +24,20 @@ SMALL = decoder_config({
     "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 })  # fmt: skip
 ROWS, LENGTH = 2, 256
-DENSE = Work(ROWS * LENGTH, ROWS * LENGTH**2, ROWS * LENGTH)  # a dense mask computes the whole square
+DENSE = Work(ROWS * LENGTH, SMALL.layers * ROWS * LENGTH**2, ROWS * LENGTH)  # a dense mask computes the whole square
 
 
 def test_a_worked_example():
     tiny = replace(SMALL, vocab=10, hidden=4, layers=3, heads=2, kv_heads=1, head_dim=6, ffn=5)
     # a layer: query 4 x 12, key and value 4 x 6 each, out 12 x 4, gate, up and down 4 x 5 each: 204 weights
-    found = forward_flops(tiny, Work(tokens=7, seen=11, targets=2))
-    assert found == Flops(linear=2 * 3 * 204 * 7, attention=4 * 3 * 2 * 6 * 11, unembedding=2 * 4 * 10 * 2)
+    found = forward_flops(tiny, Work(tokens=7, seen=3 * 11, targets=2))
+    assert found == Flops(linear=2 * 3 * 204 * 7, attention=4 * 2 * 6 * 33, unembedding=2 * 4 * 10 * 2)
     assert found.total == 8568 + 1584 + 160
-    assert step_flops(tiny, Work(7, 11, 2), live_reference=False) == 3 * 10312
-    assert step_flops(tiny, Work(7, 11, 2), live_reference=True) == 4 * 10312
+    assert step_flops(tiny, Work(7, 33, 2), live_reference=False) == 3 * 10312
+    assert step_flops(tiny, Work(7, 33, 2), live_reference=True) == 4 * 10312
     # rank 2 beside query (4 + 12) and down (5 + 4): 2 x 3 x 2 x 25 x 7 = 2100 operations forward
     lora = Lora(rank=2, scale=1.0, targets=frozenset({"query", "down"}))
-    adapted = step_flops(tiny, Work(7, 11, 2), live_reference=True, lora=lora)
+    adapted = step_flops(tiny, Work(7, 33, 2), live_reference=True, lora=lora)
     assert adapted == 2 * (8568 + 160) + 3 * 1584 + 3 * 2100 + 10312
 
 
@@ -54,14 +54,14 @@ def test_seen_pairs_are_those_of_a_mask(window):
     place = np.arange(8)
     mask = (place[:, None] >= place) & (place[:, None] - place < (window or 9))
     expected = [mask[:length, :length].sum() for length in range(9)]
-    np.testing.assert_array_equal(causal_pairs(np.arange(9), window), expected)
+    np.testing.assert_array_equal(causal_pairs(np.arange(9), [window] * 3), 3 * np.array(expected))
 
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("layout", ["shared", "repeated", "padded"])
 def test_work_of_pairs_is_what_their_units_hold(layout, window):
     lengths = np.array([[3, 2, 5], [0, 0, 0], [1, 1, 1]])
-    found = pairs_work(lengths, np.array([[2, 4], [0, 0], [1, 1]]), layout=layout, window=window)
+    found = pairs_work(lengths, np.array([[2, 4], [0, 0], [1, 1]]), layout=layout, windows=[window])
     seen = {None: {"shared": 6 + 9 + 30 + 1 + 2 + 2, "repeated": 15 + 36 + 3 + 3},
             4: {"shared": 6 + 8 + 20 + 1 + 2 + 2, "repeated": 14 + 26 + 3 + 3}}[window]  # fmt: skip
     expected = Work(13, seen["shared"], 8) if layout == "shared" else Work(17, seen["repeated"], 8)
@@ -126,7 +126,9 @@ def cost_a_pair(shared, folder, **batch) -> float:
     for step in range(sets.order.num_steps):
         ids = sets.order.step_ids(step)
         ids = ids[ids >= 0]
-        work = pairs_work(sets.train.lengths[ids], sets.train.num_targets[ids], layout=config.batch.layout, window=None)
+        work = pairs_work(
+            sets.train.lengths[ids], sets.train.num_targets[ids], layout=config.batch.layout, windows=model.windows
+        )
         work = work._replace(tokens=batches(step).batch.tokens.size)
         total += step_flops(model, work, live_reference=True)
     return total / len(sets.train)

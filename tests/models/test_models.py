@@ -18,7 +18,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.inference.generate import generate, rollout_weights
 from dpo_jax.models.decoder import Model, count_params, make_model, plain_batch
 from dpo_jax.models.families import decoder_config
-from dpo_jax.models.options import LayerKind, LinearScaling, Llama3Scaling
+from dpo_jax.models.options import LayerKind, LinearScaling, Llama3Scaling, Rope
 from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.weights.hub import read_hf_config
 from dpo_jax.weights.huggingface import load_params
@@ -150,15 +150,6 @@ def test_an_answer_is_scored_in_a_shared_row_as_alone(tiny, window):
         np.testing.assert_allclose(row[start : start + len(answer)], alone[11:], atol=2e-6 * np.abs(alone).max())
 
 
-def test_layers_of_several_kinds_are_not_computed_as_one_kind(tiny):
-    model, _ = tiny
-    mixed = replace(model, config=replace(model.config, pattern=(LayerKind(window=6), LayerKind())))
-    with pytest.raises(ValueError, match="too many values"):
-        _ = mixed.config.window
-    with pytest.raises(ValueError, match="too many values"):
-        mixed.param_shapes()
-
-
 def loss_and_gradient(model: Model, params):
     def loss(params):
         scores = model.hidden(params, plain(some_tokens())) @ model.unembedding(params).T
@@ -260,19 +251,26 @@ def test_auto_options_are_settled():
 LLAMA = {**SIZES, "model_type": "llama"}
 
 
+def only_rope(hf: dict) -> Rope:
+    """The rotary options of a model whose layers are all alike."""
+    (kind,) = decoder_config(hf).pattern
+    assert kind.rope is not None
+    return kind.rope
+
+
 def test_both_spellings_of_rotary_options_are_read():
     old = {"rope_theta": 500.0, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}}
     want = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
     for options in (old, {"rope_parameters": LLAMA3_ROPE}):
         config = decoder_config(LLAMA | options)
-        assert (config.rope_theta, config.rope_scaling) == (500.0, want)
+        assert config.pattern == (LayerKind(rope=Rope(theta=500.0, scaling=want)),)
     oldest = {"rope_scaling": {"type": "linear", "factor": 2.0}}
-    assert decoder_config(LLAMA | oldest).rope_scaling == LinearScaling(factor=2.0)
-    assert decoder_config(LLAMA).rope_theta == 10000.0
+    assert only_rope(LLAMA | oldest) == Rope(theta=10000.0, scaling=LinearScaling(factor=2.0))
+    assert only_rope(LLAMA) == Rope(theta=10000.0)
 
 
 REFUSED = [
-    ("llama", "model_type", "gemma2", "llama, mistral, qwen2, qwen3"),
+    ("llama", "model_type", "mamba2", "llama, mistral, qwen2, qwen3"),
     ("llama", "architectures", ["LlamaForTokenClassification"], "LlamaForCausalLM"),
     ("llama", "quantization_config", {"bits": 4}, "no such option"),
     ("llama", "partial_rotary_factor", 0.5, "no such option"),
@@ -285,12 +283,12 @@ REFUSED = [
     ("llama", "num_key_value_heads", 3, "must divide num_attention_heads, 4"),
     ("llama", "head_dim", 15, "even"),
     ("llama", "attention_bias", "yes", "true or false"),
-    ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "default, linear, llama3"),
+    ("llama", "rope_scaling", {"rope_type": "longrope", "factor": 4.0}, "default, linear, llama3"),
     ("llama", "rope_scaling", {"rope_type": "dynamic", "factor": 4.0}, "default, linear, llama3"),
     ("llama", "rope_parameters", LLAMA3_ROPE | {"partial_rotary_factor": 0.5}, "no such option"),
     ("llama", "rope_parameters", LLAMA3_ROPE | {"high_freq_factor": 1.0}, "exceed"),
     ("mistral", "layer_types", ["sliding_attention", "full_attention"], "no such option"),
-    ("qwen2", "layer_types", ["sliding_attention", "full_attention"], "same sliding window"),
+    ("qwen2", "layer_types", ["sliding_attention", "full_attention"], "needs use_sliding_window"),
     ("qwen3", "mlp_bias", True, "no such option"),
     # values that are empty, and change the computation
     ("llama", "is_causal", False, "no such option"),
@@ -322,7 +320,7 @@ REFUSED = [
     ("llama", "max_position_embeddings", "256", "positive number"),
     ("llama", "something", "x" * 100_000, "no such option"),
     ("qwen2", "layer_types", 3, "num_hidden_layers=2 names"),
-    ("qwen2", "layer_types", [["full_attention"], {}], "same sliding window"),
+    ("qwen2", "layer_types", [["full_attention"], {}], "choose from full_attention"),
     ("qwen2", "use_sliding_window", 1, "true or false"),
 ]
 
@@ -358,12 +356,12 @@ ROPES = [
 @pytest.mark.parametrize("options", ROPES, ids=str)
 def test_rotary_options_are_those_that_transformers_reads(options):
     expected = transformers.LlamaConfig(**copy.deepcopy(LLAMA | options)).rope_parameters
-    actual = decoder_config(LLAMA | options)
-    assert actual.rope_theta == expected["rope_theta"]
+    actual = only_rope(LLAMA | options)
+    assert actual.theta == expected["rope_theta"]
     kinds = {type(None): "default", LinearScaling: "linear", Llama3Scaling: "llama3"}
-    assert kinds[type(actual.rope_scaling)] == expected["rope_type"]
-    if actual.rope_scaling is not None:
-        assert all(expected[name] == value for name, value in asdict(actual.rope_scaling).items())
+    assert kinds[type(actual.scaling)] == expected["rope_type"]
+    if actual.scaling is not None:
+        assert all(expected[name] == value for name, value in asdict(actual.scaling).items())
 
 
 @pytest.mark.parametrize("new", [
@@ -389,16 +387,19 @@ def test_sizes_and_windows_are_those_that_transformers_reads(kind, options):
     actual = decoder_config(hf | {"model_type": kind.lower()})
     assert actual.kv_heads == expected.num_key_value_heads
     assert actual.head_dim == getattr(expected, "head_dim", SIZES["hidden_size"] // SIZES["num_attention_heads"])
-    assert actual.window == getattr(expected, "sliding_window", None)
+    assert set(actual.windows) == {getattr(expected, "sliding_window", None)}
 
 
-def test_mixed_windows_are_refused_and_a_window_of_no_layer_is_none():
+@pytest.mark.parametrize(("options", "windows"), [
+    ({"max_window_layers": 1}, (None, 8)),
+    ({"max_window_layers": 2}, (None, None)),
+    ({"max_window_layers": 0}, (8, 8)),
+    ({"max_window_layers": 0, "use_sliding_window": False}, (None, None)),
+    ({"layer_types": ["sliding_attention", "full_attention"]}, (8, None)),
+], ids=str)  # fmt: skip
+def test_windows_of_layers_are_read(options, windows):
     qwen2 = SIZES | {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}
-    with pytest.raises(UserError, match="max_window_layers: 1"):
-        decoder_config(qwen2 | {"max_window_layers": 1})
-    assert decoder_config(qwen2 | {"max_window_layers": 2}).window is None
-    assert decoder_config(qwen2 | {"max_window_layers": 0}).window == 8
-    assert decoder_config(qwen2 | {"max_window_layers": 0, "use_sliding_window": False}).window is None
+    assert decoder_config(qwen2 | options).windows == windows
 
 
 def test_harmless_keys_pass():

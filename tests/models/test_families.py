@@ -1,0 +1,151 @@
+"""Every model family against `transformers` on torch, in every layout, and each of its features against its absence."""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from family_models import DENSE, SWITCHES, hf_logits, save_hf_model, some_tokens
+from small import pack
+
+from dpo_jax.batching.to_devices import make_to_devices
+from dpo_jax.config import LossConfig, MeshConfig
+from dpo_jax.logprobs import make_logps_fn
+from dpo_jax.losses import mean_loss, preference_loss
+from dpo_jax.models.decoder import Model, count_params, plain_batch
+from dpo_jax.models.families import FAMILIES, decoder_config
+from dpo_jax.ops.softcap import soft_cap
+from dpo_jax.parallel.sharding import make_mesh
+from dpo_jax.weights.hub import read_hf_config
+from dpo_jax.weights.huggingface import export_params, load_params
+from dpo_jax.weights.open import param_shardings
+
+pytestmark = pytest.mark.usefixtures("torch")
+
+
+class Loaded(NamedTuple):
+    """A family's random model here, and that of transformers."""
+
+    model: Model
+    params: Any
+    theirs: Any
+    hf_config: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    @cache
+    def load(name: str) -> Loaded:
+        folder = tmp_path_factory.mktemp(name)
+        theirs = save_hf_model(name, folder)
+        hf_config = read_hf_config(folder)
+        model = Model(config=decoder_config(hf_config), attention="xla")
+        return Loaded(model, load_params(folder, model, shardings=None, dtype="float32"), theirs, hf_config)
+
+    return load
+
+
+def logits(model: Model, params: Any) -> jax.Array:
+    tokens = some_tokens()
+    hidden = model.hidden(params, plain_batch(jnp.asarray(tokens), jnp.full(len(tokens), tokens.shape[1])))
+    return soft_cap(hidden @ model.unembedding(params).T, model.config.logit_softcap)
+
+
+NAMES = [name for name in DENSE if any(f"{name}_".startswith(f"{family}_") for family in FAMILIES)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_and_exported_tensors_are_those_of_transformers(load, name, tmp_path):
+    model, params, theirs, hf_config = load(name)
+    expected = hf_logits(theirs, some_tokens())
+    assert np.abs(expected).max() > 1  # or the tolerance would say little
+    np.testing.assert_allclose(jax.jit(logits, static_argnums=0)(model, params), expected, atol=1e-4, rtol=0)
+    assert count_params(model) == sum(parameter.numel() for parameter in theirs.parameters())
+
+    options = {"hf_config": hf_config, "dtype": "float32", "source_dir": None, "overwrite": False}
+    export_params(params, model, out_dir=tmp_path / "out", **options)
+    again = type(theirs).from_pretrained(tmp_path / "out")
+    assert again.config.to_dict() == theirs.config.to_dict() | {"_name_or_path": str(tmp_path / "out")}
+    tensors = again.state_dict()
+    assert tensors.keys() == theirs.state_dict().keys()
+    assert all(tensors[key].equal(tensor) for key, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_change_when_a_feature_is_off(load, name):
+    model, params, *_ = load(name)
+
+    @jax.jit
+    def all_logits(params):
+        cases = {"all": (model.config, params)}
+        cases |= {feature: SWITCHES[feature](model.config, params) for feature in DENSE[name].features}
+        return {
+            feature: logits(Model(config=config, attention="xla"), tree) for feature, (config, tree) in cases.items()
+        }
+
+    actual = jax.device_get(all_logits(params))
+    unchanged = [feature for feature in DENSE[name].features if np.abs(actual[feature] - actual["all"]).max() < 0.01]
+    assert not unchanged
+
+
+def pairs() -> list:
+    """Pairs of unequal lengths, longer than every window."""
+    draw = np.random.default_rng(3)
+    ids = lambda n: draw.integers(1, 125, n).astype(np.int32)  # noqa: E731
+    return [(ids(p), (ids(c), ids(r)), None) for p, c, r in [(30, 9, 5), (1, 1, 12), (12, 20, 20), (45, 3, 8)] * 2]
+
+
+LOSS = LossConfig(beta=0.3)
+
+
+def gradient(model: Model, params: Any, batch: Any) -> Any:
+    """Return (log-probs [B, K], loss, gradient), with a tenth more of each weight as the reference."""
+    fn = make_logps_fn(model.hidden, model.unembedding, chunk=64, block=50, **model.logit_options)
+
+    def objective(params):
+        policy, reference = fn(params, batch), fn(jax.tree.map(lambda x: 1.1 * x, params), batch)
+        reference = jax.lax.stop_gradient(reference)
+        return mean_loss(preference_loss(policy, reference, LOSS), policy), policy.sum
+
+    (value, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    return sums, value, grads
+
+
+LAYOUTS = {
+    "shared": ({}, {}, None),
+    "repeated": ({}, {"layout": "repeated", "rows": 2}, None),
+    "unrolled": ({"scan": False, "remat": "full"}, {}, None),
+    "fsdp 8": ({}, {"rows": 8}, MeshConfig(fsdp=8)),
+    "fsdp 4, tensor 2": ({}, {"rows": 4}, MeshConfig(fsdp=4, tensor=2)),
+}
+QUICK = "gemma2", ["fsdp 4, tensor 2"]  # caps of scores and logits, and windows in some layers
+
+
+@pytest.mark.parametrize(
+    ("name", "layouts"),
+    [pytest.param(name, LAYOUTS, marks=pytest.mark.slow, id=name) for name in NAMES]
+    + [pytest.param(*QUICK, id="quick")],
+)
+def test_layouts_and_meshes_agree(load, name, layouts):
+    model, params, *_ = load(name)
+    run = jax.jit(gradient, static_argnums=0)
+    expected = jax.device_get(run(model, params, pack(pairs(), layout="padded")))
+    for layout in layouts:
+        options, packing, mesh_config = LAYOUTS[layout]
+        model_here, batch = Model(config=model.config, **options), pack(pairs(), **packing)
+        if mesh_config is None:
+            actual = run(model_here, params, batch)
+        else:
+            mesh = make_mesh(mesh_config)
+            with jax.set_mesh(mesh):
+                on_mesh = jax.device_put(params, param_shardings(model_here, mesh))
+                actual = run(model_here, on_mesh, make_to_devices(mesh)(batch))
+        (sums, value, grads), (sums_0, value_0, grads_0) = jax.device_get(actual), expected
+        np.testing.assert_allclose(sums, sums_0, rtol=2e-6, err_msg=layout)
+        assert abs(value - value_0) <= 2e-5, layout
+        change = optax.tree.norm(jax.tree.map(jnp.subtract, grads, grads_0)) / optax.tree.norm(grads_0)
+        assert float(change) <= 2e-5, layout
