@@ -92,6 +92,25 @@ class TokenStats:
     top1: Float[AnyArray, "B K"]  # number of tokens that were the model's top prediction
 
 
+class BalanceSums(NamedTuple):
+    """Sums over tokens from which the load-balancing loss of a mixture of experts follows; those of batches add up.
+
+    L layers, E experts. A token of a prompt counts once for each of its answers.
+    """
+
+    chosen: Float[AnyArray, "*L E"]  # tokens that chose an expert
+    probs: Float[AnyArray, "*L E"]  # sum of the router's softmax
+    weight: Float[AnyArray, "*L"]  # number of tokens
+
+
+class RoutedHidden(NamedTuple):
+    """Hidden states of a mixture of experts, with what the load-balancing loss needs."""
+
+    hidden: Float[AnyArray, "R T D"]
+    balance: BalanceSums
+    balance_coef: float  # of the load-balancing loss
+
+
 @struct.dataclass
 class PairLogps:
     """Log-probs of each pair's answers, in nats, float32."""
@@ -106,6 +125,8 @@ class PairLogps:
     margin: Float[AnyArray, " B"] | None = None  # as in `PreferenceBatch`
     label: Float[AnyArray, " B"] | None = None  # as in `PreferenceBatch`
     sampled_sum: Float[AnyArray, "B K"] | None = None  # as in `PreferenceBatch`
+    balance: BalanceSums | None = None  # of a mixture of experts, over all tokens of the pairs
+    balance_coef: float = struct.field(pytree_node=False, default=0.0)  # of the load-balancing loss
     scored: bool = struct.field(pytree_node=False, default=False)  # ``sum`` is a reward model's score, not a log-prob
 
 

@@ -5,6 +5,7 @@ row.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.batch import AnyArray, PaddedBatch, PairLogps, Params, PreferenceBatch, TokenStats
+from dpo_jax.batch import AnyArray, PaddedBatch, PairLogps, Params, PreferenceBatch, RoutedHidden, TokenStats
 from dpo_jax.ops.token_logps import Options, TargetStats, TokenLogps, score_targets
 from dpo_jax.parallel.sharding import constrain_rows
 
@@ -98,7 +99,7 @@ def pair_logps(token_logps: TokenLogps, batch: PreferenceBatch, *, tail: bool = 
 
 
 def make_logps_fn(
-    hidden_fn: Callable[[Params, PreferenceBatch], Float[Array, "R T D"]],
+    hidden_fn: Callable[[Params, PreferenceBatch], Float[Array, "R T D"] | RoutedHidden],
     unembedding_fn: Callable[[Params], Float[Array, "V D"]],
     *,
     chunk: int,
@@ -112,7 +113,7 @@ def make_logps_fn(
     """Make ``logps_fn(weights, batch) -> PairLogps`` over packed rows, for a model given as two pure functions.
 
     Args:
-        hidden_fn: (weights, batch) -> normalized hidden states.
+        hidden_fn: (weights, batch) -> normalized hidden states, or those of a mixture of experts as `RoutedHidden`.
         unembedding_fn: (weights) -> the matrix that maps hidden states to logits.
         chunk: targets per device whose logits are in memory at a time.
         block: vocabulary rows over which these logits are computed at a time.
@@ -126,8 +127,11 @@ def make_logps_fn(
     options |= {"precision": precision, "softcap": softcap}
 
     def logps_fn(weights: Params, batch: PreferenceBatch) -> PairLogps:
-        token_logps = target_logps(hidden_fn(weights, batch), unembedding_fn(weights), batch, **options)
-        return pair_logps(token_logps, batch, tail=tail)
+        outputs = hidden_fn(weights, batch)
+        is_mixture = isinstance(outputs, RoutedHidden)
+        hidden = outputs.hidden if is_mixture else outputs
+        logps = pair_logps(target_logps(hidden, unembedding_fn(weights), batch, **options), batch, tail=tail)
+        return replace(logps, balance=outputs.balance, balance_coef=outputs.balance_coef) if is_mixture else logps
 
     return logps_fn
 

@@ -21,6 +21,7 @@ from jax.nn import log_sigmoid
 from jax.nn import sigmoid as logistic
 from jaxtyping import Array, Float
 
+from dpo_jax.balance import balance_metrics, scaled_balance_loss
 from dpo_jax.batch import CHOSEN, REJECTED, AnyArray, PairLogps
 from dpo_jax.config import LOSS_TRAITS, LossConfig
 
@@ -325,6 +326,11 @@ def mean_loss(losses: Float[Array, " B"], policy: PairLogps) -> Float[Array, ""]
     return (losses * policy.weight).sum() / jnp.maximum(policy.valid.sum(), 1)
 
 
+def step_loss(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Float[Array, ""]:
+    """Return the loss that a step minimizes: `mean_loss`, and a mixture of experts' load-balancing loss."""
+    return mean_loss(preference_loss(policy, reference, loss), policy) + scaled_balance_loss(policy)
+
+
 class AtMarginZero(NamedTuple):
     """Value and slope of a loss when policy and reference are identical."""
 
@@ -359,7 +365,9 @@ def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: Los
     """
     num_pairs = jnp.maximum(policy.valid.sum(), 1)
     pair_mean = lambda x: (x * policy.valid).sum() / num_pairs  # noqa: E731
-    metrics = {"loss": mean_loss(preference_loss(policy, reference, loss), policy)}
+    metrics = {"loss": step_loss(policy, reference, loss)}
+    if policy.balance is not None:
+        metrics |= balance_metrics(policy.balance)
     if policy.sum.shape[-1] > 1:
         ratios = log_ratios(policy, reference, loss)
         chosen, rejected = loss.beta * ratios.chosen, loss.beta * ratios.rejected

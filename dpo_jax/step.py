@@ -15,10 +15,11 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax.batch import Adapted, AnyArray, PairLogps, Params
+from dpo_jax.balance import scaled_balance_loss
+from dpo_jax.batch import Adapted, PairLogps, Params
 from dpo_jax.config import LossConfig
 from dpo_jax.logprobs import LogpsFn
-from dpo_jax.losses import mean_loss, preference_loss, preference_metrics
+from dpo_jax.losses import preference_loss, preference_metrics, step_loss
 
 
 @struct.dataclass
@@ -76,14 +77,18 @@ def pair_gradient(
     def reference_logps(batch: Any, cached: PairLogps | None) -> PairLogps | None:
         return cached if weights is None else jax.lax.stop_gradient(logps_fn(jax.lax.stop_gradient(weights), batch))
 
-    gradient_fn = _whole_gradient if accumulation == 1 else _two_pass_gradient if loss.coupled else _one_pass_gradient
+    gradient_fn = _whole_gradient
+    if accumulation > 1:
+        first_logps = lambda params, batch: policy_logps(params, jax.tree.map(lambda x: x[0], batch))  # noqa: E731
+        is_coupled = loss.coupled or jax.eval_shape(first_logps, params, batch).balance_coef != 0
+        gradient_fn = _two_pass_gradient if is_coupled else _one_pass_gradient
     return gradient_fn(params, (batch, cached_logps), policy_logps, reference_logps, loss)
 
 
 def _whole_gradient(params, inputs, policy_logps, reference_logps, loss):
     def objective(params):
         policy = policy_logps(params, inputs[0])
-        return mean_loss(preference_loss(policy, reference, loss), policy), policy
+        return step_loss(policy, reference, loss), policy
 
     reference = reference_logps(*inputs)
     (_, policy), grads = jax.value_and_grad(objective, has_aux=True)(params)
@@ -104,13 +109,15 @@ def _one_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
         (_, policy), grads = jax.value_and_grad(pulled_back, has_aux=True)(params)
         return grads, (policy, reference)
 
-    grads, logps = accumulate_gradient(microbatch_gradient, inputs, params)
-    policy, reference = _join_microbatches(logps)
+    grads, (policy, reference) = accumulate_gradient(microbatch_gradient, inputs, params)
+    policy, reference = _join_microbatches(policy), _join_microbatches(reference)
     return _average(grads, policy), policy, reference
 
 
 def _two_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
     """Accumulate over microbatches, for losses that couple pairs: d loss / d logps needs the log-probs of all of them.
+
+    The load-balancing loss of a mixture of experts couples them, too.
 
     By the chain rule, d loss / d params = sum over microbatches of (d loss / d logps) (d logps / d params). The first
     pass computes the log-probs without gradient; the second pulls d loss / d logps back through each microbatch.
@@ -128,25 +135,29 @@ def _two_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
         return grads, policy
 
     _, stacked = jax.lax.scan(microbatch_logps, None, inputs)
-    policy, reference = _join_microbatches(stacked)
-    cotangents = jax.tree.map(lambda x: x.reshape(stacked[0].sum.shape), _loss_cotangents(policy, reference, loss))
+    policy, reference = map(_join_microbatches, stacked)
+    cotangents = _split_microbatches(_loss_cotangents(policy, reference, loss), stacked[0])
     grads, policy = accumulate_gradient(microbatch_gradient, (inputs[0], cotangents), params)
     policy = _join_microbatches(policy)
     return _average(grads, policy), policy, reference
 
 
-def _loss_cotangents(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, AnyArray]:
-    """Return the gradient of the weighted sum of pair losses with respect to each of `_sums`, by name."""
+def _loss_cotangents(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Any]:
+    """Return the gradient of the loss times the number of pairs with respect to each of `_sums`, by name."""
 
     def total(sums):
-        return (preference_loss(replace(policy, **sums), reference, loss) * policy.weight).sum()
+        logps = replace(policy, **sums)
+        pair_losses = (preference_loss(logps, reference, loss) * policy.weight).sum()
+        return pair_losses + jnp.maximum(policy.valid.sum(), 1) * scaled_balance_loss(logps)
 
     return jax.grad(total)(_sums(policy))
 
 
-def _sums(logps: PairLogps) -> dict[str, AnyArray]:
-    """Return the log-prob sums that the loss is differentiated with respect to, by name."""
+def _sums(logps: PairLogps) -> dict[str, Any]:
+    """Return the sums that the loss is differentiated with respect to, by field of `PairLogps`."""
     sums = {"sum": logps.sum, "tail_sum": logps.tail_sum, "log_sum_sq": logps.log_sum_sq}
+    if logps.balance_coef != 0:
+        sums["balance"] = logps.balance
     return {name: values for name, values in sums.items() if values is not None}
 
 
@@ -162,9 +173,22 @@ def accumulate_gradient(
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), microbatches)
 
 
-def _join_microbatches(stacked: Any) -> Any:
-    """Reshape log-probs [microbatches, pairs per microbatch, ...] -> [B, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
+def _join_microbatches(stacked: PairLogps | None) -> PairLogps | None:
+    """Reshape log-probs [microbatches, pairs per microbatch, ...] -> [B, ...], and add sums over tokens."""
+    joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
+    if stacked is None or stacked.balance is None:
+        return joined
+    return replace(joined, balance=jax.tree.map(lambda x: x.sum(0), stacked.balance))
+
+
+def _split_microbatches(cotangents: dict[str, Any], stacked: PairLogps) -> dict[str, Any]:
+    """Undo `_join_microbatches` for cotangents of `_sums`: each microbatch gets its pairs', and that of a sum."""
+    balance = cotangents.pop("balance", None)
+    split = jax.tree.map(lambda x: x.reshape(stacked.sum.shape), cotangents)
+    if balance is not None:
+        num_microbatches = len(stacked.sum)
+        split["balance"] = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_microbatches, *x.shape)), balance)
+    return split
 
 
 def _average(grads: Params, policy: PairLogps) -> Params:

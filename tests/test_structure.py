@@ -18,7 +18,7 @@ PACKAGE = ROOT / "dpo_jax"
 # Imports point to lower floors only; rooms of one floor do not import each other, inside a room they may.
 FLOORS = [
     {"errors", "batch"},
-    {"config", "storage"},
+    {"config", "storage", "balance"},
     {"parallel", "data", "losses"},
     {"console", "ops", "batching"},
     {"models", "logprobs"},
@@ -37,11 +37,12 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 # What foreign JAX programs import needs nothing of this program's models, data or training.
 FOREIGN_FREE = {
     "batch": set(),
-    "losses": {"batch", "config"},
+    "balance": {"batch"},
+    "losses": {"balance", "batch", "config"},
     "logprobs": {"batch", "ops", "parallel"},
     "ops/token_logps": {"batch", "parallel"},
     "parallel/sharding": {"config", "errors"},
-    "step": {"batch", "config", "logprobs", "losses"},
+    "step": {"balance", "batch", "config", "logprobs", "losses"},
     "policy_gradient": {"batch", "config", "step"},
 }
 

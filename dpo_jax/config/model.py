@@ -34,6 +34,9 @@ class ModelConfig(Section, name="model"):
     saves memory; it makes a step up to a third slower on an accelerator, and hardly slower on a CPU."""
     scan: bool = True
     """Compile one layer and loop over it; false unrolls the layers."""
+    router_aux_loss_coef: float | None = ranged(None, at_least=0)
+    """Coefficient of the load-balancing loss of a mixture of experts, which training adds to the loss; null: that of
+    the model's config.json; 0: none."""
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -1,6 +1,7 @@
 """Log-probs of whole datasets, for evaluation and for the reference cache."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,12 +20,14 @@ def dataset_logps(
     """Compute the log-probs of all examples, or of those of ``steps``, and return them in order as host arrays.
 
     Returns:
-        Example ids [N], and the PairLogps of these N examples.
+        Example ids [N], and the PairLogps of these N examples; a mixture's sums over tokens are those of all batches.
     """
-    ids, chunks = [], []
+    ids, chunks, sums = [], [], []
     for data in batches.ahead(range(batches.order.num_steps) if steps is None else steps):
         logps = logps_step(weights, to_devices(data.batch))
         is_real = data.ids >= 0
         ids.append(data.ids[is_real])
-        chunks.append(jax.tree.map(lambda x: np.asarray(x)[is_real], logps))  # noqa: B023  used at once
-    return np.concatenate(ids), jax.tree.map(lambda *arrays: np.concatenate(arrays), *chunks)
+        sums.append(jax.device_get(logps.balance))
+        chunks.append(jax.tree.map(lambda x: np.asarray(x)[is_real], replace(logps, balance=None)))  # noqa: B023  used at once
+    joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *chunks)
+    return np.concatenate(ids), replace(joined, balance=jax.tree.map(lambda *arrays: sum(arrays), *sums))

@@ -20,7 +20,7 @@ from dpo_jax.methods.offline import Offline, Start, make_offline
 from dpo_jax.methods.rollouts import Judge
 from dpo_jax.methods.samples import Samples, make_samples
 from dpo_jax.methods.setup import Policy, Setup, follow_of, load_policy
-from dpo_jax.models.decoder import Model
+from dpo_jax.models.decoder import Model, with_balance
 from dpo_jax.models.heads import make_scores_fn
 from dpo_jax.parallel.sharding import local_row_shards, platform_of, replicated, row_devices
 from dpo_jax.runs.checksums import weights_id
@@ -113,7 +113,8 @@ def find_reference(
         reference_model = build_model(source, config.model, platform)
     except UserError as error:
         raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
-    if reference_model != model:
+    coef = 0.0 if model.config.experts is None else model.config.experts.balance_coef  # matters in training only
+    if replace(reference_model, config=with_balance(reference_model.config, coef)) != model:
         difference = f"differs from model.path {config.model.path} in architecture or vocabulary"
         raise UserError(f"reference.path: {path} {difference}; choose a matching model")
     return source
@@ -140,7 +141,7 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
         "format": 2,
         "tail": tail,
         "weights": weights_id(weights),
-        "decoder": asdict(model.config),
+        "decoder": asdict(with_balance(model.config, 0.0)),
         "dtype": model.dtype,
         "matmul_precision": model.matmul_precision,
         "platform": jax.default_backend(),

@@ -287,7 +287,7 @@ def train_logps_fn(config: AnyConfig, model: Model) -> LogpsFn:
     if model.config.scores:
         return make_scores_fn(model)
     return make_logps_fn(
-        model.hidden,
+        model.routed_hidden,
         model.unembedding,
         chunk=config.batch.target_chunk,
         stats=config.run.token_stats,

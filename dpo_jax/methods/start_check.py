@@ -94,6 +94,8 @@ def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> No
     if known_loss is not None:
         weight = float(setup.batches.store.weights[data.ids[data.ids >= 0]].mean())
         expected = known_loss.loss * weight
+        if setup.model.config.experts is not None:
+            expected += setup.model.config.experts.balance_coef * values["aux_loss"]
         tolerance = 3e-6 * max(1.0, abs(expected)) + bound * known_loss.slope * max(1.0, weight)
         if not abs(values["loss"] - expected) <= tolerance:
             raise UserError(

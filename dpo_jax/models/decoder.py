@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.batch import Adapted, AnyArray, Params, PreferenceBatch
+from dpo_jax.batch import Adapted, AnyArray, BalanceSums, Params, PreferenceBatch, RoutedHidden
 from dpo_jax.batching.packing import BatchShape, empty_batch
 from dpo_jax.config import ModelConfig
+from dpo_jax.errors import require
 from dpo_jax.models.layers import CacheInputs, DecoderModule, KeyValues, Layer, make_rotations, scaled
 from dpo_jax.models.options import DecoderConfig, Lora
 from dpo_jax.ops.attention import AttentionInputs, Implementation, choose, make_inputs
@@ -36,6 +37,18 @@ def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> Prefere
     return replace(empty, tokens=tokens, positions=positions, segments=segments)
 
 
+def count_answers(batch: PreferenceBatch) -> Int[Array, "R T"]:
+    """Return how many of the batch's sequences each token is part of: its answers if it is a prompt's; 0 at padding."""
+    segments, branches = jnp.asarray(batch.segments), jnp.asarray(batch.branches)
+    num_rows, length = segments.shape
+    unit = jnp.stack([segments, branches])
+    begins = jnp.pad((unit[:, :, 1:] != unit[:, :, :-1]).any(0), ((0, 0), (1, 0)), constant_values=True)
+    rows = jnp.arange(num_rows)[:, None]
+    num_answers = jnp.zeros((num_rows, length + 1), jnp.int32).at[rows, segments].add(begins & (branches > 0))
+    num_answers = jnp.maximum(jnp.take_along_axis(num_answers, segments, axis=1), 1)
+    return jnp.where(segments > 0, jnp.where(branches > 0, 1, num_answers), 0)
+
+
 class Decoder(DecoderModule):
     """Flax module that maps token ids to normalized hidden states."""
 
@@ -51,9 +64,13 @@ class Decoder(DecoderModule):
         positions: Int[AnyArray, "R T"],
         inputs: AttentionInputs | CacheInputs,
         longest: int,
+        token_weights: Int[Array, "R T"] | None,
         cache: KeyValues | None = None,
-    ) -> tuple[Float[Array, "R T D"], KeyValues | None]:
-        """Return hidden states, of which the unembedding makes logits, and the cache, if any, with the tokens added."""
+    ) -> tuple[Float[Array, "R T D"], KeyValues | None, BalanceSums | None]:
+        """Return hidden states, of which the unembedding makes logits, and the cache, if any, with the tokens added.
+
+        A mixture of experts also returns its routers' sums over tokens, by layer; ``token_weights`` as in `Layer`.
+        """
         c = self.config
         if c.scores:
             self.weight("score", "SD", nn.initializers.zeros)
@@ -69,15 +86,16 @@ class Decoder(DecoderModule):
             layer,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.layers,
             unroll=1 if self.scan else c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x = constrain_rows(x)
         stack = layers(c, self.param_dtype, self.lora, self.attention, longest, name="layers")
-        (x, cache), _ = stack((x, cache), jnp.asarray(c.kind_of_layer), make_rotations(c, positions), inputs)
-        return self.norm("final", x, factor=1.0 if c.scores else c.logit_scale), cache
+        kinds, rotations = jnp.asarray(c.kind_of_layer), make_rotations(c, positions)
+        (x, cache), sums = stack((x, cache), kinds, rotations, inputs, token_weights)
+        return self.norm("final", x, factor=1.0 if c.scores else c.logit_scale), cache, sums
 
 
 @struct.dataclass
@@ -114,8 +132,19 @@ class Model:
 
     def hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> Float[Array, "R T D"]:
         """Return hidden states after the final norm, in the compute dtype; ``weights`` may have adapters."""
+        return self._hidden(weights, batch)[0]
+
+    def routed_hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> Float[Array, "R T D"] | RoutedHidden:
+        """Return what `hidden` does, and the routers' sums over tokens if the model is a mixture of experts."""
+        hidden, _, sums = self._hidden(weights, batch)
+        if self.config.experts is None:
+            return hidden
+        return RoutedHidden(hidden, sums, self.config.experts.balance_coef)
+
+    def _hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> tuple[Array, None, BalanceSums | None]:
         inputs = make_inputs(batch, self.attention)
-        return self._apply(weights, batch.tokens, batch.positions, inputs, batch.longest)[0]
+        token_weights = None if self.config.experts is None else count_answers(batch)
+        return self._apply(weights, batch.tokens, batch.positions, inputs, batch.longest, token_weights)
 
     def empty_cache(self, num_rows: int, num_slots: int) -> Cache:
         """Return an empty cache with ``num_slots`` slots per row."""
@@ -133,10 +162,11 @@ class Model:
         slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.end, axis=1)
         as_tokens = lambda positions: jnp.stack([positions >= 0, jnp.zeros_like(positions), positions], axis=1)  # noqa: E731
         inputs = CacheInputs(as_tokens(positions), as_tokens(slots), cache.end)
-        hidden, layers = self._apply(weights, tokens, positions, inputs, slots.shape[1], cache.layers)
+        is_token = (positions >= 0).astype(jnp.int32)
+        hidden, layers, _ = self._apply(weights, tokens, positions, inputs, slots.shape[1], is_token, cache.layers)
         return hidden, Cache(layers, slots, cache.end + tokens.shape[1])
 
-    def _apply(self, weights: Params | Adapted, *inputs: Any) -> tuple[Array, Any]:
+    def _apply(self, weights: Params | Adapted, *inputs: Any) -> tuple[Array, Any, Any]:
         """Call the Flax module on ``inputs`` with these weights."""
         adapters, base = _split(weights)
         assert adapters is None or self.lora is not None, "the model has no adapters"
@@ -144,7 +174,7 @@ class Model:
         # active while tracing, so it applies to attention too, and the backward pass inherits it from the forward pass
         with jax.default_matmul_precision(self.precision):
             module = self._module(None if adapters is None else self.lora)
-            return cast("tuple[Array, Any]", module.apply(variables, *inputs))
+            return cast("tuple[Array, Any, Any]", module.apply(variables, *inputs))
 
     @property
     def precision(self) -> str | None:
@@ -193,7 +223,7 @@ class Model:
         batch = plain_batch(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))
         module = self._module(self.lora if part == "lora" else None).clone(attention="xla")
         inputs = make_inputs(batch, "xla")
-        return dict(module.init(key, batch.tokens, batch.positions, inputs, batch.longest)[part])
+        return dict(module.init(key, batch.tokens, batch.positions, inputs, batch.longest, batch.segments)[part])
 
     def _abstract(self, part: Literal["params", "lora"] = "params") -> Params:
         # the key is made inside, because the mesh in force may have compile-only devices
@@ -213,8 +243,12 @@ def make_model(config: DecoderConfig, options: ModelConfig, platform: str, lora:
     """Make the model, resolving each ``auto`` option for devices of ``platform``.
 
     Raises:
-        UserError: the requested attention does not run on that platform.
+        UserError: the requested attention does not run on that platform, or the model has no experts to balance.
     """
+    if options.router_aux_loss_coef is not None:
+        remedy = "the model has no experts; leave it out"
+        require(config.experts is not None, "model.router_aux_loss_coef", options.router_aux_loss_coef, remedy)
+        config = with_balance(config, options.router_aux_loss_coef)
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
@@ -234,6 +268,13 @@ def make_model(config: DecoderConfig, options: ModelConfig, platform: str, lora:
         matmul_precision=options.matmul_precision,
         lora=lora,
     )
+
+
+def with_balance(config: DecoderConfig, coef: float) -> DecoderConfig:
+    """Return the config with another coefficient of the load-balancing loss, if it has experts."""
+    if config.experts is None:
+        return config
+    return replace(config, experts=replace(config.experts, balance_coef=coef))
 
 
 def count_params(model: Model) -> int:

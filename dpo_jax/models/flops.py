@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dpo_jax.models.options import DecoderConfig, Lora
-from dpo_jax.models.projections import AXES, LAYER
+from dpo_jax.models.projections import AXES, layer_projections
 
 
 class Work(NamedTuple):
@@ -83,7 +83,7 @@ def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     def size(letters: str) -> int:
         return math.prod(config.size(AXES[letter]) for letter in letters)
 
-    return {row.name: (size(row.inputs), size(row.outputs)) for row in LAYER.values()}
+    return {row.name: (size(row.inputs), size(row.outputs)) for row in layer_projections(config).values()}
 
 
 def forward_flops(config: DecoderConfig, work: Work) -> Flops:

@@ -1,7 +1,7 @@
 """Decoder layer, and the modules that declare its parameters from the table in projections.py.
 
 Shape letters: R rows, T tokens per row, D model, F feed-forward, N query heads, K key/value heads, H head dim,
-C = H / 2 rotated pairs per head, V vocabulary, L layers, r rank, S scores of a reward model.
+C = H / 2 rotated pairs per head, V vocabulary, L layers, r rank, S scores of a reward model, E experts.
 
 A parameter tree is a plain nested dictionary. Matrices keep the orientation of the Hugging Face files, outputs first
 ([N, H, D] for the query projection), so that loading is stacking and exporting is slicing. Only `gate` and `up` are
@@ -24,9 +24,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.batch import AnyArray
+from dpo_jax.batch import AnyArray, BalanceSums
 from dpo_jax.models.options import DecoderConfig, LinearScaling, Llama3Scaling, Lora, Rope, YarnScaling
-from dpo_jax.models.projections import AXES, LAYER
+from dpo_jax.models.projections import AXES, EXPERTS, layer_projections
+from dpo_jax.ops import experts as mixture
 from dpo_jax.ops.attention import AttentionInputs, Implementation, attend, attend_cached
 from dpo_jax.parallel.sharding import constrain_rows
 
@@ -154,11 +155,11 @@ class DecoderModule(nn.Module):
 
     def linear(self, name: str, x: Array) -> Array:
         """Apply projection ``name`` of the table to x, with its bias and adapter, if any."""
-        row = LAYER[name]
+        row = layer_projections(self.config)[name]
         # read now, because the precision context is not active when the backward pass is traced
         precision = jax.config.values["jax_default_matmul_precision"]
         y = checkpoint_name(project(x, self.weight(name, row.letters[1]), row.spec, precision), "projected")
-        if getattr(self.config, row.bias):
+        if row.has_bias(self.config):
             y += self.weight(f"{name}_bias", row.outputs, nn.initializers.zeros).astype(x.dtype)
         if self.lora is not None and name in self.lora.targets:
             y += self.lora.scale * self.adapter(name, x)
@@ -166,7 +167,7 @@ class DecoderModule(nn.Module):
 
     def adapter(self, name: str, x: Array) -> Array:
         """Compute (x A^T) B^T with the adapter of projection ``name``."""
-        row = LAYER[name]
+        row = layer_projections(self.config)[name]
         operand, _, result = row.letters
         a, b = f"r{row.inputs}", f"{row.outputs}r"
         pair = self.variable("lora", name, lambda: {"a": self.zeros(a), "b": self.zeros(b)}).value
@@ -228,16 +229,23 @@ class Layer(DecoderModule):
         kind: Int[Array, ""],
         rotations: Rotation | None,
         inputs: AttentionInputs | CacheInputs,
-    ) -> tuple[tuple[Float[Array, "R T D"], KeyValues | None], None]:
+        token_weights: Int[Array, "R T"] | None,
+    ) -> tuple[tuple[Float[Array, "R T D"], KeyValues | None], BalanceSums | None]:
         """Return the residual stream after the layer, and the cache, if any, with the new tokens added.
 
-        ``kind``: index into the config's ``kinds``; ``rotations`` are stacked by it.
+        A mixture of experts also returns its router's sums over tokens. ``kind``: index into the config's ``kinds``;
+        ``rotations`` are stacked by it. ``token_weights``: how often a token counts in these sums; 0 at padding.
         """
         x, cache = carry
         y, cache = self.self_attention(self.pre_norm("attention", x), cache, kind, rotations, inputs)
         x += self.branch("attention", y)
-        x += self.branch("ffn", self.feed_forward(self.pre_norm("ffn", x)))
-        return (constrain_rows(x), cache), None
+        x_ffn, sums = self.pre_norm("ffn", x), None
+        if self.config.experts is None:
+            y = self.feed_forward(x_ffn)
+        else:
+            y, sums = self.experts(x_ffn, token_weights)
+        x += self.branch("ffn", y)
+        return (constrain_rows(x), cache), sums
 
     def pre_norm(self, name: str, x: Array) -> Array:
         """Return the input of the block ``name``."""
@@ -288,3 +296,31 @@ class Layer(DecoderModule):
         """Compute the gated feed-forward block."""
         gate, up = self.linear("gate", x), self.linear("up", x)
         return self.linear("down", ACTIVATIONS[self.config.activation](gate) * up)
+
+    def experts(self, x: Array, token_weights: Array) -> tuple[Array, BalanceSums]:
+        """Compute the feed-forward of each token's experts; also return the router's sums over tokens."""
+        c = self.config.experts
+        assert c is not None
+        names = ["router", "gate", "up", "down"]
+        router, *linears = (mixture.ExpertLinear(*self.expert_weights(name)) for name in names)
+        rule = mixture.Router(c.per_token, c.softmax, c.renormalize)
+        routing = mixture.route(x, router.matrix, router.bias, token_weights > 0, rule)
+        glu = mixture.Glu(c.alpha, c.offset, c.limit)
+        # no mesh divides the single row of which a model is initialized
+        y = x if self.is_initializing() else mixture.feed_forward(x, routing, mixture.Experts(*linears), glu)
+        if c.shared_ffn:
+            y += jax.nn.sigmoid(self.linear("shared_router", x)) * self.shared_expert(x)
+        return y, mixture.balance_sums(routing, token_weights)
+
+    def expert_weights(self, name: str) -> tuple[Array, Array | None]:
+        """Declare the matrices of all experts, or the router's, and their biases."""
+        row = EXPERTS[name]
+        matrix, bias = self.weight(name, row.stack + row.letters[1]), None
+        if row.has_bias(self.config):
+            bias = self.weight(f"{name}_bias", row.stack + row.outputs, nn.initializers.zeros)
+        return matrix, bias
+
+    def shared_expert(self, x: Array) -> Array:
+        """Compute the feed-forward of the expert that all tokens have."""
+        gate, up = self.linear("shared_gate", x), self.linear("shared_up", x)
+        return self.linear("shared_down", jax.nn.silu(gate) * up)

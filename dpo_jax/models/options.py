@@ -55,6 +55,25 @@ class LayerKind:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of the feed-forward of every layer; each expert has ``DecoderConfig.ffn`` features.
+
+    An expert computes down(g sigmoid(alpha g) (u + offset)), with gate g and up u clamped to ``limit``.
+    """
+
+    number: int  # E
+    per_token: int  # k
+    softmax: Literal["all", "chosen"] = "all"  # experts over which a token's weights are normalized first
+    renormalize: bool = False  # divide the weights of the chosen experts by their sum
+    router_bias: bool = False
+    alpha: float = 1.0
+    offset: float = 0.0
+    limit: float | None = None  # g is at most this, u at most this in absolute value
+    shared_ffn: int = 0  # features of an expert that all tokens have, scaled by a sigmoid of its own; 0: none
+    balance_coef: float = 0.0  # of the load-balancing loss, in training
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """All options that define what the decoder computes."""
 
@@ -64,7 +83,7 @@ class DecoderConfig:
     heads: int  # N
     kv_heads: int  # K
     head_dim: int  # H
-    ffn: int  # F
+    ffn: int  # F, of each expert in a mixture
     norm_eps: float
     norm_offset: float = 0.0  # added to the weight of every RMSNorm
     pre_norm: bool = True  # norm of the input of attention and feed-forward
@@ -81,6 +100,7 @@ class DecoderConfig:
     embed_scale: float = 1.0  # factor of the embeddings
     residual_scale: float = 1.0  # factor of what attention and feed-forward add to the residual stream
     logit_scale: float = 1.0
+    experts: Experts | None = None  # None: one feed-forward for all tokens
     tied: bool = False  # the unembedding is the embedding
     scores: int = 0  # outputs of a reward model's head, which replaces the unembedding; 0: a language model
     init_std: float = 0.02
@@ -112,8 +132,15 @@ class DecoderConfig:
         return 0 if self.scores else self.vocab
 
     def size(self, axis: str) -> int:
-        """Return the size of a logical parameter axis: the field of the same name, or ``hidden`` for ``embed``."""
-        return self.hidden if axis == "embed" else getattr(self, axis)
+        """Return the size of a logical parameter axis, which ``projections.AXES`` names."""
+        if axis in ("embed", "expert_embed"):
+            return self.hidden
+        if self.experts is not None:
+            sizes = {"experts": self.experts.number, "routes": self.experts.number}
+            sizes |= {"shared_ffn": self.experts.shared_ffn, "single": 1}
+            if axis in sizes:
+                return sizes[axis]
+        return getattr(self, axis)
 
 
 @dataclass(frozen=True, kw_only=True)

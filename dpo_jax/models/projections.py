@@ -1,10 +1,13 @@
-"""Table of a layer's weight matrices: the einsum that applies each, and its tensor name in Hugging Face files.
+"""Tables of a layer's weight matrices: the einsum that applies each, and its tensor name in Hugging Face files.
 
-It has one row per matrix. Parameters, biases, adapters, LoRA targets, tensor names, mesh axes, operation counts and
+They have one row per matrix. Parameters, biases, adapters, LoRA targets, tensor names, mesh axes, operation counts and
 memory bounds are all derived from it.
 """
 
+from operator import attrgetter
 from typing import NamedTuple
+
+from dpo_jax.models.options import DecoderConfig
 
 # Letter of an einsum (see layers.py) -> logical axis of a parameter, which parallel/sharding.py maps to the mesh.
 AXES = {
@@ -16,16 +19,23 @@ AXES = {
     "F": "ffn",
     "r": "rank",
     "S": "scores",
+    # mixtures of experts: an expert's matrices are sharded by experts, and so not by D; nor is the router's E sharded
+    "E": "experts",
+    "d": "expert_embed",
+    "e": "routes",
+    "U": "shared_ffn",
+    "u": "single",
 }
 
 
 class Projection(NamedTuple):
-    """A weight matrix that every layer has, with its optional bias."""
+    """A weight matrix of a layer, or one for each expert, with its optional bias."""
 
     name: str  # name of the layer's parameter; its bias is NAME_bias
     spec: str  # "x,matrix->y" for `jnp.einsum`; its matrix letters give the order of the parameter's dims
     module: str  # module of a layer in the files, with tensors MODULE.weight and MODULE.bias
-    bias: str  # option of `DecoderConfig` that enables the bias
+    bias: str | None = None  # option of `DecoderConfig` that enables the bias; None: there is none
+    stack: str = ""  # letter of a leading dim of the parameter, which has a matrix for each index; "E": experts
 
     @property
     def letters(self) -> tuple[str, str, str]:
@@ -55,17 +65,46 @@ class Projection(NamedTuple):
         """Name of the projection in `config.LoraConfig`, the same as in PEFT."""
         return self.module.rpartition(".")[2]
 
+    def has_bias(self, config: DecoderConfig) -> bool:
+        """Return whether the model has this bias."""
+        return self.bias is not None and attrgetter(self.bias)(config)
+
 
 # In order of computation.
-LAYER = {row.name: row for row in (
+ATTENTION = {row.name: row for row in (
     Projection("query", "RTD,NHD->RTNH", "self_attn.q_proj", "qkv_bias"),
     Projection("key", "RTD,KHD->RTKH", "self_attn.k_proj", "qkv_bias"),
     Projection("value", "RTD,KHD->RTKH", "self_attn.v_proj", "qkv_bias"),
     Projection("out", "RTNH,DNH->RTD", "self_attn.o_proj", "out_bias"),
+)}  # fmt: skip
+FEED_FORWARD = {row.name: row for row in (
     Projection("gate", "RTD,DF->RTF", "mlp.gate_proj", "mlp_bias"),
     Projection("up", "RTD,DF->RTF", "mlp.up_proj", "mlp_bias"),
     Projection("down", "RTF,DF->RTD", "mlp.down_proj", "mlp_bias"),
 )}  # fmt: skip
+LAYER = ATTENTION | FEED_FORWARD
+# In place of FEED_FORWARD in a mixture of experts; the last four belong to the expert that all tokens have.
+EXPERTS = {row.name: row for row in (
+    Projection("router", "RTD,eD->RTe", "mlp.gate", "experts.router_bias"),
+    Projection("gate", "RTd,dF->RTF", "mlp.experts.{}.gate_proj", "mlp_bias", stack="E"),
+    Projection("up", "RTd,dF->RTF", "mlp.experts.{}.up_proj", "mlp_bias", stack="E"),
+    Projection("down", "RTF,Fd->RTd", "mlp.experts.{}.down_proj", "mlp_bias", stack="E"),
+    Projection("shared_router", "RTD,uD->RTu", "mlp.shared_expert_gate"),
+    Projection("shared_gate", "RTD,DU->RTU", "mlp.shared_expert.gate_proj"),
+    Projection("shared_up", "RTD,DU->RTU", "mlp.shared_expert.up_proj"),
+    Projection("shared_down", "RTU,DU->RTD", "mlp.shared_expert.down_proj"),
+)}  # fmt: skip
+
+
+def layer_projections(config: DecoderConfig) -> dict[str, Projection]:
+    """Return the rows of the matrices that each layer of the model has, by name, in order of computation."""
+    if config.experts is None:
+        return LAYER
+    has_shared = config.experts.shared_ffn > 0
+    experts = {name: row for name, row in EXPERTS.items() if has_shared or not name.startswith("shared_")}
+    return ATTENTION | experts
+
+
 BY_TARGET = {row.target: row for row in LAYER.values()}
 
 _LAYER_TENSORS = {
@@ -84,4 +123,3 @@ TENSORS = {
     "score": "score.weight",
     **{f"layers/{name}": f"model.layers.{{}}.{tensor}" for name, tensor in _LAYER_TENSORS.items()},
 }
-TRANSPOSED = {f"layers/{row.name}" for row in LAYER.values() if row.transposed}

@@ -1,4 +1,4 @@
-"""Mixture-of-experts feed-forward: routing, the experts' products, and the load-balancing loss.
+"""Mixture-of-experts feed-forward: routing, the experts' products, and the sums of the load-balancing loss.
 
 No token is dropped. On a mesh, `fsdp` shards the experts and `tensor` their features. Rows of tokens are sharded over
 `fsdp`, too, so the devices along it gather each other's tokens, each applies its own experts, and the sums return to
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax.batch import AnyArray
+from dpo_jax.batch import AnyArray, BalanceSums
 from dpo_jax.ops import grouped
 from dpo_jax.parallel.sharding import AXES, ROWS, mesh_is_active
 
@@ -67,7 +67,9 @@ def route(
     Where ``mask`` is False, at padding, a token has no expert.
     """
     # full precision: a rounded logit changes experts
-    logits = jnp.einsum("RTD,ED->RTE", *(a.astype(jnp.float32) for a in (x, matrix)), precision=jax.lax.Precision.HIGHEST)
+    logits = jnp.einsum(
+        "RTD,ED->RTE", *(a.astype(jnp.float32) for a in (x, matrix)), precision=jax.lax.Precision.HIGHEST
+    )
     if bias is not None:
         logits += bias.astype(jnp.float32)
     probs = jax.nn.softmax(logits)
@@ -82,14 +84,6 @@ def route(
     return Routing(jnp.where(mask, experts, logits.shape[-1]), jnp.where(mask, weights, 0.0), probs)
 
 
-class BalanceSums(NamedTuple):
-    """Sums over tokens from which the load-balancing loss follows; sums of batches, rows and layers may be added."""
-
-    chosen: Float[Array, "*l E"]  # weight of the tokens that chose an expert
-    probs: Float[Array, "*l E"]  # weighted sum of the router's softmax
-    weight: Float[Array, "*l"]  # weight of all tokens
-
-
 def balance_sums(routing: Routing, weights: Float[AnyArray, "R T"] | Int[AnyArray, "R T"]) -> BalanceSums:
     """Sum over tokens, each as often as ``weights`` says: padding 0, a shared prompt's token once per answer.
 
@@ -102,17 +96,6 @@ def balance_sums(routing: Routing, weights: Float[AnyArray, "R T"] | Int[AnyArra
         probs=(routing.probs * weights[..., None]).sum((0, 1)),
         weight=weights.sum(),
     )
-
-
-def balance_loss(sums: BalanceSums) -> Float[Array, ""]:
-    """Return E sum_e f_e P_e over the tokens of all layers together (arXiv 2101.03961, eq. 4 to 6).
-
-    f_e is the share of tokens that chose expert e, so that f sums to k; P_e is the mean of its softmax. The loss is k
-    if all experts are chosen alike. Both are means over the whole step: sums are added before they are multiplied.
-    """
-    total = jnp.maximum(sums.weight.sum(), 1.0)
-    chosen, probs = (jnp.sum(x.reshape(-1, x.shape[-1]), 0) / total for x in (sums.chosen, sums.probs))
-    return chosen.shape[-1] * (jax.lax.stop_gradient(chosen) * probs).sum()
 
 
 class Glu(NamedTuple):

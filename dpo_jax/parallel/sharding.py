@@ -27,6 +27,11 @@ RULES: dict[str, tuple[str | None, bool]] = {
     "kv_heads": ("tensor", True),  # replicated if the mesh axis does not divide the key/value heads
     "head_dim": (None, False),
     "ffn": ("tensor", False),
+    "experts": ("fsdp", False),
+    "expert_embed": (None, False),  # of an expert's matrices, which are sharded by experts
+    "routes": (None, False),  # of the router's outputs, one for each expert
+    "shared_ffn": ("tensor", False),
+    "single": (None, False),
     "rank": (None, False),  # of adapters
     "scores": (None, False),
 }

@@ -23,7 +23,7 @@ from dpo_jax.errors import UserError, reason
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.families import tensor_name
 from dpo_jax.models.flops import projections
-from dpo_jax.models.projections import TRANSPOSED
+from dpo_jax.models.projections import layer_projections
 from dpo_jax.parallel.hosts import is_writer
 from dpo_jax.weights.safetensors import INDEX, SINGLE, Tensor, find_tensors, write_file
 
@@ -43,8 +43,9 @@ class Slot(NamedTuple):
     """Where a tensor of the file belongs in the parameter tree."""
 
     leaf: str
-    layer: int | None  # index into the parameter's first dim; None: the whole parameter
+    index: tuple[int, ...]  # into the parameter's first dims: layer and, of an expert's matrix, expert
     shape: tuple[int, ...]  # in the file
+    transposed: bool
 
 
 def _leaves(tree: Params) -> dict[str, Any]:
@@ -62,8 +63,10 @@ def _slots(model: Model) -> dict[str, Slot]:
         prefix, _, name = leaf.rpartition("/")
         dims = matrix_sizes.get(name, (math.prod(struct.shape[1:]),))
         shape = dims[::-1] if prefix else struct.shape
-        for layer in range(model.config.layers) if prefix else (None,):
-            slots[tensor_name(model.config, leaf).format(layer)] = Slot(leaf, layer, shape)
+        tensor = tensor_name(model.config, leaf)
+        rows = layer_projections(model.config)
+        for index in np.ndindex(struct.shape[: tensor.count("{}")]):
+            slots[tensor.format(*index)] = Slot(leaf, index, shape, name in rows and rows[name].transposed)
     return slots
 
 
@@ -112,38 +115,42 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _load_leaf(
-    leaf: str, tensors: list[Tensor], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+    tensors: list[tuple[Slot, Tensor]], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
     """Load one parameter; the host buffers hold only this process's shards, and each tensor is read once."""
-    is_stacked = "/" in leaf
     spans = {
         device: tuple(s.indices(n)[:2] for s, n in zip(index or (), struct.shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(struct.shape).items()
     }
     sizes = {span: tuple(stop - start for start, stop in span) for span in spans.values()}
     buffers = {span: _aligned(size, np.dtype(struct.dtype)) for span, size in sizes.items()}
-    for layer, tensor in enumerate(tensors):
-        targets = {span: data for span, data in buffers.items() if not is_stacked or span[0][0] <= layer < span[0][1]}
+    for slot, tensor in tensors:
+        num_dims = len(slot.index)
+        targets = {
+            span: data
+            for span, data in buffers.items()
+            if all(start <= i < stop for i, (start, stop) in zip(slot.index, span, strict=False))
+        }
         if not targets:
             continue
-        value = tensor.read().T if leaf in TRANSPOSED else tensor.read()
-        value = value.reshape(struct.shape[1:] if is_stacked else struct.shape)
+        value = tensor.read().T if slot.transposed else tensor.read()
+        value = value.reshape(struct.shape[num_dims:])
         for span, buffer in targets.items():
-            index, tensor_span = (layer - span[0][0], span[1:]) if is_stacked else (..., span)
-            buffer[index] = value[tuple(slice(*s) for s in tensor_span)]
+            index = tuple(i - start for i, (start, _) in zip(slot.index, span, strict=False))
+            buffer[(*index, ...)] = value[tuple(slice(*s) for s in span[num_dims:])]
     shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
 
 
 def load_tree(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot], structs: Params, shardings: Any) -> Params:
     """Load the parameters ``structs`` from the tensors of ``slots``, each shard directly onto its device."""
-    by_leaf: dict[str, list[Tensor]] = {}
-    for name, slot in slots.items():  # in layer order
-        by_leaf.setdefault(slot.leaf, []).append(tensors[name])
+    by_leaf: dict[str, list[tuple[Slot, Tensor]]] = {}
+    for name, slot in slots.items():
+        by_leaf.setdefault(slot.leaf, []).append((slot, tensors[name]))
 
     def load(path, struct, sharding):
         leaf = _path(path)  # block, so that these buffers are on the devices before the next are allocated
-        return jax.block_until_ready(_load_leaf(leaf, by_leaf[leaf], struct, sharding))
+        return jax.block_until_ready(_load_leaf(by_leaf[leaf], struct, sharding))
 
     return jax.tree_util.tree_map_with_path(load, structs, shardings)
 
@@ -190,10 +197,8 @@ def fetch_tensors(params: Params, slots: Mapping[str, Slot], dtype: np.dtype) ->
     leaves = _leaves(params)
     for name, slot in slots.items():
         value = leaves[slot.leaf]
-        start, count = (0, len(value)) if slot.layer is None else (slot.layer, 1)
-        value = _rows(value, start, count, _gather_sharding(value))
-        value = np.asarray(value).astype(dtype, copy=False)
-        yield name, np.ascontiguousarray(value[0].T) if slot.leaf in TRANSPOSED else value.reshape(slot.shape)
+        value = np.asarray(value[slot.index]).astype(dtype, copy=False)
+        yield name, np.ascontiguousarray(value.T) if slot.transposed else value.reshape(slot.shape)
 
 
 def _split(slots: Mapping[str, Slot], itemsize: int, max_shard_bytes: int) -> list[dict[str, Slot]]:

@@ -56,9 +56,9 @@ def _tensors(model: Model) -> dict[str, Slot]:
             shape = (dims[0], math.prod(dims[1:])) if factor == "a" else (math.prod(dims[:-1]), dims[-1])
             for layer in range(num_layers):
                 name = f"{_PREFIX}{_module(model, projection, layer)}.lora_{factor.upper()}.weight"
-                slots[name] = Slot(f"layers/{projection}/{factor}", layer, shape)
+                slots[name] = Slot(f"layers/{projection}/{factor}", (layer,), shape, False)
     if "score" in shapes:
-        slots[_PREFIX + tensor_name(model.config, "score")] = Slot("score", None, shapes["score"].shape)
+        slots[_PREFIX + tensor_name(model.config, "score")] = Slot("score", (), shapes["score"].shape, False)
     return slots
 
 
@@ -112,7 +112,7 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mappin
     def bad_file(why: str) -> UserError:
         return UserError(f"lora.path: {folder / TENSOR_FILE} {why}")
 
-    targets = {slot.leaf.split("/")[1] for slot in expected.values() if slot.layer is not None}
+    targets = {slot.leaf.split("/")[1] for slot in expected.values() if slot.index}
     for name in (name for name in tensors if name not in expected):
         module = name.split(".lora_")[0].rpartition(".")[2]
         if module not in BY_TARGET:

@@ -173,30 +173,30 @@ MIXTURES = {
     # C
     "mixtral": HFModel(
         architecture="MixtralForCausalLM",
-        options={"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 24, "sliding_window": 6,
+        options={"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 24, "sliding_window": 6,
                  "rope_parameters": _rope(100.0)},
         features=(*_ROPE, "window"),
     ),
     "qwen3_moe": HFModel(
         architecture="Qwen3MoeForCausalLM",
-        options={"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True,
+        options={"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True,
                  "head_dim": 24, "attention_bias": True, "rope_parameters": _rope(100.0)},
         features=(*_ROPE, *_BIASES, "query and key norm"),
     ),
     "qwen2_moe": HFModel(
         architecture="Qwen2MoeForCausalLM",
-        options={**MIXED, "use_sliding_window": True, "num_experts": 6, "num_experts_per_tok": 3,
+        options={**MIXED, "use_sliding_window": True, "num_experts": 8, "num_experts_per_tok": 3,
                  "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, "rope_parameters": _rope(100.0)},
         features=(*_ROPE, "qkv bias", "window", "order"),
     ),
     "olmoe": HFModel(
         architecture="OlmoeForCausalLM",
-        options={"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32, "rope_parameters": _rope(100.0)},
+        options={"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32, "rope_parameters": _rope(100.0)},
         features=(*_ROPE, "query and key norm"),
     ),
     "gpt_oss": HFModel(
         architecture="GptOssForCausalLM",
-        options={**MIXED, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 32, "head_dim": 16,
+        options={**MIXED, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32, "head_dim": 16,
                  "swiglu_limit": 1.5, "rope_parameters": YARN | {"rope_theta": 500.0, "truncate": False}},
         features=(*_ROPE, *_BIASES, "window", "order", "rope scaling", "yarn factor", "yarn truncate"),
     ),

@@ -13,10 +13,12 @@ from dpo_jax.models.families import (
     granite,
     llama,
     mistral,
+    mixtral,
     olmo2,
     olmo3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 from dpo_jax.models.families.family import MAX_LAYERS, Family, flag, invalid, number, one_of, size
@@ -35,6 +37,8 @@ FAMILIES = {
     "olmo3": olmo3.FAMILY,
     "smollm3": smollm3.FAMILY,
     "granite": granite.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
 }
 
 
@@ -78,6 +82,8 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     options = {"activation": hf.get("hidden_act", "silu"), **family.options(hf)}
     if options["activation"] not in get_args(Activation):
         raise invalid("hidden_act", options["activation"], f"choose from {', '.join(get_args(Activation))}")
+    if "ffn" not in options:
+        options["ffn"] = size(hf, "intermediate_size")
     return DecoderConfig(
         vocab=size(hf, "vocab_size"),
         hidden=hidden,
@@ -85,7 +91,6 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        ffn=size(hf, "intermediate_size"),
         norm_eps=float(number(hf, "rms_norm_eps", 1e-6)),
         pattern=family.pattern(hf, layers),
         tied=flag(hf, "tie_word_embeddings"),
