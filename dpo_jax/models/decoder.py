@@ -114,7 +114,7 @@ class Model:
 
     def hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> Float[Array, "R T D"]:
         """Return hidden states after the final norm, in the compute dtype; ``weights`` may have adapters."""
-        inputs = make_inputs(batch, self.attention)
+        inputs = make_inputs(batch, self.attention, self.config.head_dim)
         return self._apply(weights, batch.tokens, batch.positions, inputs, batch.longest)[0]
 
     def empty_cache(self, num_rows: int, num_slots: int) -> Cache:
