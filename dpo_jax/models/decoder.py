@@ -142,7 +142,7 @@ class Model:
         return RoutedHidden(hidden, sums, self.config.experts.balance_coef)
 
     def _hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> tuple[Array, None, BalanceSums | None]:
-        inputs = make_inputs(batch, self.attention)
+        inputs = make_inputs(batch, self.attention, self.config.head_dim)
         token_weights = None if self.config.experts is None else count_answers(batch)
         return self._apply(weights, batch.tokens, batch.positions, inputs, batch.longest, token_weights)
 

@@ -48,8 +48,8 @@ class AttentionInputs(NamedTuple):
     unpacked: UnpackIndices | None  # for splash and cudnn only
 
 
-def make_inputs(batch: PreferenceBatch, implementation: Implementation) -> AttentionInputs:
-    """Derive the attention inputs that an implementation needs from a batch.
+def make_inputs(batch: PreferenceBatch, implementation: Implementation, head_dim: int = 128) -> AttentionInputs:
+    """Derive the attention inputs that an implementation needs from a batch, for heads of ``head_dim``.
 
     Raises:
         ValueError: the batch lacks the block or answer indices that the implementation needs, as a plain batch does.
@@ -60,7 +60,7 @@ def make_inputs(batch: PreferenceBatch, implementation: Implementation) -> Atten
         raise ValueError("model.attention: cudnn needs packed rows, but this batch has no answer slots; use xla")
     unpacked = None
     if implementation == "splash":
-        _, length = kernels.splash_sizes(batch.branch_length, batch.longest)
+        _, length = kernels.splash_sizes(batch.branch_length, batch.longest, head_dim)
         unpacked = unpack_branches(batch, length)
     elif implementation == "cudnn":
         unpacked = unpack_answers(batch, batch.longest)
@@ -131,7 +131,7 @@ def _blocks(q, k, v, inputs, *, longest, **options):
 def _splash(q, k, v, inputs, *, longest, scale, window, softcap):
     indices = inputs.unpacked
     segments = indices.segments.reshape(-1, indices.segments.shape[-1])
-    block, _ = kernels.splash_sizes(indices.segments.shape[-1], longest)
+    block, _ = kernels.splash_sizes(indices.segments.shape[-1], longest, q.shape[-1])
     band = longest if window is None else min(window, longest)
     q = (q * scale).astype(q.dtype)  # before unpacking copies some of them
     q, k, v = (unshare(x, indices) for x in (q, k, v))

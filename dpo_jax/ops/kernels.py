@@ -16,15 +16,17 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float, Int
 
+MAX_BLOCK = 1024 * 128  # values of a block of heads; a backward kernel on larger ones exceeds a TPU's vector memory
 LANES = 128  # a splash block size is a multiple of this
 BLOCKS = ((2048, 1024), (0, 512))  # (minimum longest sequence, maximum block size), in tokens: docs/decisions.md
 
 OUTER_TILE = 512  # most rows and columns of a tile of `grouped_outer`
 
 
-def splash_sizes(length: int, longest: int) -> tuple[int, int]:
+def splash_sizes(length: int, longest: int, head_dim: int = LANES) -> tuple[int, int]:
     """Return the block size in tokens, and ``length`` rounded up to a multiple of it."""
     max_block = next(block for min_longest, block in BLOCKS if longest >= min_longest)
+    max_block = min(max_block, MAX_BLOCK // head_dim)
     count = -(-length // max_block)
     block = LANES * -(-length // (LANES * count))
     return block, count * block

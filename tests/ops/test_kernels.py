@@ -225,6 +225,7 @@ def test_blocks_are_few_and_waste_little():
     assert splash_sizes(4096, 4096) == (1024, 4096)
     assert splash_sizes(4096, 700) == (512, 4096)
     assert splash_sizes(1088, 1088) == (384, 1152)
+    assert splash_sizes(4096, 4096, head_dim=256) == (512, 4096)
 
 
 def test_auto_follows_the_devices():

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.models.families import gemma
-from dpo_jax.models.families.family import Family, number
+from dpo_jax.models.families.family import Family, invalid, number
 from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, every, layer_types, window
 from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
 
 KEYS = gemma.FAMILY.keys | {
     "hidden_activation", "query_pre_attn_scalar", "sliding_window", "layer_types", "attn_logit_softcapping",
-    "final_logit_softcapping",
+    "final_logit_softcapping", "sliding_window_size",
 }  # fmt: skip
 DEFAULTS = gemma.DEFAULTS | {"num_key_value_heads": 4}
 TENSORS = {
@@ -23,7 +23,10 @@ TENSORS = {
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     """Return a layer with a window and one without, unless ``layer_types`` says otherwise."""
-    kinds = {FULL: LayerKind(rope=rope(hf)), SLIDING: LayerKind(window=window(hf, 4096), rope=rope(hf))}
+    sliding_window = window(hf, 4096)
+    if hf.get("sliding_window_size", sliding_window) != sliding_window:  # published files have both
+        raise invalid("sliding_window_size", hf["sliding_window_size"], f"sliding_window is {sliding_window}")
+    kinds = {FULL: LayerKind(rope=rope(hf)), SLIDING: LayerKind(window=sliding_window, rope=rope(hf))}
     return by_type(layer_types(hf, layers, every(2, layers)), kinds)
 
 
