@@ -166,13 +166,16 @@ class DecoderModule(nn.Module):
         return y
 
     def adapter(self, name: str, x: Array) -> Array:
-        """Compute (x A^T) B^T with the adapter of projection ``name``."""
-        row = layer_projections(self.config)[name]
+        """Compute (x A^T) B^T with the adapter of projection ``name``; in a fused module A is that of its first one."""
+        assert self.lora is not None
+        row, owner = layer_projections(self.config)[name], self.lora.owner(name)
         operand, _, result = row.letters
-        a, b = f"r{row.inputs}", f"{row.outputs}r"
-        pair = self.variable("lora", name, lambda: {"a": self.zeros(a), "b": self.zeros(b)}).value
-        x = jnp.einsum(f"{operand},{a}->RTr", x, pair["a"].astype(x.dtype))
-        return jnp.einsum(f"RTr,{b}->{result}", x, pair["b"].astype(x.dtype))
+        letters = {"a": f"r{row.inputs}", "b": f"{row.outputs}r"}
+        own = [factor for factor in letters if factor == "b" or owner == name]
+        factors = self.variable("lora", name, lambda: {factor: self.zeros(letters[factor]) for factor in own}).value
+        a = factors["a"] if owner == name else nn.unbox(self.get_variable("lora", owner))["a"]
+        x = jnp.einsum(f"{operand},{letters['a']}->RTr", x, a.astype(x.dtype))
+        return jnp.einsum(f"RTr,{letters['b']}->{result}", x, factors["b"].astype(x.dtype))
 
     def norm(self, name: str, x: Array, letters: str = "D", factor: float = 1.0) -> Array:
         """Divide by sqrt(mean(x^2) + eps) over the dims of ``letters`` and scale, in float32 (arXiv 1910.07467).

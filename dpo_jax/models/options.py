@@ -90,6 +90,7 @@ class DecoderConfig:
     post_norm: bool = False  # norm of their output, before it is added to the residual stream
     qk_norm: Literal["none", "head", "all"] = "none"  # RMSNorm of each query and key head, or of all heads at once
     activation: Activation = "silu"
+    gated: bool = True  # the feed-forward has a gate, to which the activation applies
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the projection after attention
     mlp_bias: bool = False
@@ -150,3 +151,8 @@ class Lora:
     rank: int
     scale: float
     targets: frozenset[str]  # names of `projections.LAYER`
+    shared: tuple[tuple[str, str], ...] = ()  # (name, other): both are in one module, so name has the A of other
+
+    def owner(self, name: str) -> str:
+        """Return the projection whose A is that of ``name``."""
+        return dict(self.shared).get(name, name)

@@ -36,6 +36,7 @@ class Projection(NamedTuple):
     module: str  # module of a layer in the files, with tensors MODULE.weight and MODULE.bias
     bias: str | None = None  # option of `DecoderConfig` that enables the bias; None: there is none
     stack: str = ""  # letter of a leading dim of the parameter, which has a matrix for each index; "E": experts
+    adaptable: bool = True  # can have an adapter
 
     @property
     def letters(self) -> tuple[str, str, str]:
@@ -60,11 +61,6 @@ class Projection(NamedTuple):
         """Whether the parameter has its input dims first; in Hugging Face files the output dims always come first."""
         return self.letters[1].startswith(self.inputs)
 
-    @property
-    def target(self) -> str:
-        """Name of the projection in `config.LoraConfig`, the same as in PEFT."""
-        return self.module.rpartition(".")[2]
-
     def has_bias(self, config: DecoderConfig) -> bool:
         """Return whether the model has this bias."""
         return self.bias is not None and attrgetter(self.bias)(config)
@@ -85,10 +81,10 @@ FEED_FORWARD = {row.name: row for row in (
 LAYER = ATTENTION | FEED_FORWARD
 # In place of FEED_FORWARD in a mixture of experts; the last four belong to the expert that all tokens have.
 EXPERTS = {row.name: row for row in (
-    Projection("router", "RTD,eD->RTe", "mlp.gate", "experts.router_bias"),
-    Projection("gate", "RTd,dF->RTF", "mlp.experts.{}.gate_proj", "mlp_bias", stack="E"),
-    Projection("up", "RTd,dF->RTF", "mlp.experts.{}.up_proj", "mlp_bias", stack="E"),
-    Projection("down", "RTF,Fd->RTd", "mlp.experts.{}.down_proj", "mlp_bias", stack="E"),
+    Projection("router", "RTD,eD->RTe", "mlp.gate", "experts.router_bias", adaptable=False),
+    Projection("gate", "RTd,dF->RTF", "mlp.experts.{}.gate_proj", "mlp_bias", "E", adaptable=False),
+    Projection("up", "RTd,dF->RTF", "mlp.experts.{}.up_proj", "mlp_bias", "E", adaptable=False),
+    Projection("down", "RTF,Fd->RTd", "mlp.experts.{}.down_proj", "mlp_bias", "E", adaptable=False),
     Projection("shared_router", "RTD,uD->RTu", "mlp.shared_expert_gate"),
     Projection("shared_gate", "RTD,DU->RTU", "mlp.shared_expert.gate_proj"),
     Projection("shared_up", "RTD,DU->RTU", "mlp.shared_expert.up_proj"),
@@ -99,13 +95,11 @@ EXPERTS = {row.name: row for row in (
 def layer_projections(config: DecoderConfig) -> dict[str, Projection]:
     """Return the rows of the matrices that each layer of the model has, by name, in order of computation."""
     if config.experts is None:
-        return LAYER
+        return {name: row for name, row in LAYER.items() if name != "gate" or config.gated}
     has_shared = config.experts.shared_ffn > 0
     experts = {name: row for name, row in EXPERTS.items() if has_shared or not name.startswith("shared_")}
     return ATTENTION | experts
 
-
-BY_TARGET = {row.target: row for row in LAYER.values()}
 
 _LAYER_TENSORS = {
     "attention_norm": "input_layernorm.weight",

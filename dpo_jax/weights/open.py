@@ -79,7 +79,8 @@ def decoder_of(source: ModelSource) -> DecoderConfig:
 
 def build_model(source: ModelSource, config: ModelConfig, platform: str, lora: LoraConfig | None = None) -> Model:
     """Build the model's pure functions for ``platform``, with the adapters of ``lora``; no weights are loaded."""
-    return make_model(decoder_of(source), config, platform, None if lora is None else make_lora(lora))
+    decoder = decoder_of(source)
+    return make_model(decoder, config, platform, None if lora is None else make_lora(lora, decoder))
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: M
         source = find_model(adapted.base.path, adapted.base.revision)
     except UserError as error:
         raise UserError(f"{adapted.run.config}: the base model of the adapters cannot be loaded: {error}") from error
-    model = replace(model, lora=make_lora(adapted.lora))
+    model = replace(model, lora=make_lora(adapted.lora, model.config))
     adapters, manifest = restore_params(adapted.run, config.checkpoint, trained_shapes(model, mesh))
     base = load_weights(source, replace(model, param_dtype=adapted.base.param_dtype), adapted.base, mesh)
     if weights_id(base) != manifest["identity"]["weights"]:

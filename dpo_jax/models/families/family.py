@@ -20,6 +20,10 @@ class Family:
     pattern: Callable[[Mapping[str, Any], int], tuple[LayerKind, ...]]  # (config.json, number of layers) -> layer kinds
     options: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf: {}  # other fields of `DecoderConfig`
     tensors: Mapping[str, str] = field(default_factory=dict)  # parameters named otherwise than in `projections.TENSORS`
+    grouped: Mapping[str, str] = field(default_factory=dict)  # tensor of several parameters -> axis of its groups
+    transposed: frozenset[str] = frozenset()  # tensors with their inputs first
+    renamed: Mapping[str, str] = field(default_factory=dict)  # beginning of a name in other files -> that in ``tensors``
+    ignored: frozenset[str] = frozenset()  # ends of the names of buffers, which are computed from the config
 
     @property
     def reward_architecture(self) -> str:
@@ -29,6 +33,12 @@ class Family:
     def tensor(self, leaf: str) -> str:
         """Return the name in the files of the parameter ``leaf``, a path in the tree; {} stands for the layer."""
         return {**TENSORS, **self.tensors}[leaf]
+
+
+def tensors_of(prefix: str, modules: Mapping[str, str]) -> dict[str, str]:
+    """Return the tensors, weight and bias, of parameters of a layer whose modules are ``modules``."""
+    weights = {f"layers/{name}": f"{prefix}{module}.weight" for name, module in modules.items()}
+    return weights | {f"layers/{name}_bias": f"{prefix}{module}.bias" for name, module in modules.items()}
 
 
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1  # larger numbers are mistakes: no memory holds such arrays
