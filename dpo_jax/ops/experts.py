@@ -232,7 +232,7 @@ def _shard(is_sharded: bool, experts: Experts) -> _Shard:
     return _Shard(jax.lax.axis_index(EXPERT_AXIS) * len(experts.gate.matrix), is_first.astype(jnp.float32))
 
 
-def _gather_tokens(is_sharded: bool, *arrays: Array) -> list[Array]:
+def _gather_tokens(is_sharded: bool, *arrays: AnyArray) -> list[AnyArray]:
     """Return the rows of all devices whose experts together are all experts."""
     return [jax.lax.all_gather(x, EXPERT_AXIS, tiled=True) if is_sharded else x for x in arrays]
 
@@ -336,7 +336,7 @@ def _linear(x, layer, *, groups, implementation, precision, bias_scale=1.0):
 
 
 def _own_slots(
-    weights: Float[Array, "R T k"], indices: Int[Array, "R T k"], num_experts: int
+    weights: Float[Array, "R T k"], indices: Int[AnyArray, "R T k"], num_experts: int
 ) -> tuple[Float[Array, "n m"], Int[Array, "n m"]]:
     """Keep the slots of experts 0 to ``num_experts`` - 1, as many as a token can have; a slot may have no expert."""
     weights, indices = (x.reshape(-1, x.shape[-1]) for x in (weights, indices))
