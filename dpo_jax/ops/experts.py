@@ -215,7 +215,7 @@ def _shard(is_sharded: bool, experts: Experts) -> _Shard:
     return _Shard(jax.lax.axis_index(EXPERT_AXIS) * len(experts.gate.matrix), is_first.astype(jnp.float32))
 
 
-def _gather_tokens(is_sharded: bool, *arrays: Array) -> list[Array]:
+def _gather_tokens(is_sharded: bool, *arrays: AnyArray) -> list[AnyArray]:
     """Return the rows of all devices whose experts together are all experts."""
     return [jax.lax.all_gather(x, EXPERT_AXIS, tiled=True) if is_sharded else x for x in arrays]
 
@@ -240,42 +240,71 @@ def _on_platform(fn: Callable[..., Any], *arrays: Any) -> Any:
     return jax.lax.platform_dependent(*arrays, tpu=partial(fn, "kernels"), default=partial(fn, "blocks"))
 
 
+def _num_windows(is_sharded: bool, experts: Experts, per_token: int) -> int:
+    """Return into how many windows the rows of any routing are cut: one holds twice the rows of a balanced routing."""
+    if not is_sharded:
+        return 1
+    num_slots = min(per_token, len(experts.gate.matrix))
+    return max(1, num_slots * jax.lax.axis_size(EXPERT_AXIS) // (2 * per_token))
+
+
 def _apply_shard(options, is_sharded, x, weights, experts, indices):
     tokens = _gather_tokens(is_sharded, x, weights, indices)
-    shard = _shard(is_sharded, experts)
-    return _return_tokens(is_sharded, _on_platform(partial(_apply, options), shard, experts, *tokens))
+    apply = partial(_apply, options, _num_windows(is_sharded, experts, indices.shape[-1]))
+    return _return_tokens(is_sharded, _on_platform(apply, _shard(is_sharded, experts), experts, *tokens))
 
 
 def _pull_shard(options, is_sharded, x, weights, experts, indices, g):
     tokens = _gather_tokens(is_sharded, x, weights, indices, g)
-    shard = _shard(is_sharded, experts)
-    gradients = _on_platform(partial(_pull, options), shard, experts, *tokens)
+    pull = partial(_pull, options, _num_windows(is_sharded, experts, indices.shape[-1]))
+    gradients = _on_platform(pull, _shard(is_sharded, experts), experts, *tokens)
     x_grad, weights_grad = (_return_tokens(is_sharded, grad) for grad in gradients[:2])
     experts_grad = _reduce_experts(is_sharded, gradients[2])
     return x_grad, weights_grad, jax.tree.map(lambda grad, w: grad.astype(w.dtype), experts_grad, experts)
 
 
-def _pull(options, implementation, shard, experts, x, weights, indices, g):
-    """Return the gradients of x, weights and experts, the last in float32."""
-    apply = lambda experts, x, weights: _apply(options, implementation, shard, experts, x, weights, indices)  # noqa: E731
-    # the products convert back to x's dtype: here the conversion only has their gradient left in float32
-    experts = jax.tree.map(lambda w: w.astype(jnp.float32), experts)
-    experts_grad, x_grad, weights_grad = jax.vjp(apply, experts, x, weights)[1](g)
-    return x_grad, weights_grad, experts_grad
-
-
-def _apply(options, implementation, shard, experts, x, weights, indices):
+def _apply(options, num_windows, implementation, shard, experts, x, weights, indices):
     """Apply the experts of a shard to tokens [R, T, D]; other experts add nothing."""
     num_experts = len(experts.gate.matrix)
-    weights, indices = (a.reshape(-1, a.shape[-1]) for a in (weights, indices))
     weights, indices = _own_slots(weights, indices - shard.first_expert, num_experts)
-    groups = grouped.make_groups(indices, num_experts, implementation)
+    groups = grouped.make_groups(indices, num_experts, implementation, num_windows)
+    apply = partial(_apply_rows, options, implementation, shard, experts, x.reshape(-1, x.shape[-1]), weights)
+    return grouped.sum_windows(apply, groups, num_windows).astype(x.dtype).reshape(x.shape)
+
+
+def _pull(options, num_windows, implementation, shard, experts, x, weights, indices, g):
+    """Return the gradients of x, weights and experts, given that of the result; the last is float32."""
+    num_experts = len(experts.gate.matrix)
+    own_slots = partial(_own_slots, indices=indices - shard.first_expert, num_experts=num_experts)
+    own_weights, pull_weights, indices = jax.vjp(own_slots, weights, has_aux=True)
+    groups = grouped.make_groups(indices, num_experts, implementation, num_windows)
+    # the products convert back to x's dtype: this only leaves the experts' gradient in float32
+    experts = jax.tree.map(lambda w: w.astype(jnp.float32), experts)
+    arrays = experts, x.reshape(-1, x.shape[-1]), own_weights
+
+    def pull_rows(groups):
+        apply = partial(_apply_rows, options, implementation, shard, groups=groups)
+        return jax.vjp(apply, *arrays)[1](g.reshape(-1, g.shape[-1]))
+
+    experts_grad, x_grad, weights_grad = grouped.sum_windows(pull_rows, groups, num_windows)
+    return x_grad.astype(x.dtype).reshape(x.shape), pull_weights(weights_grad)[0], experts_grad
+
+
+def _apply_rows(
+    options: Options,
+    implementation: grouped.Implementation,
+    shard: _Shard,
+    experts: Experts,
+    x: Float[Array, "n D"],
+    weights: Float[Array, "n m"],
+    groups: grouped.Groups,
+) -> Float[Array, "n D"]:
+    """Return what the rows of ``groups`` add to each token; the weights are applied before the last product."""
     linear = partial(_linear, groups=groups, implementation=implementation, precision=options.precision)
-    rows = grouped.spread(x.reshape(-1, x.shape[-1]), groups)
-    row_weights = grouped.spread_slots(weights, groups)[:, None]
+    rows, row_weights = grouped.spread(x, groups), grouped.spread_slots(weights, groups)[:, None]
     hidden = options.glu(linear(rows, experts.gate), linear(rows, experts.up))
     y = linear((hidden * row_weights).astype(x.dtype), experts.down, bias_scale=row_weights * shard.bias_scale)
-    return grouped.collect(y, groups).reshape(x.shape)
+    return grouped.collect(y, groups)
 
 
 def _linear(x, layer, *, groups, implementation, precision, bias_scale=1.0):
@@ -290,9 +319,10 @@ def _linear(x, layer, *, groups, implementation, precision, bias_scale=1.0):
 
 
 def _own_slots(
-    weights: Float[Array, "n k"], indices: Int[Array, "n k"], num_experts: int
+    weights: Float[Array, "R T k"], indices: Int[AnyArray, "R T k"], num_experts: int
 ) -> tuple[Float[Array, "n m"], Int[Array, "n m"]]:
-    """Keep the slots of experts 0 to ``num_experts`` - 1, as many as a token can have; a slot may be without expert."""
+    """Keep the slots of experts 0 to ``num_experts`` - 1, as many as a token can have; a slot may have no expert."""
+    weights, indices = (x.reshape(-1, x.shape[-1]) for x in (weights, indices))
     is_own = (indices >= 0) & (indices < num_experts)
     num_slots = min(num_experts, indices.shape[-1])
     if num_slots == indices.shape[-1]:

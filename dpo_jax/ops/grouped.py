@@ -9,7 +9,7 @@ Shape letters: n tokens, m slots per token, E experts, S sorted rows, B blocks o
 
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from dpo_jax.ops import kernels
 
 Implementation = Literal["blocks", "kernels"]
 
-MIN_BLOCK, MAX_BLOCK = 8, 128  # rows; docs/decisions.md
+MIN_BLOCK, MAX_BLOCK = 8, 64  # rows; docs/decisions.md
 
 
 class Groups(NamedTuple):
@@ -35,32 +35,54 @@ class Groups(NamedTuple):
     is_routed: Bool[Array, "n m"]  # False: the slot has no expert
 
     @property
+    def block(self) -> int:
+        """Rows per block."""
+        return len(self.slots) // len(self.block_experts)
+
+    @property
     def row_experts(self) -> Int[Array, " S"]:
         """Expert of each row; arbitrary in padding."""
-        return jnp.repeat(self.block_experts, len(self.slots) // len(self.block_experts))
+        return jnp.repeat(self.block_experts, self.block)
+
+    def window(self, i: Array | int, num_rows: int) -> "Groups":
+        """Return the i-th window of ``num_rows`` rows, a divisor of S; slots whose rows are outside have no expert."""
+        start = i * num_rows
+        rows = self.rows - start
+        is_routed = self.is_routed & (rows >= 0) & (rows < num_rows)
+        block_experts = jax.lax.dynamic_slice_in_dim(self.block_experts, start // self.block, num_rows // self.block)
+        is_used = jax.lax.dynamic_slice_in_dim(self.is_used, start, num_rows)
+        is_member = (jnp.repeat(block_experts, self.block) == jnp.arange(len(self.sizes))[:, None]) & is_used
+        return Groups(
+            sizes=is_member.sum(-1, dtype=jnp.int32),
+            block_experts=block_experts,
+            num_blocks=jnp.clip(self.num_blocks - start // self.block, 0, num_rows // self.block),
+            slots=jax.lax.dynamic_slice_in_dim(self.slots, start, num_rows),
+            is_used=is_used,
+            rows=jnp.where(is_routed, rows, 0),
+            is_routed=is_routed,
+        )
 
 
 def block_size(num_slots: int, num_experts: int) -> int:
-    """Return the rows per block of the loop: a quarter of an expert's average rows, as a power of two within bounds.
-
-    Experts then add an eighth of the rows as padding on average, and at most a quarter.
-    """
-    average = num_slots // num_experts
-    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << max(0, (average // 4).bit_length() - 1)))
+    """Return the rows per block of the loop: half of an expert's average rows, as a power of two within bounds."""
+    half = num_slots // (2 * num_experts)
+    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << max(0, half.bit_length() - 1)))
 
 
-def make_groups(experts: Int[Array, "n m"], num_experts: int, implementation: Implementation) -> Groups:
+def make_groups(
+    experts: Int[Array, "n m"], num_experts: int, implementation: Implementation, num_windows: int = 1
+) -> Groups:
     """Sort slots by expert; a slot whose expert is ``num_experts`` has none, and no row.
 
-    A block of ``kernels`` is a single row. The static number of rows suffices for any routing.
+    S suffices for any routing and divides into ``num_windows`` equal windows. A block of ``kernels`` is a single row.
     """
-    num_tokens, per_token = experts.shape
-    num_slots = num_tokens * per_token
+    num_slots = experts.size
     if implementation == "blocks":
-        block = block_size(num_slots, num_experts)
-        num_rows = (num_slots + num_experts * (block - 1)) // block * block
+        block = tile = block_size(num_slots, num_experts)
+        bound = (num_slots + num_experts * (block - 1)) // block * block
     else:
-        block, num_rows = 1, round_up(num_slots, kernels.row_tile(num_slots))
+        block, tile, bound = 1, kernels.row_tile(-(-num_slots // num_windows)), num_slots
+    num_rows = num_windows * round_up(bound / num_windows, tile)
 
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
@@ -74,7 +96,6 @@ def make_groups(experts: Int[Array, "n m"], num_experts: int, implementation: Im
     block_experts = jnp.minimum(jnp.searchsorted(padded_ends, first_rows, side="right"), num_experts - 1)
     per_row = lambda x: jnp.repeat(x[block_experts], block)  # noqa: E731
     offsets = jnp.arange(num_rows, dtype=jnp.int32) - per_row(padded_starts)
-    slots = order[jnp.minimum(per_row(starts) + offsets, num_slots - 1)]
 
     is_routed = flat < num_experts
     expert = jnp.where(is_routed, flat, 0)
@@ -83,11 +104,25 @@ def make_groups(experts: Int[Array, "n m"], num_experts: int, implementation: Im
         sizes=sizes,
         block_experts=block_experts.astype(jnp.int32),
         num_blocks=padded_ends[-1] // block,
-        slots=slots,
+        slots=order[jnp.minimum(per_row(starts) + offsets, num_slots - 1)],
         is_used=offsets < per_row(sizes),
         rows=jnp.where(is_routed, rows, 0).reshape(experts.shape),
         is_routed=is_routed.reshape(experts.shape),
     )
+
+
+def sum_windows(fn: Callable[[Groups], Any], groups: Groups, num_windows: int) -> Any:
+    """Return the sum of ``fn(window)`` over the windows in use, in float32; a single window is always visited."""
+    if num_windows == 1:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), fn(groups))
+    num_rows = len(groups.slots) // num_windows
+
+    def visit(i, sums):
+        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, fn(groups.window(i, num_rows)))
+
+    shapes = jax.eval_shape(lambda: fn(groups.window(0, num_rows)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    return jax.lax.fori_loop(0, -(-groups.num_blocks * groups.block // num_rows), visit, zeros)
 
 
 def _take(x: Float[Array, "i *f"], indices: Int[Array, " j"], mask: Bool[Array, " j"]) -> Float[Array, "j *f"]:
