@@ -262,6 +262,7 @@ def make_model(config: DecoderConfig, options: ModelConfig, platform: str, lora:
             dtype=dtype,
             head_dim=config.head_dim,
             softcap=config.attention_softcap,
+            sinks=config.sinks,
         ),
         remat=options.remat,
         scan=options.scan,

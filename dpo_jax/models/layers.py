@@ -276,7 +276,8 @@ class Layer(DecoderModule):
         if rotations is not None:
             rotation = jax.tree.map(lambda x: x[0 if len(c.kinds) == 1 else kind], rotations)
             q, k = rotate(q, rotation), rotate(k, rotation)
-        options = {"scale": c.score_scale, "softcap": c.attention_softcap}
+        sinks = self.weight("sinks", "N", nn.initializers.zeros) if c.sinks else None
+        options = {"scale": c.score_scale, "softcap": c.attention_softcap, "sinks": sinks}
         if isinstance(inputs, CacheInputs):
             assert cache is not None
             cache = cache.write(inputs.start, k, v)

@@ -96,6 +96,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     pattern: tuple[LayerKind, ...] = (LayerKind(),)  # kinds of the layers from the first on, repeated
     attention_scale: float | None = None  # of scores; None: 1 / sqrt(H)
+    sinks: bool = False  # each head has a score that its softmax counts as that of one more key, of value 0
     attention_softcap: float | None = None  # scores become cap * tanh(score / cap)
     logit_softcap: float | None = None
     embed_scale: float = 1.0  # factor of the embeddings

@@ -105,6 +105,7 @@ _LAYER_TENSORS = {
     "attention_norm": "input_layernorm.weight",
     "query_norm": "self_attn.q_norm.weight",
     "key_norm": "self_attn.k_norm.weight",
+    "sinks": "self_attn.sinks",
     "ffn_norm": "post_attention_layernorm.weight",
     **{row.name: f"{row.module}.weight" for row in LAYER.values()},
     **{f"{row.name}_bias": f"{row.module}.bias" for row in LAYER.values()},

@@ -73,7 +73,7 @@ def _attention_scores(q, k, spec, scale, softcap):
     return soft_cap(scores, softcap)
 
 
-def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
+def _blocks_row(q, k, v, tokens, blocks, sinks, *, scale, window, softcap):
     """Compute attention in one row over J block pairs; a query block's softmax is combined across its pairs.
 
     Work and memory scale with the visible blocks, not with T^2: J * BLOCK^2 scores per head. Head dims precede token
@@ -98,8 +98,13 @@ def _blocks_row(q, k, v, tokens, blocks, *, scale, window, softcap):
 
     largest = jax.ops.segment_max(jax.lax.stop_gradient(scores.max(-1)), segment, num_blocks + 1)
     largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    if sinks is not None:
+        sinks = _sink_scores(sinks, num_kv_heads, BLOCK)
+        largest = jnp.maximum(largest, jax.lax.stop_gradient(sinks))
     weights = jnp.exp(scores - largest[segment][..., None])
     total = jax.ops.segment_sum(weights.sum(-1), segment, num_blocks + 1)[:num_blocks, ..., None]
+    if sinks is not None:
+        total += jnp.exp(sinks - largest[:num_blocks])[..., None]
     values = jnp.einsum("jkxs,jksh->jkxh", weights.astype(v.dtype), v[key_block], preferred_element_type=jnp.float32)
     values = jax.ops.segment_sum(values, segment, num_blocks + 1)[:num_blocks]
     out = (values / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
@@ -115,27 +120,35 @@ def _group_queries(q, num_kv_heads):
     return q.reshape(num_rows, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
 
 
+def _sink_scores(sinks: Float[Array, " N"], num_kv_heads: int, num_queries: int) -> Float[Array, "K X"]:
+    """Return the score of each query's sink, for the queries of a group adjacent."""
+    return jnp.repeat(sinks.astype(jnp.float32).reshape(num_kv_heads, -1), num_queries, axis=1)
+
+
 def _dense(q, k, v, inputs, *, longest, **options):
     return attend_cached(q, k.swapaxes(1, 2), v.swapaxes(1, 2), inputs.tokens, inputs.tokens, **options)
 
 
-def _blocks(q, k, v, inputs, *, longest, **options):
+def _blocks(q, k, v, inputs, *, longest, sinks=None, **options):
     # The backward pass recomputes the scores: they are many times larger than q, k and v, which are saved.
     attend_row = jax.checkpoint(partial(_blocks_row, **options))
     row_arguments = (_group_queries(q, k.shape[2]), k, v, inputs.tokens, inputs.blocks)
     # vmap over a dim of size 1 makes the softmax gradient 30 times slower in XLA on a CPU
-    out = jax.vmap(attend_row)(*row_arguments) if len(q) > 1 else attend_row(*(x[0] for x in row_arguments))[None]
+    if len(q) > 1:
+        out = jax.vmap(attend_row, in_axes=(*[0] * 5, None))(*row_arguments, sinks)
+    else:
+        out = attend_row(*(x[0] for x in row_arguments), sinks)[None]
     return out.reshape(q.shape)
 
 
-def _splash(q, k, v, inputs, *, longest, scale, window, softcap):
+def _splash(q, k, v, inputs, *, longest, scale, window, softcap, sinks=None):
     indices = inputs.unpacked
     segments = indices.segments.reshape(-1, indices.segments.shape[-1])
     block, _ = kernels.splash_sizes(indices.segments.shape[-1], longest, q.shape[-1])
     band = longest if window is None else min(window, longest)
     q = (q * scale).astype(q.dtype)  # before unpacking copies some of them
     q, k, v = (unshare(x, indices) for x in (q, k, v))
-    return share(kernels.splash(q, k, v, segments, block=block, band=band, softcap=softcap), indices)
+    return share(kernels.splash(q, k, v, segments, sinks, block=block, band=band, softcap=softcap), indices)
 
 
 def _padded(q, k, v, inputs, *, longest, scale, window, softcap, implementation):
@@ -155,21 +168,26 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 }
 
 
-def on_each_device(fn: Callable[..., Array], q: Array, k: Array, v: Array, inputs: AttentionInputs) -> Array:
-    """Run ``fn(q, k, v, inputs)`` on each device's own rows and heads; without an active mesh, simply call it.
+def on_each_device(
+    fn: Callable[..., Array], q: Array, k: Array, v: Array, inputs: AttentionInputs, sinks: Array | None = None
+) -> Array:
+    """Run ``fn(q, k, v, inputs)``, with ``sinks`` if there are any, on each device's own rows and heads; without an active mesh, simply call it.
 
     Attention needs no collectives: a token attends only within its row. If `tensor` does not divide the key heads, they
     are repeated just often enough that each device has exactly those of its own query heads.
     """
+    options = {} if sinks is None else {"sinks": sinks}
     if not mesh_is_active():
-        return fn(q, k, v, inputs)
+        return fn(q, k, v, inputs, **options)
     num_kv_heads, num_shards = k.shape[2], jax.sharding.get_abstract_mesh().shape["tensor"]
     repeats = lcm(num_kv_heads, num_shards) // num_kv_heads
     k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
     row_spec, head_spec = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor")
+    in_specs = (*[head_spec] * 3, row_spec, PartitionSpec("tensor"))
     # check_vma=False: kernels do not declare over which axes their results vary
-    on_shards = jax.shard_map(fn, in_specs=(*[head_spec] * 3, row_spec), out_specs=head_spec, check_vma=False)
-    return on_shards(q, k, v, inputs)
+    on_shard = lambda q, k, v, inputs, options: fn(q, k, v, inputs, **options)  # noqa: E731
+    on_shards = jax.shard_map(on_shard, in_specs=in_specs, out_specs=head_spec, check_vma=False)
+    return on_shards(q, k, v, inputs, options)
 
 
 def attend(
@@ -183,15 +201,19 @@ def attend(
     longest: int,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "R T N H"]:
     """Compute softmax attention over packed rows, with float32 scores; the output at padding is 0.
 
     ``xla`` applies `attention_mask` as a dense mask. It is the oracle that all others are tested against; the compiler
     partitions it. ``inputs`` must be made for the same implementation; ``longest`` is the batch's. ``window`` is a
-    sliding window in positions (not row indices). Each group of N / K query heads shares a key head.
+    sliding window in positions (not row indices). Each group of N / K query heads shares a key head. ``sinks``: a score
+    of each head that the softmax has in addition to those of the keys, of a value of 0.
     """
     fn = partial(IMPLEMENTATIONS[implementation], longest=longest, scale=scale, window=window, softcap=softcap)
-    return fn(q, k, v, inputs) if implementation == "xla" else on_each_device(fn, q, k, v, inputs)
+    if implementation == "xla":
+        return fn(q, k, v, inputs, sinks=sinks)
+    return on_each_device(fn, q, k, v, inputs, sinks)
 
 
 def attend_cached(
@@ -204,6 +226,7 @@ def attend_cached(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "R q N H"]:
     """Compute attention of tokens to the slots of a cache, with a dense mask from (segment, branch, position).
 
@@ -215,8 +238,14 @@ def attend_cached(
     scores = _attention_scores(grouped, k, "rkxh,rksh->rkxs", scale, softcap)
     visible = attention_mask(queries.swapaxes(0, 1), keys.swapaxes(0, 1), window)
     visible = jnp.tile(visible, (1, num_heads // num_kv_heads, 1))[:, None]
-    weights = jax.nn.softmax(scores, axis=-1, where=visible)
-    weights = jnp.where(visible.any(-1, keepdims=True), weights, 0.0)  # padding attends to nothing
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1, where=visible)
+        weights = jnp.where(visible.any(-1, keepdims=True), weights, 0.0)  # padding attends to nothing
+    else:
+        column = _sink_scores(sinks, num_kv_heads, length)[..., None]
+        column = jnp.broadcast_to(column, (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([jnp.where(visible, scores, -jnp.inf), column], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[..., :-1]
     out = jnp.einsum("rkxs,rksh->rkxh", weights.astype(v.dtype), v)
     return out.reshape(num_rows, num_heads, length, head_dim).swapaxes(1, 2)
 
@@ -228,14 +257,17 @@ def choose(
     dtype: str,
     head_dim: int,
     softcap: float | None = None,
+    sinks: bool = False,
 ) -> Implementation:
     """Return the requested implementation or, for ``auto``, the default on ``platform`` (cpu, gpu or tpu).
 
     Raises:
-        UserError: the requested implementation does not support the platform, ``dtype``, ``head_dim`` or soft-capping.
+        UserError: the requested implementation does not support the platform, ``dtype``, ``head_dim``, soft-capping or
+            sinks.
     """
     cudnn_runs = dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128  # supported by cuDNN on every GPU
-    cudnn_default = cudnn_runs and softcap is None
+    obstacle = "soft-cap scores" if softcap is not None else "compute attention sinks" if sinks else None
+    cudnn_default = cudnn_runs and obstacle is None
     defaults: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn" if cudnn_default else "blocks"}
     if requested == "auto":
         return defaults.get(platform, "blocks")
@@ -246,6 +278,6 @@ def choose(
     if requested == "cudnn" and not cudnn_runs:
         requirement = "cudnn needs bfloat16 and a head_dim that is a multiple of 8 and at most 128"
         raise UserError(f"model.attention: {requirement}, got {dtype} and {head_dim}; use auto")
-    if requested == "cudnn" and softcap is not None:
-        raise UserError("model.attention: cudnn cannot soft-cap scores, which this model requires; use auto")
+    if requested == "cudnn" and obstacle is not None:
+        raise UserError(f"model.attention: cudnn cannot {obstacle}, which this model requires; use auto")
     return requested

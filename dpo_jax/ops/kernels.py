@@ -37,6 +37,7 @@ def splash(
     k: Float[Array, "S U K H"],
     v: Float[Array, "S U K H"],
     segments: Int[Array, "S U"],
+    sinks: Float[Array, " N"] | None = None,
     *,
     block: int,
     band: int,
@@ -51,11 +52,11 @@ def splash(
     run_kernel = partial(_run_splash, block=block, band=band, num_heads=num_heads, softcap=softcap)
     # The target platform, not that of this process: a CPU can compile for TPUs ahead of time.
     return jax.lax.platform_dependent(
-        q, k, v, segments, tpu=partial(run_kernel, interpret=False), default=partial(run_kernel, interpret=True)
+        q, k, v, segments, sinks, tpu=partial(run_kernel, interpret=False), default=partial(run_kernel, interpret=True)
     )
 
 
-def _run_splash(q, k, v, segments, *, block, band, num_heads, softcap, interpret):
+def _run_splash(q, k, v, segments, sinks, *, block, band, num_heads, softcap, interpret):
     length = q.shape[1]
     window = band - 1 if band < length else None
     mask = splash_mask.LocalMask((length, length), window_size=(window, 0), offset=0)
@@ -73,7 +74,7 @@ def _run_splash(q, k, v, segments, *, block, band, num_heads, softcap, interpret
     def attend_sequence(inputs):
         *arrays, ids = inputs
         q, k, v = (jnp.swapaxes(x, 0, 1) for x in arrays)
-        out = cast("Array", kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(ids, ids)))
+        out = cast("Array", kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(ids, ids), sinks=sinks))
         return jnp.swapaxes(out, 0, 1)
 
     # Sequential, like the kernel's own grid, to save memory: its log-sum-exps take [N, U, 128] float32.

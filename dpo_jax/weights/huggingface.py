@@ -114,8 +114,10 @@ def load_tree(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored], struc
     """Load the parameters ``structs`` from the tensors named in ``stored``, each shard directly onto its device."""
     sources: dict[str, list[tuple[Stored, Part, Tensor]]] = {}
     for name, entry in stored.items():
-        for part in entry.parts:
-            sources.setdefault(part.leaf, []).append((entry, part, tensors[name]))
+        for i, single in enumerate(entry.entries()):
+            tensor = tensors[name].at(i) if entry.stack else tensors[name]
+            for part in single.parts:
+                sources.setdefault(part.leaf, []).append((single, part, tensor))
 
     def load(path, struct, sharding):
         # block, so that these buffers are on the devices before the next are allocated
@@ -186,7 +188,8 @@ def fetch_tensors(params: Params, stored: Mapping[str, Stored], dtype: np.dtype)
         return np.asarray(value).astype(dtype, copy=False)
 
     for name, entry in stored.items():
-        yield name, entry.join([fetch(part) for part in entry.parts])
+        arrays = [single.join([fetch(part) for part in single.parts]) for single in entry.entries()]
+        yield name, np.stack(arrays) if entry.stack else arrays[0]
 
 
 def _split(stored: Mapping[str, Stored], itemsize: int, max_shard_bytes: int) -> list[dict[str, Stored]]:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 import ml_dtypes
@@ -60,6 +60,12 @@ class Tensor:
             file.seek(self.start + first * row_bytes)
             data = np.fromfile(file, np.uint8, (last - first) * row_bytes)
         return data.view(dtype).reshape((last - first, *row_shape) if self.shape else ())
+
+    def at(self, index: int) -> "Tensor":
+        """Return the entry at ``index`` of the first dim, as a tensor of its own."""
+        size = (self.end - self.start) // self.shape[0]
+        start = self.start + index * size
+        return replace(self, shape=self.shape[1:], start=start, end=start + size)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ class Stored:
     inputs: tuple[int, ...] = ()  # dims that follow the rows; (): a vector
     groups: int = 1  # in each of which the rows of the parts follow one another
     transposed: bool = False  # the tensor has its inputs first, unlike most
+    stack: int = 0  # number of such tensors, one for each expert, that are one tensor in the file; 0: only one
 
     @property
     def rows(self) -> int:
@@ -48,7 +49,14 @@ class Stored:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape in the file."""
-        return (*self.inputs, self.rows) if self.transposed else (self.rows, *self.inputs)
+        shape = (*self.inputs, self.rows) if self.transposed else (self.rows, *self.inputs)
+        return (self.stack, *shape) if self.stack else shape
+
+    def entries(self) -> list["Stored"]:
+        """Return what each entry of a stack holds, or just this tensor."""
+        if self.stack == 0:
+            return [self]
+        return [replace(self, stack=0).at((*self.parts[0].index, i)) for i in range(self.stack)]
 
     def at(self, index: tuple[int, ...]) -> "Stored":
         """Return the tensor of this layer, or of this expert in a layer."""
@@ -79,7 +87,6 @@ class Stored:
         return np.ascontiguousarray(joined.T if self.transposed else joined)
 
 
-
 def leaves_by_name(tree: Params) -> dict[str, Any]:
     """Return the leaves of a tree by their paths."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -94,7 +101,9 @@ def stored_tensors(model: Model) -> dict[str, Stored]:
     """Return what each tensor of a model directory holds, by its name. Files flatten [heads, head_dim]."""
     config, structs = model.config, leaves_by_name(model.param_shapes())
     family, sizes = FAMILIES[config.family], projections(config)
-    inputs_first = {f"layers/{row.name}" for row in layer_projections(config).values() if row.transposed}
+    rows = layer_projections(config).values()
+    inputs_first = {f"layers/{row.name}" for row in rows if row.transposed}
+    stacked = {f"layers/{row.name}{end}" for row in rows if row.stack for end in ("", "_bias")}
     fused: dict[str, list[str]] = {}
     for leaf in structs:
         fused.setdefault(family.tensor(leaf), []).append(leaf)
@@ -103,13 +112,21 @@ def stored_tensors(model: Model) -> dict[str, Stored]:
     for name, leaves in fused.items():
         num_dims = name.count("{}")  # layer, or layer and expert
         leaves = sorted(leaves, key=lambda leaf: order.get(leaf, -1))
-        parts, inputs = [], ()
+        parts, inputs, stack = [], (), 0
         for leaf in leaves:
             shape = structs[leaf].shape[num_dims:]
-            inputs, rows = _matrix_size(leaf, shape, sizes)
-            parts.append(Part(leaf=leaf, index=(), shape=shape, rows=rows, inputs_first=leaf in inputs_first))
-        transposed = name in family.transposed
-        stored = Stored(parts=tuple(parts), inputs=inputs, groups=num_groups(config, name), transposed=transposed)
+            if leaf in stacked and num_dims == 1:
+                stack, *shape = shape
+            inputs, num_rows = _matrix_size(leaf, tuple(shape), sizes)
+            is_first = leaf in inputs_first
+            parts.append(Part(leaf=leaf, index=(), shape=tuple(shape), rows=num_rows, inputs_first=is_first))
+        stored = Stored(
+            parts=tuple(parts),
+            inputs=inputs,
+            groups=num_groups(config, name),
+            transposed=name in family.transposed,
+            stack=stack,
+        )
         for index in np.ndindex(structs[leaves[0]].shape[:num_dims]):
             tensors[name.format(*index)] = stored.at(index)
     return tensors

@@ -12,6 +12,7 @@ import pytest
 import transformers
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dpo_jax.balance import balance_loss
 from dpo_jax.config import MeshConfig
 from dpo_jax.ops import experts as experts_module
 from dpo_jax.ops import grouped
@@ -22,7 +23,6 @@ from dpo_jax.ops.experts import (
     Glu,
     Router,
     Routing,
-    balance_loss,
     balance_sums,
     feed_forward,
     route,

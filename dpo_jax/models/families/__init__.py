@@ -10,13 +10,16 @@ from dpo_jax.models.families import (
     gemma,
     gemma2,
     gemma3,
+    gpt_oss,
     granite,
     llama,
     mistral,
     mixtral,
     olmo2,
     olmo3,
+    olmoe,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
     smollm3,
@@ -39,7 +42,10 @@ FAMILIES = {
     "smollm3": smollm3.FAMILY,
     "granite": granite.FAMILY,
     "mixtral": mixtral.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
+    "olmoe": olmoe.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
 }
 
 
