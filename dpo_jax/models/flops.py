@@ -86,11 +86,24 @@ def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     return {row.name: (size(row.inputs), size(row.outputs)) for row in layer_projections(config).values()}
 
 
+def copies(config: DecoderConfig, name: str) -> int:
+    """Return how many matrices of that name a token is multiplied by in a layer: its experts', or one."""
+    is_of_experts = bool(layer_projections(config)[name].stack)
+    return config.experts.per_token if is_of_experts and config.experts is not None else 1
+
+
+def active_weights(config: DecoderConfig) -> dict[str, int]:
+    """Return the number of weights by which a layer multiplies a token, by the matrix's name."""
+    return {name: copies(config, name) * inputs * outputs for name, (inputs, outputs) in projections(config).items()}
+
+
 def forward_flops(config: DecoderConfig, work: Work) -> Flops:
-    """Count a forward pass's operations: 2 per weight and token (or target), 4 per head, feature and visible pair."""
-    num_weights = sum(inputs * outputs for inputs, outputs in projections(config).values())
+    """Count a forward pass's operations: 2 per weight and token (or target), 4 per head, feature and visible pair.
+
+    Of a mixture's experts, only those of the token count.
+    """
     return Flops(
-        linear=2 * config.layers * num_weights * work.tokens,
+        linear=2 * config.layers * sum(active_weights(config).values()) * work.tokens,
         attention=4 * config.heads * config.head_dim * work.seen,
         unembedding=2 * config.hidden * config.logits * work.targets,
     )
@@ -120,13 +133,18 @@ def step_flops(config: DecoderConfig, work: Work, *, live_reference: bool, lora:
     return training + adapters + (forward.total if live_reference else 0)
 
 
-def recomputed_projections(config: DecoderConfig, remat: Literal["none", "dots", "full"]) -> dict[str, tuple[int, int]]:
-    """Return the (input, output) size of each matrix of a layer whose matmul the backward pass recomputes.
+def recomputed_projections(config: DecoderConfig, remat: Literal["none", "dots", "full"]) -> set[str]:
+    """Return the names of the matrices of a layer whose matmul the backward pass recomputes.
 
-    ``full``: all matrices but the last, whose output nothing in the layer needs. Otherwise none: outputs are saved.
+    ``full``: all matrices but the last, whose output nothing in the layer needs. Otherwise none, as outputs are saved,
+    but for those of a mixture's experts and, with ``dots``, router.
     """
-    *all_but_last, _ = projections(config).items()
-    return dict(all_but_last) if remat == "full" else {}
+    names = projections(config).keys()
+    if config.experts is None:
+        return set(list(names)[:-1]) if remat == "full" else set()
+    if remat == "full":
+        return set(names) - {"down"}  # the output of the shared expert, if any, is scaled, and so needed
+    return {"gate", "up"} | ({"router"} if remat == "dots" else set())
 
 
 def recomputed_flops(config: DecoderConfig, work: Work, remat: Literal["none", "dots", "full"]) -> int:
@@ -136,6 +154,7 @@ def recomputed_flops(config: DecoderConfig, work: Work, remat: Literal["none", "
     ``dots``: also attention's forward pass. ``full``: also ``recomputed_projections``.
     """
     forward = forward_flops(config, work)
-    num_weights = sum(inputs * outputs for inputs, outputs in recomputed_projections(config, remat).values())
+    weights = active_weights(config)
+    num_weights = sum(weights[name] for name in recomputed_projections(config, remat))
     attention_ops = forward.attention // 2 + (0 if remat == "none" else forward.attention)
     return forward.unembedding + attention_ops + 2 * config.layers * num_weights * work.tokens

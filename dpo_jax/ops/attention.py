@@ -171,9 +171,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 def on_each_device(
     fn: Callable[..., Array], q: Array, k: Array, v: Array, inputs: AttentionInputs, sinks: Array | None = None
 ) -> Array:
-    """Run ``fn(q, k, v, inputs)``, with ``sinks`` if there are any, on each device's own rows and heads; without an active mesh, simply call it.
+    """Run ``fn(q, k, v, inputs)`` on each device's own rows and heads; without an active mesh, simply call it.
 
-    Attention needs no collectives: a token attends only within its row. If `tensor` does not divide the key heads, they
+    ``sinks``: of the heads, passed by this name if there are any. Attention needs no collectives: a token attends only within its row. If `tensor` does not divide the key heads, they
     are repeated just often enough that each device has exactly those of its own query heads.
     """
     options = {} if sinks is None else {"sinks": sinks}

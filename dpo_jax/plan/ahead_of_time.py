@@ -27,6 +27,7 @@ from dpo_jax.methods.ppo import abstract_policy_state, make_policy_step, value_m
 from dpo_jax.methods.setup import abstract_state, make_step, train_logps_fn
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import projections
+from dpo_jax.models.projections import layer_projections
 from dpo_jax.parallel.chips import Topology
 from dpo_jax.parallel.compiler import compiler_options, no_cache_writes
 from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, replicated, row_devices, row_sharding, sharded_structs
@@ -236,7 +237,8 @@ def _min_temporaries(model: Model, mesh: Mesh | AbstractMesh, load: Load, traine
     tokens = load.rows // row_devices(mesh) * load.row_length
     gradient_bytes = trained * (2 if load.microbatches > 1 else 1)  # of one microbatch, and their sum
     activation_bytes = c.layers * tokens * c.hidden * itemsize
-    layer_weights = sum(inputs * outputs for inputs, outputs in projections(c).values())
+    rows = layer_projections(c)  # experts stay where they are; of the other matrices a device gathers a layer's
+    layer_weights = sum(inputs * outputs for name, (inputs, outputs) in projections(c).items() if not rows[name].stack)
     return gradient_bytes + activation_bytes + itemsize * (layer_weights + 4 * tokens * c.ffn) // mesh.shape["tensor"]
 
 

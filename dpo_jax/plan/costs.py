@@ -65,7 +65,13 @@ def pair_stages(
     tensor = mesh.shape["tensor"]
     tokens, targets = _per_microbatch(load, work, mesh)
     traffic = matrix_traffic(
-        model, tokens, targets, microbatches=load.microbatches, tensor=tensor, live_reference=is_live
+        model,
+        tokens,
+        targets,
+        microbatches=load.microbatches,
+        tensor=tensor,
+        live_reference=is_live,
+        fsdp=mesh.shape["fsdp"],
     )
     return [Stage("update", model_ops, hardware_ops, traffic, collectives(texts["update"], mesh.size))]
 
@@ -112,7 +118,7 @@ def policy_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> li
         length = plan.scored.length
         seen = int(causal_pairs(np.full(rollout.rows, length), reward.config.windows).sum())
         padded = Work(rollout.rows * length, seen, 0)
-        traffic = forward_traffic(reward, num_rows * length, 0, tensor=tensor)
+        traffic = forward_traffic(reward, num_rows * length, 0, tensor=tensor, fsdp=mesh.shape["fsdp"])
         sent = collectives(texts["scoring"], mesh.size)
         stages.append(Stage("scoring", _forward(reward, answered), _forward(reward, padded), traffic, sent))
     return [*stages, _update_stage(plan, load, texts["update"])]
@@ -128,7 +134,7 @@ def _update_stage(plan: RolloutPlan, load: Load, text: str) -> Stage:
     epochs, value = config.ppo.epochs, value_model_of(config, plan.model)
     lengths = np.tile(np.round(load.lengths).astype(int), (load.examples, 1))
     real = pairs_work(lengths, lengths[:, 1:], layout=config.batch.layout, windows=policy.config.windows)
-    rows, tensor = rows_work(load, policy), mesh.shape["tensor"]
+    rows, shards = rows_work(load, policy), {axis: mesh.shape[axis] for axis in ("tensor", "fsdp")}
     tokens, targets = _per_microbatch(load, rows, mesh)
     trained = [policy] if value is None else [policy, value]
     forward = [*trained, replace(policy, lora=None)]
@@ -138,9 +144,9 @@ def _update_stage(plan: RolloutPlan, load: Load, text: str) -> Stage:
         return epochs * updates + sum(_forward(m, work) for m in forward)
 
     recomputed = epochs * sum(recomputed_flops(m.config, rows, m.remat) for m in trained)
-    sizes: Any = {"microbatches": load.microbatches, "tensor": tensor, "live_reference": False}
+    sizes: Any = {"microbatches": load.microbatches, "live_reference": False, **shards}
     traffic = epochs * sum(matrix_traffic(m, tokens, targets, **sizes) for m in trained)
-    traffic += load.microbatches * sum(forward_traffic(m, tokens, targets, tensor=tensor) for m in forward)
+    traffic += load.microbatches * sum(forward_traffic(m, tokens, targets, **shards) for m in forward)
     return Stage("update", operations(real), operations(rows) + recomputed, traffic, collectives(text, mesh.size))
 
 

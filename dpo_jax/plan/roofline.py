@@ -7,42 +7,49 @@ is the time without any overlap.
 from collections.abc import Sequence
 
 from dpo_jax.models.decoder import Model
-from dpo_jax.models.flops import projections, recomputed_projections
+from dpo_jax.models.flops import copies, projections, recomputed_projections
+from dpo_jax.models.projections import layer_projections
 from dpo_jax.parallel.chips import Chip
 from dpo_jax.plan.hlo import Collective
 
 
 def matrix_traffic(
-    model: Model, tokens: int, targets: int, *, microbatches: int, tensor: int, live_reference: bool
+    model: Model, tokens: int, targets: int, *, microbatches: int, tensor: int, live_reference: bool, fsdp: int = 1
 ) -> float:
     """Return the bytes that a device's matmuls read and write, counting each operand once per matmul.
 
-    ``tokens`` and ``targets`` are per device and microbatch; ``tensor`` devices shard each matrix.
+    ``tokens`` and ``targets`` are per device and microbatch; ``tensor`` devices shard each matrix, and ``fsdp`` devices
+    the experts of a mixture.
     """
     trains_matrices = model.lora is None  # the model's own matrices are trained; adapters are negligible
     matmuls = 1 + live_reference + 1 + trains_matrices  # forward, reference forward, input gradient, matrix gradient
     recomputed = recomputed_projections(model.config, model.remat)
-    products = _layer_products(model, tokens, tensor)
+    products = _layer_products(model, tokens, tensor, fsdp)
     layer_bytes = sum((matmuls + (name in recomputed)) * num_bytes for name, num_bytes in products.items())
     # logits are never saved, so they are recomputed whatever remat saves of the layers
     head_bytes = (3 + live_reference + trains_matrices) * _head_product(model, targets, tensor)
     return microbatches * (model.config.layers * layer_bytes + head_bytes)
 
 
-def forward_traffic(model: Model, tokens: int, targets: int, *, tensor: int) -> float:
+def forward_traffic(model: Model, tokens: int, targets: int, *, tensor: int, fsdp: int = 1) -> float:
     """Return the bytes that the matmuls of a forward pass read and write, as in `matrix_traffic`."""
-    layer_bytes = sum(_layer_products(model, tokens, tensor).values())
+    layer_bytes = sum(_layer_products(model, tokens, tensor, fsdp).values())
     head_bytes = _head_product(model, targets, tensor) if targets else 0  # without targets no logits are computed
     return model.config.layers * layer_bytes + head_bytes
 
 
-def _layer_products(model: Model, tokens: int, tensor: int) -> dict[str, float]:
-    """Return the bytes of the operands of each matmul of a layer, by name."""
-    itemsize = 2 if model.dtype == "bfloat16" else 4
-    return {
-        name: itemsize * (tokens * (inputs + outputs / tensor) + inputs * outputs / tensor)
-        for name, (inputs, outputs) in projections(model.config).items()
-    }
+def _layer_products(model: Model, tokens: int, tensor: int, fsdp: int) -> dict[str, float]:
+    """Return the bytes of the operands of each matmul of a layer, by name.
+
+    An expert's matrices are read if it has a token, as most do in a step, but few in a mixture that samples one row.
+    """
+    config, itemsize, products = model.config, 2 if model.dtype == "bfloat16" else 4, {}
+    for name, (inputs, outputs) in projections(config).items():
+        rows, matrices = tokens * copies(config, name), 1.0
+        if config.experts is not None and layer_projections(config)[name].stack:
+            matrices = min(config.experts.number / fsdp, rows)
+        products[name] = itemsize * (rows * (inputs + outputs / tensor) + matrices * inputs * outputs / tensor)
+    return products
 
 
 def _head_product(model: Model, targets: int, tensor: int) -> float:

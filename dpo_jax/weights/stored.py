@@ -138,9 +138,7 @@ def num_groups(config: DecoderConfig, name: str) -> int:
     return 1 if axis is None else config.size(axis)
 
 
-def _matrix_size(
-    leaf: str, shape: tuple[int, ...], sizes: dict[str, tuple[int, int]]
-) -> tuple[tuple[int, ...], int]:
+def _matrix_size(leaf: str, shape: tuple[int, ...], sizes: dict[str, tuple[int, int]]) -> tuple[tuple[int, ...], int]:
     """Return the (inputs, number of outputs) of a slice of a parameter; a vector has no inputs."""
     prefix, _, name = leaf.rpartition("/")
     if name in sizes:

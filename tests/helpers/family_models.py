@@ -25,6 +25,7 @@ class HFModel:
 
     architecture: str
     options: dict[str, Any]
+    seed: int = 2  # of its weights
     features: tuple[str, ...] = ()  # names of ``SWITCHES``; each changes the logits by more than 0.01
 
 
@@ -55,6 +56,7 @@ _GEMMA = (*_ROPE, "norm offset", "embed scale", "activation")
 _GEMMA3 = (*_GEMMA, "window", "order", "two bases", "rope scaling", "query and key norm", "pre norm", "post norm",
            "attention scale")  # fmt: skip
 _BIASES = ("qkv bias", "out bias")
+_ROUTER = ("experts per token", "router normalization")
 DENSE = {
     # A
     "gemma": HFModel(
@@ -173,32 +175,38 @@ MIXTURES = {
     # C
     "mixtral": HFModel(
         architecture="MixtralForCausalLM",
+        seed=3,
         options={"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 24, "sliding_window": 6,
                  "rope_parameters": _rope(100.0)},
-        features=(*_ROPE, "window"),
+        features=(*_ROPE, "window", *_ROUTER),
     ),
     "qwen3_moe": HFModel(
         architecture="Qwen3MoeForCausalLM",
+        seed=3,
         options={"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True,
                  "head_dim": 24, "attention_bias": True, "rope_parameters": _rope(100.0)},
-        features=(*_ROPE, *_BIASES, "query and key norm"),
+        features=(*_ROPE, *_BIASES, "query and key norm", *_ROUTER),
     ),
     "qwen2_moe": HFModel(
         architecture="Qwen2MoeForCausalLM",
+        seed=9,
         options={**MIXED, "use_sliding_window": True, "num_experts": 8, "num_experts_per_tok": 3,
                  "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, "rope_parameters": _rope(100.0)},
-        features=(*_ROPE, "qkv bias", "window", "order"),
+        features=(*_ROPE, "qkv bias", "window", "order", *_ROUTER, "shared expert"),
     ),
     "olmoe": HFModel(
         architecture="OlmoeForCausalLM",
         options={"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32, "rope_parameters": _rope(100.0)},
-        features=(*_ROPE, "query and key norm"),
+        features=(*_ROPE, "query and key norm", *_ROUTER),
     ),
     "gpt_oss": HFModel(
         architecture="GptOssForCausalLM",
+        seed=3,
         options={**MIXED, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32, "head_dim": 16,
                  "swiglu_limit": 1.5, "rope_parameters": YARN | {"rope_theta": 500.0, "truncate": False}},
-        features=(*_ROPE, *_BIASES, "window", "order", "rope scaling", "yarn factor", "yarn truncate"),
+        features=(*_ROPE, *_BIASES, "window", "order", "rope scaling", "yarn factor", "yarn truncate",
+                  "experts per token", "router softmax", "router bias", "mlp bias", "sinks", "gate alpha",
+                  "gate offset", "gate limit"),
     ),
 }  # fmt: skip
 FAMILIES = DENSE | MIXTURES
@@ -207,10 +215,10 @@ FAMILIES = DENSE | MIXTURES
 # -------------------------------------------------------------------------------------- the models of transformers
 
 
-def hf_model(name: str, seed: int = 2) -> Any:
+def hf_model(name: str, seed: int | None = None) -> Any:
     """Return a model whose every parameter, biases and norms too, is random and matters.
 
-    With this seed the ``router_gap`` of every mixture on ``some_tokens`` exceeds 0.001.
+    With its own seed, the ``router_gap`` of a mixture on the tokens of tests exceeds 0.001.
     """
     import torch
     import transformers
@@ -218,7 +226,7 @@ def hf_model(name: str, seed: int = 2) -> Any:
     case = FAMILIES[name]
     architecture = getattr(transformers, case.architecture)
     sizes = {} if "text_config" in case.options else SIZES
-    torch.manual_seed(seed)
+    torch.manual_seed(case.seed if seed is None else seed)
     model = architecture(architecture.config_class(**(sizes | case.options))).eval()
     norm_mean = 0.3 if name.startswith("gemma") else 1.2  # Gemma adds 1 to it
     with torch.no_grad():
@@ -230,7 +238,7 @@ def hf_model(name: str, seed: int = 2) -> Any:
     return model
 
 
-def save_hf_model(name: str, folder: Path, seed: int = 2) -> Any:
+def save_hf_model(name: str, folder: Path, seed: int | None = None) -> Any:
     """Save the model of ``hf_model`` as a directory of Hugging Face's, and return it."""
     model = hf_model(name, seed)
     model.save_pretrained(folder)
@@ -308,6 +316,18 @@ def _rope_of(kind: LayerKind, **fields: Any) -> LayerKind:
     return kind if kind.rope is None else replace(kind, rope=replace(kind.rope, **fields))
 
 
+def _experts(**fields: Any) -> Switch:
+    return lambda config, params: (replace(config, experts=replace(config.experts, **fields)), params)
+
+
+def _fewer_experts(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
+    return replace(config, experts=replace(config.experts, per_token=config.experts.per_token - 1)), params
+
+
+def _other_normalization(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
+    return replace(config, experts=replace(config.experts, renormalize=not config.experts.renormalize)), params
+
+
 def _first_rope(config: DecoderConfig) -> Any:
     return next(kind.rope for kind in config.pattern if kind.rope is not None)
 
@@ -355,6 +375,16 @@ SWITCHES: dict[str, Switch] = {
     "out bias": _set(out_bias=False),
     "mlp bias": _set(mlp_bias=False),
     "unembed bias": _set(unembed_bias=False),
+    # mixtures of experts
+    "experts per token": _fewer_experts,
+    "router normalization": _other_normalization,
+    "router softmax": _experts(softmax="all"),
+    "router bias": _experts(router_bias=False),
+    "shared expert": _experts(shared_ffn=0),
+    "gate alpha": _experts(alpha=1.0),
+    "gate offset": _experts(offset=0.0),
+    "gate limit": _experts(limit=None),
+    "sinks": _set(sinks=False),
 }
 
 

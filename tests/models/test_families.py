@@ -1,5 +1,6 @@
 """Every model family against `transformers` on torch, in every layout, and each of its features against its absence."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -8,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from family_models import DENSE, SWITCHES, hf_logits, save_hf_model, some_tokens
+from family_models import FAMILIES as MODELS
+from family_models import MIXTURES, SWITCHES, hf_logits, router_gap, save_hf_model, some_tokens
 from small import pack
 
 from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.config import LossConfig, MeshConfig
 from dpo_jax.logprobs import make_logps_fn
-from dpo_jax.losses import mean_loss, preference_loss
-from dpo_jax.models.decoder import Model, count_params, plain_batch
+from dpo_jax.losses import step_loss
+from dpo_jax.models.decoder import Model, count_params, plain_batch, with_balance
 from dpo_jax.models.families import FAMILIES, decoder_config
 from dpo_jax.ops.softcap import soft_cap
 from dpo_jax.parallel.sharding import make_mesh
@@ -54,14 +56,18 @@ def logits(model: Model, params: Any) -> jax.Array:
     return soft_cap(hidden @ model.unembedding(params).T, model.config.logit_softcap)
 
 
-NAMES = [name for name in DENSE if any(f"{name}_".startswith(f"{family}_") for family in FAMILIES)]
+NAMES = [name for name in MODELS if any(f"{name}_".startswith(f"{family}_") for family in FAMILIES)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+SLOW = {"mixtral", "olmoe"}  # what they have, other mixtures have, too
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NAMES])
 def test_logits_and_exported_tensors_are_those_of_transformers(load, name, tmp_path):
     model, params, theirs, hf_config = load(name)
     expected = hf_logits(theirs, some_tokens())
     assert np.abs(expected).max() > 1  # or the tolerance would say little
+    assert name not in MIXTURES or router_gap(theirs, some_tokens()) > 1e-3
     np.testing.assert_allclose(jax.jit(logits, static_argnums=0)(model, params), expected, atol=1e-4, rtol=0)
     assert count_params(model) == sum(parameter.numel() for parameter in theirs.parameters())
 
@@ -82,13 +88,13 @@ def test_logits_change_when_a_feature_is_off(load, name):
     @jax.jit
     def all_logits(params):
         cases = {"all": (model.config, params)}
-        cases |= {feature: SWITCHES[feature](model.config, params) for feature in DENSE[name].features}
+        cases |= {feature: SWITCHES[feature](model.config, params) for feature in MODELS[name].features}
         return {
             feature: logits(Model(config=config, attention="xla"), tree) for feature, (config, tree) in cases.items()
         }
 
     actual = jax.device_get(all_logits(params))
-    unchanged = [feature for feature in DENSE[name].features if np.abs(actual[feature] - actual["all"]).max() < 0.01]
+    unchanged = [feature for feature in MODELS[name].features if np.abs(actual[feature] - actual["all"]).max() < 0.01]
     assert not unchanged
 
 
@@ -103,13 +109,13 @@ LOSS = LossConfig(beta=0.3)
 
 
 def gradient(model: Model, params: Any, batch: Any) -> Any:
-    """Return (log-probs [B, K], loss, gradient), with a tenth more of each weight as the reference."""
-    fn = make_logps_fn(model.hidden, model.unembedding, chunk=64, block=50, **model.logit_options)
+    """Return (log-probs [B, K], loss, gradient), with a tenth more of the last norm's weight as the reference."""
+    fn = make_logps_fn(model.routed_hidden, model.unembedding, chunk=64, block=50, **model.logit_options)
 
     def objective(params):
-        policy, reference = fn(params, batch), fn(jax.tree.map(lambda x: 1.1 * x, params), batch)
-        reference = jax.lax.stop_gradient(reference)
-        return mean_loss(preference_loss(policy, reference, LOSS), policy), policy.sum
+        reference = fn(params | {"final_norm": 1.1 * params["final_norm"]}, batch)  # which has the same experts
+        policy, reference = fn(params, batch), jax.lax.stop_gradient(reference)
+        return step_loss(policy, reference, LOSS), policy.sum
 
     (value, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
     return sums, value, grads
@@ -122,16 +128,24 @@ LAYOUTS = {
     "fsdp 8": ({}, {"rows": 8}, MeshConfig(fsdp=8)),
     "fsdp 4, tensor 2": ({}, {"rows": 4}, MeshConfig(fsdp=4, tensor=2)),
 }
-QUICK = "gemma2", ["fsdp 4, tensor 2"]  # caps of scores and logits, and windows in some layers
+QUICK = {
+    "quick": ("gemma2", ["fsdp 4, tensor 2"]),  # caps of scores and logits, and windows in some layers
+    "quick mixture": ("qwen3_moe", ["fsdp 4, tensor 2"]),
+}
 
 
 @pytest.mark.parametrize(
     ("name", "layouts"),
     [pytest.param(name, LAYOUTS, marks=pytest.mark.slow, id=name) for name in NAMES]
-    + [pytest.param(*QUICK, id="quick")],
+    + [pytest.param(*case, id=name) for name, case in QUICK.items()],
 )
 def test_layouts_and_meshes_agree(load, name, layouts):
-    model, params, *_ = load(name)
+    model, params, theirs, _ = load(name)
+    if name in MIXTURES:
+        assert (
+            min(router_gap(theirs, np.concatenate([p, a])[None]) for p, answers, _ in pairs() for a in answers) > 1e-3
+        )
+    model = replace(model, config=with_balance(model.config, 0.1))
     run = jax.jit(gradient, static_argnums=0)
     expected = jax.device_get(run(model, params, pack(pairs(), layout="padded")))
     for layout in layouts:

@@ -196,7 +196,9 @@ def test_compiled_operations_are_those_of_the_blocks(monkeypatch):
         assert count == pytest.approx(2 * int(groups.num_blocks) * groups.block * 32 * 48, rel=0.05)
 
 
-def mixture_structs(mesh=None, *, num_experts=16, top_k=2, rows=4, length=256, hidden=64, features=96, dtype=jnp.float32):
+def mixture_structs(
+    mesh=None, *, num_experts=16, top_k=2, rows=4, length=256, hidden=64, features=96, dtype=jnp.float32
+):
     """Arguments of `mixture_loss` as shapes, and `tokens x experts x width`."""
 
     def struct(shape, dtype, spec):
@@ -334,7 +336,10 @@ def test_balance_loss_is_that_of_transformers(torch):
 
     @partial(jax.jit, static_argnums=0)
     def sums(rows):
-        layers = [balance_sums(route(x[np.array(rows)], m, None, mask[rows], Router(2)), mask[rows].astype(int)) for m in matrices]
+        layers = [
+            balance_sums(route(x[np.array(rows)], m, None, mask[rows], Router(2)), mask[rows].astype(int))
+            for m in matrices
+        ]
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
 
     np.testing.assert_allclose(balance_loss(sums(range(4))), expected.item(), rtol=1e-6)

@@ -22,7 +22,7 @@ class Family:
     tensors: Mapping[str, str] = field(default_factory=dict)  # parameters named otherwise than in `projections.TENSORS`
     grouped: Mapping[str, str] = field(default_factory=dict)  # tensor of several parameters -> axis of its groups
     transposed: frozenset[str] = frozenset()  # tensors with their inputs first
-    renamed: Mapping[str, str] = field(default_factory=dict)  # beginning of a name in other files -> that in ``tensors``
+    renamed: Mapping[str, str] = field(default_factory=dict)  # beginning of a name in other files -> that here
     ignored: frozenset[str] = frozenset()  # ends of the names of buffers, which are computed from the config
 
     @property
