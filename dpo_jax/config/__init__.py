@@ -246,6 +246,7 @@ class RewardConfig(TrainConfig):
         self._refuse_idle_sampling()
         for option in ("run.token_stats", "batch.target_chunk"):
             self.refuse_idle(option, True, "a reward model predicts no tokens")
+        self.refuse_idle("model.router_aux_loss_coef", True, "a reward model is trained without it")
 
     def without_online(self) -> "RewardConfig":
         """Return this config, as a reward model is always trained on the answers of the data."""
@@ -282,6 +283,7 @@ class PPOConfig(TrainConfig):
             self.refuse_idle(f"reference.{option}", has_adapters, cause)
         self._check_rollouts()
         self.refuse_idle("run.token_stats", True, "token statistics are computed on answers of the data set only")
+        self.refuse_idle("model.router_aux_loss_coef", True, "PPO and RLOO train without it")
 
     @property
     def planned(self) -> PlannedAnswers:  # type: ignore[override]

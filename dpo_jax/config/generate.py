@@ -108,5 +108,6 @@ class GenerateConfig(Section):
         self.refuse("pairs", is_single, "a pair takes two answers to a prompt; set n to 2 or more")
         self.refuse("prompts.weight", self.prompts.weight is not None, "every prompt is answered; leave it out")
         self.refuse_idle("model.remat", True, "generation has no backward pass")
+        self.refuse_idle("model.router_aux_loss_coef", True, "generation has no loss")
         unscored = self.reward.path is None
         self.refuse_idle("model.attention", unscored, "only a reward model uses it, and reward.path is not set")

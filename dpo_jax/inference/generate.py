@@ -98,21 +98,38 @@ def answer_rows(
 
 
 def rollout_weights(model: Model, weights: Params | Adapted, mesh: Mesh) -> Any:
-    """Copy the weights to the `rollout_mesh` of ``mesh`` in the compute dtype, as every new token reads them all."""
-    return make_copy(model, rollout_mesh(mesh), isinstance(weights, Adapted))(weights)
+    """Copy the weights to the `sampling_mesh` of ``mesh`` in the compute dtype, as every new token reads them all."""
+    return make_copy(model, sampling_mesh(model, mesh), isinstance(weights, Adapted))(weights)
+
+
+def sampling_mesh(model: Model, mesh: Any) -> Any:
+    """Return the mesh on which answers are sampled: a `rollout_mesh`, or that of training for a mixture of experts.
+
+    Its `fsdp` shards the experts, which no device can hold all of; a token goes to them, not they to the token.
+    """
+    return rollout_mesh(mesh) if model.config.experts is None else mesh
 
 
 def rollout_shardings(model: Model, mesh: Mesh | AbstractMesh, has_adapters: bool) -> Any:
-    """Return the sharding of each weight that `answer_rows` reads; ``mesh``: a `rollout_mesh`."""
-    shardings = weight_shardings(model.param_shapes(), model.param_axes(), mesh)
+    """Return the sharding of each weight that `answer_rows` reads; ``mesh``: a `sampling_mesh`.
+
+    Only the experts are sharded over `fsdp`.
+    """
+
+    def shardings(shapes: Any, axes: Any) -> Any:
+        without_embed = lambda names: tuple(None if name == "embed" else name for name in names)  # noqa: E731
+        axes = jax.tree.map(without_embed, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+        return weight_shardings(shapes, axes, mesh)
+
+    of_weights = shardings(model.param_shapes(), model.param_axes())
     if not has_adapters:
-        return shardings
-    return Adapted(weight_shardings(model.adapter_shapes(), model.adapter_axes(), mesh), shardings)
+        return of_weights
+    return Adapted(shardings(model.adapter_shapes(), model.adapter_axes()), of_weights)
 
 
 @cache
 def make_copy(model: Model, mesh: Mesh, has_adapters: bool) -> Callable[[Any], Any]:
-    """Return the jitted function that copies weights to a `rollout_mesh`, which a plan compiles ahead of time, too."""
+    """Return the jitted function that copies weights to a `sampling_mesh`, which a plan compiles ahead of time, too."""
     cast = lambda weights: jax.tree.map(lambda x: x.astype(model.dtype), weights)  # noqa: E731
     return jax.jit(cast, out_shardings=rollout_shardings(model, mesh, has_adapters))
 
@@ -146,7 +163,7 @@ def generate(
     ``step``, ``first_row`` + i) and the token's index.
     """
     assert all(len(prompt) > 0 for prompt in prompts), "a prompt must have at least one token"
-    mesh = rollout_mesh(mesh)
+    mesh = sampling_mesh(model, mesh)
     num_rows = round_up(len(prompts), row_devices(mesh))
     tokens = np.zeros((num_rows, prompt_bucket(max(map(len, prompts)))), np.int32)
     lengths = np.ones(num_rows, np.int32)  # of rows that only fill up the devices, too

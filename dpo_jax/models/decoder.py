@@ -19,11 +19,12 @@ from dpo_jax.models.options import DecoderConfig, Lora
 from dpo_jax.ops.attention import AttentionInputs, Implementation, choose, make_inputs
 from dpo_jax.parallel.sharding import constrain_rows
 
-# What to save of a layer's forward pass for its backward pass; None: everything, without rematerialization.
+# What to save of a layer's forward pass for its backward pass; None: everything, without rematerialization. The numbers
+# of a token's experts are always saved: computed again with other rounding, they might not be the same.
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names("projected"),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("projected", "routed"),
+    "full": jax.checkpoint_policies.save_only_these_names("routed"),
 }
 
 

@@ -173,8 +173,9 @@ def on_each_device(
 ) -> Array:
     """Run ``fn(q, k, v, inputs)`` on each device's own rows and heads; without an active mesh, simply call it.
 
-    ``sinks``: of the heads, passed by this name if there are any. Attention needs no collectives: a token attends only within its row. If `tensor` does not divide the key heads, they
-    are repeated just often enough that each device has exactly those of its own query heads.
+    Attention needs no collectives: a token attends only within its row. If `tensor` does not divide the key heads, they
+    are repeated just often enough that each device has exactly those of its own query heads. ``sinks``, if there are
+    any, are passed by this name.
     """
     options = {} if sinks is None else {"sinks": sinks}
     if not mesh_is_active():

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -74,6 +75,7 @@ def route(
         logits += bias.astype(jnp.float32)
     probs = jax.nn.softmax(logits)
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(logits), router.top_k)
+    experts = checkpoint_name(experts, "routed")  # saved, so that a recomputed logit cannot change them
     if router.softmax == "all":
         weights = _choose(probs, experts)
     else:

@@ -111,9 +111,8 @@ def stored_tensors(model: Model) -> dict[str, Stored]:
     tensors = {}
     for name, leaves in fused.items():
         num_dims = name.count("{}")  # layer, or layer and expert
-        leaves = sorted(leaves, key=lambda leaf: order.get(leaf, -1))
         parts, inputs, stack = [], (), 0
-        for leaf in leaves:
+        for leaf in sorted(leaves, key=lambda leaf: order.get(leaf, -1)):
             shape = structs[leaf].shape[num_dims:]
             if leaf in stacked and num_dims == 1:
                 stack, *shape = shape
