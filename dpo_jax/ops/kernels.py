@@ -110,9 +110,7 @@ def row_tile(num_rows: int) -> int:
     return min(OUTER_TILE, LANES * -(-num_rows // LANES))
 
 
-def grouped_outer(
-    x: Float[Array, "M D"], y: Float[Array, "M F"], sizes: Int[Array, " E"]
-) -> Float[Array, "E D F"]:
+def grouped_outer(x: Float[Array, "M D"], y: Float[Array, "M F"], sizes: Int[Array, " E"]) -> Float[Array, "E D F"]:
     """Return each group's sum of outer products of its rows, in float32; rows after the last group are not read.
 
     The kernel is interpreted unless the program is compiled for a TPU, as is `splash`. A group without rows gets 0.
