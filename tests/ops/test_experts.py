@@ -55,11 +55,12 @@ def random_experts(optional=(), num_experts=EXPERTS, hidden=HIDDEN, features=FEA
 
 
 def uneven_routing() -> tuple[np.ndarray, np.ndarray]:
-    """Experts and weights: every token chose expert 1, none chose 0, 4 or the last; two rows end in padding."""
+    """Experts and weights: every token chose 1, most 2 and 3, none 0, 4 or the last; two rows end in padding."""
     draw = np.random.Generator(np.random.Philox(3))
     others = [expert for expert in range(EXPERTS) if expert not in (0, 1, 4, EXPERTS - 1)]
     chosen = [[1, *draw.permutation(others)[: TOP_K - 1]] for _ in range(ROW_COUNT * LENGTH)]
     experts = np.array(chosen, np.int32).reshape(ROW_COUNT, LENGTH, TOP_K)
+    experts[:6] = [1, 3, 2]
     weights = draw.uniform(0.1, 1, experts.shape).astype(np.float32)
     experts[2, 5:], weights[2, 5:] = EXPERTS, 0
     experts[7], weights[7] = EXPERTS, 0
@@ -137,7 +138,8 @@ def test_kernels_are_all_experts_masked(monkeypatch):
     ],
 )
 def test_experts_may_be_sharded(mesh, implementation, monkeypatch):
-    """Every token wants the same shard, so that this one visits several windows of rows."""
+    """Most tokens want the same shard: with 4 shards, it visits both windows of its rows, of 192 each."""
+    assert (uneven_routing()[0] < EXPERTS // 4).sum() > 192
     monkeypatch.setattr(experts_module, "_on_platform", lambda fn, *arrays: fn(implementation, *arrays))
     data, fsdp, tensor = MESHES[mesh]
     with jax.set_mesh(make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))):
