@@ -76,10 +76,7 @@ def route(
     probs = jax.nn.softmax(logits)
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(logits), router.top_k)
     experts = checkpoint_name(experts, "routed")  # saved, so that a recomputed logit cannot change them
-    if router.softmax == "all":
-        weights = _choose(probs, experts)
-    else:
-        weights = jax.nn.softmax(_choose(logits, experts))
+    weights = _choose(probs, experts) if router.softmax == "all" else jax.nn.softmax(_choose(logits, experts))
     if router.renormalize:
         weights /= weights.sum(-1, keepdims=True)
     mask = jnp.asarray(mask)[..., None]
@@ -116,6 +113,9 @@ class Glu(NamedTuple):
         return gate * jax.nn.sigmoid(self.alpha * gate) * (up + self.offset)
 
 
+SILU = Glu()
+
+
 class ExpertLinear(NamedTuple):
     """A linear layer of each expert, inputs first, with an optional bias and low-rank adapter."""
 
@@ -134,22 +134,32 @@ class Experts(NamedTuple):
 
 
 # How a mesh shards each array of `Experts`.
-_INTO_FEATURES = ExpertLinear(
-    matrix=PartitionSpec(EXPERT_AXIS, None, "tensor"),
-    bias=PartitionSpec(EXPERT_AXIS, "tensor"),
-    a=PartitionSpec(EXPERT_AXIS, None, None),
-    b=PartitionSpec(EXPERT_AXIS, None, "tensor"),
-)
-_FROM_FEATURES = ExpertLinear(
-    matrix=PartitionSpec(EXPERT_AXIS, "tensor", None),
-    bias=PartitionSpec(EXPERT_AXIS, None),
-    a=PartitionSpec(EXPERT_AXIS, "tensor", None),
-    b=PartitionSpec(EXPERT_AXIS, None, None),
-)
-SPECS = Experts(gate=_INTO_FEATURES, up=_INTO_FEATURES, down=_FROM_FEATURES)
+_TO_FEATURES = {
+    "matrix": PartitionSpec(EXPERT_AXIS, None, "tensor"),
+    "bias": PartitionSpec(EXPERT_AXIS, "tensor"),
+    "a": PartitionSpec(EXPERT_AXIS, None, None),
+    "b": PartitionSpec(EXPERT_AXIS, None, "tensor"),
+}
+_FROM_FEATURES = {
+    "matrix": PartitionSpec(EXPERT_AXIS, "tensor", None),
+    "bias": PartitionSpec(EXPERT_AXIS, None),
+    "a": PartitionSpec(EXPERT_AXIS, "tensor", None),
+    "b": PartitionSpec(EXPERT_AXIS, None, None),
+}
+SPECS = {"gate": _TO_FEATURES, "up": _TO_FEATURES, "down": _FROM_FEATURES}
 
 
-class Options(NamedTuple):
+def expert_specs(experts: Experts) -> Any:
+    """Return the experts' tree with the partition spec of each array in its place."""
+
+    def layer_specs(name, layer):
+        specs: Any = (None if x is None else SPECS[name][field] for field, x in layer._asdict().items())
+        return ExpertLinear(*specs)
+
+    return Experts(*(layer_specs(name, layer) for name, layer in experts._asdict().items()))
+
+
+class _Options(NamedTuple):
     """Static options, passed explicitly because no context manager is active while the backward pass is traced."""
 
     glu: Glu
@@ -157,14 +167,14 @@ class Options(NamedTuple):
 
 
 def feed_forward(
-    x: Float[Array, "R T D"], routing: Routing, experts: Experts, glu: Glu = Glu()
+    x: Float[Array, "R T D"], routing: Routing, experts: Experts, glu: Glu = SILU
 ) -> Float[Array, "R T D"]:
     """Return the weighted sum of the outputs of each token's experts, in x's dtype; 0 at padding.
 
     The backward pass recomputes the products before the last, so that nothing wider than x is saved. The gradient of
     the experts is accumulated and reduced in float32.
     """
-    options = Options(glu, jax.config.values["jax_default_matmul_precision"])
+    options = _Options(glu, jax.config.values["jax_default_matmul_precision"])
     return _feed_forward(x, routing.weights, experts, routing.experts, options)
 
 
@@ -189,18 +199,10 @@ def _on_mesh(local: Callable[..., Any], input_kinds: str, output_kinds: str, exp
     """Map ``local(is_sharded, *arrays)`` over devices: kind "r" is sharded by rows, kind "e" like the experts."""
     if not mesh_is_active():
         return partial(local, False)
-    specs = {"r": PartitionSpec(ROWS), "e": _present(SPECS, experts)}
+    specs = {"r": PartitionSpec(ROWS), "e": expert_specs(experts)}
     outputs = tuple(specs[letter] for letter in output_kinds)
     in_specs, out_specs = tuple(specs[letter] for letter in input_kinds), outputs if len(outputs) > 1 else outputs[0]
     return jax.shard_map(partial(local, True), in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def _present(specs: Experts, experts: Experts) -> Experts:
-    """Return the specs of the arrays that are not None."""
-    of_linear = lambda linear, arrays: ExpertLinear(  # noqa: E731
-        *(None if array is None else spec for spec, array in zip(linear, arrays, strict=True))
-    )
-    return Experts(*map(of_linear, specs, experts))
 
 
 class _Shard(NamedTuple):
@@ -234,7 +236,7 @@ def _reduce_experts(is_sharded: bool, gradients: Experts) -> Experts:
     if not is_sharded:
         return gradients
     reduce = lambda spec, x: jax.lax.psum(x, [axis for axis in AXES if axis not in spec])  # noqa: E731
-    return jax.tree.map(reduce, _present(SPECS, gradients), gradients)
+    return jax.tree.map(reduce, expert_specs(gradients), gradients)
 
 
 def _on_platform(fn: Callable[..., Any], *arrays: Any) -> Any:
@@ -293,7 +295,7 @@ def _pull(options, num_windows, implementation, shard, experts, x, weights, indi
 
 
 def _apply_rows(
-    options: Options,
+    options: _Options,
     implementation: grouped.Implementation,
     shard: _Shard,
     experts: Experts,
@@ -324,7 +326,7 @@ def _own_slots(
     weights: Float[Array, "R T k"], indices: Int[AnyArray, "R T k"], num_experts: int
 ) -> tuple[Float[Array, "n m"], Int[Array, "n m"]]:
     """Keep the slots of experts 0 to ``num_experts`` - 1, as many as a token can have; a slot may have no expert."""
-    weights, indices = (x.reshape(-1, x.shape[-1]) for x in (weights, indices))
+    weights, indices = (jnp.reshape(x, (-1, x.shape[-1])) for x in (weights, indices))
     is_own = (indices >= 0) & (indices < num_experts)
     num_slots = min(num_experts, indices.shape[-1])
     if num_slots == indices.shape[-1]:
