@@ -40,6 +40,30 @@ _SMOLLM2_135M = _LLAMA | _sizes(576, 1536, 30, 9, 3) | {"vocab_size": 49152, "he
 _SMOLLM2_135M |= {"max_position_embeddings": 8192, "tie_word_embeddings": True, "initializer_range": 1 / 24}
 _SMOLLM2_135M |= {"is_llama_config": True, "rope_interleaved": False}
 
+_GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "initializer_range": 0.02, "head_dim": 256}
+_GEMMA |= {"attention_bias": False, "query_pre_attn_scalar": 256}
+_GEMMA2_9B = _GEMMA | _sizes(3584, 14336, 42, 16, 8) | {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0}
+_GEMMA2_9B |= {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 256000}
+_GEMMA2_9B |= {"max_position_embeddings": 8192, "sliding_window": 4096, "sliding_window_size": 4096}
+_GEMMA2_9B |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GEMMA3_1B = _GEMMA | _sizes(1152, 6912, 26, 4, 1) | {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0}
+_GEMMA3_1B |= {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 262144}
+_GEMMA3_1B |= {"max_position_embeddings": 32768, "sliding_window": 512, "sliding_window_pattern": 6}
+_GEMMA3_1B |= {"attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_scaling": None}
+_OLMO2_7B = _COMMON | _sizes(4096, 11008, 32, 32, 32) | {"rms_norm_eps": 1e-6, "rope_theta": 500000}
+_OLMO2_7B |= {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "vocab_size": 100352}
+_OLMO2_7B |= {"max_position_embeddings": 4096, "attention_bias": False, "rope_scaling": None}
+_SMOLLM3_3B = _COMMON | _sizes(2048, 11008, 36, 16, 4) | {"rms_norm_eps": 1e-6, "rope_theta": 5000000.0}
+_SMOLLM3_3B |= {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "vocab_size": 128256}
+_SMOLLM3_3B |= {"max_position_embeddings": 65536, "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
+_SMOLLM3_3B |= {"no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4, "tie_word_embeddings": True}
+_SMOLLM3_3B |= {"use_sliding_window": False, "sliding_window": None}
+_GRANITE_2B = _COMMON | _sizes(2048, 8192, 40, 32, 8) | {"rope_theta": 10000000.0, "rope_scaling": None}
+_GRANITE_2B |= {"architectures": ["GraniteForCausalLM"], "model_type": "granite", "vocab_size": 49159}
+_GRANITE_2B |= {"max_position_embeddings": 131072, "attention_bias": False, "mlp_bias": False}
+_GRANITE_2B |= {"embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "residual_multiplier": 0.22}
+_GRANITE_2B |= {"logits_scaling": 8.0, "tie_word_embeddings": True}
+
 KNOWN: dict[str, HFConfig] = {
     "meta-llama/Meta-Llama-3-8B": _LLAMA3_8B,
     "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA3_8B,
@@ -61,6 +85,13 @@ KNOWN: dict[str, HFConfig] = {
     "Qwen/Qwen3-8B": _QWEN3 | _sizes(4096, 12288, 36, 32, 8),
     "HuggingFaceTB/SmolLM2-135M": _SMOLLM2_135M,
     "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
+    "google/gemma-2-9b": _GEMMA2_9B,
+    "google/gemma-2-9b-it": _GEMMA2_9B,
+    "google/gemma-3-1b-it": _GEMMA3_1B,
+    "allenai/OLMo-2-1124-7B": _OLMO2_7B,
+    "allenai/OLMo-2-1124-7B-SFT": _OLMO2_7B,
+    "HuggingFaceTB/SmolLM3-3B": _SMOLLM3_3B,
+    "ibm-granite/granite-3.3-2b-instruct": _GRANITE_2B,
 }
 
 # Untrained. At a width of 64 the usual initializer_range of 0.02 would delay learning for long.
