@@ -18,6 +18,7 @@ AXES = {
     "F": "ffn",
     "r": "rank",
     "S": "scores",
+    "P": "learned_positions",
 }
 
 
@@ -70,12 +71,13 @@ def layer_projections(config: DecoderConfig) -> dict[str, Projection]:
     return {name: row for name, row in LAYER.items() if name != "gate" or config.gated}
 
 
-
 _LAYER_TENSORS = {
     "attention_norm": "input_layernorm.weight",
+    "attention_norm_bias": "input_layernorm.bias",
     "query_norm": "self_attn.q_norm.weight",
     "key_norm": "self_attn.k_norm.weight",
     "ffn_norm": "post_attention_layernorm.weight",
+    "ffn_norm_bias": "post_attention_layernorm.bias",
     **{row.name: f"{row.module}.weight" for row in LAYER.values()},
     **{f"{row.name}_bias": f"{row.module}.bias" for row in LAYER.values()},
 }
@@ -83,7 +85,9 @@ _LAYER_TENSORS = {
 TENSORS = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
+    "final_norm_bias": "model.norm.bias",
     "unembed": "lm_head.weight",
+    "unembed_bias": "lm_head.bias",
     "score": "score.weight",
     **{f"layers/{name}": f"model.layers.{{}}.{tensor}" for name, tensor in _LAYER_TENSORS.items()},
 }

@@ -53,11 +53,13 @@ def _tensors(model: Model) -> dict[str, Stored]:
     Projections in one module of the model share their A.
     """
     config, shapes, sizes = model.config, model.adapter_shapes(), projections(model.config)
+
+    def part(name: str, factor: str, rows: int) -> Part:
+        shape = shapes["layers"][name][factor].shape[1:]
+        return Part(leaf=f"layers/{name}/{factor}", index=(), shape=shape, rows=rows)
+
     tensors = {}
     for module, names in _adapted_modules(model).items():
-        part = lambda name, factor, rows: Part(  # noqa: E731
-            leaf=f"layers/{name}/{factor}", index=(), shape=shapes["layers"][name][factor].shape[1:], rows=rows
-        )
         inputs, rank = sizes[names[0]][0], shapes["layers"][names[0]]["a"].shape[1]
         outputs = tuple(part(name, "b", sizes[name][1]) for name in names)
         groups = num_groups(config, f"{module}.weight")
@@ -128,9 +130,7 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig,
             raise bad_option(key, f"lora.{option} is {getattr(config, option)!r}; set both to the same value")
 
 
-def _check_tensors(
-    folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Stored], model: Model
-) -> None:
+def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Stored], model: Model) -> None:
     def bad_file(why: str) -> UserError:
         return UserError(f"lora.path: {folder / TENSOR_FILE} {why}")
 

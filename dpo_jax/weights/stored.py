@@ -79,7 +79,6 @@ class Stored:
         return np.ascontiguousarray(joined.T if self.transposed else joined)
 
 
-
 def leaves_by_name(tree: Params) -> dict[str, Any]:
     """Return the leaves of a tree by their paths."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -101,9 +100,8 @@ def stored_tensors(model: Model) -> dict[str, Stored]:
     tensors = {}
     for name, leaves in fused.items():
         num_dims = name.count("{}")  # layer, or layer and expert
-        leaves = sorted(leaves, key=lambda leaf: order.get(leaf, -1))
         parts, inputs = [], ()
-        for leaf in leaves:
+        for leaf in sorted(leaves, key=lambda leaf: order.get(leaf, -1)):
             shape = structs[leaf].shape[num_dims:]
             inputs, rows = _matrix_size(leaf, shape, sizes)
             parts.append(Part(leaf=leaf, index=(), shape=shape, rows=rows, inputs_first=leaf in TRANSPOSED))
@@ -120,9 +118,7 @@ def num_groups(config: DecoderConfig, name: str) -> int:
     return 1 if axis is None else config.size(axis)
 
 
-def _matrix_size(
-    leaf: str, shape: tuple[int, ...], sizes: dict[str, tuple[int, int]]
-) -> tuple[tuple[int, ...], int]:
+def _matrix_size(leaf: str, shape: tuple[int, ...], sizes: dict[str, tuple[int, int]]) -> tuple[tuple[int, ...], int]:
     """Return the (inputs, number of outputs) of a slice of a parameter; a vector has no inputs."""
     prefix, _, name = leaf.rpartition("/")
     if name in sizes:
