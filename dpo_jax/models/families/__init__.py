@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
+from dpo_jax.errors import UserError
 from dpo_jax.models.families import (
     cohere2,
     gemma,
@@ -29,7 +30,7 @@ from dpo_jax.models.families import (
 )
 from dpo_jax.models.families.family import MAX_LAYERS, Family, flag, invalid, number, one_of, size
 from dpo_jax.models.families.keys import EMPTY, HARMLESS_KEYS, NEUTRAL_VALUES, SHARED_KEYS
-from dpo_jax.models.options import Activation, DecoderConfig
+from dpo_jax.models.options import Activation, DecoderConfig, LongropeScaling
 from dpo_jax.models.projections import layer_projections
 
 FAMILIES = {
@@ -98,12 +99,13 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         raise invalid("head_dim", head_dim, "it must be even for rotary embeddings")
     if family.key("max_position_embeddings") in hf:
         size(hf, family.key("max_position_embeddings"))
+    pattern = family.pattern(hf, layers)
     options = {"activation": hf.get(family.key("hidden_act"), "silu"), **family.options({**hf, "head_dim": head_dim})}
-    options["activation"] = ACTIVATION_NAMES.get(options["activation"], options["activation"])
-    if options["activation"] not in get_args(Activation):
-        choices = ", ".join((*get_args(Activation), *ACTIVATION_NAMES))
-        raise invalid(family.key("hidden_act"), options["activation"], f"choose from {choices}")
-    return DecoderConfig(
+    choices = {**{name: name for name in get_args(Activation)}, **ACTIVATION_NAMES}
+    if options["activation"] not in [*choices]:
+        raise invalid(family.key("hidden_act"), options["activation"], f"choose from {', '.join(choices)}")
+    options["activation"] = choices[options["activation"]]
+    config = DecoderConfig(
         vocab=size(hf, "vocab_size"),
         hidden=hidden,
         layers=layers,
@@ -112,13 +114,18 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         head_dim=head_dim,
         ffn=size(sizes, family.key("intermediate_size")),
         norm_eps=float(number(hf, family.key("rms_norm_eps"), 1e-6)),
-        pattern=family.pattern(hf, layers),
+        pattern=pattern,
         tied=flag(hf, "tie_word_embeddings"),
         scores=_num_scores(hf, family),
         init_std=float(number(hf, "initializer_range", 0.02, most=1)),
         family=model_type,
         **options,
     )
+    for scaling in (kind.rope.scaling for kind in config.kinds if kind.rope is not None):
+        if isinstance(scaling, LongropeScaling) and 2 * len(scaling.factors) != config.rotated:
+            remedy = f"it must have a factor for each pair of the {config.rotated} dims that rotate"
+            raise invalid("short_factor", list(scaling.factors), remedy)
+    return config
 
 
 def _num_scores(hf: Mapping[str, Any], family: Family) -> int:
@@ -142,6 +149,14 @@ def context_length(hf: Mapping[str, Any]) -> int | None:
     """Return the longest sequence that a model is made for, if its ``config.json`` names one."""
     text = text_config(hf)
     return text.get(FAMILIES[text["model_type"]].key("max_position_embeddings"))
+
+
+def refuse_positions(config: DecoderConfig, length: int, option: str, value: object) -> None:
+    """Raise ``UserError`` if the decoder does not define sequences of ``length`` tokens, which ``option`` asks for."""
+    most = config.max_positions
+    if most is not None and length > most:
+        limit = f"the model's learned positions or rope scaling are defined for up to {most} tokens"
+        raise UserError(option, value, f"{limit}, and sequences may have {length}; shorten them")
 
 
 def tensor_name(config: DecoderConfig, leaf: str) -> str:

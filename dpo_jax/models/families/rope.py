@@ -73,8 +73,8 @@ def _longrope(options: RopeOptions) -> LongropeScaling:
     hf, values = options.hf, options.values
     original = size(hf, ORIGINAL) if hf.get(ORIGINAL) is not None else options.original()
     factors = values.get("short_factor")
-    if not isinstance(factors, list) or not all(number({"": factor}, "") for factor in factors):
-        raise invalid(f"{options.key}.short_factor", factors, "it must be a list of numbers")
+    if not isinstance(factors, list) or not all(type(x) in (int, float) and 0 < x < 1e30 for x in factors):
+        raise invalid(f"{options.key}.short_factor", factors, "it must be a list of positive numbers")
     if values.get("factor") is not None:
         factor = options.number("factor")
     else:
