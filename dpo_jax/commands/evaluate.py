@@ -142,7 +142,7 @@ def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) ->
         was_synced = manifest["config"]["reference"].get("sync_every", 0) > 0
         if manifest["identity"]["reference"] != weights_id(weights) or was_synced != (config.reference.sync_every > 0):
             raise run_error("it was trained against another reference; use its config.yaml or another run.dir")
-    run_lora = make_lora(lora_of(manifest["config"]))
+    run_lora = make_lora(lora_of(manifest["config"]), setup.model.config)
     if run_lora != setup.model.lora:
         difference = f"it was trained with other adapters ({run_lora}, now {setup.model.lora})"
         raise run_error(f"{difference}; use its config.yaml or another run.dir")

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, NamedTuple
 from dpo_jax.config.data import DataConfig, InvalidRowsConfig, SourceConfig
 from dpo_jax.config.generate import EvaluationConfig, GenerateConfig
 from dpo_jax.config.loss import LOSS_TRAITS, LossConfig, LossType, RewardLossConfig
-from dpo_jax.config.model import LORA_TARGETS, LoraConfig, ModelConfig, ReferenceConfig
+from dpo_jax.config.model import LoraConfig, ModelConfig, ReferenceConfig
 from dpo_jax.config.online import (
     JudgeConfig,
     OnlineConfig,
@@ -31,7 +31,6 @@ from dpo_jax.config.sampling import SamplingConfig
 from dpo_jax.config.section import Section
 
 __all__ = [
-    "LORA_TARGETS",
     "LOSS_TRAITS",
     "NUM_ANSWERS",
     "OPTIMIZER_DEFAULTS",

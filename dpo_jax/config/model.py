@@ -1,11 +1,9 @@
 """Options of the model, its adapters and the reference."""
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 from dpo_jax.config.section import Section, ranged
-from dpo_jax.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +34,6 @@ class ModelConfig(Section, name="model"):
     """Compile one layer and loop over it; false unrolls the layers."""
 
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(Section, name="lora"):
     """Low-rank adapters, trained instead of the weights; the reference is then the model without them."""
@@ -47,8 +42,9 @@ class LoraConfig(Section, name="lora"):
     """Rank of each adapter; 0: no adapters, all weights are trained."""
     alpha: float = ranged(16.0, above=0)
     """Adapters are scaled by alpha / rank."""
-    targets: tuple[str, ...] = LORA_TARGETS
-    """Projections that get an adapter: their names in Hugging Face models, or shell patterns of these."""
+    targets: tuple[str, ...] = ("*",)
+    """Projections that get an adapter: the names of their modules in Hugging Face models, such as q_proj, or shell
+    patterns of these; * matches all."""
     rslora: bool = False
     """Scale adapters by alpha / sqrt(rank) instead, so that a higher rank learns no slower."""
     init: Literal["kaiming", "gaussian", "zero_a"] = "kaiming"
@@ -59,19 +55,10 @@ class LoraConfig(Section, name="lora"):
 
     def __post_init__(self):
         super().__post_init__()
-        choices_text = ", ".join(LORA_TARGETS)
-        self.refuse("targets", not self.targets, f"choose from {choices_text}")
-        for pattern in self.targets:
-            remedy = f"it matches none of {choices_text}; * matches all; write several as a list, [q_proj, v_proj]"
-            require(any(fnmatchcase(name, pattern) for name in LORA_TARGETS), "lora.targets", pattern, remedy)
+        self.refuse("targets", not self.targets, "name the modules that get an adapter; * matches all")
         for option in ("alpha", "targets", "rslora", "init", "path"):
             self.refuse_idle(option, self.rank == 0, "lora.rank is 0, so there are no adapters")
         self.refuse_idle("init", self.path is not None, f"the adapters start from lora.path {self.path}")
-
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """Projections that match ``targets``, in layer order."""
-        return tuple(name for name in LORA_TARGETS if any(fnmatchcase(name, pattern) for pattern in self.targets))
 
     @property
     def scale(self) -> float:

@@ -1,6 +1,7 @@
 """Low-rank adapters: initialization, and merging into the weights. layers.py describes their tree."""
 
 import math
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import jax
@@ -8,15 +9,32 @@ import jax.numpy as jnp
 
 from dpo_jax.batch import Adapted
 from dpo_jax.config import LoraConfig
+from dpo_jax.errors import require
 from dpo_jax.models.decoder import Model, Params
-from dpo_jax.models.options import Lora
-from dpo_jax.models.projections import BY_TARGET, LAYER
+from dpo_jax.models.families import modules, target_name, target_names
+from dpo_jax.models.options import DecoderConfig, Lora
+from dpo_jax.models.projections import LAYER
 
 
-def make_lora(config: LoraConfig) -> Lora | None:
-    """Return the adapter options of a model, or None if the config has no adapters."""
-    targets = frozenset(BY_TARGET[name].name for name in config.projections)
-    return Lora(rank=config.rank, scale=config.scale, targets=targets) if config.rank > 0 else None
+def make_lora(config: LoraConfig, decoder: DecoderConfig) -> Lora | None:
+    """Return the adapter options of a model, or None if the config has no adapters.
+
+    Raises:
+        UserError: a pattern of ``lora.targets`` matches no module of this decoder.
+    """
+    if config.rank == 0:
+        return None
+    choices = target_names(decoder)
+    for pattern in config.targets:
+        remedy = f"it matches none of the model's {', '.join(choices)}; * matches all"
+        require(any(fnmatchcase(name, pattern) for name in choices), "lora.targets", pattern, remedy)
+    adapted = [
+        names
+        for module, names in modules(decoder).items()
+        if any(fnmatchcase(target_name(module), pattern) for pattern in config.targets)
+    ]
+    shared = tuple((name, names[0]) for names in adapted for name in names[1:])
+    return Lora(rank=config.rank, scale=config.scale, targets=frozenset(sum(adapted, ())), shared=shared)
 
 
 def start_adapters(
@@ -52,19 +70,20 @@ def merge(weights: Adapted, model: Model) -> Params:
     The head of a reward model is taken from the adapters.
     """
     assert model.lora is not None
-    scale = model.lora.scale
+    scale, owner = model.lora.scale, model.lora.owner
 
-    def add(name: str, weight: jax.Array, pair: Params) -> jax.Array:
-        num_layers, rank = pair["a"].shape[:2]
-        a, b = pair["a"].reshape(num_layers, rank, -1), pair["b"].reshape(num_layers, -1, rank)
+    def add(weight: jax.Array, name: str, adapters: Params) -> jax.Array:
+        a, b = adapters[owner(name)]["a"], adapters[name]["b"]
+        num_layers, rank = a.shape[:2]
+        a, b = a.reshape(num_layers, rank, -1), b.reshape(num_layers, -1, rank)
         product = jnp.einsum("lor,lri->loi", b, a, precision=jax.lax.Precision.HIGHEST)
         product = product.swapaxes(1, 2) if LAYER[name].transposed else product
         return weight.astype(jnp.float32) + scale * product.reshape(weight.shape)
 
     def merged(weights: Adapted) -> Params:
         assert weights.adapters is not None
-        layers = weights.base["layers"]
-        merged_layers = {name: add(name, layers[name], pair) for name, pair in weights.adapters["layers"].items()}
+        layers, adapters = weights.base["layers"], weights.adapters["layers"]
+        merged_layers = {name: add(layers[name], name, adapters) for name in adapters}
         params = {**weights.base, **weights.adapters, "layers": {**layers, **merged_layers}}
         return jax.tree.map(lambda x: x.astype(model.param_dtype), params)
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dpo_jax.models.options import DecoderConfig, Lora
-from dpo_jax.models.projections import AXES, LAYER
+from dpo_jax.models.projections import AXES, layer_projections
 
 
 class Work(NamedTuple):
@@ -83,7 +83,7 @@ def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     def size(letters: str) -> int:
         return math.prod(config.size(AXES[letter]) for letter in letters)
 
-    return {row.name: (size(row.inputs), size(row.outputs)) for row in LAYER.values()}
+    return {row.name: (size(row.inputs), size(row.outputs)) for row in layer_projections(config).values()}
 
 
 def forward_flops(config: DecoderConfig, work: Work) -> Flops:
@@ -97,9 +97,11 @@ def forward_flops(config: DecoderConfig, work: Work) -> Flops:
 
 
 def adapter_flops(config: DecoderConfig, work: Work, lora: Lora) -> int:
-    """Count the operations that adapters add to a forward pass: (x A^T) B^T."""
+    """Count the operations that adapters add to a forward pass: (x A^T) B^T, the first of them once per module."""
     sizes = projections(config)
-    return 2 * config.layers * lora.rank * sum(sum(sizes[name]) for name in lora.targets) * work.tokens
+    num_inputs = sum(sizes[name][0] for name in lora.targets if lora.owner(name) == name)
+    num_outputs = sum(sizes[name][1] for name in lora.targets)
+    return 2 * config.layers * lora.rank * (num_inputs + num_outputs) * work.tokens
 
 
 def step_flops(config: DecoderConfig, work: Work, *, live_reference: bool, lora: Lora | None = None) -> int:

@@ -29,6 +29,11 @@ def answer_ends(batch: PreferenceBatch) -> Int[Array, "R A"]:
     return ends.at[rows, slots].max(indices, mode="drop")
 
 
+def without_unembedding(weights: Params) -> Params:
+    """Return the weights of a language model that a model with a head has, too."""
+    return {name: weight for name, weight in weights.items() if name not in ("unembed", "unembed_bias")}
+
+
 def make_scores_fn(model: Model) -> Callable[[Params | Adapted, PreferenceBatch], PairLogps]:
     """Make a `LogpsFn` whose ``sum`` is the reward model's score of each answer, so that ``train_step`` trains it.
 

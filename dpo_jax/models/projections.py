@@ -6,6 +6,8 @@ memory bounds are all derived from it.
 
 from typing import NamedTuple
 
+from dpo_jax.models.options import DecoderConfig
+
 # Letter of an einsum (see layers.py) -> logical axis of a parameter, which parallel/sharding.py maps to the mesh.
 AXES = {
     "V": "vocab",
@@ -16,6 +18,7 @@ AXES = {
     "F": "ffn",
     "r": "rank",
     "S": "scores",
+    "P": "learned_positions",
 }
 
 
@@ -50,11 +53,6 @@ class Projection(NamedTuple):
         """Whether the parameter has its input dims first; in Hugging Face files the output dims always come first."""
         return self.letters[1].startswith(self.inputs)
 
-    @property
-    def target(self) -> str:
-        """Name of the projection in `config.LoraConfig`, the same as in PEFT."""
-        return self.module.rpartition(".")[2]
-
 
 # In order of computation.
 LAYER = {row.name: row for row in (
@@ -66,13 +64,20 @@ LAYER = {row.name: row for row in (
     Projection("up", "RTD,DF->RTF", "mlp.up_proj", "mlp_bias"),
     Projection("down", "RTF,DF->RTD", "mlp.down_proj", "mlp_bias"),
 )}  # fmt: skip
-BY_TARGET = {row.target: row for row in LAYER.values()}
+
+
+def layer_projections(config: DecoderConfig) -> dict[str, Projection]:
+    """Return the rows of ``LAYER`` that the layers of this decoder have."""
+    return {name: row for name, row in LAYER.items() if name != "gate" or config.gated}
+
 
 _LAYER_TENSORS = {
     "attention_norm": "input_layernorm.weight",
+    "attention_norm_bias": "input_layernorm.bias",
     "query_norm": "self_attn.q_norm.weight",
     "key_norm": "self_attn.k_norm.weight",
     "ffn_norm": "post_attention_layernorm.weight",
+    "ffn_norm_bias": "post_attention_layernorm.bias",
     **{row.name: f"{row.module}.weight" for row in LAYER.values()},
     **{f"{row.name}_bias": f"{row.module}.bias" for row in LAYER.values()},
 }
@@ -80,7 +85,9 @@ _LAYER_TENSORS = {
 TENSORS = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
+    "final_norm_bias": "model.norm.bias",
     "unembed": "lm_head.weight",
+    "unembed_bias": "lm_head.bias",
     "score": "score.weight",
     **{f"layers/{name}": f"model.layers.{{}}.{tensor}" for name, tensor in _LAYER_TENSORS.items()},
 }

@@ -29,6 +29,7 @@ RULES: dict[str, tuple[str | None, bool]] = {
     "ffn": ("tensor", False),
     "rank": (None, False),  # of adapters
     "scores": (None, False),
+    "learned_positions": (None, False),
 }
 
 

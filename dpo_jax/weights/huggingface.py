@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,14 +21,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError, reason
 from dpo_jax.models.decoder import Model, Params
-from dpo_jax.models.families import tensor_name
-from dpo_jax.models.flops import projections
-from dpo_jax.models.projections import TRANSPOSED
+from dpo_jax.models.families import FAMILIES, tensor_name
 from dpo_jax.parallel.hosts import is_writer
-from dpo_jax.weights.safetensors import INDEX, SINGLE, Tensor, find_tensors, write_file
+from dpo_jax.weights.safetensors import INDEX, SINGLE, Tensor, copy_tensors, find_tensors, read_header, write_file
+from dpo_jax.weights.stored import Part, Stored, leaf_name, leaves_by_name, stored_tensors
 
-# Files of old models contain this buffer, which this program computes from the config.
-_BUFFER_SUFFIX = "rotary_emb.inv_freq"
+# Ends of names of buffers in files of old models, which this program computes from the config.
+_BUFFERS = ("rotary_emb.inv_freq",)
 # Files next to weights and config.json: tokenizer, chat template and generation config.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -36,54 +35,30 @@ COMPANIONS = (
     "generation_config.json",
 )  # fmt: skip
 
+CARRIED = "carried.safetensors"  # `carried_tensors` in a run's copy of the files next to its model
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-
-
-class Slot(NamedTuple):
-    """Where a tensor of the file belongs in the parameter tree."""
-
-    leaf: str
-    layer: int | None  # index into the parameter's first dim; None: the whole parameter
-    shape: tuple[int, ...]  # in the file
-
-
-def _leaves(tree: Params) -> dict[str, Any]:
-    return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _path(path: tuple[Any, ...]) -> str:
-    return "/".join(part.key for part in path)
-
-
-def _slots(model: Model) -> dict[str, Slot]:
-    """Map the name of each tensor that a model directory must contain to its slot. Files flatten [heads, head_dim]."""
-    slots, matrix_sizes = {}, projections(model.config)
-    for leaf, struct in _leaves(model.param_shapes()).items():
-        prefix, _, name = leaf.rpartition("/")
-        dims = matrix_sizes.get(name, (math.prod(struct.shape[1:]),))
-        shape = dims[::-1] if prefix else struct.shape
-        for layer in range(model.config.layers) if prefix else (None,):
-            slots[tensor_name(model.config, leaf).format(layer)] = Slot(leaf, layer, shape)
-    return slots
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Model) -> None:
     def mismatch(why: str) -> UserError:
         return UserError(f"{folder}: {why}; check that they belong together")
 
-    expected = _slots(model)
+    expected = stored_tensors(model)
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise mismatch(f"config.json requires {_name_list(missing)}, which the weights do not contain")
     embed, unembed = (tensor_name(model.config, leaf) for leaf in ("embed", "unembed"))
     allowed = expected.keys() | ({unembed} if model.config.tied else set())
-    extra = [name for name in tensors if name not in allowed and not name.endswith(_BUFFER_SUFFIX)]
+    family = FAMILIES[model.config.family]
+    ignored, carried = (*_BUFFERS, *family.ignored), tuple(family.carried)
+    unknown = (name for name in tensors if name not in allowed)
+    extra = [name for name in unknown if not name.endswith(ignored) and not name.startswith(carried)]
     if extra:
         raise mismatch(f"the weights contain {_name_list(extra)}, which config.json does not define")
-    for name, slot in expected.items():
+    for name, stored in expected.items():
         actual = tensors[name].shape
-        if actual != slot.shape:
-            raise mismatch(f"tensor {name} has shape {list(actual)}, but config.json implies {list(slot.shape)}")
+        if actual != stored.shape:
+            raise mismatch(f"tensor {name} has shape {list(actual)}, but config.json implies {list(stored.shape)}")
     if model.config.tied and unembed in tensors:
         _check_tied(folder, tensors[unembed], tensors[embed])
 
@@ -112,38 +87,42 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _load_leaf(
-    leaf: str, tensors: list[Tensor], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+    sources: list[tuple[Stored, Part, Tensor]], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    """Load one parameter; the host buffers hold only this process's shards, and each tensor is read once."""
-    is_stacked = "/" in leaf
+    """Load one parameter; the host buffers hold only this process's shards, and each slice of it is read once."""
     spans = {
         device: tuple(s.indices(n)[:2] for s, n in zip(index or (), struct.shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(struct.shape).items()
     }
     sizes = {span: tuple(stop - start for start, stop in span) for span in spans.values()}
     buffers = {span: _aligned(size, np.dtype(struct.dtype)) for span, size in sizes.items()}
-    for layer, tensor in enumerate(tensors):
-        targets = {span: data for span, data in buffers.items() if not is_stacked or span[0][0] <= layer < span[0][1]}
+    for stored, part, tensor in sources:
+        num_dims = len(part.index)
+        targets = {
+            span: data
+            for span, data in buffers.items()
+            if all(start <= i < stop for i, (start, stop) in zip(part.index, span, strict=False))
+        }
         if not targets:
             continue
-        value = tensor.read().T if leaf in TRANSPOSED else tensor.read()
-        value = value.reshape(struct.shape[1:] if is_stacked else struct.shape)
+        value = stored.read(tensor, part)
         for span, buffer in targets.items():
-            index, tensor_span = (layer - span[0][0], span[1:]) if is_stacked else (..., span)
-            buffer[index] = value[tuple(slice(*s) for s in tensor_span)]
+            index = tuple(i - start for i, (start, _) in zip(part.index, span, strict=False))
+            buffer[(*index, ...)] = value[tuple(slice(*s) for s in span[num_dims:])]
     shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
 
 
-def load_tree(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot], structs: Params, shardings: Any) -> Params:
-    """Load the parameters ``structs`` from the tensors of ``slots``, each shard directly onto its device."""
-    by_leaf: dict[str, list[Tensor]] = {}
-    for name, slot in slots.items():  # in layer order
-        by_leaf.setdefault(slot.leaf, []).append(tensors[name])
+def load_tree(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored], structs: Params, shardings: Any) -> Params:
+    """Load the parameters ``structs`` from the tensors named in ``stored``, each shard directly onto its device."""
+    sources: dict[str, list[tuple[Stored, Part, Tensor]]] = {}
+    for name, entry in stored.items():
+        for part in entry.parts:
+            sources.setdefault(part.leaf, []).append((entry, part, tensors[name]))
 
     def load(path, struct, sharding):
-        leaf = _path(path)  # block, so that these buffers are on the devices before the next are allocated
-        return jax.block_until_ready(_load_leaf(leaf, by_leaf[leaf], struct, sharding))
+        # block, so that these buffers are on the devices before the next are allocated
+        return jax.block_until_ready(_load_leaf(sources[leaf_name(path)], struct, sharding))
 
     return jax.tree_util.tree_map_with_path(load, structs, shardings)
 
@@ -159,7 +138,7 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
     Raises:
         UserError: tensors are missing, unknown, of the wrong shape, quantized, truncated, or tied but not equal.
     """
-    tensors = find_tensors(Path(path))
+    tensors = _rename(find_tensors(Path(path)), model)
     embed, unembed = (tensor_name(model.config, leaf) for leaf in ("embed", "unembed"))
     if model.config.tied and embed not in tensors and unembed in tensors:
         tensors[embed] = tensors.pop(unembed)  # the tied matrix, stored under the name of the unembedding
@@ -167,14 +146,29 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.param_shapes())
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), structs)
-    return load_tree(tensors, _slots(model), structs, shardings)
+    return load_tree(tensors, stored_tensors(model), structs, shardings)
+
+
+def _rename(tensors: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
+    """Give tensors that other files name otherwise the names that this program expects."""
+    expected = stored_tensors(model)
+
+    def name_here(name: str) -> str:
+        beginnings = {} if name in expected else FAMILIES[model.config.family].renamed
+        names = (new + name.removeprefix(old) for old, new in beginnings.items() if name.startswith(old))
+        return next((new for new in names if new in expected), name)
+
+    return {name_here(name): tensor for name, tensor in tensors.items()}
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _rows(leaf: jax.Array, start: jax.Array, count: int, sharding: NamedSharding | None) -> jax.Array:
-    """Copy ``count`` slices of the first dim to a new array; ``leaf`` itself would cache a host copy when fetched."""
-    rows = jax.lax.dynamic_slice_in_dim(leaf, start, count)  # start is traced: one compilation per shape
-    return rows if sharding is None else jax.lax.with_sharding_constraint(rows, sharding)
+def _slice(
+    leaf: jax.Array, index: tuple[jax.Array, ...], shape: tuple[int, ...], sharding: NamedSharding | None
+) -> jax.Array:
+    """Copy ``leaf[index]`` to a new array; ``leaf`` itself would cache a host copy when fetched."""
+    start = (*index, *(0,) * len(shape))  # the index is traced: one compilation per shape
+    value = jax.lax.dynamic_slice(leaf, start, (*(1,) * len(index), *shape)).reshape(shape)
+    return value if sharding is None else jax.lax.with_sharding_constraint(value, sharding)
 
 
 def _gather_sharding(leaf: jax.Array) -> NamedSharding | None:
@@ -185,26 +179,28 @@ def _gather_sharding(leaf: jax.Array) -> NamedSharding | None:
     return NamedSharding(leaf.sharding.mesh, PartitionSpec())
 
 
-def fetch_tensors(params: Params, slots: Mapping[str, Slot], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the name and host array of each tensor in ``slots``, fetched from the devices one at a time."""
-    leaves = _leaves(params)
-    for name, slot in slots.items():
-        value = leaves[slot.leaf]
-        start, count = (0, len(value)) if slot.layer is None else (slot.layer, 1)
-        value = _rows(value, start, count, _gather_sharding(value))
-        value = np.asarray(value).astype(dtype, copy=False)
-        yield name, np.ascontiguousarray(value[0].T) if slot.leaf in TRANSPOSED else value.reshape(slot.shape)
+def fetch_tensors(params: Params, stored: Mapping[str, Stored], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the name and host array of each tensor in ``stored``, fetched from the devices one at a time."""
+    leaves = leaves_by_name(params)
+
+    def fetch(part: Part) -> np.ndarray:
+        leaf = leaves[part.leaf]
+        value = _slice(leaf, part.index, part.shape, _gather_sharding(leaf))
+        return np.asarray(value).astype(dtype, copy=False)
+
+    for name, entry in stored.items():
+        yield name, entry.join([fetch(part) for part in entry.parts])
 
 
-def _split(slots: Mapping[str, Slot], itemsize: int, max_shard_bytes: int) -> list[dict[str, Slot]]:
+def _split(stored: Mapping[str, Stored], itemsize: int, max_shard_bytes: int) -> list[dict[str, Stored]]:
     """Assign tensors to files in order, starting a new file when the next tensor would not fit."""
     files, free_bytes = [{}], max_shard_bytes
-    for name, slot in slots.items():
-        size = math.prod(slot.shape) * itemsize
+    for name, entry in stored.items():
+        size = math.prod(entry.shape) * itemsize
         if files[-1] and size > free_bytes:
             files.append({})
             free_bytes = max_shard_bytes
-        files[-1][name] = slot
+        files[-1][name] = entry
         free_bytes -= size
     return files
 
@@ -229,7 +225,8 @@ def export_params(
         params: parameters of ``model``, on any devices.
         hf_config: the ``config.json`` that the model was built from.
         dtype: of the tensors in the files: float32, bfloat16 or float16.
-        source_dir: directory to copy tokenizer, chat template and generation config from; None: copy nothing.
+        source_dir: directory to copy tokenizer, chat template, generation config and `carried_tensors` from; None:
+            copy nothing.
         overwrite: replace an earlier export; other files in ``out_dir`` stay.
         max_shard_bytes: maximum size of a file, unless a single tensor is larger.
 
@@ -238,11 +235,12 @@ def export_params(
     """
     dtype = np.dtype(dtype)
     if not is_writer():
-        for _ in fetch_tensors(params, _slots(model), dtype):
+        for _ in fetch_tensors(params, stored_tensors(model), dtype):
             pass  # fetching is collective
         return
     with atomic_directory(Path(out_dir), overwrite) as staging:
-        _write_tensors(params, model, staging, dtype, max_shard_bytes)
+        carried = {} if source_dir is None else carried_tensors(source_dir, model.config.family)
+        _write_tensors(params, model, carried, staging, dtype, max_shard_bytes)
         dtype_keys = {"dtype", "torch_dtype"} & hf_config.keys() or {"torch_dtype"}
         config = {**hf_config, **dict.fromkeys(dtype_keys, dtype.name)}
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -338,16 +336,40 @@ def _copy_companions(source_dir: Path, folder: Path) -> None:
             shutil.copyfile(source, folder / name)
 
 
-def _write_tensors(params: Params, model: Model, folder: Path, dtype: np.dtype, max_shard_bytes: int) -> None:
-    slots = _slots(model)
-    files = _split(slots, dtype.itemsize, max_shard_bytes)
+def carried_tensors(folder: Path, family: str) -> dict[str, Tensor]:
+    """Find the tensors of a model's other parts, such as vision, which pass from its directory to an export."""
+    beginnings = tuple(FAMILIES[family].carried)
+    if not beginnings:
+        return {}
+    if (folder / CARRIED).is_file():
+        return read_header(folder / CARRIED)
+    has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    tensors = find_tensors(folder) if has_weights else {}
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(beginnings)}
+
+
+def _write_tensors(
+    params: Params,
+    model: Model,
+    carried: Mapping[str, Tensor],
+    folder: Path,
+    dtype: np.dtype,
+    max_shard_bytes: int,
+) -> None:
+    stored = stored_tensors(model)
+    files = _split(stored, dtype.itemsize, max_shard_bytes)
+    num_files = len(files) + bool(carried)
+    names = [f"model-{index:05d}-of-{num_files:05d}.safetensors" for index in range(1, num_files + 1)]
     weight_map: dict[str, str] = {}
-    for index, file_slots in enumerate(files, start=1):
-        file = SINGLE if len(files) == 1 else f"model-{index:05d}-of-{len(files):05d}.safetensors"
-        shapes = {name: slot.shape for name, slot in file_slots.items()}
-        write_file(folder / file, shapes, dtype, fetch_tensors(params, file_slots, dtype))
-        weight_map |= dict.fromkeys(file_slots, file)
-    if len(files) > 1:
-        total = sum(math.prod(slot.shape) for slot in slots.values()) * dtype.itemsize
+    for file_tensors, file in zip(files, [SINGLE] if num_files == 1 else names, strict=False):
+        shapes = {name: entry.shape for name, entry in file_tensors.items()}
+        write_file(folder / file, shapes, dtype, fetch_tensors(params, file_tensors, dtype))
+        weight_map |= dict.fromkeys(file_tensors, file)
+    if carried:
+        copy_tensors(folder / names[-1], carried)
+        weight_map |= dict.fromkeys(carried, names[-1])
+    if num_files > 1:
+        total = sum(math.prod(entry.shape) for entry in stored.values()) * dtype.itemsize
+        total += sum(tensor.end - tensor.start for tensor in carried.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -4,7 +4,6 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +14,12 @@ import numpy as np
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import UserError, from_outside, shown
 from dpo_jax.models.decoder import Model, Params
-from dpo_jax.models.families import tensor_name
-from dpo_jax.models.projections import BY_TARGET, LAYER
+from dpo_jax.models.families import FAMILIES, modules, target_name, target_names, tensor_name
+from dpo_jax.models.flops import projections
 from dpo_jax.weights.hub import read_json
-from dpo_jax.weights.huggingface import Slot, atomic_directory, fetch_tensors, load_tree
+from dpo_jax.weights.huggingface import atomic_directory, fetch_tensors, load_tree
 from dpo_jax.weights.safetensors import Tensor, read_header, write_file
+from dpo_jax.weights.stored import Part, Stored, num_groups
 
 CONFIG, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every tensor's name
@@ -47,23 +47,43 @@ _MERGE = "merge these adapters into their model (PEFT's merge_and_unload), save 
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-def _tensors(model: Model) -> dict[str, Slot]:
-    """Map the stored name of each adapter tensor to its slot, whose leaf is layers/PROJECTION/a or b, or score."""
-    slots, shapes = {}, model.adapter_shapes()
-    for projection, pair in shapes["layers"].items():
-        for factor, leaf in pair.items():
-            num_layers, *dims = leaf.shape
-            shape = (dims[0], math.prod(dims[1:])) if factor == "a" else (math.prod(dims[:-1]), dims[-1])
-            for layer in range(num_layers):
-                name = f"{_PREFIX}{_module(model, projection, layer)}.lora_{factor.upper()}.weight"
-                slots[name] = Slot(f"layers/{projection}/{factor}", layer, shape)
+def _tensors(model: Model) -> dict[str, Stored]:
+    """Return what each adapter tensor holds, by its stored name; leaves are layers/PROJECTION/a or b, or score.
+
+    Projections in one module of the model share their A.
+    """
+    config, shapes, sizes = model.config, model.adapter_shapes(), projections(model.config)
+
+    def part(name: str, factor: str, rows: int) -> Part:
+        shape = shapes["layers"][name][factor].shape[1:]
+        return Part(leaf=f"layers/{name}/{factor}", index=(), shape=shape, rows=rows)
+
+    tensors = {}
+    for module, names in _adapted_modules(model).items():
+        inputs, rank = sizes[names[0]][0], shapes["layers"][names[0]]["a"].shape[1]
+        outputs = tuple(part(name, "b", sizes[name][1]) for name in names)
+        groups = num_groups(config, f"{module}.weight")
+        a = Stored(parts=(part(names[0], "a", rank),), inputs=(inputs,))
+        b = Stored(parts=outputs, inputs=(rank,), groups=groups)
+        for letter, stored in (("A", a), ("B", b)):
+            for layer in range(config.layers):
+                tensors[f"{_PREFIX}{module.format(layer)}.lora_{letter}.weight"] = stored.at((layer,))
     if "score" in shapes:
-        slots[_PREFIX + tensor_name(model.config, "score")] = Slot("score", None, shapes["score"].shape)
-    return slots
+        num_scores, hidden = shapes["score"].shape
+        head = Part(leaf="score", index=(), shape=(num_scores, hidden), rows=num_scores)
+        tensors[_PREFIX + tensor_name(config, "score")] = Stored(parts=(head,), inputs=(hidden,))
+    return tensors
 
 
-def _module(model: Model, projection: str, layer: int) -> str:
-    return tensor_name(model.config, f"layers/{projection}").removesuffix(".weight").format(layer)
+def _adapted_modules(model: Model) -> dict[str, tuple[str, ...]]:
+    """Return the `modules` that have an adapter."""
+    assert model.lora is not None
+    return {module: names for module, names in modules(model.config).items() if names[0] in model.lora.targets}
+
+
+def _module_of(tensor: str) -> str:
+    """Return the module of an adapter tensor."""
+    return tensor.removeprefix(_PREFIX).partition(".lora_")[0]
 
 
 def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any) -> Params:
@@ -79,7 +99,7 @@ def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any
     if not (folder / TENSOR_FILE).is_file():
         raise UserError(f"lora.path: {folder} has no {TENSOR_FILE}; save the adapters with safe_serialization=True")
     tensors, expected = read_header(folder / TENSOR_FILE), _tensors(model)
-    _check_tensors(folder, tensors, expected)
+    _check_tensors(folder, tensors, expected, model)
     _check_targets(folder, options, model, expected)
     return load_tree(tensors, expected, model.adapter_shapes(), shardings)
 
@@ -99,6 +119,8 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig,
         if not isinstance(saved, list) or "score" not in saved or any(name not in _HEADS for name in saved):
             raise bad_option("modules_to_save", "a reward model's adapters must include its head; save score with them")
         options = {key: value for key, value in options.items() if key != "modules_to_save"}
+    if FAMILIES[model.config.family].transposed:  # then PEFT sets it
+        options = {key: value for key, value in options.items() if key != "fan_in_fan_out"}
     for key, value in options.items():
         is_inactive = value is None or (value == _IDLE[key] if key in _IDLE else value is False)
         if key not in _USED | _HARMLESS and not is_inactive:
@@ -108,38 +130,37 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig,
             raise bad_option(key, f"lora.{option} is {getattr(config, option)!r}; set both to the same value")
 
 
-def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Slot]) -> None:
+def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Stored], model: Model) -> None:
     def bad_file(why: str) -> UserError:
         return UserError(f"lora.path: {folder / TENSOR_FILE} {why}")
 
-    targets = {slot.leaf.split("/")[1] for slot in expected.values() if slot.layer is not None}
+    all_targets, adapted = target_names(model.config), [target_name(module) for module in _adapted_modules(model)]
     for name in (name for name in tensors if name not in expected):
-        module = name.split(".lora_")[0].rpartition(".")[2]
-        if module not in BY_TARGET:
-            raise bad_file(f"contains {name}, which is not an adapter of {', '.join(BY_TARGET)}: {_MERGE}")
-        if BY_TARGET[module].name not in targets:
-            raise bad_file(f"contains {name}, which is not in lora.targets: add {module}, or use other adapters")
+        target = target_name(_module_of(name))
+        if target not in all_targets:
+            raise bad_file(f"contains {name}, which is not an adapter of {', '.join(all_targets)}: {_MERGE}")
+        if target not in adapted:
+            raise bad_file(f"contains {name}, which is not in lora.targets: add {target}, or use other adapters")
         raise bad_file(f"contains {name}, which has no counterpart in this model: use adapters of the same model")
-    for name, slot in expected.items():
+    for name, stored in expected.items():
         if name not in tensors:
             raise bad_file(
                 f"lacks {name}, which lora.targets requires: drop the target or, if only some layers have it, {_MERGE}"
             )
-        actual, needed = list(tensors[name].shape), list(slot.shape)
+        actual, needed = list(tensors[name].shape), list(stored.shape)
         if actual != needed:
             raise bad_file(f"has {name} of shape {actual}, but this model needs {needed}: use adapters of this model")
 
 
-def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expected: Mapping[str, Slot]) -> None:
+def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expected: Mapping[str, Stored]) -> None:
     """Refuse options that would make PEFT ignore some tensors of the file, or expect ones that are not in it."""
     path = folder / CONFIG
     targets, excluded = options.get("target_modules"), options.get("exclude_modules") or []
-    modules = {_module(model, name, layer) for name in LAYER for layer in range(model.config.layers)}
+    all_modules = {module.format(layer) for module in modules(model.config) for layer in range(model.config.layers)}
     is_all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-    target_modules = modules if is_all_linear else _named(path, "target_modules", targets, modules)
-    target_modules = target_modules - _named(path, "exclude_modules", excluded, modules)
-    adapters = (name for name, slot in expected.items() if slot.layer is not None)
-    stored_modules = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in adapters}
+    target_modules = all_modules if is_all_linear else _named(path, "target_modules", targets, all_modules)
+    target_modules = target_modules - _named(path, "exclude_modules", excluded, all_modules)
+    stored_modules = {_module_of(name) for name in expected if ".lora_" in name}
     if target_modules != stored_modules:
         module = min(target_modules ^ stored_modules)
         difference = f"{shown(targets)} and the tensors of {TENSOR_FILE} differ at {module}"
@@ -165,7 +186,8 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
     Raises:
         UserError: ``out_dir`` is not empty or cannot be written.
     """
-    slots = _tensors(model)
+    tensors, module_names = _tensors(model), list(_adapted_modules(model))
+    transposed = FAMILIES[model.config.family].transposed
     options = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if model.config.scores else "CAUSAL_LM",
@@ -173,15 +195,15 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
         "r": config.rank,
         "lora_alpha": config.alpha,
         "use_rslora": config.rslora,
-        "target_modules": list(config.projections),
+        "target_modules": list(dict.fromkeys(map(target_name, module_names))),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(f"{module}.weight" in transposed for module in module_names),
         "inference_mode": True,
     }
     if model.config.scores:
         options["modules_to_save"] = list(_HEADS)
     with atomic_directory(out_dir, overwrite=False) as staging:
-        shapes, dtype = {name: slot.shape for name, slot in slots.items()}, np.dtype(np.float32)
-        write_file(staging / TENSOR_FILE, shapes, dtype, fetch_tensors(adapters, slots, dtype))
+        shapes, dtype = {name: stored.shape for name, stored in tensors.items()}, np.dtype(np.float32)
+        write_file(staging / TENSOR_FILE, shapes, dtype, fetch_tensors(adapters, tensors, dtype))
         (staging / CONFIG).write_text(json.dumps(options, indent=2) + "\n")

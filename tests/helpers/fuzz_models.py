@@ -241,7 +241,8 @@ LORA = LoraConfig(rank=2, alpha=8.0, targets=("q_proj", "v_proj"))
 @cache
 def adapter_files() -> tuple[Model, dict, bytes]:
     """A model, and the two files of its adapters as they are written."""
-    model = Model(config=decoder_config(HF_CONFIG), attention="xla", lora=make_lora(LORA))
+    config = decoder_config(HF_CONFIG)
+    model = Model(config=config, attention="xla", lora=make_lora(LORA, config))
     with TemporaryDirectory() as name:
         folder = Path(name) / "adapters"
         export_adapters(start_adapters(model, jax.random.key(0), "gaussian"), model, LORA, "base", folder)

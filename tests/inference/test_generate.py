@@ -93,7 +93,7 @@ def test_greedy_is_that_of_full_forward_passes(name):
     model = Model(config=decoder_config(SIZES | FAMILIES[name]), attention="xla", matmul_precision="highest")
     weights = weights_of(model)
     if name == "llama":
-        model = replace(model, lora=make_lora(LoraConfig(rank=2, alpha=4)))
+        model = replace(model, lora=make_lora(LoraConfig(rank=2, alpha=4), model.config))
         draw = np.random.default_rng(2)
         adapters = jax.tree.map(lambda x: draw.normal(0, 0.3, x.shape).astype(np.float32), model.adapter_shapes())
         weights = Adapted(adapters, weights)

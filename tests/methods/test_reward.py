@@ -337,14 +337,16 @@ def test_adapters_with_their_head_are_the_same_function_in_peft(shared, torch, p
 
 @pytest.mark.parametrize("saved", [None, "score", ["classifier"], ["score", "embed_tokens"], [{}, "score"]], ids=str)
 def test_adapters_without_the_head_alone_are_refused(saved, tmp_path):
-    model = replace(small_model(), config=replace(small_model().config, scores=1), lora=make_lora(LoraConfig(rank=2)))
+    config = replace(small_model().config, scores=1)
+    model = replace(small_model(), config=config, lora=make_lora(LoraConfig(rank=2), config))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "modules_to_save": saved}))
     with pytest.raises(UserError, match=r"modules_to_save: .* adapters must include its head; save score"):
         load_adapters(tmp_path, model, LoraConfig(rank=2), None)
 
 
 def test_adapters_of_a_reward_model_start_from_its_head(tmp_path):
-    model = replace(small_model(), config=replace(small_model().config, scores=1), lora=make_lora(LoraConfig(rank=2)))
+    config = replace(small_model().config, scores=1)
+    model = replace(small_model(), config=config, lora=make_lora(LoraConfig(rank=2), config))
     head = jnp.arange(model.config.hidden, dtype=jnp.bfloat16)[None]
     started = load_start(LoraConfig(rank=2), model, {"score": head}, 0, make_mesh(MeshConfig(), jax.devices()[:1]))
     np.testing.assert_array_equal(started["score"], head.astype(jnp.float32))

@@ -21,7 +21,7 @@ from small import pack, random_pairs, small_model, small_params
 from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.commands.evaluate import evaluate
 from dpo_jax.commands.export import export
-from dpo_jax.config import LORA_TARGETS, DPOConfig, LoraConfig, LossConfig, MeshConfig, ModelConfig, SFTConfig
+from dpo_jax.config import DPOConfig, LoraConfig, LossConfig, MeshConfig, ModelConfig, SFTConfig
 from dpo_jax.config.file import load_yaml, parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import make_logps_fn
@@ -47,6 +47,7 @@ from dpo_jax.weights.peft import load_adapters
 
 TOKENS = np.random.default_rng(0).integers(3, 500, (2, 24), dtype=np.int32)
 ONE = jax.devices()[:1]
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # PEFT asks transformers for a name that is about to go
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -86,7 +87,7 @@ def torch_logits(model) -> np.ndarray:
 
 def plain_model(folder: Path, lora: LoraConfig | None = None) -> Model:
     model = Model(config=decoder_config(read_hf_config(folder)), attention="xla")
-    return model if lora is None else Model(config=model.config, attention="xla", lora=make_lora(lora))
+    return model if lora is None else Model(config=model.config, attention="xla", lora=make_lora(lora, model.config))
 
 
 def on_one_device(tree):
@@ -139,7 +140,7 @@ def peft_adapters(base: Path, out: Path, **changes) -> np.ndarray:
     import torch
 
     torch.manual_seed(0)
-    given = {"r": 3, "lora_alpha": 1, "target_modules": list(LORA_TARGETS), "init_lora_weights": False,
+    given = {"r": 3, "lora_alpha": 1, "target_modules": list(TARGETS), "init_lora_weights": False,
              "task_type": "CAUSAL_LM"} | changes  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     model = peft.get_peft_model(model, peft.LoraConfig(**given))
@@ -152,7 +153,7 @@ def test_adapters_of_peft_are_the_same_function_here(shared, peft, tmp_path, cha
     base = shared / "models" / "stories260K"
     theirs = peft_adapters(base, tmp_path, **changes)
     lora = LoraConfig(rank=3, alpha=1.0, rslora="use_rslora" in changes,
-                      targets=tuple(changes.get("target_modules", LORA_TARGETS)))  # fmt: skip
+                      targets=tuple(changes.get("target_modules", TARGETS)))  # fmt: skip
     model = plain_model(base, lora)
     params = load_params(base, model, shardings=None, dtype="float32")
     adapters = load_adapters(tmp_path, model, lora, on_one_device(model.adapter_shapes()))
@@ -189,7 +190,7 @@ BAD_ADAPTERS = [
 def peft_folder(shared, peft, tmp_path_factory):
     """Adapters of PEFT by their targets."""
     folder = tmp_path_factory.mktemp("peft")
-    for name, targets in (("all", list(LORA_TARGETS)), ("one", ["q_proj"])):
+    for name, targets in (("all", list(TARGETS)), ("one", ["q_proj"])):
         peft_adapters(shared / "models" / "stories260K", folder / name, target_modules=targets)
     return folder
 
@@ -247,7 +248,8 @@ def test_an_edited_config_of_a_run_is_refused_by_name(tmp_path, text, line):
 def test_adapters_of_another_model_are_refused(shared, peft_folder):
     lora = LoraConfig(rank=3, alpha=1.0)
     hf = read_hf_config(shared / "models" / "stories260K") | {"intermediate_size": 96}
-    model = Model(config=decoder_config(hf), lora=make_lora(lora))
+    config = decoder_config(hf)
+    model = Model(config=config, lora=make_lora(lora, config))
     with pytest.raises(UserError, match=r"mlp.* of shape .* but this model needs .* use adapters of this model"):
         load_adapters(peft_folder / "all", model, lora, on_one_device(model.adapter_shapes()))
 
@@ -365,7 +367,7 @@ def small_adapters():
 
 
 def adapted_model(**more) -> Model:
-    return small_model(lora=make_lora(LORA), **more)
+    return small_model(lora=make_lora(LORA, small_model().config), **more)
 
 
 def adapted_logps_fn(model: Model):

@@ -103,7 +103,7 @@ def test_forward_and_gradient_are_what_xla_counts(batch):
 
 
 def test_adapters_are_what_xla_counts(batch):
-    lora = make_lora(LoraConfig(rank=32, targets=("q_proj", "down_proj")))
+    lora = make_lora(LoraConfig(rank=32, targets=("q_proj", "down_proj")), SMALL)
     model = Model(config=SMALL, attention="xla", scan=False, lora=lora)
     found = counted(gradient(model, by=2), model.param_shapes(), batch, model.adapter_shapes())
     expected = step_flops(SMALL, DENSE, live_reference=False, lora=lora)

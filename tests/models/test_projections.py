@@ -2,19 +2,14 @@
 
 from dataclasses import fields
 
-from dpo_jax.config import LORA_TARGETS
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.options import DecoderConfig
-from dpo_jax.models.projections import BY_TARGET, LAYER, TENSORS, TRANSPOSED
+from dpo_jax.models.projections import LAYER, TENSORS, TRANSPOSED
 
 BIASED = {"model_type": "llama", "vocab_size": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "attention_bias": True,
           "mlp_bias": True}  # fmt: skip
-
-
-def test_adapters_can_be_asked_for_by_the_names_of_the_table():
-    assert tuple(BY_TARGET) == LORA_TARGETS
 
 
 def test_only_gate_and_up_are_stored_inputs_first():

@@ -48,7 +48,8 @@ def compiled(kind: str, loss: LossConfig):
         run=RunConfig(dir="unused"),
     )
     mesh = make_mesh(MeshConfig(), jax.devices()[:DEVICES])
-    model = make_model(decoder_config(LLAMA_3_8B), config.model, "cpu", make_lora(config.lora))
+    decoder = decoder_config(LLAMA_3_8B)
+    model = make_model(decoder, config.model, "cpu", make_lora(config.lora, decoder))
     load = Load(examples=PAIRS, microbatches=1, rows=ROWS, row_length=LENGTH, longest=LENGTH,
                 lengths=(LENGTH / 4, LENGTH / 8, LENGTH / 8))  # fmt: skip
     assert load.targets == TARGETS

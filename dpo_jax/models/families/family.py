@@ -14,21 +14,44 @@ class Family:
     """One ``model_type``: the keys of its ``config.json``, their defaults, and what the decoder computes."""
 
     architecture: str
+    reward: str | None = ""  # class of its reward models; empty: named after ``architecture``; None: there is none
+    names: Mapping[str, str] = field(default_factory=dict)  # shared keys of config.json that have other names
+    unused: frozenset[str] = frozenset()  # shared keys that transformers ignores in models of this type
+    wraps: str | None = None  # key with the config.json of a text model, of which this one adds other parts
     keys: frozenset[str] = frozenset()  # additional keys of config.json, beyond those shared by all families
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys, as in transformers
     derived: frozenset[str] = frozenset()  # sizes derived from others if null; null is refused for all other sizes
     pattern: Callable[[Mapping[str, Any], int], tuple[LayerKind, ...]]  # (config.json, number of layers) -> layer kinds
     options: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf: {}  # other fields of `DecoderConfig`
     tensors: Mapping[str, str] = field(default_factory=dict)  # parameters named otherwise than in `projections.TENSORS`
+    grouped: Mapping[str, str] = field(default_factory=dict)  # tensor of several parameters -> axis of its groups
+    transposed: frozenset[str] = frozenset()  # tensors with their inputs first
+    renamed: Mapping[str, str] = field(
+        default_factory=dict
+    )  # beginning of a name in other files -> that in ``tensors``
+    ignored: frozenset[str] = frozenset()  # ends of the names of buffers, which are computed from the config
+    carried: frozenset[str] = frozenset()  # beginnings of the names of tensors that are exported as they were loaded
 
     @property
-    def reward_architecture(self) -> str:
-        """Name of the transformers class of this family's reward models."""
-        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+    def reward_architecture(self) -> str | None:
+        """Name of the transformers class of this family's reward models, if there is one."""
+        return (
+            self.architecture.replace("ForCausalLM", "ForSequenceClassification") if self.reward == "" else self.reward
+        )
+
+    def key(self, name: str) -> str:
+        """Return the name that the shared key ``name`` of config.json has in this family."""
+        return self.names.get(name, name)
 
     def tensor(self, leaf: str) -> str:
         """Return the name in the files of the parameter ``leaf``, a path in the tree; {} stands for the layer."""
         return {**TENSORS, **self.tensors}[leaf]
+
+
+def tensors_of(prefix: str, modules: Mapping[str, str]) -> dict[str, str]:
+    """Return the tensors, weight and bias, of parameters of a layer whose modules are ``modules``."""
+    weights = {f"layers/{name}": f"{prefix}{module}.weight" for name, module in modules.items()}
+    return weights | {f"layers/{name}_bias": f"{prefix}{module}.bias" for name, module in modules.items()}
 
 
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1  # larger numbers are mistakes: no memory holds such arrays
