@@ -3,6 +3,7 @@
 What is done is not repeated: a comparison that was stopped resumes with the run that was training.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ from dpo_jax import storage
 from dpo_jax.config import DPOConfig, JudgeConfig, PPOConfig
 from dpo_jax.config.compare import REWARD_MODEL, CompareConfig, ComparedRun
 from dpo_jax.config.file import config_to_yaml
-from dpo_jax.config.section import Section
 from dpo_jax.console import lossy_streams, say
 from dpo_jax.errors import UserError, reason
 from dpo_jax.methods.judging import Answers, Judged, Judging, open_judging
@@ -37,8 +37,10 @@ LOCK, MANIFEST, START, JUDGED = "comparison.lock", "comparison.manifest.json", "
 Row = dict[str, Any]
 
 
-def compare_methods(config: CompareConfig) -> None:
+def compare_methods(config: CompareConfig, devices: Sequence[jax.Device] | None = None) -> None:
     """Run the comparison in ``run.dir``, and write ``comparison.json`` and the page ``comparison.html`` there.
+
+    ``devices`` defaults to all devices.
 
     Raises:
         UserError: an option, model, data set or the judge cannot be used, or the directory holds another comparison.
@@ -46,7 +48,7 @@ def compare_methods(config: CompareConfig) -> None:
     """
     start_hosts()
     hosts.cache_compilations()
-    mesh, root = make_mesh(config.mesh), Path(config.run.dir).expanduser().absolute()
+    mesh, root = make_mesh(config.mesh, devices), Path(config.run.dir).expanduser().absolute()
     runs = list(config.runs)
     with locked(root), lossy_streams():
         with jax.set_mesh(mesh):
@@ -60,7 +62,7 @@ def compare_methods(config: CompareConfig) -> None:
         for number, run in enumerate(runs, start=1):
             say(config.run.progress, f"run {number} of {len(runs)}: {run.title}")
             if not hosts.on_writer(partial(has_ended, root / run.folder), "run"):
-                train(run.config)
+                train(run.config, devices=devices)
             if run.name != REWARD_MODEL and not hosts.on_writer((root / run.folder / JUDGED).exists, "judged run"):
                 with jax.set_mesh(mesh):
                     judge_run(root, config, run, setup, answers)
@@ -136,7 +138,7 @@ def check_manifest(root: Path, config: CompareConfig, identity: Mapping[str, Any
 
 def result_options(config: CompareConfig) -> Row:
     """Return the options that results depend on; more seeds and methods leave those of the others as they are."""
-    options = asdict(config)
+    options: Row = asdict(config)
     for name in ("mesh", "checkpoint", "seeds"):
         del options[name]
     options["run"] = {name: options["run"][name] for name in ("steps", "epochs", "seed")}
@@ -203,7 +205,7 @@ def comparison_results(root: Path, config: CompareConfig, runs: Sequence[Compare
     methods = [group for group in grouped if group[0].name != REWARD_MODEL]
     rows = [method_row(root, group, [judged[run.folder] for run in group]) for group in methods]
     best = [best_row(int(n), each) for n, each in start["best_of"].items()]
-    texts = {"Start": start["start"]["answers"]}
+    texts = {"Reference": start["start"]["answers"]}
     texts |= {f"Best of {n}": each["answers"] for n, each in start["best_of"].items()}
     texts |= {label_of(group[0]): judged[group[0].folder]["answers"] for group in methods}
     reward_models = [group for group in grouped if group[0].name == REWARD_MODEL]
@@ -291,20 +293,16 @@ def models_of(run: ComparedRun) -> str:
 
 
 def options_of(run: ComparedRun) -> list[str]:
-    """Return the options of the objective and the optimizer that are not at their defaults, with their values."""
+    """Return the learning rate, and the options of the objective that are not at their defaults, with their values."""
     config = run.config
-    sections: dict[str, Any] = {"": getattr(config, "ppo", None) or getattr(config, "loss", None)}
-    sections["online."] = config.data.online
-    sections["optimizer."] = config.optimizer
-    return [
-        f"{prefix}{text}" for prefix, section in sections.items() if section is not None for text in changed(section)
-    ]
-
-
-def changed(section: Section) -> list[str]:
-    """Return the options of a section that are not at their defaults, as text; its subsections do not count."""
-    values = [(option.name, getattr(section, option.name), option.default) for option in fields(section)]
-    return [f"{name} {value}" for name, value, default in values if value != default and not isinstance(value, Section)]
+    objectives = getattr(config, "ppo", None) or getattr(config, "loss", None), config.data.online
+    texts = [f"learning rate {config.optimizer.learning_rate:g}"]
+    for section in filter(None, objectives):
+        values = [(option, getattr(section, option.name)) for option in fields(section)]
+        texts += [
+            f"{option.name} {value}" for option, value in values if option.default not in (value, dataclasses.MISSING)
+        ]
+    return texts
 
 
 def cost_of(root: Path, group: Sequence[ComparedRun]) -> Row:

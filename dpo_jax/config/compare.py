@@ -34,7 +34,7 @@ from dpo_jax.config.section import Section, ranged
 from dpo_jax.errors import UserError, require
 
 REWARD_MODEL = "reward_model"  # folder of the reward models' runs
-NAME = r"[\w.+-]*\w[\w.+-]*"  # of a method, which is also that of a folder
+NAME = r"[^\W_][\w.+-]*"  # of a method, which is also that of a folder
 RESERVED = (REWARD_MODEL, "store")
 
 
@@ -164,7 +164,9 @@ class CompareConfig(Section):
         super().__post_init__()
         self.refuse("methods", not self.methods, "name at least one method")
         for name in self.methods:
-            remedy = "use letters, digits and . + - _, as it is also the name of a folder"
+            remedy = (
+                "a method's name is also that of a folder: begin with a letter or digit, and use these and . + - _ only"
+            )
             require(bool(re.fullmatch(NAME, name)) and name not in RESERVED, "methods", name, remedy)
         remedy = "name one set of held-out pairs as data.eval; all methods are compared on its prompts"
         self.refuse("data.eval_fraction", self.data.eval_fraction, remedy)
@@ -221,7 +223,7 @@ class CompareConfig(Section):
 
     def _method_config(self, method: ComparedMethodConfig, folder: str, seed: int) -> AnyConfig:
         shared = self._shared(folder, seed, method.steps, method.optimizer)
-        judge = asdict(self.judge)
+        judge: dict[str, Any] = asdict(self.judge)
         if method.reward == "learned":
             judge = {"path": f"{self.run.dir}/{REWARD_MODEL}/seed-{self.run.seed + seed}"}
         if method.method == "ppo":

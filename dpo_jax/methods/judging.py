@@ -131,6 +131,8 @@ def open_judging(setup: Setup, reward: JudgeConfig, start_answers: Answers | Non
     (name,) = setup.evals
     policy = load_policy(setup)
     sampler, ids = make_sampler(setup, 1, reward)
+    if reward.function is not None:
+        del ids["reward"]  # which is the option itself
     if start_answers is None:
         start_answers = eval_answers(setup, sampler, policy.weights)
     identity = policy.ids | ids | {

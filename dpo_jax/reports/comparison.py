@@ -144,18 +144,12 @@ def proxy_figure(proxy: Mapping[str, Any]) -> str:
 
 def bill_section(results: Row, rows: list[Row]) -> Iterator[str]:
     """Yield the table of what each method took, and its explanation."""
-    yield method_table(
-        [
-            row
-            | {
-                "cpu": f"{row['seconds']:.0f} + {row['compile_seconds']:.0f}",
-                "mib": row["num_bytes"] / 2**20,
-                "named": ", ".join(row["options"]),
-            }
-            for row in rows
-        ],
-        EXACT_BILL,
-    )
+    seconds = [f"{row['seconds']:.0f} + {row['compile_seconds']:.0f}" for row in rows]
+    shown = [
+        {**row, "cpu": text, "mib": row["num_bytes"] / 2**20, "named": ", ".join(row["options"])}
+        for row, text in zip(rows, seconds, strict=True)
+    ]
+    yield method_table(shown, EXACT_BILL)
     cost = results["reward_model"]
     note = BILL_NOTE.format(updates=cost["updates"], seconds=cost["seconds"], compile=cost["compile_seconds"])
     rate = f" The learning rate of methods on pairs, {results['learning_rate']:g}, was chosen by DPO on another seed."
