@@ -104,7 +104,7 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def check_manifest(root: Path, config: CompareConfig, identity: Mapping[str, Any]) -> None:
-    """Write what the results depend on, or compare it with what the directory has; methods may be added.
+    """Write what the results depend on, or compare it with what the directory has; methods may be added or left out.
 
     Raises:
         UserError: an option that the results depend on has changed, or the model, the data or the judge.
@@ -137,10 +137,12 @@ def check_manifest(root: Path, config: CompareConfig, identity: Mapping[str, Any
 
 
 def result_options(config: CompareConfig) -> Row:
-    """Return the options that results depend on; more seeds and methods leave those of the others as they are."""
+    """Return the options that results depend on; more seeds, methods or betas leave other results as they are."""
     options: Row = asdict(config)
     for name in ("mesh", "checkpoint", "seeds"):
         del options[name]
+    for method in options["methods"].values():
+        del method["betas"]
     options["run"] = {name: options["run"][name] for name in ("steps", "epochs", "seed")}
     options["data"] = {name: value for name, value in options["data"].items() if name not in ("store", "workers")}
     return options

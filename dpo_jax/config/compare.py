@@ -44,7 +44,7 @@ class ComparedJudgeConfig(JudgeConfig, name="judge"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparedRewardModelConfig(Section, name=REWARD_MODEL):
+class LearnedRewardConfig(Section, name="learned_reward"):
     """The reward model that is trained on the pairs, for methods with `reward: learned`."""
 
     steps: int | None = ranged(None, above=0)
@@ -152,7 +152,7 @@ class CompareConfig(Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     methods: dict[str, ComparedMethodConfig]
     """What is compared, by name, next to the start itself; see `methods.NAME`."""
-    reward_model: ComparedRewardModelConfig | None = None
+    learned_reward: LearnedRewardConfig | None = None
     best_of: tuple[int, ...] = ranged((), above=1)
     """Also compare the best, by the judge, of so many answers of the start, for each of these numbers."""
     seeds: int = ranged(1, above=0)
@@ -195,7 +195,7 @@ class CompareConfig(Section):
             UserError: the config of a run is refused.
         """
         methods = [(name, *variant) for name, method in self.methods.items() for variant in method.variants]
-        if self.reward_model is not None or any(method.reward == "learned" for _, _, method in methods):
+        if self.learned_reward is not None or any(method.reward == "learned" for _, _, method in methods):
             for seed in range(self.seeds):
                 yield self._run(REWARD_MODEL, None, seed, False, self._reward_model_config)
         for name, beta, method in methods:
@@ -210,12 +210,12 @@ class CompareConfig(Section):
         try:
             config = config_of(f"{self.run.dir}/{folder}", seed)
         except UserError as error:
-            option = name if name == REWARD_MODEL else f"methods.{name}"
+            option = "learned_reward" if name == REWARD_MODEL else f"methods.{name}"
             raise UserError(f"{option}: {error}") from None
         return ComparedRun(name, beta, self.run.seed + seed, learned, folder, config)
 
     def _reward_model_config(self, folder: str, seed: int) -> RewardConfig:
-        options = self.reward_model or ComparedRewardModelConfig()
+        options = self.learned_reward or LearnedRewardConfig()
         shared = self._shared(folder, seed, options.steps, options.optimizer)
         shared["run"] = replace(shared["run"], token_stats=RunConfig.token_stats)
         batch = replace(self.batch, target_chunk=BatchConfig.target_chunk)

@@ -138,6 +138,7 @@ def open_judging(setup: Setup, reward: JudgeConfig, start_answers: Answers | Non
     identity = policy.ids | ids | {
         "tokenizer": tokenizer_hash(setup.tokenizer),
         "template": getattr(setup.tokenizer, "chat_template", None),
+        "store": setup.batches.store.key,
         "prompts": setup.evals[name].store.key,
         "dtype": setup.model.dtype,
     }  # fmt: skip

@@ -43,7 +43,8 @@ def test_every_run_has_the_shared_options_and_its_own():
     assert list(runs) == [f"{name}/seed-{seed}" for name in names for seed in (3, 4)]
     dpo, ipo, online, rloo = (runs[f"{name}/seed-4"].config for name in ("dpo/beta-0.5", "ipo", "online", "rloo"))
     assert isinstance(runs["reward_model/seed-3"].config, RewardConfig)
-    assert isinstance(dpo, DPOConfig) and isinstance(rloo, PPOConfig)
+    assert isinstance(dpo, DPOConfig)
+    assert isinstance(rloo, PPOConfig)
     assert (dpo.loss.beta, dpo.optimizer.learning_rate, dpo.run.seed) == (0.5, 1e-3, 4)
     assert (dpo.run.dir, dpo.data.store) == ("compared/dpo/beta-0.5/seed-4", "compared/store")
     assert (ipo.loss.type, ipo.loss.beta, ipo.optimizer.b2, ipo.optimizer.learning_rate) == ("ipo", 0.2, 0.9, 5e-7)
@@ -74,7 +75,7 @@ REFUSED = [
     ({"sampling__temperature": "0.5"}, "sampling.temperature: 0.5 cannot be used: training needs samples of the"),
     ({"data__eval": "{}"}, "data.eval: {} cannot be used: name one set of held-out pairs"),
     ({"data__eval": "{}", "data__eval_fraction": "0.1"}, "data.eval_fraction: 0.1 cannot be used: name one set"),
-    ({"data__shuffle": "false", "seeds": "2"}, "reward_model: run.seed: 1 cannot be used: nothing is random"),
+    ({"data__shuffle": "false", "seeds": "2"}, "learned_reward: run.seed: 1 cannot be used: nothing is random"),
     ({"checkpoint__keep_best": "1", "checkpoint__best_metric": "x"}, "checkpoint.keep_best: 1 cannot be used: the"),
     ({"judge__path": "x"}, "judge.function: 'rewards:vowels' cannot be used: judge.path is set, too"),
     ({"loss__beta": "1"}, "loss: belongs to `dpo-jax train`, not to `dpo-jax compare --config`"),
