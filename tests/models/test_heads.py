@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from small import HF_CONFIG, pack, random_pairs, small_model, small_params
+from small import HF_CONFIG, pack, random_pairs, random_params, small_model
 
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
@@ -22,11 +22,6 @@ TIED = HF_CONFIG | {"tie_word_embeddings": True}
 
 def reward_model(hf_config: dict) -> Model:
     return Model(config=decoder_config(reward_hf_config(hf_config, PAD)))
-
-
-def random_weights(model: Model):
-    params = model.init(jax.random.key(0))
-    return params | {"score": jax.random.normal(jax.random.key(1), params["score"].shape)}
 
 
 def pairs():
@@ -48,9 +43,7 @@ def test_scores_are_read_at_the_last_token_of_each_answer(layout):
 
 def test_scores_do_not_depend_on_the_layout():
     model = replace(small_model(), config=replace(small_model().config, scores=1))
-    draw = np.random.default_rng(0)
-    weights = {name: value for name, value in small_params().items() if name != "unembed"}
-    weights["score"] = draw.normal(size=(1, model.config.hidden)).astype(np.float32)
+    weights = random_params(model)
     scores_fn = jax.jit(make_scores_fn(model))
     shared, padded = (
         scores_fn(weights, pack(pairs(), layout=layout, rows=rows, valid=6))
@@ -66,7 +59,7 @@ def test_scores_do_not_depend_on_the_layout():
 @pytest.mark.parametrize("hf_config", [TIED, UNTIED], ids=["tied", "untied"])
 def test_transformers_computes_the_same_scores(hf_config, torch, tmp_path):
     model = reward_model(hf_config)
-    params = random_weights(model)
+    params = jax.tree.map(jnp.asarray, random_params(model))
     exported = reward_hf_config(hf_config, PAD)
     export_params(params, model, hf_config=exported, out_dir=tmp_path / "ours", dtype="float32", source_dir=None,
                   overwrite=False)  # fmt: skip
@@ -84,7 +77,7 @@ def test_transformers_computes_the_same_scores(hf_config, torch, tmp_path):
     read = Model(config=decoder_config(json.loads((tmp_path / "theirs" / "config.json").read_text())))
     assert read.config == model.config
     loaded = load_params(tmp_path / "theirs", read, shardings=None, dtype="float32")
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, loaded, params))
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
 def scores_of_transformers(model, torch) -> np.ndarray:
