@@ -69,7 +69,9 @@ def peft_model(name: str, folder: Path) -> np.ndarray:
         return adapted.eval()(torch.tensor(some_tokens(), dtype=torch.long)).logits.numpy()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "gpt_neox")) for name in TARGETS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "gpt_neox")) for name in TARGETS]
+)
 def test_adapters_of_peft_are_the_same_function_both_ways(peft, name, tmp_path):
     expected = peft_model(name, tmp_path)
     model = plain_model(tmp_path / "model", LORA)

@@ -61,7 +61,7 @@ ACTIVATION_NAMES = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_
 
 def _check_keys(hf: Mapping[str, Any], model_type: str, family: Family) -> None:
     architectures = hf.get("architectures") or [family.architecture]
-    if architectures not in ([family.architecture], [family.reward_architecture]):
+    if architectures not in [[name] for name in (family.architecture, family.reward_architecture) if name is not None]:
         raise invalid("architectures", architectures, f"for {model_type} it must be [{family.architecture!r}]")
     known = {*map(family.key, SHARED_KEYS), *HARMLESS_KEYS, *family.keys, *family.unused}
     for key, value in hf.items():
@@ -124,7 +124,8 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     for scaling in (kind.rope.scaling for kind in config.kinds if kind.rope is not None):
         if isinstance(scaling, LongropeScaling) and 2 * len(scaling.factors) != config.rotated:
             remedy = f"it must have a factor for each pair of the {config.rotated} dims that rotate"
-            raise invalid("short_factor", list(scaling.factors), remedy)
+            key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+            raise invalid(f"{key}.short_factor", list(scaling.factors), remedy)
     return config
 
 
