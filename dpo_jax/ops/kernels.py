@@ -1,6 +1,9 @@
-"""Third-party attention kernels for ordinary causal sequences; the only module that imports experimental kernels.
+"""Third-party kernels: attention of ordinary causal sequences, and outer products of groups of rows.
 
-Shape letters: S sequences, U tokens per sequence, N query heads, K key/value heads, H head dim.
+No other module imports experimental kernels.
+
+Shape letters: S sequences, U tokens per sequence, N query heads, K key/value heads, H head dim, E groups of M rows in
+all, D and F widths of rows.
 """
 
 from functools import partial
@@ -8,6 +11,7 @@ from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float, Int
@@ -15,6 +19,8 @@ from jaxtyping import Array, Float, Int
 MAX_BLOCK = 1024 * 128  # values of a block of heads; a backward kernel on larger ones exceeds a TPU's vector memory
 LANES = 128  # a splash block size is a multiple of this
 BLOCKS = ((2048, 1024), (0, 512))  # (minimum longest sequence, maximum block size), in tokens: docs/decisions.md
+
+OUTER_TILE = 512  # most rows and columns of a tile of `grouped_outer`
 
 
 def splash_sizes(length: int, longest: int, head_dim: int = LANES) -> tuple[int, int]:
@@ -98,4 +104,21 @@ def padded(
         key_value_seq_lengths=lengths,
         local_window_size=None if window is None else (window - 1, 0),
         implementation=implementation,
+    )
+
+
+def row_tile(num_rows: int) -> int:
+    """Return the rows per tile of `grouped_outer`; the number of rows must be a multiple of it."""
+    return min(OUTER_TILE, LANES * -(-num_rows // LANES))
+
+
+def grouped_outer(x: Float[Array, "M D"], y: Float[Array, "M F"], sizes: Int[Array, " E"]) -> Float[Array, "E D F"]:
+    """Return each group's sum of outer products of its rows, in float32; rows after the last group are not read.
+
+    The kernel is interpreted unless the program is compiled for a TPU, as is `splash`. A group without rows gets 0.
+    """
+    tile = row_tile(len(x)), min(OUTER_TILE, x.shape[1]), min(OUTER_TILE, y.shape[1])
+    run_kernel = partial(tgmm, preferred_element_type=jnp.float32, tiling=tile)
+    return jax.lax.platform_dependent(
+        x.T, y, sizes, tpu=partial(run_kernel, interpret=False), default=partial(run_kernel, interpret=True)
     )
