@@ -63,6 +63,34 @@ _GRANITE_2B |= {"architectures": ["GraniteForCausalLM"], "model_type": "granite"
 _GRANITE_2B |= {"max_position_embeddings": 131072, "attention_bias": False, "mlp_bias": False}
 _GRANITE_2B |= {"embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "residual_multiplier": 0.22}
 _GRANITE_2B |= {"logits_scaling": 8.0, "tie_word_embeddings": True}
+_PYTHIA = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "vocab_size": 50304, "hidden_act": "gelu"}
+_PYTHIA |= {"max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "use_parallel_residual": True}
+_PYTHIA |= {"rotary_pct": 0.25, "rotary_emb_base": 10000, "initializer_range": 0.02, "tie_word_embeddings": False}
+
+
+def _pythia(hidden: int, layers: int, heads: int) -> HFConfig:
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden}
+    return _PYTHIA | sizes | {"num_hidden_layers": layers, "num_attention_heads": heads}
+
+
+_PHI = _COMMON | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "attention_bias": False}
+_PHI4 = _PHI | _sizes(5120, 17920, 40, 40, 10) | {"vocab_size": 100352, "max_position_embeddings": 16384}
+_PHI4 |= {"original_max_position_embeddings": 16384, "rope_theta": 250000, "rope_scaling": None, "sliding_window": None}
+_PHI35_ROPE = {"type": "longrope", "short_factor": [  # to two decimals; the file has those that are nearest in float32
+    1.0, 1.02, 1.03, 1.03, 1.05, 1.05, 1.05, 1.05, 1.05, 1.07, 1.1, 1.11, 1.16, 1.16, 1.17, 1.29, 1.34, 1.68, 1.79,
+    1.82, 1.85, 1.88, 1.91, 1.94, 1.99, *[2.02] * 6, *[2.03] * 9, 2.08, 2.09, 2.19, 2.22, 2.59, 2.73, 2.75, 2.84,
+], "long_factor": [
+    1.08, 1.11, 1.14, 1.34, 1.59, 1.6, 1.62, 2.62, 3.23, 3.23, 4.79, 7.4, 7.7, 9.09, 12.2, 17.67, 24.46, 28.57, 30.42,
+    30.84, 32.59, 32.93, 42.32, 44.96, 50.34, 50.45, 57.55, 57.93, 58.21, 60.14, 62.61, 62.62, 62.71, 63.14, 63.14,
+    63.77, 63.93, 63.96, 63.97, 64.03, 64.07, 64.08, 64.12, 64.41, 64.48, 64.51, 64.53, 64.84,
+]}  # fmt: skip
+_PHI35_MINI = _PHI | _sizes(3072, 8192, 32, 32, 32) | {"vocab_size": 32064, "max_position_embeddings": 131072}
+_PHI35_MINI |= {"original_max_position_embeddings": 4096, "rope_theta": 10000.0, "rope_scaling": _PHI35_ROPE}
+_PHI35_MINI |= {"sliding_window": 262144}
+_QWEN3_30B_A3B = _QWEN3 | _sizes(2048, 6144, 48, 32, 4) | {"moe_intermediate_size": 768, "max_window_layers": 48}
+_QWEN3_30B_A3B |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 128}
+_QWEN3_30B_A3B |= {"num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+_QWEN3_30B_A3B |= {"router_aux_loss_coef": 0.001, "output_router_logits": False}
 
 KNOWN: dict[str, HFConfig] = {
     "meta-llama/Meta-Llama-3-8B": _LLAMA3_8B,
@@ -92,6 +120,11 @@ KNOWN: dict[str, HFConfig] = {
     "allenai/OLMo-2-1124-7B-SFT": _OLMO2_7B,
     "HuggingFaceTB/SmolLM3-3B": _SMOLLM3_3B,
     "ibm-granite/granite-3.3-2b-instruct": _GRANITE_2B,
+    "EleutherAI/pythia-160m": _pythia(768, 12, 12),
+    "EleutherAI/pythia-2.8b": _pythia(2560, 32, 32),
+    "microsoft/phi-4": _PHI4,
+    "microsoft/Phi-3.5-mini-instruct": _PHI35_MINI,
+    "Qwen/Qwen3-30B-A3B": _QWEN3_30B_A3B,
 }
 
 # Untrained. At a width of 64 the usual initializer_range of 0.02 would delay learning for long.
