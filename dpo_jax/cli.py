@@ -23,6 +23,7 @@ from dpo_jax.config import (
     SFTConfig,
     TrainConfig,
 )
+from dpo_jax.config.compare import CompareConfig
 from dpo_jax.config.docs import NO_SECTION, help_sections
 from dpo_jax.config.file import COMMAND_OF, CommandLineText, parse_config
 from dpo_jax.config.section import Section
@@ -125,10 +126,16 @@ def _quickstart(dir: str) -> None:
     quickstart(Path(dir))
 
 
-def _compare(dir: str) -> None:
-    from dpo_jax.commands.compare import compare
+def _compare(config: CompareConfig | None, dir: str | None) -> None:
+    if config is None:
+        from dpo_jax.commands.compare import compare
 
-    compare(Path(dir))
+        compare(Path(dir or "runs/compare"))
+        return
+    require(dir is None, "--dir", dir, "it is for the built-in task; with --config, set run.dir")
+    from dpo_jax.commands.comparison import compare_methods
+
+    compare_methods(config)
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,11 @@ class Command:
     summary: str
     config: type[Section] | None = None  # class of the config that the command reads, if it reads one
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> settings for argparse
+
+    @property
+    def needs_config(self) -> bool:
+        """Whether the config is an argument of its own, not the value of ``--config``."""
+        return self.config is not None and "--config" not in self.arguments
 
     @property
     def names(self) -> dict[str, str]:
@@ -226,8 +238,12 @@ COMMANDS = {
     ),
     "compare": Command(
         _compare,
-        "Compare DPO, reward models, PPO and others on a task whose optimum is known exactly; write a page.",
-        arguments={"--dir": {**TEXT, "default": "runs/compare", "help": "Folder for the page."}},
+        "Compare DPO, reward models, PPO and others on a task whose optimum is known, or on your own; write a page.",
+        CompareConfig,
+        {
+            "--dir": {**TEXT, "help": "Folder for the page of the built-in task; default: runs/compare."},
+            "--config": {**TEXT, "metavar": "CONFIG.yaml", "help": "Compare on your own model, pairs and judge."},
+        },
     ),
     "quickstart": Command(
         _quickstart,
@@ -280,8 +296,13 @@ def _run(argv: list[str]) -> None:
     namespace = _parser(name).parse_args([name, *remaining])[name]
     arguments = {name: namespace[name] for name in command.names}
     if command.config is not None:
-        config_class = CONFIG_OF[arguments.pop("for")] if "for" in arguments else command.config
-        arguments["config"] = parse_config(namespace["config"], overrides, config_class)
+        config_class, path = (
+            CONFIG_OF[arguments.pop("for")] if "for" in arguments else command.config,
+            namespace["config"],
+        )
+        if path is None and overrides:
+            raise UserError(f"--{next(iter(overrides))}: it is an option of a config: add --config CONFIG.yaml")
+        arguments["config"] = None if path is None else parse_config(path, overrides, config_class)
     command.run(**arguments)
 
 
@@ -325,7 +346,7 @@ def _parser(command_name: str) -> jsonargparse.ArgumentParser:
     for name, command in COMMANDS.items():
         subparser = _Parser(description=command.summary, allow_abbrev=False)
         subparser.command_name = name
-        if command.config is not None:
+        if command.needs_config:
             subparser.usage = f"dpo-jax {name} CONFIG.yaml [options] [--section.key VALUE ...]"
             subparser.add_argument("config", type=str, metavar="CONFIG.yaml", help="See docs/configuration.md.")
         for option, settings in command.arguments.items():

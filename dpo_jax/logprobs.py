@@ -123,7 +123,7 @@ def make_logps_fn(
         precision: of the matmuls with the unembedding, as in ``jax.lax.Precision``; None: JAX's default.
         softcap: cap of the logits, which become cap * tanh(logit / cap); None: no cap.
     """
-    options = {"chunk": chunk, "block": block, "stats": stats, "squares": squares}
+    options: dict[str, Any] = {"chunk": chunk, "block": block, "stats": stats, "squares": squares}
     options |= {"precision": precision, "softcap": softcap}
 
     def logps_fn(weights: Params, batch: PreferenceBatch) -> PairLogps:
@@ -149,7 +149,7 @@ def make_token_logps_fn(
 
     def token_logps_fn(weights: Params, batch: PreferenceBatch) -> Float[Array, "R M"]:
         hidden, unembedding = hidden_fn(weights, batch), unembedding_fn(weights)
-        options = {"chunk": chunk, "block": block, "precision": precision, "softcap": softcap}
+        options: Any = {"chunk": chunk, "block": block, "precision": precision, "softcap": softcap}
         return target_logps(hidden, unembedding, batch, **options).logp
 
     return token_logps_fn

@@ -1,6 +1,7 @@
 """TRL's training curves, step by step: real pairs, a real trained model, through the whole of `train`."""
 
 import json
+from pathlib import Path
 
 import jax
 import pytest
@@ -80,6 +81,11 @@ ALLOWED_LOOSE = ALLOWED | {
     "logits/chosen": (1e-4, 0),
     "logits/rejected": (1e-4, 0),
 }
+FAMILY_ALLOWED = ALLOWED | {
+    "aux_loss": (1e-5, 1),
+    "logits/chosen": (1e-5, 1),  # means over the vocabulary of random models are near 0
+    "logits/rejected": (1e-5, 1),
+}
 PER_MICROBATCH = {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}  # in TRL, when accumulated
 
 
@@ -95,21 +101,19 @@ def test_every_curve_is_run(curves):
 # Slow ones differ in what a step computes; weekly ones in the equation alone, which test_losses.py works by hand.
 SLOW = {"ipo", "bco_pair", "aot", "discopop", "sft", "ld", "wpo", "mpo", "linear_warmup", "accumulated", "sync",
         "padded", "cached", "fsdp4_tensor2", "accumulated_mpo"}  # fmt: skip
-MARKS = {"sigmoid": (), **dict.fromkeys(SLOW, pytest.mark.slow)}
+MARKS = dict.fromkeys({"sigmoid", *SLOW}, pytest.mark.slow)
 
 
-@pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.weekly)) for name in RUNS])
-def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_path):
-    curve, options = RUNS[name]
+def steps_here(model: Path, shared: Path, options: dict, store: Path, run: Path, steps: int = 20) -> list[dict]:
+    """The metrics of a run on the pairs of the curves: in file order, 8 a step."""
     config = parse_config(
         {
-            "model": {"path": str(shared / "models" / "stories260K")},
+            "model": {"path": str(model)},
             "data": {"train": str(shared / "reference_curves" / "pairs.jsonl"), "shuffle": False, "workers": 1,
-                     "store": str(tmp_path_factory.getbasetemp() / "store")},
+                     "store": str(store)},
             "optimizer": {"learning_rate": 1e-4, "schedule": "constant"},
             "batch": {"pairs": 8},
-            "run": {"dir": str(tmp_path / "run"), "steps": 20, "progress": False, "report": False},
+            "run": {"dir": str(run), "steps": steps, "progress": False, "report": False},
             "checkpoint": {"every": 20},
         },
         options,
@@ -117,9 +121,20 @@ def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_pa
     )  # fmt: skip
     on_eight = any(option.startswith("mesh") for option in options)
     train(config, devices=jax.devices() if on_eight else jax.devices()[:1])
-    ours = read_json(tmp_path / "run" / "metrics.jsonl")
-    theirs = curves[curve]["steps"]
-    assert [row["step"] for row in ours] == list(range(1, 21))
+    return read_json(run / "metrics.jsonl")
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("sigmoid", 8), *(pytest.param(name, 20, marks=MARKS.get(name, pytest.mark.weekly)) for name in RUNS)],
+)
+def test_equals_trl_at_every_step(name, steps, curves, shared, tmp_path_factory, tmp_path):
+    curve, options = RUNS[name]
+    model, store = shared / "models" / "stories260K", tmp_path_factory.getbasetemp() / "store"
+    ours = steps_here(model, shared, options, store, tmp_path / "run", steps)
+    theirs = curves[curve]["steps"][:steps]
+    assert [row["step"] for row in ours] == list(range(1, steps + 1))
     for step, (row, expected) in enumerate(zip(ours, theirs, strict=True), start=1):
         for key, value in expected.items():
             if (step == 1 and key == "rewards/accuracies") or (curve == "sigmoid_accum2" and key in PER_MICROBATCH):
@@ -130,3 +145,23 @@ def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_pa
     for key in {"rewards/accuracies", "mean_token_accuracy"} - (PER_MICROBATCH if curve == "sigmoid_accum2" else set()):
         pairs = [(a[key], b[key]) for a, b in zip(ours[1:], theirs[1:], strict=True)]
         assert sum(abs(a - b) > 1e-6 for a, b in pairs) <= 1, key  # one near tie may fall the other way
+
+
+FAMILIES = json.loads((Path(__file__).parent / "golden" / "trl_families.json").read_text())["curves"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_equal_trl_at_every_step(family, shared, tmp_path, monkeypatch):
+    """Random models of other families than Llama, which benchmarks/trl_family_curves.py wrote for TRL as well."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from trl_family_curves import save_checkpoint
+
+    recorded = FAMILIES[family]
+    assert save_checkpoint(family, shared / "models" / "stories260K", tmp_path / "model") == recorded["weights"]
+    ours = steps_here(tmp_path / "model", shared, {}, tmp_path / "store", tmp_path / "run")
+    for row, expected in zip(ours, recorded["steps"], strict=True):
+        for key, value in expected.items():
+            share, least = FAMILY_ALLOWED[key]
+            assert abs(row[key] - value) <= share * max(abs(value), least), f"step {row['step']}: {key}"

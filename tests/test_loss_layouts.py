@@ -113,7 +113,14 @@ def assert_equal(found, expected):
     assert float(change) <= 2e-5
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "oracle"])
+# Meshes compute the same sums, as test_meshes_agree of test_layout.py has it, and a loss sees no more than these.
+each_layout = pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "eight devices" else name for name in LAYOUTS][1:],
+)
+
+
+@each_layout
 def test_log_probs_agree(layout):
     found, expected = computed(layout)[0], computed("oracle")[0]
     for key, values in _sums(expected).items():
@@ -121,7 +128,7 @@ def test_log_probs_agree(layout):
     assert np.abs(expected.tail_sum).max() > 1
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "oracle"])
+@each_layout
 @each_loss
 def test_losses_agree(name, layout):
     assert_equal(gradient(*computed(layout), CONFIGS[name]), oracle(name))

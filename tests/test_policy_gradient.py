@@ -1,7 +1,7 @@
 """Estimators of the policy gradient against their equations, and the step against what a wrong one would do."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ from dpo_jax.policy_gradient import (
     ActorCritic,
     Rollout,
     clipped_surrogate,
+    clipped_value_loss,
     gae,
     leave_one_out,
+    make_targets,
     policy_gradient_step,
     token_rewards,
     whiten,
@@ -31,17 +33,20 @@ LENGTHS = np.array([[4, 1], [2, 5]])
 MASK = np.arange(5) < LENGTHS[..., None]
 PPO = PolicyGradientConfig(kl_coef=0.2)
 RLOO = PolicyGradientConfig(estimator="rloo", answers=4, epochs=2, kl_coef=0.2)
+SGD = optax.sgd(0.1)
 
 
-def policy_gradient_start(options, optimizer):
-    """The initial state of a table, and its step from a state and a rollout."""
+@cache
+def policy_gradient_start(options, optimizer=SGD):
+    """The initial state of a table, and its compiled step from a state and a rollout."""
     value = TABLE.start_value if options.estimator == "gae" else None
     functions = {"logps_fn": TABLE.logps_fn, "values_fn": None if value is None else TABLE.values_fn}
-    step = partial(policy_gradient_step, options=options, optimizer=optimizer, **functions)
+    step = jax.jit(partial(policy_gradient_step, options=options, optimizer=optimizer, **functions))
     start = init_state(ActorCritic(LANGUAGE, value), optimizer)
     return start, lambda state, rollout: step(state, Frozen(reference=LANGUAGE), rollout)
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def sampled_rollout(table, num_prompts, options, key):
     """A rollout of one microbatch, scored by the rule."""
     meals, logps = sampled(TABLE, table, num_prompts, options.answers, key)
@@ -54,8 +59,8 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def test_advantages_are_the_double_sum_of_their_definition():
-    """A_t = sum over l of lambda^l d_{t+l} (eq. 16), on answers whose padding holds values that must not leak."""
-    rewards, values, gae_lambda = np.where(MASK, random(2, 2, 5), 0), random(2, 2, 5, seed=1), 0.7
+    """A_t = sum over l of lambda^l d_{t+l} (eq. 16), on answers whose padding holds numbers that must not leak."""
+    rewards, values, gae_lambda = random(2, 2, 5), random(2, 2, 5, seed=1), 0.7
     expected = np.zeros(MASK.shape)
     for b, k in np.ndindex(2, 2):
         length = LENGTHS[b, k]
@@ -95,6 +100,32 @@ def test_the_baseline_of_an_answer_is_the_mean_of_the_others():
 def test_the_surrogate_earns_nothing_beyond_the_clip(ratio, advantage, slope):
     actual = jax.grad(lambda r: clipped_surrogate(r, jnp.float32(advantage), 0.2))(jnp.float32(ratio))
     assert actual == slope
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "loss", "slope"),
+    [(0.1, 1, 0.81, -0.9), (0.5, 1, 0.64, 0), (-0.5, 1, 2.25, -1.5), (0.5, -1, 2.25, 1.5), (-0.5, -1, 0.64, 0)],
+)
+def test_a_value_earns_nothing_by_a_move_beyond_the_clip(value, target, loss, slope):
+    """The value was 0 when the answers were sampled."""
+    loss_of = lambda v: clipped_value_loss(v, jnp.float32(0), jnp.float32(target), 0.2)  # noqa: E731
+    actual = jax.value_and_grad(loss_of)(jnp.float32(value))
+    np.testing.assert_allclose(actual, (loss / 2, slope), atol=1e-6)
+
+
+def test_targets_are_the_whitened_advantages_of_all_microbatches_and_the_returns():
+    shape = 2, 2, 2, 5
+    mask = np.broadcast_to(MASK, shape)
+    scores = random(*shape[:-1]) + np.array([0, 4])[:, None, None]  # another mean in each microbatch
+    rollout = Rollout(None, mask, np.ones(shape[:-1], bool), scores, random(*shape))
+    logps, reference_logps, values = (random(*shape, seed=seed) for seed in (1, 2, 3))
+    targets, _ = make_targets(rollout, logps, reference_logps, values, PPO)
+    rewards = token_rewards(scores, logps - reference_logps, mask, PPO.kl_coef)
+    advantages = np.asarray(gae(rewards, values, mask, PPO.gae_lambda))
+    real = advantages[mask]
+    np.testing.assert_allclose(targets.advantages[mask], (real - real.mean()) / real.std(), atol=1e-5)
+    np.testing.assert_allclose(targets.values.returns[mask], (advantages + values)[mask], atol=1e-6)
+    np.testing.assert_array_equal(targets.values.old_values, values)
 
 
 def objective(table, options):
@@ -141,17 +172,17 @@ def assert_same(actual, expected, **tolerance):
 @pytest.mark.parametrize("options", [PPO, RLOO])
 def test_microbatches_change_nothing(options):
     """Whitening, baselines and means are those of the whole step."""
-    start, step = policy_gradient_start(options, optax.sgd(0.1))
+    start, step = policy_gradient_start(options)
     whole = sampled_rollout(LANGUAGE, 32 // options.answers, options, jax.random.key(0))
     split = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[2:]), whole)
-    (state, metrics), (split_state, split_metrics) = (jax.jit(step)(start, answers) for answers in (whole, split))
+    (state, metrics), (split_state, split_metrics) = (step(start, answers) for answers in (whole, split))
     assert_same(split_state.params, state.params, atol=1e-6)
     assert_same(split_metrics, metrics, atol=1e-5)
     assert metrics["grad_norm"] > 0.01
 
 
 def test_a_model_that_trains_on_other_positions_than_it_sampled_from_is_noticed():
-    start, step = policy_gradient_start(PPO, optax.sgd(0.1))
+    start, step = policy_gradient_start(PPO)
     policy = LANGUAGE + 0.2 * random(*LANGUAGE.shape)
     start = replace(start, params=start.params._replace(policy=policy))
     answers = sampled_rollout(policy, 32, PPO, jax.random.key(0))
@@ -172,8 +203,8 @@ def test_an_update_that_is_not_finite_leaves_the_state_as_it_was():
 
 def test_an_answer_without_end_is_penalized():
     """With a penalty, the reward of a step falls by it times the share of answers that did not end."""
-    start, step = policy_gradient_start(PPO, optax.sgd(0.1))
-    _, penalized = policy_gradient_start(replace(PPO, missing_eos_penalty=3.0), optax.sgd(0.1))
+    start, step = policy_gradient_start(PPO)
+    _, penalized = policy_gradient_start(replace(PPO, missing_eos_penalty=3.0))
     answers = sampled_rollout(LANGUAGE.at[:, :, :, inn.EOS].add(-8), 32, PPO, jax.random.key(0))
     share = 1 - answers.ended.mean()
     assert share > 0.2

@@ -2,6 +2,7 @@
 
 from dpo_jax.config import AnyConfig
 from dpo_jax.methods.setup import sets_of
+from dpo_jax.models.families import context_length
 from dpo_jax.reports.data_audit import audit, render, show_step
 from dpo_jax.weights.hub import end_tokens
 from dpo_jax.weights.open import open_model
@@ -18,6 +19,6 @@ def describe_data(config: AnyConfig, step: int | None) -> str:
     sets = sets_of(config, tokenizer)
     if step is not None:
         return show_step(sets, step, tokenizer)
-    max_positions, ends = source.hf_config.get("max_position_embeddings"), end_tokens(source.folder, source.hf_config)
+    max_positions, ends = context_length(source.hf_config), end_tokens(source.folder, source.hf_config)
     limits = {"max_length": config.data.max_length, "max_positions": max_positions}
     return render(audit(sets, tokenizer, ends=ends, num_sampled=config.planned.num_tokens, **limits))

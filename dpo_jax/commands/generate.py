@@ -29,6 +29,7 @@ from dpo_jax.errors import RunStopped, UserError
 from dpo_jax.inference.answer_scores import SCORE_DECIMALS, AnswerScores, make_answer_scores
 from dpo_jax.inference.generate import NO_END, Answer, generate, rollout_weights
 from dpo_jax.models.decoder import count_params
+from dpo_jax.models.families import context_length, refuse_positions
 from dpo_jax.parallel import hosts
 from dpo_jax.parallel.rendezvous import start_hosts
 from dpo_jax.parallel.sharding import make_mesh, platform_of
@@ -175,7 +176,8 @@ def announce(
         f"answers: {config.n} to each prompt; they end at {end_names}, or after {config.sampling.max_tokens} tokens",
     ]
     longest = max(lengths) + config.sampling.max_tokens
-    positions = policy.source.hf_config.get("max_position_embeddings", longest)
+    refuse_positions(policy.model.config, longest, "sampling.max_tokens", config.sampling.max_tokens)
+    positions = context_length(policy.source.hf_config) or longest
     if longest > positions:
         limit = f"but the model supports {positions} (max_position_embeddings)"
         lines.append(f"note: a prompt with its answer has up to {longest} tokens, {limit}: lower sampling.max_tokens")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import docstring_parser
 
 from dpo_jax.config import SourceConfig, TrainConfig
+from dpo_jax.config.compare import CompareConfig, ComparedMethodConfig
 from dpo_jax.config.file import COMMAND_OF, field_types, type_words
 from dpo_jax.config.section import as_yaml
 
@@ -27,7 +28,7 @@ mappings. It replaces the value in the file; if an option is given twice, the la
 - Types are strict: `"8"` is not a number, `1.0` is not an integer, `1` is not a boolean. Unknown names are errors.
 - A path alone may stand for a data set, `pairs.jsonl` for `{path: pairs.jsonl}`, and a single entry for a list of one.
   It may stand for a reward model, too: `reward` of `generate` and `ppo`, `eval.reward` and `data.online.reward` of
-  `train`.
+  `train`, and `judge` of `compare`.
   The index may be left out if there is only one data set: `--data.train.limit 100`.
 - An option that has no effect next to the other options is an error. One that has no effect only because of the data,
   the length of the run or the devices, such as a warmup longer than the run, is noted when the run starts.
@@ -40,6 +41,7 @@ This page is generated from `dpo_jax/config/` by `python -m dpo_jax.config.docs`
 KEY_OPTIONS = ("model.path", "data.train", "data.max_length", "loss.type", "loss.beta", "reference.mode",
          "optimizer.learning_rate", "batch.pairs", "batch.accumulation", "run.dir")  # fmt: skip
 NO_SECTION = "options without a section"
+METHOD = "methods.NAME"  # section that stands for every method of a comparison
 DATA_SET = "data.train.0"  # section that stands for every data set of a run
 _TABLE_HEAD = ("| option | type | default | meaning |", "|---|---|---|---|")
 
@@ -75,9 +77,11 @@ def sections(kind: type, name: str = "") -> Iterator[SectionText]:
 
 
 def help_sections(kind: type) -> Iterator[SectionText]:
-    """Yield the `sections` of a config class and, for a training config, those of an entry of data.train."""
+    """Yield the `sections` of a config class, and those of an entry of data.train and of methods if it has these."""
     yield from sections(kind)
-    if issubclass(kind, TrainConfig):
+    if issubclass(kind, CompareConfig):
+        yield next(sections(ComparedMethodConfig, METHOD))  # without its sections, which are those of other commands
+    if issubclass(kind, TrainConfig | CompareConfig):
         yield from sections(SourceConfig, DATA_SET)
 
 

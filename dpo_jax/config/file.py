@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from dpo_jax.config import DPOConfig, GenerateConfig, JudgeConfig, PPOConfig, RewardConfig, SFTConfig, SourceConfig
+from dpo_jax.config.compare import CompareConfig, ComparedJudgeConfig, ComparedMethodConfig
 from dpo_jax.config.elsewhere import NOT_OFFERED, OPTION_ALIASES
 from dpo_jax.config.generate import ComparedRewardConfig, RewardModelConfig
 from dpo_jax.config.loss import LOSS_ALIASES
@@ -35,6 +36,7 @@ COMMAND_OF: dict[type[Section], str] = {  # class of a whole config -> command
     RewardConfig: "reward",
     PPOConfig: "ppo",
     GenerateConfig: "generate",
+    CompareConfig: "compare --config",
 }
 SHORTHAND = {
     SourceConfig: "path",
@@ -42,7 +44,9 @@ SHORTHAND = {
     ComparedRewardConfig: "path",
     JudgeConfig: "path",
     PairJudgeConfig: "path",
+    ComparedJudgeConfig: "path",
 }  # section that a string may replace -> the field it sets
+ENTRY_WORDS = {SourceConfig: "a data set", ComparedMethodConfig: "a method"}  # section that is an entry of a mapping
 SCALARS = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}
 SCALAR_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
 
@@ -141,7 +145,7 @@ def _choices(kind: Any) -> list[str]:
         return [word for option in get_args(kind) for word in _choices(option)]
     if get_origin(kind) is Literal:
         return [str(choice) for choice in get_args(kind)]
-    return ["a data set" if kind is SourceConfig else SCALAR_WORDS[kind]]
+    return [ENTRY_WORDS[kind] if kind in ENTRY_WORDS else SCALAR_WORDS[kind]]
 
 
 # Conversion of plain values to typed dataclasses. `name` is the dotted name of the value; `root` is the class of the
@@ -205,8 +209,9 @@ def _read_section(kind: type[Section], value: Any, name: str, root: type) -> Sec
             raise UserError(f"{option} is required: set it in the config or with --{option}")
     try:
         return kind(**options)
-    except UserError as error:  # an entry of a list does not know its own name
-        raise error if kind.section else UserError(prefix + str(error)) from None
+    except UserError as error:  # an entry of a list or mapping does not know its own name, nor does a section in it
+        outer = prefix if not kind.section else name.removesuffix(kind.section) if name.endswith(kind.section) else ""
+        raise UserError(outer + str(error)) if outer else error from None
 
 
 def _is_no_section(field: dataclasses.Field[Any], kind: Any, value: Any) -> bool:

@@ -75,13 +75,9 @@ class PairJudgeConfig(JudgeConfig, name="data.online.reward"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineConfig(Section, name="data.online"):
-    """Online DPO: each step samples answers to its prompts, and trains on the best and the worst answer to each.
+class OnlinePairsConfig(Section, name="data.online"):
+    """How many answers are sampled, and how the best and the worst of them are labeled."""
 
-    Rows of `data.train` are prompts then; of pairs, only the prompt is read. `sampling` says how answers are sampled.
-    """
-
-    reward: PairJudgeConfig
     answers: int = ranged(2, at_least=2)
     """Answers sampled per prompt."""
     labels: Literal["soft", "hard"] = "soft"
@@ -89,6 +85,16 @@ class OnlineConfig(Section, name="data.online"):
     always, and the margin grows without end."""
     missing_eos_penalty: float = ranged(0.0, at_least=0)
     """Subtracted from the score of an answer that reached the maximum length without an end token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig(OnlinePairsConfig):
+    """Online DPO: each step samples answers to its prompts, and trains on the best and the worst answer to each.
+
+    Rows of `data.train` are prompts then; of pairs, only the prompt is read. `sampling` says how answers are sampled.
+    """
+
+    reward: PairJudgeConfig
 
 
 @dataclass(frozen=True, kw_only=True)

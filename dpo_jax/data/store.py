@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # version of the files; increment it also when the same rows would yield different tokens
+FORMAT = 4  # version of the files; increment it also when the same rows would yield different tokens
 DTYPES = dict.fromkeys(("tokens", "lengths", "num_targets"), "<i4")
 DTYPES |= {"rows": "<i8", "sources": "<i2", "weights": "<f4", "margins": "<f4", "targets": "|b1"}
 MAX_LISTED_ROWS = 10  # rows listed per cause in a report; problems.jsonl lists all

@@ -265,7 +265,8 @@ def _assistant_turns(encoder: _DataEncoder, example: Example, messages: Messages
     """Return (spans, notes) or a ``Problem``; the spans [start, end) in `text` are the assistant turns to train on.
 
     A turn starts where the preceding conversation with its generation prompt ends. A template may render a turn
-    differently when others follow (Qwen3 removes thoughts); the turn is then the longest tail of it that matches.
+    differently when others follow: by its end alone (Phi-3 writes EOS after the last turn only), or otherwise (Qwen3
+    removes thoughts), and the turn is then the longest tail of it that matches.
     """
     spans, changed_index = [], None
     for index, message in enumerate(messages):
@@ -274,8 +275,8 @@ def _assistant_turns(encoder: _DataEncoder, example: Example, messages: Messages
         prompt_text = render(encoder.template, example, messages[:index], prompt=True)
         turn_text = render(encoder.template, example, messages[: index + 1])
         start = common_prefix(prompt_text, text)
-        end = len(turn_text)
-        if start < len(prompt_text) or not text.startswith(turn_text):
+        end = _turn_end(encoder, example, messages[: index + 1], turn_text, text)
+        if start < len(prompt_text) or end is None:
             changed_index = index
             # content may start like the end of the generation prompt, so a marker is used to find the turn's start
             marked_messages = [*messages[:index], message | {"content": MARKER}, *messages[index + 1 :]]
@@ -290,6 +291,27 @@ def _assistant_turns(encoder: _DataEncoder, example: Example, messages: Messages
         spans.append((start, end))
     detail = f"message {changed_index} is rendered differently when messages follow it"
     return spans, () if changed_index is None else (_not_prefix(example.row, detail),)
+
+
+def _turn_end(encoder: _DataEncoder, example: Example, messages: Messages, turn_text: str, text: str) -> int | None:
+    """Return the position in `text` at which the last of `messages` ends, rendered without others as `turn_text`.
+
+    If the renderings differ after the message's content only, it is where they do, or the start of the special token
+    that they differ in. None if they differ before.
+    """
+    end = common_prefix(turn_text, text)
+    if end == len(turn_text):
+        return end
+    marked_text = render(encoder.template, example, [*messages[:-1], messages[-1] | {"content": MARKER}])
+    ending = marked_text.rpartition(MARKER)[2] if MARKER in marked_text else ""
+    content_end = len(turn_text) - len(ending)
+    if end < content_end or not turn_text.endswith(ending) or "tool_calls" in messages[-1]:
+        return None
+    for token in (str(token) for token in encoder.tokenizer.added_tokens_decoder.values()):
+        for rendering in (turn_text, text):
+            start = rendering.find(token, max(content_end, end - len(token) + 1), end + len(token) - 1)
+            end = end if start < 0 else min(end, start)
+    return end
 
 
 def _truncate(encoder: _DataEncoder, example: Example, pieces: _Pieces) -> _Pieces | Problem:

@@ -12,6 +12,7 @@ from dpo_jax.batch import BLOCK, Adapted, PairLogps, Params, round_up
 from dpo_jax.batching.packing import BatchShape, make_units, pack_rows
 from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.models.decoder import Model
+from dpo_jax.models.families import refuse_positions
 from dpo_jax.models.heads import make_scores_fn
 from dpo_jax.parallel.sharding import local_row_shards, replicated, row_devices
 
@@ -32,9 +33,11 @@ def make_answer_scores(model: Model, weights: Params | Adapted, mesh: Mesh) -> A
     def answer_scores(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
         examples = [(np.array(p), (np.array(a),), None) for p, a in zip(prompts, answers, strict=True)]
         lengths = np.array([[len(p), len(a)] for p, a in zip(prompts, answers, strict=True)])
+        longest = int(lengths.sum(1).max())
+        refuse_positions(model.config, longest, "reward.path", "the reward model")
         rows = [[unit] for unit in make_units(lengths, lengths[:, 1:], "padded")]
         size = round_up(len(rows), row_devices(mesh)) // row_devices(mesh)  # rows per shard
-        shape = scored_shape(size * row_devices(mesh), int(lengths.sum(1).max()))
+        shape = scored_shape(size * row_devices(mesh), longest)
         local_rows = [shard * size + row for shard in shards for row in range(size)]
         batch = pack_rows(rows, shape, examples, np.ones(len(rows), np.float32), 1, local_rows)
         scores: Any = scores_fn(weights, to_devices(batch)).sum

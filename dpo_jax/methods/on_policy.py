@@ -38,19 +38,27 @@ class AnswerEvaluation:
         """
         metrics: dict[str, float] = {}
         for name, answers in eval_answers(self.setup, self.sampler, weights).items():
-            scores = np.concatenate([graded.scores.ravel() for graded in answers])
-            values = {
-                "score": scores,
-                "length": np.concatenate([graded.num_tokens.ravel() for graded in answers]),
-                "ended": np.concatenate([graded.ended.ravel() for graded in answers]),
-            }
-            if reference is not None:
-                values["sampled_kl"] = self._log_ratios(name, answers, weights, reference)
-                values["win_rate"] = np.concatenate(list(map(wins, answers, self.reference_answers[name])))
+            log_ratios = None if reference is None else self.log_ratios(name, answers, weights, reference)
+            values = self.of_answers(name, answers, log_ratios)
             metrics |= {f"eval_{name}_{key}": float(value.mean(dtype=np.float64)) for key, value in values.items()}
         return metrics
 
-    def _log_ratios(
+    def of_answers(
+        self, name: str, answers: Sequence[Graded], log_ratios: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return the value of each metric for each answer to the prompts of a set."""
+        values = {
+            "score": np.concatenate([graded.scores.ravel() for graded in answers]),
+            "length": np.concatenate([graded.num_tokens.ravel() for graded in answers]),
+            "ended": np.concatenate([graded.ended.ravel() for graded in answers]),
+        }
+        if log_ratios is not None:
+            values["sampled_kl"] = log_ratios
+        if self.reference_answers:
+            values["win_rate"] = np.concatenate(list(map(wins, answers, self.reference_answers[name])))
+        return values
+
+    def log_ratios(
         self, name: str, answers: Sequence[Graded], weights: Params | Adapted, reference: Params | Adapted
     ) -> np.ndarray:
         """Return log(pi / ref) of each answer, by the same program."""

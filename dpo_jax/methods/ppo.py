@@ -33,6 +33,7 @@ from dpo_jax.methods.samples import Samples, make_samples
 from dpo_jax.methods.setup import Policy, Setup, describe, load_policy
 from dpo_jax.methods.start_check import starts_equal
 from dpo_jax.models.decoder import Model
+from dpo_jax.models.heads import without_unembedding
 from dpo_jax.parallel.sharding import replicated, sharded_structs
 from dpo_jax.policy_gradient import ActorCritic, Rollout, TokensFn, policy_gradient_step
 from dpo_jax.runs.logs import Evaluation
@@ -221,11 +222,6 @@ def start_value(setup: Setup, policy: Policy, value_model: Model) -> Params:
         config = replace(setup.config.lora, path=None)
         return load_start(config, value_model, score, setup.config.run.seed + 1, setup.mesh)
     return copy_weights(without_unembedding(policy.weights), None) | score
-
-
-def without_unembedding(weights: Params) -> Params:
-    """Return the weights of a language model that a value model has, too."""
-    return {name: weight for name, weight in weights.items() if name != "unembed"}
 
 
 def make_answer_logps_fn(model: Model, max_tokens: int, *, chunk: int) -> TokensFn:

@@ -27,6 +27,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.inference.score import LogpsStep
 from dpo_jax.logprobs import LogpsFn, make_logps_fn
 from dpo_jax.models.decoder import Model, count_adapters, count_params
+from dpo_jax.models.families import context_length, refuse_positions
 from dpo_jax.models.heads import make_scores_fn
 from dpo_jax.parallel import hosts
 from dpo_jax.parallel.compiler import platform_flags
@@ -79,6 +80,8 @@ def assemble(
     """Find the model, tokenize the data and assign it to steps; nothing is compiled and no weights are loaded."""
     opened = open_model(config.model, platform_of(mesh), config.lora)
     model, tokenizer = with_head(opened.model, config), opened.tokenizer(config.data.chat_template)
+    max_length = config.data.max_length
+    refuse_positions(model.config, max_length, "data.max_length", max_length)
     sets = hosts.writer_first(partial(sets_of, config, tokenizer, train_set, eval_sets), "tokenized data")
     sets = sets.with_answers(config.planned)
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
@@ -187,13 +190,14 @@ def notes_of(setup: Setup) -> list[str]:
     )
     notes, order, lengths = idle_options(setup.config, facts), setup.batches.order, setup.batches.store.lengths
     longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
-    max_positions = setup.source.hf_config.get("max_position_embeddings", longest)
+    max_positions = context_length(setup.source.hf_config) or longest
     if longest > max_positions:
         limit_note = f"but the model supports {max_positions} (max_position_embeddings)"
         notes.append(f"a prompt with its answer has up to {longest} tokens, {limit_note}: lower data.max_length")
     if setup.config.run.samples and setup.evals:
         prompt = max(int(batches.store.lengths[:, 0].max()) for batches in setup.evals.values())
         sampled = prompt + setup.config.sampling.max_tokens
+        refuse_positions(setup.model.config, sampled, "sampling.max_tokens", setup.config.sampling.max_tokens)
         if sampled > max(longest, max_positions):
             limit_note = f"but the model supports {max_positions} (max_position_embeddings)"
             notes.append(

@@ -26,6 +26,7 @@ REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names("projected", "routed"),
     "full": jax.checkpoint_policies.save_only_these_names("routed"),
 }
+BIAS_DIMS = 128  # dims added to hidden states for a bias of the unembedding; mesh axes and tiles divide it
 
 
 def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> PreferenceBatch:
@@ -79,7 +80,11 @@ class Decoder(DecoderModule):
                 self.variable("lora", "score", partial(self.zeros, "SD"))
         elif not c.tied:
             self.weight("unembed", "VD")
+        if c.unembed_bias and not c.scores:
+            self.weight("unembed_bias", "V", nn.initializers.zeros)
         x = scaled(self.weight("embed", "VD")[tokens].astype(self.dtype), c.embed_scale)
+        if c.learned_positions:
+            x += self.weight("position_embed", "PD")[positions].astype(self.dtype)
         # inside a scan XLA cannot merge the recomputed forward pass with the first; unrolled, it could
         policy = REMAT[self.remat]
         layer = Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=not self.scan)
@@ -145,7 +150,9 @@ class Model:
     def _hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> tuple[Array, None, BalanceSums | None]:
         inputs = make_inputs(batch, self.attention, self.config.head_dim)
         token_weights = None if self.config.experts is None else count_answers(batch)
-        return self._apply(weights, batch.tokens, batch.positions, inputs, batch.longest, token_weights)
+        inputs = (batch.tokens, batch.positions, inputs, batch.longest, token_weights)
+        hidden, cache, sums = self._apply(weights, *inputs)
+        return self._with_bias_dims(hidden), cache, sums
 
     def empty_cache(self, num_rows: int, num_slots: int) -> Cache:
         """Return an empty cache with ``num_slots`` slots per row."""
@@ -165,7 +172,7 @@ class Model:
         inputs = CacheInputs(as_tokens(positions), as_tokens(slots), cache.end)
         is_token = (positions >= 0).astype(jnp.int32)
         hidden, layers, _ = self._apply(weights, tokens, positions, inputs, slots.shape[1], is_token, cache.layers)
-        return hidden, Cache(layers, slots, cache.end + tokens.shape[1])
+        return self._with_bias_dims(hidden), Cache(layers, slots, cache.end + tokens.shape[1])
 
     def _apply(self, weights: Params | Adapted, *inputs: Any) -> tuple[Array, Any, Any]:
         """Call the Flax module on ``inputs`` with these weights."""
@@ -188,8 +195,27 @@ class Model:
         return {"precision": self.precision, "softcap": self.config.logit_softcap}
 
     def unembedding(self, weights: Params | Adapted) -> Float[Array, "V D"]:
-        """Return the unembedding matrix: logits = hidden @ unembedding.T, then capped if the model has a cap."""
-        return _split(weights).base["embed" if self.config.tied else "unembed"]
+        """Return the unembedding matrix: logits = hidden @ unembedding.T, then capped if the model has a cap.
+
+        A bias is one more column of the matrix, next to zeros: hidden states have a 1 there.
+        """
+        base = _split(weights).base
+        matrix = base["embed" if self.config.tied else "unembed"]
+        if not self._has_bias_dims:
+            return matrix
+        columns = jnp.pad(base["unembed_bias"][:, None], ((0, 0), (0, BIAS_DIMS - 1)))
+        return jnp.concatenate([matrix, columns.astype(matrix.dtype)], axis=1)
+
+    @property
+    def _has_bias_dims(self) -> bool:
+        return self.config.unembed_bias and not self.config.scores
+
+    def _with_bias_dims(self, hidden: Float[Array, "R T _"]) -> Float[Array, "R T _"]:
+        """Append a 1 and zeros to hidden states, if the unembedding has a bias."""
+        if not self._has_bias_dims:
+            return hidden
+        ones = jnp.zeros((*hidden.shape[:-1], BIAS_DIMS), hidden.dtype).at[..., 0].set(1)
+        return jnp.concatenate([hidden, ones], axis=-1)
 
     def head(self, weights: Params | Adapted) -> Float[Array, "S D"]:
         """Return the head of a reward model: the adapters' own, or without adapters the base's."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from dpo_jax.batch import Adapted, PairLogps, Params, PreferenceBatch
+from dpo_jax.errors import UserError
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import FAMILIES
 
@@ -27,6 +28,11 @@ def answer_ends(batch: PreferenceBatch) -> Int[Array, "R A"]:
     rows, indices = jnp.indices(slots.shape)
     ends = jnp.zeros((len(slots), batch.answers_per_row), jnp.int32)
     return ends.at[rows, slots].max(indices, mode="drop")
+
+
+def without_unembedding(weights: Params) -> Params:
+    """Return the weights of a language model that a model with a head has, too."""
+    return {name: weight for name, weight in weights.items() if name not in ("unembed", "unembed_bias")}
 
 
 def make_scores_fn(model: Model) -> Callable[[Params | Adapted, PreferenceBatch], PairLogps]:
@@ -52,7 +58,16 @@ def reward_hf_config(hf_config: Mapping[str, Any], pad_id: int) -> dict[str, Any
     """Return the ``config.json`` of a reward model with the given language model's decoder.
 
     ``pad_id``: transformers reads the score at the last token that is not padding, so no answer may end with it.
+
+    Raises:
+        UserError: transformers has no reward models of this family.
     """
-    architecture = FAMILIES[hf_config["model_type"]].reward_architecture
-    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    return {**hf_config, "architectures": [architecture], **labels, "pad_token_id": pad_id}
+    model_type = hf_config["model_type"]
+    family = FAMILIES[model_type]
+    if family.reward_architecture is None:
+        remedy = "transformers has no class for reward models of this type; choose a model of another type"
+        raise UserError("config.json: model_type", model_type, remedy)
+    changes = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": pad_id}
+    if family.wraps is not None:
+        changes[family.wraps] = {**hf_config[family.wraps], "pad_token_id": pad_id}
+    return {**hf_config, "architectures": [family.reward_architecture], **changes}

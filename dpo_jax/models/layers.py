@@ -1,7 +1,7 @@
 """Decoder layer, and the modules that declare its parameters from the table in projections.py.
 
 Shape letters: R rows, T tokens per row, D model, F feed-forward, N query heads, K key/value heads, H head dim,
-C = H / 2 rotated pairs per head, V vocabulary, L layers, r rank, S scores of a reward model, E experts.
+C rotated pairs per head (H / 2 by default), V vocabulary, L layers, r rank, S scores of a reward model, E experts.
 
 A parameter tree is a plain nested dictionary. Matrices keep the orientation of the Hugging Face files, outputs first
 ([N, H, D] for the query projection), so that loading is stacking and exporting is slicing. Only `gate` and `up` are
@@ -25,7 +25,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import AnyArray, BalanceSums
-from dpo_jax.models.options import DecoderConfig, LinearScaling, Llama3Scaling, Lora, Rope, YarnScaling
+from dpo_jax.models.options import (
+    DecoderConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LongropeScaling,
+    Lora,
+    Rope,
+    YarnScaling,
+)
 from dpo_jax.models.projections import AXES, EXPERTS, layer_projections
 from dpo_jax.ops import experts as mixture
 from dpo_jax.ops.attention import AttentionInputs, Implementation, attend, attend_cached
@@ -50,9 +58,9 @@ class Rotation(NamedTuple):
     factor: Float[Array, "*kinds"] | None  # of cosines and sines; None: 1
 
 
-def rotary_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "C"]:
-    """Return the radians per position of each rotated pair; see `options` for the scalings."""
-    frequency = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
+def rotary_frequencies(rope: Rope, dims: int) -> Float[np.ndarray, "C"]:
+    """Return the radians per position of each pair of the rotated ``dims``; see `options` for the scalings."""
+    frequency = rope.theta ** (-np.arange(0, dims, 2) / dims)
     match rope.scaling:
         case LinearScaling(factor=factor):
             frequency = frequency / factor
@@ -63,17 +71,16 @@ def rotary_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "C"]:
         case YarnScaling() as scaling:
             # index, not rounded, of the frequency that makes so many turns in the original context
             index = lambda turns: (  # noqa: E731
-                head_dim
-                * np.log(scaling.original_max_position_embeddings / (turns * 2 * np.pi))
-                / 2
-                / np.log(rope.theta)
+                dims * np.log(scaling.original_max_position_embeddings / (turns * 2 * np.pi)) / 2 / np.log(rope.theta)
             )
             first, last = index(scaling.beta_fast), index(scaling.beta_slow)
             if scaling.truncate:
                 first, last = np.floor(first), np.ceil(last)
-            first, last = max(first, 0), min(last, head_dim - 1)
-            blend = 1 - (np.arange(head_dim // 2) - first) / max(last - first, 0.001)
+            first, last = max(first, 0), min(last, dims - 1)
+            blend = 1 - (np.arange(dims // 2) - first) / max(last - first, 0.001)
             frequency = _blend(frequency, scaling.factor, blend)
+        case LongropeScaling(factors=factors):
+            frequency = frequency / np.asarray(factors)
     return frequency.astype(np.float32)
 
 
@@ -88,22 +95,29 @@ def make_rotations(config: DecoderConfig, positions: Int[AnyArray, "R T"]) -> Ro
     ropes = [kind.rope for kind in config.kinds]
     if not any(ropes):
         return None
-    zeros = np.zeros(config.head_dim // 2, np.float32)  # leave a head as it is, bit for bit
-    frequencies = np.stack([zeros if rope is None else rotary_frequencies(rope, config.head_dim) for rope in ropes])
+    zeros = np.zeros(config.rotated // 2, np.float32)  # leave a head as it is, bit for bit
+    frequencies = np.stack([zeros if rope is None else rotary_frequencies(rope, config.rotated) for rope in ropes])
     scalings = [None if rope is None else rope.scaling for rope in ropes]
-    factors = [scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0 for scaling in scalings]
+    factors = [getattr(scaling, "attention_factor", 1.0) for scaling in scalings]
     angles = jnp.asarray(positions, jnp.float32)[..., None] * frequencies[:, None, None]
     return Rotation(angles, None if set(factors) == {1.0} else jnp.asarray(factors, jnp.float32))
 
 
-def rotate(x: Float[Array, "R T N H"], rotation: Rotation) -> Float[Array, "R T N H"]:
-    """Apply rotary embeddings in float32; the first half of a head is paired with its second half."""
+def rotate(x: Float[Array, "R T N H"], rotation: Rotation, interleaved: bool = False) -> Float[Array, "R T N H"]:
+    """Apply rotary embeddings in float32 to the first 2 C dims of each head.
+
+    The first half of these dims is paired with the second half or, if ``interleaved``, each dim with its neighbor.
+    """
     cos, sin = jnp.cos(rotation.angles)[:, :, None], jnp.sin(rotation.angles)[:, :, None]
     if rotation.factor is not None:
         cos, sin = cos * rotation.factor, sin * rotation.factor
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    dims = 2 * rotation.angles.shape[-1]
+    x32, kept = x[..., :dims].astype(jnp.float32), x[..., dims:]
+    first, second = (x32[..., ::2], x32[..., 1::2]) if interleaved else jnp.split(x32, 2, axis=-1)
+    pair = first * cos - second * sin, second * cos + first * sin
+    rotated = jnp.stack(pair, axis=-1).reshape(x32.shape) if interleaved else jnp.concatenate(pair, axis=-1)
+    rotated = rotated.astype(x.dtype)
+    return jnp.concatenate([rotated, kept], axis=-1) if kept.shape[-1] else rotated
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -180,7 +194,7 @@ class DecoderModule(nn.Module):
     def norm(self, name: str, x: Array, letters: str = "D", factor: float = 1.0) -> Array:
         """Divide by sqrt(mean(x^2) + eps) over the dims of ``letters`` and scale, in float32 (arXiv 1910.07467).
 
-        ``factor``: of the result, rounded with it.
+        LayerNorm subtracts the mean first (arXiv 1607.06450). ``factor``: of the result, rounded with it.
         """
         c = self.config
         scale = self.weight(f"{name}_norm", letters, nn.initializers.constant(1 - c.norm_offset)).astype(jnp.float32)
@@ -188,9 +202,16 @@ class DecoderModule(nn.Module):
             scale += c.norm_offset
         # merge rows and tokens: with a leading dim of 1, XLA's gradient is 8 times slower on a CPU
         x32 = x.astype(jnp.float32).reshape(-1, *x.shape[2:])
-        mean_square = jnp.mean(x32 * x32, axis=tuple(range(-len(letters), 0)), keepdims=True)
+        axes = tuple(range(-len(letters), 0))
+        if c.norm == "layer":
+            x32 -= jnp.mean(x32, axis=axes, keepdims=True)
+        mean_square = jnp.mean(x32 * x32, axis=axes, keepdims=True)
         x32 *= jax.lax.rsqrt(mean_square + c.norm_eps)
-        return (x32 * scaled(scale, factor)).astype(x.dtype).reshape(x.shape)
+        x32 *= scaled(scale, factor)
+        if c.norm_bias:
+            bias = self.weight(f"{name}_norm_bias", letters, nn.initializers.zeros).astype(jnp.float32)
+            x32 += scaled(bias, factor)
+        return x32.astype(x.dtype).reshape(x.shape)
 
 
 class CacheInputs(NamedTuple):
@@ -220,7 +241,7 @@ class KeyValues(NamedTuple):
 
 
 class Layer(DecoderModule):
-    """Decoder layer: attention, then feed-forward, each added to the residual stream."""
+    """Decoder layer: attention and feed-forward, each added to the residual stream."""
 
     attention: Implementation
     longest: int  # as in `PreferenceBatch`
@@ -240,14 +261,16 @@ class Layer(DecoderModule):
         ``rotations`` are stacked by it. ``token_weights``: how often a token counts in these sums; 0 at padding.
         """
         x, cache = carry
-        y, cache = self.self_attention(self.pre_norm("attention", x), cache, kind, rotations, inputs)
-        x += self.branch("attention", y)
-        x_ffn, sums = self.pre_norm("ffn", x), None
-        if self.config.experts is None:
-            y = self.feed_forward(x_ffn)
+        normed = self.pre_norm("attention", x)
+        y, cache = self.self_attention(normed, cache, kind, rotations, inputs)
+        if self.config.residual == "sequential":
+            x += self.branch("attention", y)
+            z, sums = self.feed_forward(self.pre_norm("ffn", x), token_weights)
+            x += self.branch("ffn", z)
         else:
-            y, sums = self.experts(x_ffn, token_weights)
-        x += self.branch("ffn", y)
+            ffn_inputs = normed if self.config.residual == "shared" else self.pre_norm("ffn", x)
+            z, sums = self.feed_forward(ffn_inputs, token_weights)
+            x += self.branch("attention", y) + self.branch("ffn", z)
         return (constrain_rows(x), cache), sums
 
     def pre_norm(self, name: str, x: Array) -> Array:
@@ -275,7 +298,7 @@ class Layer(DecoderModule):
             q, k = self.norm("query", q, letters[0]), self.norm("key", k, letters[1])
         if rotations is not None:
             rotation = jax.tree.map(lambda x: x[0 if len(c.kinds) == 1 else kind], rotations)
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            q, k = rotate(q, rotation, c.rotary_interleaved), rotate(k, rotation, c.rotary_interleaved)
         sinks = self.weight("sinks", "N", nn.initializers.zeros) if c.sinks else None
         options = {"scale": c.score_scale, "softcap": c.attention_softcap, "sinks": sinks}
         if isinstance(inputs, CacheInputs):
@@ -296,10 +319,20 @@ class Layer(DecoderModule):
         index = jnp.asarray([choices.index(window) for window in windows])[kind]
         return jax.lax.switch(index, [partial(fn, window=window) for window in choices])
 
-    def feed_forward(self, x: Array) -> Array:
-        """Compute the gated feed-forward block."""
+    def feed_forward(self, x: Array, token_weights: Array | None) -> tuple[Array, BalanceSums | None]:
+        """Compute the feed-forward block; a mixture of experts also returns its router's sums over tokens."""
+        if self.config.experts is None:
+            return self.dense(x), None
+        assert token_weights is not None
+        return self.experts(x, token_weights)
+
+    def dense(self, x: Array) -> Array:
+        """Compute the feed-forward block, gated or plain."""
+        activation = ACTIVATIONS[self.config.activation]
+        if not self.config.gated:
+            return self.linear("down", activation(self.linear("up", x)))
         gate, up = self.linear("gate", x), self.linear("up", x)
-        return self.linear("down", ACTIVATIONS[self.config.activation](gate) * up)
+        return self.linear("down", activation(gate) * up)
 
     def experts(self, x: Array, token_weights: Array) -> tuple[Array, BalanceSums]:
         """Compute the feed-forward of each token's experts; also return the router's sums over tokens."""

@@ -35,7 +35,26 @@ class YarnScaling:
     truncate: bool = True  # round the indices of the two frequencies outward
 
 
-Scaling = LinearScaling | Llama3Scaling | YarnScaling
+@dataclass(frozen=True, kw_only=True)
+class LongropeScaling:
+    """LongRoPE in the original context: each frequency is divided by its factor (arXiv 2402.13753).
+
+    Longer sequences have other factors, for all of their tokens, so no row of several sequences can have both.
+    """
+
+    factors: tuple[float, ...]
+    original_max_position_embeddings: int
+    attention_factor: float  # as in YaRN
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicScaling:
+    """Dynamic NTK scaling in the original context, where it has no effect; longer sequences have a larger base."""
+
+    original_max_position_embeddings: int
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongropeScaling | DynamicScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +104,24 @@ class DecoderConfig:
     head_dim: int  # H
     ffn: int  # F, of each expert in a mixture
     norm_eps: float
-    norm_offset: float = 0.0  # added to the weight of every RMSNorm
+    norm: Literal["rms", "layer"] = "rms"  # layer: the mean is subtracted first
+    norm_bias: bool = False
+    norm_offset: float = 0.0  # added to the weight of every norm
     pre_norm: bool = True  # norm of the input of attention and feed-forward
     post_norm: bool = False  # norm of their output, before it is added to the residual stream
-    qk_norm: Literal["none", "head", "all"] = "none"  # RMSNorm of each query and key head, or of all heads at once
+    # parallel: the feed-forward reads what attention reads, each by its norm; shared: by one norm
+    residual: Literal["sequential", "parallel", "shared"] = "sequential"
+    qk_norm: Literal["none", "head", "all"] = "none"  # norm of each query and key head, or of all heads at once
     activation: Activation = "silu"
     gated: bool = True  # the feed-forward has a gate, to which the activation applies
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the projection after attention
     mlp_bias: bool = False
+    unembed_bias: bool = False
     pattern: tuple[LayerKind, ...] = (LayerKind(),)  # kinds of the layers from the first on, repeated
+    rotary_dims: int | None = None  # first dims of a head, which rotate; None: all
+    rotary_interleaved: bool = False  # rotated pairs are neighbors; otherwise a dim of each half of the dims
+    learned_positions: int = 0  # rows of a table of position embeddings
     attention_scale: float | None = None  # of scores; None: 1 / sqrt(H)
     sinks: bool = False  # each head has a score that its softmax counts as that of one more key, of value 0
     attention_softcap: float | None = None  # scores become cap * tanh(score / cap)
@@ -124,6 +151,20 @@ class DecoderConfig:
         return tuple(self.kinds[kind].window for kind in self.kind_of_layer)
 
     @property
+    def rotated(self) -> int:
+        """Number of dims of a head that rotate."""
+        return self.head_dim if self.rotary_dims is None else self.rotary_dims
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence for which the decoder is defined; None: any."""
+        scalings = [kind.rope.scaling for kind in self.kinds if kind.rope is not None]
+        limits = [
+            s.original_max_position_embeddings for s in scalings if isinstance(s, LongropeScaling | DynamicScaling)
+        ]
+        return min(limits + [self.learned_positions] * (self.learned_positions > 0), default=None)
+
+    @property
     def score_scale(self) -> float:
         """Factor of attention scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
@@ -151,7 +192,7 @@ class Lora:
 
     rank: int
     scale: float
-    targets: frozenset[str]  # names of `projections.LAYER`
+    targets: frozenset[str]  # names of projections
     shared: tuple[tuple[str, str], ...] = ()  # (name, other): both are in one module, so name has the A of other
 
     def owner(self, name: str) -> str:

@@ -25,6 +25,7 @@ AXES = {
     "e": "routes",
     "U": "shared_ffn",
     "u": "single",
+    "P": "learned_positions",
 }
 
 
@@ -100,13 +101,14 @@ def layer_projections(config: DecoderConfig) -> dict[str, Projection]:
     experts = {name: row for name, row in EXPERTS.items() if has_shared or not name.startswith("shared_")}
     return ATTENTION | experts
 
-
 _LAYER_TENSORS = {
     "attention_norm": "input_layernorm.weight",
+    "attention_norm_bias": "input_layernorm.bias",
     "query_norm": "self_attn.q_norm.weight",
     "key_norm": "self_attn.k_norm.weight",
     "sinks": "self_attn.sinks",
     "ffn_norm": "post_attention_layernorm.weight",
+    "ffn_norm_bias": "post_attention_layernorm.bias",
     **{row.name: f"{row.module}.weight" for row in LAYER.values()},
     **{f"{row.name}_bias": f"{row.module}.bias" for row in LAYER.values()},
 }
@@ -114,7 +116,9 @@ _LAYER_TENSORS = {
 TENSORS = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
+    "final_norm_bias": "model.norm.bias",
     "unembed": "lm_head.weight",
+    "unembed_bias": "lm_head.bias",
     "score": "score.weight",
     **{f"layers/{name}": f"model.layers.{{}}.{tensor}" for name, tensor in _LAYER_TENSORS.items()},
 }

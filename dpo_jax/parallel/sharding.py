@@ -34,6 +34,7 @@ RULES: dict[str, tuple[str | None, bool]] = {
     "single": (None, False),
     "rank": (None, False),  # of adapters
     "scores": (None, False),
+    "learned_positions": (None, False),
 }
 
 

@@ -22,6 +22,7 @@ from dpo_jax.methods.dpo import find_reference
 from dpo_jax.methods.ppo import value_model_of
 from dpo_jax.methods.setup import sets_of, with_head
 from dpo_jax.models.decoder import Model, count_adapters, count_params
+from dpo_jax.models.families import refuse_positions
 from dpo_jax.parallel.chips import GIB, Topology, parse_topology
 from dpo_jax.parallel.sharding import row_devices
 from dpo_jax.plan.ahead_of_time import Phase, compile_step, slice_mesh, step_arguments, step_sizes
@@ -67,7 +68,8 @@ def plan(config: PlannedConfig, source: ModelSource, slice_: Topology, inputs: I
         UserError: the config cannot run on that slice.
     """
     mesh = slice_mesh(config, slice_, inputs.slices)
-    model = with_head(build_model(source, config.model, "tpu", config.lora), config)
+    model, max_length = with_head(build_model(source, config.model, "tpu", config.lora), config), config.data.max_length
+    refuse_positions(model.config, max_length, "data.max_length", max_length)
     load, unit = find_load(config, mesh, inputs), config.batch.counts.removesuffix("s")
     arguments = step_arguments(config, model, mesh, load)
     report: dict[str, Any] = {

@@ -196,7 +196,7 @@ def draw_reliability(bins_of: Mapping[str, Sequence[Row]], theme: str) -> bytes:
 class Frontier(NamedTuple):
     """What methods reached, and the optimum's curve, as pairs of KL and expected reward."""
 
-    optimum: Sequence[tuple[float, float]]  # a curve
+    optimum: Sequence[tuple[float, float]]  # a curve; empty if it is not known
     points: Mapping[str, Sequence[tuple[float, float, str]]]  # of each method, with a label
 
 
@@ -207,7 +207,8 @@ def draw_frontier(panels: Mapping[str, Frontier], theme: str) -> bytes:
     palette = (colors["ink"], colors["chosen"], colors["rejected"], *colors["lines"])
     names = list(dict.fromkeys(name for frontier in panels.values() for name in frontier.points))
     for number, (axes, (title, frontier)) in enumerate(zip(columns, panels.items(), strict=True)):
-        axes.plot(*zip(*frontier.optimum, strict=True), color=colors["ink"], linewidth=1.2)
+        if frontier.optimum:
+            axes.plot(*zip(*frontier.optimum, strict=True), color=colors["ink"], linewidth=1.2)
         for name, points in frontier.points.items():
             index = names.index(name)
             style = {"marker": "osD^vPX*h<>p"[index % 12], "color": palette[index % len(palette)], "linewidths": 0}

@@ -1,14 +1,52 @@
-"""The page of a comparison of methods with the exact optimum, from the results that ``compare.json`` holds."""
+"""The page of a comparison of methods, from its results: with the exact optimum, or on a user's own model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from dpo_jax.reports.charts import Frontier, draw_frontier, draw_proxy, figure, reliability
-from dpo_jax.reports.html import heading, page, paragraph, table
+from dpo_jax.reports.html import heading, number, page, paragraph, table
+from dpo_jax.reports.samples import answer_card, cut_note
 
 Row = Mapping[str, Any]
+Columns = Mapping[str, tuple[str, str]]  # heading -> key of a row, and how its value is formatted
+BETA = {"beta": ("beta", "g")}
+BEST_BY_RULE, BEST_BY_JUDGE = "Best of n by the rule", "Best of n by the judge"
+REACHED = BETA | {
+    "reward": ("reward", ".3f"),
+    "KL, nats": ("kl", ".3f"),
+    "optimum's KL": ("optimum_kl", ".3f"),
+    "share": ("share", ".3f"),
+    "spread": ("spread", ".3f"),
+}
+BILL = BETA | {
+    "models": ("models", ""),
+    "pairs": ("pairs", ",.0f"),
+    "sampled": ("sampled", ",.0f"),
+    "updates": ("updates", ",.0f"),
+}
+EXACT_BILL = BILL | {"CPU seconds": ("cpu", ""), "MiB": ("mib", ".1f"), "options to set": ("named", "")}
+DRIFT = BETA | {
+    "length": ("length", ".2f"),
+    "entropy": ("entropy", ".2f"),
+    "ended": ("ended", ".1%"),
+    "displaced": ("displaced", ".1%"),
+    "change": ("chosen_change", "+.2f"),
+}
+RANKING = {"labels right": ("labels", ".1%"), "as the rule": ("rule", ".1%"), "calibration error": ("ece", ".3f")}
+JUDGED = BETA | {
+    "score": ("reward", ".4g"),
+    "± s.e.": ("error", ".2g"),
+    "KL, nats": ("kl", ".3f"),
+    "± s.e. ": ("kl_error", ".2g"),
+    "win rate": ("win_rate", ".1%"),
+    "length": ("length", ".1f"),
+    "ended": ("ended", ".1%"),
+    "spread": ("spread", ".2g"),
+}
+MAX_SHOWN = 8  # prompts whose answers a page shows
 
+FRONTIER_NOTE = "The line is the largest reward that any policy has at a KL: that of reference exp(reward / beta) / Z."
 INTRODUCTION = """Every method starts from the same supervised policy, its reference; those that learn from preferences
 have the same pairs of the reference's answers, whose labels are drawn from Bradley-Terry of the rule. Rewards are the
 rule's own, KL is KL(policy || reference), and both are exact. Beta is also the KL coefficient of PPO and RLOO, and the
@@ -35,79 +73,67 @@ can learn what guests like; methods that ask the rule about their own answers ne
 def comparison_page(results: Row) -> str:
     """Return the page."""
     table_results, decoder = results["experiments"]
+    panels = {f"policy: a {each['title']}": each for each in (table_results, decoder)}
+    tables = [method_table(methods_of(each, BEST_BY_RULE), REACHED) for each in (decoder, table_results)]
     return page(
         "From preferences to a policy",
         f"{results['seeds']} seeds on the inn, a task whose {results['answers']:,} answers are all enumerated",
         [
             paragraph(INTRODUCTION),
-            heading("Reward against KL", frontier_figure(results["experiments"])),
-            heading("What each reached: the decoder", reached_table(decoder), paragraph(TWIST_NOTE)),
-            heading("What each reached: the table", reached_table(table_results)),
-            heading("Learned rewards on held-out pairs", *ranking_section(results["rankings"])),
+            heading("Reward against KL", frontier_figure(panels, FRONTIER_NOTE, BEST_BY_RULE)),
+            heading("What each reached: the decoder", tables[0], paragraph(TWIST_NOTE)),
+            heading("What each reached: the table", tables[1]),
+            heading("Learned rewards on held-out pairs", *ranking_section(results["rankings"], RANKING_NOTE)),
             heading("Learned against true reward", proxy_figure(results["proxy"])),
             heading("The bill", *bill_section(results, decoder["rows"])),
-            heading("Drift", drift_table(decoder), paragraph(DRIFT_NOTE)),
+            heading("Drift", method_table(methods_of(decoder), DRIFT), paragraph(DRIFT_NOTE)),
             heading("The same guests, answered by each", texts_table(results["texts"])),
         ],
     )
 
 
-def frontier_figure(experiments: list[Row]) -> str:
-    """Return the picture: a panel for each kind of policy."""
-    panels = {f"policy: a {each['title']}": frontier_of(each) for each in experiments}
-    note = "The line is the largest reward that any policy has at a KL: that of reference exp(reward / beta) / Z."
+def frontier_figure(experiments: Mapping[str, Row], note: str, best_title: str) -> str:
+    """Return the picture: a panel for each experiment, by title."""
+    panels = {title: frontier_of(each, best_title) for title, each in experiments.items()}
     return figure("Frontier", note, partial(draw_frontier, panels))
 
 
-def frontier_of(experiment: Row) -> Frontier:
-    """Return the curve and the points of one kind of policy."""
+def frontier_of(experiment: Row, best_title: str) -> Frontier:
+    """Return the curve and the points of one experiment."""
     points: dict[str, list[tuple[float, float, str]]] = {"Reference": [(0.0, experiment["reference"]["reward"], "")]}
     best_of = [(each["kl"], each["reward"], str(each["n"])) for each in experiment["best_of"]]
-    points["Best of n by the rule"] = best_of
+    points |= {best_title: best_of} if best_of else {}
     for row in experiment["rows"]:
-        points.setdefault(row["name"], []).append((row["kl"], row["reward"], _beta(row)))
+        beta = "" if row["beta"] is None else f"{row['beta']:g}"
+        points.setdefault(row["name"], []).append((row["kl"], row["reward"], beta))
     return Frontier(experiment["optimum"], points)
 
 
-def reached_table(experiment: Row) -> str:
-    """Return the table of what each method reached."""
-    rows = [
-        (
-            row["name"],
-            _beta(row),
-            f"{row['reward']:.3f}",
-            f"{row['kl']:.3f}",
-            "" if row["optimum_kl"] is None else f"{row['optimum_kl']:.3f}",
-            f"{row['share']:.3f}",
-            f"{row['spread']:.3f}",
-        )
-        for row in experiment["rows"]
-    ]
-    reference = ("Reference", "", f"{experiment['reference']['reward']:.3f}", "0.000", "", "", "")
+def methods_of(experiment: Row, best_title: str = "") -> list[Row]:
+    """Return the rows of the reference, of the best of n answers if they have a title, and of each method."""
     best = [
-        (
-            f"Best of {each['n']} by the rule",
-            "",
-            f"{each['reward']:.3f}",
-            f"{each['kl']:.3f}",
-            "",
-            f"{each['share']:.3f}",
-            "",
-        )
-        for each in experiment["best_of"]
+        {"name": best_title.replace(" n ", f" {each['n']} "), "beta": None, **each} for each in experiment["best_of"]
     ]
-    head = ("Method", "beta", "reward", "KL, nats", "optimum's KL", "share", "spread")
-    return table(head, [reference, *best, *rows])
+    reference = {"name": "Reference", "beta": None, **experiment["reference"]}
+    return [reference, *(best if best_title else []), *experiment["rows"]]
 
 
-def ranking_section(rankings: Mapping[str, Row]) -> Iterator[str]:
+def method_table(rows: Sequence[Row], columns: Columns, subject: str = "Method") -> str:
+    """Return a table with a row for each ``subject``, without the columns that are empty in every row."""
+    columns = {title: each for title, each in columns.items() if any(row.get(each[0]) is not None for row in rows)}
+
+    def cell(value: Any, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    cells = [[cell(row.get(key), form) for key, form in columns.values()] for row in rows]
+    return table((subject, *columns), [(row["name"], *each) for row, each in zip(rows, cells, strict=True)])
+
+
+def ranking_section(rankings: Mapping[str, Row], note: str) -> Iterator[str]:
     """Yield the table of how learned rewards rank held-out pairs, and their reliability diagrams."""
-    rows = [
-        (name, f"{row['labels']:.1%}", f"{row['rule']:.1%}", f"{row['calibration']['ece']:.3f}")
-        for name, row in rankings.items()
-    ]
-    yield table(("Reward", "labels right", "as the rule", "calibration error"), rows)
-    yield paragraph(RANKING_NOTE)
+    rows = [{"name": name, **row, "ece": row["calibration"]["ece"]} for name, row in rankings.items()]
+    yield method_table(rows, RANKING, "Reward")
+    yield paragraph(note)
     yield reliability([{"set": name, "calibration": row["calibration"]} for name, row in rankings.items()])
 
 
@@ -118,37 +144,16 @@ def proxy_figure(proxy: Mapping[str, Any]) -> str:
 
 def bill_section(results: Row, rows: list[Row]) -> Iterator[str]:
     """Yield the table of what each method took, and its explanation."""
-    bill = [
-        (
-            row["name"],
-            _beta(row),
-            row["models"],
-            f"{row['pairs']:,}",
-            f"{row['sampled']:,}",
-            f"{row['updates']:,}",
-            f"{row['seconds']:.0f} + {row['compile_seconds']:.0f}",
-            f"{row['num_bytes'] / 2**20:.1f}",
-            ", ".join(row["options"]),
-        )
-        for row in rows
+    seconds = [f"{row['seconds']:.0f} + {row['compile_seconds']:.0f}" for row in rows]
+    shown = [
+        {**row, "cpu": text, "mib": row["num_bytes"] / 2**20, "named": ", ".join(row["options"])}
+        for row, text in zip(rows, seconds, strict=True)
     ]
-    head = ("Method", "beta", "models", "pairs", "sampled", "updates", "CPU seconds", "MiB", "options to set")
-    yield table(head, bill)
+    yield method_table(shown, EXACT_BILL)
     cost = results["reward_model"]
     note = BILL_NOTE.format(updates=cost["updates"], seconds=cost["seconds"], compile=cost["compile_seconds"])
     rate = f" The learning rate of methods on pairs, {results['learning_rate']:g}, was chosen by DPO on another seed."
     yield paragraph(note + rate)
-
-
-def drift_table(experiment: Row) -> str:
-    """Return the table of how far each policy moved from its reference."""
-    reference = experiment["reference"]
-    rows = [("Reference", "", *_drift(reference), "", "")]
-    rows += [
-        (row["name"], _beta(row), *_drift(row), f"{row['displaced']:.1%}", f"{row['chosen_change']:+.2f}")
-        for row in experiment["rows"]
-    ]
-    return table(("Method", "beta", "length", "entropy", "ended", "displaced", "change"), rows)
 
 
 def texts_table(texts: Row) -> str:
@@ -158,9 +163,84 @@ def texts_table(texts: Row) -> str:
     return table(head, rows)
 
 
-def _beta(row: Row) -> str:
-    return "" if row["beta"] is None else f"{row['beta']:g}"
+# The page of a comparison on a user's own model.
+
+MODEL_INTRODUCTION = """Every method starts from the same model, the reference, and learns from the same pairs or the
+prompts of these pairs. Each trained policy then answers the same {prompts} held-out prompts once, with the same
+sampling keys, and the judge, {judge}, scores the answers. KL is log(policy / reference) of these answers, so it is an
+estimate; standard errors are over prompts. The number at each point is beta: loss.beta, or the KL coefficient of a
+policy gradient."""
+BEST_NOTE = """The KL of the best of n answers is the bound log(n) - (n - 1) / n; ties make it smaller."""
+JUDGED_NOTE = """Score, KL, length in tokens, and the share of answers that end with an end token are means over prompts
+and seeds; spread is the range of the seeds' scores. Win rate: answers that score higher than the reference's answer to
+the same prompt; ties count half."""
+MODEL_RANKING_NOTE = """Labels right: held-out pairs whose chosen answer has the higher reward, as a mean over seeds;
+ties count as wrong. The calibration error compares the probability that a margin stands for with how often the label
+agrees; it and the diagrams are those of the first seed. The implicit reward is beta log(policy / reference)."""
+MODEL_PROXY_NOTE = """The learned reward, which was trained on, and the judge's score, of the answers of the reference
+(before) and of the policy (after). A learned score that rises more than the judge's, or a correlation over prompts that
+falls, is what over-optimization looks like; scales and offsets of the two scores differ."""
+MODEL_BILL_NOTE = """Pairs are those of the training set, for methods that learn from their labels; sampled counts the
+tokens of answers sampled in training. Seconds are those of training steps, with compilation, without evaluations.
+Options are those of the objective and the optimizer that are not at their defaults. With adapters, policy, reference
+and value share one copy of the base weights. All figures are means over seeds."""
+PROXY = BETA | {
+    "learned, before": ("learned_before", ".4g"),
+    "after": ("learned_after", ".4g"),
+    "judge, before": ("judge_before", ".4g"),
+    "after ": ("judge_after", ".4g"),
+    "correlation, before": ("correlation_before", ".2f"),
+    "after  ": ("correlation_after", ".2f"),
+}
+MODEL_BILL = BILL | {"seconds": ("seconds", ",.0f"), "options": ("named", "")}
 
 
-def _drift(row: Row) -> tuple[str, ...]:
-    return f"{row['length']:.2f}", f"{row['entropy']:.2f}", f"{row['ended']:.1%}"
+def model_comparison_page(results: Row) -> str:
+    """Return the page of a comparison on a user's own model."""
+    experiment, num_prompts = results["experiment"], len(results["texts"]["prompts"])
+    rows = methods_of(experiment, BEST_BY_JUDGE)
+    best_note = [paragraph(BEST_NOTE)] if experiment["best_of"] else []
+    picture = frontier_figure({results["model"]: experiment}, "", BEST_BY_JUDGE)
+    return page(
+        "From preferences to a policy",
+        f"{results['model']} · {results['seeds']} seed{'s' * (results['seeds'] > 1)} of each method",
+        [
+            paragraph(MODEL_INTRODUCTION.format(prompts=num_prompts, judge=results["judge"])),
+            heading("Score against KL", picture),
+            heading("What each reached", method_table(rows, JUDGED), paragraph(JUDGED_NOTE), *best_note),
+            heading("Rewards on held-out pairs", *ranking_section(results["rankings"], MODEL_RANKING_NOTE))
+            if results["rankings"]
+            else "",
+            heading("Learned reward against judge", *proxy_section(results["proxy"])),
+            heading("The bill", *model_bill_section(results)),
+            heading("The same prompts, answered by each", *answer_cards(results["texts"])),
+        ],
+    )
+
+
+def proxy_section(proxy: Sequence[Row]) -> list[str]:
+    """Return the table of learned and judged scores before and after training, if a method has both."""
+    rows = [
+        {"name": row["name"], "beta": row["beta"]}
+        | {f"{score}_{when}": row[when][score] for when in ("before", "after") for score in row[when]}
+        for row in proxy
+    ]
+    return [method_table(rows, PROXY), paragraph(MODEL_PROXY_NOTE)] if rows else []
+
+
+def model_bill_section(results: Row) -> list[str]:
+    """Return the table of what each method took; the reward model has a row of its own."""
+    rows = [row | {"named": ", ".join(row["options"])} for row in results["experiment"]["rows"]]
+    if results["reward_model"] is not None:
+        rows = [{"name": "Reward model", "models": "reward", **results["reward_model"]}, *rows]
+    return [method_table(rows, MODEL_BILL), paragraph(MODEL_BILL_NOTE)]
+
+
+def answer_cards(texts: Row) -> Iterator[str]:
+    """Yield a card for each of the first prompts, with the answer of each method's first seed."""
+    for i, prompt in enumerate(texts["prompts"][:MAX_SHOWN]):
+        answers = [
+            (f"{name}, score {number(rows[i]['score'])}{cut_note(rows[i])}", rows[i]["text"].strip())
+            for name, rows in texts["answers"].items()
+        ]
+        yield answer_card(f"row {prompt['row']}", prompt["prompt"].strip(), answers)

@@ -23,7 +23,13 @@ def samples(rows: Sequence[Row]) -> str:
     shown = [row for name in dict.fromkeys(row["set"] for row in last) for row in _of_set(last, name)[:MAX_SHOWN]]
     count = f"The first {len(shown)} of {len(last)} prompts; samples.jsonl has all" if len(shown) < len(last) else ""
     note = [paragraph(f"{count}.")] if count else []
-    return "\n".join([*note, *(_block(first_of_prompt[_prompt_of(row)], row) for row in shown)])
+    cards = [
+        answer_card(
+            f"{row['set']} · row {row['row']}", row["prompt"].strip(), columns(first_of_prompt[_prompt_of(row)], row)
+        )
+        for row in shown
+    ]
+    return "\n".join([*note, *cards])
 
 
 def _prompt_of(row: Row) -> tuple[str, str, int]:
@@ -34,16 +40,16 @@ def _of_set(rows: Sequence[Row], name: str) -> list[Row]:
     return [row for row in rows if row["set"] == name]
 
 
-def _block(first: Row, last: Row) -> str:
+def answer_card(label: str, prompt: str, answers: Sequence[tuple[str, str]]) -> str:
+    """Return HTML of a prompt and of answers to it, each with a title, side by side; a long prompt is folded."""
     answers_html = "".join(
         f'<div><div class="soft">{escape(title)}</div><div class="text">{escape(text) or "·"}</div></div>'
-        for title, text in columns(first, last)
+        for title, text in answers
     )
-    prompt = last["prompt"].strip()
     is_long = len(prompt) > MAX_PROMPT
     prompt_html = details("Prompt", prompt) if is_long else f'<div class="text"><b>{escape(prompt)}</b></div>'
     return (
-        f'<div class="card pair"><div class="soft">{escape(last["set"])} · row {last["row"]}</div>'
+        f'<div class="card pair"><div class="soft">{escape(label)}</div>'
         f'{prompt_html}<div class="answers three">{answers_html}</div></div>\n'
     )
 
@@ -53,7 +59,7 @@ def columns(first: Row, last: Row) -> list[tuple[str, str]]:
     compared = next(name for name in ("reference", "start") if name in last)
     if "policy" not in last:  # a reward model, which scores answers that stay the same
         scores = ", ".join(f"{number(row[compared]['score'])} at step {row['step']}" for row in (first, last))
-        return [(f"{compared}, score {scores}{_cut(last[compared])}", last[compared]["text"].strip())]
+        return [(f"{compared}, score {scores}{cut_note(last[compared])}", last[compared]["text"].strip())]
     answers = [(compared, last[compared])]
     begin, end = (f"policy at step {row['step']}" for row in (first, last))
     if first["policy"]["text"] == last[compared]["text"]:
@@ -66,8 +72,9 @@ def columns(first: Row, last: Row) -> list[tuple[str, str]]:
 
 def _facts(answer: Row) -> str:
     score = f", score {number(answer['score'])}" if "score" in answer else ""
-    return score + _cut(answer)
+    return score + cut_note(answer)
 
 
-def _cut(answer: Row) -> str:
+def cut_note(answer: Row) -> str:
+    """Return a note on an answer that reached the maximum length, else an empty string."""
     return f", cut at {answer['num_tokens']} tokens" * (answer["finish_reason"] == "length")

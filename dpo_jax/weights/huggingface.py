@@ -23,7 +23,7 @@ from dpo_jax.errors import UserError, reason
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.families import FAMILIES, tensor_name
 from dpo_jax.parallel.hosts import is_writer
-from dpo_jax.weights.safetensors import INDEX, SINGLE, Tensor, find_tensors, write_file
+from dpo_jax.weights.safetensors import INDEX, SINGLE, Tensor, copy_tensors, find_tensors, read_header, write_file
 from dpo_jax.weights.stored import Part, Stored, leaf_name, leaves_by_name, stored_tensors
 
 # Ends of names of buffers in files of old models, which this program computes from the config.
@@ -35,6 +35,7 @@ COMPANIONS = (
     "generation_config.json",
 )  # fmt: skip
 
+CARRIED = "carried.safetensors"  # `carried_tensors` in a run's copy of the files next to its model
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -48,8 +49,10 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Model) ->
         raise mismatch(f"config.json requires {_name_list(missing)}, which the weights do not contain")
     embed, unembed = (tensor_name(model.config, leaf) for leaf in ("embed", "unembed"))
     allowed = expected.keys() | ({unembed} if model.config.tied else set())
-    ignored = (*_BUFFERS, *FAMILIES[model.config.family].ignored)
-    extra = [name for name in tensors if name not in allowed and not name.endswith(ignored)]
+    family = FAMILIES[model.config.family]
+    ignored, carried = (*_BUFFERS, *family.ignored), tuple(family.carried)
+    unknown = (name for name in tensors if name not in allowed)
+    extra = [name for name in unknown if not name.endswith(ignored) and not name.startswith(carried)]
     if extra:
         raise mismatch(f"the weights contain {_name_list(extra)}, which config.json does not define")
     for name, stored in expected.items():
@@ -225,7 +228,8 @@ def export_params(
         params: parameters of ``model``, on any devices.
         hf_config: the ``config.json`` that the model was built from.
         dtype: of the tensors in the files: float32, bfloat16 or float16.
-        source_dir: directory to copy tokenizer, chat template and generation config from; None: copy nothing.
+        source_dir: directory to copy tokenizer, chat template, generation config and `carried_tensors` from; None:
+            copy nothing.
         overwrite: replace an earlier export; other files in ``out_dir`` stay.
         max_shard_bytes: maximum size of a file, unless a single tensor is larger.
 
@@ -238,7 +242,8 @@ def export_params(
             pass  # fetching is collective
         return
     with atomic_directory(Path(out_dir), overwrite) as staging:
-        _write_tensors(params, model, staging, dtype, max_shard_bytes)
+        carried = {} if source_dir is None else carried_tensors(source_dir, model.config.family)
+        _write_tensors(params, model, carried, staging, dtype, max_shard_bytes)
         dtype_keys = {"dtype", "torch_dtype"} & hf_config.keys() or {"torch_dtype"}
         config = {**hf_config, **dict.fromkeys(dtype_keys, dtype.name)}
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -334,16 +339,40 @@ def _copy_companions(source_dir: Path, folder: Path) -> None:
             shutil.copyfile(source, folder / name)
 
 
-def _write_tensors(params: Params, model: Model, folder: Path, dtype: np.dtype, max_shard_bytes: int) -> None:
+def carried_tensors(folder: Path, family: str) -> dict[str, Tensor]:
+    """Find the tensors of a model's other parts, such as vision, which pass from its directory to an export."""
+    beginnings = tuple(FAMILIES[family].carried)
+    if not beginnings:
+        return {}
+    if (folder / CARRIED).is_file():
+        return read_header(folder / CARRIED)
+    has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    tensors = find_tensors(folder) if has_weights else {}
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(beginnings)}
+
+
+def _write_tensors(
+    params: Params,
+    model: Model,
+    carried: Mapping[str, Tensor],
+    folder: Path,
+    dtype: np.dtype,
+    max_shard_bytes: int,
+) -> None:
     stored = stored_tensors(model)
     files = _split(stored, dtype.itemsize, max_shard_bytes)
+    num_files = len(files) + bool(carried)
+    names = [f"model-{index:05d}-of-{num_files:05d}.safetensors" for index in range(1, num_files + 1)]
     weight_map: dict[str, str] = {}
-    for index, file_tensors in enumerate(files, start=1):
-        file = SINGLE if len(files) == 1 else f"model-{index:05d}-of-{len(files):05d}.safetensors"
+    for file_tensors, file in zip(files, [SINGLE] if num_files == 1 else names, strict=False):
         shapes = {name: entry.shape for name, entry in file_tensors.items()}
         write_file(folder / file, shapes, dtype, fetch_tensors(params, file_tensors, dtype))
         weight_map |= dict.fromkeys(file_tensors, file)
-    if len(files) > 1:
+    if carried:
+        copy_tensors(folder / names[-1], carried)
+        weight_map |= dict.fromkeys(carried, names[-1])
+    if num_files > 1:
         total = sum(math.prod(entry.shape) for entry in stored.values()) * dtype.itemsize
+        total += sum(tensor.end - tensor.start for tensor in carried.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

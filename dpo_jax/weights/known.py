@@ -43,6 +43,58 @@ _SMOLLM2_135M = _LLAMA | _sizes(576, 1536, 30, 9, 3) | {"vocab_size": 49152, "he
 _SMOLLM2_135M |= {"max_position_embeddings": 8192, "tie_word_embeddings": True, "initializer_range": 1 / 24}
 _SMOLLM2_135M |= {"is_llama_config": True, "rope_interleaved": False}
 
+_GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "initializer_range": 0.02, "head_dim": 256}
+_GEMMA |= {"attention_bias": False, "query_pre_attn_scalar": 256}
+_GEMMA2_9B = _GEMMA | _sizes(3584, 14336, 42, 16, 8) | {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0}
+_GEMMA2_9B |= {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 256000}
+_GEMMA2_9B |= {"max_position_embeddings": 8192, "sliding_window": 4096, "sliding_window_size": 4096}
+_GEMMA2_9B |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GEMMA3_1B = _GEMMA | _sizes(1152, 6912, 26, 4, 1) | {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0}
+_GEMMA3_1B |= {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 262144}
+_GEMMA3_1B |= {"max_position_embeddings": 32768, "sliding_window": 512, "sliding_window_pattern": 6}
+_GEMMA3_1B |= {"attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_scaling": None}
+_OLMO2_7B = _COMMON | _sizes(4096, 11008, 32, 32, 32) | {"rms_norm_eps": 1e-6, "rope_theta": 500000}
+_OLMO2_7B |= {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "vocab_size": 100352}
+_OLMO2_7B |= {"max_position_embeddings": 4096, "attention_bias": False, "rope_scaling": None}
+_SMOLLM3_3B = _COMMON | _sizes(2048, 11008, 36, 16, 4) | {"rms_norm_eps": 1e-6, "rope_theta": 5000000.0}
+_SMOLLM3_3B |= {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "vocab_size": 128256}
+_SMOLLM3_3B |= {"max_position_embeddings": 65536, "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
+_SMOLLM3_3B |= {"no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4, "tie_word_embeddings": True}
+_SMOLLM3_3B |= {"use_sliding_window": False, "sliding_window": None}
+_GRANITE_2B = _COMMON | _sizes(2048, 8192, 40, 32, 8) | {"rope_theta": 10000000.0, "rope_scaling": None}
+_GRANITE_2B |= {"architectures": ["GraniteForCausalLM"], "model_type": "granite", "vocab_size": 49159}
+_GRANITE_2B |= {"max_position_embeddings": 131072, "attention_bias": False, "mlp_bias": False}
+_GRANITE_2B |= {"embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "residual_multiplier": 0.22}
+_GRANITE_2B |= {"logits_scaling": 8.0, "tie_word_embeddings": True}
+_PYTHIA = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "vocab_size": 50304, "hidden_act": "gelu"}
+_PYTHIA |= {"max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "use_parallel_residual": True}
+_PYTHIA |= {"rotary_pct": 0.25, "rotary_emb_base": 10000, "initializer_range": 0.02, "tie_word_embeddings": False}
+
+
+def _pythia(hidden: int, layers: int, heads: int) -> HFConfig:
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden}
+    return _PYTHIA | sizes | {"num_hidden_layers": layers, "num_attention_heads": heads}
+
+
+_PHI = _COMMON | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "attention_bias": False}
+_PHI4 = _PHI | _sizes(5120, 17920, 40, 40, 10) | {"vocab_size": 100352, "max_position_embeddings": 16384}
+_PHI4 |= {"original_max_position_embeddings": 16384, "rope_theta": 250000, "rope_scaling": None, "sliding_window": None}
+_PHI35_ROPE = {"type": "longrope", "short_factor": [  # to two decimals; the file has those that are nearest in float32
+    1.0, 1.02, 1.03, 1.03, 1.05, 1.05, 1.05, 1.05, 1.05, 1.07, 1.1, 1.11, 1.16, 1.16, 1.17, 1.29, 1.34, 1.68, 1.79,
+    1.82, 1.85, 1.88, 1.91, 1.94, 1.99, *[2.02] * 6, *[2.03] * 9, 2.08, 2.09, 2.19, 2.22, 2.59, 2.73, 2.75, 2.84,
+], "long_factor": [
+    1.08, 1.11, 1.14, 1.34, 1.59, 1.6, 1.62, 2.62, 3.23, 3.23, 4.79, 7.4, 7.7, 9.09, 12.2, 17.67, 24.46, 28.57, 30.42,
+    30.84, 32.59, 32.93, 42.32, 44.96, 50.34, 50.45, 57.55, 57.93, 58.21, 60.14, 62.61, 62.62, 62.71, 63.14, 63.14,
+    63.77, 63.93, 63.96, 63.97, 64.03, 64.07, 64.08, 64.12, 64.41, 64.48, 64.51, 64.53, 64.84,
+]}  # fmt: skip
+_PHI35_MINI = _PHI | _sizes(3072, 8192, 32, 32, 32) | {"vocab_size": 32064, "max_position_embeddings": 131072}
+_PHI35_MINI |= {"original_max_position_embeddings": 4096, "rope_theta": 10000.0, "rope_scaling": _PHI35_ROPE}
+_PHI35_MINI |= {"sliding_window": 262144}
+_QWEN3_30B_A3B = _QWEN3 | _sizes(2048, 6144, 48, 32, 4) | {"moe_intermediate_size": 768, "max_window_layers": 48}
+_QWEN3_30B_A3B |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 128}
+_QWEN3_30B_A3B |= {"num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+_QWEN3_30B_A3B |= {"router_aux_loss_coef": 0.001, "output_router_logits": False}
+
 KNOWN: dict[str, HFConfig] = {
     "meta-llama/Meta-Llama-3-8B": _LLAMA3_8B,
     "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA3_8B,
@@ -65,6 +117,18 @@ KNOWN: dict[str, HFConfig] = {
     "Qwen/Qwen3-8B": _QWEN3 | _sizes(4096, 12288, 36, 32, 8),
     "HuggingFaceTB/SmolLM2-135M": _SMOLLM2_135M,
     "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
+    "google/gemma-2-9b": _GEMMA2_9B,
+    "google/gemma-2-9b-it": _GEMMA2_9B,
+    "google/gemma-3-1b-it": _GEMMA3_1B,
+    "allenai/OLMo-2-1124-7B": _OLMO2_7B,
+    "allenai/OLMo-2-1124-7B-SFT": _OLMO2_7B,
+    "HuggingFaceTB/SmolLM3-3B": _SMOLLM3_3B,
+    "ibm-granite/granite-3.3-2b-instruct": _GRANITE_2B,
+    "EleutherAI/pythia-160m": _pythia(768, 12, 12),
+    "EleutherAI/pythia-2.8b": _pythia(2560, 32, 32),
+    "microsoft/phi-4": _PHI4,
+    "microsoft/Phi-3.5-mini-instruct": _PHI35_MINI,
+    "Qwen/Qwen3-30B-A3B": _QWEN3_30B_A3B,
 }
 
 # Untrained. At a width of 64 the usual initializer_range of 0.02 would delay learning for long.

@@ -1,6 +1,7 @@
 """Open the model that ``model.path`` names: its functions, its weights on the mesh, and its tokenizer."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ from dpo_jax.errors import UserError, from_outside, require
 from dpo_jax.models.adapters import Adapted, make_lora, merge, start_adapters
 from dpo_jax.models.decoder import Model, Params, make_model
 from dpo_jax.models.families import decoder_config
+from dpo_jax.models.heads import without_unembedding
 from dpo_jax.models.options import DecoderConfig
 from dpo_jax.parallel.sharding import platform_of, sharded_structs, weight_shardings
 from dpo_jax.runs.checksums import weights_id
@@ -25,9 +27,10 @@ from dpo_jax.runs.directory import RunDir, find_run, is_run_dir, writing
 from dpo_jax.runs.restore import restore_part
 from dpo_jax.storage import write_atomically
 from dpo_jax.weights.hub import check_vocabulary, read_hf_config, resolve_model
-from dpo_jax.weights.huggingface import export_params, load_params
+from dpo_jax.weights.huggingface import CARRIED, carried_tensors, export_params, load_params
 from dpo_jax.weights.known import builtin_model
 from dpo_jax.weights.peft import export_adapters, load_adapters
+from dpo_jax.weights.safetensors import copy_tensors
 
 MODEL_FILES = "model"  # folder of a run with config.json and tokenizer, so that the run is self-contained
 
@@ -120,8 +123,7 @@ def load_weights(source: ModelSource, model: Model, config: ModelConfig, mesh: M
     if model.config.scores > decoder_of(source).scores:
         params = load_weights(source, replace(model, config=replace(model.config, scores=0)), config, mesh)
         head, sharding = model.param_shapes()["score"], param_shardings(model, mesh)["score"]
-        params.pop("unembed", None)
-        return params | {"score": jnp.zeros(head.shape, head.dtype, device=sharding)}
+        return without_unembedding(params) | {"score": jnp.zeros(head.shape, head.dtype, device=sharding)}
     if source.run is not None:
         return load_saved(source.run, model, config, mesh)[0]
     shardings = param_shardings(model, mesh)
@@ -232,7 +234,10 @@ def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str 
 
 
 def keep_model_files(run: RunDir, source: ModelSource, hf_config: Mapping[str, Any], tokenizer: Any) -> None:
-    """Write the trained model's config.json, tokenizer, chat template and generation config to the run directory."""
+    """Write the files next to the trained model to the run directory: config.json, tokenizer, chat template and others.
+
+    These include the tensors of its `carried_tensors`.
+    """
     folder = run.root / MODEL_FILES
     with from_outside(f"{folder}: the tokenizer cannot be written", "free space, or fix the tokenizer's files"):
         tokenizer.save_pretrained(folder)
@@ -240,6 +245,10 @@ def keep_model_files(run: RunDir, source: ModelSource, hf_config: Mapping[str, A
     with writing(folder):
         if source.folder is not None and (source.folder / generation).is_file():
             write_atomically(folder / generation, (source.folder / generation).read_bytes())
+        carried = {} if source.folder is None else carried_tensors(source.folder, str(hf_config["model_type"]))
+        if carried and source.folder != folder:
+            copy_tensors(folder / f"{CARRIED}.partial", carried)
+            os.replace(folder / f"{CARRIED}.partial", folder / CARRIED)
         write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")  # last: find_model trusts it
 
 

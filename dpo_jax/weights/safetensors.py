@@ -56,9 +56,7 @@ class Tensor:
         length, *row_shape = self.shape or (1,)
         first, last, _ = rows.indices(length)
         row_bytes = math.prod(row_shape) * dtype.itemsize
-        with from_outside(f"{self.path}: tensor {self.name}", AGAIN), self.path.open("rb") as file:
-            file.seek(self.start + first * row_bytes)
-            data = np.fromfile(file, np.uint8, (last - first) * row_bytes)
+        data = self.read_bytes(first * row_bytes, last * row_bytes)
         return data.view(dtype).reshape((last - first, *row_shape) if self.shape else ())
 
     def at(self, index: int) -> "Tensor":
@@ -66,6 +64,13 @@ class Tensor:
         size = (self.end - self.start) // self.shape[0]
         start = self.start + index * size
         return replace(self, shape=self.shape[1:], start=start, end=start + size)
+
+    def read_bytes(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Read the tensor's bytes, or some of them, whatever its dtype."""
+        count = (self.end - self.start if last is None else last) - first
+        with from_outside(f"{self.path}: tensor {self.name}", AGAIN), self.path.open("rb") as file:
+            file.seek(self.start + first)
+            return np.fromfile(file, np.uint8, count)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -139,16 +144,32 @@ def write_file(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterator[tuple[str, np.ndarray]]
 ) -> None:
     """Write tensors of one dtype as the iterator yields them, in the order of ``shapes``."""
+
+    def contents() -> Iterator[np.ndarray]:
+        for (name, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):
+            assert (name, tensor.shape) == (expected, shape)
+            yield np.ascontiguousarray(tensor, dtype).reshape(-1).view(np.uint8)
+
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    _write(path, {name: (CODES[dtype], shape, sizes[name]) for name, shape in shapes.items()}, contents())
+
+
+def copy_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of other files, of any dtype, byte for byte."""
+    entries = {name: (tensor.code, tensor.shape, tensor.end - tensor.start) for name, tensor in tensors.items()}
+    _write(path, entries, (tensor.read_bytes() for tensor in tensors.values()))
+
+
+def _write(path: Path, entries: Mapping[str, tuple[str, tuple[int, ...], int]], contents: Iterator[np.ndarray]) -> None:
+    """Write a file of tensors, each given as (dtype, shape, number of bytes)."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires the framework
     start = 0
-    for name, shape in shapes.items():
-        end = start + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        start = end
+    for name, (code, shape, size) in entries.items():
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, start + size]}
+        start += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # align the tensors to 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):
-            assert (name, tensor.shape) == (expected, shape)
-            file.write(np.ascontiguousarray(tensor, dtype).reshape(-1).view(np.uint8).data)
+        for content in contents:
+            file.write(content.data)

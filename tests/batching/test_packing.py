@@ -91,6 +91,16 @@ def test_both_answers_begin_at_the_prompts_last_token():
 
 
 @pytest.mark.parametrize("layout", ["shared", "repeated", "padded"])
+def test_values_of_targets_are_gathered_by_pair_answer_and_token(layout):
+    batch = pack(PAIRS[:4], layout=layout, rows=2, valid=3)
+    expected = np.zeros((4, 2, 70))
+    for i, (_, answers, _) in enumerate(PAIRS[:3]):
+        for k, answer in enumerate(answers):
+            expected[i, k, : len(answer)] = answer
+    np.testing.assert_array_equal(batch.gather_tokens(batch.target_tokens.astype(np.float32), 70), expected)
+
+
+@pytest.mark.parametrize("layout", ["shared", "repeated", "padded"])
 def test_a_ragged_step_and_its_parts_hold_their_own_pairs(layout):
     """Part k holds the k-th run of pairs; the last part of this step is empty."""
     ragged = [*PAIRS[:5], *[None] * 3]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import num_lines, started, started_jointly
-from small import HF_CONFIG
+from small import HF_CONFIG, random_params
 from small_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 from dpo_jax import cli
@@ -44,19 +44,12 @@ TOKENIZER = make_tokenizer()
 TOKENIZER.chat_template = CHAT_TEMPLATE.replace("</s>", "</s>\n")
 
 
-def make_params(model: Model, seed: int) -> dict:
-    """Random weights, a head of scores among them if the model has one."""
-    params = model.init(jax.random.key(seed))
-    if model.config.scores:
-        params["score"] = jax.random.normal(jax.random.key(seed), params["score"].shape)
-    return params
-
-
 POLICY, REWARD = (Model(config=decoder_config(hf), attention="xla") for hf in (SIZES, reward_hf_config(SIZES, 263)))
 
 
 def save_model(folder: Path, model: Model, hf_config: dict, seed: int) -> None:
-    params, target = make_params(model, seed), {"out_dir": folder, "source_dir": None, "overwrite": False}
+    params = jax.tree.map(jnp.asarray, random_params(model, seed))
+    target = {"out_dir": folder, "source_dir": None, "overwrite": False}
     export_params(params, model, hf_config=hf_config, dtype="float32", **target)
     TOKENIZER.save_pretrained(folder)
 
@@ -102,7 +95,7 @@ def prompt_tokens(row: dict) -> list[int]:
 def test_answers_log_probs_and_scores_are_those_of_full_forward_passes(made):
     """A draw depends on (seed, index of the answer, row); a score is read where training reads it, behind the turn."""
     rows, config = read_json(made / "whole.jsonl"), parse_config(made / "c.yaml", {}, GenerateConfig)
-    mesh, params, reward_params = make_mesh(config.mesh), make_params(POLICY, 0), make_params(REWARD, 1)
+    mesh, params, reward_params = make_mesh(config.mesh), random_params(POLICY, 0), random_params(REWARD, 1)
     weights = rollout_weights(POLICY, params, mesh)
     prompts, answers, sequences = [], [], []
     for row, columns in enumerate(PROMPTS):
@@ -142,7 +135,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(made):
     shutil.copytree(made / "reward", folder)
     other.save_pretrained(folder)
     rows = generated(made, "other.jsonl", "--reward", str(folder))
-    params, mesh = make_params(REWARD, 1), make_mesh(MeshConfig())
+    params, mesh = random_params(REWARD, 1), make_mesh(MeshConfig())
     answer_scores = make_answer_scores(REWARD, params, mesh)
     for row, whole in zip(rows, read_json(made / "whole.jsonl"), strict=True):
         prompt, is_text = prompt_tokens(row), isinstance(row["prompt"], str)

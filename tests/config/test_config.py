@@ -18,6 +18,7 @@ from dpo_jax.config import (
     SFTConfig,
     SourceConfig,
 )
+from dpo_jax.config.compare import CompareConfig
 from dpo_jax.config.docs import help_sections, reference_page, sections
 from dpo_jax.config.elsewhere import NOT_OFFERED, OPTION_ALIASES
 from dpo_jax.config.file import CommandLineText, config_to_yaml, field_names, load_yaml, parse_config
@@ -605,7 +606,7 @@ def test_paths_that_are_no_config(tmp_path):
         load_yaml(tmp_path)
 
 
-@pytest.mark.parametrize("kind", [DPOConfig, SFTConfig, GenerateConfig])
+@pytest.mark.parametrize("kind", [DPOConfig, SFTConfig, GenerateConfig, CompareConfig])
 def test_every_field_and_section_says_what_it_is(kind):
     named = set()
     for section in help_sections(kind):
@@ -617,7 +618,7 @@ def test_every_field_and_section_says_what_it_is(kind):
     leaves = {
         name for name in field_names(kind) if not any(other.startswith(f"{name}.") for other in field_names(kind))
     }
-    assert leaves == {name for name in named if not name.startswith("data.train.")}
+    assert leaves == {name for name in named if not name.startswith(("data.train.", "methods."))}
 
 
 def test_defaults_in_the_help_are_the_defaults():
@@ -644,5 +645,6 @@ def test_the_page_of_options_is_current():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_right(path):
     named = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "generate": GenerateConfig}
+    named |= {"compare": CompareConfig}
     kind = next((kind for name, kind in named.items() if name in path.stem.split("_")), DPOConfig)
     assert dataclasses.is_dataclass(parse_config(path, {}, kind))

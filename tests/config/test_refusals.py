@@ -446,7 +446,7 @@ BAD_RUNS = [
         partial(configure_model, rope_theta=500.0),
         "train c.yaml --run.dir run",
         2,
-        "decoder.pattern: was ",
+        "decoder.pattern.0.rope.theta: was 10000.0, now 500.0",
     ),
     (
         "shorter",

@@ -118,6 +118,11 @@ DENSE = {
         options={**MIXED, "use_sliding_window": True, "head_dim": 16, "rope_parameters": YARN | {"rope_theta": 500.0}},
         features=(*_ROPE, "query and key norm", "window", "order", "rope scaling", "yarn factor"),
     ),
+    "llama_dynamic": HFModel(
+        architecture="LlamaForCausalLM",
+        options={"rope_parameters": _rope(100.0, rope_type="dynamic", factor=4.0)},
+        features=_ROPE,
+    ),
     # B
     "gpt_neox": HFModel(
         architecture="GPTNeoXForCausalLM",
@@ -145,7 +150,7 @@ DENSE = {
         architecture="Phi3ForCausalLM",
         options={"original_max_position_embeddings": 64, "tie_word_embeddings": True,
                  "rope_parameters": LONGROPE},
-        features=(*_ROPE, "partial rotary", "rope scaling"),
+        features=(*_ROPE, "rope scaling"),  # with "partial rotary" off there would be more frequencies than factors
     ),
     "phi": HFModel(
         architecture="PhiForCausalLM",

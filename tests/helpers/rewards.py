@@ -17,3 +17,8 @@ def equal(prompts, answers, rows):
 def devices(prompts, answers, rows):
     """Score all answers by the number of devices on which an array is made."""
     return [float(len(jnp.zeros(3).devices()))] * len(answers)
+
+
+def length(prompts, answers, rows):
+    """Score answers by their number of letters."""
+    return [len(answer) / 10 for answer in answers]

@@ -77,8 +77,9 @@ def called(
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Running]:
     """A function that a module can name, called in a process; what it returns is the exit code."""
-    flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
-    settings = {**(env or {}), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags += [f"--xla_force_host_platform_device_count={devices}"] if devices > 1 else []
+    settings = {**(env or {}), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
     process = _server.Process(target=_call, args=(function, arguments, str(output), settings))
     process.start()
     try:

@@ -28,14 +28,20 @@ def small_model(kv_heads: int = 8, **options) -> Model:
 @cache
 def small_params(seed: int = 0, kv_heads: int = 8):
     """Random weights, numpy's, at home on any mesh; ``seed`` 1 is another model, to be a reference."""
+    return random_params(small_model(kv_heads), seed)
+
+
+def random_params(model: Model, seed: int = 0):
+    """Random weights, numpy's, of any model; those of a head of scores are the largest."""
     draw = np.random.Generator(np.random.Philox(seed))
     deviation = HF_CONFIG["initializer_range"]
 
     def weights(path, leaf):
-        is_norm = path[-1].key.endswith("norm")
-        return (np.ones(leaf.shape) if is_norm else draw.normal(0, deviation, leaf.shape)).astype(leaf.dtype)
+        name = path[-1].key
+        scale = 1.0 if name == "score" else deviation
+        return (np.ones(leaf.shape) if name.endswith("norm") else draw.normal(0, scale, leaf.shape)).astype(leaf.dtype)
 
-    return jax.tree.map_with_path(weights, small_model(kv_heads).param_shapes())
+    return jax.tree.map_with_path(weights, model.param_shapes())
 
 
 def random_pairs(count: int = 8, seed: int = 0) -> list[Pair]:

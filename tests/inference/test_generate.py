@@ -123,7 +123,9 @@ def test_a_row_depends_on_nothing_but_its_prompt_and_key(tiny, drawn, monkeypatc
         assert answers_of(*tiny, PROMPTS[:1], **other)[0].tokens != drawn[0].tokens
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((1, 8, 1), (1, 2, 4)))], ids=str
+)
 def test_tokens_do_not_depend_on_the_mesh(sizes, tiny, drawn):
     mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))), jax.devices())
     answers = answers_of(*tiny, PROMPTS[:6], mesh=mesh)  # fewer than devices: empty rows fill them

@@ -121,7 +121,7 @@ def by_hand(method, weights, reference, prompts, answers, scores) -> dict:
         both = jnp.concatenate([margin, -margin]), jnp.concatenate([2 * p, 2 * (1 - p)])
         return (-jax.nn.log_sigmoid(both[0]) * both[1]).mean()
 
-    return jax.grad(objective)(weights)
+    return jax.jit(jax.grad(objective))(weights)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dpo_jax.config import MeshConfig, PPOConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.inference.generate import Answer
 from dpo_jax.methods.on_policy import wins
-from dpo_jax.methods.rollouts import Graded, answer_tail, make_judge, prompt_tokens
+from dpo_jax.methods.rollouts import Graded, answer_tail, make_judge, make_rollout, prompt_tokens
 from dpo_jax.methods.setup import assemble
 from dpo_jax.models.heads import reward_hf_config
 from dpo_jax.parallel.sharding import make_mesh
@@ -91,3 +91,17 @@ def test_an_answer_ties_with_the_same_tokens_and_with_the_same_score():
 
     won = wins(graded([5, 6, 7, 8], [1.0, 0.5, 0.2, 0.9]), graded([5, 7, 8, 9], [0.9, 0.5, 0.3, 0.1]))
     np.testing.assert_array_equal(won, [0.5, 0.5, 0.0, 1.0])
+
+
+def test_a_rollout_has_each_token_s_log_prob_at_its_place_and_nothing_in_empty_slots():
+    answers = [[Answer([7, 8], [-1.0, -2.0], True), Answer([9], [-3.0], False)],
+               [Answer([7, 8, 9], [-4.0, -5.0, -6.0], True), Answer([5], [-7.0], True)]]  # fmt: skip
+    graded = Graded([[1], [2]], answers, np.array([[1.0, 2.0], [3.0, 4.0]], np.float32))
+    rollout = make_rollout(np.array([4, -1, 6, -1]), graded, 3, accumulation=2)  # each part has an empty slot
+    empty = [[0, 0, 0]] * 2
+    np.testing.assert_array_equal(
+        rollout.sampled_logps, [[[[-1, -2, 0], [-3, 0, 0]], empty], [[[-4, -5, -6], [-7, 0, 0]], empty]]
+    )
+    np.testing.assert_array_equal(rollout.mask, rollout.sampled_logps != 0)
+    np.testing.assert_array_equal(rollout.ended, [[[True, False], [False] * 2], [[True, True], [False] * 2]])
+    np.testing.assert_array_equal(rollout.scores, [[[1, 2], [0, 0]], [[3, 4], [0, 0]]])

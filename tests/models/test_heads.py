@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from small import HF_CONFIG, pack, random_pairs, small_model, small_params
+from small import HF_CONFIG, pack, random_pairs, random_params, small_model
 
+from dpo_jax.errors import UserError
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.heads import answer_ends, make_scores_fn, reward_hf_config
@@ -18,15 +19,14 @@ from dpo_jax.weights.huggingface import export_params, load_params
 PAD = HF_CONFIG["vocab_size"] - 1
 UNTIED = HF_CONFIG | {"model_type": "qwen2", "num_key_value_heads": 2}
 TIED = HF_CONFIG | {"tie_word_embeddings": True}
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 8, "vocab_size": 160, "n_positions": 512,
+        "initializer_range": 0.15}  # fmt: skip
+COMMON = {key: HF_CONFIG[key] for key in HF_CONFIG if key not in ("model_type", "rms_norm_eps", "rope_theta")}
+PLAIN = {key: COMMON[key] for key in COMMON if key != "num_key_value_heads"}
 
 
 def reward_model(hf_config: dict) -> Model:
     return Model(config=decoder_config(reward_hf_config(hf_config, PAD)))
-
-
-def random_weights(model: Model):
-    params = model.init(jax.random.key(0))
-    return params | {"score": jax.random.normal(jax.random.key(1), params["score"].shape)}
 
 
 def pairs():
@@ -48,9 +48,7 @@ def test_scores_are_read_at_the_last_token_of_each_answer(layout):
 
 def test_scores_do_not_depend_on_the_layout():
     model = replace(small_model(), config=replace(small_model().config, scores=1))
-    draw = np.random.default_rng(0)
-    weights = {name: value for name, value in small_params().items() if name != "unembed"}
-    weights["score"] = draw.normal(size=(1, model.config.hidden)).astype(np.float32)
+    weights = random_params(model)
     scores_fn = jax.jit(make_scores_fn(model))
     shared, padded = (
         scores_fn(weights, pack(pairs(), layout=layout, rows=rows, valid=6))
@@ -63,10 +61,19 @@ def test_scores_do_not_depend_on_the_layout():
 
 
 @pytest.mark.usefixtures("optimized")  # unoptimized, sums of float32 are rounded more often
-@pytest.mark.parametrize("hf_config", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("hf_config", [
+    pytest.param(TIED, id="tied"),
+    pytest.param(UNTIED, id="untied"),
+    pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow),
+    pytest.param(PLAIN | {"model_type": "gpt_neox", "hidden_act": "gelu"}, id="gpt_neox", marks=pytest.mark.slow),
+    pytest.param(COMMON | {"model_type": "phi", "hidden_act": "gelu"}, id="phi", marks=pytest.mark.slow),
+    pytest.param(COMMON | {"model_type": "phi3"}, id="phi3", marks=pytest.mark.slow),
+    pytest.param(COMMON | {"model_type": "glm4", "head_dim": 8}, id="glm4", marks=pytest.mark.slow),
+    pytest.param(COMMON | {"model_type": "starcoder2", "hidden_act": "gelu"}, id="starcoder2", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_transformers_computes_the_same_scores(hf_config, torch, tmp_path):
     model = reward_model(hf_config)
-    params = random_weights(model)
+    params = jax.tree.map(jnp.asarray, random_params(model))
     exported = reward_hf_config(hf_config, PAD)
     export_params(params, model, hf_config=exported, out_dir=tmp_path / "ours", dtype="float32", source_dir=None,
                   overwrite=False)  # fmt: skip
@@ -84,7 +91,12 @@ def test_transformers_computes_the_same_scores(hf_config, torch, tmp_path):
     read = Model(config=decoder_config(json.loads((tmp_path / "theirs" / "config.json").read_text())))
     assert read.config == model.config
     loaded = load_params(tmp_path / "theirs", read, shardings=None, dtype="float32")
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, loaded, params))
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_a_family_without_reward_models_is_refused():
+    with pytest.raises(UserError, match=r"model_type: 'cohere2' cannot be used: transformers has no class for reward"):
+        reward_hf_config(COMMON | {"model_type": "cohere2"}, PAD)
 
 
 def scores_of_transformers(model, torch) -> np.ndarray:

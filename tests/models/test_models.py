@@ -17,7 +17,7 @@ from dpo_jax.config.sampling import SamplingConfig
 from dpo_jax.errors import UserError
 from dpo_jax.inference.generate import generate, rollout_weights
 from dpo_jax.models.decoder import Model, count_params, make_model, plain_batch
-from dpo_jax.models.families import decoder_config
+from dpo_jax.models.families import decoder_config, refuse_positions
 from dpo_jax.models.options import LayerKind, LinearScaling, Llama3Scaling, Rope
 from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.weights.hub import read_hf_config
@@ -29,6 +29,7 @@ LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_f
                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
+GPT2_SIZES = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4}
 FAMILIES = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
     "llama3": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
@@ -258,6 +259,21 @@ def only_rope(hf: dict) -> Rope:
     return kind.rope
 
 
+def test_the_longest_defined_sequence_is_that_of_rope_scaling_or_learned_positions():
+    limits = lambda hf: decoder_config(hf).max_positions  # noqa: E731
+    assert limits(LLAMA) is None
+    assert limits(LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}) == 256
+    assert limits(GPT2_SIZES | {"model_type": "gpt2", "n_positions": 48}) == 48
+    longrope = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    phi3 = SIZES | {"model_type": "phi3", "rope_scaling": longrope}
+    assert limits(phi3 | {"original_max_position_embeddings": 64}) == 64
+    assert limits(phi3) == 4096
+    config = decoder_config(GPT2_SIZES | {"model_type": "gpt2", "n_positions": 48})
+    refuse_positions(config, 48, "data.max_length", 48)
+    with pytest.raises(UserError, match=r"data\.max_length: 49 cannot be used: .* for up to 48 tokens"):
+        refuse_positions(config, 49, "data.max_length", 49)
+
+
 def test_both_spellings_of_rotary_options_are_read():
     old = {"rope_theta": 500.0, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}}
     want = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
@@ -271,6 +287,27 @@ def test_both_spellings_of_rotary_options_are_read():
 
 REFUSED = [
     ("llama", "model_type", "mamba2", "llama, mistral, qwen2, qwen3"),
+    ("gpt2", "scale_attn_by_inverse_layer_idx", True, "no such option"),
+    ("gpt2", "reorder_and_upcast_attn", True, "no such option"),
+    ("gpt2", "add_cross_attention", True, "no such option"),
+    ("gpt2", "hidden_size", 64, "no such option"),  # there it is n_embd
+    ("gpt2", "n_positions", None, "positive number"),
+    ("gpt2", "n_embd", "64", "positive number"),
+    ("gpt_neox", "hidden_act", "relu", "silu, gelu, gelu_pytorch_tanh"),
+    ("gpt_neox", "rotary_pct", 0.2, "an even number"),
+    ("gpt_neox", "rotary_pct", 2, "at most 1"),
+    ("gpt_neox", "rope_theta", 500.0, "no such option"),  # there it is rotary_emb_base
+    ("gpt_neox", "use_parallel_residual", None, "true or false"),
+    ("phi", "qk_layernorm", True, "no such option"),
+    ("phi3", "rope_scaling", {"type": "su", "short_factor": 1.0, "long_factor": [1.0]}, "a list of positive numbers"),
+    ("phi3", "rope_scaling", {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}, "pair of the 16 dims"),
+    ("starcoder2", "use_bias", "no", "true or false"),
+    ("cohere2", "use_qk_norm", True, "no such option"),
+    ("cohere2", "layer_types", ["full_attention"], "num_hidden_layers=2 names"),
+    ("cohere2", "logit_scale", 0, "positive number"),
+    ("glm4", "mlp_bias", True, "no such option"),
+    ("gemma3", "text_config", None, "gemma3_text"),
+    ("gemma3", "text_config", {"model_type": "llama"}, "gemma3_text"),
     ("llama", "architectures", ["LlamaForTokenClassification"], "LlamaForCausalLM"),
     ("llama", "quantization_config", {"bits": 4}, "no such option"),
     ("llama", "partial_rotary_factor", 0.5, "no such option"),
@@ -283,8 +320,9 @@ REFUSED = [
     ("llama", "num_key_value_heads", 3, "must divide num_attention_heads, 4"),
     ("llama", "head_dim", 15, "even"),
     ("llama", "attention_bias", "yes", "true or false"),
-    ("llama", "rope_scaling", {"rope_type": "longrope", "factor": 4.0}, "default, linear, llama3"),
-    ("llama", "rope_scaling", {"rope_type": "dynamic", "factor": 4.0}, "default, linear, llama3"),
+    ("llama", "rope_scaling", {"rope_type": "longrope", "factor": 4.0}, "short_factor"),
+    ("llama", "rope_scaling", {"rope_type": "dynamic"}, "positive number"),
+    ("llama", "rope_scaling", {"rope_type": "proportional", "factor": 4.0}, "default, linear, llama3"),
     ("llama", "rope_parameters", LLAMA3_ROPE | {"partial_rotary_factor": 0.5}, "no such option"),
     ("llama", "rope_parameters", LLAMA3_ROPE | {"high_freq_factor": 1.0}, "exceed"),
     ("mistral", "layer_types", ["sliding_attention", "full_attention"], "no such option"),
@@ -342,7 +380,7 @@ REFUSED = [
 @pytest.mark.parametrize(("model_type", "key", "value", "why"), REFUSED)
 def test_what_the_decoder_does_not_compute_is_refused_by_name(model_type, key, value, why):
     with pytest.raises(UserError) as error:
-        decoder_config(SIZES | {"model_type": model_type} | {key: value})
+        decoder_config((GPT2_SIZES if model_type == "gpt2" else SIZES) | {"model_type": model_type} | {key: value})
     assert all(part in str(error.value) for part in (key, why))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000

@@ -1,9 +1,11 @@
 """The table of a layer against what the config names and what the model declares."""
 
 from dataclasses import fields
+from pathlib import Path
 
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
+from dpo_jax.models.families.docs import family_table
 from dpo_jax.models.options import DecoderConfig
 from dpo_jax.models.projections import LAYER, TENSORS, TRANSPOSED
 
@@ -28,3 +30,8 @@ def test_each_row_is_a_parameter_with_its_axes_bias_and_tensor():
         assert axes[f"{name}_bias"] == ("layers", *(sizes[letter] for letter in row.outputs))
         assert TENSORS[f"layers/{name}"] == f"model.layers.{{}}.{row.module}.weight"
         assert TENSORS[f"layers/{name}_bias"] == f"model.layers.{{}}.{row.module}.bias"
+
+
+def test_the_table_of_families_is_written_as_the_code_has_it():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert family_table() in page, "write it again: python -m dpo_jax.models.families.docs"

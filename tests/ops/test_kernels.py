@@ -109,8 +109,10 @@ def test_cudnn_layout_is_the_rule(name, cudnn_by_xla):
 
 
 def test_cudnn_has_no_soft_cap():
+    gpu = {"platform": "gpu", "dtype": "bfloat16", "head_dim": 128, "softcap": 30.0}
+    assert choose("auto", **gpu) == "blocks"
     with pytest.raises(UserError, match="cannot soft-cap"):
-        computed("head 128, soft cap, window of a block", "cudnn")
+        choose("cudnn", **gpu)
 
 
 @pytest.mark.parametrize("name", ["splash", "cudnn"])

@@ -17,6 +17,16 @@ COUNTS = {  # parameters
     "alignment-handbook/zephyr-7b-sft-full": 7_241_732_096,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "google/gemma-2-9b-it": 9_241_705_984,
+    "google/gemma-3-1b-it": 999_885_952,
+    "allenai/OLMo-2-1124-7B-SFT": 7_298_617_344,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "ibm-granite/granite-3.3-2b-instruct": 2_533_539_840,
+    "EleutherAI/pythia-160m": 162_322_944,
+    "EleutherAI/pythia-2.8b": 2_775_208_960,
+    "microsoft/phi-4": 14_659_507_200,
+    "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
 }
 
 

@@ -14,6 +14,10 @@ class Family:
     """One ``model_type``: the keys of its ``config.json``, their defaults, and what the decoder computes."""
 
     architecture: str
+    reward: str | None = ""  # class of its reward models; empty: named after ``architecture``; None: there is none
+    names: Mapping[str, str] = field(default_factory=dict)  # shared keys of config.json that have other names
+    unused: frozenset[str] = frozenset()  # shared keys that transformers ignores in models of this type
+    wraps: str | None = None  # key with the config.json of a text model, of which this one adds other parts
     keys: frozenset[str] = frozenset()  # additional keys of config.json, beyond those shared by all families
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys, as in transformers
     derived: frozenset[str] = frozenset()  # sizes derived from others if null; null is refused for all other sizes
@@ -24,11 +28,18 @@ class Family:
     transposed: frozenset[str] = frozenset()  # tensors with their inputs first
     renamed: Mapping[str, str] = field(default_factory=dict)  # beginning of a name in other files -> that here
     ignored: frozenset[str] = frozenset()  # ends of the names of buffers, which are computed from the config
+    carried: frozenset[str] = frozenset()  # beginnings of the names of tensors that are exported as they were loaded
 
     @property
-    def reward_architecture(self) -> str:
-        """Name of the transformers class of this family's reward models."""
-        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+    def reward_architecture(self) -> str | None:
+        """Name of the transformers class of this family's reward models, if there is one."""
+        return (
+            self.architecture.replace("ForCausalLM", "ForSequenceClassification") if self.reward == "" else self.reward
+        )
+
+    def key(self, name: str) -> str:
+        """Return the name that the shared key ``name`` of config.json has in this family."""
+        return self.names.get(name, name)
 
     def tensor(self, leaf: str) -> str:
         """Return the name in the files of the parameter ``leaf``, a path in the tree; {} stands for the layer."""

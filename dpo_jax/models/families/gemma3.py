@@ -1,6 +1,7 @@
-"""Gemma 3, text: Gemma 2 without caps, with RMSNorm of each query and key head, and a full layer after five windows."""
+"""Gemma 3: Gemma 2 without caps, with RMSNorm of each query and key head, and a full layer after five windows."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dpo_jax.models.families import gemma2
@@ -8,6 +9,7 @@ from dpo_jax.models.families.family import Family, number, size
 from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, every, layer_types, window
 from dpo_jax.models.families.rope import ropes_by_type
 from dpo_jax.models.options import LayerKind
+from dpo_jax.models.projections import TENSORS
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
@@ -29,3 +31,20 @@ FAMILY = Family(
     options=lambda hf: gemma2.options(hf, None, None) | {"qk_norm": "head"},
     tensors=gemma2.TENSORS,
 )
+
+_TEXT_TENSORS = TENSORS | gemma2.TENSORS
+WITH_VISION = replace(
+    FAMILY,
+    architecture="Gemma3ForConditionalGeneration",
+    reward="Gemma3ForSequenceClassification",
+    wraps="text_config",
+    keys=frozenset({
+        "text_config", "vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index",
+        "eoi_token_index", "image_token_id", "boi_token_id", "eoi_token_id",
+    }),
+    tensors={leaf: name.replace("model.", "model.language_model.", 1) for leaf, name in _TEXT_TENSORS.items()},
+    renamed={"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."},
+    carried=frozenset({
+        "model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.",
+    }),
+)  # fmt: skip

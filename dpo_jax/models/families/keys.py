@@ -8,7 +8,8 @@ SHARED_KEYS = frozenset({
 
 # Dropout is harmless, since training uses none. The other keys concern storage, generation, tokens and tools.
 HARMLESS_KEYS = frozenset({
-    "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+    "attention_dropout", "attn_pdrop", "classifier_dropout", "embd_pdrop", "embedding_dropout", "hidden_dropout",
+    "resid_pdrop", "residual_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
     "decoder_start_token_id", "use_cache", "pretraining_tp", "torch_dtype", "dtype", "transformers_version", "id2label",
     "label2id", "num_labels", "return_dict", "chunk_size_feed_forward", "cache_implementation", "problem_type",
     "tokenizer_class", "task_specific_params", "name_or_path", "model_max_length", "bos_token", "eos_token",

@@ -1,0 +1,362 @@
+"""Compare methods on a user's own model, pairs and judge: train each as a run, judge its answers, and write a page.
+
+What is done is not repeated: a comparison that was stopped resumes with the run that was training.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax import storage
+from dpo_jax.config import DPOConfig, JudgeConfig, PPOConfig
+from dpo_jax.config.compare import REWARD_MODEL, CompareConfig, ComparedRun
+from dpo_jax.config.file import config_to_yaml
+from dpo_jax.console import lossy_streams, say
+from dpo_jax.errors import UserError, reason
+from dpo_jax.methods.judging import Answers, Judged, Judging, open_judging
+from dpo_jax.methods.setup import Setup, assemble
+from dpo_jax.parallel import hosts
+from dpo_jax.parallel.rendezvous import start_hosts
+from dpo_jax.parallel.sharding import make_mesh
+from dpo_jax.reports.comparison import model_comparison_page
+from dpo_jax.runs.directory import RunDir, is_run_dir, last_metrics, read_json, writing
+from dpo_jax.runs.manifest import compare_manifest, make_manifest, rounding_changes
+from dpo_jax.train import train
+
+LOCK, MANIFEST, START, JUDGED = "comparison.lock", "comparison.manifest.json", "start.json", "judged.json"
+Row = dict[str, Any]
+
+
+def compare_methods(config: CompareConfig, devices: Sequence[jax.Device] | None = None) -> None:
+    """Run the comparison in ``run.dir``, and write ``comparison.json`` and the page ``comparison.html`` there.
+
+    ``devices`` defaults to all devices.
+
+    Raises:
+        UserError: an option, model, data set or the judge cannot be used, or the directory holds another comparison.
+        Preempted: SIGTERM or Ctrl-C was received while a method trained; the same command resumes.
+    """
+    start_hosts()
+    hosts.cache_compilations()
+    mesh, root = make_mesh(config.mesh, devices), Path(config.run.dir).expanduser().absolute()
+    runs = list(config.runs)
+    with locked(root), lossy_streams():
+        with jax.set_mesh(mesh):
+            setup = assemble(config.judging, mesh)
+            judging, identity = open_judging(setup, config.judge)
+            hosts.on_writer(partial(check_manifest, root, config, identity), "comparison")
+            answers = judging.start_answers
+            if not hosts.on_writer((root / START).exists, "start"):
+                write_json(root / START, start_results(judging, config.best_of))
+            del judging  # and the weights, while others train
+        for number, run in enumerate(runs, start=1):
+            say(config.run.progress, f"run {number} of {len(runs)}: {run.title}")
+            if not hosts.on_writer(partial(has_ended, root / run.folder), "run"):
+                train(run.config, devices=devices)
+            if run.name != REWARD_MODEL and not hosts.on_writer((root / run.folder / JUDGED).exists, "judged run"):
+                with jax.set_mesh(mesh):
+                    judge_run(root, config, run, setup, answers)
+        if hosts.is_writer():
+            finish(root, config, runs)
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Context manager that makes the directory and keeps other processes from comparing there.
+
+    Raises:
+        UserError: another process does, the directory has other files, or it cannot be written.
+    """
+    lock = None
+
+    def acquire() -> None:
+        nonlocal lock
+        try:
+            has_other_files = root.is_dir() and any(root.iterdir()) and not (root / LOCK).exists()
+            if has_other_files or is_run_dir(root):
+                raise UserError(f"run.dir: {root} has other files but no comparison: choose an empty directory")
+            root.mkdir(parents=True, exist_ok=True)
+            lock = storage.lock(root / LOCK)
+            storage.sign(lock)
+        except storage.InUse as error:
+            remedy = "wait for it, stop it, or choose another directory"
+            raise UserError(f"run.dir: {root} is in use by {error}: {remedy}") from error
+        except OSError as error:
+            cause = error.strerror or reason(error)
+            raise UserError(f"run.dir: {root} cannot be written: {cause}: choose another directory") from error
+
+    hosts.on_writer(acquire, "comparison directory")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def check_manifest(root: Path, config: CompareConfig, identity: Mapping[str, Any]) -> None:
+    """Write what the results depend on, or compare it with what the directory has; methods may be added or left out.
+
+    Raises:
+        UserError: an option that the results depend on has changed, or the model, the data or the judge.
+    """
+    path, environment = root / MANIFEST, {"platform": jax.default_backend(), "devices": jax.device_count()}
+    manifest = make_manifest(result_options(config), identity, environment)
+    if path.exists():
+        remedy = "restore it, or choose another run.dir"
+        try:
+            old = storage.unseal(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"run.dir: {path} cannot be read: {reason(error)}: {remedy}") from error
+        old_methods, methods = old["config"]["methods"], manifest["config"]["methods"]
+        both = old_methods.keys() & methods.keys()
+        shared = [
+            {**x["config"], "methods": {name: x["config"]["methods"][name] for name in both}} for x in (old, manifest)
+        ]
+        changes = compare_manifest(
+            {**old, "config": {"compare": shared[0]}}, {**manifest, "config": {"compare": shared[1]}}
+        )
+        if changes:
+            listed = "; ".join(change.removeprefix("compare.") for change in changes)
+            raise UserError(f"run.dir: {root} holds a comparison with other options: {listed}: {remedy}")
+        for line in rounding_changes(old | {"config": {}}, manifest | {"config": {}}):
+            say(config.run.progress, f"results are no longer bit-identical: {line}")
+        manifest["config"]["methods"] = old_methods | methods
+    with writing(path):
+        storage.write_atomically(path, json.dumps(storage.seal(manifest), indent=1) + "\n", durable=True)
+        storage.write_atomically(root / "config.yaml", config_to_yaml(config))
+
+
+def result_options(config: CompareConfig) -> Row:
+    """Return the options that results depend on; more seeds, methods or betas leave other results as they are."""
+    options: Row = asdict(config)
+    for name in ("mesh", "checkpoint", "seeds"):
+        del options[name]
+    for method in options["methods"].values():
+        del method["betas"]
+    options["run"] = {name: options["run"][name] for name in ("steps", "epochs", "seed")}
+    options["data"] = {name: value for name, value in options["data"].items() if name not in ("store", "workers")}
+    return options
+
+
+def has_ended(path: Path) -> bool:
+    """Return whether the run in a directory is finished."""
+    return any(event["event"] == "end" for event in read_json(RunDir(path).events))
+
+
+def start_results(judging: Judging, best_of: Sequence[int]) -> Row:
+    """Return the prompts, and what the start's answers and the best of several of them reached."""
+    best = {str(n): as_json(judging, judged) for n, judged in judging.best_of(best_of).items()}
+    return {"prompts": judging.prompts(), "start": as_json(judging, judging.judge_start()), "best_of": best}
+
+
+def judge_run(root: Path, config: CompareConfig, run: ComparedRun, setup: Setup, start_answers: Answers) -> None:
+    """Judge a finished run, and write the result into its directory."""
+    judging, _ = open_judging(setup, config.judge, start_answers)
+    seed_folder = Path(run.folder).name
+    proxy = JudgeConfig(path=str(root / REWARD_MODEL / seed_folder)) if run.learned else None
+    judged = judging.judge_run(str(root / run.folder), proxy)
+    write_json(root / run.folder / JUDGED, as_json(judging, judged))
+    means = {name: mean(values) for name, values in judged.values.items()}
+    line = f"score {means['score']:.4g}, KL {means['sampled_kl']:.4g}, win rate {means['win_rate']:.1%}"
+    say(config.run.progress, f"{run.title}: {line}")
+
+
+def as_json(judging: Judging, judged: Judged) -> Row:
+    """Return what was judged as a JSON object: the value of each metric for each prompt, and the answers."""
+    values = {name: values.astype(np.float64).tolist() for name, values in judged.values.items()}
+    return {"values": values, "answers": judging.texts(judged)}
+
+
+def write_json(path: Path, content: Row) -> None:
+    """Write a JSON file on the writer process."""
+    if hosts.is_writer():
+        with writing(path):
+            storage.write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_object(path: Path) -> Row:
+    """Read a JSON file that `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def finish(root: Path, config: CompareConfig, runs: Sequence[ComparedRun]) -> None:
+    """Write the results and the page."""
+    results = comparison_results(root, config, runs)
+    write_json(root / "comparison.json", results)
+    path = root / "comparison.html"
+    with writing(path):
+        storage.write_atomically(path, model_comparison_page(results))
+    say(config.run.progress, f"page: {path}")
+
+
+def comparison_results(root: Path, config: CompareConfig, runs: Sequence[ComparedRun]) -> Row:
+    """Return everything that the page shows, as JSON, from the files of finished runs."""
+    start = read_object(root / START)
+    grouped = [list(group) for _, group in groupby(runs, key=lambda run: (run.name, run.beta))]
+    judged = {run.folder: read_object(root / run.folder / JUDGED) for run in runs if run.name != REWARD_MODEL}
+    methods = [group for group in grouped if group[0].name != REWARD_MODEL]
+    rows = [method_row(root, group, [judged[run.folder] for run in group]) for group in methods]
+    best = [best_row(int(n), each) for n, each in start["best_of"].items()]
+    texts = {"Reference": start["start"]["answers"]}
+    texts |= {f"Best of {n}": each["answers"] for n, each in start["best_of"].items()}
+    texts |= {label_of(group[0]): judged[group[0].folder]["answers"] for group in methods}
+    reward_models = [group for group in grouped if group[0].name == REWARD_MODEL]
+    return {
+        "model": config.model.path,
+        "judge": config.judge.function or config.judge.path,
+        "pairs": config.held_out,
+        "seeds": config.seeds,
+        "experiment": {
+            "title": config.model.path,
+            "reference": reached([start["start"]]) | {"kl": 0.0},
+            "optimum": [],
+            "best_of": best,
+            "rows": rows,
+        },
+        "reward_model": cost_of(root, reward_models[0]) if reward_models else None,
+        "rankings": {label_of(group[0]): ranking(root, config.held_out, group) for group in grouped if ranks(group[0])},
+        "proxy": [
+            proxy_row(start["start"], row, [judged[run.folder] for run in group])
+            for row, group in zip(rows, methods, strict=True)
+            if group[0].learned
+        ],
+        "texts": {"prompts": start["prompts"], "answers": texts},
+    }
+
+
+def label_of(run: ComparedRun) -> str:
+    """Return a method's name, with its beta if it has one."""
+    if run.name == REWARD_MODEL:
+        return "Reward model"
+    return run.name if run.beta is None else f"{run.name}, beta {run.beta:g}"
+
+
+def reached(judged: Sequence[Row]) -> Row:
+    """Return what the answers of each seed reached, as means over seeds and prompts.
+
+    ``error`` is the standard error of the score over prompts, and ``spread`` the range of the seeds' scores.
+    """
+    names = {"score": "reward", "sampled_kl": "kl", "length": "length", "ended": "ended", "win_rate": "win_rate"}
+    values = {
+        key: np.array([each["values"][name] for each in judged])
+        for name, key in names.items()
+        if name in judged[0]["values"]
+    }  # [seeds, prompts]
+    by_seed = values["reward"].mean(1)
+    row = {key: mean(value) for key, value in values.items()}
+    row |= {"error": standard_error(values["reward"]), "spread": float(by_seed.max() - by_seed.min())}
+    return row | ({"kl_error": standard_error(values["kl"])} if "kl" in values else {})
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Return the standard error over prompts of the mean of ``values`` [seeds, prompts]."""
+    return float(values.mean(0).std() / math.sqrt(values.shape[1]))
+
+
+def mean(values: Any) -> float:
+    """Return the mean in float64."""
+    return float(np.mean(values, dtype=np.float64))
+
+
+def best_row(n: int, judged: Row) -> Row:
+    """Return what the best of n answers reached; its KL is an upper bound, which ties make smaller."""
+    return reached([judged]) | {"n": n, "kl": math.log(n) - (n - 1) / n}
+
+
+def method_row(root: Path, group: Sequence[ComparedRun], judged: Sequence[Row]) -> Row:
+    """Return what a method reached, and what it took, as means over seeds."""
+    first = group[0]
+    held = {"name": first.name, "beta": first.beta, "learned": first.learned, "models": models_of(first)}
+    return held | reached(judged) | cost_of(root, group) | {"options": options_of(first)}
+
+
+def models_of(run: ComparedRun) -> str:
+    """Return the models in memory while a run trains."""
+    config = run.config
+    held = ["policy"]
+    if config.reference_mode != "none":
+        held.append("reference")
+    if isinstance(config, PPOConfig) and config.ppo.estimator == "gae":
+        held.append("value")
+    judge = config.reward if isinstance(config, PPOConfig) else getattr(config.data.online, "reward", None)
+    if judge is not None and judge.path is not None:
+        held.append("reward")
+    return ", ".join(held)
+
+
+def options_of(run: ComparedRun) -> list[str]:
+    """Return the learning rate, and the options of the objective that are not at their defaults, with their values."""
+    config = run.config
+    objectives = getattr(config, "ppo", None) or getattr(config, "loss", None), config.data.online
+    texts = [f"learning rate {config.optimizer.learning_rate:g}"]
+    for section in filter(None, objectives):
+        values = [(option, getattr(section, option.name)) for option in fields(section)]
+        texts += [
+            f"{option.name} {value}" for option, value in values if option.default not in (value, dataclasses.MISSING)
+        ]
+    return texts
+
+
+def cost_of(root: Path, group: Sequence[ComparedRun]) -> Row:
+    """Return what a method took, as means over seeds: steps, updates, pairs, sampled tokens and seconds of training."""
+    costs = []
+    for run in group:
+        files = RunDir(root / run.folder)
+        metrics, timings = last_metrics(files), read_json(files.timings)
+        seconds = [row["step_seconds"] for row in timings]
+        config, steps = run.config, timings[-1]["step"]
+        updates = steps * (config.ppo.epochs if isinstance(config, PPOConfig) else 1)
+        needs_pairs = run.learned or config.planned.per_prompt == 0
+        pairs = [event["train"] for event in read_json(files.events) if event["event"] == "data"][-1]
+        costs.append(
+            {
+                "updates": updates,
+                "pairs": pairs if needs_pairs else 0,
+                "sampled": metrics.get("sampled_tokens", 0),
+                "seconds": mean(seconds) * steps,
+            }
+        )
+    return {name: mean([cost[name] for cost in costs]) for name in costs[0]}
+
+
+def ranks(run: ComparedRun) -> bool:
+    """Return whether a run's evaluations rank the held-out pairs by a reward."""
+    if run.name == REWARD_MODEL:
+        return True
+    return isinstance(run.config, DPOConfig) and run.config.data.online is None and run.config.loss.needs_reference
+
+
+def ranking(root: Path, name: str, group: Sequence[ComparedRun]) -> Row:
+    """Return the mean accuracy of a reward on the held-out pairs, and the first seed's calibration."""
+    files = [RunDir(root / run.folder) for run in group]
+    accuracies = [last_metrics(each)[f"eval_{name}_rewards/accuracies"] for each in files]
+    calibration = [row for row in read_json(files[0].distributions) if row["set"] == name][-1]["calibration"]
+    return {"labels": mean(accuracies), "calibration": calibration}
+
+
+def proxy_row(start: Row, row: Row, judged: Sequence[Row]) -> Row:
+    """Return the learned and the judge's score of the start's and the policy's answers, and how they correlate."""
+    columns = ("start_proxy", "proxy", "score")
+    start_proxy, proxy, score = (np.array([each["values"][name] for each in judged]) for name in columns)
+    start_score = np.broadcast_to(start["values"]["score"], score.shape)
+    pairs = {"before": (start_proxy, start_score), "after": (proxy, score)}
+    return {"name": row["name"], "beta": row["beta"]} | {
+        when: {"learned": mean(x), "judge": mean(y), "correlation": correlation(x, y)} for when, (x, y) in pairs.items()
+    }
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Return the mean over seeds of the correlation over prompts of two scores, or None if one is constant."""
+    if min(x.std(1).min(), y.std(1).min()) == 0:
+        return None
+    return mean([np.corrcoef(a, b)[0, 1] for a, b in zip(x, y, strict=True)])

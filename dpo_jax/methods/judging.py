@@ -1,0 +1,145 @@
+"""Judge policies by one answer to each evaluation prompt: always the same prompts, with the same keys."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.batch import Params
+from dpo_jax.config import JudgeConfig, ModelConfig
+from dpo_jax.data.tokenizer import tokenizer_hash
+from dpo_jax.inference.answer_scores import SCORE_DECIMALS
+from dpo_jax.inference.generate import rollout_weights
+from dpo_jax.methods.on_policy import AnswerEvaluation, eval_answers
+from dpo_jax.methods.rollouts import EVALUATION, Graded, Judge, Sampler, answer_tail, make_judge, make_sampler
+from dpo_jax.methods.setup import Setup, load_policy
+from dpo_jax.weights.open import find_model, load_weights
+
+Answers = Mapping[str, list[Graded]]  # by evaluation set; one entry per batch
+
+
+class Judged(NamedTuple):
+    """Answers to the prompts of an evaluation set, and what was measured of each."""
+
+    answers: list[Graded]  # one entry per batch
+    values: dict[str, np.ndarray]  # by metric, each [prompts]
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Judges policies against the start, which is also the policy that `sampled_kl` and `win_rate` compare with."""
+
+    name: str  # of the evaluation set
+    setup: Setup
+    start: Params
+    sampler: Sampler
+    evaluation: AnswerEvaluation
+
+    @property
+    def start_answers(self) -> Answers:
+        """The start's own answers."""
+        return self.evaluation.reference_answers
+
+    def judge_start(self) -> Judged:
+        """Return what was measured of the start's own answers."""
+        answers = self.start_answers[self.name]
+        return Judged(answers, self.evaluation.of_answers(self.name, answers))
+
+    def judge_run(self, path: str, proxy: JudgeConfig | None) -> Judged:
+        """Judge the newest checkpoint of a run, and score its and the start's answers by ``proxy``, if there is one."""
+        setup, name = self.setup, self.name
+        options = ModelConfig(path=path, param_dtype=setup.config.model.param_dtype)
+        weights = load_weights(find_model(path, None), setup.model, options, setup.mesh)
+        answers = eval_answers(setup, self.sampler, weights)[name]
+        log_ratios = self.evaluation.log_ratios(name, answers, weights, self.start)
+        values = self.evaluation.of_answers(name, answers, log_ratios)
+        if proxy is not None:
+            del weights
+            judge, _ = make_judge(setup, proxy, answer_tail(setup))
+            values["proxy"] = self._scores(judge, answers)
+            values["start_proxy"] = self._scores(judge, self.start_answers[name])
+        return Judged(answers, values)
+
+    def _scores(self, judge: Judge, answers: Sequence[Graded]) -> np.ndarray:
+        batches = self.setup.evals[self.name]
+        ids = [batches.order.step_ids(step) for step in range(len(answers))]
+        each = zip(ids, answers, strict=True)
+        return np.concatenate([judge(batches.store, i[i >= 0], g.prompts, g.answers).ravel() for i, g in each])
+
+    def best_of(self, counts: Sequence[int]) -> dict[int, Judged]:
+        """Return for each count the best, by the judge, of so many answers of the start to each prompt."""
+        if not counts:
+            return {}
+        batches, weights = self.setup.evals[self.name], rollout_weights(self.setup.model, self.start, self.setup.mesh)
+        num_steps = batches.order.num_steps
+        drawn = []  # per batch, Graded with all answers
+        for step in range(num_steps):
+            ids = batches.order.step_ids(step)
+            # keys of their own; draw by draw, so that memory does not grow with the number of answers
+            keys = [EVALUATION - step - num_steps * (draw + 1) for draw in range(max(counts))]
+            drawn.append(_joined([self.sampler(weights, batches.store, ids[ids >= 0], key) for key in keys]))
+        judged = {}
+        for count in counts:
+            answers = [graded.take(graded.scores[:, :count].argmax(1)[:, None]) for graded in drawn]
+            judged[count] = Judged(answers, self.evaluation.of_answers(self.name, answers))
+        return judged
+
+    def texts(self, judged: Judged) -> list[dict[str, Any]]:
+        """Return each answer's text, score, length and how it finished."""
+        answers = [
+            (prompt, answer)
+            for graded in judged.answers
+            for prompt, (answer,) in zip(graded.prompts, graded.answers, strict=True)
+        ]
+        scores = judged.values["score"].tolist()
+        return [
+            {
+                "text": answer.text(self.setup.tokenizer, prompt),
+                "num_tokens": len(answer.tokens),
+                "finish_reason": "stop" if answer.ended else "length",
+                "score": round(score, SCORE_DECIMALS),
+            }
+            for (prompt, answer), score in zip(answers, scores, strict=True)
+        ]
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """Return each prompt's row in the data, and its text."""
+        batches, tokenizer, rows = self.setup.evals[self.name], self.setup.tokenizer, []
+        for step, graded in enumerate(self.start_answers[self.name]):
+            ids = batches.order.step_ids(step)
+            for i, prompt in zip(ids[ids >= 0], graded.prompts, strict=True):
+                text = tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                rows.append({"row": int(batches.store.rows[i]), "prompt": text})
+        return rows
+
+
+def _joined(draws: Sequence[Graded]) -> Graded:
+    """Return several answers to the same prompts as one."""
+    answers = [[row[0] for row in rows] for rows in zip(*(draw.answers for draw in draws), strict=True)]
+    return Graded(draws[0].prompts, answers, np.concatenate([draw.scores for draw in draws], axis=1))
+
+
+def open_judging(setup: Setup, reward: JudgeConfig, start_answers: Answers | None = None) -> tuple[Judging, dict]:
+    """Load the start and the judge, and let the start answer, unless its answers are given; also return identities.
+
+    ``setup``: that of a run on prompts, with one evaluation set.
+
+    Raises:
+        UserError: the judge cannot be used, or no token ends an answer.
+    """
+    (name,) = setup.evals
+    policy = load_policy(setup)
+    sampler, ids = make_sampler(setup, 1, reward)
+    if reward.function is not None:
+        del ids["reward"]  # which is the option itself
+    if start_answers is None:
+        start_answers = eval_answers(setup, sampler, policy.weights)
+    identity = policy.ids | ids | {
+        "tokenizer": tokenizer_hash(setup.tokenizer),
+        "template": getattr(setup.tokenizer, "chat_template", None),
+        "store": setup.batches.store.key,
+        "prompts": setup.evals[name].store.key,
+        "dtype": setup.model.dtype,
+    }  # fmt: skip
+    return Judging(name, setup, policy.weights, sampler, AnswerEvaluation(setup, sampler, start_answers)), identity

@@ -1,0 +1,39 @@
+"""Command R7B, Command A: attention and feed-forward read one LayerNorm, and only layers with a window rotate."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.models.families.family import Family, flag, number, size
+from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, every, layer_types, window
+from dpo_jax.models.families.rope import rope
+from dpo_jax.models.options import LayerKind
+
+
+def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
+    """Return three layers with a window and one without, unless ``layer_types`` says otherwise."""
+    kinds = {FULL: LayerKind(rope=None), SLIDING: LayerKind(window=window(hf, 4096), rope=rope(hf))}
+    return by_type(layer_types(hf, layers, every(size(hf, "sliding_window_pattern", 4), layers)), kinds)
+
+
+FAMILY = Family(
+    architecture="Cohere2ForCausalLM",
+    reward=None,
+    names={"rms_norm_eps": "layer_norm_eps"},
+    # those of the second line are in published files, and transformers ignores them
+    keys=frozenset({
+        "attention_bias", "logit_scale", "sliding_window", "sliding_window_pattern", "layer_types",
+        "layer_switch", "order_of_interleaved_layers", "position_embedding_type", "rotary_pct",
+        "use_embedding_sharing", "use_gated_activation", "use_parallel_block", "use_parallel_embedding",
+    }),
+    defaults={"layer_norm_eps": 1e-5, "tie_word_embeddings": True},
+    derived=frozenset({"num_key_value_heads", "head_dim"}),
+    pattern=pattern,
+    options=lambda hf: {
+        "norm": "layer",
+        "residual": "shared",
+        "rotary_interleaved": True,
+        "logit_scale": float(number(hf, "logit_scale", 0.0625)),
+        "qkv_bias": flag(hf, "attention_bias"),
+        "out_bias": flag(hf, "attention_bias"),
+    },
+)  # fmt: skip

@@ -1,0 +1,35 @@
+"""StarCoder2: LayerNorm, biases, a plain feed-forward, and a sliding window in all layers unless it is null."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.models.families.family import Family, flag, tensors_of
+from dpo_jax.models.families.patterns import window
+from dpo_jax.models.families.rope import rope
+from dpo_jax.models.options import LayerKind
+
+MODULES = {"up": "mlp.c_fc", "down": "mlp.c_proj"}
+
+
+def options(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the biases of projections."""
+    biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), flag(hf, "use_bias"))
+    return {"norm": "layer", "norm_bias": True, "gated": False, **biases}
+
+
+FAMILY = Family(
+    architecture="Starcoder2ForCausalLM",
+    names={"rms_norm_eps": "norm_epsilon"},
+    keys=frozenset({"sliding_window", "use_bias"}),
+    defaults={
+        "num_key_value_heads": 2,
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": 1e-5,
+        "use_bias": True,
+        "tie_word_embeddings": True,
+    },
+    derived=frozenset({"head_dim"}),
+    pattern=lambda hf, layers: (LayerKind(window=window(hf, None), rope=rope(hf)),),
+    options=options,
+    tensors=tensors_of("model.layers.{}.", MODULES),
+)
