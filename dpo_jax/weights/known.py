@@ -36,9 +36,6 @@ _MISTRAL_7B |= {"max_position_embeddings": 32768, "rope_theta": 10000.0, "slidin
 _QWEN3 = _COMMON | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "head_dim": 128}
 _QWEN3 |= {"max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000}
 _QWEN3 |= {"attention_bias": False, "use_sliding_window": False, "sliding_window": None}
-_QWEN3_MOE = _QWEN3 | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True}
-_QWEN3_MOE |= {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1}
-_QWEN3_MOE |= {"mlp_only_layers": [], "router_aux_loss_coef": 0.001, "output_router_logits": False}
 _SMOLLM2_135M = _LLAMA | _sizes(576, 1536, 30, 9, 3) | {"vocab_size": 49152, "head_dim": 64, "rope_theta": 100000}
 _SMOLLM2_135M |= {"max_position_embeddings": 8192, "tie_word_embeddings": True, "initializer_range": 1 / 24}
 _SMOLLM2_135M |= {"is_llama_config": True, "rope_interleaved": False}
@@ -112,7 +109,6 @@ KNOWN: dict[str, HFConfig] = {
     "mistralai/Mistral-7B-v0.1": _MISTRAL_7B,
     "HuggingFaceH4/mistral-7b-sft-beta": _MISTRAL_7B,
     "alignment-handbook/zephyr-7b-sft-full": _MISTRAL_7B,
-    "Qwen/Qwen3-30B-A3B": _QWEN3_MOE | _sizes(2048, 6144, 48, 32, 4),
     "Qwen/Qwen3-1.7B": _QWEN3 | _sizes(2048, 6144, 28, 16, 8) | {"tie_word_embeddings": True},
     "Qwen/Qwen3-8B": _QWEN3 | _sizes(4096, 12288, 36, 32, 8),
     "HuggingFaceTB/SmolLM2-135M": _SMOLLM2_135M,

@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with experts, of which each token has two, weighted so that they sum to 1."""
+"""Mixtral: Mistral with experts in every layer, whose weights are renormalized to sum to 1."""
 
 from collections.abc import Mapping
 from typing import Any

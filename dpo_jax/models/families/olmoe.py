@@ -1,4 +1,4 @@
-"""OLMoE: Llama with RMSNorm over all query or key heads, and experts whose weights are not renormalized."""
+"""OLMoE: RMSNorm over all query or key heads, and experts in every layer, whose weights are not renormalized."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +17,7 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 FAMILY = Family(
     architecture="OlmoeForCausalLM",
+    reward=None,
     keys=mixture.KEYS | {"attention_bias", "norm_topk_prob"},
     defaults={"rms_norm_eps": 1e-5, "num_experts_per_tok": 8, "router_aux_loss_coef": 0.01},
     derived=frozenset({"num_key_value_heads"}),

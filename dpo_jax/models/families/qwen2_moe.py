@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen1.5 with experts in every layer, and a shared expert that all tokens have."""
+"""Qwen1.5-MoE, Qwen2 with experts: Qwen2 with experts in every layer, and one more that all tokens have."""
 
 from collections.abc import Mapping
 from typing import Any

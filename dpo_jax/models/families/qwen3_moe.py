@@ -1,4 +1,4 @@
-"""Qwen3 with experts in every layer, and the same window, if any, in all of them."""
+"""Qwen3 with experts, as 30B-A3B: Qwen3 with experts in every layer, and the same window, if any, in all."""
 
 from collections.abc import Mapping
 from typing import Any
