@@ -123,10 +123,13 @@ def step_flops(config: DecoderConfig, work: Work, *, live_reference: bool, lora:
 def recomputed_projections(config: DecoderConfig, remat: Literal["none", "dots", "full"]) -> dict[str, tuple[int, int]]:
     """Return the (input, output) size of each matrix of a layer whose matmul the backward pass recomputes.
 
-    ``full``: all matrices but the last, whose output nothing in the layer needs. Otherwise none: outputs are saved.
+    ``full``: all matrices but those whose output nothing in the layer needs, since it is only added to the residual
+    stream: the last and, where the feed-forward does not read the sum, that of attention. Otherwise none: outputs are
+    saved.
     """
-    *all_but_last, _ = projections(config).items()
-    return dict(all_but_last) if remat == "full" else {}
+    unneeded = {"down"} if config.residual == "sequential" else {"out", "down"}
+    unneeded = set() if config.post_norm else unneeded
+    return {name: sizes for name, sizes in projections(config).items() if remat == "full" and name not in unneeded}
 
 
 def recomputed_flops(config: DecoderConfig, work: Work, remat: Literal["none", "dots", "full"]) -> int:

@@ -237,7 +237,11 @@ def _min_temporaries(model: Model, mesh: Mesh | AbstractMesh, load: Load, traine
     gradient_bytes = trained * (2 if load.microbatches > 1 else 1)  # of one microbatch, and their sum
     activation_bytes = c.layers * tokens * c.hidden * itemsize
     layer_weights = sum(inputs * outputs for inputs, outputs in projections(c).values())
-    return gradient_bytes + activation_bytes + itemsize * (layer_weights + 4 * tokens * c.ffn) // mesh.shape["tensor"]
+    return (
+        gradient_bytes
+        + activation_bytes
+        + itemsize * (layer_weights + (4 if c.gated else 2) * tokens * c.ffn) // mesh.shape["tensor"]
+    )
 
 
 def num_bytes(tree: Any) -> int:
