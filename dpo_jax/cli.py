@@ -349,6 +349,8 @@ def _parser(command_name: str) -> jsonargparse.ArgumentParser:
         if command.needs_config:
             subparser.usage = f"dpo-jax {name} CONFIG.yaml [options] [--section.key VALUE ...]"
             subparser.add_argument("config", type=str, metavar="CONFIG.yaml", help="See docs/configuration.md.")
+        elif command.config is not None:
+            subparser.usage = f"dpo-jax {name} [--dir DIR | --config CONFIG.yaml [--section.key VALUE ...]]"
         for option, settings in command.arguments.items():
             subparser.add_argument(option, **settings)
         if command.config is not None and name == command_name:

