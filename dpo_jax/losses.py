@@ -12,7 +12,6 @@ gives the value when policy and reference are identical.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -329,26 +328,6 @@ def mean_loss(losses: Float[Array, " B"], policy: PairLogps) -> Float[Array, ""]
 def step_loss(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Float[Array, ""]:
     """Return the loss that a step minimizes: `mean_loss`, and a mixture of experts' load-balancing loss."""
     return mean_loss(preference_loss(policy, reference, loss), policy) + scaled_balance_loss(policy)
-
-
-class AtMarginZero(NamedTuple):
-    """Value and slope of a loss when policy and reference are identical."""
-
-    loss: float
-    slope: float  # largest change of the loss per nat of error in the log-ratios, in either direction
-
-
-def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
-    """Return the loss when policy and reference are identical (margin 0), or None if it depends on the policy."""
-    uses_only_ratios = loss.needs_reference and all(LOSS_TRAITS[name].reference for name, _ in loss.terms)
-    if not uses_only_ratios or loss.weighting == "wpo":
-        return None
-    zero_logps = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
-    loss = replace(loss, ld_alpha=None)  # log-ratios of 0 have tails of 0
-    pair_loss = lambda sums: preference_loss(replace(zero_logps, sum=sums), zero_logps, loss)[0]  # noqa: E731
-    points = 1e-4 * jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # losses may have a kink at 0
-    slopes = jnp.abs(jax.vmap(jax.grad(pair_loss))(points)).sum((1, 2))
-    return AtMarginZero(float(pair_loss(zero_logps.sum)), float(slopes.max()))
 
 
 def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Array]:

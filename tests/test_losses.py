@@ -11,7 +11,8 @@ from jax.test_util import check_grads
 
 from dpo_jax.batch import PairLogps, TokenStats
 from dpo_jax.config import LossConfig, LossType
-from dpo_jax.losses import LOSSES, loss_at_start, mean_loss, preference_loss, preference_metrics
+from dpo_jax.losses import LOSSES, mean_loss, preference_loss, preference_metrics
+from dpo_jax.methods.start_check import loss_at_start
 
 NEEDS = {"exo_pair": {"label_smoothing": 0.1}}
 

@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 
 from dpo_jax.config import LOSS_TRAITS, LossConfig, LossType
-from dpo_jax.losses import LOSSES, loss_at_start
+from dpo_jax.losses import LOSSES
+from dpo_jax.methods.start_check import loss_at_start
 
 PAGE = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
 ROWS = {

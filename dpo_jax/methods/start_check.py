@@ -4,22 +4,45 @@ A wrong mask, boundary, reference, cache or layout shows up here, before the fir
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.batch import Params
+from dpo_jax.batch import PairLogps, Params
 from dpo_jax.batching.batches import StepData
-from dpo_jax.config import AnyConfig
+from dpo_jax.config import LOSS_TRAITS, AnyConfig, LossConfig
 from dpo_jax.errors import UserError
 from dpo_jax.inference.agreement import AGREEMENT, log_ratio, logps_scale, tied
 from dpo_jax.inference.reference import Reference
-from dpo_jax.losses import loss_at_start
+from dpo_jax.losses import preference_loss
 from dpo_jax.methods.setup import Setup
 
 STEP_CAUSE = (
     "a mask, the reference or a cached log-prob is wrong; compare with batch.layout padded and reference.mode live"
 )
+
+
+class AtMarginZero(NamedTuple):
+    """Value and slope of a loss when policy and reference are identical."""
+
+    loss: float
+    slope: float  # largest change of the loss per nat of error in the log-ratios, in either direction
+
+
+def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
+    """Return the loss when policy and reference are identical (margin 0), or None if it depends on the policy."""
+    uses_only_ratios = loss.needs_reference and all(LOSS_TRAITS[name].reference for name, _ in loss.terms)
+    if not uses_only_ratios or loss.weighting == "wpo":
+        return None
+    zero_logps = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
+    loss = replace(loss, ld_alpha=None)  # log-ratios of 0 have tails of 0
+    pair_loss = lambda sums: preference_loss(replace(zero_logps, sum=sums), zero_logps, loss)[0]  # noqa: E731
+    points = 1e-4 * jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # losses may have a kink at 0
+    slopes = jnp.abs(jax.vmap(jax.grad(pair_loss))(points)).sum((1, 2))
+    return AtMarginZero(float(pair_loss(zero_logps.sum)), float(slopes.max()))
 
 
 def agreement(setup: Setup) -> float:

@@ -344,7 +344,7 @@ class Layer(DecoderModule):
         routing = mixture.route(x, router.matrix, router.bias, token_weights > 0, rule)
         glu = mixture.Glu(c.alpha, c.offset, c.limit)
         # no mesh divides the single row of which a model is initialized
-        y = x if self.is_initializing() else mixture.feed_forward(x, routing, mixture.Experts(*linears), glu)
+        y = x if self.is_initializing() else mixture.feed_forward(x, routing, mixture.ExpertWeights(*linears), glu)
         if c.shared_ffn:
             y += jax.nn.sigmoid(self.linear("shared_router", x)) * self.shared_expert(x)
         return y, mixture.balance_sums(routing, token_weights)

@@ -125,7 +125,7 @@ class ExpertLinear(NamedTuple):
     b: Float[Array, "E r o"] | None = None  # multiplied by the adapter's scale
 
 
-class Experts(NamedTuple):
+class ExpertWeights(NamedTuple):
     """Weights of all experts, or of a device's shard."""
 
     gate: ExpertLinear  # D -> F
@@ -133,7 +133,7 @@ class Experts(NamedTuple):
     down: ExpertLinear  # F -> D
 
 
-# How a mesh shards each array of `Experts`.
+# How a mesh shards each array of `ExpertWeights`.
 _TO_FEATURES = {
     "matrix": PartitionSpec(EXPERT_AXIS, None, "tensor"),
     "bias": PartitionSpec(EXPERT_AXIS, "tensor"),
@@ -149,14 +149,14 @@ _FROM_FEATURES = {
 SPECS = {"gate": _TO_FEATURES, "up": _TO_FEATURES, "down": _FROM_FEATURES}
 
 
-def expert_specs(experts: Experts) -> Any:
+def expert_specs(experts: ExpertWeights) -> Any:
     """Return the experts' tree with the partition spec of each array in its place."""
 
     def layer_specs(name, layer):
         specs: Any = (None if x is None else SPECS[name][field] for field, x in layer._asdict().items())
         return ExpertLinear(*specs)
 
-    return Experts(*(layer_specs(name, layer) for name, layer in experts._asdict().items()))
+    return ExpertWeights(*(layer_specs(name, layer) for name, layer in experts._asdict().items()))
 
 
 class _Options(NamedTuple):
@@ -167,7 +167,7 @@ class _Options(NamedTuple):
 
 
 def feed_forward(
-    x: Float[Array, "R T D"], routing: Routing, experts: Experts, glu: Glu = SILU
+    x: Float[Array, "R T D"], routing: Routing, experts: ExpertWeights, glu: Glu = SILU
 ) -> Float[Array, "R T D"]:
     """Return the weighted sum of the outputs of each token's experts, in x's dtype; 0 at padding.
 
@@ -195,7 +195,9 @@ def _backward(options, residuals, g):
 _feed_forward.defvjp(_forward, _backward)
 
 
-def _on_mesh(local: Callable[..., Any], input_kinds: str, output_kinds: str, experts: Experts) -> Callable[..., Any]:
+def _on_mesh(
+    local: Callable[..., Any], input_kinds: str, output_kinds: str, experts: ExpertWeights
+) -> Callable[..., Any]:
     """Map ``local(is_sharded, *arrays)`` over devices: kind "r" is sharded by rows, kind "e" like the experts."""
     if not mesh_is_active():
         return partial(local, False)
@@ -212,7 +214,7 @@ class _Shard(NamedTuple):
     bias_scale: Array | float  # 1 on one of the devices along `tensor`, whose outputs are added; 0 on the others
 
 
-def _shard(is_sharded: bool, experts: Experts) -> _Shard:
+def _shard(is_sharded: bool, experts: ExpertWeights) -> _Shard:
     if not is_sharded:
         return _Shard(0, 1.0)
     is_first = jax.lax.axis_index("tensor") == 0
@@ -231,7 +233,7 @@ def _return_tokens(is_sharded: bool, x: Array) -> Array:
     return jax.lax.psum_scatter(jax.lax.psum(x, "tensor"), EXPERT_AXIS, tiled=True)
 
 
-def _reduce_experts(is_sharded: bool, gradients: Experts) -> Experts:
+def _reduce_experts(is_sharded: bool, gradients: ExpertWeights) -> ExpertWeights:
     """Sum gradients over the devices that hold the same shard."""
     if not is_sharded:
         return gradients
@@ -244,7 +246,7 @@ def _on_platform(fn: Callable[..., Any], *arrays: Any) -> Any:
     return jax.lax.platform_dependent(*arrays, tpu=partial(fn, "kernels"), default=partial(fn, "blocks"))
 
 
-def _num_windows(is_sharded: bool, experts: Experts, per_token: int) -> int:
+def _num_windows(is_sharded: bool, experts: ExpertWeights, per_token: int) -> int:
     """Return into how many windows the rows of any routing are cut: one holds twice the rows of a balanced routing."""
     if not is_sharded:
         return 1
@@ -298,7 +300,7 @@ def _apply_rows(
     options: _Options,
     implementation: grouped.Implementation,
     shard: _Shard,
-    experts: Experts,
+    experts: ExpertWeights,
     x: Float[Array, "n D"],
     weights: Float[Array, "n m"],
     groups: grouped.Groups,

@@ -360,8 +360,8 @@ def test_the_page_gives_the_range_that_is_checked():
                 "run.epochs", "run.log_every", "run.profile_steps", "checkpoint.keep",
                 "sampling.max_tokens"}  # fmt: skip
     from_0 = {"model.router_aux_loss_coef", "lora.rank", "loss.dpop_lambda", "loss.simpo_gamma", "loss.cpo_weight",
-              "loss.center", "optimizer.warmup_steps", "optimizer.weight_decay", "reference.sync_every", "run.eval_every",
-              "run.seed", "run.samples", "checkpoint.every",
+              "loss.center", "optimizer.warmup_steps", "optimizer.weight_decay", "reference.sync_every",
+              "run.eval_every", "run.seed", "run.samples", "checkpoint.every",
               "checkpoint.keep_best", "sampling.temperature", "sampling.top_k",
               "data.online.missing_eos_penalty"}  # fmt: skip
     assert ranges == {

@@ -19,7 +19,7 @@ from dpo_jax.ops import grouped
 from dpo_jax.ops.experts import (
     SPECS,
     ExpertLinear,
-    Experts,
+    ExpertWeights,
     Glu,
     Router,
     Routing,
@@ -44,18 +44,18 @@ def device_normal(seed, *shape, scale=1.0):
     return jnp.asarray(normal(seed, *shape, scale=scale))
 
 
-def random_experts(optional=(), num_experts=EXPERTS, hidden=HIDDEN, features=FEATURES) -> Experts:
+def random_experts(optional=(), num_experts=EXPERTS, hidden=HIDDEN, features=FEATURES) -> ExpertWeights:
     def linear(seed, inputs, outputs):
         shapes = {"matrix": (inputs, outputs), "bias": (outputs,), "a": (inputs, 2), "b": (2, outputs)}
         names = ("matrix", *optional)
         return ExpertLinear(**{name: normal(seed + i, num_experts, *shapes[name], scale=0.3)
                                for i, name in enumerate(names)})  # fmt: skip
 
-    return Experts(linear(10, hidden, features), linear(20, hidden, features), linear(30, features, hidden))
+    return ExpertWeights(linear(10, hidden, features), linear(20, hidden, features), linear(30, features, hidden))
 
 
 def uneven_routing() -> tuple[np.ndarray, np.ndarray]:
-    """Experts and weights: every token chose 1, most 2 and 3, none 0, 4 or the last; two rows end in padding."""
+    """ExpertWeights and weights: every token chose 1, most 2 and 3, none 0, 4 or the last; two rows end in padding."""
     draw = np.random.Generator(np.random.Philox(3))
     others = [expert for expert in range(EXPERTS) if expert not in (0, 1, 4, EXPERTS - 1)]
     chosen = [[1, *draw.permutation(others)[: TOP_K - 1]] for _ in range(ROW_COUNT * LENGTH)]
@@ -208,7 +208,7 @@ def mixture_structs(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     linear = lambda spec, *shape: ExpertLinear(struct((num_experts, *shape), jnp.float32, spec["matrix"]))  # noqa: E731
-    experts = Experts(
+    experts = ExpertWeights(
         linear(SPECS["gate"], hidden, features),
         linear(SPECS["up"], hidden, features),
         linear(SPECS["down"], features, hidden),
@@ -401,11 +401,11 @@ def test_block_is_that_of_transformers(name, torch):
     if family == "gpt_oss":  # inputs first, gate and up interleaved
         biases = array(block.experts.gate_up_proj_bias)
         layers = [ExpertLinear(gate_up[..., i::2], biases[..., i::2]) for i in (0, 1)]
-        experts = Experts(*layers, ExpertLinear(down, array(block.experts.down_proj_bias)))
+        experts = ExpertWeights(*layers, ExpertLinear(down, array(block.experts.down_proj_bias)))
         matrix, bias = array(block.router.weight), jnp.asarray(array(block.router.bias))
     else:
         gate, up = np.split(gate_up.swapaxes(1, 2), 2, axis=-1)
-        experts = Experts(ExpertLinear(gate), ExpertLinear(up), ExpertLinear(down.swapaxes(1, 2)))
+        experts = ExpertWeights(ExpertLinear(gate), ExpertLinear(up), ExpertLinear(down.swapaxes(1, 2)))
         matrix, bias = array(block.gate.weight), None
 
     def weighted(x, matrix):

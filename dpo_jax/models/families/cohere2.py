@@ -20,11 +20,23 @@ FAMILY = Family(
     reward=None,
     names={"rms_norm_eps": "layer_norm_eps"},
     # those of the second line are in published files, and transformers ignores them
-    keys=frozenset({
-        "attention_bias", "logit_scale", "sliding_window", "sliding_window_pattern", "layer_types",
-        "layer_switch", "order_of_interleaved_layers", "position_embedding_type", "rotary_pct",
-        "use_embedding_sharing", "use_gated_activation", "use_parallel_block", "use_parallel_embedding",
-    }),
+    keys=frozenset(
+        {
+            "attention_bias",
+            "logit_scale",
+            "sliding_window",
+            "sliding_window_pattern",
+            "layer_types",
+            "layer_switch",
+            "order_of_interleaved_layers",
+            "position_embedding_type",
+            "rotary_pct",
+            "use_embedding_sharing",
+            "use_gated_activation",
+            "use_parallel_block",
+            "use_parallel_embedding",
+        }
+    ),
     defaults={"layer_norm_eps": 1e-5, "tie_word_embeddings": True},
     derived=frozenset({"num_key_value_heads", "head_dim"}),
     pattern=pattern,
@@ -36,4 +48,4 @@ FAMILY = Family(
         "qkv_bias": flag(hf, "attention_bias"),
         "out_bias": flag(hf, "attention_bias"),
     },
-)  # fmt: skip
+)

@@ -10,9 +10,14 @@ from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
 
 KEYS = gemma.FAMILY.keys | {
-    "hidden_activation", "query_pre_attn_scalar", "sliding_window", "layer_types", "attn_logit_softcapping",
-    "final_logit_softcapping", "sliding_window_size",
-}  # fmt: skip
+    "hidden_activation",
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "layer_types",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "sliding_window_size",
+}
 DEFAULTS = gemma.DEFAULTS | {"num_key_value_heads": 4}
 TENSORS = {
     "layers/attention_post_norm": "model.layers.{}.post_attention_layernorm.weight",

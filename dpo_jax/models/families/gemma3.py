@@ -38,13 +38,27 @@ WITH_VISION = replace(
     architecture="Gemma3ForConditionalGeneration",
     reward="Gemma3ForSequenceClassification",
     wraps="text_config",
-    keys=frozenset({
-        "text_config", "vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index",
-        "eoi_token_index", "image_token_id", "boi_token_id", "eoi_token_id",
-    }),
+    keys=frozenset(
+        {
+            "text_config",
+            "vision_config",
+            "mm_tokens_per_image",
+            "image_token_index",
+            "boi_token_index",
+            "eoi_token_index",
+            "image_token_id",
+            "boi_token_id",
+            "eoi_token_id",
+        }
+    ),
     tensors={leaf: name.replace("model.", "model.language_model.", 1) for leaf, name in _TEXT_TENSORS.items()},
     renamed={"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."},
-    carried=frozenset({
-        "model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.",
-    }),
-)  # fmt: skip
+    carried=frozenset(
+        {
+            "model.vision_tower.",
+            "model.multi_modal_projector.",
+            "vision_tower.",
+            "multi_modal_projector.",
+        }
+    ),
+)

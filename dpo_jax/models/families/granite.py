@@ -22,11 +22,17 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 FAMILY = Family(
     architecture="GraniteForCausalLM",
-    keys=frozenset({
-        "attention_bias", "mlp_bias", "embedding_multiplier", "attention_multiplier", "residual_multiplier",
-        "logits_scaling",
-    }),
+    keys=frozenset(
+        {
+            "attention_bias",
+            "mlp_bias",
+            "embedding_multiplier",
+            "attention_multiplier",
+            "residual_multiplier",
+            "logits_scaling",
+        }
+    ),
     derived=frozenset({"num_key_value_heads"}),
     pattern=alike,
     options=options,
-)  # fmt: skip
+)

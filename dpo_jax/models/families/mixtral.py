@@ -18,11 +18,15 @@ FAMILY = Family(
     architecture="MixtralForCausalLM",
     keys=mistral.FAMILY.keys | mixture.KEYS | {"router_jitter_noise"},
     defaults={
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001,
-        "sliding_window": None, "rope_theta": 1e6,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "rope_theta": 1e6,
     },
     derived=frozenset({"num_key_value_heads", "head_dim"}),
     pattern=mistral.FAMILY.pattern,
     options=options,
     tensors=mixture.tensors("block_sparse_moe", gate="w1", up="w3", down="w2"),
-)  # fmt: skip
+)

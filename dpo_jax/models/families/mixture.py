@@ -7,8 +7,9 @@ from dpo_jax.models.families.family import flag, invalid, number, one_of, size
 from dpo_jax.models.options import Experts
 from dpo_jax.models.projections import EXPERTS
 
-KEYS = frozenset({"num_experts", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef",
-                  "output_router_logits"})  # fmt: skip
+KEYS = frozenset(
+    {"num_experts", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits"}
+)
 # Of Qwen's: all layers are alike here, so none may have a plain feed-forward.
 QWEN_KEYS = KEYS | {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
 

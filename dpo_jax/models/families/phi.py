@@ -24,8 +24,9 @@ FAMILY = Family(
         "unembed_bias": True,
         "rotary_dims": rotary_dims(hf, 0.5),
     },
-    tensors=tensors_of("model.layers.{}.", MODULES) | {
+    tensors=tensors_of("model.layers.{}.", MODULES)
+    | {
         "final_norm": "model.final_layernorm.weight",
         "final_norm_bias": "model.final_layernorm.bias",
     },
-)  # fmt: skip
+)

@@ -38,11 +38,15 @@ FAMILY = Family(
     architecture="Qwen2MoeForCausalLM",
     keys=mixture.QWEN_KEYS | qwen2.WINDOW_KEYS | {"shared_expert_intermediate_size", "qkv_bias"},
     defaults={
-        "num_key_value_heads": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632, "router_aux_loss_coef": 0.001, "qkv_bias": True,
+        "num_key_value_heads": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "router_aux_loss_coef": 0.001,
+        "qkv_bias": True,
     },
     derived=frozenset({"num_key_value_heads"}),
     pattern=pattern,
     options=options,
     tensors=mixture.tensors(),
-)  # fmt: skip
+)

@@ -23,10 +23,12 @@ FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
     keys=mixture.QWEN_KEYS | {"attention_bias", "use_sliding_window", "sliding_window", "max_window_layers"},
     defaults={
-        "num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
         "router_aux_loss_coef": 0.001,
     },
     pattern=pattern,
     options=lambda hf: {**qwen3.FAMILY.options(hf), **mixture.qwen(hf, 128)},
     tensors=mixture.tensors(),
-)  # fmt: skip
+)

@@ -33,10 +33,17 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
 
 FAMILY = Family(
     architecture="SmolLM3ForCausalLM",
-    keys=frozenset({
-        "attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", "use_sliding_window",
-        "sliding_window", "layer_types",
-    }),
+    keys=frozenset(
+        {
+            "attention_bias",
+            "mlp_bias",
+            "no_rope_layers",
+            "no_rope_layer_interval",
+            "use_sliding_window",
+            "sliding_window",
+            "layer_types",
+        }
+    ),
     defaults={"num_key_value_heads": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True},
     derived=frozenset({"num_key_value_heads"}),
     pattern=pattern,
@@ -45,4 +52,4 @@ FAMILY = Family(
         "out_bias": flag(hf, "attention_bias"),
         "mlp_bias": flag(hf, "mlp_bias"),
     },
-)  # fmt: skip
+)
