@@ -5,7 +5,8 @@ from typing import Any
 
 from dpo_jax.models.families.family import Family, tensors_of
 from dpo_jax.models.families.patterns import window
-from dpo_jax.models.families.rope import ORIGINAL, PARTIAL, rope, rotary_dims
+from dpo_jax.models.families.rope import PARTIAL, rope, rotary_dims
+from dpo_jax.models.families.scalings import ORIGINAL
 from dpo_jax.models.options import LayerKind
 
 MODULES = {
