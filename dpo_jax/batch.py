@@ -106,7 +106,7 @@ class BalanceSums(NamedTuple):
 class RoutedHidden(NamedTuple):
     """Hidden states of a mixture of experts, with what the load-balancing loss needs."""
 
-    hidden: Float[AnyArray, "R T D"]
+    hidden: Float[jax.Array, "R T D"]
     balance: BalanceSums
     balance_coef: float  # of the load-balancing loss
 

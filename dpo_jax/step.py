@@ -19,7 +19,7 @@ from dpo_jax.balance import scaled_balance_loss
 from dpo_jax.batch import Adapted, PairLogps, Params
 from dpo_jax.config import LossConfig
 from dpo_jax.logprobs import LogpsFn
-from dpo_jax.losses import preference_loss, preference_metrics, step_loss
+from dpo_jax.losses import mean_loss, preference_loss, preference_metrics
 
 
 @struct.dataclass
@@ -88,7 +88,7 @@ def pair_gradient(
 def _whole_gradient(params, inputs, policy_logps, reference_logps, loss):
     def objective(params):
         policy = policy_logps(params, inputs[0])
-        return step_loss(policy, reference, loss), policy
+        return mean_loss(preference_loss(policy, reference, loss), policy), policy
 
     reference = reference_logps(*inputs)
     (_, policy), grads = jax.value_and_grad(objective, has_aux=True)(params)
@@ -155,7 +155,7 @@ def _loss_cotangents(policy: PairLogps, reference: PairLogps | None, loss: LossC
 
 def _sums(logps: PairLogps) -> dict[str, Any]:
     """Return the sums that the loss is differentiated with respect to, by field of `PairLogps`."""
-    sums = {"sum": logps.sum, "tail_sum": logps.tail_sum, "log_sum_sq": logps.log_sum_sq}
+    sums: dict[str, Any] = {"sum": logps.sum, "tail_sum": logps.tail_sum, "log_sum_sq": logps.log_sum_sq}
     if logps.balance_coef != 0:
         sums["balance"] = logps.balance
     return {name: values for name, values in sums.items() if values is not None}
@@ -173,7 +173,7 @@ def accumulate_gradient(
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), microbatches)
 
 
-def _join_microbatches(stacked: PairLogps | None) -> PairLogps | None:
+def _join_microbatches(stacked: Any) -> Any:
     """Reshape log-probs [microbatches, pairs per microbatch, ...] -> [B, ...], and add sums over tokens."""
     joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
     if stacked is None or stacked.balance is None:

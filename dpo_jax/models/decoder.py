@@ -143,7 +143,7 @@ class Model:
     def routed_hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> Float[Array, "R T D"] | RoutedHidden:
         """Return what `hidden` does, and the routers' sums over tokens if the model is a mixture of experts."""
         hidden, _, sums = self._hidden(weights, batch)
-        if self.config.experts is None:
+        if self.config.experts is None or sums is None:
             return hidden
         return RoutedHidden(hidden, sums, self.config.experts.balance_coef)
 

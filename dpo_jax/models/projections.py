@@ -101,6 +101,7 @@ def layer_projections(config: DecoderConfig) -> dict[str, Projection]:
     experts = {name: row for name, row in EXPERTS.items() if has_shared or not name.startswith("shared_")}
     return ATTENTION | experts
 
+
 _LAYER_TENSORS = {
     "attention_norm": "input_layernorm.weight",
     "attention_norm_bias": "input_layernorm.bias",

@@ -27,6 +27,6 @@ FAMILY = Family(
         "router_aux_loss_coef": 0.001,
     },
     pattern=pattern,
-    options=lambda hf: qwen3.FAMILY.options(hf) | mixture.qwen(hf, 128),
+    options=lambda hf: {**qwen3.FAMILY.options(hf), **mixture.qwen(hf, 128)},
     tensors=mixture.tensors(),
 )  # fmt: skip
