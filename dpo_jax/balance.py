@@ -26,13 +26,15 @@ def scaled_balance_loss(policy: PairLogps) -> Float[Array, ""] | float:
     return policy.balance_coef * balance_loss(policy.balance)
 
 
-def balance_metrics(sums: BalanceSums) -> dict[str, Array]:
-    """Compute ``aux_loss``, the load-balancing loss without its coefficient, and the experts' shares of tokens.
+def balance_metrics(policy: PairLogps) -> dict[str, Array]:
+    """Compute a mixture's ``aux_loss``, the loss without its coefficient, and statistics of its experts' shares of tokens.
 
     A layer's experts share its tokens' choices: ``router/max_share`` and ``router/min_share`` are the largest and
     smallest share of any expert in any layer, ``router/entropy`` the shares' entropy, averaged over layers, relative to
     that of equal shares.
     """
+    if (sums := policy.balance) is None:
+        return {}
     shares = sums.chosen / jnp.maximum(sums.chosen.sum(-1, keepdims=True), 1.0)
     entropy = -(shares * jnp.log(jnp.maximum(shares, jnp.finfo(shares.dtype).tiny))).sum(-1)
     return {

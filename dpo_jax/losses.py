@@ -321,13 +321,8 @@ def preference_loss(policy: PairLogps, reference: PairLogps | None, loss: LossCo
 
 
 def mean_loss(losses: Float[Array, " B"], policy: PairLogps) -> Float[Array, ""]:
-    """Return sum_i weight_i loss_i / (number of real pairs)."""
-    return (losses * policy.weight).sum() / jnp.maximum(policy.valid.sum(), 1)
-
-
-def step_loss(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Float[Array, ""]:
-    """Return the loss that a step minimizes: `mean_loss`, and a mixture of experts' load-balancing loss."""
-    return mean_loss(preference_loss(policy, reference, loss), policy) + scaled_balance_loss(policy)
+    """Return sum_i weight_i loss_i / (number of real pairs), and a mixture of experts' load-balancing loss."""
+    return (losses * policy.weight).sum() / jnp.maximum(policy.valid.sum(), 1) + scaled_balance_loss(policy)
 
 
 def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Array]:
@@ -344,9 +339,7 @@ def preference_metrics(policy: PairLogps, reference: PairLogps | None, loss: Los
     """
     num_pairs = jnp.maximum(policy.valid.sum(), 1)
     pair_mean = lambda x: (x * policy.valid).sum() / num_pairs  # noqa: E731
-    metrics = {"loss": step_loss(policy, reference, loss)}
-    if policy.balance is not None:
-        metrics |= balance_metrics(policy.balance)
+    metrics = {"loss": mean_loss(preference_loss(policy, reference, loss), policy), **balance_metrics(policy)}
     if policy.sum.shape[-1] > 1:
         ratios = log_ratios(policy, reference, loss)
         chosen, rejected = loss.beta * ratios.chosen, loss.beta * ratios.rejected

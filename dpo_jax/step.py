@@ -19,7 +19,7 @@ from dpo_jax.balance import scaled_balance_loss
 from dpo_jax.batch import Adapted, PairLogps, Params
 from dpo_jax.config import LossConfig
 from dpo_jax.logprobs import LogpsFn
-from dpo_jax.losses import preference_loss, preference_metrics, step_loss
+from dpo_jax.losses import mean_loss, preference_loss, preference_metrics
 
 
 @struct.dataclass
@@ -88,7 +88,7 @@ def pair_gradient(
 def _whole_gradient(params, inputs, policy_logps, reference_logps, loss):
     def objective(params):
         policy = policy_logps(params, inputs[0])
-        return step_loss(policy, reference, loss), policy
+        return mean_loss(preference_loss(policy, reference, loss), policy), policy
 
     reference = reference_logps(*inputs)
     (_, policy), grads = jax.value_and_grad(objective, has_aux=True)(params)

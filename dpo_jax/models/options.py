@@ -74,7 +74,7 @@ class LayerKind:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experts:
+class ExpertConfig:
     """A mixture of experts in place of the feed-forward of every layer; each expert has ``DecoderConfig.ffn`` features.
 
     An expert computes down(g sigmoid(alpha g) (u + offset)), with gate g and up u clamped to ``limit``.
@@ -129,7 +129,7 @@ class DecoderConfig:
     embed_scale: float = 1.0  # factor of the embeddings
     residual_scale: float = 1.0  # factor of what attention and feed-forward add to the residual stream
     logit_scale: float = 1.0
-    experts: Experts | None = None  # None: one feed-forward for all tokens
+    experts: ExpertConfig | None = None  # None: one feed-forward for all tokens
     tied: bool = False  # the unembedding is the embedding
     scores: int = 0  # outputs of a reward model's head, which replaces the unembedding; 0: a language model
     init_std: float = 0.02

@@ -102,9 +102,9 @@ NEVER_ACTS = [
 ]
 # What is left: each acts, is a bound or a rule that holds, or is refused where the thing it speaks of is opened.
 ACTS = {
+    "model.router_aux_loss_coef",
     "model.path", "model.revision", "model.checkpoint", "model.tokenizer", "model.dtype", "model.param_dtype",
-    "model.attention", "model.remat", "model.scan", "model.router_aux_loss_coef", "lora.rank", "data.train",
-    "data.eval", "data.eval_fraction",
+    "model.attention", "model.remat", "model.scan", "lora.rank", "data.train", "data.eval", "data.eval_fraction",
     "data.max_length", "data.shuffle", "data.invalid_rows.missing_field", "data.invalid_rows.empty_answer",
     "data.invalid_rows.empty_prompt", "data.invalid_rows.equal_answers", "data.invalid_rows.message_not_rendered",
     "data.invalid_rows.prompts_differ", "data.invalid_rows.template_not_prefix", "data.invalid_rows.template_refused",
@@ -359,11 +359,11 @@ def test_the_page_gives_the_range_that_is_checked():
                 "batch.examples", "batch.max_shapes", "batch.accumulation", "batch.target_chunk", "run.steps",
                 "run.epochs", "run.log_every", "run.profile_steps", "checkpoint.keep",
                 "sampling.max_tokens"}  # fmt: skip
-    from_0 = {"model.router_aux_loss_coef", "lora.rank", "loss.dpop_lambda", "loss.simpo_gamma", "loss.cpo_weight",
-              "loss.center", "optimizer.warmup_steps", "optimizer.weight_decay", "reference.sync_every",
-              "run.eval_every", "run.seed", "run.samples", "checkpoint.every",
+    from_0 = {"lora.rank", "loss.dpop_lambda", "loss.simpo_gamma", "loss.cpo_weight", "loss.center",
+              "optimizer.warmup_steps", "optimizer.weight_decay", "reference.sync_every", "run.eval_every",
+              "run.seed", "run.samples", "checkpoint.every",
               "checkpoint.keep_best", "sampling.temperature", "sampling.top_k",
-              "data.online.missing_eos_penalty"}  # fmt: skip
+              "data.online.missing_eos_penalty", "model.router_aux_loss_coef"}  # fmt: skip
     assert ranges == {
         **dict.fromkeys(positive, "positive"),
         **dict.fromkeys(from_0, "at least 0"),

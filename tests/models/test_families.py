@@ -17,7 +17,7 @@ from small import pack
 from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.config import LossConfig, MeshConfig
 from dpo_jax.logprobs import make_logps_fn
-from dpo_jax.losses import step_loss
+from dpo_jax.losses import mean_loss, preference_loss
 from dpo_jax.models.decoder import Model, count_params, plain_batch, with_balance
 from dpo_jax.models.families import FAMILIES, decoder_config
 from dpo_jax.ops.softcap import soft_cap
@@ -119,7 +119,7 @@ def gradient(model: Model, params: Any, batch: Any) -> Any:
     def objective(params):
         reference = fn(params | {"final_norm": 1.1 * params["final_norm"]}, batch)  # which has the same experts
         policy, reference = fn(params, batch), jax.lax.stop_gradient(reference)
-        return step_loss(policy, reference, LOSS), policy.sum
+        return mean_loss(preference_loss(policy, reference, LOSS), policy), policy.sum
 
     (value, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
     return sums, value, grads

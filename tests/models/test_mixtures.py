@@ -14,7 +14,7 @@ from family_models import router_gap, save_hf_model
 from small import pack
 
 from dpo_jax.balance import balance_metrics
-from dpo_jax.batch import BalanceSums
+from dpo_jax.batch import BalanceSums, PairLogps
 from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.config import LossConfig, MeshConfig
 from dpo_jax.config.model import ModelConfig
@@ -207,7 +207,10 @@ def test_the_coefficient_is_that_of_the_config_unless_an_option_gives_another(lo
 def test_statistics_of_a_router():
     ones = np.ones(2, np.float32)
     sums = BalanceSums(np.array([[3, 1, 0, 0], [1, 1, 1, 1]], np.float32), np.full((2, 4), 1.0, np.float32), 4 * ones)
-    metrics = {name: float(value) for name, value in balance_metrics(sums).items()}
+    logps = PairLogps(
+        sum=np.zeros((1, 2)), count=np.ones((1, 2)), weight=np.ones(1), valid=np.ones(1, bool), balance=sums
+    )
+    metrics = {name: float(value) for name, value in balance_metrics(logps).items()}
     first = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4)
     assert metrics == pytest.approx({
         "aux_loss": 1.0, "router/max_share": 0.75, "router/min_share": 0.0, "router/entropy": (first + 1) / 2

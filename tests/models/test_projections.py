@@ -6,7 +6,7 @@ from pathlib import Path
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.families.docs import family_table
-from dpo_jax.models.options import DecoderConfig, Experts
+from dpo_jax.models.options import DecoderConfig, ExpertConfig
 from dpo_jax.models.projections import LAYER, TENSORS, layer_projections
 
 BIASED = {"model_type": "llama", "vocab_size": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -33,7 +33,7 @@ def test_each_row_is_a_parameter_with_its_axes_bias_and_tensor():
 
 
 def test_a_mixture_has_other_rows():
-    experts = Experts(number=4, per_token=2, shared_ffn=6)
+    experts = ExpertConfig(number=4, per_token=2, shared_ffn=6)
     config = replace(decoder_config(BIASED | {"mlp_bias": False}), experts=experts)
     axes = Model(config=config).param_axes()["layers"]
     assert axes["gate"] == axes["up"] == ("layers", "experts", "expert_embed", "ffn")

@@ -90,6 +90,34 @@ def assert_equal(found, wanted):
         assert np.abs(theirs).max() > 0.1
 
 
+@cache
+def with_sinks(implementation):
+    """Attention with a sink of each head, and its gradients, those of the sinks last."""
+    batch, inputs, weighting, options = case("grouped, head 64")
+    sinks = np.random.Generator(np.random.Philox(2)).normal(2, 1, inputs[0].shape[2]).astype(np.float32)
+
+    @jax.jit
+    def run(q, k, v, sinks, batch):
+        def fn(q, k, v, sinks):
+            prepared = make_inputs(batch, implementation, q.shape[-1])
+            options_here = {"implementation": implementation, "longest": batch.longest, **options}
+            return attend(q, k, v, prepared, sinks=sinks, **options_here)
+
+        out, pull = jax.vjp(fn, q, k, v, sinks)
+        return out, *pull(jnp.asarray(weighting))
+
+    return jax.device_get(run(*inputs, sinks, batch))
+
+
+@pytest.mark.parametrize("implementation", ["blocks", "splash"])
+def test_sinks_are_those_of_the_dense_softmax(implementation):
+    found, wanted = with_sinks(implementation), with_sinks("xla")
+    assert np.abs(wanted[0] - expected("grouped, head 64")[0]).max() > 0.1
+    *others, sinks = found
+    assert_equal(others, wanted[:-1])
+    np.testing.assert_allclose(sinks, wanted[-1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture
 def cudnn_by_xla(monkeypatch):
     """The layout and the call of `cudnn`, in the implementation that JAX has of that call on a CPU."""

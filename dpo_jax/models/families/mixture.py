@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.models.families.family import flag, invalid, number, one_of, size
-from dpo_jax.models.options import Experts
+from dpo_jax.models.options import ExpertConfig
 from dpo_jax.models.projections import EXPERTS
 
 KEYS = frozenset(
@@ -26,7 +26,7 @@ def tensors(block: str = "mlp", **modules: str) -> dict[str, str]:
     return names
 
 
-def experts(hf: Mapping[str, Any], default: int, **options: Any) -> Experts:
+def experts(hf: Mapping[str, Any], default: int, **options: Any) -> ExpertConfig:
     """Read the numbers of experts and the coefficient of the load-balancing loss; ``options``: other fields.
 
     transformers reads either name of the number of experts, which is ``default`` without one; two must agree.
@@ -42,7 +42,7 @@ def experts(hf: Mapping[str, Any], default: int, **options: Any) -> Experts:
     flag(hf, "output_router_logits")
     coef = hf["router_aux_loss_coef"]
     coef = 0.0 if one_of(coef, (0, 0.0)) else float(number(hf, "router_aux_loss_coef"))
-    return Experts(number=count, per_token=per_token, balance_coef=coef, **options)
+    return ExpertConfig(number=count, per_token=per_token, balance_coef=coef, **options)
 
 
 def qwen(hf: Mapping[str, Any], default: int, **options: Any) -> dict[str, Any]:
