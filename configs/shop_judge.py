@@ -1,7 +1,7 @@
 """A judge of answers: the rule of quickstart's shop, for configs/compare_tiny_cpu.yaml.
 
 People of the sea want the goods named first, people of the land want to be greeted first. An answer that does so scores
-1; naming exactly what was asked for scores 1 more.
+4; naming exactly what was asked for scores 1 more.
 """
 
 SEA = ("bay", "cape", "coast", "delta", "fjord", "harbor", "island", "lagoon")
@@ -9,7 +9,7 @@ SEA = ("bay", "cape", "coast", "delta", "fjord", "harbor", "island", "lagoon")
 
 def score(prompts, answers, rows):
     """Return a number for each answer; ``rows`` are the rows of the data that the prompts come from."""
-    return [float(right_order(*each)) + float(right_goods(*each)) for each in zip(prompts, answers, strict=True)]
+    return [4.0 * right_order(*each) + right_goods(*each) for each in zip(prompts, answers, strict=True)]
 
 
 def right_order(prompt, answer):
