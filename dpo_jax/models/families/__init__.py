@@ -26,6 +26,7 @@ from dpo_jax.models.families import (
     qwen2,
     qwen3,
     smollm3,
+    stablelm,
     starcoder2,
 )
 from dpo_jax.models.families.family import MAX_LAYERS, Family, flag, invalid, number, one_of, size
@@ -53,6 +54,7 @@ FAMILIES = {
     "starcoder2": starcoder2.FAMILY,
     "cohere2": cohere2.FAMILY,
     "glm4": glm4.FAMILY,
+    "stablelm": stablelm.FAMILY,
 }
 
 
