@@ -175,6 +175,17 @@ DENSE = {
                  "rope_parameters": _rope(100.0, partial_rotary_factor=0.5)},
         features=(*_ROPE, "qkv bias", "pre norm", "post norm", "partial rotary", "interleaved rotary"),
     ),
+    "stablelm": HFModel(
+        architecture="StableLmForCausalLM",
+        options={"use_qkv_bias": True, "rope_parameters": _rope(100.0, partial_rotary_factor=0.5)},
+        features=(*_ROPE, "qkv bias", "sequential", "norm bias", "layer norm", "partial rotary"),
+    ),
+    "stablelm_parallel": HFModel(
+        architecture="StableLmForCausalLM",
+        options={"use_parallel_residual": True, "tie_word_embeddings": True,
+                 "rope_parameters": _rope(100.0)},
+        features=(*_ROPE, "shared norm", "norm bias", "layer norm", "partial rotary"),
+    ),
 }  # fmt: skip
 MIXTURES = {
     # C

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import transformers
 from family_models import FAMILIES as MODELS
 from family_models import MIXTURES, SWITCHES, hf_logits, router_gap, save_hf_model, some_tokens
 from small import pack
@@ -82,6 +83,19 @@ def test_logits_and_exported_tensors_are_those_of_transformers(load, name, tmp_p
     tensors = again.state_dict()
     assert tensors.keys() == theirs.state_dict().keys()
     assert all(tensors[key].equal(tensor) for key, tensor in theirs.state_dict().items())
+
+
+SMALL = {"vocab_size": 128, "hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 4,
+         "num_attention_heads": 32, "max_position_embeddings": 256}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of tokens outside the small vocabulary
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.wraps is None])
+def test_a_file_of_sizes_alone_means_what_it_means_in_transformers(model_type):
+    family = FAMILIES[model_type]
+    hf = {family.key(key): value for key, value in SMALL.items() if family.key(key) not in family.unused}
+    full = transformers.AutoConfig.for_model(model_type, **hf).to_dict()
+    assert decoder_config(hf | {"model_type": model_type}) == decoder_config(full)
 
 
 @pytest.mark.slow

@@ -306,6 +306,11 @@ REFUSED = [
     ("cohere2", "layer_types", ["full_attention"], "num_hidden_layers=2 names"),
     ("cohere2", "logit_scale", 0, "positive number"),
     ("glm4", "mlp_bias", True, "no such option"),
+    ("stablelm", "qk_layernorm", True, "no such option"),
+    ("stablelm", "rms_norm_eps", 1e-6, "no such option"),  # there it is layer_norm_eps
+    ("stablelm", "num_key_value_heads", None, "positive number"),
+    ("stablelm", "use_parallel_residual", None, "true or false"),
+    ("stablelm", "partial_rotary_factor", 0.2, "an even number"),
     ("gemma3", "text_config", None, "gemma3_text"),
     ("gemma3", "text_config", {"model_type": "llama"}, "gemma3_text"),
     ("llama", "architectures", ["LlamaForTokenClassification"], "LlamaForCausalLM"),

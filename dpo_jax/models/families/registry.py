@@ -23,6 +23,7 @@ from dpo_jax.models.families import (
     qwen3,
     qwen3_moe,
     smollm3,
+    stablelm,
     starcoder2,
 )
 
@@ -51,4 +52,5 @@ FAMILIES = {
     "qwen3_moe": qwen3_moe.FAMILY,
     "olmoe": olmoe.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
+    "stablelm": stablelm.FAMILY,
 }

@@ -25,6 +25,7 @@ FAMILY = Family(
         "num_key_value_heads": 2,
         "hidden_act": "gelu_pytorch_tanh",
         "norm_epsilon": 1e-5,
+        "initializer_range": 0.018042,
         "use_bias": True,
         "tie_word_embeddings": True,
     },
