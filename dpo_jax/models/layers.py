@@ -112,12 +112,13 @@ def rotate(x: Float[Array, "R T N H"], rotation: Rotation, interleaved: bool = F
     if rotation.factor is not None:
         cos, sin = cos * rotation.factor, sin * rotation.factor
     dims = 2 * rotation.angles.shape[-1]
-    x32, kept = x[..., :dims].astype(jnp.float32), x[..., dims:]
+    x, kept = (x, None) if dims == x.shape[-1] else (x[..., :dims], x[..., dims:])
+    x32 = x.astype(jnp.float32)
     first, second = (x32[..., ::2], x32[..., 1::2]) if interleaved else jnp.split(x32, 2, axis=-1)
     pair = first * cos - second * sin, second * cos + first * sin
     rotated = jnp.stack(pair, axis=-1).reshape(x32.shape) if interleaved else jnp.concatenate(pair, axis=-1)
     rotated = rotated.astype(x.dtype)
-    return jnp.concatenate([rotated, kept], axis=-1) if kept.shape[-1] else rotated
+    return rotated if kept is None else jnp.concatenate([rotated, kept], axis=-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
