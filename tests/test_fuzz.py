@@ -39,8 +39,8 @@ TARGETS: dict[str, tuple[int, Callable[[], Any], Callable[[Any], bool]]] = {
     "reference caches": (50, fuzz_runs.reference_caches, fuzz_runs.check_reference_cache),
     "configs": (75, fuzz_runs.configs, fuzz_runs.check_config),
     "config bytes": (75, lambda: fuzz_runs.config_bytes, fuzz_runs.check_config_bytes),
-    "YAML scalars": (75, lambda: fuzz_runs.plain_scalars, fuzz_runs.check_plain_scalar),
-    "command lines": (30, lambda: fuzz_runs.command_lines, fuzz_runs.check_command_line),
+    "YAML scalars": (150, lambda: fuzz_runs.plain_scalars, fuzz_runs.check_plain_scalar),
+    "command lines": (60, lambda: fuzz_runs.command_lines, fuzz_runs.check_command_line),
     "overrides": (50, lambda: fuzz_runs.overrides, fuzz_runs.check_override),
 }
 

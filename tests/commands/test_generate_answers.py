@@ -44,6 +44,7 @@ TOKENIZER = make_tokenizer()
 TOKENIZER.chat_template = CHAT_TEMPLATE.replace("</s>", "</s>\n")
 
 
+SEED = 14  # of the policy's weights: some answers end their turn, and each prompt has two that are not blank
 POLICY, REWARD = (Model(config=decoder_config(hf), attention="xla") for hf in (SIZES, reward_hf_config(SIZES, 263)))
 
 
@@ -58,7 +59,7 @@ def save_model(folder: Path, model: Model, hf_config: dict, seed: int) -> None:
 def made(tmp_path_factory):
     """A folder with a policy, a reward model, prompts, a config, and the answers of one command that ran through."""
     folder = tmp_path_factory.mktemp("made")
-    save_model(folder / "policy", POLICY, SIZES, 0)
+    save_model(folder / "policy", POLICY, SIZES, SEED)
     (folder / "policy" / "generation_config.json").write_text(json.dumps({"eos_token_id": MORE_ENDS}))
     save_model(folder / "reward", REWARD, reward_hf_config(SIZES, 263), 1)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
@@ -95,7 +96,7 @@ def prompt_tokens(row: dict) -> list[int]:
 def test_answers_log_probs_and_scores_are_those_of_full_forward_passes(made):
     """A draw depends on (seed, index of the answer, row); a score is read where training reads it, behind the turn."""
     rows, config = read_json(made / "whole.jsonl"), parse_config(made / "c.yaml", {}, GenerateConfig)
-    mesh, params, reward_params = make_mesh(config.mesh), random_params(POLICY, 0), random_params(REWARD, 1)
+    mesh, params, reward_params = make_mesh(config.mesh), random_params(POLICY, SEED), random_params(REWARD, 1)
     weights = rollout_weights(POLICY, params, mesh)
     prompts, answers, sequences = [], [], []
     for row, columns in enumerate(PROMPTS):
@@ -105,6 +106,7 @@ def test_answers_log_probs_and_scores_are_those_of_full_forward_passes(made):
             answers += generate(POLICY, weights, prompts[-1:], config.sampling, mesh, **draw)
             ends_turn = isinstance(columns["prompt"], list) and answers[-1].tokens[-1] == END
             sequences.append(prompts[-1] + answers[-1].tokens + [NEWLINE] * ends_turn)
+    assert any(sequence[-1] == NEWLINE for sequence in sequences)
     lengths = np.array(list(map(len, sequences)))
     tokens = np.stack([np.pad(sequence, (0, 48 - len(sequence))) for sequence in sequences])
     logps = np.asarray(full_forward.log_probs(POLICY, params, tokens, lengths))
