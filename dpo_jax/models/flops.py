@@ -136,14 +136,15 @@ def step_flops(config: DecoderConfig, work: Work, *, live_reference: bool, lora:
 def recomputed_projections(config: DecoderConfig, remat: Literal["none", "dots", "full"]) -> set[str]:
     """Return the names of the matrices of a layer whose matmul the backward pass recomputes.
 
-    ``full``: all matrices but the last, whose output nothing in the layer needs. Otherwise none, as outputs are saved,
-    but for those of a mixture's experts and, with ``dots``, router.
+    ``full``: all matrices but those whose output nothing in the layer needs, since it is only added to the residual
+    stream: the last and, where the feed-forward does not read the sum, that of attention. Otherwise none, as outputs
+    are saved, but for those of a mixture's experts and, with ``dots``, router.
     """
-    names = projections(config).keys()
-    if config.experts is None:
-        return set(list(names)[:-1]) if remat == "full" else set()
     if remat == "full":
-        return set(names) - {"down"}  # the output of the shared expert, if any, is scaled, and so needed
+        unneeded = {"down"} if config.residual == "sequential" else {"out", "down"}
+        return set(projections(config)) - (set() if config.post_norm else unneeded)
+    if config.experts is None:
+        return set()
     return {"gate", "up"} | ({"router"} if remat == "dots" else set())
 
 

@@ -102,6 +102,26 @@ def test_forward_and_gradient_are_what_xla_counts(batch):
         assert counted(gradient(replace(model, remat=remat)), shapes, batch) == pytest.approx(none + more, rel=0.01)
 
 
+LAYERS = {
+    "plain": {"gated": False},
+    "parallel": {"gated": False, "residual": "parallel", "norm": "layer"},
+    "shared": {"residual": "shared"},
+    "post norm": {"post_norm": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_other_layers_are_what_xla_counts(name, batch):
+    config = replace(SMALL, **LAYERS[name])
+    model = Model(config=config, attention="xla", scan=False)
+    none = counted(gradient(model), model.param_shapes(), batch)
+    assert none == pytest.approx(step_flops(config, DENSE, live_reference=False), rel=0.02)
+    more = recomputed_flops(config, DENSE, "full") - recomputed_flops(config, DENSE, "none")
+    full = counted(gradient(replace(model, remat="full")), model.param_shapes(), batch)
+    assert full - none == pytest.approx(more, rel=0.05)
+
+
 def test_adapters_are_what_xla_counts(batch):
     lora = make_lora(LoraConfig(rank=32, targets=("q_proj", "down_proj")), SMALL)
     model = Model(config=SMALL, attention="xla", scan=False, lora=lora)
