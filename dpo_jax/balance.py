@@ -27,7 +27,7 @@ def scaled_balance_loss(policy: PairLogps) -> Float[Array, ""] | float:
 
 
 def balance_metrics(policy: PairLogps) -> dict[str, Array]:
-    """Compute the loss without its coefficient, ``aux_loss``, and statistics of the experts' shares of tokens.
+    """Compute a mixture's ``aux_loss``, without its coefficient, and statistics of its experts' shares of tokens.
 
     A layer's experts share its tokens' choices: ``router/max_share`` and ``router/min_share`` are the largest and
     smallest share of any expert in any layer, ``router/entropy`` the shares' entropy, averaged over layers, relative to

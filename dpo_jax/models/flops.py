@@ -140,13 +140,12 @@ def recomputed_projections(config: DecoderConfig, remat: Literal["none", "dots",
     stream: the last and, where the feed-forward does not read the sum, that of attention. Otherwise none, as outputs
     are saved, but for those of a mixture's experts and, with ``dots``, router.
     """
-    names = set(projections(config))
-    if config.experts is not None and remat != "full":
-        return {"gate", "up"} | ({"router"} if remat == "dots" else set())
-    if remat != "full":
+    if remat == "full":
+        unneeded = {"down"} if config.residual == "sequential" else {"out", "down"}
+        return set(projections(config)) - (set() if config.post_norm else unneeded)
+    if config.experts is None:
         return set()
-    unneeded = {"down"} if config.residual == "sequential" else {"out", "down"}
-    return names if config.post_norm else names - unneeded
+    return {"gate", "up"} | ({"router"} if remat == "dots" else set())
 
 
 def recomputed_flops(config: DecoderConfig, work: Work, remat: Literal["none", "dots", "full"]) -> int:

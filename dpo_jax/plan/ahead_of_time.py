@@ -239,8 +239,8 @@ def _min_temporaries(model: Model, mesh: Mesh | AbstractMesh, load: Load, traine
     activation_bytes = c.layers * tokens * c.hidden * itemsize
     rows = layer_projections(c)  # experts stay where they are; of the other matrices a device gathers a layer's
     layer_weights = sum(inputs * outputs for name, (inputs, outputs) in projections(c).items() if not rows[name].stack)
-    ffn_values = (4 if c.gated else 2) * tokens * c.ffn
-    return gradient_bytes + activation_bytes + itemsize * (layer_weights + ffn_values) // mesh.shape["tensor"]
+    features = (4 if c.gated else 2) * tokens * c.ffn
+    return gradient_bytes + activation_bytes + itemsize * (layer_weights + features) // mesh.shape["tensor"]
 
 
 def num_bytes(tree: Any) -> int:
