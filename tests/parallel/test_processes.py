@@ -248,3 +248,35 @@ def test_runs_of_1_2_and_4_processes_are_one_run(given, tmp_path):
             for key in (f"logps/{answer}", f"reference_logps/{answer}"):
                 assert abs(ours[key] - theirs[key]) <= 2e-6 * abs(theirs[key])
             np.testing.assert_allclose(ours[f"log_ratios/{answer}"], theirs[f"log_ratios/{answer}"], atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_run_on_sampled_answers_is_one_run_in_two_processes(shared, tmp_path):
+    """Each samples the rows of its own devices: their answers, the updates and the samples are those of one process."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Once there were {i}"}) + "\n" for i in range(24)))
+    config = {
+        "model": {"path": str(shared / "models" / "stories260K")},
+        "data": {"train": str(prompts), "eval_fraction": 0.25, "max_length": 64, "workers": 1,
+                 "store": str(tmp_path / "store")},
+        "reward": {"function": "rewards:vowels"},
+        "sampling": {"max_tokens": 8},
+        "ppo": {"epochs": 2},
+        "optimizer": {"learning_rate": 1e-3},
+        "batch": {"prompts": 8},
+        "run": {"dir": str(tmp_path / "two"), "steps": 3, "samples": 3, "progress": False, "report": False},
+    }  # fmt: skip
+    path = write_config(tmp_path / "config.yaml", config)
+    with started_jointly(2, "ppo", path, folder=tmp_path) as processes:
+        assert [process.code() for process in processes] == [0, 0], "\n".join(p.said() for p in processes)
+    assert len(events(tmp_path / "two", "start")) == 1
+    assert ended("ppo", path, "--run.dir", tmp_path / "one", devices=8, output=tmp_path / "said") == (0, "")
+    ours, theirs = (read_json(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    assert [list(row) for row in ours] == [list(row) for row in theirs]
+    for row, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(list(row.values()), list(expected.values()), rtol=1e-4, atol=1e-5)
+        assert row.get("sampled_tokens") == expected.get("sampled_tokens")
+    assert ours[-1]["eval_held_out_sampled_kl"] > 1e-3  # or equality would say little
+    samples, expected = (read_json(tmp_path / name / "samples.jsonl") for name in ("two", "one"))
+    assert len(samples) == 2 * 3
+    assert samples == expected
