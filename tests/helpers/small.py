@@ -38,7 +38,7 @@ def random_params(model: Model, seed: int = 0):
 
     def weights(path, leaf):
         name = path[-1].key
-        scale = 1.0 if name == "score" else deviation
+        scale = 2 * deviation if name == "score" else deviation
         return (np.ones(leaf.shape) if name.endswith("norm") else draw.normal(0, scale, leaf.shape)).astype(leaf.dtype)
 
     return jax.tree.map_with_path(weights, model.param_shapes())
