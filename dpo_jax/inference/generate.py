@@ -130,7 +130,13 @@ def rollout_shardings(model: Model, mesh: Mesh | AbstractMesh, has_adapters: boo
 @cache
 def make_copy(model: Model, mesh: Mesh, has_adapters: bool) -> Callable[[Any], Any]:
     """Return the jitted function that copies weights to a `sampling_mesh`, which a plan compiles ahead of time, too."""
-    cast = lambda weights: jax.tree.map(lambda x: x.astype(model.dtype), weights)  # noqa: E731
+
+    def cast(weights):
+        """Cast all weights but those of routers, since a rounded logit may change a token's experts."""
+        is_router = lambda path: path[-1].key in ("router", "router_bias")  # noqa: E731
+        to_dtype = lambda path, x: x if is_router(path) else x.astype(model.dtype)  # noqa: E731
+        return jax.tree.map_with_path(to_dtype, weights)
+
     return jax.jit(cast, out_shardings=rollout_shardings(model, mesh, has_adapters))
 
 

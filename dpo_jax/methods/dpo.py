@@ -21,6 +21,7 @@ from dpo_jax.methods.rollouts import Judge
 from dpo_jax.methods.samples import Samples, make_samples
 from dpo_jax.methods.setup import Policy, Setup, follow_of, load_policy
 from dpo_jax.models.decoder import Model, with_balance
+from dpo_jax.models.families import refuse_positions
 from dpo_jax.models.heads import make_scores_fn
 from dpo_jax.parallel.sharding import local_row_shards, platform_of, replicated, row_devices
 from dpo_jax.runs.checksums import weights_id
@@ -57,6 +58,8 @@ def reward_model_scores(setup: Setup, options: RewardModelConfig) -> tuple[dict[
     reward = open_reward_model(options, policy, platform_of(setup.mesh), setup.tokenizer, date)
     remedy = f"its tokenizer or chat template is not that of {policy.path}, by which the pairs are tokenized"
     require(reward.reads_tokens, f"{options.section}.path", options.path, f"{remedy}; use one of the same family")
+    max_length = setup.config.data.max_length
+    refuse_positions(reward.opened.model.config, max_length, f"{options.section}.path", options.path)
     weights = reward.opened.load(setup.mesh)
     step = jax.jit(make_scores_fn(reward.opened.model), out_shardings=replicated(setup.mesh))
     scores = {name: dataset_logps(step, weights, pairs, setup.to_devices)[1] for name, pairs in setup.evals.items()}

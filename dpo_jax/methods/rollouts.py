@@ -23,6 +23,7 @@ from dpo_jax.errors import UserError, from_outside, require
 from dpo_jax.inference.answer_scores import make_answer_scores
 from dpo_jax.inference.generate import Answer, generate
 from dpo_jax.methods.setup import Setup
+from dpo_jax.models.families import refuse_positions
 from dpo_jax.parallel import hosts
 from dpo_jax.parallel.sharding import local_mesh, platform_of
 from dpo_jax.policy_gradient import Rollout
@@ -192,6 +193,9 @@ def make_judge(setup: Setup, config: JudgeConfig, tail: list[int]) -> tuple[Judg
         return _function_judge(setup, config.function, f"{config.section}.function"), config.function
     tokenizer, template_date = setup.tokenizer, setup.config.data.template_date
     reward = open_reward_model(config, setup.config.model, platform_of(setup.mesh), tokenizer, template_date)
+    if reward.reads_tokens:  # an answer may end a turn after which the template writes more
+        longest = setup.config.data.max_length + max(len(tail) - 1, 0)
+        refuse_positions(reward.opened.model.config, longest, f"{config.section}.path", str(config.path))
     row_of = make_row_of(setup)
     weights = reward.opened.load(setup.mesh)
     answer_scores = make_answer_scores(reward.opened.model, weights, setup.mesh)

@@ -26,7 +26,7 @@ REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names("projected", "routed"),
     "full": jax.checkpoint_policies.save_only_these_names("routed"),
 }
-BIAS_DIMS = 128  # dims added to hidden states for a bias of the unembedding; mesh axes and tiles divide it
+BIAS_DIMS = 128  # dims added to hidden states for a bias of the unembedding; mesh.fsdp must divide them
 
 
 def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> PreferenceBatch:

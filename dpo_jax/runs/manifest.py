@@ -19,7 +19,9 @@ from typing import Any
 
 from dpo_jax.errors import UserError
 
-FORMAT = 3  # since 2 a manifest is sealed, since 3 the state holds a reference that follows the policy
+# Since 2 a manifest is sealed, since 3 the state holds a reference that follows the policy, since 4 a decoder has kinds
+# of layers.
+FORMAT = 4
 PACKAGES = ("dpo-jax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
 
 # How a changed option is handled when a run resumes, by the longest matching prefix. Without a match, it is refused.

@@ -179,3 +179,11 @@ def test_layouts_and_meshes_agree(load, name, layouts):
         assert abs(value - value_0) <= 2e-5, layout
         change = optax.tree.norm(jax.tree.map(jnp.subtract, grads, grads_0)) / optax.tree.norm(grads_0)
         assert float(change) <= 2e-5, layout
+
+
+def test_reward_models_have_the_classes_of_transformers():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
+
+    assert {name: family.reward_architecture for name, family in FAMILIES.items()} == {
+        name: CLASSES.get(name) for name in FAMILIES
+    }

@@ -378,6 +378,9 @@ REFUSED = [
     ("qwen2", "layer_types", 3, "num_hidden_layers=2 names"),
     ("qwen2", "layer_types", [["full_attention"], {}], "choose from full_attention"),
     ("qwen2", "use_sliding_window", 1, "true or false"),
+    ("phi3", "rope_scaling", {"type": ["su"], "short_factor": [1.0]}, "choose the rope scaling"),
+    ("starcoder2", "norm_type", "rms", "it must be layer_norm"),
+    ("gemma", "hidden_activation", "silu", "hidden_act means gelu_pytorch_tanh"),
 ]
 
 
@@ -456,6 +459,23 @@ def test_sizes_and_windows_are_those_that_transformers_reads(kind, options):
 def test_windows_of_layers_are_read(options, windows):
     qwen2 = SIZES | {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}
     assert decoder_config(qwen2 | options).windows == windows
+
+
+GEMMA3_TEXT = {"model_type": "gemma3_text", "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
+               "num_attention_heads": 16, "num_key_value_heads": 8, "sliding_window": 1024,
+               "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({**SIZES, "model_type": "starcoder2", "mlp_type": "default", "norm_type": "layer_norm", "rms_norm_eps": 1e-3,
+      "norm_epsilon": 1e-5}, {"norm_eps": 1e-5}),
+    ({**SIZES, "model_type": "gemma", "hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"},
+     {"activation": "gelu_pytorch_tanh"}),
+    ({"model_type": "gemma3", "text_config": GEMMA3_TEXT, "vision_config": {}}, {"vocab": 262_208}),
+], ids=["starcoder2", "gemma", "gemma3"])  # fmt: skip
+def test_keys_of_published_files_are_read(options, expected):
+    config = decoder_config(options)
+    assert {field: getattr(config, field) for field in expected} == expected
 
 
 def test_harmless_keys_pass():

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models.families.family import Family, flag, size
+from dpo_jax.models.families.family import Family, flag, invalid, size
 from dpo_jax.models.families.patterns import alike
 
 DEFAULTS = {
@@ -16,9 +16,10 @@ DEFAULTS = {
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Return what all Gemma models have in common."""
+    activation = hf.get("hidden_act")
     return {
         # "gelu" in old files means this approximation, for which the models were trained
-        "activation": "gelu_pytorch_tanh" if hf.get("hidden_act") == "gelu" else hf.get("hidden_act"),
+        "activation": "gelu_pytorch_tanh" if activation == "gelu" else activation,
         "norm_offset": 1.0,
         "embed_scale": size(hf, "hidden_size") ** 0.5,
         "qkv_bias": flag(hf, "attention_bias"),
@@ -26,10 +27,18 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _options(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Check what published files repeat, and transformers does not read."""
+    fields = options(hf)
+    if hf.get("hidden_activation") not in (None, fields["activation"]):
+        raise invalid("hidden_activation", hf["hidden_activation"], f"hidden_act means {fields['activation']}")
+    return fields
+
+
 FAMILY = Family(
     architecture="GemmaForCausalLM",
-    keys=frozenset({"attention_bias"}),
+    keys=frozenset({"attention_bias", "hidden_activation"}),
     defaults=DEFAULTS,
     pattern=alike,
-    options=options,
+    options=_options,
 )

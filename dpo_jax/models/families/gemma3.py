@@ -25,8 +25,9 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
 
 FAMILY = Family(
     architecture="Gemma3ForCausalLM",
+    reward="Gemma3TextForSequenceClassification",
     keys=gemma2.KEYS | {"rope_local_base_freq", "sliding_window_pattern"},
-    defaults=gemma2.DEFAULTS,
+    defaults=gemma2.DEFAULTS | {"vocab_size": 262_208, "num_attention_heads": 8},  # published files leave these out
     pattern=pattern,
     options=lambda hf: gemma2.options(hf, None, None) | {"qk_norm": "head"},
     tensors=gemma2.TENSORS,

@@ -22,6 +22,7 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 FAMILY = Family(
     architecture="GraniteForCausalLM",
+    reward=None,
     keys=frozenset(
         {
             "attention_bias",

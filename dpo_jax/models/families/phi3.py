@@ -23,7 +23,8 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     renamed = {"su": "longrope", "yarn": "longrope"}
     scalings = {key: dict(hf[key]) for key in ("rope_scaling", "rope_parameters") if isinstance(hf.get(key), dict)}
     for scaling in scalings.values():
-        scaling |= {key: renamed.get(scaling[key], scaling[key]) for key in ("type", "rope_type") if key in scaling}
+        names = {key: scaling[key] for key in ("type", "rope_type") if isinstance(scaling.get(key), str)}
+        scaling |= {key: renamed.get(name, name) for key, name in names.items()}
     return (LayerKind(window=window(hf, None), rope=rope({**hf, **scalings}, partial=True)),)
 
 

@@ -69,6 +69,8 @@ def _yarn(options: RopeOptions) -> YarnScaling:
 def _longrope(options: RopeOptions) -> LongropeScaling:
     hf, values = options.hf, options.values
     original = size(hf, ORIGINAL) if hf.get(ORIGINAL) is not None else options.original()
+    if original < 2:
+        raise invalid(f"{options.key}.{ORIGINAL}", original, "it must be at least 2")
     factors = values.get("short_factor")
     if not isinstance(factors, list) or not all(type(x) in (int, float) and 0 < x < 1e30 for x in factors):
         raise invalid(f"{options.key}.short_factor", factors, "it must be a list of positive numbers")

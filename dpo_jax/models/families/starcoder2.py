@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models.families.family import Family, flag, tensors_of
+from dpo_jax.models.families.family import Family, flag, invalid, tensors_of
 from dpo_jax.models.families.patterns import window
 from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
@@ -11,8 +11,15 @@ from dpo_jax.models.options import LayerKind
 MODULES = {"up": "mlp.c_fc", "down": "mlp.c_proj"}
 
 
+# What published files say of all models of this type, and transformers does not read.
+FIXED = {"mlp_type": "default", "norm_type": "layer_norm"}
+
+
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Read the biases of projections."""
+    for key, value in FIXED.items():
+        if hf.get(key, value) != value:
+            raise invalid(key, hf[key], f"it must be {value}")
     biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), flag(hf, "use_bias"))
     return {"norm": "layer", "norm_bias": True, "gated": False, **biases}
 
@@ -20,7 +27,8 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     architecture="Starcoder2ForCausalLM",
     names={"rms_norm_eps": "norm_epsilon"},
-    keys=frozenset({"sliding_window", "use_bias"}),
+    unused=frozenset({"rms_norm_eps"}),
+    keys=frozenset({"sliding_window", "use_bias", *FIXED}),
     defaults={
         "num_key_value_heads": 2,
         "hidden_act": "gelu_pytorch_tanh",
