@@ -162,9 +162,8 @@ def start_results(judging: Judging, best_of: Sequence[int]) -> Row:
 def judge_run(root: Path, config: CompareConfig, run: ComparedRun, setup: Setup, start_answers: Answers) -> None:
     """Judge a finished run, and write the result into its directory."""
     judging, _ = open_judging(setup, config.judge, start_answers)
-    seed_folder = Path(run.folder).name
-    proxy = JudgeConfig(path=str(root / REWARD_MODEL / seed_folder)) if run.learned else None
-    judged = judging.judge_run(str(root / run.folder), proxy)
+    learned = None if run.reward_model is None else JudgeConfig(path=str(root / run.reward_model))
+    judged = judging.judge_run(str(root / run.folder), learned)
     write_json(root / run.folder / JUDGED, as_json(judging, judged))
     means = {name: mean(values) for name, values in judged.values.items()}
     line = f"score {means['score']:.4g}, KL {means['sampled_kl']:.4g}, win rate {means['win_rate']:.1%}"
@@ -225,10 +224,10 @@ def comparison_results(root: Path, config: CompareConfig, runs: Sequence[Compare
         },
         "reward_model": cost_of(root, reward_models[0]) if reward_models else None,
         "rankings": {label_of(group[0]): ranking(root, config.held_out, group) for group in grouped if ranks(group[0])},
-        "proxy": [
-            proxy_row(start["start"], row, [judged[run.folder] for run in group])
+        "learned": [
+            learned_row(start["start"], row, [judged[run.folder] for run in group])
             for row, group in zip(rows, methods, strict=True)
-            if group[0].learned
+            if group[0].reward_model is not None
         ],
         "texts": {"prompts": start["prompts"], "answers": texts},
     }
@@ -276,22 +275,29 @@ def best_row(n: int, judged: Row) -> Row:
 def method_row(root: Path, group: Sequence[ComparedRun], judged: Sequence[Row]) -> Row:
     """Return what a method reached, and what it took, as means over seeds."""
     first = group[0]
-    held = {"name": first.name, "beta": first.beta, "learned": first.learned, "models": models_of(first)}
-    return held | reached(judged) | cost_of(root, group) | {"options": options_of(first)}
+    return {
+        "name": first.name,
+        "beta": first.beta,
+        "learned": first.reward_model is not None,
+        "models": models_of(first),
+        **reached(judged),
+        **cost_of(root, group),
+        "options": options_of(first),
+    }
 
 
 def models_of(run: ComparedRun) -> str:
     """Return the models in memory while a run trains."""
     config = run.config
-    held = ["policy"]
+    models = ["policy"]
     if config.reference_mode != "none":
-        held.append("reference")
+        models.append("reference")
     if isinstance(config, PPOConfig) and config.ppo.estimator == "gae":
-        held.append("value")
+        models.append("value")
     judge = config.reward if isinstance(config, PPOConfig) else getattr(config.data.online, "reward", None)
     if judge is not None and judge.path is not None:
-        held.append("reward")
-    return ", ".join(held)
+        models.append("reward")
+    return ", ".join(models)
 
 
 def options_of(run: ComparedRun) -> list[str]:
@@ -316,7 +322,7 @@ def cost_of(root: Path, group: Sequence[ComparedRun]) -> Row:
         seconds = [row["step_seconds"] for row in timings]
         config, steps = run.config, timings[-1]["step"]
         updates = steps * (config.ppo.epochs if isinstance(config, PPOConfig) else 1)
-        needs_pairs = run.learned or config.planned.per_prompt == 0
+        needs_pairs = run.reward_model is not None or config.planned.per_prompt == 0
         pairs = [event["train"] for event in read_json(files.events) if event["event"] == "data"][-1]
         costs.append(
             {
@@ -344,12 +350,12 @@ def ranking(root: Path, name: str, group: Sequence[ComparedRun]) -> Row:
     return {"labels": mean(accuracies), "calibration": calibration}
 
 
-def proxy_row(start: Row, row: Row, judged: Sequence[Row]) -> Row:
+def learned_row(start: Row, row: Row, judged: Sequence[Row]) -> Row:
     """Return the learned and the judge's score of the start's and the policy's answers, and how they correlate."""
-    columns = ("start_proxy", "proxy", "score")
-    start_proxy, proxy, score = (np.array([each["values"][name] for each in judged]) for name in columns)
+    columns = ("start_learned", "learned", "score")
+    start_learned, learned, score = (np.array([each["values"][name] for each in judged]) for name in columns)
     start_score = np.broadcast_to(start["values"]["score"], score.shape)
-    pairs = {"before": (start_proxy, start_score), "after": (proxy, score)}
+    pairs = {"before": (start_learned, start_score), "after": (learned, score)}
     return {"name": row["name"], "beta": row["beta"]} | {
         when: {"learned": mean(x), "judge": mean(y), "correlation": correlation(x, y)} for when, (x, y) in pairs.items()
     }

@@ -1,8 +1,9 @@
 """Options of ``compare --config``: what all methods share, the methods, and the config of each of their runs."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from dpo_jax.config import (
@@ -34,8 +35,8 @@ from dpo_jax.config.section import Section, ranged
 from dpo_jax.errors import UserError, require
 
 REWARD_MODEL = "reward_model"  # folder of the reward models' runs
-NAME = r"[^\W_][\w.+-]*"  # of a method, which is also that of a folder
-RESERVED = (REWARD_MODEL, "store")
+NAME = r"[^\W_][\w+-]*"  # of a method, which is also that of its folder
+RESERVED = (REWARD_MODEL, "store", "Reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,8 @@ class ComparedMethodConfig(Section):
             if getattr(self, option) is not None and method not in methods:
                 raise UserError(f"{option}: method {method} has no such section; remove it")
         self.refuse_idle("reward", not samples, "method dpo trains on the pairs, which are labeled")
-        self.refuse("betas", len(set(self.betas)) < len(self.betas), "give each beta once")
+        formatted = {f"{beta:g}" for beta in self.betas}  # as in folders and labels
+        self.refuse("betas", len(formatted) < len(self.betas), "give each beta once, to six digits")
         option, value, default = (
             ("ppo.kl_coef", self.gradient.kl_coef, PolicyGradientConfig.kl_coef)
             if method == "ppo"
@@ -125,7 +127,7 @@ class ComparedRun(NamedTuple):
     name: str  # of the method, or REWARD_MODEL
     beta: float | None
     seed: int
-    learned: bool  # a reward model trained on the pairs scores the answers that it samples
+    reward_model: str | None  # folder, under ``run.dir``, of the learned reward of the answers that it samples
     folder: str  # under ``run.dir``
     config: AnyConfig
 
@@ -165,7 +167,7 @@ class CompareConfig(Section):
         self.refuse("methods", not self.methods, "name at least one method")
         for name in self.methods:
             remedy = (
-                "a method's name is also that of a folder: begin with a letter or digit, and use these and . + - _ only"
+                "a method's name is also that of its folder: begin with a letter or digit, and use only these and + - _"
             )
             require(bool(re.fullmatch(NAME, name)) and name not in RESERVED, "methods", name, remedy)
         remedy = "name one set of held-out pairs as data.eval; all methods are compared on its prompts"
@@ -197,22 +199,27 @@ class CompareConfig(Section):
         methods = [(name, *variant) for name, method in self.methods.items() for variant in method.variants]
         if self.learned_reward is not None or any(method.reward == "learned" for _, _, method in methods):
             for seed in range(self.seeds):
-                yield self._run(REWARD_MODEL, None, seed, False, self._reward_model_config)
+                folder = self._reward_folder(seed)
+                config = self._checked("learned_reward", self._reward_model_config, folder, seed)
+                yield ComparedRun(REWARD_MODEL, None, self.run.seed + seed, None, folder, config)
         for name, beta, method in methods:
-            learned = method.reward == "learned"
+            method_folder = f"{name}/beta-{beta:g}" if self.methods[name].betas else name
             for seed in range(self.seeds):
-                yield self._run(name, beta, seed, learned, lambda *place, of=method: self._method_config(of, *place))
+                folder = f"{method_folder}/seed-{self.run.seed + seed}"
+                config = self._checked(f"methods.{name}", partial(self._method_config, method), folder, seed)
+                reward_model = self._reward_folder(seed) if method.reward == "learned" else None
+                yield ComparedRun(name, beta, self.run.seed + seed, reward_model, folder, config)
 
-    def _run(self, name: str, beta: float | None, seed: int, learned: bool, config_of: Any) -> ComparedRun:
-        is_varied = name in self.methods and bool(self.methods[name].betas)
-        folder = f"{name}/beta-{beta:g}" if is_varied else name
-        folder = f"{folder}/seed-{self.run.seed + seed}"
+    def _checked(self, option: str, config_of: Callable[[str, int], AnyConfig], folder: str, seed: int) -> AnyConfig:
+        """Return the config of a run; ``option`` precedes the message if it is refused."""
         try:
-            config = config_of(f"{self.run.dir}/{folder}", seed)
+            return config_of(f"{self.run.dir}/{folder}", seed)
         except UserError as error:
-            option = "learned_reward" if name == REWARD_MODEL else f"methods.{name}"
             raise UserError(f"{option}: {error}") from None
-        return ComparedRun(name, beta, self.run.seed + seed, learned, folder, config)
+
+    def _reward_folder(self, seed: int) -> str:
+        """Return the folder, under ``run.dir``, of a seed's reward model."""
+        return f"{REWARD_MODEL}/seed-{self.run.seed + seed}"
 
     def _reward_model_config(self, folder: str, seed: int) -> RewardConfig:
         options = self.learned_reward or LearnedRewardConfig()
@@ -225,7 +232,7 @@ class CompareConfig(Section):
         shared = self._shared(folder, seed, method.steps, method.optimizer)
         judge: dict[str, Any] = asdict(self.judge)
         if method.reward == "learned":
-            judge = {"path": f"{self.run.dir}/{REWARD_MODEL}/seed-{self.run.seed + seed}"}
+            judge = {"path": f"{self.run.dir}/{self._reward_folder(seed)}"}
         if method.method == "ppo":
             shared["run"] = replace(shared["run"], token_stats=RunConfig.token_stats)
             batch = self._prompt_batch

@@ -46,19 +46,19 @@ class Judging:
         answers = self.start_answers[self.name]
         return Judged(answers, self.evaluation.of_answers(self.name, answers))
 
-    def judge_run(self, path: str, proxy: JudgeConfig | None) -> Judged:
-        """Judge the newest checkpoint of a run, and score its and the start's answers by ``proxy``, if there is one."""
+    def judge_run(self, path: str, learned: JudgeConfig | None) -> Judged:
+        """Judge the newest checkpoint of a run, and score its and the start's answers by ``learned``, if given."""
         setup, name = self.setup, self.name
         options = ModelConfig(path=path, param_dtype=setup.config.model.param_dtype)
         weights = load_weights(find_model(path, None), setup.model, options, setup.mesh)
         answers = eval_answers(setup, self.sampler, weights)[name]
         log_ratios = self.evaluation.log_ratios(name, answers, weights, self.start)
         values = self.evaluation.of_answers(name, answers, log_ratios)
-        if proxy is not None:
+        if learned is not None:
             del weights
-            judge, _ = make_judge(setup, proxy, answer_tail(setup))
-            values["proxy"] = self._scores(judge, answers)
-            values["start_proxy"] = self._scores(judge, self.start_answers[name])
+            judge, _ = make_judge(setup, learned, answer_tail(setup))
+            values["learned"] = self._scores(judge, answers)
+            values["start_learned"] = self._scores(judge, self.start_answers[name])
         return Judged(answers, values)
 
     def _scores(self, judge: Judge, answers: Sequence[Graded]) -> np.ndarray:

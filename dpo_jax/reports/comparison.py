@@ -36,9 +36,9 @@ DRIFT = BETA | {
 RANKING = {"labels right": ("labels", ".1%"), "as the rule": ("rule", ".1%"), "calibration error": ("ece", ".3f")}
 JUDGED = BETA | {
     "score": ("reward", ".4g"),
-    "± s.e.": ("error", ".2g"),
+    "score ± s.e.": ("error", ".2g"),
     "KL, nats": ("kl", ".3f"),
-    "± s.e. ": ("kl_error", ".2g"),
+    "KL ± s.e.": ("kl_error", ".2g"),
     "win rate": ("win_rate", ".1%"),
     "length": ("length", ".1f"),
     "ended": ("ended", ".1%"),
@@ -130,7 +130,9 @@ def method_table(rows: Sequence[Row], columns: Columns, subject: str = "Method")
 
 
 def ranking_section(rankings: Mapping[str, Row], note: str) -> Iterator[str]:
-    """Yield the table of how learned rewards rank held-out pairs, and their reliability diagrams."""
+    """Yield the table of how learned rewards rank held-out pairs, and their reliability diagrams, if there are any."""
+    if not rankings:
+        return
     rows = [{"name": name, **row, "ece": row["calibration"]["ece"]} for name, row in rankings.items()]
     yield method_table(rows, RANKING, "Reward")
     yield paragraph(note)
@@ -177,20 +179,20 @@ the same prompt; ties count half."""
 MODEL_RANKING_NOTE = """Labels right: held-out pairs whose chosen answer has the higher reward, as a mean over seeds;
 ties count as wrong. The calibration error compares the probability that a margin stands for with how often the label
 agrees; it and the diagrams are those of the first seed. The implicit reward is beta log(policy / reference)."""
-MODEL_PROXY_NOTE = """The learned reward, which was trained on, and the judge's score, of the answers of the reference
+MODEL_LEARNED_NOTE = """The learned reward, which was trained on, and the judge's score, of the answers of the reference
 (before) and of the policy (after). A learned score that rises more than the judge's, or a correlation over prompts that
 falls, is what over-optimization looks like; scales and offsets of the two scores differ."""
 MODEL_BILL_NOTE = """Pairs are those of the training set, for methods that learn from their labels; sampled counts the
 tokens of answers sampled in training. Seconds are those of training steps, with compilation, without evaluations.
 Options are those of the objective and the optimizer that are not at their defaults. With adapters, policy, reference
 and value share one copy of the base weights. All figures are means over seeds."""
-PROXY = BETA | {
+LEARNED = BETA | {
     "learned, before": ("learned_before", ".4g"),
-    "after": ("learned_after", ".4g"),
+    "learned, after": ("learned_after", ".4g"),
     "judge, before": ("judge_before", ".4g"),
-    "after ": ("judge_after", ".4g"),
+    "judge, after": ("judge_after", ".4g"),
     "correlation, before": ("correlation_before", ".2f"),
-    "after  ": ("correlation_after", ".2f"),
+    "correlation, after": ("correlation_after", ".2f"),
 }
 MODEL_BILL = BILL | {"seconds": ("seconds", ",.0f"), "options": ("named", "")}
 
@@ -208,24 +210,22 @@ def model_comparison_page(results: Row) -> str:
             paragraph(MODEL_INTRODUCTION.format(prompts=num_prompts, judge=results["judge"])),
             heading("Score against KL", picture),
             heading("What each reached", method_table(rows, JUDGED), paragraph(JUDGED_NOTE), *best_note),
-            heading("Rewards on held-out pairs", *ranking_section(results["rankings"], MODEL_RANKING_NOTE))
-            if results["rankings"]
-            else "",
-            heading("Learned reward against judge", *proxy_section(results["proxy"])),
+            heading("Rewards on held-out pairs", *ranking_section(results["rankings"], MODEL_RANKING_NOTE)),
+            heading("Learned reward against judge", *learned_section(results["learned"])),
             heading("The bill", *model_bill_section(results)),
             heading("The same prompts, answered by each", *answer_cards(results["texts"])),
         ],
     )
 
 
-def proxy_section(proxy: Sequence[Row]) -> list[str]:
+def learned_section(learned: Sequence[Row]) -> list[str]:
     """Return the table of learned and judged scores before and after training, if a method has both."""
     rows = [
         {"name": row["name"], "beta": row["beta"]}
         | {f"{score}_{when}": row[when][score] for when in ("before", "after") for score in row[when]}
-        for row in proxy
+        for row in learned
     ]
-    return [method_table(rows, PROXY), paragraph(MODEL_PROXY_NOTE)] if rows else []
+    return [method_table(rows, LEARNED), paragraph(MODEL_LEARNED_NOTE)] if rows else []
 
 
 def model_bill_section(results: Row) -> list[str]:

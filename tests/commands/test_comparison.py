@@ -61,7 +61,8 @@ def test_a_config_is_read_back_as_it_was_written(tmp_path):
 REFUSED = [
     ({"methods__dpo__loss__beta": "-1"}, "methods.dpo.loss.beta must be positive, got -1"),
     ({"methods__dpo__loss__beta": "3"}, "methods.dpo.betas: (0.1, 0.5) cannot be used: loss.beta is 3; give one of"),
-    ({"methods__dpo__betas": "[1, 1]"}, "methods.dpo.betas: (1.0, 1.0) cannot be used: give each beta once"),
+    ({"methods__dpo__betas": "[1, 1]"}, "methods.dpo.betas: (1.0, 1.0) cannot be used: give each beta once, to six"),
+    ({"methods__dpo__betas": "[1, 1.0000001]"}, "methods.dpo.betas: (1.0, 1.0000001) cannot be used: give each beta"),
     ({"methods__dpo__loss__type": "sft"}, "methods.dpo.betas: (0.1, 0.5) cannot be used: loss sft has no beta"),
     ({"methods__dpo__lr": "3"}, "methods.dpo.lr: unknown option: did you mean optimizer.learning_rate?"),
     ({"methods__dpo__online__answers": "3"}, "methods.dpo.online: method dpo has no such section; remove it"),
@@ -70,8 +71,13 @@ REFUSED = [
     ({"methods__dpo__method": "sft"}, "methods.dpo.method must be dpo, online_dpo or ppo, got 'sft'"),
     ({"methods__online__loss__type": "orpo"}, "methods.online: loss.type: 'orpo' cannot be used: orpo imitates"),
     ({"methods": "{}"}, "methods: {} cannot be used: name at least one method"),
-    ({"methods": "{a/b: {method: dpo}}"}, "methods: 'a/b' cannot be used: a method's name is also that of a folder"),
-    ({"methods": "{store: {method: dpo}}"}, "methods: 'store' cannot be used: a method's name is also that of a"),
+    ({"methods": "{a/b: {method: dpo}}"}, "methods: 'a/b' cannot be used: a method's name is also that of its folder"),
+    ({"methods": "{store: {method: dpo}}"}, "methods: 'store' cannot be used: a method's name is also that of its"),
+    ({"methods": "{reward_model: {method: dpo}}"}, "methods: 'reward_model' cannot be used: a method's name is"),
+    ({"methods": "{Reference: {method: dpo}}"}, "methods: 'Reference' cannot be used: a method's name is"),
+    ({"methods": "{comparison.html: {method: dpo}}"}, "methods: 'comparison.html' cannot be used: a method's name is"),
+    ({"methods": "{start.json: {method: dpo}}"}, "methods: 'start.json' cannot be used: a method's name is"),
+    ({"methods": "{config.yaml: {method: dpo}}"}, "methods: 'config.yaml' cannot be used: a method's name is"),
     ({"sampling__temperature": "0.5"}, "sampling.temperature: 0.5 cannot be used: training needs samples of the"),
     ({"data__eval": "{}"}, "data.eval: {} cannot be used: name one set of held-out pairs"),
     ({"data__eval": "{}", "data__eval_fraction": "0.1"}, "data.eval_fraction: 0.1 cannot be used: name one set"),
@@ -207,5 +213,5 @@ def test_a_comparison_killed_while_a_method_trains_ends_as_one_that_never_was(sh
         for row in [*result["experiment"]["rows"], result["reward_model"]]:
             del row["seconds"]
     assert results[0] == results[1]
-    (proxy,) = results[0]["proxy"]
-    assert proxy["after"]["learned"] != proxy["before"]["learned"]
+    (scores,) = results[0]["learned"]
+    assert scores["after"]["learned"] != scores["before"]["learned"]
