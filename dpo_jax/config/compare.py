@@ -243,14 +243,16 @@ class CompareConfig(Section):
             pairs = asdict(method.online or OnlinePairsConfig())
             online = OnlineConfig(reward=PairJudgeConfig(**judge), **pairs)
             data, sampling = PairDataConfig(**_options(self._prompt_data), online=online), self.sampling
+        shared["model"] = self.model
         return DPOConfig(**shared, data=data, loss=method.pair_loss, batch=self.batch, sampling=sampling)
 
     def _shared(self, folder: str, seed: int, steps: int | None, optimizer: OptimizerConfig | None) -> dict[str, Any]:
-        """Return the sections that all methods have."""
+        """Return the sections that all methods have; only DPO has the load-balancing loss of a mixture of experts."""
         run = replace(self.run, dir=folder, seed=self.run.seed + seed)
         if steps is not None:
             run = replace(run, steps=steps, epochs=None)
-        sections = {name: getattr(self, name) for name in ("model", "lora", "mesh", "checkpoint")}
+        sections = {name: getattr(self, name) for name in ("lora", "mesh", "checkpoint")}
+        sections["model"] = replace(self.model, router_aux_loss_coef=None)
         return sections | {"run": run, "optimizer": optimizer or self.optimizer}
 
     @property

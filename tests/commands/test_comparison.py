@@ -53,6 +53,12 @@ def test_every_run_has_the_shared_options_and_its_own():
     assert parse_config(json.loads(json.dumps(LEAST)), {}, CompareConfig) == parse()
 
 
+def test_the_load_balancing_loss_is_of_methods_that_have_one():
+    config = parse(model__router_aux_loss_coef="0")
+    coefs = {run.folder.split("/")[0]: run.config.model.router_aux_loss_coef for run in config.runs}
+    assert coefs == {"reward_model": None, "dpo": 0.0, "ipo": 0.0, "online": 0.0, "rloo": None}
+
+
 def test_a_config_is_read_back_as_it_was_written(tmp_path):
     (tmp_path / "c.yaml").write_text(config_to_yaml(parse()))
     assert parse_config(tmp_path / "c.yaml", {}, CompareConfig) == parse()
