@@ -8,11 +8,11 @@ from dpo_jax.batch import BalanceSums, PairLogps
 
 
 def balance_loss(sums: BalanceSums) -> Float[Array, ""]:
-    """E sum_e f_e P_e over the tokens of all layers together; k if all experts are chosen alike.
+    """Return E sum_e f_e P_e over the tokens of all layers; it is k under uniform routing.
 
-    f_e is the share of tokens that chose expert e, so that f sums to k, the experts per token; it carries no gradient.
-    P_e is the mean of e's softmax. Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6. Both are means over the whole step:
-    sums are added before they are multiplied.
+    f_e is the share of tokens that was routed to expert e, so that f sums to k, the experts per token; it carries no
+    gradient. P_e is the mean of e's softmax. Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6. Both are means over the
+    whole step: sums are added before they are multiplied.
     """
     total = jnp.maximum(jnp.sum(sums.weight), 1.0)
     chosen, probs = (jnp.sum(x.reshape(-1, x.shape[-1]), 0) / total for x in (sums.chosen, sums.probs))

@@ -296,10 +296,8 @@ def _run(argv: list[str]) -> None:
     namespace = _parser(name).parse_args([name, *remaining])[name]
     arguments = {name: namespace[name] for name in command.names}
     if command.config is not None:
-        config_class, path = (
-            CONFIG_OF[arguments.pop("for")] if "for" in arguments else command.config,
-            namespace["config"],
-        )
+        config_class = CONFIG_OF[arguments.pop("for")] if "for" in arguments else command.config
+        path = namespace["config"]
         if path is None and overrides:
             raise UserError(f"--{next(iter(overrides))}: it is an option of a config: add --config CONFIG.yaml")
         arguments["config"] = None if path is None else parse_config(path, overrides, config_class)

@@ -116,8 +116,8 @@ def find_reference(
         reference_model = build_model(source, config.model, platform)
     except UserError as error:
         raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
-    coef = 0.0 if model.config.experts is None else model.config.experts.balance_coef  # matters in training only
-    if replace(reference_model, config=with_balance(reference_model.config, coef)) != model:
+    without_balance = lambda m: replace(m, config=with_balance(m.config, 0.0))  # matters in training only  # noqa: E731
+    if without_balance(reference_model) != without_balance(model):
         difference = f"differs from model.path {config.model.path} in architecture or vocabulary"
         raise UserError(f"reference.path: {path} {difference}; choose a matching model")
     return source

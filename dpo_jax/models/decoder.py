@@ -1,4 +1,4 @@
-"""Llama-style decoder as pure functions of its parameters. Shape letters as in ``layers.py``."""
+"""The decoder of all model families, as pure functions of its parameters. Shape letters as in ``layers.py``."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +19,8 @@ from dpo_jax.models.options import DecoderConfig, Lora
 from dpo_jax.ops.attention import AttentionInputs, Implementation, choose, make_inputs
 from dpo_jax.parallel.sharding import constrain_rows
 
-# What to save of a layer's forward pass for its backward pass; None: everything, without rematerialization. The numbers
-# of a token's experts are always saved: computed again with other rounding, they might not be the same.
+# What to save of a layer's forward pass for its backward pass; None: everything, without rematerialization. The indices
+# of a token's experts are always saved: a router recomputed with other rounding could choose others.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names("projected", "routed"),

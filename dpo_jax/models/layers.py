@@ -3,10 +3,10 @@
 Shape letters: R rows, T tokens per row, D model, F feed-forward, N query heads, K key/value heads, H head dim,
 C rotated pairs per head (H / 2 by default), V vocabulary, L layers, r rank, S scores of a reward model, E experts.
 
-A parameter tree is a plain nested dictionary. Matrices keep the orientation of the Hugging Face files, outputs first
-([N, H, D] for the query projection), so that loading is stacking and exporting is slicing. Only `gate` and `up` are
-transposed ([D, F]): their gradient then needs the transpose of its smaller factor. The tree does not depend on the
-mesh or on any layout option.
+A parameter tree is a plain nested dictionary. Matrices have their outputs first, as most Hugging Face files do
+([N, H, D] for the query projection). Only `gate`, `up` and the experts' matrices have their inputs first ([D, F]):
+their gradient then needs the transpose of its smaller factor. The tree does not depend on the mesh or on any layout
+option.
 
 Adapters are a second Flax collection, `lora`, whose tree mirrors the parameter tree: each target projection has `a`
 [r, inputs] and `b` [outputs, r] with separate head dims, e.g. [L, r, D] and [L, N, H, r] for queries, regardless of the
@@ -186,8 +186,10 @@ class DecoderModule(nn.Module):
         row, owner = layer_projections(self.config)[name], self.lora.owner(name)
         operand, _, result = row.letters
         letters = {"a": f"r{row.inputs}", "b": f"{row.outputs}r"}
-        own = [factor for factor in letters if factor == "b" or owner == name]
-        factors = self.variable("lora", name, lambda: {factor: self.zeros(letters[factor]) for factor in own}).value
+        factors_here = [factor for factor in letters if factor == "b" or owner == name]
+        factors = self.variable(
+            "lora", name, lambda: {factor: self.zeros(letters[factor]) for factor in factors_here}
+        ).value
         a = factors["a"] if owner == name else nn.unbox(self.get_variable("lora", owner))["a"]
         x = jnp.einsum(f"{operand},{letters['a']}->RTr", x, a.astype(x.dtype))
         return jnp.einsum(f"RTr,{letters['b']}->{result}", x, factors["b"].astype(x.dtype))
@@ -298,7 +300,7 @@ class Layer(DecoderModule):
             letters = ("H", "H") if c.qk_norm == "head" else ("NH", "KH")
             q, k = self.norm("query", q, letters[0]), self.norm("key", k, letters[1])
         if rotations is not None:
-            rotation = jax.tree.map(lambda x: x[0 if len(c.kinds) == 1 else kind], rotations)
+            rotation = jax.tree.map(lambda table: table[0 if len(c.kinds) == 1 else kind], rotations)
             q, k = rotate(q, rotation, c.rotary_interleaved), rotate(k, rotation, c.rotary_interleaved)
         sinks = self.weight("sinks", "N", nn.initializers.zeros) if c.sinks else None
         options = {"scale": c.score_scale, "softcap": c.attention_softcap, "sinks": sinks}
@@ -313,7 +315,7 @@ class Layer(DecoderModule):
 
     def by_window(self, fn: Callable[..., Array], kind: Array) -> Array:
         """Call ``fn`` with the sliding window of this kind of layer, which kernels need as a Python value."""
-        windows = [kind.window for kind in self.config.kinds]
+        windows = [each.window for each in self.config.kinds]
         choices = list(dict.fromkeys(windows))
         if len(choices) == 1:
             return fn(window=choices[0])
@@ -339,10 +341,10 @@ class Layer(DecoderModule):
         """Compute the feed-forward of each token's experts; also return the router's sums over tokens."""
         c = self.config.experts
         assert c is not None
-        names = ["router", "gate", "up", "down"]
-        router, *linears = (mixture.ExpertLinear(*self.expert_weights(name)) for name in names)
+        matrix, bias = self.expert_weights("router")
+        linears = [mixture.ExpertLinear(*self.expert_weights(name)) for name in ("gate", "up", "down")]
         rule = mixture.Router(c.per_token, c.softmax, c.renormalize)
-        routing = mixture.route(x, router.matrix, router.bias, token_weights > 0, rule)
+        routing = mixture.route(x, matrix, bias, token_weights > 0, rule)
         glu = mixture.Glu(c.alpha, c.offset, c.limit)
         # no mesh divides the single row of which a model is initialized
         y = x if self.is_initializing() else mixture.feed_forward(x, routing, mixture.ExpertWeights(*linears), glu)
@@ -359,6 +361,6 @@ class Layer(DecoderModule):
         return matrix, bias
 
     def shared_expert(self, x: Array) -> Array:
-        """Compute the feed-forward of the expert that all tokens have."""
+        """Compute the feed-forward of the shared expert."""
         gate, up = self.linear("shared_gate", x), self.linear("shared_up", x)
         return self.linear("shared_down", jax.nn.silu(gate) * up)

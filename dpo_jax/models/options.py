@@ -88,7 +88,7 @@ class ExpertConfig:
     alpha: float = 1.0
     offset: float = 0.0
     limit: float | None = None  # g is at most this, u at most this in absolute value
-    shared_ffn: int = 0  # features of an expert that all tokens have, scaled by a sigmoid of its own; 0: none
+    shared_ffn: int = 0  # features of the shared expert, scaled by a sigmoid of its own; 0: none
     balance_coef: float = 0.0  # of the load-balancing loss, in training
 
 

@@ -59,7 +59,7 @@ class Projection(NamedTuple):
 
     @property
     def transposed(self) -> bool:
-        """Whether the parameter has its input dims first; in Hugging Face files the output dims always come first."""
+        """Whether the parameter has its input dims first."""
         return self.letters[1].startswith(self.inputs)
 
     def has_bias(self, config: DecoderConfig) -> bool:
@@ -80,7 +80,7 @@ FEED_FORWARD = {row.name: row for row in (
     Projection("down", "RTF,DF->RTD", "mlp.down_proj", "mlp_bias"),
 )}  # fmt: skip
 LAYER = ATTENTION | FEED_FORWARD
-# In place of FEED_FORWARD in a mixture of experts; the last four belong to the expert that all tokens have.
+# In place of FEED_FORWARD in a mixture of experts; the last four belong to the shared expert.
 EXPERTS = {row.name: row for row in (
     Projection("router", "RTD,eD->RTe", "mlp.gate", "experts.router_bias", adaptable=False),
     Projection("gate", "RTd,dF->RTF", "mlp.experts.{}.gate_proj", "mlp_bias", "E", adaptable=False),

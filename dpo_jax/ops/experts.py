@@ -4,7 +4,7 @@ No token is dropped. On a mesh, `fsdp` shards the experts and `tensor` their fea
 `fsdp`, too, so the devices along it gather each other's tokens, each applies its own experts, and the sums return to
 the tokens' devices. No device ever holds another's experts.
 
-Shape letters: R rows, T tokens per row, D model, F feed-forward, E experts, k experts per token, r rank, n tokens,
+Shape letters: R rows, T tokens per row, D model, F feed-forward, E experts, k experts per token, n tokens,
 m slots per token, L layers.
 """
 
@@ -20,9 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.batch import AnyArray, BalanceSums
 from dpo_jax.ops import grouped
-from dpo_jax.parallel.sharding import AXES, ROWS, mesh_is_active
-
-EXPERT_AXIS = "fsdp"  # mesh axis that shards the experts
+from dpo_jax.parallel.sharding import AXES, EXPERT_AXIS, ROWS, mesh_is_active
 
 
 class Router(NamedTuple):
@@ -117,12 +115,10 @@ SILU = Glu()
 
 
 class ExpertLinear(NamedTuple):
-    """A linear layer of each expert, inputs first, with an optional bias and low-rank adapter."""
+    """A linear layer of each expert, inputs first, with an optional bias."""
 
     matrix: Float[Array, "E i o"]
     bias: Float[Array, "E o"] | None = None
-    a: Float[Array, "E i r"] | None = None  # the adapter adds (x a) b
-    b: Float[Array, "E r o"] | None = None  # multiplied by the adapter's scale
 
 
 class ExpertWeights(NamedTuple):
@@ -137,14 +133,10 @@ class ExpertWeights(NamedTuple):
 _TO_FEATURES = {
     "matrix": PartitionSpec(EXPERT_AXIS, None, "tensor"),
     "bias": PartitionSpec(EXPERT_AXIS, "tensor"),
-    "a": PartitionSpec(EXPERT_AXIS, None, None),
-    "b": PartitionSpec(EXPERT_AXIS, None, "tensor"),
 }
 _FROM_FEATURES = {
     "matrix": PartitionSpec(EXPERT_AXIS, "tensor", None),
     "bias": PartitionSpec(EXPERT_AXIS, None),
-    "a": PartitionSpec(EXPERT_AXIS, "tensor", None),
-    "b": PartitionSpec(EXPERT_AXIS, None, None),
 }
 SPECS = {"gate": _TO_FEATURES, "up": _TO_FEATURES, "down": _FROM_FEATURES}
 
@@ -208,7 +200,7 @@ def _on_mesh(
 
 
 class _Shard(NamedTuple):
-    """What a device must know of its place in the mesh."""
+    """A device's shard of the experts."""
 
     first_expert: Array | int  # of those that it holds
     bias_scale: Array | float  # 1 on one of the devices along `tensor`, whose outputs are added; 0 on the others
@@ -314,10 +306,7 @@ def _apply_rows(
 
 
 def _linear(x, layer, *, groups, implementation, precision, bias_scale=1.0):
-    product = partial(grouped.product, groups=groups, implementation=implementation, precision=precision)
-    y = product(x, layer.matrix)
-    if layer.a is not None:
-        y += product(product(x, layer.a), layer.b)
+    y = grouped.product(x, layer.matrix, groups=groups, implementation=implementation, precision=precision)
     if layer.bias is not None:
         bias = grouped.spread_experts(layer.bias, groups) * bias_scale
         y = (y.astype(jnp.float32) + bias).astype(x.dtype)

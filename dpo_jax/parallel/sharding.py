@@ -17,6 +17,7 @@ from dpo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # a batch is sharded by rows over both
+EXPERT_AXIS = "fsdp"  # mesh axis that shards the experts
 
 # logical axis of a weight -> (mesh axis, whether a size that the mesh axis does not divide is replicated instead)
 RULES: dict[str, tuple[str | None, bool]] = {
@@ -27,7 +28,7 @@ RULES: dict[str, tuple[str | None, bool]] = {
     "kv_heads": ("tensor", True),  # replicated if the mesh axis does not divide the key/value heads
     "head_dim": (None, False),
     "ffn": ("tensor", False),
-    "experts": ("fsdp", False),
+    "experts": (EXPERT_AXIS, False),
     "expert_embed": (None, False),  # of an expert's matrices, which are sharded by experts
     "routes": (None, False),  # of the router's outputs, one for each expert
     "shared_ffn": ("tensor", False),

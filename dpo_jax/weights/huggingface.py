@@ -39,11 +39,10 @@ CARRIED = "carried.safetensors"  # `carried_tensors` in a run's copy of the file
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
-def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Model) -> None:
+def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Stored], model: Model) -> None:
     def mismatch(why: str) -> UserError:
         return UserError(f"{folder}: {why}; check that they belong together")
 
-    expected = stored_tensors(model)
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise mismatch(f"config.json requires {_name_list(missing)}, which the weights do not contain")
@@ -140,24 +139,24 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
     Raises:
         UserError: tensors are missing, unknown, of the wrong shape, quantized, truncated, or tied but not equal.
     """
-    tensors = _rename(find_tensors(Path(path)), model)
+    stored = stored_tensors(model)
+    tensors = _rename(find_tensors(Path(path)), stored, model)
     embed, unembed = (tensor_name(model.config, leaf) for leaf in ("embed", "unembed"))
     if model.config.tied and embed not in tensors and unembed in tensors:
         tensors[embed] = tensors.pop(unembed)  # the tied matrix, stored under the name of the unembedding
-    _check_tensors(path, tensors, model)
+    _check_tensors(path, tensors, stored, model)
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.param_shapes())
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), structs)
-    return load_tree(tensors, stored_tensors(model), structs, shardings)
+    return load_tree(tensors, stored, structs, shardings)
 
 
-def _rename(tensors: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
+def _rename(tensors: dict[str, Tensor], expected: Mapping[str, Stored], model: Model) -> dict[str, Tensor]:
     """Give tensors that other files name otherwise the names that this program expects."""
-    expected = stored_tensors(model)
 
     def name_here(name: str) -> str:
-        beginnings = {} if name in expected else FAMILIES[model.config.family].renamed
-        names = (new + name.removeprefix(old) for old, new in beginnings.items() if name.startswith(old))
+        prefixes = {} if name in expected else FAMILIES[model.config.family].renamed
+        names = (new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old))
         return next((new for new in names if new in expected), name)
 
     return {name_here(name): tensor for name, tensor in tensors.items()}
@@ -341,14 +340,14 @@ def _copy_companions(source_dir: Path, folder: Path) -> None:
 
 def carried_tensors(folder: Path, family: str) -> dict[str, Tensor]:
     """Find the tensors of a model's other parts, such as vision, which pass from its directory to an export."""
-    beginnings = tuple(FAMILIES[family].carried)
-    if not beginnings:
+    prefixes = tuple(FAMILIES[family].carried)
+    if not prefixes:
         return {}
     if (folder / CARRIED).is_file():
         return read_header(folder / CARRIED)
     has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
     tensors = find_tensors(folder) if has_weights else {}
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(beginnings)}
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
 
 
 def _write_tensors(

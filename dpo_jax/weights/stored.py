@@ -66,11 +66,11 @@ class Stored:
         """Read the slice of one part; where its rows are adjacent in the file, no others are read."""
         start = sum(other.rows for other in self.parts[: self.parts.index(part)])
         if self.groups == 1 and not self.transposed:
-            rows = tensor.read(slice(start, start + part.rows)) if len(self.parts) > 1 else tensor.read()
+            rows = tensor.read(slice(start, start + part.rows))
         else:
-            whole = tensor.read().T if self.transposed else tensor.read()
+            matrix = tensor.read().T if self.transposed else tensor.read()
             start, size = start // self.groups, part.rows // self.groups
-            rows = whole.reshape(self.groups, -1, *self.inputs)[:, start : start + size]
+            rows = matrix.reshape(self.groups, -1, *self.inputs)[:, start : start + size]
         rows = rows.reshape(part.rows, *self.inputs)
         return (rows.T if part.inputs_first else rows).reshape(part.shape)
 
@@ -107,7 +107,7 @@ def stored_tensors(model: Model) -> dict[str, Stored]:
     fused: dict[str, list[str]] = {}
     for leaf in structs:
         fused.setdefault(family.tensor(leaf), []).append(leaf)
-    order = {leaf: place for place, leaf in enumerate(TENSORS)}
+    order = {leaf: index for index, leaf in enumerate(TENSORS)}
     tensors = {}
     for name, leaves in fused.items():
         num_dims = name.count("{}")  # layer, or layer and expert

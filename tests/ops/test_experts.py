@@ -32,7 +32,7 @@ from dpo_jax.plan.hlo import collectives
 
 ROW_COUNT, LENGTH, HIDDEN, FEATURES, EXPERTS, TOP_K = 8, 12, 16, 24, 16, 3
 GPT_OSS = Glu(alpha=1.702, offset=1.0, limit=0.7)  # a limit that bites
-CASES = {"silu": (Glu(), ()), "biases and adapters": (GPT_OSS, ("bias", "a", "b"))}
+CASES = {"silu": (Glu(), ()), "biases": (GPT_OSS, ("bias",))}
 MESHES = {"fsdp 4, tensor 2": (1, 4, 2), "fsdp 8": (1, 8, 1), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
 
 
@@ -46,7 +46,7 @@ def device_normal(seed, *shape, scale=1.0):
 
 def random_experts(optional=(), num_experts=EXPERTS, hidden=HIDDEN, features=FEATURES) -> ExpertWeights:
     def linear(seed, inputs, outputs):
-        shapes = {"matrix": (inputs, outputs), "bias": (outputs,), "a": (inputs, 2), "b": (2, outputs)}
+        shapes = {"matrix": (inputs, outputs), "bias": (outputs,)}
         names = ("matrix", *optional)
         return ExpertLinear(**{name: normal(seed + i, num_experts, *shapes[name], scale=0.3)
                                for i, name in enumerate(names)})  # fmt: skip
@@ -72,7 +72,6 @@ def all_experts(x, indices, weights, experts, glu):
 
     def linear(x, layer):
         y = x @ layer.matrix.astype(x.dtype)
-        y = y if layer.a is None else y + x @ layer.a.astype(x.dtype) @ layer.b.astype(x.dtype)
         return y if layer.bias is None else y + layer.bias.astype(x.dtype)
 
     def expert(layers):
@@ -126,7 +125,7 @@ def test_sorted_rows_are_all_experts_masked(case):
 
 def test_kernels_are_all_experts_masked(monkeypatch):
     monkeypatch.setattr(experts_module, "_on_platform", lambda fn, *arrays: fn("kernels", *arrays))
-    assert_equal(computed(sorted_experts, "biases and adapters"), expected("biases and adapters"))
+    assert_equal(computed(sorted_experts, "biases"), expected("biases"))
 
 
 @pytest.mark.parametrize(
@@ -143,18 +142,18 @@ def test_experts_may_be_sharded(mesh, implementation, monkeypatch):
     monkeypatch.setattr(experts_module, "_on_platform", lambda fn, *arrays: fn(implementation, *arrays))
     data, fsdp, tensor = MESHES[mesh]
     with jax.set_mesh(make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))):
-        assert_equal(computed(sorted_experts, "biases and adapters"), expected("biases and adapters"))
+        assert_equal(computed(sorted_experts, "biases"), expected("biases"))
 
 
 def test_bfloat16_is_as_close_as_all_experts():
     """With float32 weights, whose gradient is not rounded to bfloat16."""
-    exact, _ = expected("biases and adapters")
+    exact, _ = expected("biases")
     errors = []
     for fn in (sorted_experts, all_experts):
-        out, grads = computed(fn, "biases and adapters", jnp.bfloat16)
+        out, grads = computed(fn, "biases", jnp.bfloat16)
         assert grads[2].gate.matrix.dtype == np.float32
         errors.append(np.abs(np.asarray(out, np.float64) - exact).mean())
-    assert errors[0] < 1.1 * errors[1]
+    assert errors[0] < 1.2 * errors[1]  # only the first result is itself rounded to bfloat16
 
 
 # Rows

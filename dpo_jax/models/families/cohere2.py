@@ -8,6 +8,20 @@ from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, every, laye
 from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
 
+# Keys that published files have and transformers ignores.
+IGNORED = frozenset(
+    {
+        "layer_switch",
+        "order_of_interleaved_layers",
+        "position_embedding_type",
+        "rotary_pct",
+        "use_embedding_sharing",
+        "use_gated_activation",
+        "use_parallel_block",
+        "use_parallel_embedding",
+    }
+)
+
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     """Return three layers with a window and one without, unless ``layer_types`` says otherwise."""
@@ -19,24 +33,7 @@ FAMILY = Family(
     architecture="Cohere2ForCausalLM",
     reward=None,
     names={"rms_norm_eps": "layer_norm_eps"},
-    # those of the second line are in published files, and transformers ignores them
-    keys=frozenset(
-        {
-            "attention_bias",
-            "logit_scale",
-            "sliding_window",
-            "sliding_window_pattern",
-            "layer_types",
-            "layer_switch",
-            "order_of_interleaved_layers",
-            "position_embedding_type",
-            "rotary_pct",
-            "use_embedding_sharing",
-            "use_gated_activation",
-            "use_parallel_block",
-            "use_parallel_embedding",
-        }
-    ),
+    keys=IGNORED | {"attention_bias", "logit_scale", "sliding_window", "sliding_window_pattern", "layer_types"},
     defaults={"layer_norm_eps": 1e-5, "tie_word_embeddings": True},
     derived=frozenset({"num_key_value_heads", "head_dim"}),
     pattern=pattern,

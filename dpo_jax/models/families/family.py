@@ -26,9 +26,9 @@ class Family:
     tensors: Mapping[str, str] = field(default_factory=dict)  # parameters named otherwise than in `projections.TENSORS`
     grouped: Mapping[str, str] = field(default_factory=dict)  # tensor of several parameters -> axis of its groups
     transposed: frozenset[str] = frozenset()  # tensors with their inputs first
-    renamed: Mapping[str, str] = field(default_factory=dict)  # beginning of a name in other files -> that here
-    ignored: frozenset[str] = frozenset()  # ends of the names of buffers, which are computed from the config
-    carried: frozenset[str] = frozenset()  # beginnings of the names of tensors that are exported as they were loaded
+    renamed: Mapping[str, str] = field(default_factory=dict)  # prefix in other files -> prefix here
+    ignored: frozenset[str] = frozenset()  # suffixes of buffers, which are computed from the config
+    carried: frozenset[str] = frozenset()  # prefixes of tensors that are exported as loaded
 
     @property
     def reward_architecture(self) -> str | None:
@@ -43,7 +43,7 @@ class Family:
 
     def tensor(self, leaf: str) -> str:
         """Return the name in the files of the parameter ``leaf``, a path in the tree; {} stands for the layer."""
-        return {**TENSORS, **self.tensors}[leaf]
+        return self.tensors[leaf] if leaf in self.tensors else TENSORS[leaf]
 
 
 def tensors_of(prefix: str, modules: Mapping[str, str]) -> dict[str, str]:

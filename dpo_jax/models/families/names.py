@@ -18,11 +18,11 @@ def modules(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
 
     {} stands for the layer.
     """
-    found: dict[str, tuple[str, ...]] = {}
+    names_of: dict[str, tuple[str, ...]] = {}
     for name in (name for name, row in layer_projections(config).items() if row.adaptable):
         module = tensor_name(config, f"layers/{name}").removesuffix(".weight")
-        found[module] = (*found.get(module, ()), name)
-    return found
+        names_of[module] = (*names_of.get(module, ()), name)
+    return names_of
 
 
 def target_name(module: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_jax.models.families.family import invalid, size
+from dpo_jax.models.families.family import flag, invalid, size
 from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
 
@@ -43,3 +43,26 @@ def window(hf: Mapping[str, Any], default: int | None) -> int | None:
     if hf.get("sliding_window", default) is None:
         return None
     return size(hf, "sliding_window", default)
+
+
+def switched_window(hf: Mapping[str, Any], default: int | None) -> int | None:
+    """Read ``sliding_window``, in tokens, if ``use_sliding_window`` is true; None otherwise."""
+    return window(hf, default) if flag(hf, "use_sliding_window") else None
+
+
+def windowed_types(
+    hf: Mapping[str, Any], layers: int, default: Sequence[str], sliding_window: int | None
+) -> Sequence[str]:
+    """Read ``layer_types``, of which none may be sliding without a window."""
+    types = layer_types(hf, layers, default)
+    if SLIDING in types and sliding_window is None:
+        raise invalid("layer_types", types, "sliding attention needs use_sliding_window and a sliding_window")
+    return types
+
+
+def max_window_layers(hf: Mapping[str, Any]) -> int:
+    """Read ``max_window_layers``, a number of layers, which may be 0."""
+    num_layers = hf.get("max_window_layers", 28)
+    if type(num_layers) is not int or num_layers < 0:
+        raise invalid("max_window_layers", num_layers, "it must be an integer, 0 or more")
+    return num_layers

@@ -1,11 +1,18 @@
-"""Qwen1.5-MoE, Qwen2 with experts: Qwen2 with experts in every layer, and one more that all tokens have."""
+"""Qwen1.5-MoE, Qwen2 with experts: Qwen2 with experts in every layer, and a shared expert."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.models.families import mixture, qwen2
-from dpo_jax.models.families.family import Family, flag, invalid, size
-from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, layer_types, window
+from dpo_jax.models.families.family import Family, flag, size
+from dpo_jax.models.families.patterns import (
+    FULL,
+    SLIDING,
+    by_type,
+    max_window_layers,
+    switched_window,
+    windowed_types,
+)
 from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
 
@@ -15,15 +22,10 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
 
     Those are among the first ``max_window_layers``; in Qwen2 they are the layers after these.
     """
-    is_sliding = flag(hf, "use_sliding_window")
-    num_sliding = hf.get("max_window_layers", 28)
-    if type(num_sliding) is not int or num_sliding < 0:
-        raise invalid("max_window_layers", num_sliding, "it must be an integer, 0 or more")
+    is_sliding, num_sliding = flag(hf, "use_sliding_window"), max_window_layers(hf)
     default = [SLIDING if is_sliding and i < num_sliding and i % 2 == 0 else FULL for i in range(layers)]
-    types = layer_types(hf, layers, default)
-    sliding_window = window(hf, 4096) if is_sliding else None
-    if SLIDING in types and sliding_window is None:
-        raise invalid("layer_types", types, "sliding attention needs use_sliding_window and a sliding_window")
+    sliding_window = switched_window(hf, 4096)
+    types = windowed_types(hf, layers, default, sliding_window)
     kinds = {FULL: LayerKind(rope=rope(hf)), SLIDING: LayerKind(window=sliding_window, rope=rope(hf))}
     return by_type(types, kinds)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.models.families.family import Family, flag, invalid, one_of, size
-from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, layer_types, window
+from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, switched_window, windowed_types
 from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
 
@@ -17,11 +17,9 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
         rotates = [int((layer + 1) % interval != 0) for layer in range(layers)]
     if not isinstance(rotates, list) or len(rotates) != layers or not all(one_of(value, (0, 1)) for value in rotates):
         raise invalid("no_rope_layers", rotates, f"it must be a list of num_hidden_layers={layers} values, 0 or 1")
-    sliding_window = window(hf, None) if flag(hf, "use_sliding_window") else None
-    has_windows = sliding_window is not None
-    types = layer_types(hf, layers, [SLIDING if has_windows and not rotated else FULL for rotated in rotates])
-    if SLIDING in types and not has_windows:
-        raise invalid("layer_types", types, "sliding attention needs use_sliding_window and a sliding_window")
+    sliding_window = switched_window(hf, None)
+    default = [FULL if rotated or sliding_window is None else SLIDING for rotated in rotates]
+    types = windowed_types(hf, layers, default, sliding_window)
     windows, ropes = {FULL: None, SLIDING: sliding_window}, (None, rope(hf))
     kinds = {
         f"{layer_type} {rotated}": LayerKind(window=windows[layer_type], rope=ropes[rotated])
