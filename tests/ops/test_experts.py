@@ -147,13 +147,13 @@ def test_experts_may_be_sharded(mesh, implementation, monkeypatch):
 
 def test_bfloat16_is_as_close_as_all_experts():
     """With float32 weights, whose gradient is not rounded to bfloat16."""
-    exact, _ = expected("biases")
+    exact, _ = expected("silu")
     errors = []
     for fn in (sorted_experts, all_experts):
-        out, grads = computed(fn, "biases", jnp.bfloat16)
+        out, grads = computed(fn, "silu", jnp.bfloat16)
         assert grads[2].gate.matrix.dtype == np.float32
         errors.append(np.abs(np.asarray(out, np.float64) - exact).mean())
-    assert errors[0] < 1.2 * errors[1]  # only the first result is itself rounded to bfloat16
+    assert errors[0] < 1.1 * errors[1]
 
 
 # Rows
