@@ -273,7 +273,7 @@ def add_rates(
     own = np.concatenate([np.asarray(lengths)[step * batch : (step + 1) * batch] for step in steps])
     for name, figures in programs.items():
         layout = "repeated" if name.startswith(BASELINE) else "shared"
-        work = pairs_work(own, own[:, 1:], layout=layout, window=config.window)
+        work = pairs_work(own, own[:, 1:], layout=layout, windows=config.windows)
         flops = step_flops(config, work, live_reference=name in LIVE)
         seconds = figures["step_seconds"] * len(steps)
         figures["tokens_per_second"] = own.sum() / seconds

@@ -101,10 +101,10 @@ def test_every_curve_is_run(curves):
 # Slow ones differ in what a step computes; weekly ones in the equation alone, which test_losses.py works by hand.
 SLOW = {"ipo", "bco_pair", "aot", "discopop", "sft", "ld", "wpo", "mpo", "linear_warmup", "accumulated", "sync",
         "padded", "cached", "fsdp4_tensor2", "accumulated_mpo"}  # fmt: skip
-MARKS = dict.fromkeys({"sigmoid", *SLOW}, pytest.mark.slow)
+MARKS = {"sigmoid": (), **dict.fromkeys(SLOW, pytest.mark.slow)}
 
 
-def steps_here(model: Path, shared: Path, options: dict, store: Path, run: Path, steps: int = 20) -> list[dict]:
+def steps_here(model: Path, shared: Path, options: dict, store: Path, run: Path) -> list[dict]:
     """The metrics of a run on the pairs of the curves: in file order, 8 a step."""
     config = parse_config(
         {
@@ -113,7 +113,7 @@ def steps_here(model: Path, shared: Path, options: dict, store: Path, run: Path,
                      "store": str(store)},
             "optimizer": {"learning_rate": 1e-4, "schedule": "constant"},
             "batch": {"pairs": 8},
-            "run": {"dir": str(run), "steps": steps, "progress": False, "report": False},
+            "run": {"dir": str(run), "steps": 20, "progress": False, "report": False},
             "checkpoint": {"every": 20},
         },
         options,
@@ -125,16 +125,13 @@ def steps_here(model: Path, shared: Path, options: dict, store: Path, run: Path,
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize(
-    ("name", "steps"),
-    [("sigmoid", 8), *(pytest.param(name, 20, marks=MARKS.get(name, pytest.mark.weekly)) for name in RUNS)],
-)
-def test_equals_trl_at_every_step(name, steps, curves, shared, tmp_path_factory, tmp_path):
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.weekly)) for name in RUNS])
+def test_equals_trl_at_every_step(name, curves, shared, tmp_path_factory, tmp_path):
     curve, options = RUNS[name]
     model, store = shared / "models" / "stories260K", tmp_path_factory.getbasetemp() / "store"
-    ours = steps_here(model, shared, options, store, tmp_path / "run", steps)
-    theirs = curves[curve]["steps"][:steps]
-    assert [row["step"] for row in ours] == list(range(1, steps + 1))
+    ours = steps_here(model, shared, options, store, tmp_path / "run")
+    theirs = curves[curve]["steps"]
+    assert [row["step"] for row in ours] == list(range(1, 21))
     for step, (row, expected) in enumerate(zip(ours, theirs, strict=True), start=1):
         for key, value in expected.items():
             if (step == 1 and key == "rewards/accuracies") or (curve == "sigmoid_accum2" and key in PER_MICROBATCH):

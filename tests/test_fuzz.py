@@ -78,7 +78,7 @@ def test_inputs_that_were_once_handled_wrongly(name, value, accepted):
 
 PLANTED = {
     "options": ("dpo_jax.config.file", "_read"),
-    "config.json": ("dpo_jax.models.families", "size"),
+    "config.json": ("dpo_jax.models.families.config_file", "size"),
     "files": ("dpo_jax.data.files", "_parse_row"),
     "values": ("dpo_jax.data.values", "text"),
     "rows": ("dpo_jax.data.schemas", "_weight"),

@@ -58,7 +58,8 @@ def test_a_run_logs_its_operations_and_traces_its_steps(config):
     rows = read_json(run.timings)
     assert len(rows) == STEPS
     setup = assemble(config, make_mesh(config.mesh, jax.devices()[:1]))
-    seen = 2 * (sum(range(13)) + sum(range(9)) - sum(range(5)))  # two sequences, their prompt once
+    layers = setup.model.config.layers
+    seen = layers * 2 * (sum(range(13)) + sum(range(9)) - sum(range(5)))  # two sequences, their prompt once
     work = Work(tokens=2 * (PROMPT + sum(ANSWERS)), seen=seen, targets=2 * sum(ANSWERS))
     expected = step_flops(setup.model.config, work, live_reference=True)
     for row in rows:
