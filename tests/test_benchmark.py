@@ -66,7 +66,7 @@ def test_rates_count_real_tokens_and_the_operations_of_each_layout(vs_trl, tmp_p
     vs_trl.add_rates(found, [1], lengths, 2, tmp_path, matrix)
     assert {own["tokens_per_second"] for own in found.values()} == {8.0}
     once = 15 + (28 - 15) + (36 - 15) + 10 + (15 - 10) + (15 - 10)  # causal pairs, those of the prompt once
-    shared, repeated = Work(16, once, 7), Work(25, 28 + 36 + 15 + 15, 7)
+    shared, repeated = Work(16, 2 * once, 7), Work(25, 2 * (28 + 36 + 15 + 15), 7)  # in two layers
     for name, work in (("trl", repeated), ("trl-precomputed", repeated), ("dpo_jax-live", shared),
                        ("dpo_jax-cached", shared)):  # fmt: skip
         flops = step_flops(decoder_config(LLAMA), work, live_reference=name in ("trl", "dpo_jax-live"))
