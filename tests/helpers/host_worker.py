@@ -78,18 +78,18 @@ with hosts.stop_signals() as stop_requested:
         state = update(state)
         if step % 50 == 0:
             jax.block_until_ready(state)
-            checkpoints.save(step, state, {"format": 3})
+            checkpoints.save(step, state, {"format": 4})
         if step == 60:
             (folder / f"ready-{me}").touch()
         if stop_requested(step):
             break
         time.sleep(0.005)
 facts["stopped"] = step
-checkpoints.save(step, state, {"format": 3}, wait=True)
+checkpoints.save(step, state, {"format": 4}, wait=True)
 expected = hosts.gather(np.concatenate([np.asarray(s.data) for s in state["w"].addressable_shards]).tolist(), "rows")
 (folder / f"expected-{me}.json").write_text(json.dumps([row for part in expected for row in part]))
 
-checkpoints.save(step + 1, update(state), {"format": 3}, wait=True)
+checkpoints.save(step + 1, update(state), {"format": 4}, wait=True)
 if me == 0:
     data = max((folder / "checkpoints" / str(step + 1) / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     os.truncate(data, 10)

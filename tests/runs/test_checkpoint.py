@@ -351,7 +351,7 @@ def test_other_arrays_are_refused_and_nothing_set_aside(copy):
 def test_a_manifest_of_another_format_is_refused_and_left(copy, number, written):
     path = copy / "3" / "manifest" / "metadata"
     path.write_text(json.dumps(written({**unseal(path.read_bytes()), "format": number})))
-    with pytest.raises(UserError, match=f"has format {number}, but this version reads 3"):
+    with pytest.raises(UserError, match=f"has format {number}, but this version reads 4"):
         Checkpoints(copy, KEEP)
     assert (copy / "3").is_dir()
 
@@ -396,7 +396,7 @@ from dpo_jax.runs.checkpoint import Checkpoints
 from dpo_jax.config import CheckpointConfig
 state = {"w": jax.random.normal(jax.random.key(0), (1 << 23,))}
 checkpoints = Checkpoints(sys.argv[1], CheckpointConfig())
-manifest = {"format": 3}
+manifest = {"format": 4}
 checkpoints.save(1, state, manifest, wait=True)
 checkpoints.save(2, state, manifest)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -554,7 +554,7 @@ def test_a_longer_run_goes_on_only_where_its_steps_stay_the_same():
 
 
 def test_another_format_is_refused():
-    with pytest.raises(UserError, match="checkpoint format 0, but this version reads 3"):
+    with pytest.raises(UserError, match="checkpoint format 0, but this version reads 4"):
         refuse_changed({**MANIFEST, "format": 0}, MANIFEST, "runs/a")
 
 
