@@ -62,6 +62,12 @@ class PreferenceBatch:
         arrays = (name for name in names if getattr(self, name) is not None)
         return replace(self, **{name: pairs if name in pair_fields else rows for name in arrays})
 
+    def answer_begins(self) -> Bool[jax.Array, "R T"]:
+        """Return whether each token is the first of an answer."""
+        unit = jnp.stack([self.segments, self.branches])
+        begins = (unit[:, :, 1:] != unit[:, :, :-1]).any(0)
+        return jnp.pad(begins, ((0, 0), (1, 0)), constant_values=True) & (self.branches > 0)
+
     def gather_pairs(self, values: Float[AnyArray, "R A"]) -> Float[jax.Array, "B K"]:
         """Gather one value per answer slot from the rows into pairs; 0 for padding pairs."""
         return jnp.where(self.valid[:, None], values.reshape(-1)[self.answer_slots], 0.0)

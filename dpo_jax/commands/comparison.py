@@ -6,8 +6,8 @@ What is done is not repeated: a comparison that was stopped resumes with the run
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from functools import partial
 from itertools import groupby
@@ -29,7 +29,7 @@ from dpo_jax.parallel import hosts
 from dpo_jax.parallel.rendezvous import start_hosts
 from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.reports.comparison import model_comparison_page
-from dpo_jax.runs.directory import RunDir, is_run_dir, last_metrics, read_json, writing
+from dpo_jax.runs.directory import RunDir, is_run_dir, last_metrics, locked_directory, read_json, writing
 from dpo_jax.runs.manifest import compare_manifest, make_manifest, rounding_changes
 from dpo_jax.train import train
 
@@ -50,7 +50,10 @@ def compare_methods(config: CompareConfig, devices: Sequence[jax.Device] | None 
     hosts.cache_compilations()
     mesh, root = make_mesh(config.mesh, devices), Path(config.run.dir).expanduser().absolute()
     runs = list(config.runs)
-    with locked(root), lossy_streams():
+    with ExitStack() as stack:
+        stack.enter_context(lossy_streams())
+        lock = locked_directory(config.run.dir, LOCK, has_comparison, "comparison")
+        hosts.on_writer(lambda: str(stack.enter_context(lock)), "comparison directory")
         with jax.set_mesh(mesh):
             setup = assemble(config.judging, mesh)
             judging, identity = open_judging(setup, config.judge)
@@ -70,37 +73,9 @@ def compare_methods(config: CompareConfig, devices: Sequence[jax.Device] | None 
             finish(root, config, runs)
 
 
-@contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Context manager that makes the directory and keeps other processes from comparing there.
-
-    Raises:
-        UserError: another process does, the directory has other files, or it cannot be written.
-    """
-    lock = None
-
-    def acquire() -> None:
-        nonlocal lock
-        try:
-            has_other_files = root.is_dir() and any(root.iterdir()) and not (root / LOCK).exists()
-            if has_other_files or is_run_dir(root):
-                raise UserError(f"run.dir: {root} has other files but no comparison: choose an empty directory")
-            root.mkdir(parents=True, exist_ok=True)
-            lock = storage.lock(root / LOCK)
-            storage.sign(lock)
-        except storage.InUse as error:
-            remedy = "wait for it, stop it, or choose another directory"
-            raise UserError(f"run.dir: {root} is in use by {error}: {remedy}") from error
-        except OSError as error:
-            cause = error.strerror or reason(error)
-            raise UserError(f"run.dir: {root} cannot be written: {cause}: choose another directory") from error
-
-    hosts.on_writer(acquire, "comparison directory")
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.close()
+def has_comparison(root: Path) -> bool:
+    """Return whether a comparison was ever started in the directory."""
+    return (root / LOCK).exists() and not is_run_dir(root)
 
 
 def check_manifest(root: Path, config: CompareConfig, identity: Mapping[str, Any]) -> None:

@@ -87,6 +87,9 @@ def assemble(
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
         refuse_weights(config.objective, store)
         refuse_margins(config, store)
+    if config.run.samples and sets.evals:
+        most = longest_sample(config, [eval_set.store for eval_set in sets.evals.values()])
+        refuse_positions(model.config, most, "sampling.max_tokens", config.sampling.max_tokens)
     row_split = row_devices(mesh), local_row_shards(mesh)
     batches = train_batches(sets, config.batch, *row_split)
     logps_fn = train_logps_fn(config, model)
@@ -104,6 +107,11 @@ def assemble(
         logps_step=jax.jit(logps_fn, out_shardings=replicated(mesh)),  # every process gets all pairs' log-probs
         to_devices=make_to_devices(mesh),
     )
+
+
+def longest_sample(config: AnyConfig, stores: Sequence[Store]) -> int:
+    """Return the most tokens that a prompt of these evaluation sets may have with an answer sampled to it."""
+    return max(int(store.lengths[:, 0].max()) for store in stores) + config.sampling.max_tokens
 
 
 def with_head(model: Model, config: TrainConfig) -> Model:
@@ -195,9 +203,7 @@ def notes_of(setup: Setup) -> list[str]:
         limit_note = f"but the model supports {max_positions} (max_position_embeddings)"
         notes.append(f"a prompt with its answer has up to {longest} tokens, {limit_note}: lower data.max_length")
     if setup.config.run.samples and setup.evals:
-        prompt = max(int(batches.store.lengths[:, 0].max()) for batches in setup.evals.values())
-        sampled = prompt + setup.config.sampling.max_tokens
-        refuse_positions(setup.model.config, sampled, "sampling.max_tokens", setup.config.sampling.max_tokens)
+        sampled = longest_sample(setup.config, [batches.store for batches in setup.evals.values()])
         if sampled > max(longest, max_positions):
             limit_note = f"but the model supports {max_positions} (max_position_embeddings)"
             notes.append(

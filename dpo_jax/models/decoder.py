@@ -17,7 +17,7 @@ from dpo_jax.errors import require
 from dpo_jax.models.layers import CacheInputs, DecoderModule, KeyValues, Layer, make_rotations, scaled
 from dpo_jax.models.options import DecoderConfig, Lora
 from dpo_jax.ops.attention import AttentionInputs, Implementation, choose, make_inputs
-from dpo_jax.parallel.sharding import constrain_rows
+from dpo_jax.parallel.sharding import constrain_rows, mesh_is_active
 
 # What to save of a layer's forward pass for its backward pass; None: everything, without rematerialization. The indices
 # of a token's experts are always saved: a router recomputed with other rounding could choose others.
@@ -26,7 +26,6 @@ REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names("projected", "routed"),
     "full": jax.checkpoint_policies.save_only_these_names("routed"),
 }
-BIAS_DIMS = 128  # dims added to hidden states for a bias of the unembedding; mesh.fsdp must divide them
 
 
 def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> PreferenceBatch:
@@ -43,10 +42,8 @@ def count_answers(batch: PreferenceBatch) -> Int[Array, "R T"]:
     """Return how many of the batch's sequences each token is part of: its answers if it is a prompt's; 0 at padding."""
     segments, branches = jnp.asarray(batch.segments), jnp.asarray(batch.branches)
     num_rows, length = segments.shape
-    unit = jnp.stack([segments, branches])
-    begins = jnp.pad((unit[:, :, 1:] != unit[:, :, :-1]).any(0), ((0, 0), (1, 0)), constant_values=True)
     rows = jnp.arange(num_rows)[:, None]
-    num_answers = jnp.zeros((num_rows, length + 1), jnp.int32).at[rows, segments].add(begins & (branches > 0))
+    num_answers = jnp.zeros((num_rows, length + 1), jnp.int32).at[rows, segments].add(batch.answer_begins())
     num_answers = jnp.maximum(jnp.take_along_axis(num_answers, segments, axis=1), 1)
     return jnp.where(segments > 0, jnp.where(branches > 0, 1, num_answers), 0)
 
@@ -142,17 +139,17 @@ class Model:
 
     def routed_hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> Float[Array, "R T D"] | RoutedHidden:
         """Return what `hidden` does, and the routers' sums over tokens if the model is a mixture of experts."""
-        hidden, _, sums = self._hidden(weights, batch)
+        hidden, sums = self._hidden(weights, batch)
         if self.config.experts is None or sums is None:
             return hidden
         return RoutedHidden(hidden, sums, self.config.experts.balance_coef)
 
-    def _hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> tuple[Array, None, BalanceSums | None]:
+    def _hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> tuple[Array, BalanceSums | None]:
         inputs = make_inputs(batch, self.attention, self.config.head_dim)
         token_weights = None if self.config.experts is None else count_answers(batch)
         inputs = (batch.tokens, batch.positions, inputs, batch.longest, token_weights)
-        hidden, cache, sums = self._apply(weights, *inputs)
-        return self._with_bias_dims(hidden), cache, sums
+        hidden, _, sums = self._apply(weights, *inputs)
+        return self._with_bias_dims(hidden), sums
 
     def empty_cache(self, num_rows: int, num_slots: int) -> Cache:
         """Return an empty cache with ``num_slots`` slots per row."""
@@ -203,7 +200,7 @@ class Model:
         matrix = base["embed" if self.config.tied else "unembed"]
         if not self._has_bias_dims:
             return matrix
-        columns = jnp.pad(base["unembed_bias"][:, None], ((0, 0), (0, BIAS_DIMS - 1)))
+        columns = jnp.pad(base["unembed_bias"][:, None], ((0, 0), (0, _num_bias_dims() - 1)))
         return jnp.concatenate([matrix, columns.astype(matrix.dtype)], axis=1)
 
     @property
@@ -214,7 +211,7 @@ class Model:
         """Append a 1 and zeros to hidden states, if the unembedding has a bias."""
         if not self._has_bias_dims:
             return hidden
-        ones = jnp.zeros((*hidden.shape[:-1], BIAS_DIMS), hidden.dtype).at[..., 0].set(1)
+        ones = jnp.zeros((*hidden.shape[:-1], _num_bias_dims()), hidden.dtype).at[..., 0].set(1)
         return jnp.concatenate([hidden, ones], axis=-1)
 
     def head(self, weights: Params | Adapted) -> Float[Array, "S D"]:
@@ -255,6 +252,11 @@ class Model:
     def _abstract(self, part: Literal["params", "lora"] = "params") -> Params:
         # the key is made inside, because the mesh in force may have compile-only devices
         return jax.eval_shape(lambda: self._boxed(jax.random.key(0), part))
+
+
+def _num_bias_dims() -> int:
+    """Return the dims that a bias of the unembedding adds to hidden states: as many as `fsdp` shards them into."""
+    return jax.sharding.get_abstract_mesh().shape["fsdp"] if mesh_is_active() else 1
 
 
 def _split(weights: Params | Adapted) -> Adapted:

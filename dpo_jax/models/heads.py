@@ -21,10 +21,8 @@ def answer_ends(batch: PreferenceBatch) -> Int[Array, "R A"]:
 
     This does not follow from the targets: a one-token answer's only target has its source at the end of the prompt.
     """
-    unit = jnp.stack([batch.segments, batch.branches])
-    begins = jnp.pad((unit[:, :, 1:] != unit[:, :, :-1]).any(0), ((0, 0), (1, 0)), constant_values=True)
-    is_answer = batch.branches > 0
-    slots = jnp.where(is_answer, jnp.cumsum(begins & is_answer, axis=1) - 1, batch.answers_per_row)  # else dropped
+    slots = jnp.cumsum(batch.answer_begins(), axis=1) - 1
+    slots = jnp.where(batch.branches > 0, slots, batch.answers_per_row)  # else dropped
     rows, indices = jnp.indices(slots.shape)
     ends = jnp.zeros((len(slots), batch.answers_per_row), jnp.int32)
     return ends.at[rows, slots].max(indices, mode="drop")

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.batch import round_up
 from dpo_jax.ops import kernels
+from dpo_jax.ops.transposes import transposed_by
 
 Implementation = Literal["blocks", "kernels"]
 
@@ -140,42 +141,26 @@ def _token_rows(x: Float[Array, "n F"], groups: Groups) -> Float[Array, "S F"]:
     return _take(x, groups.slots // groups.rows.shape[1], groups.is_used)
 
 
-# Autodiff would turn each gather into a scatter, which is slow on a TPU. Here the transposes are gathers, too.
+def _slot_values(g: Float[Array, " S"], groups: Groups) -> Float[Array, "n m"]:
+    return _take(g, groups.rows.reshape(-1), groups.is_routed.reshape(-1)).reshape(groups.rows.shape)
 
 
-@jax.custom_vjp
+@transposed_by(_sum_slots)
 def spread(x: Float[Array, "n F"], groups: Groups) -> Float[Array, "S F"]:
     """Return each row's token; padding is 0."""
     return _token_rows(x, groups)
 
 
-spread.defvjp(
-    lambda x, groups: (_token_rows(x, groups), groups), lambda groups, g: (_sum_slots(g, groups), None)
-)  # fmt: skip
-
-
-@jax.custom_vjp
+@transposed_by(_token_rows)
 def collect(y: Float[Array, "S F"], groups: Groups) -> Float[Array, "n F"]:
     """Return the sum of each token's rows; the transpose of `spread`."""
     return _sum_slots(y, groups)
 
 
-collect.defvjp(
-    lambda y, groups: (_sum_slots(y, groups), groups), lambda groups, g: (_token_rows(g, groups), None)
-)  # fmt: skip
-
-
-@jax.custom_vjp
+@transposed_by(_slot_values)
 def spread_slots(x: Float[Array, "n m"], groups: Groups) -> Float[Array, " S"]:
     """Return the value of each row's slot; padding is 0."""
     return _take(x.reshape(-1), groups.slots, groups.is_used)
-
-
-def _spread_slots_backward(groups, g):
-    return _take(g, groups.rows.reshape(-1), groups.is_routed.reshape(-1)).reshape(groups.rows.shape), None
-
-
-spread_slots.defvjp(lambda x, groups: (spread_slots(x, groups), groups), _spread_slots_backward)
 
 
 @jax.custom_vjp

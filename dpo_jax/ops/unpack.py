@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.batch import PreferenceBatch
+from dpo_jax.ops.transposes import transposed_by
 
 
 class UnpackIndices(NamedTuple):
@@ -82,10 +83,14 @@ def _where(mask: Bool[Array, "R Q"], x: Float[Array, "R Q *h"]) -> Float[Array, 
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
-# Autodiff would turn each gather into a scatter, which is slow on a TPU. Here the transposes are gathers, too.
+def _unshare_transpose(g: Float[Array, "RS U N H"], indices: UnpackIndices) -> Float[Array, "R T N H"]:
+    num_rows, copies, _ = indices.copy_index.shape
+    g = g.reshape(num_rows, -1, *g.shape[2:])
+    copy_gradient = lambda c: _where(indices.has_copy[:, c], _take(g, indices.copy_index[:, c]))  # noqa: E731
+    return reduce(jnp.add, map(copy_gradient, range(copies)))  # a sum of two is rounded only once, in any dtype
 
 
-@jax.custom_vjp
+@transposed_by(_unshare_transpose)
 def unshare(x: Float[Array, "R T N H"], indices: UnpackIndices) -> Float[Array, "RS U N H"]:
     """Gather the rows' tokens into sequences; padding holds arbitrary tokens, which receive no gradient."""
     num_rows, num_sequences, length = indices.sources.shape
@@ -93,27 +98,14 @@ def unshare(x: Float[Array, "R T N H"], indices: UnpackIndices) -> Float[Array, 
     return gathered.reshape(num_rows * num_sequences, length, *x.shape[2:])
 
 
-def _unshare_backward(indices, g):
-    num_rows, copies, _ = indices.copy_index.shape
-    g = g.reshape(num_rows, -1, *g.shape[2:])
-    copy_gradient = lambda c: _where(indices.has_copy[:, c], _take(g, indices.copy_index[:, c]))  # noqa: E731
-    return reduce(jnp.add, map(copy_gradient, range(copies))), None  # a sum of two is rounded only once, in any dtype
+def _share_transpose(g: Float[Array, "R T N H"], indices: UnpackIndices) -> Float[Array, "RS U N H"]:
+    num_rows, num_sequences, length = indices.sources.shape
+    gathered = _where(indices.is_first_copy.reshape(num_rows, -1), _take(g, indices.sources.reshape(num_rows, -1)))
+    return gathered.reshape(num_rows * num_sequences, length, *g.shape[2:])
 
 
-unshare.defvjp(lambda x, indices: (unshare(x, indices), indices), _unshare_backward)
-
-
-@jax.custom_vjp
+@transposed_by(_share_transpose)
 def share(y: Float[Array, "RS U N H"], indices: UnpackIndices) -> Float[Array, "R T N H"]:
     """Gather the sequences' tokens back into rows, taking the first copy of each; padding is 0."""
     y = y.reshape(indices.copy_index.shape[0], -1, *y.shape[2:])
     return _where(indices.has_copy[:, 0], _take(y, indices.copy_index[:, 0]))
-
-
-def _share_backward(indices, g):
-    num_rows, num_sequences, length = indices.sources.shape
-    gathered = _where(indices.is_first_copy.reshape(num_rows, -1), _take(g, indices.sources.reshape(num_rows, -1)))
-    return gathered.reshape(num_rows * num_sequences, length, *g.shape[2:]), None
-
-
-share.defvjp(lambda y, indices: (share(y, indices), indices), _share_backward)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +70,27 @@ def locked_run(path: str | Path) -> Iterator[RunDir]:
         UserError: another process trains there, the directory is not a run, or it cannot be written. In these
             cases nothing in it is changed.
     """
+    with locked_directory(path, LOCK, is_run_dir, "run of this program") as root:
+        run = RunDir(root)
+        with writing(run.events):
+            storage.drop_torn_line(run.events)
+        yield run
+
+
+@contextmanager
+def locked_directory(path: str | Path, lock_name: str, has_ours: Callable[[Path], bool], ours: str) -> Iterator[Path]:
+    """Context manager that creates ``run.dir``, or reopens one that has ``ours``, and locks the file ``lock_name``.
+
+    Raises:
+        UserError: another process has locked it, it has other files only, or it cannot be written. In these cases
+            nothing in it is changed.
+    """
     root = _local(path)
     try:
-        if root.is_dir() and any(root.iterdir()) and not is_run_dir(root):
-            raise UserError(f"run.dir: {path} has other files but no run of this program: choose an empty directory")
+        if root.is_dir() and any(root.iterdir()) and not has_ours(root):
+            raise UserError(f"run.dir: {path} has other files but no {ours}: choose an empty directory")
         root.mkdir(parents=True, exist_ok=True)
-        lock = storage.lock(root / LOCK)
+        lock = storage.lock(root / lock_name)
     except storage.InUse as error:
         remedy = "wait for it, stop it, or choose another directory"
         raise UserError(f"run.dir: {path} is in use by {error}: {remedy}") from error
@@ -83,12 +98,9 @@ def locked_run(path: str | Path) -> Iterator[RunDir]:
         message = f"run.dir: {path} cannot be written or locked ({error.strerror}): choose another directory"
         raise UserError(message) from error
     with lock:
-        run = RunDir(root)
-        with writing(root / LOCK):
+        with writing(root / lock_name):
             storage.sign(lock)
-        with writing(run.events):
-            storage.drop_torn_line(run.events)
-        yield run
+        yield root
 
 
 def _local(path: str | Path) -> Path:

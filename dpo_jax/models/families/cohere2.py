@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models.families.family import Family, flag, number, size
-from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, every, layer_types, window
+from dpo_jax.models.families.family import Family, attention_biases, number, size
+from dpo_jax.models.families.patterns import every, full_and_sliding, layer_types, window
 from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
 
@@ -25,8 +25,8 @@ IGNORED = frozenset(
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     """Return three layers with a window and one without, unless ``layer_types`` says otherwise."""
-    kinds = {FULL: LayerKind(rope=None), SLIDING: LayerKind(window=window(hf, 4096), rope=rope(hf))}
-    return by_type(layer_types(hf, layers, every(size(hf, "sliding_window_pattern", 4), layers)), kinds)
+    types = layer_types(hf, layers, every(size(hf, "sliding_window_pattern", 4), layers))
+    return full_and_sliding(types, window(hf, 4096), full=None, sliding=rope(hf))
 
 
 FAMILY = Family(
@@ -42,7 +42,6 @@ FAMILY = Family(
         "residual": "shared",
         "rotary_interleaved": True,
         "logit_scale": float(number(hf, "logit_scale", 0.0625)),
-        "qkv_bias": flag(hf, "attention_bias"),
-        "out_bias": flag(hf, "attention_bias"),
+        **attention_biases(hf),
     },
 )

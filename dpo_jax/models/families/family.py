@@ -52,6 +52,11 @@ def tensors_of(prefix: str, modules: Mapping[str, str]) -> dict[str, str]:
     return weights | {f"layers/{name}_bias": f"{prefix}{module}.bias" for name, module in modules.items()}
 
 
+def attention_biases(hf: Mapping[str, Any]) -> dict[str, bool]:
+    """Read ``attention_bias``, which all four projections of attention share, as fields of `DecoderConfig`."""
+    return dict.fromkeys(("qkv_bias", "out_bias"), flag(hf, "attention_bias"))
+
+
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1  # larger numbers are mistakes: no memory holds such arrays
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models.families.family import Family, flag, invalid, size
+from dpo_jax.models.families.family import Family, attention_biases, invalid, size
 from dpo_jax.models.families.patterns import alike
 
 DEFAULTS = {
@@ -22,8 +22,7 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
         "activation": "gelu_pytorch_tanh" if activation == "gelu" else activation,
         "norm_offset": 1.0,
         "embed_scale": size(hf, "hidden_size") ** 0.5,
-        "qkv_bias": flag(hf, "attention_bias"),
-        "out_bias": flag(hf, "attention_bias"),
+        **attention_biases(hf),
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from dpo_jax.models.families import gemma
 from dpo_jax.models.families.family import Family, invalid, number
-from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, every, layer_types, window
+from dpo_jax.models.families.patterns import every, full_and_sliding, layer_types, window
 from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
 
@@ -31,8 +31,7 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     sliding_window = window(hf, 4096)
     if hf.get("sliding_window_size", sliding_window) != sliding_window:  # published files have both
         raise invalid("sliding_window_size", hf["sliding_window_size"], f"sliding_window is {sliding_window}")
-    kinds = {FULL: LayerKind(rope=rope(hf)), SLIDING: LayerKind(window=sliding_window, rope=rope(hf))}
-    return by_type(layer_types(hf, layers, every(2, layers)), kinds)
+    return full_and_sliding(layer_types(hf, layers, every(2, layers)), sliding_window, rope(hf), rope(hf))
 
 
 def options(

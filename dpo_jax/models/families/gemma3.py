@@ -6,7 +6,7 @@ from typing import Any
 
 from dpo_jax.models.families import gemma2
 from dpo_jax.models.families.family import Family, number, size
-from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, every, layer_types, window
+from dpo_jax.models.families.patterns import FULL, SLIDING, every, full_and_sliding, layer_types, window
 from dpo_jax.models.families.rope import ropes_by_type
 from dpo_jax.models.options import LayerKind
 from dpo_jax.models.projections import TENSORS
@@ -19,8 +19,8 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
         SLIDING: float(number(hf, "rope_local_base_freq", 10_000.0)),
     }
     ropes = ropes_by_type(hf, thetas)
-    kinds = {FULL: LayerKind(rope=ropes[FULL]), SLIDING: LayerKind(window=window(hf, 4096), rope=ropes[SLIDING])}
-    return by_type(layer_types(hf, layers, every(size(hf, "sliding_window_pattern", 6), layers)), kinds)
+    types = layer_types(hf, layers, every(size(hf, "sliding_window_pattern", 6), layers))
+    return full_and_sliding(types, window(hf, 4096), ropes[FULL], ropes[SLIDING])
 
 
 FAMILY = Family(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models.families.family import Family, flag, tensors_of
+from dpo_jax.models.families.family import Family, attention_biases, flag, tensors_of
 from dpo_jax.models.families.rope import rope, rotary_dims
 from dpo_jax.models.options import LayerKind
 
@@ -32,8 +32,7 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
         "norm_bias": True,
         "residual": "parallel" if flag(hf, "use_parallel_residual") else "sequential",
         "gated": False,
-        "qkv_bias": flag(hf, "attention_bias"),
-        "out_bias": flag(hf, "attention_bias"),
+        **attention_biases(hf),
         "mlp_bias": True,
         "rotary_dims": rotary_dims(hf, 0.25, "rotary_pct"),
     }

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.models.families import mixture
-from dpo_jax.models.families.family import Family, flag, invalid, number, size
-from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, layer_types, window
+from dpo_jax.models.families.family import Family, attention_biases, invalid, number, size
+from dpo_jax.models.families.patterns import every, full_and_sliding, layer_types, window
 from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
 
@@ -18,9 +18,7 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     """Return a layer with a window and one without, unless ``layer_types`` says otherwise."""
     if hf.get("rope_parameters") is None and hf.get("rope_scaling") is None:
         hf = {**hf, "rope_parameters": YARN}
-    kinds = {FULL: LayerKind(rope=rope(hf)), SLIDING: LayerKind(window=window(hf, 128), rope=rope(hf))}
-    alternate = [FULL if layer % 2 else SLIDING for layer in range(layers)]
-    return by_type(layer_types(hf, layers, alternate), kinds)
+    return full_and_sliding(layer_types(hf, layers, every(2, layers)), window(hf, 128), rope(hf), rope(hf))
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,8 +39,7 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
         offset=1.0,
         limit=float(number(hf, "swiglu_limit")),
     )
-    has_bias = flag(hf, "attention_bias")
-    return {"qkv_bias": has_bias, "out_bias": has_bias, "mlp_bias": True, "sinks": True, "experts": experts}
+    return {**attention_biases(hf), "mlp_bias": True, "sinks": True, "experts": experts}
 
 
 FAMILY = Family(

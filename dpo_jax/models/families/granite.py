@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models.families.family import Family, flag, number
+from dpo_jax.models.families.family import Family, attention_biases, flag, number
 from dpo_jax.models.families.patterns import alike
 
 
@@ -14,8 +14,7 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
         "attention_scale": float(number(hf, "attention_multiplier", 1.0)),
         "residual_scale": float(number(hf, "residual_multiplier", 1.0)),
         "logit_scale": 1 / float(number(hf, "logits_scaling", 1.0)),
-        "qkv_bias": flag(hf, "attention_bias"),
-        "out_bias": flag(hf, "attention_bias"),
+        **attention_biases(hf),
         "mlp_bias": flag(hf, "mlp_bias"),
     }
 

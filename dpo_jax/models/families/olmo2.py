@@ -1,6 +1,6 @@
 """OLMo 2: norms after attention and feed-forward instead of before them, and RMSNorm over all query or key heads."""
 
-from dpo_jax.models.families.family import Family, flag
+from dpo_jax.models.families.family import Family, attention_biases
 from dpo_jax.models.families.patterns import alike
 
 TENSORS = {
@@ -18,8 +18,7 @@ FAMILY = Family(
         "pre_norm": False,
         "post_norm": True,
         "qk_norm": "all",
-        "qkv_bias": flag(hf, "attention_bias"),
-        "out_bias": flag(hf, "attention_bias"),
+        **attention_biases(hf),
     },
     tensors=TENSORS,
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 from dpo_jax.models.families import olmo2
 from dpo_jax.models.families.family import Family, invalid
-from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, every, layer_types, window
+from dpo_jax.models.families.patterns import FULL, SLIDING, every, full_and_sliding, layer_types, window
 from dpo_jax.models.families.rope import ropes_by_type
 from dpo_jax.models.options import LayerKind
 
@@ -17,8 +17,8 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     if hf.get("rope_theta", THETA) != THETA:  # transformers would use it in one type of layers only
         raise invalid("rope_theta", hf["rope_theta"], "give it to each type of layers in rope_parameters")
     ropes = ropes_by_type(hf, {FULL: THETA, SLIDING: THETA})
-    kinds = {FULL: LayerKind(rope=ropes[FULL]), SLIDING: LayerKind(window=window(hf, 4096), rope=ropes[SLIDING])}
-    return by_type(layer_types(hf, layers, every(4, layers)), kinds)
+    types = layer_types(hf, layers, every(4, layers))
+    return full_and_sliding(types, window(hf, 4096), ropes[FULL], ropes[SLIDING])
 
 
 FAMILY = Family(

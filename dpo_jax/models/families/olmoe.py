@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.models.families import mixture
-from dpo_jax.models.families.family import Family, flag
+from dpo_jax.models.families.family import Family, attention_biases, flag
 from dpo_jax.models.families.patterns import alike
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Read biases and experts."""
-    has_bias = flag(hf, "attention_bias")
     experts = mixture.experts(hf, 64, renormalize=flag(hf, "norm_topk_prob"))
-    return {"qk_norm": "all", "qkv_bias": has_bias, "out_bias": has_bias, "experts": experts}
+    return {"qk_norm": "all", **attention_biases(hf), "experts": experts}
 
 
 FAMILY = Family(

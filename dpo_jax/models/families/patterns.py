@@ -5,7 +5,7 @@ from typing import Any
 
 from dpo_jax.models.families.family import flag, invalid, size
 from dpo_jax.models.families.rope import rope
-from dpo_jax.models.options import LayerKind
+from dpo_jax.models.options import LayerKind, Rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -15,10 +15,18 @@ def alike(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     return (LayerKind(rope=rope(hf)),)
 
 
-def by_type(types: Sequence[str], kinds: Mapping[str, LayerKind]) -> tuple[LayerKind, ...]:
-    """Return the shortest pattern that repeats to one kind for each entry of ``types``."""
-    period = next(n for n in range(1, len(types) + 1) if all(a == b for a, b in zip(types, types[n:], strict=False)))
-    return tuple(kinds[layer_type] for layer_type in types[:period])
+def shortest(kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
+    """Return the shortest pattern that repeats to these kinds, one for each layer."""
+    period = next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False)))
+    return tuple(kinds[:period])
+
+
+def full_and_sliding(
+    types: Sequence[str], sliding_window: int | None, full: Rope | None, sliding: Rope | None
+) -> tuple[LayerKind, ...]:
+    """Return the pattern of layers of these types; ``full`` and ``sliding``: how the layers of each type rotate."""
+    kinds = {FULL: LayerKind(rope=full), SLIDING: LayerKind(window=sliding_window, rope=sliding)}
+    return shortest([kinds[layer_type] for layer_type in types])
 
 
 def layer_types(hf: Mapping[str, Any], layers: int, default: Sequence[str]) -> Sequence[str]:

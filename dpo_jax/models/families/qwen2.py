@@ -7,7 +7,7 @@ from dpo_jax.models.families.family import Family
 from dpo_jax.models.families.patterns import (
     FULL,
     SLIDING,
-    by_type,
+    full_and_sliding,
     max_window_layers,
     switched_window,
     window,
@@ -27,8 +27,7 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
         full_layers = layers
     default = [FULL] * full_layers + [SLIDING] * (layers - full_layers)
     types = windowed_types(hf, layers, default, sliding_window)
-    kinds = {FULL: LayerKind(rope=rope(hf)), SLIDING: LayerKind(window=sliding_window, rope=rope(hf))}
-    return by_type(types, kinds)
+    return full_and_sliding(types, sliding_window, rope(hf), rope(hf))
 
 
 FAMILY = Family(

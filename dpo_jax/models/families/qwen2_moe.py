@@ -8,7 +8,7 @@ from dpo_jax.models.families.family import Family, flag, size
 from dpo_jax.models.families.patterns import (
     FULL,
     SLIDING,
-    by_type,
+    full_and_sliding,
     max_window_layers,
     switched_window,
     windowed_types,
@@ -26,8 +26,7 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     default = [SLIDING if is_sliding and i < num_sliding and i % 2 == 0 else FULL for i in range(layers)]
     sliding_window = switched_window(hf, 4096)
     types = windowed_types(hf, layers, default, sliding_window)
-    kinds = {FULL: LayerKind(rope=rope(hf)), SLIDING: LayerKind(window=sliding_window, rope=rope(hf))}
-    return by_type(types, kinds)
+    return full_and_sliding(types, sliding_window, rope(hf), rope(hf))
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:

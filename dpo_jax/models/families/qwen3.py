@@ -1,7 +1,7 @@
 """Qwen3, dense: Llama with RMSNorm of each query and key head, a default head_dim of 128, and Qwen2's window keys."""
 
 from dpo_jax.models.families import qwen2
-from dpo_jax.models.families.family import Family, flag
+from dpo_jax.models.families.family import Family, attention_biases
 
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",
@@ -9,9 +9,5 @@ FAMILY = Family(
     defaults={"num_key_value_heads": 32, "head_dim": 128},
     derived=frozenset({"num_key_value_heads"}),
     pattern=qwen2.pattern,
-    options=lambda hf: {
-        "qkv_bias": flag(hf, "attention_bias"),
-        "out_bias": flag(hf, "attention_bias"),
-        "qk_norm": "head",
-    },
+    options=lambda hf: {**attention_biases(hf), "qk_norm": "head"},
 )

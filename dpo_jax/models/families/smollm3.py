@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models.families.family import Family, flag, invalid, one_of, size
-from dpo_jax.models.families.patterns import FULL, SLIDING, by_type, switched_window, windowed_types
+from dpo_jax.models.families.family import Family, attention_biases, flag, invalid, one_of, size
+from dpo_jax.models.families.patterns import FULL, SLIDING, shortest, switched_window, windowed_types
 from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
 
@@ -21,12 +21,8 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     default = [FULL if rotated or sliding_window is None else SLIDING for rotated in rotates]
     types = windowed_types(hf, layers, default, sliding_window)
     windows, ropes = {FULL: None, SLIDING: sliding_window}, (None, rope(hf))
-    kinds = {
-        f"{layer_type} {rotated}": LayerKind(window=windows[layer_type], rope=ropes[rotated])
-        for layer_type in windows
-        for rotated in (0, 1)
-    }
-    return by_type([f"{layer_type} {rotated}" for layer_type, rotated in zip(types, rotates, strict=True)], kinds)
+    each = zip(types, rotates, strict=True)
+    return shortest([LayerKind(window=windows[layer_type], rope=ropes[rotated]) for layer_type, rotated in each])
 
 
 FAMILY = Family(
@@ -45,9 +41,5 @@ FAMILY = Family(
     defaults={"num_key_value_heads": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True},
     derived=frozenset({"num_key_value_heads"}),
     pattern=pattern,
-    options=lambda hf: {
-        "qkv_bias": flag(hf, "attention_bias"),
-        "out_bias": flag(hf, "attention_bias"),
-        "mlp_bias": flag(hf, "mlp_bias"),
-    },
+    options=lambda hf: {**attention_biases(hf), "mlp_bias": flag(hf, "mlp_bias")},
 )
