@@ -5,7 +5,7 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from dpo_jax.errors import UserError, from_outside, shown
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.families import FAMILIES, modules, target_name, target_names, tensor_name
 from dpo_jax.models.flops import projections
+from dpo_jax.models.options import DecoderConfig
+from dpo_jax.models.projections import layer_projections
 from dpo_jax.weights.hub import read_json
 from dpo_jax.weights.huggingface import atomic_directory, fetch_tensors, load_tree
 from dpo_jax.weights.safetensors import Tensor, read_header, write_file
@@ -178,6 +180,19 @@ def _named(path: Path, key: str, selector: Any, modules: set[str]) -> set[str]:
     return {module for module in modules if any(f".{module}".endswith(f".{name}") for name in selector)}
 
 
+def _target_modules(config: DecoderConfig, adapted: Sequence[str]) -> list[str]:
+    """Return the names by which PEFT finds the ``adapted`` modules: whole names where others end alike.
+
+    Those others are matrices that can have no adapter, and whatever the parts that are not computed here may hold.
+    Elsewhere the last parts of the names suffice.
+    """
+    family, names = FAMILIES[config.family], list(dict.fromkeys(map(target_name, adapted)))
+    others = (family.tensor(f"layers/{name}") for name, row in layer_projections(config).items() if not row.adaptable)
+    if family.carried or not {target_name(name.removesuffix(".weight")) for name in others}.isdisjoint(names):
+        return [module.format(layer) for layer in range(config.layers) for module in adapted]
+    return names
+
+
 def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: str, out_dir: Path) -> None:
     """Export the adapters of ``model``, which ``config`` describes, as a float32 directory that PEFT can load.
 
@@ -195,7 +210,7 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
         "r": config.rank,
         "lora_alpha": config.alpha,
         "use_rslora": config.rslora,
-        "target_modules": list(dict.fromkeys(map(target_name, module_names))),
+        "target_modules": _target_modules(model.config, module_names),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(f"{module}.weight" in transposed for module in module_names),

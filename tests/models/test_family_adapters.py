@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from dpo_jax.batch import Adapted
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import UserError
-from dpo_jax.models.adapters import make_lora, merge
+from dpo_jax.models.adapters import make_lora, merge, start_adapters
 from dpo_jax.models.decoder import Model, plain_batch
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.flops import Work, adapter_flops
@@ -89,6 +89,22 @@ def test_adapters_of_peft_are_the_same_function_both_ways(peft, name, tmp_path):
     assert all(np.array_equal(actual[key], tensor) for key, tensor in expected_tensors.items())
     loaded = peft.PeftModel.from_pretrained(hf_model(name), tmp_path / "out").eval()
     np.testing.assert_allclose(torch_logits(loaded), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_moe"])
+def test_peft_adapts_no_modules_that_only_end_alike(peft, name, tmp_path):
+    """Gemma 3's vision tower has projections of the same names, and a mixture's experts those of the shared expert."""
+    theirs = hf_model(name)
+    theirs.save_pretrained(tmp_path / "model")
+    model = plain_model(tmp_path / "model", LORA)
+    adapters = start_adapters(model, jax.random.key(0), "kaiming")
+    export_adapters(adapters, model, LORA, str(tmp_path / "model"), tmp_path / "out")
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "out")
+    stored = {key.removesuffix(".weight") for key in load_file(tmp_path / "out" / "adapter_model.safetensors")}
+    adapted = {key.removesuffix(".default.weight") for key in loaded.state_dict() if ".lora_" in key}
+    assert adapted == stored
+    again = load_adapters(tmp_path / "out", model, LORA, on_first_device(model.adapter_shapes()))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again, adapters)))
 
 
 def torch_logits(model: Any) -> np.ndarray:
