@@ -242,7 +242,7 @@ def answer_fields(tokenizer: Any, prompt: list[int], answer: Answer) -> Row:
         "text": answer.text(tokenizer, prompt),
         "num_tokens": len(answer.tokens),
         "logp": round(math.fsum(answer.logps), LOGP_DECIMALS),
-        "finish_reason": "stop" if answer.ended else "length",
+        "finish_reason": answer.finish_reason,
     }
 
 

@@ -50,6 +50,16 @@ class Answer(NamedTuple):
         before, text = decode(prompt), decode(prompt + tokens)
         return text[len(before) :] if text.startswith(before) else decode(tokens)
 
+    @property
+    def finish_reason(self) -> str:
+        """Why the answer ends, as in output files."""
+        return "stop" if self.ended else "length"
+
+    def fields(self, tokenizer: Any, prompt: list[int]) -> dict[str, Any]:
+        """Return the answer as it is shown next to others: its text, length and finish reason."""
+        text = self.text(tokenizer, prompt)
+        return {"text": text, "num_tokens": len(self.tokens), "finish_reason": self.finish_reason}
+
 
 def answer_rows(
     model: Model,
@@ -127,17 +137,17 @@ def rollout_shardings(model: Model, mesh: Mesh | AbstractMesh, has_adapters: boo
     return Adapted(shardings(model.adapter_shapes(), model.adapter_axes()), of_weights)
 
 
+def to_compute_dtype(model: Model, weights: Any) -> Any:
+    """Cast all weights but those of routers, since a rounded logit may change a token's experts."""
+    is_router = lambda path: path[-1].key in ("router", "router_bias")  # noqa: E731
+    to_dtype = lambda path, x: x if is_router(path) else x.astype(model.dtype)  # noqa: E731
+    return jax.tree.map_with_path(to_dtype, weights)
+
+
 @cache
 def make_copy(model: Model, mesh: Mesh, has_adapters: bool) -> Callable[[Any], Any]:
     """Return the jitted function that copies weights to a `sampling_mesh`, which a plan compiles ahead of time, too."""
-
-    def cast(weights):
-        """Cast all weights but those of routers, since a rounded logit may change a token's experts."""
-        is_router = lambda path: path[-1].key in ("router", "router_bias")  # noqa: E731
-        to_dtype = lambda path, x: x if is_router(path) else x.astype(model.dtype)  # noqa: E731
-        return jax.tree.map_with_path(to_dtype, weights)
-
-    return jax.jit(cast, out_shardings=rollout_shardings(model, mesh, has_adapters))
+    return jax.jit(partial(to_compute_dtype, model), out_shardings=rollout_shardings(model, mesh, has_adapters))
 
 
 @cache

@@ -94,12 +94,7 @@ class Judging:
         ]
         scores = judged.values["score"].tolist()
         return [
-            {
-                "text": answer.text(self.setup.tokenizer, prompt),
-                "num_tokens": len(answer.tokens),
-                "finish_reason": "stop" if answer.ended else "length",
-                "score": round(score, SCORE_DECIMALS),
-            }
+            {**answer.fields(self.setup.tokenizer, prompt), "score": round(score, SCORE_DECIMALS)}
             for (prompt, answer), score in zip(answers, scores, strict=True)
         ]
 

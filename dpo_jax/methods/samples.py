@@ -70,8 +70,7 @@ class PromptAnswerer:
         """Yield the answer to each prompt as it is written."""
         for name, (_, _, prompts) in self.sets.items():
             for prompt, answer in zip(prompts, answers[name], strict=True):
-                text, finish = answer.text(self.setup.tokenizer, prompt), "stop" if answer.ended else "length"
-                yield {"text": text, "num_tokens": len(answer.tokens), "finish_reason": finish}
+                yield answer.fields(self.setup.tokenizer, prompt)
 
 
 def blocks(items: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:

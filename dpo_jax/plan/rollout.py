@@ -1,6 +1,7 @@
 """The programs that make a rollout: the copy of the policy, the sampler, and the reward model's scores."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from dpo_jax.batch import Adapted
 from dpo_jax.batching.packing import BatchShape
 from dpo_jax.config import PPOConfig
 from dpo_jax.inference.answer_scores import make_scores, scored_shape
-from dpo_jax.inference.generate import make_answer_rows, make_copy, rollout_shardings, sampling_mesh
+from dpo_jax.inference.generate import make_answer_rows, make_copy, rollout_shardings, sampling_mesh, to_compute_dtype
 from dpo_jax.inference.sampling import row_keys
 from dpo_jax.models.decoder import Model
 from dpo_jax.parallel.sharding import replicated, row_devices, row_sharding, sharded_structs
@@ -52,9 +53,8 @@ class RolloutPlan:
         """The copy of the policy's weights, as shapes and shardings."""
         model, has_adapters = self.model, self.model.lora is not None
         shapes = Adapted(model.adapter_shapes(), model.param_shapes()) if has_adapters else model.param_shapes()
-        cast = lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype)  # noqa: E731
         shardings = rollout_shardings(model, sampling_mesh(model, self.mesh), has_adapters)
-        return sharded_structs(jax.tree.map(cast, shapes), shardings)
+        return sharded_structs(jax.eval_shape(partial(to_compute_dtype, model), shapes), shardings)
 
     @property
     def reward_weights(self) -> Any:

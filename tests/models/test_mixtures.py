@@ -180,6 +180,13 @@ def test_only_experts_are_sharded_over_fsdp_while_sampling(loaded):
     assert sharded == {"gate", "up", "down"}
 
 
+def test_routers_are_not_rounded_for_sampling(loaded):
+    half = replace(loaded.model, dtype="bfloat16")
+    copied = rollout_weights(half, loaded.params, make_mesh(MeshConfig(), jax.devices()[:1]))["layers"]
+    assert {name for name, leaf in copied.items() if leaf.dtype != jnp.bfloat16} == {"router"}
+    np.testing.assert_array_equal(copied["router"], loaded.params["layers"]["router"])
+
+
 def test_operations_are_those_of_the_experts_that_a_token_has(loaded):
     c = loaded.model.config
     assert c.experts is not None
