@@ -17,6 +17,8 @@ from dpo_jax.batch import PreferenceBatch
 from dpo_jax.batching.to_devices import make_to_devices
 from dpo_jax.config import LossConfig, MeshConfig
 from dpo_jax.errors import UserError
+from dpo_jax.models.decoder import Model
+from dpo_jax.models.families import decoder_config
 from dpo_jax.ops import attention
 from dpo_jax.ops.attention import attend, choose, make_inputs
 from dpo_jax.ops.kernels import splash_sizes
@@ -25,6 +27,13 @@ from dpo_jax.parallel.sharding import make_mesh, platform_of, replicated, row_sh
 from dpo_jax.step import init_state, train_step
 
 os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
+
+GEMMA2 = {
+    "model_type": "gemma2", "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256,
+    "sliding_window": 1024, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "rope_theta": 10000.0,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
 
 
 def uneven_pairs(count: int = 9, seed: int = 3) -> list[Pair]:
@@ -329,6 +338,23 @@ def test_splash_compiles_for_tpu(chips, for_tpus):
         compiled = layer_of(batch, "splash").lower(*llama_inputs(batch, mesh)).compile()
     assert compiled.memory_analysis().peak_memory_in_bytes < 800 * 2**20
     assert platform_of(mesh) == "tpu"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chips", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
+def test_splash_compiles_capped_and_with_windows_of_two_kinds(chips, for_tpus):
+    """The gradient of two layers of Gemma 2, heads of 256, over 4096 tokens a row: a call of each kernel a kind."""
+    model = Model(config=decoder_config(GEMMA2), dtype="bfloat16", attention="splash", remat="full")
+    mesh = make_mesh(MeshConfig(), for_tpus(chips)[:1])
+    *_, batch = llama_inputs(pack(random_pairs(5), rows=2), mesh)
+    batch = batch.replace(tokens=batch.segments)
+    params = jax.tree.map(lambda x: x.update(sharding=replicated(mesh)), model.param_shapes())
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(lambda params, batch: logps_fn(model, chunk=512)(params, batch).sum.mean()))
+        compiled = gradient.lower(params, batch).compile()
+    kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    assert kernels >= 2 * 4  # of each kind: forward, again for the gradient, and the two of the gradient
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**30
 
 
 def test_cudnn_is_called_on_cuda(monkeypatch):
