@@ -289,7 +289,7 @@ def options_of(run: ComparedRun) -> list[str]:
 
 
 def cost_of(root: Path, group: Sequence[ComparedRun]) -> Row:
-    """Return what a method took, as means over seeds: steps, updates, pairs, sampled tokens and seconds of training."""
+    """Return what a method took, as means over seeds: updates, pairs, sampled tokens, seconds, peak memory."""
     costs = []
     for run in group:
         files = RunDir(root / run.folder)
@@ -305,6 +305,7 @@ def cost_of(root: Path, group: Sequence[ComparedRun]) -> Row:
                 "pairs": pairs if needs_pairs else 0,
                 "sampled": metrics.get("sampled_tokens", 0),
                 "seconds": mean(seconds) * steps,
+                "gib": max(row.get("device_memory_gib", row["host_memory_gib"]) for row in timings),
             }
         )
     return {name: mean([cost[name] for cost in costs]) for name in costs[0]}

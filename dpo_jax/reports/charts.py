@@ -211,10 +211,11 @@ def draw_frontier(panels: Mapping[str, Frontier], theme: str) -> bytes:
             axes.plot(*zip(*frontier.optimum, strict=True), color=colors["ink"], linewidth=1.2)
         for name, points in frontier.points.items():
             index = names.index(name)
-            style = {"marker": "osD^vPX*h<>p"[index % 12], "color": palette[index % len(palette)], "linewidths": 0}
+            color = palette[index % len(palette)]
+            style = {"marker": "osD^vPX*h<>p"[index % 12], "facecolor": (color, 0.3), "edgecolor": color}
             label = name if all(name not in drawn.points for drawn in list(panels.values())[:number]) else None
             places = zip(*((kl, reward) for kl, reward, _ in points), strict=True)
-            axes.scatter(*places, s=44, alpha=0.8, zorder=3, label=label, **style)
+            axes.scatter(*places, s=48, linewidths=1.2, zorder=3, label=label, **style)
             for kl, reward, text in points:
                 offset = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 7, "color": colors["ink"]}
                 axes.annotate(text, (kl, reward), **offset)

@@ -184,8 +184,10 @@ MODEL_LEARNED_NOTE = """The learned reward, which was trained on, and the judge'
 falls, is what over-optimization looks like; scales and offsets of the two scores differ."""
 MODEL_BILL_NOTE = """Pairs are those of the training set, for methods that learn from their labels; sampled counts the
 tokens of answers sampled in training. Seconds are those of training steps, with compilation, without evaluations.
-Options are those of the objective and the optimizer that are not at their defaults. With adapters, policy, reference
-and value share one copy of the base weights. All figures are means over seeds."""
+Peak memory is that of the fullest device, or on CPUs of the process; both only grow from one method to the next, so
+they are an upper bound for a method that needs less than an earlier one. Options are those of the objective and the
+optimizer that are not at their defaults. With adapters, policy, reference and value share one copy of the base weights.
+All figures are means over seeds."""
 LEARNED = BETA | {
     "learned, before": ("learned_before", ".4g"),
     "learned, after": ("learned_after", ".4g"),
@@ -194,7 +196,7 @@ LEARNED = BETA | {
     "correlation, before": ("correlation_before", ".2f"),
     "correlation, after": ("correlation_after", ".2f"),
 }
-MODEL_BILL = BILL | {"seconds": ("seconds", ",.0f"), "options": ("named", "")}
+MODEL_BILL = BILL | {"seconds": ("seconds", ",.0f"), "peak GiB": ("gib", ".2f"), "options": ("named", "")}
 
 
 def model_comparison_page(results: Row) -> str:

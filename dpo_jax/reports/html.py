@@ -29,6 +29,8 @@ p { margin: 0 0 12px; max-width: 76ch; }
 figure { margin: 0; padding: 14px 16px 8px; }
 figcaption { font-size: 13px; }
 figure img { display: block; width: 100%; height: auto; }
+main > figure { overflow-x: auto; }
+main > figure picture { display: block; min-width: 720px; }
 .box { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 8px 16px; border-top: 1px solid var(--line); vertical-align: top; }
