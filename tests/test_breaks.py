@@ -277,6 +277,18 @@ BREAKS = [
     Break(11, "log-probs are gathered one token late", "batch.py",
           "self.target_answers, self.target_offsets]", "self.target_answers, self.target_offsets + 1]",
           ("test_packing::test_values_of_targets_are_gathered_by_pair_answer_and_token[shared]",)),
+    # 12: a model computes the logits of transformers, and the gradient of torch
+    Break(12, "the slope of a cap is left out of the gradient", "ops/token_logps.py",
+          "grads *= 1 - (scores / options.softcap) ** 2", "pass",
+          ("test_families::test_logits_and_gradient_are_those_of_transformers[gemma2]",)),
+    Break(12, "learned positions are not trained", "models/decoder.py",
+          "self.weight(\"position_embed\", \"PD\")[positions]",
+          "jax.lax.stop_gradient(self.weight(\"position_embed\", \"PD\"))[positions]",
+          ("test_families::test_logits_and_gradient_are_those_of_transformers[gpt2]",)),
+    Break(12, "biases of experts are not trained", "ops/experts.py",
+          "grouped.spread_experts(layer.bias, groups) * bias_scale",
+          "jax.lax.stop_gradient(grouped.spread_experts(layer.bias, groups)) * bias_scale",
+          ("test_families::test_logits_and_gradient_are_those_of_transformers[gpt_oss]",)),
 ]  # fmt: skip
 
 NOTICED = (

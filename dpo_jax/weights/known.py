@@ -91,6 +91,64 @@ _QWEN3_30B_A3B = _QWEN3 | _sizes(2048, 6144, 48, 32, 4) | {"moe_intermediate_siz
 _QWEN3_30B_A3B |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 128}
 _QWEN3_30B_A3B |= {"num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 _QWEN3_30B_A3B |= {"router_aux_loss_coef": 0.001, "output_router_logits": False}
+_GEMMA_2B = _sizes(2048, 16384, 18, 8, 1) | {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}
+_GEMMA_2B |= {"vocab_size": 256000, "head_dim": 256, "hidden_act": "gelu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+_GEMMA_2B |= {"max_position_embeddings": 8192, "attention_bias": False, "initializer_range": 0.02}
+_OLMO3_7B = _OLMO2_7B | {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "vocab_size": 100278}
+_OLMO3_7B |= {"max_position_embeddings": 65536, "sliding_window": 4096, "rope_scaling": {
+    "rope_type": "yarn", "factor": 8.0, "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 8192,
+}}  # fmt: skip
+_OLMO3_7B |= {"layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 8}
+_QWEN25_7B = _COMMON | _sizes(3584, 18944, 28, 28, 4) | {"rms_norm_eps": 1e-6, "rope_theta": 1000000.0}
+_QWEN25_7B |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 152064}
+_QWEN25_7B |= {"max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 131072}
+_QWEN25_7B |= {"max_window_layers": 28}
+_GPT2_LARGE = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
+_GPT2_LARGE |= {"n_embd": 1280, "n_layer": 36, "n_head": 20, "n_ctx": 1024, "activation_function": "gelu_new"}
+_GPT2_LARGE |= {"layer_norm_epsilon": 1e-5, "initializer_range": 0.02}
+_PHI2 = _sizes(2560, 10240, 32, 32, 32) | {"architectures": ["PhiForCausalLM"], "model_type": "phi"}
+_PHI2 |= {"vocab_size": 51200, "max_position_embeddings": 2048, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5}
+_PHI2 |= {"partial_rotary_factor": 0.4, "qk_layernorm": False, "rope_theta": 10000.0, "rope_scaling": None}
+_PHI2 |= {"tie_word_embeddings": False, "initializer_range": 0.02}
+_STARCODER2_3B = _sizes(3072, 12288, 30, 24, 2) | {"architectures": ["Starcoder2ForCausalLM"], "vocab_size": 49152}
+_STARCODER2_3B |= {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh", "norm_type": "layer_norm"}
+_STARCODER2_3B |= {"norm_epsilon": 1e-5, "mlp_type": "default", "use_bias": True, "max_position_embeddings": 16384}
+_STARCODER2_3B |= {"sliding_window": 4096, "rope_theta": 999999.4420358813, "initializer_range": 0.018042}
+_COMMAND_R7B = _sizes(4096, 14336, 32, 32, 8) | {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2"}
+_COMMAND_R7B |= {"vocab_size": 256000, "hidden_act": "silu", "layer_norm_eps": 1e-5, "head_dim": 128}
+_COMMAND_R7B |= {"max_position_embeddings": 8192, "rope_theta": 50000, "sliding_window": 4096, "logit_scale": 0.25}
+_COMMAND_R7B |= {"sliding_window_pattern": 4, "attention_bias": False, "initializer_range": 0.02}
+_GLM4_9B = _COMMON | _sizes(4096, 13696, 40, 32, 2) | {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"}
+_GLM4_9B |= {"vocab_size": 151552, "head_dim": 128, "partial_rotary_factor": 0.5, "attention_bias": True}
+_GLM4_9B |= {"max_position_embeddings": 32768, "rope_theta": 10000.0}
+_STABLELM2 = _sizes(2048, 5632, 24, 32, 32) | {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"}
+_STABLELM2 |= {"vocab_size": 100352, "hidden_act": "silu", "layer_norm_eps": 1e-5, "max_position_embeddings": 4096}
+_STABLELM2 |= {"partial_rotary_factor": 0.25, "rope_theta": 10000, "use_qkv_bias": True, "tie_word_embeddings": False}
+_STABLELM2 |= {"initializer_range": 0.02}
+_MIXTRAL = _COMMON | _sizes(4096, 14336, 32, 32, 8) | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+_MIXTRAL |= {"vocab_size": 32000, "max_position_embeddings": 32768, "rope_theta": 1000000.0, "sliding_window": None}
+_MIXTRAL |= {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
+_MIXTRAL |= {"output_router_logits": False}
+_QWEN15_MOE = _COMMON | _sizes(2048, 5632, 24, 16, 16) | {"architectures": ["Qwen2MoeForCausalLM"]}
+_QWEN15_MOE |= {"model_type": "qwen2_moe", "vocab_size": 151936, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6}
+_QWEN15_MOE |= {"rope_theta": 1000000.0, "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21}
+_QWEN15_MOE |= {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "norm_topk_prob": False}
+_QWEN15_MOE |= {"shared_expert_intermediate_size": 5632, "decoder_sparse_step": 1, "router_aux_loss_coef": 0.001}
+_QWEN15_MOE |= {"output_router_logits": False}
+_OLMOE = _COMMON | _sizes(2048, 1024, 16, 16, 16) | {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe"}
+_OLMOE |= {"vocab_size": 50304, "max_position_embeddings": 4096, "rope_theta": 10000.0, "rope_scaling": None}
+_OLMOE |= {"attention_bias": False, "clip_qkv": None, "num_experts": 64, "num_experts_per_tok": 8}
+_OLMOE |= {"norm_topk_prob": False, "router_aux_loss_coef": 0.01, "output_router_logits": False}
+_GPT_OSS = _COMMON | _sizes(2880, 2880, 24, 64, 8) | {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+_GPT_OSS |= {"vocab_size": 201088, "head_dim": 64, "max_position_embeddings": 131072, "attention_bias": True}
+_GPT_OSS |= {"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 12, "swiglu_limit": 7.0}
+_GPT_OSS |= {"rope_theta": 150000, "rope_scaling": {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}}  # fmt: skip
+_GPT_OSS |= {"num_local_experts": 32, "num_experts_per_tok": 4, "router_aux_loss_coef": 0.9}
+_GPT_OSS |= {"output_router_logits": False}
 
 KNOWN: dict[str, HFConfig] = {
     "meta-llama/Meta-Llama-3-8B": _LLAMA3_8B,
@@ -125,6 +183,19 @@ KNOWN: dict[str, HFConfig] = {
     "microsoft/phi-4": _PHI4,
     "microsoft/Phi-3.5-mini-instruct": _PHI35_MINI,
     "Qwen/Qwen3-30B-A3B": _QWEN3_30B_A3B,
+    "google/gemma-2b": _GEMMA_2B,
+    "allenai/Olmo-3-1025-7B": _OLMO3_7B,
+    "Qwen/Qwen2.5-7B-Instruct": _QWEN25_7B,
+    "openai-community/gpt2-large": _GPT2_LARGE,
+    "microsoft/phi-2": _PHI2,
+    "bigcode/starcoder2-3b": _STARCODER2_3B,
+    "CohereLabs/c4ai-command-r7b-12-2024": _COMMAND_R7B,
+    "zai-org/GLM-4-9B-0414": _GLM4_9B,
+    "stabilityai/stablelm-2-1_6b": _STABLELM2,
+    "mistralai/Mixtral-8x7B-v0.1": _MIXTRAL,
+    "Qwen/Qwen1.5-MoE-A2.7B": _QWEN15_MOE,
+    "allenai/OLMoE-1B-7B-0924": _OLMOE,
+    "unsloth/gpt-oss-20b-BF16": _GPT_OSS,  # the original's weights are quantized
 }
 
 # Untrained. At a width of 64 the usual initializer_range of 0.02 would delay learning for long.

@@ -274,25 +274,6 @@ def hf_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
         return model(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
 
 
-def router_gap(model: Any, tokens: np.ndarray) -> float:
-    """Return the smallest difference between the router logits of the last expert chosen and the first one not chosen.
-
-    Where it is larger than rounding, two programs choose the same experts for every token.
-    """
-    gaps, num_chosen = [], model.config.num_experts_per_tok
-
-    def record(_module: Any, _inputs: Any, outputs: Any) -> None:
-        best = outputs[0].float().sort(dim=-1, descending=True).values
-        gaps.append(float((best[:, num_chosen - 1] - best[:, num_chosen]).min()))
-
-    routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
-    hooks = [router.register_forward_hook(record) for router in routers]
-    hf_logits(model, tokens)
-    for hook in hooks:
-        hook.remove()
-    return min(gaps)
-
-
 # ------------------------------------------------------------------------------------------ features, one by one
 
 Params = dict[str, Any]

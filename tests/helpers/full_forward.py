@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.decoder import Model, plain_batch
+from dpo_jax.ops.softcap import soft_cap
 
 
 @partial(jax.jit, static_argnums=0)
@@ -14,7 +15,7 @@ def log_probs(model: Model, weights, tokens, lengths):
     """Log-probs [R, T, V] of the token after each token."""
     hidden = model.hidden(weights, plain_batch(tokens, lengths))
     logits = jnp.einsum("RTD,VD->RTV", hidden.astype(jnp.float32), model.unembedding(weights).astype(jnp.float32))
-    return jax.nn.log_softmax(logits)
+    return jax.nn.log_softmax(soft_cap(logits, model.config.logit_softcap))
 
 
 def greedy(model: Model, weights, prompts: list[list[int]], num_tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpo_jax.models.decoder import Model, count_params
-from dpo_jax.models.families import decoder_config
+from dpo_jax.models.families import FAMILIES, decoder_config
 from dpo_jax.weights.known import KNOWN, known_config
 
 COUNTS = {  # parameters
@@ -27,6 +27,19 @@ COUNTS = {  # parameters
     "microsoft/phi-4": 14_659_507_200,
     "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "google/gemma-2b": 2_506_172_416,
+    "allenai/Olmo-3-1025-7B": 7_298_011_136,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "openai-community/gpt2-large": 774_030_080,
+    "microsoft/phi-2": 2_779_683_840,
+    "bigcode/starcoder2-3b": 3_030_371_328,
+    "CohereLabs/c4ai-command-r7b-12-2024": 8_028_033_024,
+    "zai-org/GLM-4-9B-0414": 9_400_279_040,
+    "stabilityai/stablelm-2-1_6b": 1_644_515_328,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "Qwen/Qwen1.5-MoE-A2.7B": 14_315_784_192,
+    "allenai/OLMoE-1B-7B-0924": 6_919_161_856,
+    "unsloth/gpt-oss-20b-BF16": 20_914_757_184,
 }
 
 
@@ -35,6 +48,11 @@ def test_known_models_have_the_published_number_of_parameters(name):
     hf = known_config(name)
     assert hf is not None
     assert count_params(Model(config=decoder_config(hf))) == COUNTS[name]
+
+
+def test_every_family_has_a_known_model():
+    known = {KNOWN[name]["model_type"] for name in COUNTS}
+    assert known == {name for name, family in FAMILIES.items() if family.wraps is None}
 
 
 @pytest.mark.parametrize(
