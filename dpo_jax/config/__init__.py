@@ -281,6 +281,8 @@ class PPOConfig(TrainConfig):
         for option in ("path", "dtype"):
             cause = "with lora.rank the reference is the model without its adapters"
             self.refuse_idle(f"reference.{option}", has_adapters, cause)
+        from_function = self.ppo.value_model == "reward" and self.reward.path is None
+        self.refuse("ppo.value_model", from_function, "a reward function has no weights to start from; use policy")
         self._check_rollouts()
         self.refuse_idle("run.token_stats", True, "token statistics are computed on answers of the data set only")
         self.refuse_idle("model.router_aux_loss_coef", True, "PPO and RLOO train without it")

@@ -4,15 +4,15 @@ Operations and traffic are closed forms; collectives are read from the compiled 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from dpo_jax.config import PairConfig
-from dpo_jax.methods.ppo import value_model_of
 from dpo_jax.methods.throughput import model_flops
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import (
@@ -120,7 +120,8 @@ def policy_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> li
         padded = Work(rollout.rows * length, seen, 0)
         traffic = forward_traffic(reward, num_rows * length, 0, tensor=tensor, fsdp=mesh.shape["fsdp"])
         sent = collectives(texts["scoring"], mesh.size)
-        stages.append(Stage("scoring", _forward(reward, answered), _forward(reward, padded), traffic, sent))
+        scored = pairs_work(real, real[:, 1:], **layout | {"windows": reward.config.windows})
+        stages.append(Stage("scoring", _forward(reward, scored), _forward(reward, padded), traffic, sent))
     return [*stages, _update_stage(plan, load, texts["update"])]
 
 
@@ -128,26 +129,29 @@ def _update_stage(plan: RolloutPlan, load: Load, text: str) -> Stage:
     """Return the stage of all updates on a rollout.
 
     Before the first one, policy, reference and value model are computed once; then policy and value model are trained
-    in each.
+    in each. A value model that shares the policy's layers adds nothing that counts.
     """
     config, policy, mesh = plan.config, plan.model, plan.mesh
-    epochs, value = config.ppo.epochs, value_model_of(config, plan.model)
+    epochs, value = config.ppo.epochs, plan.value
     lengths = np.tile(np.round(load.lengths).astype(int), (load.examples, 1))
-    real = pairs_work(lengths, lengths[:, 1:], layout=config.batch.layout, windows=policy.config.windows)
-    rows, shards = rows_work(load, policy), {axis: mesh.shape[axis] for axis in ("tensor", "fsdp")}
-    tokens, targets = _per_microbatch(load, rows, mesh)
-    trained = [policy] if value is None else [policy, value]
+    shards = {axis: mesh.shape[axis] for axis in ("tensor", "fsdp")}
+    tokens, targets = _per_microbatch(load, rows_work(load, policy), mesh)
+    trained = [policy] if value is None or value.shared else [policy, value.model]
     forward = [*trained, replace(policy, lora=None)]
 
-    def operations(work: Work) -> int:
-        updates = sum(step_flops(m.config, work, live_reference=False, lora=m.lora) for m in trained)
-        return epochs * updates + sum(_forward(m, work) for m in forward)
+    def real_work(m: Model) -> Work:
+        return pairs_work(lengths, lengths[:, 1:], layout=config.batch.layout, windows=m.config.windows)
 
-    recomputed = epochs * sum(recomputed_flops(m.config, rows, m.remat) for m in trained)
+    def operations(work_of: Callable[[Model], Work]) -> int:
+        updates = sum(step_flops(m.config, work_of(m), live_reference=False, lora=m.lora) for m in trained)
+        return epochs * updates + sum(_forward(m, work_of(m)) for m in forward)
+
+    rows = partial(rows_work, load)
+    recomputed = epochs * sum(recomputed_flops(m.config, rows(m), m.remat) for m in trained)
     sizes: Any = {"microbatches": load.microbatches, "live_reference": False, **shards}
     traffic = epochs * sum(matrix_traffic(m, tokens, targets, **sizes) for m in trained)
     traffic += load.microbatches * sum(forward_traffic(m, tokens, targets, **shards) for m in forward)
-    return Stage("update", operations(real), operations(rows) + recomputed, traffic, collectives(text, mesh.size))
+    return Stage("update", operations(real_work), operations(rows) + recomputed, traffic, collectives(text, mesh.size))
 
 
 def step_costs(

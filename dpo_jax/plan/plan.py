@@ -19,8 +19,8 @@ from jax.sharding import AbstractMesh, Mesh
 from dpo_jax.config import ModelConfig, PPOConfig
 from dpo_jax.errors import UserError, require
 from dpo_jax.methods.dpo import find_reference
-from dpo_jax.methods.ppo import value_model_of
 from dpo_jax.methods.setup import sets_of, with_head
+from dpo_jax.methods.value_model import ValueModel, value_model_of
 from dpo_jax.models.decoder import Model, count_adapters, count_params
 from dpo_jax.models.families import refuse_positions
 from dpo_jax.parallel.chips import GIB, Topology, parse_topology
@@ -30,7 +30,7 @@ from dpo_jax.plan.costs import pair_stages, policy_stages, run_costs, step_costs
 from dpo_jax.plan.load import Inputs, Load, PlannedConfig, find_load, find_rollout
 from dpo_jax.plan.rollout import RolloutPlan, rollout_phases
 from dpo_jax.weights.known import known_config
-from dpo_jax.weights.open import ModelSource, build_model, find_model, find_tokenizer
+from dpo_jax.weights.open import ModelSource, OpenModel, build_model, find_model, find_tokenizer
 from dpo_jax.weights.reward_model import naming_reward, refuse_language_model, reward_model_config
 
 
@@ -71,7 +71,13 @@ def plan(config: PlannedConfig, source: ModelSource, slice_: Topology, inputs: I
     model, max_length = with_head(build_model(source, config.model, "tpu", config.lora), config), config.data.max_length
     refuse_positions(model.config, max_length, "data.max_length", max_length)
     load, unit = find_load(config, mesh, inputs), config.batch.counts.removesuffix("s")
-    arguments = step_arguments(config, model, mesh, load)
+    value: ValueModel | None = None
+    reward_model: Model | None = None
+    reward: OpenModel | None = None
+    if isinstance(config, PPOConfig):
+        reward_model, reward = find_reward_model(config, model)
+        value = value_model_of(config, model, reward)
+    arguments = step_arguments(config, model, mesh, load, value)
     report: dict[str, Any] = {
         "topology": slice_.name,
         "slices": inputs.slices,
@@ -82,9 +88,8 @@ def plan(config: PlannedConfig, source: ModelSource, slice_: Topology, inputs: I
     }
     rollout = None
     if isinstance(config, PPOConfig):
-        reward_model, exists = find_reward_model(config, model)
-        rollout = RolloutPlan(config, model, reward_model, mesh, find_rollout(config, mesh, inputs))
-        report["rollout"] = _rollout_facts(rollout) | {"reward_exists": exists}
+        rollout = RolloutPlan(config, model, value, reward_model, mesh, find_rollout(config, mesh, inputs))
+        report["rollout"] = _rollout_facts(rollout) | {"reward_exists": reward_model is None or reward is not None}
     print(f"compiling for {slice_.name}; this takes minutes", file=sys.stderr)
     if rollout is None:
         phases = [Phase("update", compile_step(config, model, mesh, load, arguments), step_sizes(arguments))]
@@ -133,29 +138,34 @@ def _batch_facts(config: PlannedConfig, mesh: Mesh | AbstractMesh, load: Load, i
 
 def _rollout_facts(plan: RolloutPlan) -> dict[str, Any]:
     """Return the models that a policy gradient needs besides the policy, and the size of its rollout."""
-    value, reward, load = value_model_of(plan.config, plan.model), plan.reward_model, plan.load
+    value, reward, load = plan.value, plan.reward_model, plan.load
     return {
         "answers": plan.config.ppo.answers,
         "updates": plan.config.ppo.epochs,
         "rows_per_device": load.rows // row_devices(plan.mesh),
         "prompt_slots": load.prompt_slots,
         "max_tokens": load.max_tokens,
-        "value_parameters": None if value is None else count_params(value),
+        "value_parameters": None if value is None else _num_leaves(value.trained(value.model.param_shapes())),
+        "value_shared": value is not None and value.shared,
         "reward": plan.config.reward.path or plan.config.reward.function,
         "reward_parameters": None if reward is None else count_params(reward),
     }
 
 
-def find_reward_model(config: PPOConfig, policy: Model) -> tuple[Model | None, bool]:
-    """Return the model of ``reward.path`` and whether it exists; if not, it is taken to be as the policy, with a head.
+def _num_leaves(shapes: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
-    A run of ``dpo-jax reward`` does not exist before it has run. None: a Python function scores the answers.
+
+def find_reward_model(config: PPOConfig, policy: Model) -> tuple[Model | None, OpenModel | None]:
+    """Return the model of ``reward.path`` and its files; without files it is taken to be as the policy, with a head.
+
+    A run of ``dpo-jax reward`` does not exist before it has run. No model: a Python function scores the answers.
 
     Raises:
         UserError: it is a language model, or its directory holds no model.
     """
     if config.reward.path is None:
-        return None, True
+        return None, None
     options = reward_model_config(config.reward, config.model)
     with naming_reward(config.reward.section):
         try:
@@ -163,10 +173,10 @@ def find_reward_model(config: PPOConfig, policy: Model) -> tuple[Model | None, b
         except UserError:
             if Path(config.reward.path).expanduser().exists():
                 raise
-            return replace(policy, lora=None, config=replace(policy.config, scores=1)), False
-        model = build_model(source, options, "tpu")
-        refuse_language_model(model, config.reward)
-    return model, True
+            return replace(policy, lora=None, config=replace(policy.config, scores=1)), None
+        opened = OpenModel(source, options, "tpu", None)
+        refuse_language_model(opened.model, config.reward)
+    return opened.model, opened
 
 
 def _num_steps(config: PlannedConfig, load: Load, inputs: Inputs) -> int | None:

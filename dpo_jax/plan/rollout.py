@@ -15,6 +15,7 @@ from dpo_jax.config import PPOConfig
 from dpo_jax.inference.answer_scores import make_scores, scored_shape
 from dpo_jax.inference.generate import make_answer_rows, make_copy, rollout_shardings, sampling_mesh, to_compute_dtype
 from dpo_jax.inference.sampling import row_keys
+from dpo_jax.methods.value_model import ValueModel
 from dpo_jax.models.decoder import Model
 from dpo_jax.parallel.sharding import replicated, row_devices, row_sharding, sharded_structs
 from dpo_jax.plan.ahead_of_time import (
@@ -39,6 +40,7 @@ class RolloutPlan:
 
     config: PPOConfig
     model: Model
+    value: ValueModel | None  # None: the estimator has none
     reward_model: Model | None  # None: a Python function scores the answers
     mesh: Mesh | AbstractMesh
     load: RolloutLoad
@@ -129,5 +131,5 @@ def rollout_phases(plan: RolloutPlan, arguments: Arguments, load: Load) -> list[
     if plan.reward_model is not None:
         scoring = compiled(plan.lower_scores, reward_bytes)
         phases.append(Phase("scoring", scoring, always | {"copy": copy}, total - reward_bytes + copy))
-    update = compile_step(plan.config, plan.model, plan.mesh, load, arguments)
+    update = compile_step(plan.config, plan.model, plan.mesh, load, arguments, plan.value)
     return [*phases, Phase("update", update, always, reward_bytes)]

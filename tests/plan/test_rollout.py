@@ -27,6 +27,7 @@ from dpo_jax.inference import answer_scores, generate
 from dpo_jax.inference.generate import Generated
 from dpo_jax.methods.ppo import ppo
 from dpo_jax.methods.setup import assemble
+from dpo_jax.methods.value_model import ValueModel, value_model_of
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.flops import projections
@@ -103,7 +104,7 @@ def test_operations_and_traffic_of_a_step_by_hand():
     model = make_model(c, config.model, "tpu")
     reward = replace(model, config=replace(c, scores=1))
     load = find_load(config, mesh, Inputs(lengths=(20, 10)))
-    plan = RolloutPlan(config, model, reward, mesh, find_rollout(config, mesh, Inputs()))
+    plan = RolloutPlan(config, model, value_model_of(config, model), reward, mesh, find_rollout(config, mesh, Inputs()))
     texts = dict.fromkeys(("copy", "sampling", "scoring", "update"), "")
     stages = {stage.name: stage for stage in policy_stages(plan, load, texts)}
     assert [*stages] == ["copy", "prompts", "tokens", "scoring", "update"]
@@ -122,11 +123,18 @@ def test_operations_and_traffic_of_a_step_by_hand():
     assert stages["tokens"].traffic == 24 * token  # 4 rows per device
     rloo = replace(config, ppo=PolicyGradientConfig(estimator="rloo", answers=2, epochs=3))
     load = find_load(rloo, mesh, Inputs(lengths=(20, 10)))
-    plan = RolloutPlan(rloo, model, None, mesh, find_rollout(rloo, mesh, Inputs()))
+    plan = RolloutPlan(rloo, model, None, None, mesh, find_rollout(rloo, mesh, Inputs()))
     stages = policy_stages(plan, load, texts)
-    shared = 16 * (40 * linear + (2 * seen - 20 * 21 // 2) * attention + 20 * head)
+    both = 16 * (40 * linear + (2 * seen - 20 * 21 // 2) * attention + 20 * head)
     assert [stage.name for stage in stages] == ["copy", "prompts", "tokens", "update"]
-    assert stages[-1].model_flops == (3 * 3 + 2) * shared
+    assert stages[-1].model_flops == (3 * 3 + 2) * both
+    shared = replace(config, ppo=replace(config.ppo, value_model="shared"))
+    head_plan = RolloutPlan(shared, model, value_model_of(shared, model), reward, mesh, plan.load)
+    load = find_load(shared, mesh, Inputs(lengths=(20, 10)))
+    assert policy_stages(head_plan, load, texts)[-1].model_flops == (3 * 3 + 2) * forward
+    own = replace(reward, config=replace(reward.config, layers=1))  # another architecture than the policy's
+    value_plan = RolloutPlan(config, model, ValueModel(own), reward, mesh, plan.load)
+    assert policy_stages(value_plan, load, texts)[-1].model_flops == (3 * 3 + 2) * forward + (3 * 3 + 1) * value / 2
 
 
 def test_settings_that_save_memory_are_those_of_a_policy_gradient():
@@ -181,7 +189,8 @@ def test_what_is_planned_is_what_runs(shared, tmp_path, monkeypatch, lora):
         lowered = method.step.lower(state, run.frozen, run.rollout)
     inputs = Inputs(lengths=(9, 24))
     load, rollout = find_load(config, mesh, inputs), find_rollout(config, mesh, replace(inputs, sets=None))
-    arguments = aot.step_arguments(config, setup.model, mesh, load)
+    value = value_model_of(config, setup.model)
+    arguments = aot.step_arguments(config, setup.model, mesh, load, value)
     assert structs(state) == arguments[0]
     assert structs(run.frozen) == arguments[1]
     planned = arguments[2]
@@ -190,9 +199,9 @@ def test_what_is_planned_is_what_runs(shared, tmp_path, monkeypatch, lora):
     assert jax.tree.leaves(kinds(run.rollout)) == jax.tree.leaves(kinds(planned))
     assert planned.mask.shape == run.rollout.mask.shape == (2, 4, 1, 24)
     own = (*arguments[:2], structs(run.rollout))
-    assert aot.lower_step(config, setup.model, mesh, own).as_text() == lowered.as_text()
+    assert aot.lower_step(config, setup.model, mesh, own, value).as_text() == lowered.as_text()
 
-    plan = RolloutPlan(config, setup.model, None, mesh, rollout)
+    plan = RolloutPlan(config, setup.model, value, None, mesh, rollout)
     ((sampler, (copy, tokens, lengths, keys, ends)),) = sampled
     assert structs(copy) == plan.copy
     assert (rollout.rows, rollout.prompt_slots) == (8, 64)
@@ -215,7 +224,7 @@ def test_scores_are_planned_with_the_rows_of_the_run(monkeypatch):
         return SimpleNamespace(sum=np.zeros((16, 1)))
 
     monkeypatch.setattr(answer_scores, "make_scores", lambda model, mesh: scores)
-    plan = RolloutPlan(config, reward, reward, mesh, find_rollout(config, mesh, Inputs()))
+    plan = RolloutPlan(config, reward, None, reward, mesh, find_rollout(config, mesh, Inputs()))
     answer_scores.make_answer_scores(reward, {}, mesh)([[1] * 40] * 16, [[2] * 24] * 16)
     assert structs(scored[0]) == aot.batch_structs(plan.scored, 16, 1, mesh)
 
