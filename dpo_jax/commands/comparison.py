@@ -270,8 +270,7 @@ def models_of(run: ComparedRun) -> str:
         models.append("reference")
     if value_model in ("policy", "reward"):
         models.append("value")
-    judge = config.reward if isinstance(config, PPOConfig) else getattr(config.data.online, "reward", None)
-    if judge is not None and judge.path is not None:
+    if config.judge is not None and config.judge.path is not None:
         models.append("reward")
     return ", ".join(models)
 

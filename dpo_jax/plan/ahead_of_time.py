@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch, round_up
 from dpo_jax.batching.packing import BatchShape, empty_batch
-from dpo_jax.config import PPOConfig
+from dpo_jax.config import PairConfig, PPOConfig
 from dpo_jax.errors import UserError
 from dpo_jax.methods.optimizer import make_optimizer
 from dpo_jax.methods.ppo import abstract_policy_state, make_policy_step
@@ -91,6 +91,16 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh, leading: tuple[int, ..
     if leading is None:
         leading = () if load.microbatches == 1 else (load.microbatches,)
     return batch_structs(shape, load.examples // load.microbatches, num_answers, mesh, leading)
+
+
+def abstract_pairs(config: PairConfig, load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
+    """Return the pairs of a step as shapes and shardings; pairs of sampled answers have labels and log-probs."""
+    batch = abstract_batch(load, mesh)
+    if config.judge is None:
+        return batch
+    array: Any = partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=replicated(mesh))
+    shape = batch.weight.shape
+    return replace(batch, label=array(shape), sampled_sum=array((*shape, 2)))
 
 
 def batch_structs(
@@ -174,7 +184,7 @@ def step_arguments(
     if isinstance(config, PPOConfig):
         state = abstract_policy_state(model, value, mesh, _optimizer(config))
         return state, frozen, abstract_rollout(config, load, mesh)
-    return abstract_state(config, model, mesh, _optimizer(config)), frozen, abstract_batch(load, mesh)
+    return abstract_state(config, model, mesh, _optimizer(config)), frozen, abstract_pairs(config, load, mesh)
 
 
 def lower_step(
