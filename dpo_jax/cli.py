@@ -71,9 +71,6 @@ def _data(config: AnyConfig, step: int | None) -> None:
 
 
 def _plan(config: PairConfig | PPOConfig, topology: str, search: bool, output: str | None, **inputs: Any) -> None:
-    if config.data.online is not None:
-        remedy = "to plan the update alone, remove this section and sampling"
-        raise UserError(f"data.online: plan does not cover sampled pairs; {remedy}")
     lengths, data, steps = inputs["lengths"], inputs["data"], config.run.steps
     for name, is_known, cause in (
         ("lengths", data, "--data measures the lengths"),
@@ -86,7 +83,7 @@ def _plan(config: PairConfig | PPOConfig, topology: str, search: bool, output: s
         require(is_writable, "--output", output, "give a file in an existing, writable folder")
     if lengths is not None:
         parts, example = "prompt, chosen and rejected answer", "180,330,300"
-        if isinstance(config, PPOConfig):
+        if config.judge is not None:
             parts, example = "prompt and answer", "180,150"
         is_list = re.fullmatch(r"\d+(,\d+)*", lengths) and lengths.count(",") == example.count(",")
         values = tuple(map(float, lengths.split(","))) if is_list else ()
@@ -222,7 +219,7 @@ COMMANDS = {
             "--lengths": {
                 **TEXT,
                 "help": "Mean tokens of prompt, chosen, rejected, as 180,330,300; default: full rows. "
-                "For ppo, of prompt and answer, as 180,150; default: the most that they may have.",
+                "For ppo and data.online, of prompt and answer, as 180,150; default: the most that they may have.",
             },
             "--examples": {**COUNT, "help": "Number of pairs or prompts in the data, to estimate the run's hours."},
             "--data": {**FLAG, "help": "Measure lengths and number of pairs or prompts in the config's data."},

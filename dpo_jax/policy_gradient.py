@@ -23,14 +23,27 @@ from dpo_jax.batch import Adapted, Params
 from dpo_jax.config.online import PolicyGradientConfig
 from dpo_jax.step import Frozen, TrainState, accumulate_gradient, apply_gradient
 
-TokensFn = Callable[[Any, Any], Float[Array, "B K N"]]  # (weights, inputs of one microbatch) -> a value per token
+TokensFn = Callable[[Any, Any], Float[Array, "B K N"]]  # (weights, inputs of one microbatch) -> a number per token
 
 
 class ActorCritic(NamedTuple):
-    """Trained parameters: weights or adapters of the policy and, for GAE, of the value model."""
+    """Trained parameters: weights or adapters of the policy and, for GAE, of the value model or of its head alone."""
 
     policy: Params
     value: Params | None = None
+
+
+OutputsFn = Callable[[ActorCritic, Any], tuple[Float[Array, "B K N"], Float[Array, "B K N"] | None]]
+"""(weights of both models, inputs of one microbatch) -> each token's log-prob, and with GAE the value before it."""
+
+
+def separate_outputs(logps_fn: TokensFn, values_fn: TokensFn | None) -> OutputsFn:
+    """Return the outputs of a policy and of a value model with layers of its own; None: there is no value model."""
+
+    def outputs_fn(weights: ActorCritic, inputs: Any) -> tuple[Array, Array | None]:
+        return logps_fn(weights.policy, inputs), None if values_fn is None else values_fn(weights.value, inputs)
+
+    return outputs_fn
 
 
 @struct.dataclass
@@ -187,17 +200,18 @@ def policy_gradient_step(
     frozen: Frozen,
     rollout: Rollout,
     *,
+    outputs_fn: OutputsFn,
     logps_fn: TokensFn,
     options: PolicyGradientConfig,
     optimizer: optax.GradientTransformation,
-    values_fn: TokensFn | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Make all updates on the answers of one rollout. This is a pure function and is not jitted.
 
     ``state.params``: an `ActorCritic`; ``frozen.reference``: the reference's weights, which may be None if the policy
-    has adapters. ``logps_fn`` and ``values_fn`` give each token's log-prob, and the value before it, 0 outside the
-    mask; their weights are a field of ``state.params``, or with adapters ``Adapted(field, frozen.base)``. The gradient
-    is averaged over the tokens (GAE) or answers (RLOO) of the whole step, however many microbatches it has.
+    has adapters. ``outputs_fn`` gives what is trained and ``logps_fn`` the reference's log-probs, 0 outside the mask;
+    the weights of ``outputs_fn`` are ``state.params``, or with adapters each field as ``Adapted(field, frozen.base)``.
+    The gradient is averaged over the tokens (GAE) or answers (RLOO) of the whole step, however many microbatches it
+    has.
 
     Metrics are float32 scalars: those of `make_targets`; loss, its parts, ``grad_norm`` before clipping and
     ``clip_fraction``, averaged over the updates; ``max_grad_norm``, the largest of these norms; and ``ratio_error``,
@@ -206,22 +220,20 @@ def policy_gradient_step(
     """
     base = frozen.base
 
-    def weights_of(params: Params) -> Any:
-        return params if base is None else Adapted(params, base)
+    def weights_of(params: ActorCritic) -> ActorCritic:
+        if base is None:
+            return params
+        return ActorCritic(*(None if part is None else Adapted(part, base) for part in params))
 
     reference = Adapted(None, base) if frozen.reference is None else frozen.reference
-    logps = jax.lax.map(partial(logps_fn, weights_of(state.params.policy)), rollout.inputs)
+    logps, values = jax.lax.map(partial(outputs_fn, weights_of(state.params)), rollout.inputs)
     reference_logps = jax.lax.map(partial(logps_fn, reference), rollout.inputs)
-    values = None
-    if values_fn is not None:
-        values = jax.lax.map(partial(values_fn, weights_of(state.params.value)), rollout.inputs)
     targets, metrics = make_targets(rollout, logps, reference_logps, values, options)
     targets = jax.lax.stop_gradient(targets)
     num_terms = rollout.mask.any(-1).sum() if values is None else rollout.mask.sum()
 
     def loss_fn(params: ActorCritic, inputs: Any, targets: Targets, mask: Array) -> tuple[Array, dict[str, Array]]:
-        values = None if values_fn is None else values_fn(weights_of(params.value), inputs)
-        sums = update_loss(logps_fn(weights_of(params.policy), inputs), values, targets, mask, options)
+        sums = update_loss(*outputs_fn(weights_of(params), inputs), targets, mask, options)
         return (sums["policy_loss"] + options.value_coef * sums.get("value_loss", 0.0)) / num_terms, sums
 
     def update(state: TrainState, _: None) -> tuple[TrainState, dict[str, Array]]:

@@ -22,6 +22,7 @@ from dpo_jax.policy_gradient import (
     leave_one_out,
     make_targets,
     policy_gradient_step,
+    separate_outputs,
     token_rewards,
     whiten,
 )
@@ -40,7 +41,8 @@ SGD = optax.sgd(0.1)
 def policy_gradient_start(options, optimizer=SGD):
     """The initial state of a table, and its compiled step from a state and a rollout."""
     value = TABLE.start_value if options.estimator == "gae" else None
-    functions = {"logps_fn": TABLE.logps_fn, "values_fn": None if value is None else TABLE.values_fn}
+    outputs_fn = separate_outputs(TABLE.logps_fn, None if value is None else TABLE.values_fn)
+    functions = {"outputs_fn": outputs_fn, "logps_fn": TABLE.logps_fn}
     step = jax.jit(partial(policy_gradient_step, options=options, optimizer=optimizer, **functions))
     start = init_state(ActorCritic(LANGUAGE, value), optimizer)
     return start, lambda state, rollout: step(state, Frozen(reference=LANGUAGE), rollout)

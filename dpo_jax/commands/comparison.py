@@ -264,13 +264,13 @@ def method_row(root: Path, group: Sequence[ComparedRun], judged: Sequence[Row]) 
 def models_of(run: ComparedRun) -> str:
     """Return the models in memory while a run trains."""
     config = run.config
-    models = ["policy"]
+    value_model = config.ppo.value_model if isinstance(config, PPOConfig) and config.ppo.estimator == "gae" else None
+    models = ["policy with a value head" if value_model == "shared" else "policy"]
     if config.reference_mode != "none":
         models.append("reference")
-    if isinstance(config, PPOConfig) and config.ppo.estimator == "gae":
+    if value_model in ("policy", "reward"):
         models.append("value")
-    judge = config.reward if isinstance(config, PPOConfig) else getattr(config.data.online, "reward", None)
-    if judge is not None and judge.path is not None:
+    if config.judge is not None and config.judge.path is not None:
         models.append("reward")
     return ", ".join(models)
 

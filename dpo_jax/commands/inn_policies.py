@@ -33,7 +33,7 @@ from dpo_jax.commands.inn import (
 from dpo_jax.config.sampling import SamplingConfig
 from dpo_jax.inference.generate import answer_rows
 from dpo_jax.logprobs import LogpsFn, make_logps_fn
-from dpo_jax.methods.ppo import make_answer_logps_fn, make_values_fn
+from dpo_jax.methods.value_model import make_answer_logps_fn, make_values_fn
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.heads import make_scores_fn, without_unembedding
 from dpo_jax.models.options import DecoderConfig

@@ -22,7 +22,7 @@ from dpo_jax.config import LossConfig
 from dpo_jax.config.online import PolicyGradientConfig
 from dpo_jax.logprobs import LogpsFn
 from dpo_jax.methods.online_dpo import labeled_pairs
-from dpo_jax.policy_gradient import ActorCritic, Rollout, policy_gradient_step
+from dpo_jax.policy_gradient import ActorCritic, Rollout, policy_gradient_step, separate_outputs
 from dpo_jax.step import Frozen, TrainState, init_state, train_step
 
 REWARD_LOSS = LossConfig(beta=1.0, reference_free=True, center=0.01)  # as `RewardConfig.objective`
@@ -198,8 +198,8 @@ def _policy_gradient_run(
         reference: Params, value: Params | None, reward: Params | None, seed: Array
     ) -> tuple[Params, dict[str, Array]]:
         optimizer = make_optimizer(policy.learning_rate, num_steps * options.epochs)
-        values_fn = None if value is None else policy.values_fn
-        update = partial(policy_gradient_step, logps_fn=policy.logps_fn, values_fn=values_fn, options=options)
+        outputs_fn = separate_outputs(policy.logps_fn, None if value is None else policy.values_fn)
+        update = partial(policy_gradient_step, outputs_fn=outputs_fn, logps_fn=policy.logps_fn, options=options)
 
         def step(state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
             meals, logps = sampled(policy, state.params.policy, num_prompts, options.answers, key)

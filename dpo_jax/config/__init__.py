@@ -73,10 +73,11 @@ NUM_ANSWERS: dict[Stage, int] = {"dpo": 2, "sft": 1, "prompts": 0}  # per prompt
 
 
 class PlannedAnswers(NamedTuple):
-    """Number of answers that a run samples per prompt, and their maximum length in tokens."""
+    """Number of answers that a run trains on per prompt, their maximum length in tokens, and the number sampled."""
 
     per_prompt: int = 0
     num_tokens: int = 0
+    sampled: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ class TrainConfig(Section):
 
     scores: ClassVar[int] = 0  # outputs of a head that replaces the unembedding; 0: a language model
     planned: ClassVar[PlannedAnswers] = PlannedAnswers()
+    judge: ClassVar[JudgeConfig | None] = None  # what scores answers that are sampled in training
 
     model: ModelConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -195,7 +197,12 @@ class DPOConfig(TrainConfig):
     def planned(self) -> PlannedAnswers:  # type: ignore[override]
         """The answers of a pair, if they are sampled."""
         online = self.data.online
-        return PlannedAnswers() if online is None else PlannedAnswers(2, self.sampling.max_tokens)
+        return PlannedAnswers() if online is None else PlannedAnswers(2, self.sampling.max_tokens, online.answers)
+
+    @property
+    def judge(self) -> JudgeConfig | None:  # type: ignore[override]
+        """What scores the answers, if they are sampled."""
+        return None if self.data.online is None else self.data.online.reward
 
     @property
     def objective(self) -> LossConfig:
@@ -281,6 +288,8 @@ class PPOConfig(TrainConfig):
         for option in ("path", "dtype"):
             cause = "with lora.rank the reference is the model without its adapters"
             self.refuse_idle(f"reference.{option}", has_adapters, cause)
+        from_function = self.ppo.value_model == "reward" and self.reward.path is None
+        self.refuse("ppo.value_model", from_function, "a reward function has no weights to start from; use policy")
         self._check_rollouts()
         self.refuse_idle("run.token_stats", True, "token statistics are computed on answers of the data set only")
         self.refuse_idle("model.router_aux_loss_coef", True, "PPO and RLOO train without it")
@@ -288,7 +297,12 @@ class PPOConfig(TrainConfig):
     @property
     def planned(self) -> PlannedAnswers:  # type: ignore[override]
         """Number and maximum length of the answers sampled to each prompt."""
-        return PlannedAnswers(self.ppo.answers, self.sampling.max_tokens)
+        return PlannedAnswers(self.ppo.answers, self.sampling.max_tokens, self.ppo.answers)
+
+    @property
+    def judge(self) -> JudgeConfig:  # type: ignore[override]
+        """What scores the answers."""
+        return self.reward
 
 
 AnyBatch = BatchConfig | SFTBatchConfig | RolloutBatchConfig

@@ -27,6 +27,7 @@ OPTION_ALIASES = {
     "center_rewards_coefficient": "loss.center",
     "init_kl_coef": "ppo.kl_coef", "beta": "ppo.kl_coef", "cliprange": "ppo.clip", "epsilon": "ppo.clip",
     "cliprange_value": "ppo.value_clip", "vf_coef": "ppo.value_coef", "lam": "ppo.gae_lambda",
+    "critic_pretrain": "ppo.value_model", "vf_share_layers": "ppo.value_model",
     "num_ppo_epochs": "ppo.epochs", "num_iterations": "ppo.epochs", "num_generations": "ppo.answers",
     "rloo_k": "ppo.answers", "response_length": "sampling.max_tokens", "max_completion_length": "sampling.max_tokens",
     "max_new_tokens": "sampling.max_tokens", "reward_model": "reward.path", "reward_model_path": "reward.path",

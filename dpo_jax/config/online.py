@@ -26,6 +26,10 @@ class PolicyGradientConfig(Section, name="ppo"):
     """Probability ratios are clipped to 1 +- clip, as in PPO: those of tokens with gae, of whole answers with rloo."""
     gae_lambda: float = ranged(0.95, at_least=0, at_most=1)
     """Lambda of GAE: advantages have least bias at 1 and least variance at 0; rewards are not discounted."""
+    value_model: Literal["policy", "reward", "shared"] = "policy"
+    """What the value model starts from. policy: the policy's layers, with a head of zeros; reward: the layers and the
+    head of the model at reward.path, with lora.rank its adapters; shared: a head of zeros on the hidden states of the
+    policy, whose layers then learn from both losses."""
     value_coef: float = ranged(0.1, at_least=0)
     """Weight of the value model's loss."""
     value_clip: float = ranged(0.2, above=0)
@@ -37,7 +41,7 @@ class PolicyGradientConfig(Section, name="ppo"):
         super().__post_init__()
         rloo = self.estimator == "rloo"
         self.refuse("answers", rloo and self.answers < 2, "rloo compares the answers of a prompt; sample at least 2")
-        for option in ("gae_lambda", "value_coef", "value_clip"):
+        for option in ("gae_lambda", "value_model", "value_coef", "value_clip"):
             self.refuse_idle(option, rloo, "estimator rloo has no value model")
 
 

@@ -6,18 +6,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from dpo_jax.batch import Adapted, Params, PreferenceBatch
+from dpo_jax.batch import Adapted, Params
 from dpo_jax.batching.to_devices import ToDevices, make_to_devices
 from dpo_jax.config import PPOConfig
 from dpo_jax.data.store import Store
 from dpo_jax.errors import UserError
 from dpo_jax.inference.reference import copy_weights
-from dpo_jax.logprobs import make_token_logps_fn
 from dpo_jax.methods.dpo import reference_ids, reference_weights
 from dpo_jax.methods.on_policy import (
     AnswerEvaluation,
@@ -30,16 +28,23 @@ from dpo_jax.methods.on_policy import (
 from dpo_jax.methods.optimizer import make_optimizer, make_schedule
 from dpo_jax.methods.rollouts import Sampler, make_rollout, make_sampler, pack_answers
 from dpo_jax.methods.samples import Samples, make_samples
-from dpo_jax.methods.setup import Policy, Setup, describe, load_policy
+from dpo_jax.methods.setup import Setup, describe, load_policy
 from dpo_jax.methods.start_check import starts_equal
+from dpo_jax.methods.value_model import (
+    ValueModel,
+    make_answer_logps_fn,
+    make_outputs_fn,
+    open_start,
+    start_value,
+    value_model_of,
+)
 from dpo_jax.models.decoder import Model
-from dpo_jax.models.heads import without_unembedding
 from dpo_jax.parallel.sharding import replicated, sharded_structs
-from dpo_jax.policy_gradient import ActorCritic, Rollout, TokensFn, policy_gradient_step
+from dpo_jax.policy_gradient import ActorCritic, Rollout, policy_gradient_step
 from dpo_jax.runs.logs import Evaluation
 from dpo_jax.runs.session import Metrics, StepFacts
 from dpo_jax.step import Frozen, TrainState, init_state, state_shardings
-from dpo_jax.weights.open import load_start, param_shardings, trained_shapes, trained_shardings
+from dpo_jax.weights.open import trained_shapes, trained_shardings
 
 PolicyStep = Callable[[TrainState, Frozen, Rollout], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -147,7 +152,8 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
     sampler, sampler_ids = make_sampler(setup, config.ppo.answers, config.reward)
     ids = policy.ids | sampler_ids | reference_ids(policy, reference)
     optimizer = make_optimizer(config.optimizer, num_steps, config.ppo.epochs)
-    value_model = value_model_of(config, setup.model)
+    value_source = open_start(setup)
+    value_model = value_model_of(config, setup.model, value_source)
     abstract = abstract_policy_state(setup.model, value_model, mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     has_adapters = policy.adapters is not None
@@ -163,7 +169,7 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
         first_state=jax.jit(
             lambda start: init_state(start.trained, optimizer), out_shardings=shardings, donate_argnums=0
         ),
-        step=make_policy_step(config, setup.model, mesh, optimizer, abstract, flags),
+        step=make_policy_step(config, setup.model, value_model, mesh, optimizer, abstract, flags),
         schedule=make_schedule(config.optimizer, num_steps),
         base=policy.weights if has_adapters else None,
         reference=None if has_adapters else reference,
@@ -173,7 +179,7 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
         samples=make_samples(setup, "reference", reference, sampler.judge),
         to_devices=make_to_devices(mesh, leading=1),
     )
-    value = None if value_model is None else start_value(setup, policy, value_model)
+    value = None if value_model is None else start_value(setup, policy, value_model, value_source)
     return method, PPOStart(ActorCritic(policy.adapters if has_adapters else policy.weights, value))
 
 
@@ -185,14 +191,10 @@ def refuse_prompt_weights(store: Store) -> None:
         raise UserError(f"data.train: {row}, but ppo weights all prompts equally; remove the column `weight`")
 
 
-def value_model_of(config: PPOConfig, model: Model) -> Model | None:
-    """Return the value model, which is the policy's decoder with a head, or None if the estimator has none."""
-    return replace(model, config=replace(model.config, scores=1)) if config.ppo.estimator == "gae" else None
-
-
 def make_policy_step(
     config: PPOConfig,
     model: Model,
+    value_model: ValueModel | None,
     mesh: Mesh,
     optimizer: optax.GradientTransformation,
     state: TrainState,
@@ -202,11 +204,11 @@ def make_policy_step(
 
     ``state`` holds shapes and shardings, as `abstract_policy_state` returns them.
     """
-    value_model, max_tokens = value_model_of(config, model), config.sampling.max_tokens
+    max_tokens, chunk = config.sampling.max_tokens, config.batch.target_chunk
     step = partial(
         policy_gradient_step,
-        logps_fn=make_answer_logps_fn(model, max_tokens, chunk=config.batch.target_chunk),
-        values_fn=None if value_model is None else make_values_fn(value_model, max_tokens),
+        outputs_fn=make_outputs_fn(model, value_model, max_tokens, chunk=chunk),
+        logps_fn=make_answer_logps_fn(model, max_tokens, chunk=chunk),
         options=config.ppo,
         optimizer=optimizer,
     )
@@ -214,49 +216,14 @@ def make_policy_step(
     return jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=dict(compiler_options))
 
 
-def start_value(setup: Setup, policy: Policy, value_model: Model) -> Params:
-    """Return the value model that the run starts from: the policy's layers, or new adapters, and a head of zeros."""
-    head, sharding = value_model.param_shapes()["score"], param_shardings(value_model, setup.mesh)["score"]
-    score = {"score": jnp.zeros(head.shape, head.dtype, device=sharding)}
-    if policy.adapters is not None:
-        config = replace(setup.config.lora, path=None)
-        return load_start(config, value_model, score, setup.config.run.seed + 1, setup.mesh)
-    return copy_weights(without_unembedding(policy.weights), None) | score
-
-
-def make_answer_logps_fn(model: Model, max_tokens: int, *, chunk: int) -> TokensFn:
-    """Return a function that computes the log-prob of each token of the answers in packed rows, [B, K, N].
-
-    ``max_tokens``: N; ``chunk``: targets per device whose logits are in memory at a time.
-    """
-    logps_fn = make_token_logps_fn(model.hidden, model.unembedding, chunk=chunk, **model.logit_options)
-    return lambda weights, batch: batch.gather_tokens(logps_fn(weights, batch), max_tokens)
-
-
-def make_values_fn(model: Model, max_tokens: int) -> TokensFn:
-    """Return a function that computes the value before each token of the answers in packed rows, [B, K, N]."""
-
-    def values_fn(weights: Params | Adapted, batch: PreferenceBatch) -> jax.Array:
-        head = model.head(weights)
-        if isinstance(weights, Adapted):  # to the policy's base, which has no head
-            weights = Adapted(weights.adapters, without_unembedding(weights.base) | {"score": head})
-        states = jnp.take_along_axis(model.hidden(weights, batch), batch.target_sources[..., None], axis=1)
-        values = jnp.einsum(
-            "RMD,D->RM", states.astype(jnp.float32), head[0].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        )
-        return batch.gather_tokens(values, max_tokens)
-
-    return values_fn
-
-
 def abstract_policy_state(
-    model: Model, value_model: Model | None, mesh: Mesh | AbstractMesh, optimizer: optax.GradientTransformation
+    model: Model, value_model: ValueModel | None, mesh: Mesh | AbstractMesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Return the shapes, dtypes and shardings of the train state; ``value_model``: None without one."""
     shapes = ActorCritic(trained_shapes(model, mesh))
     shardings = ActorCritic(trained_shardings(model, mesh))
     if value_model is not None:
-        shapes = shapes._replace(value=trained_shapes(value_model, mesh))
-        shardings = shardings._replace(value=trained_shardings(value_model, mesh))
+        shapes = shapes._replace(value=value_model.trained(trained_shapes(value_model.model, mesh)))
+        shardings = shardings._replace(value=value_model.trained(trained_shardings(value_model.model, mesh)))
     state = jax.eval_shape(lambda params: init_state(params, optimizer), shapes)
     return sharded_structs(state, state_shardings(state, shardings, replicated(mesh), optimizer))

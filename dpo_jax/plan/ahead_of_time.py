@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -20,11 +20,12 @@ from packaging.requirements import Requirement
 
 from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch, round_up
 from dpo_jax.batching.packing import BatchShape, empty_batch
-from dpo_jax.config import PPOConfig
+from dpo_jax.config import PairConfig, PPOConfig
 from dpo_jax.errors import UserError
 from dpo_jax.methods.optimizer import make_optimizer
-from dpo_jax.methods.ppo import abstract_policy_state, make_policy_step, value_model_of
+from dpo_jax.methods.ppo import abstract_policy_state, make_policy_step
 from dpo_jax.methods.setup import abstract_state, make_step, train_logps_fn
+from dpo_jax.methods.value_model import ValueModel
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import projections
 from dpo_jax.models.projections import layer_projections
@@ -90,6 +91,16 @@ def abstract_batch(load: Load, mesh: Mesh | AbstractMesh, leading: tuple[int, ..
     if leading is None:
         leading = () if load.microbatches == 1 else (load.microbatches,)
     return batch_structs(shape, load.examples // load.microbatches, num_answers, mesh, leading)
+
+
+def abstract_pairs(config: PairConfig, load: Load, mesh: Mesh | AbstractMesh) -> PreferenceBatch:
+    """Return the pairs of a step as shapes and shardings; pairs of sampled answers have labels and log-probs."""
+    batch = abstract_batch(load, mesh)
+    if config.judge is None:
+        return batch
+    array: Any = partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=replicated(mesh))
+    shape = batch.weight.shape
+    return replace(batch, label=array(shape), sampled_sum=array((*shape, 2)))
 
 
 def batch_structs(
@@ -165,27 +176,38 @@ class Phase:
 Arguments = tuple[TrainState, Frozen, PreferenceBatch | Rollout]  # of a train step, as shapes and shardings
 
 
-def step_arguments(config: PlannedConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load) -> Arguments:
-    """Return shapes and shardings of the arguments of the config's train step on a mesh."""
+def step_arguments(
+    config: PlannedConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, value: ValueModel | None = None
+) -> Arguments:
+    """Return shapes and shardings of the arguments of the config's train step on a mesh; ``value``: that of PPO."""
     frozen = abstract_frozen(config, model, mesh, load)
     if isinstance(config, PPOConfig):
-        state = abstract_policy_state(model, value_model_of(config, model), mesh, _optimizer(config))
+        state = abstract_policy_state(model, value, mesh, _optimizer(config))
         return state, frozen, abstract_rollout(config, load, mesh)
-    return abstract_state(config, model, mesh, _optimizer(config)), frozen, abstract_batch(load, mesh)
+    return abstract_state(config, model, mesh, _optimizer(config)), frozen, abstract_pairs(config, load, mesh)
 
 
-def lower_step(config: PlannedConfig, model: Model, mesh: Mesh, arguments: Arguments) -> Lowered:
-    """Lower the config's train step for the mesh's devices."""
+def lower_step(
+    config: PlannedConfig, model: Model, mesh: Mesh, arguments: Arguments, value: ValueModel | None = None
+) -> Lowered:
+    """Lower the config's train step for the mesh's devices; ``value``: the value model of PPO."""
     with no_cache_writes():
         flags = compiler_options(mesh, config.run.compiler_flags)
-    step = _train_step(config, model, mesh, arguments[0], flags)
+    step = _train_step(config, model, value, mesh, arguments[0], flags)
     with jax.set_mesh(mesh):
         return step.lower(*arguments)
 
 
-def _train_step(config: PlannedConfig, model: Model, mesh: Mesh, state: TrainState, flags: Mapping[str, str]) -> Any:
+def _train_step(
+    config: PlannedConfig,
+    model: Model,
+    value: ValueModel | None,
+    mesh: Mesh,
+    state: TrainState,
+    flags: Mapping[str, str],
+) -> Any:
     if isinstance(config, PPOConfig):
-        return make_policy_step(config, model, mesh, _optimizer(config), state, flags)
+        return make_policy_step(config, model, value, mesh, _optimizer(config), state, flags)
     return make_step(config, train_logps_fn(config, model), mesh, _optimizer(config), state, flags)
 
 
@@ -205,13 +227,21 @@ def step_sizes(arguments: Arguments) -> dict[str, int]:
 
 
 def compile_step(
-    config: PlannedConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, arguments: Arguments
+    config: PlannedConfig,
+    model: Model,
+    mesh: Mesh | AbstractMesh,
+    load: Load,
+    arguments: Arguments,
+    value: ValueModel | None = None,
 ) -> Compiled:
-    """Compile the config's train step for the mesh's devices; on an abstract mesh, only bound its memory."""
+    """Compile the config's train step for the mesh's devices; on an abstract mesh, only bound its memory.
+
+    ``value``: the value model of PPO.
+    """
     if isinstance(mesh, AbstractMesh):
         peak = sum(step_sizes(arguments).values())
         return Compiled(None, None, peak + _min_temporaries(model, mesh, load, num_bytes(arguments[0].params)))
-    return compile_program(partial(lower_step, config, model, mesh, arguments))
+    return compile_program(partial(lower_step, config, model, mesh, arguments, value))
 
 
 def compile_program(lower: Callable[[], Lowered]) -> Compiled:

@@ -4,15 +4,15 @@ Operations and traffic are closed forms; collectives are read from the compiled 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from dpo_jax.config import PairConfig
-from dpo_jax.methods.ppo import value_model_of
+from dpo_jax.config import PairConfig, PPOConfig
 from dpo_jax.methods.throughput import model_flops
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import (
@@ -53,10 +53,8 @@ def rows_work(load: Load, model: Model) -> Work:
     return Work(load.slots, int(causal_pairs(rows, bands).sum()), num_targets)
 
 
-def pair_stages(
-    config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, texts: Mapping[str, str]
-) -> list[Stage]:
-    """Return the only stage of a step on pairs."""
+def pair_stage(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, text: str) -> Stage:
+    """Return the update on pairs; ``text``: its compiled program."""
     lengths = np.tile(np.round(load.lengths).astype(int), (load.examples, 1))
     model_ops = model_flops(config, model, lengths, lengths[:, 1:])
     is_live, work = config.reference_mode == "live", rows_work(load, model)
@@ -73,7 +71,7 @@ def pair_stages(
         live_reference=is_live,
         fsdp=mesh.shape["fsdp"],
     )
-    return [Stage("update", model_ops, hardware_ops, traffic, collectives(texts["update"], mesh.size))]
+    return Stage("update", model_ops, hardware_ops, traffic, collectives(text, mesh.size))
 
 
 def _per_microbatch(load: Load, work: Work, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
@@ -88,8 +86,8 @@ def _forward(model: Model, work: Work) -> int:
     return forward_flops(model.config, work).total + adapters
 
 
-def policy_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> list[Stage]:
-    """Return the stages of a policy-gradient step; ``texts``: the compiled programs by their phase."""
+def sampled_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> list[Stage]:
+    """Return the stages of a step on sampled answers; ``texts``: the compiled programs by their phase."""
     model, mesh, rollout, reward = plan.model, plan.mesh, plan.load, plan.reward_model
     tensor, num_rows = mesh.shape["tensor"], rollout.rows // row_devices(mesh)
     prompt, answer = np.round(load.lengths[:2]).astype(int)
@@ -120,40 +118,54 @@ def policy_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> li
         padded = Work(rollout.rows * length, seen, 0)
         traffic = forward_traffic(reward, num_rows * length, 0, tensor=tensor, fsdp=mesh.shape["fsdp"])
         sent = collectives(texts["scoring"], mesh.size)
-        stages.append(Stage("scoring", _forward(reward, answered), _forward(reward, padded), traffic, sent))
-    return [*stages, _update_stage(plan, load, texts["update"])]
+        scored = pairs_work(real, real[:, 1:], **layout | {"windows": reward.config.windows})
+        stages.append(Stage("scoring", _forward(reward, scored), _forward(reward, padded), traffic, sent))
+    if not isinstance(plan.config, PPOConfig):
+        return [*stages, pair_stage(plan.config, model, mesh, load, texts["update"])]
+    return [*stages, _updates_stage(plan, plan.config, load, texts["update"])]
 
 
-def _update_stage(plan: RolloutPlan, load: Load, text: str) -> Stage:
+def _updates_stage(plan: RolloutPlan, config: PPOConfig, load: Load, text: str) -> Stage:
     """Return the stage of all updates on a rollout.
 
     Before the first one, policy, reference and value model are computed once; then policy and value model are trained
-    in each.
+    in each. A value model that shares the policy's layers adds nothing that counts.
     """
-    config, policy, mesh = plan.config, plan.model, plan.mesh
-    epochs, value = config.ppo.epochs, value_model_of(config, plan.model)
+    policy, value, mesh, epochs = plan.model, plan.value, plan.mesh, config.ppo.epochs
     lengths = np.tile(np.round(load.lengths).astype(int), (load.examples, 1))
-    real = pairs_work(lengths, lengths[:, 1:], layout=config.batch.layout, windows=policy.config.windows)
-    rows, shards = rows_work(load, policy), {axis: mesh.shape[axis] for axis in ("tensor", "fsdp")}
-    tokens, targets = _per_microbatch(load, rows, mesh)
-    trained = [policy] if value is None else [policy, value]
+    shards = {axis: mesh.shape[axis] for axis in ("tensor", "fsdp")}
+    tokens, targets = _per_microbatch(load, rows_work(load, policy), mesh)
+    trained = [policy] if value is None or value.shared else [policy, value.model]
     forward = [*trained, replace(policy, lora=None)]
 
-    def operations(work: Work) -> int:
-        updates = sum(step_flops(m.config, work, live_reference=False, lora=m.lora) for m in trained)
-        return epochs * updates + sum(_forward(m, work) for m in forward)
+    def real_work(m: Model) -> Work:
+        return pairs_work(lengths, lengths[:, 1:], layout=config.batch.layout, windows=m.config.windows)
 
-    recomputed = epochs * sum(recomputed_flops(m.config, rows, m.remat) for m in trained)
+    def operations(work_of: Callable[[Model], Work]) -> int:
+        updates = sum(step_flops(m.config, work_of(m), live_reference=False, lora=m.lora) for m in trained)
+        return epochs * updates + sum(_forward(m, work_of(m)) for m in forward)
+
+    rows = partial(rows_work, load)
+    recomputed = epochs * sum(recomputed_flops(m.config, rows(m), m.remat) for m in trained)
     sizes: Any = {"microbatches": load.microbatches, "live_reference": False, **shards}
     traffic = epochs * sum(matrix_traffic(m, tokens, targets, **sizes) for m in trained)
     traffic += load.microbatches * sum(forward_traffic(m, tokens, targets, **shards) for m in forward)
-    return Stage("update", operations(real), operations(rows) + recomputed, traffic, collectives(text, mesh.size))
+    return Stage("update", operations(real_work), operations(rows) + recomputed, traffic, collectives(text, mesh.size))
 
 
 def step_costs(
-    stages: Sequence[Stage], unit: str, load: Load, mesh: Mesh | AbstractMesh, slice_: Topology, slices: int
+    stages: Sequence[Stage],
+    unit: str,
+    load: Load,
+    sampled: int,
+    mesh: Mesh | AbstractMesh,
+    slice_: Topology,
+    slices: int,
 ) -> dict[str, Any]:
-    """Return the step's operations, collectives, and bounds on its time and throughput; ``unit``: of the examples."""
+    """Return the step's operations, collectives, and bounds on its time and throughput.
+
+    ``unit``: of the examples; ``sampled``: number of answers that the step samples.
+    """
     chip, devices = slice_.chip, mesh.size
     model_ops = sum(stage.model_flops for stage in stages)
     all_ops = [op for stage in stages for op in stage.collectives]
@@ -171,8 +183,8 @@ def step_costs(
 
     def rates(t: float) -> dict[str, float]:
         speed = {f"{unit}s_per_second": load.examples / t, "tokens_per_second": load.examples * load.unit / t}
-        if len(stages) > 1:
-            speed["sampled_tokens_per_second"] = load.examples * sum(load.lengths[1:]) / t
+        if sampled:
+            speed["sampled_tokens_per_second"] = sampled * load.lengths[1] / t
         return {"step_seconds": t, "mfu": model_ops / (t * devices * chip.device_peak_flops)} | speed
 
     costs = {

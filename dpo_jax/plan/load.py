@@ -94,8 +94,8 @@ class RolloutLoad:
 def find_load(config: PlannedConfig, mesh: Mesh | AbstractMesh, inputs: Inputs) -> Load:
     """Return the input size of a step, from the config and ``inputs``.
 
-    Without lengths, pairs fill one row per device, or ``inputs.rows``, with prompt and answers of equal length; prompts
-    of a policy gradient and their answers are as long as they may be. Without rows, as many as the lengths need.
+    Without lengths, pairs fill one row per device, or ``inputs.rows``, with prompt and answers of equal length; sampled
+    answers and their prompts are as long as they may be. Without rows, as many as the lengths need.
     """
     batch, devices, rows = config.batch, row_devices(mesh), inputs.rows
     remedy = "its rows depend on the data; use shared or repeated"
@@ -166,9 +166,9 @@ def _needed_rows(config: PlannedConfig, load: Load, devices: int, sets: DataSets
     return len(assign_rows(units, layout=batch.layout, multiple=devices, row_length=load.row_length))
 
 
-def find_rollout(config: PPOConfig, mesh: Mesh | AbstractMesh, inputs: Inputs) -> RolloutLoad:
+def find_rollout(config: PlannedConfig, mesh: Mesh | AbstractMesh, inputs: Inputs) -> RolloutLoad:
     """Return the size of a step's rollout; its prompts are padded for the longest one that the data has or may have."""
-    max_tokens, answers = config.sampling.max_tokens, config.batch.size * config.ppo.answers
+    max_tokens, answers = config.sampling.max_tokens, config.batch.size * config.planned.sampled
     longest = config.data.max_length - max_tokens
     if inputs.sets is not None:
         longest = int(inputs.sets.train.lengths[:, 0].max())

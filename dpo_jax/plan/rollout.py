@@ -11,10 +11,10 @@ from jax.stages import Lowered
 
 from dpo_jax.batch import Adapted
 from dpo_jax.batching.packing import BatchShape
-from dpo_jax.config import PPOConfig
 from dpo_jax.inference.answer_scores import make_scores, scored_shape
 from dpo_jax.inference.generate import make_answer_rows, make_copy, rollout_shardings, sampling_mesh, to_compute_dtype
 from dpo_jax.inference.sampling import row_keys
+from dpo_jax.methods.value_model import ValueModel
 from dpo_jax.models.decoder import Model
 from dpo_jax.parallel.sharding import replicated, row_devices, row_sharding, sharded_structs
 from dpo_jax.plan.ahead_of_time import (
@@ -27,7 +27,8 @@ from dpo_jax.plan.ahead_of_time import (
     num_bytes,
     step_sizes,
 )
-from dpo_jax.plan.load import Load, RolloutLoad
+from dpo_jax.plan.load import Load, PlannedConfig, RolloutLoad
+from dpo_jax.policy_gradient import ActorCritic
 from dpo_jax.weights.open import param_shardings
 
 NUM_ENDS = 2  # tokens that end an answer; the plan does not depend on it
@@ -35,17 +36,19 @@ NUM_ENDS = 2  # tokens that end an answer; the plan does not depend on it
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What a plan compiles of a policy-gradient step."""
+    """What a plan compiles of a step on sampled answers: of a policy gradient, or of online DPO."""
 
-    config: PPOConfig
+    config: PlannedConfig
     model: Model
+    value: ValueModel | None  # None: neither RLOO nor online DPO has one
     reward_model: Model | None  # None: a Python function scores the answers
     mesh: Mesh | AbstractMesh
     load: RolloutLoad
 
     def policy(self, arguments: Arguments) -> Any:
-        """Return the policy in the train step's arguments, as `dpo_jax.methods.ppo.PPO.weights` finds it."""
-        params, base = arguments[0].params.policy, arguments[1].base
+        """Return the policy in the train step's arguments, as the method's ``weights`` finds it in the state."""
+        params, base = arguments[0].params, arguments[1].base
+        params = params.policy if isinstance(params, ActorCritic) else params
         return params if base is None else Adapted(params, base)
 
     @property
@@ -106,7 +109,7 @@ def cache_bytes(model: Model, load: RolloutLoad, mesh: Mesh | AbstractMesh) -> i
 
 
 def rollout_phases(plan: RolloutPlan, arguments: Arguments, load: Load) -> list[Phase]:
-    """Compile all programs of a policy-gradient step; return them with what is in memory while each runs.
+    """Compile all programs of a step on sampled answers; return them with what is in memory while each runs.
 
     The state, the reference, the reward model and the last rollout are there in every phase; the copy of the policy,
     from its making until the answers have scores.
@@ -129,5 +132,5 @@ def rollout_phases(plan: RolloutPlan, arguments: Arguments, load: Load) -> list[
     if plan.reward_model is not None:
         scoring = compiled(plan.lower_scores, reward_bytes)
         phases.append(Phase("scoring", scoring, always | {"copy": copy}, total - reward_bytes + copy))
-    update = compile_step(plan.config, plan.model, plan.mesh, load, arguments)
+    update = compile_step(plan.config, plan.model, plan.mesh, load, arguments, plan.value)
     return [*phases, Phase("update", update, always, reward_bytes)]

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-ASSUMED = {
-    "pair": "equal lengths that fill the rows; set --rows, --lengths or --data",
-    "prompt": "prompts and answers as long as they may be; set --lengths, or --data for the prompts",
+ASSUMED = {  # by whether the answers are sampled
+    False: "equal lengths that fill the rows; set --rows, --lengths or --data",
+    True: "prompts and answers as long as they may be; set --lengths, or --data for the prompts",
 }
 SIZES = {
     "weights": "weights",
@@ -54,7 +54,7 @@ def render(plan: dict[str, Any]) -> str:
         *(_rollout_lines(plan["rollout"]) if "rollout" in plan else ()),
         f"step         {batch[f'{unit}s']} {unit}s{split_note}, {rows_text}",
         f"             {batch['fill']:.0%} full, of {parts} of {lengths_text} tokens",
-        *[f"             ASSUMED: {ASSUMED[unit]}"] * batch["assumed"],
+        *[f"             ASSUMED: {ASSUMED['rollout' in plan]}"] * batch["assumed"],
         *_memory_lines(plan["memory"]),
     ]
     if "seconds" in plan:
@@ -69,13 +69,14 @@ def render(plan: dict[str, Any]) -> str:
 
 
 def _rollout_lines(rollout: dict[str, Any]) -> list[str]:
-    """Return what a policy gradient has besides the policy: its other models, and the size of a rollout."""
+    """Return what a step on sampled answers has besides the policy: its other models, and the size of a rollout."""
     value, reward, updates = rollout["value_parameters"], rollout["reward_parameters"], rollout["updates"]
+    own_text = "a head on the policy's layers" if rollout["value_shared"] else f"{_num_weights(value or 0)} parameters"
     size = "a Python function, whose time is not counted" if reward is None else f"{_num_weights(reward)} parameters"
     assumed = "it is not found, so it is taken to be the policy's model with a score head"
     rows_text = f"{rollout['rows_per_device']} answers per device, {rollout['answers']} to a prompt"
     return [
-        *([] if value is None else [f"value model  {_num_weights(value)} parameters"]),
+        *([] if value is None else [f"value model  {own_text}"]),
         f"reward       {rollout['reward']}: {size}",
         *[f"             ASSUMED: {assumed}"] * (not rollout["reward_exists"]),
         f"rollout      {rows_text}; {updates} update{'s' * (updates > 1)} on them",

@@ -100,11 +100,19 @@ NOT_PLOTTED = {
 }
 
 
+VALUE_MODELS = {
+    "policy": "",
+    "reward": ", value model from the reward model",
+    "shared": ", value head on the policy's layers",
+}
+
+
 def objective(config: Row) -> str:
     """Return the objective in words, empty for fine-tuning; only a reward model's loss has no beta."""
     if "ppo" in config:
         options = config["ppo"]
-        return f"{options['estimator']}, KL coefficient {options['kl_coef']:g}, {options['epochs']} updates a step"
+        text = f"{options['estimator']}, KL coefficient {options['kl_coef']:g}, {options['epochs']} updates a step"
+        return text + VALUE_MODELS[options["value_model"]]
     loss, online = config.get("loss"), config["data"].get("online")
     if loss is None:
         return ""

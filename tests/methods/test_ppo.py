@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from reward_models import save_reward_model
 from rewards import vowels
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.config import PPOConfig
+from dpo_jax.config import ModelConfig, PPOConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.inference import generate
@@ -39,6 +40,14 @@ def options(shared: Path, folder: Path, name: str = "run", **sections) -> PPOCon
         "run": {"dir": str(folder / name), "steps": STEPS, "progress": False, "report": False},
     }
     return parse_config({key: tree.get(key, {}) | sections.get(key, {}) for key in tree | sections}, {}, PPOConfig)
+
+
+def with_reward_model(shared: Path, folder: Path, sections: dict) -> dict:
+    """The sections, with a reward model in place of the function if the value model starts from it."""
+    if sections.get("ppo", {}).get("value_model") != "reward":
+        return sections
+    save_reward_model(open_model(ModelConfig(path=str(shared / "models" / "stories260K")), "cpu"), folder / "reward")
+    return sections | {"reward": {"path": str(folder / "reward"), "function": None}}
 
 
 def train_on_one(config: PPOConfig) -> None:
@@ -107,9 +116,12 @@ class Killed(Exception):
         pytest.param({}, id="gae", marks=pytest.mark.slow),
         pytest.param({"ppo": {"estimator": "rloo"}, "lora": {"rank": 2}}, id="rloo-lora", marks=pytest.mark.slow),
         pytest.param({"lora": {"rank": 2}, "batch": {"accumulation": 2}}, id="gae-lora", marks=pytest.mark.slow),
+        pytest.param({"ppo": {"value_model": "shared"}, "lora": {"rank": 2}}, id="shared-lora", marks=pytest.mark.slow),
+        pytest.param({"ppo": {"value_model": "reward"}}, id="reward", marks=pytest.mark.weekly),
     ],
 )
 def test_a_run_killed_at_any_step_is_as_one_that_never_was(shared, tmp_path, monkeypatch, sections):
+    sections = with_reward_model(shared, tmp_path, sections)
     whole = options(shared, tmp_path, "whole", **sections)
     train_on_one(whole)
     killed = options(shared, tmp_path, "killed", checkpoint={"every": 1, "keep": 9}, **sections)
@@ -130,11 +142,18 @@ def test_a_run_killed_at_any_step_is_as_one_that_never_was(shared, tmp_path, mon
     assert metrics_of(whole)[-1]["sampled_kl_k3"] > 1e-6
 
 
-@pytest.mark.slow
-def test_8_devices_sample_the_same_tokens_and_make_the_same_update(shared, tmp_path):
+@pytest.mark.parametrize(
+    "value_model",
+    [
+        pytest.param("policy", marks=pytest.mark.weekly),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("reward", "shared")),
+    ],
+)
+def test_8_devices_sample_the_same_tokens_and_make_the_same_update(shared, tmp_path, value_model):
+    sections = with_reward_model(shared, tmp_path, {"ppo": {"value_model": value_model}})
     rows = []
     for name, mesh in (("one", {"fsdp": 1}), ("eight", {"data": 2, "fsdp": 2, "tensor": 2})):
-        config = options(shared, tmp_path, name, mesh=mesh, batch={"prompts": 8})
+        config = options(shared, tmp_path, name, mesh=mesh, batch={"prompts": 8}, **sections)
         train(config, devices=jax.devices()[:1] if name == "one" else jax.devices())
         rows.append(metrics_of(config)[0])
     for name in ("score", "length", "sampled_tokens"):
@@ -193,6 +212,11 @@ def test_a_sampler_with_other_weights_is_refused(shared, tmp_path, monkeypatch):
         ({"reference": {"mode": "cached"}}, "reference.mode: 'cached' cannot be used: new answers need a live ref"),
         ({"ppo": {"estimator": "rloo", "answers": 1}}, "ppo.answers: 1 cannot be used: rloo compares the answers"),
         ({"ppo": {"estimator": "rloo", "gae_lambda": 0.5}}, "ppo.gae_lambda"),
+        (
+            {"ppo": {"estimator": "rloo", "value_model": "shared"}},
+            "ppo.value_model: 'shared' cannot be used: estimator",
+        ),
+        ({"ppo": {"value_model": "reward"}}, "ppo.value_model: 'reward' cannot be used: a reward function has no weig"),
         ({"reward": {"path": "somewhere"}}, "vowels' cannot be used: reward.path is set, too"),
         ({"reward": {"function": "vowels"}}, "reward.function: 'vowels' cannot be used: give a module and a function"),
         ({"data": {"invalid_rows": {"template_not_prefix": "drop"}}}, "data.invalid_rows.template_not_prefix"),

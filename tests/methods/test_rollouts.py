@@ -1,40 +1,23 @@
 """Judges of sampled answers: what a reward model reads, where a function runs, and which answer wins."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from reward_models import save_reward_model
 
-from dpo_jax.config import MeshConfig, PPOConfig
+from dpo_jax.config import PPOConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.inference.generate import Answer
 from dpo_jax.methods.on_policy import wins
 from dpo_jax.methods.rollouts import Graded, answer_tail, make_judge, make_rollout, prompt_tokens
 from dpo_jax.methods.setup import assemble
-from dpo_jax.models.heads import reward_hf_config
 from dpo_jax.parallel.sharding import make_mesh
-from dpo_jax.weights.huggingface import export_params
-from dpo_jax.weights.open import OpenModel, open_model
+from dpo_jax.weights.open import open_model
 
 TEXTS = {"Once upon a time": " there was a dog.", "One day, a girl": " went to the park."}
-
-
-def save_reward_model(policy: OpenModel, folder: Path, chat_template: str | None) -> None:
-    """A reward model with the policy's layers and a random head."""
-    model = replace(policy.model, config=replace(policy.model.config, scores=1))
-    params = policy.load(make_mesh(MeshConfig(), jax.devices()[:1]))
-    params["score"] = jax.random.normal(jax.random.key(0), (1, model.config.hidden))
-    params = {name: params[name] for name in model.param_shapes()}
-    hf_config, source_dir = reward_hf_config(policy.source.hf_config, 0), policy.source.folder
-    export_params(
-        params, model, hf_config=hf_config, out_dir=folder, dtype="float32", source_dir=source_dir, overwrite=True
-    )
-    tokenizer = policy.tokenizer()
-    tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
 
 
 def config_of(shared: Path, folder: Path, reward: Any) -> PPOConfig:

@@ -1,4 +1,4 @@
-"""Plans of policy gradients: the run's own programs, the sizes of a rollout by hand, and what is in memory when."""
+"""Plans of policy gradients and online DPO: the run's own programs, sizes by hand, and what is in memory when."""
 
 import json
 from dataclasses import replace
@@ -10,11 +10,15 @@ import pytest
 
 from dpo_jax.cli import main
 from dpo_jax.config import (
+    BatchConfig,
     DataConfig,
+    DPOConfig,
     JudgeConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
+    OnlineConfig,
+    PairDataConfig,
     PolicyGradientConfig,
     PPOConfig,
     RolloutBatchConfig,
@@ -22,11 +26,14 @@ from dpo_jax.config import (
     SamplingConfig,
     SourceConfig,
 )
+from dpo_jax.config.online import PairJudgeConfig
 from dpo_jax.errors import UserError
 from dpo_jax.inference import answer_scores, generate
 from dpo_jax.inference.generate import Generated
+from dpo_jax.methods.online_dpo import online_dpo
 from dpo_jax.methods.ppo import ppo
 from dpo_jax.methods.setup import assemble
+from dpo_jax.methods.value_model import ValueModel, value_model_of
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.flops import projections
@@ -35,7 +42,7 @@ from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, rollout_mesh
 from dpo_jax.plan import ahead_of_time as aot
 from dpo_jax.plan import plan as plan_module
 from dpo_jax.plan import rollout as rollout_module
-from dpo_jax.plan.costs import policy_stages
+from dpo_jax.plan.costs import pair_stage, sampled_stages
 from dpo_jax.plan.load import Inputs, RolloutLoad, find_load, find_rollout
 from dpo_jax.plan.plan import MEMORY_SAVERS, plan_slices
 from dpo_jax.plan.rollout import RolloutPlan, cache_bytes
@@ -55,6 +62,18 @@ def tiny(**changes) -> PPOConfig:
         reward=JudgeConfig(path="runs/none yet"),
         sampling=SamplingConfig(max_tokens=24),
         batch=RolloutBatchConfig(prompts=16, row_length=256),
+        run=RunConfig(dir="not made", steps=100),
+    )
+    return replace(config, **changes)
+
+
+def online(**changes) -> DPOConfig:
+    sampled = OnlineConfig(reward=PairJudgeConfig(path="runs/none yet"), answers=4)
+    config = DPOConfig(
+        model=ModelConfig(path="builtin:tiny"),
+        data=PairDataConfig(train=(SourceConfig(path="not read"),), max_length=64, online=sampled),
+        sampling=SamplingConfig(max_tokens=24),
+        batch=BatchConfig(pairs=16, row_length=256),
         run=RunConfig(dir="not made", steps=100),
     )
     return replace(config, **changes)
@@ -103,9 +122,9 @@ def test_operations_and_traffic_of_a_step_by_hand():
     model = make_model(c, config.model, "tpu")
     reward = replace(model, config=replace(c, scores=1))
     load = find_load(config, mesh, Inputs(lengths=(20, 10)))
-    plan = RolloutPlan(config, model, reward, mesh, find_rollout(config, mesh, Inputs()))
+    plan = RolloutPlan(config, model, value_model_of(config, model), reward, mesh, find_rollout(config, mesh, Inputs()))
     texts = dict.fromkeys(("copy", "sampling", "scoring", "update"), "")
-    stages = {stage.name: stage for stage in policy_stages(plan, load, texts)}
+    stages = {stage.name: stage for stage in sampled_stages(plan, load, texts)}
     assert [*stages] == ["copy", "prompts", "tokens", "scoring", "update"]
     linear = 2 * c.layers * sum(inputs * outputs for inputs, outputs in projections(c).values())
     attention, head = 4 * c.layers * c.heads * c.head_dim, 2 * c.hidden * c.vocab
@@ -122,11 +141,36 @@ def test_operations_and_traffic_of_a_step_by_hand():
     assert stages["tokens"].traffic == 24 * token  # 4 rows per device
     rloo = replace(config, ppo=PolicyGradientConfig(estimator="rloo", answers=2, epochs=3))
     load = find_load(rloo, mesh, Inputs(lengths=(20, 10)))
-    plan = RolloutPlan(rloo, model, None, mesh, find_rollout(rloo, mesh, Inputs()))
-    stages = policy_stages(plan, load, texts)
-    shared = 16 * (40 * linear + (2 * seen - 20 * 21 // 2) * attention + 20 * head)
+    plan = RolloutPlan(rloo, model, None, None, mesh, find_rollout(rloo, mesh, Inputs()))
+    stages = sampled_stages(plan, load, texts)
+    both = 16 * (40 * linear + (2 * seen - 20 * 21 // 2) * attention + 20 * head)
     assert [stage.name for stage in stages] == ["copy", "prompts", "tokens", "update"]
-    assert stages[-1].model_flops == (3 * 3 + 2) * shared
+    assert stages[-1].model_flops == (3 * 3 + 2) * both
+    shared = replace(config, ppo=replace(config.ppo, value_model="shared"))
+    head_plan = RolloutPlan(shared, model, value_model_of(shared, model), reward, mesh, plan.load)
+    load = find_load(shared, mesh, Inputs(lengths=(20, 10)))
+    assert sampled_stages(head_plan, load, texts)[-1].model_flops == (3 * 3 + 2) * forward
+    own = replace(reward, config=replace(reward.config, layers=1))  # another architecture than the policy's
+    value_plan = RolloutPlan(config, model, ValueModel(own), reward, mesh, plan.load)
+    assert sampled_stages(value_plan, load, texts)[-1].model_flops == (3 * 3 + 2) * forward + (3 * 3 + 1) * value / 2
+
+
+def test_pairs_of_sampled_answers_have_the_rollout_of_all_answers_and_the_update_of_two():
+    config, mesh = online(), abstract_mesh(MeshConfig(), 4)
+    model = make_model(decoder_config(builtin_model("builtin:tiny")), config.model, "tpu")
+    load, rollout = find_load(config, mesh, Inputs(lengths=(20, 10))), find_rollout(config, mesh, Inputs())
+    assert (load.lengths, load.unit, load.unit_room) == ((20, 10, 10), 40, 68)
+    assert rollout == RolloutLoad(rows=64, answers=64, prompt_slots=64, max_tokens=24, longest=64)
+    texts = dict.fromkeys(("copy", "sampling", "scoring", "update"), "")
+    stages = sampled_stages(RolloutPlan(config, model, None, model, mesh, rollout), load, texts)
+    assert [stage.name for stage in stages] == ["copy", "prompts", "tokens", "scoring", "update"]
+    c = model.config
+    linear = 2 * c.layers * sum(inputs * outputs for inputs, outputs in projections(c).values())
+    attention, head = 4 * c.layers * c.heads * c.head_dim, 2 * c.hidden * c.vocab
+    assert stages[1].model_flops == 64 * (20 * linear + 20 * 21 // 2 * attention)
+    forward = 16 * (40 * linear + (2 * 30 * 31 // 2 - 20 * 21 // 2) * attention + 20 * head)
+    assert stages[-1].model_flops == (3 + 1) * forward  # forward and backward pass, and the reference
+    assert stages[-1] == pair_stage(config, model, mesh, load, "")
 
 
 def test_settings_that_save_memory_are_those_of_a_policy_gradient():
@@ -135,6 +179,7 @@ def test_settings_that_save_memory_are_those_of_a_policy_gradient():
     assert MEMORY_SAVERS["reference.dtype"](config).reference.dtype == "bfloat16"
     adapted = tiny(lora=LoraConfig(rank=2))
     assert MEMORY_SAVERS["reference.dtype"](adapted) == adapted
+    assert MEMORY_SAVERS["reference.mode"](online()) == online()
 
 
 # The run's own programs
@@ -181,7 +226,8 @@ def test_what_is_planned_is_what_runs(shared, tmp_path, monkeypatch, lora):
         lowered = method.step.lower(state, run.frozen, run.rollout)
     inputs = Inputs(lengths=(9, 24))
     load, rollout = find_load(config, mesh, inputs), find_rollout(config, mesh, replace(inputs, sets=None))
-    arguments = aot.step_arguments(config, setup.model, mesh, load)
+    value = value_model_of(config, setup.model)
+    arguments = aot.step_arguments(config, setup.model, mesh, load, value)
     assert structs(state) == arguments[0]
     assert structs(run.frozen) == arguments[1]
     planned = arguments[2]
@@ -190,9 +236,9 @@ def test_what_is_planned_is_what_runs(shared, tmp_path, monkeypatch, lora):
     assert jax.tree.leaves(kinds(run.rollout)) == jax.tree.leaves(kinds(planned))
     assert planned.mask.shape == run.rollout.mask.shape == (2, 4, 1, 24)
     own = (*arguments[:2], structs(run.rollout))
-    assert aot.lower_step(config, setup.model, mesh, own).as_text() == lowered.as_text()
+    assert aot.lower_step(config, setup.model, mesh, own, value).as_text() == lowered.as_text()
 
-    plan = RolloutPlan(config, setup.model, None, mesh, rollout)
+    plan = RolloutPlan(config, setup.model, value, None, mesh, rollout)
     ((sampler, (copy, tokens, lengths, keys, ends)),) = sampled
     assert structs(copy) == plan.copy
     assert (rollout.rows, rollout.prompt_slots) == (8, 64)
@@ -202,6 +248,43 @@ def test_what_is_planned_is_what_runs(shared, tmp_path, monkeypatch, lora):
     with jax.set_mesh(rollout_mesh(mesh)):
         expected = sampler.lower(copy, padded, structs(lengths), *free).as_text()
     assert plan.lower_sampler().as_text() == expected
+
+
+@pytest.mark.slow
+def test_the_step_of_online_dpo_is_planned_as_it_runs(shared, tmp_path):
+    """State, reference, pairs and program of a run are those that a plan of its config has, to the letter."""
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "Once upon a time, a girl"}) + "\n")
+    sampled = OnlineConfig(reward=PairJudgeConfig(function=f"{__name__}:constant"), answers=3)
+    data = PairDataConfig(
+        train=(SourceConfig(path=str(tmp_path / "prompts.jsonl")),),
+        max_length=64,
+        workers=1,
+        store=str(tmp_path),
+        online=sampled,
+    )
+    config = online(
+        model=ModelConfig(path=str(shared / "models" / "stories260K")),
+        data=data,
+        mesh=MeshConfig(tensor=2),
+        batch=BatchConfig(pairs=8, row_length=256, accumulation=2),
+        run=RunConfig(dir=str(tmp_path / "run"), steps=aot.NUM_STEPS, progress=False),
+    )
+    mesh = make_mesh(config.mesh, jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        setup = assemble(config, mesh)
+        method, start = online_dpo(setup, {})
+        state = method.first_state(start)
+        run = method.batch(0, state)
+        lowered = method.dpo.step.lower(state, run.frozen, run.batch)
+    load = find_load(config, mesh, Inputs(lengths=(9, 24)))
+    arguments = aot.step_arguments(config, setup.model, mesh, load)
+    assert structs(state) == arguments[0]
+    assert structs(run.frozen) == arguments[1]
+    kinds = lambda tree: jax.tree.map(lambda x: (x.dtype, x.ndim, x.sharding), tree)  # noqa: E731
+    assert jax.tree.leaves(kinds(run.batch)) == jax.tree.leaves(kinds(arguments[2]))
+    assert run.batch.label.shape == arguments[2].label.shape == (2, 4)
+    own = (*arguments[:2], structs(run.batch))
+    assert aot.lower_step(config, setup.model, mesh, own).as_text() == lowered.as_text()
 
 
 def test_scores_are_planned_with_the_rows_of_the_run(monkeypatch):
@@ -215,7 +298,7 @@ def test_scores_are_planned_with_the_rows_of_the_run(monkeypatch):
         return SimpleNamespace(sum=np.zeros((16, 1)))
 
     monkeypatch.setattr(answer_scores, "make_scores", lambda model, mesh: scores)
-    plan = RolloutPlan(config, reward, reward, mesh, find_rollout(config, mesh, Inputs()))
+    plan = RolloutPlan(config, reward, None, reward, mesh, find_rollout(config, mesh, Inputs()))
     answer_scores.make_answer_scores(reward, {}, mesh)([[1] * 40] * 16, [[2] * 24] * 16)
     assert structs(scored[0]) == aot.batch_structs(plan.scored, 16, 1, mesh)
 
@@ -223,12 +306,12 @@ def test_scores_are_planned_with_the_rows_of_the_run(monkeypatch):
 # Plans
 
 
-def planned(config: PPOConfig, topology: str, inputs: Inputs = Inputs()):  # noqa: B008  frozen
+def planned(config: PPOConfig | DPOConfig, topology: str, inputs: Inputs = Inputs()):  # noqa: B008  frozen
     (found,) = plan_slices(config, [topology], inputs, search=False)
     return found
 
 
-def check_sums(found):
+def check_sums(found, answers=16):
     """Every phase holds its parts, the most of them is the peak, and stages follow each other."""
     memory, stages = found["memory"], found["stages"]
     for phase in memory["phases"].values():
@@ -241,7 +324,7 @@ def check_sums(found):
     assert worst["step_seconds"] == pytest.approx(sum(sum(seconds.values()) for seconds in stages.values()))
     assert max(stages[found["longest_stage"]].values()) == max(max(seconds.values()) for seconds in stages.values())
     assert best["sampled_tokens_per_second"] == pytest.approx(
-        16 * found["batch"]["mean_lengths"][1] / best["step_seconds"]
+        answers * found["batch"]["mean_lengths"][1] / best["step_seconds"]
     )
     assert found["run"]["hours"][0] == pytest.approx(100 * best["step_seconds"] / 3600)
 
@@ -266,6 +349,37 @@ def test_without_the_compiler_closed_forms_bound_every_phase(monkeypatch):
     assert "rollout      4 answers per device, 1 to a prompt; 4 updates on them" in text
     assert "not compiled" in text
     assert "bound by" in table([found, found])
+
+
+def test_what_is_held_by_a_shared_value_model_and_by_online_dpo(monkeypatch):
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    found = planned(online(), "v5e:2x2", Inputs(lengths=(20, 10)))
+    check_sums(found, answers=64)
+    weights, head = 4 * found["model"]["parameters"] / 4, 4 * 64 / 4
+    assert found["memory"]["weights"] == pytest.approx(weights / GIB)
+    assert found["memory"]["reward_model"] == pytest.approx((weights + head) / GIB)
+    assert found["memory"]["phases"]["sampling"]["cache"] == 2 * 2 * 2 * 16 * 88 * 16 * 2 / GIB
+    text = render(found)
+    assert "rollout      16 answers per device, 4 to a prompt; 1 update on them" in text
+    assert "of prompt, chosen and rejected answer of 20 + 10 + 10 tokens" in text
+    shared, mesh = tiny(ppo=PolicyGradientConfig(value_model="shared")), abstract_mesh(MeshConfig(), 4)
+    model = make_model(decoder_config(builtin_model("builtin:tiny")), shared.model, "tpu")
+    value, load = value_model_of(shared, model), find_load(shared, mesh, Inputs())
+    sizes = aot.step_sizes(aot.step_arguments(shared, model, mesh, load, value))
+    assert sizes["weights"] == weights + head  # no second trunk
+    facts = {"value_parameters": 64, "value_shared": True}
+    assert "value model  a head on the policy's layers" in render(found | {"rollout": found["rollout"] | facts})
+
+
+@pytest.mark.slow
+def test_a_small_plan_of_online_dpo_is_compiled():
+    found = planned(online(mesh=MeshConfig(tensor=2)), "v5e:2x2")
+    print(render(found))
+    check_sums(found, answers=64)
+    assert found["memory"]["fits"]
+    assert [*found["memory"]["phases"]] == ["copy", "sampling", "scoring", "update"]
+    assert found["memory"]["phases"]["sampling"]["cache"] == 2 * 2 * 2 * 32 * 1 * 88 * 16 / GIB
+    assert found["stages"]["update"]["ici"] > 0
 
 
 @pytest.mark.slow
@@ -309,4 +423,20 @@ def test_refusals(arguments, message, tmp_path, capsys):
                       "batch: {row_length: 256}\nsampling: {max_tokens: 24}\n"
                       "reward: {path: ./none}\nrun: {dir: none}\n")  # fmt: skip
     assert main(["plan", str(config), "--for", "ppo", "--topology", "v5e:2x2", *arguments]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "20,10,10"], "--lengths: '20,10,10' cannot be used: write mean tokens of prompt and answer"),
+        (["--data.online.reward.path", "."], "data.online.reward.path: . holds neither config.json nor checkpoints/"),
+    ],
+)
+def test_refusals_of_online_dpo(arguments, message, tmp_path, capsys):
+    config = tmp_path / "online.yaml"
+    config.write_text("model: {path: builtin:tiny}\nbatch: {row_length: 256}\nsampling: {max_tokens: 24}\n"
+                      "data: {train: none.jsonl, max_length: 64, online: {reward: ./none}}\n"
+                      "run: {dir: none}\n")  # fmt: skip
+    assert main(["plan", str(config), "--topology", "v5e:2x2", *arguments]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
