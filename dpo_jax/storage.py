@@ -15,6 +15,7 @@ from typing import IO, Any
 from dpo_jax.errors import reason
 
 SEAL = "sha256"
+BLOCK_BYTES = 2**22  # read at a time
 
 
 class InUse(Exception):
@@ -85,6 +86,17 @@ def file_size(path: Path, *, durable: bool = False) -> int:
     return path.stat().st_size
 
 
+def hash_start(path: Path, size: int) -> str:
+    """Return the hexadecimal sha256 of the first ``size`` bytes of a file, of nothing if it does not exist."""
+    digest = hashlib.sha256()
+    if path.exists():
+        with open(path, "rb") as file:
+            while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
+                digest.update(block)
+                size -= len(block)
+    return digest.hexdigest()
+
+
 def sync(file: IO) -> None:
     """Flush an open file to disk."""
     file.flush()
@@ -143,6 +155,26 @@ def unseal(text: bytes) -> dict[str, Any]:
     if checksum != _checksum(canonical):
         raise ValueError("checksum mismatch")
     return content
+
+
+def check_fields(content: Mapping[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Check that an object, such as one that `unseal` returned, has at least these fields, of these types.
+
+    Raises:
+        ValueError: a field is absent or has another type.
+    """
+    for name, kind in types.items():
+        if name not in content:
+            raise ValueError(f"it has no {name}")
+        if not isinstance(content[name], kind):
+            raise ValueError(f"its {name} has the wrong type, {type(content[name]).__name__}")
+
+
+def check_entries(entries: Mapping[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Check that every value of an object is itself one with these fields; see `check_fields`."""
+    check_fields(entries, dict.fromkeys(entries, dict))
+    for entry in entries.values():
+        check_fields(entry, types)
 
 
 def _checksum(canonical: str) -> str:

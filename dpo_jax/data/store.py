@@ -30,7 +30,7 @@ from dpo_jax.data.schemas import Problem
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
-from dpo_jax.storage import list_files, seal, sync, unseal, write_atomically
+from dpo_jax.storage import check_entries, check_fields, list_files, seal, sync, unseal, write_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -226,6 +226,8 @@ def open_store(path: Path) -> Store:
     """
     try:
         manifest = unseal((path / MANIFEST).read_bytes())
+        check_fields(manifest, {"made_from": dict, "num_answers": int, "files": dict, "report": list})
+        check_entries(manifest["files"], {"size": int, "crc32": int})
     except (OSError, ValueError) as error:
         raise DamagedStore(f"{path}: there is no readable {MANIFEST}: {error}") from None
     key = _hash(manifest["made_from"])

@@ -18,7 +18,16 @@ from dpo_jax.console import progress_line, say
 from dpo_jax.errors import Preempted, UserError
 from dpo_jax.parallel import hosts
 from dpo_jax.runs.checkpoint import Checkpoints
-from dpo_jax.runs.directory import RunDir, locked_run, log_event, log_offsets, lost_checkpoints, truncate_logs, writing
+from dpo_jax.runs.directory import (
+    RunDir,
+    empty_logs,
+    locked_run,
+    log_event,
+    log_offsets,
+    lost_checkpoints,
+    truncate_logs,
+    writing,
+)
 from dpo_jax.runs.logs import Evaluation, MetricsLog, peak_memory
 from dpo_jax.runs.manifest import refuse_changed, rounding_changes
 from dpo_jax.runs.profile import trace_edges, traced
@@ -126,7 +135,7 @@ class Session:
     def begin(self) -> None:
         """Empty the logs, as an earlier attempt may have stopped before its first save."""
         if hosts.is_writer():
-            truncate_logs(self.run, {log.name: 0 for log in self.run.logs})
+            empty_logs(self.run)
 
     def write_config(self, text: str) -> None:
         """Write the resolved options, also on resume, as some options may have changed."""

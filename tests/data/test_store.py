@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edits import edits
 from small_tokenizer import make_tokenizer
 
 from dpo_jax.config import DataConfig, InvalidRowsConfig, SourceConfig
@@ -258,6 +259,19 @@ def test_a_damaged_store_is_built_again_and_said(damage, said, tmp_path, caplog)
     assert not [arg for record in caplog.records for arg in record.args if isinstance(arg, Exception)]
     assert again.path == built.path
     assert contents(again.path) == before
+
+
+def test_every_edit_of_a_manifest_damages_the_store(tmp_path):
+    built = build(tmp_path / "s", write_rows(tmp_path / "a.jsonl", PAIRS))
+    path = built.path / "manifest.json"
+    intact = path.read_bytes()
+    for name, text in edits(intact).items():
+        path.write_bytes(text)
+        with pytest.raises(DamagedStore) as damage:
+            open_store(built.path)
+        assert len(str(damage.value).splitlines()) == 1, name
+    path.write_bytes(intact)
+    assert len(open_store(built.path)) == len(built)
 
 
 def test_a_store_of_another_key_is_not_used(tmp_path):
