@@ -9,12 +9,14 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from dpo_jax.errors import reason
 
 SEAL = "sha256"
+CLAIM = ".claim"
 BLOCK_BYTES = 2**22  # read at a time
 
 
@@ -30,6 +32,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview, *, durable: 
     temporary = path.with_name(f"{path.name}.new-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
+            _hold(file)
             file.write(content.encode() if isinstance(content, str) else content)
             if durable:
                 sync(file)
@@ -133,6 +136,43 @@ def sign(file: IO) -> None:
     """Write the name of this process into a file that it has locked, so that other processes can report it."""
     file.truncate(0)
     os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def claim(folder: Path) -> IO:
+    """Mark a temporary folder as in use until the returned file is closed, or the process ends; see `is_abandoned`."""
+    file = open(folder / CLAIM, "w")  # noqa: SIM115 (the caller closes it)
+    _hold(file)
+    file.write("claimed\n")
+    file.flush()
+    return file
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Return whether the process that claimed a folder has ended, so that the folder may be removed."""
+    return _is_let_go(folder / CLAIM)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed calls of `write_atomically` left behind in a folder."""
+    for path in list_files(folder, "*.new-*"):
+        if path.name.rpartition("-")[2].isdecimal() and _is_let_go(path):
+            path.unlink(missing_ok=True)
+
+
+def _hold(file: IO) -> None:
+    """Lock a new, empty file for as long as this process has it open; unlike lockf, threads are told apart too."""
+    with suppress(OSError):  # of file systems without locks, where nothing counts as let go
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_let_go(path: Path) -> bool:
+    """Return whether a file was held by a process that has ended; while it is empty, it may be about to be held."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.fstat(file.fileno()).st_size > 0
+    except OSError:
+        return False
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:

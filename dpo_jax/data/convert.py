@@ -6,11 +6,16 @@ thousand rows therefore needs the usual ``if __name__ == "__main__":`` guard.
 
 import multiprocessing
 import os
+import pickle
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -112,10 +117,30 @@ def make_convert_rows(job: ConvertJob) -> ConvertRows:
 _convert_rows: ConvertRows  # set in each worker process
 
 
-def _start_worker(job: ConvertJob) -> None:
+def _start_worker(pickled_job: bytes) -> None:
+    """Initialize a worker; the job comes pickled, as to load it takes seconds, in which the parent may die."""
     global _convert_rows  # noqa: PLW0603  a pool's initializer can pass state to tasks only this way
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers already use all cores
-    _convert_rows = make_convert_rows(job)
+    _convert_rows = make_convert_rows(pickle.loads(pickled_job))
+
+
+def _end_with_parent() -> None:
+    """End this worker once its parent has ended, however it did: the system then closes the parent's end of a pipe."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+@contextmanager
+def _parents_signals() -> Iterator[None]:
+    """Context manager that keeps Ctrl-C and SIGHUP, which go to all processes of a terminal, from workers it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(label: str, parse: Parser, first: int, rows: Sequence[Mapping]) -> Chunk:
@@ -148,10 +173,11 @@ def converted_chunks(sources: Sequence[Source], job: ConvertJob, workers: int | 
         return
     context = multiprocessing.get_context("spawn")
     pending: deque[tuple[int, Future[Chunk]]] = deque()
-    with ProcessPoolExecutor(process_count, context, _start_worker, (job,)) as pool:
+    with ProcessPoolExecutor(process_count, context, _start_worker, (pickle.dumps(job),)) as pool:
         try:
             for index, chunk in chunks:
-                pending.append((index, pool.submit(_work, *chunk)))
+                with _parents_signals():
+                    pending.append((index, pool.submit(_work, *chunk)))
                 if len(pending) == CHUNKS_AHEAD * process_count:
                     oldest_index, future = pending.popleft()
                     yield oldest_index, future.result()

@@ -30,7 +30,17 @@ from dpo_jax.data.schemas import Problem
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
-from dpo_jax.storage import check_entries, check_fields, list_files, seal, sync, unseal, write_atomically
+from dpo_jax.storage import (
+    check_entries,
+    check_fields,
+    claim,
+    is_abandoned,
+    list_files,
+    seal,
+    sync,
+    unseal,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -249,11 +259,12 @@ def open_store(path: Path) -> Store:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders of killed builds; a recent folder may belong to a running build and is kept."""
+    """Remove temporary folders of killed builds; where locks do not tell which were, a recent folder is kept."""
     for path in list_files(folder, BUILD_PREFIX + "*"):
-        newest = max((file.stat().st_mtime for file in path.glob("*/*")), default=path.stat().st_mtime)
-        if time.time() - newest > STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # its build has just ended
+            newest = max((file.stat().st_mtime for file in path.glob("*/*")), default=path.stat().st_mtime)
+            if is_abandoned(path) or time.time() - newest > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _move_to_path(build_folder: Path, path: Path) -> None:
@@ -283,6 +294,7 @@ def build_or_open_store(
     """
     inputs = _store_inputs(sources, data, tokenizer, stage)
     path = folder / _hash(inputs)[:KEY_DIGITS]
+    _remove_leftovers(folder)
     if path.exists():
         try:
             return open_store(path)
@@ -294,8 +306,8 @@ def build_or_open_store(
     job = ConvertJob(data=data, tokenizer=tokenizer, stage=stage)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        with tempfile.TemporaryDirectory(prefix=BUILD_PREFIX, dir=folder, ignore_cleanup_errors=True) as temporary:
+        temporary_folder = tempfile.TemporaryDirectory(prefix=BUILD_PREFIX, dir=folder, ignore_cleanup_errors=True)
+        with temporary_folder as temporary, claim(Path(temporary)):
             build_folder = Path(temporary) / "store"
             build_folder.mkdir()
             _write(build_folder, open_sources, job, workers, inputs)

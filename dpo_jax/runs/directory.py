@@ -73,6 +73,8 @@ def locked_run(path: str | Path) -> Iterator[RunDir]:
     with locked_directory(path, LOCK, is_run_dir, "run of this program") as root:
         run = RunDir(root)
         with writing(run.events):
+            for folder in (root, *filter(Path.is_dir, root.iterdir())):
+                storage.remove_partial_files(folder)
             storage.drop_torn_line(run.events)
         yield run
 
@@ -174,7 +176,7 @@ def log_event(run: RunDir, event: Event, **facts: Any) -> None:
 
 
 def log_offsets(run: RunDir) -> dict[str, dict[str, Any]]:
-    """Sync the logs to disk and return, by name, their ``size`` in bytes and the ``digest`` of their content, for a checkpoint."""
+    """Sync the logs to disk and return, by name, ``size`` in bytes and ``digest`` of each, for a checkpoint."""
     offsets = {}
     for path in run.logs:
         with writing(path):

@@ -76,9 +76,9 @@ def open_session(
 ) -> Iterator["Session"]:
     """Context manager that opens a session of a locked run; a checkpoint to resume from must match ``manifest``."""
     with (
+        hosts.stop_signals() as stop_requested,  # first, so that a signal does not break off the last save
         Checkpoints(run.checkpoints, checkpoint) as checkpoints,
         MetricsLog(run, config, hosts.is_writer()) as logs,
-        hosts.stop_signals() as stop_requested,
     ):
         save_every = checkpoint.every or max(1, num_steps // 10)
         yield Session(run, config, manifest, num_steps, save_every, checkpoints, logs, stop_requested)
@@ -175,7 +175,7 @@ class Session:
         self._pending = step, metrics, facts
         num_done = step + 1
         is_last = num_done == self._num_steps
-        stop = self._stop_requested(num_done) and not is_last
+        stop = not is_last and self._stop_requested(num_done)
         self.due = Due(
             evaluation=self._evaluates and (is_last or _every(self._config.eval_every, num_done)),
             save=is_last or stop or _every(self._save_every, num_done),
