@@ -24,7 +24,6 @@ from dpo_jax.data.store import (
     build_or_open_store,
     ids_by_source,
     open_store,
-    prompt_hash,
     split_held_out,
 )
 from dpo_jax.data.tokenize import make_tokenize
@@ -385,17 +384,32 @@ def test_held_out_prompts_are_on_one_side(hh, tmp_path):
     train, held = split_held_out(built, 0.1)
     assert sorted([*train, *held]) == list(range(len(built)))
     assert len(held) == round(0.1 * len(built))
-    assert not {prompt_hash(built, i) for i in train} & {prompt_hash(built, i) for i in held}
+    assert not set(built.prompts[train]) & set(built.prompts[held])
     assert (np.diff(train) > 0).all()
     assert (np.diff(held) > 0).all()
 
 
 def test_held_out_does_not_depend_on_the_order_of_rows(tmp_path):
     one, other = (build(tmp_path / "s", write_rows(tmp_path / "a.jsonl", rows)) for rows in (PAIRS, PAIRS[::-1]))
-    held_of = lambda built: {prompt_hash(built, i) for i in split_held_out(built, 0.25)[1]}  # noqa: E731
+    held_of = lambda built: set(built.prompts[split_held_out(built, 0.25)[1]])  # noqa: E731
     assert held_of(one) == held_of(other)
     assert len(held_of(one)) == 5
     assert split_held_out(one, 0.25)[1].tolist() == [6, 7, 20, 21, 26, 27, 32, 33, 34, 35]
+
+
+def test_held_out_prompts_are_taken_one_by_one(tmp_path):
+    """By their hashes, each that is not too large for what is left, in arrays and one by one."""
+    built = build(tmp_path / "s", write_rows(tmp_path / "a.jsonl", PAIRS))
+    for seed in range(20):
+        chance = np.random.Generator(np.random.Philox(seed))
+        prompts = chance.integers(0, 2**64, 12, np.uint64)[chance.geometric(0.3, 40).clip(max=12) - 1]
+        expected: list[int] = []
+        for prompt in np.unique(prompts):
+            members = np.flatnonzero(prompts == prompt).tolist()
+            if len(expected) + len(members) <= 15:
+                expected += members
+        held = split_held_out(replace(built, prompts=prompts, rows=built.rows[:40]), 15 / 40)[1]
+        assert held.tolist() == sorted(expected)
 
 
 def test_texts_without_a_prompt_are_split_one_by_one(tmp_path):
