@@ -29,6 +29,7 @@ from dpo_jax.data.store import (
 from dpo_jax.data.tokenize import make_tokenize
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import UserError
+from dpo_jax.storage import claim
 
 TOKENIZER = make_tokenizer()
 PAIRS = [{"prompt": f"Q{i // 2}?", "chosen": f"yes {i}", "rejected": f"no, no {i}"} for i in range(40)]
@@ -306,9 +307,13 @@ def test_leftovers_of_a_killed_build_go_in_time(tmp_path):
     past = time.time() - 2 * store.STALE_SECONDS
     for path in (old / "store" / "tokens.bin", old / "store", old):
         os.utime(path, (past, past))
-    build(tmp_path / "s", source)
-    assert not old.exists()
-    assert young.exists()
+    claim(young).close()
+    with claim(young):  # by a build that goes on
+        build(tmp_path / "s", source)
+        assert not old.exists()
+        assert young.exists()
+    build(tmp_path / "s", source)  # that build was killed; this one finds its own store
+    assert not young.exists()
 
 
 # ------------------------------------------------------------------------------------------------------- the key
