@@ -28,10 +28,10 @@ from dpo_jax.config.docs import NO_SECTION, help_sections
 from dpo_jax.config.file import COMMAND_OF, CommandLineText, parse_config
 from dpo_jax.config.section import Section
 from dpo_jax.console import lossy_streams, open_descriptors
-from dpo_jax.errors import Preempted, UserError, reason, require, suggestion
+from dpo_jax.errors import Preempted, Terminated, UserError, reason, require, suggestion
+from dpo_jax.signals import INTERRUPTED, INTERRUPTED_LINE, ending_signals
 
 CONFIG_OF = {command: config for config, command in COMMAND_OF.items() if issubclass(config, TrainConfig)}
-INTERRUPTED = 130  # the shell's code for control-C
 
 CheckpointChoice = Literal["newest", "best"]
 
@@ -253,7 +253,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; a ``UserError`` is printed as one line on stderr."""
     open_descriptors()
-    with lossy_streams() as (out, err):
+    with ending_signals(), lossy_streams() as (out, err):
         try:
             code = _outcome(list(sys.argv[1:] if argv is None else argv))
             out.flush()
@@ -273,8 +273,11 @@ def _outcome(argv: list[str]) -> int:
         prefix = "" if isinstance(error, Preempted) else "error: "
         print(f"dpo-jax: {prefix}{' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except Terminated as stopped:
+        print(f"dpo-jax: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
-        print("dpo-jax: interrupted", file=sys.stderr)
+        print(INTERRUPTED_LINE, file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -33,6 +33,15 @@ class RunStopped(UserError):
     exit_code = 43
 
 
+class Terminated(KeyboardInterrupt):
+    """A signal other than Ctrl-C asked the process to end, while it had nothing to save; made with its name."""
+
+    exit_code = 42
+
+    def __init__(self, signal_name: str):
+        super().__init__(f"stopped by {signal_name}: what was saved is kept; run the same command again")
+
+
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
     """Raise ``UserError(name, value, remedy)`` unless the condition holds."""
     if not condition:

@@ -9,12 +9,15 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from dpo_jax.errors import reason
 
 SEAL = "sha256"
+CLAIM = ".claim"
+BLOCK_BYTES = 2**22  # read at a time
 
 
 class InUse(Exception):
@@ -29,6 +32,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview, *, durable: 
     temporary = path.with_name(f"{path.name}.new-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
+            _hold(file)
             file.write(content.encode() if isinstance(content, str) else content)
             if durable:
                 sync(file)
@@ -85,6 +89,17 @@ def file_size(path: Path, *, durable: bool = False) -> int:
     return path.stat().st_size
 
 
+def hash_start(path: Path, size: int) -> str:
+    """Return the hexadecimal sha256 of the first ``size`` bytes of a file, of nothing if it does not exist."""
+    digest = hashlib.sha256()
+    if path.exists():
+        with open(path, "rb") as file:
+            while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
+                digest.update(block)
+                size -= len(block)
+    return digest.hexdigest()
+
+
 def sync(file: IO) -> None:
     """Flush an open file to disk."""
     file.flush()
@@ -123,6 +138,43 @@ def sign(file: IO) -> None:
     os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
+def claim(folder: Path) -> IO:
+    """Mark a temporary folder as in use until the returned file is closed, or the process ends; see `is_abandoned`."""
+    file = open(folder / CLAIM, "w")  # noqa: SIM115 (the caller closes it)
+    _hold(file)
+    file.write("claimed\n")
+    file.flush()
+    return file
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Return whether the process that claimed a folder has ended, so that the folder may be removed."""
+    return _is_let_go(folder / CLAIM)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed calls of `write_atomically` left behind in a folder."""
+    for path in list_files(folder, "*.new-*"):
+        if path.name.rpartition("-")[2].isdecimal() and _is_let_go(path):
+            path.unlink(missing_ok=True)
+
+
+def _hold(file: IO) -> None:
+    """Lock a new, empty file for as long as this process has it open; unlike lockf, threads are told apart too."""
+    with suppress(OSError):  # of file systems without locks, where nothing counts as let go
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_let_go(path: Path) -> bool:
+    """Return whether a file was held by a process that has ended; while it is empty, it may be about to be held."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.fstat(file.fileno()).st_size > 0
+    except OSError:
+        return False
+
+
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a JSON object with its checksum added under the reserved key ``SEAL``; ``unseal`` reverses this."""
     return {**content, SEAL: _checksum(json.dumps(content, sort_keys=True))}
@@ -143,6 +195,26 @@ def unseal(text: bytes) -> dict[str, Any]:
     if checksum != _checksum(canonical):
         raise ValueError("checksum mismatch")
     return content
+
+
+def check_fields(content: Mapping[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Check that an object, such as one that `unseal` returned, has at least these fields, of these types.
+
+    Raises:
+        ValueError: a field is absent or has another type.
+    """
+    for name, kind in types.items():
+        if name not in content:
+            raise ValueError(f"it has no {name}")
+        if not isinstance(content[name], kind):
+            raise ValueError(f"its {name} has the wrong type, {type(content[name]).__name__}")
+
+
+def check_entries(entries: Mapping[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Check that every value of an object is itself one with these fields; see `check_fields`."""
+    check_fields(entries, dict.fromkeys(entries, dict))
+    for entry in entries.values():
+        check_fields(entry, types)
 
 
 def _checksum(canonical: str) -> str:

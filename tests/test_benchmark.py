@@ -12,6 +12,19 @@ from dpo_jax.models.families import decoder_config
 from dpo_jax.models.flops import Work, step_flops
 
 
+def test_what_a_start_costs_is_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import start_scale
+
+    monkeypatch.setattr(sys, "argv", ["start_scale.py", str(tmp_path / "out"), "--pairs", "1500", "--steps", "100"])
+    start_scale.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:12].strip() for line in lines] == [
+        "1,500 pairs,", "first start:", "hash the dat", "verify and o", "split off he",
+        "order of the", "second start", "audit (dpo-j", "report", "report.html",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def vs_trl(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))

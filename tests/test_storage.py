@@ -1,7 +1,9 @@
 """Files that stay readable wherever the process that writes them is killed."""
 
+import fcntl
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +11,17 @@ from pathlib import Path
 import pytest
 
 from dpo_jax.storage import (
+    CLAIM,
     InUse,
     append_line,
+    claim,
     drop_torn_line,
     ends_line,
+    is_abandoned,
     list_files,
     lock,
     read_lines,
+    remove_partial_files,
     sign,
     write_atomically,
 )
@@ -48,6 +54,40 @@ def test_a_torn_line_is_neither_read_nor_continued(tmp_path):
     drop_torn_line(path)
     append_line(path, "three")
     assert path.read_bytes() == b"one\nthree\n"
+
+
+UNFINISHED = """
+import os, signal, sys
+from pathlib import Path
+from dpo_jax import storage
+folder = Path(sys.argv[1])
+claimed = storage.claim(folder)
+storage.sync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+storage.write_atomically(folder / "file", "x" * 100000, durable=True)
+"""
+
+
+def test_what_a_killed_process_left_is_told_from_work_in_progress(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "mine.new-name").write_text("no leftover")
+    (tmp_path / "empty.new-1").touch()  # may be about to be locked
+    with claim(tmp_path) as claimed:
+        assert not is_abandoned(tmp_path)
+        assert claimed.name == str(tmp_path / CLAIM)
+    assert is_abandoned(tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    child = subprocess.run([sys.executable, "-c", UNFINISHED, str(tmp_path)], env=environment, check=False)
+    assert child.returncode == -signal.SIGKILL
+    (partial,) = tmp_path.glob("file.new-*")
+    with open(partial) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as if it were still being written
+        remove_partial_files(tmp_path)
+        assert partial.exists()
+    remove_partial_files(tmp_path)
+    assert is_abandoned(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CLAIM, "empty.new-1", "file", "mine.new-name"]
+    assert (tmp_path / "file").read_text() == "old"
+    assert not is_abandoned(tmp_path / "absent")
 
 
 KEEPS = "import sys; from pathlib import Path; from dpo_jax.storage import lock; lock(Path(sys.argv[1]))"

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "dpo_jax"
 # Imports point to lower floors only; rooms of one floor do not import each other, inside a room they may.
 FLOORS = [
     {"errors", "batch"},
-    {"config", "storage", "balance"},
+    {"config", "storage", "balance", "signals"},
     {"parallel", "data", "losses"},
     {"console", "ops", "batching"},
     {"models", "logprobs"},

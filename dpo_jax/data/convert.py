@@ -4,13 +4,19 @@ Workers are spawned, never forked, because the parent may have JAX threads. A sc
 thousand rows therefore needs the usual ``if __name__ == "__main__":`` guard.
 """
 
+import hashlib
 import multiprocessing
 import os
+import pickle
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -35,10 +41,19 @@ class Chunk:
     rows: np.ndarray  # int64 [n]: row of each example in its source
     weights: np.ndarray  # float32 [n]
     margins: np.ndarray  # float32 [n]
+    prompts: np.ndarray  # uint64 [n]: see `prompt_hash`
     targets: np.ndarray | None  # bool, same shape as tokens: answer tokens to learn; None: all of them
     dropped: list[Problem]  # one problem per row without an example
     notes: list[Problem]  # repairs, truncations and the like in the other rows
     rendered: int  # number of examples rendered by a chat template
+
+
+def prompt_hash(example: TokenizedExample) -> int:
+    """Return a 64-bit hash of the prompt's tokens, or of the whole text if only the first token is its prompt."""
+    is_text = len(example.answers) == 1 and len(example.prompt) == 1
+    tokens = [*example.prompt, *example.answers[0]] if is_text else example.prompt
+    digest = hashlib.blake2b(np.array(tokens, "<i4").tobytes(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def _chunk(results: Sequence[TokenizedExample | Problem], num_answers: int, with_targets: bool) -> Chunk:
@@ -58,6 +73,7 @@ def _chunk(results: Sequence[TokenizedExample | Problem], num_answers: int, with
         rows=np.array([example.row for example in examples], np.int64),
         weights=np.array([example.weight for example in examples], np.float32),
         margins=np.array([example.margin for example in examples], np.float32),
+        prompts=np.array([prompt_hash(example) for example in examples], np.uint64),
         targets=np.array(targets, bool) if with_targets else None,
         dropped=[problem for problem in results if isinstance(problem, Problem)],
         notes=[note for example in examples for note in example.notes],
@@ -112,10 +128,30 @@ def make_convert_rows(job: ConvertJob) -> ConvertRows:
 _convert_rows: ConvertRows  # set in each worker process
 
 
-def _start_worker(job: ConvertJob) -> None:
+def _start_worker(pickled_job: bytes) -> None:
+    """Initialize a worker; the job comes pickled, as to load it takes seconds, in which the parent may die."""
     global _convert_rows  # noqa: PLW0603  a pool's initializer can pass state to tasks only this way
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers already use all cores
-    _convert_rows = make_convert_rows(job)
+    _convert_rows = make_convert_rows(pickle.loads(pickled_job))
+
+
+def _end_with_parent() -> None:
+    """End this worker once its parent has ended, however it did: the system then closes the parent's end of a pipe."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+@contextmanager
+def _parents_signals() -> Iterator[None]:
+    """Context manager that keeps Ctrl-C and SIGHUP, which go to all processes of a terminal, from workers it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(label: str, parse: Parser, first: int, rows: Sequence[Mapping]) -> Chunk:
@@ -148,10 +184,12 @@ def converted_chunks(sources: Sequence[Source], job: ConvertJob, workers: int | 
         return
     context = multiprocessing.get_context("spawn")
     pending: deque[tuple[int, Future[Chunk]]] = deque()
-    with ProcessPoolExecutor(process_count, context, _start_worker, (job,)) as pool:
+    others = multiprocessing.active_children()
+    with ProcessPoolExecutor(process_count, context, _start_worker, (pickle.dumps(job),)) as pool:
         try:
             for index, chunk in chunks:
-                pending.append((index, pool.submit(_work, *chunk)))
+                with _parents_signals():
+                    pending.append((index, pool.submit(_work, *chunk)))
                 if len(pending) == CHUNKS_AHEAD * process_count:
                     oldest_index, future = pending.popleft()
                     yield oldest_index, future.result()
@@ -161,5 +199,9 @@ def converted_chunks(sources: Sequence[Source], job: ConvertJob, workers: int | 
             cause = 'out of memory, or the script lacks `if __name__ == "__main__":`'
             problem = f"one of {process_count} tokenizer processes ended early ({cause})"
             raise UserError(f"data.workers: {problem}; set data.workers to 1") from error
+        except BaseException:  # do not wait for what they are doing
+            for worker in set(multiprocessing.active_children()).difference(others):
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)

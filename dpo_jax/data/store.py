@@ -30,16 +30,26 @@ from dpo_jax.data.schemas import Problem
 from dpo_jax.data.template import reads_clock
 from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
-from dpo_jax.storage import list_files, seal, sync, unseal, write_atomically
+from dpo_jax.storage import (
+    check_entries,
+    check_fields,
+    claim,
+    is_abandoned,
+    list_files,
+    seal,
+    sync,
+    unseal,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4  # version of the files; increment it also when the same rows would yield different tokens
+FORMAT = 5  # version of the files; increment it also when the same rows would yield different tokens
 DTYPES = dict.fromkeys(("tokens", "lengths", "num_targets"), "<i4")
-DTYPES |= {"rows": "<i8", "sources": "<i2", "weights": "<f4", "margins": "<f4", "targets": "|b1"}
+DTYPES |= {"rows": "<i8", "sources": "<i2", "weights": "<f4", "margins": "<f4", "prompts": "<u8", "targets": "|b1"}
 MAX_LISTED_ROWS = 10  # rows listed per cause in a report; problems.jsonl lists all
 SAMPLE_ROWS = 100  # rows from whose columns the schema is inferred
 KEY_DIGITS = 16  # hexadecimal digits of the key in the folder's name
@@ -61,6 +71,7 @@ class Store:
     sources: np.ndarray  # int16 [N]: index of the example's source in `report`
     weights: np.ndarray  # float32 [N]
     margins: np.ndarray  # float32 [N]: for reward models; NaN where the data have no number
+    prompts: np.ndarray  # uint64 [N]: hash of each prompt's tokens, see `prompt_hash`
     targets: np.ndarray | None  # bool, same shape as tokens: answer tokens to learn; None: all of them
     report: list[dict[str, Any]]  # per source: source, rows, kept, rendered, hints, and dropped and notes by cause
 
@@ -157,7 +168,7 @@ def _arrays(chunk: Chunk, source_index: int) -> dict[str, np.ndarray]:
     lengths = chunk.lengths
     num_targets = lengths[:, 1:]
     arrays = {"tokens": chunk.tokens, "rows": chunk.rows, "lengths": lengths}
-    arrays |= {"weights": chunk.weights, "margins": chunk.margins}
+    arrays |= {"weights": chunk.weights, "margins": chunk.margins, "prompts": chunk.prompts}
     if chunk.targets is not None:
         ends = np.cumsum(lengths.sum(1))
         cumulative_targets = np.concatenate([[0], np.cumsum(chunk.targets)])
@@ -226,6 +237,8 @@ def open_store(path: Path) -> Store:
     """
     try:
         manifest = unseal((path / MANIFEST).read_bytes())
+        check_fields(manifest, {"made_from": dict, "num_answers": int, "files": dict, "report": list})
+        check_entries(manifest["files"], {"size": int, "crc32": int})
     except (OSError, ValueError) as error:
         raise DamagedStore(f"{path}: there is no readable {MANIFEST}: {error}") from None
     key = _hash(manifest["made_from"])
@@ -247,11 +260,12 @@ def open_store(path: Path) -> Store:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders of killed builds; a recent folder may belong to a running build and is kept."""
+    """Remove temporary folders of killed builds; where locks do not tell which were, a recent folder is kept."""
     for path in list_files(folder, BUILD_PREFIX + "*"):
-        newest = max((file.stat().st_mtime for file in path.glob("*/*")), default=path.stat().st_mtime)
-        if time.time() - newest > STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # its build has just ended
+            newest = max((file.stat().st_mtime for file in path.glob("*/*")), default=path.stat().st_mtime)
+            if is_abandoned(path) or time.time() - newest > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _move_to_path(build_folder: Path, path: Path) -> None:
@@ -281,6 +295,7 @@ def build_or_open_store(
     """
     inputs = _store_inputs(sources, data, tokenizer, stage)
     path = folder / _hash(inputs)[:KEY_DIGITS]
+    _remove_leftovers(folder)
     if path.exists():
         try:
             return open_store(path)
@@ -292,8 +307,8 @@ def build_or_open_store(
     job = ConvertJob(data=data, tokenizer=tokenizer, stage=stage)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        with tempfile.TemporaryDirectory(prefix=BUILD_PREFIX, dir=folder, ignore_cleanup_errors=True) as temporary:
+        temporary_folder = tempfile.TemporaryDirectory(prefix=BUILD_PREFIX, dir=folder, ignore_cleanup_errors=True)
+        with temporary_folder as temporary, claim(Path(temporary)):
             build_folder = Path(temporary) / "store"
             build_folder.mkdir()
             _write(build_folder, open_sources, job, workers, inputs)
@@ -309,13 +324,6 @@ def ids_by_source(store: Store, ids: np.ndarray) -> list[np.ndarray]:
     return [ids[store.sources[ids] == source] for source in range(len(store.report))]
 
 
-def prompt_hash(store: Store, i: int | np.integer) -> bytes:
-    """Return a 16-byte hash of example ``i``'s prompt, or of its whole text if only the first token is its prompt."""
-    prompt, answers, _ = store.example(i)
-    sequences = [prompt, *answers] if len(answers) == 1 and len(prompt) == 1 else [prompt]
-    return hashlib.blake2b(b"".join(ids.tobytes() for ids in sequences), digest_size=16).digest()
-
-
 def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Return (training ids, held-out ids), int64 and ascending; the split depends on neither seed nor row order.
 
@@ -325,17 +333,18 @@ def split_held_out(store: Store, fraction: float) -> tuple[np.ndarray, np.ndarra
     Raises:
         UserError: the fraction leaves either side empty.
     """
-    groups: dict[bytes, list[int]] = {}
-    for i in range(len(store) if fraction else 0):
-        groups.setdefault(prompt_hash(store, i), []).append(i)
+    hashes, group_of, sizes = np.unique(store.prompts, return_inverse=True, return_counts=True)
     target_size = round(fraction * len(store))
-    held_out: list[int] = []
-    for _, members in sorted(groups.items()):
-        if len(held_out) + len(members) <= target_size:
-            held_out += members
-    if fraction and not 0 < len(held_out) < len(store):
-        problem = f"{fraction} of {len(store)} examples ({len(groups)} prompts) holds out {len(held_out)}"
+    is_held_out = np.zeros(len(hashes), bool)
+    num_left, candidates = target_size, np.arange(len(hashes))
+    while len(candidates := candidates[sizes[candidates] <= num_left]):
+        fitting = candidates[: np.searchsorted(np.cumsum(sizes[candidates]), num_left, side="right")]
+        is_held_out[fitting] = True
+        num_left -= int(sizes[fitting].sum())
+        candidates = candidates[len(fitting) :]
+    num_held_out = target_size - num_left
+    if fraction and not 0 < num_held_out < len(store):
+        problem = f"{fraction} of {len(store)} examples ({len(hashes)} prompts) holds out {num_held_out}"
         raise UserError(f"data.eval_fraction: {problem}; change the fraction, or name an evaluation set in data.eval")
-    mask = np.zeros(len(store), bool)
-    mask[held_out] = True
+    mask = is_held_out[group_of]
     return np.flatnonzero(~mask), np.flatnonzero(mask)

@@ -20,7 +20,7 @@ from dpo_jax.batching.batches import Batches
 from dpo_jax.console import warn
 from dpo_jax.errors import RunStopped
 from dpo_jax.parallel import hosts
-from dpo_jax.storage import list_files, write_atomically
+from dpo_jax.storage import list_files, remove_partial_files, write_atomically
 
 PART_STEPS = 64  # steps per part
 Arrays = dict[str, np.ndarray]  # field of PairLogps -> [N, K] float32
@@ -51,6 +51,8 @@ def cached_logps(
     name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     path = store.path / f"reference-{name}.npz"
     shape = (len(store), store.lengths.shape[1] - 1)
+    if hosts.is_writer():
+        remove_partial_files(store.path)
     logps = _load_complete(path, inputs, shape, report)
     if all(hosts.gather(logps is not None, "reference cache")):  # computing is collective: all processes or none
         assert logps is not None

@@ -174,23 +174,41 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
 
     Every process must call ``stop_requested`` after every step. It returns True at the same step in all processes,
     whichever of them received SIGTERM: jax's own handler, installed at startup, agrees on a step that no process has
-    passed. In a single-process run, Ctrl-C requests a stop too; a second Ctrl-C interrupts immediately.
+    passed. In a single-process run, Ctrl-C and SIGHUP request a stop too; a second Ctrl-C interrupts immediately.
+
+    Signals are deferred from the first call on: before the first step there is nothing to save. One that came too late
+    for a step is raised again at the end.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    stop_requested = False
+    requested: int | None = None  # number of the signal
+    previous_handlers: dict[int, Any] = {}
 
     def request(number, frame):
-        nonlocal stop_requested
-        stop_requested = True
+        nonlocal requested
+        requested = number
         signal.signal(signal.SIGINT, previous_handlers[signal.SIGINT])
         name = signal.Signals(number).name
         print(f"\n{name} received: stopping after this step; press Ctrl-C to stop immediately", file=sys.stderr)
 
-    previous_handlers = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    is_answered = False
+
+    def stop_requested(step: int) -> bool:
+        nonlocal is_answered
+        if not previous_handlers:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                previous_handlers[number] = signal.getsignal(number)
+            for number, handler in previous_handlers.items():
+                if (number, handler) != (signal.SIGHUP, signal.SIG_IGN):  # nohup
+                    signal.signal(number, request)
+        is_answered = requested is not None
+        return is_answered
+
     try:
-        yield lambda step: stop_requested
+        yield stop_requested
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
+    if requested is not None and not is_answered:
+        signal.raise_signal(requested)

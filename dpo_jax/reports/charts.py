@@ -4,11 +4,14 @@ import base64
 import io
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
 from typing import Any, NamedTuple
+
+import numpy as np
 
 Row = Mapping[str, Any]  # a line of a log
 
@@ -32,6 +35,9 @@ COLORS = {
     "dark": {"ink": "#b6bdca", "grid": "#2e343f", "chosen": "#4ade9f", "rejected": "#fb923c",
              "lines": ("#7aa2ff", "#e879f9", "#facc5c", "#5fd4e8", "#fb7185", "#a3e635")},
 }  # fmt: skip
+NUM_COLORS = 256  # of an image
+SIMILAR = np.uint32(0xF8F8F8F8)  # the bits in which similar colors are equal
+MAX_BINS = 1000  # of a longer curve
 MAX_RAW_POINTS = 60  # longer training curves are drawn as a running mean over pale raw values
 
 
@@ -93,8 +99,9 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
             marker_style = {"linestyle": "--", "marker": "o", "markersize": 5, "markeredgecolor": "none"}
             axes.plot(steps, values, color=color, label=label, linewidth=1.2, zorder=3, **marker_style)
         elif len(steps) > MAX_RAW_POINTS:
-            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, running_mean(values, len(values) // 20), color=color, label=label, linewidth=1.8)
+            axes.plot(*envelope(steps, values), color=color, alpha=0.25, linewidth=0.8)
+            middles, means = binned(steps, values)
+            axes.plot(middles, running_mean(means, len(means) // 20), color=color, label=label, linewidth=1.8)
         else:
             axes.plot(steps, values, color=color, label=label, linewidth=1.6)
     if plot.log and all(value > 0 for *_, values in curves for value in values):
@@ -127,18 +134,68 @@ def _style(axes: Any, colors: Mapping[str, Any], x_label: str) -> None:
 
 
 def _png(fig: Any) -> bytes:
+    """Return a figure as PNG of at most ``NUM_COLORS`` colors, which takes a third of the bytes.
+
+    They are the most frequent of each group of similar ones, so that lines and texts keep theirs; others become the
+    nearest of them.
+    """
+    from PIL import Image
+
     file = io.BytesIO()
-    fig.savefig(file, transparent=True, metadata={"Software": None})
+    fig.savefig(file, format="rgba", transparent=True)
+    pixels = np.frombuffer(file.getvalue(), "<u4").reshape(fig.canvas.get_width_height()[::-1])
+    colors, index, counts = np.unique(pixels, return_inverse=True, return_counts=True)
+    ranked = np.argsort(-counts, kind="stable")
+    _, group_of = np.unique(colors & SIMILAR, return_inverse=True)
+    sizes = np.bincount(group_of, weights=counts)
+    _, most_frequent = np.unique(group_of[ranked], return_index=True)  # of each group, as a place in ranked
+    palette = ranked[most_frequent[np.argsort(-sizes, kind="stable")[:NUM_COLORS]]]
+    channels = colors[:, None].view(np.uint8).astype(np.float32)  # [colors, RGBA]
+    seen = channels * channels[:, 3:] / 255
+    nearest = np.zeros(len(colors), np.uint8)
+    for part in np.array_split(ranked, 1 + len(ranked) // NUM_COLORS):
+        nearest[part] = np.square(seen[part, None] - seen[palette]).sum(-1).argmin(-1)
+    image = Image.fromarray(nearest[index.reshape(pixels.shape)], "P")
+    image.putpalette(channels[palette].astype(np.uint8).tobytes(), "RGBA")
+    file = io.BytesIO()
+    image.save(file, "png", optimize=True)
     return file.getvalue()
+
+
+def _bins(size: int) -> list[slice]:
+    """Split so many points into at most ``MAX_BINS`` runs of neighbors, of equal size but for the last."""
+    width = -(-size // MAX_BINS)
+    return [slice(start, start + width) for start in range(0, size, width)]
+
+
+def binned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return mean step and mean value of each bin of a curve, ignoring NaN."""
+    bins = _bins(len(values))
+    return [statistics.fmean(steps[part]) for part in bins], [_mean(values[part]) for part in bins]
+
+
+def envelope(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Return the smallest and the largest value of each bin of a curve, in the order of their steps, and the steps.
+
+    Drawn, they look like all points: a bin is narrower than a pixel or two.
+    """
+    kept = []
+    for part in _bins(len(values)):
+        points = [(value, index) for index, value in enumerate(values[part], part.start) if not math.isnan(value)]
+        kept += sorted({min(points)[1], max(points)[1]}) if points else [part.start]
+    return [steps[index] for index in kept], [values[index] for index in kept]
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Return for each value the mean over a window centered on it, ignoring NaN."""
-    means = []
-    for index in range(len(values)):
-        neighbors = [x for x in values[max(0, index - window // 2) : index + window // 2 + 1] if not math.isnan(x)]
-        means.append(sum(neighbors) / len(neighbors) if neighbors else math.nan)
-    return means
+    reach = window // 2
+    return [_mean(values[max(0, index - reach) : index + reach + 1]) for index in range(len(values))]
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean, ignoring NaN; NaN if there is nothing else."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def histograms(rows: Sequence[Row]) -> str:

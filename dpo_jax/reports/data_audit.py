@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.batching.sets import DataSets
-from dpo_jax.data.store import Store, prompt_hash
+from dpo_jax.data.store import Store
 from dpo_jax.errors import UserError
-from dpo_jax.reports.duplicates import contradictions, exact_duplicates, near_duplicates, plain_words
+from dpo_jax.reports.duplicates import content_hashes, contradictions, exact_duplicates, near_duplicates, plain_words
 
 MAX_LISTED = 10  # examples named for each finding
 MAX_COMPARED = 100_000  # examples that are searched for near duplicates
@@ -84,32 +84,35 @@ def _set_audit(
     store: Store, ids: np.ndarray, tokenizer: Any, ends: Set[int], report: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     compared_ids = ids[:MAX_COMPARED]
-    near = _groups(store, near_duplicates(store, compared_ids, plain_words(tokenizer)))
+    contents, opposites = content_hashes(store)
+    near = _groups(store, near_duplicates(store, contents, opposites, compared_ids, plain_words(tokenizer)))
     set_audit = {
         "sources": report,
         "examples": len(ids),
-        "duplicates": _groups(store, exact_duplicates(store, ids)),
+        "duplicates": _groups(store, exact_duplicates(contents, ids)),
         "near_duplicates": near | {"compared": len(compared_ids)},
         "lengths": _lengths(store, ids),
     }
     if store.lengths.shape[1] > 1:
         set_audit["unterminated"] = _unterminated(store, compared_ids, tokenizer, ends)
     if store.lengths.shape[1] == 3:
-        set_audit["both_labels"] = _groups(store, contradictions(store, ids))
+        set_audit["both_labels"] = _groups(store, contradictions(contents, opposites, ids))
         set_audit["length_bias"] = _length_bias(store, ids)
     return set_audit
 
 
 def _shared_prompts(sets: DataSets) -> dict[str, Any]:
     """Return the examples of each evaluation set whose prompt is also in the training set."""
-    train_prompts = {prompt_hash(sets.train, i): i for i in sets.train_ids[::-1].tolist()}
+    train_prompts, first = np.unique(sets.train.prompts[sets.train_ids], return_index=True)
     overlaps = {}
     for name, eval_set in sets.evals.items():
-        hashes = ((i, prompt_hash(eval_set.store, i)) for i in eval_set.ids.tolist())
-        shared = [(i, train_prompts[digest]) for i, digest in hashes if digest in train_prompts]
+        prompts = eval_set.store.prompts[eval_set.ids]
+        index = np.minimum(np.searchsorted(train_prompts, prompts), len(train_prompts) - 1)
+        shared = np.flatnonzero(train_prompts[index] == prompts)
+        listed = zip(eval_set.ids[shared[:MAX_LISTED]], sets.train_ids[first[index[shared[:MAX_LISTED]]]], strict=True)
         overlaps[name] = {
             "examples": len(shared),
-            "first": [[_origin(eval_set.store, i), _origin(sets.train, j)] for i, j in shared[:MAX_LISTED]],
+            "first": [[_origin(eval_set.store, i), _origin(sets.train, j)] for i, j in listed],
         }
     return overlaps
 

@@ -1,7 +1,6 @@
 """Search for duplicate examples, and for pairs that contradict each other."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -9,44 +8,64 @@ import numpy as np
 from dpo_jax.batching.order import mix_words
 from dpo_jax.data.store import Store
 
+BLOCK = 2**14  # examples hashed at a time
 SHINGLE = 4  # tokens in a shingle, the unit of comparison
 NUM_HASHES, BAND = 32, 4  # 8 bands: two texts of similarity s become candidates with probability 1 - (1 - s**4)**8
 MIN_SIMILARITY = 0.8  # share of common shingles (Jaccard similarity) from which two examples are near duplicates
 MAX_COMPARED = 4  # bucket members that each later one is compared with, to keep the work linear
 
 
-def _digest(arrays: Iterable[np.ndarray]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        digest.update(len(array).to_bytes(8, "little"))
-        digest.update(array.tobytes())
-    return digest.digest()
+def _piece_hashes(store: Store) -> np.ndarray:
+    """Return a 64-bit hash of each prompt and answer, uint64 [N, 1 + K]: a sum over hashes of (position, token)."""
+    hashes = np.zeros(store.lengths.shape, np.uint64)
+    for first in range(0, len(store), BLOCK):
+        lengths = store.lengths[first : first + BLOCK].reshape(-1).astype(np.int64)
+        ends = np.cumsum(lengths)
+        positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        tokens = store.tokens[store.starts[first] : store.starts[first] + ends[-1]]
+        words = (positions.astype(np.uint64) << np.uint64(32)) + tokens.astype(np.uint64) + np.uint64(1)
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mix_words(words))])  # modulo 2**64
+        hashes[first : first + BLOCK] = (sums[ends] - sums[ends - lengths]).reshape(-1, store.lengths.shape[1])
+    return hashes
 
 
-def _contents(store: Store, ids: np.ndarray) -> list[tuple[bytes, bytes]]:
-    """Return two digests of each example: one with its answers in order, one with its answers reversed."""
-    examples = (store.example(i)[:2] for i in ids)
-    return [(_digest((prompt, *answers)), _digest((prompt, *answers[::-1]))) for prompt, answers in examples]
+def content_hashes(store: Store) -> tuple[np.ndarray, np.ndarray]:
+    """Return 64-bit hashes of each example, uint64 [N]: with its answers in order, and with its answers reversed."""
+    prompts, *answers = _piece_hashes(store).T
+
+    def joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
+        content = mix_words(prompts)
+        for piece in pieces:
+            content = mix_words(content ^ piece)
+        return content
+
+    return joined(answers), joined(answers[::-1])
 
 
-def exact_duplicates(store: Store, ids: np.ndarray) -> list[list[int]]:
-    """Return groups of two or more examples with identical tokens, ordered by first member."""
-    groups: dict[bytes, list[int]] = {}
-    for i, (content, _) in zip(ids.tolist(), _contents(store, ids), strict=True):
-        groups.setdefault(content, []).append(i)
-    return [group for group in groups.values() if len(group) > 1]
+def exact_duplicates(contents: np.ndarray, ids: np.ndarray) -> list[list[int]]:
+    """Return groups of two or more examples with identical tokens, ordered by first member.
+
+    ``contents``: the first of the `content_hashes`. ``ids`` are ascending.
+    """
+    _, group_of, sizes = np.unique(contents[ids], return_inverse=True, return_counts=True)
+    repeated = np.flatnonzero(sizes[group_of] > 1)
+    groups: dict[int, list[int]] = {}
+    for group, i in zip(group_of[repeated].tolist(), ids[repeated].tolist(), strict=True):
+        groups.setdefault(group, []).append(i)
+    return list(groups.values())
 
 
-def contradictions(store: Store, ids: np.ndarray) -> list[tuple[int, int]]:
-    """Return pairs (i, j) of examples with the same prompt and answers but opposite labels, each contradiction once."""
-    assert store.lengths.shape[1] == 3
-    first: dict[bytes, int] = {}
-    pairs = {}
-    for i, (content, opposite) in zip(ids.tolist(), _contents(store, ids), strict=True):
-        if opposite != content and opposite in first:
-            pairs.setdefault(frozenset((content, opposite)), (first[opposite], i))
-        first.setdefault(content, i)
-    return list(pairs.values())
+def contradictions(contents: np.ndarray, opposites: np.ndarray, ids: np.ndarray) -> list[tuple[int, int]]:
+    """Return pairs (i, j) of examples with the same prompt and answers but opposite labels, each contradiction once.
+
+    ``contents``, ``opposites``: the `content_hashes`. ``ids`` are ascending.
+    """
+    unique, first = np.unique(contents[ids], return_index=True)
+    wanted = opposites[ids][first]
+    partner = np.minimum(np.searchsorted(unique, wanted), len(unique) - 1)
+    is_later = (unique[partner] == wanted) & (first[partner] < first)
+    pairs = sorted(zip(first[is_later].tolist(), first[partner[is_later]].tolist(), strict=True))
+    return [(int(ids[earlier]), int(ids[later])) for later, earlier in pairs]
 
 
 def plain_words(tokenizer) -> np.ndarray:
@@ -113,15 +132,16 @@ def _grouped(
     return [group for group in groups.values() if len(group) > 1]
 
 
-def near_duplicates(store: Store, ids: np.ndarray, words: np.ndarray) -> list[list[int]]:
+def near_duplicates(
+    store: Store, contents: np.ndarray, opposites: np.ndarray, ids: np.ndarray, words: np.ndarray
+) -> list[list[int]]:
     """Return groups of examples whose prompts and whose answers are similar, ordered by first member.
 
     Exact duplicates and pairs with both labels count as one example: the functions above find them. MinHash (Broder
-    1997) with banding proposes candidates, whose shingles are then compared. ``words`` is made by ``plain_words``.
+    1997) with banding proposes candidates, whose shingles are then compared. ``contents`` and ``opposites`` are the
+    `content_hashes`; ``words`` is made by ``plain_words``.
     """
-    unique: dict[bytes, int] = {}
-    for i, contents in zip(ids.tolist(), _contents(store, ids), strict=True):
-        unique.setdefault(min(contents), i)
+    _, first = np.unique(np.minimum(contents, opposites)[ids], return_index=True)
     salts = mix_words(np.arange(1, NUM_HASHES + 1, dtype=np.uint64))[:, None]
 
     @lru_cache(maxsize=256)
@@ -136,5 +156,5 @@ def near_duplicates(store: Store, ids: np.ndarray, words: np.ndarray) -> list[li
     def same(i: int, j: int) -> bool:
         return all(map(_alike, shingles(i), shingles(j)))
 
-    members = list(unique.values())
+    members = ids[np.sort(first)].tolist()
     return _grouped(members, _candidates(members, signature), same)

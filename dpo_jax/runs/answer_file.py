@@ -104,7 +104,9 @@ class AnswerFile:
         if not self.manifest.is_file():
             raise UserError(f"--output: {self.path} exists, but {self.manifest.name} does not: {remedy}")
         try:
-            return storage.unseal(self.manifest.read_bytes())
+            manifest = storage.unseal(self.manifest.read_bytes())
+            storage.check_fields(manifest, dict.fromkeys(("config", "identity", "place"), dict))
+            return manifest
         except (OSError, ValueError) as error:
             raise UserError(f"--output: {self.manifest} cannot be read: {reason(error)}: {remedy}") from error
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,8 @@ def locked_run(path: str | Path) -> Iterator[RunDir]:
     with locked_directory(path, LOCK, is_run_dir, "run of this program") as root:
         run = RunDir(root)
         with writing(run.events):
+            for folder in (root, *filter(Path.is_dir, root.iterdir())):
+                storage.remove_partial_files(folder)
             storage.drop_torn_line(run.events)
         yield run
 
@@ -146,8 +148,18 @@ def _plain(value: Any) -> Any:
 
 
 def read_json(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a log, dropping a truncated last line; an absent file has no lines."""
-    return [json.loads(line) for line in storage.read_lines(path)]
+    """Return the complete lines of a log, dropping a truncated last line; an absent file has no lines.
+
+    Raises:
+        UserError: the file is not a log.
+    """
+    try:
+        rows = [json.loads(line) for line in storage.read_lines(path)]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line holds no object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged: {reason(error)}: restore the file") from error
+    return rows
 
 
 def last_metrics(run: RunDir) -> dict[str, float]:
@@ -163,28 +175,35 @@ def log_event(run: RunDir, event: Event, **facts: Any) -> None:
     append_json(run.events, {"event": event, "time": time.time(), "pid": os.getpid(), **facts})
 
 
-def log_offsets(run: RunDir) -> dict[str, int]:
-    """Sync the logs to disk and return their lengths in bytes, by name, for a checkpoint."""
+def log_offsets(run: RunDir) -> dict[str, dict[str, Any]]:
+    """Sync the logs to disk and return, by name, ``size`` in bytes and ``digest`` of each, for a checkpoint."""
     offsets = {}
     for path in run.logs:
         with writing(path):
-            offsets[path.name] = storage.file_size(path, durable=True)
+            size = storage.file_size(path, durable=True)
+            offsets[path.name] = {"size": size, "digest": storage.hash_start(path, size)}
     return offsets
 
 
-def truncate_logs(run: RunDir, offsets: dict[str, int]) -> None:
+def empty_logs(run: RunDir) -> None:
+    """Truncate the logs to nothing."""
+    nothing = {"size": 0, "digest": storage.hash_start(run.metrics, 0)}
+    truncate_logs(run, {log.name: nothing for log in run.logs})
+
+
+def truncate_logs(run: RunDir, offsets: Mapping[str, Mapping[str, Any]]) -> None:
     """Truncate the logs to the lengths that ``log_offsets`` returned.
 
     Raises:
         UserError: a log is shorter than its offset or was edited; no log is changed then.
     """
-    logs = {run.root / name: offset for name, offset in offsets.items()}
+    logs = {run.root / name: offset["size"] for name, offset in offsets.items()}
     for path, offset in logs.items():
         size, remedy = storage.file_size(path), "restore the file, or start in a new run.dir"
         if size < offset:
             raise UserError(f"{path}: has {size} bytes, but had {offset} at the step to resume from: {remedy}")
-        if not storage.ends_line(path, offset):
-            raise UserError(f"{path}: was edited: byte {offset} no longer ends a line: {remedy}")
+        if storage.hash_start(path, offset) != offsets[path.name]["digest"]:
+            raise UserError(f"{path}: was edited: its first {offset} bytes are not those of the save: {remedy}")
     for path, offset in logs.items():
         if path.exists():
             with writing(path):
@@ -197,8 +216,12 @@ def lost_checkpoints(run: RunDir) -> UserError | None:
     A save is known to have finished once the same process started another, or logged its end or preemption.
     """
     num_saves = 0
-    for event in read_json(run.events):
-        kind = event["event"]
+    try:
+        events = read_json(run.events)
+    except UserError as error:
+        return error
+    for event in events:
+        kind = event.get("event")
         num_saves = 0 if kind == "start" else num_saves + (kind == "save")
         if num_saves > 1 or kind in ("restore", "preempt", "end"):
             remedy = "restore the checkpoints, or choose a new run.dir, as starting over empties its logs"

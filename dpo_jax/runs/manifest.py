@@ -7,7 +7,7 @@ Plain data, without jax. A manifest is a dictionary of JSON values:
     identity    contents of what the options point to: the store's key, hashes of weights, tokenizer, template, ...
     place       versions, XLA flags, devices, processes: results are bit-identical only if these are the same
     step, leaves, metrics       written by checkpoint.py: the step, its arrays with their checksums, its evaluation
-    offsets, extras             lengths of the logs, counters of the trainer
+    offsets, extras             lengths and checksums of the logs, counters of the trainer
 """
 
 import json
@@ -15,13 +15,27 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from dpo_jax.errors import UserError
+from dpo_jax.storage import check_entries, check_fields
 
 # Since 2 a manifest is sealed, since 3 the state holds a reference that follows the policy, since 4 a decoder has kinds
-# of layers.
-FORMAT = 4
+# of layers, since 5 the logs have checksums.
+FORMAT = 5
+FIELDS = {
+    "config": dict,
+    "identity": dict,
+    "place": dict,
+    "step": int,
+    "leaves": dict,
+    "metrics": (dict, NoneType),
+    "offsets": dict,
+    "extras": dict,
+}
+LEAF_FIELDS = {"shape": list, "dtype": str, "checksum": int}  # of each entry of leaves
+OFFSET_FIELDS = {"size": int, "digest": str}  # of each entry of offsets
 PACKAGES = ("dpo-jax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
 
 # How a changed option is handled when a run resumes, by the longest matching prefix. Without a match, it is refused.
@@ -66,6 +80,17 @@ def make_manifest(config: Mapping[str, Any], identity: Mapping[str, Any], enviro
     flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     environment = {**environment, **flags, **versions}
     return json.loads(json.dumps({"format": FORMAT, "config": config, "identity": identity, "place": environment}))
+
+
+def check_shape(manifest: Mapping[str, Any]) -> None:
+    """Check that the manifest of a step has every field, of its type.
+
+    Raises:
+        ValueError: it does not.
+    """
+    check_fields(manifest, FIELDS)
+    check_entries(manifest["leaves"], LEAF_FIELDS)
+    check_entries(manifest["offsets"], OFFSET_FIELDS)
 
 
 def _version(package: str) -> str | None:

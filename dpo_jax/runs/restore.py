@@ -17,8 +17,8 @@ from dpo_jax.console import warn
 from dpo_jax.errors import UserError, reason
 from dpo_jax.parallel import hosts
 from dpo_jax.runs.checksums import describe_leaves, leaf_checksums
-from dpo_jax.runs.manifest import FORMAT
-from dpo_jax.storage import SEAL, unseal
+from dpo_jax.runs.manifest import FORMAT, check_shape
+from dpo_jax.storage import SEAL, check_fields, unseal
 
 STATE, MANIFEST = "state", "manifest"
 # Errors of the machine or the storage, not of the checkpoint: by type, and by text.
@@ -107,11 +107,16 @@ def read_manifest(directory: epath.Path, step: int) -> dict:
         if b'"format": 1,' not in text or SEAL.encode() in text:
             raise Damaged(f"its manifest cannot be used: {error}") from error
         manifest = {"format": 1}
-    if manifest["format"] != FORMAT:
-        mismatch = f"has format {manifest['format']!r}, but this version reads {FORMAT}"
+    if isinstance(manifest.get("format"), int) and manifest["format"] != FORMAT:
+        mismatch = f"has format {manifest['format']}, but this version reads {FORMAT}"
         raise UserError(f"checkpoint of step {step}: {directory} {mismatch}: use the version that wrote it")
-    if manifest.get("step") != step:
-        raise Damaged(f"its manifest belongs to step {manifest.get('step')}")
+    try:
+        check_fields(manifest, {"format": int})
+        check_shape(manifest)
+    except ValueError as error:
+        raise Damaged(f"its manifest cannot be used: {error}") from error
+    if manifest["step"] != step:
+        raise Damaged(f"its manifest belongs to step {manifest['step']}")
     return manifest
 
 

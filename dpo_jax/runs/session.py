@@ -18,7 +18,16 @@ from dpo_jax.console import progress_line, say
 from dpo_jax.errors import Preempted, UserError
 from dpo_jax.parallel import hosts
 from dpo_jax.runs.checkpoint import Checkpoints
-from dpo_jax.runs.directory import RunDir, locked_run, log_event, log_offsets, lost_checkpoints, truncate_logs, writing
+from dpo_jax.runs.directory import (
+    RunDir,
+    empty_logs,
+    locked_run,
+    log_event,
+    log_offsets,
+    lost_checkpoints,
+    truncate_logs,
+    writing,
+)
 from dpo_jax.runs.logs import Evaluation, MetricsLog, peak_memory
 from dpo_jax.runs.manifest import refuse_changed, rounding_changes
 from dpo_jax.runs.profile import trace_edges, traced
@@ -67,9 +76,9 @@ def open_session(
 ) -> Iterator["Session"]:
     """Context manager that opens a session of a locked run; a checkpoint to resume from must match ``manifest``."""
     with (
+        hosts.stop_signals() as stop_requested,  # first, so that a signal does not break off the last save
         Checkpoints(run.checkpoints, checkpoint) as checkpoints,
         MetricsLog(run, config, hosts.is_writer()) as logs,
-        hosts.stop_signals() as stop_requested,
     ):
         save_every = checkpoint.every or max(1, num_steps // 10)
         yield Session(run, config, manifest, num_steps, save_every, checkpoints, logs, stop_requested)
@@ -126,7 +135,7 @@ class Session:
     def begin(self) -> None:
         """Empty the logs, as an earlier attempt may have stopped before its first save."""
         if hosts.is_writer():
-            truncate_logs(self.run, {log.name: 0 for log in self.run.logs})
+            empty_logs(self.run)
 
     def write_config(self, text: str) -> None:
         """Write the resolved options, also on resume, as some options may have changed."""
@@ -166,7 +175,7 @@ class Session:
         self._pending = step, metrics, facts
         num_done = step + 1
         is_last = num_done == self._num_steps
-        stop = self._stop_requested(num_done) and not is_last
+        stop = not is_last and self._stop_requested(num_done)
         self.due = Due(
             evaluation=self._evaluates and (is_last or _every(self._config.eval_every, num_done)),
             save=is_last or stop or _every(self._save_every, num_done),

@@ -23,6 +23,7 @@ from dpo_jax.errors import UserError, reason
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.families import FAMILIES, tensor_name
 from dpo_jax.parallel.hosts import is_writer
+from dpo_jax.storage import claim, is_abandoned
 from dpo_jax.weights.safetensors import INDEX, SINGLE, Tensor, copy_tensors, find_tensors, read_header, write_file
 from dpo_jax.weights.stored import Part, Stored, leaf_name, leaves_by_name, stored_tensors
 
@@ -283,13 +284,17 @@ def atomic_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
         if overwrite:  # the caller owns out_dir, so a killed export left this behind
             shutil.rmtree(staging, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
+        if is_abandoned(staging):
+            shutil.rmtree(staging, ignore_errors=True)
         try:
             staging.mkdir()
         except FileExistsError:
             remedy = "wait for it, or remove this directory"
             raise UserError(f"{staging}: another export to {target} is running or was killed; {remedy}") from None
         try:
-            yield staging
+            with claim(staging) as claimed:
+                yield staging
+            os.unlink(claimed.name)
             if overwrite:
                 _replace(target, staging)
             else:

@@ -488,7 +488,7 @@ BAD_RUNS = [
         other_format,
         "train c.yaml --run.dir run",
         2,
-        "has format 0, but this version reads 4: use the version that wrote it",
+        "has format 0, but this version reads 5: use the version that wrote it",
     ),
     (
         "export of no run",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edits import edits
 from small_tokenizer import make_tokenizer
 
 from dpo_jax.config import DataConfig, InvalidRowsConfig, SourceConfig
@@ -23,12 +24,12 @@ from dpo_jax.data.store import (
     build_or_open_store,
     ids_by_source,
     open_store,
-    prompt_hash,
     split_held_out,
 )
 from dpo_jax.data.tokenize import make_tokenize
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import UserError
+from dpo_jax.storage import claim
 
 TOKENIZER = make_tokenizer()
 PAIRS = [{"prompt": f"Q{i // 2}?", "chosen": f"yes {i}", "rejected": f"no, no {i}"} for i in range(40)]
@@ -260,6 +261,19 @@ def test_a_damaged_store_is_built_again_and_said(damage, said, tmp_path, caplog)
     assert contents(again.path) == before
 
 
+def test_every_edit_of_a_manifest_damages_the_store(tmp_path):
+    built = build(tmp_path / "s", write_rows(tmp_path / "a.jsonl", PAIRS))
+    path = built.path / "manifest.json"
+    intact = path.read_bytes()
+    for name, text in edits(intact).items():
+        path.write_bytes(text)
+        with pytest.raises(DamagedStore) as damage:
+            open_store(built.path)
+        assert len(str(damage.value).splitlines()) == 1, name
+    path.write_bytes(intact)
+    assert len(open_store(built.path)) == len(built)
+
+
 def test_a_store_of_another_key_is_not_used(tmp_path):
     """Neither found, nor opened under a name that is not its own."""
     source = write_rows(tmp_path / "a.jsonl", PAIRS)
@@ -293,9 +307,13 @@ def test_leftovers_of_a_killed_build_go_in_time(tmp_path):
     past = time.time() - 2 * store.STALE_SECONDS
     for path in (old / "store" / "tokens.bin", old / "store", old):
         os.utime(path, (past, past))
-    build(tmp_path / "s", source)
-    assert not old.exists()
-    assert young.exists()
+    claim(young).close()
+    with claim(young):  # by a build that goes on
+        build(tmp_path / "s", source)
+        assert not old.exists()
+        assert young.exists()
+    build(tmp_path / "s", source)  # that build was killed; this one finds its own store
+    assert not young.exists()
 
 
 # ------------------------------------------------------------------------------------------------------- the key
@@ -371,17 +389,32 @@ def test_held_out_prompts_are_on_one_side(hh, tmp_path):
     train, held = split_held_out(built, 0.1)
     assert sorted([*train, *held]) == list(range(len(built)))
     assert len(held) == round(0.1 * len(built))
-    assert not {prompt_hash(built, i) for i in train} & {prompt_hash(built, i) for i in held}
+    assert not set(built.prompts[train]) & set(built.prompts[held])
     assert (np.diff(train) > 0).all()
     assert (np.diff(held) > 0).all()
 
 
 def test_held_out_does_not_depend_on_the_order_of_rows(tmp_path):
     one, other = (build(tmp_path / "s", write_rows(tmp_path / "a.jsonl", rows)) for rows in (PAIRS, PAIRS[::-1]))
-    held_of = lambda built: {prompt_hash(built, i) for i in split_held_out(built, 0.25)[1]}  # noqa: E731
+    held_of = lambda built: set(built.prompts[split_held_out(built, 0.25)[1]])  # noqa: E731
     assert held_of(one) == held_of(other)
     assert len(held_of(one)) == 5
     assert split_held_out(one, 0.25)[1].tolist() == [6, 7, 20, 21, 26, 27, 32, 33, 34, 35]
+
+
+def test_held_out_prompts_are_taken_one_by_one(tmp_path):
+    """By their hashes, each that is not too large for what is left, in arrays and one by one."""
+    built = build(tmp_path / "s", write_rows(tmp_path / "a.jsonl", PAIRS))
+    for seed in range(20):
+        chance = np.random.Generator(np.random.Philox(seed))
+        prompts = chance.integers(0, 2**64, 12, np.uint64)[chance.geometric(0.3, 40).clip(max=12) - 1]
+        expected: list[int] = []
+        for prompt in np.unique(prompts):
+            members = np.flatnonzero(prompts == prompt).tolist()
+            if len(expected) + len(members) <= 15:
+                expected += members
+        held = split_held_out(replace(built, prompts=prompts, rows=built.rows[:40]), 15 / 40)[1]
+        assert held.tolist() == sorted(expected)
 
 
 def test_texts_without_a_prompt_are_split_one_by_one(tmp_path):

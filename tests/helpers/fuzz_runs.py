@@ -41,7 +41,9 @@ def saved() -> Path:
     manifest = make_manifest(asdict(parse_config(LEAST, {}, DPOConfig)), {"weights": "w"}, {"devices": 1})
     with Checkpoints(folder, CheckpointConfig(keep=2)) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, {"w": jax.numpy.full(4, step)}, {**manifest, "offsets": {}}, {"loss": step / 2})
+            checkpoints.save(
+                step, {"w": jax.numpy.full(4, step)}, {**manifest, "offsets": {}, "extras": {}}, {"loss": step / 2}
+            )
     return folder
 
 

@@ -22,6 +22,9 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from dpo_jax.config import CheckpointConfig  # noqa: E402
 from dpo_jax.errors import RunStopped, UserError  # noqa: E402
 from dpo_jax.runs.checkpoint import Checkpoints  # noqa: E402
+from dpo_jax.runs.manifest import make_manifest  # noqa: E402
+
+MANIFEST = {**make_manifest({}, {}, {}), "offsets": {}, "extras": {}}
 
 me = jax.process_index()
 hosts.VISIBILITY_TIMEOUT = 1.0
@@ -78,18 +81,18 @@ with hosts.stop_signals() as stop_requested:
         state = update(state)
         if step % 50 == 0:
             jax.block_until_ready(state)
-            checkpoints.save(step, state, {"format": 4})
+            checkpoints.save(step, state, MANIFEST)
         if step == 60:
             (folder / f"ready-{me}").touch()
         if stop_requested(step):
             break
         time.sleep(0.005)
 facts["stopped"] = step
-checkpoints.save(step, state, {"format": 4}, wait=True)
+checkpoints.save(step, state, MANIFEST, wait=True)
 expected = hosts.gather(np.concatenate([np.asarray(s.data) for s in state["w"].addressable_shards]).tolist(), "rows")
 (folder / f"expected-{me}.json").write_text(json.dumps([row for part in expected for row in part]))
 
-checkpoints.save(step + 1, update(state), {"format": 4}, wait=True)
+checkpoints.save(step + 1, update(state), MANIFEST, wait=True)
 if me == 0:
     data = max((folder / "checkpoints" / str(step + 1) / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     os.truncate(data, 10)

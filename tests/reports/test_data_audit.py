@@ -12,9 +12,19 @@ import pytest
 from small_tokenizer import make_tokenizer
 
 from dpo_jax.batching.sets import store_folder
-from dpo_jax.config import DataConfig, DPOConfig, ModelConfig, RunConfig, SFTBatchConfig, SFTConfig, SourceConfig
+from dpo_jax.config import (
+    DataConfig,
+    DPOConfig,
+    InvalidRowsConfig,
+    ModelConfig,
+    RunConfig,
+    SFTBatchConfig,
+    SFTConfig,
+    SourceConfig,
+)
 from dpo_jax.errors import UserError
 from dpo_jax.methods.setup import sets_of
+from dpo_jax.reports import duplicates
 from dpo_jax.reports.data_audit import audit, render, show_step
 
 TOKENIZER = make_tokenizer()
@@ -66,6 +76,32 @@ def test_what_was_planted_is_found_and_nothing_else(tmp_path):
     assert (found["duplicates"]["groups"], found["duplicates"]["examples"]) == (2, 5)
     assert rows_named(found["both_labels"]["first"]) == [[11, 63]]
     assert rows_named(found["near_duplicates"]["first"]) == [[20, 64], [25, 65]]
+
+
+@pytest.mark.parametrize("sources", [DPOConfig, SFTConfig])
+def test_duplicates_and_contradictions_are_those_of_a_plain_comparison(tmp_path, monkeypatch, sources):
+    """On rows of few words, most of them several times, as arrays of hashes and as the tokens themselves."""
+    monkeypatch.setattr(duplicates, "BLOCK", 7)
+    chance, words = random.Random(0), ("a", "b", "ab", "ba")
+    names = ("prompt", "chosen", "rejected") if sources is DPOConfig else ("prompt", "completion")
+    rows = [{name: chance.choice(words) for name in names} for _ in range(90)]
+    kept = {"invalid_rows": InvalidRowsConfig(equal_answers="keep")} if sources is DPOConfig else {}
+    batch = {} if sources is DPOConfig else {"batch": SFTBatchConfig(examples=2)}
+    store = sets_of(config(tmp_path, {"train": rows}, sources, **kept, **batch), TOKENIZER).train
+    ids = np.array([i for i in range(len(store)) if i % 5])
+    examples = {i: tuple(part.tobytes() for part in (store.example(i)[0], *store.example(i)[1])) for i in ids.tolist()}
+    groups: dict[tuple, list[int]] = {}
+    found = {}
+    for i, (prompt, *answers) in examples.items():
+        first_opposite = groups.get((prompt, *answers[::-1]), [None])[0]
+        if answers != answers[::-1] and first_opposite is not None:
+            found.setdefault(frozenset(((prompt, *answers), (prompt, *answers[::-1]))), (first_opposite, i))
+        groups.setdefault((prompt, *answers), []).append(i)
+    contents, opposites = duplicates.content_hashes(store)
+    assert duplicates.exact_duplicates(contents, ids) == [group for group in groups.values() if len(group) > 1]
+    assert duplicates.contradictions(contents, opposites, ids) == list(found.values())
+    assert len(groups) > 10
+    assert (len(found) > 5) == (sources is DPOConfig)
 
 
 def test_near_duplicates_are_the_pairs_that_a_full_comparison_finds(shared, tmp_path):

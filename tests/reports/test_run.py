@@ -20,7 +20,17 @@ from dpo_jax.config import DataConfig, DPOConfig, ModelConfig, ReferenceConfig, 
 from dpo_jax.config.file import config_to_yaml
 from dpo_jax.losses import preference_metrics
 from dpo_jax.reports import charts
-from dpo_jax.reports.charts import COLORS, Plot, draw, draw_histograms, eval_sets, running_mean, series
+from dpo_jax.reports.charts import (
+    COLORS,
+    Plot,
+    binned,
+    draw,
+    draw_histograms,
+    envelope,
+    eval_sets,
+    running_mean,
+    series,
+)
 from dpo_jax.reports.html import number, table
 from dpo_jax.reports.run import PLOTS, report_done, write_report
 from dpo_jax.runs.directory import append_json
@@ -364,6 +374,15 @@ def test_pictures_are_small_and_come_for_both_grounds(tmp_path):
 def test_names_of_evaluation_sets_may_hold_underscores():
     rows = [{"step": 0, "eval_my_loss_set_loss": 1, "eval_my_loss_set_rewards/chosen": 0, "eval_b_loss": 1, "loss": 2}]
     assert eval_sets(rows) == ["my_loss_set", "b"]
+
+
+def test_long_curves_are_drawn_as_bins(monkeypatch):
+    monkeypatch.setattr(charts, "MAX_BINS", 3)
+    steps, nan = [1, 2, 3, 4, 5, 6, 7], float("nan")
+    values = [4.0, 9.0, 2.0, nan, 5.0, nan, nan]
+    assert binned(steps, values) == ([2, 5, 7], [5.0, 5.0, pytest.approx(nan, nan_ok=True)])
+    assert envelope(steps, [*values[:6], 3.0]) == ([2, 3, 5, 7], [9.0, 2.0, 5.0, 3.0])
+    assert envelope([1, 2], [3.0, 1.0]) == ([1, 2], [3.0, 1.0])  # a short one is left as it is
 
 
 def test_running_mean():

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from edits import edits
+from etils import epath
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -38,7 +40,7 @@ from dpo_jax.errors import RunStopped, UserError
 from dpo_jax.runs.checkpoint import Checkpoints
 from dpo_jax.runs.checksums import leaf_checksums
 from dpo_jax.runs.manifest import compare_manifest, make_manifest, refuse_changed, rounding_changes
-from dpo_jax.runs.restore import rank_steps, read_step, restore_part
+from dpo_jax.runs.restore import Damaged, rank_steps, read_manifest, read_step, restore_part
 from dpo_jax.storage import seal, unseal
 
 KEEP = CheckpointConfig(keep=9)
@@ -89,7 +91,12 @@ def make_config() -> DPOConfig:
 
 
 def manifest_of(config=None, **identity) -> dict:
-    return make_manifest(asdict(config or make_config()), {**IDENTITY, **identity}, {"devices": 8, "processes": 1})
+    manifest = make_manifest(asdict(config or make_config()), {**IDENTITY, **identity}, {"devices": 8, "processes": 1})
+    return {**manifest, "offsets": {}, "extras": {}}
+
+
+def offsets_at(step: int) -> dict:
+    return {"metrics.jsonl": {"size": step, "digest": f"{step}"}}
 
 
 MANIFEST = manifest_of()
@@ -108,7 +115,7 @@ def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     with Checkpoints(folder, KEEP) as checkpoints:
         for step in (1, 2, 3):
-            manifest = {**MANIFEST, "offsets": {"metrics.jsonl": step}}
+            manifest = {**MANIFEST, "offsets": offsets_at(step)}
             assert checkpoints.save(step, make_state(mesh_of(8), step), manifest)
     return folder
 
@@ -129,7 +136,7 @@ def test_restores_bit_for_bit_onto_other_numbers_of_devices(saved, num_devices):
     assert_equal(restored, state)
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, target)
     assert manifest["step"] == 3
-    assert manifest["offsets"] == {"metrics.jsonl": 3}
+    assert manifest["offsets"] == offsets_at(3)
     assert manifest["config"] == json.loads(json.dumps(asdict(make_config())))
 
 
@@ -307,6 +314,22 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_taken(copy, damage):
     assert checkpoints.steps() == [1, 2, 3]
 
 
+def test_every_edit_of_a_manifest_damages_its_step(copy):
+    """Also of a field that is not looked at here, and where the edited manifest was sealed again."""
+    path = copy / "3" / "manifest" / "metadata"
+    intact = path.read_bytes()
+    state = abstract(make_state(mesh_of(8), 2).params, mesh_of(8))
+    for name, text in edits(intact).items():
+        path.write_bytes(text)
+        with pytest.raises(Damaged) as damage:
+            read_manifest(epath.Path(copy), 3)
+        assert len(str(damage.value).splitlines()) == 1, name
+        assert Checkpoints(copy, KEEP).manifest()["step"] == 2
+    said = []
+    assert restore_params(copy, "newest", state, said.append)[1]["step"] == 2
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("harm", ["missing", "cut", "garbled"])
 def test_whatever_file_is_harmed_what_comes_back_is_right(saved, tmp_path, harm):
     """Orbax may do without a file or not; either way the state is that of the step in the manifest."""
@@ -351,7 +374,7 @@ def test_other_arrays_are_refused_and_nothing_set_aside(copy):
 def test_a_manifest_of_another_format_is_refused_and_left(copy, number, written):
     path = copy / "3" / "manifest" / "metadata"
     path.write_text(json.dumps(written({**unseal(path.read_bytes()), "format": number})))
-    with pytest.raises(UserError, match=f"has format {number}, but this version reads 4"):
+    with pytest.raises(UserError, match=f"has format {number}, but this version reads 5"):
         Checkpoints(copy, KEEP)
     assert (copy / "3").is_dir()
 
@@ -393,10 +416,11 @@ DIES = """
 import os, signal, sys, time
 import jax, jax.numpy as jnp
 from dpo_jax.runs.checkpoint import Checkpoints
+from dpo_jax.runs.manifest import make_manifest
 from dpo_jax.config import CheckpointConfig
 state = {"w": jax.random.normal(jax.random.key(0), (1 << 23,))}
 checkpoints = Checkpoints(sys.argv[1], CheckpointConfig())
-manifest = {"format": 4}
+manifest = {**make_manifest({}, {}, {}), "offsets": {}, "extras": {}}
 checkpoints.save(1, state, manifest, wait=True)
 checkpoints.save(2, state, manifest)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -554,7 +578,7 @@ def test_a_longer_run_goes_on_only_where_its_steps_stay_the_same():
 
 
 def test_another_format_is_refused():
-    with pytest.raises(UserError, match="checkpoint format 0, but this version reads 4"):
+    with pytest.raises(UserError, match="checkpoint format 0, but this version reads 5"):
         refuse_changed({**MANIFEST, "format": 0}, MANIFEST, "runs/a")
 
 

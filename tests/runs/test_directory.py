@@ -1,6 +1,7 @@
 """Run directories: what is taken for one, who holds it, and logs that can be cut off anywhere."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from dpo_jax.runs import directory as rundir
 from dpo_jax.runs.directory import (
     RunDir,
     append_json,
+    empty_logs,
     find_run,
     is_run_dir,
     locked_run,
@@ -130,9 +132,12 @@ def test_a_log_that_was_changed(tmp_path):
         append_json(run.metrics, {"step": 1})
         offsets = log_offsets(run)
         run.metrics.write_text('{"step": 1, "note": "mine"}\n')
-        with pytest.raises(UserError, match=r"metrics.jsonl: was edited: byte 12 no longer ends a line"):
+        with pytest.raises(UserError, match=r"metrics.jsonl: was edited: its first 12 bytes are not those of the save"):
             truncate_logs(run, offsets)
         assert run.metrics.read_text().endswith('mine"}\n')
+        run.metrics.write_text('{"step": 2}\n')  # as long, and one digit is another
+        with pytest.raises(UserError, match=r"metrics.jsonl: was edited"):
+            truncate_logs(run, offsets)
 
 
 # Logs
@@ -140,9 +145,9 @@ def test_a_log_that_was_changed(tmp_path):
 
 def test_logs_are_cut_back_to_the_byte(tmp_path):
     with locked_run(tmp_path) as run:
-        assert log_offsets(run) == dict.fromkeys(
-            ("metrics.jsonl", "timings.jsonl", "distributions.jsonl", "samples.jsonl"), 0
-        )
+        names = ("metrics.jsonl", "timings.jsonl", "distributions.jsonl", "samples.jsonl")
+        nothing = {"size": 0, "digest": hashlib.sha256().hexdigest()}
+        assert log_offsets(run) == dict.fromkeys(names, nothing)
         for step in range(3):
             append_json(run.metrics, {"step": step, "loss": math.log(2)})
         append_json(run.timings, {"step": 0})
@@ -153,7 +158,7 @@ def test_logs_are_cut_back_to_the_byte(tmp_path):
         truncate_logs(run, offsets)
         assert run.metrics.read_bytes() == expected
         assert len(read_json(run.timings)) == 1
-        truncate_logs(run, {"metrics.jsonl": 0, "timings.jsonl": 0})
+        empty_logs(run)
         assert run.metrics.read_bytes() == b""
 
 

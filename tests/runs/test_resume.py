@@ -1,16 +1,21 @@
 """Runs that are killed, stopped, or stop themselves: what they come to is what an uninterrupted run comes to."""
 
+import errno
 import hashlib
 import json
+import os
 import random
 import signal
 
 import numpy as np
 import pytest
-from runs import ended, events, killed, num_lines, saved_bits, started, write_config
+from edits import edits
+from runs import called, ended, events, killed, num_lines, saved_bits, started, write_config
 
+from dpo_jax import cli, storage
 from dpo_jax.config import InvalidRowsConfig
 from dpo_jax.config.file import load_yaml
+from dpo_jax.runs import logs
 from dpo_jax.runs.directory import read_json
 
 STEPS = 24
@@ -80,6 +85,85 @@ def test_killed_and_stopped_anywhere_a_run_is_as_if_it_never_was(config, tmp_pat
     assert num_lines(run / "samples.jsonl") == 9
     assert [row["step"] for row in read_json(run / "timings.jsonl")] == list(range(1, STEPS + 1))
     assert saved_bits(run, STEPS) == saved_bits(whole, STEPS)
+
+
+def with_a_failing_tracker(argv: list[str]) -> int:
+    """The command, whose tracker raises at the fourth row."""
+    rows = iter(range(3))
+    logs.TRACKERS["wandb"] = lambda run: (lambda step, row: next(rows), print)
+    return cli.main([*argv, "--run.trackers", "[wandb]"])
+
+
+def with_a_full_disk(argv: list[str]) -> int:
+    """The command; the disk is full in the middle of the tenth line of the logs."""
+    append, lines = storage.append_line, iter(range(10))
+
+    def half_a_line(path, text):
+        if path.name == "metrics.jsonl" and next(lines, None) is None:
+            path.open("a").write(text[: len(text) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(path, text)
+
+    storage.append_line = half_a_line
+    return cli.main(argv)
+
+
+def with_closed_pipes(argv: list[str]) -> int:
+    """The command, with progress to pipes that nobody reads; its code goes to a file."""
+    for number in (1, 2):
+        reader, writer = os.pipe()
+        os.dup2(writer, number)
+        os.close(reader)
+    return cli.main([*argv, "--run.progress", "true"])
+
+
+@pytest.mark.slow
+def test_what_fails_beside_a_run_changes_no_bit(config, tmp_path):
+    said, whole = tmp_path / "said", tmp_path / "whole"
+    short = ["train", str(config), "--run.steps", "12", "--run.export", "true"]
+    assert ended(*short, "--run.dir", whole, output=said) == (0, "")
+    for function, code, line in (
+        (with_a_failing_tracker, 0, "tracker wandb failed: StopIteration"),
+        (with_a_full_disk, 43, "metrics.jsonl: cannot be written (No space left on device)"),
+        (with_closed_pipes, 0, ""),
+    ):
+        run = tmp_path / function.__name__
+        with called(function, [*short, "--run.dir", str(run)], output=said) as running:
+            assert running.code() == code
+            assert line in running.said()
+            assert running.said().count("\n") <= 1
+        if code:
+            assert ended(*short, "--run.dir", run, output=said) == (0, "")
+        for name in ("metrics.jsonl", "distributions.jsonl", "export/model.safetensors"):
+            assert (run / name).read_bytes() == (whole / name).read_bytes(), function
+        assert saved_bits(run, 12) == saved_bits(whole, 12)
+
+
+@pytest.mark.slow
+def test_an_edited_manifest_costs_its_step_and_no_bit(config, tmp_path):
+    """Of the last step, in each way; the run goes on from the one before and comes to the same end."""
+    run, said = tmp_path / "run", tmp_path / "said"
+    short = ["train", str(config), "--run.steps", "7"]
+    assert ended(*short, output=said) == (0, "")
+    path, logs_before = run / "checkpoints" / "7" / "manifest" / "metadata", (run / "metrics.jsonl").read_bytes()
+    intact, bits = path.read_bytes(), saved_bits(run, 7)
+    kinds = [
+        "leaves gone",
+        "offsets wrong",
+        "step, a digit",
+        "config nested",
+        "extras gone, sealed",
+        "leaves wrong, sealed",
+    ]
+    for kind in kinds:
+        path.write_bytes(edits(intact)[kind])
+        code, text = ended(*short, output=said)
+        assert code == 0, (kind, text)
+        assert text.count("\n") == 1, (kind, text)
+        assert "checkpoint of step 7 is damaged (its manifest cannot be used: " in text
+        assert events(run, "restore")[-1]["step"] == 5
+        assert (run / "metrics.jsonl").read_bytes() == logs_before
+        assert saved_bits(run, 7) == bits
 
 
 @pytest.mark.slow

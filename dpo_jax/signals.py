@@ -1,0 +1,72 @@
+"""End a command on SIGTERM, SIGINT or SIGHUP, whatever it is doing.
+
+The main thread raises an exception, so that everything open is closed. If it cannot, as it is inside a compilation or
+another long call of a library, a thread ends the process after a few seconds. Nothing is lost by that: all files are
+written so that a process may be killed at any point.
+
+While a run takes steps, parallel/hosts.py replaces these handlers: the step is finished and saved first.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dpo_jax.errors import Terminated
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+GRACE_SECONDS = 3.0  # for the main thread to end by itself
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+INTERRUPTED_LINE = "dpo-jax: interrupted"
+
+
+def _end(number: int, frame: object) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Terminated(signal.Signals(number).name)
+
+
+@contextmanager
+def ending_signals() -> Iterator[None]:
+    """Context manager in which the signals end the process: `Terminated`, or ``KeyboardInterrupt`` for SIGINT.
+
+    Signals that are ignored, as SIGHUP is under nohup, stay ignored. Outside the main thread it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    replaced = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) in defaults}
+    previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    has_ended = threading.Event()
+    threading.Thread(target=_watch, args=(reader, has_ended), daemon=True, name="signals").start()
+    try:
+        for number in replaced:
+            signal.signal(number, _end)
+        yield
+    finally:
+        has_ended.set()
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(previous_writer)
+        os.close(writer)  # ends the thread
+
+
+def _watch(reader: int, has_ended: threading.Event) -> None:
+    """Read the numbers of the signals that arrive; if one does not end the process in time, end it here."""
+    with open(reader, "rb", buffering=0) as numbers:
+        while received := numbers.read(1):
+            number = received[0]
+            if signal.getsignal(number) is not _end:
+                continue  # a run saves its state first
+            if has_ended.wait(GRACE_SECONDS):
+                return
+            if signal.getsignal(number) is _end:
+                is_interrupt = number == signal.SIGINT
+                stopped = Terminated(signal.Signals(number).name)
+                line = INTERRUPTED_LINE if is_interrupt else f"dpo-jax: {stopped}"
+                os.write(2, f"\n{line}\n".encode())
+                os._exit(INTERRUPTED if is_interrupt else stopped.exit_code)
