@@ -259,6 +259,24 @@ def check_sharded(text, mesh, *, tokens, experts, hidden, features, window):
     assert max(array_sizes(text)) <= largest < tokens * shard * features / 2
 
 
+@pytest.mark.slow
+def test_frozen_experts_with_adapters_have_no_gradient(optimized):
+    """A step of adapters reads a device's matrices and makes nothing of their shape."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
+    struct = lambda spec, *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    x, router, experts = mixture_structs(mesh, rows=8, num_experts=16, hidden=80, features=96, length=32)
+    a, b = struct(SPECS["down"]["a"], 16, 4, 96), struct(SPECS["down"]["b"], 16, 80, 4)
+
+    def loss(a, b, x, router, experts):
+        return mixture_loss(x, router, experts._replace(down=experts.down._replace(a=a, b=b)))
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(a, b, x, router, experts).compile().as_text()
+    made = re.findall(r"= f32\[2,(?:80,96|96,80)\]\S* (\S+?)\(", text)
+    assert set(made) <= {"parameter", "get-tuple-element"}
+    assert made
+
+
 def test_no_expert_is_gathered(optimized):
     mesh = make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
     text = compile_gradient(mixture_structs(mesh, rows=8, num_experts=64, length=32), mesh)
