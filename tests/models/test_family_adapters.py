@@ -181,10 +181,10 @@ def test_wildcards_match_no_dot_so_experts_are_adapted_on_request(patterns, expe
 
 
 def test_no_target_is_a_matrix_of_one_expert():
-    remedy = "it matches none of the model's q_proj, k_proj, v_proj, o_proj, mlp.experts.gate_up_proj, " \
-             "mlp.experts.down_proj; * matches all but the experts"  # fmt: skip
+    choices = "q_proj, k_proj, v_proj, o_proj, mlp.experts.gate_up_proj, mlp.experts.down_proj"
     with pytest.raises(UserError) as error:
         make_lora(LoraConfig(rank=3, targets=("up_proj",)), MIXTURE)
+    remedy = f"it matches none of the model's {choices}; * matches all but the experts"
     assert str(error.value) == f"lora.targets: 'up_proj' cannot be used: {remedy}"
 
 
@@ -232,10 +232,10 @@ def expert_adapters(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("written", "targets", "line"), [
-    ({}, ["k_proj"], "target_parameters: ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'] cannot be used: "
-     "lora.targets has no parameters of experts; name the same in both"),
+    ({}, ["k_proj"], "target_parameters: ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'] cannot be used"),
+    ({}, ["k_proj"], "lora.targets has no parameters of experts; name the same in both"),
     ({}, ["k_proj", "mlp.experts.down_proj"], "lora.targets has mlp.experts.down_proj; name the same in both"),
-    ({"target_parameters": ["experts.down_proj"]}, None, "target_parameters: ['experts.down_proj'] cannot be used: "
+    ({"target_parameters": ["experts.down_proj"]}, None,
      "lora.targets has mlp.experts.gate_up_proj, mlp.experts.down_proj; name the same in both"),
     ({"target_parameters": None}, None, "target_parameters: None cannot be used"),
     ({"target_parameters": "mlp.experts.*"}, None, "target_parameters: 'mlp.experts.*' cannot be used: give a list"),
@@ -245,9 +245,7 @@ def expert_adapters(tmp_path_factory) -> Path:
     ({"fan_in_fan_out": True}, None, "fan_in_fan_out: True cannot be used"),
     ({}, ["q_proj", "mlp.experts.*"], "contains base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"),
 ])  # fmt: skip
-def test_adapters_of_experts_that_differ_from_the_config_are_refused(
-    expert_adapters, tmp_path, written, targets, line
-):
+def test_adapters_of_experts_that_differ_from_the_config_are_refused(expert_adapters, tmp_path, written, targets, line):
     for path in expert_adapters.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     options = json.loads((tmp_path / "adapter_config.json").read_text())
