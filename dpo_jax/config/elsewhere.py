@@ -6,7 +6,7 @@ OPTION_ALIASES = {
     "ref_model": "reference.path", "precompute_ref_log_probs": "reference.mode",
     "ref_model_sync_steps": "reference.sync_every", "ref_model_mixup_alpha": "reference.sync_mix",
     "r": "lora.rank", "lora_r": "lora.rank", "lora_alpha": "lora.alpha", "target_modules": "lora.targets",
-    "lora_target_modules": "lora.targets", "use_rslora": "lora.rslora",
+    "lora_target_modules": "lora.targets", "target_parameters": "lora.targets", "use_rslora": "lora.rslora",
     "dataset": "data.train", "dataset_name": "data.train", "datasets": "data.train", "train_file": "data.train",
     "eval_dataset": "data.eval", "test": "data.eval", "val_set_size": "data.eval_fraction",
     "max_seq_length": "data.max_length", "sequence_len": "data.max_length", "truncation_mode": "data.truncation",

@@ -47,7 +47,8 @@ class LoraConfig(Section, name="lora"):
     """Adapters are scaled by alpha / rank."""
     targets: tuple[str, ...] = ("*",)
     """Projections that get an adapter: the names of their modules in Hugging Face models, such as q_proj, or shell
-    patterns of these; * matches all."""
+    patterns of these; * matches all modules. Matrices of experts are mlp.experts.gate_up_proj and
+    mlp.experts.down_proj, which mlp.experts.* matches; a wildcard matches no dot."""
     rslora: bool = False
     """Scale adapters by alpha / sqrt(rank) instead, so that a higher rank learns no slower."""
     init: Literal["kaiming", "gaussian", "zero_a"] = "kaiming"
@@ -58,7 +59,7 @@ class LoraConfig(Section, name="lora"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse("targets", not self.targets, "name the modules that get an adapter; * matches all")
+        self.refuse("targets", not self.targets, "name the modules that get an adapter; * matches all modules")
         for option in ("alpha", "targets", "rslora", "init", "path"):
             self.refuse_idle(option, self.rank == 0, "lora.rank is 0, so there are no adapters")
         self.refuse_idle("init", self.path is not None, f"the adapters start from lora.path {self.path}")

@@ -1,6 +1,5 @@
 """Low-rank adapters: initialization, and merging into the weights. layers.py describes their tree."""
 
-import math
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -12,6 +11,7 @@ from dpo_jax.config import LoraConfig
 from dpo_jax.errors import require
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.families import modules, target_name, target_names
+from dpo_jax.models.flops import projections
 from dpo_jax.models.options import DecoderConfig, Lora
 from dpo_jax.models.projections import layer_projections
 
@@ -20,21 +20,27 @@ def make_lora(config: LoraConfig, decoder: DecoderConfig) -> Lora | None:
     """Return the adapter options of a model, or None if the config has no adapters.
 
     Raises:
-        UserError: a pattern of ``lora.targets`` matches no module of this decoder.
+        UserError: a pattern of ``lora.targets`` matches nothing in this decoder.
     """
     if config.rank == 0:
         return None
-    choices = target_names(decoder)
+    choices, all_text = target_names(decoder), "all" if decoder.experts is None else "all but the experts"
     for pattern in config.targets:
-        remedy = f"it matches none of the model's {', '.join(choices)}; * matches all"
-        require(any(fnmatchcase(name, pattern) for name in choices), "lora.targets", pattern, remedy)
+        remedy = f"it matches none of the model's {', '.join(choices)}; * matches {all_text}"
+        require(any(_matches(name, pattern) for name in choices), "lora.targets", pattern, remedy)
     adapted = [
         names
         for module, names in modules(decoder).items()
-        if any(fnmatchcase(target_name(module), pattern) for pattern in config.targets)
+        if any(_matches(target_name(module), pattern) for pattern in config.targets)
     ]
     shared = tuple((name, names[0]) for names in adapted for name in names[1:])
     return Lora(rank=config.rank, scale=config.scale, targets=frozenset(sum(adapted, ())), shared=shared)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a shell pattern matches the name of a target; its wildcards do not match dots."""
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 def start_adapters(
@@ -45,19 +51,20 @@ def start_adapters(
     kaiming and gaussian match PEFT; zero_a is Init[B] of arXiv 2406.08447. ``head``: the reward head of the base,
     from which the trained head starts.
     """
-    shapes = model.adapter_shapes()
+    shapes, sizes = model.adapter_shapes(), projections(model.config)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
 
     def draw(path, leaf, key):
         if path[-1].key == "score":
             assert head is not None
             return head.astype(leaf.dtype)
-        rank = leaf.shape[1] if path[-1].key == "a" else leaf.shape[-1]
+        assert model.lora is not None
+        rank = model.lora.rank
         if (path[-1].key == "b") != (init == "zero_a"):
             return jnp.zeros(leaf.shape, leaf.dtype)
         if init == "gaussian":
             return jax.random.normal(key, leaf.shape, leaf.dtype) / rank
-        fan_in = rank if init == "zero_a" else math.prod(leaf.shape[2:])
+        fan_in = rank if init == "zero_a" else sizes[path[-2].key][0]
         return jax.random.uniform(key, leaf.shape, leaf.dtype, -(fan_in**-0.5), fan_in**-0.5)
 
     arrays = [draw(path, leaf, jax.random.fold_in(key, index)) for index, (path, leaf) in enumerate(leaves)]
@@ -70,14 +77,14 @@ def merge(weights: Adapted, model: Model) -> Params:
     The head of a reward model is taken from the adapters.
     """
     assert model.lora is not None
-    scale, owner, rows = model.lora.scale, model.lora.owner, layer_projections(model.config)
+    scale, rank, owner, rows = model.lora.scale, model.lora.rank, model.lora.owner, layer_projections(model.config)
 
     def add(weight: jax.Array, name: str, adapters: Params) -> jax.Array:
         a, b = adapters[owner(name)]["a"], adapters[name]["b"]
-        num_layers, rank = a.shape[:2]
-        a, b = a.reshape(num_layers, rank, -1), b.reshape(num_layers, -1, rank)
-        product = jnp.einsum("lor,lri->loi", b, a, precision=jax.lax.Precision.HIGHEST)
-        product = product.swapaxes(1, 2) if rows[name].transposed else product
+        stack = a.shape[: 1 + len(rows[name].stack)]  # layers, or layers and experts
+        a, b = a.reshape(*stack, rank, -1), b.reshape(*stack, -1, rank)
+        product = jnp.einsum("...or,...ri->...oi", b, a, precision=jax.lax.Precision.HIGHEST)
+        product = product.swapaxes(-1, -2) if rows[name].transposed else product
         return weight.astype(jnp.float32) + scale * product.reshape(weight.shape)
 
     def merged(weights: Adapted) -> Params:

@@ -110,10 +110,13 @@ def forward_flops(config: DecoderConfig, work: Work) -> Flops:
 
 
 def adapter_flops(config: DecoderConfig, work: Work, lora: Lora) -> int:
-    """Count the operations that adapters add to a forward pass: (x A^T) B^T, the first of them once per module."""
+    """Count the operations that adapters add to a forward pass: (x A^T) B^T, the first of them once per module.
+
+    Of the experts' adapters, only those of a token's experts count.
+    """
     sizes = projections(config)
-    num_inputs = sum(sizes[name][0] for name in lora.targets if lora.owner(name) == name)
-    num_outputs = sum(sizes[name][1] for name in lora.targets)
+    num_inputs = sum(copies(config, name) * sizes[name][0] for name in lora.targets if lora.owner(name) == name)
+    num_outputs = sum(copies(config, name) * sizes[name][1] for name in lora.targets)
     return 2 * config.layers * lora.rank * (num_inputs + num_outputs) * work.tokens
 
 

@@ -10,7 +10,8 @@ option.
 
 Adapters are a second Flax collection, `lora`, whose tree mirrors the parameter tree: each target projection has `a`
 [r, inputs] and `b` [outputs, r] with separate head dims, e.g. [L, r, D] and [L, N, H, r] for queries, regardless of the
-orientation of the projection itself. In a reward model it also has the head, `score`, which is trained whole.
+orientation of the projection itself. Those of the experts have a dim of experts, [L, E, r, D] and [L, E, F, r] for
+`gate`. In a reward model the tree also has the head, `score`, which is trained whole.
 """
 
 from collections.abc import Callable
@@ -180,19 +181,24 @@ class DecoderModule(nn.Module):
             y += self.lora.scale * self.adapter(name, x)
         return y
 
+    def factors(self, name: str) -> dict[str, Array]:
+        """Declare A and B of the adapter of projection ``name``; in a fused module only its first one has an A."""
+        assert self.lora is not None
+        row = layer_projections(self.config)[name]
+        letters = {"a": f"{row.stack}r{row.inputs}", "b": f"{row.stack}{row.outputs}r"}
+        if self.lora.owner(name) != name:
+            del letters["a"]
+        declare = lambda: {factor: self.zeros(dims) for factor, dims in letters.items()}  # noqa: E731
+        return self.variable("lora", name, declare).value
+
     def adapter(self, name: str, x: Array) -> Array:
         """Compute (x A^T) B^T with the adapter of projection ``name``; in a fused module A is that of its first one."""
         assert self.lora is not None
-        row, owner = layer_projections(self.config)[name], self.lora.owner(name)
+        row, owner, factors = layer_projections(self.config)[name], self.lora.owner(name), self.factors(name)
         operand, _, result = row.letters
-        letters = {"a": f"r{row.inputs}", "b": f"{row.outputs}r"}
-        factors_here = [factor for factor in letters if factor == "b" or owner == name]
-        factors = self.variable(
-            "lora", name, lambda: {factor: self.zeros(letters[factor]) for factor in factors_here}
-        ).value
         a = factors["a"] if owner == name else nn.unbox(self.get_variable("lora", owner))["a"]
-        x = jnp.einsum(f"{operand},{letters['a']}->RTr", x, a.astype(x.dtype))
-        return jnp.einsum(f"RTr,{letters['b']}->{result}", x, factors["b"].astype(x.dtype))
+        x = jnp.einsum(f"{operand},r{row.inputs}->RTr", x, a.astype(x.dtype))
+        return jnp.einsum(f"RTr,{row.outputs}r->{result}", x, factors["b"].astype(x.dtype))
 
     def norm(self, name: str, x: Array, letters: str = "D", factor: float = 1.0) -> Array:
         """Divide by sqrt(mean(x^2) + eps) over the dims of ``letters`` and scale, in float32 (arXiv 1910.07467).
@@ -342,15 +348,21 @@ class Layer(DecoderModule):
         c = self.config.experts
         assert c is not None
         matrix, bias = self.expert_weights("router")
-        linears = [mixture.ExpertLinear(*self.expert_weights(name)) for name in ("gate", "up", "down")]
+        experts = mixture.ExpertWeights(*map(self.expert_linear, ("gate", "up", "down")))
         rule = mixture.Router(c.per_token, c.softmax, c.renormalize)
         routing = mixture.route(x, matrix, bias, token_weights > 0, rule)
         glu = mixture.Glu(c.alpha, c.offset, c.limit)
+        scale = 1.0 if self.lora is None else self.lora.scale
         # no mesh divides the single row of which a model is initialized
-        y = x if self.is_initializing() else mixture.feed_forward(x, routing, mixture.ExpertWeights(*linears), glu)
+        y = x if self.is_initializing() else mixture.feed_forward(x, routing, experts, glu, scale)
         if c.shared_ffn:
             y += jax.nn.sigmoid(self.linear("shared_router", x)) * self.shared_expert(x)
         return y, mixture.balance_sums(routing, token_weights)
+
+    def expert_linear(self, name: str) -> mixture.ExpertLinear:
+        """Declare projection ``name`` of all experts, with biases and adapters, if any."""
+        factors = self.factors(name) if self.lora is not None and name in self.lora.targets else {}
+        return mixture.ExpertLinear(*self.expert_weights(name), **factors)
 
     def expert_weights(self, name: str) -> tuple[Array, Array | None]:
         """Declare the matrices of all experts, or the router's, and their biases."""

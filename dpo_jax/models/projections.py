@@ -83,14 +83,18 @@ LAYER = ATTENTION | FEED_FORWARD
 # In place of FEED_FORWARD in a mixture of experts; the last four belong to the shared expert.
 EXPERTS = {row.name: row for row in (
     Projection("router", "RTD,eD->RTe", "mlp.gate", "experts.router_bias", adaptable=False),
-    Projection("gate", "RTd,dF->RTF", "mlp.experts.{}.gate_proj", "mlp_bias", "E", adaptable=False),
-    Projection("up", "RTd,dF->RTF", "mlp.experts.{}.up_proj", "mlp_bias", "E", adaptable=False),
-    Projection("down", "RTF,Fd->RTd", "mlp.experts.{}.down_proj", "mlp_bias", "E", adaptable=False),
+    Projection("gate", "RTd,dF->RTF", "mlp.experts.{}.gate_proj", "mlp_bias", "E"),
+    Projection("up", "RTd,dF->RTF", "mlp.experts.{}.up_proj", "mlp_bias", "E"),
+    Projection("down", "RTF,Fd->RTd", "mlp.experts.{}.down_proj", "mlp_bias", "E"),
     Projection("shared_router", "RTD,uD->RTu", "mlp.shared_expert_gate"),
     Projection("shared_gate", "RTD,DU->RTU", "mlp.shared_expert.gate_proj"),
     Projection("shared_up", "RTD,DU->RTU", "mlp.shared_expert.up_proj"),
     Projection("shared_down", "RTU,DU->RTD", "mlp.shared_expert.down_proj"),
 )}  # fmt: skip
+# In transformers a module holds the matrices of all experts of a layer, as these parameters; most files have a tensor
+# for each expert instead.
+EXPERT_MODULE = "model.layers.{}.mlp.experts"
+EXPERT_PARAMETERS = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
 
 
 def layer_projections(config: DecoderConfig) -> dict[str, Projection]:

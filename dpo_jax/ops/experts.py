@@ -115,17 +115,19 @@ SILU = Glu()
 
 
 class ExpertLinear(NamedTuple):
-    """A linear layer of each expert, inputs first, with an optional bias."""
+    """A linear layer of each expert, inputs first, with an optional bias and an optional adapter (x A^T) B^T."""
 
     matrix: Float[Array, "E i o"]
     bias: Float[Array, "E o"] | None = None
+    a: Float[Array, "E r i"] | None = None
+    b: Float[Array, "E o r"] | None = None
 
 
 class ExpertWeights(NamedTuple):
     """Weights of all experts, or of a device's shard."""
 
     gate: ExpertLinear  # D -> F
-    up: ExpertLinear  # D -> F
+    up: ExpertLinear  # D -> F; its adapter has the A of the gate's
     down: ExpertLinear  # F -> D
 
 
@@ -133,10 +135,14 @@ class ExpertWeights(NamedTuple):
 _TO_FEATURES = {
     "matrix": PartitionSpec(EXPERT_AXIS, None, "tensor"),
     "bias": PartitionSpec(EXPERT_AXIS, "tensor"),
+    "a": PartitionSpec(EXPERT_AXIS, None, None),
+    "b": PartitionSpec(EXPERT_AXIS, "tensor", None),
 }
 _FROM_FEATURES = {
     "matrix": PartitionSpec(EXPERT_AXIS, "tensor", None),
     "bias": PartitionSpec(EXPERT_AXIS, None),
+    "a": PartitionSpec(EXPERT_AXIS, None, "tensor"),
+    "b": PartitionSpec(EXPERT_AXIS, None, None),
 }
 SPECS = {"gate": _TO_FEATURES, "up": _TO_FEATURES, "down": _FROM_FEATURES}
 
@@ -156,17 +162,18 @@ class _Options(NamedTuple):
 
     glu: Glu
     precision: str | None
+    adapter_scale: float
 
 
 def feed_forward(
-    x: Float[Array, "R T D"], routing: Routing, experts: ExpertWeights, glu: Glu = SILU
+    x: Float[Array, "R T D"], routing: Routing, experts: ExpertWeights, glu: Glu = SILU, adapter_scale: float = 1.0
 ) -> Float[Array, "R T D"]:
     """Return the weighted sum of the outputs of each token's experts, in x's dtype; 0 at padding.
 
     The backward pass recomputes the products before the last, so that nothing wider than x is saved. The gradient of
     the experts is accumulated and reduced in float32.
     """
-    options = _Options(glu, jax.config.values["jax_default_matmul_precision"])
+    options = _Options(glu, jax.config.values["jax_default_matmul_precision"], adapter_scale)
     return _feed_forward(x, routing.weights, experts, routing.experts, options)
 
 
@@ -298,19 +305,23 @@ def _apply_rows(
     groups: grouped.Groups,
 ) -> Float[Array, "n D"]:
     """Return what the rows of ``groups`` add to each token; the weights are applied before the last product."""
-    linear = partial(_linear, groups=groups, implementation=implementation, precision=options.precision)
+    product = partial(grouped.product, groups=groups, implementation=implementation, precision=options.precision)
     rows, row_weights = grouped.spread(x, groups), grouped.spread_slots(weights, groups)[:, None]
-    hidden = options.glu(linear(rows, experts.gate), linear(rows, experts.up))
-    y = linear((hidden * row_weights).astype(x.dtype), experts.down, bias_scale=row_weights * shard.bias_scale)
+    # (x A^T) of an adapter, [S, r]; on one of the devices along `tensor`, that of `down` is of its features only
+    narrow = lambda x, a: None if a is None else product(x, a.swapaxes(1, 2))  # noqa: E731
+
+    def linear(x, layer, narrowed, bias_scale=1.0):
+        y = product(x, layer.matrix)
+        if layer.bias is not None:
+            bias = grouped.spread_experts(layer.bias, groups) * bias_scale
+            y = (y.astype(jnp.float32) + bias).astype(x.dtype)
+        return y if layer.b is None else y + options.adapter_scale * product(narrowed, layer.b.swapaxes(1, 2))
+
+    narrowed = narrow(rows, experts.gate.a)
+    hidden = options.glu(linear(rows, experts.gate, narrowed), linear(rows, experts.up, narrowed))
+    hidden = (hidden * row_weights).astype(x.dtype)
+    y = linear(hidden, experts.down, narrow(hidden, experts.down.a), row_weights * shard.bias_scale)
     return grouped.collect(y, groups)
-
-
-def _linear(x, layer, *, groups, implementation, precision, bias_scale=1.0):
-    y = grouped.product(x, layer.matrix, groups=groups, implementation=implementation, precision=precision)
-    if layer.bias is not None:
-        bias = grouped.spread_experts(layer.bias, groups) * bias_scale
-        y = (y.astype(jnp.float32) + bias).astype(x.dtype)
-    return y
 
 
 def _own_slots(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.flops import copies, projections, recomputed_projections
+from dpo_jax.models.options import DecoderConfig
 from dpo_jax.models.projections import layer_projections
 from dpo_jax.parallel.chips import Chip
 from dpo_jax.plan.hlo import Collective
@@ -21,11 +22,12 @@ def matrix_traffic(
     ``tokens`` and ``targets`` are per device and microbatch; ``tensor`` devices shard each matrix, and ``fsdp`` devices
     the experts of a mixture.
     """
-    trains_matrices = model.lora is None  # the model's own matrices are trained; adapters are negligible
+    trains_matrices = model.lora is None  # the model's own matrices are trained
     matmuls = 1 + live_reference + 1 + trains_matrices  # forward, reference forward, input gradient, matrix gradient
     recomputed = recomputed_projections(model.config, model.remat)
     products = _layer_products(model, tokens, tensor, fsdp)
     layer_bytes = sum((matmuls + (name in recomputed)) * num_bytes for name, num_bytes in products.items())
+    layer_bytes += 3 * _adapter_products(model, tokens, tensor, fsdp)
     # logits are never saved, so they are recomputed whatever remat saves of the layers
     head_bytes = (3 + live_reference + trains_matrices) * _head_product(model, targets, tensor)
     return microbatches * (model.config.layers * layer_bytes + head_bytes)
@@ -34,27 +36,52 @@ def matrix_traffic(
 def forward_traffic(model: Model, tokens: int, targets: int, *, tensor: int, fsdp: int = 1) -> float:
     """Return the bytes that the matmuls of a forward pass read and write, as in `matrix_traffic`."""
     layer_bytes = sum(_layer_products(model, tokens, tensor, fsdp).values())
+    layer_bytes += _adapter_products(model, tokens, tensor, fsdp)
     head_bytes = _head_product(model, targets, tensor) if targets else 0  # without targets no logits are computed
     return model.config.layers * layer_bytes + head_bytes
 
 
 def _layer_products(model: Model, tokens: int, tensor: int, fsdp: int) -> dict[str, float]:
-    """Return the bytes of the operands of each matmul of a layer, by name.
+    """Return the bytes of the operands of each matmul of a layer, by name."""
+    products = {}
+    for name, (inputs, outputs) in projections(model.config).items():
+        rows, matrices = _rows_and_matrices(model.config, name, tokens, fsdp)
+        products[name] = _itemsize(model) * (rows * (inputs + outputs / tensor) + matrices * inputs * outputs / tensor)
+    return products
+
+
+def _adapter_products(model: Model, tokens: int, tensor: int, fsdp: int) -> float:
+    """Return the bytes of the operands of the matmuls of a layer's adapters, (x A^T) and that by B^T."""
+    lora, total = model.lora, 0.0
+    if lora is None:
+        return total
+    sizes = projections(model.config)
+    for name in lora.targets:
+        (inputs, outputs), rank = sizes[name], lora.rank
+        rows, matrices = _rows_and_matrices(model.config, name, tokens, fsdp)
+        if lora.owner(name) == name:
+            total += rows * (inputs + rank) + matrices * inputs * rank
+        total += rows * (rank + outputs / tensor) + matrices * rank * outputs / tensor
+    return _itemsize(model) * total
+
+
+def _rows_and_matrices(config: DecoderConfig, name: str, tokens: int, fsdp: int) -> tuple[int, float]:
+    """Return how many rows a matmul of that name has on a device, and how many matrices they are multiplied by.
 
     An expert's matrices are read if it has a token, as most do in a step, but few in a mixture that samples one row.
     """
-    config, itemsize, products = model.config, 2 if model.dtype == "bfloat16" else 4, {}
-    for name, (inputs, outputs) in projections(config).items():
-        rows, matrices = tokens * copies(config, name), 1.0
-        if config.experts is not None and layer_projections(config)[name].stack:
-            matrices = min(config.experts.number / fsdp, rows)
-        products[name] = itemsize * (rows * (inputs + outputs / tensor) + matrices * inputs * outputs / tensor)
-    return products
+    rows = tokens * copies(config, name)
+    is_of_experts = config.experts is not None and layer_projections(config)[name].stack
+    return rows, min(config.size("experts") / fsdp, rows) if is_of_experts else 1.0
+
+
+def _itemsize(model: Model) -> int:
+    return 2 if model.dtype == "bfloat16" else 4
 
 
 def _head_product(model: Model, targets: int, tensor: int) -> float:
     """Return the bytes of the operands of the logits; 0 if there are none."""
-    c, itemsize = model.config, 2 if model.dtype == "bfloat16" else 4
+    c, itemsize = model.config, _itemsize(model)
     return itemsize * c.hidden * (targets + c.vocab / tensor) if c.logits else 0
 
 

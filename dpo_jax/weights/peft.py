@@ -5,7 +5,8 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import numpy as np
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import UserError, from_outside, shown
 from dpo_jax.models.decoder import Model, Params
-from dpo_jax.models.families import FAMILIES, modules, target_name, target_names, tensor_name
+from dpo_jax.models.families import FAMILIES, is_expert_parameter, modules, target_name, target_names, tensor_name
 from dpo_jax.models.flops import projections
 from dpo_jax.models.options import DecoderConfig
-from dpo_jax.models.projections import layer_projections
+from dpo_jax.models.projections import EXPERT_MODULE, layer_projections
 from dpo_jax.weights.hub import read_json
 from dpo_jax.weights.huggingface import atomic_directory, fetch_tensors, load_tree
 from dpo_jax.weights.safetensors import Tensor, read_header, write_file
@@ -30,7 +31,10 @@ _HEADS = ("classifier", "score")  # PEFT's ``modules_to_save`` for a sequence cl
 # _USED: keys of adapter_config.json that are read. _HARMLESS: keys that do not change what the adapters compute, as
 # dropout is off here and the others are metadata. Any other key must have a value that PEFT ignores. PEFT tests most of
 # them for null only, so an empty list or dictionary can have an effect.
-_USED = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights", "bias"}
+_USED = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "exclude_modules",
+    "init_lora_weights", "bias",
+}  # fmt: skip
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
@@ -52,24 +56,27 @@ _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 def _tensors(model: Model) -> dict[str, Stored]:
     """Return what each adapter tensor holds, by its stored name; leaves are layers/PROJECTION/a or b, or score.
 
-    Projections in one module of the model share their A.
+    Projections in one module of the model share their A. Experts are one tensor: their A one below another, and of
+    their B first the first column of each, then the second of each, and so on.
     """
+    assert model.lora is not None
     config, shapes, sizes = model.config, model.adapter_shapes(), projections(model.config)
 
-    def part(name: str, factor: str, rows: int) -> Part:
+    def part(name: str, factor: str, rows: int, experts_last: bool = False) -> Part:
         shape = shapes["layers"][name][factor].shape[1:]
-        return Part(leaf=f"layers/{name}/{factor}", index=(), shape=shape, rows=rows)
+        return Part(leaf=f"layers/{name}/{factor}", index=(), shape=shape, rows=rows, experts_last=experts_last)
 
-    tensors = {}
+    tensors, wrappers = {}, _wrappers(model)
     for module, names in _adapted_modules(model).items():
-        inputs, rank = sizes[names[0]][0], shapes["layers"][names[0]]["a"].shape[1]
-        outputs = tuple(part(name, "b", sizes[name][1]) for name in names)
-        groups = num_groups(config, f"{module}.weight")
-        a = Stored(parts=(part(names[0], "a", rank),), inputs=(inputs,))
+        is_of_experts = is_expert_parameter(module)
+        rank = model.lora.rank * (config.size("experts") if is_of_experts else 1)
+        outputs = tuple(part(name, "b", sizes[name][1], experts_last=is_of_experts) for name in names)
+        groups = num_groups(config, module if is_of_experts else f"{module}.weight")
+        a = Stored(parts=(part(names[0], "a", rank),), inputs=(sizes[names[0]][0],))
         b = Stored(parts=outputs, inputs=(rank,), groups=groups)
         for letter, stored in (("A", a), ("B", b)):
             for layer in range(config.layers):
-                tensors[f"{_PREFIX}{module.format(layer)}.lora_{letter}.weight"] = stored.at((layer,))
+                tensors[f"{_PREFIX}{wrappers[module].format(layer)}.lora_{letter}.weight"] = stored.at((layer,))
     if "score" in shapes:
         num_scores, hidden = shapes["score"].shape
         head = Part(leaf="score", index=(), shape=(num_scores, hidden), rows=num_scores)
@@ -83,9 +90,22 @@ def _adapted_modules(model: Model) -> dict[str, tuple[str, ...]]:
     return {module: names for module, names in modules(model.config).items() if names[0] in model.lora.targets}
 
 
-def _module_of(tensor: str) -> str:
-    """Return the module of an adapter tensor."""
-    return tensor.removeprefix(_PREFIX).partition(".lora_")[0]
+def _wrappers(model: Model) -> dict[str, str]:
+    """Return the module that has the adapter of each of the `modules` in PEFT.
+
+    PEFT wraps the module of all experts in one module for each of its adapted parameters, the last one outermost.
+    """
+    adapted = list(_adapted_modules(model))
+    wrappers = {module: module for module in adapted}
+    for depth, parameter in enumerate(reversed(list(filter(is_expert_parameter, adapted)))):
+        wrappers[parameter] = EXPERT_MODULE + ".base_layer" * depth
+    return wrappers
+
+
+def _module_of(tensor: str, model: Model) -> str:
+    """Return which of the `modules` an adapter tensor belongs to, or the module in its name if it is none of them."""
+    module = re.sub(r"(?<=\.)\d+(?=\.)", "{}", tensor.removeprefix(_PREFIX).partition(".lora_")[0])
+    return {wrapper: name for name, wrapper in _wrappers(model).items()}.get(module, module)
 
 
 def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any) -> Params:
@@ -102,7 +122,7 @@ def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any
         raise UserError(f"lora.path: {folder} has no {TENSOR_FILE}; save the adapters with safe_serialization=True")
     tensors, expected = read_header(folder / TENSOR_FILE), _tensors(model)
     _check_tensors(folder, tensors, expected, model)
-    _check_targets(folder, options, model, expected)
+    _check_targets(folder, options, model)
     return load_tree(tensors, expected, model.adapter_shapes(), shardings)
 
 
@@ -130,6 +150,29 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig,
     for key, option in (("r", "rank"), ("lora_alpha", "alpha"), ("use_rslora", "rslora")):
         if options.get(key, False) != getattr(config, option):
             raise bad_option(key, f"lora.{option} is {getattr(config, option)!r}; set both to the same value")
+    _check_parameters(folder / CONFIG, options, model)
+
+
+def _check_parameters(path: Path, options: Mapping[str, Any], model: Model) -> None:
+    """Refuse adapters of other parameters of the experts than ``lora.targets`` names."""
+
+    def bad_option(key: str, why: str) -> UserError:
+        return UserError(f"lora.path: {path}: {key}", options.get(key), why)
+
+    chosen, adapted = options.get("target_parameters") or [], list(filter(is_expert_parameter, _adapted_modules(model)))
+    if isinstance(chosen, str):  # PEFT has no patterns here
+        raise bad_option("target_parameters", "give a list of names")
+    all_parameters = _in_layers(filter(is_expert_parameter, modules(model.config)), model.config)
+    if _named(path, "target_parameters", chosen, all_parameters) != _in_layers(adapted, model.config):
+        names = ", ".join(map(target_name, adapted)) or "no parameters of experts"
+        raise bad_option("target_parameters", f"lora.targets has {names}; name the same in both")
+    if adapted and options.get("lora_dropout"):
+        raise bad_option("lora_dropout", "adapters of experts have no dropout; set it to 0")
+
+
+def _in_layers(modules: Iterable[str], config: DecoderConfig) -> set[str]:
+    """Return the names in every layer of modules or parameters in whose names {} stands for the layer."""
+    return {module.format(layer) for module in modules for layer in range(config.layers)}
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Stored], model: Model) -> None:
@@ -138,7 +181,7 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mappin
 
     all_targets, adapted = target_names(model.config), [target_name(module) for module in _adapted_modules(model)]
     for name in (name for name in tensors if name not in expected):
-        target = target_name(_module_of(name))
+        target = target_name(_module_of(name, model))
         if target not in all_targets:
             raise bad_file(f"contains {name}, which is not an adapter of {', '.join(all_targets)}: {_MERGE}")
         if target not in adapted:
@@ -154,15 +197,17 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mappin
             raise bad_file(f"has {name} of shape {actual}, but this model needs {needed}: use adapters of this model")
 
 
-def _check_targets(folder: Path, options: Mapping[str, Any], model: Model, expected: Mapping[str, Stored]) -> None:
+def _check_targets(folder: Path, options: Mapping[str, Any], model: Model) -> None:
     """Refuse options that would make PEFT ignore some tensors of the file, or expect ones that are not in it."""
     path = folder / CONFIG
     targets, excluded = options.get("target_modules"), options.get("exclude_modules") or []
-    all_modules = {module.format(layer) for module in modules(model.config) for layer in range(model.config.layers)}
+    if targets is None and options.get("target_parameters"):
+        targets = []
+    all_modules = _in_layers(filterfalse(is_expert_parameter, modules(model.config)), model.config)
     is_all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
     target_modules = all_modules if is_all_linear else _named(path, "target_modules", targets, all_modules)
     target_modules = target_modules - _named(path, "exclude_modules", excluded, all_modules)
-    stored_modules = {_module_of(name) for name in expected if ".lora_" in name}
+    stored_modules = _in_layers(filterfalse(is_expert_parameter, _adapted_modules(model)), model.config)
     if target_modules != stored_modules:
         module = min(target_modules ^ stored_modules)
         difference = f"{shown(targets)} and the tensors of {TENSOR_FILE} differ at {module}"
@@ -183,11 +228,12 @@ def _named(path: Path, key: str, selector: Any, modules: set[str]) -> set[str]:
 def _target_modules(config: DecoderConfig, adapted: Sequence[str]) -> list[str]:
     """Return the names by which PEFT finds the ``adapted`` modules: whole names where others end alike.
 
-    Those others are matrices that can have no adapter, and whatever the parts that are not computed here may hold.
-    Elsewhere the last parts of the names suffice.
+    Those others are routers, matrices of experts in files that have one for each, and whatever the parts that are not
+    computed here may hold. Elsewhere the last parts of the names suffice.
     """
     family, names = FAMILIES[config.family], list(dict.fromkeys(map(target_name, adapted)))
-    others = (family.tensor(f"layers/{name}") for name, row in layer_projections(config).items() if not row.adaptable)
+    rows = layer_projections(config).values()
+    others = (family.tensor(f"layers/{row.name}") for row in rows if row.stack or not row.adaptable)
     if family.carried or not {target_name(name.removesuffix(".weight")) for name in others}.isdisjoint(names):
         return [module.format(layer) for layer in range(config.layers) for module in adapted]
     return names
@@ -201,7 +247,8 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
     Raises:
         UserError: ``out_dir`` is not empty or cannot be written.
     """
-    tensors, module_names = _tensors(model), list(_adapted_modules(model))
+    tensors, adapted = _tensors(model), list(_adapted_modules(model))
+    module_names, parameters = list(filterfalse(is_expert_parameter, adapted)), filter(is_expert_parameter, adapted)
     transposed = FAMILIES[model.config.family].transposed
     options = {
         "peft_type": "LORA",
@@ -211,6 +258,7 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
         "lora_alpha": config.alpha,
         "use_rslora": config.rslora,
         "target_modules": _target_modules(model.config, module_names),
+        "target_parameters": list(map(target_name, parameters)) or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(f"{module}.weight" in transposed for module in module_names),

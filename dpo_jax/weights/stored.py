@@ -29,6 +29,7 @@ class Part:
     shape: tuple[int, ...]  # of the slice
     rows: int  # number of the tensor's rows that hold it
     inputs_first: bool = False  # the slice has its input dims first
+    experts_last: bool = False  # its first dim, of experts, is the last one among the tensor's inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,8 @@ class Stored:
             start, size = start // self.groups, part.rows // self.groups
             rows = matrix.reshape(self.groups, -1, *self.inputs)[:, start : start + size]
         rows = rows.reshape(part.rows, *self.inputs)
+        if part.experts_last:
+            return np.moveaxis(rows.reshape(*part.shape[1:], part.shape[0]), -1, 0)
         return (rows.T if part.inputs_first else rows).reshape(part.shape)
 
     def join(self, slices: Sequence[np.ndarray]) -> np.ndarray:
@@ -79,6 +82,7 @@ class Stored:
 
         def grouped(part: Part, value: np.ndarray) -> np.ndarray:
             rows = value.reshape(*self.inputs, part.rows).T if part.inputs_first else value
+            rows = np.moveaxis(rows, 0, -1) if part.experts_last else rows
             return rows.reshape(self.groups, part.rows // self.groups, *self.inputs)
 
         arrays = [grouped(part, value) for part, value in zip(self.parts, slices, strict=True)]

@@ -1,5 +1,7 @@
-"""Adapters and reward models of families whose modules are fused, transposed or named otherwise, against `peft`."""
+"""Adapters of families whose modules are fused, transposed or named otherwise, and of experts, against `peft`."""
 
+import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_models import hf_model, some_tokens
+from family_models import MIXTURES, hf_model, router_gap, some_tokens
 from safetensors.numpy import load_file
 
 from dpo_jax.batch import Adapted
@@ -35,6 +37,12 @@ TARGETS = {
     "glm4": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
     "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
     "starcoder2": ("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
+    # parameters of experts: both, which PEFT nests, or one
+    "qwen3_moe": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    "gpt_oss": ("q_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),  # gate and up alternate, inputs first
+    "qwen2_moe": ("gate_proj", "down_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),  # shared expert, too
+    "mixtral": ("o_proj", "mlp.experts.down_proj"),
+    "olmoe": ("k_proj", "mlp.experts.gate_up_proj"),
 }
 
 
@@ -61,27 +69,32 @@ def peft_model(name: str, folder: Path) -> np.ndarray:
 
     model = hf_model(name)
     model.save_pretrained(folder / "model")
-    options = {"r": 3, "lora_alpha": 1.5, "target_modules": list(TARGETS[name]), "init_lora_weights": False}
+    options = {"r": 3, "lora_alpha": 1.5, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    parameters = [target for target in TARGETS[name] if "." in target]
+    modules = [target for target in TARGETS[name] if "." not in target]
     torch.manual_seed(0)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**options, task_type="CAUSAL_LM"))
+    config = peft.LoraConfig(**options, target_modules=modules, target_parameters=parameters or None)
+    adapted = peft.get_peft_model(model, config)
     adapted.save_pretrained(folder / "adapters")
+    assert name not in MIXTURES or router_gap(adapted, some_tokens()) > 1e-3
     with torch.no_grad():
         return adapted.eval()(torch.tensor(some_tokens(), dtype=torch.long)).logits.numpy()
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "gpt_neox")) for name in TARGETS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("gpt_neox", "qwen3_moe"))) for name in TARGETS],
 )
 def test_adapters_of_peft_are_the_same_function_both_ways(peft, name, tmp_path):
-    expected = peft_model(name, tmp_path)
-    model = plain_model(tmp_path / "model", LORA)
+    expected, lora = peft_model(name, tmp_path), replace(LORA, targets=TARGETS[name])
+    model = plain_model(tmp_path / "model", lora)
     params = load_params(tmp_path / "model", model, shardings=None, dtype="float32")
-    adapters = load_adapters(tmp_path / "adapters", model, LORA, on_first_device(model.adapter_shapes()))
+    adapters = load_adapters(tmp_path / "adapters", model, lora, on_first_device(model.adapter_shapes()))
     assert np.abs(logits(model, params) - expected).max() > 0.1
     np.testing.assert_allclose(logits(model, Adapted(adapters, params)), expected, atol=1e-4, rtol=0)
     np.testing.assert_allclose(logits(model, merge(Adapted(adapters, params), model)), expected, atol=1e-4, rtol=0)
 
-    export_adapters(adapters, model, LORA, str(tmp_path / "model"), tmp_path / "out")
+    export_adapters(adapters, model, lora, str(tmp_path / "model"), tmp_path / "out")
     actual, expected_tensors = (
         load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("out", "adapters")
     )
@@ -119,6 +132,10 @@ CONFIGS = {
                  "num_attention_heads": 4, "vocab_size": 128},
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128},
 }  # fmt: skip
+MIXTURE = decoder_config({
+    "model_type": "qwen3_moe", "hidden_size": 32, "moe_intermediate_size": 24, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 128,
+})  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -145,3 +162,104 @@ def test_a_fused_module_has_one_a():
         "value": {"b": (2, 4, 16, 3)},
     }
     assert adapter_flops(config, Work(tokens=1, seen=0, targets=0), lora) == 2 * 2 * 3 * (64 + 3 * 64)
+
+
+ATTENTION = {"query", "key", "value", "out"}
+
+
+@pytest.mark.parametrize(("patterns", "expected"), [
+    (["*"], ATTENTION),
+    (["mlp.experts.*"], {"gate", "up", "down"}),
+    (["mlp.experts.down*"], {"down"}),
+    (["q_proj", "*.*.gate_up_proj"], {"query", "gate", "up"}),
+])  # fmt: skip
+def test_wildcards_match_no_dot_so_experts_are_adapted_on_request(patterns, expected):
+    lora = make_lora(LoraConfig(rank=3, targets=tuple(patterns)), MIXTURE)
+    assert lora is not None
+    assert lora.targets == expected
+    assert dict(lora.shared) == ({"up": "gate"} if "up" in expected else {})
+
+
+def test_no_target_is_a_matrix_of_one_expert():
+    choices = "q_proj, k_proj, v_proj, o_proj, mlp.experts.gate_up_proj, mlp.experts.down_proj"
+    with pytest.raises(UserError) as error:
+        make_lora(LoraConfig(rank=3, targets=("up_proj",)), MIXTURE)
+    remedy = f"it matches none of the model's {choices}; * matches all but the experts"
+    assert str(error.value) == f"lora.targets: 'up_proj' cannot be used: {remedy}"
+
+
+EXPERT_LORA = LoraConfig(rank=3, targets=("k_proj", "mlp.experts.*"))
+
+
+def test_adapters_of_experts_cost_what_a_token_uses_of_them():
+    lora = make_lora(EXPERT_LORA, MIXTURE)
+    assert lora is not None
+    a_token = 32 + 32 + 2 * (32 + 2 * 24) + 2 * (24 + 32)  # of k_proj, and of the two experts of a token
+    assert adapter_flops(MIXTURE, Work(tokens=5, seen=0, targets=0), lora) == 2 * 2 * 3 * a_token * 5
+    shapes = Model(config=MIXTURE, lora=lora).adapter_shapes()["layers"]
+    assert {name: {factor: leaf.shape for factor, leaf in pair.items()} for name, pair in shapes.items()} == {
+        "key": {"a": (2, 3, 32), "b": (2, 4, 8, 3)},
+        "gate": {"a": (2, 4, 3, 32), "b": (2, 4, 24, 3)},
+        "up": {"b": (2, 4, 24, 3)},
+        "down": {"a": (2, 4, 3, 24), "b": (2, 4, 32, 3)},
+    }
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "zero_a"])
+def test_adapters_of_experts_start_like_others(init):
+    adapters = start_adapters(Model(config=MIXTURE, lora=make_lora(EXPERT_LORA, MIXTURE)), jax.random.key(0), init)
+    gate, down = adapters["layers"]["gate"], adapters["layers"]["down"]
+    zero, drawn = ("a", "b") if init == "zero_a" else ("b", "a")
+    assert not np.any(gate[zero])
+    bounds = {"kaiming": (32**-0.5, 24**-0.5), "zero_a": (3**-0.5, 3**-0.5)}.get(init)
+    for pair, inputs in ((gate, 0), (down, 1)):
+        if bounds is None:
+            assert np.std(pair[drawn]) == pytest.approx(1 / 3, rel=0.2)
+        else:
+            assert 0.97 * bounds[inputs] < np.abs(pair[drawn]).max() <= bounds[inputs]
+
+
+def write_adapters(lora: LoraConfig, folder: Path) -> Path:
+    model = Model(config=MIXTURE, lora=make_lora(lora, MIXTURE))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model.adapter_shapes())
+    export_adapters(zeros, model, lora, "base", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expert_adapters(tmp_path_factory) -> Path:
+    return write_adapters(EXPERT_LORA, tmp_path_factory.mktemp("experts") / "adapters")
+
+
+@pytest.mark.parametrize(("written", "targets", "line"), [
+    ({}, ["k_proj"], "target_parameters: ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'] cannot be used"),
+    ({}, ["k_proj"], "lora.targets has no parameters of experts; name the same in both"),
+    ({}, ["k_proj", "mlp.experts.down_proj"], "lora.targets has mlp.experts.down_proj; name the same in both"),
+    ({"target_parameters": ["experts.down_proj"]}, None,
+     "lora.targets has mlp.experts.gate_up_proj, mlp.experts.down_proj; name the same in both"),
+    ({"target_parameters": None}, None, "target_parameters: None cannot be used"),
+    ({"target_parameters": "mlp.experts.*"}, None, "target_parameters: 'mlp.experts.*' cannot be used: give a list"),
+    ({"lora_dropout": 0.1}, None, "lora_dropout: 0.1 cannot be used: adapters of experts have no dropout; set it to 0"),
+    ({"use_dora": True}, None, "use_dora: True cannot be used"),
+    ({"lora_bias": True}, None, "lora_bias: True cannot be used"),
+    ({"fan_in_fan_out": True}, None, "fan_in_fan_out: True cannot be used"),
+    ({}, ["q_proj", "mlp.experts.*"], "contains base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"),
+])  # fmt: skip
+def test_adapters_of_experts_that_differ_from_the_config_are_refused(expert_adapters, tmp_path, written, targets, line):
+    for path in expert_adapters.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    options = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(options | written))
+    lora = replace(EXPERT_LORA, targets=tuple(targets or EXPERT_LORA.targets))
+    model = Model(config=MIXTURE, lora=make_lora(lora, MIXTURE))
+    with pytest.raises(UserError) as refused:
+        load_adapters(tmp_path, model, lora, on_first_device(model.adapter_shapes()))
+    assert str(refused.value).startswith("lora.path: ")
+    assert line in str(refused.value)
+
+
+def test_adapters_of_a_deeper_mixture_are_refused(tmp_path):
+    lora, config = replace(EXPERT_LORA, targets=("mlp.experts.*",)), replace(MIXTURE, layers=1)
+    folder, model = write_adapters(lora, tmp_path / "adapters"), Model(config=config, lora=make_lora(lora, config))
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts.* no counterpart in this model: use "):
+        load_adapters(folder, model, lora, on_first_device(model.adapter_shapes()))

@@ -32,7 +32,8 @@ from dpo_jax.plan.hlo import collectives
 
 ROW_COUNT, LENGTH, HIDDEN, FEATURES, EXPERTS, TOP_K = 8, 12, 16, 24, 16, 3
 GPT_OSS = Glu(alpha=1.702, offset=1.0, limit=0.7)  # a limit that bites
-CASES = {"silu": (Glu(), ()), "biases": (GPT_OSS, ("bias",))}
+CASES = {"silu": (Glu(), ()), "biases and adapters": (GPT_OSS, ("bias", "a", "b"))}
+RANK, SCALE = 5, 0.7  # of adapters
 MESHES = {"fsdp 4, tensor 2": (1, 4, 2), "fsdp 8": (1, 8, 1), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
 
 
@@ -46,12 +47,13 @@ def device_normal(seed, *shape, scale=1.0):
 
 def random_experts(optional=(), num_experts=EXPERTS, hidden=HIDDEN, features=FEATURES) -> ExpertWeights:
     def linear(seed, inputs, outputs):
-        shapes = {"matrix": (inputs, outputs), "bias": (outputs,)}
+        shapes = {"matrix": (inputs, outputs), "bias": (outputs,), "a": (RANK, inputs), "b": (outputs, RANK)}
         names = ("matrix", *optional)
         return ExpertLinear(**{name: normal(seed + i, num_experts, *shapes[name], scale=0.3)
                                for i, name in enumerate(names)})  # fmt: skip
 
-    return ExpertWeights(linear(10, hidden, features), linear(20, hidden, features), linear(30, features, hidden))
+    up = linear(20, hidden, features)._replace(a=None)  # that of the gate
+    return ExpertWeights(linear(10, hidden, features), up, linear(30, features, hidden))
 
 
 def uneven_routing() -> tuple[np.ndarray, np.ndarray]:
@@ -70,19 +72,21 @@ def uneven_routing() -> tuple[np.ndarray, np.ndarray]:
 def all_experts(x, indices, weights, experts, glu):
     """Every expert for every token, in x's dtype, weighted by 0 where it was not chosen."""
 
-    def linear(x, layer):
-        y = x @ layer.matrix.astype(x.dtype)
+    def linear(x, layer, a):
+        matrix = layer.matrix if a is None else layer.matrix + SCALE * (layer.b @ a).T
+        y = x @ matrix.astype(x.dtype)
         return y if layer.bias is None else y + layer.bias.astype(x.dtype)
 
     def expert(layers):
-        return linear(glu(linear(x, layers.gate), linear(x, layers.up)).astype(x.dtype), layers.down)
+        hidden = glu(linear(x, layers.gate, layers.gate.a), linear(x, layers.up, layers.gate.a))
+        return linear(hidden.astype(x.dtype), layers.down, layers.down.a)
 
     share = jnp.where(indices[..., None] == jnp.arange(len(experts.gate.matrix)), weights[..., None], 0).sum(-2)
     return jnp.einsum("ertd,rte->rtd", jax.vmap(expert)(experts), share)
 
 
 def sorted_experts(x, indices, weights, experts, glu):
-    return feed_forward(x, Routing(indices, weights, jnp.zeros(())), experts, glu)
+    return feed_forward(x, Routing(indices, weights, jnp.zeros(())), experts, glu, SCALE)
 
 
 def computed(fn, case, dtype=np.float32):
@@ -125,7 +129,7 @@ def test_sorted_rows_are_all_experts_masked(case):
 
 def test_kernels_are_all_experts_masked(monkeypatch):
     monkeypatch.setattr(experts_module, "_on_platform", lambda fn, *arrays: fn("kernels", *arrays))
-    assert_equal(computed(sorted_experts, "biases"), expected("biases"))
+    assert_equal(computed(sorted_experts, "biases and adapters"), expected("biases and adapters"))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_experts_may_be_sharded(mesh, implementation, monkeypatch):
     monkeypatch.setattr(experts_module, "_on_platform", lambda fn, *arrays: fn(implementation, *arrays))
     data, fsdp, tensor = MESHES[mesh]
     with jax.set_mesh(make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))):
-        assert_equal(computed(sorted_experts, "biases"), expected("biases"))
+        assert_equal(computed(sorted_experts, "biases and adapters"), expected("biases and adapters"))
 
 
 def test_bfloat16_is_as_close_as_all_experts():
@@ -253,6 +257,24 @@ def check_sharded(text, mesh, *, tokens, experts, hidden, features, window):
     shard = experts // mesh.shape["fsdp"]
     largest = max(window * max(hidden, features), shard * hidden * features, tokens * hidden)
     assert max(array_sizes(text)) <= largest < tokens * shard * features / 2
+
+
+@pytest.mark.slow
+def test_frozen_experts_with_adapters_have_no_gradient(optimized):
+    """A step of adapters reads a device's matrices and makes nothing of their shape."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
+    struct = lambda spec, *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    x, router, experts = mixture_structs(mesh, rows=8, num_experts=16, hidden=80, features=96, length=32)
+    a, b = struct(SPECS["down"]["a"], 16, 4, 96), struct(SPECS["down"]["b"], 16, 80, 4)
+
+    def loss(a, b, x, router, experts):
+        return mixture_loss(x, router, experts._replace(down=experts.down._replace(a=a, b=b)))
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(a, b, x, router, experts).compile().as_text()
+    made = re.findall(r"= f32\[2,(?:80,96|96,80)\]\S* (\S+?)\(", text)
+    assert set(made) <= {"parameter", "get-tuple-element"}
+    assert made
 
 
 def test_no_expert_is_gathered(optimized):

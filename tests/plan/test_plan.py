@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -33,13 +34,13 @@ from dpo_jax.methods.setup import sets_of
 from dpo_jax.models.decoder import count_params, make_model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.flops import projections
-from dpo_jax.models.options import Lora
+from dpo_jax.models.options import ExpertConfig, Lora
 from dpo_jax.parallel.chips import CHIPS, parse_topology
 from dpo_jax.parallel.sharding import make_mesh, row_sharding
 from dpo_jax.plan import ahead_of_time as aot
 from dpo_jax.plan.hlo import Collective
 from dpo_jax.plan.plan import MEMORY_SAVERS, Inputs, find_load, plan, plan_slices, search_fit
-from dpo_jax.plan.roofline import collective_times, matrix_traffic
+from dpo_jax.plan.roofline import collective_times, forward_traffic, matrix_traffic
 from dpo_jax.plan.text import render, table
 from dpo_jax.weights.known import builtin_model, known_config
 from dpo_jax.weights.open import ModelSource, build_model, find_model, find_tokenizer
@@ -117,7 +118,21 @@ def test_traffic_of_a_layer_is_that_of_its_operands():
     assert twice == pytest.approx(2 * (5 * one_product - down + head * 5 / 4))
     adapted = replace(model, lora=Lora(rank=2, scale=1.0, targets=frozenset({"query"})))
     found = matrix_traffic(adapted, 7, 5, microbatches=1, tensor=1, live_reference=False)
-    assert found == pytest.approx(2 * one_product + head * 3 / 4)  # no gradient by the matrices
+    a_and_b = 2 * config.layers * (7 * (d + 2) + d * 2 + 7 * (2 + n) + 2 * n)
+    assert found == pytest.approx(2 * one_product + 3 * a_and_b + head * 3 / 4)  # no gradient by the matrices
+
+
+def test_traffic_of_adapters_of_experts_is_that_of_the_experts_on_a_device():
+    experts = ExpertConfig(number=8, per_token=2)
+    config = replace(decoder_config(builtin_model("builtin:tiny")), experts=experts)
+    plain = make_model(config, ModelConfig(path="unused"), "tpu")
+    lora = Lora(rank=2, scale=1.0, targets=frozenset({"gate", "up"}), shared=(("up", "gate"),))
+    traffic = partial(forward_traffic, tokens=7, targets=0, tensor=2, fsdp=4)
+    d, f, rows, matrices = config.hidden, config.ffn, 7 * 2, 8 / 4
+    a = rows * (d + 2) + matrices * d * 2
+    b = rows * (2 + f / 2) + matrices * 2 * f / 2
+    actual = traffic(replace(plain, lora=lora)) - traffic(plain)
+    assert actual == pytest.approx(2 * config.layers * (a + 2 * b))
 
 
 REQUIRED = ["jaxlib<=0.12.0,>=0.12.0", 'libtpu==0.0.50.*; extra == "tpu"', 'jaxlib[k]==0.12; extra == "k"']

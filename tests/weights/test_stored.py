@@ -33,6 +33,22 @@ def test_parts_of_a_tensor_are_read_and_joined(name, tmp_path):
         np.testing.assert_array_equal(stored.read(file_tensor, part), expected_slice)
 
 
+def test_experts_of_an_adapter_are_the_last_of_its_inputs(tmp_path):
+    """Row by row of the outputs, the first column of every expert's matrix, then the second of every one."""
+    up, down = (np.random.default_rng(i).normal(size=(4, rows, 3)) for i, rows in enumerate((6, 2)))
+    parts = tuple(
+        Part(leaf=leaf, index=(0,), shape=x.shape, rows=x.shape[1], experts_last=True)
+        for leaf, x in (("up", up), ("down", down))
+    )
+    stored = Stored(parts=parts, inputs=(12,), groups=2)
+    tensor = stored.join([up, down])
+    assert tensor[0].tolist() == [up[e, 0, r] for r in range(3) for e in range(4)]
+    assert tensor[3].tolist() == [down[e, 0, r] for r in range(3) for e in range(4)]
+    write_file(tmp_path / "file", {"x": tensor.shape}, np.dtype(np.float64), iter([("x", tensor)]))
+    for part, expected in zip(parts, (up, down), strict=True):
+        np.testing.assert_array_equal(stored.read(read_header(tmp_path / "file")["x"], part), expected)
+
+
 def test_rows_of_a_fused_tensor_are_read_without_the_others(tmp_path):
     parts = tuple(Part(leaf=str(i), index=(), shape=(2,), rows=2) for i in range(3))
     stored, reads = Stored(parts=parts), []

@@ -8,10 +8,10 @@ from dpo_jax.models.families.family import Family, attention_biases, invalid, nu
 from dpo_jax.models.families.patterns import every, full_and_sliding, layer_types, window
 from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
+from dpo_jax.models.projections import EXPERT_MODULE, EXPERT_PARAMETERS
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
-EXPERTS = "model.layers.{}.mlp.experts."
-MATRICES = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
+MATRICES = {name: f"{EXPERT_MODULE}.{parameter}" for name, parameter in EXPERT_PARAMETERS.items()}
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
@@ -59,9 +59,9 @@ FAMILY = Family(
     tensors={
         "layers/router": "model.layers.{}.mlp.router.weight",
         "layers/router_bias": "model.layers.{}.mlp.router.bias",
-        **{f"layers/{name}": EXPERTS + matrix for name, matrix in MATRICES.items()},
-        **{f"layers/{name}_bias": f"{EXPERTS}{matrix}_bias" for name, matrix in MATRICES.items()},
+        **{f"layers/{name}": matrix for name, matrix in MATRICES.items()},
+        **{f"layers/{name}_bias": f"{matrix}_bias" for name, matrix in MATRICES.items()},
     },
-    grouped={f"{EXPERTS}gate_up_proj{end}": "ffn" for end in ("", "_bias")},  # a row of the gate, a row of up, ...
-    transposed=frozenset(EXPERTS + matrix for matrix in MATRICES.values()),
+    grouped={MATRICES["up"] + end: "ffn" for end in ("", "_bias")},  # a row of the gate, a row of up, ...
+    transposed=frozenset(MATRICES.values()),
 )  # fmt: skip
