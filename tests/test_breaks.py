@@ -113,7 +113,7 @@ BREAKS = [
           ("test_step::test_what_is_not_finite_leaves_the_state_and_holds_it[nan]",)),
     # 5: nothing is silently changed or dropped
     Break(5, "unknown options are passed over", "config/file.py",
-          "if unknown is None:", "if True:",
+          "if unknown_key is None:", "if True:",
           ("test_config::test_what_is_wrong_is_one_line[batch.pair: unknown option: did you mean]",)),
     Break(5, "an option that would not be heeded is taken", "config/__init__.py",
           "mode != \"live\", f\"only mode", "False, f\"only mode",
