@@ -73,7 +73,7 @@ class PreferenceBatch:
         return jnp.where(self.valid[:, None], values.reshape(-1)[self.answer_slots], 0.0)
 
     def gather_tokens(self, values: Float[AnyArray, "R M"], num_tokens: int) -> Float[jax.Array, "B K N"]:
-        """Gather one value per target from the rows into answers of ``num_tokens`` values; 0 where no target is."""
+        """Gather one value per target into answers of ``num_tokens`` values; 0 where there is no target."""
         row_indices = jnp.arange(len(values))[:, None]
         answer_values = jnp.zeros((len(values), self.answers_per_row, num_tokens))
         values = jnp.where(self.target_mask, values, 0.0)

@@ -261,7 +261,7 @@ def sequence_logps(logps: PairLogps, loss: LossConfig) -> Float[AnyArray, "B K"]
 def log_ratios(
     policy: PairLogps, reference: PairLogps | None, loss: LossConfig, order: tuple[int, int] = (CHOSEN, REJECTED)
 ) -> LogRatios:
-    """Compute the log-ratios of the chosen and the rejected answers, or without a reference their log-probs.
+    """Compute the log-ratios of the chosen and rejected answers, or their log-probs if there is no reference.
 
     ``order``: the indices of the two on the K axis. With one answer per prompt, it is both chosen and rejected.
     """

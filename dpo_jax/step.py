@@ -98,7 +98,7 @@ def _whole_gradient(params, inputs, policy_logps, reference_logps, loss):
 
 
 def _one_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
-    """Accumulate over microbatches, for losses in which each pair's loss depends on that pair alone."""
+    """Accumulate the gradient over microbatches if the loss of each pair depends on that pair alone."""
 
     def microbatch_gradient(microbatch):
         reference = reference_logps(*microbatch)
@@ -117,7 +117,7 @@ def _one_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
 
 
 def _two_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
-    """Accumulate over microbatches, for losses that couple pairs: d loss / d logps depends on the logps of all pairs.
+    """Accumulate the gradient over microbatches if the loss couples pairs: d loss / d logps depends on all log-probs.
 
     The load-balancing loss of a mixture of experts couples pairs, too.
 
@@ -156,7 +156,7 @@ def _loss_cotangents(policy: PairLogps, reference: PairLogps | None, loss: LossC
 
 
 def _sums(logps: PairLogps) -> dict[str, Any]:
-    """Return the sums that the loss is differentiated with respect to, by field of `PairLogps`."""
+    """Return the fields of `PairLogps` with respect to which the loss is differentiated, by name."""
     sums: dict[str, Any] = {"sum": logps.sum, "tail_sum": logps.tail_sum, "log_sum_sq": logps.log_sum_sq}
     if logps.balance_coef != 0:
         sums["balance"] = logps.balance

@@ -97,7 +97,7 @@ class Batches:
 
 
 def prefetched(batches: Batches, steps: Sequence[int]) -> Callable[[int], StepData]:
-    """Return a function from step to batch, to be called for ``steps`` in order, while a thread packs ahead."""
+    """Return a function from step to batch; call it for ``steps`` in order, while a thread packs the next batches."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="pack")
     pending: dict[int, Future[StepData]] = {}
 

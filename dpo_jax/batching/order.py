@@ -61,15 +61,15 @@ def chairman_assignment(shares: Sequence[int], draws: int) -> np.ndarray:
     slack = 2 * num_sources - 2
     sources = np.zeros(draws, np.int64)
     for draw in range(draws if num_sources > 1 else 0):
-        earliest, earliest_deadline = -1, math.inf
+        earliest_source, earliest_deadline = -1, math.inf
         for i, share in enumerate(shares):
             owed[i] += share
             if slack * owed[i] >= total_shares:
                 deadline = (total_shares * (slack - 1) - slack * owed[i]) / share
                 if deadline < earliest_deadline:
-                    earliest, earliest_deadline = i, deadline
-        sources[draw] = earliest
-        owed[earliest] -= total_shares
+                    earliest_source, earliest_deadline = i, deadline
+        sources[draw] = earliest_source
+        owed[earliest_source] -= total_shares
     return sources
 
 
@@ -142,7 +142,7 @@ def make_order(
         shares = integer_shares(weights)
         for i, group in enumerate(groups):
             if len(group) == 0:
-                raise UserError(f"data.train.{i}: weight {weights[i]}, but no training examples; remove the data set")
+                raise UserError(f"data.train.{i}: no training examples, but weight {weights[i]}; remove this data set")
     draws_in_epochs = math.floor(Fraction(str(epochs or 1)) * num_examples + Fraction(1, 2))  # rounded half up
     num_draws = steps * batch if steps is not None else max(1, draws_in_epochs)
     sources = chairman_assignment(shares, min(sum(shares), num_draws))

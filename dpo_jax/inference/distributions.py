@@ -105,10 +105,10 @@ def nice_edges(values: np.ndarray) -> list[float]:
     spread = max(high - low, 1e-6 * max(abs(low), abs(high)), 1e-6)
     power = 10.0 ** math.floor(math.log10(spread / BINS))
     for width in (power, 2 * power, 5 * power, 10 * power, 20 * power):
-        first, last = math.floor(low / width), math.ceil(high / width)
-        if last - first <= BINS:
+        first_index, last_index = math.floor(low / width), math.ceil(high / width)
+        if last_index - first_index <= BINS:
             break
-    edges = [float(f"{index * width:.12g}") for index in range(first, max(last, first + 1) + 1)]
+    edges = [float(f"{index * width:.12g}") for index in range(first_index, max(last_index, first_index + 1) + 1)]
     return [min(edges[0], low), *edges[1:-1], max(edges[-1], high)]
 
 

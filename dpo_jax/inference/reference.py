@@ -55,7 +55,7 @@ class CachedReference:
         return PairLogps(count=lookup(store.num_targets), weight=is_real.astype(np.float32), valid=is_real, **logps)  # type: ignore[arg-type]
 
     def of(self, data: StepData, store: Store) -> PairLogps:
-        """Look up a step's log-probs, as a `dpo_jax.step.Frozen` takes them: by microbatch if the batch has several."""
+        """Look up a step's log-probs in the form of `dpo_jax.step.Frozen`: by microbatch if the batch has several."""
         pair_logps = self._pairs(store, data.ids)
         if data.batch.valid.ndim == 1:
             return pair_logps

@@ -24,7 +24,7 @@ from dpo_jax.storage import list_files, write_atomically
 
 PART_STEPS = 64  # steps per part
 Arrays = dict[str, np.ndarray]  # field of PairLogps -> [N, K] float32
-Compute = Callable[[Batches, Sequence[int]], tuple[np.ndarray, Mapping[str, np.ndarray]]]
+ComputeLogps = Callable[[Batches, Sequence[int]], tuple[np.ndarray, Mapping[str, np.ndarray]]]
 
 
 class Unusable(Exception):
@@ -32,7 +32,7 @@ class Unusable(Exception):
 
 
 def cached_logps(
-    batches: Batches, inputs: Mapping[str, Any], compute: Compute, report: Callable[[str], None] | None = None
+    batches: Batches, inputs: Mapping[str, Any], compute: ComputeLogps, report: Callable[[str], None] | None = None
 ) -> Arrays:
     """Return the reference log-probs of a store's examples, loaded from its cache file or computed and saved there.
 
@@ -102,7 +102,7 @@ def _load_complete(path: Path, inputs: Mapping, shape: tuple[int, int], report: 
 def _load_parts(
     path: Path, inputs: Mapping, shape: tuple[int, int], report: Callable[[str], None]
 ) -> tuple[Arrays, np.ndarray]:
-    """Load the rows that an interrupted build completed: their log-probs, and an array that is 1 at these rows, else 0."""
+    """Load the rows that an interrupted build completed: their log-probs, and an array that is 1 at each of them."""
     logps: Arrays = {}
     times_computed = np.zeros(shape[0], int)
     for part in list_files(path.parent, f"{path.stem}.part-*.npz"):
