@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["PairLogps", "PreferenceBatch", "TrainState", "__version__", "make_train_step", "train_step"]
 
-_HOMES = dict.fromkeys(("PairLogps", "PreferenceBatch"), "dpo_jax.batch") | dict.fromkeys(
+_LAZY_IMPORTS = dict.fromkeys(("PairLogps", "PreferenceBatch"), "dpo_jax.batch") | dict.fromkeys(
     ("TrainState", "make_train_step", "train_step"), "dpo_jax.step"
 )
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_LAZY_IMPORTS])

@@ -56,30 +56,30 @@ class PreferenceBatch:
     sampled_sum: Float[AnyArray, "*a B K"] | None = None  # log pi(y | x) by the sampler, if the policy sampled y
 
     def per_array(self, rows: Any, pairs: Any) -> "PreferenceBatch":
-        """Return a copy with each array that has a dim R replaced by ``rows``, and every other array by ``pairs``."""
+        """Return a copy in which ``rows`` replaces every array with a row dim, and ``pairs`` every other array."""
         pair_fields = {"answer_slots", "weight", "margin", "valid", "label", "sampled_sum"}
-        names = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
-        arrays = (name for name in names if getattr(self, name) is not None)
-        return replace(self, **{name: pairs if name in pair_fields else rows for name in arrays})
+        pytree_names = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
+        array_names = (name for name in pytree_names if getattr(self, name) is not None)
+        return replace(self, **{name: pairs if name in pair_fields else rows for name in array_names})
 
     def answer_begins(self) -> Bool[jax.Array, "R T"]:
         """Return whether each token is the first of an answer."""
-        unit = jnp.stack([self.segments, self.branches])
-        begins = (unit[:, :, 1:] != unit[:, :, :-1]).any(0)
-        return jnp.pad(begins, ((0, 0), (1, 0)), constant_values=True) & (self.branches > 0)
+        branch_ids = jnp.stack([self.segments, self.branches])
+        is_boundary = (branch_ids[:, :, 1:] != branch_ids[:, :, :-1]).any(0)
+        return jnp.pad(is_boundary, ((0, 0), (1, 0)), constant_values=True) & (self.branches > 0)
 
     def gather_pairs(self, values: Float[AnyArray, "R A"]) -> Float[jax.Array, "B K"]:
         """Gather one value per answer slot from the rows into pairs; 0 for padding pairs."""
         return jnp.where(self.valid[:, None], values.reshape(-1)[self.answer_slots], 0.0)
 
     def gather_tokens(self, values: Float[AnyArray, "R M"], num_tokens: int) -> Float[jax.Array, "B K N"]:
-        """Gather one value per target from the rows into answers padded to N tokens; 0 where there is no target."""
-        rows = jnp.arange(len(values))[:, None]
-        answers = jnp.zeros((len(values), self.answers_per_row, num_tokens))
+        """Gather one value per target into answers of ``num_tokens`` values; 0 where there is no target."""
+        row_indices = jnp.arange(len(values))[:, None]
+        answer_values = jnp.zeros((len(values), self.answers_per_row, num_tokens))
         values = jnp.where(self.target_mask, values, 0.0)
-        answers = answers.at[rows, self.target_answers, self.target_offsets].add(values)
-        answers = answers.reshape(-1, num_tokens)[self.answer_slots]
-        return jnp.where(self.valid[:, None, None], answers, 0.0)
+        answer_values = answer_values.at[row_indices, self.target_answers, self.target_offsets].add(values)
+        answer_values = answer_values.reshape(-1, num_tokens)[self.answer_slots]
+        return jnp.where(self.valid[:, None, None], answer_values, 0.0)
 
 
 class Adapted(NamedTuple):
@@ -99,7 +99,7 @@ class TokenStats:
 
 
 class BalanceSums(NamedTuple):
-    """Sums over tokens from which the load-balancing loss of a mixture of experts follows; those of batches add up.
+    """Sums over tokens that determine the load-balancing loss of a mixture of experts; add them to combine batches.
 
     L layers, E experts. A token of a prompt counts once for each of its answers.
     """
@@ -110,7 +110,7 @@ class BalanceSums(NamedTuple):
 
 
 class RoutedHidden(NamedTuple):
-    """Hidden states of a mixture of experts, with what the load-balancing loss needs."""
+    """Hidden states of a mixture of experts, with the sums and the coefficient of its load-balancing loss."""
 
     hidden: Float[jax.Array, "R T D"]
     balance: BalanceSums

@@ -1,4 +1,4 @@
-"""Command-line interface. Each command reads and checks its whole config before it imports anything heavy."""
+"""Command-line interface. Each command checks its whole config before it imports heavy libraries."""
 
 import json
 import re
@@ -146,7 +146,7 @@ class Command:
 
     @property
     def needs_config(self) -> bool:
-        """Whether the config is an argument of its own, not the value of ``--config``."""
+        """Whether the config file is a positional argument, rather than the value of ``--config``."""
         return self.config is not None and "--config" not in self.arguments
 
     @property

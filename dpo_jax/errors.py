@@ -60,7 +60,7 @@ def suggestion(name: str, choices: Collection[str]) -> str:
 
 
 class _ShortRepr(reprlib.Repr):
-    """A ``repr`` of bounded length and depth, because input from files and callers may be huge or contain itself."""
+    """A ``repr`` of bounded length and depth, because an untrusted value may be huge or contain itself."""
 
     def __init__(self):
         super().__init__()
@@ -76,10 +76,10 @@ shown = _ShortRepr().repr
 
 def reason(error: BaseException) -> str:
     """Return an error's text as one short line, with its type if the text alone is unclear (``KeyError: 'x'``)."""
-    text, name = " ".join(str(error).split())[:200], type(error).__name__
-    if not text:
-        return name
-    return text if isinstance(error, OSError | ValueError | ImportError) else f"{name}: {text}"
+    message, type_name = " ".join(str(error).split())[:200], type(error).__name__
+    if not message:
+        return type_name
+    return message if isinstance(error, OSError | ValueError | ImportError) else f"{type_name}: {message}"
 
 
 @contextmanager

@@ -25,7 +25,7 @@ LogpsFn = Callable[[Any, Any], PairLogps]  # (weights, batch); weights are a pyt
 def logps_of_logits(
     logits: Float[Array, "*n V"], labels: Int[AnyArray, "*n"], *, stats: bool = False, squares: bool = False
 ) -> TokenLogps:
-    """Compute log-softmax at the labels in float32; a masked sum over V picks them, without gathering a sharded V."""
+    """Compute the log-softmax at the labels in float32, by a masked sum that never gathers a sharded vocabulary."""
     logits = logits.astype(jnp.float32)
     label_logit = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], logits, 0.0).sum(-1)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
@@ -83,8 +83,8 @@ def pair_logps(token_logps: TokenLogps, batch: PreferenceBatch, *, tail: bool = 
         slots = jnp.where(batch.valid[:, None], batch.answer_slots, num_slots)  # num_slots is out of range: dropped
         shorter_counts = jnp.broadcast_to(count.min(1, keepdims=True), slots.shape)
         shorter_counts = jnp.zeros(num_slots).at[slots].set(shorter_counts, mode="drop").reshape(mask.shape[0], -1)
-        in_tail = batch.target_offsets >= jnp.take_along_axis(shorter_counts, batch.target_answers, axis=1)
-        tail_sum = per_answer(jnp.where(in_tail, token_logps.logp, 0.0))
+        is_in_tail = batch.target_offsets >= jnp.take_along_axis(shorter_counts, batch.target_answers, axis=1)
+        tail_sum = per_answer(jnp.where(is_in_tail, token_logps.logp, 0.0))
     return PairLogps(
         sum=per_answer(token_logps.logp),
         count=count,
@@ -145,7 +145,7 @@ def make_token_logps_fn(
     precision: str | None = None,
     softcap: float | None = None,
 ) -> Callable[[Params, PreferenceBatch], Float[Array, "R M"]]:
-    """Make ``token_logps_fn(weights, batch)``, which returns each target's log-prob; `answer_values` groups them."""
+    """Make ``token_logps_fn(weights, batch)``, which returns one log-prob per target; `answer_values` groups them."""
 
     def token_logps_fn(weights: Params, batch: PreferenceBatch) -> Float[Array, "R M"]:
         hidden, unembedding = hidden_fn(weights, batch), unembedding_fn(weights)
@@ -171,7 +171,7 @@ def answer_values(values: Float[np.ndarray, "R M"], batch: PreferenceBatch) -> l
 def make_padded_logps_fn(
     apply: Callable[[Params, Int[AnyArray, "n T"]], Float[Array, "n T V"]], *, tail: bool = False, squares: bool = False
 ) -> LogpsFn:
-    """Make ``logps_fn`` over padded batches for any model that maps tokens to next-token logits, which are not chunked.
+    """Make ``logps_fn`` over padded batches for any model from tokens to next-token logits, all of which are in memory.
 
     ``tail`` and ``squares`` as in ``make_logps_fn``.
     """
@@ -182,13 +182,13 @@ def make_padded_logps_fn(
         mask = batch.mask[:, :, 1:] & batch.valid[:, None, None]
         per_answer = lambda x, mask: jnp.where(mask, x.reshape(mask.shape), 0.0).sum(-1)  # noqa: E731
         count = mask.sum(-1)
-        in_tail = mask & (mask.cumsum(-1) > count.min(1)[:, None, None])
+        is_in_tail = mask & (mask.cumsum(-1) > count.min(1)[:, None, None])
         return PairLogps(
             sum=per_answer(token_logps.logp, mask),
             count=count.astype(jnp.float32),
             weight=batch.weight,
             valid=batch.valid,
-            tail_sum=per_answer(token_logps.logp, in_tail) if tail else None,
+            tail_sum=per_answer(token_logps.logp, is_in_tail) if tail else None,
             log_sum_sq=None if token_logps.log_sum_sq is None else per_answer(token_logps.log_sum_sq, mask),
         )
 

@@ -118,9 +118,9 @@ def aot(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
     Alignment via optimal transport, paired: Melnyk et al. 2024, arXiv 2406.05882. The sort runs over the whole
     step: each policy margin is matched with the reference margin of the same rank. Label smoothing as in `sigmoid`.
     """
-    policy = r.chosen_logps - r.rejected_logps
-    reference = (r.chosen_logps - r.chosen) - (r.rejected_logps - r.rejected)
-    return _smoothed(c.beta * (policy - _same_rank(policy, reference, r.valid)), c)
+    policy_margin = r.chosen_logps - r.rejected_logps
+    reference_margin = (r.chosen_logps - r.chosen) - (r.rejected_logps - r.rejected)
+    return _smoothed(c.beta * (policy_margin - _same_rank(policy_margin, reference_margin, r.valid)), c)
 
 
 def aot_unpaired(r: LogRatios, c: LossConfig) -> Float[Array, " B"]:
@@ -223,13 +223,13 @@ def _smoothed(z: Float[Array, " B"], c: LossConfig) -> Float[Array, " B"]:
 
 
 def _same_rank(x: Float[Array, " B"], other: Float[Array, " B"], valid: Float[Array, " B"]) -> Float[Array, " B"]:
-    """For each value of x, return the value of ``other`` that has the same rank among the real pairs."""
-    order = lambda values: jnp.argsort(jnp.where(valid > 0, jax.lax.stop_gradient(values), jnp.inf))  # noqa: E731
-    return other[order(other)][jnp.argsort(order(x))]
+    """Return, for each value of ``x``, the value of ``other`` with the same rank among the real pairs."""
+    sort_order = lambda values: jnp.argsort(jnp.where(valid > 0, jax.lax.stop_gradient(values), jnp.inf))  # noqa: E731
+    return other[sort_order(other)][jnp.argsort(sort_order(x))]
 
 
 def divergence_score(s: Float[Array, " B"], c: LossConfig) -> Float[Array, " B"]:
-    """Return f(s) = h'(exp(s)) up to a constant, h the generator of the f-divergence: f-DPO, Wang et al. 2023.
+    """Return f(s) = h'(exp(s)) up to a constant, where h generates the f-divergence: f-DPO, Wang et al. 2023.
 
     arXiv 2309.16240, table 1, with u = exp(s): reverse KL s, forward KL -1/u, Jensen-Shannon log(u / (1 + u)), alpha
     u^(alpha-1) / (alpha-1). Exponents are clipped at 80 to stay within float32.
@@ -246,7 +246,7 @@ def divergence_score(s: Float[Array, " B"], c: LossConfig) -> Float[Array, " B"]
 
 
 def sequence_logps(logps: PairLogps, loss: LossConfig) -> Float[AnyArray, "B K"]:
-    """Return log pi(y|x), with tokens weighted as the loss requires.
+    """Return log pi(y|x) of each answer, with its tokens weighted as the loss requires.
 
     ``ld_alpha`` is the weight of tokens beyond the length of the pair's shorter answer, for both policy and reference:
     LD-DPO, Liu et al. 2024, arXiv 2409.06411.
@@ -261,27 +261,27 @@ def sequence_logps(logps: PairLogps, loss: LossConfig) -> Float[AnyArray, "B K"]
 def log_ratios(
     policy: PairLogps, reference: PairLogps | None, loss: LossConfig, order: tuple[int, int] = (CHOSEN, REJECTED)
 ) -> LogRatios:
-    """Compute the log-ratios s(y), or log pi(y|x) without a reference, of y_w and y_l, at ``order`` on the K axis.
+    """Compute the log-ratios of the chosen and rejected answers, or their log-probs if there is no reference.
 
-    With one answer per prompt, y_l is y_w.
+    ``order``: the indices of the two on the K axis. With one answer per prompt, it is both chosen and rejected.
     """
     logps = jnp.asarray(sequence_logps(policy, loss))
-    ratio = (
+    ratios = (
         logps
         if reference is None or loss.reference_free
         else logps - jax.lax.stop_gradient(sequence_logps(reference, loss))
     )
     count = jnp.maximum(policy.count, 1.0)
-    first, last = (min(k, logps.shape[-1] - 1) for k in order)
-    chosen, rejected = ratio[:, first], ratio[:, last]
+    chosen_index, rejected_index = (min(k, logps.shape[-1] - 1) for k in order)
+    chosen, rejected = ratios[:, chosen_index], ratios[:, rejected_index]
     return LogRatios(
         chosen=chosen,
         rejected=rejected,
         margin=divergence_score(chosen, loss) - divergence_score(rejected, loss),
-        chosen_count=count[:, first],
-        rejected_count=count[:, last],
-        chosen_logps=logps[:, first],
-        rejected_logps=logps[:, last],
+        chosen_count=count[:, chosen_index],
+        rejected_count=count[:, rejected_index],
+        chosen_logps=logps[:, chosen_index],
+        rejected_logps=logps[:, rejected_index],
         valid=jnp.asarray(policy.valid, jnp.float32),
         target=0.0 if policy.margin is None else jnp.asarray(policy.margin),
     )
@@ -313,15 +313,15 @@ def preference_loss(policy: PairLogps, reference: PairLogps | None, loss: LossCo
     """
     losses = _weighted_terms(log_ratios(policy, reference, loss), loss)
     if policy.label is not None:
-        other = _weighted_terms(log_ratios(policy, reference, loss, (REJECTED, CHOSEN)), loss)
-        losses = policy.label * losses + (1 - policy.label) * other
+        swapped_losses = _weighted_terms(log_ratios(policy, reference, loss, (REJECTED, CHOSEN)), loss)
+        losses = policy.label * losses + (1 - policy.label) * swapped_losses
     if loss.weighting == "wpo":
         losses = losses * wpo_weight(policy, loss)
     return jnp.where(policy.valid, losses, 0.0)
 
 
 def mean_loss(losses: Float[Array, " B"], policy: PairLogps) -> Float[Array, ""]:
-    """Return sum_i weight_i loss_i / (number of real pairs), and a mixture of experts' load-balancing loss."""
+    """Return sum_i weight_i loss_i / (number of real pairs), plus the load-balancing loss of a mixture of experts."""
     return (losses * policy.weight).sum() / jnp.maximum(policy.valid.sum(), 1) + scaled_balance_loss(policy)
 
 

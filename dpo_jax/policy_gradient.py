@@ -66,7 +66,7 @@ class ValueTargets(NamedTuple):
 
 @struct.dataclass
 class Targets:
-    """Constants in the loss of a step's updates, computed before the first update."""
+    """Values that the losses of a step's updates treat as constants, computed before the first update."""
 
     logps: Float[Array, "*G B K N"]  # of the policy that sampled, recomputed by the training program
     advantages: Float[Array, "*a"]  # of each token [*G B K N] with GAE, of each answer [*G B K] with RLOO
@@ -124,8 +124,8 @@ def clipped_value_loss(
     values: Float[Array, "*n"], old_values: Float[Array, "*n"], returns: Float[Array, "*n"], clip: float
 ) -> Float[Array, "*n"]:
     """max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2, as in the code of Ouyang et al. 2022 and TRL."""
-    clipped = jnp.clip(values, old_values - clip, old_values + clip)
-    return 0.5 * jnp.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    clipped_values = jnp.clip(values, old_values - clip, old_values + clip)
+    return 0.5 * jnp.maximum((values - returns) ** 2, (clipped_values - returns) ** 2)
 
 
 def make_targets(
@@ -135,7 +135,7 @@ def make_targets(
     values: Float[Array, "G B K N"] | None,
     options: PolicyGradientConfig,
 ) -> tuple[Targets, dict[str, Array]]:
-    """Compute the targets of a step's updates, and metrics of its answers.
+    """Compute advantages and the other targets of a step's updates, and metrics of its answers.
 
     Score, KLs, reward, length and ``ended`` are means over answers. ``sampled_kl``: the sum of log(pi / ref) over an
     answer's tokens; ``sampled_kl_k3``: that of ref / pi - 1 - log(ref / pi), which has the same mean and is never
@@ -145,24 +145,24 @@ def make_targets(
     """
     mask = rollout.mask
     is_real = mask.any(-1)  # False: padding of a ragged last step
-    mean = partial(jnp.mean, where=is_real)
+    answer_mean = partial(jnp.mean, where=is_real)
     log_ratios = jnp.where(mask, logps - reference_logps, 0.0)
     scores = rollout.scores - options.missing_eos_penalty * ~rollout.ended
     rewards = token_rewards(scores, log_ratios, mask, options.kl_coef)
-    totals = rewards.sum(-1)
+    answer_rewards = rewards.sum(-1)
     sampler_errors = jnp.abs(logps - rollout.sampled_logps) / jnp.maximum(1.0, jnp.abs(logps))
     metrics = {
-        "score": mean(rollout.scores),
-        "sampled_kl": mean(log_ratios.sum(-1)),
-        "sampled_kl_k3": mean((jnp.expm1(-log_ratios) + log_ratios).sum(-1)),
-        "rlhf_reward": mean(totals),
-        "length": mean(mask.sum(-1).astype(jnp.float32)),
-        "ended": mean(rollout.ended.astype(jnp.float32)),
+        "score": answer_mean(rollout.scores),
+        "sampled_kl": answer_mean(log_ratios.sum(-1)),
+        "sampled_kl_k3": answer_mean((jnp.expm1(-log_ratios) + log_ratios).sum(-1)),
+        "rlhf_reward": answer_mean(answer_rewards),
+        "length": answer_mean(mask.sum(-1).astype(jnp.float32)),
+        "ended": answer_mean(rollout.ended.astype(jnp.float32)),
         "sampler_error": jnp.max(sampler_errors, where=mask, initial=0.0),
         "mean_sampler_error": jnp.mean(sampler_errors, where=mask),
     }
     if values is None:
-        return Targets(logps, leave_one_out(totals)), metrics
+        return Targets(logps, leave_one_out(answer_rewards)), metrics
     advantages = gae(rewards, values, mask, options.gae_lambda)
     returns = advantages + values
     metrics["explained_variance"] = 1 - jnp.var(advantages, where=mask) / jnp.var(returns, where=mask)
@@ -176,23 +176,23 @@ def update_loss(
     mask: Bool[Array, "B K N"],
     options: PolicyGradientConfig,
 ) -> dict[str, Array]:
-    """Sum the losses of a microbatch: over tokens (GAE) or over answers (RLOO)."""
+    """Return the sums of a microbatch's losses: over tokens (GAE) or over answers (RLOO)."""
     log_ratios = jnp.where(mask, logps - targets.logps, 0.0)
-    terms = mask
+    term_mask = mask
     if values is None:  # the ratio of whole answers, whose baseline is one number
-        log_ratios, terms = log_ratios.sum(-1), mask.any(-1)
+        log_ratios, term_mask = log_ratios.sum(-1), mask.any(-1)
     ratio = jnp.exp(log_ratios)
     losses = clipped_surrogate(ratio, targets.advantages, options.clip)
     sums = {
-        "policy_loss": jnp.sum(losses, where=terms),
-        "clip_fraction": jnp.sum(jnp.abs(ratio - 1) > options.clip, where=terms).astype(jnp.float32),
+        "policy_loss": jnp.sum(losses, where=term_mask),
+        "clip_fraction": jnp.sum(jnp.abs(ratio - 1) > options.clip, where=term_mask).astype(jnp.float32),
     }
     if values is not None and targets.values is not None:
         value_losses = clipped_value_loss(values, *targets.values, options.value_clip)
         sums["value_loss"] = jnp.sum(value_losses, where=mask)
-    sizes = targets.logps if values is not None else targets.logps.sum(-1)
-    ratio_errors = jnp.abs(log_ratios) / jnp.maximum(1.0, jnp.abs(sizes))
-    return sums | {"ratio_error": jnp.max(ratio_errors, where=terms, initial=0.0)}
+    old_logps = targets.logps if values is not None else targets.logps.sum(-1)
+    ratio_errors = jnp.abs(log_ratios) / jnp.maximum(1.0, jnp.abs(old_logps))
+    return sums | {"ratio_error": jnp.max(ratio_errors, where=term_mask, initial=0.0)}
 
 
 def policy_gradient_step(
@@ -248,9 +248,9 @@ def policy_gradient_step(
         state, grad_norm = apply_gradient(state, grads, means["loss"], optimizer)
         return state, means | {"grad_norm": grad_norm, "ratio_error": ratio_error}
 
-    updated, updates = jax.lax.scan(update, state, length=options.epochs)
-    ratio_error = updates.pop("ratio_error")[0]
-    metrics["max_grad_norm"] = updates["grad_norm"].max()
-    metrics |= {name: x.mean() for name, x in updates.items()} | {"ratio_error": ratio_error}
-    old_state = replace(state, healthy=updated.healthy)
-    return jax.tree.map(lambda new, old: jnp.where(updated.healthy, new, old), updated, old_state), metrics
+    new_state, update_metrics = jax.lax.scan(update, state, length=options.epochs)
+    ratio_error = update_metrics.pop("ratio_error")[0]
+    metrics["max_grad_norm"] = update_metrics["grad_norm"].max()
+    metrics |= {name: x.mean() for name, x in update_metrics.items()} | {"ratio_error": ratio_error}
+    old_state = replace(state, healthy=new_state.healthy)
+    return jax.tree.map(lambda new, old: jnp.where(new_state.healthy, new, old), new_state, old_state), metrics

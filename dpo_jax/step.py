@@ -67,15 +67,17 @@ def pair_gradient(
     """
     base = jax.lax.stop_gradient(frozen.base)
     cached_logps = frozen.reference if isinstance(frozen.reference, PairLogps) else None
-    weights = None if cached_logps is not None else frozen.reference
+    reference_weights = None if cached_logps is not None else frozen.reference
     if frozen.reference is None and base is not None and loss.needs_reference:
-        weights = Adapted(None, base)
+        reference_weights = Adapted(None, base)
 
     def policy_logps(params: Params, batch: Any) -> PairLogps:
         return logps_fn(params if base is None else Adapted(params, base), batch)
 
     def reference_logps(batch: Any, cached: PairLogps | None) -> PairLogps | None:
-        return cached if weights is None else jax.lax.stop_gradient(logps_fn(jax.lax.stop_gradient(weights), batch))
+        if reference_weights is None:
+            return cached
+        return jax.lax.stop_gradient(logps_fn(jax.lax.stop_gradient(reference_weights), batch))
 
     gradient_fn = _whole_gradient
     if accumulation > 1:
@@ -96,7 +98,7 @@ def _whole_gradient(params, inputs, policy_logps, reference_logps, loss):
 
 
 def _one_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
-    """Accumulate over microbatches, for losses in which each pair's loss depends on that pair alone."""
+    """Accumulate the gradient over microbatches if the loss of each pair depends on that pair alone."""
 
     def microbatch_gradient(microbatch):
         reference = reference_logps(*microbatch)
@@ -115,9 +117,9 @@ def _one_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
 
 
 def _two_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
-    """Accumulate over microbatches, for losses that couple pairs: d loss / d logps needs the log-probs of all of them.
+    """Accumulate the gradient over microbatches if the loss couples pairs: d loss / d logps depends on all log-probs.
 
-    The load-balancing loss of a mixture of experts couples them, too.
+    The load-balancing loss of a mixture of experts couples pairs, too.
 
     By the chain rule, d loss / d params = sum over microbatches of (d loss / d logps) (d logps / d params). The first
     pass computes the log-probs without gradient; the second pulls d loss / d logps back through each microbatch.
@@ -134,16 +136,16 @@ def _two_pass_gradient(params, inputs, policy_logps, reference_logps, loss):
         (_, policy), grads = jax.value_and_grad(pulled_back, has_aux=True)(params)
         return grads, policy
 
-    _, stacked = jax.lax.scan(microbatch_logps, None, inputs)
-    policy, reference = map(_join_microbatches, stacked)
-    cotangents = _split_microbatches(_loss_cotangents(policy, reference, loss), stacked[0])
+    _, stacked_logps = jax.lax.scan(microbatch_logps, None, inputs)
+    policy, reference = map(_join_microbatches, stacked_logps)
+    cotangents = _split_microbatches(_loss_cotangents(policy, reference, loss), stacked_logps[0])
     grads, policy = accumulate_gradient(microbatch_gradient, (inputs[0], cotangents), params)
     policy = _join_microbatches(policy)
     return _average(grads, policy), policy, reference
 
 
 def _loss_cotangents(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Any]:
-    """Return the gradient of the loss times the number of pairs with respect to each of `_sums`, by name."""
+    """Return, by name, the gradient of (number of pairs) * loss with respect to each of `_sums`."""
 
     def total(sums):
         logps = replace(policy, **sums)
@@ -154,7 +156,7 @@ def _loss_cotangents(policy: PairLogps, reference: PairLogps | None, loss: LossC
 
 
 def _sums(logps: PairLogps) -> dict[str, Any]:
-    """Return the sums that the loss is differentiated with respect to, by field of `PairLogps`."""
+    """Return the fields of `PairLogps` with respect to which the loss is differentiated, by name."""
     sums: dict[str, Any] = {"sum": logps.sum, "tail_sum": logps.tail_sum, "log_sum_sq": logps.log_sum_sq}
     if logps.balance_coef != 0:
         sums["balance"] = logps.balance
@@ -174,21 +176,21 @@ def accumulate_gradient(
 
 
 def _join_microbatches(stacked: Any) -> Any:
-    """Reshape log-probs [microbatches, pairs per microbatch, ...] -> [B, ...], and add sums over tokens."""
-    joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
+    """Join the log-probs of microbatches, [microbatches, pairs, ...] -> [B, ...], and add up sums over tokens."""
+    joined_logps = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
     if stacked is None or stacked.balance is None:
-        return joined
-    return replace(joined, balance=jax.tree.map(lambda x: x.sum(0), stacked.balance))
+        return joined_logps
+    return replace(joined_logps, balance=jax.tree.map(lambda x: x.sum(0), stacked.balance))
 
 
 def _split_microbatches(cotangents: dict[str, Any], stacked: PairLogps) -> dict[str, Any]:
-    """Undo `_join_microbatches` for cotangents of `_sums`: each microbatch gets its pairs', and that of a sum."""
+    """Split cotangents of `_sums` by microbatch, as the transpose of `_join_microbatches`."""
     balance = cotangents.pop("balance", None)
-    split = jax.tree.map(lambda x: x.reshape(stacked.sum.shape), cotangents)
+    split_cotangents = jax.tree.map(lambda x: x.reshape(stacked.sum.shape), cotangents)
     if balance is not None:
         num_microbatches = len(stacked.sum)
-        split["balance"] = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_microbatches, *x.shape)), balance)
-    return split
+        split_cotangents["balance"] = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_microbatches, *x.shape)), balance)
+    return split_cotangents
 
 
 def _average(grads: Params, policy: PairLogps) -> Params:
@@ -223,7 +225,7 @@ def apply_gradient(
 
 
 def recovered(state: TrainState) -> TrainState:
-    """Return the state marked healthy again; a non-finite update has changed nothing but that mark."""
+    """Return the state with ``healthy`` set again, the only field that a non-finite update changes."""
     return replace(state, healthy=jax.device_put(np.ones((), bool), state.healthy.sharding))
 
 
@@ -303,8 +305,8 @@ def make_train_step(
     ``shardings``: of the state, from ``state_shardings``; the new state has the same ones.
     ``compiler_options``: XLA options by name.
     """
-    step = partial(
+    step_fn = partial(
         train_step, logps_fn=logps_fn, loss=loss, optimizer=optimizer, accumulation=accumulation, follow=follow
     )
-    compile_step = partial(jax.jit, step, donate_argnums=0, compiler_options=dict(compiler_options or {}))
+    compile_step = partial(jax.jit, step_fn, donate_argnums=0, compiler_options=dict(compiler_options or {}))
     return compile_step() if shardings is None else compile_step(out_shardings=(shardings, metrics_sharding))

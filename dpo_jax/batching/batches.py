@@ -16,7 +16,7 @@ from dpo_jax.data.store import Store
 
 SAMPLED_STEPS = 2048  # approximate number of steps sampled to choose the row shapes
 NUM_PREFETCHED = 2  # number of batches to prefetch
-STEPS_PER_SHAPE = 24  # steps that pay for compiling one more shape
+STEPS_PER_SHAPE = 24  # number of steps for which compiling one more shape pays off
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class StepData:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a run: call ``batches(step)``, with steps counted from 0.
+    """The batches of a run: ``batches(step)`` packs the batch of a step, counted from 0.
 
     Every process assigns the same pairs to the same rows, from their lengths alone, and packs only its own rows.
     """
@@ -49,7 +49,7 @@ class Batches:
     local_row_shards: Sequence[int] | None = None  # row shards of this process, out of packer.multiple; None: all
 
     def __call__(self, step: int) -> StepData:
-        """Pack the batch of step ``step``."""
+        """Pack the batch of one step, counted from 0."""
         ids = self.order.step_ids(step)
         return self.pack(step, ids, *_sizes(self.store, ids), lambda slot: self.store.example(ids[slot]))
 
@@ -75,29 +75,29 @@ class Batches:
         rows_per_shard = shape.rows // self.packer.multiple
         shards = range(self.packer.multiple) if self.local_row_shards is None else self.local_row_shards
         local_rows = [shard * rows_per_shard + row for shard in shards for row in range(rows_per_shard)]
-        packed = []
-        splits = (np.split(array, len(microbatches)) for array in (weights, margins))
-        for index, (rows, weight, margin) in enumerate(zip(microbatches, *splits, strict=True)):
-            pairs = {unit.pair for row in local_rows if row < len(rows) for unit in rows[row]}
-            examples = {pair: example(index * len(weight) + pair) for pair in pairs}
-            packed.append(pack_rows(rows, shape, examples, weight, num_answers, local_rows, margin))
+        batches = []
+        microbatch_arrays = (np.split(array, len(microbatches)) for array in (weights, margins))
+        for index, (rows, weight, margin) in enumerate(zip(microbatches, *microbatch_arrays, strict=True)):
+            local_pairs = {unit.pair for row in local_rows if row < len(rows) for unit in rows[row]}
+            examples = {pair: example(index * len(weight) + pair) for pair in local_pairs}
+            batches.append(pack_rows(rows, shape, examples, weight, num_answers, local_rows, margin))
         lengths = lengths[ids >= 0].astype(np.int64)
         return StepData(
             step=step,
             ids=ids,
-            batch=packed[0] if len(packed) == 1 else jax.tree.map(lambda *arrays: np.stack(arrays), *packed),
+            batch=batches[0] if len(batches) == 1 else jax.tree.map(lambda *arrays: np.stack(arrays), *batches),
             num_tokens=int(lengths[:, 1:].sum() + num_answers * lengths[:, 0].sum()),
             num_real_tokens=sum(unit.size for rows in microbatches for row in rows for unit in row),
             slots=len(microbatches) * shape.rows * shape.length,
         )
 
     def ahead(self, steps: Sequence[int]) -> Iterator[StepData]:
-        """Yield the batches of ``steps`` in order, while a thread packs the next ones."""
+        """Yield the batches of ``steps`` in order, while a thread packs the next batches."""
         yield from map(prefetched(self, steps), steps)
 
 
 def prefetched(batches: Batches, steps: Sequence[int]) -> Callable[[int], StepData]:
-    """Return a function that returns the batch of each of ``steps``, in order, while a thread packs the next ones."""
+    """Return a function from step to batch; call it for ``steps`` in order, while a thread packs the next batches."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="pack")
     pending: dict[int, Future[StepData]] = {}
 
@@ -121,7 +121,7 @@ def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def make_batches(
     store: Store, order: Order, packer: Packer, max_shapes: int, local_row_shards: Sequence[int] | None = None
 ) -> Batches:
-    """Make batches with row shapes chosen to fit the steps of ``order``; ``local_row_shards`` as in ``Batches``."""
+    """Make batches whose row shapes are chosen for the steps of ``order``; ``local_row_shards`` as in ``Batches``."""
     steps = range(0, order.num_steps, max(1, order.num_steps // SAMPLED_STEPS))
     step_shapes = [step_shape(packer.rows(*_sizes(store, order.step_ids(step))), packer.row_length) for step in steps]
     shape_limit = min(max_shapes, 1 + order.num_steps // STEPS_PER_SHAPE)
@@ -146,7 +146,10 @@ def set_batches(
     row_devices: int,
     row_shards: Sequence[int] | None = None,
 ) -> Batches:
-    """Make batches of ``ids`` in order, each id once; the last batch may be padded. Args as in ``train_batches``."""
+    """Make batches of the examples ``ids``, in order and each once; the last batch may be padded.
+
+    Arguments as in ``train_batches``.
+    """
     order = make_order(groups=[ids], weights=None, seed=0, shuffle=False, batch=batch.size, steps=None, epochs=1)
     return make_batches(store, order, _packer(batch, row_devices, 1), batch.max_shapes, row_shards)
 

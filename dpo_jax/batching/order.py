@@ -36,8 +36,8 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
     Hashes of one (seed, epoch) never collide, so the order is independent of the sort algorithm; a test pins it.
     """
-    start = _fold(_fold(0, seed), epoch)
-    words = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(start)
+    first_word = _fold(_fold(0, seed), epoch)
+    words = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(first_word)
     return np.argsort(mix_words(words), kind="stable").astype(np.int64)
 
 
@@ -51,25 +51,25 @@ def integer_shares(weights: Sequence[float]) -> list[int]:
 
 
 def chairman_assignment(shares: Sequence[int], draws: int) -> np.ndarray:
-    """Return the source of each draw, int64 [draws]; of the first t, for any t, each source has its share to within 1.
+    """Return the source of each draw, int64 [draws]; after every draw, each source has its share to within one draw.
 
     Tijdeman (1980), "The chairman assignment problem", Discrete Mathematics 32: among the sources that are owed enough,
     draw the one with the earliest deadline. The sequence repeats after sum(shares) draws.
     """
-    total, k = sum(shares), len(shares)
-    owed = [0] * k  # total * (draws due - draws made)
-    slack = 2 * k - 2
+    total_shares, num_sources = sum(shares), len(shares)
+    owed = [0] * num_sources  # total * (draws due - draws made)
+    slack = 2 * num_sources - 2
     sources = np.zeros(draws, np.int64)
-    for draw in range(draws if k > 1 else 0):
-        earliest, earliest_deadline = -1, math.inf
+    for draw in range(draws if num_sources > 1 else 0):
+        earliest_source, earliest_deadline = -1, math.inf
         for i, share in enumerate(shares):
             owed[i] += share
-            if slack * owed[i] >= total:
-                deadline = (total * (slack - 1) - slack * owed[i]) / share
+            if slack * owed[i] >= total_shares:
+                deadline = (total_shares * (slack - 1) - slack * owed[i]) / share
                 if deadline < earliest_deadline:
-                    earliest, earliest_deadline = i, deadline
-        sources[draw] = earliest
-        owed[earliest] -= total
+                    earliest_source, earliest_deadline = i, deadline
+        sources[draw] = earliest_source
+        owed[earliest_source] -= total_shares
     return sources
 
 
@@ -100,8 +100,8 @@ class Order:
             group = self.groups[source]
             epochs, ranks = np.divmod(source_draws[slots], len(group))
             for epoch in np.unique(epochs):
-                in_epoch = epochs == epoch
-                ids[slots[in_epoch]] = group[self.arrange(int(source), int(epoch))[ranks[in_epoch]]]
+                is_in_epoch = epochs == epoch
+                ids[slots[is_in_epoch]] = group[self.arrange(int(source), int(epoch))[ranks[is_in_epoch]]]
         return ids
 
     def epoch(self, steps_done: int) -> float:
@@ -119,7 +119,7 @@ def make_order(
     steps: int | None,
     epochs: float | None,
 ) -> Order:
-    """Make the order of a run over ``groups``, the example ids of each source.
+    """Make the order in which a run draws examples from ``groups``, the example ids of each source.
 
     Without weights the sources are concatenated: each example is drawn once per epoch, in a new permutation every epoch
     (file order if not ``shuffle``), and epochs follow one another without a gap. With weights each source has its own
@@ -133,8 +133,8 @@ def make_order(
     """
     assert steps is None or epochs is None
     groups = tuple(np.asarray(group, np.int64) for group in groups)
-    size = sum(map(len, groups))
-    if size == 0:
+    num_examples = sum(map(len, groups))
+    if num_examples == 0:
         raise UserError("data.train: no training examples are left; add data or lower data.eval_fraction")
     if weights is None:
         groups, shares = (np.concatenate(groups),), [1]
@@ -142,14 +142,14 @@ def make_order(
         shares = integer_shares(weights)
         for i, group in enumerate(groups):
             if len(group) == 0:
-                raise UserError(f"data.train.{i}: weight {weights[i]}, but no training examples; remove the data set")
-    draws_in_epochs = math.floor(Fraction(str(epochs or 1)) * size + Fraction(1, 2))  # rounded half up
+                raise UserError(f"data.train.{i}: no training examples, but weight {weights[i]}; remove this data set")
+    draws_in_epochs = math.floor(Fraction(str(epochs or 1)) * num_examples + Fraction(1, 2))  # rounded half up
     num_draws = steps * batch if steps is not None else max(1, draws_in_epochs)
     sources = chairman_assignment(shares, min(sum(shares), num_draws))
     ranks = np.zeros_like(sources)
     for source in range(len(groups)):
-        mask = sources == source
-        ranks[mask] = np.arange(mask.sum())
+        is_source = sources == source
+        ranks[is_source] = np.arange(is_source.sum())
 
     # An epoch may end inside a step, so up to two permutations of each source are in use at a time.
     @functools.lru_cache(maxsize=2 * len(groups))
@@ -163,7 +163,7 @@ def make_order(
         batch=batch,
         num_steps=-(-num_draws // batch),
         num_draws=num_draws,
-        epoch_draws=size,
+        epoch_draws=num_examples,
         cycle_sources=sources,
         cycle_ranks=ranks,
         cycle_counts=np.bincount(sources, minlength=len(groups)),

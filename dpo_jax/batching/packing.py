@@ -94,15 +94,15 @@ def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_len
     else:
         rows, free_tokens = [], []
         for unit in longest_first:
-            fitting = [row for row, free in enumerate(free_tokens) if free >= unit.size]
-            if not fitting:
+            fitting_rows = [row for row, free in enumerate(free_tokens) if free >= unit.size]
+            if not fitting_rows:
                 if unit.size > row_length:
                     reason = f"{row_length} is shorter than a pair of {unit.size} tokens"
                     raise UserError(f"batch.row_length: {reason}; raise it, or lower data.max_length")
                 rows.append([])
                 free_tokens.append(row_length)
-                fitting = [len(rows) - 1]
-            row = min(fitting, key=free_tokens.__getitem__)
+                fitting_rows = [len(rows) - 1]
+            row = min(fitting_rows, key=free_tokens.__getitem__)
             rows[row].append(unit)
             free_tokens[row] -= unit.size
     rows += [[] for _ in range(round_up(len(rows), multiple) - len(rows))]
@@ -110,20 +110,20 @@ def assign_rows(units: Sequence[Unit], *, layout: Layout, multiple: int, row_len
 
 
 def visible_blocks(row: Sequence[Unit]) -> np.ndarray:
-    """Return the sorted (query block, key block) pairs, [J, 2], in which some query attends to some key."""
+    """Return the sorted (query block, key block) index pairs, [J, 2], in which some query attends to some key."""
     num_blocks = round_up(sum(unit.size for unit in row), BLOCK) // BLOCK
-    visible = np.zeros((num_blocks, num_blocks), bool)
+    is_visible = np.zeros((num_blocks, num_blocks), bool)
     start = 0
     for unit in row:
         answer_start = start + unit.prompt
-        prompt = slice(start // BLOCK, (answer_start - 1) // BLOCK + 1)
-        visible[prompt, prompt] = True
+        prompt_blocks = slice(start // BLOCK, (answer_start - 1) // BLOCK + 1)
+        is_visible[prompt_blocks, prompt_blocks] = True
         for size in unit.answers:
-            answer = slice(answer_start // BLOCK, (answer_start + size - 1) // BLOCK + 1)
-            visible[answer, prompt] = visible[answer, answer] = True
+            answer_blocks = slice(answer_start // BLOCK, (answer_start + size - 1) // BLOCK + 1)
+            is_visible[answer_blocks, prompt_blocks] = is_visible[answer_blocks, answer_blocks] = True
             answer_start += size
         start = answer_start
-    return np.argwhere(np.tril(visible))
+    return np.argwhere(np.tril(is_visible))
 
 
 def branch_tokens(row: Sequence[Unit]) -> int:
@@ -164,18 +164,18 @@ def choose_shapes(needed: Sequence[BatchShape], max_shapes: int, min_saving: flo
     if len(sizes) > 24:  # limits the number of combinations to try
         sizes = sorted({sizes[round(i * (len(sizes) - 1) / 23)] for i in range(24)})
     step_counts = np.array([sum(low < num_slots(s) <= high for s in needed) for low, high in pairwise([0, *sizes])])
-    best, best_cost = (sizes[-1],), int(step_counts.sum() * sizes[-1])
+    best_bounds, best_cost = (sizes[-1],), int(step_counts.sum() * sizes[-1])
     for number in range(2, min(max_shapes, len(sizes)) + 1):
         costs = {}
-        for chosen in combinations(sizes[:-1], number - 1):
-            bounds = (*chosen, sizes[-1])
+        for lower_bounds in combinations(sizes[:-1], number - 1):
+            bounds = (*lower_bounds, sizes[-1])
             costs[bounds] = int(step_counts @ np.array(bounds)[np.searchsorted(bounds, sizes)])
         bounds, cost = min(costs.items(), key=lambda item: item[1])
         if cost > best_cost * (1 - min_saving):
             break
-        best, best_cost = bounds, cost
+        best_bounds, best_cost = bounds, cost
     shapes: list[BatchShape] = []
-    for low, high in pairwise((0, *best)):
+    for low, high in pairwise((0, *best_bounds)):
         shape = reduce(BatchShape.union, (shape for shape in needed if low < num_slots(shape) <= high))
         shapes.append(shape.union(shapes[-1]) if shapes else shape)
     return tuple(shapes)
@@ -193,28 +193,29 @@ class Packer:
 
     def rows(self, lengths: np.ndarray, num_targets: np.ndarray) -> list[list[list[Unit]]]:
         """Pack the step into ``accumulation`` microbatches of consecutive pairs; return the rows of each."""
-        size = len(lengths) // self.accumulation
+        pairs_per_microbatch = len(lengths) // self.accumulation
         microbatches = []
-        for start in range(0, len(lengths), size):
-            pairs = slice(start, start + size)
-            units = make_units(lengths[pairs], num_targets[pairs], self.layout)
+        for start in range(0, len(lengths), pairs_per_microbatch):
+            pair_slice = slice(start, start + pairs_per_microbatch)
+            units = make_units(lengths[pair_slice], num_targets[pair_slice], self.layout)
             rows = assign_rows(units, layout=self.layout, multiple=self.multiple, row_length=self.row_length)
             microbatches.append(rows)
         num_rows = max(len(rows) for rows in microbatches)
         return [rows + [[] for _ in range(num_rows - len(rows))] for rows in microbatches]
 
     def shape(self, microbatches: Sequence[Sequence[Sequence[Unit]]]) -> BatchShape:
-        """Return the smallest of ``shapes`` that holds the step, else a larger one, which may have to be compiled."""
-        needed = step_shape(microbatches, self.row_length)
+        """Return the smallest of ``shapes`` that holds the step, or a larger one, which may have to be compiled."""
+        needed_shape = step_shape(microbatches, self.row_length)
         for shape in self.shapes:
-            if shape.holds(needed):
+            if shape.holds(needed_shape):
                 return shape
         if not self.shapes:
-            return needed
-        enlarged = needed.union(self.shapes[-1])
+            return needed_shape
+        enlarged_shape = needed_shape.union(self.shapes[-1])
         token_sizes = ("targets", "longest", "branch_length", *(("length",) if self.row_length is None else ()))
         increments = {"answers": 8, "blocks": 128} | dict.fromkeys(token_sizes, 4 * BLOCK)
-        return replace(enlarged, **{name: round_up(getattr(enlarged, name), n) for name, n in increments.items()})
+        sizes = {name: round_up(getattr(enlarged_shape, name), n) for name, n in increments.items()}
+        return replace(enlarged_shape, **sizes)
 
 
 ExampleTokens = tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray | None]  # prompt, answers, target mask (None: all)
@@ -229,7 +230,7 @@ def empty_batch(
     leading: tuple[int, ...] = (),
     zeros: Callable[[tuple[int, ...], Any], Any] = np.zeros,
 ) -> PreferenceBatch:
-    """Return a batch of zeros for B pairs of K answers; ``leading`` dims, such as one of microbatches, come first.
+    """Return a batch of zeros; the dims ``leading``, such as the number of microbatches, precede those of each array.
 
     ``zeros``: (shape, dtype) -> array or stand-in: numpy's or JAX's ``zeros``, or ``jax.ShapeDtypeStruct``.
     """

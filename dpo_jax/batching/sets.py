@@ -19,9 +19,10 @@ HELD_OUT = "held_out"
 
 
 def with_answers(store: Store, planned: PlannedAnswers) -> Store:
-    """Return the store of prompts with the lengths of ``planned`` answers added, but not their tokens."""
-    answers = np.full((len(store), planned.per_prompt), planned.num_tokens, np.int32)
-    return replace(store, lengths=np.concatenate([store.lengths[:, :1], answers], axis=1), num_targets=answers)
+    """Return a store of prompts to which the lengths, but not the tokens, of ``planned`` answers are added."""
+    answer_lengths = np.full((len(store), planned.per_prompt), planned.num_tokens, np.int32)
+    lengths = np.concatenate([store.lengths[:, :1], answer_lengths], axis=1)
+    return replace(store, lengths=lengths, num_targets=answer_lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +51,11 @@ class DataSets:
         """
         if not planned.per_prompt:
             return self
-        evals = {
+        eval_sets = {
             name: replace(eval_set, store=with_answers(eval_set.store, planned._replace(per_prompt=1)))
             for name, eval_set in self.evals.items()
         }
-        return replace(self, train=with_answers(self.train, planned), evals=evals)
+        return replace(self, train=with_answers(self.train, planned), evals=eval_sets)
 
 
 def store_folder(store: str | None, run_dir: str) -> Path:
@@ -79,7 +80,7 @@ def open_sets(
     train: "Dataset | None" = None,
     evals: "Mapping[str, Dataset] | None" = None,
 ) -> DataSets:
-    """Open or build the stores of a run, and make the order of its examples, ``size`` per step.
+    """Open or build a run's token stores, and make the order of its training examples, ``size`` per step.
 
     ``train`` and ``evals`` replace the sets of ``data``.
 
@@ -90,15 +91,15 @@ def open_sets(
     sources = data.train if train is None else (train,)
     store = build_or_open_store(folder, sources, data, tokenizer, stage, data.workers)
     train_ids, held_out_ids = split_held_out(store, data.eval_fraction)
-    sets, sources_of = {}, dict[str, Sequence[AnySource]]({store.key: sources})
+    eval_sets, sources_of = {}, dict[str, Sequence[AnySource]]({store.key: sources})
     for name, source in (data.eval if evals is None else evals).items():
         eval_store = build_or_open_store(folder, (source,), data, tokenizer, stage, data.workers)
         sources_of[eval_store.key] = (source,)
-        sets[name] = EvalSet(store=eval_store, ids=np.arange(len(eval_store)))
+        eval_sets[name] = EvalSet(store=eval_store, ids=np.arange(len(eval_store)))
     if data.eval_fraction:
-        sets[HELD_OUT] = EvalSet(store=store, ids=held_out_ids)
+        eval_sets[HELD_OUT] = EvalSet(store=store, ids=held_out_ids)
     weights = [source.weight for source in data.train if source.weight is not None] if train is None else []
     groups = ids_by_source(store, train_ids)
-    length = {"batch": size, "steps": run.steps, "epochs": run.epochs}
-    order = make_order(groups=groups, weights=weights or None, seed=run.seed, shuffle=data.shuffle, **length)
-    return DataSets(stage=stage, train=store, train_ids=train_ids, order=order, evals=sets, sources=sources_of)
+    run_length = {"batch": size, "steps": run.steps, "epochs": run.epochs}
+    order = make_order(groups=groups, weights=weights or None, seed=run.seed, shuffle=data.shuffle, **run_length)
+    return DataSets(stage=stage, train=store, train_ids=train_ids, order=order, evals=eval_sets, sources=sources_of)

@@ -21,12 +21,12 @@ def make_to_devices(mesh: Mesh, leading: int = 0) -> ToDevices:
     shards, rows_sharding, replicated_sharding = local_row_shards(mesh), row_sharding(mesh, leading), replicated(mesh)
 
     def put_rows(array: np.ndarray) -> jax.Array:
-        size = array.shape[leading] // len(shards)  # rows per shard
-        shape = (*array.shape[:leading], size * row_devices(mesh), *array.shape[leading + 1 :])
+        rows_per_shard = array.shape[leading] // len(shards)
+        shape = (*array.shape[:leading], rows_per_shard * row_devices(mesh), *array.shape[leading + 1 :])
 
         def device_rows(index: Any) -> np.ndarray:
-            start = shards.index((index[leading].start or 0) // size) * size
-            return array[(*index[:leading], slice(start, start + size))]
+            start = shards.index((index[leading].start or 0) // rows_per_shard) * rows_per_shard
+            return array[(*index[:leading], slice(start, start + rows_per_shard))]
 
         return jax.make_array_from_callback(shape, rows_sharding, device_rows)
 

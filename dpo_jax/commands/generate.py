@@ -298,6 +298,6 @@ def finish(config: GenerateConfig, file: AnswerFile) -> None:
     if ranked.num_cut:
         cut = f"{ranked.num_cut} of the best answers were cut at {limit} tokens; training would end them there"
         show(f"note: {cut}: raise sampling.max_tokens")
-    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(ranked.skipped.items()))
+    causes = ", ".join(f"{count} with {cause}" for cause, count in sorted(ranked.skipped.items()))
     skips = f"; prompts skipped: {causes}" if causes else ""
     show(f"{config.pairs}: {path}: {len(ranked.rows)} rows{skips}")

@@ -107,20 +107,20 @@ class TrainConfig(Section):
         self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "all adapters are matrices")
 
     def _refuse_idle_sampling(self) -> None:
-        """Refuse options of ``sampling`` in a run that uses them for ``run.samples`` only, if that is 0."""
+        """Refuse options of ``sampling`` if ``run.samples`` is 0, because this run samples answers for nothing else."""
         for option in ("max_tokens", "temperature", "top_k", "top_p"):
             self.refuse_idle(f"sampling.{option}", self.run.samples == 0, "run.samples is 0, so nothing is sampled")
 
     def _check_rollouts(self) -> None:
-        """Refuse what cannot be trained on the policy's own answers, and options that prompts alone make useless."""
+        """Refuse options that training on sampled answers does not support, or that have no effect on prompts alone."""
         sampling = self.sampling
-        remedy = "training needs samples of the unmodified policy"
-        self.refuse("sampling.temperature", sampling.temperature != 1, f"{remedy}; use 1")
-        self.refuse("sampling.top_p", sampling.top_p != 1, f"{remedy}; use 1")
-        self.refuse("sampling.top_k", sampling.top_k != 0, f"{remedy}; use 0")
-        room = self.data.max_length - sampling.max_tokens
+        reason = "training needs samples of the unmodified policy"
+        self.refuse("sampling.temperature", sampling.temperature != 1, f"{reason}; use 1")
+        self.refuse("sampling.top_p", sampling.top_p != 1, f"{reason}; use 1")
+        self.refuse("sampling.top_k", sampling.top_k != 0, f"{reason}; use 0")
+        max_prompt_length = self.data.max_length - sampling.max_tokens
         remedy = f"data.max_length is {self.data.max_length}, so no prompt fits; lower it, or raise data.max_length"
-        self.refuse("sampling.max_tokens", room < 1, remedy)
+        self.refuse("sampling.max_tokens", max_prompt_length < 1, remedy)
         for cause in ("equal_answers", "template_not_prefix"):
             self.refuse_idle(f"data.invalid_rows.{cause}", True, "the rows are prompts, so this cannot happen")
         self.refuse_idle("data.append_eos", True, "the policy ends its answers itself")
@@ -139,8 +139,8 @@ class DPOConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         mode, loss = self.reference_mode, self.loss
-        names_text = ", ".join(name for name, _ in loss.terms)
-        remedy = f"loss {names_text} needs a reference; use live or cached, or set loss.reference_free"
+        loss_names = ", ".join(name for name, _ in loss.terms)
+        remedy = f"loss {loss_names} needs a reference; use live or cached, or set loss.reference_free"
         self.refuse("reference.mode", loss.needs_reference and mode == "none", remedy)
         is_unused = loss.reference_free and mode != "none"
         self.refuse("reference.mode", is_unused, "with loss.reference_free there is no reference; use none")
@@ -153,14 +153,14 @@ class DPOConfig(TrainConfig):
         self.refuse_idle("reference.dtype", has_adapters, f"{lora_reason}, in the same dtype")
         self.refuse_idle("reference.sync_every", has_adapters, f"{lora_reason}, which is never updated")
         is_unused = has_adapters and self.reference.mode == "live" and not loss.needs_reference
-        self.refuse("reference.mode", is_unused, f"{lora_reason}, and loss {names_text} uses no reference; use auto")
+        self.refuse("reference.mode", is_unused, f"{lora_reason}, and loss {loss_names} uses no reference; use auto")
         if self.data.online is None:
             self._refuse_idle_sampling()
         else:
             self._check_online(self.data.online)
 
     def _check_online(self, online: OnlineConfig) -> None:
-        """Refuse what cannot be trained on sampled and judged answers."""
+        """Refuse options and losses that training on sampled, judged pairs does not support."""
         self._check_rollouts()
         is_cached = self.reference.mode == "cached"
         self.refuse("reference.mode", is_cached, "new answers need a live reference; use live")
@@ -180,7 +180,7 @@ class DPOConfig(TrainConfig):
         )
 
     def without_online(self) -> "DPOConfig":
-        """Return the config of training on the answers of the data, for commands that score these."""
+        """Return the config without ``data.online``, for commands that score the answers in the data."""
         if self.data.online is None:
             return self
         data = replace(self.data, online=None, shuffle=True)  # or run.seed, if it is not 0, would be refused
@@ -190,12 +190,12 @@ class DPOConfig(TrainConfig):
 
     @property
     def stage(self) -> Stage:
-        """How rows are read: as pairs, or as prompts if the answers are sampled."""
+        """How rows are read: as pairs, or as prompts if answers are sampled in training."""
         return "dpo" if self.data.online is None else "prompts"
 
     @property
     def planned(self) -> PlannedAnswers:  # type: ignore[override]
-        """The answers of a pair, if they are sampled."""
+        """Number and maximum length of the answers sampled for each pair; 0 if the answers are in the data."""
         online = self.data.online
         return PlannedAnswers() if online is None else PlannedAnswers(2, self.sampling.max_tokens, online.answers)
 
@@ -231,9 +231,9 @@ class SFTConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         self._refuse_idle_sampling()
-        explanation = "fine-tuning has one answer per row, so this cannot happen"
+        reason = "fine-tuning has one answer per row, so this cannot happen"
         for cause in ("equal_answers", "prompts_differ"):
-            self.refuse_idle(f"data.invalid_rows.{cause}", True, explanation)
+            self.refuse_idle(f"data.invalid_rows.{cause}", True, reason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +256,7 @@ class RewardConfig(TrainConfig):
         self.refuse_idle("model.router_aux_loss_coef", True, "a reward model is trained without it")
 
     def without_online(self) -> "RewardConfig":
-        """Return this config, as a reward model is always trained on the answers of the data."""
+        """Return this config unchanged: a reward model is always trained on the answers in the data."""
         return self
 
     @property
@@ -286,8 +286,8 @@ class PPOConfig(TrainConfig):
         self.refuse("reference.sync_every", self.reference.sync_every, "PPO and RLOO keep the reference fixed; use 0")
         has_adapters = self.lora.rank > 0
         for option in ("path", "dtype"):
-            cause = "with lora.rank the reference is the model without its adapters"
-            self.refuse_idle(f"reference.{option}", has_adapters, cause)
+            reason = "with lora.rank the reference is the model without its adapters"
+            self.refuse_idle(f"reference.{option}", has_adapters, reason)
         from_function = self.ppo.value_model == "reward" and self.reward.path is None
         self.refuse("ppo.value_model", from_function, "a reward function has no weights to start from; use policy")
         self._check_rollouts()
@@ -296,7 +296,7 @@ class PPOConfig(TrainConfig):
 
     @property
     def planned(self) -> PlannedAnswers:  # type: ignore[override]
-        """Number and maximum length of the answers sampled to each prompt."""
+        """Number and maximum length of the answers sampled for each prompt."""
         return PlannedAnswers(self.ppo.answers, self.sampling.max_tokens, self.ppo.answers)
 
     @property

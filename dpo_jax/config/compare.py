@@ -35,8 +35,8 @@ from dpo_jax.config.section import Section, ranged
 from dpo_jax.errors import UserError, require
 
 REWARD_MODEL = "reward_model"  # folder of the reward models' runs
-NAME = r"[^\W_][\w+-]*"  # of a method, which is also that of its folder
-RESERVED = (REWARD_MODEL, "store", "Reference")
+NAME_PATTERN = r"[^\W_][\w+-]*"  # of a method, whose folder has the same name
+RESERVED_NAMES = (REWARD_MODEL, "store", "Reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +78,13 @@ class ComparedMethodConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        method, samples = self.method, self.method != "dpo"
+        method, is_sampled = self.method, self.method != "dpo"
         for option, methods in (("loss", ("dpo", "online_dpo")), ("online", ("online_dpo",)), ("ppo", ("ppo",))):
             if getattr(self, option) is not None and method not in methods:
                 raise UserError(f"{option}: method {method} has no such section; remove it")
-        self.refuse_idle("reward", not samples, "method dpo trains on the pairs, which are labeled")
-        formatted = {f"{beta:g}" for beta in self.betas}  # as in folders and labels
-        self.refuse("betas", len(formatted) < len(self.betas), "give each beta once, to six digits")
+        self.refuse_idle("reward", not is_sampled, "method dpo trains on the pairs, which are labeled")
+        beta_texts = {f"{beta:g}" for beta in self.betas}  # as in folders and labels
+        self.refuse("betas", len(beta_texts) < len(self.betas), "give each beta once, to six digits")
         option, value, default = (
             ("ppo.kl_coef", self.gradient.kl_coef, PolicyGradientConfig.kl_coef)
             if method == "ppo"
@@ -96,12 +96,12 @@ class ComparedMethodConfig(Section):
 
     @property
     def pair_loss(self) -> LossConfig:
-        """The loss on pairs, with its defaults."""
+        """The section `loss`, or its defaults if it is not given."""
         return self.loss or LossConfig()
 
     @property
     def gradient(self) -> PolicyGradientConfig:
-        """The options of the policy gradient, with their defaults."""
+        """The section `ppo`, or its defaults if it is not given."""
         return self.ppo or PolicyGradientConfig()
 
     @property
@@ -110,15 +110,15 @@ class ComparedMethodConfig(Section):
 
     @property
     def variants(self) -> Iterator[tuple[float | None, "ComparedMethodConfig"]]:
-        """The method at each of its betas; None: it has no beta."""
+        """Each beta of the method, with the method's config at that beta; a loss without beta has beta None."""
         for beta in self.betas:
             if self.method == "ppo":
                 yield beta, replace(self, betas=(), ppo=replace(self.gradient, kl_coef=beta))
             else:
                 yield beta, replace(self, betas=(), loss=replace(self.pair_loss, beta=beta))
         if not self.betas:
-            own_beta = self.pair_loss.beta if self._uses_beta else None
-            yield self.gradient.kl_coef if self.method == "ppo" else own_beta, self
+            loss_beta = self.pair_loss.beta if self._uses_beta else None
+            yield self.gradient.kl_coef if self.method == "ppo" else loss_beta, self
 
 
 class ComparedRun(NamedTuple):
@@ -133,14 +133,14 @@ class ComparedRun(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What is trained, in words."""
+        """Name of the run in messages, such as `dpo, beta 0.1, seed 0`."""
         beta = "" if self.beta is None else f", beta {self.beta:g}"
         return f"{self.name}{beta}, seed {self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(Section):
-    """A comparison: what every method shares, and the methods."""
+    """A comparison: the sections that all methods share, and the methods."""
 
     model: ModelConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -169,7 +169,7 @@ class CompareConfig(Section):
             remedy = (
                 "a method's name is also that of its folder: begin with a letter or digit, and use only these and + - _"
             )
-            require(bool(re.fullmatch(NAME, name)) and name not in RESERVED, "methods", name, remedy)
+            require(bool(re.fullmatch(NAME_PATTERN, name)) and name not in RESERVED_NAMES, "methods", name, remedy)
         remedy = "name one set of held-out pairs as data.eval; all methods are compared on its prompts"
         self.refuse("data.eval_fraction", self.data.eval_fraction, remedy)
         self.refuse("data.eval", len(self.data.eval) != 1, remedy)
@@ -184,14 +184,14 @@ class CompareConfig(Section):
 
     @property
     def judging(self) -> PPOConfig:
-        """A config of the start, whose evaluation prompts every policy answers, and of the judge."""
+        """The config that evaluates a policy: prompts to answer, how answers are sampled, and what scores them."""
         base = self._shared(self.run.dir, 0, None, None) | {"lora": LoraConfig()}
         data, batch, sampling = self._prompt_data, self._prompt_batch, self.sampling
         return PPOConfig(**base, data=data, reward=self.judge, batch=batch, sampling=sampling)
 
     @property
     def runs(self) -> Iterator[ComparedRun]:
-        """Every training run, in order: the reward models first, as later runs need them.
+        """Every training run, in order: the reward models first, because other runs need them.
 
         Raises:
             UserError: the config of a run is refused.
@@ -211,43 +211,43 @@ class CompareConfig(Section):
                 yield ComparedRun(name, beta, self.run.seed + seed, reward_model, folder, config)
 
     def _checked(self, option: str, config_of: Callable[[str, int], AnyConfig], folder: str, seed: int) -> AnyConfig:
-        """Return the config of a run; ``option`` precedes the message if it is refused."""
+        """Return the config of a run; if it is invalid, the error names ``option`` first."""
         try:
             return config_of(f"{self.run.dir}/{folder}", seed)
         except UserError as error:
             raise UserError(f"{option}: {error}") from None
 
     def _reward_folder(self, seed: int) -> str:
-        """Return the folder, under ``run.dir``, of a seed's reward model."""
+        """Return the folder of the reward model that is trained with a seed, relative to ``run.dir``."""
         return f"{REWARD_MODEL}/seed-{self.run.seed + seed}"
 
     def _reward_model_config(self, folder: str, seed: int) -> RewardConfig:
         options = self.learned_reward or LearnedRewardConfig()
-        shared = self._shared(folder, seed, options.steps, options.optimizer)
-        shared["run"] = replace(shared["run"], token_stats=RunConfig.token_stats)
+        sections = self._shared(folder, seed, options.steps, options.optimizer)
+        sections["run"] = replace(sections["run"], token_stats=RunConfig.token_stats)
         batch = replace(self.batch, target_chunk=BatchConfig.target_chunk)
-        return RewardConfig(**shared, data=self._pair_data, loss=options.loss, batch=batch, sampling=self._samples)
+        return RewardConfig(**sections, data=self._pair_data, loss=options.loss, batch=batch, sampling=self._samples)
 
     def _method_config(self, method: ComparedMethodConfig, folder: str, seed: int) -> AnyConfig:
-        shared = self._shared(folder, seed, method.steps, method.optimizer)
+        sections = self._shared(folder, seed, method.steps, method.optimizer)
         judge: dict[str, Any] = asdict(self.judge)
         if method.reward == "learned":
             judge = {"path": f"{self.run.dir}/{self._reward_folder(seed)}"}
         if method.method == "ppo":
-            shared["run"] = replace(shared["run"], token_stats=RunConfig.token_stats)
+            sections["run"] = replace(sections["run"], token_stats=RunConfig.token_stats)
             batch = self._prompt_batch
             options: dict[str, Any] = {"ppo": method.gradient, "reward": JudgeConfig(**judge)}
-            return PPOConfig(**shared, **options, data=self._prompt_data, batch=batch, sampling=self.sampling)
+            return PPOConfig(**sections, **options, data=self._prompt_data, batch=batch, sampling=self.sampling)
         data, sampling = self._pair_data, self._samples
         if method.method == "online_dpo":
             pairs = asdict(method.online or OnlinePairsConfig())
             online = OnlineConfig(reward=PairJudgeConfig(**judge), **pairs)
             data, sampling = PairDataConfig(**_options(self._prompt_data), online=online), self.sampling
-        shared["model"] = self.model
-        return DPOConfig(**shared, data=data, loss=method.pair_loss, batch=self.batch, sampling=sampling)
+        sections["model"] = self.model
+        return DPOConfig(**sections, data=data, loss=method.pair_loss, batch=self.batch, sampling=sampling)
 
     def _shared(self, folder: str, seed: int, steps: int | None, optimizer: OptimizerConfig | None) -> dict[str, Any]:
-        """Return the sections that all methods have; only DPO has the load-balancing loss of a mixture of experts."""
+        """Return the config sections that all methods share, without the load-balancing loss, which only DPO has."""
         run = replace(self.run, dir=folder, seed=self.run.seed + seed)
         if steps is not None:
             run = replace(run, steps=steps, epochs=None)
@@ -257,12 +257,12 @@ class CompareConfig(Section):
 
     @property
     def _prompt_batch(self) -> RolloutBatchConfig:
-        rows = {option.name: getattr(self.batch, option.name) for option in fields(RowsConfig)}
-        return RolloutBatchConfig(prompts=self.batch.pairs, **rows)
+        row_options = {option.name: getattr(self.batch, option.name) for option in fields(RowsConfig)}
+        return RolloutBatchConfig(prompts=self.batch.pairs, **row_options)
 
     @property
     def _samples(self) -> SamplingConfig:
-        """How methods that do not sample in training answer for ``run.samples``."""
+        """The section ``sampling`` of methods that sample answers only for ``run.samples``, not in training."""
         return self.sampling if self.run.samples else SamplingConfig()
 
     @property
@@ -271,14 +271,14 @@ class CompareConfig(Section):
 
     @property
     def _prompt_data(self) -> DataConfig:
-        """The pairs as prompts, without options that concern answers."""
+        """The data config that reads only the prompts of the pairs; options about answers have their defaults."""
         rules, defaults = self.data.invalid_rows, InvalidRowsConfig
         rules = replace(rules, equal_answers=defaults.equal_answers, template_not_prefix=defaults.template_not_prefix)
         limit = lambda source: min(self.prompts, source.limit or self.prompts)  # noqa: E731
-        held_out = {name: replace(source, limit=limit(source)) for name, source in self.data.eval.items()}
-        return replace(self._pair_data, eval=held_out, append_eos=True, invalid_rows=rules)
+        eval_sources = {name: replace(source, limit=limit(source)) for name, source in self.data.eval.items()}
+        return replace(self._pair_data, eval=eval_sources, append_eos=True, invalid_rows=rules)
 
 
 def _options(section: Section) -> dict[str, Any]:
-    """Return a section's options without converting subsections."""
+    """Return a section's options by name; subsections stay objects."""
     return {option.name: getattr(section, option.name) for option in fields(section)}

@@ -113,8 +113,8 @@ class DataConfig(Section, name="data"):
         for name, source in self.eval.items():
             remedy = "each pair of an evaluation set counts once; leave the weight out"
             require(source.weight is None, f"data.eval.{name}.weight", source.weight, remedy)
-        name_taken = "held_out" in self.eval and self.eval_fraction > 0
-        require(not name_taken, "data.eval", "held_out", "eval_fraction holds out rows under this name; choose another")
+        is_taken = "held_out" in self.eval and self.eval_fraction > 0
+        require(not is_taken, "data.eval", "held_out", "eval_fraction holds out rows under this name; choose another")
         self.refuse("template_date", not is_date(self.template_date), "give a date as YYYY-MM-DD")
         action = self.invalid_rows.too_long
         self.refuse_idle("truncation", action != "truncate", f"data.invalid_rows.too_long is {action}")

@@ -77,7 +77,7 @@ def sections(kind: type, name: str = "") -> Iterator[SectionText]:
 
 
 def help_sections(kind: type) -> Iterator[SectionText]:
-    """Yield the `sections` of a config class, and those of an entry of data.train and of methods if it has these."""
+    """Yield the `sections` of a config class, then the options of one data set and, for `compare`, of one method."""
     yield from sections(kind)
     if issubclass(kind, CompareConfig):
         yield next(sections(ComparedMethodConfig, METHOD))  # without its sections, which are those of other commands

@@ -111,14 +111,14 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 @cache
 def field_types(kind: type) -> dict[str, Any]:
-    """Return the type of each field of a section, by name, in order of definition; of a union, its first section."""
+    """Return the type of each field of a section by name, in order of definition; for a union, its first section."""
     hints = get_type_hints(kind)
     return {field.name: _section_type(hints[field.name]) for field in dataclasses.fields(kind)}
 
 
 def _section_type(kind: Any) -> Any:
-    options = get_args(kind) if get_origin(kind) is UnionType else ()
-    return next(filter(dataclasses.is_dataclass, options), kind)
+    alternatives = get_args(kind) if get_origin(kind) is UnionType else ()
+    return next(filter(dataclasses.is_dataclass, alternatives), kind)
 
 
 def field_names(kind: type, prefix: str = "") -> Iterator[str]:
@@ -130,7 +130,7 @@ def field_names(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def type_words(kind: Any) -> str:
-    """Return a description in words of the values that a type allows."""
+    """Describe in words the values that a type allows."""
     if get_origin(kind) is tuple:
         return f"{type_words(get_args(kind)[0])}, or several as a list"
     if get_origin(kind) is dict:
@@ -140,7 +140,7 @@ def type_words(kind: Any) -> str:
 
 
 def _choices(kind: Any) -> list[str]:
-    """Return a description in words of each alternative of a type."""
+    """Describe in words each alternative of a type."""
     if get_origin(kind) in (Union, UnionType):
         return [word for option in get_args(kind) for word in _choices(option)]
     if get_origin(kind) is Literal:
@@ -215,17 +215,17 @@ def _read_section(kind: type[Section], value: Any, name: str, root: type) -> Sec
 
 
 def _is_no_section(field: dataclasses.Field[Any], kind: Any, value: Any) -> bool:
-    """Return whether the value is the null of an optional section."""
+    """Return whether the value is null in place of an optional section."""
     is_null = value is None or (isinstance(value, CommandLineText) and value == "null")
     return is_null and dataclasses.is_dataclass(kind) and field.default is None
 
 
 def _refuse_unknown(keys: Collection[Any], options: Collection[str], prefix: str, root: type) -> None:
     """Refuse a key that is not an option of the section with this prefix, and suggest the option probably meant."""
-    unknown = next((key for key in keys if key not in options), None)
-    if unknown is None:
+    unknown_key = next((key for key in keys if key not in options), None)
+    if unknown_key is None:
         return
-    key, names = str(unknown), list(field_names(root))
+    key, names = str(unknown_key), list(field_names(root))
     if prefix + key in NOT_OFFERED:
         raise UserError(f"{prefix}{key}: unknown option: {NOT_OFFERED[prefix + key]}; remove it")
     for kind, command in COMMAND_OF.items():
@@ -258,8 +258,8 @@ def _example(value: Any) -> str:
     """Return the mapping probably meant by ``name:value``, ``--name=value`` or a bare value."""
     if not isinstance(value, str):
         return "{name: value}"
-    pair = re.fullmatch(r"-*([\w.]+) ?[:=] ?(\S+)", value)
-    return f"{{{pair[1]}: {pair[2]}}}" if pair else f"{{name: {value}}}"
+    match = re.fullmatch(r"-*([\w.]+) ?[:=] ?(\S+)", value)
+    return f"{{{match[1]}: {match[2]}}}" if match else f"{{name: {value}}}"
 
 
 def _accepts(kind: Any, value: Any) -> bool:
@@ -317,8 +317,8 @@ def _set_option(kind: Any, node: Any, path: tuple[str, ...], subpath: Sequence[s
         return _set_in_list(get_args(kind)[0], node, path, subpath, value)
     if kind in SHORTHAND and isinstance(node, str):
         node = {SHORTHAND[kind]: node}
-    has_names = dataclasses.is_dataclass(kind) or get_origin(kind) is dict
-    if not isinstance(node, Mapping) and (node is not None or not has_names):
+    is_mapping = dataclasses.is_dataclass(kind) or get_origin(kind) is dict
+    if not isinstance(node, Mapping) and (node is not None or not is_mapping):
         raise UserError(f"{name}: {node_name} is {shown(node)}, which has no options: set {node_name} itself")
     node = node or {}
     key, value_type = subpath[0], None
@@ -330,7 +330,7 @@ def _set_option(kind: Any, node: Any, path: tuple[str, ...], subpath: Sequence[s
 
 
 def _set_in_list(kind: Any, node: Any, path: tuple[str, ...], subpath: Sequence[str], value: Any) -> list[Any]:
-    """Like `_set_option`, for a list of ``kind``. The index may be omitted if the list has a single data set."""
+    """Set a value as `_set_option` does, in a list of ``kind``; the index of a single data set may be omitted."""
     list_name, name = ".".join(path), ".".join((*path, *subpath))
     single_entry = [] if node is None and kind not in SHORTHAND else [node]
     entries = list(node) if isinstance(node, list | tuple) else single_entry

@@ -102,12 +102,12 @@ class GenerateConfig(Section):
         is_greedy = self.sampling.temperature == 0
         self.refuse("n", is_greedy and self.n > 1, "at sampling.temperature 0 all answers are the same; use 1")
         self.refuse_idle("run.seed", is_greedy, "at sampling.temperature 0 nothing is random")
-        unranked = self.pairs is not None and self.reward.path is None
-        self.refuse("pairs", unranked, "answers are ranked by their scores; give a reward model as reward.path")
+        is_unranked = self.pairs is not None and self.reward.path is None
+        self.refuse("pairs", is_unranked, "answers are ranked by their scores; give a reward model as reward.path")
         is_single = self.pairs == "best-worst" and self.n == 1
         self.refuse("pairs", is_single, "a pair takes two answers to a prompt; set n to 2 or more")
         self.refuse("prompts.weight", self.prompts.weight is not None, "every prompt is answered; leave it out")
         self.refuse_idle("model.remat", True, "generation has no backward pass")
         self.refuse_idle("model.router_aux_loss_coef", True, "generation has no loss")
-        unscored = self.reward.path is None
-        self.refuse_idle("model.attention", unscored, "only a reward model uses it, and reward.path is not set")
+        is_unscored = self.reward.path is None
+        self.refuse_idle("model.attention", is_unscored, "only a reward model uses it, and reward.path is not set")

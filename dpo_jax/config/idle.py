@@ -56,11 +56,11 @@ IDLE: tuple[tuple[str, Callable[[Any, Facts], bool], str], ...] = (
 
 def idle_options(config: Any, facts: Facts) -> list[str]:
     """Return one line for each option of a config that has no effect in a run with these facts."""
-    lines = []
+    explanations = []
     for option, is_idle, explanation in IDLE:
         section, _, _ = option.partition(".")
         if hasattr(config, section):
             value = reduce(getattr, option.split("."), config)
             if is_idle(value, facts):
-                lines.append(f"{option} is {value!r}: {explanation.format(**facts._asdict())}")
-    return lines
+                explanations.append(f"{option} is {value!r}: {explanation.format(**facts._asdict())}")
+    return explanations

@@ -100,24 +100,26 @@ class LossConfig(Section, name="loss"):
         count_differs = len(self.weights) not in (0, len(self.types))
         self.refuse("weights", count_differs, f"give one for each of loss.types ({len(self.types)})")
         traits = {name: LOSS_TRAITS[name] for name, _ in self.terms}
-        names_text = _joined(traits)
+        loss_names = _joined(traits)
         for option in (option for row in LOSS_TRAITS.values() for option in row.options):
             has_option = any(option in row.options for row in traits.values())
-            self.refuse_idle(option, not has_option, f"it is not an option of {names_text}")
+            self.refuse_idle(option, not has_option, f"it is not an option of {loss_names}")
         is_infinite = "exo_pair" in traits and self.label_smoothing == 0
         self.refuse("label_smoothing", is_infinite, "exo_pair is infinite at 0; try 0.001")
-        margin_text = _joined(name for name, row in LOSS_TRAITS.items() if row.of_margin)
-        other_text = _joined(name for name, row in traits.items() if not row.of_margin)
-        self.refuse_idle("f_divergence", other_text, f"it is defined for {margin_text}, not for {other_text}")
+        margin_loss_names = _joined(name for name, row in LOSS_TRAITS.items() if row.of_margin)
+        other_loss_names = _joined(name for name, row in traits.items() if not row.of_margin)
+        self.refuse_idle(
+            "f_divergence", other_loss_names, f"it is defined for {margin_loss_names}, not for {other_loss_names}"
+        )
         divergence = self.f_divergence
         self.refuse_idle("f_alpha", divergence != "alpha", f"loss.f_divergence {divergence} has no coefficient")
-        per_token_text = _joined(n for n, row in traits.items() if row.per_token or (n == "ipo" and self.ipo_average))
-        self.refuse_idle("ld_alpha", per_token_text, f"{per_token_text} already divides by the lengths")
-        coupled_text = _joined(name for name, row in traits.items() if row.coupled)
-        self.refuse_idle("weighting", coupled_text, f"{coupled_text} couples a step's pairs, so none can be weighted")
+        per_token_names = _joined(n for n, row in traits.items() if row.per_token or (n == "ipo" and self.ipo_average))
+        self.refuse_idle("ld_alpha", per_token_names, f"{per_token_names} already divides by the lengths")
+        coupled_names = _joined(name for name, row in traits.items() if row.coupled)
+        self.refuse_idle("weighting", coupled_names, f"{coupled_names} couples a step's pairs, so none can be weighted")
         self.refuse_idle("wpo_gradient", self.weighting == "none", "loss.weighting is none, so there are no weights")
         needs_reference = any(row.reference for row in traits.values())
-        self.refuse_idle("reference_free", not needs_reference, f"{names_text} uses no reference")
+        self.refuse_idle("reference_free", not needs_reference, f"{loss_names} uses no reference")
         self.refuse_idle("reference_free", "dpop" in traits, "dpop compares the chosen answer with the reference")
 
     @property

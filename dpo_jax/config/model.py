@@ -66,7 +66,7 @@ class LoraConfig(Section, name="lora"):
 
     @property
     def scale(self) -> float:
-        """Factor by which an adapter's matrix product B A is scaled."""
+        """Factor that scales the product of an adapter's two matrices."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 

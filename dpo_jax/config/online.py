@@ -39,10 +39,10 @@ class PolicyGradientConfig(Section, name="ppo"):
 
     def __post_init__(self):
         super().__post_init__()
-        rloo = self.estimator == "rloo"
-        self.refuse("answers", rloo and self.answers < 2, "rloo compares the answers of a prompt; sample at least 2")
+        is_rloo = self.estimator == "rloo"
+        self.refuse("answers", is_rloo and self.answers < 2, "rloo compares the answers of a prompt; sample at least 2")
         for option in ("gae_lambda", "value_model", "value_coef", "value_clip"):
-            self.refuse_idle(option, rloo, "estimator rloo has no value model")
+            self.refuse_idle(option, is_rloo, "estimator rloo has no value model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ class JudgeConfig(RewardModelConfig):
         remedy = f"give a reward model, or a Python function as {self.section}.function"
         self.refuse("path", not has_path and not has_function, remedy)
         self.refuse("function", has_path and has_function, f"{self.section}.path is set, too; remove one of the two")
-        is_name = self.function is None or self.function.count(":") == 1
-        self.refuse("function", not is_name, "give a module and a function in it, such as my_rewards:brevity")
+        is_valid = self.function is None or self.function.count(":") == 1
+        self.refuse("function", not is_valid, "give a module and a function in it, such as my_rewards:brevity")
 
 
 @dataclass(frozen=True, kw_only=True)

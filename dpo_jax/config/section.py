@@ -32,8 +32,8 @@ class Range:
         return number == self.special or all(check(number, bound) for _, check, bound in self.bounds)
 
     def __str__(self) -> str:
-        text = " and ".join(f"{words} {bound}" for words, _, bound in self.bounds).replace("above 0", "positive")
-        return text if self.special is None else f"{self.special} or {text}"
+        bounds_text = " and ".join(f"{words} {bound}" for words, _, bound in self.bounds).replace("above 0", "positive")
+        return bounds_text if self.special is None else f"{self.special} or {bounds_text}"
 
 
 def ranged(default: Value, special: int | None = None, **bounds: float) -> Value:
@@ -56,7 +56,7 @@ class Section:
 
     def __post_init__(self):
         for option in fields(self):
-            value, allowed = getattr(self, option.name), option.metadata.get("range")
+            value, allowed_range = getattr(self, option.name), option.metadata.get("range")
             null_prefix = "null or " if NoneType in get_args(option.type) else ""
             for index, entry in enumerate(value) if isinstance(value, tuple) else [("", value)]:
                 name = self._dotted(option.name, str(index))
@@ -64,8 +64,8 @@ class Section:
                     raise must_be(name, "finite", entry)
                 if isinstance(entry, int) and entry.bit_length() > 63:
                     raise must_be(name, "a 64-bit integer", entry)
-                if allowed is not None and isinstance(entry, int | float) and entry not in allowed:
-                    raise must_be(name, f"{null_prefix}{allowed}", entry)
+                if allowed_range is not None and isinstance(entry, int | float) and entry not in allowed_range:
+                    raise must_be(name, f"{null_prefix}{allowed_range}", entry)
 
     def refuse(self, option: str, condition: object, remedy: str) -> None:
         """Raise ``UserError`` for an option, named relative to this section, if ``condition`` holds."""

@@ -34,7 +34,7 @@ MIN_ROWS_PER_PROCESS = 2000  # a process takes seconds to start, which does not 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Result of converting a chunk of rows: n examples with concatenated tokens, and the problems of the rows."""
+    """Result of converting a chunk of rows: n examples with concatenated tokens, and the problems of invalid rows."""
 
     tokens: np.ndarray  # int32: prompt and answers of each example, concatenated
     lengths: np.ndarray  # int32 [n, 1 + K]: tokens of the prompt and of each answer
@@ -104,7 +104,7 @@ ConvertRows = Callable[[str, Parser, int, Sequence[Mapping]], Chunk]  # (label, 
 
 
 def make_convert_rows(job: ConvertJob) -> ConvertRows:
-    """Return a function that converts rows to a chunk; it raises on a cause that data.invalid_rows sets to `error`."""
+    """Return a function that converts rows to a chunk and raises at rows that `data.invalid_rows` treats as errors."""
     tokenize = make_tokenize(job.data, job.tokenizer, job.stage)
 
     def convert(label: str, parse: Parser, row: int, values: Mapping) -> TokenizedExample | Problem:

@@ -20,14 +20,14 @@ from typing import Any, BinaryIO
 from dpo_jax.data.values import read_json
 from dpo_jax.errors import UserError, from_outside
 
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # suffix -> pyarrow's codec name
+CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # suffix -> pyarrow's codec name
 
 
 def file_suffix(path: str) -> str:
     """Return the suffix of a file's format without that of its compression: `.jsonl` for `pairs.jsonl.gz`."""
     name = Path(path.lower())
     inner_suffix = name.with_suffix("").suffix
-    return inner_suffix if name.suffix in COMPRESSED and inner_suffix != ".parquet" else name.suffix
+    return inner_suffix if name.suffix in CODECS and inner_suffix != ".parquet" else name.suffix
 
 
 def file_hash(path: str) -> str:
@@ -38,20 +38,20 @@ def file_hash(path: str) -> str:
 
 def _open_binary(path: str) -> BinaryIO:
     """Open a file as a seekable binary stream; a compressed file is decompressed into a temporary file."""
-    codec = COMPRESSED.get(Path(path.lower()).suffix)
+    codec = CODECS.get(Path(path.lower()).suffix)
     if codec is None:
         with from_outside(path, "it must be a readable file"):
             return open(path, "rb")
     import pyarrow as pa
 
     with ExitStack() as stack:
-        decompressed = stack.enter_context(tempfile.TemporaryFile())
+        decompressed_file = stack.enter_context(tempfile.TemporaryFile())
         remedy = f"replace the file if it is damaged, or free space in {tempfile.gettempdir()} to decompress it"
         with from_outside(path, remedy), pa.input_stream(path, compression=codec) as stream:
-            shutil.copyfileobj(stream, decompressed)
-        decompressed.seek(0)
+            shutil.copyfileobj(stream, decompressed_file)
+        decompressed_file.seek(0)
         stack.pop_all()
-    return decompressed
+    return decompressed_file
 
 
 def _parse_row(path: str, position: str, text: bytes) -> Mapping:
@@ -64,7 +64,7 @@ def _parse_row(path: str, position: str, text: bytes) -> Mapping:
 
 def _check_object(path: str, position: str, row: object) -> Mapping:
     if not isinstance(row, Mapping):
-        raise UserError(f"{path}, {position}: got {type(row).__name__}, expected a JSON object; fix or remove it")
+        raise UserError(f"{path}, {position}: got {type(row).__name__}, expected a JSON object; fix or remove this row")
     return row
 
 
@@ -97,8 +97,8 @@ class JsonLines:
             return _parse_row(self.path, "", line)
         except UserError:
             self.file.seek(0)
-            number = 1 + self.file.read(start).count(b"\n")
-            return _parse_row(self.path, f"line {number}", line)
+            line_number = 1 + self.file.read(start).count(b"\n")
+            return _parse_row(self.path, f"line {line_number}", line)
 
 
 def load_json(path: str) -> Any:
@@ -131,14 +131,14 @@ def load_csv(path: str) -> list[Mapping]:
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
         with from_outside(path, "it must be UTF-8 text with commas between cells"):
             lines = [(reader.line_num, cells) for cells in reader if cells]
-    names = lines[0][1] if lines else []
-    if len(set(names)) != len(names):
-        raise UserError(f"{path}: two columns have the same name: {names}; rename one")
+    column_names = lines[0][1] if lines else []
+    if len(set(column_names)) != len(column_names):
+        raise UserError(f"{path}: two columns have the same name: {column_names}; rename one")
     for number, cells in lines:
-        if len(cells) != len(names):
-            problem = f"{len(cells)} cells, but the first line names {len(names)} columns"
-            raise UserError(f"{path}, line {number}: {problem}; fix or remove it")
-    return [dict(zip(names, cells, strict=True)) for _, cells in lines[1:]]
+        if len(cells) != len(column_names):
+            problem = f"{len(cells)} cells, but the first line names {len(column_names)} columns"
+            raise UserError(f"{path}, line {number}: {problem}; fix or remove this line")
+    return [dict(zip(column_names, cells, strict=True)) for _, cells in lines[1:]]
 
 
 class Parquet:

@@ -48,13 +48,13 @@ _JSON_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\
 
 def _renames(needed: set[str], columns: Sequence[str]) -> dict[str, str]:
     """Map each missing standard column name to the column of the file that probably corresponds to it."""
-    missing = sorted(needed - set(columns))
-    matches = {ours: [name for name in _COLUMN_ALIASES.get(ours, ()) if name in columns] for ours in missing}
-    return {ours: names[0] for ours, names in matches.items() if names}
+    missing_columns = sorted(needed - set(columns))
+    candidates = {ours: [name for name in _COLUMN_ALIASES.get(ours, ()) if name in columns] for ours in missing_columns}
+    return {ours: names[0] for ours, names in candidates.items() if names}
 
 
 def _no_schema_message(columns: Sequence[str], stage: Stage) -> str:
-    """Return a message with the closest schema (fewest columns missing, then most columns) and the renames it needs."""
+    """Return an error message that names the closest schema and the column renames that it needs."""
 
     def distance(schema: tuple[str, set[str]]) -> tuple[int, int, int]:
         num_missing = len(schema[1] - set(columns))
@@ -140,11 +140,11 @@ def parser_of(schema: str, columns: Sequence[str], rows: Sequence[Mapping], stag
 
 def hints(parser: Parser, columns: Sequence[str], rows: Sequence[Mapping]) -> list[str]:
     """Return warnings about columns that are not read and messages that are read as plain text."""
-    lines = []
+    notes = []
     unread_columns = [name for name in columns if name not in parser.columns]
     if unread_columns:
-        lines.append(f"columns that are not read: {', '.join(unread_columns)}")
-    lines += [
+        notes.append(f"columns that are not read: {', '.join(unread_columns)}")
+    notes += [
         f"{name} is not part of the prompt: use columns to rename it to system, and the prompt to instruction (text) "
         "or conversations (messages)"
         for name in ("system", "system_prompt")
@@ -154,5 +154,5 @@ def hints(parser: Parser, columns: Sequence[str], rows: Sequence[Mapping]) -> li
         count = sum(isinstance(row.get(name), str) and bool(_JSON_MESSAGES.match(row[name])) for row in rows)
         if count:
             frequency = f"in {count} of the first {len(rows)} rows"
-            lines.append(f"{name} looks like JSON text {frequency}, and is read as plain text: store messages as lists")
-    return lines
+            notes.append(f"{name} looks like JSON text {frequency}, and is read as plain text: store messages as lists")
+    return notes

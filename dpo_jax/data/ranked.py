@@ -6,58 +6,58 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Row = dict[str, Any]
-Pairs = Literal["best-worst", "best"]
+Ranking = Literal["best-worst", "best"]
 
 
 class NoPair(Exception):
-    """Raised for a prompt without a training row; the text completes "prompts skipped: 3 ..."."""
+    """Raised for a prompt without a training row; the text completes "prompts skipped: 3 with ..."."""
 
 
 @dataclass
 class Ranked:
-    """Training rows, and the numbers of prompts without one, by cause."""
+    """Training rows, and the number of prompts that gave none, by cause."""
 
     rows: list[Row] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # prompts without a row, by cause
     num_cut: int = 0  # rows whose best answer was cut at the maximum length
 
 
-def rank(rows: Iterable[Row], pairs: Pairs) -> Ranked:
+def rank(rows: Iterable[Row], pairs: Ranking) -> Ranked:
     """Make training rows from the rows that ``dpo-jax generate`` writes; answers without text are left out.
 
     best-worst: rows of the schema `preference`; best: rows of the schema `prompt_answer`.
     """
-    ranked = Ranked()
+    result = Ranked()
     for row in rows:
         answers = [answer for answer in row["answers"] if answer["text"].strip()]
         answers.sort(key=lambda answer: -answer["score"])  # stable: of equal scores, the first answer comes first
         try:
-            ranked.rows.append(_prompt_columns(row) | _RANKINGS[pairs](row, answers))
-            ranked.num_cut += answers[0]["finish_reason"] == "length"
+            result.rows.append(_prompt_columns(row) | _RANKINGS[pairs](row, answers))
+            result.num_cut += answers[0]["finish_reason"] == "length"
         except NoPair as cause:
-            ranked.skipped[str(cause)] += 1
-    return ranked
+            result.skipped[str(cause)] += 1
+    return result
 
 
 def _best_and_worst(row: Row, answers: list[Row]) -> Row:
     if len(answers) < 2:
-        raise NoPair("with fewer than two non-blank answers")
+        raise NoPair("fewer than two non-blank answers")
     best, worst = answers[0], answers[-1]
     if best["text"] == worst["text"]:
-        raise NoPair("with equal best and worst answers")
+        raise NoPair("equal best and worst answers")
     if best["score"] == worst["score"]:
-        raise NoPair("with equal scores of all answers")
+        raise NoPair("equal scores of all answers")
     texts = {"chosen": _as_answer(row, best), "rejected": _as_answer(row, worst)}
     return texts | {"chosen_score": best["score"], "rejected_score": worst["score"]}
 
 
 def _best(row: Row, answers: list[Row]) -> Row:
     if not answers:
-        raise NoPair("without a non-blank answer")
+        raise NoPair("no non-blank answer")
     return {"answer": _as_answer(row, answers[0]), "score": answers[0]["score"]}
 
 
-_RANKINGS: dict[Pairs, Callable[[Row, list[Row]], Row]] = {"best-worst": _best_and_worst, "best": _best}
+_RANKINGS: dict[Ranking, Callable[[Row, list[Row]], Row]] = {"best-worst": _best_and_worst, "best": _best}
 
 
 def _prompt_columns(row: Row) -> Row:

@@ -52,14 +52,14 @@ def common_prefix(first: Sequence, second: Sequence) -> int:
     """Return the length of the common prefix of two sequences."""
     if first == second[: len(first)]:  # the usual case, and much faster
         return len(first)
-    pairs = zip(first, second, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+    item_pairs = zip(first, second, strict=False)
+    return next((n for n, (a, b) in enumerate(item_pairs) if a != b), min(len(first), len(second)))
 
 
 def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     """Split two whole conversations into their common leading messages and the rest of each, at least one message."""
-    size = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
-    return chosen[:size], chosen[size:], rejected[size:]
+    num_common = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+    return chosen[:num_common], chosen[num_common:], rejected[num_common:]
 
 
 def _after_prompt(prompt: Messages, answer: Messages) -> Messages:
@@ -109,11 +109,11 @@ def _transcripts(row: Mapping):
 
 
 def _implicit_prompt(row: Mapping):
-    """Split two texts where they first differ; each answer keeps at least one character, and the space before it."""
+    """Split two texts where they first differ; each answer has at least one character, and a space before the split."""
     chosen, rejected = values.text("chosen", row.get("chosen")), values.text("rejected", row.get("rejected"))
-    size = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
-    size -= chosen[:size].endswith(" ")
-    return chosen[:size], chosen[size:], rejected[size:]
+    prompt_size = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+    prompt_size -= chosen[:prompt_size].endswith(" ")
+    return chosen[:prompt_size], chosen[prompt_size:], rejected[prompt_size:]
 
 
 def _system(row: Mapping) -> Messages:
@@ -167,10 +167,10 @@ def _alpaca_sft(row: Mapping):
 
 
 def _openai_input(row: Mapping) -> dict:
-    request = values.json_object("input", row.get("input"))
-    if request is None:
+    input_object = values.json_object("input", row.get("input"))
+    if input_object is None:
         raise BadRow("missing_field", "input is absent or null")
-    return request
+    return input_object
 
 
 def _openai(row: Mapping):
@@ -299,8 +299,8 @@ class Parser:
                 if isinstance(prompt, list):
                     _check_turns(prompt, answer)
                 _check_not_blank(answer)
-            fields = (_weight(row), _tools(row), _template_kwargs(row), _margin(row))
-            return Example(index, prompt, tuple(answers), *fields)
+            options = (_weight(row), _tools(row), _template_kwargs(row), _margin(row))
+            return Example(index, prompt, tuple(answers), *options)
         except BadRow as bad:
             return Problem(index, *bad.args)
 

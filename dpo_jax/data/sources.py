@@ -31,10 +31,10 @@ class Rows(Sequence):
         return self.size
 
     def __getitem__(self, index: Any) -> Any:
-        selected = range(self.size)[index]
-        if isinstance(selected, range):
-            return [self[index] for index in selected]
-        row = self.rows[selected]
+        selection = range(self.size)[index]
+        if isinstance(selection, range):
+            return [self[index] for index in selection]
+        row = self.rows[selection]
         renamed_columns = set(self.columns.values())
         other_columns = {name: value for name, value in row.items() if name not in renamed_columns}
         return other_columns | {ours: row[name] for ours, name in self.columns.items() if name in row}
@@ -100,11 +100,11 @@ def _kind_name(path: str) -> str:
         if not exists:
             raise UserError(f"{path}: no such file; the working directory is {Path.cwd()}")
         if suffix not in _SUFFIXES:
-            suffixes_text = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.COMPRESSED)}"
+            suffixes_text = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.CODECS)}"
             raise UserError(f"{path}: unknown suffix {suffix!r}; use {suffixes_text}, or give a folder of such files")
         return _SUFFIXES[suffix]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise UserError(f"{path}: no such file or folder, and not the name of a hub dataset (owner/name)")
+        raise UserError(f"{path}: no such file or folder, and not the name of a hub dataset (owner/name); correct it")
     return "hub dataset"
 
 
@@ -124,12 +124,12 @@ class _LibraryRows:
 
 
 def _plain_dataset(rows: object) -> "datasets.Dataset":
-    """Return the data set with rows as plain Python values."""
+    """Return a data set without a format, so that its rows are plain Python values."""
     import datasets
 
     if not isinstance(rows, datasets.Dataset):
-        kind = type(rows).__name__
-        raise UserError(f"data: {kind} cannot be used: give a SourceConfig or one split as a datasets.Dataset")
+        type_name = type(rows).__name__
+        raise UserError(f"data: {type_name} cannot be used: give a SourceConfig or one split as a datasets.Dataset")
     if len(rows) == 0:
         raise UserError("data: the datasets.Dataset has no rows; give another")
     return rows if rows.format["type"] in (None, "custom") else rows.with_format(None)
@@ -218,9 +218,9 @@ def _tfds_builder(source: SourceConfig) -> Any:
         raise UserError(f"{source.path}: {source.data_dir} contains the data set {builder.info.name!r}; {name_remedy}")
     remedy = f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
     if not is_prepared:
-        raise UserError(f"{source.path}: not prepared in {builder.data_dir}; prepare it with {remedy}")
+        raise UserError(f"{source.path}: the data set is not prepared in {builder.data_dir}; prepare it with {remedy}")
     if "array_record" not in file_formats:
-        problem = f"prepared as {sorted(file_formats)}, which has no random access without TensorFlow"
+        problem = f"the data set is prepared as {sorted(file_formats)}, which has no random access without TensorFlow"
         raise UserError(f"{source.path}: {problem}; prepare it again, in another data_dir, with {remedy}")
     return builder
 

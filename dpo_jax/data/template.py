@@ -81,8 +81,8 @@ def _set_clock(template: Template, example: Example) -> None:
         # apply_chat_template uses this cached object, and passes only plain data to a template
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        clock = datetime.fromisoformat(template.date).strftime
-        _compile_jinja_template(chat_template).globals["strftime_now"] = clock
+        format_date = datetime.fromisoformat(template.date).strftime
+        _compile_jinja_template(chat_template).globals["strftime_now"] = format_date
 
 
 @contextmanager
@@ -168,12 +168,12 @@ def _parts(messages: Messages) -> Iterator[tuple[_Path, Any]]:
 
 def _marker(number: int, value: Any) -> Any:
     """Return a unique marker to replace ``value``; an object keeps its keys, which a template may access."""
-    text = f"zqxj{number}jxqz"
-    return dict.fromkeys(value, text) if isinstance(value, dict) else text
+    marker_text = f"zqxj{number}jxqz"
+    return dict.fromkeys(value, marker_text) if isinstance(value, dict) else marker_text
 
 
 def _replaced(value: Any, path: _Path, new: Any) -> Any:
-    """Return a copy with the value at `path` replaced."""
+    """Return a copy of a nested value in which `new` replaces the part at `path`."""
     if not path:
         return new
     copy = value.copy()

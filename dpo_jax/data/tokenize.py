@@ -88,7 +88,7 @@ class _Encoder:
 
 @dataclass(frozen=True)
 class _DataEncoder(_Encoder):
-    """An encoder with the data options."""
+    """An encoder together with the options of the data."""
 
     data: DataConfig
 
@@ -183,7 +183,7 @@ def _tokenize(encoder: _DataEncoder, num_answers: int, example: Example) -> Toke
 
 
 def _tokenize_prompted(encoder: _DataEncoder, example: Example) -> _Pieces | Problem:
-    """Split at the longest common token prefix of the encoded prompt and every encoded prompt + answer."""
+    """Tokenize prompt and answers; the prompt is the longest common token prefix of it and every prompt + answer."""
     row, notes = example.row, ()
     prompt: Any = example.prompt
     answers: Any = example.answers
@@ -294,7 +294,7 @@ def _assistant_turns(encoder: _DataEncoder, example: Example, messages: Messages
 
 
 def _turn_end(encoder: _DataEncoder, example: Example, messages: Messages, turn_text: str, text: str) -> int | None:
-    """Return the position in `text` at which the last of `messages` ends, rendered without others as `turn_text`.
+    """Return the position in `text` where the last of `messages` ends; `turn_text` renders only these messages.
 
     If the renderings differ after the message's content only, it is where they do, or the start of the special token
     that they differ in. None if they differ before.
@@ -347,6 +347,6 @@ def _cut(pieces: _Pieces, limit: int, bos: int | None, keep_end: bool) -> _Piece
 
 
 def _tail(items: list, ids: list[int], size: int, bos: int | None) -> list:
-    """Return `size` of the items: that of the leading BOS of `ids`, if any, then the last of the rest."""
+    """Return `size` of the items: the one of a leading BOS in `ids`, if there is one, and the last of the others."""
     num_bos = 1 if ids[0] == bos else 0
     return items[:num_bos] + items[len(items) - (size - num_bos) :]

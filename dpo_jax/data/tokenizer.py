@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 256  # texts made of a tokenizer's vocabulary, used to probe its behavior
+NUM_SAMPLES = 256  # texts made of a tokenizer's vocabulary, used to probe its behavior
 TOKENS_PER_SAMPLE = 4
 
 
@@ -34,8 +34,8 @@ def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -
     with from_outside(f"{path}: no tokenizer can be loaded", "fix its files, or set model.tokenizer to another"):
         # unless this is False, transformers asks on standard input whether it may run the model's own code
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    for token in (token for token, index in special.items() if index is None):
+        special_tokens = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    for token in (token for token, index in special_tokens.items() if index is None):
         problem = f"the special token {token!r} is not in the vocabulary"
         raise UserError(f"{path}: {problem}; correct it, or set model.tokenizer to another")
     _compare_with_file(tokenizer, path, revision)
@@ -72,9 +72,9 @@ def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
     import tokenizers
     from transformers.utils import cached_file
 
-    name = "tokenizer.json"
-    with from_outside(f"{path}: {name} cannot be read", "fix it, or set model.tokenizer to another"):
-        file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    file_name = "tokenizer.json"
+    with from_outside(f"{path}: {file_name} cannot be read", "fix it, or set model.tokenizer to another"):
+        file = cached_file(path, file_name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if file is None:
             return
         file_tokenizer = tokenizers.Tokenizer.from_file(file)
@@ -91,16 +91,16 @@ def _compare_with_file(tokenizer: Any, path: str, revision: str | None) -> None:
 def tokenizer_hash(tokenizer: Any) -> str:
     """Return a hash of everything that determines token ids: vocabulary, merges, added and special tokens, template."""
     if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state |= {"truncation": None, "padding": None}  # set by the latest call, not part of the identity
+        tokenizer_state = json.loads(tokenizer.backend_tokenizer.to_str())
+        tokenizer_state |= {"truncation": None, "padding": None}  # set by the latest call, not part of the identity
     else:
-        state = sorted(tokenizer.get_vocab().items())
+        tokenizer_state = sorted(tokenizer.get_vocab().items())
     added_tokens = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
     roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}  # templates may write these
     splits_special = getattr(tokenizer, "split_special_tokens", False)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids), roles, splits_special]
     probes = [_ids(tokenizer, text, special=True) for text in vocabulary_texts(tokenizer)]  # behavior not in any file
-    identity = [state, added_tokens, special, tokenizer.chat_template, probes]
+    identity = [tokenizer_state, added_tokens, special, tokenizer.chat_template, probes]
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -112,14 +112,15 @@ def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     Raises:
         UserError: the tokenizer adds tokens in another way, or encodes no text at all.
     """
-    without, added = (_ids(tokenizer, "", special) or [] for special in (False, True))
+    empty_ids, added_ids = (_ids(tokenizer, "", special) or [] for special in (False, True))
+    num_added = len(added_ids) - len(empty_ids)
     for text in vocabulary_texts(tokenizer):
-        plain, full = (_ids(tokenizer, text, special) or [] for special in (False, True))
-        if not plain or not set(plain).isdisjoint(added) or len(full) - len(plain) != len(added) - len(without):
+        plain_ids, full_ids = (_ids(tokenizer, text, special) or [] for special in (False, True))
+        if not plain_ids or not set(plain_ids).isdisjoint(added_ids) or len(full_ids) - len(plain_ids) != num_added:
             continue
-        for start in range(len(full) - len(plain) + 1):
-            if full[start : start + len(plain)] == plain:
-                return full[:start], full[start + len(plain) :]
+        for start in range(len(full_ids) - len(plain_ids) + 1):
+            if full_ids[start : start + len(plain_ids)] == plain_ids:
+                return full_ids[:start], full_ids[start + len(plain_ids) :]
     name = tokenizer.name_or_path or "model.tokenizer"
     text = next(vocabulary_texts(tokenizer), "")
     with from_outside(f"{name}: the tokenizer fails", "fix its files, or set model.tokenizer to another"):
@@ -130,10 +131,10 @@ def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def vocabulary_texts(tokenizer: Any) -> Iterator[str]:
     """Yield deterministic sample texts, each of a few consecutive vocabulary entries, spread over the vocabulary."""
-    special = set(tokenizer.all_special_ids)
-    ids = sorted(index for index in tokenizer.get_vocab().values() if index not in special)
-    step = max(1, len(ids) // SAMPLES)
-    for start in islice(range(0, len(ids), step), SAMPLES):
+    special_ids = set(tokenizer.all_special_ids)
+    ids = sorted(index for index in tokenizer.get_vocab().values() if index not in special_ids)
+    stride = max(1, len(ids) // NUM_SAMPLES)
+    for start in islice(range(0, len(ids), stride), NUM_SAMPLES):
         yield tokenizer.decode(ids[start : start + TOKENS_PER_SAMPLE])
 
 

@@ -33,13 +33,13 @@ def read_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(problem) from None
-    level = [value]
+    level_values = [value]
     for _ in range(MAX_NESTING):
-        nested = [item for item in level if isinstance(item, dict | list)]
-        level = [inner for item in nested for inner in (item.values() if isinstance(item, dict) else item)]
-        if not level:
+        containers = [item for item in level_values if isinstance(item, dict | list)]
+        level_values = [inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)]
+        if not level_values:
             return value
-    if any(isinstance(item, dict | list) for item in level):
+    if any(isinstance(item, dict | list) for item in level_values):
         raise ValueError(problem)
     return value
 
@@ -119,10 +119,10 @@ def json_objects(name: str, value: Any) -> list[dict] | None:
         raise BadRow("missing_field", f"{name} is {short_repr(value)}, not a list of objects")
     objects = []
     for index, item in enumerate(value):
-        parsed = json_object(f"{name}[{index}]", item)
-        if parsed is None:
+        parsed_item = json_object(f"{name}[{index}]", item)
+        if parsed_item is None:
             raise BadRow("missing_field", f"{name}[{index}] is {short_repr(item)}, not an object")
-        objects.append(parsed)
+        objects.append(parsed_item)
     return objects or None
 
 

@@ -23,5 +23,5 @@ def log_ratio(metrics: Mapping[str, float]) -> float:
 
 
 def logps_scale(metrics: Mapping[str, float]) -> float:
-    """Return max(1, |mean chosen log-prob|, |mean rejected log-prob|), which the bounds of ``AGREEMENT`` multiply."""
+    """Return the factor of the bounds in ``AGREEMENT``: max(1, |mean chosen log-prob|, |mean rejected log-prob|)."""
     return max(1.0, *(abs(float(metrics[f"logps/{answer}"])) for answer in ("chosen", "rejected")))

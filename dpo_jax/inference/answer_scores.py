@@ -36,9 +36,9 @@ def make_answer_scores(model: Model, weights: Params | Adapted, mesh: Mesh) -> A
         longest = int(lengths.sum(1).max())
         refuse_positions(model.config, longest, "reward.path", "the reward model")
         rows = [[unit] for unit in make_units(lengths, lengths[:, 1:], "padded")]
-        size = round_up(len(rows), row_devices(mesh)) // row_devices(mesh)  # rows per shard
-        shape = scored_shape(size * row_devices(mesh), longest)
-        local_rows = [shard * size + row for shard in shards for row in range(size)]
+        rows_per_shard = round_up(len(rows), row_devices(mesh)) // row_devices(mesh)
+        shape = scored_shape(rows_per_shard * row_devices(mesh), longest)
+        local_rows = [shard * rows_per_shard + row for shard in shards for row in range(rows_per_shard)]
         batch = pack_rows(rows, shape, examples, np.ones(len(rows), np.float32), 1, local_rows)
         scores: Any = scores_fn(weights, to_devices(batch)).sum
         return np.asarray(scores)[:, 0].tolist()
@@ -48,12 +48,12 @@ def make_answer_scores(model: Model, weights: Params | Adapted, mesh: Mesh) -> A
 
 @cache
 def make_scores(model: Model, mesh: Mesh) -> Callable[..., PairLogps]:
-    """Return the jitted function that scores the answers of a batch, which a plan compiles ahead of time, too."""
+    """Return the jitted function that scores the answers of a batch; ``plan`` compiles it ahead of time, too."""
     return jax.jit(make_scores_fn(model), out_shardings=replicated(mesh))
 
 
 def scored_shape(num_rows: int, longest: int) -> BatchShape:
-    """Return the shape of rows with one prompt and answer each, of up to ``longest`` tokens together."""
+    """Return the batch shape for rows that hold one prompt and its answer, of at most ``longest`` tokens in all."""
     num_blocks = 1 << (round_up(longest, BLOCK) // BLOCK - 1).bit_length()
     length, pairs = num_blocks * BLOCK, num_blocks * (num_blocks + 1) // 2
     return BatchShape(

@@ -37,7 +37,7 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
     margin_edges = nice_edges(margins[is_finite])
     lengths = np.asarray(policy.count).astype(np.int64)
     max_lengths, excess = lengths.max(1), lengths[:, CHOSEN] - lengths[:, REJECTED]
-    sides = {"chosen": excess > 0, "rejected": excess < 0, "equal": excess == 0}
+    longer_masks = {"chosen": excess > 0, "rejected": excess < 0, "equal": excess == 0}
     return {
         "margins": {"edges": margin_edges, "counts": _counts(margins[is_finite], margin_edges)},
         "rewards": {
@@ -50,7 +50,7 @@ def reward_distributions(policy: PairLogps, reference: PairLogps | None, loss: L
             {"from": first, "to": last} | _group(margins, (max_lengths >= first) & (max_lengths <= last))
             for first, last in length_buckets(max_lengths)
         ],
-        "by_longer": [{"longer": side} | _group(margins, mask) for side, mask in sides.items() if mask.any()],
+        "by_longer": [{"longer": side} | _group(margins, mask) for side, mask in longer_masks.items() if mask.any()],
         "calibration": calibration(margins[is_finite]),
     }
 
@@ -77,22 +77,23 @@ def calibration(margins: np.ndarray) -> dict[str, Any]:
     """
     margins = margins.astype(np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    correct = (np.sign(margins) + 1) / 2
-    index = np.clip(np.digitize(confidence, CONFIDENCES) - 1, 0, len(CONFIDENCES) - 2)
+    correctness = (np.sign(margins) + 1) / 2
+    bin_index = np.clip(np.digitize(confidence, CONFIDENCES) - 1, 0, len(CONFIDENCES) - 2)
     bins, total_gap = [], 0.0
-    for i in np.unique(index):
-        mean, accuracy = float(confidence[index == i].mean()), float(correct[index == i].mean())
+    for i in np.unique(bin_index):
+        is_in_bin = bin_index == i
+        mean_confidence, accuracy = float(confidence[is_in_bin].mean()), float(correctness[is_in_bin].mean())
         edges = {"from": float(CONFIDENCES[i]), "to": float(CONFIDENCES[i + 1])}
-        bins.append({**edges, "pairs": int((index == i).sum()), "confidence": mean, "accuracy": accuracy})
-        total_gap += bins[-1]["pairs"] * abs(accuracy - mean)
+        bins.append({**edges, "pairs": int(is_in_bin.sum()), "confidence": mean_confidence, "accuracy": accuracy})
+        total_gap += bins[-1]["pairs"] * abs(accuracy - mean_confidence)
     return {"ece": total_gap / max(len(margins), 1), "bins": bins}
 
 
 def _group(margins: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
-    """Return count, share, accuracy and mean margin of the pairs in ``mask``."""
-    selected = margins[mask].astype(np.float64)
-    share, accuracy = len(selected) / len(margins), float((selected > 0).mean())
-    return {"pairs": len(selected), "share": share, "accuracy": accuracy, "margin": float(selected.mean())}
+    """Return count, share, accuracy and mean margin of the pairs that ``mask`` selects."""
+    group_margins = margins[mask].astype(np.float64)
+    share, accuracy = len(group_margins) / len(margins), float((group_margins > 0).mean())
+    return {"pairs": len(group_margins), "share": share, "accuracy": accuracy, "margin": float(group_margins.mean())}
 
 
 def nice_edges(values: np.ndarray) -> list[float]:
@@ -104,10 +105,10 @@ def nice_edges(values: np.ndarray) -> list[float]:
     spread = max(high - low, 1e-6 * max(abs(low), abs(high)), 1e-6)
     power = 10.0 ** math.floor(math.log10(spread / BINS))
     for width in (power, 2 * power, 5 * power, 10 * power, 20 * power):
-        first, last = math.floor(low / width), math.ceil(high / width)
-        if last - first <= BINS:
+        first_index, last_index = math.floor(low / width), math.ceil(high / width)
+        if last_index - first_index <= BINS:
             break
-    edges = [float(f"{index * width:.12g}") for index in range(first, max(last, first + 1) + 1)]
+    edges = [float(f"{index * width:.12g}") for index in range(first_index, max(last_index, first_index + 1) + 1)]
     return [min(edges[0], low), *edges[1:-1], max(edges[-1], high)]
 
 
@@ -117,6 +118,6 @@ def _counts(values: np.ndarray, edges: list[float]) -> list[int]:
 
 def length_buckets(lengths: np.ndarray) -> list[tuple[int, int]]:
     """Split the lengths into at most ``BUCKETS`` disjoint inclusive ranges (first, last), from their quantiles."""
-    ends = np.unique(np.quantile(lengths, np.arange(1, BUCKETS + 1) / BUCKETS, method="inverted_cdf")).tolist()
-    firsts = [int(lengths.min()), *(end + 1 for end in ends[:-1])]
-    return list(zip(firsts, ends, strict=True))
+    range_ends = np.unique(np.quantile(lengths, np.arange(1, BUCKETS + 1) / BUCKETS, method="inverted_cdf")).tolist()
+    range_starts = [int(lengths.min()), *(end + 1 for end in range_ends[:-1])]
+    return list(zip(range_starts, range_ends, strict=True))

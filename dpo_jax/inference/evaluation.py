@@ -72,7 +72,7 @@ def score_sets(
 
 
 def evaluation_of(scored: Iterator[ScoredSet], loss: LossConfig) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Return the metrics of all sets as ``eval_NAME_METRIC``, and one object of reward distributions per set.
+    """Return the metrics of all sets, named ``eval_SET_METRIC``, and the reward distributions of each set.
 
     Sets with one answer per prompt have no rewards and therefore no distributions.
     """

@@ -28,7 +28,7 @@ SMALLEST_BUCKET = 16  # tokens; prompts are padded to a power of two, so that fe
 
 
 class Generated(NamedTuple):
-    """Answers of R rows; values after the end of an answer are 0."""
+    """Generated answers, one per row; values after the end of an answer are 0."""
 
     tokens: Int[Array, "R N"]
     logps: Float[Array, "R N"]  # log-prob of each token under the model, at temperature 1 without top-k or top-p
@@ -44,19 +44,19 @@ class Answer(NamedTuple):
     ended: bool  # False: it was stopped at the maximum length
 
     def text(self, tokenizer: Any, prompt: list[int]) -> str:
-        """Decode the answer without special tokens, after its prompt, as a tokenizer may drop a leading space."""
+        """Decode the answer without special tokens; its prompt is decoded with it, to keep a leading space."""
         decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         tokens = self.tokens[:-1] if self.ended else self.tokens
-        before, text = decode(prompt), decode(prompt + tokens)
-        return text[len(before) :] if text.startswith(before) else decode(tokens)
+        prompt_text, text = decode(prompt), decode(prompt + tokens)
+        return text[len(prompt_text) :] if text.startswith(prompt_text) else decode(tokens)
 
     @property
     def finish_reason(self) -> str:
-        """Why the answer ends, as in output files."""
+        """Why generation ended: ``stop`` at an end token, ``length`` at the maximum length."""
         return "stop" if self.ended else "length"
 
     def fields(self, tokenizer: Any, prompt: list[int]) -> dict[str, Any]:
-        """Return the answer as it is shown next to others: its text, length and finish reason."""
+        """Return the answer's fields in output files: text, number of tokens and finish reason."""
         text = self.text(tokenizer, prompt)
         return {"text": text, "num_tokens": len(self.tokens), "finish_reason": self.finish_reason}
 
@@ -70,16 +70,16 @@ def answer_rows(
     end_ids: Int[Array, " _"],
     options: SamplingConfig,
 ) -> Generated:
-    """Generate an answer to each right-padded prompt; ``lengths`` are the prompts' token counts. A pure function."""
+    """Generate an answer to each right-padded prompt; ``lengths``: tokens in each prompt. This is a pure function."""
     num_rows, prompt_length = prompts.shape
     unembedding = model.unembedding(weights).astype(model.dtype)
-    last = lengths - 1  # index of the token with which the loop begins
-    positions = jnp.where(jnp.arange(prompt_length) < last[:, None], jnp.arange(prompt_length), -1)
+    last_index = lengths - 1  # index of the token with which the loop begins
+    positions = jnp.where(jnp.arange(prompt_length) < last_index[:, None], jnp.arange(prompt_length), -1)
     _, cache = model.extend(weights, prompts, positions, model.empty_cache(num_rows, prompt_length))
-    token = jnp.take_along_axis(prompts, last[:, None], axis=1)[:, 0]
-    empty = jnp.zeros((num_rows, options.max_tokens))
-    none_ended = jnp.zeros(num_rows, bool)
-    answers = Generated(empty.astype(jnp.int32), empty, jnp.zeros(num_rows, jnp.int32), none_ended)
+    token = jnp.take_along_axis(prompts, last_index[:, None], axis=1)[:, 0]
+    zeros = jnp.zeros((num_rows, options.max_tokens))
+    is_ended = jnp.zeros(num_rows, bool)
+    answers = Generated(zeros.astype(jnp.int32), zeros, jnp.zeros(num_rows, jnp.int32), is_ended)
 
     def any_open(state):
         t, _, _, answers = state
@@ -87,7 +87,7 @@ def answer_rows(
 
     def add_token(state):
         t, token, cache, answers = state
-        hidden, cache = model.extend(weights, token[:, None], (last + t)[:, None], cache)
+        hidden, cache = model.extend(weights, token[:, None], (last_index + t)[:, None], cache)
         logits = jnp.einsum(
             "RD,VD->RV", hidden[:, 0], unembedding, precision=model.precision, preferred_element_type=jnp.float32
         )
@@ -108,12 +108,12 @@ def answer_rows(
 
 
 def rollout_weights(model: Model, weights: Params | Adapted, mesh: Mesh) -> Any:
-    """Copy the weights to the `sampling_mesh` of ``mesh`` in the compute dtype, as every new token reads them all."""
+    """Copy the weights to the `sampling_mesh` of ``mesh`` in the compute dtype, because each new token reads all."""
     return make_copy(model, sampling_mesh(model, mesh), isinstance(weights, Adapted))(weights)
 
 
 def sampling_mesh(model: Model, mesh: Any) -> Any:
-    """Return the mesh on which answers are sampled: a `rollout_mesh`, or that of training for a mixture of experts.
+    """Return the mesh on which answers are sampled: a `rollout_mesh`, or for a mixture of experts the training mesh.
 
     Its `fsdp` shards the experts, which no device can hold all of; a token goes to them, not they to the token.
     """
@@ -121,7 +121,7 @@ def sampling_mesh(model: Model, mesh: Any) -> Any:
 
 
 def rollout_shardings(model: Model, mesh: Mesh | AbstractMesh, has_adapters: bool) -> Any:
-    """Return the sharding of each weight that `answer_rows` reads; ``mesh``: a `sampling_mesh`.
+    """Return the sharding, on a `sampling_mesh`, of each weight that `answer_rows` reads.
 
     Only the experts are sharded over `fsdp`.
     """
@@ -131,14 +131,14 @@ def rollout_shardings(model: Model, mesh: Mesh | AbstractMesh, has_adapters: boo
         axes = jax.tree.map(without_embed, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
         return weight_shardings(shapes, axes, mesh)
 
-    of_weights = shardings(model.param_shapes(), model.param_axes())
+    base_shardings = shardings(model.param_shapes(), model.param_axes())
     if not has_adapters:
-        return of_weights
-    return Adapted(shardings(model.adapter_shapes(), model.adapter_axes()), of_weights)
+        return base_shardings
+    return Adapted(shardings(model.adapter_shapes(), model.adapter_axes()), base_shardings)
 
 
 def to_compute_dtype(model: Model, weights: Any) -> Any:
-    """Cast all weights but those of routers, since a rounded logit may change a token's experts."""
+    """Cast all weights to the compute dtype, except those of routers, whose rounding could change a token's experts."""
     is_router = lambda path: path[-1].key in ("router", "router_bias")  # noqa: E731
     to_dtype = lambda path, x: x if is_router(path) else x.astype(model.dtype)  # noqa: E731
     return jax.tree.map_with_path(to_dtype, weights)
@@ -146,18 +146,18 @@ def to_compute_dtype(model: Model, weights: Any) -> Any:
 
 @cache
 def make_copy(model: Model, mesh: Mesh, has_adapters: bool) -> Callable[[Any], Any]:
-    """Return the jitted function that copies weights to a `sampling_mesh`, which a plan compiles ahead of time, too."""
+    """Return the jitted function that copies weights to a `sampling_mesh`; ``plan`` compiles it ahead of time, too."""
     return jax.jit(partial(to_compute_dtype, model), out_shardings=rollout_shardings(model, mesh, has_adapters))
 
 
 @cache
 def make_answer_rows(model: Model, options: SamplingConfig, out_sharding: NamedSharding) -> Callable[..., Generated]:
-    """Return `answer_rows` jitted, which a plan compiles ahead of time, too."""
+    """Return `answer_rows`, jitted; ``plan`` compiles the same function ahead of time."""
     return jax.jit(partial(answer_rows, model, options=options), out_shardings=out_sharding)
 
 
 def prompt_bucket(longest: int) -> int:
-    """Return the tokens to which prompts of up to ``longest`` tokens are padded."""
+    """Return the length to which prompts of up to ``longest`` tokens are padded."""
     return max(SMALLEST_BUCKET, 1 << (longest - 1).bit_length())
 
 
@@ -188,8 +188,8 @@ def generate(
     with jax.set_mesh(mesh):
         tokens, lengths = jax.device_put((tokens, lengths), row_sharding(mesh))
         keys = row_keys(seed, step, first_row + jnp.arange(num_rows))
-        compiled = make_answer_rows(model, options, replicated(mesh))
-        answers = jax.device_get(compiled(weights, tokens, lengths, keys, jnp.asarray(end_ids, jnp.int32)))
+        answer_rows_fn = make_answer_rows(model, options, replicated(mesh))
+        answers = jax.device_get(answer_rows_fn(weights, tokens, lengths, keys, jnp.asarray(end_ids, jnp.int32)))
     return [
         Answer(tokens[:length].tolist(), logps[:length].tolist(), bool(ended))
         for tokens, logps, length, ended in zip(*answers, strict=True)

@@ -26,7 +26,7 @@ def copy_weights(params: Any, dtype: str | None) -> Any:
 
 @dataclass(frozen=True)
 class LiveReference:
-    """Reference model evaluated at every step: its own copy of all weights, or the base weights without adapters."""
+    """A reference model, evaluated at every step: its own copy of all weights, or the base weights without adapters."""
 
     weights: Any
 
@@ -50,16 +50,16 @@ class CachedReference:
     def _pairs(self, store: Store, ids: np.ndarray) -> PairLogps:
         is_real = ids >= 0
         clipped_ids = np.maximum(ids, 0)
-        take = lambda values: np.where(is_real[:, None], values[clipped_ids], 0).astype(np.float32)  # noqa: E731
-        logps = {name: take(values) for name, values in self.logps[store.key].items()}
-        return PairLogps(count=take(store.num_targets), weight=is_real.astype(np.float32), valid=is_real, **logps)  # type: ignore[arg-type]
+        lookup = lambda values: np.where(is_real[:, None], values[clipped_ids], 0).astype(np.float32)  # noqa: E731
+        logps = {name: lookup(values) for name, values in self.logps[store.key].items()}
+        return PairLogps(count=lookup(store.num_targets), weight=is_real.astype(np.float32), valid=is_real, **logps)  # type: ignore[arg-type]
 
     def of(self, data: StepData, store: Store) -> PairLogps:
-        """Look up a step's log-probs for `dpo_jax.step.Frozen`, with a leading microbatch dim if the batch has one."""
-        pairs = self._pairs(store, data.ids)
+        """Look up a step's log-probs in the form of `dpo_jax.step.Frozen`: by microbatch if the batch has several."""
+        pair_logps = self._pairs(store, data.ids)
         if data.batch.valid.ndim == 1:
-            return pairs
-        return jax.tree.map(lambda x: x.reshape(*data.batch.valid.shape, *x.shape[1:]), pairs)
+            return pair_logps
+        return jax.tree.map(lambda x: x.reshape(*data.batch.valid.shape, *x.shape[1:]), pair_logps)
 
     def sums(
         self, logps_step: LogpsStep, data: StepData, store: Store, microbatches: Sequence[PreferenceBatch]

@@ -24,7 +24,7 @@ from dpo_jax.storage import list_files, remove_partial_files, write_atomically
 
 PART_STEPS = 64  # steps per part
 Arrays = dict[str, np.ndarray]  # field of PairLogps -> [N, K] float32
-Compute = Callable[[Batches, Sequence[int]], tuple[np.ndarray, Mapping[str, np.ndarray]]]
+ComputeLogps = Callable[[Batches, Sequence[int]], tuple[np.ndarray, Mapping[str, np.ndarray]]]
 
 
 class Unusable(Exception):
@@ -32,7 +32,7 @@ class Unusable(Exception):
 
 
 def cached_logps(
-    batches: Batches, inputs: Mapping[str, Any], compute: Compute, report: Callable[[str], None] | None = None
+    batches: Batches, inputs: Mapping[str, Any], compute: ComputeLogps, report: Callable[[str], None] | None = None
 ) -> Arrays:
     """Return the reference log-probs of a store's examples, loaded from its cache file or computed and saved there.
 
@@ -57,20 +57,20 @@ def cached_logps(
     if all(hosts.gather(logps is not None, "reference cache")):  # computing is collective: all processes or none
         assert logps is not None
         return logps
-    logps, computed = _load_parts(path, inputs, shape, report)
-    if len(set(hosts.gather(hashlib.sha256(computed.tobytes()).hexdigest(), "parts of the reference cache"))) > 1:
-        logps, computed = {}, np.zeros(len(store), int)  # without a shared disk, processes see different parts
+    logps, times_computed = _load_parts(path, inputs, shape, report)
+    if len(set(hosts.gather(hashlib.sha256(times_computed.tobytes()).hexdigest(), "parts of the reference cache"))) > 1:
+        logps, times_computed = {}, np.zeros(len(store), int)  # without a shared disk, processes see different parts
     step_ids = [ids[ids >= 0] for ids in map(batches.order.step_ids, range(batches.order.num_steps))]
-    remaining_steps = [step for step, ids in enumerate(step_ids) if not computed[ids].all()]
+    remaining_steps = [step for step, ids in enumerate(step_ids) if not times_computed[ids].all()]
     for count, start in enumerate(range(0, len(remaining_steps), PART_STEPS)):
         ids, fields = compute(batches, remaining_steps[start : start + PART_STEPS])
-        is_new = computed[ids] == 0
+        is_new = times_computed[ids] == 0
         _put(logps, ids[is_new], {field: np.asarray(values)[is_new] for field, values in fields.items()}, shape)
-        computed[ids[is_new]] += 1
+        times_computed[ids[is_new]] += 1
         if count % jax.process_count() == jax.process_index():
             with suppress(FileNotFoundError):  # another run has finished the cache and removed all parts
                 _write(path.with_suffix(f".part-{int(ids[0]):08d}.npz"), inputs, {**fields, "ids": ids})
-    _refuse_gaps(logps, computed, path)
+    _refuse_gaps(logps, times_computed, path)
     if hosts.is_writer():
         _write(path, inputs, logps)
     hosts.barrier("reference cache")
@@ -104,9 +104,9 @@ def _load_complete(path: Path, inputs: Mapping, shape: tuple[int, int], report: 
 def _load_parts(
     path: Path, inputs: Mapping, shape: tuple[int, int], report: Callable[[str], None]
 ) -> tuple[Arrays, np.ndarray]:
-    """Load the rows that an interrupted build finished: log-probs, and a 0/1 array of the rows computed."""
+    """Load the rows that an interrupted build completed: their log-probs, and an array that is 1 at each of them."""
     logps: Arrays = {}
-    computed = np.zeros(shape[0], int)
+    times_computed = np.zeros(shape[0], int)
     for part in list_files(path.parent, f"{path.stem}.part-*.npz"):
         try:
             fields = _read(part, inputs)
@@ -118,10 +118,10 @@ def _load_parts(
         except Unusable as error:
             report(f"reference cache: {part} cannot be used ({error}): recomputing its rows")
             continue
-        is_new = computed[ids] == 0
+        is_new = times_computed[ids] == 0
         _put(logps, ids[is_new], {field: values[is_new] for field, values in fields.items()}, shape)
-        computed[ids] = 1
-    return logps, computed
+        times_computed[ids] = 1
+    return logps, times_computed
 
 
 def _put(logps: Arrays, ids: np.ndarray, fields: Mapping[str, np.ndarray], shape: tuple[int, int]) -> None:
@@ -129,10 +129,10 @@ def _put(logps: Arrays, ids: np.ndarray, fields: Mapping[str, np.ndarray], shape
         logps.setdefault(name, np.full(shape, np.nan, np.float32))[ids] = values
 
 
-def _refuse_gaps(logps: Arrays, computed: np.ndarray, path: Path) -> None:
-    rows = np.flatnonzero(computed != 1)
+def _refuse_gaps(logps: Arrays, counts: np.ndarray, path: Path) -> None:
+    rows = np.flatnonzero(counts != 1)
     if len(rows):
-        raise RunStopped(f"reference cache: {path}: row {rows[0]} was computed {computed[rows[0]]} times, not once")
+        raise RunStopped(f"reference cache: {path}: row {rows[0]} was computed {counts[rows[0]]} times, not once")
     for values in logps.values():
         rows = np.flatnonzero(~np.isfinite(values).all(1))
         if len(rows):
@@ -142,7 +142,7 @@ def _refuse_gaps(logps: Arrays, computed: np.ndarray, path: Path) -> None:
 
 
 def _difference(path: Path, inputs: Mapping) -> str:
-    """Return how the inputs of a file differ from ``inputs``, as a verb phrase for messages."""
+    """Return how a file's inputs differ from ``inputs``, such as `was made with different dtype`, for messages."""
     try:
         saved_inputs, _ = _load(path, arrays=False)
     except Unusable:
@@ -180,7 +180,7 @@ def _load(path: Path, arrays: bool = True) -> tuple[dict[str, Any], Arrays]:
 
 
 def _write(path: Path, inputs: Mapping, fields: Mapping[str, np.ndarray]) -> None:
-    file = io.BytesIO()
+    buffer = io.BytesIO()
     arrays: dict[str, Any] = {"about": json.dumps({**inputs, "digest": _digest(fields)}), **fields}
-    np.savez(file, **arrays)
-    write_atomically(path, file.getbuffer(), durable=True)
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getbuffer(), durable=True)

@@ -16,7 +16,7 @@ def row_keys(seed: int, step: int, rows: Int[Array, " R"]) -> Key[Array, " R"]:
 def sample(
     logits: Float[Array, "R V"], keys: Key[Array, " R"], token: Int[Array, ""], options: SamplingConfig
 ) -> Int[Array, " R"]:
-    """Sample from softmax(logits / temperature), cut to ``top_k`` and then to ``top_p``, by the Gumbel-max trick.
+    """Sample from softmax(logits / temperature), restricted to ``top_k``, then ``top_p``, by the Gumbel-max trick.
 
     ``token``: index of the token in the answer.
     """
@@ -40,12 +40,12 @@ def cut(logits: Float[Array, "R V"], options: SamplingConfig) -> Float[Array, "R
     1904.09751).
     """
     if options.top_k:
-        kth = jax.lax.top_k(logits, min(options.top_k, logits.shape[-1]))[0][..., -1:]
-        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+        kth_logit = jax.lax.top_k(logits, min(options.top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits >= kth_logit, logits, -jnp.inf)
     if options.top_p < 1:
-        ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-        probs = jax.nn.softmax(ordered, axis=-1)
+        sorted_logits = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        probs = jax.nn.softmax(sorted_logits, axis=-1)
         mass_before = jnp.cumsum(probs, axis=-1) - probs
-        last = jnp.where(mass_before < options.top_p, ordered, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits >= last, logits, -jnp.inf)
+        lowest_kept_logit = jnp.where(mass_before < options.top_p, sorted_logits, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits >= lowest_kept_logit, logits, -jnp.inf)
     return logits

@@ -29,5 +29,5 @@ def dataset_logps(
         ids.append(data.ids[is_real])
         sums.append(jax.device_get(logps.balance))
         chunks.append(jax.tree.map(lambda x: np.asarray(x)[is_real], replace(logps, balance=None)))  # noqa: B023  used at once
-    joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *chunks)
-    return np.concatenate(ids), replace(joined, balance=jax.tree.map(lambda *arrays: sum(arrays), *sums))
+    joined_logps = jax.tree.map(lambda *arrays: np.concatenate(arrays), *chunks)
+    return np.concatenate(ids), replace(joined_logps, balance=jax.tree.map(lambda *arrays: sum(arrays), *sums))

@@ -46,7 +46,7 @@ def token_log_ratios(
     mesh: Mesh,
     ld_alpha: float | None = None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Yield (example id, float32 token log-ratios per answer) per pair; one program computes policy and reference."""
+    """Yield (example id, token log-ratios of each answer, float32) for each pair; both models run the same program."""
     token_logps_step = jax.jit(token_logps_fn, out_shardings=replicated(mesh))
     gather = jax.jit(lambda batch: batch, out_shardings=replicated(mesh))  # a pair may lie in rows of two hosts
     for data in batches.ahead(range(batches.order.num_steps)):
@@ -81,12 +81,12 @@ def token_pieces(decode: Callable[[list[int]], str], prompt: list[int], answer: 
         start -= 1
     ids = prompt[start:] + answer
     pieces = []
-    num_decoded = start_of_last = 0  # the last decoded piece is decoded again as context of the next
+    num_decoded = context_start = 0  # the last decoded piece is decoded again as context of the next
     for end in range(1, len(ids) + 1):
-        text = decode(ids[start_of_last:end])
+        text = decode(ids[context_start:end])
         if text.endswith(INCOMPLETE) and end < len(ids):
             pieces.append("")
             continue
-        pieces.append(text[len(decode(ids[start_of_last:num_decoded])) :])
-        start_of_last, num_decoded = num_decoded, end
+        pieces.append(text[len(decode(ids[context_start:num_decoded])) :])
+        context_start, num_decoded = num_decoded, end
     return pieces[len(prompt) - start :]

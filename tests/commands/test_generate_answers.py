@@ -245,11 +245,11 @@ def test_prompts_without_a_pair_are_counted_by_cause():
     ]
     pairs = rank(rows, "best-worst")
     assert pairs.rows == [{"prompt": "p", "chosen": "b", "rejected": "a", "chosen_score": 2, "rejected_score": 1}]
-    few = "with fewer than two non-blank answers"
-    assert pairs.skipped == {"with equal best and worst answers": 1, "with equal scores of all answers": 1, few: 2}
+    few = "fewer than two non-blank answers"
+    assert pairs.skipped == {"equal best and worst answers": 1, "equal scores of all answers": 1, few: 2}
     best = rank(rows, "best")
     assert [(row["answer"], row["score"]) for row in best.rows] == [("b", 2), ("a", 2), ("a", 1), ("a", 1)]
-    assert best.skipped == {"without a non-blank answer": 1}
+    assert best.skipped == {"no non-blank answer": 1}
     assert (pairs.num_cut, best.num_cut) == (0, 1)
 
 
