@@ -66,7 +66,7 @@ class Decoder(DecoderModule):
         token_weights: Int[Array, "R T"] | None,
         cache: KeyValues | None = None,
     ) -> tuple[Float[Array, "R T D"], KeyValues | None, BalanceSums | None]:
-        """Return hidden states, of which the unembedding makes logits, and the cache, if any, with the tokens added.
+        """Return the hidden states after the final norm and the cache, if any, with the tokens added.
 
         A mixture of experts also returns its routers' sums over tokens, by layer; ``token_weights`` as in `Layer`.
         """
@@ -83,8 +83,8 @@ class Decoder(DecoderModule):
         if c.learned_positions:
             x += self.weight("position_embed", "PD")[positions].astype(self.dtype)
         # inside a scan XLA cannot merge the recomputed forward pass with the first; unrolled, it could
-        policy = REMAT[self.remat]
-        layer = Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=not self.scan)
+        remat_policy = REMAT[self.remat]
+        layer = Layer if remat_policy is None else nn.remat(Layer, policy=remat_policy, prevent_cse=not self.scan)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, "lora": 0},
@@ -114,8 +114,8 @@ class Cache:
 
     def grow(self, num_slots: int) -> "Cache":
         """Return the cache with ``num_slots`` more empty slots per row."""
-        longer = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, num_slots), (0, 0)))  # noqa: E731
-        layers = self.layers._replace(keys=longer(self.layers.keys), values=longer(self.layers.values))
+        pad_slots = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, num_slots), (0, 0)))  # noqa: E731
+        layers = self.layers._replace(keys=pad_slots(self.layers.keys), values=pad_slots(self.layers.values))
         positions = jnp.pad(self.positions, ((0, 0), (0, num_slots)), constant_values=-1)
         return Cache(layers, positions, self.end)
 
@@ -138,7 +138,7 @@ class Model:
         return self._hidden(weights, batch)[0]
 
     def routed_hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> Float[Array, "R T D"] | RoutedHidden:
-        """Return what `hidden` does, and the routers' sums over tokens if the model is a mixture of experts."""
+        """Return hidden states as `hidden` does, and the routers' sums over tokens if the model has experts."""
         hidden, sums = self._hidden(weights, batch)
         if self.config.experts is None or sums is None:
             return hidden
@@ -188,7 +188,7 @@ class Model:
 
     @property
     def logit_options(self) -> dict[str, Any]:
-        """Options of `logprobs.make_logps_fn` that are the model's own."""
+        """Options of `logprobs.make_logps_fn` that depend on the model."""
         return {"precision": self.precision, "softcap": self.config.logit_softcap}
 
     def unembedding(self, weights: Params | Adapted) -> Float[Array, "V D"]:
@@ -255,7 +255,7 @@ class Model:
 
 
 def _num_bias_dims() -> int:
-    """Return the dims that a bias of the unembedding adds to hidden states: as many as `fsdp` shards them into."""
+    """Return the number of dims that hold the unembedding's bias: the size of mesh axis `fsdp`, which shards dims."""
     return jax.sharding.get_abstract_mesh().shape["fsdp"] if mesh_is_active() else 1
 
 
@@ -308,10 +308,10 @@ def with_balance(config: DecoderConfig, coef: float) -> DecoderConfig:
 
 
 def count_params(model: Model) -> int:
-    """Count the parameters without adapters; tied embeddings count once."""
+    """Return the number of parameters without adapters; tied embeddings count once."""
     return sum(leaf.size for leaf in jax.tree.leaves(model.param_shapes()))
 
 
 def count_adapters(model: Model) -> int:
-    """Count the adapter parameters."""
+    """Return the number of adapter parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(model.adapter_shapes()))

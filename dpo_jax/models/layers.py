@@ -47,7 +47,7 @@ ACTIVATIONS = {
 
 
 def scaled(x: Array, factor: float) -> Array:
-    """Multiply in x's dtype, to which ``factor`` is rounded."""
+    """Return factor * x, computed in x's dtype."""
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
@@ -70,24 +70,24 @@ def rotary_frequencies(rope: Rope, dims: int) -> Float[np.ndarray, "C"]:
             frequency = _blend(frequency, scaling.factor, blend)
         case YarnScaling() as scaling:
             # index, not rounded, of the frequency that makes so many turns in the original context
-            index = lambda turns: (  # noqa: E731
+            pair_index = lambda turns: (  # noqa: E731
                 dims * np.log(scaling.original_max_position_embeddings / (turns * 2 * np.pi)) / 2 / np.log(rope.theta)
             )
-            first, last = index(scaling.beta_fast), index(scaling.beta_slow)
+            first_pair, last_pair = pair_index(scaling.beta_fast), pair_index(scaling.beta_slow)
             if scaling.truncate:
-                first, last = np.floor(first), np.ceil(last)
-            first, last = max(first, 0), min(last, dims - 1)
-            blend = 1 - (np.arange(dims // 2) - first) / max(last - first, 0.001)
+                first_pair, last_pair = np.floor(first_pair), np.ceil(last_pair)
+            first_pair, last_pair = max(first_pair, 0), min(last_pair, dims - 1)
+            blend = 1 - (np.arange(dims // 2) - first_pair) / max(last_pair - first_pair, 0.001)
             frequency = _blend(frequency, scaling.factor, blend)
         case LongropeScaling(factors=factors):
             frequency = frequency / np.asarray(factors)
     return frequency.astype(np.float32)
 
 
-def _blend(frequency: np.ndarray, factor: float, kept: np.ndarray) -> np.ndarray:
-    """Divide frequencies by ``factor`` where ``kept`` is 0 or less, keep them where it is 1 or more."""
-    kept = np.clip(kept, 0, 1)
-    return kept * frequency + (1 - kept) * frequency / factor
+def _blend(frequency: np.ndarray, factor: float, blend: np.ndarray) -> np.ndarray:
+    """Divide frequencies by ``factor`` where ``blend`` is 0 or less, keep them where it is 1 or more."""
+    share = np.clip(blend, 0, 1)
+    return share * frequency + (1 - share) * frequency / factor
 
 
 def make_rotations(config: DecoderConfig, positions: Int[AnyArray, "R T"]) -> Rotation | None:
@@ -104,7 +104,7 @@ def make_rotations(config: DecoderConfig, positions: Int[AnyArray, "R T"]) -> Ro
 
 
 def rotate(x: Float[Array, "R T N H"], rotation: Rotation, interleaved: bool = False) -> Float[Array, "R T N H"]:
-    """Apply rotary embeddings in float32 to the first 2 C dims of each head.
+    """Apply rotary embeddings in float32 to the first dims of each head, two for each angle.
 
     The first half of these dims is paired with the second half or, if ``interleaved``, each dim with its neighbor.
     """
@@ -112,13 +112,13 @@ def rotate(x: Float[Array, "R T N H"], rotation: Rotation, interleaved: bool = F
     if rotation.factor is not None:
         cos, sin = cos * rotation.factor, sin * rotation.factor
     dims = 2 * rotation.angles.shape[-1]
-    x, kept = (x, None) if dims == x.shape[-1] else (x[..., :dims], x[..., dims:])
+    x, unrotated = (x, None) if dims == x.shape[-1] else (x[..., :dims], x[..., dims:])
     x32 = x.astype(jnp.float32)
     first, second = (x32[..., ::2], x32[..., 1::2]) if interleaved else jnp.split(x32, 2, axis=-1)
     pair = first * cos - second * sin, second * cos + first * sin
     rotated = jnp.stack(pair, axis=-1).reshape(x32.shape) if interleaved else jnp.concatenate(pair, axis=-1)
     rotated = rotated.astype(x.dtype)
-    return rotated if kept is None else jnp.concatenate([rotated, kept], axis=-1)
+    return rotated if unrotated is None else jnp.concatenate([rotated, unrotated], axis=-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -181,14 +181,14 @@ class DecoderModule(nn.Module):
         return y
 
     def adapter(self, name: str, x: Array) -> Array:
-        """Compute (x A^T) B^T with the adapter of projection ``name``; in a fused module A is that of its first one."""
+        """Compute (x A^T) B^T with the adapter of projection ``name``; projections of a fused module share one A."""
         assert self.lora is not None
         row, owner = layer_projections(self.config)[name], self.lora.owner(name)
         operand, _, result = row.letters
         letters = {"a": f"r{row.inputs}", "b": f"{row.outputs}r"}
-        factors_here = [factor for factor in letters if factor == "b" or owner == name]
+        factor_names = [factor for factor in letters if factor == "b" or owner == name]
         factors = self.variable(
-            "lora", name, lambda: {factor: self.zeros(letters[factor]) for factor in factors_here}
+            "lora", name, lambda: {factor: self.zeros(letters[factor]) for factor in factor_names}
         ).value
         a = factors["a"] if owner == name else nn.unbox(self.get_variable("lora", owner))["a"]
         x = jnp.einsum(f"{operand},{letters['a']}->RTr", x, a.astype(x.dtype))
@@ -277,7 +277,7 @@ class Layer(DecoderModule):
         return (constrain_rows(x), cache), sums
 
     def pre_norm(self, name: str, x: Array) -> Array:
-        """Return the input of the block ``name``."""
+        """Return the input of block ``name``: x, normalized if the config has norms before blocks."""
         return self.norm(name, x) if self.config.pre_norm else x
 
     def branch(self, name: str, y: Array) -> Array:
@@ -343,8 +343,8 @@ class Layer(DecoderModule):
         assert c is not None
         matrix, bias = self.expert_weights("router")
         linears = [mixture.ExpertLinear(*self.expert_weights(name)) for name in ("gate", "up", "down")]
-        rule = mixture.Router(c.per_token, c.softmax, c.renormalize)
-        routing = mixture.route(x, matrix, bias, token_weights > 0, rule)
+        router = mixture.Router(c.per_token, c.softmax, c.renormalize)
+        routing = mixture.route(x, matrix, bias, token_weights > 0, router)
         glu = mixture.Glu(c.alpha, c.offset, c.limit)
         # no mesh divides the single row of which a model is initialized
         y = x if self.is_initializing() else mixture.feed_forward(x, routing, mixture.ExpertWeights(*linears), glu)

@@ -24,7 +24,7 @@ IGNORED = frozenset(
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return three layers with a window and one without, unless ``layer_types`` says otherwise."""
+    """Return the pattern of three layers with a window and one without, unless ``layer_types`` says otherwise."""
     types = layer_types(hf, layers, every(size(hf, "sliding_window_pattern", 4), layers))
     return full_and_sliding(types, window(hf, 4096), full=None, sliding=rope(hf))
 

@@ -20,9 +20,9 @@ def _check_keys(hf: Mapping[str, Any], model_type: str, family: Family) -> None:
     architectures = hf.get("architectures") or [family.architecture]
     if architectures not in [[name] for name in (family.architecture, family.reward_architecture) if name is not None]:
         raise invalid("architectures", architectures, f"for {model_type} it must be [{family.architecture!r}]")
-    known = {*map(family.key, SHARED_KEYS), *HARMLESS_KEYS, *family.keys, *family.unused}
+    known_keys = {*map(family.key, SHARED_KEYS), *HARMLESS_KEYS, *family.keys, *family.unused}
     for key, value in hf.items():
-        is_known = key in known or key.startswith("_")
+        is_known = key in known_keys or key.startswith("_")
         if not is_known and not one_of(value, NEUTRAL_VALUES.get(key, EMPTY)):
             remedy = f"the {model_type} decoder has no such option; remove it from the file if it has no effect"
             raise invalid(key, value, remedy)
@@ -97,17 +97,17 @@ def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None or family.wraps is None:
         return hf
-    text = hf.get(family.wraps)
-    if not isinstance(text, dict) or text.get("model_type") != f"{model_type}_text":
-        raise invalid(family.wraps, text, f"it must be a dictionary of model_type {model_type}_text")
-    outer = {key: hf[key] for key in ("tie_word_embeddings",) if key in hf}
-    return {key: value for key, value in text.items() if key != "architectures"} | outer
+    text_hf = hf.get(family.wraps)
+    if not isinstance(text_hf, dict) or text_hf.get("model_type") != f"{model_type}_text":
+        raise invalid(family.wraps, text_hf, f"it must be a dictionary of model_type {model_type}_text")
+    outer_keys = {key: hf[key] for key in ("tie_word_embeddings",) if key in hf}
+    return {key: value for key, value in text_hf.items() if key != "architectures"} | outer_keys
 
 
 def context_length(hf: Mapping[str, Any]) -> int | None:
     """Return the longest sequence that a model is made for, if its ``config.json`` names one."""
-    text = text_config(hf)
-    return text.get(FAMILIES[text["model_type"]].key("max_position_embeddings"))
+    text_hf = text_config(hf)
+    return text_hf.get(FAMILIES[text_hf["model_type"]].key("max_position_embeddings"))
 
 
 def refuse_positions(config: DecoderConfig, length: int, option: str, value: object) -> None:

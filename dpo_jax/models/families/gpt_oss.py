@@ -15,7 +15,7 @@ MATRICES = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return a layer with a window and one without, unless ``layer_types`` says otherwise."""
+    """Return the pattern of one layer with a window and one without, unless ``layer_types`` says otherwise."""
     if hf.get("rope_parameters") is None and hf.get("rope_scaling") is None:
         hf = {**hf, "rope_parameters": YARN}
     return full_and_sliding(layer_types(hf, layers, every(2, layers)), window(hf, 128), rope(hf), rope(hf))

@@ -19,12 +19,12 @@ MODULES = {
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return layers that are alike; old files call LongRoPE su or yarn."""
-    renamed = {"su": "longrope", "yarn": "longrope"}
+    """Return the pattern of equal layers; old files call LongRoPE su or yarn."""
+    new_names = {"su": "longrope", "yarn": "longrope"}
     scalings = {key: dict(hf[key]) for key in ("rope_scaling", "rope_parameters") if isinstance(hf.get(key), dict)}
     for scaling in scalings.values():
         names = {key: scaling[key] for key in ("type", "rope_type") if isinstance(scaling.get(key), str)}
-        scaling |= {key: renamed.get(name, name) for key, name in names.items()}
+        scaling |= {key: new_names.get(name, name) for key, name in names.items()}
     return (LayerKind(window=window(hf, None), rope=rope({**hf, **scalings}, partial=True)),)
 
 

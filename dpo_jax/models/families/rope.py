@@ -34,22 +34,22 @@ def rope(hf: Mapping[str, Any], theta: str = "rope_theta", partial: bool = False
     spellings = (
         RopeOptions(hf, key, {} if hf.get(key) is None else hf[key]) for key in ("rope_scaling", "rope_parameters")
     )
-    older, newer = (_read(options, default_theta, partial) if options.values else None for options in spellings)
-    if older and newer and older != newer:
-        why = f"rope_parameters, {shown(hf['rope_parameters'])}, disagrees; remove the wrong one from the file"
-        raise invalid("rope_scaling", hf["rope_scaling"], why)
-    return older or newer or Rope(theta=default_theta)
+    old_rope, new_rope = (_read(options, default_theta, partial) if options.values else None for options in spellings)
+    if old_rope and new_rope and old_rope != new_rope:
+        conflict = f"rope_parameters, {shown(hf['rope_parameters'])}, differs; remove the wrong one from the file"
+        raise invalid("rope_scaling", hf["rope_scaling"], conflict)
+    return old_rope or new_rope or Rope(theta=default_theta)
 
 
 def rotary_dims(hf: Mapping[str, Any], default: float = 1.0, key: str = PARTIAL) -> int | None:
-    """Read how many dims of a head rotate, a fraction of ``head_dim``; None if all do. ``key``: of older files."""
+    """Read how many dims of a head rotate, a fraction of ``head_dim``; None if all do. ``key``: in old files."""
     options = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     fraction = (
         number(options, PARTIAL, most=1) if options.get(PARTIAL) is not None else number(hf, key, default, most=1)
     )
     dims = int(hf["head_dim"] * fraction)
     if dims % 2 or dims == 0:
-        raise invalid(key, fraction, f"of {hf['head_dim']} dims it must leave an even number")
+        raise invalid(key, fraction, f"the number of dims that rotate, of {hf['head_dim']}, must be even and positive")
     return None if dims == hf["head_dim"] else dims
 
 
@@ -58,17 +58,17 @@ def ropes_by_type(hf: Mapping[str, Any], thetas: Mapping[str, float]) -> dict[st
 
     ``thetas``: base of each type where ``rope_parameters`` does not give it.
     """
-    given = hf.get("rope_parameters") or {}
-    if not isinstance(given, dict) or given.keys() - thetas.keys():
-        raise invalid("rope_parameters", given, f"it must have the rotary options of {' and '.join(thetas)}, each")
+    options_by_type = hf.get("rope_parameters") or {}
+    if not isinstance(options_by_type, dict) or options_by_type.keys() - thetas.keys():
+        raise invalid("rope_parameters", options_by_type, f"it must map {' and '.join(thetas)} to their rotary options")
     ropes = {}
     for layer_type, theta in thetas.items():
         key = f"rope_parameters.{layer_type}"
-        options = RopeOptions(hf, key, given.get(layer_type) or {})
+        options = RopeOptions(hf, key, options_by_type.get(layer_type) or {})
         if layer_type == "full_attention" and hf.get("rope_scaling"):
             scaling = RopeOptions(hf, "rope_scaling", hf["rope_scaling"]).values
             options = RopeOptions(hf, key, {**options.values, **scaling})
         ropes[layer_type] = _read(options, theta)
         if "truncate" in options.values and not options.values["truncate"]:
-            raise invalid(f"{key}.truncate", False, "transformers rounds in models with several types of layers")
+            raise invalid(f"{key}.truncate", False, "transformers ignores it with several types of layers; remove it")
     return ropes
