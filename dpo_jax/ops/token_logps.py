@@ -55,7 +55,7 @@ class Options(NamedTuple):
         return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32, precision=self.precision)
 
     def scores(self, states: Float[Array, "n D"], rows: Float[Array, "b D"]) -> Float[Array, "n b"]:
-        """Return the scores of vocabulary rows."""
+        """Return the scores of hidden states with rows of the unembedding, soft-capped if the model has a cap."""
         return soft_cap(self.product("nd,vd->nv", states, rows), self.softcap)
 
 

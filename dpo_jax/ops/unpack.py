@@ -53,13 +53,13 @@ def unpack_answers(batch: PreferenceBatch, length: int) -> UnpackIndices:
 def _indices(batch: PreferenceBatch, is_member: Bool[Array, "R S T"], length: int) -> UnpackIndices:
     """Return the indices for the sequences that ``is_member`` selects, in row order; at most K share a token."""
     num_rows, num_sequences, _ = is_member.shape
-    copies = batch.answer_slots.shape[-1]
+    num_copies = batch.answer_slots.shape[-1]
     sources = jnp.argsort(~is_member, axis=-1, stable=True)[..., :length]
     sources = jnp.pad(sources, ((0, 0), (0, 0), (0, length - sources.shape[-1])))
     is_used = jnp.arange(length) < is_member.sum(-1, keepdims=True)
 
     index = jnp.cumsum(is_member, axis=-1) - 1 + length * jnp.arange(num_sequences)[:, None]
-    copy = jnp.argsort(~is_member, axis=1, stable=True)[:, :copies]  # [R, C, T]: sequence of each copy
+    copy = jnp.argsort(~is_member, axis=1, stable=True)[:, :num_copies]  # [R, C, T]: sequence of each copy
     has_copy = jnp.take_along_axis(is_member, copy, axis=1)
     copy_index = jnp.where(has_copy, jnp.take_along_axis(index, copy, axis=1), 0)
 
