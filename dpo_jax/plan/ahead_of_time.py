@@ -49,8 +49,8 @@ def check_pair(requirements: Sequence[str], libtpu: str) -> None:
     """
     for requirement in map(Requirement, requirements):
         if requirement.name == "libtpu" and not requirement.specifier.contains(libtpu, prereleases=True):
-            required = requirement.specifier
-            remedy = f"jax {jax.__version__} requires {required}; pip install 'libtpu{required}'"
+            required_versions = requirement.specifier
+            remedy = f"jax {jax.__version__} requires {required_versions}; pip install 'libtpu{required_versions}'"
             raise UserError(f"libtpu: {libtpu} cannot be used: {remedy}")
 
 
@@ -76,7 +76,7 @@ def slice_mesh(config: PlannedConfig, slice_: Topology, slices: int) -> Mesh | A
 
 
 def abstract_batch(load: Load, mesh: Mesh | AbstractMesh, leading: tuple[int, ...] | None = None) -> PreferenceBatch:
-    """Return a train step's batch as shapes and shardings; ``leading`` dims: by default of several microbatches."""
+    """Return a train step's batch as shapes and shardings; ``leading`` dims default to those of microbatches."""
     num_answers = len(load.lengths) - 1
     shape = BatchShape(
         rows=load.rows,
@@ -158,7 +158,7 @@ class Phase:
 
     @property
     def peak(self) -> int:
-        """Bytes of all that is in memory."""
+        """Bytes in memory when the most are in use."""
         return self.program.peak + self.outside
 
 
@@ -222,10 +222,10 @@ def compile_program(lower: Callable[[], Lowered]) -> Compiled:
         with no_cache_writes():
             program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        exhausted = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MG])\)? (?:exceeds|of)", str(error), re.S)
-        if exhausted is None:
+        memory_error = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MG])\)? (?:exceeds|of)", str(error), re.S)
+        if memory_error is None:
             raise
-        peak = int(float(exhausted[1]) * {"M": 2**20, "G": 2**30}[exhausted[2]])
+        peak = int(float(memory_error[1]) * {"M": 2**20, "G": 2**30}[memory_error[2]])
         return Compiled(time.perf_counter() - start_time, None, peak)
     memory: Any = program.memory_analysis()
     return Compiled(time.perf_counter() - start_time, program.as_text(), memory.peak_memory_in_bytes)

@@ -57,7 +57,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     header = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
     devices_per_slice = int(header[1]) if header else num_devices
     peers = np.arange(num_devices).reshape(-1, devices_per_slice).T  # each device with its peers in the other slices
-    times, uncertain = _times(computations, entry)
+    times, uncertain_names = _times(computations, entry)
     unique: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines.values():
@@ -67,7 +67,9 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
             kind, num_bytes, groups = collective
             channel = re.search(r"channel_id=(\d+)", line)
             operation = re.search(r'op_name="([^"]*)"', line)
-            op = Collective(kind, num_bytes, groups, times[name], operation[1] if operation else "", name in uncertain)
+            op = Collective(
+                kind, num_bytes, groups, times[name], operation[1] if operation else "", name in uncertain_names
+            )
             # an overlapped collective appears, with the same channel, in each piece of the overlapped work
             key = f"{channel[1]} {kind} {op.num_bytes} {op.source}" if channel else f"{name} {line}"
             if key not in unique or op.times > unique[key].times:
@@ -121,13 +123,13 @@ def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, 
     """Return how often each computation runs, and the computations for which that is only a lower bound."""
     times: dict[str, int] = defaultdict(int)
     times[entry] = 1
-    uncertain: set[str] = set()
+    uncertain_names: set[str] = set()
     for name in reversed(computations):  # in the text, callers come after callees
         for called, count in _calls(name, computations) if times[name] else ():
             times[called] += (count or 1) * times[name]
-            if count is None or name in uncertain:
-                uncertain.add(called)
-    return times, uncertain
+            if count is None or name in uncertain_names:
+                uncertain_names.add(called)
+    return times, uncertain_names
 
 
 def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[str, int | None]]:

@@ -35,7 +35,7 @@ NUM_ENDS = 2  # tokens that end an answer; the plan does not depend on it
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What a plan compiles of a policy-gradient step."""
+    """The parts of a policy-gradient step that a plan compiles."""
 
     config: PPOConfig
     model: Model
