@@ -43,21 +43,21 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mappin
     def mismatch(why: str) -> UserError:
         return UserError(f"{folder}: {why}; check that they belong together")
 
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise mismatch(f"config.json requires {_name_list(missing)}, which the weights do not contain")
+    missing_names = [name for name in expected if name not in tensors]
+    if missing_names:
+        raise mismatch(f"config.json requires {_name_list(missing_names)}, which the weights do not contain")
     embed, unembed = (tensor_name(model.config, leaf) for leaf in ("embed", "unembed"))
-    allowed = expected.keys() | ({unembed} if model.config.tied else set())
+    allowed_names = expected.keys() | ({unembed} if model.config.tied else set())
     family = FAMILIES[model.config.family]
     ignored, carried = (*_BUFFERS, *family.ignored), tuple(family.carried)
-    unknown = (name for name in tensors if name not in allowed)
-    extra = [name for name in unknown if not name.endswith(ignored) and not name.startswith(carried)]
-    if extra:
-        raise mismatch(f"the weights contain {_name_list(extra)}, which config.json does not define")
+    unknown_names = (name for name in tensors if name not in allowed_names)
+    extra_names = [name for name in unknown_names if not name.endswith(ignored) and not name.startswith(carried)]
+    if extra_names:
+        raise mismatch(f"the weights contain {_name_list(extra_names)}, which config.json does not define")
     for name, stored in expected.items():
-        actual = tensors[name].shape
-        if actual != stored.shape:
-            raise mismatch(f"tensor {name} has shape {list(actual)}, but config.json implies {list(stored.shape)}")
+        shape = tensors[name].shape
+        if shape != stored.shape:
+            raise mismatch(f"tensor {name} has shape {list(shape)}, but config.json implies {list(stored.shape)}")
     if model.config.tied and unembed in tensors:
         _check_tied(folder, tensors[unembed], tensors[embed])
 
@@ -152,7 +152,7 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
 
 
 def _rename(tensors: dict[str, Tensor], expected: Mapping[str, Stored], model: Model) -> dict[str, Tensor]:
-    """Give tensors that other files name otherwise the names that this program expects."""
+    """Rename tensors of files with another naming scheme to the names that this program expects."""
 
     def name_here(name: str) -> str:
         prefixes = {} if name in expected else FAMILIES[model.config.family].renamed

@@ -241,10 +241,10 @@ def keep_model_files(run: RunDir, source: ModelSource, hf_config: Mapping[str, A
     folder = run.root / MODEL_FILES
     with from_outside(f"{folder}: the tokenizer cannot be written", "free space, or fix the tokenizer's files"):
         tokenizer.save_pretrained(folder)
-    generation = "generation_config.json"
+    generation_file = "generation_config.json"
     with writing(folder):
-        if source.folder is not None and (source.folder / generation).is_file():
-            write_atomically(folder / generation, (source.folder / generation).read_bytes())
+        if source.folder is not None and (source.folder / generation_file).is_file():
+            write_atomically(folder / generation_file, (source.folder / generation_file).read_bytes())
         carried = {} if source.folder is None else carried_tensors(source.folder, str(hf_config["model_type"]))
         if carried and source.folder != folder:
             copy_tensors(folder / f"{CARRIED}.partial", carried)

@@ -25,11 +25,11 @@ def stop_tokens(source: ModelSource, tokenizer: Any, tails: Iterable[list[int]])
     ``tails``: tokens that training appends to the text of answers. An end of turn counts only if it is a special or
     added token, such as ``<|im_end|>``, not ordinary text.
     """
-    ends = {tokenizer.eos_token_id} - {None}
+    end_ids = {tokenizer.eos_token_id} - {None}
     if source.folder is not None and (source.folder / "generation_config.json").is_file():
-        ends |= end_tokens(source.folder, source.hf_config)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return sorted(ends | ({tail[0] for tail in tails if tail} & special))
+        end_ids |= end_tokens(source.folder, source.hf_config)
+    special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return sorted(end_ids | ({tail[0] for tail in tails if tail} & special_ids))
 
 
 def refuse_reward_model(model: Model, path: str) -> None:
@@ -65,7 +65,7 @@ class RewardModel(NamedTuple):
 
 
 def reward_model_config(config: RewardModelConfig, policy: ModelConfig) -> ModelConfig:
-    """Return the options of the reward model at ``config.path``, which is computed as the policy is."""
+    """Return the options of the reward model at ``config.path``, with the policy's compute options."""
     assert config.path is not None
     return replace(policy, path=config.path, revision=config.revision, checkpoint=config.checkpoint, tokenizer=None)
 
@@ -78,7 +78,7 @@ def refuse_language_model(model: Model, config: RewardModelConfig) -> None:
 
 @contextmanager
 def naming_reward(section: str) -> Iterator[None]:
-    """Name the options of ``section`` in errors about a reward model's path, revision or checkpoint."""
+    """Context manager that names options of ``section`` in errors of a reward model's path, revision or checkpoint."""
     try:
         yield
     except UserError as error:
@@ -136,16 +136,16 @@ def _make_read_text(config: RewardModelConfig, reward_tokenizer: Any, tokenizer:
     def read_text(prompt: TokenizedPrompt, answer: Answer, row: Callable[[], Example]) -> tuple[list[int], list[int]]:
         example, text = row(), answer.text(tokenizer, prompt.tokens)
         message = text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]
-        alone = tokenize_prompt(example)
-        answered = alone if isinstance(alone, Problem) else tokenize(replace(example, answers=(message,)))
-        tail = [] if isinstance(alone, Problem) else alone.tail
-        if isinstance(answered, TokenizedExample):
-            tokens = answered.answers[0]
+        context = tokenize_prompt(example)
+        tokenized = context if isinstance(context, Problem) else tokenize(replace(example, answers=(message,)))
+        tail = [] if isinstance(context, Problem) else context.tail
+        if isinstance(tokenized, TokenizedExample):
+            tokens = tokenized.answers[0]
             is_cut = not answer.ended and 0 < len(tail) < len(tokens) and tokens[-len(tail) :] == tail
-            return answered.prompt, tokens[: -len(tail)] if is_cut else tokens
-        if answered.cause == "empty_answer" and isinstance(alone, TokenizedPrompt):  # scored where an answer begins
-            return (alone.tokens, tail) if tail else (alone.tokens[:-1], alone.tokens[-1:])
-        problem = f"{config.path} cannot read row {example.row}: {answered.detail}"
+            return tokenized.prompt, tokens[: -len(tail)] if is_cut else tokens
+        if tokenized.cause == "empty_answer" and isinstance(context, TokenizedPrompt):  # scored where an answer begins
+            return (context.tokens, tail) if tail else (context.tokens[:-1], context.tokens[-1:])
+        problem = f"{config.path} cannot read row {example.row}: {tokenized.detail}"
         raise UserError(f"{config.section}.path: {problem}; remove the row, or choose another reward model")
 
     return read_text

@@ -67,10 +67,10 @@ class Tensor:
 
     def read_bytes(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """Read the tensor's bytes, or some of them, whatever its dtype."""
-        count = (self.end - self.start if last is None else last) - first
+        num_bytes = (self.end - self.start if last is None else last) - first
         with from_outside(f"{self.path}: tensor {self.name}", AGAIN), self.path.open("rb") as file:
             file.seek(self.start + first)
-            return np.fromfile(file, np.uint8, count)
+            return np.fromfile(file, np.uint8, num_bytes)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ class Stored:
         return (self.stack, *shape) if self.stack else shape
 
     def entries(self) -> list["Stored"]:
-        """Return what each entry of a stack holds, or just this tensor."""
+        """Return the tensor of each entry of a stack, or this tensor alone if it is not stacked."""
         if self.stack == 0:
             return [self]
         return [replace(self, stack=0).at((*self.parts[0].index, i)) for i in range(self.stack)]
@@ -132,7 +132,7 @@ def stored_tensors(model: Model) -> dict[str, Stored]:
 
 
 def num_groups(config: DecoderConfig, name: str) -> int:
-    """Return in how many groups the rows of the tensor ``name`` are; {} stands for the layer."""
+    """Return the number of groups that the rows of tensor ``name`` are in; {} stands for the layer."""
     axis = FAMILIES[config.family].grouped.get(name)
     return 1 if axis is None else config.size(axis)
 
