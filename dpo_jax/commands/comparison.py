@@ -87,11 +87,11 @@ def check_manifest(root: Path, config: CompareConfig, identity: Mapping[str, Any
     path, environment = root / MANIFEST, {"platform": jax.default_backend(), "devices": jax.device_count()}
     manifest = make_manifest(result_options(config), identity, environment)
     if path.exists():
-        remedy = "restore it, or choose another run.dir"
+        remedy = "choose another run.dir"
         try:
             old = storage.unseal(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise UserError(f"run.dir: {path} cannot be read: {reason(error)}: {remedy}") from error
+            raise UserError(f"run.dir: {path} cannot be read: {reason(error)}: restore it, or {remedy}") from error
         old_methods, methods = old["config"]["methods"], manifest["config"]["methods"]
         names = old_methods.keys() & methods.keys()
         configs = [
@@ -102,7 +102,9 @@ def check_manifest(root: Path, config: CompareConfig, identity: Mapping[str, Any
         )
         if changes:
             changes_text = "; ".join(change.removeprefix("compare.") for change in changes)
-            raise UserError(f"run.dir: {root} holds a comparison with other options: {changes_text}: {remedy}")
+            raise UserError(
+                f"run.dir: {root} holds a comparison with other options: {changes_text}: restore them, or {remedy}"
+            )
         for line in rounding_changes(old | {"config": {}}, manifest | {"config": {}}):
             say(config.run.progress, f"results are no longer bit-identical: {line}")
         manifest["config"]["methods"] = old_methods | methods

@@ -292,12 +292,12 @@ def finish(config: GenerateConfig, file: AnswerFile) -> None:
     print_line(f"answers: {file.path}: {summary}")
     if config.pairs is None:
         return
-    path, ranked = file.beside(f".{config.pairs}.jsonl"), rank(file.rows(), config.pairs)
+    path, ranking = file.beside(f".{config.pairs}.jsonl"), rank(file.rows(), config.pairs)
     with writing(path):
-        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranked.rows))
-    if ranked.num_cut:
-        cut_note = f"{ranked.num_cut} of the best answers were cut at {max_tokens} tokens; training ends them there"
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranking.rows))
+    if ranking.num_cut:
+        cut_note = f"{ranking.num_cut} of the best answers were cut at {max_tokens} tokens; training ends them there"
         print_line(f"note: {cut_note}: raise sampling.max_tokens")
-    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(ranked.skipped.items()))
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(ranking.skipped.items()))
     skipped_note = f"; prompts skipped: {causes}" if causes else ""
-    print_line(f"{config.pairs}: {path}: {len(ranked.rows)} rows{skipped_note}")
+    print_line(f"{config.pairs}: {path}: {len(ranking.rows)} rows{skipped_note}")

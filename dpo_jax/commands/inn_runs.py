@@ -223,8 +223,8 @@ def _step_keys(seed: Array, num_steps: int) -> Key[Array, " steps"]:
 
 def supervised_decoder() -> PolicyKind:
     """Return the decoder policy, fine-tuned on the table policy's answers; every run starts from it."""
-    untrained = decoder_policy(decoder_start(0))
+    untrained_policy = decoder_policy(decoder_start(0))
     language_policy = table_policy()
     meals, _ = jax.jit(lambda key: sampled(language_policy, language_policy.start, SFT_SIZE, 1, key))(jax.random.key(0))
-    result = offline(untrained, SFT_LOSS, [meals], [0], num_steps=SFT_STEPS, batch_size=SFT_BATCH)
+    result = offline(untrained_policy, SFT_LOSS, [meals], [0], num_steps=SFT_STEPS, batch_size=SFT_BATCH)
     return decoder_policy(result.weights[0])
