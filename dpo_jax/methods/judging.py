@@ -20,7 +20,7 @@ Answers = Mapping[str, list[Graded]]  # by evaluation set; one entry per batch
 
 
 class Judged(NamedTuple):
-    """Answers to the prompts of an evaluation set, and what was measured of each."""
+    """Answers to the prompts of an evaluation set, and their metrics."""
 
     answers: list[Graded]  # one entry per batch
     values: dict[str, np.ndarray]  # by metric, each [prompts]
@@ -79,11 +79,11 @@ class Judging:
             # keys of their own; draw by draw, so that memory does not grow with the number of answers
             keys = [EVALUATION - step - num_steps * (draw + 1) for draw in range(max(counts))]
             draws.append(_joined([self.sampler(weights, batches.store, ids[ids >= 0], key) for key in keys]))
-        judged = {}
+        best_answers = {}
         for count in counts:
             answers = [graded.take(graded.scores[:, :count].argmax(1)[:, None]) for graded in draws]
-            judged[count] = Judged(answers, self.evaluation.of_answers(self.name, answers))
-        return judged
+            best_answers[count] = Judged(answers, self.evaluation.of_answers(self.name, answers))
+        return best_answers
 
     def texts(self, judged: Judged) -> list[dict[str, Any]]:
         """Return the text, score, length and finish reason of each answer."""

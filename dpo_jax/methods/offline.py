@@ -145,8 +145,8 @@ class Offline:
         """Return the metrics of the evaluation sets, the distributions of their margins and rewards, and samples."""
         setup = self.setup
         weights, reference = self.weights(state), self.reference_of(state)
-        scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference, self.scores)
-        metrics, distributions = evaluation_of(scored, setup.config.objective)
+        scored_sets = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference, self.scores)
+        metrics, distributions = evaluation_of(scored_sets, setup.config.objective)
         if self.samples is None:
             return Evaluation(metrics, distributions)
         sample_metrics, rows = self.samples.evaluate(weights, state.reference)
@@ -166,7 +166,7 @@ def make_offline(
     abstract = abstract_state(config, setup.model, mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     reference_follows = follow_of(config) is not None and isinstance(reference, LiveReference)
-    trained = policy.weights if policy.adapters is None else policy.adapters
+    trained_weights = policy.weights if policy.adapters is None else policy.adapters
     method = Offline(
         setup=setup,
         num_steps=num_steps,
@@ -187,4 +187,4 @@ def make_offline(
         samples=samples,
         to_devices=make_to_devices(mesh, leading=int(config.batch.accumulation > 1)),
     )
-    return method, Start(trained, reference.weights if reference_follows else None)
+    return method, Start(trained_weights, reference.weights if reference_follows else None)

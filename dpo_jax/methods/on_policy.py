@@ -1,4 +1,4 @@
-"""What methods that train on the policy's own answers share: facts and checks of a step, and evaluation."""
+"""Facts and checks of a step, and evaluation, for methods that train on the policy's own answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,7 +165,7 @@ def check_sampler(setup: Setup, metrics: Metrics) -> None:
 
 
 def refuse_difference(setup: Setup, metrics: Metrics, name: str, meaning: str, scale: float = 1.0) -> None:
-    """Raise ``UserError`` if a metric that is 0 but for rounding exceeds ``agreement``, times ``scale``."""
+    """Raise ``UserError`` if a metric that must be 0, up to rounding, exceeds ``scale`` times the `agreement`."""
     tolerance = scale * agreement(setup)
     if not abs(metrics[name]) <= tolerance:
         remedy = "compare with model.dtype float32 and model.attention xla"

@@ -42,7 +42,7 @@ def labeled_pairs(
 
 @dataclass(frozen=True)
 class OnlineDPO:
-    """A method whose step k is DPO's step on the answers of the policy after k steps."""
+    """The method online DPO: step k is a step of DPO on pairs that the policy after k steps samples."""
 
     setup: Setup
     num_steps: int

@@ -60,7 +60,7 @@ class PPOInput(NamedTuple):
 
 @dataclass(frozen=True)
 class PPO:
-    """A method whose step k is a rollout of the policy after k steps, with all updates on it."""
+    """The methods PPO and RLOO: step k samples a rollout with the policy after k steps, and runs all updates on it."""
 
     setup: Setup
     config: PPOConfig

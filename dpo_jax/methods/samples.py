@@ -67,7 +67,7 @@ class PromptAnswerer:
                 yield {"set": name, "source": source, "row": int(store.rows[i]), "prompt": text}
 
     def fields(self, answers: Mapping[str, list[Answer]]) -> Iterator[Row]:
-        """Yield the answer to each prompt as the fields that samples.jsonl has of it."""
+        """Yield the fields of samples.jsonl that describe the answer to each prompt."""
         for name, (_, _, prompts) in self.sets.items():
             for prompt, answer in zip(prompts, answers[name], strict=True):
                 yield answer.fields(self.setup.tokenizer, prompt)
@@ -116,7 +116,7 @@ class Samples:
     def evaluate(
         self, weights: Params | Adapted, reference: Params | None = None
     ) -> tuple[dict[str, float], list[Row]]:
-        """Return no metrics, and a row for each prompt; ``reference``: weights that follow the policy."""
+        """Return no metrics, and a row for each prompt; ``reference``: the current weights of a moving reference."""
         compared_fields = self.compared_fields
         if compared_fields is None:
             compared_fields = answer_fields(self.answerer, self.judge, reference)

@@ -148,9 +148,9 @@ def refuse_weights(loss: LossConfig, store: Store) -> None:
 
 def refuse_margins(config: TrainConfig, store: Store) -> None:
     """Raise ``UserError`` if a reward model is to be trained or evaluated on a margin that is not a number."""
-    unusable = np.flatnonzero(np.isnan(store.margins))
-    if config.scores and len(unusable):
-        row = f"row {store.rows[unusable[0]]} of {store.report[store.sources[unusable[0]]]['source']}"
+    unusable_rows = np.flatnonzero(np.isnan(store.margins))
+    if config.scores and len(unusable_rows):
+        row = f"row {store.rows[unusable_rows[0]]} of {store.report[store.sources[unusable_rows[0]]]['source']}"
         raise UserError(f"{row}: margin is not a number: fix the column margin, or remove it from all rows")
 
 
