@@ -39,7 +39,7 @@ def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> Prefere
 
 
 def count_answers(batch: PreferenceBatch) -> Int[Array, "R T"]:
-    """Return how many of the batch's sequences each token is part of: its answers if it is a prompt's; 0 at padding."""
+    """Return the number of sequences that each token is part of: for a prompt's token, one per answer; 0 at padding."""
     segments, branches = jnp.asarray(batch.segments), jnp.asarray(batch.branches)
     num_rows, length = segments.shape
     rows = jnp.arange(num_rows)[:, None]

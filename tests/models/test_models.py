@@ -344,7 +344,7 @@ REFUSED = [
     ("qwen2_moe", "shared_expert_intermediate_size", 0, "positive number"),
     ("olmoe", "clip_qkv", 8.0, "no such option"),
     ("gpt_oss", "quantization_config", {"quant_method": "mxfp4"}, "Mxfp4Config(dequantize=True)"),
-    ("gpt_oss", "experts_per_token", 3, "num_experts_per_tok is 4"),
+    ("gpt_oss", "experts_per_token", 3, "it must equal num_experts_per_tok, 4"),
     ("gpt_oss", "swiglu_limit", None, "positive number"),
     # values that are empty, and change the computation
     ("llama", "is_causal", False, "no such option"),
@@ -380,7 +380,7 @@ REFUSED = [
     ("qwen2", "use_sliding_window", 1, "true or false"),
     ("phi3", "rope_scaling", {"type": ["su"], "short_factor": [1.0]}, "choose the rope scaling"),
     ("starcoder2", "norm_type", "rms", "it must be layer_norm"),
-    ("gemma", "hidden_activation", "silu", "hidden_act means gelu_pytorch_tanh"),
+    ("gemma", "hidden_activation", "silu", "it must be gelu_pytorch_tanh, as hidden_act"),
 ]
 
 

@@ -30,7 +30,7 @@ def _options(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, after checking ``hidden_activation``, which published files have but transformers ignores."""
     fields = options(hf)
     if hf.get("hidden_activation") not in (None, fields["activation"]):
-        raise invalid("hidden_activation", hf["hidden_activation"], f"hidden_act means {fields['activation']}")
+        raise invalid("hidden_activation", hf["hidden_activation"], f"it must be {fields['activation']}, as hidden_act")
     return fields
 
 

@@ -30,7 +30,9 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     """Return the pattern of one layer with a window and one without, unless ``layer_types`` says otherwise."""
     sliding_window = window(hf, 4096)
     if hf.get("sliding_window_size", sliding_window) != sliding_window:  # published files have both
-        raise invalid("sliding_window_size", hf["sliding_window_size"], f"sliding_window is {sliding_window}")
+        raise invalid(
+            "sliding_window_size", hf["sliding_window_size"], f"it must equal sliding_window, {sliding_window}"
+        )
     return full_and_sliding(layer_types(hf, layers, every(2, layers)), sliding_window, rope(hf), rope(hf))
 
 

@@ -10,7 +10,7 @@ from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
-EXPERTS = "model.layers.{}.mlp.experts."
+EXPERTS_PREFIX = "model.layers.{}.mlp.experts."
 MATRICES = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
 
 
@@ -29,7 +29,7 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
         raise invalid("quantization_config", hf["quantization_config"], remedy)
     per_token = size(hf, "num_experts_per_tok")
     if size(hf, "experts_per_token", per_token) != per_token:
-        raise invalid("experts_per_token", hf["experts_per_token"], f"num_experts_per_tok is {per_token}; remove one")
+        raise invalid("experts_per_token", hf["experts_per_token"], f"it must equal num_experts_per_tok, {per_token}")
     experts = mixture.experts(
         hf,
         128,
@@ -59,9 +59,9 @@ FAMILY = Family(
     tensors={
         "layers/router": "model.layers.{}.mlp.router.weight",
         "layers/router_bias": "model.layers.{}.mlp.router.bias",
-        **{f"layers/{name}": EXPERTS + matrix for name, matrix in MATRICES.items()},
-        **{f"layers/{name}_bias": f"{EXPERTS}{matrix}_bias" for name, matrix in MATRICES.items()},
+        **{f"layers/{name}": EXPERTS_PREFIX + matrix for name, matrix in MATRICES.items()},
+        **{f"layers/{name}_bias": f"{EXPERTS_PREFIX}{matrix}_bias" for name, matrix in MATRICES.items()},
     },
-    grouped={f"{EXPERTS}gate_up_proj{end}": "ffn" for end in ("", "_bias")},  # a row of the gate, a row of up, ...
-    transposed=frozenset(EXPERTS + matrix for matrix in MATRICES.values()),
+    grouped={f"{EXPERTS_PREFIX}gate_up_proj{end}": "ffn" for end in ("", "_bias")},  # rows of gate and up alternate
+    transposed=frozenset(EXPERTS_PREFIX + matrix for matrix in MATRICES.values()),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 from dpo_jax.models.families.family import Family, tensors_of
 from dpo_jax.models.families.patterns import window
-from dpo_jax.models.families.rope import PARTIAL, rope, rotary_dims
+from dpo_jax.models.families.rope import PARTIAL_KEY, rope, rotary_dims
 from dpo_jax.models.families.scalings import ORIGINAL
 from dpo_jax.models.options import LayerKind
 
@@ -30,7 +30,7 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
 
 FAMILY = Family(
     architecture="Phi3ForCausalLM",
-    keys=frozenset({"sliding_window", ORIGINAL, PARTIAL}),
+    keys=frozenset({"sliding_window", ORIGINAL, PARTIAL_KEY}),
     defaults={"rms_norm_eps": 1e-5, ORIGINAL: 4096, "max_position_embeddings": 4096},
     derived=frozenset({"num_key_value_heads", "head_dim"}),
     pattern=pattern,

@@ -9,7 +9,7 @@ from dpo_jax.models.families.keys import NEUTRAL_VALUES
 from dpo_jax.models.families.scalings import KINDS, RopeOptions
 from dpo_jax.models.options import Rope
 
-PARTIAL = "partial_rotary_factor"
+PARTIAL_KEY = "partial_rotary_factor"
 
 
 def _read(options: RopeOptions, default_theta: float, partial: bool = False) -> Rope:
@@ -17,7 +17,7 @@ def _read(options: RopeOptions, default_theta: float, partial: bool = False) -> 
     if not isinstance(name, str) or name not in KINDS:
         raise invalid(options.key, options.values, f"choose the rope scaling from {', '.join(KINDS)}")
     read_scaling, names = KINDS[name]
-    for extra in options.values.keys() - {"rope_theta", "rope_type", "type", *names, *[PARTIAL] * partial}:
+    for extra in options.values.keys() - {"rope_theta", "rope_type", "type", *names, *[PARTIAL_KEY] * partial}:
         value = options.values[extra]
         if not one_of(value, NEUTRAL_VALUES.get(extra, (None,))):
             raise invalid(f"{options.key}.{extra}", value, f"rope scaling {name} has no such option; remove it")
@@ -41,11 +41,11 @@ def rope(hf: Mapping[str, Any], theta: str = "rope_theta", partial: bool = False
     return old_rope or new_rope or Rope(theta=default_theta)
 
 
-def rotary_dims(hf: Mapping[str, Any], default: float = 1.0, key: str = PARTIAL) -> int | None:
+def rotary_dims(hf: Mapping[str, Any], default: float = 1.0, key: str = PARTIAL_KEY) -> int | None:
     """Read how many dims of a head rotate, a fraction of ``head_dim``; None if all do. ``key``: in old files."""
     options = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     fraction = (
-        number(options, PARTIAL, most=1) if options.get(PARTIAL) is not None else number(hf, key, default, most=1)
+        number(options, PARTIAL_KEY, most=1) if options.get(PARTIAL_KEY) is not None else number(hf, key, default, 1)
     )
     dims = int(hf["head_dim"] * fraction)
     if dims % 2 or dims == 0:
