@@ -235,8 +235,8 @@ def attend_cached(
     """
     num_rows, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    grouped = q.swapaxes(1, 2).reshape(num_rows, num_kv_heads, -1, head_dim)
-    scores = _attention_scores(grouped, k, "rkxh,rksh->rkxs", scale, softcap)
+    grouped_q = q.swapaxes(1, 2).reshape(num_rows, num_kv_heads, -1, head_dim)
+    scores = _attention_scores(grouped_q, k, "rkxh,rksh->rkxs", scale, softcap)
     visible = attention_mask(queries.swapaxes(0, 1), keys.swapaxes(0, 1), window)
     visible = jnp.tile(visible, (1, num_heads // num_kv_heads, 1))[:, None]
     if sinks is None:
