@@ -158,7 +158,7 @@ class Phase:
 
     @property
     def peak(self) -> int:
-        """Bytes in memory when the most are in use."""
+        """Peak memory in bytes."""
         return self.program.peak + self.outside
 
 

@@ -56,7 +56,7 @@ def rows_work(load: Load, model: Model) -> Work:
 def pair_stages(
     config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, texts: Mapping[str, str]
 ) -> list[Stage]:
-    """Return the only stage of a step on pairs."""
+    """Return the stages of a step on pairs, which has only one."""
     lengths = np.tile(np.round(load.lengths).astype(int), (load.examples, 1))
     model_ops = model_flops(config, model, lengths, lengths[:, 1:])
     has_live_reference, work = config.reference_mode == "live", rows_work(load, model)

@@ -138,11 +138,11 @@ def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[st
         if instruction == "ROOT":  # also listed under its name
             continue
         matches = _CALLED.findall(line)
-        called = {role: (several or single).replace("%", "").split(", ") for role, several, single in matches}
-        for role, names in called.items():
+        roles = {role: (several or single).replace("%", "").split(", ") for role, several, single in matches}
+        for role, names in roles.items():
             for callee in names:
                 is_loop = role == "body"
-                yield callee, _trips(line, computations[called["condition"][0]], computations[callee]) if is_loop else 1
+                yield callee, _trips(line, computations[roles["condition"][0]], computations[callee]) if is_loop else 1
 
 
 def _trips(line: str, condition: Computation, body: Computation) -> int | None:

@@ -56,7 +56,7 @@ class Load:
 
     @property
     def unit_room(self) -> float:
-        """Tokens of the rows that a prompt and its answers may occupy."""
+        """Number of tokens that a prompt and its answers may occupy in the rows."""
         return self.copies * self.room[0] + sum(self.room[1:])
 
     @property
@@ -157,7 +157,7 @@ def _filling_lengths(config: PlannedConfig, num_rows: int, copies: int) -> tuple
 
 
 def _needed_rows(config: PlannedConfig, load: Load, devices: int, sets: DataSets | None) -> int:
-    """Return the number of rows that a microbatch of the data needs, or without data one of mean lengths."""
+    """Return the number of rows that a microbatch of the data needs, or without data one of the mean lengths."""
     batch = config.batch
     if sets is not None:
         return train_batches(sets, batch, devices).packer.shapes[-1].rows

@@ -82,9 +82,9 @@ def plan(config: PlannedConfig, source: ModelSource, slice_: Topology, inputs: I
     }
     rollout = None
     if isinstance(config, PPOConfig):
-        reward_model, exists = find_reward_model(config, model)
+        reward_model, reward_exists = find_reward_model(config, model)
         rollout = RolloutPlan(config, model, reward_model, mesh, find_rollout(config, mesh, inputs))
-        report["rollout"] = _rollout_facts(rollout) | {"reward_exists": exists}
+        report["rollout"] = _rollout_facts(rollout) | {"reward_exists": reward_exists}
     print(f"compiling for {slice_.name}; this takes minutes", file=sys.stderr)
     if rollout is None:
         phases = [Phase("update", compile_step(config, model, mesh, load, arguments), step_sizes(arguments))]
@@ -147,7 +147,7 @@ def _rollout_facts(plan: RolloutPlan) -> dict[str, Any]:
 
 
 def find_reward_model(config: PPOConfig, policy: Model) -> tuple[Model | None, bool]:
-    """Return the model of ``reward.path`` and whether it exists; if not, it is taken to be as the policy, with a head.
+    """Return the model of ``reward.path`` and whether it exists; if not, the policy's model with a head is assumed.
 
     A run of ``dpo-jax reward`` does not exist before it has run. None: a Python function scores the answers.
 

@@ -99,8 +99,8 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
 
 def _phase_text(phase: dict[str, Any]) -> str:
     """Return a phase's peak memory, and the parts of it that not every phase has."""
-    parts = [f"{SIZES[name]} {phase[name]:.2f}" for name in ("copy", "cache", "activations") if phase.get(name)]
-    return f"{phase['peak']:.2f} GiB: {', '.join(parts)}"
+    part_texts = [f"{SIZES[name]} {phase[name]:.2f}" for name in ("copy", "cache", "activations") if phase.get(name)]
+    return f"{phase['peak']:.2f} GiB: {', '.join(part_texts)}"
 
 
 def _minutes(gib: float, gb_per_second: float) -> str:
