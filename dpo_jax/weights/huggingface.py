@@ -23,7 +23,7 @@ from dpo_jax.errors import UserError, reason
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.families import FAMILIES, tensor_name
 from dpo_jax.parallel.hosts import is_writer
-from dpo_jax.weights.safetensors import INDEX, SINGLE, Tensor, copy_tensors, find_tensors, read_header, write_file
+from dpo_jax.weights.safetensors import INDEX, WEIGHTS, Tensor, copy_tensors, find_tensors, read_header, write_file
 from dpo_jax.weights.stored import Part, Stored, leaf_name, leaves_by_name, stored_tensors
 
 # Ends of names of buffers in files of old models, which this program computes from the config.
@@ -35,7 +35,7 @@ COMPANIONS = (
     "generation_config.json",
 )  # fmt: skip
 
-CARRIED = "carried.safetensors"  # `carried_tensors` in a run's copy of the files next to its model
+CARRIED_FILE = "carried.safetensors"  # `carried_tensors` in a run's copy of the files next to its model
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -324,7 +324,7 @@ def _move_other_files(replaced: Path, target: Path) -> None:
     if not replaced.is_dir():
         return
     for path in replaced.iterdir():
-        if path.name not in (*COMPANIONS, "config.json", INDEX, SINGLE) and not _SHARD.fullmatch(path.name):
+        if path.name not in (*COMPANIONS, "config.json", INDEX, WEIGHTS) and not _SHARD.fullmatch(path.name):
             os.rename(path, target / path.name)
     shutil.rmtree(replaced)
 
@@ -343,9 +343,9 @@ def carried_tensors(folder: Path, family: str) -> dict[str, Tensor]:
     prefixes = tuple(FAMILIES[family].carried)
     if not prefixes:
         return {}
-    if (folder / CARRIED).is_file():
-        return read_header(folder / CARRIED)
-    has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    if (folder / CARRIED_FILE).is_file():
+        return read_header(folder / CARRIED_FILE)
+    has_weights = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
     tensors = find_tensors(folder) if has_weights else {}
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
 
@@ -363,7 +363,7 @@ def _write_tensors(
     num_files = len(files) + bool(carried)
     names = [f"model-{index:05d}-of-{num_files:05d}.safetensors" for index in range(1, num_files + 1)]
     weight_map: dict[str, str] = {}
-    for file_tensors, file in zip(files, [SINGLE] if num_files == 1 else names, strict=False):
+    for file_tensors, file in zip(files, [WEIGHTS] if num_files == 1 else names, strict=False):
         shapes = {name: entry.shape for name, entry in file_tensors.items()}
         write_file(folder / file, shapes, dtype, fetch_tensors(params, file_tensors, dtype))
         weight_map |= dict.fromkeys(file_tensors, file)

@@ -1,4 +1,4 @@
-"""The tokens that end a policy's answers, and the reward model that scores answers there."""
+"""The tokens that end a policy's answers, and the reward model that scores the answers at their end."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -60,7 +60,7 @@ class RewardModel(NamedTuple):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether it has the policy's tokenizer and chat template."""
+        """Whether the reward model has the policy's tokenizer and chat template, and so reads its tokens."""
         return self.read_answer is _read_tokens
 
 
@@ -107,12 +107,12 @@ def open_reward_model(
         raise UserError(f"{section}.path: {config.path}: its tokenizer cannot be loaded: {error}; {remedy}") from error
     if reward_tokenizer.chat_template is None:
         reward_tokenizer.chat_template = tokenizer.chat_template
-    reading = f" {tokenizer_hash(reward_tokenizer)}"
-    if reading == f" {tokenizer_hash(tokenizer)}":
+    reading_id = f" {tokenizer_hash(reward_tokenizer)}"
+    if reading_id == f" {tokenizer_hash(tokenizer)}":
         return RewardModel(opened, _read_tokens, "")
     if reads_clock(reward_tokenizer.chat_template):
-        reading += f" {template_date}"
-    return RewardModel(opened, _make_read_text(config, reward_tokenizer, tokenizer, template_date), reading)
+        reading_id += f" {template_date}"
+    return RewardModel(opened, _make_read_text(config, reward_tokenizer, tokenizer, template_date), reading_id)
 
 
 def _read_tokens(prompt: TokenizedPrompt, answer: Answer, _: Callable[[], Example]) -> tuple[list[int], list[int]]:
@@ -120,7 +120,7 @@ def _read_tokens(prompt: TokenizedPrompt, answer: Answer, _: Callable[[], Exampl
 
 
 def _make_read_text(config: RewardModelConfig, reward_tokenizer: Any, tokenizer: Any, template_date: str) -> ReadAnswer:
-    """Return a function that tokenizes an answer's text as the training of the reward model did.
+    """Return a function that tokenizes an answer's text as it is tokenized to train the reward model.
 
     An answer that was cut off has none of the tokens that end one.
     """
