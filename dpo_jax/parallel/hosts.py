@@ -86,7 +86,7 @@ def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
             arrived_ids = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(prefix)}
             missing_ids = sorted(set(range(jax.process_count())) - arrived_ids)
             problem = timeout_message(timeout, missing_ids, jax.process_count())
-            raise HostsMissing(f"{what}: {problem}: read the logs of those missing, then restart all") from error
+            raise HostsMissing(f"{what}: {problem}: read the logs of missing processes, then restart all") from error
     _forget_gathered(client, f"{prefix}{jax.process_index()}")
     return values
 
