@@ -140,7 +140,7 @@ def ranking_section(rankings: Mapping[str, Row], note: str) -> Iterator[str]:
 
 
 def proxy_figure(proxy: Mapping[str, Any]) -> str:
-    """Return the chart of learned and true reward along training."""
+    """Return HTML of the chart of learned and true rewards over the steps of training."""
     return figure("Over-optimization", PROXY_NOTE, partial(draw_proxy, proxy))
 
 
@@ -159,7 +159,7 @@ def cost_section(results: Row, rows: list[Row]) -> Iterator[str]:
 
 
 def texts_table(texts: Row) -> str:
-    """Return the table of answers to the same guests."""
+    """Return the table of each method's answers to the same guests."""
     head = ("Method", *(f"{guest}, who likes {' and '.join(liked)}" for guest, liked in texts["guests"].items()))
     rows = [(name, *(f"{text} ({reward:g})" for text, reward in row)) for name, row in texts["rows"].items()]
     return table(head, rows)

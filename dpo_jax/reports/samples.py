@@ -57,7 +57,7 @@ def answer_card(label: str, prompt: str, answers: Sequence[tuple[str, str]]) -> 
 
 
 def columns(first: Row, last: Row) -> list[tuple[str, str]]:
-    """Return titles and answers to one prompt; if the policy first answers as the compared model, they share one."""
+    """Return titles and answers to one prompt; the policy's first answer shares the compared model's title if equal."""
     baseline = next(name for name in ("reference", "start") if name in last)
     if "policy" not in last:  # a reward model, which scores answers that stay the same
         scores = ", ".join(f"{number(row[baseline]['score'])} at step {row['step']}" for row in (first, last))
