@@ -41,7 +41,7 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Stored], model: Model) -> None:
     def mismatch(why: str) -> UserError:
-        return UserError(f"{folder}: {why}; check that they belong together")
+        return UserError(f"{folder}: {why}; check that the weights and config.json belong together")
 
     missing_names = [name for name in expected if name not in tensors]
     if missing_names:
