@@ -294,7 +294,7 @@ REFUSED = [
     ("gpt2", "n_positions", None, "positive number"),
     ("gpt2", "n_embd", "64", "positive number"),
     ("gpt_neox", "hidden_act", "relu", "silu, gelu, gelu_pytorch_tanh"),
-    ("gpt_neox", "rotary_pct", 0.2, "an even number"),
+    ("gpt_neox", "rotary_pct", 0.2, "must be even and positive"),
     ("gpt_neox", "rotary_pct", 2, "at most 1"),
     ("gpt_neox", "rope_theta", 500.0, "no such option"),  # there it is rotary_emb_base
     ("gpt_neox", "use_parallel_residual", None, "true or false"),
@@ -310,7 +310,7 @@ REFUSED = [
     ("stablelm", "rms_norm_eps", 1e-6, "no such option"),  # there it is layer_norm_eps
     ("stablelm", "num_key_value_heads", None, "positive number"),
     ("stablelm", "use_parallel_residual", None, "true or false"),
-    ("stablelm", "partial_rotary_factor", 0.2, "an even number"),
+    ("stablelm", "partial_rotary_factor", 0.2, "must be even and positive"),
     ("gemma3", "text_config", None, "gemma3_text"),
     ("gemma3", "text_config", {"model_type": "llama"}, "gemma3_text"),
     ("llama", "architectures", ["LlamaForTokenClassification"], "LlamaForCausalLM"),
