@@ -88,18 +88,18 @@ class Tree:
         return np.concatenate([*leaves, prefix_logps], axis=1)
 
     def exact(self, logps: np.ndarray, reference: np.ndarray) -> Exact:
-        """Return the exact expectations of the policy with these log-probs of the leaves."""
+        """Return the exact reward, KL and other expectations of the policy with these log-probs of the leaves."""
         mean = lambda values: float((np.exp(logps) * values).sum(1).mean())  # noqa: E731
         return Exact(mean(self.rewards), mean(logps - reference), mean(self.ended), mean(-logps), mean(self.lengths))
 
     def optimum(self, reference: np.ndarray, beta: float) -> Exact:
-        """Return the exact expectations of the optimal policy, ref(y) exp(r(y) / beta) / Z."""
+        """Return the exact reward, KL and other expectations of the optimal policy, ref(y) exp(r(y) / beta) / Z."""
         logps = reference + self.rewards / beta
         normalizers = np.logaddexp.reduce(logps, axis=1, keepdims=True)
         return self.exact(logps - normalizers, reference)
 
     def best_of(self, reference: np.ndarray, n: int) -> Exact:
-        """Return the exact expectations of the best of ``n`` answers of the reference, with ties broken at random."""
+        """Return the exact reward and expectations of the best of ``n`` answers of the reference; ties are random."""
         rewards, probs = np.round(self.rewards, 6), np.exp(reference)
         logps = np.zeros_like(reference)
         for guest in range(NUM_GUESTS):

@@ -95,11 +95,11 @@ class Task:
 
     @cached_property
     def start(self) -> inn.Exact:
-        """The exact expectations of the reference."""
+        """The exact reward and other expectations of the reference."""
         return self.tree.exact(self.reference, self.reference)
 
     def reached(self, weights: Any) -> inn.Exact:
-        """Return the exact expectations of the policy with these weights."""
+        """Return the exact reward, KL and other expectations of the policy with these weights."""
         return self.tree.exact(self.tree.leaf_logps(self.policy.next_logps(weights)), self.reference)
 
     def share(self, reached: inn.Exact) -> float:

@@ -70,17 +70,17 @@ class Decoder(DecoderModule):
 
         A mixture of experts also returns its routers' sums over tokens, by layer; ``token_weights`` as in `Layer`.
         """
-        c = self.config
-        if c.scores:
+        config = self.config
+        if config.scores:
             self.weight("score", "SD", nn.initializers.zeros)
             if self.lora is not None:
                 self.variable("lora", "score", partial(self.zeros, "SD"))
-        elif not c.tied:
+        elif not config.tied:
             self.weight("unembed", "VD")
-        if c.unembed_bias and not c.scores:
+        if config.unembed_bias and not config.scores:
             self.weight("unembed_bias", "V", nn.initializers.zeros)
-        x = scaled(self.weight("embed", "VD")[tokens].astype(self.dtype), c.embed_scale)
-        if c.learned_positions:
+        x = scaled(self.weight("embed", "VD")[tokens].astype(self.dtype), config.embed_scale)
+        if config.learned_positions:
             x += self.weight("position_embed", "PD")[positions].astype(self.dtype)
         # inside a scan XLA cannot merge the recomputed forward pass with the first; unrolled, it could
         remat_policy = REMAT[self.remat]
@@ -90,15 +90,15 @@ class Decoder(DecoderModule):
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.layers,
-            unroll=1 if self.scan else c.layers,
+            length=config.layers,
+            unroll=1 if self.scan else config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x = constrain_rows(x)
-        stack = layers(c, self.param_dtype, self.lora, self.attention, longest, name="layers")
-        kinds, rotations = jnp.asarray(c.kind_of_layer), make_rotations(c, positions)
+        stack = layers(config, self.param_dtype, self.lora, self.attention, longest, name="layers")
+        kinds, rotations = jnp.asarray(config.kind_of_layer), make_rotations(config, positions)
         (x, cache), sums = stack((x, cache), kinds, rotations, inputs, token_weights)
-        return self.norm("final", x, factor=1.0 if c.scores else c.logit_scale), cache, sums
+        return self.norm("final", x, factor=1.0 if config.scores else config.logit_scale), cache, sums
 
 
 @struct.dataclass
@@ -153,8 +153,8 @@ class Model:
 
     def empty_cache(self, num_rows: int, num_slots: int) -> Cache:
         """Return an empty cache with ``num_slots`` slots per row."""
-        c = self.config
-        zeros = jnp.zeros((c.layers, num_rows, c.kv_heads, num_slots, c.head_dim), self.dtype)
+        config = self.config
+        zeros = jnp.zeros((config.layers, num_rows, config.kv_heads, num_slots, config.head_dim), self.dtype)
         return Cache(KeyValues(zeros, zeros, jnp.int32(0)), jnp.full((num_rows, num_slots), -1), jnp.int32(0))
 
     def extend(

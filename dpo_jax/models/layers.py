@@ -199,19 +199,20 @@ class DecoderModule(nn.Module):
 
         LayerNorm subtracts the mean first (arXiv 1607.06450). ``factor``: of the result, rounded with it.
         """
-        c = self.config
-        scale = self.weight(f"{name}_norm", letters, nn.initializers.constant(1 - c.norm_offset)).astype(jnp.float32)
-        if c.norm_offset:
-            scale += c.norm_offset
+        config = self.config
+        init = nn.initializers.constant(1 - config.norm_offset)
+        scale = self.weight(f"{name}_norm", letters, init).astype(jnp.float32)
+        if config.norm_offset:
+            scale += config.norm_offset
         # merge rows and tokens: with a leading dim of 1, XLA's gradient is 8 times slower on a CPU
         x32 = x.astype(jnp.float32).reshape(-1, *x.shape[2:])
         axes = tuple(range(-len(letters), 0))
-        if c.norm == "layer":
+        if config.norm == "layer":
             x32 -= jnp.mean(x32, axis=axes, keepdims=True)
         mean_square = jnp.mean(x32 * x32, axis=axes, keepdims=True)
-        x32 *= jax.lax.rsqrt(mean_square + c.norm_eps)
+        x32 *= jax.lax.rsqrt(mean_square + config.norm_eps)
         x32 *= scaled(scale, factor)
-        if c.norm_bias:
+        if config.norm_bias:
             bias = self.weight(f"{name}_norm_bias", letters, nn.initializers.zeros).astype(jnp.float32)
             x32 += scaled(bias, factor)
         return x32.astype(x.dtype).reshape(x.shape)
@@ -282,8 +283,8 @@ class Layer(DecoderModule):
 
     def branch(self, name: str, y: Array) -> Array:
         """Return what the output y of the block ``name`` adds to the residual stream."""
-        c = self.config
-        return scaled(self.norm(f"{name}_post", y) if c.post_norm else y, c.residual_scale)
+        config = self.config
+        return scaled(self.norm(f"{name}_post", y) if config.post_norm else y, config.residual_scale)
 
     def self_attention(
         self,
@@ -294,21 +295,21 @@ class Layer(DecoderModule):
         inputs: AttentionInputs | CacheInputs,
     ) -> tuple[Array, KeyValues | None]:
         """Compute attention; also return the cache, if any, with the new tokens added."""
-        c = self.config
+        config = self.config
         q, k, v = self.linear("query", x), self.linear("key", x), self.linear("value", x)
-        if c.qk_norm != "none":
-            letters = ("H", "H") if c.qk_norm == "head" else ("NH", "KH")
+        if config.qk_norm != "none":
+            letters = ("H", "H") if config.qk_norm == "head" else ("NH", "KH")
             q, k = self.norm("query", q, letters[0]), self.norm("key", k, letters[1])
         if rotations is not None:
-            rotation = jax.tree.map(lambda table: table[0 if len(c.kinds) == 1 else kind], rotations)
-            q, k = rotate(q, rotation, c.rotary_interleaved), rotate(k, rotation, c.rotary_interleaved)
-        sinks = self.weight("sinks", "N", nn.initializers.zeros) if c.sinks else None
-        options = {"scale": c.score_scale, "softcap": c.attention_softcap, "sinks": sinks}
+            rotation = jax.tree.map(lambda table: table[0 if len(config.kinds) == 1 else kind], rotations)
+            q, k = rotate(q, rotation, config.rotary_interleaved), rotate(k, rotation, config.rotary_interleaved)
+        sinks = self.weight("sinks", "N", nn.initializers.zeros) if config.sinks else None
+        options = {"scale": config.score_scale, "softcap": config.attention_softcap, "sinks": sinks}
         if isinstance(inputs, CacheInputs):
             assert cache is not None
             cache = cache.write(inputs.start, k, v)
             fn = partial(attend_cached, q, *cache.read(), inputs.queries, inputs.slots, **options)
-            cache = cache._replace(layer=(cache.layer + 1) % c.layers)
+            cache = cache._replace(layer=(cache.layer + 1) % config.layers)
         else:
             fn = partial(attend, q, k, v, inputs, implementation=self.attention, longest=self.longest, **options)
         return self.linear("out", self.by_window(fn, kind)), cache
@@ -339,16 +340,16 @@ class Layer(DecoderModule):
 
     def experts(self, x: Array, token_weights: Array) -> tuple[Array, BalanceSums]:
         """Compute the feed-forward of each token's experts; also return the router's sums over tokens."""
-        c = self.config.experts
-        assert c is not None
+        config = self.config.experts
+        assert config is not None
         matrix, bias = self.expert_weights("router")
         linears = [mixture.ExpertLinear(*self.expert_weights(name)) for name in ("gate", "up", "down")]
-        router = mixture.Router(c.per_token, c.softmax, c.renormalize)
+        router = mixture.Router(config.per_token, config.softmax, config.renormalize)
         routing = mixture.route(x, matrix, bias, token_weights > 0, router)
-        glu = mixture.Glu(c.alpha, c.offset, c.limit)
+        glu = mixture.Glu(config.alpha, config.offset, config.limit)
         # no mesh divides the single row of which a model is initialized
         y = x if self.is_initializing() else mixture.feed_forward(x, routing, mixture.ExpertWeights(*linears), glu)
-        if c.shared_ffn:
+        if config.shared_ffn:
             y += jax.nn.sigmoid(self.linear("shared_router", x)) * self.shared_expert(x)
         return y, mixture.balance_sums(routing, token_weights)
 

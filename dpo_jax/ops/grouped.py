@@ -37,7 +37,7 @@ class Groups(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Rows per block."""
+        """Number of rows in each block."""
         return len(self.slots) // len(self.block_experts)
 
     @property

@@ -233,13 +233,15 @@ def compile_program(lower: Callable[[], Lowered]) -> Compiled:
 
 def _min_temporaries(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) -> int:
     """Return a lower bound on temporary bytes: gradients, each layer's saved input, and one layer's activations."""
-    c, itemsize = model.config, jnp.dtype(model.dtype).itemsize
+    config, itemsize = model.config, jnp.dtype(model.dtype).itemsize
     tokens = load.rows // row_devices(mesh) * load.row_length
     gradient_bytes = trained * (2 if load.microbatches > 1 else 1)  # of one microbatch, and their sum
-    activation_bytes = c.layers * tokens * c.hidden * itemsize
-    rows = layer_projections(c)  # experts stay where they are; of the other matrices a device gathers a layer's
-    layer_weights = sum(inputs * outputs for name, (inputs, outputs) in projections(c).items() if not rows[name].stack)
-    features = (4 if c.gated else 2) * tokens * c.ffn
+    activation_bytes = config.layers * tokens * config.hidden * itemsize
+    rows = layer_projections(config)  # experts stay where they are; of the other matrices a device gathers a layer's
+    layer_weights = sum(
+        inputs * outputs for name, (inputs, outputs) in projections(config).items() if not rows[name].stack
+    )
+    features = (4 if config.gated else 2) * tokens * config.ffn
     return gradient_bytes + activation_bytes + itemsize * (layer_weights + features) // mesh.shape["tensor"]
 
 

@@ -54,8 +54,8 @@ def _layer_products(model: Model, tokens: int, tensor: int, fsdp: int) -> dict[s
 
 def _head_product(model: Model, targets: int, tensor: int) -> float:
     """Return the bytes of the operands of the logits; 0 if there are none."""
-    c, itemsize = model.config, 2 if model.dtype == "bfloat16" else 4
-    return itemsize * c.hidden * (targets + c.vocab / tensor) if c.logits else 0
+    config, itemsize = model.config, 2 if model.dtype == "bfloat16" else 4
+    return itemsize * config.hidden * (targets + config.vocab / tensor) if config.logits else 0
 
 
 def collective_times(collectives: Sequence[Collective], chip: Chip, devices_per_slice: int) -> dict[str, float]:

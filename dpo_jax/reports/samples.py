@@ -6,7 +6,7 @@ from typing import Any
 
 from dpo_jax.reports.html import details, number, paragraph
 
-MAX_SHOWN = 12  # prompts of each set
+MAX_SHOWN = 12  # prompts of each set that are shown, at most
 MAX_PROMPT = 300  # characters; a longer one is folded
 Row = Mapping[str, Any]  # a line of samples.jsonl
 

@@ -43,7 +43,7 @@ class RunDir:
 
     @property
     def logs(self) -> tuple[Path, ...]:
-        """The logs that are truncated when a run resumes, to the step that it resumes from."""
+        """Paths of the logs that are truncated, when a run resumes, to the step that it resumes from."""
         return self.metrics, self.timings, self.distributions, self.samples
 
 
