@@ -42,7 +42,7 @@ def rope(hf: Mapping[str, Any], theta: str = "rope_theta", partial: bool = False
 
 
 def rotary_dims(hf: Mapping[str, Any], default: float = 1.0, key: str = PARTIAL_KEY) -> int | None:
-    """Read how many dims of a head rotate; None if all do. Files give a fraction of ``head_dim``, old ones in ``key``."""
+    """Read how many dims of a head rotate, None if all; files give a fraction of ``head_dim``, old ones in ``key``."""
     options = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     fraction = (
         number(options, PARTIAL_KEY, most=1) if options.get(PARTIAL_KEY) is not None else number(hf, key, default, 1)
