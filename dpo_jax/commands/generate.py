@@ -58,7 +58,7 @@ class Prompt:
 
     @property
     def columns(self) -> Row:
-        """The columns of a row of training data that has this prompt."""
+        """The columns that state this prompt in a row of training data."""
         options = {"tools": self.example.tools, "chat_template_kwargs": self.example.template_kwargs}
         return {"prompt": self.example.prompt} | {name: value for name, value in options.items() if value is not None}
 

@@ -59,7 +59,7 @@ class Tree:
 
     @cached_property
     def rewards(self) -> Float[np.ndarray, "guests leaves"]:
-        """The rule's reward of every leaf."""
+        """The reward that the rule gives to each leaf."""
         *node_rewards, unended_rewards = [meal_rewards(meals) for meals in self.meals]
         penalties = np.where(STOPS == EOS, 0, END_PENALTY)
         stop_rewards = [(node[:, :, None] - penalties).reshape(NUM_GUESTS, -1) for node in node_rewards]
@@ -159,7 +159,7 @@ class Meals(NamedTuple):
 
     @property
     def rewards(self) -> Float[Array, "*B K"]:
-        """The rule's reward of each answer."""
+        """The reward that the rule gives to each answer."""
         return answer_rewards(*self)
 
     @property

@@ -47,7 +47,7 @@ class Trained(NamedTuple):
 
 
 def make_optimizer(learning_rate: Any, num_updates: int) -> optax.GradientTransformation:
-    """Return the optimizer of all runs."""
+    """Return the optimizer of all runs: Adam with clipped gradients and a cosine schedule."""
     rate = optax.cosine_decay_schedule(learning_rate, num_updates, 0.1)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99, eps=1e-5))
 

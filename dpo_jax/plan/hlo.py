@@ -21,8 +21,8 @@ _COLLECTIVE = re.compile(rf"(\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 _SEND = re.compile(r'\((.*?\]\S*), .*\) send\(.*_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _ROLES = "calls|body|condition|to_apply|branch_computations|called_computations"
-_CALLED = re.compile(rf"({_ROLES})=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))")
-_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CALLEES = re.compile(rf"({_ROLES})=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))")
+_TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
 class Collective(NamedTuple):
@@ -137,7 +137,7 @@ def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[st
     for instruction, line in computations[name].items():
         if instruction == "ROOT":  # also listed under its name
             continue
-        matches = _CALLED.findall(line)
+        matches = _CALLEES.findall(line)
         roles = {role: (several or single).replace("%", "").split(", ") for role, several, single in matches}
         for role, names in roles.items():
             for callee in names:
@@ -147,7 +147,7 @@ def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[st
 
 def _trips(line: str, condition: Computation, body: Computation) -> int | None:
     """Return a loop's trip count, as the compiler states it or as its counter shows, or None if it is unknown."""
-    if match := _TRIPS.search(line):
+    if match := _TRIP_COUNT.search(line):
         return int(match[1])
     comparison = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition["ROOT"])
     if comparison is None:

@@ -27,7 +27,7 @@ def tensors(block: str = "mlp", **modules: str) -> dict[str, str]:
 
 
 def experts(hf: Mapping[str, Any], default: int, **options: Any) -> ExpertConfig:
-    """Read the numbers of experts and the coefficient of the load-balancing loss; ``options``: other fields.
+    """Return the options of the experts, with sizes and loss coefficient from the file; ``options``: the other fields.
 
     transformers reads either name of the number of experts, which is ``default`` without one; two must agree.
     """

@@ -1,4 +1,4 @@
-"""Scalings of rotary embeddings, as ``config.json`` gives them, by their names there."""
+"""Readers of rotary scalings in ``config.json``, by the names that the file gives them."""
 
 import math
 from collections.abc import Callable, Mapping
