@@ -105,7 +105,7 @@ REFUSED = {
     "d09-named-templates-no-default": "chat template",
     "d15-parquet-types": "row 0: missing_field: chat_template_kwargs",
     "d16-datasetdict-splits": "test_prefs",
-    "m02-rope-both": "rope_parameters, {'rope_theta': 10000.0, 'rope_type': 'default'}, disagrees",
+    "m02-rope-both": "rope_parameters, {'rope_theta': 10000.0, 'rope_type': 'default'}, differs",
     "m04-pad-beyond-embedding": "513 tokens and the model 512 embeddings",
     "m10-mistral-kv-null": "num_key_value_heads",
     "l04-embeddings-saved": "merge",

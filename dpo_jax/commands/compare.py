@@ -1,4 +1,4 @@
-"""Compare the ways from preferences to a policy on a task where the optimum is known exactly.
+"""Compare methods that train a policy on preferences, on a task whose optimum is known exactly.
 
 Every method starts from the same supervised policy and, if it is offline, from the same pairs, with 3 seeds; expected
 reward and KL are sums over all answers.
@@ -43,12 +43,12 @@ TABLE_SIZES = Sizes(offline=600, online=300, gradient=100, rates=(0.05,))
 DECODER_SIZES = Sizes(offline=200, online=150, gradient=60, rates=(1e-3, 1.5e-3))
 RLOO = PolicyGradientConfig(estimator="rloo", answers=4, epochs=2, kl_coef=0.2)
 PPO = PolicyGradientConfig(kl_coef=0.2)
-DPO, LEARNED_PPO = "DPO", "Reward model + PPO"  # names of rows that other parts of the page are about
-SHOWN_GUESTS = (1, 2, 5)  # whose answers the page shows, by number
+DPO, LEARNED_PPO = "DPO", "Reward model + PPO"  # names of rows that other parts of the page refer to
+SHOWN_GUESTS = (1, 2, 5)  # indices of the guests whose answers the page shows
 
 
 def table_methods(experiment: Experiment) -> list[Method]:
-    """Return the methods that the table runs: those whose theory it shows without a network's errors."""
+    """Return the methods to run on the table, which shows their theory without a network's errors."""
     return [
         *(experiment.by_pairs(DPO, LossConfig(beta=beta)) for beta in (0.5, 0.2)),
         experiment.online(0.2),
@@ -57,28 +57,28 @@ def table_methods(experiment: Experiment) -> list[Method]:
 
 
 def decoder_methods(experiment: Experiment) -> list[Method]:
-    """Return the methods that the decoder runs, in the order of the page."""
-    learned, foreign = lambda: experiment.rewards, lambda: experiment.foreign_rewards
+    """Return the methods to run on the decoder, in the order of the page."""
+    learned_rewards, foreign_rewards = lambda: experiment.rewards, lambda: experiment.foreign_rewards
     return [
         experiment.by_pairs("Preferred fine-tuning", SFT_LOSS),
         *(experiment.by_pairs(DPO, LossConfig(beta=beta)) for beta in (TUNED_BETA, 0.2)),
         experiment.by_pairs("IPO", LossConfig(type="ipo", beta=TUNED_BETA)),
-        experiment.gradient(LEARNED_PPO, PPO, learned),
-        experiment.gradient("Reward model + RLOO", RLOO, learned),
+        experiment.gradient(LEARNED_PPO, PPO, learned_rewards),
+        experiment.gradient("Reward model + RLOO", RLOO, learned_rewards),
         experiment.online(0.2),
         experiment.gradient("PPO on the rule", PPO),
         experiment.by_pairs("DPO, pairs without liked courses", LossConfig(beta=TUNED_BETA), foreign=True),
-        experiment.gradient("Reward model + PPO, pairs without liked courses", PPO, foreign),
+        experiment.gradient("Reward model + PPO, pairs without liked courses", PPO, foreign_rewards),
     ]
 
 
 def outcomes_of(experiment: Experiment, methods: Sequence[Method]) -> Iterator[Outcome]:
-    """Run the methods in turn."""
+    """Run the methods one after another, and yield the outcome of each."""
     for method in methods:
         outcome = experiment.outcome(method)
-        reached, beta = outcome.reached, "" if method.beta is None else f", beta {method.beta:g}"
-        result = f"reward {reached.reward:.3f} at KL {reached.kl:.3f}, share {outcome.share:.3f}"
-        say(True, f"{experiment.title}: {method.name}{beta}: {result}")
+        exact, beta_text = outcome.reached, "" if method.beta is None else f", beta {method.beta:g}"
+        result = f"reward {exact.reward:.3f} at KL {exact.kl:.3f}, share {outcome.share:.3f}"
+        say(True, f"{experiment.title}: {method.name}{beta_text}: {result}")
         yield outcome
 
 
@@ -110,7 +110,7 @@ def compare(directory: Path) -> None:
 
 
 def experiment_results(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return what the methods and the exact policies of one kind of policy reached, as JSON."""
+    """Return the results of the methods and of the exact policies, for one kind of policy, as a JSON object."""
     task = experiment.task
     optimum = partial(task.tree.optimum, task.reference)
     best_of = {n: task.tree.best_of(task.reference, n) for n in BEST_OF}
@@ -144,10 +144,10 @@ def rankings(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[str, A
 
 def _ranking(margins: np.ndarray, differences: np.ndarray) -> dict[str, Any]:
     """Return how often margins [seeds, pairs] agree with the labels and with the rule, and their calibration."""
-    right = lambda x: float(((np.sign(x) + 1) / 2).mean())  # noqa: E731  a tie counts as half right
-    has_better = differences != 0
-    of_rule = right(margins[:, has_better] * np.sign(differences[has_better]))
-    return {"labels": right(margins), "rule": of_rule, "calibration": calibration(margins.ravel())}
+    accuracy = lambda x: float(((np.sign(x) + 1) / 2).mean())  # noqa: E731  a tie counts as half right
+    is_untied = differences != 0
+    rule_accuracy = accuracy(margins[:, is_untied] * np.sign(differences[is_untied]))
+    return {"labels": accuracy(margins), "rule": rule_accuracy, "calibration": calibration(margins.ravel())}
 
 
 def proxy_curves(outcome: Outcome) -> dict[str, list[float]]:
@@ -161,7 +161,7 @@ def proxy_curves(outcome: Outcome) -> dict[str, list[float]]:
 
 
 def texts(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return an answer of each method's first policy to the same guests, drawn with the same key, and its reward."""
+    """Return answers of each method's first policy to the same guests, sampled with the same key, and their rewards."""
     guests, policy = jnp.array(SHOWN_GUESTS), experiment.policy
     answers = jax.jit(lambda weights: policy.answers(weights, guests, jax.random.key(0))[0])
 
@@ -173,5 +173,5 @@ def texts(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[str, Any]
     for outcome in outcomes:
         beta = "" if outcome.method.beta is None else f", {outcome.method.beta:g}"
         rows[outcome.method.name + beta] = shown(outcome.trained.weights[0])
-    names = {inn.GUESTS[i]: [inn.COURSES[c] for c in np.argsort(-inn.LIKED[i])[:2]] for i in SHOWN_GUESTS}
-    return {"guests": names, "rows": rows}
+    liked_courses = lambda i: [inn.COURSES[c] for c in np.argsort(-inn.GUEST_REWARDS[i])[:2]]  # noqa: E731
+    return {"guests": {inn.GUESTS[i]: liked_courses(i) for i in SHOWN_GUESTS}, "rows": rows}

@@ -79,7 +79,7 @@ def has_comparison(root: Path) -> bool:
 
 
 def check_manifest(root: Path, config: CompareConfig, identity: Mapping[str, Any]) -> None:
-    """Write what the results depend on, or compare it with what the directory has; methods may be added or left out.
+    """Write the manifest of the results, or compare it with the directory's; methods may be added or removed.
 
     Raises:
         UserError: an option that the results depend on has changed, or the model, the data or the judge.
@@ -87,22 +87,24 @@ def check_manifest(root: Path, config: CompareConfig, identity: Mapping[str, Any
     path, environment = root / MANIFEST, {"platform": jax.default_backend(), "devices": jax.device_count()}
     manifest = make_manifest(result_options(config), identity, environment)
     if path.exists():
-        remedy = "restore it, or choose another run.dir"
+        remedy = "choose another run.dir"
         try:
             old = storage.unseal(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise UserError(f"run.dir: {path} cannot be read: {reason(error)}: {remedy}") from error
+            raise UserError(f"run.dir: {path} cannot be read: {reason(error)}: restore it, or {remedy}") from error
         old_methods, methods = old["config"]["methods"], manifest["config"]["methods"]
-        both = old_methods.keys() & methods.keys()
-        shared = [
-            {**x["config"], "methods": {name: x["config"]["methods"][name] for name in both}} for x in (old, manifest)
+        names = old_methods.keys() & methods.keys()
+        configs = [
+            {**x["config"], "methods": {name: x["config"]["methods"][name] for name in names}} for x in (old, manifest)
         ]
         changes = compare_manifest(
-            {**old, "config": {"compare": shared[0]}}, {**manifest, "config": {"compare": shared[1]}}
+            {**old, "config": {"compare": configs[0]}}, {**manifest, "config": {"compare": configs[1]}}
         )
         if changes:
-            listed = "; ".join(change.removeprefix("compare.") for change in changes)
-            raise UserError(f"run.dir: {root} holds a comparison with other options: {listed}: {remedy}")
+            changes_text = "; ".join(change.removeprefix("compare.") for change in changes)
+            raise UserError(
+                f"run.dir: {root} holds a comparison with other options: {changes_text}: restore them, or {remedy}"
+            )
         for line in rounding_changes(old | {"config": {}}, manifest | {"config": {}}):
             say(config.run.progress, f"results are no longer bit-identical: {line}")
         manifest["config"]["methods"] = old_methods | methods
@@ -129,9 +131,9 @@ def has_ended(path: Path) -> bool:
 
 
 def start_results(judging: Judging, best_of: Sequence[int]) -> Row:
-    """Return the prompts, and what the start's answers and the best of several of them reached."""
-    best = {str(n): as_json(judging, judged) for n, judged in judging.best_of(best_of).items()}
-    return {"prompts": judging.prompts(), "start": as_json(judging, judging.judge_start()), "best_of": best}
+    """Return the prompts, and the judged answers of the initial policy and of the best of several of its answers."""
+    best_answers = {str(n): as_json(judging, judged) for n, judged in judging.best_of(best_of).items()}
+    return {"prompts": judging.prompts(), "start": as_json(judging, judging.judge_start()), "best_of": best_answers}
 
 
 def judge_run(root: Path, config: CompareConfig, run: ComparedRun, setup: Setup, start_answers: Answers) -> None:
@@ -146,7 +148,7 @@ def judge_run(root: Path, config: CompareConfig, run: ComparedRun, setup: Setup,
 
 
 def as_json(judging: Judging, judged: Judged) -> Row:
-    """Return what was judged as a JSON object: the value of each metric for each prompt, and the answers."""
+    """Return judged answers as a JSON object: the value of each metric for each prompt, and the answers."""
     values = {name: values.astype(np.float64).tolist() for name, values in judged.values.items()}
     return {"values": values, "answers": judging.texts(judged)}
 
@@ -164,7 +166,7 @@ def read_object(path: Path) -> Row:
 
 
 def finish(root: Path, config: CompareConfig, runs: Sequence[ComparedRun]) -> None:
-    """Write the results and the page."""
+    """Write ``comparison.json`` and the page from the files of finished runs."""
     results = comparison_results(root, config, runs)
     write_json(root / "comparison.json", results)
     path = root / "comparison.html"
@@ -176,15 +178,15 @@ def finish(root: Path, config: CompareConfig, runs: Sequence[ComparedRun]) -> No
 def comparison_results(root: Path, config: CompareConfig, runs: Sequence[ComparedRun]) -> Row:
     """Return everything that the page shows, as JSON, from the files of finished runs."""
     start = read_object(root / START)
-    grouped = [list(group) for _, group in groupby(runs, key=lambda run: (run.name, run.beta))]
+    groups = [list(group) for _, group in groupby(runs, key=lambda run: (run.name, run.beta))]
     judged = {run.folder: read_object(root / run.folder / JUDGED) for run in runs if run.name != REWARD_MODEL}
-    methods = [group for group in grouped if group[0].name != REWARD_MODEL]
+    methods = [group for group in groups if group[0].name != REWARD_MODEL]
     rows = [method_row(root, group, [judged[run.folder] for run in group]) for group in methods]
-    best = [best_row(int(n), each) for n, each in start["best_of"].items()]
+    best_rows = [best_row(int(n), each) for n, each in start["best_of"].items()]
     texts = {"Reference": start["start"]["answers"]}
     texts |= {f"Best of {n}": each["answers"] for n, each in start["best_of"].items()}
     texts |= {label_of(group[0]): judged[group[0].folder]["answers"] for group in methods}
-    reward_models = [group for group in grouped if group[0].name == REWARD_MODEL]
+    reward_models = [group for group in groups if group[0].name == REWARD_MODEL]
     return {
         "model": config.model.path,
         "judge": config.judge.function or config.judge.path,
@@ -194,11 +196,11 @@ def comparison_results(root: Path, config: CompareConfig, runs: Sequence[Compare
             "title": config.model.path,
             "reference": reached([start["start"]]) | {"kl": 0.0},
             "optimum": [],
-            "best_of": best,
+            "best_of": best_rows,
             "rows": rows,
         },
         "reward_model": cost_of(root, reward_models[0]) if reward_models else None,
-        "rankings": {label_of(group[0]): ranking(root, config.held_out, group) for group in grouped if ranks(group[0])},
+        "rankings": {label_of(group[0]): ranking(root, config.held_out, group) for group in groups if ranks(group[0])},
         "learned": [
             learned_row(start["start"], row, [judged[run.folder] for run in group])
             for row, group in zip(rows, methods, strict=True)
@@ -216,19 +218,19 @@ def label_of(run: ComparedRun) -> str:
 
 
 def reached(judged: Sequence[Row]) -> Row:
-    """Return what the answers of each seed reached, as means over seeds and prompts.
+    """Return the metrics of judged answers as means over seeds and prompts.
 
     ``error`` is the standard error of the score over prompts, and ``spread`` the range of the seeds' scores.
     """
-    names = {"score": "reward", "sampled_kl": "kl", "length": "length", "ended": "ended", "win_rate": "win_rate"}
+    metric_keys = {"score": "reward", "sampled_kl": "kl", "length": "length", "ended": "ended", "win_rate": "win_rate"}
     values = {
         key: np.array([each["values"][name] for each in judged])
-        for name, key in names.items()
+        for name, key in metric_keys.items()
         if name in judged[0]["values"]
     }  # [seeds, prompts]
-    by_seed = values["reward"].mean(1)
+    seed_means = values["reward"].mean(1)
     row = {key: mean(value) for key, value in values.items()}
-    row |= {"error": standard_error(values["reward"]), "spread": float(by_seed.max() - by_seed.min())}
+    row |= {"error": standard_error(values["reward"]), "spread": float(seed_means.max() - seed_means.min())}
     return row | ({"kl_error": standard_error(values["kl"])} if "kl" in values else {})
 
 
@@ -243,21 +245,21 @@ def mean(values: Any) -> float:
 
 
 def best_row(n: int, judged: Row) -> Row:
-    """Return what the best of n answers reached; its KL is an upper bound, which ties make smaller."""
+    """Return the row of the best of n answers; its KL is an upper bound, because tied scores lower the true KL."""
     return reached([judged]) | {"n": n, "kl": math.log(n) - (n - 1) / n}
 
 
 def method_row(root: Path, group: Sequence[ComparedRun], judged: Sequence[Row]) -> Row:
-    """Return what a method reached, and what it took, as means over seeds."""
-    first = group[0]
+    """Return a method's results and costs as means over seeds."""
+    run = group[0]
     return {
-        "name": first.name,
-        "beta": first.beta,
-        "learned": first.reward_model is not None,
-        "models": models_of(first),
+        "name": run.name,
+        "beta": run.beta,
+        "learned": run.reward_model is not None,
+        "models": models_of(run),
         **reached(judged),
         **cost_of(root, group),
-        "options": options_of(first),
+        "options": options_of(run),
     }
 
 
@@ -289,16 +291,16 @@ def options_of(run: ComparedRun) -> list[str]:
 
 
 def cost_of(root: Path, group: Sequence[ComparedRun]) -> Row:
-    """Return what a method took, as means over seeds: updates, pairs, sampled tokens, seconds, peak memory."""
+    """Return a method's costs as means over seeds: updates, pairs, sampled tokens, seconds and peak memory."""
     costs = []
     for run in group:
-        files = RunDir(root / run.folder)
-        metrics, timings = last_metrics(files), read_json(files.timings)
+        run_dir = RunDir(root / run.folder)
+        metrics, timings = last_metrics(run_dir), read_json(run_dir.timings)
         seconds = [row["step_seconds"] for row in timings]
         config, steps = run.config, timings[-1]["step"]
         updates = steps * (config.ppo.epochs if isinstance(config, PPOConfig) else 1)
         needs_pairs = run.reward_model is not None or config.planned.per_prompt == 0
-        pairs = [event["train"] for event in read_json(files.events) if event["event"] == "data"][-1]
+        pairs = [event["train"] for event in read_json(run_dir.events) if event["event"] == "data"][-1]
         costs.append(
             {
                 "updates": updates,
@@ -320,14 +322,14 @@ def ranks(run: ComparedRun) -> bool:
 
 def ranking(root: Path, name: str, group: Sequence[ComparedRun]) -> Row:
     """Return the mean accuracy of a reward on the held-out pairs, and the first seed's calibration."""
-    files = [RunDir(root / run.folder) for run in group]
-    accuracies = [last_metrics(each)[f"eval_{name}_rewards/accuracies"] for each in files]
-    calibration = [row for row in read_json(files[0].distributions) if row["set"] == name][-1]["calibration"]
+    run_dirs = [RunDir(root / run.folder) for run in group]
+    accuracies = [last_metrics(each)[f"eval_{name}_rewards/accuracies"] for each in run_dirs]
+    calibration = [row for row in read_json(run_dirs[0].distributions) if row["set"] == name][-1]["calibration"]
     return {"labels": mean(accuracies), "calibration": calibration}
 
 
 def learned_row(start: Row, row: Row, judged: Sequence[Row]) -> Row:
-    """Return the learned and the judge's score of the start's and the policy's answers, and how they correlate."""
+    """Return the learned and the judge's mean scores before and after training, and the correlation of both scores."""
     columns = ("start_learned", "learned", "score")
     start_learned, learned, score = (np.array([each["values"][name] for each in judged]) for name in columns)
     start_score = np.broadcast_to(start["values"]["score"], score.shape)

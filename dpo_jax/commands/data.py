@@ -19,6 +19,6 @@ def describe_data(config: AnyConfig, step: int | None) -> str:
     sets = sets_of(config, tokenizer)
     if step is not None:
         return show_step(sets, step, tokenizer)
-    max_positions, ends = context_length(source.hf_config), end_tokens(source.folder, source.hf_config)
+    max_positions, end_ids = context_length(source.hf_config), end_tokens(source.folder, source.hf_config)
     limits = {"max_length": config.data.max_length, "max_positions": max_positions}
-    return render(audit(sets, tokenizer, ends=ends, num_sampled=config.planned.num_tokens, **limits))
+    return render(audit(sets, tokenizer, ends=end_ids, num_sampled=config.planned.num_tokens, **limits))

@@ -1,4 +1,4 @@
-"""Generate answers to prompts, score them with a reward model, and make training data of the best and the worst.
+"""Generate answers to prompts, score them with a reward model, and turn the best and the worst into training data.
 
 An answer depends on the options, the row of its prompt and its own index only, so a command that was stopped continues
 where its output ends, and writes the file that it would have written without a stop.
@@ -51,14 +51,14 @@ LOGP_DECIMALS = 4  # later digits of a float32 depend on the batch
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as it was read, and as tokens."""
+    """A prompt as read from its file, and its tokens."""
 
     example: Example
     tokenized: TokenizedPrompt
 
     @property
     def columns(self) -> Row:
-        """The columns of a row that training reads as this prompt."""
+        """The columns that state this prompt in a row of training data."""
         options = {"tools": self.example.tools, "chat_template_kwargs": self.example.template_kwargs}
         return {"prompt": self.example.prompt} | {name: value for name, value in options.items() if value is not None}
 
@@ -86,8 +86,8 @@ def generate_answers(config: GenerateConfig, output: str) -> None:
             date = config.data.template_date
             reward = open_reward_model(config.reward, config.model, platform_of(mesh), tokenizer, date)
         prompts = read_prompts(config, tokenizer)
-        ends = stop_tokens(policy.source, tokenizer, [prompt.tokenized.tail for prompt in prompts])
-        announce(config, policy, tokenizer, prompts, ends)
+        end_ids = stop_tokens(policy.source, tokenizer, [prompt.tokenized.tail for prompt in prompts])
+        announce(config, policy, tokenizer, prompts, end_ids)
         params, reward_params = policy.load(mesh), {} if reward is None else reward.opened.load(mesh)
         identity = {
             "weights": weights_id(params),
@@ -95,24 +95,24 @@ def generate_answers(config: GenerateConfig, output: str) -> None:
             "tokenizer": tokenizer_hash(tokenizer),
             "template": tokenizer.chat_template,
             "prompts": prompts_hash(prompts),
-            "ends": ends,
+            "ends": end_ids,
             "dtype": policy.model.dtype,
         }
         environment = {"platform": jax.default_backend(), "devices": jax.device_count()}
         manifest = make_manifest(asdict(config), identity, environment)
-        done, rounding = hosts.on_writer(partial(file.resume, manifest, len(prompts)), "output")
-        if 0 < done < len(prompts):
-            say(config.run.progress, f"resuming from prompt {done} of {len(prompts)}")
-            for line in rounding:
+        num_done, rounding_lines = hosts.on_writer(partial(file.resume, manifest, len(prompts)), "output")
+        if 0 < num_done < len(prompts):
+            say(config.run.progress, f"resuming from prompt {num_done} of {len(prompts)}")
+            for line in rounding_lines:
                 say(config.run.progress, f"log-probs and scores are the same only within rounding: {line}")
-        if done < len(prompts):
+        if num_done < len(prompts):
             scores = None
             if reward is not None:
                 answer_scores = make_answer_scores(reward.opened.model, reward_params, mesh)
                 scores = partial(score_answers, reward.read_answer, answer_scores)
-            answer_column = make_answer_column(config, policy, params, tokenizer, ends, mesh, scores)
+            answer_column = make_answer_column(config, policy, params, tokenizer, end_ids, mesh, scores)
             del params
-            for rows in answered_blocks(config, prompts, done, answer_column):
+            for rows in answered_blocks(config, prompts, num_done, answer_column):
                 hosts.on_writer(partial(write_rows, file, rows), "output")
         if hosts.is_writer():
             finish(config, file)
@@ -158,7 +158,7 @@ def read_prompts(config: GenerateConfig, tokenizer: Any) -> list[Prompt]:
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """Return a hash of everything in the prompts that the output depends on."""
+    """Return a hash of the parts of the prompts that the output depends on."""
     content = [[prompt.columns, prompt.tokenized.tokens, prompt.tokenized.tail] for prompt in prompts]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -166,13 +166,13 @@ def prompts_hash(prompts: Sequence[Prompt]) -> str:
 def announce(
     config: GenerateConfig, policy: OpenModel, tokenizer: Any, prompts: Sequence[Prompt], ends: Sequence[int]
 ) -> None:
-    """Print the sizes of model and prompts, the end tokens, and notes on what may be unexpected."""
+    """Print the sizes of model and prompts, the end tokens, and notes on options that may have unexpected effects."""
     lengths = [len(prompt.tokenized.tokens) for prompt in prompts]
-    span = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else max(lengths)
+    length_range = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else max(lengths)
     end_names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "no token"
     lines = [
         f"model: {config.model.path}, {count_params(policy.model):,} parameters, {policy.model.dtype}",
-        f"prompts: {len(prompts)} of {span} tokens",
+        f"prompts: {len(prompts)} of {length_range} tokens",
         f"answers: {config.n} to each prompt; they end at {end_names}, or after {config.sampling.max_tokens} tokens",
     ]
     longest = max(lengths) + config.sampling.max_tokens
@@ -249,7 +249,7 @@ def answer_fields(tokenizer: Any, prompt: list[int], answer: Answer) -> Row:
 def answered_blocks(
     config: GenerateConfig, prompts: Sequence[Prompt], done: int, answer_column: AnswerColumn
 ) -> Iterator[list[Row]]:
-    """Yield the rows of each block of prompts from row ``done`` on.
+    """Generate answers block by block, and yield the rows of each block of prompts, from row ``done`` on.
 
     Blocks start at multiples of their size, also on resume, and all have this size: a repeated block has the same bits.
     """
@@ -272,32 +272,32 @@ def answered_blocks(
 
 
 def write_rows(file: AnswerFile, rows: Sequence[Row]) -> None:
-    """Append rows to the output."""
+    """Append rows to the file of answers."""
     for row in rows:
         file.append(row)
 
 
 def finish(config: GenerateConfig, file: AnswerFile) -> None:
     """Write the rows that ``config.pairs`` asks for, and print a summary of the output."""
-    show, limit = partial(say, config.run.progress), config.sampling.max_tokens
+    print_line, max_tokens = partial(say, config.run.progress), config.sampling.max_tokens
     by_prompt = [row["answers"] for row in file.rows()]
     answers = [answer for answers in by_prompt for answer in answers]
     mean_tokens = fmean(answer["num_tokens"] for answer in answers)
     num_cut = sum(answer["finish_reason"] == "length" for answer in answers)
-    line = f"{len(answers)} of {mean_tokens:.1f} tokens on average, {num_cut} of them cut at {limit}"
+    summary = f"{len(answers)} of {mean_tokens:.1f} tokens on average, {num_cut} of them cut at {max_tokens}"
     if config.reward.path is not None:
-        best = [max(answer["score"] for answer in answers) for answers in by_prompt]
-        line += f"; mean score {fmean(answer['score'] for answer in answers):.4g}"
-        line += f", of the best of {config.n} {fmean(best):.4g}" * (config.n > 1)
-    show(f"answers: {file.path}: {line}")
+        best_scores = [max(answer["score"] for answer in answers) for answers in by_prompt]
+        summary += f"; mean score {fmean(answer['score'] for answer in answers):.4g}"
+        summary += f", of the best of {config.n} {fmean(best_scores):.4g}" * (config.n > 1)
+    print_line(f"answers: {file.path}: {summary}")
     if config.pairs is None:
         return
-    path, ranked = file.beside(f".{config.pairs}.jsonl"), rank(file.rows(), config.pairs)
+    path, ranking = file.beside(f".{config.pairs}.jsonl"), rank(file.rows(), config.pairs)
     with writing(path):
-        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranked.rows))
-    if ranked.num_cut:
-        cut = f"{ranked.num_cut} of the best answers were cut at {limit} tokens; training would end them there"
-        show(f"note: {cut}: raise sampling.max_tokens")
-    causes = ", ".join(f"{count} with {cause}" for cause, count in sorted(ranked.skipped.items()))
-    skips = f"; prompts skipped: {causes}" if causes else ""
-    show(f"{config.pairs}: {path}: {len(ranked.rows)} rows{skips}")
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranking.rows))
+    if ranking.num_cut:
+        cut_note = f"{ranking.num_cut} of the best answers were cut at {max_tokens} tokens; training ends them there"
+        print_line(f"note: {cut_note}: raise sampling.max_tokens")
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(ranking.skipped.items()))
+    skipped_note = f"; prompts skipped: {causes}" if causes else ""
+    print_line(f"{config.pairs}: {path}: {len(ranking.rows)} rows{skipped_note}")

@@ -1,4 +1,4 @@
-"""A built-in task on which everything is exact: guests of an inn ask for a meal, and every answer can be enumerated.
+"""A built-in task with exact results: guests of an inn order a meal, and all possible answers can be enumerated.
 
 An answer is a list of courses, ended by the first token that is no course or by its maximum length. So the answers to a
 guest form a finite tree, over the whole vocabulary: expected reward and KL of any policy are sums over its leaves, and
@@ -24,17 +24,17 @@ VOCAB = FIRST_GUEST + NUM_GUESTS
 MAX_TOKENS = 5  # of an answer
 STOPS = np.array([token for token in range(VOCAB) if not FIRST_COURSE <= token < FIRST_COURSE + NUM_COURSES])
 
-# The rule: how much a guest likes each course, and what it costs to repeat one at once or not to end the answer.
-LIKES = np.array([1, 0.5, 0, 0, -0.5, -1])
-LIKED = np.stack([np.roll(LIKES if guest % 2 else LIKES[::-1], guest // 2) for guest in range(NUM_GUESTS)])
-REPEATED, NOT_ENDED = 0.5, 2.0
+# The rule: each guest's reward for each course, and the penalties for repeating one at once and for not ending.
+REWARDS = np.array([1, 0.5, 0, 0, -0.5, -1])
+GUEST_REWARDS = np.stack([np.roll(REWARDS if guest % 2 else REWARDS[::-1], guest // 2) for guest in range(NUM_GUESTS)])
+REPEAT_PENALTY, END_PENALTY = 0.5, 2.0
 
-# The language before preferences, the same for all guests: a chain of courses.
-START = np.array([3, 3, 2, 2, 1, 1]) / 12  # of the first course
-FOLLOWS = np.array([1, 4, 3, 2, 2, 1]) / 13  # of the next one, by its distance from the last in the list of courses
-STOPS_AFTER = 0.4  # any course but the fourth, after which every meal ends
-NEVER = -20.0  # nats, of a token that another policy than the reference does not use
-SLIP = 1e-3  # probability of a token that the language does not have there
+# The supervised policy, the same for all guests: a Markov chain of courses.
+FIRST_PROBS = np.array([3, 3, 2, 2, 1, 1]) / 12  # probabilities of the first course
+NEXT_PROBS = np.array([1, 4, 3, 2, 2, 1]) / 13  # of the next one, by its distance from the previous course in COURSES
+END_PROB = 0.4  # probability of an end after each course but the fourth, after which every meal ends
+LIKED_LOGP_SHIFT = -20.0  # added to the log-prob of a course that `without_liked_courses` never serves
+UNIFORM_PROB = 1e-3  # total probability of uniformly drawn tokens, so that no token has probability 0
 
 
 class Exact(NamedTuple):
@@ -49,7 +49,7 @@ class Exact(NamedTuple):
 
 @dataclass(frozen=True)
 class Tree:
-    """All answers: nodes are the lists of 0 to 4 courses, by depth; leaves are each node's stops, then 5 courses."""
+    """The tree of all answers: nodes are lists of 0 to 4 courses; leaves are a node and a stop token, or 5 courses."""
 
     @cached_property
     def meals(self) -> list[Int[np.ndarray, "n depth"]]:
@@ -59,11 +59,11 @@ class Tree:
 
     @cached_property
     def rewards(self) -> Float[np.ndarray, "guests leaves"]:
-        """The rule's reward of every leaf."""
-        *nodes, unended = [meal_rewards(meals) for meals in self.meals]
-        penalties = np.where(STOPS == EOS, 0, NOT_ENDED)
-        stopped = [(node[:, :, None] - penalties).reshape(NUM_GUESTS, -1) for node in nodes]
-        return np.concatenate([*stopped, unended - NOT_ENDED], axis=1)
+        """The reward that the rule gives to each leaf."""
+        *node_rewards, unended_rewards = [meal_rewards(meals) for meals in self.meals]
+        penalties = np.where(STOPS == EOS, 0, END_PENALTY)
+        stop_rewards = [(node[:, :, None] - penalties).reshape(NUM_GUESTS, -1) for node in node_rewards]
+        return np.concatenate([*stop_rewards, unended_rewards - END_PENALTY], axis=1)
 
     @cached_property
     def ended(self) -> Bool[np.ndarray, "leaves"]:
@@ -74,8 +74,8 @@ class Tree:
     @cached_property
     def lengths(self) -> Int[np.ndarray, "leaves"]:
         """Number of courses of each leaf."""
-        *nodes, unended = map(len, self.meals)
-        return np.repeat(np.arange(MAX_TOKENS + 1), [*(n * len(STOPS) for n in nodes), unended])
+        *node_counts, num_unended = map(len, self.meals)
+        return np.repeat(np.arange(MAX_TOKENS + 1), [*(n * len(STOPS) for n in node_counts), num_unended])
 
     def leaf_logps(self, next_logps: Callable[[np.ndarray], np.ndarray]) -> Float[np.ndarray, "guests leaves"]:
         """Return the log-prob of every answer; ``next_logps``: meals [n, depth] -> log-probs [guests, n, V]."""
@@ -88,31 +88,31 @@ class Tree:
         return np.concatenate([*leaves, prefix_logps], axis=1)
 
     def exact(self, logps: np.ndarray, reference: np.ndarray) -> Exact:
-        """Return what the policy with these log-probs of its leaves reaches."""
+        """Return the exact reward, KL and other expectations of the policy with these log-probs of the leaves."""
         mean = lambda values: float((np.exp(logps) * values).sum(1).mean())  # noqa: E731
         return Exact(mean(self.rewards), mean(logps - reference), mean(self.ended), mean(-logps), mean(self.lengths))
 
     def optimum(self, reference: np.ndarray, beta: float) -> Exact:
-        """Return what ref(y) exp(r(y) / beta) / Z reaches."""
+        """Return the exact reward, KL and other expectations of the optimal policy, ref(y) exp(r(y) / beta) / Z."""
         logps = reference + self.rewards / beta
         normalizers = np.logaddexp.reduce(logps, axis=1, keepdims=True)
         return self.exact(logps - normalizers, reference)
 
     def best_of(self, reference: np.ndarray, n: int) -> Exact:
-        """Return what the best of ``n`` answers of the reference reaches; of equal rewards, one is drawn at random."""
+        """Return the exact reward and expectations of the best of ``n`` answers of the reference; ties are random."""
         rewards, probs = np.round(self.rewards, 6), np.exp(reference)
         logps = np.zeros_like(reference)
         for guest in range(NUM_GUESTS):
-            levels, level = np.unique(rewards[guest], return_inverse=True)
-            mass = np.bincount(level, probs[guest], len(levels))
-            below = np.minimum(np.cumsum(mass), 1)
-            best = np.diff(below**n, prepend=0)  # probability that the best reward is this one
+            reward_levels, level_index = np.unique(rewards[guest], return_inverse=True)
+            level_probs = np.bincount(level_index, probs[guest], len(reward_levels))
+            cumulative_probs = np.minimum(np.cumsum(level_probs), 1)
+            best_probs = np.diff(cumulative_probs**n, prepend=0)  # probability that the best reward is this one
             with np.errstate(divide="ignore"):
-                logps[guest] = reference[guest] + np.log(best / mass)[level]
+                logps[guest] = reference[guest] + np.log(best_probs / level_probs)[level_index]
         return self.exact(np.maximum(logps, -700), reference)
 
     def best_reward(self, reference: np.ndarray, kl: float) -> float:
-        """Return the largest expected reward at this KL from the reference: that of the optimum with such a KL."""
+        """Return the largest expected reward at this KL from the reference: that of the optimal policy with this KL."""
         low, high = 1e-3, 1e3  # of beta; the optimum's KL falls with beta
         for _ in range(60):
             beta = (low * high) ** 0.5
@@ -121,37 +121,37 @@ class Tree:
 
 
 def meal_rewards(meals: Int[np.ndarray, "n depth"]) -> Float[np.ndarray, "guests n"]:
-    """Return each guest's reward of lists of courses, before anything that their end costs."""
+    """Return each guest's reward for lists of courses, without the penalty of answers that do not end."""
     repeats = (meals[:, 1:] == meals[:, :-1]).sum(1)
-    return LIKED[:, meals].sum(-1) - REPEATED * repeats
+    return GUEST_REWARDS[:, meals].sum(-1) - REPEAT_PENALTY * repeats
 
 
 def answer_rewards(
     guests: Int[Array, "*R"], tokens: Int[Array, "*R N"], mask: Bool[Array, "*R N"]
 ) -> Float[Array, "*R"]:
-    """Return the rule's reward of sampled answers."""
+    """Return the rewards that the rule gives to sampled answers."""
     courses = tokens - FIRST_COURSE
     is_course = mask & (courses >= 0) & (courses < NUM_COURSES)
-    liked = jnp.asarray(LIKED, jnp.float32)[guests[..., None], jnp.clip(courses, 0, NUM_COURSES - 1)]
+    rewards = jnp.asarray(GUEST_REWARDS, jnp.float32)[guests[..., None], jnp.clip(courses, 0, NUM_COURSES - 1)]
     repeats = is_course[..., 1:] & (tokens[..., 1:] == tokens[..., :-1])
     ended = (mask & (tokens == EOS)).any(-1)
-    return jnp.sum(liked, axis=-1, where=is_course) - REPEATED * repeats.sum(-1) - NOT_ENDED * ~ended
+    return jnp.sum(rewards, axis=-1, where=is_course) - REPEAT_PENALTY * repeats.sum(-1) - END_PENALTY * ~ended
 
 
 def language() -> Float[np.ndarray, "guests depth previous V"]:
-    """Return the language before preferences as a table of next-token log-probs; `previous` 6 is the prompt."""
+    """Return the supervised policy as a table of next-token log-probs; index 6 of `previous` stands for the prompt."""
     probs = np.zeros((MAX_TOKENS, NUM_COURSES + 1, VOCAB))
     courses = slice(FIRST_COURSE, FIRST_COURSE + NUM_COURSES)
-    stops = np.array([0, *[STOPS_AFTER] * 3, 1])
+    end_probs = np.array([0, *[END_PROB] * 3, 1])
     for previous in range(NUM_COURSES):
-        probs[:, previous, courses] = (1 - stops)[:, None] * np.roll(FOLLOWS, previous)
-    probs[:, NUM_COURSES, courses] = (1 - stops)[:, None] * START
-    probs[:, :, EOS] = stops[:, None]
-    return np.log(np.broadcast_to((1 - SLIP) * probs + SLIP / VOCAB, (NUM_GUESTS, *probs.shape)))
+        probs[:, previous, courses] = (1 - end_probs)[:, None] * np.roll(NEXT_PROBS, previous)
+    probs[:, NUM_COURSES, courses] = (1 - end_probs)[:, None] * FIRST_PROBS
+    probs[:, :, EOS] = end_probs[:, None]
+    return np.log(np.broadcast_to((1 - UNIFORM_PROB) * probs + UNIFORM_PROB / VOCAB, (NUM_GUESTS, *probs.shape)))
 
 
 class Meals(NamedTuple):
-    """Answers to guests."""
+    """Sampled answers, and the guests to whom they were given."""
 
     guests: Int[Array, "*B K"]
     tokens: Int[Array, "*B K N"]
@@ -159,7 +159,7 @@ class Meals(NamedTuple):
 
     @property
     def rewards(self) -> Float[Array, "*B K"]:
-        """The rule's reward of each answer."""
+        """The reward that the rule gives to each answer."""
         return answer_rewards(*self)
 
     @property
@@ -169,7 +169,7 @@ class Meals(NamedTuple):
 
     @property
     def texts(self) -> list[str]:
-        """What each answer says; a dash for a token that is no course, an ellipsis for an answer without end."""
+        """The text of each answer, with dashes for tokens that are no course and an ellipsis if it does not end."""
         return [_text(tokens[mask]) for tokens, mask in zip(*map(_rows, (self.tokens, self.mask)), strict=True)]
 
 
@@ -183,7 +183,7 @@ def _text(tokens: Int[np.ndarray, " n"]) -> str:
 
 
 def without_liked_courses() -> Float[np.ndarray, "guests depth previous V"]:
-    """Return the table of another policy: the language, but it serves no guest a course that the guest likes."""
+    """Return the table of another policy, which is the supervised one except that no guest gets a course they like."""
     logps = language().copy()
-    logps[..., FIRST_COURSE:FIRST_GUEST] += np.where(LIKED > 0, NEVER, 0)[:, None, None]
+    logps[..., FIRST_COURSE:FIRST_GUEST] += np.where(GUEST_REWARDS > 0, LIKED_LOGP_SHIFT, 0)[:, None, None]
     return logps

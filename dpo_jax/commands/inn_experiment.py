@@ -1,4 +1,4 @@
-"""An experiment on the inn: the data that its methods share, what each reached, and what it took."""
+"""An experiment on the inn: the data that its methods share, and each method's results and costs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ HELD_OUT_SEED = 99
 DATA_SIZE, HELD_OUT = 16_384, 4096  # preference pairs
 BATCH = 256  # pairs or sampled answers per step
 TUNED_BETA = 0.5
-OFFLINE_OPTIONS = ("beta", "learning rate")  # what a method needs besides steps and batch size
+OFFLINE_OPTIONS = ("beta", "learning rate")  # that a user sets, besides steps and batch size
 RLOO_OPTIONS = ("KL coefficient", "learning rate", "clip", "epochs", "answers per prompt")
 PPO_OPTIONS = (*RLOO_OPTIONS[:-1], "GAE lambda", "value coefficient", "value clip")
 
@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A way to a policy."""
+    """A training method to compare: how to run it, and what it needs."""
 
     name: str
     beta: float | None
@@ -58,7 +58,7 @@ class Method(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method reached, as means over seeds, and what it took."""
+    """A method's results, as means over seeds, and its costs."""
 
     method: Method
     trained: Trained
@@ -73,19 +73,19 @@ class Outcome:
         """The outcome as a JSON object."""
         method = self.method._asdict()
         del method["run"]
-        measured = {name: getattr(self, name) for name in ("share", "spread", "displaced", "chosen_change")}
-        return method | self.reached._asdict() | measured | self.trained.cost._asdict()
+        results = {name: getattr(self, name) for name in ("share", "spread", "displaced", "chosen_change")}
+        return method | self.reached._asdict() | results | self.trained.cost._asdict()
 
 
 @dataclass(frozen=True)
 class Task:
-    """The inn for one kind of policy, and the log-probs of all answers under the one that all runs start from."""
+    """The inn for one kind of policy, with the log-probs of all answers under the reference, where all runs start."""
 
     policy: PolicyKind
 
     @cached_property
     def tree(self) -> inn.Tree:
-        """All answers."""
+        """The tree of all answers."""
         return inn.Tree()
 
     @cached_property
@@ -95,17 +95,17 @@ class Task:
 
     @cached_property
     def start(self) -> inn.Exact:
-        """What the reference itself reaches."""
+        """The exact reward and other expectations of the reference."""
         return self.tree.exact(self.reference, self.reference)
 
     def reached(self, weights: Any) -> inn.Exact:
-        """Return what the policy with these weights reaches."""
+        """Return the exact reward, KL and other expectations of the policy with these weights."""
         return self.tree.exact(self.tree.leaf_logps(self.policy.next_logps(weights)), self.reference)
 
     def share(self, reached: inn.Exact) -> float:
         """Return a policy's gain in reward as a share of the largest gain at its KL."""
-        best = self.tree.best_reward(self.reference, reached.kl)
-        return (reached.reward - self.start.reward) / (best - self.start.reward)
+        best_reward = self.tree.best_reward(self.reference, reached.kl)
+        return (reached.reward - self.start.reward) / (best_reward - self.start.reward)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Experiment:
 
     @property
     def policy(self) -> PolicyKind:
-        """The kind of policy."""
+        """The initial weights and the functions of this kind of policy."""
         return self.task.policy
 
     @cached_property
@@ -128,22 +128,22 @@ class Experiment:
 
     @cached_property
     def foreign_pairs(self) -> list[inn.Meals]:
-        """As many pairs of another policy, which serves no guest a course that the guest likes."""
+        """As many pairs of answers of another policy, which serves no guest a course that the guest likes."""
         return preferences(table_policy(), DATA_SIZE, SEEDS, jnp.asarray(inn.without_liked_courses(), jnp.float32))
 
     @cached_property
     def held_out(self) -> inn.Meals:
-        """Pairs of the reference's answers that nothing is trained on."""
+        """Pairs of the reference's answers that no method is trained on."""
         return preferences(self.policy, HELD_OUT, [HELD_OUT_SEED])[0]
 
     @cached_property
     def learning_rate(self) -> float:
-        """The learning rate at which DPO reaches most, on a seed of its own."""
+        """The learning rate with which DPO reaches the largest E[r] - beta KL, on a seed used only for this choice."""
         rates = self.sizes.rates
         if len(rates) == 1:
             return rates[0]
         pairs, seeds = preferences(self.policy, DATA_SIZE, [TUNING_SEED]) * len(rates), [TUNING_SEED] * len(rates)
-        tried = offline(
+        candidates = offline(
             self.policy,
             LossConfig(beta=TUNED_BETA),
             pairs,
@@ -152,18 +152,18 @@ class Experiment:
             batch_size=BATCH,
             learning_rates=rates,
         )
-        reached = map(self.task.reached, tried.weights)
-        return rates[int(np.argmax([each.reward - TUNED_BETA * each.kl for each in reached]))]
+        results = map(self.task.reached, candidates.weights)
+        return rates[int(np.argmax([each.reward - TUNED_BETA * each.kl for each in results]))]
 
     def offline(self, loss: LossConfig, pairs: list[inn.Meals]) -> Trained:
-        """Train the policy on pairs."""
+        """Train the policy on each seed's pairs."""
         rates = [self.learning_rate] * len(SEEDS)
         return offline(
             self.policy, loss, pairs, SEEDS, num_steps=self.sizes.offline, batch_size=BATCH, learning_rates=rates
         )
 
     def reward_models(self, pairs: list[inn.Meals]) -> Trained:
-        """Train a reward model on pairs."""
+        """Train a reward model on each seed's pairs."""
         return offline(
             self.policy,
             REWARD_LOSS,
@@ -177,16 +177,16 @@ class Experiment:
 
     @cached_property
     def rewards(self) -> Trained:
-        """The reward models of the pairs."""
+        """The reward models trained on `pairs`."""
         return self.reward_models(self.pairs)
 
     @cached_property
     def foreign_rewards(self) -> Trained:
-        """The reward models of the pairs of another policy."""
+        """The reward models trained on `foreign_pairs`."""
         return self.reward_models(self.foreign_pairs)
 
     def by_pairs(self, name: str, loss: LossConfig, *, foreign: bool = False) -> Method:
-        """Return a method that trains on pairs; ``foreign``: on those of another policy."""
+        """Return a method that trains on `pairs` or, if ``foreign``, on `foreign_pairs`."""
         run = lambda: self.offline(loss, self.foreign_pairs if foreign else self.pairs)  # noqa: E731
         beta, models, options = loss.beta, "policy, reference", OFFLINE_OPTIONS
         if not loss.needs_reference:
@@ -194,7 +194,7 @@ class Experiment:
         return Method(name, beta, run, models, options, self.sizes.offline, pairs=DATA_SIZE)
 
     def online(self, beta: float) -> Method:
-        """Return online DPO."""
+        """Return the method online DPO, whose pairs the rule labels."""
         run = partial(online_dpo, self.policy, beta, SEEDS, num_steps=self.sizes.online, num_pairs=BATCH // 2)
         num_sampled = self.sizes.online * BATCH
         return Method("Online DPO", beta, run, "policy, reference", OFFLINE_OPTIONS, self.sizes.online, num_sampled)
@@ -202,28 +202,28 @@ class Experiment:
     def gradient(
         self, name: str, options: PolicyGradientConfig, rewards: Callable[[], Trained] | None = None
     ) -> Method:
-        """Return PPO or RLOO, on the rule or on reward models."""
+        """Return PPO or RLOO, whose rewards come from the rule or from reward models."""
 
         def run() -> Trained:
             weights = None if rewards is None else rewards().weights
             sizes = {"num_steps": self.sizes.gradient, "num_answers": BATCH}
             return policy_gradient(self.policy, options, SEEDS, **sizes, rewards=weights)
 
-        with_value = options.estimator == "gae"
-        held = ["policy", "reference", *["value"] * with_value, *["reward"] * (rewards is not None)]
-        named = PPO_OPTIONS if with_value else RLOO_OPTIONS
+        has_value = options.estimator == "gae"
+        models = ["policy", "reference", *["value"] * has_value, *["reward"] * (rewards is not None)]
+        option_names = PPO_OPTIONS if has_value else RLOO_OPTIONS
         steps, num_pairs = self.sizes.gradient, 0 if rewards is None else DATA_SIZE
         updates = steps * options.epochs
-        return Method(name, options.kl_coef, run, ", ".join(held), named, updates, steps * BATCH, num_pairs)
+        return Method(name, options.kl_coef, run, ", ".join(models), option_names, updates, steps * BATCH, num_pairs)
 
     def outcome(self, method: Method) -> Outcome:
-        """Run a method, and compute what its policies reached."""
+        """Run a method, and compute the exact results of its policies."""
         runs = method.run()
-        reached = list(map(self.task.reached, runs.weights))
-        rewards = [each.reward for each in reached]
-        mean = inn.Exact(*np.mean(reached, axis=0).tolist())
-        changes = np.stack([self.log_ratios(weights)[:, CHOSEN] for weights in runs.weights])
-        displacement = float((changes < 0).mean()), float(changes.mean())
+        results = list(map(self.task.reached, runs.weights))
+        rewards = [each.reward for each in results]
+        mean = inn.Exact(*np.mean(results, axis=0).tolist())
+        chosen_changes = np.stack([self.log_ratios(weights)[:, CHOSEN] for weights in runs.weights])
+        displacement = float((chosen_changes < 0).mean()), float(chosen_changes.mean())
         return Outcome(method, runs, mean, max(rewards) - min(rewards), self.task.share(mean), *displacement)
 
     @cached_property

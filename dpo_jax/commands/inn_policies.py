@@ -57,7 +57,7 @@ CHUNK = 4096  # targets whose logits are in memory at a time
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # compiled runs are cached by its identity
 class PolicyKind:
-    """A kind of policy: the weights that its runs start from, and pure functions of such weights.
+    """A kind of policy: the initial weights of its runs, and pure functions of such weights.
 
     The value model and the reward model are of the same kind. All functions but the last two take what ``inputs``
     returns.
@@ -77,14 +77,14 @@ class PolicyKind:
 
 
 class Batch(NamedTuple):
-    """Answers as the table's functions read them."""
+    """Inputs of the table's functions: answers, and labels of their pairs."""
 
     meals: Meals  # [B, K]
     label: Float[Array, " B"] | None = None  # as in `PreferenceBatch`
 
 
 def table_policy() -> PolicyKind:
-    """Return the policy that is a table of logits [guest, depth, previous course, next token]."""
+    """Return the table policy, whose weights are logits [guest, depth, previous course, next token]."""
     table = jnp.asarray(language(), jnp.float32)
     return PolicyKind(
         start=table,
@@ -102,23 +102,23 @@ def table_policy() -> PolicyKind:
 
 
 def table_logps(table: Float[Array, "guests depth previous V"], batch: Batch) -> Float[Array, "*B K N"]:
-    """Return the log-prob of each token under a policy that is a table of next-token logits; 0 at masked ones."""
+    """Return the log-prob of each token under the table policy; 0 at masked tokens."""
     return _cells(jax.nn.log_softmax(table), batch.meals)
 
 
 def table_values(table: Float[Array, "guests depth previous"], batch: Batch) -> Float[Array, "*B K N"]:
-    """Return the value before each token of a value model that is a table."""
+    """Return the table value model's value before each token."""
     meals = batch.meals
     return jnp.where(meals.mask, table[_contexts(meals)], 0.0)
 
 
 def table_pair_logps(table: Float[Array, "guests depth previous V"], batch: Batch) -> PairLogps:
-    """Return the log-probs of answers: the `LogpsFn` of a policy that is a table."""
+    """Return the log-probs of answers: the `LogpsFn` of the table policy."""
     return _pair_logps(table_logps(table, batch).sum(-1), batch)
 
 
 def table_scores(table: Float[Array, "guests depth previous V"], batch: Batch) -> PairLogps:
-    """Return the scores of a reward model that is a table of the worth of each token, summed over an answer."""
+    """Return the scores of the table reward model, whose entries are summed over an answer's tokens."""
     return replace(_pair_logps(_cells(table, batch.meals).sum(-1), batch), scored=True)
 
 
@@ -128,7 +128,7 @@ def _pair_logps(sums: Float[Array, "B K"], batch: Batch) -> PairLogps:
 
 
 def _cells(table: Float[Array, "guests depth previous V"], meals: Meals) -> Float[Array, "*B K N"]:
-    """Return the table's number for each token; 0 at masked ones."""
+    """Return the table's entry for each token; 0 at masked tokens."""
     values = jnp.take_along_axis(table[_contexts(meals)], meals.tokens[..., None], axis=-1)[..., 0]
     return jnp.where(meals.mask, values, 0.0)
 
@@ -136,8 +136,8 @@ def _cells(table: Float[Array, "guests depth previous V"], meals: Meals) -> Floa
 def _contexts(meals: Meals) -> tuple[Array, Array, Array]:
     """Return the table's indices before each token: guest, depth, previous course."""
     previous = jnp.clip(meals.tokens[..., :-1] - FIRST_COURSE, 0, NUM_COURSES - 1)
-    pad = [(0, 0)] * (previous.ndim - 1) + [(1, 0)]
-    previous = jnp.pad(previous, pad, constant_values=NUM_COURSES)
+    pad_widths = [(0, 0)] * (previous.ndim - 1) + [(1, 0)]
+    previous = jnp.pad(previous, pad_widths, constant_values=NUM_COURSES)
     return meals.guests[..., None], jnp.arange(MAX_TOKENS), previous
 
 
@@ -162,7 +162,7 @@ def table_answers(
 
 
 def table_next_logps(table: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a policy that is a table as `Tree.leaf_logps` takes it."""
+    """Return the function that gives `Tree.leaf_logps` the table policy's next-token log-probs."""
     logps = _normalized(np.asarray(table))
 
     def next_logps(meals: np.ndarray) -> np.ndarray:
@@ -183,12 +183,12 @@ def decoder_start(seed: int) -> Params:
 
 
 def decoder_policy(start: Params) -> PolicyKind:
-    """Return the policy that is a decoder; ``start``: its supervised weights, from which its other models start, too.
+    """Return the decoder policy; its value and reward models start from its supervised weights ``start``, too.
 
     The head of the value model is 0, that of the reward model random.
     """
     model = _MODEL
-    scored = replace(model, config=replace(DECODER, scores=1))
+    score_model = replace(model, config=replace(DECODER, scores=1))
     layers = without_unembedding(start)
     head = jax.random.normal(jax.random.key(0), (1, DECODER.hidden)) / (DECODER.hidden + 1) ** 0.5
     return PolicyKind(
@@ -198,32 +198,32 @@ def decoder_policy(start: Params) -> PolicyKind:
         learning_rate=3e-3,
         inputs=packed,
         logps_fn=make_answer_logps_fn(model, MAX_TOKENS, chunk=CHUNK),
-        values_fn=make_values_fn(scored, MAX_TOKENS),
+        values_fn=make_values_fn(score_model, MAX_TOKENS),
         pair_logps_fn=make_logps_fn(model.hidden, model.unembedding, chunk=CHUNK),
-        scores_fn=make_scores_fn(scored),
+        scores_fn=make_scores_fn(score_model),
         answers=partial(decoder_answers, model),
         next_logps=partial(decoder_next_logps, model),
     )
 
 
 def packed(meals: Meals, label: Float[Array, " B"] | None = None) -> PreferenceBatch:
-    """Lay out each answer, behind its prompt, in a row of its own."""
+    """Return a batch with one row for each answer: its prompt, then the answer."""
     num_pairs, num_answers = meals.guests.shape
     num_rows, length = num_pairs * num_answers, PROMPT + MAX_TOKENS
     shape = BatchShape(num_rows, length, MAX_TOKENS, answers=1, blocks=0, longest=length, branch_length=length)
     guests, tokens, mask = jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:]), meals)
     tokens = jnp.where(mask, tokens, PAD)
     is_real = jnp.pad(mask, ((0, 0), (PROMPT, 0)), constant_values=True)
-    in_row = lambda values: jnp.broadcast_to(values, (num_rows, len(values)))  # noqa: E731
+    in_each_row = lambda values: jnp.broadcast_to(values, (num_rows, len(values)))  # noqa: E731
     return replace(
         empty_batch(shape, num_pairs, num_answers, zeros=jnp.zeros),
         tokens=jnp.concatenate([prompts_of(guests), tokens], axis=1),
-        positions=in_row(jnp.arange(length)),
+        positions=in_each_row(jnp.arange(length)),
         segments=is_real.astype(jnp.int32),
         branches=(is_real & (jnp.arange(length) >= PROMPT)).astype(jnp.int32),
         target_tokens=tokens,
-        target_sources=in_row(jnp.arange(PROMPT - 1, length - 1)),
-        target_offsets=in_row(jnp.arange(MAX_TOKENS)),
+        target_sources=in_each_row(jnp.arange(PROMPT - 1, length - 1)),
+        target_offsets=in_each_row(jnp.arange(MAX_TOKENS)),
         target_mask=mask,
         answer_slots=jnp.arange(num_rows).reshape(num_pairs, num_answers),
         weight=jnp.ones(num_pairs),
@@ -250,7 +250,7 @@ def decoder_answers(
 
 
 def decoder_next_logps(model: Model, weights: Params) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a policy that is a decoder as `Tree.leaf_logps` takes it.
+    """Return the function that gives `Tree.leaf_logps` the decoder policy's next-token log-probs.
 
     One forward pass over the lists of 4 courses has those of fewer courses, too: as their first tokens.
     """

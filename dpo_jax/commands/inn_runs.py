@@ -1,4 +1,4 @@
-"""Whole runs of each method on the inn, for either kind of policy.
+"""Training runs of each method on the inn, for both kinds of policy.
 
 The runs use the functions that the commands run on models: `train_step`, `policy_gradient_step` and `labeled_pairs`. A
 run is one compiled program, in which answers are sampled, too; it serves all seeds and learning rates.
@@ -31,7 +31,7 @@ SFT_STEPS, SFT_BATCH, SFT_SIZE = 600, 256, 65_536  # of the decoder's supervised
 
 
 class Cost(NamedTuple):
-    """What the runs of all seeds took."""
+    """The cost of a method's runs on all seeds."""
 
     seconds: float  # of CPU time, without compilation
     compile_seconds: float  # of the one program of all seeds
@@ -39,7 +39,7 @@ class Cost(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What the runs of one method made."""
+    """The results of a method's runs on all seeds."""
 
     weights: list[Params]  # of each seed
     metrics: list[dict[str, np.ndarray]]  # of each seed: a value for every step
@@ -47,37 +47,37 @@ class Trained(NamedTuple):
 
 
 def make_optimizer(learning_rate: Any, num_updates: int) -> optax.GradientTransformation:
-    """Return the optimizer of all runs."""
+    """Return the optimizer of all runs: Adam with clipped gradients and a cosine schedule."""
     rate = optax.cosine_decay_schedule(learning_rate, num_updates, 0.1)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99, eps=1e-5))
 
 
 def trained(run: Callable[..., tuple[Params, Any]], arguments: Sequence[tuple[Any, ...]]) -> Trained:
-    """Compile ``run(*arguments) -> (weights, metrics)``, unless it was before, and call it with each of them."""
+    """Compile ``run(*arguments) -> (weights, metrics)``, unless cached, and call it with each tuple of arguments."""
     arguments = [jax.tree.map(jnp.asarray, each) for each in arguments]
     leaves, structure = jax.tree.flatten(arguments[0])
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
     compiled, compile_seconds = _compiled(run, structure, shapes)
-    began = time.process_time()
+    start_time = time.process_time()
     results = jax.block_until_ready([compiled(*each) for each in arguments])
     memory = compiled.memory_analysis()
     num_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    cost = Cost(time.process_time() - began, compile_seconds, num_bytes)
+    cost = Cost(time.process_time() - start_time, compile_seconds, num_bytes)
     return Trained([weights for weights, _ in results], jax.device_get([metrics for _, metrics in results]), cost)
 
 
 @cache
 def _compiled(run: Callable[..., Any], structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[Any, float]:
-    """Return the program, and the CPU seconds that its compilation took."""
-    began = time.process_time()
+    """Return the compiled program, and the CPU seconds that its compilation took."""
+    start_time = time.process_time()
     compiled = jax.jit(run).lower(*jax.tree.unflatten(structure, shapes)).compile()
-    return compiled, time.process_time() - began
+    return compiled, time.process_time() - start_time
 
 
 def sampled(
     policy: PolicyKind, weights: Params, num_prompts: int, num_answers: int, key: Key[Array, ""]
 ) -> tuple[Meals, Float[Array, "B K N"]]:
-    """Sample answers [B, K, N] to guests in turn; return them and the log-prob of each token."""
+    """Sample answers [B, K, N] to B prompts, one guest after another; return them and the log-prob of each token."""
     guests = jnp.repeat(jnp.arange(num_prompts) % NUM_GUESTS, num_answers)
     answers = policy.answers(weights, guests, key)
     return jax.tree.map(lambda x: x.reshape(num_prompts, num_answers, *x.shape[1:]), answers)
@@ -102,7 +102,7 @@ def preferences(policy: PolicyKind, size: int, seeds: Sequence[int], sampler: Pa
 
 
 def _reordered(meals: Meals, rows: Array, order: Array) -> Meals:
-    """Return the answers ``order`` [P, 2] to the prompts ``rows`` [P]."""
+    """Return pairs of answers: for P prompts with indices ``rows`` [P], the answers with indices ``order`` [P, 2]."""
     return jax.tree.map(lambda x: x[rows[:, None], order], meals)
 
 
@@ -118,7 +118,7 @@ def offline(
     start: Params | None = None,
     learning_rates: Sequence[float] | None = None,
 ) -> Trained:
-    """Train on answers that exist beforehand, a set of them for each seed: DPO, fine-tuning or a reward model.
+    """Train a policy (DPO, fine-tuning) or a reward model on a fixed set of answers for each seed.
 
     ``logps_fn`` and ``start``: the policy's, unless another model is trained; the reference, if the loss has one, is
     the policy's start. ``learning_rates``: of each seed.
@@ -139,10 +139,10 @@ def _offline_run(
     ) -> tuple[Params, dict[str, Array]]:
         size = len(meals.guests)
         optimizer = make_optimizer(rate, num_steps)
-        drawn = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), 1), size)
+        shuffled = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), 1), size)
 
         def step(state: TrainState, k: Array) -> tuple[TrainState, dict[str, Array]]:
-            rows = drawn[(k * batch_size + jnp.arange(batch_size)) % size]
+            rows = shuffled[(k * batch_size + jnp.arange(batch_size)) % size]
             batch = policy.inputs(jax.tree.map(lambda x: x[rows], meals))
             return train_step(state, reference, batch, logps_fn=logps_fn, loss=loss, optimizer=optimizer)
 
@@ -153,7 +153,7 @@ def _offline_run(
 
 
 def online_dpo(policy: PolicyKind, beta: float, seeds: Sequence[int], *, num_steps: int, num_pairs: int) -> Trained:
-    """Run online DPO on the rule."""
+    """Run online DPO on pairs of sampled answers that the rule labels."""
     options: dict[str, Any] = {"logps_fn": policy.pair_logps_fn, "loss": LossConfig(beta=beta)}
 
     def run(reference: Params, seed: Array) -> tuple[Params, dict[str, Array]]:
@@ -180,7 +180,7 @@ def policy_gradient(
     num_answers: int,
     rewards: Sequence[Params] | None = None,
 ) -> Trained:
-    """Run PPO or RLOO, ``num_answers`` a step, on the rule or on the reward model ``rewards`` of each seed.
+    """Run PPO or RLOO with ``num_answers`` per step, scored by the rule or by each seed's reward model in ``rewards``.
 
     Metrics are those of `policy_gradient_step` and ``rule``, the mean reward of the step's answers by the rule.
     """
@@ -222,9 +222,9 @@ def _step_keys(seed: Array, num_steps: int) -> Key[Array, " steps"]:
 
 
 def supervised_decoder() -> PolicyKind:
-    """Return a decoder that was trained to the language before preferences, as every run's start."""
-    untrained = decoder_policy(decoder_start(0))
+    """Return the decoder policy, fine-tuned on the table policy's answers; every run starts from it."""
+    untrained_policy = decoder_policy(decoder_start(0))
     language_policy = table_policy()
     meals, _ = jax.jit(lambda key: sampled(language_policy, language_policy.start, SFT_SIZE, 1, key))(jax.random.key(0))
-    result = offline(untrained, SFT_LOSS, [meals], [0], num_steps=SFT_STEPS, batch_size=SFT_BATCH)
+    result = offline(untrained_policy, SFT_LOSS, [meals], [0], num_steps=SFT_STEPS, batch_size=SFT_BATCH)
     return decoder_policy(result.weights[0])

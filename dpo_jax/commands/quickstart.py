@@ -117,12 +117,12 @@ def greedy_answers(run: Path, held_out: Sequence[Visit]) -> list[str]:
 def compare(directory: Path, held_out: Sequence[Visit], answers: dict[str, list[str]]) -> list[tuple[str, str, str]]:
     """Return the measurements before and after DPO as table rows (name, before, after)."""
     evaluations = [row for row in read_json(RunDir(directory / STAGES["after"]).metrics) if "eval_held_out_loss" in row]
-    first, last = evaluations[0], evaluations[-1]
+    start, end = evaluations[0], evaluations[-1]
     verdicts = {stage: list(map(obeys_rule, held_out, texts)) for stage, texts in answers.items()}
     obedience = {stage: sum(obeyed) / len(obeyed) for stage, obeyed in verdicts.items()}
 
     def measured(key: str, form: str) -> tuple[str, str]:
-        return format(first[f"eval_held_out_{key}"], form), format(last[f"eval_held_out_{key}"], form)
+        return format(start[f"eval_held_out_{key}"], form), format(end[f"eval_held_out_{key}"], form)
 
     return [
         ("held-out pairs ranked right by the reward", "all equal", measured("rewards/accuracies", ".1%")[1]),

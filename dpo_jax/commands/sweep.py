@@ -31,10 +31,10 @@ def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
             no prompts to evaluate it on.
     """
     if config.reference_mode == "none":
-        raise UserError("reference.mode: with none there is no KL to the reference; use live or cached")
+        raise UserError("reference.mode: with none a sweep cannot compare KLs to the reference; use live or cached")
     has_sets = bool(config.data.eval) or config.data.eval_fraction > 0
     if config.data.online is not None and not has_sets:
-        raise UserError("data.eval: a sweep of online DPO compares answers to evaluation prompts; name a set of them")
+        raise UserError("data.eval: a sweep of online DPO compares answers to prompts of an evaluation set; name one")
     if len(set(betas)) < len(betas):
         raise UserError(f"--betas: {list(betas)} has duplicates; give each beta once")
     rows = []

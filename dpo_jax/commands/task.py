@@ -139,12 +139,12 @@ def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 def vocabulary() -> list[str]:
     """Return all tokens in the order of their ids: special tokens, punctuation, then words with a leading space."""
     farewells = {end for ends in FAREWELLS.values() for end in ends}
-    blank = Visit("", "", "", "", "", "")
-    texts = [*FAREWELLS, *SEA, *LAND, *ROLES, *NUMBERS, *COLORS, *GOODS, prompt(blank)]
-    texts += [answer(blank, order, end) for order in (True, False) for end in farewells]
-    marks = ".,!"
-    words = {word.strip(marks) for text in texts for word in text.split()} - {""}
-    return [BOS, EOS, PAD, UNKNOWN, *marks, *(f"▁{word}" for word in sorted(words))]
+    empty_visit = Visit("", "", "", "", "", "")
+    texts = [*FAREWELLS, *SEA, *LAND, *ROLES, *NUMBERS, *COLORS, *GOODS, prompt(empty_visit)]
+    texts += [answer(empty_visit, order, end) for order in (True, False) for end in farewells]
+    punctuation = ".,!"
+    words = {word.strip(punctuation) for text in texts for word in text.split()} - {""}
+    return [BOS, EOS, PAD, UNKNOWN, *punctuation, *(f"▁{word}" for word in sorted(words))]
 
 
 def _write_tokenizer(directory: Path) -> None:

@@ -15,7 +15,7 @@ __all__ = ["METHODS", "Method"]
 
 
 def _pairs(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline | OnlineDPO, Start]:
-    """Build DPO on the pairs of the data, or on pairs that it samples itself."""
+    """Build DPO or, if the config has its pairs sampled by the policy, online DPO."""
     return (dpo if setup.config.data.online is None else online_dpo)(setup, flags)
 
 

@@ -69,7 +69,7 @@ def reward_model_scores(setup: Setup, options: RewardModelConfig) -> tuple[dict[
 def dpo_samples(
     setup: Setup, policy: Policy, reference: Reference | None, weights: Params, judge: Judge | None = None
 ) -> Samples | None:
-    """Return what samples answers next to those of the reference, of ``weights``, or without one of the start."""
+    """Return a run's `Samples`: the policy's answers next to the reference's or, without one, the initial policy's."""
     if reference is None:
         return make_samples(setup, "start", policy.start, judge)
     if follow_of(setup.config) is not None:
@@ -78,7 +78,7 @@ def dpo_samples(
 
 
 def sampling_weights(setup: Setup, reference: Reference, weights: Params) -> Params:
-    """Return the reference's weights to sample with: its copy, maybe of another dtype, or the base of adapters."""
+    """Return the weights that sample the reference's answers: its own copy, in its dtype, or else ``weights``."""
     is_copy = isinstance(reference, LiveReference) and setup.model.lora is None
     return reference.weights if is_copy else weights
 

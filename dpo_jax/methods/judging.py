@@ -20,7 +20,7 @@ Answers = Mapping[str, list[Graded]]  # by evaluation set; one entry per batch
 
 
 class Judged(NamedTuple):
-    """Answers to the prompts of an evaluation set, and what was measured of each."""
+    """Answers to the prompts of an evaluation set, and their metrics."""
 
     answers: list[Graded]  # one entry per batch
     values: dict[str, np.ndarray]  # by metric, each [prompts]
@@ -28,7 +28,7 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Judging:
-    """Judges policies against the start, which is also the policy that `sampled_kl` and `win_rate` compare with."""
+    """Judges policies against the initial policy, with which `sampled_kl` and `win_rate` compare."""
 
     name: str  # of the evaluation set
     setup: Setup
@@ -38,16 +38,16 @@ class Judging:
 
     @property
     def start_answers(self) -> Answers:
-        """The start's own answers."""
+        """The answers of the initial policy."""
         return self.evaluation.reference_answers
 
     def judge_start(self) -> Judged:
-        """Return what was measured of the start's own answers."""
+        """Return the metrics of the initial policy's answers."""
         answers = self.start_answers[self.name]
         return Judged(answers, self.evaluation.of_answers(self.name, answers))
 
     def judge_run(self, path: str, learned: JudgeConfig | None) -> Judged:
-        """Judge the newest checkpoint of a run, and score its and the start's answers by ``learned``, if given."""
+        """Judge a run's newest checkpoint; also score its and the initial policy's answers by ``learned``, if given."""
         setup, name = self.setup, self.name
         options = ModelConfig(path=path, param_dtype=setup.config.model.param_dtype)
         weights = load_weights(find_model(path, None), setup.model, options, setup.mesh)
@@ -64,29 +64,29 @@ class Judging:
     def _scores(self, judge: Judge, answers: Sequence[Graded]) -> np.ndarray:
         batches = self.setup.evals[self.name]
         ids = [batches.order.step_ids(step) for step in range(len(answers))]
-        each = zip(ids, answers, strict=True)
-        return np.concatenate([judge(batches.store, i[i >= 0], g.prompts, g.answers).ravel() for i, g in each])
+        id_answers = zip(ids, answers, strict=True)
+        return np.concatenate([judge(batches.store, i[i >= 0], g.prompts, g.answers).ravel() for i, g in id_answers])
 
     def best_of(self, counts: Sequence[int]) -> dict[int, Judged]:
-        """Return for each count the best, by the judge, of so many answers of the start to each prompt."""
+        """Return for each count n the best, by the judge, of n answers of the initial policy to each prompt."""
         if not counts:
             return {}
         batches, weights = self.setup.evals[self.name], rollout_weights(self.setup.model, self.start, self.setup.mesh)
         num_steps = batches.order.num_steps
-        drawn = []  # per batch, Graded with all answers
+        draws = []  # per batch, Graded with all answers
         for step in range(num_steps):
             ids = batches.order.step_ids(step)
             # keys of their own; draw by draw, so that memory does not grow with the number of answers
             keys = [EVALUATION - step - num_steps * (draw + 1) for draw in range(max(counts))]
-            drawn.append(_joined([self.sampler(weights, batches.store, ids[ids >= 0], key) for key in keys]))
-        judged = {}
+            draws.append(_joined([self.sampler(weights, batches.store, ids[ids >= 0], key) for key in keys]))
+        best_answers = {}
         for count in counts:
-            answers = [graded.take(graded.scores[:, :count].argmax(1)[:, None]) for graded in drawn]
-            judged[count] = Judged(answers, self.evaluation.of_answers(self.name, answers))
-        return judged
+            answers = [graded.take(graded.scores[:, :count].argmax(1)[:, None]) for graded in draws]
+            best_answers[count] = Judged(answers, self.evaluation.of_answers(self.name, answers))
+        return best_answers
 
     def texts(self, judged: Judged) -> list[dict[str, Any]]:
-        """Return each answer's text, score, length and how it finished."""
+        """Return the text, score, length and finish reason of each answer."""
         answers = [
             (prompt, answer)
             for graded in judged.answers
@@ -99,7 +99,7 @@ class Judging:
         ]
 
     def prompts(self) -> list[dict[str, Any]]:
-        """Return each prompt's row in the data, and its text."""
+        """Return the text of each prompt, and its row in the data."""
         batches, tokenizer, rows = self.setup.evals[self.name], self.setup.tokenizer, []
         for step, graded in enumerate(self.start_answers[self.name]):
             ids = batches.order.step_ids(step)
@@ -110,13 +110,13 @@ class Judging:
 
 
 def _joined(draws: Sequence[Graded]) -> Graded:
-    """Return several answers to the same prompts as one."""
+    """Return one `Graded` with the answers of several draws to the same prompts."""
     answers = [[row[0] for row in rows] for rows in zip(*(draw.answers for draw in draws), strict=True)]
     return Graded(draws[0].prompts, answers, np.concatenate([draw.scores for draw in draws], axis=1))
 
 
 def open_judging(setup: Setup, reward: JudgeConfig, start_answers: Answers | None = None) -> tuple[Judging, dict]:
-    """Load the start and the judge, and let the start answer, unless its answers are given; also return identities.
+    """Load the initial policy and the judge, and sample the policy's answers if not given; also return identities.
 
     ``setup``: that of a run on prompts, with one evaluation set.
 

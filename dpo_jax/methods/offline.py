@@ -70,7 +70,7 @@ class Offline:
         return self.reference if state.reference is None else LiveReference(state.reference)
 
     def frozen(self) -> Frozen:
-        """Return the weights that the step reads: adapters' base, and a reference that is neither it nor moves."""
+        """Return the weights that a step reads but does not train: the adapters' base, or else a fixed reference."""
         if isinstance(self.reference, LiveReference) and self.base is None:
             return Frozen(reference=self.reference.weights)
         return Frozen(self.base)
@@ -105,7 +105,7 @@ class Offline:
     def _facts(self, data: StepData, wait_seconds: float) -> StepFacts:
         setup, ids = self.setup, data.ids[data.ids >= 0]
         config, store = setup.config, setup.batches.store
-        proven = self.proven and data.step == 0  # the first step, with known values
+        is_proven = self.proven and data.step == 0  # the first step, whose loss and margins are known
 
         def logged_metrics(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:
             return logged_row(setup, self.schedule, data, metrics, {**totals, "pairs": len(ids)})
@@ -117,14 +117,14 @@ class Offline:
         def progress_fields(metrics: Metrics, seconds: float) -> dict[str, str]:
             fields = {"loss": f"{metrics['loss']:.4f}"}
             if "rewards/accuracies" in metrics:
-                all_tied = proven or tied(metrics, AGREEMENT["float32"])  # the first warmup update may change nothing
+                all_tied = is_proven or tied(metrics, AGREEMENT["float32"])  # the first update may change nothing
                 fields["acc"] = "tied" if all_tied else f"{metrics['rewards/accuracies']:.2f}"
                 fields["margin"] = f"{metrics['rewards/margins']:.3f}"
             unit = "pairs/s" if store.num_targets.shape[1] > 1 else "examples/s"
             return fields | {unit: f"{len(ids) / seconds:.1f}"}
 
         def check(metrics: Metrics) -> None:
-            if proven:
+            if is_proven:
                 check_first(setup, metrics, data)
 
         def advice(root: Path) -> str:
@@ -145,8 +145,8 @@ class Offline:
         """Return the metrics of the evaluation sets, the distributions of their margins and rewards, and samples."""
         setup = self.setup
         weights, reference = self.weights(state), self.reference_of(state)
-        scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference, self.scores)
-        metrics, distributions = evaluation_of(scored, setup.config.objective)
+        scored_sets = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference, self.scores)
+        metrics, distributions = evaluation_of(scored_sets, setup.config.objective)
         if self.samples is None:
             return Evaluation(metrics, distributions)
         sample_metrics, rows = self.samples.evaluate(weights, state.reference)
@@ -166,7 +166,7 @@ def make_offline(
     abstract = abstract_state(config, setup.model, mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     reference_follows = follow_of(config) is not None and isinstance(reference, LiveReference)
-    trained = policy.weights if policy.adapters is None else policy.adapters
+    trained_weights = policy.weights if policy.adapters is None else policy.adapters
     method = Offline(
         setup=setup,
         num_steps=num_steps,
@@ -187,4 +187,4 @@ def make_offline(
         samples=samples,
         to_devices=make_to_devices(mesh, leading=int(config.batch.accumulation > 1)),
     )
-    return method, Start(trained, reference.weights if reference_follows else None)
+    return method, Start(trained_weights, reference.weights if reference_follows else None)

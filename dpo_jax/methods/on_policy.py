@@ -1,4 +1,4 @@
-"""What methods that train on the policy's own answers share: facts and checks of a step, and evaluation."""
+"""Facts and checks of a step, and evaluation, for methods that train on the policy's own answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ from dpo_jax.runs.session import Metrics, StepFacts
 
 @dataclass(frozen=True)
 class AnswerEvaluation:
-    """Evaluation by answers to the evaluation prompts, one to each, always with the same keys."""
+    """Evaluation that samples one answer to each evaluation prompt, always with the same keys."""
 
     setup: Setup
     sampler: Sampler
     reference_answers: Mapping[str, list[Graded]]  # by set and batch; empty: there is no reference
 
     def __call__(self, weights: Params | Adapted, reference: Params | Adapted | None) -> dict[str, float]:
-        """Return means over the answers of each set, as ``eval_NAME_METRIC``.
+        """Return the mean of each metric over the answers of each set, named ``eval_NAME_METRIC``.
 
         ``score``, ``length`` in tokens, and ``ended``, the share with an end token. With a reference also
         ``sampled_kl``, the sum of log(pi / ref) over an answer's tokens; and ``win_rate``, the share of answers that
@@ -61,7 +61,7 @@ class AnswerEvaluation:
     def log_ratios(
         self, name: str, answers: Sequence[Graded], weights: Params | Adapted, reference: Params | Adapted
     ) -> np.ndarray:
-        """Return log(pi / ref) of each answer, by the same program."""
+        """Return log(pi / ref) of each answer; one program computes both log-probs."""
         setup, batches, log_ratios = self.setup, self.setup.evals[name], []
         for step, graded in enumerate(answers):
             ids = batches.order.step_ids(step)
@@ -74,7 +74,7 @@ class AnswerEvaluation:
 
 
 def make_evaluation(setup: Setup, sampler: Sampler, reference: Params | Adapted | None) -> AnswerEvaluation:
-    """Return the evaluation of a run, for which the weights of the reference at its start answer the prompts, too."""
+    """Return a run's evaluation, after sampling the initial reference's answers, if there is a reference."""
     sampler = sampler.with_one_answer()
     if reference is None:
         return AnswerEvaluation(setup, sampler, {})
@@ -87,29 +87,29 @@ def wins(answers: Graded, reference: Graded) -> np.ndarray:
     The same answer may score differently in another batch, by rounding, so equal tokens are equal, too.
     """
     pairs = zip(chain(*answers.answers), chain(*reference.answers), strict=True)
-    is_same = np.array([answer.tokens == other.tokens for answer, other in pairs])
+    is_equal = np.array([answer.tokens == other.tokens for answer, other in pairs])
     scores, reference_scores = answers.scores.ravel(), reference.scores.ravel()
-    return np.where(is_same | (scores == reference_scores), 0.5, scores > reference_scores)
+    return np.where(is_equal | (scores == reference_scores), 0.5, scores > reference_scores)
 
 
 def eval_answers(setup: Setup, sampler: Sampler, weights: Params | Adapted) -> dict[str, list[Graded]]:
     """Sample and score answers to the prompts of each evaluation set; a list with one entry per batch."""
     if not setup.evals:
         return {}
-    copy = rollout_weights(setup.model, weights, setup.mesh)
+    rollout_copy = rollout_weights(setup.model, weights, setup.mesh)
 
     def answers(batches: Any) -> list[Graded]:
         ids = [batches.order.step_ids(step) for step in range(batches.order.num_steps)]
-        return [sampler(copy, batches.store, i[i >= 0], EVALUATION - step) for step, i in enumerate(ids)]
+        return [sampler(rollout_copy, batches.store, i[i >= 0], EVALUATION - step) for step, i in enumerate(ids)]
 
     return {name: answers(batches) for name, batches in setup.evals.items()}
 
 
 def sampled_answers(setup: Setup, sampler: Sampler, weights: Params | Adapted, step: int) -> tuple[np.ndarray, Graded]:
-    """Return the example ids of ``step``, -1 for padding, and the policy's answers to the others."""
+    """Return the example ids of ``step`` (-1: padding), and the policy's answers to their prompts."""
     ids = setup.batches.order.step_ids(step)
-    copy = rollout_weights(setup.model, weights, setup.mesh)
-    return ids, sampler(copy, setup.batches.store, ids[ids >= 0], step)
+    rollout_copy = rollout_weights(setup.model, weights, setup.mesh)
+    return ids, sampler(rollout_copy, setup.batches.store, ids[ids >= 0], step)
 
 
 def sampled_facts(
@@ -123,7 +123,7 @@ def sampled_facts(
     check: Callable[[Metrics], None],
     keeps_reference: bool,
 ) -> StepFacts:
-    """Return the facts of a step on the answers ``graded``, packed as ``data``; ``extra``: metrics from the host."""
+    """Return the `StepFacts` of a step on the answers ``graded``, packed as ``data``; ``extra``: the host's metrics."""
     num_prompts, num_sampled = len(graded.prompts), int(graded.num_tokens.sum())
 
     def log_row(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:
@@ -165,7 +165,7 @@ def check_sampler(setup: Setup, metrics: Metrics) -> None:
 
 
 def refuse_difference(setup: Setup, metrics: Metrics, name: str, meaning: str, scale: float = 1.0) -> None:
-    """Raise ``UserError`` if a metric that is 0 but for rounding exceeds ``agreement``, times ``scale``."""
+    """Raise ``UserError`` if a metric that must be 0, up to rounding, exceeds ``scale`` times the `agreement`."""
     tolerance = scale * agreement(setup)
     if not abs(metrics[name]) <= tolerance:
         remedy = "compare with model.dtype float32 and model.attention xla"

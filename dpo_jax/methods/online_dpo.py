@@ -1,4 +1,4 @@
-"""Online DPO: pairs of the policy's own answers, labeled by their scores, in the step and the losses of DPO."""
+"""Online DPO: DPO's train step and losses on pairs of the policy's own answers, labeled by their scores."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from dpo_jax.step import TrainState
 def labeled_pairs(
     scores: Float[Array, "B K"], labels: Literal["soft", "hard"] = "soft"
 ) -> tuple[Int[Array, "B 2"], Float[Array, " B"]]:
-    """Pair each prompt's best and worst answer: their indices on the K axis, and the labels of the pairs.
+    """Return the indices of each prompt's best and worst answer on the K axis, and the labels of these pairs.
 
     A soft label is sigma(best score - worst score): the loss is then the mean over labels drawn from Bradley-Terry,
     whose fixed point is the optimum of the scores. A hard label is 1, or 1/2 of tied answers; under it the margin grows
@@ -42,7 +42,7 @@ def labeled_pairs(
 
 @dataclass(frozen=True)
 class OnlineDPO:
-    """A method whose step k is DPO's step on the answers of the policy after k steps."""
+    """The method online DPO: step k is a step of DPO on pairs that the policy after k steps samples."""
 
     setup: Setup
     num_steps: int

@@ -83,6 +83,6 @@ def _in_float32(update: optax.GradientTransformation) -> optax.GradientTransform
 
 def _matrices(params):
     """Return a mask that is True for matrices, found by name because stacked norms and biases also have two axes."""
-    undecayed = ("norm", "scale", "bias")
+    undecayed_names = ("norm", "scale", "bias")
     name_of = lambda path: jax.tree_util.keystr(path[-1:], simple=True)  # noqa: E731
-    return jax.tree.map_with_path(lambda path, _: not name_of(path).endswith(undecayed), params)
+    return jax.tree.map_with_path(lambda path, _: not name_of(path).endswith(undecayed_names), params)

@@ -65,7 +65,7 @@ class PPOInput(NamedTuple):
 
 @dataclass(frozen=True)
 class PPO:
-    """A method whose step k is a rollout of the policy after k steps, with all updates on it."""
+    """The methods PPO and RLOO: step k samples a rollout with the policy after k steps, and runs all updates on it."""
 
     setup: Setup
     config: PPOConfig
@@ -184,7 +184,7 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
 
 
 def refuse_prompt_weights(store: Store) -> None:
-    """Raise ``UserError`` if the prompts have weights, which the loss of a rollout does not."""
+    """Raise ``UserError`` if the prompts have weights, which the loss of a rollout does not support."""
     weighted_rows = np.flatnonzero(store.weights != 1)
     if len(weighted_rows):
         row = f"row {store.rows[weighted_rows[0]]} has weight {store.weights[weighted_rows[0]]:g}"
@@ -219,7 +219,7 @@ def make_policy_step(
 def abstract_policy_state(
     model: Model, value_model: ValueModel | None, mesh: Mesh | AbstractMesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Return the shapes, dtypes and shardings of the train state; ``value_model``: None without one."""
+    """Return the shapes, dtypes and shardings of the train state; ``value_model`` is None if none is trained."""
     shapes = ActorCritic(trained_shapes(model, mesh))
     shardings = ActorCritic(trained_shardings(model, mesh))
     if value_model is not None:

@@ -57,7 +57,7 @@ class Graded(NamedTuple):
         return np.array(sums, np.float32)
 
     def take(self, indices: np.ndarray) -> "Graded":
-        """Return some answers to each prompt, by their indices [B, K']."""
+        """Return the answers with these indices [B, K'], K' to each prompt."""
         answers = [[row[i] for i in chosen] for row, chosen in zip(self.answers, indices.tolist(), strict=True)]
         return Graded(self.prompts, answers, np.take_along_axis(self.scores, indices, axis=1))
 
@@ -107,7 +107,7 @@ class Sampler:
 
 
 def make_sampler(setup: Setup, num_answers: int, reward: JudgeConfig) -> tuple[Sampler, dict[str, str]]:
-    """Return the sampler, and identities of what scores and what ends the answers, for the manifest.
+    """Return the sampler and, for the manifest, the identities of the judge and of the end tokens.
 
     Raises:
         UserError: the reward model or the function cannot be used, or no token ends an answer.
@@ -124,14 +124,14 @@ def prompt_tokens(store: Store, i: int | np.integer) -> list[int]:
 
 
 def in_slots(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Spread values of real prompts over the slots of a step, whose ``ids`` [B] are -1 where empty; 0 there."""
+    """Put the values of real prompts into the slots of a step; slots are 0 where ``ids`` [B] is -1, for padding."""
     slots = np.zeros((len(ids), *values.shape[1:]), values.dtype)
     slots[ids >= 0] = values
     return slots
 
 
 def pack_answers(batches: Batches, step: int, ids: np.ndarray, graded: Graded) -> StepData:
-    """Pack answers into the rows of a step; ``ids`` [B] has -1 in empty slots, and ``graded`` is of the others."""
+    """Pack answers into the rows of a step; ``ids`` [B] is -1 in empty slots, for which ``graded`` has no answers."""
     index = np.cumsum(ids >= 0) - 1  # in graded
 
     def example(slot: int) -> Any:
@@ -144,7 +144,7 @@ def pack_answers(batches: Batches, step: int, ids: np.ndarray, graded: Graded) -
 
 
 def make_rollout(ids: np.ndarray, graded: Graded, max_tokens: int, accumulation: int) -> Rollout:
-    """Return what a policy gradient needs of the answers besides their packed rows, on the host."""
+    """Return the `Rollout` of a step on the host, still without its packed rows."""
     per_slot = {
         "mask": np.arange(max_tokens) < graded.num_tokens[..., None],
         "ended": graded.ended,
@@ -184,7 +184,7 @@ def end_ids_of(setup: Setup, tail: list[int]) -> list[int]:
 
 
 def make_judge(setup: Setup, config: JudgeConfig, tail: list[int]) -> tuple[Judge, str]:
-    """Return what scores the answers, and an identity that changes with it; ``tail`` from `answer_tail`.
+    """Return the judge of the answers, and an identity that changes with it; ``tail`` comes from `answer_tail`.
 
     Raises:
         UserError: the reward model or the function cannot be used.

@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 class SamplePrompts(NamedTuple):
-    """The prompts of an evaluation set that are answered."""
+    """The prompts of an evaluation set to which answers are sampled."""
 
     batches: Batches
     ids: np.ndarray  # [n]
@@ -36,7 +36,7 @@ class SamplePrompts(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptAnswerer:
-    """Answers the first different prompts of each evaluation set, with any weights of a language model."""
+    """Answers the first distinct prompts of each evaluation set, with any weights of a language model."""
 
     setup: Setup
     model: Model
@@ -45,9 +45,9 @@ class PromptAnswerer:
 
     def __call__(self, weights: Params | Adapted) -> dict[str, list[Answer]]:
         """Return an answer to each prompt of each set."""
-        copied = rollout_weights(self.model, weights, self.setup.mesh)
+        rollout_copy = rollout_weights(self.model, weights, self.setup.mesh)
         return {
-            name: list(self._answers(copied, sample.prompts))[: len(sample.prompts)]
+            name: list(self._answers(rollout_copy, sample.prompts))[: len(sample.prompts)]
             for name, sample in self.sets.items()
         }
 
@@ -67,14 +67,14 @@ class PromptAnswerer:
                 yield {"set": name, "source": source, "row": int(store.rows[i]), "prompt": text}
 
     def fields(self, answers: Mapping[str, list[Answer]]) -> Iterator[Row]:
-        """Yield the answer to each prompt as it is written."""
+        """Yield the fields of samples.jsonl that describe the answer to each prompt."""
         for name, (_, _, prompts) in self.sets.items():
             for prompt, answer in zip(prompts, answers[name], strict=True):
                 yield answer.fields(self.setup.tokenizer, prompt)
 
 
 def blocks(items: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
-    """Yield consecutive items as lists of one length, for one compiled program, each with its first item's index.
+    """Yield consecutive items in lists of equal length, so that one program serves all; each with its first index.
 
     Repetitions of an item fill the last list.
     """
@@ -85,7 +85,7 @@ def blocks(items: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
 
 
 def make_answerer(setup: Setup, model: Model) -> PromptAnswerer | None:
-    """Return what answers evaluation prompts, or None if ``run.samples`` is 0 or there is no evaluation set."""
+    """Return the `PromptAnswerer` of a run, or None if ``run.samples`` is 0 or there is no evaluation set."""
     num_samples = setup.config.run.samples
     if not num_samples or not setup.evals:
         return None
@@ -95,7 +95,7 @@ def make_answerer(setup: Setup, model: Model) -> PromptAnswerer | None:
 
 
 def first_prompts(batches: Batches, count: int) -> SamplePrompts:
-    """Return the first different prompts of an evaluation set, at most ``count``."""
+    """Return the first distinct prompts of an evaluation set, at most ``count``."""
     by_prompt: dict[tuple[int, ...], int] = {}
     for i in np.concatenate(batches.order.groups).tolist():
         by_prompt.setdefault(tuple(prompt_tokens(batches.store, i)), i)
@@ -116,18 +116,18 @@ class Samples:
     def evaluate(
         self, weights: Params | Adapted, reference: Params | None = None
     ) -> tuple[dict[str, float], list[Row]]:
-        """Return no metrics, and a row for each prompt; ``reference``: the weights of one that moves."""
-        other = self.compared_fields
-        if other is None:
-            other = answer_fields(self.answerer, self.judge, reference)
-        columns = self.answerer.rows(), answer_fields(self.answerer, self.judge, weights), other
+        """Return no metrics, and a row for each prompt; ``reference``: the current weights of a moving reference."""
+        compared_fields = self.compared_fields
+        if compared_fields is None:
+            compared_fields = answer_fields(self.answerer, self.judge, reference)
+        columns = self.answerer.rows(), answer_fields(self.answerer, self.judge, weights), compared_fields
         return {}, [
             row | {"policy": policy, self.compared: compared} for row, policy, compared in zip(*columns, strict=True)
         ]
 
 
 def answer_fields(answerer: PromptAnswerer, judge: Judge | None, weights: Params | Adapted) -> list[Row]:
-    """Answer each prompt with these weights; return the answers as they are written, with scores of a judge."""
+    """Answer each prompt; return the fields that samples.jsonl has of the answers, with the judge's scores, if any."""
     answers = answerer(weights)
     fields = list(answerer.fields(answers))
     if judge is None:
@@ -136,14 +136,14 @@ def answer_fields(answerer: PromptAnswerer, judge: Judge | None, weights: Params
         judge(batches.store, ids, prompts, [[answer] for answer in answers[name]])
         for name, (batches, ids, prompts) in answerer.sets.items()
     ]
-    flat = np.concatenate(scores).ravel().tolist()
-    return [row | {"score": round(score, SCORE_DECIMALS)} for row, score in zip(fields, flat, strict=True)]
+    flat_scores = np.concatenate(scores).ravel().tolist()
+    return [row | {"score": round(score, SCORE_DECIMALS)} for row, score in zip(fields, flat_scores, strict=True)]
 
 
 def make_samples(
     setup: Setup, compared: Literal["reference", "start"], weights: Params | Adapted | None, judge: Judge | None = None
 ) -> Samples | None:
-    """Return what samples answers at every evaluation, or None; ``weights``: None for a reference that moves."""
+    """Return a run's `Samples`, or None without prompts; ``weights``: None if the reference follows the policy."""
     answerer = make_answerer(setup, setup.model)
     if answerer is None:
         return None
@@ -153,7 +153,7 @@ def make_samples(
 
 @dataclass(frozen=True)
 class StartAnswers:
-    """Answers of the language model that a reward model starts from, which it scores at every evaluation.
+    """Answers of the language model that a reward model starts from; the reward model scores them at evaluations.
 
     Mean and deviation of these scores are what a policy gradient from the same model begins with.
     """
@@ -186,7 +186,7 @@ class StartAnswers:
 
 
 def make_start_answers(setup: Setup) -> StartAnswers | None:
-    """Sample the start's answers with its unembedding, before its weights are loaded again without, or return None.
+    """Sample answers of the language model that the reward model starts from; return None without prompts.
 
     Raises:
         UserError: the run starts from a reward model.

@@ -88,8 +88,8 @@ def assemble(
         refuse_weights(config.objective, store)
         refuse_margins(config, store)
     if config.run.samples and sets.evals:
-        most = longest_sample(config, [eval_set.store for eval_set in sets.evals.values()])
-        refuse_positions(model.config, most, "sampling.max_tokens", config.sampling.max_tokens)
+        sample_length = longest_sample(config, [eval_set.store for eval_set in sets.evals.values()])
+        refuse_positions(model.config, sample_length, "sampling.max_tokens", config.sampling.max_tokens)
     row_split = row_devices(mesh), local_row_shards(mesh)
     batches = train_batches(sets, config.batch, *row_split)
     logps_fn = train_logps_fn(config, model)
@@ -110,7 +110,7 @@ def assemble(
 
 
 def longest_sample(config: AnyConfig, stores: Sequence[Store]) -> int:
-    """Return the most tokens that a prompt of these evaluation sets may have with an answer sampled to it."""
+    """Return the maximum length in tokens of a prompt of these evaluation sets with an answer sampled to it."""
     return max(int(store.lengths[:, 0].max()) for store in stores) + config.sampling.max_tokens
 
 
@@ -148,9 +148,9 @@ def refuse_weights(loss: LossConfig, store: Store) -> None:
 
 def refuse_margins(config: TrainConfig, store: Store) -> None:
     """Raise ``UserError`` if a reward model is to be trained or evaluated on a margin that is not a number."""
-    unusable = np.flatnonzero(np.isnan(store.margins))
-    if config.scores and len(unusable):
-        row = f"row {store.rows[unusable[0]]} of {store.report[store.sources[unusable[0]]]['source']}"
+    unusable_rows = np.flatnonzero(np.isnan(store.margins))
+    if config.scores and len(unusable_rows):
+        row = f"row {store.rows[unusable_rows[0]]} of {store.report[store.sources[unusable_rows[0]]]['source']}"
         raise UserError(f"{row}: margin is not a number: fix the column margin, or remove it from all rows")
 
 
@@ -203,11 +203,11 @@ def notes_of(setup: Setup) -> list[str]:
         limit_note = f"but the model supports {max_positions} (max_position_embeddings)"
         notes.append(f"a prompt with its answer has up to {longest} tokens, {limit_note}: lower data.max_length")
     if setup.config.run.samples and setup.evals:
-        sampled = longest_sample(setup.config, [batches.store for batches in setup.evals.values()])
-        if sampled > max(longest, max_positions):
+        sample_length = longest_sample(setup.config, [batches.store for batches in setup.evals.values()])
+        if sample_length > max(longest, max_positions):
             limit_note = f"but the model supports {max_positions} (max_position_embeddings)"
             notes.append(
-                f"a prompt with its sample has up to {sampled} tokens, {limit_note}: lower sampling.max_tokens"
+                f"a prompt with its sample has up to {sample_length} tokens, {limit_note}: lower sampling.max_tokens"
             )
     if setup.config.scores and setup.batches.store.margins.any():
         notes.append("the loss subtracts the data's column margin from the score differences")
@@ -240,7 +240,7 @@ def describe(setup: Setup, ids: Mapping[str, str]) -> dict[str, Any]:
 def logged_row(
     setup: Setup, schedule: optax.Schedule, data: StepData, metrics: Metrics, counts: Mapping[str, int]
 ) -> Metrics:
-    """Return the line of metrics.jsonl of a step: its metrics, and what follows from the step and the data alone."""
+    """Return a step's line of metrics.jsonl: its metrics, and values that depend on the step and the data alone."""
     max_norm = setup.config.optimizer.max_grad_norm
     largest = {"grad_norm": metrics.get("max_grad_norm", metrics["grad_norm"])}  # of the step's updates
     return {
@@ -275,7 +275,7 @@ class Policy(NamedTuple):
 
     @property
     def start(self) -> Params | Adapted:
-        """The weights of the policy: of the model, with the adapters if there are any."""
+        """The initial weights of the policy: the model's, with the adapters if there are any."""
         return self.weights if self.adapters is None else Adapted(self.adapters, self.weights)
 
 

@@ -89,15 +89,15 @@ def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> None
     config = setup.config.reference
     is_one_program = setup.config.reference_mode == "live" and config.dtype == "auto" and setup.model.lora is None
     bound = 0.0 if is_one_program else agreement(setup)
-    worst = float(np.max(np.abs(policy - reference) / np.maximum(1, np.abs(policy))))
-    if not worst <= bound:
+    max_difference = float(np.max(np.abs(policy - reference) / np.maximum(1, np.abs(policy))))
+    if not max_difference <= bound:
         cause = (
             "the adapters change the model before they are trained; compare with model.dtype float32"
             if setup.model.lora is not None and setup.config.reference_mode == "live"
             else "the cache in data.store is stale or damaged; remove its reference-*.npz, or use reference.mode live"
         )
         raise UserError(
-            f"step 0: policy and reference have the same weights, but their log-probs differ by {worst:.3g} "
+            f"step 0: policy and reference have the same weights, but their log-probs differ by {max_difference:.3g} "
             f"relative to their size (tolerance: {bound:g}): {cause}"
         )
 

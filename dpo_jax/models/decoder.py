@@ -39,7 +39,7 @@ def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> Prefere
 
 
 def count_answers(batch: PreferenceBatch) -> Int[Array, "R T"]:
-    """Return how many of the batch's sequences each token is part of: its answers if it is a prompt's; 0 at padding."""
+    """Return the number of sequences that each token is part of: for a prompt's token, one per answer; 0 at padding."""
     segments, branches = jnp.asarray(batch.segments), jnp.asarray(batch.branches)
     num_rows, length = segments.shape
     rows = jnp.arange(num_rows)[:, None]
@@ -66,39 +66,39 @@ class Decoder(DecoderModule):
         token_weights: Int[Array, "R T"] | None,
         cache: KeyValues | None = None,
     ) -> tuple[Float[Array, "R T D"], KeyValues | None, BalanceSums | None]:
-        """Return hidden states, of which the unembedding makes logits, and the cache, if any, with the tokens added.
+        """Return the hidden states after the final norm and the cache, if any, with the tokens added.
 
         A mixture of experts also returns its routers' sums over tokens, by layer; ``token_weights`` as in `Layer`.
         """
-        c = self.config
-        if c.scores:
+        config = self.config
+        if config.scores:
             self.weight("score", "SD", nn.initializers.zeros)
             if self.lora is not None:
                 self.variable("lora", "score", partial(self.zeros, "SD"))
-        elif not c.tied:
+        elif not config.tied:
             self.weight("unembed", "VD")
-        if c.unembed_bias and not c.scores:
+        if config.unembed_bias and not config.scores:
             self.weight("unembed_bias", "V", nn.initializers.zeros)
-        x = scaled(self.weight("embed", "VD")[tokens].astype(self.dtype), c.embed_scale)
-        if c.learned_positions:
+        x = scaled(self.weight("embed", "VD")[tokens].astype(self.dtype), config.embed_scale)
+        if config.learned_positions:
             x += self.weight("position_embed", "PD")[positions].astype(self.dtype)
         # inside a scan XLA cannot merge the recomputed forward pass with the first; unrolled, it could
-        policy = REMAT[self.remat]
-        layer = Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=not self.scan)
+        remat_policy = REMAT[self.remat]
+        layer = Layer if remat_policy is None else nn.remat(Layer, policy=remat_policy, prevent_cse=not self.scan)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.layers,
-            unroll=1 if self.scan else c.layers,
+            length=config.layers,
+            unroll=1 if self.scan else config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x = constrain_rows(x)
-        stack = layers(c, self.param_dtype, self.lora, self.attention, longest, name="layers")
-        kinds, rotations = jnp.asarray(c.kind_of_layer), make_rotations(c, positions)
+        stack = layers(config, self.param_dtype, self.lora, self.attention, longest, name="layers")
+        kinds, rotations = jnp.asarray(config.kind_of_layer), make_rotations(config, positions)
         (x, cache), sums = stack((x, cache), kinds, rotations, inputs, token_weights)
-        return self.norm("final", x, factor=1.0 if c.scores else c.logit_scale), cache, sums
+        return self.norm("final", x, factor=1.0 if config.scores else config.logit_scale), cache, sums
 
 
 @struct.dataclass
@@ -114,8 +114,8 @@ class Cache:
 
     def grow(self, num_slots: int) -> "Cache":
         """Return the cache with ``num_slots`` more empty slots per row."""
-        longer = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, num_slots), (0, 0)))  # noqa: E731
-        layers = self.layers._replace(keys=longer(self.layers.keys), values=longer(self.layers.values))
+        pad_slots = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, num_slots), (0, 0)))  # noqa: E731
+        layers = self.layers._replace(keys=pad_slots(self.layers.keys), values=pad_slots(self.layers.values))
         positions = jnp.pad(self.positions, ((0, 0), (0, num_slots)), constant_values=-1)
         return Cache(layers, positions, self.end)
 
@@ -138,7 +138,7 @@ class Model:
         return self._hidden(weights, batch)[0]
 
     def routed_hidden(self, weights: Params | Adapted, batch: PreferenceBatch) -> Float[Array, "R T D"] | RoutedHidden:
-        """Return what `hidden` does, and the routers' sums over tokens if the model is a mixture of experts."""
+        """Return hidden states as `hidden` does, and the routers' sums over tokens if the model has experts."""
         hidden, sums = self._hidden(weights, batch)
         if self.config.experts is None or sums is None:
             return hidden
@@ -153,8 +153,8 @@ class Model:
 
     def empty_cache(self, num_rows: int, num_slots: int) -> Cache:
         """Return an empty cache with ``num_slots`` slots per row."""
-        c = self.config
-        zeros = jnp.zeros((c.layers, num_rows, c.kv_heads, num_slots, c.head_dim), self.dtype)
+        config = self.config
+        zeros = jnp.zeros((config.layers, num_rows, config.kv_heads, num_slots, config.head_dim), self.dtype)
         return Cache(KeyValues(zeros, zeros, jnp.int32(0)), jnp.full((num_rows, num_slots), -1), jnp.int32(0))
 
     def extend(
@@ -188,7 +188,7 @@ class Model:
 
     @property
     def logit_options(self) -> dict[str, Any]:
-        """Options of `logprobs.make_logps_fn` that are the model's own."""
+        """Options of `logprobs.make_logps_fn` that depend on the model."""
         return {"precision": self.precision, "softcap": self.config.logit_softcap}
 
     def unembedding(self, weights: Params | Adapted) -> Float[Array, "V D"]:
@@ -255,7 +255,7 @@ class Model:
 
 
 def _num_bias_dims() -> int:
-    """Return the dims that a bias of the unembedding adds to hidden states: as many as `fsdp` shards them into."""
+    """Return the number of dims that hold the unembedding's bias: the size of mesh axis `fsdp`, which shards dims."""
     return jax.sharding.get_abstract_mesh().shape["fsdp"] if mesh_is_active() else 1
 
 
@@ -308,10 +308,10 @@ def with_balance(config: DecoderConfig, coef: float) -> DecoderConfig:
 
 
 def count_params(model: Model) -> int:
-    """Count the parameters without adapters; tied embeddings count once."""
+    """Return the number of parameters without adapters; tied embeddings count once."""
     return sum(leaf.size for leaf in jax.tree.leaves(model.param_shapes()))
 
 
 def count_adapters(model: Model) -> int:
-    """Count the adapter parameters."""
+    """Return the number of adapter parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(model.adapter_shapes()))

@@ -87,13 +87,13 @@ def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 
 def copies(config: DecoderConfig, name: str) -> int:
-    """Return how many matrices of that name a token is multiplied by in a layer: its experts', or one."""
+    """Return how many matrices ``name`` of a layer multiply a token: those of its experts, or one."""
     is_of_experts = bool(layer_projections(config)[name].stack)
     return config.experts.per_token if is_of_experts and config.experts is not None else 1
 
 
 def active_weights(config: DecoderConfig) -> dict[str, int]:
-    """Return the number of weights by which a layer multiplies a token, by the matrix's name."""
+    """Return the number of weights of a layer that multiply a token, by the name of their matrix."""
     return {name: copies(config, name) * inputs * outputs for name, (inputs, outputs) in projections(config).items()}
 
 

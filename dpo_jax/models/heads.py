@@ -29,7 +29,7 @@ def answer_ends(batch: PreferenceBatch) -> Int[Array, "R A"]:
 
 
 def without_unembedding(weights: Params) -> Params:
-    """Return the weights of a language model that a model with a head has, too."""
+    """Return a language model's weights without its unembedding, for a model with a head."""
     return {name: weight for name, weight in weights.items() if name not in ("unembed", "unembed_bias")}
 
 

@@ -48,7 +48,7 @@ ACTIVATIONS = {
 
 
 def scaled(x: Array, factor: float) -> Array:
-    """Multiply in x's dtype, to which ``factor`` is rounded."""
+    """Return factor * x, computed in x's dtype."""
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
@@ -71,24 +71,24 @@ def rotary_frequencies(rope: Rope, dims: int) -> Float[np.ndarray, "C"]:
             frequency = _blend(frequency, scaling.factor, blend)
         case YarnScaling() as scaling:
             # index, not rounded, of the frequency that makes so many turns in the original context
-            index = lambda turns: (  # noqa: E731
+            pair_index = lambda turns: (  # noqa: E731
                 dims * np.log(scaling.original_max_position_embeddings / (turns * 2 * np.pi)) / 2 / np.log(rope.theta)
             )
-            first, last = index(scaling.beta_fast), index(scaling.beta_slow)
+            first_pair, last_pair = pair_index(scaling.beta_fast), pair_index(scaling.beta_slow)
             if scaling.truncate:
-                first, last = np.floor(first), np.ceil(last)
-            first, last = max(first, 0), min(last, dims - 1)
-            blend = 1 - (np.arange(dims // 2) - first) / max(last - first, 0.001)
+                first_pair, last_pair = np.floor(first_pair), np.ceil(last_pair)
+            first_pair, last_pair = max(first_pair, 0), min(last_pair, dims - 1)
+            blend = 1 - (np.arange(dims // 2) - first_pair) / max(last_pair - first_pair, 0.001)
             frequency = _blend(frequency, scaling.factor, blend)
         case LongropeScaling(factors=factors):
             frequency = frequency / np.asarray(factors)
     return frequency.astype(np.float32)
 
 
-def _blend(frequency: np.ndarray, factor: float, kept: np.ndarray) -> np.ndarray:
-    """Divide frequencies by ``factor`` where ``kept`` is 0 or less, keep them where it is 1 or more."""
-    kept = np.clip(kept, 0, 1)
-    return kept * frequency + (1 - kept) * frequency / factor
+def _blend(frequency: np.ndarray, factor: float, blend: np.ndarray) -> np.ndarray:
+    """Divide frequencies by ``factor`` where ``blend`` is 0 or less, keep them where it is 1 or more."""
+    share = np.clip(blend, 0, 1)
+    return share * frequency + (1 - share) * frequency / factor
 
 
 def make_rotations(config: DecoderConfig, positions: Int[AnyArray, "R T"]) -> Rotation | None:
@@ -105,7 +105,7 @@ def make_rotations(config: DecoderConfig, positions: Int[AnyArray, "R T"]) -> Ro
 
 
 def rotate(x: Float[Array, "R T N H"], rotation: Rotation, interleaved: bool = False) -> Float[Array, "R T N H"]:
-    """Apply rotary embeddings in float32 to the first 2 C dims of each head.
+    """Apply rotary embeddings in float32 to the first dims of each head, two for each angle.
 
     The first half of these dims is paired with the second half or, if ``interleaved``, each dim with its neighbor.
     """
@@ -113,13 +113,13 @@ def rotate(x: Float[Array, "R T N H"], rotation: Rotation, interleaved: bool = F
     if rotation.factor is not None:
         cos, sin = cos * rotation.factor, sin * rotation.factor
     dims = 2 * rotation.angles.shape[-1]
-    x, kept = (x, None) if dims == x.shape[-1] else (x[..., :dims], x[..., dims:])
+    x, unrotated = (x, None) if dims == x.shape[-1] else (x[..., :dims], x[..., dims:])
     x32 = x.astype(jnp.float32)
     first, second = (x32[..., ::2], x32[..., 1::2]) if interleaved else jnp.split(x32, 2, axis=-1)
     pair = first * cos - second * sin, second * cos + first * sin
     rotated = jnp.stack(pair, axis=-1).reshape(x32.shape) if interleaved else jnp.concatenate(pair, axis=-1)
     rotated = rotated.astype(x.dtype)
-    return rotated if kept is None else jnp.concatenate([rotated, kept], axis=-1)
+    return rotated if unrotated is None else jnp.concatenate([rotated, unrotated], axis=-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -192,7 +192,7 @@ class DecoderModule(nn.Module):
         return self.variable("lora", name, declare).value
 
     def adapter(self, name: str, x: Array) -> Array:
-        """Compute (x A^T) B^T with the adapter of projection ``name``; in a fused module A is that of its first one."""
+        """Compute (x A^T) B^T with the adapter of projection ``name``; projections of a fused module share one A."""
         assert self.lora is not None
         row, owner, factors = layer_projections(self.config)[name], self.lora.owner(name), self.factors(name)
         operand, _, result = row.letters
@@ -205,19 +205,20 @@ class DecoderModule(nn.Module):
 
         LayerNorm subtracts the mean first (arXiv 1607.06450). ``factor``: of the result, rounded with it.
         """
-        c = self.config
-        scale = self.weight(f"{name}_norm", letters, nn.initializers.constant(1 - c.norm_offset)).astype(jnp.float32)
-        if c.norm_offset:
-            scale += c.norm_offset
+        config = self.config
+        init = nn.initializers.constant(1 - config.norm_offset)
+        scale = self.weight(f"{name}_norm", letters, init).astype(jnp.float32)
+        if config.norm_offset:
+            scale += config.norm_offset
         # merge rows and tokens: with a leading dim of 1, XLA's gradient is 8 times slower on a CPU
         x32 = x.astype(jnp.float32).reshape(-1, *x.shape[2:])
         axes = tuple(range(-len(letters), 0))
-        if c.norm == "layer":
+        if config.norm == "layer":
             x32 -= jnp.mean(x32, axis=axes, keepdims=True)
         mean_square = jnp.mean(x32 * x32, axis=axes, keepdims=True)
-        x32 *= jax.lax.rsqrt(mean_square + c.norm_eps)
+        x32 *= jax.lax.rsqrt(mean_square + config.norm_eps)
         x32 *= scaled(scale, factor)
-        if c.norm_bias:
+        if config.norm_bias:
             bias = self.weight(f"{name}_norm_bias", letters, nn.initializers.zeros).astype(jnp.float32)
             x32 += scaled(bias, factor)
         return x32.astype(x.dtype).reshape(x.shape)
@@ -283,13 +284,13 @@ class Layer(DecoderModule):
         return (constrain_rows(x), cache), sums
 
     def pre_norm(self, name: str, x: Array) -> Array:
-        """Return the input of the block ``name``."""
+        """Return the input of block ``name``: x, normalized if the config has norms before blocks."""
         return self.norm(name, x) if self.config.pre_norm else x
 
     def branch(self, name: str, y: Array) -> Array:
         """Return what the output y of the block ``name`` adds to the residual stream."""
-        c = self.config
-        return scaled(self.norm(f"{name}_post", y) if c.post_norm else y, c.residual_scale)
+        config = self.config
+        return scaled(self.norm(f"{name}_post", y) if config.post_norm else y, config.residual_scale)
 
     def self_attention(
         self,
@@ -300,21 +301,21 @@ class Layer(DecoderModule):
         inputs: AttentionInputs | CacheInputs,
     ) -> tuple[Array, KeyValues | None]:
         """Compute attention; also return the cache, if any, with the new tokens added."""
-        c = self.config
+        config = self.config
         q, k, v = self.linear("query", x), self.linear("key", x), self.linear("value", x)
-        if c.qk_norm != "none":
-            letters = ("H", "H") if c.qk_norm == "head" else ("NH", "KH")
+        if config.qk_norm != "none":
+            letters = ("H", "H") if config.qk_norm == "head" else ("NH", "KH")
             q, k = self.norm("query", q, letters[0]), self.norm("key", k, letters[1])
         if rotations is not None:
-            rotation = jax.tree.map(lambda table: table[0 if len(c.kinds) == 1 else kind], rotations)
-            q, k = rotate(q, rotation, c.rotary_interleaved), rotate(k, rotation, c.rotary_interleaved)
-        sinks = self.weight("sinks", "N", nn.initializers.zeros) if c.sinks else None
-        options = {"scale": c.score_scale, "softcap": c.attention_softcap, "sinks": sinks}
+            rotation = jax.tree.map(lambda table: table[0 if len(config.kinds) == 1 else kind], rotations)
+            q, k = rotate(q, rotation, config.rotary_interleaved), rotate(k, rotation, config.rotary_interleaved)
+        sinks = self.weight("sinks", "N", nn.initializers.zeros) if config.sinks else None
+        options = {"scale": config.score_scale, "softcap": config.attention_softcap, "sinks": sinks}
         if isinstance(inputs, CacheInputs):
             assert cache is not None
             cache = cache.write(inputs.start, k, v)
             fn = partial(attend_cached, q, *cache.read(), inputs.queries, inputs.slots, **options)
-            cache = cache._replace(layer=(cache.layer + 1) % c.layers)
+            cache = cache._replace(layer=(cache.layer + 1) % config.layers)
         else:
             fn = partial(attend, q, k, v, inputs, implementation=self.attention, longest=self.longest, **options)
         return self.linear("out", self.by_window(fn, kind)), cache
@@ -345,17 +346,17 @@ class Layer(DecoderModule):
 
     def experts(self, x: Array, token_weights: Array) -> tuple[Array, BalanceSums]:
         """Compute the feed-forward of each token's experts; also return the router's sums over tokens."""
-        c = self.config.experts
-        assert c is not None
+        config = self.config.experts
+        assert config is not None
         matrix, bias = self.expert_weights("router")
         experts = mixture.ExpertWeights(*map(self.expert_linear, ("gate", "up", "down")))
-        rule = mixture.Router(c.per_token, c.softmax, c.renormalize)
-        routing = mixture.route(x, matrix, bias, token_weights > 0, rule)
-        glu = mixture.Glu(c.alpha, c.offset, c.limit)
+        router = mixture.Router(config.per_token, config.softmax, config.renormalize)
+        routing = mixture.route(x, matrix, bias, token_weights > 0, router)
+        glu = mixture.Glu(config.alpha, config.offset, config.limit)
         scale = 1.0 if self.lora is None else self.lora.scale
         # no mesh divides the single row of which a model is initialized
         y = x if self.is_initializing() else mixture.feed_forward(x, routing, experts, glu, scale)
-        if c.shared_ffn:
+        if config.shared_ffn:
             y += jax.nn.sigmoid(self.linear("shared_router", x)) * self.shared_expert(x)
         return y, mixture.balance_sums(routing, token_weights)
 

@@ -67,7 +67,7 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """Options in which layers of one decoder may differ; neither of them has parameters."""
+    """Options that may differ between the layers of a decoder; they add no parameters."""
 
     window: int | None = None  # a token sees keys at most window - 1 positions back
     rope: Rope | None = Rope(theta=10_000.0)  # None: the layer does not rotate
@@ -157,7 +157,7 @@ class DecoderConfig:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence for which the decoder is defined; None: any."""
+        """Longest sequence for which the decoder is defined, or None if there is no limit."""
         scalings = [kind.rope.scaling for kind in self.kinds if kind.rope is not None]
         limits = [
             s.original_max_position_embeddings for s in scalings if isinstance(s, LongropeScaling | DynamicScaling)
@@ -196,5 +196,5 @@ class Lora:
     shared: tuple[tuple[str, str], ...] = ()  # (name, other): both are in one module, so name has the A of other
 
     def owner(self, name: str) -> str:
-        """Return the projection whose A is that of ``name``."""
+        """Return the projection whose A the projection ``name`` uses: its own, or that of its fused module's first."""
         return dict(self.shared).get(name, name)

@@ -41,7 +41,7 @@ class Projection(NamedTuple):
 
     @property
     def letters(self) -> tuple[str, str, str]:
-        """Dim letters of x, of the matrix and of y."""
+        """Dim letters of the einsum's operands x and matrix, and of its result y."""
         x, matrix, y = self.spec.replace("->", ",").split(",")
         return x, matrix, y
 

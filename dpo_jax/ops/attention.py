@@ -121,7 +121,7 @@ def _group_queries(q, num_kv_heads):
 
 
 def _sink_scores(sinks: Float[Array, " N"], num_kv_heads: int, num_queries: int) -> Float[Array, "K X"]:
-    """Return the score of each query's sink, for the queries of a group adjacent."""
+    """Return each query's sink score, with the queries of a group adjacent."""
     return jnp.repeat(sinks.astype(jnp.float32).reshape(num_kv_heads, -1), num_queries, axis=1)
 
 
@@ -235,17 +235,17 @@ def attend_cached(
     """
     num_rows, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    grouped = q.swapaxes(1, 2).reshape(num_rows, num_kv_heads, -1, head_dim)
-    scores = _attention_scores(grouped, k, "rkxh,rksh->rkxs", scale, softcap)
+    grouped_q = q.swapaxes(1, 2).reshape(num_rows, num_kv_heads, -1, head_dim)
+    scores = _attention_scores(grouped_q, k, "rkxh,rksh->rkxs", scale, softcap)
     visible = attention_mask(queries.swapaxes(0, 1), keys.swapaxes(0, 1), window)
     visible = jnp.tile(visible, (1, num_heads // num_kv_heads, 1))[:, None]
     if sinks is None:
         weights = jax.nn.softmax(scores, axis=-1, where=visible)
         weights = jnp.where(visible.any(-1, keepdims=True), weights, 0.0)  # padding attends to nothing
     else:
-        column = _sink_scores(sinks, num_kv_heads, length)[..., None]
-        column = jnp.broadcast_to(column, (*scores.shape[:-1], 1))
-        scores = jnp.concatenate([jnp.where(visible, scores, -jnp.inf), column], axis=-1)
+        sink_scores = _sink_scores(sinks, num_kv_heads, length)[..., None]
+        sink_scores = jnp.broadcast_to(sink_scores, (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([jnp.where(visible, scores, -jnp.inf), sink_scores], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1)[..., :-1]
     out = jnp.einsum("rkxs,rksh->rkxh", weights.astype(v.dtype), v)
     return out.reshape(num_rows, num_heads, length, head_dim).swapaxes(1, 2)

@@ -82,7 +82,7 @@ def route(
 
 
 def balance_sums(routing: Routing, weights: Float[AnyArray, "R T"] | Int[AnyArray, "R T"]) -> BalanceSums:
-    """Sum over tokens, each as often as ``weights`` says: padding 0, a shared prompt's token once per answer.
+    """Sum the routing over tokens with ``weights``: the number of a token's answers, 0 for padding.
 
     The gradient flows through ``probs`` only.
     """
@@ -221,7 +221,7 @@ def _shard(is_sharded: bool, experts: ExpertWeights) -> _Shard:
 
 
 def _gather_tokens(is_sharded: bool, *arrays: AnyArray) -> list[AnyArray]:
-    """Return the rows of all devices whose experts together are all experts."""
+    """Gather the rows of the devices that together hold all experts."""
     return [jax.lax.all_gather(x, EXPERT_AXIS, tiled=True) if is_sharded else x for x in arrays]
 
 
@@ -241,12 +241,12 @@ def _reduce_experts(is_sharded: bool, gradients: ExpertWeights) -> ExpertWeights
 
 
 def _on_platform(fn: Callable[..., Any], *arrays: Any) -> Any:
-    """Call ``fn(implementation, *arrays)`` with the implementation for the platform that is compiled for."""
+    """Call ``fn(implementation, *arrays)`` with the implementation for the platform of the compiled program."""
     return jax.lax.platform_dependent(*arrays, tpu=partial(fn, "kernels"), default=partial(fn, "blocks"))
 
 
 def _num_windows(is_sharded: bool, experts: ExpertWeights, per_token: int) -> int:
-    """Return into how many windows the rows of any routing are cut: one holds twice the rows of a balanced routing."""
+    """Return the number of windows that the rows are split into; one holds twice the rows of a balanced routing."""
     if not is_sharded:
         return 1
     num_slots = min(per_token, len(experts.gate.matrix))
@@ -327,7 +327,7 @@ def _apply_rows(
 def _own_slots(
     weights: Float[Array, "R T k"], indices: Int[AnyArray, "R T k"], num_experts: int
 ) -> tuple[Float[Array, "n m"], Int[Array, "n m"]]:
-    """Keep the slots of experts 0 to ``num_experts`` - 1, as many as a token can have; a slot may have no expert."""
+    """Keep each token's slots of experts 0 to ``num_experts`` - 1; a kept slot may have no expert."""
     weights, indices = (jnp.reshape(x, (-1, x.shape[-1])) for x in (weights, indices))
     is_own = (indices >= 0) & (indices < num_experts)
     num_slots = min(num_experts, indices.shape[-1])

@@ -37,7 +37,7 @@ class Groups(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Rows per block."""
+        """Number of rows in each block."""
         return len(self.slots) // len(self.block_experts)
 
     @property
@@ -73,7 +73,7 @@ def block_size(num_slots: int, num_experts: int) -> int:
 def make_groups(
     experts: Int[Array, "n m"], num_experts: int, implementation: Implementation, num_windows: int = 1
 ) -> Groups:
-    """Sort slots by expert; a slot whose expert is ``num_experts`` has none, and no row.
+    """Sort slots by expert; the number ``num_experts`` marks a slot without an expert, which gets no row.
 
     S suffices for any routing and divides into ``num_windows`` equal windows. A block of ``kernels`` is a single row.
     """
@@ -147,7 +147,7 @@ def _slot_values(g: Float[Array, " S"], groups: Groups) -> Float[Array, "n m"]:
 
 @transposed_by(_sum_slots)
 def spread(x: Float[Array, "n F"], groups: Groups) -> Float[Array, "S F"]:
-    """Return each row's token; padding is 0."""
+    """Gather the token of each row; padding is 0."""
     return _token_rows(x, groups)
 
 
@@ -159,7 +159,7 @@ def collect(y: Float[Array, "S F"], groups: Groups) -> Float[Array, "n F"]:
 
 @transposed_by(_slot_values)
 def spread_slots(x: Float[Array, "n m"], groups: Groups) -> Float[Array, " S"]:
-    """Return the value of each row's slot; padding is 0."""
+    """Gather the value of each row's slot; padding is 0."""
     return _take(x.reshape(-1), groups.slots, groups.is_used)
 
 

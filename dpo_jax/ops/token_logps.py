@@ -55,7 +55,7 @@ class Options(NamedTuple):
         return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32, precision=self.precision)
 
     def scores(self, states: Float[Array, "n D"], rows: Float[Array, "b D"]) -> Float[Array, "n b"]:
-        """Return the scores of vocabulary rows."""
+        """Return the scores of hidden states with rows of the unembedding, soft-capped if the model has a cap."""
         return soft_cap(self.product("nd,vd->nv", states, rows), self.softcap)
 
 
@@ -274,8 +274,8 @@ def _target_gradients(options, is_sharded, states, unembedding, labels, mask, no
         return states_grad, jax.lax.dynamic_update_slice_in_dim(unembedding_grad, rows_grad, offset, 0)
 
     sum_dtype = jnp.float32 if tiles.num_blocks > 1 or is_sharded else states.dtype  # of sums over blocks or shards
-    initial = jnp.zeros(states.shape, sum_dtype), jnp.zeros(unembedding.shape, jnp.float32)
-    states_grad, unembedding_grad = tiles.fold_blocks(visit_block, initial)
+    initial_grads = jnp.zeros(states.shape, sum_dtype), jnp.zeros(unembedding.shape, jnp.float32)
+    states_grad, unembedding_grad = tiles.fold_blocks(visit_block, initial_grads)
     if is_sharded:
         states_grad, unembedding_grad = jax.lax.psum(states_grad, "tensor"), jax.lax.psum(unembedding_grad, "data")
     return tiles.join_chunks(states_grad).astype(states.dtype), unembedding_grad.astype(unembedding.dtype)

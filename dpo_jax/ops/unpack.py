@@ -41,10 +41,10 @@ def unpack_answers(batch: PreferenceBatch, length: int) -> UnpackIndices:
     """Return indices that unpack each row into A sequences of ``length`` tokens: each answer after its prompt."""
     branches, segments = jnp.asarray(batch.branches), jnp.asarray(batch.segments)
     shift_right = lambda grid: jnp.pad(grid[:, :-1], ((0, 0), (1, 0)))  # noqa: E731
-    starts = (branches > 0) & ((branches != shift_right(branches)) | (segments != shift_right(segments)))
+    is_start = (branches > 0) & ((branches != shift_right(branches)) | (segments != shift_right(segments)))
     slots = jnp.arange(batch.answers_per_row)[:, None]
-    starts = starts[:, None] & (jnp.cumsum(starts, axis=-1)[:, None] - 1 == slots)  # [R, A, T], one start per slot
-    value_of_slot = lambda grid: jnp.where(starts, grid[:, None], 0).max(-1, keepdims=True)  # noqa: E731
+    is_start = is_start[:, None] & (jnp.cumsum(is_start, axis=-1)[:, None] - 1 == slots)  # [R, A, T], one per slot
+    value_of_slot = lambda grid: jnp.where(is_start, grid[:, None], 0).max(-1, keepdims=True)  # noqa: E731
     branch, segment = value_of_slot(branches), value_of_slot(segments)
     branches, segments = branches[:, None], segments[:, None]
     return _indices(batch, (segments > 0) & (segments == segment) & ((branches == 0) | (branches == branch)), length)
@@ -53,13 +53,13 @@ def unpack_answers(batch: PreferenceBatch, length: int) -> UnpackIndices:
 def _indices(batch: PreferenceBatch, is_member: Bool[Array, "R S T"], length: int) -> UnpackIndices:
     """Return the indices for the sequences that ``is_member`` selects, in row order; at most K share a token."""
     num_rows, num_sequences, _ = is_member.shape
-    copies = batch.answer_slots.shape[-1]
+    num_copies = batch.answer_slots.shape[-1]
     sources = jnp.argsort(~is_member, axis=-1, stable=True)[..., :length]
     sources = jnp.pad(sources, ((0, 0), (0, 0), (0, length - sources.shape[-1])))
     is_used = jnp.arange(length) < is_member.sum(-1, keepdims=True)
 
     index = jnp.cumsum(is_member, axis=-1) - 1 + length * jnp.arange(num_sequences)[:, None]
-    copy = jnp.argsort(~is_member, axis=1, stable=True)[:, :copies]  # [R, C, T]: sequence of each copy
+    copy = jnp.argsort(~is_member, axis=1, stable=True)[:, :num_copies]  # [R, C, T]: sequence of each copy
     has_copy = jnp.take_along_axis(is_member, copy, axis=1)
     copy_index = jnp.where(has_copy, jnp.take_along_axis(index, copy, axis=1), 0)
 
@@ -94,14 +94,14 @@ def _unshare_transpose(g: Float[Array, "RS U N H"], indices: UnpackIndices) -> F
 def unshare(x: Float[Array, "R T N H"], indices: UnpackIndices) -> Float[Array, "RS U N H"]:
     """Gather the rows' tokens into sequences; padding holds arbitrary tokens, which receive no gradient."""
     num_rows, num_sequences, length = indices.sources.shape
-    gathered = _take(x, indices.sources.reshape(num_rows, -1))
-    return gathered.reshape(num_rows * num_sequences, length, *x.shape[2:])
+    tokens = _take(x, indices.sources.reshape(num_rows, -1))
+    return tokens.reshape(num_rows * num_sequences, length, *x.shape[2:])
 
 
 def _share_transpose(g: Float[Array, "R T N H"], indices: UnpackIndices) -> Float[Array, "RS U N H"]:
     num_rows, num_sequences, length = indices.sources.shape
-    gathered = _where(indices.is_first_copy.reshape(num_rows, -1), _take(g, indices.sources.reshape(num_rows, -1)))
-    return gathered.reshape(num_rows * num_sequences, length, *g.shape[2:])
+    gradients = _where(indices.is_first_copy.reshape(num_rows, -1), _take(g, indices.sources.reshape(num_rows, -1)))
+    return gradients.reshape(num_rows * num_sequences, length, *g.shape[2:])
 
 
 @transposed_by(_share_transpose)

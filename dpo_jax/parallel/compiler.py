@@ -44,12 +44,12 @@ _BOOLEANS = {"true": "True", "false": "False"}  # spellings that the options of 
 def no_cache_writes() -> Iterator[None]:
     """Context manager that disables writes to JAX's compilation cache: it cannot load programs for absent devices."""
     option = "jax_persistent_cache_min_compile_time_secs"
-    previous = jax.config.values[option]
+    previous_value = jax.config.values[option]
     jax.config.update(option, float("inf"))
     try:
         yield
     finally:
-        jax.config.update(option, previous)
+        jax.config.update(option, previous_value)
 
 
 def platform_flags(platform: str, kind: str, overrides: Mapping[str, str]) -> dict[str, str]:

@@ -83,16 +83,16 @@ def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-            arrived = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(prefix)}
-            missing_ids = sorted(set(range(jax.process_count())) - arrived)
+            arrived_ids = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(prefix)}
+            missing_ids = sorted(set(range(jax.process_count())) - arrived_ids)
             problem = timeout_message(timeout, missing_ids, jax.process_count())
-            raise HostsMissing(f"{what}: {problem}: read the logs of those missing, then restart all") from error
+            raise HostsMissing(f"{what}: {problem}: read the logs of missing processes, then restart all") from error
     _forget_gathered(client, f"{prefix}{jax.process_index()}")
     return values
 
 
 def _forget_gathered(client: Any, key: str) -> None:
-    """Delete this process's value of the `gather` before, which all have read, as each has sent its next one."""
+    """Delete this process's value of the previous `gather`; every process has read it, as each sent its next value."""
     _own_keys.append(key)
     if len(_own_keys) > 1:
         client.key_value_delete(_own_keys.pop(0))

@@ -52,7 +52,7 @@ def start_hosts(
     if not host or not port.isdigit():
         raise UserError(COORDINATOR, coordinator, "write host:port, such as 10.0.0.2:8476")
     if not 0 <= process_id < num_processes:
-        raise UserError(PROCESS_ID, process_id, f"number the {num_processes} processes from 0")
+        raise UserError(PROCESS_ID, process_id, f"it must be at least 0 and below {NUM_PROCESSES}, {num_processes}")
     if num_processes == 1:
         return
     if process_id == 0:

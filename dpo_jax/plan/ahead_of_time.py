@@ -50,8 +50,8 @@ def check_pair(requirements: Sequence[str], libtpu: str) -> None:
     """
     for requirement in map(Requirement, requirements):
         if requirement.name == "libtpu" and not requirement.specifier.contains(libtpu, prereleases=True):
-            required = requirement.specifier
-            remedy = f"jax {jax.__version__} requires {required}; pip install 'libtpu{required}'"
+            required_versions = requirement.specifier
+            remedy = f"jax {jax.__version__} requires {required_versions}; pip install 'libtpu{required_versions}'"
             raise UserError(f"libtpu: {libtpu} cannot be used: {remedy}")
 
 
@@ -77,7 +77,7 @@ def slice_mesh(config: PlannedConfig, slice_: Topology, slices: int) -> Mesh | A
 
 
 def abstract_batch(load: Load, mesh: Mesh | AbstractMesh, leading: tuple[int, ...] | None = None) -> PreferenceBatch:
-    """Return a train step's batch as shapes and shardings; ``leading`` dims: by default of several microbatches."""
+    """Return a train step's batch as shapes and shardings; ``leading`` dims default to those of microbatches."""
     num_answers = len(load.lengths) - 1
     shape = BatchShape(
         rows=load.rows,
@@ -169,7 +169,7 @@ class Phase:
 
     @property
     def peak(self) -> int:
-        """Bytes of all that is in memory."""
+        """Peak memory in bytes."""
         return self.program.peak + self.outside
 
 
@@ -252,10 +252,10 @@ def compile_program(lower: Callable[[], Lowered]) -> Compiled:
         with no_cache_writes():
             program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        exhausted = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MG])\)? (?:exceeds|of)", str(error), re.S)
-        if exhausted is None:
+        memory_error = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MG])\)? (?:exceeds|of)", str(error), re.S)
+        if memory_error is None:
             raise
-        peak = int(float(exhausted[1]) * {"M": 2**20, "G": 2**30}[exhausted[2]])
+        peak = int(float(memory_error[1]) * {"M": 2**20, "G": 2**30}[memory_error[2]])
         return Compiled(time.perf_counter() - start_time, None, peak)
     memory: Any = program.memory_analysis()
     return Compiled(time.perf_counter() - start_time, program.as_text(), memory.peak_memory_in_bytes)
@@ -263,13 +263,15 @@ def compile_program(lower: Callable[[], Lowered]) -> Compiled:
 
 def _min_temporaries(model: Model, mesh: Mesh | AbstractMesh, load: Load, trained: int) -> int:
     """Return a lower bound on temporary bytes: gradients, each layer's saved input, and one layer's activations."""
-    c, itemsize = model.config, jnp.dtype(model.dtype).itemsize
+    config, itemsize = model.config, jnp.dtype(model.dtype).itemsize
     tokens = load.rows // row_devices(mesh) * load.row_length
     gradient_bytes = trained * (2 if load.microbatches > 1 else 1)  # of one microbatch, and their sum
-    activation_bytes = c.layers * tokens * c.hidden * itemsize
-    rows = layer_projections(c)  # experts stay where they are; of the other matrices a device gathers a layer's
-    layer_weights = sum(inputs * outputs for name, (inputs, outputs) in projections(c).items() if not rows[name].stack)
-    features = (4 if c.gated else 2) * tokens * c.ffn
+    activation_bytes = config.layers * tokens * config.hidden * itemsize
+    rows = layer_projections(config)  # experts stay where they are; of the other matrices a device gathers a layer's
+    layer_weights = sum(
+        inputs * outputs for name, (inputs, outputs) in projections(config).items() if not rows[name].stack
+    )
+    features = (4 if config.gated else 2) * tokens * config.ffn
     return gradient_bytes + activation_bytes + itemsize * (layer_weights + features) // mesh.shape["tensor"]
 
 

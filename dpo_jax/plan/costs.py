@@ -1,4 +1,4 @@
-"""What a step computes, reads and sends, as stages that follow each other; and bounds on its time.
+"""Operations, memory traffic and collectives of a step, by stage, and bounds on its time.
 
 Operations and traffic are closed forms; collectives are read from the compiled programs.
 """
@@ -57,8 +57,8 @@ def pair_stage(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load
     """Return the update on pairs; ``text``: its compiled program."""
     lengths = np.tile(np.round(load.lengths).astype(int), (load.examples, 1))
     model_ops = model_flops(config, model, lengths, lengths[:, 1:])
-    is_live, work = config.reference_mode == "live", rows_work(load, model)
-    hardware_ops = step_flops(model.config, work, live_reference=is_live, lora=model.lora)
+    has_live_reference, work = config.reference_mode == "live", rows_work(load, model)
+    hardware_ops = step_flops(model.config, work, live_reference=has_live_reference, lora=model.lora)
     hardware_ops += recomputed_flops(model.config, work, model.remat)
     tensor = mesh.shape["tensor"]
     tokens, targets = _per_microbatch(load, work, mesh)
@@ -68,7 +68,7 @@ def pair_stage(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load
         targets,
         microbatches=load.microbatches,
         tensor=tensor,
-        live_reference=is_live,
+        live_reference=has_live_reference,
         fsdp=mesh.shape["fsdp"],
     )
     return Stage("update", model_ops, hardware_ops, traffic, collectives(text, mesh.size))
@@ -91,35 +91,35 @@ def sampled_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> l
     model, mesh, rollout, reward = plan.model, plan.mesh, plan.load, plan.reward_model
     tensor, num_rows = mesh.shape["tensor"], rollout.rows // row_devices(mesh)
     prompt, answer = np.round(load.lengths[:2]).astype(int)
-    real = np.tile([prompt, answer], (rollout.answers, 1))
+    lengths = np.tile([prompt, answer], (rollout.answers, 1))
     layout: Any = {"layout": "padded", "windows": model.config.windows}
-    answered = pairs_work(real, real[:, 1:], **layout)
-    prompts = pairs_work(real * [1, 0], real[:, 1:] * 0, **layout)
-    decoded = Work(*(all_work - prompt_work for all_work, prompt_work in zip(answered, prompts, strict=True)))
-    slots, new = rollout.prompt_slots, rollout.max_tokens
+    full_work = pairs_work(lengths, lengths[:, 1:], **layout)
+    prefill_work = pairs_work(lengths * [1, 0], lengths[:, 1:] * 0, **layout)
+    new_work = Work(*(all_work - prompt_work for all_work, prompt_work in zip(full_work, prefill_work, strict=True)))
+    slots, num_new = rollout.prompt_slots, rollout.max_tokens
     padded_prompts = Work(rollout.rows * slots, model.config.layers * rollout.rows * slots**2, 0)
     padded_tokens = Work(
-        rollout.rows * new, model.config.layers * rollout.rows * new * rollout.slots, rollout.rows * new
+        rollout.rows * num_new, model.config.layers * rollout.rows * num_new * rollout.slots, rollout.rows * num_new
     )
     # a loop of unknown length is that over tokens, which ends at the latest after ``max_tokens``
-    sampling = collectives(texts["sampling"], mesh.size)
-    once = [op for op in sampling if not op.at_least]
-    per_token = [op._replace(times=op.times * new, at_least=False) for op in sampling if op.at_least]
+    sampling_ops = collectives(texts["sampling"], mesh.size)
+    prefill_ops = [op for op in sampling_ops if not op.at_least]
+    decode_ops = [op._replace(times=op.times * num_new, at_least=False) for op in sampling_ops if op.at_least]
     token_traffic = forward_traffic(model, num_rows, num_rows, tensor=tensor) + cache_bytes(model, rollout, mesh)
     prompt_traffic = forward_traffic(model, num_rows * slots, 0, tensor=tensor)
     stages = [
         Stage("copy", 0, 0, 0, collectives(texts["copy"], mesh.size)),
-        Stage("prompts", _forward(model, prompts), _forward(model, padded_prompts), prompt_traffic, once),
-        Stage("tokens", _forward(model, decoded), _forward(model, padded_tokens), new * token_traffic, per_token),
+        Stage("prompts", _forward(model, prefill_work), _forward(model, padded_prompts), prompt_traffic, prefill_ops),
+        Stage("tokens", _forward(model, new_work), _forward(model, padded_tokens), num_new * token_traffic, decode_ops),
     ]
     if reward is not None:
         length = plan.scored.length
-        seen = int(causal_pairs(np.full(rollout.rows, length), reward.config.windows).sum())
-        padded = Work(rollout.rows * length, seen, 0)
+        num_visible = int(causal_pairs(np.full(rollout.rows, length), reward.config.windows).sum())
+        padded_work = Work(rollout.rows * length, num_visible, 0)
         traffic = forward_traffic(reward, num_rows * length, 0, tensor=tensor, fsdp=mesh.shape["fsdp"])
-        sent = collectives(texts["scoring"], mesh.size)
-        scored = pairs_work(real, real[:, 1:], **layout | {"windows": reward.config.windows})
-        stages.append(Stage("scoring", _forward(reward, scored), _forward(reward, padded), traffic, sent))
+        score_ops = collectives(texts["scoring"], mesh.size)
+        scored = pairs_work(lengths, lengths[:, 1:], **layout | {"windows": reward.config.windows})
+        stages.append(Stage("scoring", _forward(reward, scored), _forward(reward, padded_work), traffic, score_ops))
     if not isinstance(plan.config, PPOConfig):
         return [*stages, pair_stage(plan.config, model, mesh, load, texts["update"])]
     return [*stages, _updates_stage(plan, plan.config, load, texts["update"])]
@@ -178,8 +178,8 @@ def step_costs(
         for stage in stages
     }
     totals = {resource: sum(t[resource] for t in times.values()) for resource in ("compute", "memory", "ici", "dcn")}
-    name = max(times, key=lambda name: max(times[name].values()))
-    bound = max(times[name], key=lambda resource: times[name][resource])
+    longest_stage = max(times, key=lambda name: max(times[name].values()))
+    bound_resource = max(times[longest_stage], key=lambda resource: times[longest_stage][resource])
 
     def rates(t: float) -> dict[str, float]:
         speed = {f"{unit}s_per_second": load.examples / t, "tokens_per_second": load.examples * load.unit / t}
@@ -196,11 +196,11 @@ def step_costs(
         "collectives": _by_kind(all_ops, devices // slices),
         "collectives_at_least": any(op.at_least for op in all_ops),
         "seconds": totals,
-        "bound": bound,
+        "bound": bound_resource,
         "full_overlap": rates(sum(max(t.values()) for t in times.values())),
         "no_overlap": rates(sum(totals.values())),
     }
-    return costs if len(stages) == 1 else costs | {"stages": times, "longest_stage": name}
+    return costs if len(stages) == 1 else costs | {"stages": times, "longest_stage": longest_stage}
 
 
 def run_costs(costs: dict[str, Any], steps: int, slice_: Topology, slices: int) -> dict[str, Any]:

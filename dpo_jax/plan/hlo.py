@@ -21,8 +21,8 @@ _COLLECTIVE = re.compile(rf"(\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 _SEND = re.compile(r'\((.*?\]\S*), .*\) send\(.*_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _ROLES = "calls|body|condition|to_apply|branch_computations|called_computations"
-_CALLED = re.compile(rf"({_ROLES})=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))")
-_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CALLEES = re.compile(rf"({_ROLES})=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))")
+_TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
 class Collective(NamedTuple):
@@ -57,7 +57,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     header = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
     devices_per_slice = int(header[1]) if header else num_devices
     peers = np.arange(num_devices).reshape(-1, devices_per_slice).T  # each device with its peers in the other slices
-    times, uncertain = _times(computations, entry)
+    times, uncertain_names = _times(computations, entry)
     unique: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines.values():
@@ -67,7 +67,9 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
             kind, num_bytes, groups = collective
             channel = re.search(r"channel_id=(\d+)", line)
             operation = re.search(r'op_name="([^"]*)"', line)
-            op = Collective(kind, num_bytes, groups, times[name], operation[1] if operation else "", name in uncertain)
+            op = Collective(
+                kind, num_bytes, groups, times[name], operation[1] if operation else "", name in uncertain_names
+            )
             # an overlapped collective appears, with the same channel, in each piece of the overlapped work
             key = f"{channel[1]} {kind} {op.num_bytes} {op.source}" if channel else f"{name} {line}"
             if key not in unique or op.times > unique[key].times:
@@ -121,13 +123,13 @@ def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, 
     """Return how often each computation runs, and the computations for which that is only a lower bound."""
     times: dict[str, int] = defaultdict(int)
     times[entry] = 1
-    uncertain: set[str] = set()
+    uncertain_names: set[str] = set()
     for name in reversed(computations):  # in the text, callers come after callees
         for called, count in _calls(name, computations) if times[name] else ():
             times[called] += (count or 1) * times[name]
-            if count is None or name in uncertain:
-                uncertain.add(called)
-    return times, uncertain
+            if count is None or name in uncertain_names:
+                uncertain_names.add(called)
+    return times, uncertain_names
 
 
 def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[str, int | None]]:
@@ -135,17 +137,17 @@ def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[st
     for instruction, line in computations[name].items():
         if instruction == "ROOT":  # also listed under its name
             continue
-        matches = _CALLED.findall(line)
-        called = {role: (several or single).replace("%", "").split(", ") for role, several, single in matches}
-        for role, names in called.items():
+        matches = _CALLEES.findall(line)
+        roles = {role: (several or single).replace("%", "").split(", ") for role, several, single in matches}
+        for role, names in roles.items():
             for callee in names:
                 is_loop = role == "body"
-                yield callee, _trips(line, computations[called["condition"][0]], computations[callee]) if is_loop else 1
+                yield callee, _trips(line, computations[roles["condition"][0]], computations[callee]) if is_loop else 1
 
 
 def _trips(line: str, condition: Computation, body: Computation) -> int | None:
     """Return a loop's trip count, as the compiler states it or as its counter shows, or None if it is unknown."""
-    if match := _TRIPS.search(line):
+    if match := _TRIP_COUNT.search(line):
         return int(match[1])
     comparison = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition["ROOT"])
     if comparison is None:

@@ -19,7 +19,7 @@ PlannedConfig = PairConfig | PPOConfig
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a plan needs to know besides the config: the number of slices, and sizes of the data."""
+    """Inputs of a plan besides the config: the number of slices, and sizes of the data."""
 
     slices: int = 1
     rows: int | None = None  # of ``batch.row_length`` tokens, per device; None: see `find_load`
@@ -56,7 +56,7 @@ class Load:
 
     @property
     def unit_room(self) -> float:
-        """Tokens of the rows that a prompt and its answers may occupy."""
+        """Number of tokens that a prompt and its answers may occupy in the rows."""
         return self.copies * self.room[0] + sum(self.room[1:])
 
     @property
@@ -110,7 +110,7 @@ def find_load(config: PlannedConfig, mesh: Mesh | AbstractMesh, inputs: Inputs) 
         fits = prompt + planned.num_tokens <= max_length and answer <= planned.num_tokens
         reason = f"{max_length - planned.num_tokens} tokens (data.max_length) and an answer {planned.num_tokens}"
         require(
-            fits, "--lengths", inputs.lengths, f"a prompt may have {reason} (sampling.max_tokens); give mean lengths"
+            fits, "--lengths", inputs.lengths, f"a prompt may have {reason} (sampling.max_tokens); reduce the lengths"
         )
     elif inputs.lengths is None:
         rows = rows or 1
@@ -130,22 +130,22 @@ def find_load(config: PlannedConfig, mesh: Mesh | AbstractMesh, inputs: Inputs) 
     longest = lengths[0] + max(lengths[1:])
     fits = longest <= max_length and max(longest, load.unit_room / copies) <= batch.row_length
     unit = "a prompt with its answers" if planned.per_prompt else "a pair"
-    reason = f"a prompt and answer may have {max_length} tokens (data.max_length), {unit} {batch.row_length} (a row)"
-    require(fits, "--lengths", lengths, f"{reason}; give mean lengths")
+    limits = f"{max_length} tokens (data.max_length), and {unit} at most {batch.row_length} (batch.row_length)"
+    require(fits, "--lengths", lengths, f"a prompt and answer have at most {limits}; reduce the lengths")
     if rows is None:
         return replace(load, rows=_needed_rows(config, load, devices, inputs.sets))
     if load.examples * load.unit_room > load.slots:
         rows_text = f"{rows} rows of {batch.row_length} tokens per device"
-        num = batch.size / batch.accumulation
+        num_examples = batch.size / batch.accumulation
         remedy = "give more rows or raise batch.accumulation"
         raise UserError(
-            f"--rows: {rows_text} cannot hold {num:g} {batch.counts} of {load.unit_room:g} tokens; {remedy}"
+            f"--rows: {rows_text} cannot hold {num_examples:g} {batch.counts} of {load.unit_room:g} tokens; {remedy}"
         )
     return load
 
 
 def _filling_lengths(config: PlannedConfig, num_rows: int, copies: int) -> tuple[float, ...]:
-    """Return the equal mean lengths with which the pairs of a microbatch fill ``num_rows`` rows."""
+    """Return the mean length, the same for prompt and answers, with which a microbatch fills ``num_rows`` rows."""
     batch = config.batch
     assert batch.row_length != "auto"
     pairs = batch.size / batch.accumulation
@@ -157,7 +157,7 @@ def _filling_lengths(config: PlannedConfig, num_rows: int, copies: int) -> tuple
 
 
 def _needed_rows(config: PlannedConfig, load: Load, devices: int, sets: DataSets | None) -> int:
-    """Return the rows of a microbatch that the data need, or as many examples of the mean lengths."""
+    """Return the number of rows that a microbatch of the data needs, or without data one of the mean lengths."""
     batch = config.batch
     if sets is not None:
         return train_batches(sets, batch, devices).packer.shapes[-1].rows

@@ -90,9 +90,9 @@ def plan(config: PlannedConfig, source: ModelSource, slice_: Topology, inputs: I
     else:
         phases = rollout_phases(rollout, arguments, load)
     seconds = [phase.program.seconds for phase in phases]
-    save = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
     report["compile_seconds"] = None if None in seconds else sum(filter(None, seconds))
-    report["memory"] = _memory(phases, slice_) | {"save": save / GIB}
+    report["memory"] = _memory(phases, slice_) | {"save": state_bytes / GIB}
     if any(phase.program.out_of_memory for phase in phases):
         return report
     texts = {phase.name: phase.program.text or "" for phase in phases}
@@ -193,7 +193,7 @@ def find_reward_model(
 
 
 def _num_steps(config: PlannedConfig, load: Load, inputs: Inputs) -> int | None:
-    """Return the steps of the run, or None if nothing says how many it has."""
+    """Return the number of steps of the run, or None if it is not known."""
     if inputs.sets is not None:
         return inputs.sets.order.num_steps
     if config.run.steps or not inputs.examples:
@@ -224,7 +224,7 @@ MEMORY_SAVERS: dict[str, Callable[[PlannedConfig], PlannedConfig]] = {  # cheape
 def search_fit(
     config: PlannedConfig, source: ModelSource, slice_: Topology, inputs: Inputs, peak: float
 ) -> list[dict[str, Any]]:
-    """Return plans of settings that need ever less memory, until one fits or no setting lowers it further.
+    """Return plans with settings that need less and less memory, until one fits or no setting helps further.
 
     Each setting is applied again as long as it lowers the peak, initially ``peak`` GiB, and is listed as ``changed``.
     """
@@ -292,5 +292,5 @@ def _memory(phases: Sequence[Phase], slice_: Topology) -> dict[str, Any]:
 
 def _phase_memory(phase: Phase) -> dict[str, float | None]:
     sizes = {name: size / GIB for name, size in phase.sizes.items()}
-    rest = None if phase.program.out_of_memory else (phase.peak - sum(phase.sizes.values())) / GIB
-    return sizes | {"activations": rest, "peak": phase.peak / GIB}
+    activations = None if phase.program.out_of_memory else (phase.peak - sum(phase.sizes.values())) / GIB
+    return sizes | {"activations": activations, "peak": phase.peak / GIB}

@@ -71,14 +71,14 @@ class RolloutPlan:
         return scored_shape(self.load.rows, self.load.longest)
 
     def lower_copy(self, arguments: Arguments) -> Lowered:
-        """Lower the copying of the policy's weights."""
+        """Lower the program that copies the policy's weights."""
         assert isinstance(self.mesh, Mesh)
         copy: Any = make_copy(self.model, sampling_mesh(self.model, self.mesh), self.model.lora is not None)
         with jax.set_mesh(self.mesh):
             return copy.lower(self.policy(arguments))
 
     def lower_sampler(self) -> Lowered:
-        """Lower the sampling of all answers of a step."""
+        """Lower the program that samples all answers of a step."""
         assert isinstance(self.mesh, Mesh)
         mesh, load = sampling_mesh(self.model, self.mesh), self.load
         integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding(mesh))  # noqa: E731
@@ -89,7 +89,7 @@ class RolloutPlan:
             return sampler.lower(self.copy, prompts, integers(load.rows), keys, ends)
 
     def lower_scores(self) -> Lowered:
-        """Lower the scoring of all answers of a step by the reward model."""
+        """Lower the program by which the reward model scores all answers of a step."""
         assert isinstance(self.mesh, Mesh)
         assert self.reward_model is not None
         scores: Any = make_scores(self.reward_model, self.mesh)

@@ -46,14 +46,14 @@ def render(plan: dict[str, Any]) -> str:
     split_note = f" in {batch['microbatches']} microbatches" if batch["microbatches"] > 1 else ""
     rows_text = f"{batch['rows_per_device']} x {batch['row_length']} tokens per device"
     lengths_text = " + ".join(f"{length:.0f}" for length in batch["mean_lengths"])
-    parts = {"pair": "prompt, chosen and rejected answer", "prompt": "prompt and each answer"}[unit]
+    example_text = {"pair": "prompt, chosen and rejected answer", "prompt": "prompt and each answer"}[unit]
     lines = [
         f"{_slice_name(plan)}: {plan['chips']} chips, mesh {mesh_text}",
         f"model        {model['path']}: {_num_weights(model['parameters'])} parameters{adapters_note}{head_note}",
         f"             {model['dtype']}, attention {model['attention']}, remat {model['remat']}",
         *(_rollout_lines(plan["rollout"]) if "rollout" in plan else ()),
         f"step         {batch[f'{unit}s']} {unit}s{split_note}, {rows_text}",
-        f"             {batch['fill']:.0%} full, of {parts} of {lengths_text} tokens",
+        f"             {batch['fill']:.0%} full, of {example_text} of {lengths_text} tokens",
         *[f"             ASSUMED: {ASSUMED['rollout' in plan]}"] * batch["assumed"],
         *_memory_lines(plan["memory"]),
     ]
@@ -73,35 +73,35 @@ def _rollout_lines(rollout: dict[str, Any]) -> list[str]:
     value, reward, updates = rollout["value_parameters"], rollout["reward_parameters"], rollout["updates"]
     own_text = "a head on the policy's layers" if rollout["value_shared"] else f"{_num_weights(value or 0)} parameters"
     size = "a Python function, whose time is not counted" if reward is None else f"{_num_weights(reward)} parameters"
-    assumed = "it is not found, so it is taken to be the policy's model with a score head"
+    assumption = "it is not found, so it is taken to be the policy's model with a score head"
     rows_text = f"{rollout['rows_per_device']} answers per device, {rollout['answers']} to a prompt"
     return [
         *([] if value is None else [f"value model  {own_text}"]),
         f"reward       {rollout['reward']}: {size}",
-        *[f"             ASSUMED: {assumed}"] * (not rollout["reward_exists"]),
+        *[f"             ASSUMED: {assumption}"] * (not rollout["reward_exists"]),
         f"rollout      {rows_text}; {updates} update{'s' * (updates > 1)} on them",
         f"             prompts padded to {rollout['prompt_slots']} tokens, answers of up to {rollout['max_tokens']}",
     ]
 
 
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
-    save, phases = memory["save"], memory.get("phases", {})
+    size, phases = memory["save"], memory.get("phases", {})
     breakdown = ", ".join(f"{text} {memory[name]:.2f}" for name, text in SIZES.items() if memory.get(name))
     verdicts = {True: "fits", False: "DOES NOT FIT; --search looks for settings that do", None: "at least this much"}
-    in_phase = f" during the {memory['phase']}" if phases else ""
-    peak_text = f"{memory['peak']:.2f} of {memory['capacity']:.2f} GiB per device{in_phase}"
+    phase_note = f" during the {memory['phase']}" if phases else ""
+    peak_text = f"{memory['peak']:.2f} of {memory['capacity']:.2f} GiB per device{phase_note}"
     return [
         f"memory       {peak_text}: {verdicts[memory['fits']]}",
         f"             {breakdown}",
         *(f"  {name:10} {_phase_text(phase)}" for name, phase in phases.items() if name != memory["phase"]),
-        f"save         {save:.3g} GiB each: {_minutes(save, 0.1)} at 100 MB/s, {_minutes(save, 1)} at 1 GB/s",
+        f"save         {size:.3g} GiB each: {_minutes(size, 0.1)} at 100 MB/s, {_minutes(size, 1)} at 1 GB/s",
     ]
 
 
 def _phase_text(phase: dict[str, Any]) -> str:
-    """Return a phase's peak, and of that what is not in memory in every phase."""
-    parts = [f"{SIZES[name]} {phase[name]:.2f}" for name in ("copy", "cache", "activations") if phase.get(name)]
-    return f"{phase['peak']:.2f} GiB: {', '.join(parts)}"
+    """Return a phase's peak memory, and the parts of it that not every phase has."""
+    part_texts = [f"{SIZES[name]} {phase[name]:.2f}" for name in ("copy", "cache", "activations") if phase.get(name)]
+    return f"{phase['peak']:.2f} GiB: {', '.join(part_texts)}"
 
 
 def _minutes(gib: float, gb_per_second: float) -> str:
@@ -114,7 +114,7 @@ def _times_text(seconds: dict[str, float]) -> str:
 
 
 def _time_lines(plan: dict[str, Any]) -> list[str]:
-    """Return how long each resource is busy alone, in each stage if a step has several."""
+    """Return lines on the time that each resource alone would take, by stage if a step has several."""
     if "stages" not in plan:
         return [f"time         each resource alone: {_times_text(plan['seconds'])}; bound by {plan['bound']}"]
     return [

@@ -203,10 +203,10 @@ def histograms(rows: Sequence[Row]) -> str:
     figures = []
     for name in dict.fromkeys(row["set"] for row in rows):
         set_rows = [row for row in rows if row["set"] == name]
-        shown = set_rows if len(set_rows) == 1 else [set_rows[0], set_rows[-1]]
-        margins = [(row["step"], row["margins"]["edges"], {"margin": row["margins"]["counts"]}) for row in shown]
-        counts = [{answer: row["rewards"][answer] for answer in ("chosen", "rejected")} for row in shown]
-        rewards = [(row["step"], row["rewards"]["edges"], both) for row, both in zip(shown, counts, strict=True)]
+        shown_rows = set_rows if len(set_rows) == 1 else [set_rows[0], set_rows[-1]]
+        margins = [(row["step"], row["margins"]["edges"], {"margin": row["margins"]["counts"]}) for row in shown_rows]
+        counts = [{answer: row["rewards"][answer] for answer in ("chosen", "rejected")} for row in shown_rows]
+        rewards = [(row["step"], row["rewards"]["edges"], both) for row, both in zip(shown_rows, counts, strict=True)]
         note = "Pairs by margin. Left of 0 the rejected answer is preferred."
         figures.append(figure(f"{name}: margins", note, partial(draw_histograms, margins)))
         figures.append(figure(f"{name}: rewards", "Answers by reward.", partial(draw_histograms, rewards)))
@@ -215,16 +215,16 @@ def histograms(rows: Sequence[Row]) -> str:
 
 def reliability(rows: Sequence[Row]) -> str:
     """Return HTML of reliability diagrams: accuracy against confidence, at each set's last evaluation."""
-    meaning = "On the dotted line accuracy equals confidence; below it the rewards are overconfident."
+    explanation = "On the dotted line accuracy equals confidence; below it the rewards are overconfident."
     figures = []
     for name, row in {row["set"]: row for row in rows}.items():
-        judged = {"implicit reward": row["calibration"]}
+        calibrations = {"implicit reward": row["calibration"]}
         note = f"Expected calibration error {row['calibration']['ece']:.3f}"
         if "reward_model" in row:
-            judged["reward model"] = row["reward_model"]["calibration"]
-            note += f" (implicit reward) and {judged['reward model']['ece']:.3f} (reward model)"
-        bins = {label: values["bins"] for label, values in judged.items()}
-        figures.append(figure(f"{name}: calibration", f"{note}. {meaning}", partial(draw_reliability, bins)))
+            calibrations["reward model"] = row["reward_model"]["calibration"]
+            note += f" (implicit reward) and {calibrations['reward model']['ece']:.3f} (reward model)"
+        bins = {label: values["bins"] for label, values in calibrations.items()}
+        figures.append(figure(f"{name}: calibration", f"{note}. {explanation}", partial(draw_reliability, bins)))
     return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
@@ -251,19 +251,19 @@ def draw_reliability(bins_of: Mapping[str, Sequence[Row]], theme: str) -> bytes:
 
 
 class Frontier(NamedTuple):
-    """What methods reached, and the optimum's curve, as pairs of KL and expected reward."""
+    """KL and expected reward of each method's policies, and the curve of the optimal policies."""
 
     optimum: Sequence[tuple[float, float]]  # a curve; empty if it is not known
     points: Mapping[str, Sequence[tuple[float, float, str]]]  # of each method, with a label
 
 
 def draw_frontier(panels: Mapping[str, Frontier], theme: str) -> bytes:
-    """Draw rewards against KLs as PNG, one panel for each title; a method looks alike in all of them."""
+    """Draw rewards against KLs as PNG, one panel for each title; a method has the same marker and color in all."""
     colors = COLORS[theme]
-    fig, columns = _canvas(len(panels), (11.0, 5.8))
+    fig, panel_axes = _canvas(len(panels), (11.0, 5.8))
     palette = (colors["ink"], colors["chosen"], colors["rejected"], *colors["lines"])
     names = list(dict.fromkeys(name for frontier in panels.values() for name in frontier.points))
-    for number, (axes, (title, frontier)) in enumerate(zip(columns, panels.items(), strict=True)):
+    for number, (axes, (title, frontier)) in enumerate(zip(panel_axes, panels.items(), strict=True)):
         if frontier.optimum:
             axes.plot(*zip(*frontier.optimum, strict=True), color=colors["ink"], linewidth=1.2)
         for name, points in frontier.points.items():
@@ -271,8 +271,8 @@ def draw_frontier(panels: Mapping[str, Frontier], theme: str) -> bytes:
             color = palette[index % len(palette)]
             style = {"marker": "osD^vPX*h<>p"[index % 12], "facecolor": (color, 0.3), "edgecolor": color}
             label = name if all(name not in drawn.points for drawn in list(panels.values())[:number]) else None
-            places = zip(*((kl, reward) for kl, reward, _ in points), strict=True)
-            axes.scatter(*places, s=48, linewidths=1.2, zorder=3, label=label, **style)
+            coordinates = zip(*((kl, reward) for kl, reward, _ in points), strict=True)
+            axes.scatter(*coordinates, s=48, linewidths=1.2, zorder=3, label=label, **style)
             for kl, reward, text in points:
                 offset = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 7, "color": colors["ink"]}
                 axes.annotate(text, (kl, reward), **offset)
@@ -286,8 +286,8 @@ def draw_frontier(panels: Mapping[str, Frontier], theme: str) -> bytes:
 def draw_proxy(curves: Mapping[str, Mapping[str, Sequence[float]]], theme: str) -> bytes:
     """Draw rewards along training as PNG: a panel for each method, a line for each reward."""
     colors = COLORS[theme]
-    fig, columns = _canvas(len(curves), (11.0, 3.6))
-    for axes, (title, lines) in zip(columns, curves.items(), strict=True):
+    fig, panel_axes = _canvas(len(curves), (11.0, 3.6))
+    for axes, (title, lines) in zip(panel_axes, curves.items(), strict=True):
         for (name, values), color in zip(lines.items(), colors["lines"], strict=False):
             axes.plot(values, color=color, label=name, linewidth=1.6)
         axes.set_title(title.replace(", ", ",\n"), color=colors["ink"], fontsize=10)
@@ -299,8 +299,8 @@ def draw_proxy(curves: Mapping[str, Mapping[str, Sequence[float]]], theme: str) 
 def draw_histograms(panels: Sequence[tuple[int, Sequence[float], Mapping[str, Sequence[int]]]], theme: str) -> bytes:
     """Return a PNG of histograms with a shared x-axis, one panel for each (step, edges, counts by name)."""
     colors = COLORS[theme]
-    fig, columns = _canvas(len(panels))
-    for axes, (step, edges, counts) in zip(columns, panels, strict=True):
+    fig, panel_axes = _canvas(len(panels))
+    for axes, (step, edges, counts) in zip(panel_axes, panels, strict=True):
         for branch, heights in counts.items():
             color = colors.get(branch, colors["lines"][0])
             # the outline keeps narrow bins visible when the other panel's range is wide

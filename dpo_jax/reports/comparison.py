@@ -10,31 +10,31 @@ from dpo_jax.reports.samples import answer_card, cut_note
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, tuple[str, str]]  # heading -> key of a row, and how its value is formatted
-BETA = {"beta": ("beta", "g")}
+BETA_COLUMN = {"beta": ("beta", "g")}
 BEST_BY_RULE, BEST_BY_JUDGE = "Best of n by the rule", "Best of n by the judge"
-REACHED = BETA | {
+RESULT_COLUMNS = BETA_COLUMN | {
     "reward": ("reward", ".3f"),
     "KL, nats": ("kl", ".3f"),
     "optimum's KL": ("optimum_kl", ".3f"),
     "share": ("share", ".3f"),
     "spread": ("spread", ".3f"),
 }
-BILL = BETA | {
+COST_COLUMNS = BETA_COLUMN | {
     "models": ("models", ""),
     "pairs": ("pairs", ",.0f"),
     "sampled": ("sampled", ",.0f"),
     "updates": ("updates", ",.0f"),
 }
-EXACT_BILL = BILL | {"CPU seconds": ("cpu", ""), "MiB": ("mib", ".1f"), "options to set": ("named", "")}
-DRIFT = BETA | {
+EXACT_COST_COLUMNS = COST_COLUMNS | {"CPU seconds": ("cpu", ""), "MiB": ("mib", ".1f"), "options to set": ("named", "")}
+DRIFT_COLUMNS = BETA_COLUMN | {
     "length": ("length", ".2f"),
     "entropy": ("entropy", ".2f"),
     "ended": ("ended", ".1%"),
     "displaced": ("displaced", ".1%"),
     "change": ("chosen_change", "+.2f"),
 }
-RANKING = {"labels right": ("labels", ".1%"), "as the rule": ("rule", ".1%"), "calibration error": ("ece", ".3f")}
-JUDGED = BETA | {
+RANK_COLUMNS = {"labels right": ("labels", ".1%"), "as the rule": ("rule", ".1%"), "calibration error": ("ece", ".3f")}
+JUDGED_COLUMNS = BETA_COLUMN | {
     "score": ("reward", ".4g"),
     "score ± s.e.": ("error", ".2g"),
     "KL, nats": ("kl", ".3f"),
@@ -58,48 +58,48 @@ the probability that a margin stands for with how often the label agrees."""
 PROXY_NOTE = """Both rewards of the answers sampled in training, as means over seeds; the learned one is shifted to the
 rule's mean at the first step. Where the learned reward rises and the rule's does not, the policy exploits what the
 reward model does not know."""
-BILL_NOTE = """Updates are those of the policy. CPU seconds are those of all seeds, and of compiling their one program.
+COST_NOTE = """Updates are those of the policy. CPU seconds are those of all seeds, and of compiling their one program.
 Memory is that of the compiled program: its inputs, outputs and temporary arrays. Every method that says reward model
 also needs one trained: {updates} updates, {seconds:.0f} + {compile:.0f} CPU seconds. Best of n samples n answers for
 each that it gives, whenever it answers."""
 DRIFT_NOTE = """Length is in courses, entropy in nats, and ended the share of answers that end with the end token; all
 are exact. Displaced is the share of held-out chosen answers, which are the reference's, that became less likely; change
 is that of their log-prob. A policy that concentrates on the best answers displaces others that are good."""
-TWIST_NOTE = """The last two rows of the tables train on pairs of a policy that serves no guest a course that the guest
+PAIRS_NOTE = """The last two rows of the tables train on pairs of a policy that serves no guest a course that the guest
 likes, so no pair says anything of the answers that the optimum gives. From these pairs neither DPO nor a reward model
 can learn what guests like; methods that ask the rule about their own answers need no such pairs."""
 
 
 def comparison_page(results: Row) -> str:
-    """Return the page."""
+    """Return the page of the comparison whose optimum is known exactly."""
     table_results, decoder = results["experiments"]
     panels = {f"policy: a {each['title']}": each for each in (table_results, decoder)}
-    tables = [method_table(methods_of(each, BEST_BY_RULE), REACHED) for each in (decoder, table_results)]
+    tables = [method_table(methods_of(each, BEST_BY_RULE), RESULT_COLUMNS) for each in (decoder, table_results)]
     return page(
         "From preferences to a policy",
         f"{results['seeds']} seeds on the inn, a task whose {results['answers']:,} answers are all enumerated",
         [
             paragraph(INTRODUCTION),
             heading("Reward against KL", frontier_figure(panels, FRONTIER_NOTE, BEST_BY_RULE)),
-            heading("What each reached: the decoder", tables[0], paragraph(TWIST_NOTE)),
+            heading("What each reached: the decoder", tables[0], paragraph(PAIRS_NOTE)),
             heading("What each reached: the table", tables[1]),
             heading("Learned rewards on held-out pairs", *ranking_section(results["rankings"], RANKING_NOTE)),
             heading("Learned against true reward", proxy_figure(results["proxy"])),
-            heading("The bill", *bill_section(results, decoder["rows"])),
-            heading("Drift", method_table(methods_of(decoder), DRIFT), paragraph(DRIFT_NOTE)),
+            heading("Costs", *cost_section(results, decoder["rows"])),
+            heading("Drift", method_table(methods_of(decoder), DRIFT_COLUMNS), paragraph(DRIFT_NOTE)),
             heading("The same guests, answered by each", texts_table(results["texts"])),
         ],
     )
 
 
 def frontier_figure(experiments: Mapping[str, Row], note: str, best_title: str) -> str:
-    """Return the picture: a panel for each experiment, by title."""
+    """Return HTML of the chart of rewards against KL, with a panel for each experiment, by title."""
     panels = {title: frontier_of(each, best_title) for title, each in experiments.items()}
     return figure("Frontier", note, partial(draw_frontier, panels))
 
 
 def frontier_of(experiment: Row, best_title: str) -> Frontier:
-    """Return the curve and the points of one experiment."""
+    """Return the optimum's curve and the methods' points of one experiment."""
     points: dict[str, list[tuple[float, float, str]]] = {"Reference": [(0.0, experiment["reference"]["reward"], "")]}
     best_of = [(each["kl"], each["reward"], str(each["n"])) for each in experiment["best_of"]]
     points |= {best_title: best_of} if best_of else {}
@@ -111,11 +111,11 @@ def frontier_of(experiment: Row, best_title: str) -> Frontier:
 
 def methods_of(experiment: Row, best_title: str = "") -> list[Row]:
     """Return the rows of the reference, of the best of n answers if they have a title, and of each method."""
-    best = [
+    best_rows = [
         {"name": best_title.replace(" n ", f" {each['n']} "), "beta": None, **each} for each in experiment["best_of"]
     ]
     reference = {"name": "Reference", "beta": None, **experiment["reference"]}
-    return [reference, *(best if best_title else []), *experiment["rows"]]
+    return [reference, *(best_rows if best_title else []), *experiment["rows"]]
 
 
 def method_table(rows: Sequence[Row], columns: Columns, subject: str = "Method") -> str:
@@ -134,32 +134,32 @@ def ranking_section(rankings: Mapping[str, Row], note: str) -> Iterator[str]:
     if not rankings:
         return
     rows = [{"name": name, **row, "ece": row["calibration"]["ece"]} for name, row in rankings.items()]
-    yield method_table(rows, RANKING, "Reward")
+    yield method_table(rows, RANK_COLUMNS, "Reward")
     yield paragraph(note)
     yield reliability([{"set": name, "calibration": row["calibration"]} for name, row in rankings.items()])
 
 
 def proxy_figure(proxy: Mapping[str, Any]) -> str:
-    """Return the chart of learned and true reward along training."""
+    """Return HTML of the chart of learned and true rewards over the steps of training."""
     return figure("Over-optimization", PROXY_NOTE, partial(draw_proxy, proxy))
 
 
-def bill_section(results: Row, rows: list[Row]) -> Iterator[str]:
-    """Yield the table of what each method took, and its explanation."""
+def cost_section(results: Row, rows: list[Row]) -> Iterator[str]:
+    """Yield the table of each method's costs, and its explanation."""
     seconds = [f"{row['seconds']:.0f} + {row['compile_seconds']:.0f}" for row in rows]
-    shown = [
+    table_rows = [
         {**row, "cpu": text, "mib": row["num_bytes"] / 2**20, "named": ", ".join(row["options"])}
         for row, text in zip(rows, seconds, strict=True)
     ]
-    yield method_table(shown, EXACT_BILL)
+    yield method_table(table_rows, EXACT_COST_COLUMNS)
     cost = results["reward_model"]
-    note = BILL_NOTE.format(updates=cost["updates"], seconds=cost["seconds"], compile=cost["compile_seconds"])
+    note = COST_NOTE.format(updates=cost["updates"], seconds=cost["seconds"], compile=cost["compile_seconds"])
     rate = f" The learning rate of methods on pairs, {results['learning_rate']:g}, was chosen by DPO on another seed."
     yield paragraph(note + rate)
 
 
 def texts_table(texts: Row) -> str:
-    """Return the table of answers to the same guests."""
+    """Return the table of each method's answers to the same guests."""
     head = ("Method", *(f"{guest}, who likes {' and '.join(liked)}" for guest, liked in texts["guests"].items()))
     rows = [(name, *(f"{text} ({reward:g})" for text, reward in row)) for name, row in texts["rows"].items()]
     return table(head, rows)
@@ -182,13 +182,13 @@ agrees; it and the diagrams are those of the first seed. The implicit reward is 
 MODEL_LEARNED_NOTE = """The learned reward, which was trained on, and the judge's score, of the answers of the reference
 (before) and of the policy (after). A learned score that rises more than the judge's, or a correlation over prompts that
 falls, is what over-optimization looks like; scales and offsets of the two scores differ."""
-MODEL_BILL_NOTE = """Pairs are those of the training set, for methods that learn from their labels; sampled counts the
+MODEL_COST_NOTE = """Pairs are those of the training set, for methods that learn from their labels; sampled counts the
 tokens of answers sampled in training. Seconds are those of training steps, with compilation, without evaluations.
 Peak memory is that of the fullest device, or on CPUs of the process; both only grow from one method to the next, so
 they are an upper bound for a method that needs less than an earlier one. Options are those of the objective and the
 optimizer that are not at their defaults. With adapters, policy, reference and value share one copy of the base weights.
 All figures are means over seeds."""
-LEARNED = BETA | {
+LEARNED_COLUMNS = BETA_COLUMN | {
     "learned, before": ("learned_before", ".4g"),
     "learned, after": ("learned_after", ".4g"),
     "judge, before": ("judge_before", ".4g"),
@@ -196,7 +196,11 @@ LEARNED = BETA | {
     "correlation, before": ("correlation_before", ".2f"),
     "correlation, after": ("correlation_after", ".2f"),
 }
-MODEL_BILL = BILL | {"seconds": ("seconds", ",.0f"), "peak GiB": ("gib", ".2f"), "options": ("named", "")}
+MODEL_COST_COLUMNS = COST_COLUMNS | {
+    "seconds": ("seconds", ",.0f"),
+    "peak GiB": ("gib", ".2f"),
+    "options": ("named", ""),
+}
 
 
 def model_comparison_page(results: Row) -> str:
@@ -204,17 +208,17 @@ def model_comparison_page(results: Row) -> str:
     experiment, num_prompts = results["experiment"], len(results["texts"]["prompts"])
     rows = methods_of(experiment, BEST_BY_JUDGE)
     best_note = [paragraph(BEST_NOTE)] if experiment["best_of"] else []
-    picture = frontier_figure({results["model"]: experiment}, "", BEST_BY_JUDGE)
+    chart = frontier_figure({results["model"]: experiment}, "", BEST_BY_JUDGE)
     return page(
         "From preferences to a policy",
         f"{results['model']} · {results['seeds']} seed{'s' * (results['seeds'] > 1)} of each method",
         [
             paragraph(MODEL_INTRODUCTION.format(prompts=num_prompts, judge=results["judge"])),
-            heading("Score against KL", picture),
-            heading("What each reached", method_table(rows, JUDGED), paragraph(JUDGED_NOTE), *best_note),
+            heading("Score against KL", chart),
+            heading("What each reached", method_table(rows, JUDGED_COLUMNS), paragraph(JUDGED_NOTE), *best_note),
             heading("Rewards on held-out pairs", *ranking_section(results["rankings"], MODEL_RANKING_NOTE)),
             heading("Learned reward against judge", *learned_section(results["learned"])),
-            heading("The bill", *model_bill_section(results)),
+            heading("Costs", *model_cost_section(results)),
             heading("The same prompts, answered by each", *answer_cards(results["texts"])),
         ],
     )
@@ -227,15 +231,15 @@ def learned_section(learned: Sequence[Row]) -> list[str]:
         | {f"{score}_{when}": row[when][score] for when in ("before", "after") for score in row[when]}
         for row in learned
     ]
-    return [method_table(rows, LEARNED), paragraph(MODEL_LEARNED_NOTE)] if rows else []
+    return [method_table(rows, LEARNED_COLUMNS), paragraph(MODEL_LEARNED_NOTE)] if rows else []
 
 
-def model_bill_section(results: Row) -> list[str]:
-    """Return the table of what each method took; the reward model has a row of its own."""
+def model_cost_section(results: Row) -> list[str]:
+    """Return the table of each method's costs; the reward model has a row of its own."""
     rows = [row | {"named": ", ".join(row["options"])} for row in results["experiment"]["rows"]]
     if results["reward_model"] is not None:
         rows = [{"name": "Reward model", "models": "reward", **results["reward_model"]}, *rows]
-    return [method_table(rows, MODEL_BILL), paragraph(MODEL_BILL_NOTE)]
+    return [method_table(rows, MODEL_COST_COLUMNS), paragraph(MODEL_COST_NOTE)]
 
 
 def answer_cards(texts: Row) -> Iterator[str]:

@@ -87,16 +87,16 @@ def _shingles(words: np.ndarray, sequences: Iterable[np.ndarray]) -> np.ndarray:
         numbers = words[sequence]
         numbers = numbers[numbers >= 0].astype(np.uint64)
         size = min(SHINGLE, len(numbers))
-        hashed = np.zeros(len(numbers) - size + 1 if size else 0, np.uint64)
+        shingle_hashes = np.zeros(len(numbers) - size + 1 if size else 0, np.uint64)
         for offset in range(size):
-            hashed = mix_words(hashed + numbers[offset : offset + len(hashed)])
-        hashes.append(hashed)
+            shingle_hashes = mix_words(shingle_hashes + numbers[offset : offset + len(shingle_hashes)])
+        hashes.append(shingle_hashes)
     return np.unique(np.concatenate(hashes))
 
 
 def _alike(first: np.ndarray, second: np.ndarray) -> bool:
-    common = len(np.intersect1d(first, second, assume_unique=True))
-    return common >= MIN_SIMILARITY * (len(first) + len(second) - common)
+    num_common = len(np.intersect1d(first, second, assume_unique=True))
+    return num_common >= MIN_SIMILARITY * (len(first) + len(second) - num_common)
 
 
 def _candidates(members: Iterable[int], signature: Callable[[int], np.ndarray]) -> Iterator[tuple[int, int]]:

@@ -108,7 +108,7 @@ VALUE_MODELS = {
 
 
 def objective(config: Row) -> str:
-    """Return the objective in words, empty for fine-tuning; only a reward model's loss has no beta."""
+    """Return the objective in words; empty for fine-tuning, and without beta for a reward model."""
     if "ppo" in config:
         options = config["ppo"]
         text = f"{options['estimator']}, KL coefficient {options['kl_coef']:g}, {options['epochs']} updates a step"

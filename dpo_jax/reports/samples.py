@@ -1,4 +1,4 @@
-"""Sampled answers of a run, as HTML: to each prompt those of the start, of the end, and of the compared model."""
+"""Sampled answers of a run as HTML: each prompt with the compared model's answer and the policy's first and last."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -6,7 +6,7 @@ from typing import Any
 
 from dpo_jax.reports.html import details, number, paragraph
 
-MAX_SHOWN = 12  # prompts of each set
+MAX_SHOWN = 12  # prompts of each set that are shown, at most
 MAX_PROMPT = 300  # characters; a longer one is folded
 Row = Mapping[str, Any]  # a line of samples.jsonl
 
@@ -19,17 +19,19 @@ def samples(rows: Sequence[Row]) -> str:
     first_of_prompt: dict[tuple[str, str, int], Row] = {}
     for row in rows:
         first_of_prompt.setdefault(_prompt_of(row), row)
-    last = [row for row in rows if row["step"] == newest_step]
-    shown = [row for name in dict.fromkeys(row["set"] for row in last) for row in _of_set(last, name)[:MAX_SHOWN]]
-    count = f"The first {len(shown)} of {len(last)} prompts; samples.jsonl has all" if len(shown) < len(last) else ""
-    note = [paragraph(f"{count}.")] if count else []
+    last_rows = [row for row in rows if row["step"] == newest_step]
+    shown_rows = [
+        row for name in dict.fromkeys(row["set"] for row in last_rows) for row in _of_set(last_rows, name)[:MAX_SHOWN]
+    ]
+    note = f"The first {len(shown_rows)} of {len(last_rows)} prompts; samples.jsonl has all."
+    notes = [paragraph(note)] if len(shown_rows) < len(last_rows) else []
     cards = [
         answer_card(
             f"{row['set']} · row {row['row']}", row["prompt"].strip(), columns(first_of_prompt[_prompt_of(row)], row)
         )
-        for row in shown
+        for row in shown_rows
     ]
-    return "\n".join([*note, *cards])
+    return "\n".join([*notes, *cards])
 
 
 def _prompt_of(row: Row) -> tuple[str, str, int]:
@@ -55,18 +57,18 @@ def answer_card(label: str, prompt: str, answers: Sequence[tuple[str, str]]) -> 
 
 
 def columns(first: Row, last: Row) -> list[tuple[str, str]]:
-    """Return titles and answers to one prompt; equal ones of the compared model and the start are one."""
-    compared = next(name for name in ("reference", "start") if name in last)
+    """Return titles and answers to one prompt; the policy's first answer shares the compared model's title if equal."""
+    baseline = next(name for name in ("reference", "start") if name in last)
     if "policy" not in last:  # a reward model, which scores answers that stay the same
-        scores = ", ".join(f"{number(row[compared]['score'])} at step {row['step']}" for row in (first, last))
-        return [(f"{compared}, score {scores}{cut_note(last[compared])}", last[compared]["text"].strip())]
-    answers = [(compared, last[compared])]
-    begin, end = (f"policy at step {row['step']}" for row in (first, last))
-    if first["policy"]["text"] == last[compared]["text"]:
-        answers = [(f"{compared}, and {begin}", last[compared])]
+        scores = ", ".join(f"{number(row[baseline]['score'])} at step {row['step']}" for row in (first, last))
+        return [(f"{baseline}, score {scores}{cut_note(last[baseline])}", last[baseline]["text"].strip())]
+    answers = [(baseline, last[baseline])]
+    first_title, last_title = (f"policy at step {row['step']}" for row in (first, last))
+    if first["policy"]["text"] == last[baseline]["text"]:
+        answers = [(f"{baseline}, and {first_title}", last[baseline])]
     elif first["step"] < last["step"]:
-        answers.append((begin, first["policy"]))
-    answers.append((end, last["policy"]))
+        answers.append((first_title, first["policy"]))
+    answers.append((last_title, last["policy"]))
     return [(title + _facts(answer), answer["text"].strip()) for title, answer in answers]
 
 

@@ -27,15 +27,18 @@ def token_page(lines: Sequence[Mapping[str, Any]], beta: float, policy: str) -> 
     The page shows the pairs with the largest and the smallest margins, or all pairs if there are no more than that.
     """
     margin_of = lambda line: -math.inf if math.isnan(line["rewards/margin"]) else line["rewards/margin"]  # noqa: E731
-    ranked = sorted(lines, key=margin_of, reverse=True)
-    groups = {"All pairs, by margin": ranked}
-    if len(ranked) > 2 * MAX_SHOWN:
-        groups = {"The largest margins": ranked[:MAX_SHOWN], "The smallest margins": ranked[: -MAX_SHOWN - 1 : -1]}
-    full = saturation([line for group in groups.values() for line in group], beta)
-    blocks = [heading(title, *(_pair(line, beta, full) for line in group)) for title, group in groups.items()]
+    by_margin = sorted(lines, key=margin_of, reverse=True)
+    groups = {"All pairs, by margin": by_margin}
+    if len(by_margin) > 2 * MAX_SHOWN:
+        groups = {
+            "The largest margins": by_margin[:MAX_SHOWN],
+            "The smallest margins": by_margin[: -MAX_SHOWN - 1 : -1],
+        }
+    full_gain = saturation([line for group in groups.values() for line in group], beta)
+    blocks = [heading(title, *(_pair(line, beta, full_gain) for line in group)) for title, group in groups.items()]
     legend = (
         f"An answer's reward is beta = {beta:g} times the sum of log(policy / reference) over its tokens. Blue tokens "
-        f"raise it and red tokens lower it, in full color from {number(full)}; hover over a token for its value. "
+        f"raise it and red tokens lower it, in full color from {number(full_gain)}; hover over a token for its value. "
         "A dot stands for a token that is only part of a character."
     )
     return page("Rewards token by token", f"{policy} · {len(lines)} pairs", [paragraph(legend), *blocks], CSS)

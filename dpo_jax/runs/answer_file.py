@@ -71,7 +71,7 @@ class AnswerFile:
                 path.unlink(missing_ok=True)
 
     def resume(self, manifest: Mapping[str, Any], num_rows: int) -> tuple[int, list[str]]:
-        """Create the file or drop an incomplete last line; return its number of rows and what affects rounding.
+        """Create the file or drop an incomplete last line; return its number of rows and changes that affect rounding.
 
         Raises:
             UserError: the file is not that of a command with this ``manifest``, or was edited.

@@ -43,7 +43,7 @@ class RunDir:
 
     @property
     def logs(self) -> tuple[Path, ...]:
-        """The logs that are truncated when a run resumes, to the step that it resumes from."""
+        """Paths of the logs that are truncated, when a run resumes, to the step that it resumes from."""
         return self.metrics, self.timings, self.distributions, self.samples
 
 
@@ -81,7 +81,7 @@ def locked_run(path: str | Path) -> Iterator[RunDir]:
 
 @contextmanager
 def locked_directory(path: str | Path, lock_name: str, has_ours: Callable[[Path], bool], ours: str) -> Iterator[Path]:
-    """Context manager that creates ``run.dir``, or reopens one that has ``ours``, and locks the file ``lock_name``.
+    """Context manager that creates ``run.dir``, or reopens it if ``has_ours`` is true, and locks ``lock_name`` in it.
 
     Raises:
         UserError: another process has locked it, it has other files only, or it cannot be written. In these cases

@@ -21,7 +21,7 @@ CLOSE_SECONDS = 60  # time for a tracker to take the remaining rows at the end
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found; all of it depends only on (data, seed, step)."""
+    """Results of an evaluation, which depend only on (data, seed, step)."""
 
     metrics: Mapping[str, float]
     distributions: Sequence[Mapping[str, Any]] = ()  # one object per set

@@ -24,7 +24,7 @@ from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.families import FAMILIES, tensor_name
 from dpo_jax.parallel.hosts import is_writer
 from dpo_jax.storage import claim, is_abandoned
-from dpo_jax.weights.safetensors import INDEX, SINGLE, Tensor, copy_tensors, find_tensors, read_header, write_file
+from dpo_jax.weights.safetensors import INDEX, WEIGHTS, Tensor, copy_tensors, find_tensors, read_header, write_file
 from dpo_jax.weights.stored import Part, Stored, leaf_name, leaves_by_name, stored_tensors
 
 # Ends of names of buffers in files of old models, which this program computes from the config.
@@ -36,29 +36,29 @@ COMPANIONS = (
     "generation_config.json",
 )  # fmt: skip
 
-CARRIED = "carried.safetensors"  # `carried_tensors` in a run's copy of the files next to its model
+CARRIED_FILE = "carried.safetensors"  # `carried_tensors` in a run's copy of the files next to its model
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Stored], model: Model) -> None:
     def mismatch(why: str) -> UserError:
-        return UserError(f"{folder}: {why}; check that they belong together")
+        return UserError(f"{folder}: {why}; check that the weights and config.json belong together")
 
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise mismatch(f"config.json requires {_name_list(missing)}, which the weights do not contain")
+    missing_names = [name for name in expected if name not in tensors]
+    if missing_names:
+        raise mismatch(f"config.json requires {_name_list(missing_names)}, which the weights do not contain")
     embed, unembed = (tensor_name(model.config, leaf) for leaf in ("embed", "unembed"))
-    allowed = expected.keys() | ({unembed} if model.config.tied else set())
+    allowed_names = expected.keys() | ({unembed} if model.config.tied else set())
     family = FAMILIES[model.config.family]
     ignored, carried = (*_BUFFERS, *family.ignored), tuple(family.carried)
-    unknown = (name for name in tensors if name not in allowed)
-    extra = [name for name in unknown if not name.endswith(ignored) and not name.startswith(carried)]
-    if extra:
-        raise mismatch(f"the weights contain {_name_list(extra)}, which config.json does not define")
+    unknown_names = (name for name in tensors if name not in allowed_names)
+    extra_names = [name for name in unknown_names if not name.endswith(ignored) and not name.startswith(carried)]
+    if extra_names:
+        raise mismatch(f"the weights contain {_name_list(extra_names)}, which config.json does not define")
     for name, stored in expected.items():
-        actual = tensors[name].shape
-        if actual != stored.shape:
-            raise mismatch(f"tensor {name} has shape {list(actual)}, but config.json implies {list(stored.shape)}")
+        shape = tensors[name].shape
+        if shape != stored.shape:
+            raise mismatch(f"tensor {name} has shape {list(shape)}, but config.json implies {list(stored.shape)}")
     if model.config.tied and unembed in tensors:
         _check_tied(folder, tensors[unembed], tensors[embed])
 
@@ -153,7 +153,7 @@ def load_params(path: Path, model: Model, *, shardings: Any | None, dtype: Any) 
 
 
 def _rename(tensors: dict[str, Tensor], expected: Mapping[str, Stored], model: Model) -> dict[str, Tensor]:
-    """Give tensors that other files name otherwise the names that this program expects."""
+    """Rename tensors of files with another naming scheme to the names that this program expects."""
 
     def name_here(name: str) -> str:
         prefixes = {} if name in expected else FAMILIES[model.config.family].renamed
@@ -329,7 +329,7 @@ def _move_other_files(replaced: Path, target: Path) -> None:
     if not replaced.is_dir():
         return
     for path in replaced.iterdir():
-        if path.name not in (*COMPANIONS, "config.json", INDEX, SINGLE) and not _SHARD.fullmatch(path.name):
+        if path.name not in (*COMPANIONS, "config.json", INDEX, WEIGHTS) and not _SHARD.fullmatch(path.name):
             os.rename(path, target / path.name)
     shutil.rmtree(replaced)
 
@@ -348,9 +348,9 @@ def carried_tensors(folder: Path, family: str) -> dict[str, Tensor]:
     prefixes = tuple(FAMILIES[family].carried)
     if not prefixes:
         return {}
-    if (folder / CARRIED).is_file():
-        return read_header(folder / CARRIED)
-    has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    if (folder / CARRIED_FILE).is_file():
+        return read_header(folder / CARRIED_FILE)
+    has_weights = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
     tensors = find_tensors(folder) if has_weights else {}
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
 
@@ -368,7 +368,7 @@ def _write_tensors(
     num_files = len(files) + bool(carried)
     names = [f"model-{index:05d}-of-{num_files:05d}.safetensors" for index in range(1, num_files + 1)]
     weight_map: dict[str, str] = {}
-    for file_tensors, file in zip(files, [SINGLE] if num_files == 1 else names, strict=False):
+    for file_tensors, file in zip(files, [WEIGHTS] if num_files == 1 else names, strict=False):
         shapes = {name: entry.shape for name, entry in file_tensors.items()}
         write_file(folder / file, shapes, dtype, fetch_tensors(params, file_tensors, dtype))
         weight_map |= dict.fromkeys(file_tensors, file)

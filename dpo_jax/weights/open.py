@@ -27,7 +27,7 @@ from dpo_jax.runs.directory import RunDir, find_run, is_run_dir, writing
 from dpo_jax.runs.restore import restore_part
 from dpo_jax.storage import write_atomically
 from dpo_jax.weights.hub import check_vocabulary, read_hf_config, resolve_model
-from dpo_jax.weights.huggingface import CARRIED, carried_tensors, export_params, load_params
+from dpo_jax.weights.huggingface import CARRIED_FILE, carried_tensors, export_params, load_params
 from dpo_jax.weights.known import builtin_model
 from dpo_jax.weights.peft import export_adapters, load_adapters
 from dpo_jax.weights.safetensors import copy_tensors
@@ -198,9 +198,9 @@ def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: M
 def load_start(config: LoraConfig, model: Model, base: Params, seed: int, mesh: Mesh) -> Params:
     """Return a run's initial adapters: loaded from ``lora.path`` if it is set, otherwise drawn from ``seed``."""
     if config.path is None:
-        draw = partial(start_adapters, model, init=config.init)
-        jitted = jax.jit(draw, out_shardings=trained_shardings(model, mesh))
-        return jitted(jax.random.key(seed), head=base.get("score"))
+        initialize = partial(start_adapters, model, init=config.init)
+        jitted_init = jax.jit(initialize, out_shardings=trained_shardings(model, mesh))
+        return jitted_init(jax.random.key(seed), head=base.get("score"))
     return load_adapters(Path(config.path).expanduser(), model, config, trained_shardings(model, mesh))
 
 
@@ -241,14 +241,14 @@ def keep_model_files(run: RunDir, source: ModelSource, hf_config: Mapping[str, A
     folder = run.root / MODEL_FILES
     with from_outside(f"{folder}: the tokenizer cannot be written", "free space, or fix the tokenizer's files"):
         tokenizer.save_pretrained(folder)
-    generation = "generation_config.json"
+    generation_file = "generation_config.json"
     with writing(folder):
-        if source.folder is not None and (source.folder / generation).is_file():
-            write_atomically(folder / generation, (source.folder / generation).read_bytes())
+        if source.folder is not None and (source.folder / generation_file).is_file():
+            write_atomically(folder / generation_file, (source.folder / generation_file).read_bytes())
         carried = {} if source.folder is None else carried_tensors(source.folder, str(hf_config["model_type"]))
         if carried and source.folder != folder:
-            copy_tensors(folder / f"{CARRIED}.partial", carried)
-            os.replace(folder / f"{CARRIED}.partial", folder / CARRIED)
+            copy_tensors(folder / f"{CARRIED_FILE}.partial", carried)
+            os.replace(folder / f"{CARRIED_FILE}.partial", folder / CARRIED_FILE)
         write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")  # last: find_model trusts it
 
 

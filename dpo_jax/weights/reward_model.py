@@ -1,4 +1,4 @@
-"""The tokens that end a policy's answers, and the reward model that scores answers there."""
+"""The tokens that end a policy's answers, and the reward model that scores the answers at their end."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -25,11 +25,11 @@ def stop_tokens(source: ModelSource, tokenizer: Any, tails: Iterable[list[int]])
     ``tails``: tokens that training appends to the text of answers. An end of turn counts only if it is a special or
     added token, such as ``<|im_end|>``, not ordinary text.
     """
-    ends = {tokenizer.eos_token_id} - {None}
+    end_ids = {tokenizer.eos_token_id} - {None}
     if source.folder is not None and (source.folder / "generation_config.json").is_file():
-        ends |= end_tokens(source.folder, source.hf_config)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return sorted(ends | ({tail[0] for tail in tails if tail} & special))
+        end_ids |= end_tokens(source.folder, source.hf_config)
+    special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return sorted(end_ids | ({tail[0] for tail in tails if tail} & special_ids))
 
 
 def refuse_reward_model(model: Model, path: str) -> None:
@@ -60,12 +60,12 @@ class RewardModel(NamedTuple):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether it has the policy's tokenizer and chat template."""
+        """Whether the reward model has the policy's tokenizer and chat template, and so reads its tokens."""
         return self.read_answer is _read_tokens
 
 
 def reward_model_config(config: RewardModelConfig, policy: ModelConfig) -> ModelConfig:
-    """Return the options of the reward model at ``config.path``, which is computed as the policy is."""
+    """Return the options of the reward model at ``config.path``, with the policy's compute options."""
     assert config.path is not None
     return replace(policy, path=config.path, revision=config.revision, checkpoint=config.checkpoint, tokenizer=None)
 
@@ -78,7 +78,7 @@ def refuse_language_model(model: Model, config: RewardModelConfig) -> None:
 
 @contextmanager
 def naming_reward(section: str) -> Iterator[None]:
-    """Name the options of ``section`` in errors about a reward model's path, revision or checkpoint."""
+    """Context manager that names options of ``section`` in errors of a reward model's path, revision or checkpoint."""
     try:
         yield
     except UserError as error:
@@ -107,12 +107,12 @@ def open_reward_model(
         raise UserError(f"{section}.path: {config.path}: its tokenizer cannot be loaded: {error}; {remedy}") from error
     if reward_tokenizer.chat_template is None:
         reward_tokenizer.chat_template = tokenizer.chat_template
-    reading = f" {tokenizer_hash(reward_tokenizer)}"
-    if reading == f" {tokenizer_hash(tokenizer)}":
+    reading_id = f" {tokenizer_hash(reward_tokenizer)}"
+    if reading_id == f" {tokenizer_hash(tokenizer)}":
         return RewardModel(opened, _read_tokens, "")
     if reads_clock(reward_tokenizer.chat_template):
-        reading += f" {template_date}"
-    return RewardModel(opened, _make_read_text(config, reward_tokenizer, tokenizer, template_date), reading)
+        reading_id += f" {template_date}"
+    return RewardModel(opened, _make_read_text(config, reward_tokenizer, tokenizer, template_date), reading_id)
 
 
 def _read_tokens(prompt: TokenizedPrompt, answer: Answer, _: Callable[[], Example]) -> tuple[list[int], list[int]]:
@@ -120,7 +120,7 @@ def _read_tokens(prompt: TokenizedPrompt, answer: Answer, _: Callable[[], Exampl
 
 
 def _make_read_text(config: RewardModelConfig, reward_tokenizer: Any, tokenizer: Any, template_date: str) -> ReadAnswer:
-    """Return a function that tokenizes an answer's text as the training of the reward model did.
+    """Return a function that tokenizes an answer's text as it is tokenized to train the reward model.
 
     An answer that was cut off has none of the tokens that end one.
     """
@@ -136,16 +136,16 @@ def _make_read_text(config: RewardModelConfig, reward_tokenizer: Any, tokenizer:
     def read_text(prompt: TokenizedPrompt, answer: Answer, row: Callable[[], Example]) -> tuple[list[int], list[int]]:
         example, text = row(), answer.text(tokenizer, prompt.tokens)
         message = text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]
-        alone = tokenize_prompt(example)
-        answered = alone if isinstance(alone, Problem) else tokenize(replace(example, answers=(message,)))
-        tail = [] if isinstance(alone, Problem) else alone.tail
-        if isinstance(answered, TokenizedExample):
-            tokens = answered.answers[0]
+        context = tokenize_prompt(example)
+        tokenized = context if isinstance(context, Problem) else tokenize(replace(example, answers=(message,)))
+        tail = [] if isinstance(context, Problem) else context.tail
+        if isinstance(tokenized, TokenizedExample):
+            tokens = tokenized.answers[0]
             is_cut = not answer.ended and 0 < len(tail) < len(tokens) and tokens[-len(tail) :] == tail
-            return answered.prompt, tokens[: -len(tail)] if is_cut else tokens
-        if answered.cause == "empty_answer" and isinstance(alone, TokenizedPrompt):  # scored where an answer begins
-            return (alone.tokens, tail) if tail else (alone.tokens[:-1], alone.tokens[-1:])
-        problem = f"{config.path} cannot read row {example.row}: {answered.detail}"
+            return tokenized.prompt, tokens[: -len(tail)] if is_cut else tokens
+        if tokenized.cause == "empty_answer" and isinstance(context, TokenizedPrompt):  # scored where an answer begins
+            return (context.tokens, tail) if tail else (context.tokens[:-1], context.tokens[-1:])
+        problem = f"{config.path} cannot read row {example.row}: {tokenized.detail}"
         raise UserError(f"{config.section}.path: {problem}; remove the row, or choose another reward model")
 
     return read_text

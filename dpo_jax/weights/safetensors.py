@@ -27,9 +27,9 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+WEIGHTS = "model.safetensors"
 MAX_ELEMENTS = 2**60  # a tensor without elements may name such dims, which NumPy cannot index
-AGAIN = "copy or download it again"
+COPY_AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Tensor:
 
     def read_bytes(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """Read the tensor's bytes, or some of them, whatever its dtype."""
-        count = (self.end - self.start if last is None else last) - first
-        with from_outside(f"{self.path}: tensor {self.name}", AGAIN), self.path.open("rb") as file:
+        num_bytes = (self.end - self.start if last is None else last) - first
+        with from_outside(f"{self.path}: tensor {self.name}", COPY_AGAIN), self.path.open("rb") as file:
             file.seek(self.start + first)
-            return np.fromfile(file, np.uint8, count)
+            return np.fromfile(file, np.uint8, num_bytes)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the safetensors library rejects the file.
     """
-    with from_outside(f"{path}: this is not an intact safetensors file", AGAIN):
+    with from_outside(f"{path}: this is not an intact safetensors file", COPY_AGAIN):
         with safe_open(path, "numpy"):  # checks that types, shapes and offsets cover the file exactly
             pass
         with path.open("rb") as file:
@@ -89,9 +89,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
     tensors = {}
     for name, entry in header.items():
         if not isinstance(entry, dict):  # the library also accepts a list of the three values, which nobody writes
-            raise UserError(f"{path}: the header entry of {name} must be an object, got {shown(entry)}; {AGAIN}")
+            raise UserError(f"{path}: the header entry of {name} must be an object, got {shown(entry)}; {COPY_AGAIN}")
         if math.prod(filter(None, entry["shape"])) >= MAX_ELEMENTS:
-            raise UserError(f"{path}: tensor {name} has shape {entry['shape']}, too large for any array; {AGAIN}")
+            raise UserError(f"{path}: tensor {name} has shape {entry['shape']}, too large for any array; {COPY_AGAIN}")
         start, end = entry["data_offsets"]
         data_start = 8 + length
         tensors[name] = Tensor(path, name, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + end)
@@ -105,13 +105,13 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
         UserError: there are no safetensors files, a file of the index is missing, or a tensor is not in the file that
             the index names or is in two files.
     """
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
+    if (folder / WEIGHTS).is_file():
+        return read_header(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         if list(folder.glob("*.bin")) or list(folder.glob("*.pth")):
             remedy = "convert them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             raise UserError(f"{folder}: the weights are PyTorch pickles, which can run code when read; {remedy}")
-        raise UserError(f"{folder}: contains neither {SINGLE} nor {INDEX}; give a directory with a model's weights")
+        raise UserError(f"{folder}: contains neither {WEIGHTS} nor {INDEX}; give a directory with a model's weights")
     files = _read_index(folder)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
@@ -130,10 +130,10 @@ def _read_index(folder: Path) -> dict[str, str]:
     """Return the file name of each tensor in the index."""
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise UserError(f"{folder / INDEX}: weight_map", files, f"it must name the file of each tensor; {AGAIN}")
+        raise UserError(f"{folder / INDEX}: weight_map", files, f"it must name the file of each tensor; {COPY_AGAIN}")
     for tensor, file in files.items():
         if not isinstance(file, str) or PurePath(file).is_absolute() or ".." in PurePath(file).parts:
-            remedy = f"it must name a file in this directory; {AGAIN}"
+            remedy = f"it must name a file in this directory; {COPY_AGAIN}"
             raise UserError(f"{folder / INDEX}: weight_map.{tensor}", file, remedy)
         if not os.path.isfile(folder / file):  # unlike Path.is_file, returns False for a name that no file can have
             raise UserError(f"{folder}: {shown(file)}, which {INDEX} names, is missing; copy or download it")

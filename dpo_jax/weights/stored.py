@@ -49,12 +49,12 @@ class Stored:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape in the file."""
+        """Shape of the tensor in the file."""
         shape = (*self.inputs, self.rows) if self.transposed else (self.rows, *self.inputs)
         return (self.stack, *shape) if self.stack else shape
 
     def entries(self) -> list["Stored"]:
-        """Return what each entry of a stack holds, or just this tensor."""
+        """Return the tensor of each entry of a stack, or this tensor alone if it is not stacked."""
         if self.stack == 0:
             return [self]
         return [replace(self, stack=0).at((*self.parts[0].index, i)) for i in range(self.stack)]
@@ -78,7 +78,7 @@ class Stored:
         return (rows.T if part.inputs_first else rows).reshape(part.shape)
 
     def join(self, slices: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the tensor that holds these slices of its parts."""
+        """Return the tensor, joined from these slices of its parts."""
 
         def grouped(part: Part, value: np.ndarray) -> np.ndarray:
             rows = value.reshape(*self.inputs, part.rows).T if part.inputs_first else value
@@ -86,9 +86,9 @@ class Stored:
             return rows.reshape(self.groups, part.rows // self.groups, *self.inputs)
 
         arrays = [grouped(part, value) for part, value in zip(self.parts, slices, strict=True)]
-        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
-        joined = joined.reshape(self.rows, *self.inputs)
-        return np.ascontiguousarray(joined.T if self.transposed else joined)
+        tensor = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
+        tensor = tensor.reshape(self.rows, *self.inputs)
+        return np.ascontiguousarray(tensor.T if self.transposed else tensor)
 
 
 def leaves_by_name(tree: Params) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def stored_tensors(model: Model) -> dict[str, Stored]:
     family, sizes = FAMILIES[config.family], projections(config)
     rows = layer_projections(config).values()
     inputs_first = {f"layers/{row.name}" for row in rows if row.transposed}
-    stacked = {f"layers/{row.name}{end}" for row in rows if row.stack for end in ("", "_bias")}
+    stacked_leaves = {f"layers/{row.name}{end}" for row in rows if row.stack for end in ("", "_bias")}
     fused: dict[str, list[str]] = {}
     for leaf in structs:
         fused.setdefault(family.tensor(leaf), []).append(leaf)
@@ -118,7 +118,7 @@ def stored_tensors(model: Model) -> dict[str, Stored]:
         parts, inputs, stack = [], (), 0
         for leaf in sorted(leaves, key=lambda leaf: order.get(leaf, -1)):
             shape = structs[leaf].shape[num_dims:]
-            if leaf in stacked and num_dims == 1:
+            if leaf in stacked_leaves and num_dims == 1:
                 stack, *shape = shape
             inputs, num_rows = _matrix_size(leaf, tuple(shape), sizes)
             is_first = leaf in inputs_first
@@ -136,7 +136,7 @@ def stored_tensors(model: Model) -> dict[str, Stored]:
 
 
 def num_groups(config: DecoderConfig, name: str) -> int:
-    """Return in how many groups the rows of the tensor ``name`` are; {} stands for the layer."""
+    """Return the number of groups that the rows of tensor ``name`` are in; {} stands for the layer."""
     axis = FAMILIES[config.family].grouped.get(name)
     return 1 if axis is None else config.size(axis)
 

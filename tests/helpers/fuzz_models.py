@@ -23,7 +23,7 @@ from dpo_jax.models.families.keys import HARMLESS_KEYS
 from dpo_jax.models.options import DecoderConfig, LayerKind, LinearScaling, Llama3Scaling, Rope
 from dpo_jax.weights.hub import read_hf_config
 from dpo_jax.weights.peft import _HARMLESS, CONFIG, TENSOR_FILE, export_adapters, load_adapters
-from dpo_jax.weights.safetensors import DTYPES, INDEX, SINGLE, Tensor, find_tensors, read_header
+from dpo_jax.weights.safetensors import DTYPES, INDEX, WEIGHTS, Tensor, find_tensors, read_header
 
 # --------------------------------------------------------------------------------------------- safetensors
 
@@ -98,7 +98,7 @@ def check_index(value: tuple[Any, bool]) -> bool:
     tree, single = value
     with TemporaryDirectory() as name:
         folder = Path(name)
-        files = {**SHARDS, **({SINGLE: {"a": ("F32", [1, 1])}} if single else {})}
+        files = {**SHARDS, **({WEIGHTS: {"a": ("F32", [1, 1])}} if single else {})}
         written = {}
         for file, held in files.items():
             header, data = tensor_file(held)
@@ -110,7 +110,7 @@ def check_index(value: tuple[Any, bool]) -> bool:
         if was_refused:
             return False
         # transformers takes a single file and does not look at the index; of an index it takes whole files
-        named = {SINGLE} if single else set(tree["weight_map"].values())
+        named = {WEIGHTS} if single else set(tree["weight_map"].values())
         wanted = {tensor: file for file in named for tensor in files[file]}
         assert {tensor: found.path.name for tensor, found in tensors.items()} == wanted
         for found in tensors.values():

@@ -294,7 +294,7 @@ REFUSED = [
     ("gpt2", "n_positions", None, "positive number"),
     ("gpt2", "n_embd", "64", "positive number"),
     ("gpt_neox", "hidden_act", "relu", "silu, gelu, gelu_pytorch_tanh"),
-    ("gpt_neox", "rotary_pct", 0.2, "an even number"),
+    ("gpt_neox", "rotary_pct", 0.2, "must be even and positive"),
     ("gpt_neox", "rotary_pct", 2, "at most 1"),
     ("gpt_neox", "rope_theta", 500.0, "no such option"),  # there it is rotary_emb_base
     ("gpt_neox", "use_parallel_residual", None, "true or false"),
@@ -310,7 +310,7 @@ REFUSED = [
     ("stablelm", "rms_norm_eps", 1e-6, "no such option"),  # there it is layer_norm_eps
     ("stablelm", "num_key_value_heads", None, "positive number"),
     ("stablelm", "use_parallel_residual", None, "true or false"),
-    ("stablelm", "partial_rotary_factor", 0.2, "an even number"),
+    ("stablelm", "partial_rotary_factor", 0.2, "must be even and positive"),
     ("gemma3", "text_config", None, "gemma3_text"),
     ("gemma3", "text_config", {"model_type": "llama"}, "gemma3_text"),
     ("llama", "architectures", ["LlamaForTokenClassification"], "LlamaForCausalLM"),
@@ -344,7 +344,7 @@ REFUSED = [
     ("qwen2_moe", "shared_expert_intermediate_size", 0, "positive number"),
     ("olmoe", "clip_qkv", 8.0, "no such option"),
     ("gpt_oss", "quantization_config", {"quant_method": "mxfp4"}, "Mxfp4Config(dequantize=True)"),
-    ("gpt_oss", "experts_per_token", 3, "num_experts_per_tok is 4"),
+    ("gpt_oss", "experts_per_token", 3, "it must equal num_experts_per_tok, 4"),
     ("gpt_oss", "swiglu_limit", None, "positive number"),
     # values that are empty, and change the computation
     ("llama", "is_causal", False, "no such option"),
@@ -380,7 +380,7 @@ REFUSED = [
     ("qwen2", "use_sliding_window", 1, "true or false"),
     ("phi3", "rope_scaling", {"type": ["su"], "short_factor": [1.0]}, "choose the rope scaling"),
     ("starcoder2", "norm_type", "rms", "it must be layer_norm"),
-    ("gemma", "hidden_activation", "silu", "hidden_act means gelu_pytorch_tanh"),
+    ("gemma", "hidden_activation", "silu", "it must be gelu_pytorch_tanh, as hidden_act"),
 ]
 
 

@@ -200,7 +200,7 @@ def test_strangers_at_the_port_do_not_matter():
     [
         (("localhost:1", None, None), "DPO_JAX_NUM_PROCESSES, DPO_JAX_PROCESS_ID: not set"),
         (("localhost", 2, 0), "DPO_JAX_COORDINATOR: 'localhost' cannot be used: write host:port"),
-        (("localhost:1", 2, 2), "DPO_JAX_PROCESS_ID: 2 cannot be used: number the 2 processes from 0"),
+        (("localhost:1", 2, 2), "DPO_JAX_PROCESS_ID: 2 cannot be used: it must be at least 0 and below"),
     ],
 )
 def test_wrong_settings(arguments, message):

@@ -409,7 +409,10 @@ def test_a_small_plan_is_compiled(monkeypatch):
             "--lengths: (41.0, 10.0) cannot be used: a prompt may have 40 tokens (data.max_length)",
         ),
         (["--batch.row_length", "auto"], "batch.row_length: 'auto' cannot be used: plan needs a number"),
-        (["--batch.row_length", "64", "--ppo.answers", "2"], "a prompt with its answers 64 (a row); give mean lengths"),
+        (
+            ["--batch.row_length", "64", "--ppo.answers", "2"],
+            "a prompt with its answers at most 64 (batch.row_length); reduce the lengths",
+        ),
         (
             ["--reward.path", "meta-llama/Llama-3.2-1B"],
             "reward.path: 'meta-llama/Llama-3.2-1B' cannot be used: it is a language model, which has",

@@ -29,7 +29,7 @@ from dpo_jax.runs.checksums import weights_id
 from dpo_jax.weights.hub import check_vocabulary, read_hf_config, resolve_model
 from dpo_jax.weights.huggingface import atomic_directory, export_params, load_params
 from dpo_jax.weights.known import builtin_model
-from dpo_jax.weights.safetensors import INDEX, SINGLE, find_tensors
+from dpo_jax.weights.safetensors import INDEX, WEIGHTS, find_tensors
 
 TINY = builtin_model("builtin:tiny")
 QWEN3 = TINY | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 24, "attention_bias": True,
@@ -82,7 +82,7 @@ def test_export_loads_bit_equal_on_one_device_and_on_eight(tmp_path, hf):
 
     again = {"hf_config": hf, "dtype": "float32", "source_dir": None, "max_shard_bytes": 2**30, "overwrite": False}
     export_params(on_eight, model, out_dir=tmp_path / "again", **again)
-    assert (tmp_path / "again" / SINGLE).read_bytes() == (tmp_path / "out" / SINGLE).read_bytes()
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
 
 
 def test_transformers_loads_an_export_in_several_files(torch, tmp_path):
@@ -127,7 +127,7 @@ def test_export_of_a_trained_model_is_the_model_with_its_tokenizer(shared, tmp_p
     export_params(params, model, hf_config=hf, out_dir=tmp_path / "out", dtype="float32", source_dir=source,
                   max_shard_bytes=2**30, overwrite=False)  # fmt: skip
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == hf
-    ours, theirs = load_file(tmp_path / "out" / SINGLE), load_file(source / SINGLE)
+    ours, theirs = load_file(tmp_path / "out" / WEIGHTS), load_file(source / WEIGHTS)
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     text = "Once upon a time"
@@ -143,7 +143,7 @@ def test_companions_are_copied_and_other_files_are_not(tmp_path):
         (source / name).write_text(name)
     export(tmp_path / "out", TINY, source_dir=source)
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert found == {*names, "config.json", SINGLE}
+    assert found == {*names, "config.json", WEIGHTS}
     assert all((tmp_path / "out" / name).read_text() == name for name in names)
 
 
@@ -162,7 +162,7 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path):
     assert (out / INDEX).is_file()
     (tmp_path / ".out.partial").mkdir()  # of one that was killed
     export(out, TINY, overwrite=True)
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "mine.txt", SINGLE]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "mine.txt", WEIGHTS]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -240,41 +240,41 @@ def test_hash_is_of_paths_shapes_types_and_bytes():
 
 def test_a_stored_unembedding_of_a_tied_model_repeats_or_is_the_embedding(tmp_path):
     params = export(tmp_path, TINY)[1]
-    tensors = load_file(tmp_path / SINGLE)
+    tensors = load_file(tmp_path / WEIGHTS)
     assert "lm_head.weight" not in tensors
     embed = tensors["model.embed_tokens.weight"]
-    save_file(tensors | {"lm_head.weight": embed}, tmp_path / SINGLE)
+    save_file(tensors | {"lm_head.weight": embed}, tmp_path / WEIGHTS)
     assert equal(load(tmp_path), params)
-    save_file(tensors | {"lm_head.weight": embed + 1e-6}, tmp_path / SINGLE)
+    save_file(tensors | {"lm_head.weight": embed + 1e-6}, tmp_path / WEIGHTS)
     with pytest.raises(UserError, match="tie_word_embeddings"):
         load(tmp_path)
     del tensors["model.embed_tokens.weight"]
-    save_file(tensors | {"lm_head.weight": embed}, tmp_path / SINGLE)
+    save_file(tensors | {"lm_head.weight": embed}, tmp_path / WEIGHTS)
     assert equal(load(tmp_path), params)
 
 
 def edit_tensors(change):
     def damage(folder: Path) -> None:
-        tensors = load_file(folder / SINGLE)
+        tensors = load_file(folder / WEIGHTS)
         change(tensors)
-        save_file(tensors, folder / SINGLE)
+        save_file(tensors, folder / WEIGHTS)
 
     return damage
 
 
 def edit_bytes(change):
-    return lambda folder: (folder / SINGLE).write_bytes(change((folder / SINGLE).read_bytes()))
+    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
 
 
 def only_pickles(folder: Path) -> None:
-    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
 
 
 def shards(file: object = "a.safetensors", twice: bool = False, **more: object):
     """Makes the single file ``a.safetensors`` with an index."""
 
     def damage(folder: Path) -> None:
-        (folder / SINGLE).rename(folder / "a.safetensors")
+        (folder / WEIGHTS).rename(folder / "a.safetensors")
         tensors = load_file(folder / "a.safetensors")
         names = {**dict.fromkeys(tensors, file), **more}
         if twice:
@@ -287,7 +287,7 @@ def shards(file: object = "a.safetensors", twice: bool = False, **more: object):
 
 def index(text: str):
     def damage(folder: Path) -> None:
-        (folder / SINGLE).unlink()
+        (folder / WEIGHTS).unlink()
         (folder / INDEX).write_text(text)
 
     return damage
@@ -306,7 +306,7 @@ DAMAGED = {
     "header that lies": (edit_bytes(lambda data: data.replace(b"[192, 64]", b"[192, 63]")), "intact .* invalid shape"),
     "empty": (edit_bytes(lambda data: b""), "not an intact safetensors file"),
     "pickles only": (only_pickles, "save_pretrained"),
-    "no weights": (lambda folder: (folder / SINGLE).unlink(), "neither model.safetensors nor"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "neither model.safetensors nor"),
     "missing file": (shards("model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors'?, which"),
     "index of other files": (shards(**{"model.more.weight": "a.safetensors"}), "model.more.weight in a.safetensors"),
     "index that leaves": (shards("../a.safetensors"), "weight_map.*: '../a.safetensors' cannot be used"),
@@ -377,7 +377,7 @@ def test_a_header_is_read_or_refused_as_by_its_library(tmp_path, case):
     header = HEADERS[case]
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     data = np.arange(4, dtype=np.float32).tobytes()
-    file = tmp_path / SINGLE
+    file = tmp_path / WEIGHTS
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
     try:
         expected = {name: (x["dtype"], tuple(x["shape"]), bytes(x["data"]))
@@ -395,7 +395,7 @@ def test_a_header_is_read_or_refused_as_by_its_library(tmp_path, case):
 
 @pytest.mark.parametrize("length", [0, 1, 10**8 + 1, 2**63])
 def test_a_header_of_another_length_is_refused(tmp_path, length):
-    (tmp_path / SINGLE).write_bytes(length.to_bytes(8, "little") + b"{}")
+    (tmp_path / WEIGHTS).write_bytes(length.to_bytes(8, "little") + b"{}")
     with pytest.raises(UserError, match="not an intact safetensors file"):
         find_tensors(tmp_path)
 
@@ -481,10 +481,10 @@ def test_a_tokenizer_larger_than_the_model_is_refused():
 
 def test_every_type_of_a_file_is_read(tmp_path):
     export(tmp_path, TINY)
-    tensors = load_file(tmp_path / SINGLE)
+    tensors = load_file(tmp_path / WEIGHTS)
     types = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
     mixed = {name: tensor.astype(types[i % 4]) for i, (name, tensor) in enumerate(tensors.items())}
-    save_file(mixed, tmp_path / SINGLE)
+    save_file(mixed, tmp_path / WEIGHTS)
     assert {tensor.code for tensor in find_tensors(tmp_path).values()} == {"F64", "F32", "F16", "BF16"}
     params = load(tmp_path)
     np.testing.assert_array_equal(params["embed"], mixed["model.embed_tokens.weight"].astype(np.float32))

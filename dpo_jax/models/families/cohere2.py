@@ -9,7 +9,7 @@ from dpo_jax.models.families.rope import rope
 from dpo_jax.models.options import LayerKind
 
 # Keys that published files have and transformers ignores.
-IGNORED = frozenset(
+IGNORED_KEYS = frozenset(
     {
         "layer_switch",
         "order_of_interleaved_layers",
@@ -24,7 +24,7 @@ IGNORED = frozenset(
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return three layers with a window and one without, unless ``layer_types`` says otherwise."""
+    """Return the pattern of three layers with a window and one without, unless ``layer_types`` says otherwise."""
     types = layer_types(hf, layers, every(size(hf, "sliding_window_pattern", 4), layers))
     return full_and_sliding(types, window(hf, 4096), full=None, sliding=rope(hf))
 
@@ -33,7 +33,7 @@ FAMILY = Family(
     architecture="Cohere2ForCausalLM",
     reward=None,
     names={"rms_norm_eps": "layer_norm_eps"},
-    keys=IGNORED | {"attention_bias", "logit_scale", "sliding_window", "sliding_window_pattern", "layer_types"},
+    keys=IGNORED_KEYS | {"attention_bias", "logit_scale", "sliding_window", "sliding_window_pattern", "layer_types"},
     defaults={"layer_norm_eps": 1e-5, "tie_word_embeddings": True},
     derived=frozenset({"num_key_value_heads", "head_dim"}),
     pattern=pattern,

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.families.family import MAX_LAYERS, Family, flag, invalid, number, one_of, size
-from dpo_jax.models.families.keys import EMPTY, HARMLESS_KEYS, NEUTRAL_VALUES, SHARED_KEYS
+from dpo_jax.models.families.keys import EMPTY_VALUES, HARMLESS_KEYS, NEUTRAL_VALUES, SHARED_KEYS
 from dpo_jax.models.families.registry import FAMILIES
 from dpo_jax.models.options import Activation, DecoderConfig, LongropeScaling
 
@@ -20,10 +20,10 @@ def _check_keys(hf: Mapping[str, Any], model_type: str, family: Family) -> None:
     architectures = hf.get("architectures") or [family.architecture]
     if architectures not in [[name] for name in (family.architecture, family.reward_architecture) if name is not None]:
         raise invalid("architectures", architectures, f"for {model_type} it must be [{family.architecture!r}]")
-    known = {*map(family.key, SHARED_KEYS), *HARMLESS_KEYS, *family.keys, *family.unused}
+    known_keys = {*map(family.key, SHARED_KEYS), *HARMLESS_KEYS, *family.keys, *family.unused}
     for key, value in hf.items():
-        is_known = key in known or key.startswith("_")
-        if not is_known and not one_of(value, NEUTRAL_VALUES.get(key, EMPTY)):
+        is_known = key in known_keys or key.startswith("_")
+        if not is_known and not one_of(value, NEUTRAL_VALUES.get(key, EMPTY_VALUES)):
             remedy = f"the {model_type} decoder has no such option; remove it from the file if it has no effect"
             raise invalid(key, value, remedy)
 
@@ -44,8 +44,8 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     hf = {**family.defaults, **{key: value for key, value in hf.items() if key not in family.unused}}
     hidden, heads = size(hf, family.key("hidden_size")), size(hf, family.key("num_attention_heads"))
     layers = size(hf, family.key("num_hidden_layers"), most=MAX_LAYERS)
-    derived = {"num_key_value_heads": heads, "head_dim": hidden // heads, family.key("intermediate_size"): 4 * hidden}
-    sizes = {**hf, **{key: derived[key] for key in family.derived if hf.get(key, 0) is None}}
+    fallbacks = {"num_key_value_heads": heads, "head_dim": hidden // heads, family.key("intermediate_size"): 4 * hidden}
+    sizes = {**hf, **{key: fallbacks[key] for key in family.derived if hf.get(key, 0) is None}}
     kv_heads = size(sizes, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise invalid("num_key_value_heads", kv_heads, f"it must divide num_attention_heads, {heads}")
@@ -97,22 +97,22 @@ def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None or family.wraps is None:
         return hf
-    text = hf.get(family.wraps)
-    if not isinstance(text, dict) or text.get("model_type") != f"{model_type}_text":
-        raise invalid(family.wraps, text, f"it must be a dictionary of model_type {model_type}_text")
-    outer = {key: hf[key] for key in ("tie_word_embeddings",) if key in hf}
-    return {key: value for key, value in text.items() if key != "architectures"} | outer
+    text_hf = hf.get(family.wraps)
+    if not isinstance(text_hf, dict) or text_hf.get("model_type") != f"{model_type}_text":
+        raise invalid(family.wraps, text_hf, f"it must be a dictionary of model_type {model_type}_text")
+    outer_keys = {key: hf[key] for key in ("tie_word_embeddings",) if key in hf}
+    return {key: value for key, value in text_hf.items() if key != "architectures"} | outer_keys
 
 
 def context_length(hf: Mapping[str, Any]) -> int | None:
     """Return the longest sequence that a model is made for, if its ``config.json`` names one."""
-    text = text_config(hf)
-    return text.get(FAMILIES[text["model_type"]].key("max_position_embeddings"))
+    text_hf = text_config(hf)
+    return text_hf.get(FAMILIES[text_hf["model_type"]].key("max_position_embeddings"))
 
 
 def refuse_positions(config: DecoderConfig, length: int, option: str, value: object) -> None:
     """Raise ``UserError`` if the decoder does not define sequences of ``length`` tokens, which ``option`` asks for."""
-    most = config.max_positions
-    if most is not None and length > most:
-        limit = f"the model's learned positions or rope scaling are defined for up to {most} tokens"
+    max_positions = config.max_positions
+    if max_positions is not None and length > max_positions:
+        limit = f"the model's learned positions or rope scaling are defined for up to {max_positions} tokens"
         raise UserError(option, value, f"{limit}, and sequences may have {length}; shorten them")

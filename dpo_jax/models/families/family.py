@@ -42,12 +42,12 @@ class Family:
         return self.names.get(name, name)
 
     def tensor(self, leaf: str) -> str:
-        """Return the name in the files of the parameter ``leaf``, a path in the tree; {} stands for the layer."""
+        """Return the tensor name of the parameter ``leaf``, given as its path in the tree; {} stands for the layer."""
         return self.tensors[leaf] if leaf in self.tensors else TENSORS[leaf]
 
 
 def tensors_of(prefix: str, modules: Mapping[str, str]) -> dict[str, str]:
-    """Return the tensors, weight and bias, of parameters of a layer whose modules are ``modules``."""
+    """Return the names of the weight and bias tensors of a layer's parameters, given their module names."""
     weights = {f"layers/{name}": f"{prefix}{module}.weight" for name, module in modules.items()}
     return weights | {f"layers/{name}_bias": f"{prefix}{module}.bias" for name, module in modules.items()}
 
@@ -66,7 +66,7 @@ def invalid(key: str, value: object, why: str) -> UserError:
 
 
 def one_of(value: object, options: Sequence[object]) -> bool:
-    """Like ``in``, but strict about types (1 is not True) and safe for values that cannot be compared."""
+    """Return whether the options contain the value, with equal types (1 is not True) and any kind of value."""
     return any(value is option or (type(value) is type(option) and value == option) for option in options)
 
 

@@ -15,7 +15,7 @@ DEFAULTS = {
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what all Gemma models have in common."""
+    """Return the decoder options that all Gemma models share."""
     activation = hf.get("hidden_act")
     return {
         # "gelu" in old files means this approximation, for which the models were trained
@@ -27,10 +27,10 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Check what published files repeat, and transformers does not read."""
+    """Return the options, after checking ``hidden_activation``, which published files have but transformers ignores."""
     fields = options(hf)
     if hf.get("hidden_activation") not in (None, fields["activation"]):
-        raise invalid("hidden_activation", hf["hidden_activation"], f"hidden_act means {fields['activation']}")
+        raise invalid("hidden_activation", hf["hidden_activation"], f"it must be {fields['activation']}, as hidden_act")
     return fields
 
 

@@ -27,17 +27,19 @@ TENSORS = {
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return a layer with a window and one without, unless ``layer_types`` says otherwise."""
+    """Return the pattern of one layer with a window and one without, unless ``layer_types`` says otherwise."""
     sliding_window = window(hf, 4096)
     if hf.get("sliding_window_size", sliding_window) != sliding_window:  # published files have both
-        raise invalid("sliding_window_size", hf["sliding_window_size"], f"sliding_window is {sliding_window}")
+        raise invalid(
+            "sliding_window_size", hf["sliding_window_size"], f"it must equal sliding_window, {sliding_window}"
+        )
     return full_and_sliding(layer_types(hf, layers, every(2, layers)), sliding_window, rope(hf), rope(hf))
 
 
 def options(
     hf: Mapping[str, Any], attention_cap: float | None = 50.0, logit_cap: float | None = 30.0
 ) -> dict[str, Any]:
-    """Read scale and caps, which are off where they are null."""
+    """Read the scale of attention scores and the soft caps of scores and logits; null means no cap."""
 
     def cap(key: str, default: float | None) -> float | None:
         return None if hf.get(key, default) is None else float(number(hf, key, default))

@@ -13,7 +13,7 @@ from dpo_jax.models.projections import TENSORS
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return the kinds of layers: full attention rotates by a larger base than a window."""
+    """Return the kinds of layers: full attention has a larger rotary base than sliding attention."""
     thetas = {
         FULL: float(number(hf, "rope_theta", 1_000_000.0)),
         SLIDING: float(number(hf, "rope_local_base_freq", 10_000.0)),

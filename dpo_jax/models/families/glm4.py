@@ -1,7 +1,7 @@
 """GLM-4, dense: norms before and after each block, half the dims of a head rotate, gate and up are fused."""
 
 from dpo_jax.models.families.family import Family, flag, tensors_of
-from dpo_jax.models.families.rope import PARTIAL, rope, rotary_dims
+from dpo_jax.models.families.rope import PARTIAL_KEY, rope, rotary_dims
 from dpo_jax.models.options import LayerKind
 
 MODULES = {
@@ -13,7 +13,7 @@ MODULES = {
 
 FAMILY = Family(
     architecture="Glm4ForCausalLM",
-    keys=frozenset({"attention_bias", PARTIAL}),
+    keys=frozenset({"attention_bias", PARTIAL_KEY}),
     defaults={
         "num_key_value_heads": 2,
         "head_dim": 128,

@@ -26,7 +26,7 @@ TENSORS = tensors_of("gpt_neox.layers.{}.", MODULES) | {
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read biases, the residual stream and the dims that rotate."""
+    """Read the options of biases, of the residual stream and of rotary dims."""
     return {
         "norm": "layer",
         "norm_bias": True,

@@ -15,7 +15,7 @@ MATRICES = {name: f"{EXPERT_MODULE}.{parameter}" for name, parameter in EXPERT_P
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return a layer with a window and one without, unless ``layer_types`` says otherwise."""
+    """Return the pattern of one layer with a window and one without, unless ``layer_types`` says otherwise."""
     if hf.get("rope_parameters") is None and hf.get("rope_scaling") is None:
         hf = {**hf, "rope_parameters": YARN}
     return full_and_sliding(layer_types(hf, layers, every(2, layers)), window(hf, 128), rope(hf), rope(hf))
@@ -29,7 +29,7 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
         raise invalid("quantization_config", hf["quantization_config"], remedy)
     per_token = size(hf, "num_experts_per_tok")
     if size(hf, "experts_per_token", per_token) != per_token:
-        raise invalid("experts_per_token", hf["experts_per_token"], f"num_experts_per_tok is {per_token}; remove one")
+        raise invalid("experts_per_token", hf["experts_per_token"], f"it must equal num_experts_per_tok, {per_token}")
     experts = mixture.experts(
         hf,
         128,
@@ -62,6 +62,6 @@ FAMILY = Family(
         **{f"layers/{name}": matrix for name, matrix in MATRICES.items()},
         **{f"layers/{name}_bias": f"{matrix}_bias" for name, matrix in MATRICES.items()},
     },
-    grouped={MATRICES["up"] + end: "ffn" for end in ("", "_bias")},  # a row of the gate, a row of up, ...
+    grouped={MATRICES["up"] + end: "ffn" for end in ("", "_bias")},  # rows of gate and up alternate
     transposed=frozenset(MATRICES.values()),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from dpo_jax.models.families.patterns import alike
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the factors and the biases."""
+    """Read the four factors and the options of biases."""
     return {
         "embed_scale": float(number(hf, "embedding_multiplier", 1.0)),
         "attention_scale": float(number(hf, "attention_multiplier", 1.0)),

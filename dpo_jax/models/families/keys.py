@@ -19,7 +19,7 @@ HARMLESS_KEYS = frozenset({
     "transformers.js_config", "is_llama_config",
 })  # fmt: skip
 # Values of an option that is off.
-EMPTY = (None, False, 0, 0.0, "", [], {})
+EMPTY_VALUES = (None, False, 0, 0.0, "", [], {})
 # Keys that transformers reads for every model, with the values that do not affect the computation.
 NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "is_causal": (True, None),

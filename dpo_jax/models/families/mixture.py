@@ -15,7 +15,7 @@ QWEN_KEYS = KEYS | {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_s
 
 
 def tensors(block: str = "mlp", **modules: str) -> dict[str, str]:
-    """Return the tensor of each matrix of the experts; {} stand for layer and expert.
+    """Return the tensor name of each matrix of the experts; {} stand for layer and expert.
 
     ``block``: the module that holds them in place of ``mlp``; ``modules``: other names of the last part of a module.
     """
@@ -27,7 +27,7 @@ def tensors(block: str = "mlp", **modules: str) -> dict[str, str]:
 
 
 def experts(hf: Mapping[str, Any], default: int, **options: Any) -> ExpertConfig:
-    """Read the numbers of experts and the coefficient of the load-balancing loss; ``options``: other fields.
+    """Return the options of the experts, with sizes and loss coefficient from the file; ``options``: the other fields.
 
     transformers reads either name of the number of experts, which is ``default`` without one; two must agree.
     """
@@ -36,9 +36,9 @@ def experts(hf: Mapping[str, Any], default: int, **options: Any) -> ExpertConfig
     if size(hf, names[-1], default) != count:
         raise invalid(names[-1], hf[names[-1]], f"{names[0]} is {count}; remove the wrong one from the file")
     if per_token > count:
-        raise invalid("num_experts_per_tok", per_token, f"there are {count} experts; it must be at most that")
+        raise invalid("num_experts_per_tok", per_token, f"it must be at most the number of experts, {count}")
     if hf.get("hidden_act", "silu") != "silu":
-        raise invalid("hidden_act", hf["hidden_act"], "the only activation of experts is silu")
+        raise invalid("hidden_act", hf["hidden_act"], "experts support only silu")
     flag(hf, "output_router_logits")
     coef = hf["router_aux_loss_coef"]
     coef = 0.0 if one_of(coef, (0, 0.0)) else float(number(hf, "router_aux_loss_coef"))
@@ -46,10 +46,10 @@ def experts(hf: Mapping[str, Any], default: int, **options: Any) -> ExpertConfig
 
 
 def qwen(hf: Mapping[str, Any], default: int, **options: Any) -> dict[str, Any]:
-    """Read the options of Qwen's mixtures, in which ``intermediate_size`` is that of layers without experts."""
+    """Read the options of Qwen's experts, whose size is ``moe_intermediate_size`` instead of ``intermediate_size``."""
     if hf.get("decoder_sparse_step", 1) != 1:
-        raise invalid("decoder_sparse_step", hf["decoder_sparse_step"], "all layers must have experts; it must be 1")
+        raise invalid("decoder_sparse_step", hf["decoder_sparse_step"], "it must be 1, as all layers must have experts")
     if hf.get("mlp_only_layers"):
-        raise invalid("mlp_only_layers", hf["mlp_only_layers"], "all layers must have experts; it must be empty")
+        raise invalid("mlp_only_layers", hf["mlp_only_layers"], "it must be empty, as all layers must have experts")
     mixture = experts(hf, default, renormalize=flag(hf, "norm_topk_prob"), **options)
     return {"ffn": size(hf, "moe_intermediate_size"), "experts": mixture}

@@ -6,7 +6,7 @@ from dpo_jax.models.projections import EXPERT_MODULE, EXPERT_PARAMETERS, layer_p
 
 
 def tensor_name(config: DecoderConfig, leaf: str) -> str:
-    """Return the name in the files of a parameter; {} stands for the layer.
+    """Return the tensor name of a parameter in the family's files; {} stands for the layer.
 
     ``leaf``: path of the parameter in the tree.
     """

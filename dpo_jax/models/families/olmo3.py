@@ -13,9 +13,9 @@ THETA = 500_000.0
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return three layers with a window and one without, unless ``layer_types`` says otherwise."""
+    """Return the pattern of three layers with a window and one without, unless ``layer_types`` says otherwise."""
     if hf.get("rope_theta", THETA) != THETA:  # transformers would use it in one type of layers only
-        raise invalid("rope_theta", hf["rope_theta"], "give it to each type of layers in rope_parameters")
+        raise invalid("rope_theta", hf["rope_theta"], "give it for each type of layers, in rope_parameters")
     ropes = ropes_by_type(hf, {FULL: THETA, SLIDING: THETA})
     types = layer_types(hf, layers, every(4, layers))
     return full_and_sliding(types, window(hf, 4096), ropes[FULL], ropes[SLIDING])

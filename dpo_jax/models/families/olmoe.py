@@ -9,7 +9,7 @@ from dpo_jax.models.families.patterns import alike
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read biases and experts."""
+    """Read the options of biases and experts."""
     experts = mixture.experts(hf, 64, renormalize=flag(hf, "norm_topk_prob"))
     return {"qk_norm": "all", **attention_biases(hf), "experts": experts}
 

@@ -11,12 +11,12 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def alike(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return the pattern of layers that all see every earlier token."""
+    """Return the pattern of equal layers with full attention."""
     return (LayerKind(rope=rope(hf)),)
 
 
 def shortest(kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
-    """Return the shortest pattern that repeats to these kinds, one for each layer."""
+    """Return the shortest pattern whose repetition gives these kinds, one for each layer."""
     period = next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False)))
     return tuple(kinds[:period])
 
@@ -24,7 +24,7 @@ def shortest(kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
 def full_and_sliding(
     types: Sequence[str], sliding_window: int | None, full: Rope | None, sliding: Rope | None
 ) -> tuple[LayerKind, ...]:
-    """Return the pattern of layers of these types; ``full`` and ``sliding``: how the layers of each type rotate."""
+    """Return the pattern of layers of these types; ``full`` and ``sliding``: their rotary embeddings."""
     kinds = {FULL: LayerKind(rope=full), SLIDING: LayerKind(window=sliding_window, rope=sliding)}
     return shortest([kinds[layer_type] for layer_type in types])
 
@@ -42,7 +42,7 @@ def layer_types(hf: Mapping[str, Any], layers: int, default: Sequence[str]) -> S
 
 
 def every(period: int, layers: int) -> list[str]:
-    """Return the types of layers of which every ``period``-th has full attention."""
+    """Return the types of layers: every ``period``-th has full attention, the others sliding attention."""
     return [SLIDING if (layer + 1) % period else FULL for layer in range(layers)]
 
 
@@ -61,7 +61,7 @@ def switched_window(hf: Mapping[str, Any], default: int | None) -> int | None:
 def windowed_types(
     hf: Mapping[str, Any], layers: int, default: Sequence[str], sliding_window: int | None
 ) -> Sequence[str]:
-    """Read ``layer_types``, of which none may be sliding without a window."""
+    """Read ``layer_types``; sliding attention requires a window."""
     types = layer_types(hf, layers, default)
     if SLIDING in types and sliding_window is None:
         raise invalid("layer_types", types, "sliding attention needs use_sliding_window and a sliding_window")
@@ -69,7 +69,7 @@ def windowed_types(
 
 
 def max_window_layers(hf: Mapping[str, Any]) -> int:
-    """Read ``max_window_layers``, a number of layers, which may be 0."""
+    """Read ``max_window_layers``, a number of layers that may be 0."""
     num_layers = hf.get("max_window_layers", 28)
     if type(num_layers) is not int or num_layers < 0:
         raise invalid("max_window_layers", num_layers, "it must be an integer, 0 or more")

@@ -1,7 +1,7 @@
 """Phi-1, Phi-1.5 and Phi-2: LayerNorm and biases, of the logits too, and a plain feed-forward next to attention."""
 
 from dpo_jax.models.families.family import Family, tensors_of
-from dpo_jax.models.families.rope import PARTIAL, rope, rotary_dims
+from dpo_jax.models.families.rope import PARTIAL_KEY, rope, rotary_dims
 from dpo_jax.models.options import LayerKind
 
 MODULES = {"out": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"}
@@ -9,7 +9,7 @@ MODULES = {"out": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"}
 FAMILY = Family(
     architecture="PhiForCausalLM",
     names={"rms_norm_eps": "layer_norm_eps"},
-    keys=frozenset({PARTIAL}),
+    keys=frozenset({PARTIAL_KEY}),
     defaults={"hidden_act": "gelu_new", "layer_norm_eps": 1e-5},
     derived=frozenset({"num_key_value_heads", "head_dim"}),
     pattern=lambda hf, layers: (LayerKind(rope=rope(hf, partial=True)),),

@@ -5,7 +5,7 @@ from typing import Any
 
 from dpo_jax.models.families.family import Family, tensors_of
 from dpo_jax.models.families.patterns import window
-from dpo_jax.models.families.rope import PARTIAL, rope, rotary_dims
+from dpo_jax.models.families.rope import PARTIAL_KEY, rope, rotary_dims
 from dpo_jax.models.families.scalings import ORIGINAL
 from dpo_jax.models.options import LayerKind
 
@@ -19,18 +19,18 @@ MODULES = {
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return layers that are alike; old files call LongRoPE su or yarn."""
-    renamed = {"su": "longrope", "yarn": "longrope"}
+    """Return the pattern of equal layers; old files call LongRoPE su or yarn."""
+    new_names = {"su": "longrope", "yarn": "longrope"}
     scalings = {key: dict(hf[key]) for key in ("rope_scaling", "rope_parameters") if isinstance(hf.get(key), dict)}
     for scaling in scalings.values():
         names = {key: scaling[key] for key in ("type", "rope_type") if isinstance(scaling.get(key), str)}
-        scaling |= {key: renamed.get(name, name) for key, name in names.items()}
+        scaling |= {key: new_names.get(name, name) for key, name in names.items()}
     return (LayerKind(window=window(hf, None), rope=rope({**hf, **scalings}, partial=True)),)
 
 
 FAMILY = Family(
     architecture="Phi3ForCausalLM",
-    keys=frozenset({"sliding_window", ORIGINAL, PARTIAL}),
+    keys=frozenset({"sliding_window", ORIGINAL, PARTIAL_KEY}),
     defaults={"rms_norm_eps": 1e-5, ORIGINAL: 4096, "max_position_embeddings": 4096},
     derived=frozenset({"num_key_value_heads", "head_dim"}),
     pattern=pattern,

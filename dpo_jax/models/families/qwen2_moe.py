@@ -30,9 +30,9 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read biases and experts."""
-    shared = size(hf, "shared_expert_intermediate_size")
-    return {"qkv_bias": flag(hf, "qkv_bias"), **mixture.qwen(hf, 60, shared_ffn=shared)}
+    """Read the options of biases and experts."""
+    shared_ffn = size(hf, "shared_expert_intermediate_size")
+    return {"qkv_bias": flag(hf, "qkv_bias"), **mixture.qwen(hf, 60, shared_ffn=shared_ffn)}
 
 
 FAMILY = Family(

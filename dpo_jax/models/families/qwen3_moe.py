@@ -11,11 +11,11 @@ from dpo_jax.models.options import LayerKind
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return the kind of all layers; transformers ignores ``max_window_layers``, which would have to agree."""
+    """Return the kind of all layers; with a window ``max_window_layers``, which transformers ignores, must be 0."""
     if not flag(hf, "use_sliding_window"):
         return (LayerKind(rope=rope(hf)),)
     if hf.get("max_window_layers"):
-        raise invalid("max_window_layers", hf["max_window_layers"], "a window is that of all layers; it must be 0")
+        raise invalid("max_window_layers", hf["max_window_layers"], "it must be 0, as all layers have the window")
     return (LayerKind(window=window(hf, 4096), rope=rope(hf)),)
 
 

@@ -9,7 +9,7 @@ from dpo_jax.models.families.keys import NEUTRAL_VALUES
 from dpo_jax.models.families.scalings import KINDS, RopeOptions
 from dpo_jax.models.options import Rope
 
-PARTIAL = "partial_rotary_factor"
+PARTIAL_KEY = "partial_rotary_factor"
 
 
 def _read(options: RopeOptions, default_theta: float, partial: bool = False) -> Rope:
@@ -17,7 +17,7 @@ def _read(options: RopeOptions, default_theta: float, partial: bool = False) -> 
     if not isinstance(name, str) or name not in KINDS:
         raise invalid(options.key, options.values, f"choose the rope scaling from {', '.join(KINDS)}")
     read_scaling, names = KINDS[name]
-    for extra in options.values.keys() - {"rope_theta", "rope_type", "type", *names, *[PARTIAL] * partial}:
+    for extra in options.values.keys() - {"rope_theta", "rope_type", "type", *names, *[PARTIAL_KEY] * partial}:
         value = options.values[extra]
         if not one_of(value, NEUTRAL_VALUES.get(extra, (None,))):
             raise invalid(f"{options.key}.{extra}", value, f"rope scaling {name} has no such option; remove it")
@@ -34,22 +34,22 @@ def rope(hf: Mapping[str, Any], theta: str = "rope_theta", partial: bool = False
     spellings = (
         RopeOptions(hf, key, {} if hf.get(key) is None else hf[key]) for key in ("rope_scaling", "rope_parameters")
     )
-    older, newer = (_read(options, default_theta, partial) if options.values else None for options in spellings)
-    if older and newer and older != newer:
-        why = f"rope_parameters, {shown(hf['rope_parameters'])}, disagrees; remove the wrong one from the file"
-        raise invalid("rope_scaling", hf["rope_scaling"], why)
-    return older or newer or Rope(theta=default_theta)
+    old_rope, new_rope = (_read(options, default_theta, partial) if options.values else None for options in spellings)
+    if old_rope and new_rope and old_rope != new_rope:
+        conflict = f"rope_parameters, {shown(hf['rope_parameters'])}, differs; remove the wrong one from the file"
+        raise invalid("rope_scaling", hf["rope_scaling"], conflict)
+    return old_rope or new_rope or Rope(theta=default_theta)
 
 
-def rotary_dims(hf: Mapping[str, Any], default: float = 1.0, key: str = PARTIAL) -> int | None:
-    """Read how many dims of a head rotate, a fraction of ``head_dim``; None if all do. ``key``: of older files."""
+def rotary_dims(hf: Mapping[str, Any], default: float = 1.0, key: str = PARTIAL_KEY) -> int | None:
+    """Read how many dims of a head rotate, None if all; files give a fraction of ``head_dim``, old ones in ``key``."""
     options = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     fraction = (
-        number(options, PARTIAL, most=1) if options.get(PARTIAL) is not None else number(hf, key, default, most=1)
+        number(options, PARTIAL_KEY, most=1) if options.get(PARTIAL_KEY) is not None else number(hf, key, default, 1)
     )
     dims = int(hf["head_dim"] * fraction)
     if dims % 2 or dims == 0:
-        raise invalid(key, fraction, f"of {hf['head_dim']} dims it must leave an even number")
+        raise invalid(key, fraction, f"the number of dims that rotate, of {hf['head_dim']}, must be even and positive")
     return None if dims == hf["head_dim"] else dims
 
 
@@ -58,17 +58,17 @@ def ropes_by_type(hf: Mapping[str, Any], thetas: Mapping[str, float]) -> dict[st
 
     ``thetas``: base of each type where ``rope_parameters`` does not give it.
     """
-    given = hf.get("rope_parameters") or {}
-    if not isinstance(given, dict) or given.keys() - thetas.keys():
-        raise invalid("rope_parameters", given, f"it must have the rotary options of {' and '.join(thetas)}, each")
+    options_by_type = hf.get("rope_parameters") or {}
+    if not isinstance(options_by_type, dict) or options_by_type.keys() - thetas.keys():
+        raise invalid("rope_parameters", options_by_type, f"it must map {' and '.join(thetas)} to their rotary options")
     ropes = {}
     for layer_type, theta in thetas.items():
         key = f"rope_parameters.{layer_type}"
-        options = RopeOptions(hf, key, given.get(layer_type) or {})
+        options = RopeOptions(hf, key, options_by_type.get(layer_type) or {})
         if layer_type == "full_attention" and hf.get("rope_scaling"):
             scaling = RopeOptions(hf, "rope_scaling", hf["rope_scaling"]).values
             options = RopeOptions(hf, key, {**options.values, **scaling})
         ropes[layer_type] = _read(options, theta)
         if "truncate" in options.values and not options.values["truncate"]:
-            raise invalid(f"{key}.truncate", False, "transformers rounds in models with several types of layers")
+            raise invalid(f"{key}.truncate", False, "transformers ignores it with several types of layers; remove it")
     return ropes

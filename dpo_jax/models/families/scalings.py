@@ -1,4 +1,4 @@
-"""Scalings of rotary embeddings, as ``config.json`` gives them, by their names there."""
+"""Readers of rotary scalings in ``config.json``, by the names that the file gives them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -68,21 +68,21 @@ def _yarn(options: RopeOptions) -> YarnScaling:
 
 def _longrope(options: RopeOptions) -> LongropeScaling:
     hf, values = options.hf, options.values
-    original = size(hf, ORIGINAL) if hf.get(ORIGINAL) is not None else options.original()
-    if original < 2:
-        raise invalid(f"{options.key}.{ORIGINAL}", original, "it must be at least 2")
+    context = size(hf, ORIGINAL) if hf.get(ORIGINAL) is not None else options.original()
+    if context < 2:
+        raise invalid(f"{options.key}.{ORIGINAL}", context, "it must be at least 2")
     factors = values.get("short_factor")
     if not isinstance(factors, list) or not all(type(x) in (int, float) and 0 < x < 1e30 for x in factors):
         raise invalid(f"{options.key}.short_factor", factors, "it must be a list of positive numbers")
     if values.get("factor") is not None:
         factor = options.number("factor")
     else:
-        factor = size(hf, "max_position_embeddings") / original
-    attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        factor = size(hf, "max_position_embeddings") / context
+    attention_factor = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
     if values.get("attention_factor") is not None:
         attention_factor = options.number("attention_factor")
     return LongropeScaling(
-        factors=tuple(map(float, factors)), original_max_position_embeddings=original, attention_factor=attention_factor
+        factors=tuple(map(float, factors)), original_max_position_embeddings=context, attention_factor=attention_factor
     )
 
 

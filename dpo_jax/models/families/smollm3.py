@@ -21,8 +21,8 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     default = [FULL if rotated or sliding_window is None else SLIDING for rotated in rotates]
     types = windowed_types(hf, layers, default, sliding_window)
     windows, ropes = {FULL: None, SLIDING: sliding_window}, (None, rope(hf))
-    each = zip(types, rotates, strict=True)
-    return shortest([LayerKind(window=windows[layer_type], rope=ropes[rotated]) for layer_type, rotated in each])
+    kinds = zip(types, rotates, strict=True)
+    return shortest([LayerKind(window=windows[layer_type], rope=ropes[rotated]) for layer_type, rotated in kinds])
 
 
 FAMILY = Family(

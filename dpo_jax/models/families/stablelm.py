@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.models.families.family import Family, flag
-from dpo_jax.models.families.rope import PARTIAL, rope, rotary_dims
+from dpo_jax.models.families.rope import PARTIAL_KEY, rope, rotary_dims
 from dpo_jax.models.options import LayerKind
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read biases, the residual stream and the dims that rotate."""
+    """Read the options of biases, of the residual stream and of rotary dims."""
     return {
         "norm": "layer",
         "norm_bias": True,
@@ -22,7 +22,7 @@ def options(hf: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     architecture="StableLmForCausalLM",
     names={"rms_norm_eps": "layer_norm_eps"},
-    keys=frozenset({PARTIAL, "use_qkv_bias", "use_parallel_residual"}),
+    keys=frozenset({PARTIAL_KEY, "use_qkv_bias", "use_parallel_residual"}),
     defaults={"layer_norm_eps": 1e-5, "num_key_value_heads": 32},
     derived=frozenset({"head_dim"}),
     pattern=lambda hf, layers: (LayerKind(rope=rope(hf, partial=True)),),

@@ -12,12 +12,12 @@ MODULES = {"up": "mlp.c_fc", "down": "mlp.c_proj"}
 
 
 # What published files say of all models of this type, and transformers does not read.
-FIXED = {"mlp_type": "default", "norm_type": "layer_norm"}
+REQUIRED_VALUES = {"mlp_type": "default", "norm_type": "layer_norm"}
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the biases of projections."""
-    for key, value in FIXED.items():
+    """Read whether projections have biases."""
+    for key, value in REQUIRED_VALUES.items():
         if hf.get(key, value) != value:
             raise invalid(key, hf[key], f"it must be {value}")
     biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), flag(hf, "use_bias"))
@@ -28,7 +28,7 @@ FAMILY = Family(
     architecture="Starcoder2ForCausalLM",
     names={"rms_norm_eps": "norm_epsilon"},
     unused=frozenset({"rms_norm_eps"}),
-    keys=frozenset({"sliding_window", "use_bias", *FIXED}),
+    keys=frozenset({"sliding_window", "use_bias", *REQUIRED_VALUES}),
     defaults={
         "num_key_value_heads": 2,
         "hidden_act": "gelu_pytorch_tanh",
