@@ -143,8 +143,6 @@ def test_tokens_sampled_by_sharded_experts_are_those_of_one_device(loaded):
         mesh = make_mesh(MeshConfig(**sizes), devices)
         weights = rollout_weights(loaded.model, jax.device_get(loaded.params), mesh)
         answers.append(generate(loaded.model, weights, prompts, options, mesh, end_ids=[-1]))
-    sampled = [np.array([prompt + answer.tokens]) for prompt, answer in zip(prompts, answers[0], strict=True)]
-    assert min(router_gap(loaded.theirs, x) for x in sampled) > 1e-3
     assert [answer.tokens for answer in answers[1]] == [answer.tokens for answer in answers[0]]
     np.testing.assert_allclose([a.logps for a in answers[1]], [a.logps for a in answers[0]], atol=1e-5)
 
