@@ -5,6 +5,9 @@ from collections.abc import Mapping
 
 # Maximum difference relative to the log-prob.
 AGREEMENT = {"float32": 1e-5, "bfloat16": 2e-2}
+# The same for a mixture of experts, where only the mean is bounded: if two experts are nearly tied for a token, another
+# program may choose the other one.
+MIXTURE_AGREEMENT = {"float32": 1e-4, "bfloat16": 6e-2}
 
 
 def tied(metrics: Mapping[str, float], bound: float) -> bool:
@@ -12,7 +15,7 @@ def tied(metrics: Mapping[str, float], bound: float) -> bool:
 
     This cannot be read from ``rewards/accuracies``, as ties count as wrong and rounding breaks some, nor from the mean
     margin, in which opposite signs cancel. It uses ``kl``, half the mean square of the log-ratios, which ``metrics``
-    lack if there is no reference. ``bound``: a value of ``AGREEMENT``.
+    lack if there is no reference. ``bound``: a value of ``AGREEMENT`` or ``MIXTURE_AGREEMENT``.
     """
     return "kl" in metrics and log_ratio(metrics) <= bound * logps_scale(metrics)
 

@@ -76,13 +76,15 @@ class Offline:
         return Frozen(self.base)
 
     def check_start(self, state: TrainState) -> str | None:
-        """If policy and reference have equal weights, check that they agree; else return their mean margin as text."""
+        """If policy and reference have equal weights, check that they agree, and else measure how far they are apart.
+
+        Return what there is to say: their mean margin, or how many answers of a mixture of experts differ.
+        """
         logps = start_logps(self.setup, self.reference_of(state), self.weights(state))
         if logps is None:
             return None
         if self.proven:
-            prove_start(self.setup, *logps)
-            return None
+            return prove_start(self.setup, *logps)
         return f"mean log-ratio margin at step 0: {mean_margin(*logps):.6g} nats"
 
     def resumed(self, state: TrainState) -> str | None:

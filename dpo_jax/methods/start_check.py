@@ -5,7 +5,7 @@ A wrong mask, boundary, reference, cache or layout shows up here, before the fir
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from dpo_jax.batch import PairLogps, Params
 from dpo_jax.batching.batches import StepData
 from dpo_jax.config import LOSS_TRAITS, AnyConfig, LossConfig
 from dpo_jax.errors import UserError
-from dpo_jax.inference.agreement import AGREEMENT, log_ratio, logps_scale, tied
+from dpo_jax.inference.agreement import AGREEMENT, MIXTURE_AGREEMENT, log_ratio, logps_scale, tied
 from dpo_jax.inference.reference import Reference
 from dpo_jax.losses import preference_loss
 from dpo_jax.methods.setup import Setup
@@ -46,9 +46,14 @@ def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
 
 
 def agreement(setup: Setup) -> float:
-    """Return the tolerance for log-probs; accelerators may multiply float32 matrices in bfloat16 precision."""
+    """Return the tolerance for log-probs of the model: of their mean difference if it is a mixture of experts."""
+    return (AGREEMENT if setup.model.config.experts is None else MIXTURE_AGREEMENT)[precision(setup)]
+
+
+def precision(setup: Setup) -> Literal["float32", "bfloat16"]:
+    """Return the precision of matrix products; accelerators may multiply float32 matrices in bfloat16."""
     products_are_exact = jax.default_backend() == "cpu" or setup.model.matmul_precision == "highest"
-    return AGREEMENT["float32" if setup.model.dtype == "float32" and products_are_exact else "bfloat16"]
+    return "float32" if setup.model.dtype == "float32" and products_are_exact else "bfloat16"
 
 
 def start_logps(setup: Setup, reference: Reference | None, weights: Params) -> tuple[np.ndarray, np.ndarray] | None:
@@ -77,11 +82,12 @@ def mean_margin(policy: np.ndarray, reference: np.ndarray) -> float:
     return float(((policy - reference) @ np.array([1.0, -1.0])).mean())
 
 
-def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> None:
+def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> str | None:
     """Check that policy and reference, which have the same weights, give the same log-probs [B, K].
 
     They must be equal bit for bit if one program computed both at one dtype, else within ``agreement``. With LoRA there
-    are two programs: the policy computes its adapters even if their product is 0.
+    are two programs: the policy computes its adapters even if their product is 0. For a mixture of experts and two
+    programs, return a line with the number of answers that differ by more than rounding.
 
     Raises:
         UserError: the log-probs differ by more than that.
@@ -89,17 +95,27 @@ def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> None
     config = setup.config.reference
     is_one_program = setup.config.reference_mode == "live" and config.dtype == "auto" and setup.model.lora is None
     bound = 0.0 if is_one_program else agreement(setup)
-    max_difference = float(np.max(np.abs(policy - reference) / np.maximum(1, np.abs(policy))))
-    if not max_difference <= bound:
+    differences = np.abs(policy - reference) / np.maximum(1, np.abs(policy))
+    is_mean = setup.model.config.experts is not None and not is_one_program
+    difference = float(differences.mean() if is_mean else differences.max())
+    if not difference <= bound:
         cause = (
             "the adapters change the model before they are trained; compare with model.dtype float32"
             if setup.model.lora is not None and setup.config.reference_mode == "live"
             else "the cache in data.store is stale or damaged; remove its reference-*.npz, or use reference.mode live"
         )
         raise UserError(
-            f"step 0: policy and reference have the same weights, but their log-probs differ by {max_difference:.3g} "
-            f"relative to their size (tolerance: {bound:g}): {cause}"
+            f"step 0: policy and reference have the same weights, but their log-probs differ by {difference:.3g} "
+            f"relative to their size{' on average' * is_mean} (tolerance: {bound:g}): {cause}"
         )
+    if not is_mean:
+        return None
+    rounding = AGREEMENT[precision(setup)]
+    num_flipped = int((differences > rounding).sum())
+    return (
+        f"log-probs of {num_flipped} of {differences.size} answers differ by more than {rounding:g} of their size from "
+        "the reference's: tokens for which two experts are nearly tied have another one"
+    )
 
 
 def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> None:

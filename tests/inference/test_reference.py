@@ -21,6 +21,7 @@ from dpo_jax.inference.reference import copy_weights
 from dpo_jax.methods.dpo import make_reference, reference_weights
 from dpo_jax.methods.setup import assemble
 from dpo_jax.methods.start_check import check_first, mean_margin, prove_start, start_logps, starts_equal
+from dpo_jax.models.options import ExpertConfig
 from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.step import init_state, train_step
@@ -200,6 +201,18 @@ def test_a_cached_start_is_proven_within_a_bound(cached):
     prove_start(setup, policy, fixed)
     with pytest.raises(UserError, match=r"the cache in data\.store is stale or damaged"):
         prove_start(setup, policy, fixed * (1 + 3e-5))
+
+
+def test_two_programs_of_a_mixture_may_choose_other_experts_for_a_few_answers(cached):
+    setup, _ = cached
+    config = replace(setup.model.config, experts=ExpertConfig(number=4, per_token=2))
+    setup = replace(setup, model=replace(setup.model, config=config))
+    policy = np.full((50, 2), -40.0)
+    reference = policy.copy()
+    reference[3, 1] *= 1 + 5e-3
+    assert "log-probs of 1 of 100 answers differ by more than 1e-05" in prove_start(setup, policy, reference)
+    with pytest.raises(UserError, match=r"differ by 0\.0005 relative to their size on average \(tolerance: 0\.0001\)"):
+        prove_start(setup, policy, policy * (1 + 5e-4))
 
 
 @pytest.mark.parametrize("weight", [1.0, 3000.0])
