@@ -163,7 +163,11 @@ def _check_parameters(path: Path, options: Mapping[str, Any], model: Model) -> N
     if isinstance(chosen, str):  # PEFT has no patterns here
         raise bad_option("target_parameters", "give a list of names")
     all_parameters = _in_layers(filter(is_expert_parameter, modules(model.config)), model.config)
-    if _named(path, "target_parameters", chosen, all_parameters) != _in_layers(adapted, model.config):
+    chosen_parameters = _named(path, "target_parameters", chosen, all_parameters)
+    for name in chosen:
+        if not _named(path, "target_parameters", [name], all_parameters):
+            raise bad_option("target_parameters", f"the model has no experts' matrices named {name}; {_MERGE}")
+    if chosen_parameters != _in_layers(adapted, model.config):
         names = ", ".join(map(target_name, adapted)) or "no parameters of experts"
         raise bad_option("target_parameters", f"lora.targets has {names}; name the same in both")
     if adapted and options.get("lora_dropout"):
