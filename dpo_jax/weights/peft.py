@@ -163,7 +163,11 @@ def _check_parameters(path: Path, options: Mapping[str, Any], model: Model) -> N
     if isinstance(chosen, str):  # PEFT has no patterns here
         raise bad_option("target_parameters", "give a list of names")
     all_parameters = _in_layers(filter(is_expert_parameter, modules(model.config)), model.config)
-    if _named(path, "target_parameters", chosen, all_parameters) != _in_layers(adapted, model.config):
+    chosen_parameters = _named(path, "target_parameters", chosen, all_parameters)
+    for name in chosen:
+        if not _named(path, "target_parameters", [name], all_parameters):
+            raise bad_option("target_parameters", f"the model has no experts' matrices named {name}; {_MERGE}")
+    if chosen_parameters != _in_layers(adapted, model.config):
         names = ", ".join(map(target_name, adapted)) or "no parameters of experts"
         raise bad_option("target_parameters", f"lora.targets has {names}; name the same in both")
     if adapted and options.get("lora_dropout"):
@@ -248,7 +252,8 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
         UserError: ``out_dir`` is not empty or cannot be written.
     """
     tensors, adapted = _tensors(model), list(_adapted_modules(model))
-    module_names, parameters = list(filterfalse(is_expert_parameter, adapted)), filter(is_expert_parameter, adapted)
+    module_names = list(filterfalse(is_expert_parameter, adapted))
+    parameters = [target_name(module) for module in adapted if is_expert_parameter(module)]
     transposed = FAMILIES[model.config.family].transposed
     options = {
         "peft_type": "LORA",
@@ -258,12 +263,13 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
         "lora_alpha": config.alpha,
         "use_rslora": config.rslora,
         "target_modules": _target_modules(model.config, module_names),
-        "target_parameters": list(map(target_name, parameters)) or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(f"{module}.weight" in transposed for module in module_names),
         "inference_mode": True,
     }
+    if parameters:
+        options["target_parameters"] = parameters
     if model.config.scores:
         options["modules_to_save"] = list(_HEADS)
     with atomic_directory(out_dir, overwrite=False) as staging:

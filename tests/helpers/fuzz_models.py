@@ -260,7 +260,7 @@ def torch_model() -> Any:
 
 ADAPTER_KEYS = [
     "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save", "use_dora", "fan_in_fan_out",
-    "lora_bias", "target_modules", "exclude_modules", "layers_pattern", "init_lora_weights", "x",
+    "lora_bias", "target_modules", "target_parameters", "exclude_modules", "layers_pattern", "init_lora_weights", "x",
 ]  # fmt: skip
 ADAPTER_VALUES = [
     None, True, False, [], {}, ["q_proj"], ["q_proj", "v_proj"], {"q_proj": 4}, "all-linear", "q_proj", [0], 0,

@@ -239,6 +239,8 @@ def expert_adapters(tmp_path_factory) -> Path:
      "lora.targets has mlp.experts.gate_up_proj, mlp.experts.down_proj; name the same in both"),
     ({"target_parameters": None}, None, "target_parameters: None cannot be used"),
     ({"target_parameters": "mlp.experts.*"}, None, "target_parameters: 'mlp.experts.*' cannot be used: give a list"),
+    ({"target_parameters": ["mlp.experts.gate_up_proj", "q_proj.weight"]}, None,
+     "the model has no experts' matrices named q_proj.weight; merge these adapters"),
     ({"lora_dropout": 0.1}, None, "lora_dropout: 0.1 cannot be used: adapters of experts have no dropout; set it to 0"),
     ({"use_dora": True}, None, "use_dora: True cannot be used"),
     ({"lora_bias": True}, None, "lora_bias: True cannot be used"),
