@@ -467,7 +467,7 @@ BAD_RUNS = [
         partial(edit, "run/metrics.jsonl", lambda text: text.replace(b"\n", b" ") + b"  "),
         "train c.yaml --run.dir run",
         2,
-        "run/metrics.jsonl: was edited: byte  ... no longer ends a line",
+        "run/metrics.jsonl: was edited: its first  ... bytes are not those of the save",
     ),
     (
         "saves damaged",
