@@ -298,7 +298,7 @@ def test_tfds_that_cannot_be_read(tfds_dir, tmp_path):
         load_rows(SourceConfig(path="tfds:no_such_set", data_dir=str(tfds_dir)))
     with pytest.raises(UserError, match="contains the data set 'pairs'"):
         load_rows(SourceConfig(path="tfds:other", data_dir=str(tfds_dir / "pairs" / "1.0.0")))
-    with pytest.raises(UserError, match=r"tfds:mnist: not prepared in .*download_and_prepare\(\)"):
+    with pytest.raises(UserError, match=r"tfds:mnist: the data set is not prepared in .*download_and_prepare\(\)"):
         load_rows(SourceConfig(path="tfds:mnist", data_dir=str(tmp_path)))
 
 
