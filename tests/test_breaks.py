@@ -33,7 +33,7 @@ class Break(NamedTuple):
 BREAKS = [
     # 1: step 0 is proven
     Break(1, "the proof of the start accepts any difference", "methods/start_check.py",
-          "if not worst <= bound:", "if worst < 0:",
+          "if not max_difference <= bound:", "if max_difference < 0:",
           ("test_reference::test_a_start_that_is_its_own_reference_is_proven_bit_for_bit",
            "test_reference::test_a_cached_start_is_proven_within_a_bound")),
     Break(1, "the first loss is not checked", "methods/start_check.py",
