@@ -69,7 +69,7 @@ BREAKS = [
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[live-separable]",
            "test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]")),
     Break(2, "a loss that couples pairs is accumulated part by part", "step.py",
-          "_two_pass_gradient if loss.coupled else _one_pass_gradient", "_one_pass_gradient",
+          "_two_pass_gradient if is_coupled else _one_pass_gradient", "_one_pass_gradient",
           ("test_step::test_a_ragged_step_in_parts_is_the_whole[cached-coupled]",)),
     # 3: a batch is a pure function of (data, seed, step)
     Break(3, "the seed is not heeded", "batching/order.py",
@@ -122,7 +122,7 @@ BREAKS = [
           "if unknown_key is None:", "if True:",
           ("test_config::test_what_is_wrong_is_one_line[batch.pair: unknown option: did you mean]",)),
     Break(5, "an option that would not be heeded is taken", "config/__init__.py",
-          "mode != \"live\", f\"only mode", "False, f\"only mode",
+          "mode != \"live\", f\"only reference.mode", "False, f\"only reference.mode",
           ("test_config::test_what_is_wrong_is_one_line[reference.dtype: 'bfloat16' cannot be us0]",)),
     Break(5, "a truncated example is not counted", "data/tokenize.py",
           "notes=(*pieces.notes, too_long)", "notes=pieces.notes",
@@ -153,7 +153,8 @@ BREAKS = [
           ("test_logprobs::test_scores_of_bfloat16_states_are_float32",
            "test_logprobs::test_targets_have_their_log_softmax_in_float32[7-bfloat16]")),
     Break(7, "answers are summed in bfloat16", "logprobs.py",
-          "sum=per_answer(tokens.logp),", "sum=per_answer(tokens.logp.astype(jnp.bfloat16)).astype(jnp.float32),",
+          "sum=per_answer(token_logps.logp),",
+          "sum=per_answer(token_logps.logp.astype(jnp.bfloat16)).astype(jnp.float32),",
           ("test_logprobs::test_answers_are_summed_by_their_slots",
            "test_logprobs::test_padded_is_packed")),
     # 8: masks come from the boundary between prompt and answer
@@ -178,7 +179,7 @@ BREAKS = [
           ("test_heads::test_scores_are_read_at_the_last_token_of_each_answer[shared]",
            "test_heads::test_scores_are_read_at_the_last_token_of_each_answer[padded]")),
     Break(9, "a prompt has a slot, too", "models/heads.py",
-          "is_answer = batch.branches > 0", "is_answer = batch.branches >= 0",
+          "jnp.where(batch.branches > 0, slots", "jnp.where(batch.branches >= 0, slots",
           ("test_heads::test_scores_are_read_at_the_last_token_of_each_answer[shared]",
            "test_heads::test_scores_are_read_at_the_last_token_of_each_answer[padded]",
            "test_heads::test_scores_do_not_depend_on_the_layout")),
@@ -195,7 +196,7 @@ BREAKS = [
           "batch.weight[:], batch.margin[:] = weight, margin", "batch.weight[:] = weight",
           ("test_batches::test_a_step_holds_its_pairs_in_every_layout[{}]",)),
     Break(9, "padding may be what an answer ends with", "methods/reward.py",
-          "if token is not None and token not in ends:", "if token is not None:",
+          "if token is not None and token not in end_ids:", "if token is not None:",
           ("test_reward::test_padding_is_a_token_that_ends_no_answer",
            "test_reward::test_all_special_tokens_at_ends_are_refused")),
     Break(9, "the ends of answers are looked for in the data one token early", "methods/reward.py",
@@ -378,6 +379,11 @@ def test_a_broken_line_is_noticed_by_its_tests(row, copy, shared):
     assert set(failed) == set(row.tests)
     for why in failed.values():
         assert why.startswith(NOTICED), failed
+
+
+def test_every_line_to_be_broken_is_in_the_code():
+    for row in BREAKS:
+        assert (ROOT / "dpo_jax" / row.file).read_text().count(row.old) == 1, row
 
 
 def test_every_invariant_is_broken_at_least_twice():
