@@ -279,15 +279,15 @@ class PPOConfig(TrainConfig):
         self.refuse("reference.sync_every", self.reference.sync_every, "PPO and RLOO keep the reference fixed; use 0")
         has_adapters = self.lora.rank > 0
         for option in ("path", "dtype"):
-            reason = "with lora.rank the reference is the model without its adapters"
-            self.refuse_idle(f"reference.{option}", has_adapters, reason)
+            cause = "with lora.rank the reference is the model without its adapters"
+            self.refuse_idle(f"reference.{option}", has_adapters, cause)
         self._check_rollouts()
         self.refuse_idle("run.token_stats", True, "token statistics are computed on answers of the data set only")
         self.refuse_idle("model.router_aux_loss_coef", True, "PPO and RLOO train without it")
 
     @property
     def planned(self) -> PlannedAnswers:  # type: ignore[override]
-        """Number and maximum length of the answers sampled for each prompt."""
+        """Number and maximum length of the answers sampled to each prompt."""
         return PlannedAnswers(self.ppo.answers, self.sampling.max_tokens)
 
 

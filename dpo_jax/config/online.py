@@ -35,10 +35,10 @@ class PolicyGradientConfig(Section, name="ppo"):
 
     def __post_init__(self):
         super().__post_init__()
-        is_rloo = self.estimator == "rloo"
-        self.refuse("answers", is_rloo and self.answers < 2, "rloo compares the answers of a prompt; sample at least 2")
+        rloo = self.estimator == "rloo"
+        self.refuse("answers", rloo and self.answers < 2, "rloo compares the answers of a prompt; sample at least 2")
         for option in ("gae_lambda", "value_coef", "value_clip"):
-            self.refuse_idle(option, is_rloo, "estimator rloo has no value model")
+            self.refuse_idle(option, rloo, "estimator rloo has no value model")
 
 
 @dataclass(frozen=True, kw_only=True)
