@@ -33,6 +33,16 @@ class RunStopped(UserError):
     exit_code = 43
 
 
+class StorageUnreachable(UserError):
+    """A bucket's storage did not answer in time; running the same command again resumes the run."""
+
+    exit_code = 1
+
+
+class StorageDenied(RunStopped):
+    """A bucket's storage refused a request: credentials, a right or the bucket itself are missing."""
+
+
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
     """Raise ``UserError(name, value, remedy)`` unless the condition holds."""
     if not condition:
