@@ -61,7 +61,7 @@ def _generate(config: GenerateConfig, output: str) -> None:
 def _export(run_dir: str, out_dir: str, which: CheckpointChoice, adapters: bool) -> None:
     from dpo_jax.commands.export import export
 
-    export(Path(run_dir), Path(out_dir), which, adapters)
+    export(run_dir, Path(out_dir), which, adapters)
 
 
 def _data(config: AnyConfig, step: int | None) -> None:

@@ -42,6 +42,16 @@ class Terminated(KeyboardInterrupt):
         super().__init__(f"stopped by {signal_name}: what was saved is kept; run the same command again")
 
 
+class StorageUnreachable(UserError):
+    """A bucket's storage did not answer in time; running the same command again resumes the run."""
+
+    exit_code = 1
+
+
+class StorageDenied(RunStopped):
+    """A bucket's storage refused a request: credentials, a right or the bucket itself are missing."""
+
+
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
     """Raise ``UserError(name, value, remedy)`` unless the condition holds."""
     if not condition:

@@ -111,6 +111,13 @@ def list_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern))
 
 
+def local_copy(kind: str, url: str, process: int = 0) -> Path:
+    """Return this machine's folder for files of a process that belong to a ``url``, such as a run's in a bucket."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    return Path(cache) / "dpo_jax" / kind / f"{name}-{process}"
+
+
 def lock(path: Path) -> IO:
     """Lock a file, to which `sign` may then write; closing the returned file releases the lock.
 

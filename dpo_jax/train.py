@@ -17,6 +17,7 @@ from dpo_jax.parallel.rendezvous import start_hosts
 from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.reports.run import report_done
 from dpo_jax.runs.directory import RunDir, last_metrics, log_event
+from dpo_jax.runs.mirror import LAST_SECONDS
 from dpo_jax.runs.profile import refuse_window
 from dpo_jax.runs.session import NotFinite, Session, lock_run, open_session
 from dpo_jax.step import recovered
@@ -100,4 +101,5 @@ def finish(config: AnyConfig, method: Method, run: RunDir, state: Any) -> None:
         log_event(run, "end", step=method.num_steps)
         if config.run.report:
             report_done(run.root, data_report(method.setup), config.run.progress)
-    say(config.run.progress, f"done: {run.root}")
+        run.push(LAST_SECONDS)
+    say(config.run.progress, f"done: {run.location}")

@@ -23,6 +23,8 @@ os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cach
 
 import fake_cloud
 import pytest
+from fake_bucket import FakeBucket
+from hastened import hasten
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +76,28 @@ def tpus():
     from dpo_jax.plan.ahead_of_time import slice_devices
 
     return lambda text, slices=1: slice_devices(parse_topology(text), slices)
+
+
+@pytest.fixture(scope="session")
+def fake_storage():
+    """A storage with the bucket ``bucket``, to which all clients of this process talk: they ask once where it is."""
+    if find_spec("gcsfs") is None:
+        pytest.fail("gcsfs is missing: pip install '.[test]'")
+    with FakeBucket("bucket") as storage, pytest.MonkeyPatch.context() as patch:
+        for name, value in storage.env.items():
+            patch.setenv(name, value)
+        yield storage
+
+
+@pytest.fixture
+def storage(fake_storage, monkeypatch):
+    """That storage, empty and without faults, and clients of it with little patience."""
+    fake_storage.objects.clear()
+    fake_storage.requests.clear()
+    hasten(monkeypatch.setattr)
+    yield fake_storage
+    fake_storage.faults.clear()
+    fake_storage.clock_offset = 0.0
 
 
 @pytest.fixture

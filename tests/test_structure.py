@@ -18,7 +18,7 @@ PACKAGE = ROOT / "dpo_jax"
 # Imports point to lower floors only; rooms of one floor do not import each other, inside a room they may.
 FLOORS = [
     {"errors", "batch"},
-    {"config", "storage", "balance", "signals"},
+    {"config", "storage", "bucket", "balance", "signals"},
     {"parallel", "data", "losses"},
     {"console", "ops", "batching"},
     {"models", "logprobs"},
@@ -152,7 +152,8 @@ def requirement_names(requirements: list[str]) -> set[str]:
 
 def test_every_import_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    optional = requirement_names(project["optional-dependencies"]["tracking"])
+    extras = project["optional-dependencies"]
+    optional = requirement_names(extras["tracking"] + extras["gcs"])
     declared = requirement_names(project["dependencies"]) | optional
     distributions = packages_distributions()
     missing = set()

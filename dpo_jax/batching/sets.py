@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_jax.batching.order import Order, make_order
+from dpo_jax.bucket import is_remote
 from dpo_jax.config import DataConfig, PlannedAnswers, RunConfig, Stage
 from dpo_jax.data.store import AnySource, Store, build_or_open_store, ids_by_source, split_held_out
 from dpo_jax.errors import UserError
+from dpo_jax.storage import local_copy
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,13 +63,15 @@ class DataSets:
 def store_folder(store: str | None, run_dir: str) -> Path:
     """Return the local folder for tokenized data and cached log-probs: ``store``, else a folder next to ``run_dir``.
 
+    For a run in a bucket, that is a folder of this machine's cache, which other runs of the same folder share.
+
     Raises:
-        UserError: the folder is in a bucket.
+        UserError: ``store`` is in a bucket.
     """
-    location = store or run_dir
-    if "://" in location:
-        field = "data.store" if store else "run.dir"
-        raise UserError(f"{field}: {location} is not a local folder; set data.store to one")
+    if store is not None and is_remote(store):
+        raise UserError(f"data.store: {store} is not a local folder, which memory maps need; set it to one")
+    if store is None and is_remote(run_dir):
+        return local_copy("store", run_dir.rstrip("/").rpartition("/")[0])
     return Path(store) if store else Path(run_dir).absolute().parent / "store"
 
 

@@ -14,7 +14,7 @@ from dpo_jax.weights.huggingface import export_target
 from dpo_jax.weights.open import export_run, export_run_adapters, load_saved, open_model
 
 
-def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"], adapters: bool = False) -> None:
+def export(run_dir: str | Path, out_dir: Path, which: Literal["newest", "best"], adapters: bool = False) -> None:
     """Write the newest or best checkpoint of a run as a Hugging Face directory in float32.
 
     Adapters are merged into the base model; with ``adapters`` only they are written, as a PEFT directory. One line on
@@ -26,7 +26,7 @@ def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"], adapt
     run = find_run(run_dir)
     target = export_target(out_dir)  # fails before the weights are loaded, which may take minutes
     if target.is_relative_to(run.root.resolve()) and target != run.export.resolve():
-        raise UserError(f"{out_dir}: it is inside the run {run.root}; export to a directory outside it")
+        raise UserError(f"{out_dir}: it is inside the run {run.location}; export to a directory outside it")
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])  # one device is enough for weights of any size
     if adapters:
         step = export_run_adapters(run, out_dir, which, mesh)
@@ -35,5 +35,5 @@ def export(run_dir: Path, out_dir: Path, which: Literal["newest", "best"], adapt
         params, step = load_saved(run, opened.model, opened.config, mesh)
         export_run(run, out_dir, opened.model, params, overwrite=False)
     sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
-    label = f"{'adapters' if adapters else 'model'} of {run.root} at step {step}"
+    label = f"{'adapters' if adapters else 'model'} of {run.location} at step {step}"
     say(True, f"exported the {label} to {target}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, float32")

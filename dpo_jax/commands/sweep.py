@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dpo_jax.bucket import is_remote
 from dpo_jax.config import DPOConfig
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, require
 from dpo_jax.parallel.hosts import is_writer
 from dpo_jax.storage import write_atomically
 from dpo_jax.train import train
@@ -37,6 +38,7 @@ def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
         raise UserError("data.eval: a sweep of online DPO compares answers to prompts of an evaluation set; name one")
     if len(set(betas)) < len(betas):
         raise UserError(f"--betas: {list(betas)} has duplicates; give each beta once")
+    require(not is_remote(config.run.dir), "run.dir", config.run.dir, "a sweep needs a local directory for its runs")
     rows = []
     for beta in betas:
         run_config = replace(config.run, dir=str(Path(config.run.dir) / f"beta-{beta:g}"))

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -129,7 +128,7 @@ class Offline:
             if is_proven:
                 check_first(setup, metrics, data)
 
-        def advice(root: Path) -> str:
+        def advice(root: str) -> str:
             rows_text = ", ".join(f"{store.report[store.sources[i]]['source']}:{store.rows[i]}" for i in ids)
             options = new_run(self.manifest["config"], root, keeps_reference=self.reference is not None)
             return (

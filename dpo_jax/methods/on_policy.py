@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,7 +142,7 @@ def sampled_facts(
         fields = {name: f"{values[name]:.3f}" for name in ("score", "sampled_kl") if name in values}
         return fields | {"tokens/s": f"{num_sampled / seconds:.0f}"}
 
-    def advice(root: Path) -> str:
+    def advice(root: str) -> str:
         options = new_run(manifest["config"], root, keeps_reference=keeps_reference)
         remedy = "start a new run with a lower optimizer.learning_rate: --run.dir NEW, or from this checkpoint"
         return f"{remedy}: {options}"

@@ -5,6 +5,7 @@ manifest.py) with the shape, dtype and checksum of every array. Only this file a
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +16,9 @@ from etils import epath
 
 from dpo_jax.config import CheckpointConfig
 from dpo_jax.console import warn
-from dpo_jax.errors import RunStopped, UserError, reason
+from dpo_jax.errors import RunStopped, StorageDenied, StorageUnreachable, UserError, reason
 from dpo_jax.parallel import hosts
+from dpo_jax.runs.bucket_steps import bucket_of, in_bucket, move_step, remove_leftovers, storage_faults
 from dpo_jax.runs.checksums import describe_leaves, leaf_checksums
 from dpo_jax.runs.restore import (
     MANIFEST,
@@ -31,6 +33,7 @@ from dpo_jax.runs.restore import (
 from dpo_jax.storage import seal
 
 DAMAGED = ".damaged"
+READ_ATTEMPTS, READ_RETRY_SECONDS = 10, 10.0  # of a step in a bucket; each attempt has the patience of its clients
 Json = Mapping[str, Any]
 
 
@@ -51,7 +54,8 @@ class Checkpoints:
         self._report = report
         self._pending: int | None = None
         self._manager: ocp.CheckpointManager | None = None  # created by the first save, after damaged steps are renamed
-        hosts.make_shared(self.directory, "checkpoints")
+        if not in_bucket(self.directory):
+            hosts.make_shared(self.directory, "checkpoints")
         self._metrics = read_metrics(self.directory)
 
     def __enter__(self) -> "Checkpoints":
@@ -62,7 +66,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps that process 0 finds on disk, oldest first; a save in progress is not among them."""
-        return hosts.gather(saved_steps(self.directory), "saved steps")[0]
+        return hosts.on_writer(lambda: saved_steps(self.directory), "saved steps")
 
     def manifest(self) -> dict | None:
         """Return the newest readable manifest, without reading any array; None if there is none."""
@@ -96,6 +100,7 @@ class Checkpoints:
 
         Raises:
             RunStopped: this save or the previous one could not be written.
+            StorageUnreachable: the same, because the storage of a bucket does not answer; it can be tried again.
             UserError: ``best_metric`` is not among the metrics.
         """
         self.wait()
@@ -110,16 +115,28 @@ class Checkpoints:
             leaves[name]["checksum"] = checksum
         sealed = seal(json.loads(json.dumps({**manifest, "step": step, "leaves": leaves, "metrics": metrics})))
         arguments = {STATE: ocp.args.PyTreeSave(state), MANIFEST: ocp.args.JsonSave(sealed)}
-        self._manager = self._manager or _make_manager(self.directory, self)
-        self._pending = step
-        with _stop_on_failure(self.directory, step):
-            self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+        self._start(step, ocp.args.Composite(**arguments))
         if wait:
             self.wait()
         return True
 
+    def _start(self, step: int, arguments: ocp.args.Composite) -> None:
+        error = None
+        try:
+            with _stop_on_failure(self.directory, step):
+                self._manager = self._manager or _make_manager(self.directory, self)
+                self._pending = step
+                self._manager.save(step, args=arguments, force=True)
+        except (RunStopped, StorageUnreachable) as failure:
+            if not in_bucket(self.directory):
+                raise
+            error, self._pending, self._manager = failure, None, None
+            self._metrics.pop(step, None)
+        if in_bucket(self.directory):
+            hosts.agree(error, f"start of the save of step {step}", 2 * hosts.TIMEOUT)
+
     def wait(self) -> None:
-        """Wait until the save in progress is on disk; if it failed, raise ``RunStopped`` on every process."""
+        """Wait until the save in progress is on disk; if it failed, raise the error of `save` on every process."""
         if self._manager is None or self._pending is None:
             return
         step, error = self._pending, None
@@ -128,8 +145,8 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 if hosts.is_writer() and step not in saved_steps(self.directory):
                     raise FileNotFoundError("the background save did not finish")
-        except RunStopped as stopped:
-            error = stopped
+        except (RunStopped, StorageUnreachable) as failure:
+            error = failure
             self._metrics.pop(step, None)
             self._manager = None  # closing it would raise the same error again
         self._pending = None
@@ -160,28 +177,39 @@ class Checkpoints:
         reasons = {}
         for candidate in reversed(self.steps()):
             try:
-                return read_step(self.directory, candidate, abstract_state)
+                return _read_patiently(self.directory, candidate, abstract_state)
             except Damaged as damage:
                 reasons[candidate] = str(damage)
                 self._set_aside(candidate, str(damage))
-        names = sorted(path.name for path in self.directory.iterdir() if DAMAGED in path.name)
+        names = hosts.on_writer(self._set_aside_names, "damaged steps")
         if names:
             details = ", ".join(names) + "".join(f"; {number}: {reason}" for number, reason in reasons.items())
             remedy = "restore a good copy of a step, or choose a new run.dir"
             raise RunStopped(f"checkpoints: no checkpoint in {self.directory} is usable ({details}): {remedy}")
         return None
 
+    def _set_aside_names(self) -> list[str]:
+        if in_bucket(self.directory):
+            names = [name.rstrip("/") for name in bucket_of(self.directory).entries()[1]]
+        else:
+            names = [path.name for path in self.directory.iterdir()]
+        return sorted(name for name in names if DAMAGED in name)
+
     def _set_aside(self, step: int, reason: str) -> None:
-        path = self.directory / str(step)
+        damaged_path = hosts.on_writer(lambda: self._rename(step), f"setting aside step {step}")
         if hosts.is_writer():
-            damaged_path, num_copies = self.directory / f"{step}{DAMAGED}", 1
-            while damaged_path.exists():
-                num_copies += 1
-                damaged_path = self.directory / f"{step}{DAMAGED}-{num_copies}"
-            path.rename(damaged_path)
             self._report(f"checkpoint of step {step} is damaged ({reason}): renamed to {damaged_path}")
         self._metrics.pop(step, None)
-        hosts.barrier(f"setting aside step {step}")
+
+    def _rename(self, step: int) -> str:
+        if in_bucket(self.directory):
+            return str(self.directory / move_step(bucket_of(self.directory), step, DAMAGED))
+        damaged_path, num_copies = self.directory / f"{step}{DAMAGED}", 1
+        while damaged_path.exists():
+            num_copies += 1
+            damaged_path = self.directory / f"{step}{DAMAGED}-{num_copies}"
+        (self.directory / str(step)).rename(damaged_path)
+        return str(damaged_path)
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Return which checkpoints to keep, the newest and the best; Orbax calls this as a preservation policy."""
@@ -189,6 +217,19 @@ class Checkpoints:
         metrics = {step: self._metrics[step] for step in steps if step in self._metrics}
         kept_steps = {*sorted(steps)[-self.config.keep :], *rank_steps(metrics, self.config)[: self.config.keep_best]}
         return [step in kept_steps for step in steps]
+
+
+def _read_patiently(directory: epath.Path, step: int, abstract_state: Any) -> tuple[Any, dict]:
+    """Read a step as `read_step`, and again if the storage of a bucket does not answer."""
+    for attempt in range(READ_ATTEMPTS):
+        try:
+            return read_step(directory, step, abstract_state)
+        except StorageUnreachable as error:
+            if attempt == READ_ATTEMPTS - 1:
+                raise
+            warn(f"{error}: trying again")
+            time.sleep(READ_RETRY_SECONDS)
+    raise AssertionError("the last attempt returns or raises")
 
 
 class _Manager(ocp.CheckpointManager):
@@ -202,11 +243,13 @@ class _Manager(ocp.CheckpointManager):
 
 
 def _make_manager(directory: epath.Path, policy: Checkpoints) -> ocp.CheckpointManager:
+    if in_bucket(directory) and hosts.is_writer():
+        remove_leftovers(bucket_of(directory))
     # With explicit processes, Orbax waits at the coordination service, with timeouts, and not in a device collective.
     processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
     options = ocp.CheckpointManagerOptions(
         create=False,
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not in_bucket(directory),
         lightweight_initialize=True,  # metrics are read from our manifests
         preservation_policy=policy,
         multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
@@ -219,7 +262,10 @@ def _make_manager(directory: epath.Path, policy: Checkpoints) -> ocp.CheckpointM
 def _stop_on_failure(directory: epath.Path, step: int) -> Iterator[None]:
     """Context manager that turns any error of a save, whatever its type, into a one-line ``RunStopped``."""
     try:
-        yield
+        with storage_faults(directory, f"cannot save step {step}"):
+            yield
+    except (StorageUnreachable, StorageDenied):
+        raise
     except Exception as error:
         failure = f"checkpoint of step {step}: could not be written to {directory} ({reason(error)})"
         raise RunStopped(f"{failure}: free space or correct the path, then run the same command again") from error

@@ -8,16 +8,18 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dpo_jax import storage
+from dpo_jax.bucket import Bucket, is_remote
 from dpo_jax.errors import RunStopped, UserError, reason
+from dpo_jax.runs.mirror import CHECKPOINTS, PUSH_SECONDS, Mirror, locked_mirror
 
-Event = Literal["start", "data", "restore", "save", "preempt", "end"]
+Event = Literal["start", "data", "restore", "save", "save_failed", "preempt", "end"]
 LOCK, EVENTS = "run.lock", "events.jsonl"
 
 
@@ -27,11 +29,11 @@ def _path(name: str) -> Any:
 
 @dataclass(frozen=True)
 class RunDir:
-    """The paths of a run's files."""
+    """The paths of a run's files; of a run in a bucket, ``root`` is the local copy of all but the checkpoints."""
 
     root: Path
+    mirror: Mirror | None = None  # of a run in a bucket
     config = _path("config.yaml")  # the resolved options, including all defaults
-    checkpoints = _path("checkpoints")  # saved steps, each with its manifest
     export = _path("export")  # the model as a Hugging Face directory
     metrics = _path("metrics.jsonl")  # one object per logged step: functions of data, seed and step only
     timings = _path("timings.jsonl")  # clocks, throughput and memory of the same steps
@@ -42,18 +44,44 @@ class RunDir:
     report = _path("report.html")  # the report for people
 
     @property
+    def location(self) -> str:
+        """The path or url that names the run."""
+        return str(self.root) if self.mirror is None else self.mirror.bucket.url
+
+    @property
+    def checkpoints(self) -> Path | str:
+        """Path or url of the saved steps, each with its manifest."""
+        name = CHECKPOINTS.rstrip("/")
+        return self.root / name if self.mirror is None else f"{self.location}/{name}"
+
+    def push(self, patience: float = PUSH_SECONDS) -> None:
+        """Upload the local copy of a run in a bucket, as `Mirror.push` does; any other run needs no such thing."""
+        if self.mirror is not None:
+            self.mirror.push(patience)
+
+    @property
     def logs(self) -> tuple[Path, ...]:
         """Paths of the logs that are truncated, when a run resumes, to the step that it resumes from."""
         return self.metrics, self.timings, self.distributions, self.samples
 
 
 def is_run_dir(path: str | Path) -> bool:
-    """Return whether a run of this program was ever started in the directory."""
+    """Return whether a run of this program was ever started in the directory or bucket."""
+    if is_remote(path):
+        bucket = Bucket.named("run", str(path))
+        return any(bucket.stat(name) is not None for name in (EVENTS, LOCK))
     return (Path(path) / EVENTS).is_file() or (Path(path) / LOCK).is_file()
 
 
 def find_run(path: str | Path) -> RunDir:
-    """Return the paths of an existing run."""
+    """Return the paths of an existing run; of one in a bucket, the files of its model are downloaded."""
+    if is_remote(path):
+        run = run_at(path, copy="read")
+        if not is_run_dir(path):
+            raise UserError(f"run directory {path} has no {EVENTS}, so it is not a run of this program: check the path")
+        assert run.mirror is not None
+        run.mirror.pull_model(run.config.name)
+        return run
     root = _local(path)
     if not root.exists():
         raise UserError(f"run directory {path} does not exist; check the path")
@@ -62,16 +90,39 @@ def find_run(path: str | Path) -> RunDir:
     return RunDir(root)
 
 
+def run_at(path: str | Path, process: int = 0, copy: str = "runs") -> RunDir:
+    """Return the paths of the run in a directory or bucket, for one of its processes; nothing is read or written.
+
+    ``copy``: the kind of local copy that a run in a bucket has.
+
+    Raises:
+        UserError: the path has a scheme other than ``gs://``.
+    """
+    if not is_remote(path):
+        return RunDir(_local(path))
+    bucket = Bucket.named("run.dir", str(path))
+    root = storage.local_copy(copy, bucket.url, process)
+    return RunDir(root, Mirror(bucket, root))
+
+
 @contextmanager
-def locked_run(path: str | Path) -> Iterator[RunDir]:
+def locked_run(path: str | Path, say: Callable[[str], None] = lambda line: None) -> Iterator[RunDir]:
     """Context manager that creates or reopens a run directory and locks it; only the writer process calls it.
+
+    ``say`` is called with a line before it waits for the lock of a bucket.
 
     Raises:
         UserError: another process trains there, the directory is not a run, or it cannot be written. In these
             cases nothing in it is changed.
     """
-    with locked_directory(path, LOCK, is_run_dir, "run of this program") as root:
-        run = RunDir(root)
+    run = run_at(path)
+    with ExitStack() as stack:
+        has_ours = is_run_dir if run.mirror is None else lambda root: True
+        root = stack.enter_context(locked_directory(run.root, LOCK, has_ours, "run of this program", str(path)))
+        if run.mirror is not None:
+            with in_use(path):
+                mirrored = locked_mirror(run.mirror.bucket, root, LOCK, _is_run, say)
+                run = RunDir(root, stack.enter_context(mirrored))
         with writing(run.events):
             for folder in (root, *filter(Path.is_dir, root.iterdir())):
                 storage.remove_partial_files(folder)
@@ -79,23 +130,39 @@ def locked_run(path: str | Path) -> Iterator[RunDir]:
         yield run
 
 
+def _is_run(names: Collection[str]) -> bool:
+    return EVENTS in names or LOCK in names
+
+
 @contextmanager
-def locked_directory(path: str | Path, lock_name: str, has_ours: Callable[[Path], bool], ours: str) -> Iterator[Path]:
+def in_use(path: str | Path) -> Iterator[None]:
+    """Context manager that turns `storage.InUse` into a one-line ``UserError``."""
+    try:
+        yield
+    except storage.InUse as error:
+        remedy = "wait for it, stop it, or choose another directory"
+        raise UserError(f"run.dir: {path} is in use by {error}: {remedy}") from error
+
+
+@contextmanager
+def locked_directory(
+    path: str | Path, lock_name: str, has_ours: Callable[[Path], bool], ours: str, shown: str | None = None
+) -> Iterator[Path]:
     """Context manager that creates ``run.dir``, or reopens it if ``has_ours`` is true, and locks ``lock_name`` in it.
+
+    Messages name ``shown`` in place of the path of a local copy.
 
     Raises:
         UserError: another process has locked it, it has other files only, or it cannot be written. In these cases
             nothing in it is changed.
     """
-    root = _local(path)
+    root, path = _local(path), shown or path
     try:
         if root.is_dir() and any(root.iterdir()) and not has_ours(root):
             raise UserError(f"run.dir: {path} has other files but no {ours}: choose an empty directory")
         root.mkdir(parents=True, exist_ok=True)
-        lock = storage.lock(root / lock_name)
-    except storage.InUse as error:
-        remedy = "wait for it, stop it, or choose another directory"
-        raise UserError(f"run.dir: {path} is in use by {error}: {remedy}") from error
+        with in_use(path):
+            lock = storage.lock(root / lock_name)
     except OSError as error:
         message = f"run.dir: {path} cannot be written or locked ({error.strerror}): choose another directory"
         raise UserError(message) from error
@@ -222,8 +289,10 @@ def lost_checkpoints(run: RunDir) -> UserError | None:
         return error
     for event in events:
         kind = event.get("event")
-        num_saves = 0 if kind == "start" else num_saves + (kind == "save")
+        num_saves = 0 if kind in ("start", "save_failed") else num_saves + (kind == "save")
         if num_saves > 1 or kind in ("restore", "preempt", "end"):
             remedy = "restore the checkpoints, or choose a new run.dir, as starting over empties its logs"
-            return UserError(f"run.dir: {run.root} was saved before, but {run.checkpoints} has no checkpoint: {remedy}")
+            return UserError(
+                f"run.dir: {run.location} was saved before, but {run.checkpoints} has no checkpoint: {remedy}"
+            )
     return None

@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -128,7 +127,7 @@ def refuse_changed(old: Mapping, new: Mapping, where: str) -> None:
         raise UserError(f"{summary}: {'; '.join(lines)}: {remedy}")
 
 
-def new_run(config: Mapping[str, Any], root: Path, keeps_reference: bool) -> str:
+def new_run(config: Mapping[str, Any], root: str, keeps_reference: bool) -> str:
     """Return the command-line options with which a new run starts from an old run's newest step.
 
     ``config``: the old run's resolved options; those not returned may be changed. ``keeps_reference``: add the old

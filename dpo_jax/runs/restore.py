@@ -14,8 +14,9 @@ from etils import epath
 
 from dpo_jax.config import CheckpointConfig
 from dpo_jax.console import warn
-from dpo_jax.errors import UserError, reason
+from dpo_jax.errors import StorageDenied, StorageUnreachable, UserError, reason
 from dpo_jax.parallel import hosts
+from dpo_jax.runs.bucket_steps import bucket_of, in_bucket, step_folders, storage_faults
 from dpo_jax.runs.checksums import describe_leaves, leaf_checksums
 from dpo_jax.runs.manifest import FORMAT, check_shape
 from dpo_jax.storage import SEAL, check_fields, unseal
@@ -32,6 +33,8 @@ class Damaged(Exception):
 
 def saved_steps(directory: epath.Path) -> list[int]:
     """Return the committed steps, oldest first; they may have been damaged since."""
+    if in_bucket(directory):
+        return sorted(step for step, is_complete in step_folders(bucket_of(directory)).items() if is_complete)
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
@@ -98,7 +101,8 @@ def _best_order(directory: epath.Path, steps: list[int]) -> list[int]:
 def read_manifest(directory: epath.Path, step: int) -> dict:
     """Return a step's manifest; raise ``Damaged`` if it is absent or damaged, ``UserError`` if its format differs."""
     try:
-        text = (directory / str(step) / MANIFEST / "metadata").read_bytes()  # named by Orbax
+        name = f"{step}/{MANIFEST}/metadata"  # named by Orbax
+        text = bucket_of(directory).read(name) if in_bucket(directory) else (directory / name).read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise Damaged("it has no manifest") from error
     try:
@@ -133,7 +137,7 @@ def read_metrics(directory: epath.Path) -> dict[int, dict[str, float]]:
 
 def read_step(directory: epath.Path, step: int, abstract: Any, part: bool = False) -> tuple[Any, dict]:
     """Read and verify a step's state (if ``part``, some fields) and manifest; all processes get the same result."""
-    failure, state, manifest, saved = None, None, {}, {}
+    failure, fault, state, manifest, saved = None, None, None, {}, {}
     try:
         manifest = read_manifest(directory, step)
         _check_leaves(abstract, manifest["leaves"], directory / str(step), part)
@@ -141,6 +145,10 @@ def read_step(directory: epath.Path, step: int, abstract: Any, part: bool = Fals
         state = _read_arrays(directory / str(step) / STATE, abstract, saved, part)
     except Damaged as damage:
         failure = str(damage)
+    except (StorageUnreachable, StorageDenied) as error:
+        fault = error
+    if in_bucket(directory):
+        hosts.agree(fault, f"reading step {step}", 2 * hosts.TIMEOUT)
     failures = hosts.gather(failure, f"reading step {step}", 2 * hosts.TIMEOUT)
     if any(failures):
         raise Damaged(next(filter(None, failures)))
@@ -160,7 +168,10 @@ def _read_arrays(path: epath.Path, abstract: Any, saved: Mapping[str, dict], par
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _PatientReader()))
     try:
         # Use the handler, not the manager: a process that fails must not leave the others waiting at Orbax's barrier.
-        return ocp.PyTreeCheckpointHandler(type_handler_registry=registry).restore(path, args=options)
+        with storage_faults(path, "cannot read the arrays"):
+            return ocp.PyTreeCheckpointHandler(type_handler_registry=registry).restore(path, args=options)
+    except (StorageUnreachable, StorageDenied):
+        raise
     except Exception as error:  # Orbax raises a plain Exception for a chunk that cannot be decoded
         error_text = f"{error} {error.__cause__ or ''}"
         if isinstance(error, ENVIRONMENT_ERRORS) or any(code in error_text for code in ENVIRONMENT_CODES):

@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from dpo_jax.bucket import RESUMES
 from dpo_jax.config import CheckpointConfig, RunConfig
-from dpo_jax.console import progress_line, say
-from dpo_jax.errors import Preempted, UserError
+from dpo_jax.console import progress_line, say, warn
+from dpo_jax.errors import Preempted, StorageDenied, StorageUnreachable, UserError
 from dpo_jax.parallel import hosts
 from dpo_jax.runs.checkpoint import Checkpoints
 from dpo_jax.runs.directory import (
@@ -25,13 +25,17 @@ from dpo_jax.runs.directory import (
     log_event,
     log_offsets,
     lost_checkpoints,
+    run_at,
     truncate_logs,
     writing,
 )
 from dpo_jax.runs.logs import Evaluation, MetricsLog, peak_memory
 from dpo_jax.runs.manifest import refuse_changed, rounding_changes
+from dpo_jax.runs.mirror import LAST_SECONDS, empty
 from dpo_jax.runs.profile import trace_edges, traced
 from dpo_jax.storage import write_atomically
+
+RETRY_SECONDS = 5.0  # between attempts to write a save that must not fail
 
 Metrics = Mapping[str, float | int]
 
@@ -44,7 +48,7 @@ class StepFacts(NamedTuple):
     rates: Callable[[float], Mapping[str, float]]  # seconds of the step -> timings.jsonl
     progress_metrics: Callable[[Metrics, float], Mapping[str, str]]  # metrics and seconds -> the progress line
     check: Callable[[Metrics], None]  # raises `UserError` if the metrics are not as expected at this step
-    advice: Callable[[Path], str]  # the run's root -> what to do if loss or gradient is not finite
+    advice: Callable[[str], str]  # the run's path or url -> what to do if loss or gradient is not finite
 
 
 class NotFinite(Exception):
@@ -59,13 +63,17 @@ class NotFinite(Exception):
 def lock_run(directory: str) -> Iterator[RunDir]:
     """Context manager that locks the run directory on the writer process and yields its paths on all processes."""
     with ExitStack() as stack:
-        run, error = RunDir(Path(directory).expanduser().absolute()), None
-        if hosts.is_writer():
-            try:
-                run = stack.enter_context(locked_run(directory))
+        run, error = run_at(directory, jax.process_index()), None
+        try:
+            if run.mirror is not None:
+                run.mirror.bucket.connect()
+            if hosts.is_writer():
+                run = stack.enter_context(locked_run(directory, warn))
                 log_event(run, "start", devices=jax.device_count(), processes=jax.process_count())
-            except UserError as user_error:
-                error = user_error
+        except StorageDenied as denied:
+            error = UserError(f"run.dir: {denied}")  # before the run began
+        except UserError as user_error:
+            error = user_error
         hosts.agree(error, "run directory")
         yield run
 
@@ -117,7 +125,7 @@ class Session:
         """Restore the newest usable checkpoint, if any, and truncate the logs to it; return state and step, or None."""
         saved_manifest = self._checkpoints.manifest()
         if saved_manifest is not None:
-            refuse_changed(saved_manifest, self._manifest, str(self.run.root))
+            refuse_changed(saved_manifest, self._manifest, self.run.location)
         restored = self._checkpoints.restore(abstract_state)
         if restored is None:
             hosts.agree(lost_checkpoints(self.run) if hosts.is_writer() else None, "saved steps")
@@ -138,10 +146,18 @@ class Session:
             empty_logs(self.run)
 
     def write_config(self, text: str) -> None:
-        """Write the resolved options, also on resume, as some options may have changed."""
+        """Write the resolved options, also on resume, as some options may have changed.
+
+        Of a run in a bucket, all processes then have a copy of the files that the writer has.
+        """
         if hosts.is_writer():
             with writing(self.run.config):
                 write_atomically(self.run.config, text)
+        if self.run.mirror is not None and jax.process_count() > 1:
+            hosts.on_writer(self.run.push, "files of the run")
+            if not hosts.is_writer():
+                empty(self.run.root)
+                self.run.mirror.pull()
 
     def say(self, line: str | None) -> None:
         """Print a line for the user, unless it is None."""
@@ -194,7 +210,7 @@ class Session:
             self.due = Due()
             raise NotFinite(
                 f"step {num_done}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run stopped, and "
-                f"the state after step {step} is saved; {facts.advice(self.run.root)}",
+                f"the state after step {step} is saved; {facts.advice(self.run.location)}",
                 step,
             )
         facts.check(metrics)
@@ -217,15 +233,54 @@ class Session:
         self._clock = time.perf_counter()
 
     def save(self, step: int, state: Any, wait: bool = False) -> None:
-        """Start saving the state after ``step`` steps, together with the current lengths of the logs."""
+        """Start saving the state after ``step`` steps, together with the current lengths of the logs.
+
+        If the storage of a bucket does not answer, a save is left out, as the next one comes; but the last one, and
+        one before a stop, are tried again for ``LAST_SECONDS``.
+
+        Raises:
+            StorageUnreachable: such a save could not be written.
+        """
+        wait = wait or self.due.stop
+        if self.run.mirror is None:
+            return self._save(step, state, wait)
+        is_last = wait or step == self._num_steps
+        deadline = time.monotonic() + LAST_SECONDS
+        while True:
+            try:
+                return self._save(step, state, wait=is_last)
+            except StorageUnreachable as error:
+                if hosts.is_writer():
+                    log_event(self.run, "save_failed", step=step)
+                if is_last and not hosts.on_writer(lambda: time.monotonic() < deadline, "retry of a save"):
+                    raise
+                plan = "trying again" if is_last else "training continues, and the next save is due as planned"
+                warn(f"the save after step {step} failed: {str(error).removesuffix(RESUMES)}: {plan}")
+                if not is_last:
+                    return None
+                time.sleep(RETRY_SECONDS)
+
+    def _save(self, step: int, state: Any, wait: bool) -> None:
         start_time = time.perf_counter()
+        if self.run.mirror is not None:
+            self._report_failed_save()
+            hosts.on_writer(self.run.push, "logs in the bucket")
         offsets = log_offsets(self.run) if hosts.is_writer() else {}
         manifest = {**self._manifest, "offsets": offsets, "extras": self._totals}
         evaluation = self._evaluation if self.due.evaluation else None
-        self._checkpoints.save(step, state, manifest, evaluation, wait=wait or self.due.stop)
+        self._checkpoints.save(step, state, manifest, evaluation, wait=wait)
         if hosts.is_writer():
             log_event(self.run, "save", step=step, seconds=round(time.perf_counter() - start_time, 3))
         self._clock = time.perf_counter()
+
+    def _report_failed_save(self) -> None:
+        """Wait for the save in progress, and report if the storage of a bucket did not take it."""
+        try:
+            self._checkpoints.wait()
+        except StorageUnreachable as error:
+            if hosts.is_writer():
+                log_event(self.run, "save_failed")
+            warn(f"the last save failed: {str(error).removesuffix(RESUMES)}: training continues")
 
     def stop_if_asked(self, step: int) -> None:
         """Raise ``Preempted`` if a stop was requested; the caller has saved the state."""
@@ -234,7 +289,7 @@ class Session:
         if hosts.is_writer():
             log_event(self.run, "preempt", step=step)
         raise Preempted(
-            f"{self.run.root}: stopped after step {step} of {self._num_steps}, the state is saved: "
+            f"{self.run.location}: stopped after step {step} of {self._num_steps}, the state is saved: "
             "run the same command again to resume"
         )
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from dpo_jax.bucket import is_remote
 from dpo_jax.config import LoraConfig, ModelConfig
 from dpo_jax.config.file import load_yaml, read_section
 from dpo_jax.data.tokenizer import load_tokenizer
@@ -64,6 +65,8 @@ def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, w
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path: the run {path} stopped before it saved a model; choose another")
         return ModelSource(read_hf_config(folder), folder, run)
+    if is_remote(path):
+        raise UserError(f"model.path: {path} is no run of this program; copy a model in a bucket to a local directory")
     folder = resolve_model(path, revision, weights)
     return ModelSource(read_hf_config(folder), folder, None)
 
@@ -189,7 +192,7 @@ def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: M
     adapters, manifest = restore_params(adapted.run, config.checkpoint, trained_shapes(model, mesh))
     base = load_weights(source, replace(model, param_dtype=adapted.base.param_dtype), adapted.base, mesh)
     if weights_id(base) != manifest["identity"]["weights"]:
-        mismatch = f"the adapters of {adapted.run.root} were not trained on the weights in {adapted.base.path}"
+        mismatch = f"the adapters of {adapted.run.location} were not trained on the weights in {adapted.base.path}"
         remedy = f"restore the original weights, or correct model.path in {adapted.run.config}"
         raise UserError(f"model.path: {mismatch}: {remedy}")
     return merge(Adapted(adapters, base), model), manifest["step"]
@@ -258,10 +261,10 @@ def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "be
     Raises:
         UserError: the run has no adapters, or ``out_dir`` is not empty.
     """
-    source = find_model(str(run.root), None)
+    source = find_model(run.location, None)
     adapted = adapted_run(run)
     if adapted is None:
-        raise UserError(f"--adapters: the run {run.root} trained all weights and has no adapters; omit --adapters")
+        raise UserError(f"--adapters: the run {run.location} trained all weights and has no adapters; omit --adapters")
     model = build_model(source, adapted.base, platform_of(mesh), adapted.lora)
     adapters, manifest = restore_params(run, which, trained_shapes(model, mesh))
     export_adapters(adapters, model, adapted.lora, adapted.base.path, out_dir)

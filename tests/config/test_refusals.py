@@ -414,11 +414,11 @@ BAD_RUNS = [
         "run.dir: pairs.jsonl cannot be written or locked ( ... choose another directory",
     ),
     (
-        "a bucket",
+        "another store of objects",
         nothing,
-        "train c.yaml --run.dir gs://b/run --data.store s",
+        "train c.yaml --run.dir s3://b/run --data.store s",
         2,
-        "run.dir: gs://b/run is not a local path",
+        "run.dir: s3://b/run is neither a local path nor in a bucket of Google Cloud Storage, gs://...",
     ),
     (
         "other options",

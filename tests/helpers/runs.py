@@ -96,10 +96,16 @@ def started(*argv: Any, **settings: Any) -> AbstractContextManager[Running]:
 
 
 @contextmanager
-def joined(count: int, function: Callable[..., int | None], *arguments: Any, folder: Path) -> Iterator[list[Running]]:
+def joined(
+    count: int,
+    function: Callable[..., int | None],
+    *arguments: Any,
+    folder: Path,
+    env: Callable[[int], Mapping[str, str]] = lambda process: {},
+) -> Iterator[list[Running]]:
     """A function in so many processes that are joined over this machine's network, with 8 devices between them.
 
-    What process i says goes to ``folder/said-i``.
+    What process i says goes to ``folder/said-i``; it has the variables ``env(i)``.
     """
     hosts = {"DPO_JAX_COORDINATOR": f"localhost:{free_port()}", "DPO_JAX_NUM_PROCESSES": str(count),
              "DPO_JAX_START_TIMEOUT": "300"}  # fmt: skip
@@ -107,15 +113,15 @@ def joined(count: int, function: Callable[..., int | None], *arguments: Any, fol
         yield [
             stack.enter_context(
                 called(function, *arguments, output=folder / f"said-{i}", devices=8 // count,
-                       env=hosts | {"DPO_JAX_PROCESS_ID": str(i)})
+                       env={**hosts, **env(i), "DPO_JAX_PROCESS_ID": str(i)})
             )
             for i in range(count)
         ]  # fmt: skip
 
 
-def started_jointly(count: int, *argv: Any, folder: Path) -> AbstractContextManager[list[Running]]:
+def started_jointly(count: int, *argv: Any, **settings: Any) -> AbstractContextManager[list[Running]]:
     """``dpo-jax`` with these arguments in so many processes."""
-    return joined(count, _command, [str(word) for word in argv], folder=folder)
+    return joined(count, _command, [str(word) for word in argv], **settings)
 
 
 def killed(lines: Sequence[int], *argv: Any, run: Path, output: Path, chance: random.Random) -> None:

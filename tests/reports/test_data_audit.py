@@ -273,8 +273,12 @@ def test_weighted_sets_reach_the_order(tmp_path):
     assert np.bincount(sets.train.sources[ids[ids >= 0]]).tolist() == [45, 15]
 
 
-def test_a_bucket_is_no_place_for_the_store(tmp_path):
+def test_a_bucket_is_no_place_for_the_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert store_folder(None, str(tmp_path / "runs" / "a")) == tmp_path / "runs" / "store"
-    with pytest.raises(UserError, match=r"run.dir: .*gs://bucket/run.*set data.store"):
-        store_folder(None, "gs://bucket/run")
+    with pytest.raises(UserError, match=r"data.store: gs://bucket/store is not a local folder"):
+        store_folder("gs://bucket/store", "gs://bucket/runs/a")
+    ours = store_folder(None, "gs://bucket/runs/a")  # which runs next to each other share, on each machine
+    assert ours == store_folder(None, "gs://bucket/runs/b/") != store_folder(None, "gs://bucket/others/a")
+    assert ours.is_relative_to(tmp_path / "cache")
     assert store_folder("elsewhere", "gs://bucket/run") == Path("elsewhere")

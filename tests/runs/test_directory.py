@@ -85,10 +85,6 @@ def test_a_parent_that_is_a_file(tmp_path):
     refused(tmp_path / "file" / "run", "cannot be written or locked .Not a directory.")
 
 
-def test_a_bucket():
-    refused("gs://bucket/run", "is not a local path: mount the bucket")
-
-
 def test_no_run_to_read(tmp_path):
     refused(tmp_path / "none", "does not exist; check the path", find_run)
     refused(tmp_path, "has no events.jsonl, so it is not a run of this program", find_run)
