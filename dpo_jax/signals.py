@@ -2,7 +2,7 @@
 
 The main thread raises an exception, so that everything open is closed. If it cannot, as it is inside a compilation or
 another long call of a library, a thread ends the process after a few seconds. Nothing is lost by that: all files are
-written so that a process may be killed at any point.
+written so that a process may be killed at any point, and what must be uploaded is uploaded first, see `closed_first`.
 
 While a run takes steps, parallel/hosts.py replaces these handlers: the step is finished and saved first.
 """
@@ -10,8 +10,8 @@ While a run takes steps, parallel/hosts.py replaces these handlers: the step is 
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from dpo_jax.errors import Terminated
 
@@ -19,6 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE_SECONDS = 3.0  # for the main thread to end by itself
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 INTERRUPTED_LINE = "dpo-jax: interrupted"
+_closers: list[Callable[[], None]] = []  # of the blocks of `closed_first` that are open
 
 
 def _end(number: int, frame: object) -> None:
@@ -55,6 +56,28 @@ def ending_signals() -> Iterator[None]:
         os.close(writer)  # ends the thread
 
 
+@contextmanager
+def closed_first(close: Callable[[], None]) -> Iterator[None]:
+    """Context manager in which ``close`` is called before the thread ends the process, however long it takes.
+
+    The thread may call it while the main thread does the same, as it leaves the block.
+    """
+    _closers.append(close)
+    try:
+        yield
+    finally:
+        _closers.remove(close)
+
+
+def _close() -> bool:
+    """Close what is open; return whether there was anything, as the main thread may have ended meanwhile."""
+    closers = list(_closers)
+    for close in closers:
+        with suppress(Exception):  # the process ends in any case
+            close()
+    return bool(closers)
+
+
 def _watch(reader: int, has_ended: threading.Event) -> None:
     """Read the numbers of the signals that arrive; if one does not end the process in time, end it here."""
     with open(reader, "rb", buffering=0) as numbers:
@@ -62,7 +85,7 @@ def _watch(reader: int, has_ended: threading.Event) -> None:
             number = received[0]
             if signal.getsignal(number) is not _end:
                 continue  # a run saves its state first
-            if has_ended.wait(GRACE_SECONDS):
+            if has_ended.wait(GRACE_SECONDS) or (_close() and has_ended.wait(GRACE_SECONDS)):
                 return
             if signal.getsignal(number) is _end:
                 is_interrupt = number == signal.SIGINT

@@ -17,10 +17,10 @@ from typing import Any, Literal
 from dpo_jax import storage
 from dpo_jax.bucket import Bucket, is_remote
 from dpo_jax.errors import RunStopped, UserError, reason
-from dpo_jax.runs.mirror import CHECKPOINTS, PUSH_SECONDS, Mirror, locked_mirror
+from dpo_jax.runs.mirror import CHECKPOINTS, EVENTS, PUSH_SECONDS, Mirror, locked_mirror
 
 Event = Literal["start", "data", "restore", "save", "save_failed", "preempt", "end"]
-LOCK, EVENTS = "run.lock", "events.jsonl"
+LOCK = "run.lock"
 
 
 def _path(name: str) -> Any:

@@ -7,6 +7,7 @@ ends. Local files of an earlier start are never trusted: a start empties the cop
 
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,10 +17,12 @@ from pathlib import Path
 from dpo_jax.bucket import Bucket
 from dpo_jax.errors import StorageDenied, UserError
 from dpo_jax.runs.bucket_lock import BucketLock, locked
+from dpo_jax.signals import closed_first
 
 PROBE = ".probe-"  # objects that a start writes and deletes
 CHECKPOINTS = "checkpoints/"  # written by Orbax straight to the bucket
 MODEL = "model/"  # config.json and tokenizer
+EVENTS = "events.jsonl"  # written first, as it makes a folder that of a run
 LAST_NAMES = (".index.json", "config.json")  # files that readers trust to be written last
 PUSH_SECONDS = 30.0  # patience before a save, which can be tried again at the next
 LAST_SECONDS = 600.0  # patience when there is no next time
@@ -33,6 +36,7 @@ class Mirror:
     root: Path
     lock: BucketLock | None = None  # None on processes that do not write
     _pushed: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> size and time of the file in the bucket
+    _mutex: threading.Lock = field(default_factory=threading.Lock)  # a signal may make two threads push
 
     def pull(self, prefix: str = "") -> None:
         """Download the run's files, or those of the folder ``prefix``."""
@@ -55,18 +59,24 @@ class Mirror:
             StorageUnreachable: storage did not answer within ``patience`` seconds.
         """
         assert self.lock is not None, "only the process that holds the lock writes"
-        self.lock.renew()
-        bucket = self.bucket.with_patience(patience)
+        with self._mutex:
+            self.lock.renew()
+            bucket = self.bucket.with_patience(patience)
+            names = self._names()
+            for name in sorted(names, key=lambda name: (name.endswith(LAST_NAMES), name != EVENTS, name)):
+                version = _version(self.root / name)
+                if self._pushed.get(name) != version:
+                    bucket.upload(self.root / name, name)
+                    self._pushed[name] = version
+            for name in set(self._pushed) - names:
+                bucket.delete(name)
+                del self._pushed[name]
+
+    def _names(self) -> set[str]:
+        """Return the files that are there, but for unfinished ones and the lock."""
+        assert self.lock is not None
         names = {path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file()}
-        names = {name for name in names if name != self.lock.name and ".new-" not in name and ".partial" not in name}
-        for name in sorted(names, key=lambda name: (name.endswith(LAST_NAMES), name)):
-            version = _version(self.root / name)
-            if self._pushed.get(name) != version:
-                bucket.upload(self.root / name, name)
-                self._pushed[name] = version
-        for name in set(self._pushed) - names:
-            bucket.delete(name)
-            del self._pushed[name]
+        return {name for name in names if name != self.lock.name and ".new-" not in name and ".partial" not in name}
 
 
 def _version(path: Path) -> tuple[int, int]:
@@ -79,6 +89,8 @@ def locked_mirror(
     bucket: Bucket, root: Path, lock_name: str, has_run: Callable[[set[str]], bool], say: Callable[[str], None]
 ) -> Iterator[Mirror]:
     """Context manager that probes and locks a run in a bucket, and refills its local copy; at the end it is pushed.
+
+    It is pushed too if the block ends with an error or by a signal, whatever the main thread does then.
 
     ``has_run``: whether these names, directly in the folder, are those of a run. ``root`` exists, and this process has
     locked ``lock_name`` there.
@@ -96,12 +108,18 @@ def locked_mirror(
         empty(root, keep=lock_name)
         mirror = Mirror(bucket, root, lock)
         mirror.pull()
-        try:
-            yield mirror
-        except BaseException:
+
+        def close() -> None:
             _try_to_push(mirror, say)
-            raise
-        mirror.push(LAST_SECONDS)
+            lock.release()
+
+        with closed_first(close):
+            try:
+                yield mirror
+                mirror.push(LAST_SECONDS)
+            except BaseException:
+                _try_to_push(mirror, say)
+                raise
 
 
 def _try_to_push(mirror: Mirror, say: Callable[[str], None]) -> None:

@@ -27,6 +27,7 @@ class Clock:
 def hasten(patch: Callable[[Any, str, Any], None] = setattr) -> None:
     """Make waiting short in this process; ``patch`` is ``setattr``, or one that can be undone."""
     from gcsfs import retry
+    from orbax.checkpoint._src.serialization import tensorstore_utils
 
     from dpo_jax import bucket
     from dpo_jax.runs import bucket_lock, checkpoint, session
@@ -34,6 +35,9 @@ def hasten(patch: Callable[[Any, str, Any], None] = setattr) -> None:
     for module in (bucket, bucket_lock, checkpoint, session):
         patch(module, "time", Clock())
     patch(bucket_lock, "BEAT_SECONDS", bucket_lock.BEAT_SECONDS / FACTOR)  # which is waited for by an event
+    delays = {"initial_delay": f"{1000 // FACTOR}ms", "max_delay": f"{32_000 // FACTOR}ms"}
+    for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):  # from which Orbax makes tensorstore's
+        patch(tensorstore_utils, name, {**getattr(tensorstore_utils, name), "gcs_request_retries": delays})
     patch(retry, "asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / FACTOR)))
 
 

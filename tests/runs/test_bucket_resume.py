@@ -16,8 +16,6 @@ URL = "gs://bucket/runs/one"
 FOLDER = "runs/one"
 SAME = ("metrics.jsonl", "distributions.jsonl", "export/model.safetensors", "export/config.json")
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def fake():
@@ -106,6 +104,7 @@ def resumed(config: Path, disks: Disks, tmp_path: Path) -> tuple[int, list[str]]
     return code, lines_of(said)
 
 
+@pytest.mark.weekly
 def test_killed_anywhere_and_started_on_an_empty_disk(config, fake, tmp_path):
     whole, disks, chance = tmp_path / "whole", Disks(fake, tmp_path), random.Random(5)
     assert ended("train", config, "--run.dir", whole, output=tmp_path / "said") == (0, "")
@@ -126,6 +125,7 @@ def test_killed_anywhere_and_started_on_an_empty_disk(config, fake, tmp_path):
     assert (tmp_path / "exported" / "model.safetensors").read_bytes() == (whole / SAME[2]).read_bytes()
 
 
+@pytest.mark.slow
 def test_stopped_and_started_elsewhere(config, fake, tmp_path):
     whole, disks = tmp_path / "whole", Disks(fake, tmp_path)
     assert ended("train", config, "--run.dir", whole, output=tmp_path / "said") == (0, "")
@@ -143,6 +143,7 @@ def test_stopped_and_started_elsewhere(config, fake, tmp_path):
     assert_same(fake, whole)
 
 
+@pytest.mark.weekly
 def test_two_processes_one_killed_and_then_both(config, fake, tmp_path):
     whole, disks = tmp_path / "whole", Disks(fake, tmp_path)
     jointly = ("train", config, "--batch.pairs", "8")
@@ -178,6 +179,7 @@ FAULTS = {  # exit code, what is said, status, requests, and how many
 }
 
 
+@pytest.mark.weekly
 def test_what_comes_of_storage_that_fails(config, fake, tmp_path):
     whole, disks = tmp_path / "whole", Disks(fake, tmp_path)
     assert ended("train", config, "--run.dir", whole, output=tmp_path / "said") == (0, "")
@@ -196,6 +198,7 @@ def test_what_comes_of_storage_that_fails(config, fake, tmp_path):
         assert not [name for name in fake.names("bucket") if ".damaged" in name], case
 
 
+@pytest.mark.weekly
 def test_no_credentials(config, fake, tmp_path):
     env = {"STORAGE_EMULATOR_HOST": "", "HOME": str(tmp_path), "CLOUDSDK_CONFIG": str(tmp_path)}
     code, said = hastened(config, fake, Disks(fake, tmp_path), tmp_path, **env)

@@ -1,6 +1,7 @@
 """Run directories in a bucket: who holds one, what is where at any time, and storage that fails."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import signals
 from dpo_jax.bucket import Bucket, prepare_clients, split_url
 from dpo_jax.config import CheckpointConfig
-from dpo_jax.errors import RunStopped, StorageDenied, StorageUnreachable, UserError
-from dpo_jax.runs import bucket_lock
+from dpo_jax.errors import RunStopped, StorageDenied, StorageUnreachable, Terminated, UserError
+from dpo_jax.runs import bucket_lock, checkpoint
 from dpo_jax.runs.bucket_lock import InUse, locked
 from dpo_jax.runs.checkpoint import Checkpoints
 from dpo_jax.runs.directory import append_json, locked_run, log_event
 from dpo_jax.runs.manifest import make_manifest
 from dpo_jax.runs.restore import restore_part
+from dpo_jax.signals import ending_signals
 
 ROOT = str(Path(__file__).parents[2])
 URL = "gs://bucket/runs/one"
@@ -74,7 +77,8 @@ def test_without_the_extra_a_line_says_what_to_install(monkeypatch):
 def test_nothing_of_the_extra_is_loaded_for_local_runs(tmp_path):
     imports = "import sys, dpo_jax.train; from dpo_jax.runs.directory import locked_run"
     code = f"{imports}\nwith locked_run({str(tmp_path)!r}): assert not {{'gcsfs', 'google.auth'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ROOT})
+    child = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": ROOT})
+    assert child.returncode == 0
 
 
 # What is in the bucket, and when
@@ -134,6 +138,102 @@ def test_a_run_that_fails_leaves_its_logs_in_the_bucket(storage):
     assert storage.data("bucket", f"{FOLDER}/metrics.jsonl") == b'{"step": 1}\n'
 
 
+SIGNALS = {signal.SIGTERM: Terminated, signal.SIGHUP: Terminated, signal.SIGINT: KeyboardInterrupt}
+
+
+@pytest.fixture
+def default_handlers():
+    """As in a process of its own: a shell's background jobs ignore SIGINT."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def raise_later(number: int, seconds: float) -> None:
+    """A signal arrives in so many seconds, if the command has not ended by then."""
+    handler = signal.getsignal(number)
+
+    def arrive() -> None:
+        if signal.getsignal(number) is handler:
+            signal.raise_signal(number)
+
+    threading.Timer(seconds, arrive).start()
+
+
+def end_by(number: int, when: str, storage) -> None:
+    """A run is ended by a signal; what it has to upload takes longer than the main thread has to end."""
+    with ending_signals(), locked_run(URL) as run:
+        log_event(run, "start")
+        append_json(run.metrics, {"step": 1})
+        storage.fail(200, kind="write", name="metrics", times=1, delay=0.7)
+        if when == "inside":
+            signal.raise_signal(number)
+        else:
+            raise_later(number, 0.1)
+
+
+@pytest.mark.usefixtures("default_handlers")
+@pytest.mark.parametrize(
+    ("number", "when"), [*((number, "inside") for number in SIGNALS), (signal.SIGTERM, "during the last upload")]
+)
+def test_a_signal_ends_a_run_when_its_logs_are_in_the_bucket(storage, number, when, monkeypatch):
+    codes = []
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with pytest.raises(SIGNALS[number]):
+        end_by(number, when, storage)
+    assert storage.data("bucket", f"{FOLDER}/metrics.jsonl") == b'{"step": 1}\n'
+    assert LOCK not in storage.names("bucket")
+    assert codes == []
+
+
+BUSY = f"""
+import signal, sqlite3, sys, threading
+from dpo_jax import cli, signals
+from dpo_jax.runs.directory import append_json, locked_run
+signals.GRACE_SECONDS = 0.3
+def run(argv):
+    with locked_run({URL!r}) as run:
+        append_json(run.metrics, {{"step": 1}})
+        threading.Timer(0.5, print, ("busy",), {{"flush": True}}).start()  # from within the call
+        count = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+        sqlite3.connect(":memory:").execute(count).fetchone()  # in C, without Python's lock: as a compilation
+cli._run = run
+sys.exit(cli.main(["train"]))
+"""
+
+
+def test_a_long_call_of_a_library_is_broken_off_when_the_logs_are_in_the_bucket(storage, cache):
+    environment = {**os.environ, **storage.env, "PYTHONPATH": ROOT, "XDG_CACHE_HOME": str(cache)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", BUSY], env=environment, text=True, **pipes) as child:
+        assert child.stdout.readline() == "busy\n"
+        storage.fail(200, kind="write", name="metrics", times=1, delay=0.5)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 42
+        assert child.stderr.read() == f"\ndpo-jax: {Terminated('SIGTERM')}\n"
+    assert storage.data("bucket", f"{FOLDER}/metrics.jsonl") == b'{"step": 1}\n'
+    assert LOCK not in storage.names("bucket")
+
+
+@pytest.mark.usefixtures("default_handlers")
+def test_a_second_signal_leaves_a_run_that_can_be_opened_again(storage):
+    def end() -> None:
+        with ending_signals(), locked_run(URL) as run:
+            log_event(run, "start")
+            append_json(run.distributions, {"step": 0})
+            raise_later(signal.SIGTERM, 0.2)
+            signal.raise_signal(signal.SIGTERM)
+
+    storage.fail(503, kind="write", name="distributions", delay=0.5, times=1)
+    with pytest.raises(Terminated):
+        end()
+    assert storage.names("bucket") == [f"{FOLDER}/events.jsonl"]  # the rest was not uploaded in time
+    opened()
+
+
 def test_other_files_are_left_alone(storage):
     storage.put("bucket", f"{FOLDER}/notes.txt", b"mine")
     with pytest.raises(UserError, match=f"{URL} has other files but no run of this program: choose an empty directory"):
@@ -144,12 +244,12 @@ def test_other_files_are_left_alone(storage):
 # Who holds it
 
 
-def hold(results: list[str], held: threading.Event, release: threading.Event) -> None:
+def hold(results: list[str], release: threading.Event) -> None:
     try:
         with locked(bucket(), "run.lock", time.time(), lambda line: None):
             results.append("held")
-            held.set()
-            release.wait(60)
+            if len(results) < 6:
+                release.wait(60)
     except InUse as error:
         results.append(str(error))
         if len(results) == 6:
@@ -157,8 +257,8 @@ def hold(results: list[str], held: threading.Event, release: threading.Event) ->
 
 
 def test_of_six_starters_one_holds_it(storage):
-    results, held, release = [], threading.Event(), threading.Event()
-    threads = [threading.Thread(target=hold, args=(results, held, release)) for _ in range(6)]
+    results, release = [], threading.Event()
+    threads = [threading.Thread(target=hold, args=(results, release)) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -208,8 +308,9 @@ def test_the_servers_clock_decides_what_is_stale(storage):
 def test_a_holder_of_this_machine_that_died_is_not_waited_for(storage):
     _, _, boot, namespace = bucket_lock._identity(os.getpid()).split()
     elsewhere(storage, process=f"4194305 100 {boot} {namespace}")
-    with locked(bucket(), "run.lock", time.time(), pytest.fail):
-        pass
+    with locked(bucket(), "run.lock", time.time(), pytest.fail) as lock:
+        lock.renew()
+        assert lock.lost_to is None
 
 
 def test_one_that_was_stopped_and_wakes_finds_that_it_has_lost(storage, monkeypatch):
@@ -284,7 +385,7 @@ def test_storage_that_does_not_answer_at_a_start_is_waited_for(storage, status):
 
 STATE = {"w": jnp.arange(4096.0).reshape(64, 64), "n": jnp.int32(3)}
 ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
-MANIFEST = make_manifest({"run": {"dir": URL}}, {"weights": "w"}, {})
+MANIFEST = {**make_manifest({"run": {"dir": URL}}, {"weights": "w"}, {}), "offsets": {}, "extras": {}}
 STEPS = f"{FOLDER}/checkpoints"
 
 
@@ -400,7 +501,8 @@ def test_a_right_that_is_missing_damages_no_step(saved):
     assert objects_of(saved, 2) == names
 
 
-def test_storage_that_stays_away_ends_the_run_with_a_code_for_starting_again(saved):
+def test_storage_that_stays_away_ends_the_run_with_a_code_for_starting_again(saved, monkeypatch):
+    monkeypatch.setattr(checkpoint, "READ_ATTEMPTS", 3)
     saved.fail(503, kind="read", name="state/_METADATA")
     with pytest.raises(StorageUnreachable, match="storage does not answer") as unreachable:
         opened_checkpoints().restore(ABSTRACT)
