@@ -129,7 +129,7 @@ _convert_rows: ConvertRows  # set in each worker process
 
 
 def _start_worker(pickled_job: bytes) -> None:
-    """Initialize a worker; the job comes pickled, as to load it takes seconds, in which the parent may die."""
+    """Initialize a worker: first watch for the end of its parent, then unpickle the job, which takes seconds."""
     global _convert_rows  # noqa: PLW0603  a pool's initializer can pass state to tasks only this way
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers already use all cores
@@ -137,7 +137,7 @@ def _start_worker(pickled_job: bytes) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker once its parent has ended, however it did: the system then closes the parent's end of a pipe."""
+    """End this worker once its parent has ended, even if killed: the system then closes the parent's end of a pipe."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -146,7 +146,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _parents_signals() -> Iterator[None]:
-    """Context manager that keeps Ctrl-C and SIGHUP, which go to all processes of a terminal, from workers it starts."""
+    """Context manager: workers started inside do not get Ctrl-C and SIGHUP, which a terminal sends to all processes."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         yield

@@ -46,7 +46,7 @@ def _best_and_worst(row: Row, answers: list[Row]) -> Row:
     if best["text"] == worst["text"]:
         raise NoPair("equal best and worst answers")
     if best["score"] == worst["score"]:
-        raise NoPair("equal scores of all answers")
+        raise NoPair("equal scores for all answers")
     texts = {"chosen": _as_answer(row, best), "rejected": _as_answer(row, worst)}
     return texts | {"chosen_score": best["score"], "rejected_score": worst["score"]}
 
