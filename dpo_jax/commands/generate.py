@@ -298,6 +298,4 @@ def finish(config: GenerateConfig, file: AnswerFile) -> None:
     if ranking.num_cut:
         cut_note = f"{ranking.num_cut} of the best answers were cut at {max_tokens} tokens; training ends them there"
         print_line(f"note: {cut_note}: raise sampling.max_tokens")
-    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(ranking.skipped.items()))
-    skipped_note = f"; prompts skipped: {causes}" if causes else ""
-    print_line(f"{config.pairs}: {path}: {len(ranking.rows)} rows{skipped_note}")
+    print_line(f"{config.pairs}: {path}: {ranking.summary}")

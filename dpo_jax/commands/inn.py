@@ -27,7 +27,7 @@ STOPS = np.array([token for token in range(VOCAB) if not FIRST_COURSE <= token <
 # The rule: each guest's reward for each course, and the penalties for repeating one at once and for not ending.
 REWARDS = np.array([1, 0.5, 0, 0, -0.5, -1])
 GUEST_REWARDS = np.stack([np.roll(REWARDS if guest % 2 else REWARDS[::-1], guest // 2) for guest in range(NUM_GUESTS)])
-REPEAT_PENALTY, END_PENALTY = 0.5, 2.0
+REPEAT_PENALTY, MISSING_END_PENALTY = 0.5, 2.0
 
 # The supervised policy, the same for all guests: a Markov chain of courses.
 FIRST_PROBS = np.array([3, 3, 2, 2, 1, 1]) / 12  # probabilities of the first course
@@ -61,9 +61,9 @@ class Tree:
     def rewards(self) -> Float[np.ndarray, "guests leaves"]:
         """The reward that the rule gives to each leaf."""
         *node_rewards, unended_rewards = [meal_rewards(meals) for meals in self.meals]
-        penalties = np.where(STOPS == EOS, 0, END_PENALTY)
+        penalties = np.where(STOPS == EOS, 0, MISSING_END_PENALTY)
         stop_rewards = [(node[:, :, None] - penalties).reshape(NUM_GUESTS, -1) for node in node_rewards]
-        return np.concatenate([*stop_rewards, unended_rewards - END_PENALTY], axis=1)
+        return np.concatenate([*stop_rewards, unended_rewards - MISSING_END_PENALTY], axis=1)
 
     @cached_property
     def ended(self) -> Bool[np.ndarray, "leaves"]:
@@ -135,7 +135,7 @@ def answer_rewards(
     rewards = jnp.asarray(GUEST_REWARDS, jnp.float32)[guests[..., None], jnp.clip(courses, 0, NUM_COURSES - 1)]
     repeats = is_course[..., 1:] & (tokens[..., 1:] == tokens[..., :-1])
     ended = (mask & (tokens == EOS)).any(-1)
-    return jnp.sum(rewards, axis=-1, where=is_course) - REPEAT_PENALTY * repeats.sum(-1) - END_PENALTY * ~ended
+    return jnp.sum(rewards, axis=-1, where=is_course) - REPEAT_PENALTY * repeats.sum(-1) - MISSING_END_PENALTY * ~ended
 
 
 def language() -> Float[np.ndarray, "guests depth previous V"]:

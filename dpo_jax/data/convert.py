@@ -53,7 +53,7 @@ def prompt_hash(example: TokenizedExample) -> int:
     is_text = len(example.answers) == 1 and len(example.prompt) == 1
     tokens = [*example.prompt, *example.answers[0]] if is_text else example.prompt
     digest = hashlib.blake2b(np.array(tokens, "<i4").tobytes(), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "big")
+    return int.from_bytes(digest[:8], "big")  # half of the digest suffices; it keeps the order of earlier splits
 
 
 def _chunk(results: Sequence[TokenizedExample | Problem], num_answers: int, with_targets: bool) -> Chunk:
@@ -145,7 +145,7 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _parents_signals() -> Iterator[None]:
+def _blocked_signals() -> Iterator[None]:
     """Context manager: workers started inside do not get Ctrl-C and SIGHUP, which a terminal sends to all processes."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
@@ -188,7 +188,7 @@ def converted_chunks(sources: Sequence[Source], job: ConvertJob, workers: int | 
     with ProcessPoolExecutor(process_count, context, _start_worker, (pickle.dumps(job),)) as pool:
         try:
             for index, chunk in chunks:
-                with _parents_signals():
+                with _blocked_signals():
                     pending.append((index, pool.submit(_work, *chunk)))
                 if len(pending) == CHUNKS_AHEAD * process_count:
                     oldest_index, future = pending.popleft()

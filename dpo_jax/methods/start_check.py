@@ -108,13 +108,13 @@ def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> str 
             f"step 0: policy and reference have the same weights, but their log-probs differ by {difference:.3g} "
             f"relative to their size{' on average' * is_mean} (tolerance: {bound:g}): {cause}"
         )
-    if not is_mean:
-        return None
     rounding = AGREEMENT[precision(setup)]
     num_flipped = int((differences > rounding).sum())
+    if not is_mean or num_flipped == 0:
+        return None
     return (
         f"log-probs of {num_flipped} of {differences.size} answers differ by more than {rounding:g} of their size from "
-        "the reference's: tokens for which two experts are nearly tied have another one"
+        "the reference's: where two experts are nearly tied for a token, rounding chooses between them"
     )
 
 

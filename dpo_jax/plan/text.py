@@ -71,12 +71,14 @@ def render(plan: dict[str, Any]) -> str:
 def _rollout_lines(rollout: dict[str, Any]) -> list[str]:
     """Return lines on what a step on sampled answers has besides the policy: other models, and a rollout's size."""
     value, reward, updates = rollout["value_parameters"], rollout["reward_parameters"], rollout["updates"]
-    own_text = "a head on the policy's layers" if rollout["value_shared"] else f"{_num_weights(value or 0)} parameters"
+    value_text = (
+        "a head on the policy's layers" if rollout["value_shared"] else f"{_num_weights(value or 0)} parameters"
+    )
     size = "a Python function, whose time is not counted" if reward is None else f"{_num_weights(reward)} parameters"
     assumption = "it is not found, so it is taken to be the policy's model with a score head"
     rows_text = f"{rollout['rows_per_device']} answers per device, {rollout['answers']} to a prompt"
     return [
-        *([] if value is None else [f"value model  {own_text}"]),
+        *([] if value is None else [f"value model  {value_text}"]),
         f"reward       {rollout['reward']}: {size}",
         *[f"             ASSUMED: {assumption}"] * (not rollout["reward_exists"]),
         f"rollout      {rows_text}; {updates} update{'s' * (updates > 1)} on them",

@@ -206,7 +206,8 @@ def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
 def starts_tied(metrics: Sequence[Row], prefix: str) -> bool:
     """Return whether all margins were 0 within rounding at the first logged accuracy, which is then meaningless.
 
-    The float32 bound applies to every dtype: evaluation scores policy and reference with one function.
+    The float32 bound applies to every dtype: evaluation scores policy and reference with one function. Only a mixture
+    of experts with a cached reference may exceed it, and is then not called tied.
     """
     first = next((row for row in metrics if f"{prefix}rewards/accuracies" in row), {})
     first_metrics = {key.removeprefix(prefix): value for key, value in first.items() if key.startswith(prefix)}

@@ -281,10 +281,8 @@ def atomic_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
     target = export_target(out_dir, overwrite)
     staging = target.parent / f".{target.name}.partial"
     with _writing(target):
-        if overwrite:  # the caller owns out_dir, so a killed export left this behind
-            shutil.rmtree(staging, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if is_abandoned(staging):
+        if overwrite or is_abandoned(staging):  # to overwrite, the caller owns out_dir: a killed export left this
             shutil.rmtree(staging, ignore_errors=True)
         try:
             staging.mkdir()

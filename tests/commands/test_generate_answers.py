@@ -250,6 +250,7 @@ def test_prompts_without_a_pair_are_counted_by_cause():
     best = rank(rows, "best")
     assert [(row["answer"], row["score"]) for row in best.rows] == [("b", 2), ("a", 2), ("a", 1), ("a", 1)]
     assert best.skipped == {"no non-blank answer": 1}
+    assert best.summary == "4 rows; prompts skipped: 1 with no non-blank answer"
     assert (pairs.num_cut, best.num_cut) == (0, 1)
 
 
