@@ -220,7 +220,7 @@ def _tfds_builder(source: SourceConfig) -> Any:
     if not is_prepared:
         raise UserError(f"{source.path}: the data set is not prepared in {builder.data_dir}; prepare it with {remedy}")
     if "array_record" not in file_formats:
-        problem = f"the data set is prepared as {sorted(file_formats)}, which only TensorFlow can read in any order"
+        problem = f"the data set is prepared as {sorted(file_formats)}, which cannot be read by row without TensorFlow"
         raise UserError(f"{source.path}: {problem}; prepare it again, in another data_dir, with {remedy}")
     return builder
 

@@ -270,7 +270,7 @@ def test_what_does_not_fit_is_made_to_fit():
     ("arguments", "message"),
     [
         (["--topology", "v5e:4x5"], "topology: 'v5e:4x5' cannot be used"),
-        (["--topology", "v5e:2x2", "--lengths", "1,2"], "--lengths: '1,2' cannot be used: write mean tokens"),
+        (["--topology", "v5e:2x2", "--lengths", "1,2"], "--lengths: '1,2' cannot be used: give mean tokens"),
         (["--topology", "v5e:2x2", "--slices", "2"], "mesh.data: 1 cannot be used: use a multiple of the 2 slices"),
         (["--topology", "v4:2x2x1", "--slices", "2"], "--slices: 2 cannot be used: the bandwidth between slices of v4"),
         (["--topology", "v5e:2x2", "--mesh.tensor", "8"], "mesh:"),
