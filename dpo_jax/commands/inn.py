@@ -49,11 +49,11 @@ class Exact(NamedTuple):
 
 @dataclass(frozen=True)
 class Tree:
-    """The tree of all answers: nodes are lists of 0 to 4 courses; leaves are a node and a stop token, or 5 courses."""
+    """The tree of all answers: nodes are lists of 0 to 4 courses; a leaf is a node plus a stop token, or 5 courses."""
 
     @cached_property
     def meals(self) -> list[Int[np.ndarray, "n depth"]]:
-        """Courses of the nodes of each depth, in the order in which children follow from parents."""
+        """Courses of the nodes at each depth, ordered by parent, then by last course."""
         nodes = (list(product(range(NUM_COURSES), repeat=depth)) for depth in range(MAX_TOKENS + 1))
         return [np.array(meals, np.int32).reshape(len(meals), depth) for depth, meals in enumerate(nodes)]
 
@@ -99,7 +99,7 @@ class Tree:
         return self.exact(logps - normalizers, reference)
 
     def best_of(self, reference: np.ndarray, n: int) -> Exact:
-        """Return the exact reward and expectations of the best of ``n`` answers of the reference; ties are random."""
+        """Return the exact expectations for the best of ``n`` answers of the reference; ties are broken at random."""
         rewards, probs = np.round(self.rewards, 6), np.exp(reference)
         logps = np.zeros_like(reference)
         for guest in range(NUM_GUESTS):
@@ -169,7 +169,7 @@ class Meals(NamedTuple):
 
     @property
     def texts(self) -> list[str]:
-        """The text of each answer, with dashes for tokens that are no course and an ellipsis if it does not end."""
+        """The text of each answer, with a dash for a token that is not a course, and an ellipsis if it does not end."""
         return [_text(tokens[mask]) for tokens, mask in zip(*map(_rows, (self.tokens, self.mask)), strict=True)]
 
 
@@ -183,7 +183,7 @@ def _text(tokens: Int[np.ndarray, " n"]) -> str:
 
 
 def without_liked_courses() -> Float[np.ndarray, "guests depth previous V"]:
-    """Return the table of another policy, which is the supervised one except that no guest gets a course they like."""
+    """Return the table of another policy: the supervised one, except that no guest gets a course they like."""
     logps = language().copy()
     logps[..., FIRST_COURSE:FIRST_GUEST] += np.where(GUEST_REWARDS > 0, LIKED_LOGP_SHIFT, 0)[:, None, None]
     return logps

@@ -46,7 +46,7 @@ def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
 
 
 def agreement(setup: Setup) -> float:
-    """Return the tolerance for log-probs of the model: of their mean difference if it is a mixture of experts."""
+    """Return the tolerance for differences of log-probs: for their mean if the model is a mixture of experts."""
     return (AGREEMENT if setup.model.config.experts is None else MIXTURE_AGREEMENT)[precision(setup)]
 
 
@@ -119,7 +119,7 @@ def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> str 
 
 
 def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> None:
-    """Check that the first train step, with policy equal to reference, has margins of 0 and the loss of margin 0.
+    """Check that the first train step, with policy equal to reference, has margins of 0 and the loss at margin 0.
 
     Equal bits are required of the evaluation function only: in the train step the policy's log-probs come with a
     gradient and the reference's without, and a compiler may round the two differently. The margins are 0 within

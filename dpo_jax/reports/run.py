@@ -182,7 +182,7 @@ def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], progress: bool
     except Exception as error:  # noqa: BLE001
         if not isinstance(error, OSError):
             warn(traceback.format_exc())
-        warn(f"report: not written ({reason(error)}); the run is complete, and its command can be run again")
+        warn(f"report: not written ({reason(error)}); the run is complete: run its command again to write the report")
     else:
         say(progress, f"report: {path}")
 

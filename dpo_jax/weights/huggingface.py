@@ -89,7 +89,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _load_leaf(
     sources: list[tuple[Stored, Part, Tensor]], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    """Load one parameter; the host buffers hold only this process's shards, and each slice of it is read once."""
+    """Load one parameter; the host buffers hold only this process's shards, and each slice is read once."""
     spans = {
         device: tuple(s.indices(n)[:2] for s, n in zip(index or (), struct.shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(struct.shape).items()
@@ -342,7 +342,7 @@ def _copy_companions(source_dir: Path, folder: Path) -> None:
 
 
 def carried_tensors(folder: Path, family: str) -> dict[str, Tensor]:
-    """Find the tensors of a model's other parts, such as vision, which pass from its directory to an export."""
+    """Find the tensors of a model's other parts, such as vision, which are copied from its directory to an export."""
     prefixes = tuple(FAMILIES[family].carried)
     if not prefixes:
         return {}

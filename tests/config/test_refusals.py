@@ -301,7 +301,7 @@ BAD_MODELS = [
         "revision of a built-in model",
         nothing,
         "--model.path builtin:tiny --model.revision main",
-        "model.revision: 'main' cannot be used: builtin:tiny is built in; leave it out",
+        "model.revision: 'main' cannot be used: builtin:tiny is built in; remove this option",
     ),
     (
         "saved step of no run",
