@@ -8,7 +8,7 @@ from dpo_jax.batch import BalanceSums, PairLogps
 
 
 def balance_loss(sums: BalanceSums) -> Float[Array, ""]:
-    """Return the loss E sum_e f_e P_e of E experts over all layers; uniform routing to k experts per token gives k.
+    """Return the loss E sum_e f_e P_e of E experts over all layers, f and P as below; k for uniform top-k routing.
 
     f_e is the share of tokens that was routed to expert e, so that f sums to k, the experts per token; it carries no
     gradient. P_e is the mean of e's softmax. Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6. Both are means over the

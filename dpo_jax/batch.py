@@ -56,7 +56,7 @@ class PreferenceBatch:
     sampled_sum: Float[AnyArray, "*a B K"] | None = None  # log pi(y | x) by the sampler, if the policy sampled y
 
     def per_array(self, rows: Any, pairs: Any) -> "PreferenceBatch":
-        """Return a copy in which ``rows`` replaces every array with a row dim, and ``pairs`` every other array."""
+        """Return a copy in which ``rows`` replaces each array that has a row dim, and ``pairs`` each other array."""
         pair_fields = {"answer_slots", "weight", "margin", "valid", "label", "sampled_sum"}
         pytree_names = (f.name for f in fields(self) if f.metadata.get("pytree_node", True))
         array_names = (name for name in pytree_names if getattr(self, name) is not None)
@@ -83,7 +83,7 @@ class PreferenceBatch:
 
 
 class Adapted(NamedTuple):
-    """Weights of a model with adapters: only the adapters are trained, and the base alone is the reference model."""
+    """Weights of a model with adapters: only the adapters are trained, and the base weights alone are the reference."""
 
     adapters: Params | None
     base: Params

@@ -75,7 +75,7 @@ def _plan(config: PairConfig | PPOConfig, topology: str, search: bool, output: s
     for name, is_known, cause in (
         ("lengths", data, "--data measures the lengths"),
         ("examples", data, "--data counts the examples"),
-        ("examples", steps is not None, f"run.steps is {steps} already"),
+        ("examples", steps is not None, f"run.steps is already {steps}"),
     ):
         require(inputs[name] is None or not is_known, f"--{name}", inputs[name], f"{cause}; give one of the two")
     if output is not None:
@@ -87,7 +87,7 @@ def _plan(config: PairConfig | PPOConfig, topology: str, search: bool, output: s
             parts, example = "prompt and answer", "180,150"
         is_list = re.fullmatch(r"\d+(,\d+)*", lengths) and lengths.count(",") == example.count(",")
         values = tuple(map(float, lengths.split(","))) if is_list else ()
-        require(all((values, *values)), "--lengths", lengths, f"write mean tokens of {parts}, such as {example}")
+        require(all((values, *values)), "--lengths", lengths, f"give mean tokens of {parts}, such as {example}")
         inputs["lengths"] = values
     from dpo_jax.commands.evaluate import write_output
     from dpo_jax.plan.plan import Inputs, plan_slices
@@ -299,7 +299,7 @@ def _run(argv: list[str]) -> None:
         config_class = CONFIG_OF[arguments.pop("for")] if "for" in arguments else command.config
         path = namespace["config"]
         if path is None and overrides:
-            raise UserError(f"--{next(iter(overrides))}: it is an option of a config: add --config CONFIG.yaml")
+            raise UserError(f"--{next(iter(overrides))}: it sets an option of a config file: add --config CONFIG.yaml")
         arguments["config"] = None if path is None else parse_config(path, overrides, config_class)
     command.run(**arguments)
 

@@ -34,7 +34,7 @@ class RunStopped(UserError):
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal other than Ctrl-C asked the process to end, while it had nothing to save; made with its name."""
+    """A signal other than Ctrl-C, ``signal_name``, asked the process to end while it had nothing to save."""
 
     exit_code = 42
 

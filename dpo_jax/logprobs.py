@@ -171,7 +171,7 @@ def answer_values(values: Float[np.ndarray, "R M"], batch: PreferenceBatch) -> l
 def make_padded_logps_fn(
     apply: Callable[[Params, Int[AnyArray, "n T"]], Float[Array, "n T V"]], *, tail: bool = False, squares: bool = False
 ) -> LogpsFn:
-    """Make ``logps_fn`` over padded batches for any model from tokens to next-token logits, all of which are in memory.
+    """Make ``logps_fn`` over padded batches for any model that maps tokens to next-token logits, all held in memory.
 
     ``tail`` and ``squares`` as in ``make_logps_fn``.
     """

@@ -38,7 +38,7 @@ OutputsFn = Callable[[ActorCritic, Any], tuple[Float[Array, "B K N"], Float[Arra
 
 
 def separate_outputs(logps_fn: TokensFn, values_fn: TokensFn | None) -> OutputsFn:
-    """Return the outputs of a policy and of a value model with layers of its own; None: there is no value model."""
+    """Return an `OutputsFn` for a policy and a value model with its own layers; ``values_fn`` None: no value model."""
 
     def outputs_fn(weights: ActorCritic, inputs: Any) -> tuple[Array, Array | None]:
         return logps_fn(weights.policy, inputs), None if values_fn is None else values_fn(weights.value, inputs)

@@ -90,7 +90,7 @@ def file_size(path: Path, *, durable: bool = False) -> int:
 
 
 def hash_start(path: Path, size: int) -> str:
-    """Return the hexadecimal sha256 of the first ``size`` bytes of a file, of nothing if it does not exist."""
+    """Return the hexadecimal sha256 of the first ``size`` bytes of a file, or of no bytes if it does not exist."""
     digest = hashlib.sha256()
     if path.exists():
         with open(path, "rb") as file:
@@ -167,13 +167,13 @@ def remove_partial_files(folder: Path) -> None:
 
 
 def _hold(file: IO) -> None:
-    """Lock a new, empty file for as long as this process has it open; unlike lockf, threads are told apart too."""
+    """Lock a new, empty file for as long as this process has it open; unlike lockf, it keeps out other threads, too."""
     with suppress(OSError):  # of file systems without locks, where nothing counts as let go
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_let_go(path: Path) -> bool:
-    """Return whether a file was held by a process that has ended; while it is empty, it may be about to be held."""
+    """Return whether the process that held a file has ended; False for an empty file, which may be about to be held."""
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,7 +218,7 @@ def check_fields(content: Mapping[str, Any], types: Mapping[str, type | tuple[ty
 
 
 def check_entries(entries: Mapping[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Check that every value of an object is itself one with these fields; see `check_fields`."""
+    """Check that every value of an object is itself an object with these fields; see `check_fields`."""
     check_fields(entries, dict.fromkeys(entries, dict))
     for entry in entries.values():
         check_fields(entry, types)

@@ -112,7 +112,7 @@ def prefetched(batches: Batches, steps: Sequence[int]) -> Callable[[int], StepDa
 
 
 def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return lengths [B, 1 + K] and target counts [B, K] of a step's pairs; 0 for padding pairs."""
+    """Return the lengths of each pair's prompt and K answers [B, 1 + K], and target counts [B, K]; 0 for padding."""
     is_real = (ids >= 0)[:, None]
     clipped_ids = np.maximum(ids, 0)
     return np.where(is_real, store.lengths[clipped_ids], 0), np.where(is_real, store.num_targets[clipped_ids], 0)
@@ -121,7 +121,7 @@ def _sizes(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def make_batches(
     store: Store, order: Order, packer: Packer, max_shapes: int, local_row_shards: Sequence[int] | None = None
 ) -> Batches:
-    """Make batches whose row shapes are chosen for the steps of ``order``; ``local_row_shards`` as in ``Batches``."""
+    """Make batches whose row shapes suit the steps of ``order``; for ``local_row_shards`` see ``Batches``."""
     steps = range(0, order.num_steps, max(1, order.num_steps // SAMPLED_STEPS))
     step_shapes = [step_shape(packer.rows(*_sizes(store, order.step_ids(step))), packer.row_length) for step in steps]
     shape_limit = min(max_shapes, 1 + order.num_steps // STEPS_PER_SHAPE)

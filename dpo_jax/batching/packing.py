@@ -127,7 +127,7 @@ def visible_blocks(row: Sequence[Unit]) -> np.ndarray:
 
 
 def branch_tokens(row: Sequence[Unit]) -> int:
-    """Return the number of tokens in a row's prompts plus those in its largest branch."""
+    """Return the tokens in a row's prompts and its largest branch; branch k holds the k-th answer of each pair."""
     answers: Counter[int] = Counter()
     for unit in row:
         answers.update(dict(zip(unit.branches, unit.answers, strict=True)))

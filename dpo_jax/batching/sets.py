@@ -21,7 +21,7 @@ HELD_OUT = "held_out"
 
 
 def with_answers(store: Store, planned: PlannedAnswers) -> Store:
-    """Return a store of prompts to which the lengths, but not the tokens, of ``planned`` answers are added."""
+    """Return a copy of a store of prompts with the lengths, but not the tokens, of ``planned`` answers added."""
     answer_lengths = np.full((len(store), planned.per_prompt), planned.num_tokens, np.int32)
     lengths = np.concatenate([store.lengths[:, :1], answer_lengths], axis=1)
     return replace(store, lengths=lengths, num_targets=answer_lengths)
@@ -84,7 +84,7 @@ def open_sets(
     train: "Dataset | None" = None,
     evals: "Mapping[str, Dataset] | None" = None,
 ) -> DataSets:
-    """Open or build a run's token stores, and make the order of its training examples, ``size`` per step.
+    """Open or build a run's token stores, and set the order in which its training examples are read, ``size`` per step.
 
     ``train`` and ``evals`` replace the sets of ``data``.
 

@@ -48,7 +48,7 @@ SHOWN_GUESTS = (1, 2, 5)  # indices of the guests whose answers the page shows
 
 
 def table_methods(experiment: Experiment) -> list[Method]:
-    """Return the methods to run on the table, which shows their theory without a network's errors."""
+    """Return the methods to run on the table policy, which shows their theory without a network's errors."""
     return [
         *(experiment.by_pairs(DPO, LossConfig(beta=beta)) for beta in (0.5, 0.2)),
         experiment.online(0.2),
@@ -161,7 +161,7 @@ def proxy_curves(outcome: Outcome) -> dict[str, list[float]]:
 
 
 def texts(experiment: Experiment, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return answers of each method's first policy to the same guests, sampled with the same key, and their rewards."""
+    """Return answers of each method's first-seed policy to the same guests, sampled with one key, and their rewards."""
     guests, policy = jnp.array(SHOWN_GUESTS), experiment.policy
     answers = jax.jit(lambda weights: policy.answers(weights, guests, jax.random.key(0))[0])
 

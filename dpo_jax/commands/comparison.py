@@ -114,7 +114,7 @@ def check_manifest(root: Path, config: CompareConfig, identity: Mapping[str, Any
 
 
 def result_options(config: CompareConfig) -> Row:
-    """Return the options that results depend on; more seeds, methods or betas leave other results as they are."""
+    """Return the options that all results depend on; adding seeds, methods or betas leaves the other results valid."""
     options: Row = asdict(config)
     for name in ("mesh", "checkpoint", "seeds"):
         del options[name]
@@ -131,7 +131,7 @@ def has_ended(path: Path) -> bool:
 
 
 def start_results(judging: Judging, best_of: Sequence[int]) -> Row:
-    """Return the prompts, and the judged answers of the initial policy and of the best of several of its answers."""
+    """Return the prompts, the judged answers of the initial policy, and its judged best-of-n answers."""
     best_answers = {str(n): as_json(judging, judged) for n, judged in judging.best_of(best_of).items()}
     return {"prompts": judging.prompts(), "start": as_json(judging, judging.judge_start()), "best_of": best_answers}
 
@@ -264,7 +264,7 @@ def method_row(root: Path, group: Sequence[ComparedRun], judged: Sequence[Row]) 
 
 
 def models_of(run: ComparedRun) -> str:
-    """Return the models in memory while a run trains."""
+    """Return the names of the models that are in memory while a run trains."""
     config = run.config
     value_model = config.ppo.value_model if isinstance(config, PPOConfig) and config.ppo.estimator == "gae" else None
     models = ["policy with a value head" if value_model == "shared" else "policy"]
@@ -329,7 +329,7 @@ def ranking(root: Path, name: str, group: Sequence[ComparedRun]) -> Row:
 
 
 def learned_row(start: Row, row: Row, judged: Sequence[Row]) -> Row:
-    """Return the learned and the judge's mean scores before and after training, and the correlation of both scores."""
+    """Return the learned and the judge's mean scores before and after training, and the correlation of the two."""
     columns = ("start_learned", "learned", "score")
     start_learned, learned, score = (np.array([each["values"][name] for each in judged]) for name in columns)
     start_score = np.broadcast_to(start["values"]["score"], score.shape)

@@ -113,7 +113,7 @@ def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) ->
     """Load the policy, from the run or else from ``model.path``; return its name, its weights and the reference."""
     config, scores, has_run = setup.config, setup.model.config.scores, is_run_dir(setup.config.run.dir)
     if not has_run:
-        remedy = f"it is a language model, which scores nothing, and {config.run.dir} has no run; give a reward model"
+        remedy = f"it is a language model, which gives no scores, and {config.run.dir} has no run; give a reward model"
         has_head = decoder_of(setup.source).scores or config.lora.path is not None
         require(bool(has_head or not scores), "model.path", config.model.path, remedy)
     elif scores != decoder_of(find_model(config.run.dir, None)).scores:

@@ -67,7 +67,7 @@ AnswerColumn = Callable[[Sequence[Prompt], int, int], list[Row]]  # (prompts, fi
 
 
 def generate_answers(config: GenerateConfig, output: str) -> None:
-    """Write ``config.n`` answers to each prompt to ``output``, and the rows that ``config.pairs`` asks for next to it.
+    """Write ``config.n`` answers to each prompt to ``output`` and, next to it, the rows that ``config.pairs`` asks for.
 
     Raises:
         UserError: a prompt, model or option cannot be used, or ``output`` is not the output of the same command.
@@ -104,7 +104,7 @@ def generate_answers(config: GenerateConfig, output: str) -> None:
         if 0 < num_done < len(prompts):
             say(config.run.progress, f"resuming from prompt {num_done} of {len(prompts)}")
             for line in rounding_lines:
-                say(config.run.progress, f"log-probs and scores are the same only within rounding: {line}")
+                say(config.run.progress, f"log-probs and scores are reproduced only within rounding: {line}")
         if num_done < len(prompts):
             scores = None
             if reward is not None:
@@ -249,7 +249,7 @@ def answer_fields(tokenizer: Any, prompt: list[int], answer: Answer) -> Row:
 def answered_blocks(
     config: GenerateConfig, prompts: Sequence[Prompt], done: int, answer_column: AnswerColumn
 ) -> Iterator[list[Row]]:
-    """Generate answers block by block, and yield the rows of each block of prompts, from row ``done`` on.
+    """Generate answers block by block, and yield the rows of each block of prompts, starting at row ``done``.
 
     Blocks start at multiples of their size, also on resume, and all have this size: a repeated block has the same bits.
     """
@@ -298,6 +298,4 @@ def finish(config: GenerateConfig, file: AnswerFile) -> None:
     if ranking.num_cut:
         cut_note = f"{ranking.num_cut} of the best answers were cut at {max_tokens} tokens; training ends them there"
         print_line(f"note: {cut_note}: raise sampling.max_tokens")
-    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(ranking.skipped.items()))
-    skipped_note = f"; prompts skipped: {causes}" if causes else ""
-    print_line(f"{config.pairs}: {path}: {len(ranking.rows)} rows{skipped_note}")
+    print_line(f"{config.pairs}: {path}: {ranking.summary}")

@@ -27,7 +27,7 @@ STOPS = np.array([token for token in range(VOCAB) if not FIRST_COURSE <= token <
 # The rule: each guest's reward for each course, and the penalties for repeating one at once and for not ending.
 REWARDS = np.array([1, 0.5, 0, 0, -0.5, -1])
 GUEST_REWARDS = np.stack([np.roll(REWARDS if guest % 2 else REWARDS[::-1], guest // 2) for guest in range(NUM_GUESTS)])
-REPEAT_PENALTY, END_PENALTY = 0.5, 2.0
+REPEAT_PENALTY, MISSING_END_PENALTY = 0.5, 2.0
 
 # The supervised policy, the same for all guests: a Markov chain of courses.
 FIRST_PROBS = np.array([3, 3, 2, 2, 1, 1]) / 12  # probabilities of the first course
@@ -49,11 +49,11 @@ class Exact(NamedTuple):
 
 @dataclass(frozen=True)
 class Tree:
-    """The tree of all answers: nodes are lists of 0 to 4 courses; leaves are a node and a stop token, or 5 courses."""
+    """The tree of all answers: nodes are lists of 0 to 4 courses; a leaf is a node plus a stop token, or 5 courses."""
 
     @cached_property
     def meals(self) -> list[Int[np.ndarray, "n depth"]]:
-        """Courses of the nodes of each depth, in the order in which children follow from parents."""
+        """Courses of the nodes at each depth, ordered by parent, then by last course."""
         nodes = (list(product(range(NUM_COURSES), repeat=depth)) for depth in range(MAX_TOKENS + 1))
         return [np.array(meals, np.int32).reshape(len(meals), depth) for depth, meals in enumerate(nodes)]
 
@@ -61,9 +61,9 @@ class Tree:
     def rewards(self) -> Float[np.ndarray, "guests leaves"]:
         """The reward that the rule gives to each leaf."""
         *node_rewards, unended_rewards = [meal_rewards(meals) for meals in self.meals]
-        penalties = np.where(STOPS == EOS, 0, END_PENALTY)
+        penalties = np.where(STOPS == EOS, 0, MISSING_END_PENALTY)
         stop_rewards = [(node[:, :, None] - penalties).reshape(NUM_GUESTS, -1) for node in node_rewards]
-        return np.concatenate([*stop_rewards, unended_rewards - END_PENALTY], axis=1)
+        return np.concatenate([*stop_rewards, unended_rewards - MISSING_END_PENALTY], axis=1)
 
     @cached_property
     def ended(self) -> Bool[np.ndarray, "leaves"]:
@@ -99,7 +99,7 @@ class Tree:
         return self.exact(logps - normalizers, reference)
 
     def best_of(self, reference: np.ndarray, n: int) -> Exact:
-        """Return the exact reward and expectations of the best of ``n`` answers of the reference; ties are random."""
+        """Return the exact expectations for the best of ``n`` answers of the reference; ties are broken at random."""
         rewards, probs = np.round(self.rewards, 6), np.exp(reference)
         logps = np.zeros_like(reference)
         for guest in range(NUM_GUESTS):
@@ -135,7 +135,7 @@ def answer_rewards(
     rewards = jnp.asarray(GUEST_REWARDS, jnp.float32)[guests[..., None], jnp.clip(courses, 0, NUM_COURSES - 1)]
     repeats = is_course[..., 1:] & (tokens[..., 1:] == tokens[..., :-1])
     ended = (mask & (tokens == EOS)).any(-1)
-    return jnp.sum(rewards, axis=-1, where=is_course) - REPEAT_PENALTY * repeats.sum(-1) - END_PENALTY * ~ended
+    return jnp.sum(rewards, axis=-1, where=is_course) - REPEAT_PENALTY * repeats.sum(-1) - MISSING_END_PENALTY * ~ended
 
 
 def language() -> Float[np.ndarray, "guests depth previous V"]:
@@ -169,7 +169,7 @@ class Meals(NamedTuple):
 
     @property
     def texts(self) -> list[str]:
-        """The text of each answer, with dashes for tokens that are no course and an ellipsis if it does not end."""
+        """The text of each answer, with a dash for a token that is not a course, and an ellipsis if it does not end."""
         return [_text(tokens[mask]) for tokens, mask in zip(*map(_rows, (self.tokens, self.mask)), strict=True)]
 
 
@@ -183,7 +183,7 @@ def _text(tokens: Int[np.ndarray, " n"]) -> str:
 
 
 def without_liked_courses() -> Float[np.ndarray, "guests depth previous V"]:
-    """Return the table of another policy, which is the supervised one except that no guest gets a course they like."""
+    """Return the table of another policy: the supervised one, except that no guest gets a course they like."""
     logps = language().copy()
     logps[..., FIRST_COURSE:FIRST_GUEST] += np.where(GUEST_REWARDS > 0, LIKED_LOGP_SHIFT, 0)[:, None, None]
     return logps

@@ -79,7 +79,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Task:
-    """The inn for one kind of policy, with the log-probs of all answers under the reference, where all runs start."""
+    """The inn for one kind of policy, with all answers' log-probs under the reference, from which all runs start."""
 
     policy: PolicyKind
 
@@ -128,7 +128,7 @@ class Experiment:
 
     @cached_property
     def foreign_pairs(self) -> list[inn.Meals]:
-        """As many pairs of answers of another policy, which serves no guest a course that the guest likes."""
+        """As many pairs as `pairs` has, but of answers of another policy, which serves no guest a course they like."""
         return preferences(table_policy(), DATA_SIZE, SEEDS, jnp.asarray(inn.without_liked_courses(), jnp.float32))
 
     @cached_property
@@ -194,7 +194,7 @@ class Experiment:
         return Method(name, beta, run, models, options, self.sizes.offline, pairs=DATA_SIZE)
 
     def online(self, beta: float) -> Method:
-        """Return the method online DPO, whose pairs the rule labels."""
+        """Return online DPO as a method; the rule labels its pairs."""
         run = partial(online_dpo, self.policy, beta, SEEDS, num_steps=self.sizes.online, num_pairs=BATCH // 2)
         num_sampled = self.sizes.online * BATCH
         return Method("Online DPO", beta, run, "policy, reference", OFFLINE_OPTIONS, self.sizes.online, num_sampled)

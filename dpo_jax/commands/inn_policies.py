@@ -233,7 +233,7 @@ def packed(meals: Meals, label: Float[Array, " B"] | None = None) -> PreferenceB
 
 
 def prompts_of(guests: Int[Array, " R"]) -> Int[Array, "R P"]:
-    """Return the tokens of the prompts."""
+    """Return the tokens of the prompt for each guest."""
     return jnp.stack([jnp.full_like(guests, BOS), FIRST_GUEST + guests], axis=1)
 
 

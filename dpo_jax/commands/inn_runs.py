@@ -77,14 +77,14 @@ def _compiled(run: Callable[..., Any], structure: Any, shapes: tuple[jax.ShapeDt
 def sampled(
     policy: PolicyKind, weights: Params, num_prompts: int, num_answers: int, key: Key[Array, ""]
 ) -> tuple[Meals, Float[Array, "B K N"]]:
-    """Sample answers [B, K, N] to B prompts, one guest after another; return them and the log-prob of each token."""
+    """Sample answers [B, K, N] to B prompts, cycling through the guests; return them and each token's log-prob."""
     guests = jnp.repeat(jnp.arange(num_prompts) % NUM_GUESTS, num_answers)
     answers = policy.answers(weights, guests, key)
     return jax.tree.map(lambda x: x.reshape(num_prompts, num_answers, *x.shape[1:]), answers)
 
 
 def preferences(policy: PolicyKind, size: int, seeds: Sequence[int], sampler: Params | None = None) -> list[Meals]:
-    """Return pairs [size, 2] for each seed, the chosen answer first, labeled by Bradley-Terry of the rule.
+    """Return pairs [size, 2] for each seed, the chosen answer first, labeled by Bradley-Terry with the rule's rewards.
 
     ``sampler``: the weights of the policy that answers; None: those that the runs start from.
     """

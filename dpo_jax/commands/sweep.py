@@ -32,10 +32,11 @@ def sweep(config: DPOConfig, betas: Sequence[float]) -> list[dict]:
             no prompts to evaluate it on.
     """
     if config.reference_mode == "none":
-        raise UserError("reference.mode: with none a sweep cannot compare KLs to the reference; use live or cached")
+        raise UserError("reference.mode: with none, a sweep cannot compare KLs to the reference; use live or cached")
     has_sets = bool(config.data.eval) or config.data.eval_fraction > 0
     if config.data.online is not None and not has_sets:
-        raise UserError("data.eval: a sweep of online DPO compares answers to prompts of an evaluation set; name one")
+        reason = "it compares the answers sampled for that set's prompts"
+        raise UserError(f"data.eval: a sweep of online DPO needs an evaluation set, since {reason}; set data.eval")
     if len(set(betas)) < len(betas):
         raise UserError(f"--betas: {list(betas)} has duplicates; give each beta once")
     require(not is_remote(config.run.dir), "run.dir", config.run.dir, "a sweep needs a local directory for its runs")
@@ -58,18 +59,18 @@ def rows_of(beta: float, metrics: Mapping[str, float]) -> list[dict]:
 
 
 def sampled_rows_of(beta: float, metrics: Mapping[str, float]) -> list[dict]:
-    """Return the last metrics of answers that the run at ``beta`` sampled, as one row per evaluation set."""
+    """Return the last metrics of the answers sampled by the run at ``beta``, as one row per evaluation set."""
     prefixes = eval_prefixes(metrics, SAMPLED_COLUMNS["score"])
     return [row_of(beta, prefix, metrics, SAMPLED_COLUMNS) for prefix in prefixes]
 
 
 def eval_prefixes(metrics: Mapping[str, float], metric: str) -> list[str]:
-    """Return the prefix of each evaluation set that has a metric."""
+    """Return the key prefix of each evaluation set for which ``metric`` was logged."""
     return [key.removesuffix(metric) for key in metrics if key.startswith("eval_") and key.endswith(f"_{metric}")]
 
 
 def row_of(beta: float, prefix: str, metrics: Mapping[str, float], columns: Mapping[str, str]) -> dict:
-    """Return the metrics of one evaluation set by the headings of their columns."""
+    """Return one row of the table: beta, evaluation set, and the set's metrics by column heading."""
     name = prefix.removeprefix("eval_").removesuffix("_") or "last step"
     return {"beta": beta, "set": name} | {heading: metrics[prefix + key] for heading, key in columns.items()}
 

@@ -74,7 +74,7 @@ def obeys_rule(visit: Visit, text: str) -> bool:
 
 
 def visits(seed: int) -> dict[str, list[Visit]]:
-    """Return distinct visits for each data set of `SIZES`, in which every time and place is equally frequent."""
+    """Return distinct visits for each data set of `SIZES`, each of which has all times and places equally often."""
     kinds = [(time, place) for time in FAREWELLS for place in SEA + LAND]
     draws = _integers(seed)
     seen: set[Visit] = set()

@@ -73,7 +73,7 @@ NUM_ANSWERS: dict[Stage, int] = {"dpo": 2, "sft": 1, "prompts": 0}  # per prompt
 
 
 class PlannedAnswers(NamedTuple):
-    """Number of answers that a run trains on per prompt, their maximum length in tokens, and the number sampled."""
+    """How many answers per prompt a run trains on and how many it samples, and their maximum length in tokens."""
 
     per_prompt: int = 0
     num_tokens: int = 0
@@ -104,7 +104,7 @@ class TrainConfig(Section):
         uses_seed = self.data.shuffle or draws_adapters or draws_answers
         idle_reason = "nothing is random without data.shuffle, new adapters or sampled answers"
         self.refuse_idle("run.seed", not uses_seed, idle_reason)
-        self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "all adapters are matrices")
+        self.refuse_idle("optimizer.decay_mask", self.lora.rank > 0, "adapters are matrices, so both masks decay them")
 
     def _refuse_idle_sampling(self) -> None:
         """Refuse options of ``sampling`` if ``run.samples`` is 0, because this run samples answers for nothing else."""
@@ -176,7 +176,7 @@ class DPOConfig(TrainConfig):
         is_smoothed = loss.label_smoothing > 0 and all(name != "exo_pair" for name, _ in loss.terms)
         self.refuse("loss.label_smoothing", is_soft and is_smoothed, remedy)
         self.refuse_idle(
-            "loss.weighting", True, "wpo weights pairs as if the policy had sampled them; with data.online it has"
+            "loss.weighting", True, "wpo weights pairs as if the policy had sampled them; with data.online it did"
         )
 
     def without_online(self) -> "DPOConfig":
@@ -253,7 +253,7 @@ class RewardConfig(TrainConfig):
         self._refuse_idle_sampling()
         for option in ("run.token_stats", "batch.target_chunk"):
             self.refuse_idle(option, True, "a reward model predicts no tokens")
-        self.refuse_idle("model.router_aux_loss_coef", True, "a reward model is trained without it")
+        self.refuse_idle("model.router_aux_loss_coef", True, "a reward model is trained without a load-balancing loss")
 
     def without_online(self) -> "RewardConfig":
         """Return this config unchanged: a reward model is always trained on the answers in the data."""
@@ -291,8 +291,8 @@ class PPOConfig(TrainConfig):
         from_function = self.ppo.value_model == "reward" and self.reward.path is None
         self.refuse("ppo.value_model", from_function, "a reward function has no weights to start from; use policy")
         self._check_rollouts()
-        self.refuse_idle("run.token_stats", True, "token statistics are computed on answers of the data set only")
-        self.refuse_idle("model.router_aux_loss_coef", True, "PPO and RLOO train without it")
+        self.refuse_idle("run.token_stats", True, "token statistics are computed only on answers in the data")
+        self.refuse_idle("model.router_aux_loss_coef", True, "PPO and RLOO have no load-balancing loss")
 
     @property
     def planned(self) -> PlannedAnswers:  # type: ignore[override]

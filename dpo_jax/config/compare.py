@@ -82,9 +82,9 @@ class ComparedMethodConfig(Section):
         for option, methods in (("loss", ("dpo", "online_dpo")), ("online", ("online_dpo",)), ("ppo", ("ppo",))):
             if getattr(self, option) is not None and method not in methods:
                 raise UserError(f"{option}: method {method} has no such section; remove it")
-        self.refuse_idle("reward", not is_sampled, "method dpo trains on the pairs, which are labeled")
+        self.refuse_idle("reward", not is_sampled, "method dpo trains on the pairs, which are labeled already")
         beta_texts = {f"{beta:g}" for beta in self.betas}  # as in folders and labels
-        self.refuse("betas", len(beta_texts) < len(self.betas), "give each beta once, to six digits")
+        self.refuse("betas", len(beta_texts) < len(self.betas), "two of them are equal to six digits; give each once")
         option, value, default = (
             ("ppo.kl_coef", self.gradient.kl_coef, PolicyGradientConfig.kl_coef)
             if method == "ppo"
@@ -92,7 +92,7 @@ class ComparedMethodConfig(Section):
         )
         self.refuse("betas", self.betas and value != default, f"{option} is {value:g}; give one of the two")
         has_beta = method == "ppo" or self._uses_beta
-        self.refuse("betas", self.betas and not has_beta, f"loss {self.pair_loss.type} has no beta; leave it out")
+        self.refuse("betas", self.betas and not has_beta, f"loss {self.pair_loss.type} has no beta; remove betas")
 
     @property
     def pair_loss(self) -> LossConfig:
@@ -110,7 +110,7 @@ class ComparedMethodConfig(Section):
 
     @property
     def variants(self) -> Iterator[tuple[float | None, "ComparedMethodConfig"]]:
-        """Each beta of the method, with the method's config at that beta; a loss without beta has beta None."""
+        """Each beta of the method, with the method's config at that beta; for a loss without one, beta is None."""
         for beta in self.betas:
             if self.method == "ppo":
                 yield beta, replace(self, betas=(), ppo=replace(self.gradient, kl_coef=beta))
@@ -271,7 +271,7 @@ class CompareConfig(Section):
 
     @property
     def _prompt_data(self) -> DataConfig:
-        """The data config that reads only the prompts of the pairs; options about answers have their defaults."""
+        """The data config that reads only the prompts of the pairs; options for answers keep their defaults."""
         rules, defaults = self.data.invalid_rows, InvalidRowsConfig
         rules = replace(rules, equal_answers=defaults.equal_answers, template_not_prefix=defaults.template_not_prefix)
         limit = lambda source: min(self.prompts, source.limit or self.prompts)  # noqa: E731

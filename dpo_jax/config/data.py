@@ -39,7 +39,7 @@ class SourceConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class InvalidRowsConfig(Section, name="data.invalid_rows"):
-    """How invalid rows are handled. Each is counted by its cause."""
+    """How invalid rows are handled, by cause; the rows of each cause are counted."""
 
     missing_field: Literal["drop", "error"] = "error"
     """A field is missing, null or not a string."""
@@ -108,13 +108,13 @@ class DataConfig(Section, name="data"):
         weights = [source.weight for source in self.train]
         has_weight = [weight is not None for weight in weights]
         require(all(has_weight) or not any(has_weight), "data.train", weights, "give every data set a weight, or none")
-        remedy = "all pairs are drawn from the only data set; leave the weight out"
+        remedy = "with a single data set a weight has no effect; remove it"
         require(len(weights) > 1 or not any(has_weight), "data.train.0.weight", weights[0], remedy)
         for name, source in self.eval.items():
-            remedy = "each pair of an evaluation set counts once; leave the weight out"
+            remedy = "each pair of an evaluation set counts once; remove the weight"
             require(source.weight is None, f"data.eval.{name}.weight", source.weight, remedy)
         is_taken = "held_out" in self.eval and self.eval_fraction > 0
-        require(not is_taken, "data.eval", "held_out", "eval_fraction holds out rows under this name; choose another")
+        require(not is_taken, "data.eval", "held_out", "eval_fraction's held-out rows have this name; choose another")
         self.refuse("template_date", not is_date(self.template_date), "give a date as YYYY-MM-DD")
         action = self.invalid_rows.too_long
         self.refuse_idle("truncation", action != "truncate", f"data.invalid_rows.too_long is {action}")

@@ -1,4 +1,4 @@
-"""Option names of TRL, PEFT, other trainers and earlier versions: their names here, or why there is no such option."""
+"""Option names of TRL, PEFT, other trainers and earlier versions, each with its name here, or why it has none."""
 
 OPTION_ALIASES = {
     "model_name_or_path": "model.path", "base_model": "model.path", "torch_dtype": "model.dtype",

@@ -111,7 +111,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 @cache
 def field_types(kind: type) -> dict[str, Any]:
-    """Return the type of each field of a section by name, in order of definition; for a union, its first section."""
+    """Return the type of each field of a section by name, in order of definition; of a union, its first section."""
     hints = get_type_hints(kind)
     return {field.name: _section_type(hints[field.name]) for field in dataclasses.fields(kind)}
 
@@ -164,7 +164,7 @@ def _read(kind: Any, value: Any, name: str, root: type) -> Any:
     if not _accepts(kind, value):
         is_list = isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)
         if is_list and f"{name}s" in field_names(root):
-            raise UserError(name, value, f"give several values as {name}s")
+            raise UserError(name, value, f"to give several values, set {name}s")
         raise must_be(name, type_words(kind), value, _hint(kind, value))
     return float(value) if type(value) is int and int not in (kind, *get_args(kind)) else value
 
@@ -202,7 +202,7 @@ def _read_section(kind: type[Section], value: Any, name: str, root: type) -> Sec
         if field.name in value and not _is_no_section(field, types[field.name], value[field.name]):
             options[field.name] = _read(types[field.name], value[field.name], option, root)
             if options[field.name] == "":
-                raise UserError(option, "", "the string is empty; give a value, or leave it out")
+                raise UserError(option, "", "the string is empty; give a value, or remove the option")
         elif is_required and dataclasses.is_dataclass(types[field.name]):
             options[field.name] = _read(types[field.name], {}, option, root)
         elif is_required:
@@ -243,7 +243,7 @@ def _refuse_unknown(keys: Collection[Any], options: Collection[str], prefix: str
 
 
 def _from_command_line(kind: Any, text: CommandLineText, name: str) -> Any:
-    """Return text unchanged for a string field, else parsed as YAML; a bracket starts a list or mapping."""
+    """Return the text for a string field, or else its value as YAML; a leading bracket marks a list or mapping."""
     plain_text = str(text)
     if plain_text == "null" and _accepts(kind, None):
         return None
@@ -271,7 +271,7 @@ def _accepts(kind: Any, value: Any) -> bool:
 
 
 def _is_usable(kind: Any, value: Any) -> bool:
-    """Check that numbers are finite, integers fit in 64 bits, and strings are valid UTF-8 without NUL."""
+    """Return whether numbers are finite, integers fit in 64 bits, and strings are valid UTF-8 without NUL."""
     if isinstance(value, str):
         return re.search("[\0\ud800-\udfff]", value) is None
     limit = 2**63 - 1 if kind is int else sys.float_info.max

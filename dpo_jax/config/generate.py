@@ -42,7 +42,7 @@ class ComparedRewardConfig(RewardModelConfig, name="eval.reward"):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section, name="eval"):
-    """What evaluations compare the policy with."""
+    """Models, other than the reference, with which evaluations compare the policy."""
 
     reward: ComparedRewardConfig = field(default_factory=ComparedRewardConfig)
 
@@ -100,13 +100,15 @@ class GenerateConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         is_greedy = self.sampling.temperature == 0
-        self.refuse("n", is_greedy and self.n > 1, "at sampling.temperature 0 all answers are the same; use 1")
+        self.refuse("n", is_greedy and self.n > 1, "at sampling.temperature 0 all answers are the same; set n to 1")
         self.refuse_idle("run.seed", is_greedy, "at sampling.temperature 0 nothing is random")
         is_unranked = self.pairs is not None and self.reward.path is None
-        self.refuse("pairs", is_unranked, "answers are ranked by their scores; give a reward model as reward.path")
+        self.refuse("pairs", is_unranked, "answers are ranked by their scores; set reward.path to a reward model")
         is_single = self.pairs == "best-worst" and self.n == 1
-        self.refuse("pairs", is_single, "a pair takes two answers to a prompt; set n to 2 or more")
-        self.refuse("prompts.weight", self.prompts.weight is not None, "every prompt is answered; leave it out")
+        self.refuse("pairs", is_single, "a pair needs two answers to the same prompt; set n to 2 or more")
+        self.refuse(
+            "prompts.weight", self.prompts.weight is not None, "prompts are not drawn by weight; remove the option"
+        )
         self.refuse_idle("model.remat", True, "generation has no backward pass")
         self.refuse_idle("model.router_aux_loss_coef", True, "generation has no loss")
         is_unscored = self.reward.path is None

@@ -95,10 +95,10 @@ class LossConfig(Section, name="loss"):
         super().__post_init__()
         if self.type is None and not self.types:
             object.__setattr__(self, "type", "sigmoid")
-        self.refuse("types", self.type and self.types, f"loss.type {self.type} is given too; keep one")
+        self.refuse("types", self.type and self.types, f"loss.type {self.type} is given too; keep one of the two")
         self.refuse("types", len(set(self.types)) < len(self.types), "name each loss once")
         count_differs = len(self.weights) not in (0, len(self.types))
-        self.refuse("weights", count_differs, f"give one for each of loss.types ({len(self.types)})")
+        self.refuse("weights", count_differs, f"give one for each loss in loss.types ({len(self.types)})")
         traits = {name: LOSS_TRAITS[name] for name, _ in self.terms}
         loss_names = _joined(traits)
         for option in (option for row in LOSS_TRAITS.values() for option in row.options):

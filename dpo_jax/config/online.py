@@ -40,7 +40,7 @@ class PolicyGradientConfig(Section, name="ppo"):
     def __post_init__(self):
         super().__post_init__()
         is_rloo = self.estimator == "rloo"
-        self.refuse("answers", is_rloo and self.answers < 2, "rloo compares the answers of a prompt; sample at least 2")
+        self.refuse("answers", is_rloo and self.answers < 2, "rloo compares the answers to a prompt; sample at least 2")
         for option in ("gae_lambda", "value_model", "value_coef", "value_clip"):
             self.refuse_idle(option, is_rloo, "estimator rloo has no value model")
 

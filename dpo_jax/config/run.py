@@ -72,7 +72,7 @@ class RowsConfig(Section, name="batch"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse("accumulation", self.size % self.accumulation, f"it must divide batch.{self.counts}, {self.size}")
+        self.refuse("accumulation", self.size % self.accumulation, f"it must divide batch.{self.counts} ({self.size})")
 
     @property
     def size(self) -> int:
@@ -164,7 +164,7 @@ class RunConfig(Section, name="run"):
     def __post_init__(self):
         super().__post_init__()
         both_given = self.steps is not None and self.epochs is not None
-        self.refuse("steps", both_given, f"run.epochs {self.epochs} is given too; keep one")
+        self.refuse("steps", both_given, f"run.epochs {self.epochs} is given too; keep one of the two")
         is_ordered = len(self.profile_steps) == 2 and self.profile_steps[0] <= self.profile_steps[1]
         remedy = "give the first and the last step, counted from 1, such as [10, 12]"
         self.refuse("profile_steps", self.profile_steps != () and not is_ordered, remedy)

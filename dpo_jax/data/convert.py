@@ -53,7 +53,7 @@ def prompt_hash(example: TokenizedExample) -> int:
     is_text = len(example.answers) == 1 and len(example.prompt) == 1
     tokens = [*example.prompt, *example.answers[0]] if is_text else example.prompt
     digest = hashlib.blake2b(np.array(tokens, "<i4").tobytes(), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "big")
+    return int.from_bytes(digest[:8], "big")  # half of the digest suffices; it keeps the order of earlier splits
 
 
 def _chunk(results: Sequence[TokenizedExample | Problem], num_answers: int, with_targets: bool) -> Chunk:
@@ -129,7 +129,7 @@ _convert_rows: ConvertRows  # set in each worker process
 
 
 def _start_worker(pickled_job: bytes) -> None:
-    """Initialize a worker; the job comes pickled, as to load it takes seconds, in which the parent may die."""
+    """Initialize a worker: first watch for the end of its parent, then unpickle the job, which takes seconds."""
     global _convert_rows  # noqa: PLW0603  a pool's initializer can pass state to tasks only this way
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers already use all cores
@@ -137,7 +137,7 @@ def _start_worker(pickled_job: bytes) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker once its parent has ended, however it did: the system then closes the parent's end of a pipe."""
+    """End this worker once its parent has ended, even if killed: the system then closes the parent's end of a pipe."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -145,8 +145,8 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _parents_signals() -> Iterator[None]:
-    """Context manager that keeps Ctrl-C and SIGHUP, which go to all processes of a terminal, from workers it starts."""
+def _blocked_signals() -> Iterator[None]:
+    """Context manager: workers started inside do not get Ctrl-C and SIGHUP, which a terminal sends to all processes."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         yield
@@ -188,7 +188,7 @@ def converted_chunks(sources: Sequence[Source], job: ConvertJob, workers: int | 
     with ProcessPoolExecutor(process_count, context, _start_worker, (pickle.dumps(job),)) as pool:
         try:
             for index, chunk in chunks:
-                with _parents_signals():
+                with _blocked_signals():
                     pending.append((index, pool.submit(_work, *chunk)))
                 if len(pending) == CHUNKS_AHEAD * process_count:
                     oldest_index, future = pending.popleft()

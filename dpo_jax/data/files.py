@@ -58,7 +58,7 @@ def _parse_row(path: str, position: str, text: bytes) -> Mapping:
     try:
         row = read_json(text)
     except ValueError as error:
-        raise UserError(f"{path}, {position}: not JSON: {error}; fix or remove it") from None
+        raise UserError(f"{path}, {position}: not JSON: {error}; fix or remove this row") from None
     return _check_object(path, position, row)
 
 

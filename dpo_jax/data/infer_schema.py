@@ -134,7 +134,7 @@ def parser_of(schema: str, columns: Sequence[str], rows: Sequence[Mapping], stag
     if schema == "auto":
         schema = detect_schema(columns, rows, stage)
     if schema not in SCHEMAS[stage]:
-        raise UserError(f"schema: {schema!r} is not a schema of {stage}; choose from {sorted(SCHEMAS[stage])}")
+        raise UserError(f"schema: {schema!r} is not a schema for {stage}; choose from {sorted(SCHEMAS[stage])}")
     return SCHEMAS[stage][schema]
 
 

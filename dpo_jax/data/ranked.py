@@ -21,6 +21,12 @@ class Ranked:
     skipped: Counter[str] = field(default_factory=Counter)  # prompts without a row, by cause
     num_cut: int = 0  # rows whose best answer was cut at the maximum length
 
+    @property
+    def summary(self) -> str:
+        """The number of rows, and of prompts that gave none, by cause."""
+        causes = ", ".join(f"{count} with {cause}" for cause, count in sorted(self.skipped.items()))
+        return f"{len(self.rows)} rows" + (f"; prompts skipped: {causes}" if causes else "")
+
 
 def rank(rows: Iterable[Row], pairs: Ranking) -> Ranked:
     """Make training rows from the rows that ``dpo-jax generate`` writes; answers without text are left out.
@@ -46,7 +52,7 @@ def _best_and_worst(row: Row, answers: list[Row]) -> Row:
     if best["text"] == worst["text"]:
         raise NoPair("equal best and worst answers")
     if best["score"] == worst["score"]:
-        raise NoPair("equal scores of all answers")
+        raise NoPair("equal scores for all answers")
     texts = {"chosen": _as_answer(row, best), "rejected": _as_answer(row, worst)}
     return texts | {"chosen_score": best["score"], "rejected_score": worst["score"]}
 

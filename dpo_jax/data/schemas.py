@@ -109,7 +109,7 @@ def _transcripts(row: Mapping):
 
 
 def _implicit_prompt(row: Mapping):
-    """Split two texts where they first differ; each answer has at least one character, and a space before the split."""
+    """Split two texts where they first differ, or at a space just before; each answer has at least one character."""
     chosen, rejected = values.text("chosen", row.get("chosen")), values.text("rejected", row.get("rejected"))
     prompt_size = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
     prompt_size -= chosen[:prompt_size].endswith(" ")
@@ -224,7 +224,7 @@ def _margin(row: Mapping) -> float:
 
 
 def _tools(row: Mapping) -> list | None:
-    """Return tools in the format of chat templates, which wraps the bare functions of ShareGPT files."""
+    """Return tools in the format of chat templates; ShareGPT files hold bare functions, which are wrapped in it."""
     tools = row.get("tools")
     if tools is None and "preferred_output" in row:
         tools = _openai_input(row).get("tools")
@@ -251,12 +251,14 @@ def _check_no_media(row: Mapping) -> None:
 
 
 def _check_turns(prompt: Messages, answer: Messages) -> None:
-    """Check that an answer has only assistant messages, all in the loss; other messages belong in the prompt."""
+    """Check that an answer has only assistant messages, all of them trained on; other messages belong in the prompt."""
     if not answer or answer[-1]["role"] != "assistant":
         raise BadRow("empty_answer", "the conversation does not end with an assistant message")
     roles = [message["role"] for message in answer]
     if set(roles) != {"assistant"}:
-        raise BadRow("prompts_differ", f"after {len(prompt)} prompt message(s), an answer continues with roles {roles}")
+        raise BadRow(
+            "prompts_differ", f"after {len(prompt)} prompt message(s), an answer has roles {roles}, not only assistant"
+        )
     if not prompt:
         raise BadRow("empty_prompt", "no message comes before the answer")
 

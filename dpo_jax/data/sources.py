@@ -85,7 +85,7 @@ def _kind(source: SourceConfig) -> _Kind:
     for option in ("split", "name", "revision", "data_dir"):
         value = getattr(source, option)
         if value != getattr(SourceConfig, option) and option not in kind.options:
-            raise UserError(f"{source.path}: {option}: {value!r} does not apply to a {name}; leave it out")
+            raise UserError(f"{source.path}: {option}: {value!r} does not apply to a {name}; remove the option")
     return kind
 
 
@@ -149,7 +149,7 @@ def _load_saved(source: SourceConfig) -> "datasets.Dataset":
             raise UserError(f"{source.path}: split: no split {source.split!r}; available: {sorted(dataset)}")
         return dataset[source.split].with_format(None)
     if source.split not in ("train", str(dataset.split)):
-        raise UserError(f"{source.path}: split: {source.split!r}: the folder has no splits; leave it out")
+        raise UserError(f"{source.path}: split: {source.split!r}: this folder has no splits; remove the option split")
     return dataset.with_format(None)
 
 
@@ -220,7 +220,7 @@ def _tfds_builder(source: SourceConfig) -> Any:
     if not is_prepared:
         raise UserError(f"{source.path}: the data set is not prepared in {builder.data_dir}; prepare it with {remedy}")
     if "array_record" not in file_formats:
-        problem = f"the data set is prepared as {sorted(file_formats)}, which has no random access without TensorFlow"
+        problem = f"the data set is prepared as {sorted(file_formats)}, which cannot be read by row without TensorFlow"
         raise UserError(f"{source.path}: {problem}; prepare it again, in another data_dir, with {remedy}")
     return builder
 

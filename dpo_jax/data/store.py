@@ -132,7 +132,7 @@ def _check_unchanged(sources: Sequence[AnySource], before: Sequence[str]) -> Non
     """Raise if a source changed during tokenization: its rows must not be stored under the key of the old content."""
     for index, (source, fingerprint) in enumerate(zip(sources, before, strict=True)):
         if data_sources.fingerprint(source) != fingerprint:
-            remedy = "start again once no process writes to it"
+            remedy = "start again once no process is writing to it"
             raise UserError(f"{source_label(source, index)}: the data changed while it was tokenized; {remedy}")
 
 
@@ -260,7 +260,7 @@ def open_store(path: Path) -> Store:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders of killed builds; where locks do not tell which were, a recent folder is kept."""
+    """Remove temporary folders of killed builds; without locks to show which were killed, recent ones are kept."""
     for path in list_files(folder, BUILD_PREFIX + "*"):
         with suppress(FileNotFoundError):  # its build has just ended
             newest = max((file.stat().st_mtime for file in path.glob("*/*")), default=path.stat().st_mtime)

@@ -57,7 +57,7 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
         text.encode()  # raises at a lone surrogate, which no tokenizer accepts
     except jinja2.TemplateSyntaxError as error:
         problem = f"the chat template has a syntax error in line {error.lineno}: {error.message}"
-        raise UserError(f"row {example.row}: {problem}; fix it, or give another file as data.chat_template") from None
+        raise UserError(f"row {example.row}: {problem}; fix it, or set data.chat_template to another file") from None
     except Exception as error:  # a template may raise anything
         message = " ".join(str(error).split())[:200] if isinstance(error, jinja2.TemplateError) else ""
         raise RenderError(message or reason(error)) from error
@@ -67,11 +67,11 @@ def render(template: Template, example: Example, messages: Messages, prompt: boo
 def _require_template(chat_template: str | dict[str, str] | None, example: Example) -> None:
     if chat_template is None:
         problem = f"row {example.row}: the row holds messages, but the tokenizer has no chat template"
-        raise UserError(f"{problem}; give a file with one as data.chat_template")
+        raise UserError(f"{problem}; set data.chat_template to a file with one")
     has_tool_template = example.tools is not None and isinstance(chat_template, dict) and "tool_use" in chat_template
     if isinstance(chat_template, dict) and "default" not in chat_template and not has_tool_template:
         problem = f"the tokenizer has several chat templates and no default: {', '.join(sorted(chat_template))}"
-        raise UserError(f"row {example.row}: {problem}; name one of them as data.chat_template")
+        raise UserError(f"row {example.row}: {problem}; set data.chat_template to one of them")
 
 
 def _set_clock(template: Template, example: Example) -> None:

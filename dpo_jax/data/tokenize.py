@@ -183,7 +183,7 @@ def _tokenize(encoder: _DataEncoder, num_answers: int, example: Example) -> Toke
 
 
 def _tokenize_prompted(encoder: _DataEncoder, example: Example) -> _Pieces | Problem:
-    """Tokenize prompt and answers; the prompt is the longest common token prefix of it and every prompt + answer."""
+    """Tokenize prompt and answers; the prompt ends where its ids first differ from those of any prompt + answer."""
     row, notes = example.row, ()
     prompt: Any = example.prompt
     answers: Any = example.answers
@@ -347,6 +347,6 @@ def _cut(pieces: _Pieces, limit: int, bos: int | None, keep_end: bool) -> _Piece
 
 
 def _tail(items: list, ids: list[int], size: int, bos: int | None) -> list:
-    """Return `size` of the items: the one of a leading BOS in `ids`, if there is one, and the last of the others."""
+    """Return `size` of the items: the last ones, but including the first if `ids` starts with BOS."""
     num_bos = 1 if ids[0] == bos else 0
     return items[:num_bos] + items[len(items) - (size - num_bos) :]

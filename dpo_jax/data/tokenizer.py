@@ -21,7 +21,7 @@ TOKENS_PER_SAMPLE = 4
 
 
 def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a directory or hub name; Python files in its repository are never run.
+    """Load the tokenizer from a directory or a hub name; Python files in its repository are never run.
 
     ``revision``: branch, tag or commit of a hub name. ``chat_template``: a file, or the name of one of the tokenizer's.
 
@@ -44,10 +44,10 @@ def load_tokenizer(path: str, revision: str | None, chat_template: str | None) -
 
 
 def _select_template(path: str, default: Any, choice: str | None) -> str | dict[str, str] | None:
-    """Return the text of the chosen template, or else the tokenizer's default: a text, a dict of several, or None."""
+    """Return the text of the chosen template; if no choice, the tokenizer's own: a text, a dict of several, or None."""
     templates = default if isinstance(default, dict) else {}
     if not all(isinstance(text, str) for text in (templates.values() if templates else [default or ""])):
-        remedy = "correct it, or give a file as data.chat_template"
+        remedy = "correct it, or set data.chat_template to a file"
         raise UserError(f"{path}: chat_template is not text: {shown(default)}; {remedy}")
     if choice is None:
         return default or None
@@ -125,7 +125,7 @@ def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     text = next(vocabulary_texts(tokenizer), "")
     with from_outside(f"{name}: the tokenizer fails", "fix its files, or set model.tokenizer to another"):
         tokenizer(text)  # says why, if it can
-    problem = "does not encode its own vocabulary, or adds other tokens to some texts than to others"
+    problem = "does not encode its own vocabulary, or adds different tokens to different texts"
     raise UserError(f"{name}: the tokenizer {problem}; set model.tokenizer to another")
 
 

@@ -79,7 +79,7 @@ def _parse_json_text(name: str, value: Any) -> Any:
 
 
 def _check_characters(name: str, value: Any) -> None:
-    """Check that every text in a value is valid Unicode, because chat templates may write any part of it."""
+    """Check that every text in a value is valid Unicode, because chat templates may output any part of it."""
     if isinstance(value, str):
         text(name, value)
     elif isinstance(value, Mapping | list | tuple):
@@ -159,7 +159,7 @@ def _calls(name: str, value: object) -> list[dict]:
 
 
 def _is_trained_on(name: str, message: dict) -> bool:
-    """Return whether to train on an assistant message, and remove the keys that state it."""
+    """Return whether to train on an assistant message, and remove its keys that say so."""
     flags = {key: message.pop(key) for key in _WEIGHT_KEYS if key in message}
     for key, value in flags.items():
         if number(value) not in (0, 1) and not isinstance(value, bool):

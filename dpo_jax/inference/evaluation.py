@@ -39,7 +39,7 @@ class ScoredSet(NamedTuple):
         return metrics
 
     def distributions(self, loss: LossConfig) -> dict[str, Any]:
-        """Return `reward_distributions`, with the calibration of a reward model as ``reward_model``."""
+        """Return `reward_distributions`, plus a reward model's calibration, if there is one, as ``reward_model``."""
         distributions = reward_distributions(self.policy, self.reference, loss)
         if self.scores is not None:
             margins = self.score_margins

@@ -108,7 +108,7 @@ def answer_rows(
 
 
 def rollout_weights(model: Model, weights: Params | Adapted, mesh: Mesh) -> Any:
-    """Copy the weights to the `sampling_mesh` of ``mesh`` in the compute dtype, because each new token reads all."""
+    """Copy the weights to the `sampling_mesh` of ``mesh`` in the compute dtype, as each new token reads them all."""
     return make_copy(model, sampling_mesh(model, mesh), isinstance(weights, Adapted))(weights)
 
 

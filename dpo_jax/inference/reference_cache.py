@@ -104,7 +104,7 @@ def _load_complete(path: Path, inputs: Mapping, shape: tuple[int, int], report: 
 def _load_parts(
     path: Path, inputs: Mapping, shape: tuple[int, int], report: Callable[[str], None]
 ) -> tuple[Arrays, np.ndarray]:
-    """Load the rows that an interrupted build completed: their log-probs, and an array that is 1 at each of them."""
+    """Load the rows that an interrupted build completed: their log-probs, and an array with 1 for each such row."""
     logps: Arrays = {}
     times_computed = np.zeros(shape[0], int)
     for part in list_files(path.parent, f"{path.stem}.part-*.npz"):

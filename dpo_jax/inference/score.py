@@ -17,7 +17,7 @@ LogpsStep = Callable[[Any, PreferenceBatch], PairLogps]  # compiled: (weights, b
 def dataset_logps(
     logps_step: LogpsStep, weights: Any, batches: Batches, to_devices: ToDevices, steps: Sequence[int] | None = None
 ) -> tuple[np.ndarray, PairLogps]:
-    """Compute the log-probs of all examples, or of those of ``steps``, and return them in order as host arrays.
+    """Compute the log-probs of all examples, or only of those in ``steps``, and return them in order as host arrays.
 
     Returns:
         Example ids [N], and the PairLogps of these N examples; a mixture's sums over tokens are those of all batches.

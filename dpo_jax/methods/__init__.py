@@ -15,7 +15,7 @@ __all__ = ["METHODS", "Method"]
 
 
 def _pairs(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline | OnlineDPO, Start]:
-    """Build DPO or, if the config has its pairs sampled by the policy, online DPO."""
+    """Build DPO or, if the policy samples the pairs itself, online DPO."""
     return (dpo if setup.config.data.online is None else online_dpo)(setup, flags)
 
 

@@ -45,7 +45,7 @@ def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
 
 
 def reward_model_scores(setup: Setup, options: RewardModelConfig) -> tuple[dict[str, PairLogps], dict[str, str]]:
-    """Score the pairs of each evaluation set with a reward model, and identify it; empty if ``options`` names none.
+    """Return a reward model's scores of each evaluation set's pairs, and its identity; empty if ``options`` has none.
 
     The pairs lie in the rows in which the policy is evaluated, and as a reward model was trained on them.
 
@@ -56,7 +56,7 @@ def reward_model_scores(setup: Setup, options: RewardModelConfig) -> tuple[dict[
         return {}, {}
     policy, date = setup.config.model, setup.config.data.template_date
     reward = open_reward_model(options, policy, platform_of(setup.mesh), setup.tokenizer, date)
-    remedy = f"its tokenizer or chat template is not that of {policy.path}, by which the pairs are tokenized"
+    remedy = f"its tokenizer or chat template is not that of {policy.path}, with which the pairs are tokenized"
     require(reward.reads_tokens, f"{options.section}.path", options.path, f"{remedy}; use one of the same family")
     max_length = setup.config.data.max_length
     refuse_positions(reward.opened.model.config, max_length, f"{options.section}.path", options.path)

@@ -1,4 +1,4 @@
-"""Judge policies by one answer to each evaluation prompt: always the same prompts, with the same keys."""
+"""Judge policies by one answer to each evaluation prompt: always the same prompts, with the same sampling keys."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Judging:
-    """Judges policies against the initial policy, with which `sampled_kl` and `win_rate` compare."""
+    """Judges policies against the initial policy, the baseline of `sampled_kl` and `win_rate`."""
 
     name: str  # of the evaluation set
     setup: Setup
@@ -68,7 +68,7 @@ class Judging:
         return np.concatenate([judge(batches.store, i[i >= 0], g.prompts, g.answers).ravel() for i, g in id_answers])
 
     def best_of(self, counts: Sequence[int]) -> dict[int, Judged]:
-        """Return for each count n the best, by the judge, of n answers of the initial policy to each prompt."""
+        """Return, for each count n, the highest-scoring of n answers of the initial policy to each prompt."""
         if not counts:
             return {}
         batches, weights = self.setup.evals[self.name], rollout_weights(self.setup.model, self.start, self.setup.mesh)
@@ -116,7 +116,7 @@ def _joined(draws: Sequence[Graded]) -> Graded:
 
 
 def open_judging(setup: Setup, reward: JudgeConfig, start_answers: Answers | None = None) -> tuple[Judging, dict]:
-    """Load the initial policy and the judge, and sample the policy's answers if not given; also return identities.
+    """Load the initial policy and the judge, and sample the policy's answers unless given; also return identities.
 
     ``setup``: that of a run on prompts, with one evaluation set.
 

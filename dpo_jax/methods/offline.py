@@ -75,7 +75,7 @@ class Offline:
         return Frozen(self.base)
 
     def check_start(self, state: TrainState) -> str | None:
-        """If policy and reference have equal weights, check that they agree, and else measure how far they are apart.
+        """If policy and reference have equal weights, check that they agree; otherwise, measure how far apart they are.
 
         Return what there is to say: their mean margin, or how many answers of a mixture of experts differ.
         """

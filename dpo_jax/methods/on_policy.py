@@ -45,7 +45,7 @@ class AnswerEvaluation:
     def of_answers(
         self, name: str, answers: Sequence[Graded], log_ratios: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """Return the value of each metric for each answer to the prompts of a set."""
+        """Return each metric's values, one for each answer to the prompts of a set."""
         values = {
             "score": np.concatenate([graded.scores.ravel() for graded in answers]),
             "length": np.concatenate([graded.num_tokens.ravel() for graded in answers]),
@@ -81,7 +81,7 @@ def make_evaluation(setup: Setup, sampler: Sampler, reference: Params | Adapted 
 
 
 def wins(answers: Graded, reference: Graded) -> np.ndarray:
-    """Return for each answer 1 if it scores higher than the reference's, 0 if lower, 1/2 if equal.
+    """Return, for each answer, 1 if it scores higher than the reference's, 0 if lower, and 1/2 if equal.
 
     The same answer may score differently in another batch, by rounding, so equal tokens are equal, too.
     """
@@ -122,7 +122,7 @@ def sampled_facts(
     check: Callable[[Metrics], None],
     keeps_reference: bool,
 ) -> StepFacts:
-    """Return the `StepFacts` of a step on the answers ``graded``, packed as ``data``; ``extra``: the host's metrics."""
+    """Return the `StepFacts` of a step on the answers ``graded``, packed as ``data``; ``extra``: host metrics."""
     num_prompts, num_sampled = len(graded.prompts), int(graded.num_tokens.sum())
 
     def log_row(metrics: Metrics, totals: Mapping[str, int]) -> Metrics:

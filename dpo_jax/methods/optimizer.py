@@ -19,7 +19,8 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     decay_length = max(num_steps - config.warmup_steps, 1)
     if (config.decay_steps or 0) > decay_length:
-        remedy = f"{max(num_steps - config.warmup_steps, 0)} steps follow the warmup; lower it, or train longer"
+        num_left = max(num_steps - config.warmup_steps, 0)
+        remedy = f"{num_left} steps follow the warmup; lower decay_steps, or train longer"
         raise UserError("optimizer.decay_steps", config.decay_steps, remedy)
     match config.schedule:
         case "constant":

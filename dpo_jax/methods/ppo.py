@@ -128,7 +128,7 @@ class PPO:
 
 
 def check_rollout(setup: Setup, metrics: Metrics, is_first: bool) -> None:
-    """Check what is known of every rollout: sampler and training program agree, and the first update's ratios are 1.
+    """Check what must hold in every rollout: sampler and training program agree, and the first update's ratios are 1.
 
     ``is_first``: policy and reference have the same weights, so the KL is 0, too.
 

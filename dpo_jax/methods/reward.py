@@ -1,4 +1,4 @@
-"""Reward modeling: answer scores with the Bradley-Terry loss, on the same pairs, packing and train step as DPO."""
+"""Reward modeling: answer scores trained with the Bradley-Terry loss; pairs, packing and train step are DPO's."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from dpo_jax.models.heads import reward_hf_config
 
 
 def reward(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
-    """Build the method that trains a reward model and the arrays it starts from; ``flags`` are compiler options."""
+    """Build the method that trains a reward model, and the arrays it starts from; ``flags`` are compiler options."""
     stores = [batches.store for batches in (setup.batches, *setup.evals.values())]
     pad_id = unused_end(setup.tokenizer, setup.model.config.vocab, stores)
     setup = replace(setup, hf_config=reward_hf_config(setup.source.hf_config, pad_id))

@@ -1,4 +1,4 @@
-"""Rollouts: answers that the policy samples to the prompts of a step, their scores, and their rows of tokens.
+"""Rollouts: answers that the policy samples to the prompts of a step, their scores, and their packed rows.
 
 A rollout is a pure function of (data, seed, step, weights), so a resumed run samples the same answers.
 """
@@ -57,7 +57,7 @@ class Graded(NamedTuple):
         return np.array(sums, np.float32)
 
     def take(self, indices: np.ndarray) -> "Graded":
-        """Return the answers with these indices [B, K'], K' to each prompt."""
+        """Return the answers at ``indices`` [B, K'], so that each prompt has K'."""
         answers = [[row[i] for i in chosen] for row, chosen in zip(self.answers, indices.tolist(), strict=True)]
         return Graded(self.prompts, answers, np.take_along_axis(self.scores, indices, axis=1))
 
@@ -124,7 +124,7 @@ def prompt_tokens(store: Store, i: int | np.integer) -> list[int]:
 
 
 def in_slots(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Put the values of real prompts into the slots of a step; slots are 0 where ``ids`` [B] is -1, for padding."""
+    """Put the values of real prompts into the slots of a step; padding slots, with -1 in ``ids`` [B], are 0."""
     slots = np.zeros((len(ids), *values.shape[1:]), values.dtype)
     slots[ids >= 0] = values
     return slots
@@ -168,7 +168,7 @@ def answer_tail(setup: Setup) -> list[int]:
     prompt: Any = [{"role": "user", "content": "a"}] if rendered else "a"
     tokenized = make_tokenize_prompt(setup.config.data.template_date, setup.tokenizer)(Example(0, prompt, ()))
     if not isinstance(tokenized, TokenizedPrompt):
-        raise UserError(f"data.chat_template: it cannot render one message of a user: {tokenized.detail}; use another")
+        raise UserError(f"data.chat_template: it cannot render a single user message: {tokenized.detail}; use another")
     return tokenized.tail
 
 
@@ -223,7 +223,7 @@ def make_judge(setup: Setup, config: JudgeConfig, tail: list[int]) -> tuple[Judg
 
 
 def make_row_of(setup: Setup) -> Callable[[Store, int], tuple[Source, int]]:
-    """Return a function from an example of a store to its source, which is opened once, and the row in it."""
+    """Return a function that maps an example of a store to its source, which is opened once, and its row there."""
     source_of = cache(lambda key, index: open_source(setup.sources[key][index], index, setup.config.stage))
     return lambda store, i: (source_of(store.key, int(store.sources[i])), int(store.rows[i]))
 
@@ -252,14 +252,14 @@ def _function_judge(setup: Setup, name: str, option: str) -> Judge:
 
 
 def checked_scores(option: str, name: str, scores: Any, num_answers: int) -> list[float]:
-    """Return the scores of the reward function ``name``, given as ``option``, as numbers.
+    """Return the scores of the reward function ``name``, which ``option`` selects, as floats.
 
     Raises:
         UserError: they are not ``num_answers`` finite numbers.
     """
     with from_outside(f"{option}: {name} returned {type(scores).__name__}", "return a list of numbers"):
         numbers = [float(score) for score in scores]
-    remedy = f"it returned {len(numbers)} scores of {num_answers} answers; return one each"
+    remedy = f"it returned {len(numbers)} scores for {num_answers} answers; return one score per answer"
     require(len(numbers) == num_answers, option, name, remedy)
     refuse_not_finite(option, name, numbers)
     return numbers

@@ -1,4 +1,4 @@
-"""Samples of an evaluation: answers to a few of its prompts, so that a reader sees what training changes.
+"""Samples of an evaluation: answers to a few of its prompts, so that a reader can see what training changes.
 
 Keys are those of evaluation at every step, so two answers of equal weights are equal, and a resumed run samples the
 same ones.
@@ -74,7 +74,7 @@ class PromptAnswerer:
 
 
 def blocks(items: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
-    """Yield consecutive items in lists of equal length, so that one program serves all; each with its first index.
+    """Yield (first index, items) of consecutive blocks of equal length, so that one program serves all of them.
 
     Repetitions of an item fill the last list.
     """
@@ -127,7 +127,7 @@ class Samples:
 
 
 def answer_fields(answerer: PromptAnswerer, judge: Judge | None, weights: Params | Adapted) -> list[Row]:
-    """Answer each prompt; return the fields that samples.jsonl has of the answers, with the judge's scores, if any."""
+    """Answer each prompt; return the fields of samples.jsonl for the answers, with the judge's scores, if any."""
     answers = answerer(weights)
     fields = list(answerer.fields(answers))
     if judge is None:
@@ -196,7 +196,7 @@ def make_start_answers(setup: Setup) -> StartAnswers | None:
         not (num_samples and decoder_of(setup.source).scores),
         "run.samples",
         num_samples,
-        "model.path is a reward model, which gives no answers to score; use 0",
+        "model.path is a reward model, which cannot generate answers to score; use 0",
     )
     language_model = replace(model, config=replace(model.config, scores=0), lora=None)
     answerer = make_answerer(setup, language_model)

@@ -110,7 +110,7 @@ def assemble(
 
 
 def longest_sample(config: AnyConfig, stores: Sequence[Store]) -> int:
-    """Return the maximum length in tokens of a prompt of these evaluation sets with an answer sampled to it."""
+    """Return the maximum length in tokens of a prompt of these evaluation sets plus its sampled answer."""
     return max(int(store.lengths[:, 0].max()) for store in stores) + config.sampling.max_tokens
 
 
@@ -137,7 +137,7 @@ def sets_of(
 
 
 def refuse_weights(loss: LossConfig, store: Store) -> None:
-    """Raise ``UserError`` for weighted rows under a loss that sorts a step's pairs and so has no per-pair loss."""
+    """Raise ``UserError`` for weighted rows under a loss that sorts a step's pairs and so has no term per pair."""
     sorting_losses = [name for name, _ in loss.terms if LOSS_TRAITS[name].sorts]
     weighted_rows = np.flatnonzero(store.weights != 1)
     if sorting_losses and len(weighted_rows):

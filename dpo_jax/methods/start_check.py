@@ -46,7 +46,7 @@ def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
 
 
 def agreement(setup: Setup) -> float:
-    """Return the tolerance for log-probs of the model: of their mean difference if it is a mixture of experts."""
+    """Return the tolerance for differences of log-probs: for their mean if the model is a mixture of experts."""
     return (AGREEMENT if setup.model.config.experts is None else MIXTURE_AGREEMENT)[precision(setup)]
 
 
@@ -108,18 +108,18 @@ def prove_start(setup: Setup, policy: np.ndarray, reference: np.ndarray) -> str 
             f"step 0: policy and reference have the same weights, but their log-probs differ by {difference:.3g} "
             f"relative to their size{' on average' * is_mean} (tolerance: {bound:g}): {cause}"
         )
-    if not is_mean:
-        return None
     rounding = AGREEMENT[precision(setup)]
     num_flipped = int((differences > rounding).sum())
+    if not is_mean or num_flipped == 0:
+        return None
     return (
         f"log-probs of {num_flipped} of {differences.size} answers differ by more than {rounding:g} of their size from "
-        "the reference's: tokens for which two experts are nearly tied have another one"
+        "the reference's: where two experts are nearly tied for a token, rounding chooses between them"
     )
 
 
 def check_first(setup: Setup, values: Mapping[str, float], data: StepData) -> None:
-    """Check that the first train step, with policy equal to reference, has margins of 0 and the loss of margin 0.
+    """Check that the first train step, with policy equal to reference, has margins of 0 and the loss at margin 0.
 
     Equal bits are required of the evaluation function only: in the train step the policy's log-probs come with a
     gradient and the reference's without, and a compiler may round the two differently. The margins are 0 within

@@ -1,4 +1,4 @@
-"""The value model of PPO: whose layers it has, where they start, and what it computes together with the policy."""
+"""The value model of PPO: whose layers it uses, how they are initialized, and what it computes with the policy."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from dpo_jax.weights.reward_model import open_reward_model
 
 
 class ValueModel(NamedTuple):
-    """A decoder with a head; if it is ``shared``, its layers are the policy's, and only the head is trained as its own.
+    """A decoder with a head; if it is ``shared``, its layers are the policy's, and only the head is its own.
 
     With LoRA its base is the policy's, too.
     """
@@ -66,9 +66,10 @@ def reward_adapters(config: PPOConfig, policy: Model, reward: OpenModel) -> Lora
 
 
 def require_adapters(config: PPOConfig, holds: bool) -> None:
-    """Raise ``UserError`` if the adapters of the reward model are not, by ``holds``, on the base of the policy."""
-    base = f"with lora.rank policy and value model share the weights of {config.model.path}"
-    remedy = f"{base}, but {config.reward.path} did not train adapters on them; use policy, or train it with lora.rank"
+    """Raise ``UserError`` unless the reward model's adapters are on the policy's base, as ``holds`` says."""
+    base = f"with lora.rank, policy and value model share the weights of {config.model.path}"
+    problem = f"{base}, but {config.reward.path} did not train adapters on them"
+    remedy = f"{problem}; use policy, or train the reward model with lora.rank"
     require(holds, "ppo.value_model", "reward", remedy)
 
 
@@ -84,8 +85,8 @@ def open_start(setup: Setup) -> OpenModel | None:
         return None
     platform, template_date = platform_of(setup.mesh), config.data.template_date
     reward = open_reward_model(config.reward, config.model, platform, setup.tokenizer, template_date)
-    reason = f"{config.reward.path} has another tokenizer or chat template than the policy"
-    require(reward.reads_tokens, "ppo.value_model", "reward", f"{reason}, so it cannot read its tokens; use policy")
+    reason = f"{config.reward.path} cannot read the policy's tokens: its tokenizer or chat template differs"
+    require(reward.reads_tokens, "ppo.value_model", "reward", f"{reason}; use policy")
     return reward.opened
 
 

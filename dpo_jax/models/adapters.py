@@ -51,15 +51,14 @@ def start_adapters(
     kaiming and gaussian match PEFT; zero_a is Init[B] of arXiv 2406.08447. ``head``: the reward head of the base,
     from which the trained head starts.
     """
-    shapes, sizes = model.adapter_shapes(), projections(model.config)
+    assert model.lora is not None
+    shapes, sizes, rank = model.adapter_shapes(), projections(model.config), model.lora.rank
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
 
     def draw(path, leaf, key):
         if path[-1].key == "score":
             assert head is not None
             return head.astype(leaf.dtype)
-        assert model.lora is not None
-        rank = model.lora.rank
         if (path[-1].key == "b") != (init == "zero_a"):
             return jnp.zeros(leaf.shape, leaf.dtype)
         if init == "gaussian":

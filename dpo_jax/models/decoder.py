@@ -39,7 +39,7 @@ def plain_batch(tokens: Int[Array, "R T"], lengths: Int[Array, " R"]) -> Prefere
 
 
 def count_answers(batch: PreferenceBatch) -> Int[Array, "R T"]:
-    """Return the number of sequences that each token is part of: for a prompt's token, one per answer; 0 at padding."""
+    """Return the number of sequences that each token is part of: for a prompt token, one per answer; 0 at padding."""
     segments, branches = jnp.asarray(batch.segments), jnp.asarray(batch.branches)
     num_rows, length = segments.shape
     rows = jnp.arange(num_rows)[:, None]
@@ -66,7 +66,7 @@ class Decoder(DecoderModule):
         token_weights: Int[Array, "R T"] | None,
         cache: KeyValues | None = None,
     ) -> tuple[Float[Array, "R T D"], KeyValues | None, BalanceSums | None]:
-        """Return the hidden states after the final norm and the cache, if any, with the tokens added.
+        """Return the hidden states after the final norm, and the cache, if any, with the tokens added.
 
         A mixture of experts also returns its routers' sums over tokens, by layer; ``token_weights`` as in `Layer`.
         """
@@ -215,7 +215,7 @@ class Model:
         return jnp.concatenate([hidden, ones], axis=-1)
 
     def head(self, weights: Params | Adapted) -> Float[Array, "S D"]:
-        """Return the head of a reward model: the adapters' own, or without adapters the base's."""
+        """Return the head of a reward model: the adapters' own or, without adapters, the base's."""
         adapters, base = _split(weights)
         return (base if adapters is None else adapters)["score"]
 
@@ -275,7 +275,7 @@ def make_model(config: DecoderConfig, options: ModelConfig, platform: str, lora:
         UserError: the requested attention does not run on that platform, or the model has no experts to balance.
     """
     if options.router_aux_loss_coef is not None:
-        remedy = "the model has no experts; leave it out"
+        remedy = "the model has no experts; remove this option"
         require(config.experts is not None, "model.router_aux_loss_coef", options.router_aux_loss_coef, remedy)
         config = with_balance(config, options.router_aux_loss_coef)
     dtype = options.dtype
@@ -301,7 +301,7 @@ def make_model(config: DecoderConfig, options: ModelConfig, platform: str, lora:
 
 
 def with_balance(config: DecoderConfig, coef: float) -> DecoderConfig:
-    """Return the config with another coefficient of the load-balancing loss, if it has experts."""
+    """Return the config with a new coefficient for the load-balancing loss, if it has experts."""
     if config.experts is None:
         return config
     return replace(config, experts=replace(config.experts, balance_coef=coef))

@@ -22,7 +22,7 @@ from dpo_jax.models.projections import AXES, layer_projections
 
 
 class Work(NamedTuple):
-    """Workload of a forward pass; counts over all rows of a batch."""
+    """Workload of a forward pass, as counts over all rows of a batch."""
 
     tokens: int  # tokens through the layers: real ones for MFU, all slots for the cost of a layout
     seen: int  # visible (query, key) pairs, over all layers
@@ -43,7 +43,7 @@ class Flops(NamedTuple):
 
 
 def causal_pairs(length: Int[np.ndarray, "*n"], windows: Sequence[int | None]) -> Int[np.ndarray, "*n"]:
-    """Count the (query, key) pairs of a causal sequence over layers with these sliding windows.
+    """Count the (query, key) pairs of a causal sequence, summed over layers with these sliding windows.
 
     Token p sees p + 1 keys, or the last ``window`` of them.
     """
@@ -110,7 +110,7 @@ def forward_flops(config: DecoderConfig, work: Work) -> Flops:
 
 
 def adapter_flops(config: DecoderConfig, work: Work, lora: Lora) -> int:
-    """Count the operations that adapters add to a forward pass: (x A^T) B^T, the first of them once per module.
+    """Count the operations that adapters add to a forward pass: (x A^T) B^T, with x A^T computed once per module.
 
     Of the experts' adapters, only those of a token's experts count.
     """

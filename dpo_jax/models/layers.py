@@ -53,7 +53,7 @@ def scaled(x: Array, factor: float) -> Array:
 
 
 class Rotation(NamedTuple):
-    """Rotary embeddings at the positions of a batch; stacked by kind of layer, or of one kind."""
+    """Rotary embeddings at the positions of a batch, for one kind of layer or stacked over all kinds."""
 
     angles: Float[Array, "*kinds R T C"]
     factor: Float[Array, "*kinds"] | None  # of cosines and sines; None: 1
@@ -182,7 +182,7 @@ class DecoderModule(nn.Module):
         return y
 
     def factors(self, name: str) -> dict[str, Array]:
-        """Declare A and B of the adapter of projection ``name``; in a fused module only its first one has an A."""
+        """Declare A and B of the adapter of projection ``name``; in a fused module, only the first projection has A."""
         assert self.lora is not None
         row = layer_projections(self.config)[name]
         letters = {"a": f"{row.stack}r{row.inputs}", "b": f"{row.stack}{row.outputs}r"}

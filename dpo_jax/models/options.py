@@ -49,7 +49,7 @@ class LongropeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicScaling:
-    """Dynamic NTK scaling in the original context, where it has no effect; longer sequences have a larger base."""
+    """Dynamic NTK scaling in the original context, where it has no effect; only longer sequences change the base."""
 
     original_max_position_embeddings: int
 
@@ -137,7 +137,7 @@ class DecoderConfig:
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
-        """The different kinds of layers, in order of their first layers."""
+        """The different kinds of layers, in the order in which they first occur."""
         return tuple(dict.fromkeys(self.pattern))
 
     @property
@@ -196,5 +196,5 @@ class Lora:
     shared: tuple[tuple[str, str], ...] = ()  # (name, other): both are in one module, so name has the A of other
 
     def owner(self, name: str) -> str:
-        """Return the projection whose A the projection ``name`` uses: its own, or that of its fused module's first."""
+        """Return the projection whose A is used by ``name``: itself or, in a fused module, the module's first one."""
         return dict(self.shared).get(name, name)

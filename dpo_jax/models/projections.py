@@ -98,7 +98,7 @@ EXPERT_PARAMETERS = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down
 
 
 def layer_projections(config: DecoderConfig) -> dict[str, Projection]:
-    """Return the rows of the matrices that each layer of the model has, by name, in order of computation."""
+    """Return the `Projection` of each matrix in the model's layers, by name, in order of computation."""
     if config.experts is None:
         return {name: row for name, row in LAYER.items() if name != "gate" or config.gated}
     has_shared = config.experts.shared_ffn > 0

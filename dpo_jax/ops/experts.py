@@ -24,7 +24,7 @@ from dpo_jax.parallel.sharding import AXES, EXPERT_AXIS, ROWS, mesh_is_active
 
 
 class Router(NamedTuple):
-    """How a router's logits become experts and their weights; the softmax of the loss is always over all experts."""
+    """How a router's logits become experts and their weights; the load-balancing loss's softmax is over all experts."""
 
     top_k: int
     softmax: Literal["all", "chosen"] = "all"  # experts over which the weights are normalized first
@@ -61,7 +61,7 @@ def route(
     mask: Bool[AnyArray, "R T"],
     router: Router,
 ) -> Routing:
-    """Choose each token's experts, in float32; of equal logits, the expert that comes first wins.
+    """Choose each token's experts, in float32; among equal logits, the first expert wins.
 
     Where ``mask`` is False, at padding, a token has no expert.
     """
@@ -246,7 +246,7 @@ def _on_platform(fn: Callable[..., Any], *arrays: Any) -> Any:
 
 
 def _num_windows(is_sharded: bool, experts: ExpertWeights, per_token: int) -> int:
-    """Return the number of windows that the rows are split into; one holds twice the rows of a balanced routing."""
+    """Return the number of windows that the rows are split into; each holds twice the rows of a balanced routing."""
     if not is_sharded:
         return 1
     num_slots = min(per_token, len(experts.gate.matrix))
@@ -278,7 +278,7 @@ def _apply(options, num_windows, implementation, shard, experts, x, weights, ind
 
 
 def _pull(options, num_windows, implementation, shard, experts, x, weights, indices, g):
-    """Return the gradients of x, weights and experts, given that of the result; the last is float32."""
+    """Return the gradients of x, weights and experts, given that of the result; the experts' are float32."""
     num_experts = len(experts.gate.matrix)
     own_slots = partial(_own_slots, indices=indices - shard.first_expert, num_experts=num_experts)
     own_weights, pull_weights, indices = jax.vjp(own_slots, weights, has_aux=True)
@@ -327,7 +327,7 @@ def _apply_rows(
 def _own_slots(
     weights: Float[Array, "R T k"], indices: Int[AnyArray, "R T k"], num_experts: int
 ) -> tuple[Float[Array, "n m"], Int[Array, "n m"]]:
-    """Keep each token's slots of experts 0 to ``num_experts`` - 1; a kept slot may have no expert."""
+    """Keep each token's slots of experts 0 to ``num_experts`` - 1; some of the kept slots may have no expert."""
     weights, indices = (jnp.reshape(x, (-1, x.shape[-1])) for x in (weights, indices))
     is_own = (indices >= 0) & (indices < num_experts)
     num_slots = min(num_experts, indices.shape[-1])

@@ -1,4 +1,4 @@
-"""Products of rows with the matrix of each row's expert, at the cost of the rows that are routed.
+"""Products of rows with the matrix of each row's expert, at a cost proportional to the number of routed rows.
 
 Each slot (a token and one of its experts) has a row. Rows are sorted by expert, so that an expert's rows are adjacent.
 On TPUs they are contiguous, and the products are kernels. Elsewhere each expert's rows start at a new block of rows, so

@@ -7,7 +7,7 @@ import jax
 
 
 def transposed_by(transpose: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that makes ``transpose(g, indices)`` the gradient by x of a linear ``fn(x, indices)``.
+    """Return a decorator that makes ``transpose(g, indices)`` the x-gradient of a linear ``fn(x, indices)``.
 
     Autodiff would turn a gather into a scatter, which is slow on a TPU; the transposes that are given are gathers, too.
     """

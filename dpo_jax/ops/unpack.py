@@ -30,7 +30,7 @@ class UnpackIndices(NamedTuple):
 
 
 def unpack_branches(batch: PreferenceBatch, length: int) -> UnpackIndices:
-    """Return indices that unpack each row into K sequences of ``length`` tokens: all prompts and a branch's answers."""
+    """Return indices that unpack each row into K sequences of ``length`` tokens: all prompts, one branch's answers."""
     num_branches = batch.answer_slots.shape[-1]
     branches, segments = jnp.asarray(batch.branches)[:, None], jnp.asarray(batch.segments)[:, None]
     branch = jnp.arange(1, num_branches + 1)[:, None]

@@ -42,7 +42,7 @@ _BOOLEANS = {"true": "True", "false": "False"}  # spellings that the options of 
 
 @contextmanager
 def no_cache_writes() -> Iterator[None]:
-    """Context manager that disables writes to JAX's compilation cache: it cannot load programs for absent devices."""
+    """Context manager that stops writes to JAX's compilation cache, which cannot load programs for absent devices."""
     option = "jax_persistent_cache_min_compile_time_secs"
     previous_value = jax.config.values[option]
     jax.config.update(option, float("inf"))

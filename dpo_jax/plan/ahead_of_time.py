@@ -56,7 +56,7 @@ def check_pair(requirements: Sequence[str], libtpu: str) -> None:
 
 
 def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:
-    """Return devices of TPU slices that can compile but not run; libtpu must be installed.
+    """Return the devices of TPU slices, for which programs can be compiled but not run; libtpu must be installed.
 
     Raises:
         UserError: libtpu does not match the installed jax.
@@ -77,7 +77,7 @@ def slice_mesh(config: PlannedConfig, slice_: Topology, slices: int) -> Mesh | A
 
 
 def abstract_batch(load: Load, mesh: Mesh | AbstractMesh, leading: tuple[int, ...] | None = None) -> PreferenceBatch:
-    """Return a train step's batch as shapes and shardings; ``leading`` dims default to those of microbatches."""
+    """Return a train step's batch as shapes and shardings; ``leading`` dims default to those for microbatches."""
     num_answers = len(load.lengths) - 1
     shape = BatchShape(
         rows=load.rows,
@@ -179,7 +179,7 @@ Arguments = tuple[TrainState, Frozen, PreferenceBatch | Rollout]  # of a train s
 def step_arguments(
     config: PlannedConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, value: ValueModel | None = None
 ) -> Arguments:
-    """Return shapes and shardings of the arguments of the config's train step on a mesh; ``value``: that of PPO."""
+    """Return shapes and shardings of the arguments of the config's train step; ``value``: the value model of PPO."""
     frozen = abstract_frozen(config, model, mesh, load)
     if isinstance(config, PPOConfig):
         state = abstract_policy_state(model, value, mesh, _optimizer(config))

@@ -54,7 +54,7 @@ def rows_work(load: Load, model: Model) -> Work:
 
 
 def pair_stage(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load: Load, text: str) -> Stage:
-    """Return the update on pairs; ``text``: its compiled program."""
+    """Return the stage of the update on pairs; ``text``: the HLO text of its compiled program."""
     lengths = np.tile(np.round(load.lengths).astype(int), (load.examples, 1))
     model_ops = model_flops(config, model, lengths, lengths[:, 1:])
     has_live_reference, work = config.reference_mode == "live", rows_work(load, model)
@@ -87,7 +87,7 @@ def _forward(model: Model, work: Work) -> int:
 
 
 def sampled_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> list[Stage]:
-    """Return the stages of a step on sampled answers; ``texts``: the compiled programs by their phase."""
+    """Return the stages of a step on sampled answers; ``texts``: HLO texts of the compiled programs, by phase."""
     model, mesh, rollout, reward = plan.model, plan.mesh, plan.load, plan.reward_model
     tensor, num_rows = mesh.shape["tensor"], rollout.rows // row_devices(mesh)
     prompt, answer = np.round(load.lengths[:2]).astype(int)
@@ -204,7 +204,7 @@ def step_costs(
 
 
 def run_costs(costs: dict[str, Any], steps: int, slice_: Topology, slices: int) -> dict[str, Any]:
-    """Return the duration and the price of a run of that many steps."""
+    """Return the duration of a run of ``steps`` steps, in hours, and its price in chip-hours."""
     hours = [steps * costs[name]["step_seconds"] / 3600 for name in ("full_overlap", "no_overlap")]
     return {"steps": steps, "hours": hours, "chip_hours": [t * slice_.chips * slices for t in hours]}
 

@@ -133,7 +133,7 @@ def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, 
 
 
 def _calls(name: str, computations: dict[str, Computation]) -> Iterator[tuple[str, int | None]]:
-    """Yield the computations that this one calls, and how often, or None for a loop of unknown length."""
+    """Yield each computation that the named one calls, with the number of times; None for a loop of unknown length."""
     for instruction, line in computations[name].items():
         if instruction == "ROOT":  # also listed under its name
             continue

@@ -1,4 +1,4 @@
-"""The size of a step's input, from a config and what is known of its data."""
+"""The size of a step's input, from a config and what is known about its data."""
 
 from dataclasses import dataclass, replace
 
@@ -50,7 +50,7 @@ class Load:
 
     @property
     def room(self) -> tuple[float, ...]:
-        """Tokens of a prompt and of each of its answers for which the rows have room."""
+        """Number of tokens for which the rows have room, for a prompt and for each of its answers."""
         prompt, *answers = self.lengths
         return prompt, *(length if self.answer_room is None else self.answer_room for length in answers)
 
@@ -98,7 +98,7 @@ def find_load(config: PlannedConfig, mesh: Mesh | AbstractMesh, inputs: Inputs) 
     answers and their prompts are as long as they may be. Without rows, as many as the lengths need.
     """
     batch, devices, rows = config.batch, row_devices(mesh), inputs.rows
-    remedy = "its rows depend on the data; use shared or repeated"
+    remedy = "the rows of this layout depend on the data; use shared or repeated"
     require(batch.layout != "padded", "batch.layout", batch.layout, remedy)
     if batch.row_length == "auto":
         raise UserError("batch.row_length", "auto", "plan needs a number, such as --batch.row_length 4096")
@@ -110,7 +110,7 @@ def find_load(config: PlannedConfig, mesh: Mesh | AbstractMesh, inputs: Inputs) 
         fits = prompt + planned.num_tokens <= max_length and answer <= planned.num_tokens
         reason = f"{max_length - planned.num_tokens} tokens (data.max_length) and an answer {planned.num_tokens}"
         require(
-            fits, "--lengths", inputs.lengths, f"a prompt may have {reason} (sampling.max_tokens); reduce the lengths"
+            fits, "--lengths", inputs.lengths, f"a prompt may have at most {reason} (sampling.max_tokens); reduce them"
         )
     elif inputs.lengths is None:
         rows = rows or 1
@@ -131,7 +131,7 @@ def find_load(config: PlannedConfig, mesh: Mesh | AbstractMesh, inputs: Inputs) 
     fits = longest <= max_length and max(longest, load.unit_room / copies) <= batch.row_length
     unit = "a prompt with its answers" if planned.per_prompt else "a pair"
     limits = f"{max_length} tokens (data.max_length), and {unit} at most {batch.row_length} (batch.row_length)"
-    require(fits, "--lengths", lengths, f"a prompt and answer have at most {limits}; reduce the lengths")
+    require(fits, "--lengths", lengths, f"a prompt and answer may have at most {limits}; reduce the lengths")
     if rows is None:
         return replace(load, rows=_needed_rows(config, load, devices, inputs.sets))
     if load.examples * load.unit_room > load.slots:
@@ -157,7 +157,7 @@ def _filling_lengths(config: PlannedConfig, num_rows: int, copies: int) -> tuple
 
 
 def _needed_rows(config: PlannedConfig, load: Load, devices: int, sets: DataSets | None) -> int:
-    """Return the number of rows that a microbatch of the data needs, or without data one of the mean lengths."""
+    """Return the number of rows that a microbatch needs, from the data, or without data from ``load.room``."""
     batch = config.batch
     if sets is not None:
         return train_batches(sets, batch, devices).packer.shapes[-1].rows
@@ -167,7 +167,7 @@ def _needed_rows(config: PlannedConfig, load: Load, devices: int, sets: DataSets
 
 
 def find_rollout(config: PlannedConfig, mesh: Mesh | AbstractMesh, inputs: Inputs) -> RolloutLoad:
-    """Return the size of a step's rollout; its prompts are padded for the longest one that the data has or may have."""
+    """Return the size of a step's rollout; prompts are padded to fit the longest that the data has or may have."""
     max_tokens, answers = config.sampling.max_tokens, config.batch.size * config.planned.sampled
     longest = config.data.max_length - max_tokens
     if inputs.sets is not None:

@@ -37,7 +37,7 @@ from dpo_jax.weights.reward_model import naming_reward, refuse_language_model, r
 def plan_slices(
     config: PlannedConfig, topologies: Sequence[str], inputs: Inputs, search: bool
 ) -> Iterator[dict[str, Any]]:
-    """Yield the `plan` of each slice; with ``search``, also those of settings that need less memory until one fits."""
+    """Yield the `plan` of each slice; with ``search``, also plans that need less memory, until one fits."""
     slices = [parse_topology(text) for text in topologies]
     for slice_ in slices:
         remedy = f"the bandwidth between slices of {slice_.chip.name} is not published; plan a single slice"
@@ -133,7 +133,7 @@ def _batch_facts(config: PlannedConfig, mesh: Mesh | AbstractMesh, load: Load, i
 def find_rollout_plan(
     config: PlannedConfig, model: Model, mesh: Mesh | AbstractMesh, inputs: Inputs
 ) -> tuple[RolloutPlan | None, OpenModel | None]:
-    """Return what a plan compiles of the rollout, None if the config samples no answers, and the reward model's files.
+    """Return the `RolloutPlan`, or None if the config samples no answers, and the reward model's files if it has any.
 
     Raises:
         UserError: the reward model cannot be used.
@@ -170,7 +170,7 @@ def _num_leaves(shapes: Any) -> int:
 def find_reward_model(
     config: PlannedConfig, judge: JudgeConfig, policy: Model
 ) -> tuple[Model | None, OpenModel | None]:
-    """Return the model of ``judge.path`` and its files; without files it is taken to be as the policy, with a head.
+    """Return the model of ``judge.path`` and its files; if there are none, assume the policy with a score head.
 
     A run of ``dpo-jax reward`` does not exist before it has run. No model: a Python function scores the answers.
 
@@ -255,7 +255,7 @@ def search_fit(
 
 
 def _measured_inputs(config: PlannedConfig, source: ModelSource, inputs: Inputs) -> Inputs:
-    """Return ``inputs`` with the config's data sets and the mean lengths of the training pairs."""
+    """Return ``inputs`` with the config's data sets and the mean lengths of the training pairs added."""
     tokenizer = find_tokenizer(source, config.model, config.data.chat_template)
     sets = sets_of(config, tokenizer).with_answers(config.planned)
     ids = np.concatenate([sets.order.step_ids(step) for step in range(sets.order.num_steps)])

@@ -36,7 +36,7 @@ NUM_ENDS = 2  # tokens that end an answer; the plan does not depend on it
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What a plan compiles of a step on sampled answers: of a policy gradient, or of online DPO."""
+    """Inputs from which a plan compiles the rollout of a policy-gradient or online DPO step."""
 
     config: PlannedConfig
     model: Model
@@ -46,7 +46,7 @@ class RolloutPlan:
     load: RolloutLoad
 
     def policy(self, arguments: Arguments) -> Any:
-        """Return the policy in the train step's arguments, as the method's ``weights`` finds it in the state."""
+        """Return the policy's weights, with the base if it has adapters, from the arguments of the train step."""
         params, base = arguments[0].params, arguments[1].base
         params = params.policy if isinstance(params, ActorCritic) else params
         return params if base is None else Adapted(params, base)
@@ -120,7 +120,7 @@ def rollout_phases(plan: RolloutPlan, arguments: Arguments, load: Load) -> list[
     total, cache = sum(always.values()), cache_bytes(plan.model, plan.load, plan.mesh)
 
     def compiled(lower: Any, least: int) -> Compiled:
-        """Compile a program; without devices, it needs at least its arguments and results."""
+        """Compile a program; without devices, estimate its memory as ``least``, its arguments and results."""
         return Compiled(None, None, least) if isinstance(plan.mesh, AbstractMesh) else compile_program(lower)
 
     copying = compiled(lambda: plan.lower_copy(arguments), policy + copy)

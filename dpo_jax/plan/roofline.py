@@ -51,7 +51,7 @@ def _layer_products(model: Model, tokens: int, tensor: int, fsdp: int) -> dict[s
 
 
 def _adapter_products(model: Model, tokens: int, tensor: int, fsdp: int) -> float:
-    """Return the bytes of the operands of the matmuls of a layer's adapters, (x A^T) and that by B^T."""
+    """Return the bytes of the operands of a layer's adapter matmuls: x A^T, and its product with B^T."""
     lora, total = model.lora, 0.0
     if lora is None:
         return total
@@ -66,7 +66,7 @@ def _adapter_products(model: Model, tokens: int, tensor: int, fsdp: int) -> floa
 
 
 def _rows_and_matrices(config: DecoderConfig, name: str, tokens: int, fsdp: int) -> tuple[int, float]:
-    """Return how many rows a matmul of that name has on a device, and how many matrices they are multiplied by.
+    """Return how many rows a device multiplies in the matmuls called ``name``, and by how many matrices.
 
     An expert's matrices are read if it has a token, as most do in a step, but few in a mixture that samples one row.
     """
@@ -80,7 +80,7 @@ def _itemsize(model: Model) -> int:
 
 
 def _head_product(model: Model, targets: int, tensor: int) -> float:
-    """Return the bytes of the operands of the logits; 0 if there are none."""
+    """Return the bytes of the operands of the matmul that computes logits; 0 for a model without logits."""
     c, itemsize = model.config, _itemsize(model)
     return itemsize * c.hidden * (targets + c.vocab / tensor) if c.logits else 0
 

@@ -69,14 +69,16 @@ def render(plan: dict[str, Any]) -> str:
 
 
 def _rollout_lines(rollout: dict[str, Any]) -> list[str]:
-    """Return what a step on sampled answers has besides the policy: its other models, and the size of a rollout."""
+    """Return lines on what a step on sampled answers has besides the policy: other models, and a rollout's size."""
     value, reward, updates = rollout["value_parameters"], rollout["reward_parameters"], rollout["updates"]
-    own_text = "a head on the policy's layers" if rollout["value_shared"] else f"{_num_weights(value or 0)} parameters"
+    value_text = (
+        "a head on the policy's layers" if rollout["value_shared"] else f"{_num_weights(value or 0)} parameters"
+    )
     size = "a Python function, whose time is not counted" if reward is None else f"{_num_weights(reward)} parameters"
     assumption = "it is not found, so it is taken to be the policy's model with a score head"
     rows_text = f"{rollout['rows_per_device']} answers per device, {rollout['answers']} to a prompt"
     return [
-        *([] if value is None else [f"value model  {own_text}"]),
+        *([] if value is None else [f"value model  {value_text}"]),
         f"reward       {rollout['reward']}: {size}",
         *[f"             ASSUMED: {assumption}"] * (not rollout["reward_exists"]),
         f"rollout      {rows_text}; {updates} update{'s' * (updates > 1)} on them",
@@ -99,7 +101,7 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
 
 
 def _phase_text(phase: dict[str, Any]) -> str:
-    """Return a phase's peak memory, and the parts of it that not every phase has."""
+    """Return as text a phase's peak memory, and those parts of it that not every phase has."""
     part_texts = [f"{SIZES[name]} {phase[name]:.2f}" for name in ("copy", "cache", "activations") if phase.get(name)]
     return f"{phase['peak']:.2f} GiB: {', '.join(part_texts)}"
 

@@ -48,7 +48,7 @@ def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
 
 
 def eval_sets(rows: Sequence[Row]) -> list[str]:
-    """Return the names of the evaluation sets: NAME in keys ``eval_NAME_loss`` or, of sampled answers, ``_score``."""
+    """Return the evaluation sets' names: NAME in ``eval_NAME_loss`` or, for sampled answers, ``eval_NAME_score``."""
     keys = dict.fromkeys(key for row in rows for key in row)
     names = (re.fullmatch(r"eval_(.+)_(loss|score)", key) for key in keys)
     return [name[1] for name in names if name is not None]
@@ -83,7 +83,7 @@ def figure(title: str, note: str, draw_theme: Callable[[str], bytes]) -> str:
 
 
 def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
-    """Return a plot as PNG with transparent background; evaluation curves are dashed and have dots."""
+    """Return a plot as a PNG with a transparent background; evaluation curves are dashed and have dots."""
     from matplotlib.ticker import LogFormatter
 
     colors = COLORS[theme]
@@ -134,7 +134,7 @@ def _style(axes: Any, colors: Mapping[str, Any], x_label: str) -> None:
 
 
 def _png(fig: Any) -> bytes:
-    """Return a figure as PNG of at most ``NUM_COLORS`` colors, which takes a third of the bytes.
+    """Return a figure as a PNG whose size is reduced to a third by using at most ``NUM_COLORS`` colors.
 
     They are the most frequent of each group of similar ones, so that lines and texts keep theirs; others become the
     nearest of them.
@@ -163,7 +163,7 @@ def _png(fig: Any) -> bytes:
 
 
 def _bins(size: int) -> list[slice]:
-    """Split so many points into at most ``MAX_BINS`` runs of neighbors, of equal size but for the last."""
+    """Split ``size`` points into at most ``MAX_BINS`` runs of neighbors, of equal size except for the last."""
     width = -(-size // MAX_BINS)
     return [slice(start, start + width) for start in range(0, size, width)]
 
@@ -175,7 +175,7 @@ def binned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], 
 
 
 def envelope(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Return the smallest and the largest value of each bin of a curve, in the order of their steps, and the steps.
+    """Return the steps and values of each bin's smallest and largest value, in the order of the steps.
 
     Drawn, they look like all points: a bin is narrower than a pixel or two.
     """
@@ -187,13 +187,13 @@ def envelope(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], 
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return for each value the mean over a window centered on it, ignoring NaN."""
+    """Return, for each value, the mean over a window centered on it, ignoring NaN."""
     reach = window // 2
     return [_mean(values[max(0, index - reach) : index + reach + 1]) for index in range(len(values))]
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Return the mean, ignoring NaN; NaN if there is nothing else."""
+    """Return the mean, ignoring NaN, or NaN if there are no other values."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 
@@ -284,7 +284,7 @@ def draw_frontier(panels: Mapping[str, Frontier], theme: str) -> bytes:
 
 
 def draw_proxy(curves: Mapping[str, Mapping[str, Sequence[float]]], theme: str) -> bytes:
-    """Draw rewards along training as PNG: a panel for each method, a line for each reward."""
+    """Draw rewards over the steps of training as PNG: a panel for each method, a line for each reward."""
     colors = COLORS[theme]
     fig, panel_axes = _canvas(len(curves), (11.0, 3.6))
     for axes, (title, lines) in zip(panel_axes, curves.items(), strict=True):

@@ -1,4 +1,4 @@
-"""The page of a comparison of methods, from its results: with the exact optimum, or on a user's own model."""
+"""The page of a comparison of methods, from its results: on the task with a known optimum, or on a user's own model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -110,7 +110,7 @@ def frontier_of(experiment: Row, best_title: str) -> Frontier:
 
 
 def methods_of(experiment: Row, best_title: str = "") -> list[Row]:
-    """Return the rows of the reference, of the best of n answers if they have a title, and of each method."""
+    """Return the rows of the reference, of the best of n answers if ``best_title`` is set, and of each method."""
     best_rows = [
         {"name": best_title.replace(" n ", f" {each['n']} "), "beta": None, **each} for each in experiment["best_of"]
     ]
@@ -119,7 +119,7 @@ def methods_of(experiment: Row, best_title: str = "") -> list[Row]:
 
 
 def method_table(rows: Sequence[Row], columns: Columns, subject: str = "Method") -> str:
-    """Return a table with a row for each ``subject``, without the columns that are empty in every row."""
+    """Return a table of the rows, with their names under ``subject``, without columns that are empty in all rows."""
     columns = {title: each for title, each in columns.items() if any(row.get(each[0]) is not None for row in rows)}
 
     def cell(value: Any, form: str) -> str:

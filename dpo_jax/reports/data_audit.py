@@ -118,7 +118,7 @@ def _shared_prompts(sets: DataSets) -> dict[str, Any]:
 
 
 def _rendered(store: Store, i: int, tokenizer: Any) -> dict[str, Any]:
-    """Return one example as the model reads it: texts with special tokens, and tokens where the answers begin."""
+    """Return one example as the model reads it: texts with special tokens, and the tokens where each answer starts."""
     prompt, answers, targets = store.example(i)
     boundary = [tokenizer.convert_ids_to_tokens(part.tolist()) for part in (prompt[-4:], *(a[:4] for a in answers))]
     rendered = _origin(store, i) | {

@@ -77,7 +77,7 @@ def paragraph(text: str) -> str:
 
 
 def cards(values: Mapping[str, tuple[str | None, str]]) -> str:
-    """Return cards of headline numbers; ``values`` maps each name to its value (before or None, after)."""
+    """Return cards of headline numbers; ``values`` maps each name to (value before or None, value after)."""
     cells_html = "".join(
         f'<div class="card"><div class="name">{escape(name)}</div><div class="value">'
         + ("" if before is None else f'<span class="from">{escape(before)} → </span>')
@@ -88,7 +88,7 @@ def cards(values: Mapping[str, tuple[str | None, str]]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], checked: frozenset[tuple[int, int]] = frozenset()) -> str:
-    """Return a table with row names in the first column; cells in ``checked``, (row, column), get a check mark.
+    """Return a table with row names in the first column; the cells (row, column) in ``checked`` get a check mark.
 
     An empty ``head`` leaves out the header row; without rows there is no table.
     """

@@ -182,7 +182,7 @@ def report_done(run_dir: Path, data: Mapping[str, Sequence[Row]], progress: bool
     except Exception as error:  # noqa: BLE001
         if not isinstance(error, OSError):
             warn(traceback.format_exc())
-        warn(f"report: not written ({reason(error)}); the run is complete, and its command can be run again")
+        warn(f"report: not written ({reason(error)}); the run is complete: run its command again to write the report")
     else:
         say(progress, f"report: {path}")
 
@@ -206,7 +206,8 @@ def headlines(metrics: Sequence[Row]) -> dict[str, tuple[str | None, str]]:
 def starts_tied(metrics: Sequence[Row], prefix: str) -> bool:
     """Return whether all margins were 0 within rounding at the first logged accuracy, which is then meaningless.
 
-    The float32 bound applies to every dtype: evaluation scores policy and reference with one function.
+    The float32 bound applies to every dtype: evaluation scores policy and reference with one function. Only a mixture
+    of experts with a cached reference may exceed it, and is then not called tied.
     """
     first = next((row for row in metrics if f"{prefix}rewards/accuracies" in row), {})
     first_metrics = {key.removeprefix(prefix): value for key, value in first.items() if key.startswith(prefix)}

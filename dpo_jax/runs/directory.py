@@ -223,7 +223,7 @@ def read_json(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in storage.read_lines(path)]
         if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line holds no object")
+            raise ValueError("a line holds no JSON object")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is damaged: {reason(error)}: restore the file") from error
     return rows

@@ -53,7 +53,7 @@ class MetricsLog:
             self._track(step, values)
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Log an evaluation: metrics to all logs, distributions and samples only to the file named after them."""
+        """Log an evaluation: metrics to all logs, distributions and samples only to the files named after them."""
         self.metrics(step, evaluation.metrics)
         if self._writes:
             for distribution in evaluation.distributions:

@@ -28,7 +28,8 @@ def resolve_model(path: str, revision: str | None, weights: bool = True) -> Path
     directory = Path(path).expanduser()
     if directory.is_dir():
         if revision is not None:
-            raise UserError(f"model.revision: {revision!r} cannot be used: {path} is a local directory; leave it out")
+            remedy = f"{path} is a local directory; remove this option"
+            raise UserError(f"model.revision: {revision!r} cannot be used: {remedy}")
         if not (directory / "config.json").is_file():
             raise UserError(f"model.path: {path} holds neither config.json nor checkpoints/; give a model or a run")
         return directory

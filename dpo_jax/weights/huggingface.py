@@ -89,7 +89,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _load_leaf(
     sources: list[tuple[Stored, Part, Tensor]], struct: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    """Load one parameter; the host buffers hold only this process's shards, and each slice of it is read once."""
+    """Load one parameter; the host buffers hold only this process's shards, and each slice is read once."""
     spans = {
         device: tuple(s.indices(n)[:2] for s, n in zip(index or (), struct.shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(struct.shape).items()
@@ -281,10 +281,8 @@ def atomic_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
     target = export_target(out_dir, overwrite)
     staging = target.parent / f".{target.name}.partial"
     with _writing(target):
-        if overwrite:  # the caller owns out_dir, so a killed export left this behind
-            shutil.rmtree(staging, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if is_abandoned(staging):
+        if overwrite or is_abandoned(staging):  # to overwrite, the caller owns out_dir: a killed export left this
             shutil.rmtree(staging, ignore_errors=True)
         try:
             staging.mkdir()
@@ -344,7 +342,7 @@ def _copy_companions(source_dir: Path, folder: Path) -> None:
 
 
 def carried_tensors(folder: Path, family: str) -> dict[str, Tensor]:
-    """Find the tensors of a model's other parts, such as vision, which pass from its directory to an export."""
+    """Find the tensors of a model's other parts, such as vision, which are copied from its directory to an export."""
     prefixes = tuple(FAMILIES[family].carried)
     if not prefixes:
         return {}

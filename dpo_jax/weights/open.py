@@ -55,7 +55,7 @@ def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, w
     remedy = f"{path} is not a run directory, so it has no saved steps; leave it at newest"
     require(is_run or checkpoint == "newest", "model.checkpoint", checkpoint, remedy)
     kind = "a run directory; choose its step with model.checkpoint" if is_run else "built in"
-    remedy = f"{path} is {kind}; leave it out"
+    remedy = f"{path} is {kind}; remove this option"
     require(revision is None or not (is_run or is_builtin), "model.revision", revision, remedy)
     if is_builtin:
         return ModelSource(builtin_model(path), None, None)
@@ -237,7 +237,7 @@ def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str 
 
 
 def keep_model_files(run: RunDir, source: ModelSource, hf_config: Mapping[str, Any], tokenizer: Any) -> None:
-    """Write the files next to the trained model to the run directory: config.json, tokenizer, chat template and others.
+    """Write the files that go with the trained model to the run directory: config.json, tokenizer, chat template, etc.
 
     These include the tensors of its `carried_tensors`.
     """

@@ -91,7 +91,7 @@ def _adapted_modules(model: Model) -> dict[str, tuple[str, ...]]:
 
 
 def _wrappers(model: Model) -> dict[str, str]:
-    """Return the module that has the adapter of each of the `modules` in PEFT.
+    """Return, for each of the `modules`, the name of the module that holds its adapter in PEFT.
 
     PEFT wraps the module of all experts in one module for each of its adapted parameters, the last one outermost.
     """
@@ -154,7 +154,7 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig,
 
 
 def _check_parameters(path: Path, options: Mapping[str, Any], model: Model) -> None:
-    """Refuse adapters of other parameters of the experts than ``lora.targets`` names."""
+    """Refuse adapters of expert parameters other than those that ``lora.targets`` names."""
 
     def bad_option(key: str, why: str) -> UserError:
         return UserError(f"lora.path: {path}: {key}", options.get(key), why)
@@ -166,16 +166,16 @@ def _check_parameters(path: Path, options: Mapping[str, Any], model: Model) -> N
     chosen_parameters = _named(path, "target_parameters", chosen, all_parameters)
     for name in chosen:
         if not _named(path, "target_parameters", [name], all_parameters):
-            raise bad_option("target_parameters", f"the model has no experts' matrices named {name}; {_MERGE}")
+            raise bad_option("target_parameters", f"the model has no expert matrices named {name}; {_MERGE}")
     if chosen_parameters != _in_layers(adapted, model.config):
-        names = ", ".join(map(target_name, adapted)) or "no parameters of experts"
+        names = ", ".join(map(target_name, adapted)) or "no expert parameters"
         raise bad_option("target_parameters", f"lora.targets has {names}; name the same in both")
     if adapted and options.get("lora_dropout"):
-        raise bad_option("lora_dropout", "adapters of experts have no dropout; set it to 0")
+        raise bad_option("lora_dropout", "expert adapters do not support dropout; set it to 0")
 
 
 def _in_layers(modules: Iterable[str], config: DecoderConfig) -> set[str]:
-    """Return the names in every layer of modules or parameters in whose names {} stands for the layer."""
+    """Return the names, in every layer, of modules or parameters given with {} in place of the layer."""
     return {module.format(layer) for module in modules for layer in range(config.layers)}
 
 
@@ -230,7 +230,7 @@ def _named(path: Path, key: str, selector: Any, modules: set[str]) -> set[str]:
 
 
 def _target_modules(config: DecoderConfig, adapted: Sequence[str]) -> list[str]:
-    """Return the names by which PEFT finds the ``adapted`` modules: whole names where others end alike.
+    """Return the names by which PEFT finds the ``adapted`` modules: whole names where other names end alike.
 
     Those others are routers, matrices of experts in files that have one for each, and whatever the parts that are not
     computed here may hold. Elsewhere the last parts of the names suffice.

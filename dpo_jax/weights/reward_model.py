@@ -60,7 +60,7 @@ class RewardModel(NamedTuple):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the reward model has the policy's tokenizer and chat template, and so reads its tokens."""
+        """Whether the reward model has the policy's tokenizer and chat template, and so reads the policy's tokens."""
         return self.read_answer is _read_tokens
 
 
@@ -120,7 +120,7 @@ def _read_tokens(prompt: TokenizedPrompt, answer: Answer, _: Callable[[], Exampl
 
 
 def _make_read_text(config: RewardModelConfig, reward_tokenizer: Any, tokenizer: Any, template_date: str) -> ReadAnswer:
-    """Return a function that tokenizes an answer's text as it is tokenized to train the reward model.
+    """Return a function that tokenizes an answer's text as in the training of the reward model.
 
     An answer that was cut off has none of the tokens that end one.
     """

@@ -155,7 +155,7 @@ def write_file(
 
 
 def copy_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors of other files, of any dtype, byte for byte."""
+    """Write tensors from other files, of any dtype, byte for byte."""
     entries = {name: (tensor.code, tensor.shape, tensor.end - tensor.start) for name, tensor in tensors.items()}
     _write(path, entries, (tensor.read_bytes() for tensor in tensors.values()))
 

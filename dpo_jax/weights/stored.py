@@ -1,4 +1,4 @@
-"""How a tensor in Hugging Face files holds parameters: one, or several that are fused, in one layer.
+"""How a tensor in Hugging Face files holds parameters: one, or several of a layer that are fused.
 
 A tensor's rows are its outputs. Fused parameters follow one another row by row, in groups if the tensor has more than
 one: of query, key and value with a group per head, the first rows are those of the first head of each of the three.
@@ -136,13 +136,13 @@ def stored_tensors(model: Model) -> dict[str, Stored]:
 
 
 def num_groups(config: DecoderConfig, name: str) -> int:
-    """Return the number of groups that the rows of tensor ``name`` are in; {} stands for the layer."""
+    """Return the number of groups into which the rows of tensor ``name`` are split; {} stands for the layer."""
     axis = FAMILIES[config.family].grouped.get(name)
     return 1 if axis is None else config.size(axis)
 
 
 def _matrix_size(leaf: str, shape: tuple[int, ...], sizes: dict[str, tuple[int, int]]) -> tuple[tuple[int, ...], int]:
-    """Return the (inputs, number of outputs) of a slice of a parameter; a vector has no inputs."""
+    """Return the input dims and the number of outputs of a slice of a parameter; a vector has no input dims."""
     prefix, _, name = leaf.rpartition("/")
     if name in sizes:
         num_inputs, num_outputs = sizes[name]

@@ -67,8 +67,8 @@ def test_a_config_is_read_back_as_it_was_written(tmp_path):
 REFUSED = [
     ({"methods__dpo__loss__beta": "-1"}, "methods.dpo.loss.beta must be positive, got -1"),
     ({"methods__dpo__loss__beta": "3"}, "methods.dpo.betas: (0.1, 0.5) cannot be used: loss.beta is 3; give one of"),
-    ({"methods__dpo__betas": "[1, 1]"}, "methods.dpo.betas: (1.0, 1.0) cannot be used: give each beta once, to six"),
-    ({"methods__dpo__betas": "[1, 1.0000001]"}, "methods.dpo.betas: (1.0, 1.0000001) cannot be used: give each beta"),
+    ({"methods__dpo__betas": "[1, 1]"}, "methods.dpo.betas: (1.0, 1.0) cannot be used: two of them are equal to six"),
+    ({"methods__dpo__betas": "[1, 1.0000001]"}, "methods.dpo.betas: (1.0, 1.0000001) cannot be used: two of them are"),
     ({"methods__dpo__loss__type": "sft"}, "methods.dpo.betas: (0.1, 0.5) cannot be used: loss sft has no beta"),
     ({"methods__dpo__lr": "3"}, "methods.dpo.lr: unknown option: did you mean optimizer.learning_rate?"),
     ({"methods__dpo__online__answers": "3"}, "methods.dpo.online: method dpo has no such section; remove it"),
@@ -106,7 +106,7 @@ def test_options_of_the_two_comparisons_do_not_mix(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(json.dumps(LEAST))
     assert cli.main(["compare", "--run.steps", "3"]) == 2
-    assert "--run.steps: it is an option of a config: add --config CONFIG.yaml" in capsys.readouterr().err
+    assert "--run.steps: it sets an option of a config file: add --config CONFIG.yaml" in capsys.readouterr().err
     assert cli.main(["compare", "--config", "c.yaml", "--dir", "x"]) == 2
     assert (
         "--dir: 'x' cannot be used: it is for the built-in task; with --config, set run.dir" in capsys.readouterr().err

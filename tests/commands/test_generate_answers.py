@@ -246,10 +246,11 @@ def test_prompts_without_a_pair_are_counted_by_cause():
     pairs = rank(rows, "best-worst")
     assert pairs.rows == [{"prompt": "p", "chosen": "b", "rejected": "a", "chosen_score": 2, "rejected_score": 1}]
     few = "fewer than two non-blank answers"
-    assert pairs.skipped == {"equal best and worst answers": 1, "equal scores of all answers": 1, few: 2}
+    assert pairs.skipped == {"equal best and worst answers": 1, "equal scores for all answers": 1, few: 2}
     best = rank(rows, "best")
     assert [(row["answer"], row["score"]) for row in best.rows] == [("b", 2), ("a", 2), ("a", 1), ("a", 1)]
     assert best.skipped == {"no non-blank answer": 1}
+    assert best.summary == "4 rows; prompts skipped: 1 with no non-blank answer"
     assert (pairs.num_cut, best.num_cut) == (0, 1)
 
 
@@ -265,14 +266,14 @@ def test_the_space_between_prompt_and_answer_is_kept(shared):
 
 
 REFUSED = [
-    ("--n 1 --pairs best-worst", "pairs: 'best-worst' cannot be used: a pair takes two answers to a prompt"),
+    ("--n 1 --pairs best-worst", "pairs: 'best-worst' cannot be used: a pair needs two answers to the same prompt"),
     ("--reward.checkpoint best", "reward.checkpoint: 'best' cannot be used: "),
     (
         "--sampling.temperature 0 --sampling.top_p 1",
-        "n: 3 cannot be used: at sampling.temperature 0 all answers are the same; use 1",
+        "n: 3 cannot be used: at sampling.temperature 0 all answers are the same; set n to 1",
     ),
     ("--model.remat none", "model.remat: 'none' cannot be used: generation has no backward pass"),
-    ("--prompts.weight 1", "prompts.weight: 1.0 cannot be used: every prompt is answered; leave it out"),
+    ("--prompts.weight 1", "prompts.weight: 1.0 cannot be used: prompts are not drawn by weight; remove the option"),
     ("--reward {policy}", "reward.path: '{policy}' cannot be used: it is a language model, which has no score head"),
     ("--model.path {reward}", "model.path: '{reward}' cannot be used: it is a reward model, without an unembedding"),
     ("--reward {broken}", "reward.path: {broken}: its tokenizer cannot be loaded: "),

@@ -93,7 +93,7 @@ def test_a_larger_beta_moves_less(folder, capsys):
         (["--betas", "0.1,x"], "--betas: '0.1,x' cannot be used: write numbers separated by commas"),
         (["--betas", "0.1,-1"], "loss.beta must be positive, got -1.0"),
         (["--betas", "0.1,0.1"], "--betas: [0.1, 0.1] has duplicates"),
-        (["--betas", "0.1", "--loss.type", "simpo"], "reference.mode: with none a sweep cannot compare KLs"),
+        (["--betas", "0.1", "--loss.type", "simpo"], "reference.mode: with none, a sweep cannot compare KLs"),
     ],
 )
 def test_what_a_sweep_refuses(folder, capsys, words, line):
@@ -112,6 +112,4 @@ def test_a_sweep_of_online_dpo_compares_answers_and_needs_prompts_for_it(folder,
     online = {"data__online__reward__function": "rewards:vowels", "data__eval_fraction": 0.0}
     config.write_text(config_to_yaml(config_of(folder, "online", **online)))
     assert cli.main(["sweep", str(config), "--betas", "0.1,0.2"]) == 2
-    assert (
-        "data.eval: a sweep of online DPO compares answers to prompts of an evaluation set" in capsys.readouterr().err
-    )
+    assert "data.eval: a sweep of online DPO needs an evaluation set" in capsys.readouterr().err

@@ -213,7 +213,7 @@ BAD = [
     ({"loss__type": "kto"}, "simpo, orpo, cpo, sft or null, got 'kto'"),
     (
         {"loss__type": ["sigmoid", "sft"]},
-        "loss.type: ['sigmoid', 'sft'] cannot be used: give several values as loss.types",
+        "loss.type: ['sigmoid', 'sft'] cannot be used: to give several values, set loss.types",
     ),
     ({"loss__types": "sigmoid, sft"}, "loss.types: 'sigmoid, sft' cannot be used: write a list as [sigmoid, sft]"),
     ({"loss__type": "\ud800"}, "sft or null, got '\\ud800'"),
@@ -289,7 +289,7 @@ BAD = [
     ({"loss__type": "hinge", "loss__types": ["ipo"]}, "loss.types: ('ipo',) cannot be used: loss.type hinge is given"),
     ({"loss__types": ["ipo", "ipo"]}, "loss.types: ('ipo', 'ipo') cannot be used: name each loss once"),
     ({"loss__types": ["ipo"], "loss__weights": [1, 2]}, "loss.weights: (1.0, 2.0) cannot be used: give one for each"),
-    ({"loss__weights": [1.0]}, "loss.weights: (1.0,) cannot be used: give one for each of loss.types (0)"),
+    ({"loss__weights": [1.0]}, "loss.weights: (1.0,) cannot be used: give one for each loss in loss.types (0)"),
     ({"loss__types": ["ipo"], "loss__weights": [0]}, "loss.weights.0 must be positive, got 0.0"),
     ({"loss__type": "exo_pair"}, "loss.label_smoothing: 0.0 cannot be used: exo_pair is infinite at 0"),
     (

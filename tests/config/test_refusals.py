@@ -111,7 +111,7 @@ BAD_DATA = [
         "not JSON",
         partial(write, "pairs.jsonl", lines_of(ROWS) + "{oops\n"),
         "",
-        "pairs.jsonl, line 9: not JSON:  ... fix or remove it",
+        "pairs.jsonl, line 9: not JSON:  ... fix or remove this row",
     ),
     (
         "not UTF-8",
@@ -148,7 +148,7 @@ BAD_DATA = [
         "option of another kind",
         nothing,
         "--data.train.split test",
-        "pairs.jsonl: split: 'test' does not apply to a file of JSON lines; leave it out",
+        "pairs.jsonl: split: 'test' does not apply to a file of JSON lines; remove the option",
     ),
     (
         "missing field",
@@ -166,7 +166,7 @@ BAD_DATA = [
         "no chat template",
         partial(write, "pairs.jsonl", lines_of([TALK])),
         "",
-        "pairs.jsonl, row 0: the row holds messages, but the tokenizer has no chat template; give a file with one as ",
+        "pairs.jsonl, row 0: the row holds messages, but the tokenizer has no chat template; set data.chat_template to",
     ),
     (
         "no template file",
@@ -301,7 +301,7 @@ BAD_MODELS = [
         "revision of a built-in model",
         nothing,
         "--model.path builtin:tiny --model.revision main",
-        "model.revision: 'main' cannot be used: builtin:tiny is built in; leave it out",
+        "model.revision: 'main' cannot be used: builtin:tiny is built in; remove this option",
     ),
     (
         "saved step of no run",

@@ -407,7 +407,7 @@ def test_a_prompt_is_never_guessed():
     ]:
         with pytest.raises(UserError, match=re.escape(message)):
             parse(row, stage)
-    with pytest.raises(UserError, match="'text' is not a schema of dpo"):
+    with pytest.raises(UserError, match="'text' is not a schema for dpo"):
         parser_of("text", ["text"], [], "dpo")
 
 

@@ -211,7 +211,7 @@ def test_options_that_a_source_does_not_heed_are_refused(tmp_path, option):
 
 
 def test_a_saved_set_has_no_splits(tmp_path):
-    with pytest.raises(UserError, match="split: 'test': the folder has no splits"):
+    with pytest.raises(UserError, match="split: 'test': this folder has no splits"):
         load_rows(SourceConfig(path=write_source(tmp_path, "saved").path, split="test"))
 
 

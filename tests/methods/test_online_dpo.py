@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from full_forward import log_probs
 
-from dpo_jax import cli
 from dpo_jax.batch import Adapted, PreferenceBatch, pad_pairs
 from dpo_jax.config import DPOConfig
 from dpo_jax.config.file import parse_config
@@ -277,13 +276,11 @@ def test_what_cannot_be_trained_is_refused_in_one_line(shared, tmp_path, section
     assert message in str(refusal.value)
 
 
-def test_plan_refuses_sampled_pairs_and_eval_reads_the_pairs_of_the_data(tmp_path, capsys):
+def test_eval_reads_the_pairs_of_the_data(tmp_path):
     config = tmp_path / "config.yaml"
     tree = {"model": {"path": "m"}, "data": {"train": "a"}, "run": {"dir": "r"}}
     online = {"reward": {"function": "rewards:vowels"}}
     config.write_text(json.dumps(tree | {"data": tree["data"] | {"online": online}, "sampling": {"max_tokens": 8}}))
-    assert cli.main(["plan", str(config), "--topology", "v5e:4x4"]) == 2
-    assert capsys.readouterr().err.endswith("to plan the update alone, remove this section and sampling\n")
     read = parse_config(config, {}, DPOConfig).without_online()
     assert read == parse_config(tree, {}, DPOConfig)
     read = parse_config(config, {"data.eval.dev": "pairs", "data.shuffle": False, "run.seed": 3}, DPOConfig)

@@ -214,7 +214,7 @@ def test_a_fall_that_is_longer_than_the_run_is_refused():
     options = OptimizerConfig(schedule="wsd", warmup_steps=10, decay_steps=91)
     with pytest.raises(UserError, match=r"optimizer.decay_steps: 91 cannot be used: 90 steps follow the warmup"):
         make_schedule(options, 100)
-    with pytest.raises(UserError, match=r"0 steps follow the warmup; lower it"):
+    with pytest.raises(UserError, match=r"0 steps follow the warmup; lower decay_steps"):
         make_schedule(options, 5)
 
 

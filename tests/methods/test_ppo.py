@@ -232,7 +232,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(shared, tmp_path, section
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ([1.0], "it returned 1 scores of 2 answers"),
+        ([1.0], "it returned 1 scores for 2 answers"),
         ([1.0, float("nan")], "score 1 is nan"),
         (None, "returned NoneType"),
         (["good", "bad"], "returned list"),

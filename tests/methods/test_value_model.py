@@ -127,7 +127,7 @@ def test_the_value_model_starts_as_the_reward_model_or_as_a_head_of_zeros(shared
 
 
 def test_reward_models_that_cannot_be_the_start_are_refused(shared, folder):
-    with pytest.raises(UserError, match=r"ppo.value_model: 'reward' .* another tokenizer or chat template .* policy$"):
+    with pytest.raises(UserError, match=r"ppo.value_model: 'reward' .* chat template differs; use policy$"):
         ppo(assembled(shared, folder, "text"), {})
     with pytest.raises(
         UserError, match=r"'reward' .* with lora.rank .* did not train adapters on them; use policy, or"

@@ -270,7 +270,7 @@ def test_what_does_not_fit_is_made_to_fit():
     ("arguments", "message"),
     [
         (["--topology", "v5e:4x5"], "topology: 'v5e:4x5' cannot be used"),
-        (["--topology", "v5e:2x2", "--lengths", "1,2"], "--lengths: '1,2' cannot be used: write mean tokens"),
+        (["--topology", "v5e:2x2", "--lengths", "1,2"], "--lengths: '1,2' cannot be used: give mean tokens"),
         (["--topology", "v5e:2x2", "--slices", "2"], "mesh.data: 1 cannot be used: use a multiple of the 2 slices"),
         (["--topology", "v4:2x2x1", "--slices", "2"], "--slices: 2 cannot be used: the bandwidth between slices of v4"),
         (["--topology", "v5e:2x2", "--mesh.tensor", "8"], "mesh:"),
@@ -286,12 +286,12 @@ def test_what_does_not_fit_is_made_to_fit():
         (["--topology", "v5e:2x2", "--data", "--examples", "9"], "--examples: 9 cannot be used: --data counts the"),
         (
             ["--topology", "v5e:2x2", "--run.steps", "9", "--examples", "9"],
-            "--examples: 9 cannot be used: run.steps is 9",
+            "--examples: 9 cannot be used: run.steps is already 9",
         ),
         (["--topology", "v5e:1x1", "--batch.pairs", "256"], "batch.row_length: 256 cannot be used: no row has room"),
         (
             ["--topology", "v5e:2x2", "--batch.layout", "padded", "--batch.row_length", "auto"],
-            "batch.layout: 'padded' cannot be used: its rows depend on the data; use shared or repeated",
+            "batch.layout: 'padded' cannot be used: the rows of this layout depend on the data; use shared or repeated",
         ),
         (
             ["--topology", "v5e:2x2", "--run.compiler_flags.xla_foo", "3"],

@@ -95,7 +95,7 @@ def test_rows_have_room_for_the_longest_answers():
     assert rollout == RolloutLoad(rows=60, answers=60, prompt_slots=64, max_tokens=24, longest=64)
     assert find_rollout(replace(config, batch=replace(config.batch, prompts=1)), mesh, Inputs()).rows == 4
     for lengths in ((41, 10), (40, 25)):
-        with pytest.raises(UserError, match=r"a prompt may have 40 tokens .* and an answer 24"):
+        with pytest.raises(UserError, match=r"a prompt may have at most 40 tokens .* and an answer 24"):
             find_load(config, mesh, Inputs(lengths=lengths))
     with pytest.raises(UserError, match=r"--rows: 1 rows .* cannot hold 20 prompts of 112 tokens; give more rows"):
         find_load(config, mesh, Inputs(rows=1))
@@ -403,10 +403,10 @@ def test_a_small_plan_is_compiled(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lengths", "20,10,10"], "--lengths: '20,10,10' cannot be used: write mean tokens of prompt and answer"),
+        (["--lengths", "20,10,10"], "--lengths: '20,10,10' cannot be used: give mean tokens of prompt and answer"),
         (
             ["--lengths", "41,10"],
-            "--lengths: (41.0, 10.0) cannot be used: a prompt may have 40 tokens (data.max_length)",
+            "--lengths: (41.0, 10.0) cannot be used: a prompt may have at most 40 tokens (data.max_length)",
         ),
         (["--batch.row_length", "auto"], "batch.row_length: 'auto' cannot be used: plan needs a number"),
         (
@@ -432,7 +432,7 @@ def test_refusals(arguments, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lengths", "20,10,10"], "--lengths: '20,10,10' cannot be used: write mean tokens of prompt and answer"),
+        (["--lengths", "20,10,10"], "--lengths: '20,10,10' cannot be used: give mean tokens of prompt and answer"),
         (["--data.online.reward.path", "."], "data.online.reward.path: . holds neither config.json nor checkpoints/"),
     ],
 )

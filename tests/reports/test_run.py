@@ -209,7 +209,7 @@ def test_a_report_that_fails_costs_the_run_a_line(tmp_path, capsys, monkeypatch)
     run = make_run(tmp_path, dpo_config(), dpo_metrics())
     (run / "report.html").mkdir()  # what is wrong outside is one line
     report_done(run, {}, progress=False)
-    line = "the run is complete, and its command can be run again\n"
+    line = "the run is complete: run its command again to write the report\n"
     said = capsys.readouterr().err
     assert (said.count("\n"), said.startswith("report: not written ("), said.endswith(line)) == (1, True, True)
     monkeypatch.setattr(

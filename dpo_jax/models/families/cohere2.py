@@ -1,4 +1,4 @@
-"""Command R7B, Command A: attention and feed-forward read one LayerNorm, and only layers with a window rotate."""
+"""Command R7B, Command A: attention and feed-forward share a LayerNorm; only layers with a window use RoPE."""
 
 from collections.abc import Mapping
 from typing import Any

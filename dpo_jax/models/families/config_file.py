@@ -115,4 +115,4 @@ def refuse_positions(config: DecoderConfig, length: int, option: str, value: obj
     max_positions = config.max_positions
     if max_positions is not None and length > max_positions:
         limit = f"the model's learned positions or rope scaling are defined for up to {max_positions} tokens"
-        raise UserError(option, value, f"{limit}, and sequences may have {length}; shorten them")
+        raise UserError(option, value, f"{limit}, but sequences may have {length}; shorten them")

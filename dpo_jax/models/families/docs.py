@@ -6,7 +6,7 @@ from dpo_jax.models.families import FAMILIES
 
 
 def family_table() -> str:
-    """Return the table in Markdown; names and traits of models are the first line of the family's file."""
+    """Return the table in Markdown; the first line of a family's file gives its models' names and traits."""
     lines = ["| `model_type` | models | what sets them apart | class in `transformers` |", "|---|---|---|---|"]
     for model_type, family in FAMILIES.items():
         file = import_module(f"{__package__}.{model_type.removesuffix('_text')}")

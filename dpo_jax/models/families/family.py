@@ -66,7 +66,7 @@ def invalid(key: str, value: object, why: str) -> UserError:
 
 
 def one_of(value: object, options: Sequence[object]) -> bool:
-    """Return whether the options contain the value, with equal types (1 is not True) and any kind of value."""
+    """Return whether the options contain a value of any kind; types must be equal, too (1 is not True)."""
     return any(value is option or (type(value) is type(option) and value == option) for option in options)
 
 

@@ -1,4 +1,4 @@
-"""Gemma 2: norms before and after each block, capped scores and logits, a window in every other layer."""
+"""Gemma 2: norms before and after each block, capped scores and logits, and a window in every other layer."""
 
 from collections.abc import Mapping
 from typing import Any

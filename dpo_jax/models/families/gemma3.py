@@ -1,4 +1,4 @@
-"""Gemma 3: Gemma 2 without caps, with RMSNorm of each query and key head, and a full layer after five windows."""
+"""Gemma 3: Gemma 2 without caps, with RMSNorm of each query and key head, and full attention in every sixth layer."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""GLM-4, dense: norms before and after each block, half the dims of a head rotate, gate and up are fused."""
+"""GLM-4, dense: norms before and after each block, half of each head's dims rotate, and gate and up are fused."""
 
 from dpo_jax.models.families.family import Family, flag, tensors_of
 from dpo_jax.models.families.rope import PARTIAL_KEY, rope, rotary_dims

@@ -1,4 +1,4 @@
-"""GPT-NeoX, Pythia: LayerNorm and biases, a plain feed-forward next to attention, and some dims of a head rotate."""
+"""GPT-NeoX, Pythia: LayerNorm, biases, a plain feed-forward parallel to attention, and some dims of a head rotate."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +26,7 @@ TENSORS = tensors_of("gpt_neox.layers.{}.", MODULES) | {
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the options of biases, of the residual stream and of rotary dims."""
+    """Read the options for biases, the residual stream and rotary dims."""
     return {
         "norm": "layer",
         "norm_bias": True,

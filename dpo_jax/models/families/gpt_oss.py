@@ -22,7 +22,7 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read biases and experts, whose weights must not be quantized."""
+    """Read the options for biases and experts; quantized weights are refused."""
     if hf.get("quantization_config"):
         dequantize = "AutoModelForCausalLM.from_pretrained(path, quantization_config=Mxfp4Config(dequantize=True))"
         remedy = f"training needs weights that are not quantized; convert them: {dequantize}.save_pretrained(new_path)"

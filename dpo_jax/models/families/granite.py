@@ -1,4 +1,4 @@
-"""Granite 3 and 4, dense: Llama with four factors, of embeddings, scores, residual branches and logits."""
+"""Granite 3 and 4, dense: Llama with four scale factors, for embeddings, scores, residual branches and logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from dpo_jax.models.families.patterns import alike
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the four factors and the options of biases."""
+    """Read the four factors and the options for biases."""
     return {
         "embed_scale": float(number(hf, "embedding_multiplier", 1.0)),
         "attention_scale": float(number(hf, "attention_multiplier", 1.0)),

@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with experts in every layer, whose weights are renormalized to sum to 1."""
+"""Mixtral: Mistral with experts in every layer, their routing weights renormalized to sum to 1."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,9 @@ from dpo_jax.models.families.family import Family, invalid
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the experts; noise of the router is refused, because it would change the log-probs."""
+    """Read the options for experts; router noise is refused, because it would change the log-probs."""
     if hf.get("router_jitter_noise"):
-        raise invalid("router_jitter_noise", hf["router_jitter_noise"], "routing must be deterministic; it must be 0")
+        raise invalid("router_jitter_noise", hf["router_jitter_noise"], "routing must be deterministic; set it to 0")
     return {"experts": mixture.experts(hf, 8, renormalize=True)}
 
 

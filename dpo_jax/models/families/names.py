@@ -1,4 +1,4 @@
-"""Names that a family's files give to parameters, and what in a model can have adapters."""
+"""Names that a family's files give to parameters, and which parts of a model can have adapters."""
 
 from dpo_jax.models.families.registry import FAMILIES
 from dpo_jax.models.options import DecoderConfig
@@ -14,7 +14,7 @@ def tensor_name(config: DecoderConfig, leaf: str) -> str:
 
 
 def modules(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
-    """Return the projections of each module of a layer that can have an adapter, in the order of its rows.
+    """Return the projections of each module of a layer that can have an adapter, in the order of the module's rows.
 
     In place of the module of all experts stand its parameters, which have adapters of their own. {} stands for the
     layer.
@@ -31,7 +31,7 @@ def modules(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
 
 
 def is_expert_parameter(module: str) -> bool:
-    """Return whether a name from `modules` is that of a parameter of all experts."""
+    """Return whether a name from `modules` is that of a parameter of the experts, rather than of a module."""
     return module.startswith(f"{EXPERT_MODULE}.")
 
 
@@ -41,5 +41,5 @@ def target_name(module: str) -> str:
 
 
 def target_names(config: DecoderConfig) -> tuple[str, ...]:
-    """Return the names of all that can have adapters, in layer order."""
+    """Return the names of all modules and parameters that can have adapters, in layer order."""
     return tuple(dict.fromkeys(map(target_name, modules(config))))

@@ -1,4 +1,4 @@
-"""OLMo 3: OLMo 2 with a sliding window in three of four layers; only the fourth stretches its context."""
+"""OLMo 3: OLMo 2 with a sliding window in three of four layers; only the fourth uses rotary scaling."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ THETA = 500_000.0
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
     """Return the pattern of three layers with a window and one without, unless ``layer_types`` says otherwise."""
     if hf.get("rope_theta", THETA) != THETA:  # transformers would use it in one type of layers only
-        raise invalid("rope_theta", hf["rope_theta"], "give it for each type of layers, in rope_parameters")
+        raise invalid("rope_theta", hf["rope_theta"], "give it for each layer type, in rope_parameters")
     ropes = ropes_by_type(hf, {FULL: THETA, SLIDING: THETA})
     types = layer_types(hf, layers, every(4, layers))
     return full_and_sliding(types, window(hf, 4096), ropes[FULL], ropes[SLIDING])

@@ -1,4 +1,4 @@
-"""OLMoE: RMSNorm over all query or key heads, and experts in every layer, whose weights are not renormalized."""
+"""OLMoE: RMSNorm over all query or key heads; experts in every layer, their routing weights not renormalized."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from dpo_jax.models.families.patterns import alike
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the options of biases and experts."""
+    """Read the options for biases and experts."""
     experts = mixture.experts(hf, 64, renormalize=flag(hf, "norm_topk_prob"))
     return {"qk_norm": "all", **attention_biases(hf), "experts": experts}
 

@@ -11,7 +11,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def alike(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return the pattern of equal layers with full attention."""
+    """Return the pattern of layers that are all alike, with full attention."""
     return (LayerKind(rope=rope(hf)),)
 
 
@@ -35,7 +35,7 @@ def layer_types(hf: Mapping[str, Any], layers: int, default: Sequence[str]) -> S
     if types is None:
         return default
     if not isinstance(types, list) or len(types) != layers:
-        raise invalid("layer_types", types, f"it must be a list of num_hidden_layers={layers} names")
+        raise invalid("layer_types", types, f"it must be a list of {layers} names (num_hidden_layers)")
     if any(layer_type not in (FULL, SLIDING) for layer_type in types):
         raise invalid("layer_types", types, f"choose from {FULL} and {SLIDING}")
     return types

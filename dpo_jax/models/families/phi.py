@@ -1,4 +1,4 @@
-"""Phi-1, Phi-1.5 and Phi-2: LayerNorm and biases, of the logits too, and a plain feed-forward next to attention."""
+"""Phi-1, Phi-1.5 and Phi-2: LayerNorm, biases (of the logits, too), and a plain feed-forward parallel to attention."""
 
 from dpo_jax.models.families.family import Family, tensors_of
 from dpo_jax.models.families.rope import PARTIAL_KEY, rope, rotary_dims

@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5 and Phi-4: Llama with fused matrices, LongRoPE, and heads of which not all dims may rotate."""
+"""Phi-3, Phi-3.5 and Phi-4: Llama with fused matrices and LongRoPE; in some, only part of each head's dims rotate."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ MODULES = {
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return the pattern of equal layers; old files call LongRoPE su or yarn."""
+    """Return the pattern of layers that are all alike; old files call LongRoPE su or yarn."""
     new_names = {"su": "longrope", "yarn": "longrope"}
     scalings = {key: dict(hf[key]) for key in ("rope_scaling", "rope_parameters") if isinstance(hf.get(key), dict)}
     for scaling in scalings.values():

@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE, Qwen2 with experts: Qwen2 with experts in every layer, and a shared expert."""
+"""Qwen1.5-MoE, Qwen2-57B-A14B: Qwen2 with experts and a shared expert in every layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +30,7 @@ def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the options of biases and experts."""
+    """Read the options for biases and experts."""
     shared_ffn = size(hf, "shared_expert_intermediate_size")
     return {"qkv_bias": flag(hf, "qkv_bias"), **mixture.qwen(hf, 60, shared_ffn=shared_ffn)}
 

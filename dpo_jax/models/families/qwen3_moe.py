@@ -1,4 +1,4 @@
-"""Qwen3 with experts, as 30B-A3B: Qwen3 with experts in every layer, and the same window, if any, in all."""
+"""Qwen3-MoE, such as Qwen3-30B-A3B: Qwen3 with experts, and the same window, if any, in every layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from dpo_jax.models.options import LayerKind
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return the kind of all layers; with a window ``max_window_layers``, which transformers ignores, must be 0."""
+    """Return the kind of all layers; with a window, ``max_window_layers``, which transformers ignores, must be 0."""
     if not flag(hf, "use_sliding_window"):
         return (LayerKind(rope=rope(hf)),)
     if hf.get("max_window_layers"):

@@ -42,19 +42,19 @@ def rope(hf: Mapping[str, Any], theta: str = "rope_theta", partial: bool = False
 
 
 def rotary_dims(hf: Mapping[str, Any], default: float = 1.0, key: str = PARTIAL_KEY) -> int | None:
-    """Read how many dims of a head rotate, None if all; files give a fraction of ``head_dim``, old ones in ``key``."""
+    """Read how many dims of a head rotate, None if all, from their fraction, which old files give as ``key``."""
     options = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     fraction = (
         number(options, PARTIAL_KEY, most=1) if options.get(PARTIAL_KEY) is not None else number(hf, key, default, 1)
     )
     dims = int(hf["head_dim"] * fraction)
     if dims % 2 or dims == 0:
-        raise invalid(key, fraction, f"the number of dims that rotate, of {hf['head_dim']}, must be even and positive")
+        raise invalid(key, fraction, f"of a head's {hf['head_dim']} dims, an even number must rotate, at least 2")
     return None if dims == hf["head_dim"] else dims
 
 
 def ropes_by_type(hf: Mapping[str, Any], thetas: Mapping[str, float]) -> dict[str, Rope]:
-    """Read the rotary options of each type of layer; ``rope_scaling`` is that of full attention.
+    """Read the rotary options of each layer type; ``rope_scaling`` is that of full attention.
 
     ``thetas``: base of each type where ``rope_parameters`` does not give it.
     """
@@ -70,5 +70,5 @@ def ropes_by_type(hf: Mapping[str, Any], thetas: Mapping[str, float]) -> dict[st
             options = RopeOptions(hf, key, {**options.values, **scaling})
         ropes[layer_type] = _read(options, theta)
         if "truncate" in options.values and not options.values["truncate"]:
-            raise invalid(f"{key}.truncate", False, "transformers ignores it with several types of layers; remove it")
+            raise invalid(f"{key}.truncate", False, "transformers ignores it with several layer types; remove it")
     return ropes

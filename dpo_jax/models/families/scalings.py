@@ -18,7 +18,7 @@ ORIGINAL = "original_max_position_embeddings"
 
 
 class RopeOptions:
-    """Rotary options of a model, or of one of its types of layers, with the names that they have in the file."""
+    """Rotary options of a model, or of one of its layer types, under the names that the file gives them."""
 
     def __init__(self, hf: Mapping[str, Any], key: str, values: object):
         if not isinstance(values, dict):
@@ -27,7 +27,7 @@ class RopeOptions:
         self.keyed = {f"{key}.{name}": value for name, value in values.items()}
 
     def number(self, name: str, default: float | None = None) -> float:
-        """Read a positive number."""
+        """Read the option ``name``, a positive number."""
         return float(number(self.keyed, f"{self.key}.{name}", default))
 
     def original(self) -> int:

@@ -10,13 +10,13 @@ from dpo_jax.models.options import LayerKind
 
 
 def pattern(hf: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """Return the layers that rotate (1 in ``no_rope_layers``) and those that do not (0), which may have a window."""
+    """Return the pattern of layers that rotate (1 in ``no_rope_layers``) and others, which may have a window."""
     interval = size(hf, "no_rope_layer_interval", 4)
     rotates = hf.get("no_rope_layers")
     if rotates is None:
         rotates = [int((layer + 1) % interval != 0) for layer in range(layers)]
     if not isinstance(rotates, list) or len(rotates) != layers or not all(one_of(value, (0, 1)) for value in rotates):
-        raise invalid("no_rope_layers", rotates, f"it must be a list of num_hidden_layers={layers} values, 0 or 1")
+        raise invalid("no_rope_layers", rotates, f"it must be a list of {layers} values (num_hidden_layers), 0 or 1")
     sliding_window = switched_window(hf, None)
     default = [FULL if rotated or sliding_window is None else SLIDING for rotated in rotates]
     types = windowed_types(hf, layers, default, sliding_window)

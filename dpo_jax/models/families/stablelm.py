@@ -1,4 +1,4 @@
-"""StableLM 3B and StableLM 2 1.6B: Llama with LayerNorm and its biases, and a quarter of the dims of a head rotate."""
+"""StableLM 3B and StableLM 2 1.6B: Llama with LayerNorm and its biases; a quarter of each head's dims rotate."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from dpo_jax.models.options import LayerKind
 
 
 def options(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the options of biases, of the residual stream and of rotary dims."""
+    """Read the options for biases, the residual stream and rotary dims."""
     return {
         "norm": "layer",
         "norm_bias": True,
