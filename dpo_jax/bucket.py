@@ -207,7 +207,7 @@ class Bucket:
     def download(self, name: str, path: Path) -> None:
         """Write an object to a local file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.new-{os.getpid()}")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             self._ask("read", name, lambda: self._blob(name).download_to_filename(partial, retry=None, timeout=TIMEOUT))
             os.replace(partial, path)

@@ -10,6 +10,7 @@ While a run takes steps, parallel/hosts.py replaces these handlers: the step is 
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -20,6 +21,12 @@ GRACE_SECONDS = 3.0  # for the main thread to end by itself
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 INTERRUPTED_LINE = "dpo-jax: interrupted"
 _closers: list[Callable[[], None]] = []  # of the blocks of `closed_first` that are open
+_num_deferred: Counter[int] = Counter()  # by signal, how often `defer` was called
+
+
+def defer(number: int) -> None:
+    """Do not end the process for this signal: its handler has arranged for an end after the state is saved."""
+    _num_deferred[number] += 1
 
 
 def _end(number: int, frame: object) -> None:
@@ -43,6 +50,7 @@ def ending_signals() -> Iterator[None]:
     replaced = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) in defaults}
     previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     has_ended = threading.Event()
+    _num_deferred.clear()
     threading.Thread(target=_watch, args=(reader, has_ended), daemon=True, name="signals").start()
     try:
         for number in replaced:
@@ -80,14 +88,21 @@ def _close() -> bool:
 
 def _watch(reader: int, has_ended: threading.Event) -> None:
     """Read the numbers of the signals that arrive; if one does not end the process in time, end it here."""
+    num_received: Counter[int] = Counter()
+
+    def must_end(number: int) -> bool:
+        # a deferred SIGINT leaves the handler of the next one, which is not deferred
+        return signal.getsignal(number) is _end and num_received[number] > _num_deferred[number]
+
     with open(reader, "rb", buffering=0) as numbers:
         while received := numbers.read(1):
             number = received[0]
-            if signal.getsignal(number) is not _end:
+            num_received[number] += 1
+            if not must_end(number):
                 continue  # a run saves its state first
             if has_ended.wait(GRACE_SECONDS) or (_close() and has_ended.wait(GRACE_SECONDS)):
                 return
-            if signal.getsignal(number) is _end:
+            if must_end(number):
                 is_interrupt = number == signal.SIGINT
                 stopped = Terminated(signal.Signals(number).name)
                 line = INTERRUPTED_LINE if is_interrupt else f"dpo-jax: {stopped}"

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,17 +30,23 @@ def write_atomically(path: Path, content: str | bytes | memoryview, *, durable: 
 
     Several processes may write the same path: the last write wins.
     """
-    temporary = path.with_name(f"{path.name}.new-{os.getpid()}")
+    temporary = partial_file(path)
     try:
         with open(temporary, "wb") as file:
-            _hold(file)
+            _lock_for_writing(file)
             file.write(content.encode() if isinstance(content, str) else content)
             if durable:
                 sync(file)
-        os.replace(temporary, path)
+            file.flush()
+            os.replace(temporary, path)  # while it is locked, so that nobody takes it for a leftover
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def partial_file(path: Path) -> Path:
+    """Return the path at which this process writes a file before it is renamed to ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def append_line(path: Path, text: str) -> None:
@@ -148,7 +155,7 @@ def sign(file: IO) -> None:
 def claim(folder: Path) -> IO:
     """Mark a temporary folder as in use until the returned file is closed, or the process ends; see `is_abandoned`."""
     file = open(folder / CLAIM, "w")  # noqa: SIM115 (the caller closes it)
-    _hold(file)
+    _lock_for_writing(file)
     file.write("claimed\n")
     file.flush()
     return file
@@ -156,24 +163,24 @@ def claim(folder: Path) -> IO:
 
 def is_abandoned(folder: Path) -> bool:
     """Return whether the process that claimed a folder has ended, so that the folder may be removed."""
-    return _is_let_go(folder / CLAIM)
+    return _is_leftover(folder / CLAIM)
 
 
 def remove_partial_files(folder: Path) -> None:
     """Remove what killed calls of `write_atomically` left behind in a folder."""
-    for path in list_files(folder, "*.new-*"):
-        if path.name.rpartition("-")[2].isdecimal() and _is_let_go(path):
+    for path in list_files(folder, ".*.partial"):
+        if re.fullmatch(r"\..+\.\d+\.partial", path.name) and path.is_file() and _is_leftover(path):
             path.unlink(missing_ok=True)
 
 
-def _hold(file: IO) -> None:
-    """Lock a new, empty file for as long as this process has it open; unlike lockf, it keeps out other threads, too."""
-    with suppress(OSError):  # of file systems without locks, where nothing counts as let go
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _lock_for_writing(file: IO) -> None:
+    """Lock a new, empty file until it is closed; unlike lockf, flock also keeps out other threads."""
+    with suppress(OSError):  # of file systems without locks, where nothing counts as a leftover
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def _is_let_go(path: Path) -> bool:
-    """Return whether the process that held a file has ended; False for an empty file, which may be about to be held."""
+def _is_leftover(path: Path) -> bool:
+    """Return whether the process that wrote a file has ended; False for an empty file, not locked yet perhaps."""
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

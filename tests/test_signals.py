@@ -78,6 +78,37 @@ def test_a_long_call_of_a_library_is_broken_off(number):
         assert signals.GRACE_SECONDS <= time.monotonic() - start < signals.GRACE_SECONDS + 10
 
 
+STEPS = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from dpo_jax import cli, signals
+from dpo_jax.parallel import hosts
+signals.GRACE_SECONDS = 0.2
+def work(seconds):  # in Python, with its lock, as a reward function
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+def run(argv):
+    with hosts.stop_signals() as stop_requested:
+        assert not stop_requested(0)
+        signal.raise_signal(signal.SIGINT)
+        work(1)
+        assert stop_requested(1)
+        print("saved", flush=True)
+        signal.raise_signal(signal.SIGINT)
+cli._run = run
+sys.exit(cli.main(["train"]))
+"""
+
+
+def test_ctrl_c_leaves_a_step_all_its_time_and_a_second_one_does_not():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, check=False)
+    assert ran.stdout == "saved\n"
+    assert ran.returncode == CODES[signal.SIGINT]
+    assert ran.stderr.endswith(f"{LINES[signal.SIGINT]}\n")
+
+
 # Each phase of a run
 
 OTHERS = (signal.SIGHUP, signal.SIGINT)
@@ -133,11 +164,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    return [
-        path
-        for pattern in (".building-*", "*.new-*", "*.part-*", "*.partial", "*tmp*")
-        for path in folder.rglob(pattern)
-    ]
+    return [path for pattern in (".building-*", "*.part-*", "*.partial", "*tmp*") for path in folder.rglob(pattern)]
 
 
 def all_gone(pids: set[int]) -> bool:

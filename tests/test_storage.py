@@ -69,8 +69,9 @@ storage.write_atomically(folder / "file", "x" * 100000, durable=True)
 
 def test_what_a_killed_process_left_is_told_from_work_in_progress(tmp_path):
     (tmp_path / "file").write_text("old")
-    (tmp_path / "mine.new-name").write_text("no leftover")
-    (tmp_path / "empty.new-1").touch()  # may be about to be locked
+    (tmp_path / ".mine.partial").write_text("no leftover")
+    (tmp_path / "sweep.new-4").write_text("no leftover")
+    (tmp_path / ".empty.1.partial").touch()  # may be about to be locked
     with claim(tmp_path) as claimed:
         assert not is_abandoned(tmp_path)
         assert claimed.name == str(tmp_path / CLAIM)
@@ -78,14 +79,20 @@ def test_what_a_killed_process_left_is_told_from_work_in_progress(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     child = subprocess.run([sys.executable, "-c", UNFINISHED, str(tmp_path)], env=environment, check=False)
     assert child.returncode == -signal.SIGKILL
-    (partial,) = tmp_path.glob("file.new-*")
+    (partial,) = tmp_path.glob(".file.*.partial")
     with open(partial) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as if it were still being written
         remove_partial_files(tmp_path)
         assert partial.exists()
     remove_partial_files(tmp_path)
     assert is_abandoned(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CLAIM, "empty.new-1", "file", "mine.new-name"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        CLAIM,
+        ".empty.1.partial",
+        ".mine.partial",
+        "file",
+        "sweep.new-4",
+    ]
     assert (tmp_path / "file").read_text() == "old"
     assert not is_abandoned(tmp_path / "absent")
 

@@ -17,7 +17,7 @@ import jax
 from jax._src import distributed  # no public API gives access to the coordination service
 from jax.experimental import multihost_utils
 
-from dpo_jax import errors
+from dpo_jax import errors, signals
 from dpo_jax.errors import UserError
 
 TIMEOUT = 600  # seconds that processes wait for each other by default
@@ -188,6 +188,7 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
     def request(number, frame):
         nonlocal requested
         requested = number
+        signals.defer(number)
         signal.signal(signal.SIGINT, previous_handlers[signal.SIGINT])
         name = signal.Signals(number).name
         print(f"\n{name} received: stopping after this step; press Ctrl-C to stop immediately", file=sys.stderr)
@@ -197,7 +198,7 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
     def stop_requested(step: int) -> bool:
         nonlocal is_answered
         if not previous_handlers:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for number in signals.SIGNALS:
                 previous_handlers[number] = signal.getsignal(number)
             for number, handler in previous_handlers.items():
                 if (number, handler) != (signal.SIGHUP, signal.SIG_IGN):  # nohup

@@ -124,7 +124,7 @@ def locked_run(path: str | Path, say: Callable[[str], None] = lambda line: None)
                 mirrored = locked_mirror(run.mirror.bucket, root, LOCK, _is_run, say)
                 run = RunDir(root, stack.enter_context(mirrored))
         with writing(run.events):
-            for folder in (root, *filter(Path.is_dir, root.iterdir())):
+            for folder in (root, *(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())):
                 storage.remove_partial_files(folder)
             storage.drop_torn_line(run.events)
         yield run
@@ -265,11 +265,15 @@ def truncate_logs(run: RunDir, offsets: Mapping[str, Mapping[str, Any]]) -> None
         UserError: a log is shorter than its offset or was edited; no log is changed then.
     """
     logs = {run.root / name: offset["size"] for name, offset in offsets.items()}
+    remedy = "restore the file, or start in a new run.dir"
     for path, offset in logs.items():
-        size, remedy = storage.file_size(path), "restore the file, or start in a new run.dir"
+        try:
+            size, digest = storage.file_size(path), storage.hash_start(path, offset)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({reason(error)}): {remedy}") from error
         if size < offset:
             raise UserError(f"{path}: has {size} bytes, but had {offset} at the step to resume from: {remedy}")
-        if storage.hash_start(path, offset) != offsets[path.name]["digest"]:
+        if digest != offsets[path.name]["digest"]:
             raise UserError(f"{path}: was edited: its first {offset} bytes are not those of the save: {remedy}")
     for path, offset in logs.items():
         if path.exists():

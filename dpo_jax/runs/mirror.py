@@ -76,7 +76,7 @@ class Mirror:
         """Return the files that are there, but for unfinished ones and the lock."""
         assert self.lock is not None
         names = {path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file()}
-        return {name for name in names if name != self.lock.name and ".new-" not in name and ".partial" not in name}
+        return {name for name in names if name != self.lock.name and ".partial" not in name}
 
 
 def _version(path: Path) -> tuple[int, int]:

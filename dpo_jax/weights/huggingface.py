@@ -292,11 +292,11 @@ def atomic_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
         try:
             with claim(staging) as claimed:
                 yield staging
-            os.unlink(claimed.name)
-            if overwrite:
-                _replace(target, staging)
-            else:
-                os.rename(staging, target)  # fails if another process has filled target by now
+                os.unlink(claimed.name)
+                if overwrite:
+                    _replace(target, staging)
+                else:
+                    os.rename(staging, target)  # fails if another process has filled target by now
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

@@ -179,7 +179,10 @@ def adapted_run(run: RunDir) -> AdaptedRun | None:
 
 def lora_of(options: Mapping[str, Any]) -> LoraConfig:
     """Read the `lora` section of a run's resolved options; runs older than adapters have none."""
-    return read_section(LoraConfig, options.get("lora", {}), "lora")
+    section = options.get("lora", {})
+    if isinstance(section, Mapping) and section.get("rank") == 0:
+        return LoraConfig()  # the others had no effect, and may be defaults of an earlier version
+    return read_section(LoraConfig, section, "lora")
 
 
 def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: Mesh) -> tuple[Params, int]:

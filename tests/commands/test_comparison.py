@@ -179,7 +179,9 @@ def test_answers_are_judged_as_a_run_judges_its_own_and_nothing_is_repeated(tmp_
         UserError, match=r'with other options: judge\.function: was "rewards:vowels", now "rewards:equal"'
     ):
         compare(judge__function="rewards:equal")
-    with pytest.raises(UserError, match=r"holds a comparison with other options: run\.steps: was 2, now 3: restore it"):
+    with pytest.raises(
+        UserError, match=r"holds a comparison with other options: run\.steps: was 2, now 3: restore them"
+    ):
         compare(run__steps=3)
 
 

@@ -179,7 +179,8 @@ def test_a_build_killed_by_sigkill_goes_on(batches, monkeypatch, tmp_path, secon
         child.kill()
     done = len(files(batches, "*.part-*.npz"))
     assert 0 < done < NUM_ROWS
-    files(batches, "*.part-*.npz")[0].with_suffix(".npz.new-1").write_bytes(b"killed at it")
+    part = files(batches, "*.part-*.npz")[0]
+    part.with_name(f".{part.name}.1.partial").write_bytes(b"killed at it")
     monkeypatch.setattr(refcache, "PART_STEPS", 1)
     second = Computer()
     assert run(in_steps(batches.store, 1), second) == []

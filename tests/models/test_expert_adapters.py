@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from family_models import router_gap, save_hf_model
+from family_models import save_hf_model
+from parity import router_gap
 from small import pack
 
 from dpo_jax.batch import Adapted

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_models import MIXTURES, hf_model, router_gap, some_tokens
+from family_models import MIXTURES, hf_model, some_tokens
+from parity import router_gap
 from safetensors.numpy import load_file
 
 from dpo_jax.batch import Adapted
