@@ -47,18 +47,18 @@ def ending_signals() -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     defaults = (signal.SIG_DFL, signal.default_int_handler)
-    replaced = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) in defaults}
+    previous_handlers = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) in defaults}
     previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     has_ended = threading.Event()
     _num_deferred.clear()
     threading.Thread(target=_watch, args=(reader, has_ended), daemon=True, name="signals").start()
     try:
-        for number in replaced:
+        for number in previous_handlers:
             signal.signal(number, _end)
         yield
     finally:
         has_ended.set()
-        for number, handler in replaced.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(previous_writer)
         os.close(writer)  # ends the thread

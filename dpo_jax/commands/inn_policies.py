@@ -85,11 +85,11 @@ class Batch(NamedTuple):
 
 def table_policy() -> PolicyKind:
     """Return the table policy, whose weights are logits [guest, depth, previous course, next token]."""
-    table = jnp.asarray(language(), jnp.float32)
+    logits = jnp.asarray(language(), jnp.float32)
     return PolicyKind(
-        start=table,
-        start_value=jnp.zeros(table.shape[:-1]),
-        start_reward=jnp.zeros(table.shape),
+        start=logits,
+        start_value=jnp.zeros(logits.shape[:-1]),
+        start_reward=jnp.zeros(logits.shape),
         learning_rate=0.05,
         inputs=Batch,
         logps_fn=table_logps,

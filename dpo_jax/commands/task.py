@@ -6,6 +6,7 @@ preferred. The preference pairs do: see `RULE`. The two answers of a pair hold t
 words nor length give the better one away.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -64,8 +65,8 @@ def wants_goods_first(visit: Visit) -> bool:
 
 def is_answer(visit: Visit, text: str, *, goods_first: bool | None = None) -> bool:
     """Return whether ``text`` is exactly an answer to this visit, in order ``goods_first`` or, if None, in either."""
-    orders = (True, False) if goods_first is None else (goods_first,)
-    return any(text.strip() == answer(visit, order, end).strip() for order in orders for end in FAREWELLS[visit.time])
+    choices = itertools.product((True, False) if goods_first is None else (goods_first,), FAREWELLS[visit.time])
+    return any(text.strip() == answer(visit, is_first, farewell).strip() for is_first, farewell in choices)
 
 
 def obeys_rule(visit: Visit, text: str) -> bool:

@@ -116,9 +116,10 @@ def _joined(draws: Sequence[Graded]) -> Graded:
 
 
 def open_judging(setup: Setup, reward: JudgeConfig, start_answers: Answers | None = None) -> tuple[Judging, dict]:
-    """Load the initial policy and the judge, and sample the policy's answers unless given; also return identities.
+    """Load the initial policy and the judge; also return what identifies models and data, for a manifest.
 
-    ``setup``: that of a run on prompts, with one evaluation set.
+    ``setup``: that of a run on prompts, with one evaluation set. The policy's answers are sampled if
+    ``start_answers`` is None.
 
     Raises:
         UserError: the judge cannot be used, or no token ends an answer.

@@ -88,8 +88,8 @@ def projections(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 def copies(config: DecoderConfig, name: str) -> int:
     """Return how many matrices ``name`` of a layer multiply a token: those of its experts, or one."""
-    is_of_experts = bool(layer_projections(config)[name].stack)
-    return config.experts.per_token if is_of_experts and config.experts is not None else 1
+    is_expert = bool(layer_projections(config)[name].stack)
+    return config.experts.per_token if is_expert and config.experts is not None else 1
 
 
 def active_weights(config: DecoderConfig) -> dict[str, int]:

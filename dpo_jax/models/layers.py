@@ -86,7 +86,7 @@ def rotary_frequencies(rope: Rope, dims: int) -> Float[np.ndarray, "C"]:
 
 
 def _blend(frequency: np.ndarray, factor: float, blend: np.ndarray) -> np.ndarray:
-    """Divide frequencies by ``factor`` where ``blend`` is 0 or less, keep them where it is 1 or more."""
+    """Interpolate from frequencies over ``factor``, where ``blend`` is at most 0, to unchanged ones, from 1 on."""
     share = np.clip(blend, 0, 1)
     return share * frequency + (1 - share) * frequency / factor
 

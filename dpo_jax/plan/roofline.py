@@ -71,8 +71,8 @@ def _rows_and_matrices(config: DecoderConfig, name: str, tokens: int, fsdp: int)
     An expert's matrices are read if it has a token, as most do in a step, but few in a mixture that samples one row.
     """
     rows = tokens * copies(config, name)
-    is_of_experts = config.experts is not None and layer_projections(config)[name].stack
-    return rows, min(config.size("experts") / fsdp, rows) if is_of_experts else 1.0
+    is_expert = config.experts is not None and layer_projections(config)[name].stack
+    return rows, min(config.size("experts") / fsdp, rows) if is_expert else 1.0
 
 
 def _itemsize(model: Model) -> int:

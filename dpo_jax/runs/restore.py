@@ -90,10 +90,14 @@ def _best_order(directory: epath.Path, steps: list[int]) -> list[int]:
         except Damaged:
             continue
         if options["best_metric"] is None:
-            raise UserError(f"{directory}: the run has no checkpoint.best_metric, so no step is best; choose newest")
+            raise UserError(
+                f"{directory}: the run has no checkpoint.best_metric, so no step is best; set checkpoint to newest"
+            )
         order = rank_steps(metrics, CheckpointConfig(**options))
         if not order:
-            raise UserError(f"{directory}: no saved step recorded {options['best_metric']!r}; choose newest")
+            raise UserError(
+                f"{directory}: no saved step recorded the metric {options['best_metric']!r}; set checkpoint to newest"
+            )
         return order
     raise UserError(f"{directory}: none of its saved steps {steps} has a readable manifest: use another run")
 

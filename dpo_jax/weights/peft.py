@@ -68,10 +68,10 @@ def _tensors(model: Model) -> dict[str, Stored]:
 
     tensors, wrappers = {}, _wrappers(model)
     for module, names in _adapted_modules(model).items():
-        is_of_experts = is_expert_parameter(module)
-        rank = model.lora.rank * (config.size("experts") if is_of_experts else 1)
-        outputs = tuple(part(name, "b", sizes[name][1], experts_last=is_of_experts) for name in names)
-        groups = num_groups(config, module if is_of_experts else f"{module}.weight")
+        is_expert = is_expert_parameter(module)
+        rank = model.lora.rank * (config.size("experts") if is_expert else 1)
+        outputs = tuple(part(name, "b", sizes[name][1], experts_last=is_expert) for name in names)
+        groups = num_groups(config, module if is_expert else f"{module}.weight")
         a = Stored(parts=(part(names[0], "a", rank),), inputs=(sizes[names[0]][0],))
         b = Stored(parts=outputs, inputs=(rank,), groups=groups)
         for letter, stored in (("A", a), ("B", b)):

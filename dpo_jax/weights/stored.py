@@ -1,4 +1,4 @@
-"""How a tensor in Hugging Face files holds parameters: one, or several of a layer that are fused.
+"""How a tensor in Hugging Face files holds parameters: one, or several fused ones of the same layer.
 
 A tensor's rows are its outputs. Fused parameters follow one another row by row, in groups if the tensor has more than
 one: of query, key and value with a group per head, the first rows are those of the first head of each of the three.

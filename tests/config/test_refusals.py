@@ -509,7 +509,7 @@ BAD_RUNS = [
         nothing,
         "export run out --which best",
         2,
-        "the run has no checkpoint.best_metric, so no step is best; choose newest",
+        "the run has no checkpoint.best_metric, so no step is best; set checkpoint to newest",
     ),
     (
         "start from no best",
