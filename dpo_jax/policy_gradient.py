@@ -192,6 +192,7 @@ def update_loss(
         sums["value_loss"] = jnp.sum(value_losses, where=mask)
     old_logps = targets.logps if values is not None else targets.logps.sum(-1)
     ratio_errors = jnp.abs(log_ratios) / jnp.maximum(1.0, jnp.abs(old_logps))
+    sums["mean_ratio_error"] = jnp.sum(ratio_errors, where=term_mask)
     return sums | {"ratio_error": jnp.max(ratio_errors, where=term_mask, initial=0.0)}
 
 
@@ -214,9 +215,9 @@ def policy_gradient_step(
     has.
 
     Metrics are float32 scalars: those of `make_targets`; loss, its parts, ``grad_norm`` before clipping and
-    ``clip_fraction``, averaged over the updates; ``max_grad_norm``, the largest of these norms; and ``ratio_error``,
-    the largest |log ratio| at the first update relative to the log-prob, which is 0 but for rounding. If any update is
-    not finite, the state is unchanged but for ``healthy``.
+    ``clip_fraction``, averaged over the updates; ``max_grad_norm``, the largest of these norms; and ``ratio_error``
+    and ``mean_ratio_error``, the largest and the mean |log ratio| at the first update relative to the log-prob, which
+    are 0 but for rounding. If any update is not finite, the state is unchanged but for ``healthy``.
     """
     base = frozen.base
 
@@ -249,8 +250,8 @@ def policy_gradient_step(
         return state, means | {"grad_norm": grad_norm, "ratio_error": ratio_error}
 
     new_state, update_metrics = jax.lax.scan(update, state, length=options.epochs)
-    ratio_error = update_metrics.pop("ratio_error")[0]
+    first_errors = {name: update_metrics.pop(name)[0] for name in ("ratio_error", "mean_ratio_error")}
     metrics["max_grad_norm"] = update_metrics["grad_norm"].max()
-    metrics |= {name: x.mean() for name, x in update_metrics.items()} | {"ratio_error": ratio_error}
+    metrics |= {name: x.mean() for name, x in update_metrics.items()} | first_errors
     old_state = replace(state, healthy=new_state.healthy)
     return jax.tree.map(lambda new, old: jnp.where(new_state.healthy, new, old), new_state, old_state), metrics

@@ -266,7 +266,7 @@ def method_row(root: Path, group: Sequence[ComparedRun], judged: Sequence[Row]) 
 def models_of(run: ComparedRun) -> str:
     """Return the names of the models that are in memory while a run trains."""
     config = run.config
-    value_model = config.ppo.value_model if isinstance(config, PPOConfig) and config.ppo.estimator == "gae" else None
+    value_model = config.ppo.trained_value if isinstance(config, PPOConfig) else None
     models = ["policy with a value head" if value_model == "shared" else "policy"]
     if config.reference_mode != "none":
         models.append("reference")

@@ -209,7 +209,7 @@ class Experiment:
             sizes = {"num_steps": self.sizes.gradient, "num_answers": BATCH}
             return policy_gradient(self.policy, options, SEEDS, **sizes, rewards=weights)
 
-        has_value = options.estimator == "gae"
+        has_value = options.trained_value is not None
         models = ["policy", "reference", *["value"] * has_value, *["reward"] * (rewards is not None)]
         option_names = PPO_OPTIONS if has_value else RLOO_OPTIONS
         steps, num_pairs = self.sizes.gradient, 0 if rewards is None else DATA_SIZE

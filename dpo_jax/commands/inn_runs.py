@@ -185,7 +185,7 @@ def policy_gradient(
     Metrics are those of `policy_gradient_step` and ``rule``, the mean reward of the step's answers by the rule.
     """
     run = _policy_gradient_run(policy, options, num_steps, num_answers // options.answers)
-    value = policy.start_value if options.estimator == "gae" else None
+    value = None if options.trained_value is None else policy.start_value
     each_reward = [None] * len(seeds) if rewards is None else rewards
     return trained(run, [(policy.start, value, *each) for each in zip(each_reward, seeds, strict=True)])
 

@@ -37,6 +37,11 @@ class PolicyGradientConfig(Section, name="ppo"):
     missing_eos_penalty: float = ranged(0.0, at_least=0)
     """Subtracted from the score of an answer that reached the maximum length without an end token."""
 
+    @property
+    def trained_value(self) -> Literal["policy", "reward", "shared"] | None:
+        """How the value model is made, or None if the estimator has none."""
+        return None if self.estimator == "rloo" else self.value_model
+
     def __post_init__(self):
         super().__post_init__()
         is_rloo = self.estimator == "rloo"

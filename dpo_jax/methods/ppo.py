@@ -34,7 +34,7 @@ from dpo_jax.methods.value_model import (
     ValueModel,
     make_answer_logps_fn,
     make_outputs_fn,
-    open_start,
+    open_value_source,
     start_value,
     value_model_of,
 )
@@ -136,7 +136,8 @@ def check_rollout(setup: Setup, metrics: Metrics, is_first: bool) -> None:
         UserError: a value differs, so a position, an adapter or a mask differs between sampling and training.
     """
     check_sampler(setup, metrics)
-    refuse_difference(setup, metrics, "ratio_error", "the ratios of the first update are not 1")
+    ratio_error = "ratio_error" if setup.model.config.experts is None else "mean_ratio_error"  # see MIXTURE_AGREEMENT
+    refuse_difference(setup, metrics, ratio_error, "the ratios of the first update are not 1")
     if is_first:
         meaning = "policy and reference have the same weights, but differ"
         refuse_difference(setup, metrics, "sampled_kl", meaning, scale=metrics["length"])
@@ -152,7 +153,7 @@ def ppo(setup: Setup, flags: Mapping[str, str]) -> tuple[PPO, PPOStart]:
     sampler, sampler_ids = make_sampler(setup, config.ppo.answers, config.reward)
     ids = policy.ids | sampler_ids | reference_ids(policy, reference)
     optimizer = make_optimizer(config.optimizer, num_steps, config.ppo.epochs)
-    value_source = open_start(setup)
+    value_source = open_value_source(setup)
     value_model = value_model_of(config, setup.model, value_source)
     abstract = abstract_policy_state(setup.model, value_model, mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)

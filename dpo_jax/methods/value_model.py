@@ -43,11 +43,11 @@ def value_model_of(config: PPOConfig, policy: Model, reward: OpenModel | None = 
 
     ``reward``: the reward model, if the value model starts from it; None: it is taken to be as the policy, with a head.
     """
-    options, scored = config.ppo, replace(policy, config=replace(policy.config, scores=1))
-    if options.estimator == "rloo":
+    kind, scored = config.ppo.trained_value, replace(policy, config=replace(policy.config, scores=1))
+    if kind is None:
         return None
-    if options.value_model != "reward" or reward is None:
-        return ValueModel(scored, shared=options.value_model == "shared")
+    if kind != "reward" or reward is None:
+        return ValueModel(scored, shared=kind == "shared")
     if policy.lora is None:
         return ValueModel(reward.model)
     return ValueModel(replace(scored, lora=reward_adapters(config, policy, reward)))
@@ -73,7 +73,7 @@ def require_adapters(config: PPOConfig, holds: bool) -> None:
     require(holds, "ppo.value_model", "reward", remedy)
 
 
-def open_start(setup: Setup) -> OpenModel | None:
+def open_value_source(setup: Setup) -> OpenModel | None:
     """Open the reward model if the value model starts from it.
 
     Raises:
@@ -81,7 +81,7 @@ def open_start(setup: Setup) -> OpenModel | None:
     """
     config = setup.config
     assert isinstance(config, PPOConfig)
-    if config.ppo.value_model != "reward":
+    if config.ppo.trained_value != "reward":
         return None
     platform, template_date = platform_of(setup.mesh), config.data.template_date
     reward = open_reward_model(config.reward, config.model, platform, setup.tokenizer, template_date)
@@ -91,12 +91,12 @@ def open_start(setup: Setup) -> OpenModel | None:
 
 
 def start_value(setup: Setup, policy: Policy, value: ValueModel, reward: OpenModel | None) -> Params:
-    """Return the value model's trained parameters at the start of a run; ``reward`` as `open_start` returns it.
+    """Return the value model's trained parameters at the start of a run; ``reward`` as `open_value_source` returns it.
 
     They share no array with the policy. A head that is not the reward model's is 0.
     """
     if reward is not None:
-        return reward_start(setup, policy, value, reward)
+        return load_from_reward_model(setup, policy, value, reward)
     head = trained_shapes(value.model, setup.mesh)["score"]
     score = {"score": jnp.zeros(head.shape, head.dtype, device=head.sharding)}
     if value.shared:
@@ -107,7 +107,7 @@ def start_value(setup: Setup, policy: Policy, value: ValueModel, reward: OpenMod
     return copy_weights(without_unembedding(policy.weights), None) | score
 
 
-def reward_start(setup: Setup, policy: Policy, value: ValueModel, reward: OpenModel) -> Params:
+def load_from_reward_model(setup: Setup, policy: Policy, value: ValueModel, reward: OpenModel) -> Params:
     """Load the weights of the reward model or, with LoRA, its adapters and head.
 
     Raises:

@@ -93,6 +93,7 @@ NOT_PLOTTED = {
     "sampler_error": "Largest relative difference of a log-prob between the sampler and the train step.",
     "mean_sampler_error": "Mean relative difference of a log-prob between the sampler and the train step.",
     "ratio_error": "Largest |log ratio| at a step's first update, relative to the log-prob: 0 but for rounding.",
+    "mean_ratio_error": "Mean |log ratio| at a step's first update, relative to the log-prob: 0 but for rounding.",
     "logps/accuracies": "Pairs whose chosen answer has the higher log-probability, whatever the reference says.",
     "reward_model/accuracies": "Pairs whose chosen answer has the higher score of the reward model, which is fixed.",
     "logits/chosen": "Mean logit over the vocabulary, at the tokens of chosen answers.",

@@ -130,7 +130,7 @@ def test_reward_models_that_cannot_be_the_start_are_refused(shared, folder):
     with pytest.raises(UserError, match=r"ppo.value_model: 'reward' .* chat template differs; use policy$"):
         ppo(assembled(shared, folder, "text"), {})
     with pytest.raises(
-        UserError, match=r"'reward' .* with lora.rank .* did not train adapters on them; use policy, or"
+        UserError, match=r"'reward' .* with lora.rank, .* did not train adapters on them; use policy, or"
     ):
         ppo(assembled(shared, folder, "tokens", lora={"rank": 2}), {})
 
