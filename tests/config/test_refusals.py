@@ -523,7 +523,7 @@ BAD_RUNS = [
         nothing,
         "train c.yaml --run.dir next --model.path run --model.revision main",
         2,
-        "model.revision: 'main' cannot be used: run is a run directory; choose its step with model.checkpoint; leave",
+        "model.revision: 'main' cannot be used: run is a run directory; choose its step with model.checkpoint; remove",
     ),
     (
         "plan with no reference",
