@@ -340,8 +340,14 @@ def test_splash_compiles_for_tpu(chips, for_tpus):
     assert platform_of(mesh) == "tpu"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chips", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize(
+    "chips",
+    [
+        pytest.param("v6e:2x2", marks=pytest.mark.slow),
+        pytest.param("v5e:2x2", marks=pytest.mark.weekly),
+        pytest.param("v5p:2x2x1", marks=pytest.mark.weekly),
+    ],
+)
 def test_splash_compiles_capped_and_with_windows_of_two_kinds(chips, for_tpus):
     """The gradient of two layers of Gemma 2, heads of 256, over 4096 tokens a row: a call of each kernel a kind."""
     model = Model(config=decoder_config(GEMMA2), dtype="bfloat16", attention="splash", remat="full")
