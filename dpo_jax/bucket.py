@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from dpo_jax.errors import StorageDenied, StorageUnreachable, UserError, reason
+from dpo_jax.storage import partial_file
 
 SCHEME = "gs://"
 PATIENCE = 120.0  # seconds to repeat a request that storage does not answer
@@ -207,7 +208,7 @@ class Bucket:
     def download(self, name: str, path: Path) -> None:
         """Write an object to a local file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = partial_file(path)
         try:
             self._ask("read", name, lambda: self._blob(name).download_to_filename(partial, retry=None, timeout=TIMEOUT))
             os.replace(partial, path)

@@ -28,8 +28,8 @@ from dpo_jax.config.docs import NO_SECTION, help_sections
 from dpo_jax.config.file import COMMAND_OF, CommandLineText, parse_config
 from dpo_jax.config.section import Section
 from dpo_jax.console import lossy_streams, open_descriptors
-from dpo_jax.errors import Preempted, Terminated, UserError, reason, require, suggestion
-from dpo_jax.signals import INTERRUPTED, INTERRUPTED_LINE, ending_signals
+from dpo_jax.errors import Preempted, UserError, reason, require, suggestion
+from dpo_jax.signals import ending_signals, outcome
 
 CONFIG_OF = {command: config for config, command in COMMAND_OF.items() if issubclass(config, TrainConfig)}
 
@@ -273,12 +273,10 @@ def _outcome(argv: list[str]) -> int:
         prefix = "" if isinstance(error, Preempted) else "error: "
         print(f"dpo-jax: {prefix}{' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    except Terminated as stopped:
-        print(f"dpo-jax: {stopped}", file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print(INTERRUPTED_LINE, file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stopped:
+        line, exit_code = outcome(stopped)
+        print(line, file=sys.stderr)
+        return exit_code
     return 0
 
 

@@ -19,7 +19,6 @@ from dpo_jax.errors import Terminated
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE_SECONDS = 3.0  # for the main thread to end by itself
 INTERRUPTED = 130  # the shell's code for Ctrl-C
-INTERRUPTED_LINE = "dpo-jax: interrupted"
 _closers: list[Callable[[], None]] = []  # of the blocks of `closed_first` that are open
 _num_deferred: Counter[int] = Counter()  # by signal, how often `defer` was called
 
@@ -29,10 +28,19 @@ def defer(number: int) -> None:
     _num_deferred[number] += 1
 
 
+def outcome(error: KeyboardInterrupt) -> tuple[str, int]:
+    """Return the last line and the exit code of a command that a signal ended."""
+    if isinstance(error, Terminated):
+        return f"dpo-jax: {error}", error.exit_code
+    return "dpo-jax: interrupted", INTERRUPTED
+
+
+def _error_of(number: int) -> KeyboardInterrupt:
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(signal.Signals(number).name)
+
+
 def _end(number: int, frame: object) -> None:
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise Terminated(signal.Signals(number).name)
+    raise _error_of(number)
 
 
 @contextmanager
@@ -103,8 +111,6 @@ def _watch(reader: int, has_ended: threading.Event) -> None:
             if has_ended.wait(GRACE_SECONDS) or (_close() and has_ended.wait(GRACE_SECONDS)):
                 return
             if must_end(number):
-                is_interrupt = number == signal.SIGINT
-                stopped = Terminated(signal.Signals(number).name)
-                line = INTERRUPTED_LINE if is_interrupt else f"dpo-jax: {stopped}"
+                line, exit_code = outcome(_error_of(number))
                 os.write(2, f"\n{line}\n".encode())
-                os._exit(INTERRUPTED if is_interrupt else stopped.exit_code)
+                os._exit(exit_code)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -117,6 +118,17 @@ def for_tpus(tpus):
 
     with no_cache_writes():
         yield tpus
+
+
+@pytest.fixture
+def default_handlers():
+    """Signals as in a process of its own: a shell's background jobs ignore SIGINT."""
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -15,22 +15,13 @@ from dpo_jax import cli, signals
 from dpo_jax.errors import Terminated
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("default_handlers")
 CODES = {signal.SIGTERM: 42, signal.SIGHUP: 42, signal.SIGINT: 130}
 LINES = {
     signal.SIGTERM: "dpo-jax: stopped by SIGTERM: what was saved is kept; run the same command again",
     signal.SIGHUP: "dpo-jax: stopped by SIGHUP: what was saved is kept; run the same command again",
     signal.SIGINT: "dpo-jax: interrupted",
 }
-
-
-@pytest.fixture(autouse=True)
-def default_handlers():
-    """As in a process of its own: a shell's background jobs ignore SIGINT."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in CODES}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", CODES)

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "dpo_jax"
 # Imports point to lower floors only; rooms of one floor do not import each other, inside a room they may.
 FLOORS = [
     {"errors", "batch"},
-    {"config", "storage", "bucket", "balance", "signals"},
-    {"parallel", "data", "losses"},
+    {"config", "storage", "balance", "signals"},
+    {"parallel", "data", "losses", "bucket"},
     {"console", "ops", "batching"},
     {"models", "logprobs"},
     {"step"},

@@ -6,6 +6,7 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import filterfalse
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,7 @@ def load_adapters(folder: Path, model: Model, config: LoraConfig, shardings: Any
 
 
 def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig, model: Model) -> None:
-    def bad_option(key: str, why: str) -> UserError:
-        return UserError(f"lora.path: {folder / CONFIG}: {key}", options.get(key), why)
-
+    bad_option = partial(_bad_option, folder / CONFIG, options)
     if options.get("peft_type") != "LORA":
         raise bad_option("peft_type", "only LORA adapters are supported")
     if options.get("bias", "none") != "none":
@@ -153,12 +152,13 @@ def _check_options(folder: Path, options: Mapping[str, Any], config: LoraConfig,
     _check_parameters(folder / CONFIG, options, model)
 
 
+def _bad_option(path: Path, options: Mapping[str, Any], key: str, why: str) -> UserError:
+    return UserError(f"lora.path: {path}: {key}", options.get(key), why)
+
+
 def _check_parameters(path: Path, options: Mapping[str, Any], model: Model) -> None:
     """Refuse adapters of expert parameters other than those that ``lora.targets`` names."""
-
-    def bad_option(key: str, why: str) -> UserError:
-        return UserError(f"lora.path: {path}: {key}", options.get(key), why)
-
+    bad_option = partial(_bad_option, path, options)
     chosen, adapted = options.get("target_parameters") or [], list(filter(is_expert_parameter, _adapted_modules(model)))
     if isinstance(chosen, str):  # PEFT has no patterns here
         raise bad_option("target_parameters", "give a list of names")

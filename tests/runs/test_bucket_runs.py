@@ -141,16 +141,6 @@ def test_a_run_that_fails_leaves_its_logs_in_the_bucket(storage):
 SIGNALS = {signal.SIGTERM: Terminated, signal.SIGHUP: Terminated, signal.SIGINT: KeyboardInterrupt}
 
 
-@pytest.fixture
-def default_handlers():
-    """As in a process of its own: a shell's background jobs ignore SIGINT."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def raise_later(number: int, seconds: float) -> None:
     """A signal arrives in so many seconds, if the command has not ended by then."""
     handler = signal.getsignal(number)
