@@ -254,8 +254,8 @@ def log_offsets(run: RunDir) -> dict[str, dict[str, Any]]:
 
 def empty_logs(run: RunDir) -> None:
     """Truncate the logs to nothing."""
-    nothing = {"size": 0, "digest": storage.hash_start(run.metrics, 0)}
-    truncate_logs(run, {log.name: nothing for log in run.logs})
+    for path in run.logs:
+        _truncate(path, 0)
 
 
 def truncate_logs(run: RunDir, offsets: Mapping[str, Mapping[str, Any]]) -> None:
@@ -276,9 +276,13 @@ def truncate_logs(run: RunDir, offsets: Mapping[str, Mapping[str, Any]]) -> None
         if digest != offsets[path.name]["digest"]:
             raise UserError(f"{path}: was edited: its first {offset} bytes are not those of the save: {remedy}")
     for path, offset in logs.items():
-        if path.exists():
-            with writing(path):
-                storage.truncate(path, offset)
+        _truncate(path, offset)
+
+
+def _truncate(path: Path, size: int) -> None:
+    if path.exists():
+        with writing(path):
+            storage.truncate(path, size)
 
 
 def lost_checkpoints(run: RunDir) -> UserError | None:
