@@ -155,7 +155,7 @@ def _rollout_facts(plan: RolloutPlan, reward_files: OpenModel | None) -> dict[st
         "rows_per_device": load.rows // row_devices(plan.mesh),
         "prompt_slots": load.prompt_slots,
         "max_tokens": load.max_tokens,
-        "value_parameters": None if value is None else _num_leaves(value.trained(value.model.param_shapes())),
+        "value_parameters": None if value is None else _num_parameters(value.trained(value.model.param_shapes())),
         "value_shared": value is not None and value.shared,
         "reward": config.judge.path or config.judge.function,
         "reward_parameters": None if reward is None else count_params(reward),
@@ -163,7 +163,7 @@ def _rollout_facts(plan: RolloutPlan, reward_files: OpenModel | None) -> dict[st
     }
 
 
-def _num_leaves(shapes: Any) -> int:
+def _num_parameters(shapes: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
