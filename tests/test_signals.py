@@ -134,7 +134,6 @@ def run_until(phase: str, reached: str, argv: list[str]) -> int:
         return function(*args, **kwargs)
 
     setattr(target, name, stand_still)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     return cli.main(argv)
 
 

@@ -29,7 +29,7 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     ["dpo_jax.train", "dpo_jax.commands.evaluate", "transformers.models.auto.tokenization_auto"]
 )
-PATIENCE = 1200  # seconds for whatever is waited for
+PATIENCE = 600  # seconds for whatever is waited for
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,9 @@ def ended(*argv: Any, output: Path, **settings: Any) -> tuple[int, str]:
 
 def _call(function: Callable[..., int | None], arguments: tuple, output: str, settings: Mapping[str, str]) -> None:
     os.environ.update(settings)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # ignored where the tests run in a shell's background, or under nohup
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -145,7 +145,7 @@ def test_a_reward_model_trains_on_but_is_no_policy(trained):
     more = {"model": model, "run": {"dir": str(trained / "further"), "steps": 1, "progress": False}}
     result = train(parse_config(options(trained, "further", **more), {}, RewardConfig), devices=ONE)
     assert result["loss"] < 0.1  # the head was loaded, not drawn again
-    with pytest.raises(UserError, match=r"^run.samples: 1 cannot be used: model.path is a reward model, which gives"):
+    with pytest.raises(UserError, match=r"^run.samples: 1 cannot be used: model.path is a reward model, which cannot"):
         train(parse_config(options(trained, "further", **more), {"run.samples": 1}, RewardConfig))
     dpo = parse_config(options(trained, "dpo", model=model), {}, DPOConfig)
     for use in (lambda: train(dpo), lambda: next(plan_slices(dpo, ["v5e:2x2"], Inputs(), search=False))):
