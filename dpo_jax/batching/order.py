@@ -104,6 +104,13 @@ class Order:
                 ids[slots[is_in_epoch]] = group[self.arrange(int(source), int(epoch))[ranks[is_in_epoch]]]
         return ids
 
+    def drawn_ids(self) -> np.ndarray:
+        """Return the ids of the examples that the run draws at all, each once, int64 [n]."""
+        cycles, rest = divmod(self.num_draws, len(self.cycle_sources))
+        draws = cycles * self.cycle_counts + np.bincount(self.cycle_sources[:rest], minlength=len(self.groups))
+        drawn = [group[self.arrange(i, 0)[: draws[i]]] for i, group in enumerate(self.groups)]
+        return np.unique(np.concatenate(drawn))
+
     def epoch(self, steps_done: int) -> float:
         """Return the epochs completed after ``steps_done`` steps: examples drawn / examples in all sources."""
         return min(steps_done * self.batch, self.num_draws) / self.epoch_draws

@@ -43,9 +43,9 @@ class LiveReference:
 
 @dataclass(frozen=True)
 class CachedReference:
-    """Cached reference log-probs of every example in the run's stores; no reference weights are in memory."""
+    """Cached reference log-probs of the examples that the run uses; no reference weights are in memory."""
 
-    logps: Mapping[str, Mapping[str, np.ndarray]]  # store key -> field of PairLogps -> [N, K] float32
+    logps: Mapping[str, Mapping[str, np.ndarray]]  # store key -> field of PairLogps -> [N, K] float32; NaN: not used
 
     def _pairs(self, store: Store, ids: np.ndarray) -> PairLogps:
         is_real = ids >= 0

@@ -1,8 +1,9 @@
-"""Reference log-probs on disk: computed once per set of inputs, and verified before use.
+"""Reference log-probs on disk: computed once per set of inputs, for the rows that are used, and verified before use.
 
-``reference-KEY.npz``, next to the tokenized data, holds the log-probs of every row and the inputs that determine them.
-During the computation, each ``reference-KEY.part-N.npz`` holds finished rows, written by one process; an interrupted
-build resumes from these parts.
+Rows are computed in batches that are fixed by the store, not by the run that needs them, so that their bits do not
+depend on which runs have used the cache before. ``reference-KEY.part-*.npz``, next to the tokenized data, holds rows
+that one process has computed, with the inputs that determine them; what is missing is added in further parts. Once
+every row is there, ``reference-KEY.npz`` replaces the parts.
 """
 
 import hashlib
@@ -32,12 +33,17 @@ class Unusable(Exception):
 
 
 def cached_logps(
-    batches: Batches, inputs: Mapping[str, Any], compute: ComputeLogps, report: Callable[[str], None] | None = None
+    batches: Batches,
+    needed_ids: np.ndarray,
+    inputs: Mapping[str, Any],
+    compute: ComputeLogps,
+    report: Callable[[str], None] | None = None,
 ) -> Arrays:
-    """Return the reference log-probs of a store's examples, loaded from its cache file or computed and saved there.
+    """Return the reference log-probs of a store's examples, loaded from its cache or computed and saved there.
 
     Args:
         batches: contain every example of the store once, in order.
+        needed_ids: the examples that are used; batches without any are not computed, and their log-probs may be NaN.
         inputs: everything besides the store that determines the log-probs; files made from other inputs are ignored.
         compute: (batches, steps) -> ids [n] and the fields of these rows, each [n, K].
         report: called with a line for each file that cannot be used; default: prints to the writer's stderr.
@@ -60,8 +66,10 @@ def cached_logps(
     logps, times_computed = _load_parts(path, inputs, shape, report)
     if len(set(hosts.gather(hashlib.sha256(times_computed.tobytes()).hexdigest(), "parts of the reference cache"))) > 1:
         logps, times_computed = {}, np.zeros(len(store), int)  # without a shared disk, processes see different parts
+    is_missing = np.zeros(len(store), bool)
+    is_missing[needed_ids] = times_computed[needed_ids] == 0
     step_ids = [ids[ids >= 0] for ids in map(batches.order.step_ids, range(batches.order.num_steps))]
-    remaining_steps = [step for step, ids in enumerate(step_ids) if not times_computed[ids].all()]
+    remaining_steps = [step for step, ids in enumerate(step_ids) if is_missing[ids].any()]
     for count, start in enumerate(range(0, len(remaining_steps), PART_STEPS)):
         ids, fields = compute(batches, remaining_steps[start : start + PART_STEPS])
         is_new = times_computed[ids] == 0
@@ -69,12 +77,13 @@ def cached_logps(
         times_computed[ids[is_new]] += 1
         if count % jax.process_count() == jax.process_index():
             with suppress(FileNotFoundError):  # another run has finished the cache and removed all parts
-                _write(path.with_suffix(f".part-{int(ids[0]):08d}.npz"), inputs, {**fields, "ids": ids})
-    _refuse_gaps(logps, times_computed, path)
-    if hosts.is_writer():
+                _write(_part_path(path, ids), inputs, {**fields, "ids": ids})
+    _refuse_gaps(logps, times_computed, needed_ids, path)
+    is_complete = bool(times_computed.all())
+    if hosts.is_writer() and is_complete:
         _write(path, inputs, logps)
     hosts.barrier("reference cache")
-    if hosts.is_writer():
+    if hosts.is_writer() and is_complete:
         for part in list_files(path.parent, f"{path.stem}.part-*"):  # including partly written ones of killed runs
             part.unlink(missing_ok=True)
     return logps
@@ -104,7 +113,7 @@ def _load_complete(path: Path, inputs: Mapping, shape: tuple[int, int], report: 
 def _load_parts(
     path: Path, inputs: Mapping, shape: tuple[int, int], report: Callable[[str], None]
 ) -> tuple[Arrays, np.ndarray]:
-    """Load the rows that an interrupted build completed: their log-probs, and an array with 1 for each such row."""
+    """Load the rows that earlier builds completed: their log-probs, and an array with 1 for each such row."""
     logps: Arrays = {}
     times_computed = np.zeros(shape[0], int)
     for part in list_files(path.parent, f"{path.stem}.part-*.npz"):
@@ -129,12 +138,19 @@ def _put(logps: Arrays, ids: np.ndarray, fields: Mapping[str, np.ndarray], shape
         logps.setdefault(name, np.full(shape, np.nan, np.float32))[ids] = values
 
 
-def _refuse_gaps(logps: Arrays, counts: np.ndarray, path: Path) -> None:
-    rows = np.flatnonzero(counts != 1)
+def _part_path(path: Path, ids: np.ndarray) -> Path:
+    """Name a part by its first row and by all of them: runs that need other rows write other parts."""
+    return path.with_suffix(f".part-{int(ids[0]):08d}-{hashlib.sha256(ids.tobytes()).hexdigest()[:8]}.npz")
+
+
+def _refuse_gaps(logps: Arrays, counts: np.ndarray, needed_ids: np.ndarray, path: Path) -> None:
+    is_wrong = counts > 1
+    is_wrong[needed_ids] |= counts[needed_ids] == 0
+    rows = np.flatnonzero(is_wrong)
     if len(rows):
         raise RunStopped(f"reference cache: {path}: row {rows[0]} was computed {counts[rows[0]]} times, not once")
     for values in logps.values():
-        rows = np.flatnonzero(~np.isfinite(values).all(1))
+        rows = np.flatnonzero((counts > 0) & ~np.isfinite(values).all(1))
         if len(rows):
             remedy = "check the reference's weights and model.dtype"
             problem = f"the reference log-prob of row {rows[0]} is not finite ({len(rows)} such rows in total)"

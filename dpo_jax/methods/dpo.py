@@ -11,6 +11,7 @@ from dpo_jax.batch import Adapted, PairLogps, Params
 from dpo_jax.batching.batches import Batches, set_batches
 from dpo_jax.config import AnyConfig, DPOConfig, ModelConfig
 from dpo_jax.config.generate import RewardModelConfig
+from dpo_jax.data.store import Store
 from dpo_jax.errors import UserError, require
 from dpo_jax.inference.reference import CachedReference, LiveReference, Reference, copy_weights
 from dpo_jax.inference.reference_cache import cached_logps
@@ -141,7 +142,8 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
     config, model, mesh = setup.config, setup.model, setup.mesh
     tail = setup.config.objective.ld_alpha is not None
     cache_inputs = {
-        "format": 2,
+        "format": 3,
+        "pairs": config.batch.size,  # of a batch; the last bits of a row depend on what it is computed with
         "tail": tail,
         "weights": weights_id(weights),
         "decoder": asdict(with_balance(model.config, 0.0)),
@@ -157,7 +159,14 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
         ids, logps = dataset_logps(logps_step, weights, batches, setup.to_devices, steps)
         return ids, {name: getattr(logps, name) for name in ("sum", "tail_sum") if getattr(logps, name) is not None}
 
-    stores = {batches.store.key: batches.store for batches in (setup.batches, *setup.evals.values())}
     row_split = row_devices(mesh), local_row_shards(mesh)
-    by_store = {key: set_batches(s, np.arange(len(s)), config.batch, *row_split) for key, s in stores.items()}
-    return CachedReference({key: cached_logps(batches, cache_inputs, compute) for key, batches in by_store.items()})
+    used: dict[str, list[Batches]] = {}  # by the key of their store
+    for batches in (setup.batches, *setup.evals.values()):
+        used.setdefault(batches.store.key, []).append(batches)
+
+    def logps_of(store: Store, needed_ids: np.ndarray) -> dict[str, np.ndarray]:
+        all_batches = set_batches(store, np.arange(len(store)), config.batch, *row_split)
+        return cached_logps(all_batches, needed_ids, cache_inputs, compute)
+
+    drawn = lambda sets: np.unique(np.concatenate([batches.order.drawn_ids() for batches in sets]))  # noqa: E731
+    return CachedReference({key: logps_of(sets[0].store, drawn(sets)) for key, sets in used.items()})

@@ -49,6 +49,14 @@ def test_permutation_is_one_and_looks_random():
     assert len(seen) == 9
 
 
+@pytest.mark.parametrize("weights", [None, [0.7, 0.3]])
+@pytest.mark.parametrize("length", [{"steps": 1}, {"steps": 5}, {"epochs": 0.4}, {"epochs": 3}])
+def test_examples_that_are_drawn_at_all(weights, length):
+    one = order([np.arange(10, 27), np.arange(40, 50)], weights=weights, **length)
+    ids = all_ids(one)
+    assert one.drawn_ids().tolist() == sorted(set(ids[ids >= 0].tolist()))
+
+
 @pytest.mark.parametrize("batch", [1, 4, 10, 64])
 def test_every_example_once_an_epoch_and_the_last_step_is_ragged(batch):
     one = order([np.arange(10, 27), np.arange(40, 50)], batch=batch, epochs=2)

@@ -125,7 +125,7 @@ def check_reference_cache(data: bytes) -> bool:
     batches, path = cache_file()
     path.write_bytes(data)
     said: list[str] = []
-    found = cached_logps(batches, small_cache.MADE_BY, small_cache.Computer(), said.append)
+    found = cached_logps(batches, small_cache.ALL, small_cache.MADE_BY, small_cache.Computer(), said.append)
     assert np.array_equal(found["sum"], small_cache.LOGPS)
     assert all(len(line.splitlines()) == 1 and str(path) in line for line in said)
     return not said

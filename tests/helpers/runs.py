@@ -150,7 +150,10 @@ def ended(*argv: Any, output: Path, **settings: Any) -> tuple[int, str]:
 
 def _call(function: Callable[..., int | None], arguments: tuple, output: str, settings: Mapping[str, str]) -> None:
     os.environ.update(settings)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # ignored where the tests run in a shell's background, or under nohup
+    for number in (
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # ignored where the tests run in a shell's background, or under nohup
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

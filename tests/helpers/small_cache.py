@@ -18,6 +18,8 @@ NUM_ROWS = 23
 MADE_BY = {"format": 2, "weights": "a", "dtype": "float32", "tail": True}
 LOGPS = np.random.Generator(np.random.Philox(0)).normal(-50, 9, (NUM_ROWS, 2)).astype(np.float32)
 
+ALL = np.arange(NUM_ROWS)
+
 
 def small_store(folder: Path):
     """A store of as many pairs."""
@@ -55,7 +57,7 @@ class Computer:
 
 def run(batches, compute, made_by=MADE_BY):
     said = []
-    found = cached_logps(batches, made_by, compute, said.append)
+    found = cached_logps(batches, ALL, made_by, compute, said.append)
     np.testing.assert_array_equal(found["sum"], compute.logps)
     np.testing.assert_array_equal(found["tail_sum"], compute.logps / 4)
     return said

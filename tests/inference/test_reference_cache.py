@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runs import called
-from small_cache import LOGPS, MADE_BY, NUM_ROWS, Computer, files, in_steps, run, small_store
+from small_cache import ALL, LOGPS, MADE_BY, NUM_ROWS, Computer, files, in_steps, run, small_store
 
 from dpo_jax.errors import RunStopped
 from dpo_jax.inference import reference_cache as refcache
@@ -37,7 +37,7 @@ def test_a_build_that_was_cut_off_goes_on(batches, done):
     """Each row is computed once in the two builds together."""
     first, second = Computer(cut_off_after=done), Computer()
     with pytest.raises(KeyboardInterrupt):
-        cached_logps(batches, MADE_BY, first)
+        cached_logps(batches, ALL, MADE_BY, first)
     assert len(files(batches, "*.part-*.npz")) == done
     assert run(batches, second) == []
     assert sorted(step for call in first.calls + second.calls for step in call) == list(range(8))
@@ -47,10 +47,44 @@ def test_a_build_that_was_cut_off_goes_on(batches, done):
 def test_another_batch_size_goes_on_too(batches):
     """Parts hold rows, not steps: rows that are done stay done."""
     with pytest.raises(KeyboardInterrupt):
-        cached_logps(batches, MADE_BY, Computer(cut_off_after=2))  # rows 0 to 11
+        cached_logps(batches, ALL, MADE_BY, Computer(cut_off_after=2))  # rows 0 to 11
     second = Computer()
     assert run(in_steps(batches.store, 5), second) == []
     assert second.calls == [[2, 3], [4]]  # step 2 holds rows 10 to 14
+
+
+def test_only_batches_with_needed_rows_are_computed(batches):
+    """A short run, then another, then a long one: each adds what is missing, as one long run would have had it."""
+    first, second, third = Computer(), Computer(), Computer()
+    found = cached_logps(batches, np.array([1, 2, 19]), MADE_BY, first)
+    assert first.calls == [[0, 6]]
+    np.testing.assert_array_equal(found["sum"][[0, 1, 2, 18, 19, 20]], LOGPS[[0, 1, 2, 18, 19, 20]])
+    assert np.isnan(found["sum"][3:18]).all()
+    assert len(files(batches)) == 1
+    cached_logps(batches, np.array([2, 4]), MADE_BY, second)
+    assert second.calls == [[1]]
+    assert len(files(batches)) == 2
+    assert run(batches, third) == []
+    assert third.calls == [[2, 3], [4, 5], [7]]
+    (path,) = files(batches)
+    whole = path.read_bytes()
+    path.unlink()
+    run(batches, Computer())
+    assert path.read_bytes() == whole
+
+
+def test_runs_at_the_same_time_lose_nothing(batches):
+    """Two runs that begin with the same row, each of which has not seen what the other writes."""
+
+    class Meanwhile(Computer):
+        def __call__(self, batches, steps):
+            cached_logps(batches, np.array([0, 8]), MADE_BY, Computer())
+            return super().__call__(batches, steps)
+
+    cached_logps(batches, np.array([0, 22]), MADE_BY, Meanwhile())
+    last = Computer()
+    cached_logps(batches, np.array([0, 8, 22]), MADE_BY, last)
+    assert last.calls == []
 
 
 DAMAGE = {
@@ -131,7 +165,7 @@ def test_a_file_under_a_wrong_name_is_not_taken(batches):
 def test_a_damaged_part_is_named_and_its_rows_computed_again(batches):
     first = Computer(cut_off_after=3)
     with pytest.raises(KeyboardInterrupt):
-        cached_logps(batches, MADE_BY, first)
+        cached_logps(batches, ALL, MADE_BY, first)
     part = files(batches, "*.part-*.npz")[1]
     part.write_bytes(part.read_bytes()[:-10])
     second = Computer()
@@ -147,11 +181,11 @@ def test_rows_that_are_lost_doubled_or_not_finite_stop_the_run(batches):
             return ids[1:], {name: values[1:] for name, values in fields.items()}
 
     with pytest.raises(RunStopped, match=r"row 0 was computed 0 times"):
-        cached_logps(batches, MADE_BY, Loses())
+        cached_logps(batches, ALL, MADE_BY, Loses())
     bad = LOGPS.copy()
     bad[4, 1] = np.nan
     with pytest.raises(RunStopped, match=r"log-prob of row 4 is not finite \(1 such rows in total\)"):
-        cached_logps(batches, MADE_BY | {"weights": "c"}, Computer(logps=bad))
+        cached_logps(batches, ALL, MADE_BY | {"weights": "c"}, Computer(logps=bad))
 
 
 class Slow(Computer):
@@ -166,7 +200,7 @@ def build_slowly(folder: Path) -> int:
     refcache.PART_STEPS = 1
     batches = in_steps(small_store(folder), 1)
     print("begin", flush=True)
-    cached_logps(batches, MADE_BY, Slow())
+    cached_logps(batches, ALL, MADE_BY, Slow())
     return 0
 
 
