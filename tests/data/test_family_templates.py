@@ -98,6 +98,22 @@ today<|im_end|>
         first="<s>", user="<|START|><|USER|>{}<|END|>", start="<|START|><|CHATBOT|>", end="<|END|>", last="<|END|>",
         stop="<|END|>", eos="<|END|>",
     ),
+    # no turn has an end, and the last answer learns none, as in TRL: a sampled one ends by EOS
+    "glm4": Chat(
+        """[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>
+{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}""",
+        first="[gMASK]<sop>", user="<|user|>\n{}", start="<|assistant|>\n", end="", last="",
+        stop="<|endoftext|>", eos="<|endoftext|>",
+    ),
+    "stablelm": Chat(
+        """{% for m in messages %}<|{{ m.role }}|>
+{{ m.content }}{{ eos_token }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}""",
+        user="<|user|>\n{}<|endoftext|>\n", start="<|assistant|>\n", end="<|endoftext|>\n", last="<|endoftext|>\n",
+        stop="<|endoftext|>", eos="<|endoftext|>",
+    ),
     "mixtral": Chat(
         """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}\
 {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}""",
@@ -114,7 +130,7 @@ def chat(request) -> Chat:
 def tokenizer_of(chat: Chat):
     """The small tokenizer with every token of the template, EOS among them."""
     tokenizer = make_tokenizer(bos=False, template=chat.template)
-    tokens = sorted({*re.findall(r"<[|/\w]+>|\[/?INST\]", chat.template), chat.eos})
+    tokens = sorted({*re.findall(r"<[|/\w]+>|\[/?INST\]|\[gMASK\]", chat.template), chat.eos})
     tokenizer.add_special_tokens({"additional_special_tokens": tokens, "eos_token": chat.eos})
     if chat.first == chat.eos:
         tokenizer.bos_token = chat.eos
