@@ -40,7 +40,7 @@ def cache_compilations() -> None:
     """Cache compiled programs in the user's home, unless a cache folder is set, so that a restart is fast."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dpo_jax" / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def list_processes(processes: list[int]) -> str:
