@@ -1,17 +1,13 @@
-"""Plots of logged values, as curves and histograms: PNG images in HTML, for light and dark pages."""
+"""Plots of logged values, as curves and histograms: SVG in HTML, in the colors of the page."""
 
-import base64
 import io
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from html import escape
 from typing import Any, NamedTuple
-
-import numpy as np
 
 Row = Mapping[str, Any]  # a line of a log
 
@@ -28,15 +24,12 @@ class Plot:
     change: bool = False  # evaluations minus the first one; no training curve, since its pairs differ by step
 
 
-# Chosen and rejected answers have fixed colors; other curves take the next free one.
-COLORS = {
-    "light": {"ink": "#3b4252", "grid": "#e3e6ec", "chosen": "#12805c", "rejected": "#c2410c",
-              "lines": ("#2f5fd0", "#a21caf", "#b7791f", "#0e7490", "#be123c", "#4d7c0f")},
-    "dark": {"ink": "#b6bdca", "grid": "#2e343f", "chosen": "#4ade9f", "rejected": "#fb923c",
-             "lines": ("#7aa2ff", "#e879f9", "#facc5c", "#5fd4e8", "#fb7185", "#a3e635")},
-}  # fmt: skip
-NUM_COLORS = 256  # of an image
-SIMILAR = np.uint32(0xF8F8F8F8)  # the bits in which similar colors are equal
+# CSS variables of html.py, and the placeholder with which each is drawn
+LINES = ("accent", "purple", "gold", "cyan", "red", "olive")
+COLORS = {name: f"#0000{number:02x}" for number, name in enumerate(("ink", "line", "good", "bad", *LINES), 1)}
+NAMES = {color: name for name, color in COLORS.items()}
+INK = COLORS["ink"]
+ANSWERS = {"chosen": COLORS["good"], "rejected": COLORS["bad"]}  # other curves take the next color of LINES
 MAX_BINS = 1000  # of a longer curve
 MAX_RAW_POINTS = 60  # longer training curves are drawn as a running mean over pale raw values
 
@@ -65,33 +58,28 @@ def plots(chosen_plots: Iterable[Plot], rows: Sequence[Row]) -> str:
         if plot.change:
             curves = [(key, name, steps, [y - values[0] for y in values]) for key, name, steps, values in curves]
         if curves:
-            figures.append(figure(plot.title, plot.note, partial(draw, plot, curves)))
+            figures.append(figure(plot.title, plot.note, draw(plot, curves)))
     return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
 Curve = tuple[str, str, list[int], list[float]]  # key, evaluation set or "" for training, steps, values
 
 
-def figure(title: str, note: str, draw_theme: Callable[[str], bytes]) -> str:
-    """Return HTML of an image with title and note; ``draw_theme`` returns the PNG for the light or dark theme."""
-    light, dark = (base64.b64encode(draw_theme(theme)).decode() for theme in ("light", "dark"))
-    return (
-        f"<figure><h3>{escape(title)}</h3><figcaption>{escape(note)}</figcaption>"
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
-        f'<img alt="{escape(title)}" src="data:image/png;base64,{light}"></picture></figure>\n'
-    )
+def figure(title: str, note: str, svg: str) -> str:
+    """Return HTML of a drawing with title and note."""
+    named = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    return f"<figure><h3>{escape(title)}</h3><figcaption>{escape(note)}</figcaption>{named}</figure>\n"
 
 
-def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
-    """Return a plot as a PNG with a transparent background; evaluation curves are dashed and have dots."""
+def draw(plot: Plot, curves: Sequence[Curve]) -> str:
+    """Return a plot as SVG; evaluation curves are dashed and have dots."""
     from matplotlib.ticker import LogFormatter
 
-    colors = COLORS[theme]
-    palette = iter(colors["lines"])
+    palette = iter(LINES)
     fig, (axes,) = _canvas(1)
     for key, name, steps, values in curves:
         branch = key.rpartition("/")[2]
-        color = colors[branch] if branch in ("chosen", "rejected") else next(palette, colors["ink"])
+        color = ANSWERS[branch] if branch in ANSWERS else COLORS[next(palette, "ink")]
         label = "." + " ".join(
             filter(None, (name or "training", branch if len(plot.keys) > 1 else ""))
         )  # dot: see below
@@ -109,57 +97,44 @@ def draw(plot: Plot, curves: Sequence[Curve], theme: str) -> bytes:
         axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
     if plot.share:
         axes.set_ylim(-0.03, 1.03)
-    _style(axes, colors, "step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _style(axes, "step")
     if len(curves) > 1:
-        legend = axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9, ncols=min(len(curves), 2))
+        legend = axes.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=min(len(curves), 2))
         for text in legend.get_texts():  # matplotlib would hide labels with a leading _ and parse $ as math
             text.set(text=text.get_text().removeprefix("."), parse_math=False)
-    return _png(fig)
+    return _svg(fig)
 
 
 def _canvas(panels: int, size: tuple[float, float] = (6.2, 3.1)) -> tuple[Any, Sequence[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    fig = FigureCanvasAgg(Figure(figsize=size, dpi=160, layout="constrained")).figure
+    fig = FigureCanvasSVG(Figure(figsize=size, layout="constrained")).figure
     return fig, fig.subplots(1, panels, sharex=True, squeeze=False)[0]
 
 
-def _style(axes: Any, colors: Mapping[str, Any], x_label: str) -> None:
-    axes.set_xlabel(x_label, color=colors["ink"])
-    axes.tick_params(which="both", colors=colors["ink"], length=0)
-    axes.grid(color=colors["grid"], linewidth=0.8)
+def _style(axes: Any, x_label: str) -> None:
+    axes.set_xlabel(x_label, color=INK)
+    axes.tick_params(which="both", colors=INK, length=0)
+    axes.grid(color=COLORS["line"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
 
 
-def _png(fig: Any) -> bytes:
-    """Return a figure as a PNG whose size is reduced to a third by using at most ``NUM_COLORS`` colors.
+def _svg(fig: Any) -> str:
+    """Return a figure as SVG that takes fonts and colors from the page, without what the page does not need."""
+    import matplotlib as mpl
 
-    They are the most frequent of each group of similar ones, so that lines and texts keep theirs; others become the
-    nearest of them.
-    """
-    from PIL import Image
-
-    file = io.BytesIO()
-    fig.savefig(file, format="rgba", transparent=True)
-    pixels = np.frombuffer(file.getvalue(), "<u4").reshape(fig.canvas.get_width_height()[::-1])
-    colors, index, counts = np.unique(pixels, return_inverse=True, return_counts=True)
-    ranked = np.argsort(-counts, kind="stable")
-    _, group_of = np.unique(colors & SIMILAR, return_inverse=True)
-    sizes = np.bincount(group_of, weights=counts)
-    _, most_frequent = np.unique(group_of[ranked], return_index=True)  # of each group, as a place in ranked
-    palette = ranked[most_frequent[np.argsort(-sizes, kind="stable")[:NUM_COLORS]]]
-    channels = colors[:, None].view(np.uint8).astype(np.float32)  # [colors, RGBA]
-    seen = channels * channels[:, 3:] / 255
-    nearest = np.zeros(len(colors), np.uint8)
-    for part in np.array_split(ranked, 1 + len(ranked) // NUM_COLORS):
-        nearest[part] = np.square(seen[part, None] - seen[palette]).sum(-1).argmin(-1)
-    image = Image.fromarray(nearest[index.reshape(pixels.shape)], "P")
-    image.putpalette(channels[palette].astype(np.uint8).tobytes(), "RGBA")
-    file = io.BytesIO()
-    image.save(file, "png", optimize=True)
-    return file.getvalue()
+    file = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpo_jax"}):
+        fig.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = file.getvalue()
+    svg = re.sub(r"<style.*?</style>|<!--.*?-->|\n\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    used_ids = set(re.findall(r"#(\w+)[\")]", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used_ids else "", svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)  # a unit is a point
+    return re.sub("|".join(NAMES), lambda match: f"var(--{NAMES[match[0]]})", svg)
 
 
 def _bins(size: int) -> list[slice]:
@@ -208,8 +183,8 @@ def histograms(rows: Sequence[Row]) -> str:
         counts = [{answer: row["rewards"][answer] for answer in ("chosen", "rejected")} for row in shown_rows]
         rewards = [(row["step"], row["rewards"]["edges"], both) for row, both in zip(shown_rows, counts, strict=True)]
         note = "Pairs by margin. Left of 0 the rejected answer is preferred."
-        figures.append(figure(f"{name}: margins", note, partial(draw_histograms, margins)))
-        figures.append(figure(f"{name}: rewards", "Answers by reward.", partial(draw_histograms, rewards)))
+        figures.append(figure(f"{name}: margins", note, draw_histograms(margins)))
+        figures.append(figure(f"{name}: rewards", "Answers by reward.", draw_histograms(rewards)))
     return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
@@ -224,30 +199,29 @@ def reliability(rows: Sequence[Row]) -> str:
             calibrations["reward model"] = row["reward_model"]["calibration"]
             note += f" (implicit reward) and {calibrations['reward model']['ece']:.3f} (reward model)"
         bins = {label: values["bins"] for label, values in calibrations.items()}
-        figures.append(figure(f"{name}: calibration", f"{note}. {explanation}", partial(draw_reliability, bins)))
+        figures.append(figure(f"{name}: calibration", f"{note}. {explanation}", draw_reliability(bins)))
     return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
-def draw_reliability(bins_of: Mapping[str, Sequence[Row]], theme: str) -> bytes:
-    """Draw a reliability diagram as PNG: one dot for each bin of confidence, its area by the number of pairs.
+def draw_reliability(bins_of: Mapping[str, Sequence[Row]]) -> str:
+    """Draw a reliability diagram as SVG: one dot for each bin of confidence, its area by the number of pairs.
 
     ``bins_of``: the bins of each reward, by name.
     """
-    colors = COLORS[theme]
     fig, (axes,) = _canvas(1)
-    axes.plot((0.5, 1), (0.5, 1), color=colors["ink"], linewidth=0.8, linestyle=":")
-    for (name, bins), color in zip(bins_of.items(), colors["lines"], strict=False):
+    axes.plot((0.5, 1), (0.5, 1), color=INK, linewidth=0.8, linestyle=":")
+    for (name, bins), color in zip(bins_of.items(), LINES, strict=False):
         areas = [20 + 300 * row["pairs"] / sum(other["pairs"] for other in bins) for row in bins]
         confidence, accuracy = ([row[key] for row in bins] for key in ("confidence", "accuracy"))
-        axes.scatter(confidence, accuracy, s=areas, color=color, alpha=0.8, linewidths=0, label=name)
+        axes.scatter(confidence, accuracy, s=areas, color=COLORS[color], alpha=0.8, linewidths=0, label=name)
     axes.set_xlim(0.48, 1.02)
     axes.set_ylim(-0.03, 1.03)
-    axes.set_ylabel("accuracy", color=colors["ink"])
-    _style(axes, colors, "confidence")
+    axes.set_ylabel("accuracy", color=INK)
+    _style(axes, "confidence")
     if len(bins_of) > 1:
-        for handle in axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9).legend_handles:
+        for handle in axes.legend(frameon=False, labelcolor=INK, fontsize=9).legend_handles:
             handle.set_sizes([60])
-    return _png(fig)
+    return _svg(fig)
 
 
 class Frontier(NamedTuple):
@@ -257,15 +231,14 @@ class Frontier(NamedTuple):
     points: Mapping[str, Sequence[tuple[float, float, str]]]  # of each method, with a label
 
 
-def draw_frontier(panels: Mapping[str, Frontier], theme: str) -> bytes:
-    """Draw rewards against KLs as PNG, one panel for each title; a method has the same marker and color in all."""
-    colors = COLORS[theme]
+def draw_frontier(panels: Mapping[str, Frontier]) -> str:
+    """Draw rewards against KLs as SVG, one panel for each title; a method has the same marker and color in all."""
     fig, panel_axes = _canvas(len(panels), (11.0, 5.8))
-    palette = (colors["ink"], colors["chosen"], colors["rejected"], *colors["lines"])
+    palette = [COLORS[name] for name in ("ink", "good", "bad", *LINES)]
     names = list(dict.fromkeys(name for frontier in panels.values() for name in frontier.points))
     for number, (axes, (title, frontier)) in enumerate(zip(panel_axes, panels.items(), strict=True)):
         if frontier.optimum:
-            axes.plot(*zip(*frontier.optimum, strict=True), color=colors["ink"], linewidth=1.2)
+            axes.plot(*zip(*frontier.optimum, strict=True), color=INK, linewidth=1.2)
         for name, points in frontier.points.items():
             index = names.index(name)
             color = palette[index % len(palette)]
@@ -274,40 +247,39 @@ def draw_frontier(panels: Mapping[str, Frontier], theme: str) -> bytes:
             coordinates = zip(*((kl, reward) for kl, reward, _ in points), strict=True)
             axes.scatter(*coordinates, s=48, linewidths=1.2, zorder=3, label=label, **style)
             for kl, reward, text in points:
-                offset = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 7, "color": colors["ink"]}
+                offset = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 7, "color": INK}
                 axes.annotate(text, (kl, reward), **offset)
-        axes.set_title(title, color=colors["ink"], fontsize=10)
-        axes.set_ylabel("expected reward", color=colors["ink"])
-        _style(axes, colors, "KL(policy || reference), nats")
-    fig.legend(frameon=False, labelcolor=colors["ink"], fontsize=8.5, loc="outside lower center", ncols=4)
-    return _png(fig)
+        axes.set_title(title, color=INK, fontsize=10)
+        axes.set_ylabel("expected reward", color=INK)
+        _style(axes, "KL(policy || reference), nats")
+    fig.legend(frameon=False, labelcolor=INK, fontsize=8.5, loc="outside lower center", ncols=4)
+    return _svg(fig)
 
 
-def draw_proxy(curves: Mapping[str, Mapping[str, Sequence[float]]], theme: str) -> bytes:
-    """Draw rewards over the steps of training as PNG: a panel for each method, a line for each reward."""
-    colors = COLORS[theme]
+def draw_proxy(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Draw rewards over the steps of training as SVG: a panel for each method, a line for each reward."""
     fig, panel_axes = _canvas(len(curves), (11.0, 3.6))
     for axes, (title, lines) in zip(panel_axes, curves.items(), strict=True):
-        for (name, values), color in zip(lines.items(), colors["lines"], strict=False):
-            axes.plot(values, color=color, label=name, linewidth=1.6)
-        axes.set_title(title.replace(", ", ",\n"), color=colors["ink"], fontsize=10)
-        _style(axes, colors, "step")
-        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
-    return _png(fig)
+        for (name, values), color in zip(lines.items(), LINES, strict=False):
+            axes.plot(values, color=COLORS[color], label=name, linewidth=1.6)
+        axes.set_title(title.replace(", ", ",\n"), color=INK, fontsize=10)
+        _style(axes, "step")
+        axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    return _svg(fig)
 
 
-def draw_histograms(panels: Sequence[tuple[int, Sequence[float], Mapping[str, Sequence[int]]]], theme: str) -> bytes:
-    """Return a PNG of histograms with a shared x-axis, one panel for each (step, edges, counts by name)."""
-    colors = COLORS[theme]
+def draw_histograms(panels: Sequence[tuple[int, Sequence[float], Mapping[str, Sequence[int]]]]) -> str:
+    """Return SVG of histograms with a shared x-axis, one panel for each (step, edges, counts by name)."""
     fig, panel_axes = _canvas(len(panels))
     for axes, (step, edges, counts) in zip(panel_axes, panels, strict=True):
         for branch, heights in counts.items():
-            color = colors.get(branch, colors["lines"][0])
+            color = ANSWERS.get(branch, COLORS[LINES[0]])
             # the outline keeps narrow bins visible when the other panel's range is wide
             style = {"facecolor": (color, 0.45), "edgecolor": color, "linewidth": 1.2}
             axes.stairs(heights, edges, fill=True, label=branch, **style)
-        axes.axvline(0, color=colors["ink"], linewidth=0.8, linestyle=":")
-        _style(axes, colors, f"step {step}")
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+        axes.locator_params(axis="x", nbins=5)
+        _style(axes, f"step {step}")
         if len(counts) > 1:
-            axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
-    return _png(fig)
+            axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    return _svg(fig)

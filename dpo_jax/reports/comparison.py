@@ -1,7 +1,6 @@
 """The page of a comparison of methods, from its results: on the task with a known optimum, or on a user's own model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from dpo_jax.reports.charts import Frontier, draw_frontier, draw_proxy, figure, reliability
@@ -95,7 +94,7 @@ def comparison_page(results: Row) -> str:
 def frontier_figure(experiments: Mapping[str, Row], note: str, best_title: str) -> str:
     """Return HTML of the chart of rewards against KL, with a panel for each experiment, by title."""
     panels = {title: frontier_of(each, best_title) for title, each in experiments.items()}
-    return figure("Frontier", note, partial(draw_frontier, panels))
+    return figure("Frontier", note, draw_frontier(panels))
 
 
 def frontier_of(experiment: Row, best_title: str) -> Frontier:
@@ -141,7 +140,7 @@ def ranking_section(rankings: Mapping[str, Row], note: str) -> Iterator[str]:
 
 def proxy_figure(proxy: Mapping[str, Any]) -> str:
     """Return HTML of the chart of learned and true rewards over the steps of training."""
-    return figure("Over-optimization", PROXY_NOTE, partial(draw_proxy, proxy))
+    return figure("Over-optimization", PROXY_NOTE, draw_proxy(proxy))
 
 
 def cost_section(results: Row, rows: list[Row]) -> Iterator[str]:

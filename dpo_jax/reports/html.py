@@ -6,9 +6,11 @@ from html import escape
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2430; --soft: #616a7a; --page: #f6f7f9; --card: #ffffff; --line: #e3e6ec;
-  --good: #12805c; --accent: #2f5fd0; }
+  --good: #12805c; --bad: #c2410c; --accent: #2f5fd0; --purple: #a21caf; --gold: #b7791f; --cyan: #0e7490;
+  --red: #be123c; --olive: #4d7c0f; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a1b2; --page: #13161b; --card: #1b1f27;
-  --line: #2e343f; --good: #4ade9f; --accent: #7aa2ff; } }
+  --line: #2e343f; --good: #4ade9f; --bad: #fb923c; --accent: #7aa2ff; --purple: #e879f9; --gold: #facc5c;
+  --cyan: #5fd4e8; --red: #fb7185; --olive: #a3e635; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, -apple-system, "Segoe UI",
   Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -25,12 +27,15 @@ p { margin: 0 0 12px; max-width: 76ch; }
 .card .name { color: var(--soft); font-size: 13px; }
 .card .value { font-size: 24px; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .card .value .from { color: var(--soft); font-weight: 400; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 16px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 16px; }
+.plots + .plots { margin-top: 16px; }
 figure { margin: 0; padding: 14px 16px 8px; }
 figcaption { font-size: 13px; }
-figure img { display: block; width: 100%; height: auto; }
+figure svg { display: block; width: 100%; height: auto; }
+figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
+figure svg text { font-family: inherit !important; }
 main > figure { overflow-x: auto; }
-main > figure picture { display: block; min-width: 720px; }
+main > figure svg { min-width: 720px; }
 .box { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 8px 16px; border-top: 1px solid var(--line); vertical-align: top; }

@@ -1,6 +1,6 @@
 """Report of a run: one self-contained HTML file with its curves and results.
 
-The page has no scripts and loads nothing; each plot is a PNG image for light pages and one for dark pages.
+The page has no scripts and loads nothing; each plot is an SVG in the colors of the page, light or dark.
 """
 
 import statistics

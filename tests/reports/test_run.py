@@ -1,7 +1,5 @@
 """A run's report: what it says is what the logs say, and the page stands alone."""
 
-import base64
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import matplotlib.image
 import numpy as np
 import pytest
 
@@ -21,7 +18,6 @@ from dpo_jax.config.file import config_to_yaml
 from dpo_jax.losses import preference_metrics
 from dpo_jax.reports import charts
 from dpo_jax.reports.charts import (
-    COLORS,
     Plot,
     binned,
     draw,
@@ -71,10 +67,9 @@ def drawn():
 
 @pytest.fixture(autouse=True)
 def undrawn(request, monkeypatch):
-    """For the others every picture is the same word."""
+    """For the others every picture is empty."""
     if "drawn" not in request.fixturenames:
-        kept = charts.figure
-        monkeypatch.setattr(charts, "figure", lambda title, note, _: kept(title, note, lambda theme: theme.encode()))
+        monkeypatch.setattr(charts, "_svg", lambda fig: "<svg ></svg>")
 
 
 def make_run(tmp_path: Path, config: Any, metrics: Sequence[Mapping], timings: Sequence[Mapping] = ()) -> Path:
@@ -194,13 +189,15 @@ def test_clipping_of_most_steps_has_advice(tmp_path):
     assert "the usual norm here is 1.417 (median): set optimizer.max_grad_norm above it" in text
 
 
+@pytest.mark.usefixtures("drawn")
 def test_any_name_of_a_set_stands_in_its_plots(monkeypatch):
     drawn = []
-    kept = charts._png
-    monkeypatch.setattr(charts, "_png", lambda whole: drawn.append(whole) or kept(whole))
+    kept = charts._svg
+    monkeypatch.setattr(charts, "_svg", lambda whole: drawn.append(whole) or kept(whole))
     names = ["a$b$c", "$\\frac$", r"\$a", "_hidden", "<&\"'", "100%", "{x}"]
     for name in names:
-        draw(Plot("", ("loss",), ""), [("loss", "", [1, 2], [1.0, 2.0]), ("loss", name, [1, 2], [1.0, 2.0])], "light")
+        svg = draw(Plot("", ("loss",), ""), [("loss", "", [1, 2], [1.0, 2.0]), ("loss", name, [1, 2], [1.0, 2.0])])
+        assert f">{escape(name, quote=False)}</text>" in svg
     actual = [[text.get_text() for text in whole.axes[0].get_legend().get_texts()] for whole in drawn]
     assert actual == [["training", name] for name in names]
 
@@ -246,10 +243,9 @@ def test_the_command_names_a_live_reference_where_the_run_has_none(tmp_path):
     assert "--per-token" not in write_report(run).read_text()
 
 
-@pytest.mark.usefixtures("drawn")
 def test_likelihood_is_shown_since_the_start_and_of_evaluations_only(monkeypatch):
     drawn = {}
-    monkeypatch.setattr(charts, "draw", lambda plot, curves, theme: drawn.setdefault(plot.title, curves) and b"")
+    monkeypatch.setattr(charts, "draw", lambda plot, curves: drawn.setdefault(plot.title, curves) and "")
     rows = [row | {"logps/chosen": -9.0} if "grad_norm" in row else row for row in watched_rows()]
     charts.plots(PLOTS, rows)
     assert drawn["Likelihood since the start"] == [
@@ -258,16 +254,22 @@ def test_likelihood_is_shown_since_the_start_and_of_evaluations_only(monkeypatch
     assert len(drawn["Log-probability of the answers"]) == 3
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_histograms_stand_beside_each_other(theme):
+def paths_of(svg: str, color: str) -> list[np.ndarray]:
+    """The points [n, 2] of each path with a stroke of that color."""
+    found = re.findall(rf'<path d="([^"]*)"[^>]*style="[^"]*stroke: var\(--{color}\)', svg)
+    return [np.array(re.findall(r"-?[\d.]+", d), float).reshape(-1, 2) for d in found]
+
+
+@pytest.mark.usefixtures("drawn")
+def test_histograms_stand_beside_each_other():
     panels = [(0, [-1.0, 0.0, 1.0], {"chosen": [0, 8]}), (80, [-1.0, 0.0, 1.0], {"chosen": [8, 0]})]
-    image = matplotlib.image.imread(io.BytesIO(draw_histograms(panels, theme)))
-    wanted = np.array([int(COLORS[theme]["chosen"][i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    columns = np.nonzero((np.abs(image[..., :3] - wanted).max(-1) < 0.02) & (image[..., 3] > 0.3))[1] / image.shape[1]
-    assert (columns < 0.5).sum() > 1000 < (columns > 0.5).sum()
-    assert 0.25 < columns[columns < 0.5].mean() < columns[columns > 0.5].mean() < 0.75  # right of 0, then left of it
+    first, second = paths_of(draw_histograms(panels), "good")
+    whole, top = 446.4, min(first[:, 1])
+    highest = [x[x[:, 1] == top, 0].mean() / whole for x in (first, second)]
+    assert 0.25 < highest[0] < 0.5 < highest[1] < 0.75  # right of 0, then left of it
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_page_stands_alone_and_escapes(tmp_path):
     run = make_run(tmp_path, dpo_config(), dpo_metrics('<b>"x"'))
     append_json(run / "distributions.jsonl", spread_row(0, [0, 8], '<b>"x"'))
@@ -276,9 +278,12 @@ def test_the_page_stands_alone_and_escapes(tmp_path):
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "link", "iframe", "object", "b", "i", "start"}
     links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "srcset", "href")]
-    assert links
-    assert all(link.startswith("data:image/png;base64,") for link in links)
-    assert "url(" not in text
+    assert links == []
+    used = {value[1:] for _, attrs in page.tags for name, value in attrs.items() if name == "xlink:href"}
+    used |= set(re.findall(r"url\(#(\w+)\)", text))
+    assert used
+    assert used == {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert text.count("url(") == text.count("url(#")
     assert "@import" not in text
     assert "models/<start> & more" in page.cells
     assert escape('<b>"x": loss') in text
@@ -306,7 +311,7 @@ def test_a_fine_tuning_run_speaks_of_no_rewards(tmp_path):
     text = write_report(make_run(tmp_path, config, metrics)).read_text()
     Page(text)
     assert "Supervised fine-tuning" in text
-    assert "eward" not in re.sub(r"base64,[^\"]*", "", text)
+    assert "eward" not in text
     assert '<span class="from">5.000 → </span>1.250' in text
     assert '<span class="from">0.1000 → </span>0.5000' in text
 
@@ -345,30 +350,28 @@ def test_values_without_meaning_leave_a_gap(tmp_path):
     assert values[2] == 2
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_curves_are_drawn_in_their_colors(theme):
+@pytest.mark.usefixtures("drawn")
+def test_curves_are_drawn_in_their_colors():
     plot = Plot("Rewards", ("rewards/chosen", "rewards/rejected"), "")
     curves = [("rewards/chosen", "", [1, 2, 3], [0.0, 1.0, 2.0]), ("rewards/rejected", "", [1, 2, 3], [0.0, -1, -2])]
-    image = matplotlib.image.imread(io.BytesIO(draw(plot, curves, theme)))
-    assert np.mean(image[..., 3] > 0) < 0.5  # the ground shows through
-    heights = []
-    for branch in ("chosen", "rejected"):
-        wanted = np.array([int(COLORS[theme][branch][i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        found = (np.abs(image[..., :3] - wanted).max(-1) < 0.01) & (image[..., 3] == 1)
-        assert found.sum() > 500, branch
-        heights.append(np.nonzero(found)[0].mean())
-    assert heights[0] < heights[1]  # chosen is the upper curve
+    svg = draw(plot, curves)
+    chosen, rejected = (paths_of(svg, color)[0] for color in ("good", "bad"))
+    assert len(chosen) == len(rejected) == 3
+    assert (np.diff(chosen[:, 1]) < 0).all()  # upwards: y of a picture grows downwards
+    assert (np.diff(rejected[:, 1]) > 0).all()
+    assert not re.findall("#[0-9a-f]{6}", svg)  # all colors are the page's
 
 
 @pytest.mark.usefixtures("drawn")
-def test_pictures_are_small_and_come_for_both_grounds(tmp_path):
+def test_pictures_are_small_and_have_names(tmp_path):
     run = make_run(tmp_path, dpo_config(), dpo_metrics())
     append_json(run / "distributions.jsonl", spread_row(0, [0, 8]))
     text = write_report(run).read_text()
     assert {"Loss", "held_out: margins", "held_out: calibration"} < set(re.findall(r"<h3>(.*?)</h3>", text))
-    pictures = [base64.b64decode(data) for data in re.findall(r'base64,([^"]*)"', text)]
-    assert len(pictures) == 2 * len(re.findall("<figure>", text))
-    assert all(picture.startswith(b"\x89PNG") and len(picture) < 150_000 for picture in pictures)
+    pictures = re.findall(r"<svg .*?</svg>", text, flags=re.DOTALL)
+    assert len(pictures) == len(re.findall("<figure>", text))
+    assert all('role="img" aria-label="' in picture and len(picture) < 20_000 for picture in pictures)
+    assert set(re.findall(r"var\((--\w+)\)", text)) <= set(re.findall(r"(--\w+):", text))
 
 
 def test_names_of_evaluation_sets_may_hold_underscores():
