@@ -16,6 +16,8 @@ from dpo_jax.inference.reference import Reference
 from dpo_jax.inference.score import LogpsStep, dataset_logps
 from dpo_jax.losses import preference_metrics
 
+_metrics = jax.jit(preference_metrics, static_argnums=2)  # one program, where each operation would be one
+
 
 class ScoredSet(NamedTuple):
     """An evaluation set with its log-probs."""
@@ -29,7 +31,7 @@ class ScoredSet(NamedTuple):
 
     def metrics(self, loss: LossConfig) -> dict[str, float]:
         """Compute the metrics of `preference_metrics` as floats, and those of a reward model on the same pairs."""
-        values = jax.device_get(preference_metrics(self.policy, self.reference, loss))
+        values = jax.device_get(_metrics(self.policy, self.reference, loss))
         metrics = {name: float(value) for name, value in values.items()}
         if self.scores is not None:
             margins, policy_margins = self.score_margins, reward_margins(self.policy, self.reference, loss)

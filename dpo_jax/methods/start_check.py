@@ -37,12 +37,18 @@ def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
     uses_only_ratios = loss.needs_reference and all(LOSS_TRAITS[name].reference for name, _ in loss.terms)
     if not uses_only_ratios or loss.weighting == "wpo":
         return None
-    zero_logps = PairLogps(sum=jnp.zeros((1, 2)), count=jnp.ones((1, 2)), weight=jnp.ones(1), valid=jnp.ones(1, bool))
+    zeros, ones = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32)
+    zero_logps = PairLogps(sum=zeros, count=ones, weight=ones[:, 0], valid=ones[:, 0] > 0)
     loss = replace(loss, ld_alpha=None)  # log-ratios of 0 have tails of 0
     pair_loss = lambda sums: preference_loss(replace(zero_logps, sum=sums), zero_logps, loss)[0]  # noqa: E731
-    points = 1e-4 * jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # losses may have a kink at 0
-    slopes = jnp.abs(jax.vmap(jax.grad(pair_loss))(points)).sum((1, 2))
-    return AtMarginZero(float(pair_loss(zero_logps.sum)), float(slopes.max()))
+    points = 1e-4 * np.array([[[1, 0]], [[-1, 0]], [[0, 1]], [[0, -1]]], np.float32)  # losses may have a kink at 0
+
+    @jax.jit  # one program, where each operation would be one
+    def value_and_slope() -> tuple[jax.Array, jax.Array]:
+        slopes = jnp.abs(jax.vmap(jax.grad(pair_loss))(points)).sum((1, 2))
+        return pair_loss(zeros), slopes.max()
+
+    return AtMarginZero(*map(float, value_and_slope()))
 
 
 def agreement(setup: Setup) -> float:
