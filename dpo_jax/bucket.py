@@ -1,6 +1,7 @@
 """Read and write the objects of a folder in a Google Cloud Storage bucket, and tell faults of storage apart.
 
-The client libraries come with the extra ``gcs`` and are imported only once a ``gs://`` path is named.
+The client libraries come with the extra ``gcs`` and are imported only once a ``gs://`` path is named. Requests are
+billed to the project that ``DPO_JAX_GCS_USER_PROJECT`` names, which a bucket whose requesters pay demands.
 """
 
 import logging
@@ -23,8 +24,10 @@ TIMEOUT = 60.0  # seconds for one request; for a file, without progress
 UNANSWERED, REFUSED = (408, 429, *range(500, 600)), (401, 403)
 # Codes in the texts of tensorstore's errors, which have no types.
 UNREACHABLE_TEXTS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
-DENIED_TEXTS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden: ")
+UNPAID = "requester pays bucket"
+DENIED_TEXTS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden: ", UNPAID)
 NETWORK_MODULES = ("aiohttp", "requests", "urllib3")
+USER_PROJECT = "DPO_JAX_GCS_USER_PROJECT"
 RESUMES = ": run the same command again to resume"
 ROLES = "grant roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket"
 
@@ -41,6 +44,7 @@ class Blob(NamedTuple):
     generation: int
     updated: float  # when it was written, in seconds since 1970, by the server's clock
     metadata: Mapping[str, str]
+    size: int  # in bytes
 
 
 def is_remote(path: object) -> bool:
@@ -104,6 +108,8 @@ def storage_error(what: str, error: BaseException) -> UserError | None:
         text = str(error)
         is_scope = "authentication scope" in text or "ACCESS_TOKEN_SCOPE" in text
         remedy = "start the VM with the scope cloud-platform" if is_scope else ROLES
+        if UNPAID in text:
+            remedy = f"set {USER_PROJECT} to the project to bill"
         return StorageDenied(f"{what}: access is denied ({reason(error)}): {remedy}")
     return None
 
@@ -128,7 +134,7 @@ def prepare_clients() -> Any:
 
 @dataclass(frozen=True)
 class Bucket:
-    """The objects below a ``gs://`` folder, by their names relative to it.
+    """The objects below a ``gs://`` folder, by their names relative to it; ``""`` is the object of the url itself.
 
     Every method repeats a request that storage does not answer, for ``patience`` seconds.
 
@@ -161,7 +167,7 @@ class Bucket:
 
         def call() -> tuple[dict[str, Blob], list[str]]:
             options = {"prefix": f"{self._folder}/{prefix}", "delimiter": "/", "retry": None, "timeout": TIMEOUT}
-            listing = self._client.list_blobs(self._bucket.name, **options)
+            listing = self._client.list_blobs(self._bucket, **options)
             objects = {self._relative(blob.name): _blob_of(blob) for blob in listing}
             return objects, sorted(self._relative(name) for name in listing.prefixes)
 
@@ -188,6 +194,12 @@ class Bucket:
         """Return an object's content."""
         return self._ask("read", name, lambda: self._blob(name).download_as_bytes(retry=None, timeout=TIMEOUT))
 
+    def read_range(self, name: str, start: int, end: int, generation: int) -> bytes:
+        """Return the bytes from ``start`` to before ``end`` of one generation of an object."""
+        span = {"start": start, "end": end - 1, "raw_download": True, "checksum": None}
+        options = {"if_generation_match": generation, "retry": None, "timeout": TIMEOUT}
+        return self._ask("read", name, lambda: self._blob(name).download_as_bytes(**span, **options))
+
     def write(
         self, name: str, content: bytes, generation: int | None = None, metadata: Mapping[str, str] | None = None
     ) -> Blob:
@@ -205,12 +217,12 @@ class Bucket:
         """Write a local file to an object."""
         self._ask("write", name, lambda: self._blob(name).upload_from_filename(str(path), retry=None, timeout=TIMEOUT))
 
-    def download(self, name: str, path: Path) -> None:
-        """Write an object to a local file, whole or not at all."""
+    def download(self, name: str, path: Path, generation: int | None = None) -> None:
+        """Write an object, or exactly this generation of it, to a local file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_file(path)
+        partial, options = partial_file(path), {"if_generation_match": generation, "retry": None, "timeout": TIMEOUT}
         try:
-            self._ask("read", name, lambda: self._blob(name).download_to_filename(partial, retry=None, timeout=TIMEOUT))
+            self._ask("read", name, lambda: self._blob(name).download_to_filename(partial, **options))
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -236,14 +248,14 @@ class Bucket:
 
     @property
     def _bucket(self) -> Any:
-        return self._client.bucket(split_url("", self.url)[0])
+        return self._client.bucket(split_url("", self.url)[0], user_project=os.environ.get(USER_PROJECT))
 
     @property
     def _folder(self) -> str:
         return split_url("", self.url)[1]
 
     def _full(self, name: str) -> str:
-        return f"{self._folder}/{name}"
+        return f"{self._folder}/{name}" if name else self._folder
 
     def _relative(self, name: str) -> str:
         return name.removeprefix(f"{self._folder}/")
@@ -277,4 +289,4 @@ class Bucket:
 
 
 def _blob_of(blob: Any) -> Blob:
-    return Blob(int(blob.generation), blob.updated.timestamp(), blob.metadata or {})
+    return Blob(int(blob.generation), blob.updated.timestamp(), blob.metadata or {}, int(blob.size))

@@ -19,7 +19,9 @@ PACKAGE = ROOT / "dpo_jax"
 FLOORS = [
     {"errors", "batch"},
     {"config", "storage", "balance", "signals"},
-    {"parallel", "data", "losses", "bucket"},
+    {"bucket"},
+    {"fetched"},
+    {"parallel", "data", "losses"},
     {"console", "ops", "batching"},
     {"models", "logprobs"},
     {"step"},

@@ -8,14 +8,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_jax.bucket import Bucket, is_remote
 from dpo_jax.config import SourceConfig
 from dpo_jax.data import files
 from dpo_jax.errors import UserError, from_outside
+from dpo_jax.fetched import fetch_data
 
 if TYPE_CHECKING:
     import datasets
@@ -50,7 +52,8 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
     if not isinstance(source, SourceConfig):
         dataset = _plain_dataset(source)
         return Rows(_LibraryRows("data", dataset), {}, len(dataset))
-    rows = _kind(source).load(source)
+    local = _local(source)
+    rows = _kind(local).load(local)
     if len(rows) == 0:
         raise UserError(f"{source.path}: the source has no rows; choose another")
     if source.columns:
@@ -66,8 +69,21 @@ def fingerprint(source: "SourceConfig | datasets.Dataset") -> str:
     if not isinstance(source, SourceConfig):
         identity = [_dataset_identity(_plain_dataset(source))]
     else:
-        identity = [_kind(source).identity(source), sorted(source.columns.items()), source.limit]
+        local = _local(source)
+        identity = [_kind(local).identity(local), sorted(source.columns.items()), source.limit]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _local(source: SourceConfig) -> SourceConfig:
+    """Return the source with the path of a local copy, if it is a file or folder in a bucket."""
+    if source.data_dir is not None and is_remote(source.data_dir):
+        remedy = "TFDS sets are read from a local disk; copy the directory there"
+        raise UserError(f"{source.path}: data_dir", source.data_dir, remedy)
+    if not is_remote(source.path):
+        return source
+    if files.file_suffix(source.path) not in _SUFFIXES and Bucket.named("data", source.path).stat("") is not None:
+        raise _unknown_suffix(source.path)  # before it is copied
+    return replace(source, path=str(fetch_data("data", source.path)))
 
 
 @dataclass(frozen=True)
@@ -100,12 +116,17 @@ def _kind_name(path: str) -> str:
         if not exists:
             raise UserError(f"{path}: no such file; the working directory is {Path.cwd()}")
         if suffix not in _SUFFIXES:
-            suffixes_text = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.CODECS)}"
-            raise UserError(f"{path}: unknown suffix {suffix!r}; use {suffixes_text}, or give a folder of such files")
+            raise _unknown_suffix(path)
         return _SUFFIXES[suffix]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(f"{path}: no such file or folder, and not the name of a hub dataset (owner/name); correct it")
     return "hub dataset"
+
+
+def _unknown_suffix(path: str) -> UserError:
+    suffixes_text = f"{', '.join(_SUFFIXES)}, all but the last also with {', '.join(files.CODECS)}"
+    problem = f"{path}: unknown suffix {files.file_suffix(path)!r}"
+    return UserError(f"{problem}; use {suffixes_text}, or give a folder of such files")
 
 
 class _LibraryRows:

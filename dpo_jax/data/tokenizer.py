@@ -9,7 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_jax.bucket import is_remote
 from dpo_jax.errors import UserError, from_outside, reason, shown
+from dpo_jax.fetched import fetch_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +56,8 @@ def _select_template(path: str, default: Any, choice: str | None) -> str | dict[
     if choice in templates:
         return templates[choice]
     try:
-        return Path(choice).read_text(encoding="utf-8")
+        file = fetch_data("data.chat_template", choice) if is_remote(choice) else Path(choice)
+        return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         choices_text = f"; the tokenizer has the templates {', '.join(sorted(templates))}" if templates else ""
         problem = f"{choice!r} cannot be read: {reason(error)}"

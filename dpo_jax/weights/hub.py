@@ -1,23 +1,27 @@
 """Resolve ``model.path`` to a local directory and read its JSON files, such as ``config.json``."""
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.bucket import Bucket, is_remote
 from dpo_jax.errors import UserError, from_outside
+from dpo_jax.fetched import REFERRING, fetch
 from dpo_jax.models.options import DecoderConfig
 from dpo_jax.weights.known import builtin_model
 
 # Download only what this program reads from a hub repository: no PyTorch pickles, copies in other formats, or code.
-_HUB_FILES = ["*.json", "tokenizer.model", "*.txt", "*.jinja", "additional_chat_templates/*"]
+_TEMPLATES = "additional_chat_templates/"
+_HUB_FILES = ["*.json", "tokenizer.model", "*.txt", "*.jinja", f"{_TEMPLATES}*"]
 _HUB_WEIGHTS = ["*.safetensors"]
 _HUB_IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
 
 
 def resolve_model(path: str, revision: str | None, weights: bool = True) -> Path:
-    """Return the local directory of a Hugging Face model: ``path`` itself, or the downloaded snapshot of a hub model.
+    """Return the local directory of a Hugging Face model: ``path`` itself, or a copy of one on the hub or in a bucket.
 
-    If ``weights`` is false, only config and tokenizer are downloaded.
+    If ``weights`` is false, only config and tokenizer of a hub model are downloaded. Weights in a bucket never are.
 
     Raises:
         UserError: the directory or hub model does not exist or contains no model, or the hub cannot be reached.
@@ -25,10 +29,10 @@ def resolve_model(path: str, revision: str | None, weights: bool = True) -> Path
     if path.startswith("builtin:"):
         builtin_model(path)  # an unknown name raises an error that lists the built-in models
         raise UserError(f"model.path: {path} is built in and has no directory; give a directory or a hub name")
-    directory = Path(path).expanduser()
+    directory = model_directory("model.path", path)
     if directory.is_dir():
         if revision is not None:
-            remedy = f"{path} is a local directory; remove this option"
+            remedy = f"{path} is {'in a bucket' if is_remote(path) else 'a local directory'}; remove this option"
             raise UserError(f"model.revision: {revision!r} cannot be used: {remedy}")
         if not (directory / "config.json").is_file():
             raise UserError(f"model.path: {path} holds neither config.json nor checkpoints/; give a model or a run")
@@ -38,6 +42,28 @@ def resolve_model(path: str, revision: str | None, weights: bool = True) -> Path
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):
         raise UserError(f"model.path: {path} does not exist; give a directory, a hub name or builtin:tiny")
     return _download(path, revision, _HUB_FILES + _HUB_WEIGHTS if weights else _HUB_FILES)
+
+
+def model_directory(option: str, path: str) -> Path:
+    """Return the path of a local directory, or a copy of one in a bucket, whose weights are read from there in ranges.
+
+    ``option`` gives the path. Whether a local directory exists is not checked.
+
+    Raises:
+        UserError: there is no such directory in the bucket, or it is in other storage.
+    """
+    if not is_remote(path):
+        return Path(path).expanduser()
+    bucket = Bucket.named(option, path)
+    blobs, folders = bucket.entries()
+    if _TEMPLATES in folders:
+        blobs |= bucket.entries(_TEMPLATES)[0]
+    read = [name for name in blobs if any(fnmatchcase(name, pattern) for pattern in _HUB_FILES + _HUB_WEIGHTS)]
+    names = [name for name in read if not any(fnmatchcase(name, pattern) for pattern in _HUB_IGNORED)]
+    if not names:
+        raise UserError(f"{option}: {path} has no files of a model or adapters; check the path")
+    weight_files = lambda name: name.endswith(".safetensors")  # noqa: E731
+    return fetch(bucket, {name: blobs[name] for name in names}, REFERRING, weight_files)
 
 
 def _download(name: str, revision: str | None, files: list[str]) -> Path:

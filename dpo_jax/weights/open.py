@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from dpo_jax.bucket import is_remote
+from dpo_jax.bucket import is_remote, split_url
 from dpo_jax.config import LoraConfig, ModelConfig
 from dpo_jax.config.file import load_yaml, read_section
 from dpo_jax.data.tokenizer import load_tokenizer
@@ -27,7 +27,7 @@ from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import RunDir, find_run, is_run_dir, writing
 from dpo_jax.runs.restore import restore_part
 from dpo_jax.storage import write_atomically
-from dpo_jax.weights.hub import check_vocabulary, read_hf_config, resolve_model
+from dpo_jax.weights.hub import check_vocabulary, model_directory, read_hf_config, resolve_model
 from dpo_jax.weights.huggingface import CARRIED_FILE, carried_tensors, export_params, load_params
 from dpo_jax.weights.known import builtin_model
 from dpo_jax.weights.peft import export_adapters, load_adapters
@@ -48,9 +48,13 @@ class ModelSource:
 def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, weights: bool = True) -> ModelSource:
     """Find the model that ``model.path`` names; a hub model is downloaded, its weights only if ``weights`` is true.
 
+    Of a model in a bucket, the files next to the weights are downloaded.
+
     Raises:
         UserError: the model does not exist, or ``revision`` or ``checkpoint`` does not apply to it.
     """
+    if is_remote(path):
+        split_url("model.path", path)
     is_run, is_builtin = is_run_dir(path), path.startswith("builtin:")
     remedy = f"{path} is not a run directory, so it has no saved steps; leave it at newest"
     require(is_run or checkpoint == "newest", "model.checkpoint", checkpoint, remedy)
@@ -65,8 +69,6 @@ def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, w
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path: the run {path} stopped before it saved a model; choose another")
         return ModelSource(read_hf_config(folder), folder, run)
-    if is_remote(path):
-        raise UserError(f"model.path: {path} is no run of this program; copy a model in a bucket to a local directory")
     folder = resolve_model(path, revision, weights)
     return ModelSource(read_hf_config(folder), folder, None)
 
@@ -207,7 +209,7 @@ def load_start(config: LoraConfig, model: Model, base: Params, seed: int, mesh: 
         initialize = partial(start_adapters, model, init=config.init)
         jitted_init = jax.jit(initialize, out_shardings=trained_shardings(model, mesh))
         return jitted_init(jax.random.key(seed), head=base.get("score"))
-    return load_adapters(Path(config.path).expanduser(), model, config, trained_shardings(model, mesh))
+    return load_adapters(model_directory("lora.path", config.path), model, config, trained_shardings(model, mesh))
 
 
 def param_shardings(model: Model, mesh: Mesh | AbstractMesh) -> Any:
@@ -231,6 +233,8 @@ def trained_shapes(model: Model, mesh: Mesh | AbstractMesh) -> Params:
 def find_tokenizer(source: ModelSource, config: ModelConfig, chat_template: str | None) -> Any:
     """Load the tokenizer that ``model.tokenizer`` names or, if it is not set, the model's own."""
     path = config.tokenizer or source.folder
+    if config.tokenizer is not None and is_remote(config.tokenizer):
+        path = model_directory("model.tokenizer", config.tokenizer)
     if path is None:
         raise UserError(f"model.tokenizer: {config.path} has no tokenizer; give a directory or hub model that has one")
     revision = config.revision if config.tokenizer is None and not Path(path).is_dir() else None

@@ -1,4 +1,4 @@
-"""Read and write safetensors files tensor by tensor, so that only one is in memory at a time.
+"""Read and write safetensors files, also in a bucket, tensor by tensor, so that only one is in memory at a time.
 
 A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes:
 https://huggingface.co/docs/safetensors/index#format. The safetensors library validates the header; tensors are read
@@ -8,7 +8,9 @@ with plain reads, since pages of the library's memory map count as process memor
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
@@ -17,6 +19,7 @@ import numpy as np
 from safetensors import safe_open
 
 from dpo_jax.errors import UserError, from_outside, shown
+from dpo_jax.fetched import RemoteFile, remote_file
 from dpo_jax.weights.hub import read_json
 
 DTYPES = {
@@ -29,6 +32,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 MAX_ELEMENTS = 2**60  # a tensor without elements may name such dims, which NumPy cannot index
+MAX_HEADER_BYTES = 10**8  # that the library accepts
 COPY_AGAIN = "copy or download it again"
 
 
@@ -42,6 +46,7 @@ class Tensor:
     shape: tuple[int, ...]
     start: int  # byte offset in the file
     end: int
+    remote: RemoteFile | None = None  # the object in a bucket that the file refers to
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
         """Read the tensor, or some rows of its first dim, in the file's dtype.
@@ -68,6 +73,8 @@ class Tensor:
     def read_bytes(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """Read the tensor's bytes, or some of them, whatever its dtype."""
         num_bytes = (self.end - self.start if last is None else last) - first
+        if self.remote is not None:
+            return np.frombuffer(self.remote.read(self.start + first, self.start + first + num_bytes), np.uint8)
         with from_outside(f"{self.path}: tensor {self.name}", COPY_AGAIN), self.path.open("rb") as file:
             file.seek(self.start + first)
             return np.fromfile(file, np.uint8, num_bytes)
@@ -79,10 +86,14 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the safetensors library rejects the file.
     """
-    with from_outside(f"{path}: this is not an intact safetensors file", COPY_AGAIN):
-        with safe_open(path, "numpy"):  # checks that types, shapes and offsets cover the file exactly
+    remote = remote_file(path)
+    with (
+        _file_with_header(path, remote) as header_path,
+        from_outside(f"{path}: this is not an intact safetensors file", COPY_AGAIN),
+    ):
+        with safe_open(header_path, "numpy"):  # checks that types, shapes and offsets cover the file exactly
             pass
-        with path.open("rb") as file:
+        with header_path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     header.pop("__metadata__", None)
@@ -93,9 +104,22 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if math.prod(filter(None, entry["shape"])) >= MAX_ELEMENTS:
             raise UserError(f"{path}: tensor {name} has shape {entry['shape']}, too large for any array; {COPY_AGAIN}")
         start, end = entry["data_offsets"]
-        data_start = 8 + length
-        tensors[name] = Tensor(path, name, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + end)
+        place = {"start": 8 + length + start, "end": 8 + length + end, "remote": remote}
+        tensors[name] = Tensor(path, name, entry["dtype"], tuple(entry["shape"]), **place)
     return tensors
+
+
+@contextmanager
+def _file_with_header(path: Path, remote: RemoteFile | None) -> Iterator[Path]:
+    """Context manager that yields ``path``, or for an object a sparse file of its size that has only its header."""
+    if remote is None:
+        yield path
+        return
+    length = int.from_bytes(remote.read(0, min(8, remote.size)), "little")
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(remote.read(0, min(8 + length, 8 + MAX_HEADER_BYTES, remote.size)))
+        file.truncate(remote.size)
+        yield Path(file.name)
 
 
 def find_tensors(folder: Path) -> dict[str, Tensor]:

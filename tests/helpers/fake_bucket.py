@@ -51,6 +51,7 @@ class Request:
     kind: str  # get, read, write, list, delete, bucket, ...
     params: dict[str, str]
     status: int = 0
+    span: str | None = None  # the bytes that are asked for, as 0-7; None: all
 
 
 @dataclass
@@ -291,6 +292,7 @@ class _Handler(BaseHTTPRequestHandler):
         params = dict(parse_qsl(parts.query, keep_blank_values=True))
         headers = {name.lower(): value for name, value in headers.items()}
         request = _parse(method, parts.path, params, body, headers)
+        request.span = headers.get("range", "").removeprefix("bytes=") or None
         self.storage.requests.append(request)
         if (fault := self.storage.fault_of(request, after=False)) is not None:
             time.sleep(fault.delay)

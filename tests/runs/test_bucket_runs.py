@@ -74,9 +74,19 @@ def test_without_the_extra_a_line_says_what_to_install(monkeypatch):
     assert refused.value.exit_code == 2
 
 
-def test_nothing_of_the_extra_is_loaded_for_local_runs(tmp_path):
-    imports = "import sys, dpo_jax.train; from dpo_jax.runs.directory import locked_run"
-    code = f"{imports}\nwith locked_run({str(tmp_path)!r}): assert not {{'gcsfs', 'google.auth'}} & set(sys.modules)"
+def test_nothing_of_the_extra_is_loaded_for_local_paths(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"text": "a row"}]')
+    code = f"""
+import sys, dpo_jax.train
+from dpo_jax.config import SourceConfig
+from dpo_jax.data.sources import load_rows
+from dpo_jax.runs.directory import locked_run
+from dpo_jax.weights.open import find_model
+with locked_run({str(tmp_path / "run")!r}):
+    load_rows(SourceConfig(path={str(tmp_path / "rows.json")!r}))
+    find_model("builtin:tiny", None)
+assert not {{"gcsfs", "google.auth"}} & set(sys.modules)
+"""
     child = subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": ROOT})
     assert child.returncode == 0
 
