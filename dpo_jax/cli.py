@@ -61,7 +61,7 @@ def _generate(config: GenerateConfig, output: str) -> None:
 def _export(run_dir: str, out_dir: str, which: CheckpointChoice, adapters: bool) -> None:
     from dpo_jax.commands.export import export
 
-    export(run_dir, Path(out_dir), which, adapters)
+    export(run_dir, out_dir, which, adapters)
 
 
 def _data(config: AnyConfig, step: int | None) -> None:
@@ -188,8 +188,8 @@ COMMANDS = {
         _export,
         "Write a run's model as a Hugging Face directory.",
         arguments={
-            "run_dir": {**TEXT, "help": "Run directory."},
-            "out_dir": {**TEXT, "help": "Directory to create."},
+            "run_dir": {**TEXT, "help": "Run directory, also gs://..."},
+            "out_dir": {**TEXT, "help": "Directory to create, also gs://..."},
             "--which": {**WHICH, "help": "Checkpoint to export."},
             "--adapters": {**FLAG, "help": "Write only the adapters, in PEFT's format."},
         },

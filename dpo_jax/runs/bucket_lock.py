@@ -54,9 +54,7 @@ class BucketLock:
                     self.generation = stored.generation
         if self.lost_to is not None:
             remedy = "nothing more is written; it goes on with what was saved"
-            raise RunStopped(
-                f"run.dir: {self.bucket.url} was taken over by {self.lost_to} while this one paused: {remedy}"
-            )
+            raise RunStopped(f"{self.bucket.url} was taken over by {self.lost_to} while this one paused: {remedy}")
 
     def release(self) -> None:
         """Delete the lock if it is still held; if storage does not answer, it becomes stale."""

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,8 @@ CHECKPOINTS = "checkpoints/"  # written by Orbax straight to the bucket
 MODEL = "model/"  # config.json and tokenizer
 EVENTS = "events.jsonl"  # written first, as it makes a folder that of a run
 LAST_NAMES = (".index.json", "config.json")  # files that readers trust to be written last
+RIGHTS = ("storage.objects.create", "storage.objects.get", "storage.objects.list", "storage.objects.delete")
+GET_BUCKET = "storage.buckets.get"  # which Orbax needs to delete a step
 PUSH_SECONDS = 30.0  # patience before a save, which can be tried again at the next
 LAST_SECONDS = 600.0  # patience when there is no next time
 
@@ -141,23 +143,25 @@ def empty(root: Path, keep: str = "") -> None:
             path.unlink()
 
 
-def probe(bucket: Bucket) -> float:
-    """Try each right that a run needs, and return the server's clock.
+def probe(bucket: Bucket, option: str = "run.dir", rights: Collection[str] = (*RIGHTS, GET_BUCKET)) -> float:
+    """Try each of the rights, by default all that a run needs, and return the server's clock.
+
+    ``option`` gives the folder.
 
     Raises:
         UserError: some are missing, each is named; or storage does not answer.
     """
     name, missing, times = f"{PROBE}{secrets.token_hex(8)}", [], [time.time()]
-    rights = {
+    requests = {
         "storage.objects.create": lambda: times.append(bucket.write(name, b"probe").updated),
         "storage.objects.get": lambda: bucket.read(name),
         "storage.objects.list": bucket.entries,
         "storage.objects.delete": lambda: bucket.delete(name),
-        "storage.buckets.get": bucket.get_bucket,
+        GET_BUCKET: bucket.get_bucket,
     }
-    for right, ask in rights.items():
+    for right in rights:
         try:
-            ask()
+            requests[right]()
         except StorageDenied as error:
             missing.append((right, error))
         except FileNotFoundError:
@@ -165,5 +169,5 @@ def probe(bucket: Bucket) -> float:
     if missing:
         names = ", ".join(right for right, _ in missing)
         listed = f"missing rights: {names}: " if len(missing) < len(rights) else ""  # all: no credentials, no bucket
-        raise UserError(f"run.dir: {listed}{missing[0][1]}") from missing[0][1]
+        raise UserError(f"{option}: {listed}{missing[0][1]}") from missing[0][1]
     return times[-1]

@@ -6,11 +6,8 @@ in host buffers that hold only this process's shards, and moved to the devices b
 
 import json
 import math
-import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,25 +16,18 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax.errors import UserError, reason
+from dpo_jax.errors import UserError
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.families import FAMILIES, tensor_name
 from dpo_jax.parallel.hosts import is_writer
-from dpo_jax.storage import claim, is_abandoned
+from dpo_jax.weights.output import COMPANIONS, export_directory
 from dpo_jax.weights.safetensors import INDEX, WEIGHTS, Tensor, copy_tensors, find_tensors, read_header, write_file
 from dpo_jax.weights.stored import Part, Stored, leaf_name, leaves_by_name, stored_tensors
 
 # Ends of names of buffers in files of old models, which this program computes from the config.
 _BUFFERS = ("rotary_emb.inv_freq",)
-# Files next to weights and config.json: tokenizer, chat template and generation config.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
-    "generation_config.json",
-)  # fmt: skip
 
 CARRIED_FILE = "carried.safetensors"  # `carried_tensors` in a run's copy of the files next to its model
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Stored], model: Model) -> None:
@@ -213,7 +203,7 @@ def export_params(
     model: Model,
     *,
     hf_config: Mapping[str, Any],
-    out_dir: Path,
+    out_dir: str | Path,
     dtype: Any,
     source_dir: Path | None,
     overwrite: bool,
@@ -221,8 +211,8 @@ def export_params(
 ) -> None:
     """Export the parameters as a directory that `transformers` and inference servers can load.
 
-    The export is written next to ``out_dir`` and renamed when complete. Every process must call this and one writes:
-    while a tensor is being fetched, every host holds a copy of it.
+    `export_directory` says how ``out_dir`` becomes complete. Every process must call this and one writes: while a
+    tensor is being fetched, every host holds a copy of it.
 
     Args:
         params: parameters of ``model``, on any devices.
@@ -241,95 +231,14 @@ def export_params(
         for _ in fetch_tensors(params, stored_tensors(model), dtype):
             pass  # fetching is collective
         return
-    with atomic_directory(Path(out_dir), overwrite) as staging:
+    with export_directory(out_dir, overwrite) as (staging, finish):
         carried = {} if source_dir is None else carried_tensors(source_dir, model.config.family)
-        _write_tensors(params, model, carried, staging, dtype, max_shard_bytes)
+        _write_tensors(params, model, carried, staging, dtype, max_shard_bytes, finish)
         dtype_keys = {"dtype", "torch_dtype"} & hf_config.keys() or {"torch_dtype"}
         config = {**hf_config, **dict.fromkeys(dtype_keys, dtype.name)}
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if source_dir is not None:
             _copy_companions(source_dir, staging)
-
-
-def export_target(out_dir: Path, overwrite: bool = False) -> Path:
-    """Return the path to export to: ``out_dir`` with ``~`` expanded and links resolved.
-
-    Raises:
-        UserError: ``out_dir`` is not empty and ``overwrite`` is false, or it cannot be a directory.
-    """
-    if out_dir.parts and out_dir.parts[0].endswith(":"):
-        raise UserError(f"{out_dir}: not a local path; export to a local directory and copy that")
-    target = Path(os.path.realpath(os.path.expanduser(out_dir)))
-    with _writing(target):
-        if target.exists() and not target.is_dir():
-            raise UserError(f"{out_dir}: this is a file; name a directory to export to")
-        if not overwrite and target.is_dir() and any(target.iterdir()):
-            raise UserError(f"{out_dir}: it is not empty; name another directory to export to, or empty this one")
-        if not overwrite and target == Path.cwd():  # replacing it would leave the shell in a deleted directory
-            raise UserError(f"{out_dir}: this is the current directory; name a new one to export to")
-    return target
-
-
-@contextmanager
-def atomic_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
-    """Context manager that yields a temporary directory and renames it to ``out_dir``, or removes it on an error.
-
-    Raises:
-        UserError: ``out_dir`` is not empty and ``overwrite`` is false, another export to it is running, or it cannot
-            be written.
-    """
-    target = export_target(out_dir, overwrite)
-    staging = target.parent / f".{target.name}.partial"
-    with _writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if overwrite or is_abandoned(staging):  # to overwrite, the caller owns out_dir: a killed export left this
-            shutil.rmtree(staging, ignore_errors=True)
-        try:
-            staging.mkdir()
-        except FileExistsError:
-            remedy = "wait for it, or remove this directory"
-            raise UserError(f"{staging}: another export to {target} is running or was killed; {remedy}") from None
-        try:
-            with claim(staging) as claimed:
-                yield staging
-                os.unlink(claimed.name)
-                if overwrite:
-                    _replace(target, staging)
-                else:
-                    os.rename(staging, target)  # fails if another process has filled target by now
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-
-
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """Context manager that turns an ``OSError`` into a one-line ``UserError``."""
-    try:
-        yield
-    except OSError as error:
-        remedy = "free space, grant access or name another directory"
-        raise UserError(f"{target}: the export cannot be written ({reason(error)}); {remedy}") from error
-
-
-def _replace(target: Path, staging: Path) -> None:
-    """Rename the new export to ``target``, replacing an older one if it exists."""
-    old_export = target.parent / f".{target.name}.replaced"
-    if target.exists():
-        _move_other_files(old_export, target)  # if an earlier call was killed between the renames below
-        os.rename(target, old_export)
-    os.rename(staging, target)
-    _move_other_files(old_export, target)
-
-
-def _move_other_files(replaced: Path, target: Path) -> None:
-    """Move files that no export writes from ``replaced`` to ``target``, then remove ``replaced``."""
-    if not replaced.is_dir():
-        return
-    for path in replaced.iterdir():
-        if path.name not in (*COMPANIONS, "config.json", INDEX, WEIGHTS) and not _SHARD.fullmatch(path.name):
-            os.rename(path, target / path.name)
-    shutil.rmtree(replaced)
 
 
 def _copy_companions(source_dir: Path, folder: Path) -> None:
@@ -360,7 +269,9 @@ def _write_tensors(
     folder: Path,
     dtype: np.dtype,
     max_shard_bytes: int,
+    finish: Callable[[Path], None],
 ) -> None:
+    """Write the files of tensors and their index; ``finish`` is called with each file of tensors."""
     stored = stored_tensors(model)
     files = _split(stored, dtype.itemsize, max_shard_bytes)
     num_files = len(files) + bool(carried)
@@ -369,9 +280,11 @@ def _write_tensors(
     for file_tensors, file in zip(files, [WEIGHTS] if num_files == 1 else names, strict=False):
         shapes = {name: entry.shape for name, entry in file_tensors.items()}
         write_file(folder / file, shapes, dtype, fetch_tensors(params, file_tensors, dtype))
+        finish(folder / file)
         weight_map |= dict.fromkeys(file_tensors, file)
     if carried:
         copy_tensors(folder / names[-1], carried)
+        finish(folder / names[-1])
         weight_map |= dict.fromkeys(carried, names[-1])
     if num_files > 1:
         total = sum(math.prod(entry.shape) for entry in stored.values()) * dtype.itemsize

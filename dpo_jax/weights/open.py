@@ -262,7 +262,7 @@ def keep_model_files(run: RunDir, source: ModelSource, hf_config: Mapping[str, A
         write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")  # last: find_model trusts it
 
 
-def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "best"], mesh: Mesh) -> int:
+def export_run_adapters(run: RunDir, out_dir: str | Path, which: Literal["newest", "best"], mesh: Mesh) -> int:
     """Export the adapters of a run's newest or best step as a PEFT directory and return the step.
 
     Raises:
@@ -278,7 +278,7 @@ def export_run_adapters(run: RunDir, out_dir: Path, which: Literal["newest", "be
     return manifest["step"]
 
 
-def export_run(run: RunDir, out_dir: Path, model: Model, weights: Params | Adapted, overwrite: bool) -> None:
+def export_run(run: RunDir, out_dir: str | Path, model: Model, weights: Params | Adapted, overwrite: bool) -> None:
     """Export a run's weights as a Hugging Face directory, with adapters merged into the base weights."""
     params = merge(weights, model) if isinstance(weights, Adapted) else weights
     folder = run.root / MODEL_FILES

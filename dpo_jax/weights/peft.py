@@ -21,7 +21,8 @@ from dpo_jax.models.flops import projections
 from dpo_jax.models.options import DecoderConfig
 from dpo_jax.models.projections import EXPERT_MODULE, layer_projections
 from dpo_jax.weights.hub import read_json
-from dpo_jax.weights.huggingface import atomic_directory, fetch_tensors, load_tree
+from dpo_jax.weights.huggingface import fetch_tensors, load_tree
+from dpo_jax.weights.output import export_directory
 from dpo_jax.weights.safetensors import Tensor, read_header, write_file
 from dpo_jax.weights.stored import Part, Stored, num_groups
 
@@ -243,7 +244,7 @@ def _target_modules(config: DecoderConfig, adapted: Sequence[str]) -> list[str]:
     return names
 
 
-def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: str, out_dir: Path) -> None:
+def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: str, out_dir: str | Path) -> None:
     """Export the adapters of ``model``, which ``config`` describes, as a float32 directory that PEFT can load.
 
     ``base`` becomes ``base_model_name_or_path`` in adapter_config.json.
@@ -272,7 +273,7 @@ def export_adapters(adapters: Params, model: Model, config: LoraConfig, base: st
         options["target_parameters"] = parameters
     if model.config.scores:
         options["modules_to_save"] = list(_HEADS)
-    with atomic_directory(out_dir, overwrite=False) as staging:
+    with export_directory(out_dir, overwrite=False) as (staging, _):
         shapes, dtype = {name: stored.shape for name, stored in tensors.items()}, np.dtype(np.float32)
         write_file(staging / TENSOR_FILE, shapes, dtype, fetch_tensors(adapters, tensors, dtype))
         (staging / CONFIG).write_text(json.dumps(options, indent=2) + "\n")

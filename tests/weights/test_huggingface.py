@@ -27,8 +27,9 @@ from dpo_jax.models.decoder import Model, Params, plain_batch
 from dpo_jax.models.families import decoder_config
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.weights.hub import check_vocabulary, read_hf_config, resolve_model
-from dpo_jax.weights.huggingface import atomic_directory, export_params, load_params
+from dpo_jax.weights.huggingface import export_params, load_params
 from dpo_jax.weights.known import builtin_model
+from dpo_jax.weights.output import atomic_directory
 from dpo_jax.weights.safetensors import INDEX, WEIGHTS, find_tensors
 
 TINY = builtin_model("builtin:tiny")
