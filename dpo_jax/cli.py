@@ -13,6 +13,7 @@ import jsonargparse
 from jsonargparse.typing import PositiveInt
 
 import dpo_jax
+from dpo_jax.bucket import is_remote
 from dpo_jax.config import (
     AnyConfig,
     DPOConfig,
@@ -46,7 +47,7 @@ def _eval(config: PairConfig, output: str, which: CheckpointChoice, per_token: b
     from dpo_jax.commands.evaluate import evaluate
     from dpo_jax.parallel.hosts import is_writer
 
-    summary = evaluate(config, Path(output), which, per_token)
+    summary = evaluate(config, output, which, per_token)
     if is_writer():
         number_list = r"\[\s+([^][{}]*?)\s+\]"  # printed on one line
         print(re.sub(number_list, lambda match: f"[{' '.join(match[1].split())}]", json.dumps(summary, indent=2)))
@@ -98,7 +99,7 @@ def _plan(config: PairConfig | PPOConfig, topology: str, search: bool, output: s
         plans.append(plan)
         print(render(plan), end="\n\n", flush=True)
         if output is not None:
-            write_output(Path(output), json.dumps(plans, indent=2) + "\n")
+            write_output(output, json.dumps(plans, indent=2) + "\n")
     if len(plans) > 1:
         print(table(plans))
 
@@ -118,6 +119,7 @@ def _sweep(config: DPOConfig, betas: str) -> None:
 
 
 def _quickstart(dir: str) -> None:
+    require(not is_remote(dir), "--dir", dir, "give a local folder")
     from dpo_jax.commands.quickstart import quickstart
 
     quickstart(Path(dir))
@@ -125,6 +127,7 @@ def _quickstart(dir: str) -> None:
 
 def _compare(config: CompareConfig | None, dir: str | None) -> None:
     if config is None:
+        require(not is_remote(dir), "--dir", dir, "give a local folder")
         from dpo_jax.commands.compare import compare
 
         compare(Path(dir or "runs/compare"))
@@ -173,7 +176,11 @@ COMMANDS = {
         DPOConfig,
         {
             "--for": OF_PAIRS,
-            "--output": {**TEXT, "required": True, "help": "File to write, with one JSON line per pair."},
+            "--output": {
+                **TEXT,
+                "required": True,
+                "help": "File to write, also gs://..., with one JSON line per pair.",
+            },
             "--which": {**WHICH, "help": "Checkpoint to evaluate."},
             "--per-token": {**FLAG, "help": "Add each token's reward, and a page of colored answers."},
         },
@@ -182,7 +189,13 @@ COMMANDS = {
         _generate,
         "Generate answers to prompts; score them with a reward model, and make pairs of them, on request.",
         GenerateConfig,
-        {"--output": {**TEXT, "required": True, "help": "File to write, with one JSON line per prompt."}},
+        {
+            "--output": {
+                **TEXT,
+                "required": True,
+                "help": "File to write, also gs://..., with one JSON line per prompt.",
+            }
+        },
     ),
     "export": Command(
         _export,

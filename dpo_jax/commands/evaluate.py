@@ -1,14 +1,16 @@
 """Evaluate a model on preference pairs without training it."""
 
 import json
+import os
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from dpo_jax.batch import CHOSEN, REJECTED, Adapted, Params
+from dpo_jax.bucket import Bucket, is_remote
 from dpo_jax.config import DPOConfig, LossConfig, PairConfig
 from dpo_jax.console import say
 from dpo_jax.errors import UserError, require
@@ -26,7 +28,9 @@ from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.reports.tokens import token_page
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import find_run, is_run_dir
+from dpo_jax.runs.mirror import LAST_SECONDS
 from dpo_jax.runs.restore import restore_part
+from dpo_jax.storage import local_copy
 from dpo_jax.weights.open import decoder_of, find_model, load_start, load_weights, lora_of, trained_shapes
 
 NO_TOKEN_REWARDS = {  # reference.mode -> why it does not allow --per-token
@@ -37,9 +41,9 @@ NO_TOKEN_REWARDS = {  # reference.mode -> why it does not allow --per-token
 
 
 def evaluate(
-    config: PairConfig, output: Path, which: Literal["newest", "best"] = "newest", per_token: bool = False
+    config: PairConfig, output: str | Path, which: Literal["newest", "best"] = "newest", per_token: bool = False
 ) -> dict:
-    """Score every evaluation pair; write one JSON line per pair to ``output`` and return the summary.
+    """Score every evaluation pair; write one JSON line per pair to ``output``, also a url; return the summary.
 
     The policy, or the reward model, is the newest or best checkpoint, by ``which``, of the run in ``run.dir``, or the
     model of ``model.path`` if there is no run; the reference is the one that the run trains against. No run is changed.
@@ -50,9 +54,9 @@ def evaluate(
         UserError: the config names no evaluation set or has an unusable value, or ``output`` already exists.
     """
     config = config.without_online()
-    page = output.with_suffix(".html")
+    output, page = str(output), os.path.splitext(output)[0] + ".html"
     for path in (output, page) if per_token else (output,):
-        if path.exists():
+        if Bucket.named("--output", path).stat("") is not None if is_remote(path) else os.path.exists(path):
             raise UserError(f"--output: {path} already exists; choose another name or remove it first")
     if per_token:
         if config.scores:
@@ -96,17 +100,24 @@ def evaluate(
     return summary
 
 
-def write_output(path: Path, text: str) -> None:
-    """Write ``text`` to the file that ``--output`` names.
+def write_output(name: str, text: str) -> None:
+    """Write ``text`` to the file that ``--output`` names; for one in a bucket, first to this machine's cache.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written. If it is in a bucket, the text is kept in the cache.
     """
+    path = local_copy("outputs", name) / PurePosixPath(name).name if is_remote(name) else Path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written: {error.strerror}; choose another file") from error
+    if is_remote(name):
+        try:
+            Bucket(name, LAST_SECONDS).upload(path, "")
+        except UserError as error:
+            raise type(error)(f"--output: {error}; the file is kept at {path}") from error
+        path.unlink()
 
 
 def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) -> tuple[str, Params, Reference | None]:

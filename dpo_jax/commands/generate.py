@@ -113,7 +113,7 @@ def generate_answers(config: GenerateConfig, output: str) -> None:
             answer_column = make_answer_column(config, policy, params, tokenizer, end_ids, mesh, scores)
             del params
             for rows in answered_blocks(config, prompts, num_done, answer_column):
-                hosts.on_writer(partial(write_rows, file, rows), "output")
+                hosts.on_writer(partial(file.append, rows), "output")
         if hosts.is_writer():
             finish(config, file)
 
@@ -271,12 +271,6 @@ def answered_blocks(
             yield rows[max(0, done - first) :]
 
 
-def write_rows(file: AnswerFile, rows: Sequence[Row]) -> None:
-    """Append rows to the file of answers."""
-    for row in rows:
-        file.append(row)
-
-
 def finish(config: GenerateConfig, file: AnswerFile) -> None:
     """Write the rows that ``config.pairs`` asks for, and print a summary of the output."""
     print_line, max_tokens = partial(say, config.run.progress), config.sampling.max_tokens
@@ -289,7 +283,7 @@ def finish(config: GenerateConfig, file: AnswerFile) -> None:
         best_scores = [max(answer["score"] for answer in answers) for answers in by_prompt]
         summary += f"; mean score {fmean(answer['score'] for answer in answers):.4g}"
         summary += f", of the best of {config.n} {fmean(best_scores):.4g}" * (config.n > 1)
-    print_line(f"answers: {file.path}: {summary}")
+    print_line(f"answers: {file.location(file.path)}: {summary}")
     if config.pairs is None:
         return
     path, ranking = file.beside(f".{config.pairs}.jsonl"), rank(file.rows(), config.pairs)
@@ -298,4 +292,4 @@ def finish(config: GenerateConfig, file: AnswerFile) -> None:
     if ranking.num_cut:
         cut_note = f"{ranking.num_cut} of the best answers were cut at {max_tokens} tokens; training ends them there"
         print_line(f"note: {cut_note}: raise sampling.max_tokens")
-    print_line(f"{config.pairs}: {path}: {ranking.summary}")
+    print_line(f"{config.pairs}: {file.location(path)}: {ranking.summary}")

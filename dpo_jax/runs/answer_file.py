@@ -1,41 +1,52 @@
 """A file of generated answers, one JSON line per prompt, that a stopped command can continue.
 
-Next to it lies a manifest of the options and models that made it, and a lock while a command writes to it.
+Next to it lies a manifest of the options and models that made it, and a lock while a command writes to it. In a bucket
+all of them are objects, written on the disk and uploaded every ``PUSH_EVERY`` seconds and at the end.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpo_jax import storage
-from dpo_jax.errors import UserError, reason
+from dpo_jax.bucket import Bucket, is_remote
+from dpo_jax.console import warn
+from dpo_jax.errors import StorageUnreachable, UserError, reason
 from dpo_jax.runs.directory import append_json, writing
 from dpo_jax.runs.manifest import compare_manifest, rounding_changes
+from dpo_jax.runs.mirror import Mirror, locked_mirror
 
+PUSH_EVERY = 120.0
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class AnswerFile:
-    """The file that ``--output`` names. Only the writer process calls its methods."""
+    """The file that ``--output`` names, or its local copy. Only the writer process calls its methods."""
 
     path: Path
+    mirror: Mirror | None = None  # of a file in a bucket
+    pushed: float = field(default_factory=time.monotonic)  # when it was last uploaded
 
     @classmethod
     def named(cls, name: str) -> "AnswerFile":
         """Return the answer file with the name that ``--output`` gives.
 
         Raises:
-            UserError: the name is not that of a local file of JSON lines.
+            UserError: the name is not that of a file of JSON lines, or it is in storage other than ``gs://``.
         """
-        if "://" in name:
-            raise UserError(f"--output: {name} is not a local path: mount the bucket, or copy the file afterwards")
         if not name.endswith(".jsonl"):
             raise UserError(f"--output: {name} must end with .jsonl, as it has one JSON object per line")
-        return cls(Path(name))
+        if not is_remote(name):
+            return cls(Path(name))
+        folder, _, file_name = name.rpartition("/")
+        file = cls(storage.local_copy("outputs", name) / file_name)
+        file.mirror = Mirror(Bucket.named("--output", folder), file.path.parent, names=(file_name, file.manifest.name))
+        return file
 
     def beside(self, suffix: str) -> Path:
         """Return the path of another file of the same command, such as ``answers.manifest.json``."""
@@ -46,29 +57,35 @@ class AnswerFile:
         """Path of the manifest: the options and model hashes that the answers depend on."""
         return self.beside(".manifest.json")
 
+    def location(self, path: Path) -> str:
+        """Return the path, or the url, of this file or of one beside it."""
+        return str(path) if self.mirror is None else f"{self.mirror.bucket.url}/{path.name}"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Context manager that keeps other processes from writing to the file.
 
+        Of one in a bucket, the local copy is made from what is there, and uploaded at the end, however it comes.
+
         Raises:
             UserError: another process writes to it, or its folder cannot be written.
         """
-        path = self.beside(".lock")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = storage.lock(path)
-            storage.sign(lock)
-        except storage.InUse as error:
-            remedy = "wait for it, stop it, or choose another name"
-            raise UserError(f"--output: {self.path} is being written by {error}: {remedy}") from error
-        except OSError as error:
-            cause = error.strerror or reason(error)
-            raise UserError(f"--output: {self.path} cannot be written: {cause}: choose another file") from error
-        with lock:
+        path, name = self.beside(".lock"), self.location(self.path)
+        with ExitStack() as stack:
             try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(storage.lock(path))
+                storage.sign(lock)
+                stack.callback(path.unlink, missing_ok=True)
+                if self.mirror is not None:
+                    stack.enter_context(locked_mirror(self.mirror, path.name, warn))
+            except storage.InUse as error:
+                remedy = "wait for it, stop it, or choose another name"
+                raise UserError(f"--output: {name} is being written by {error}: {remedy}") from error
+            except OSError as error:
+                cause = error.strerror or reason(error)
+                raise UserError(f"--output: {name} cannot be written: {cause}: choose another file") from error
+            yield
 
     def resume(self, manifest: Mapping[str, Any], num_rows: int) -> tuple[int, list[str]]:
         """Create the file or drop an incomplete last line; return its number of rows and changes that affect rounding.
@@ -89,30 +106,40 @@ class AnswerFile:
         if changes:
             remedy = "restore these, or choose another --output"
             mismatch = f"has answers made with other options: {'; '.join(changes)}"
-            raise UserError(f"--output: {self.path} {mismatch}: {remedy}")
+            raise UserError(f"--output: {self.location(self.path)} {mismatch}: {remedy}")
         with writing(self.path):
             storage.drop_torn_line(self.path)
         last = -1
         for last, row in enumerate(self.rows()):
             if row.get("row") != last or last >= num_rows:
                 remedy = "restore the file, or choose another --output"
-                raise UserError(f"--output: {self.path} was edited: line {last + 1} does not hold row {last}: {remedy}")
+                name = self.location(self.path)
+                raise UserError(f"--output: {name} was edited: line {last + 1} does not hold row {last}: {remedy}")
         return last + 1, rounding_changes(old, manifest)
 
     def _read_manifest(self) -> dict[str, Any]:
         remedy = "choose another name, or remove it first"
         if not self.manifest.is_file():
-            raise UserError(f"--output: {self.path} exists, but {self.manifest.name} does not: {remedy}")
+            name = self.location(self.path)
+            raise UserError(f"--output: {name} exists, but {self.manifest.name} does not: {remedy}")
         try:
             manifest = storage.unseal(self.manifest.read_bytes())
             storage.check_fields(manifest, dict.fromkeys(("config", "identity", "place"), dict))
             return manifest
         except (OSError, ValueError) as error:
-            raise UserError(f"--output: {self.manifest} cannot be read: {reason(error)}: {remedy}") from error
+            name = self.location(self.manifest)
+            raise UserError(f"--output: {name} cannot be read: {reason(error)}: {remedy}") from error
 
-    def append(self, row: Row) -> None:
-        """Append a row; if the process is killed at any point, at most the last line is incomplete."""
-        append_json(self.path, row)
+    def append(self, rows: Sequence[Row]) -> None:
+        """Append rows; if the process is killed at any point, at most the last line is incomplete."""
+        for row in rows:
+            append_json(self.path, row)
+        if self.mirror is not None and time.monotonic() - self.pushed >= PUSH_EVERY:
+            try:
+                self.mirror.push()
+            except StorageUnreachable as error:
+                warn(f"--output: not uploaded, to be tried again: {error}")
+            self.pushed = time.monotonic()
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows, one at a time."""
@@ -122,5 +149,6 @@ class AnswerFile:
                     row = json.loads(line)
                 except ValueError as error:
                     remedy = "restore the file, or choose another --output"
-                    raise UserError(f"--output: {self.path}, line {number}: {reason(error)}: {remedy}") from None
+                    name = self.location(self.path)
+                    raise UserError(f"--output: {name}, line {number}: {reason(error)}: {remedy}") from None
                 yield row if isinstance(row, dict) else {}

@@ -121,8 +121,7 @@ def locked_run(path: str | Path, say: Callable[[str], None] = lambda line: None)
         root = stack.enter_context(locked_directory(run.root, LOCK, has_ours, "run of this program", str(path)))
         if run.mirror is not None:
             with in_use(path):
-                mirrored = locked_mirror(run.mirror.bucket, root, LOCK, _is_run, say)
-                run = RunDir(root, stack.enter_context(mirrored))
+                stack.enter_context(locked_mirror(run.mirror, LOCK, say, _is_run))
         with writing(run.events):
             for folder in (root, *(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())):
                 storage.remove_partial_files(folder)

@@ -1,4 +1,4 @@
-"""A run directory in a bucket, and its copy on this machine's disk, where everything but checkpoints is written.
+"""A run directory or an output in a bucket, and its copy on this machine's disk, where all but checkpoints is written.
 
 Object stores cannot append, truncate or rename, so logs, config, report and export are local files, which are uploaded
 whole: before each save begins, so that the bucket holds all that a checkpoint counts, and when the run ends, however it
@@ -22,7 +22,8 @@ from dpo_jax.signals import closed_first
 PROBE = ".probe-"  # objects that a start writes and deletes
 CHECKPOINTS = "checkpoints/"  # written by Orbax straight to the bucket
 MODEL = "model/"  # config.json and tokenizer
-EVENTS = "events.jsonl"  # written first, as it makes a folder that of a run
+EVENTS = "events.jsonl"  # which makes a folder that of a run
+FIRST_NAMES = (EVENTS, ".manifest.json")  # without which the other files would be refused
 LAST_NAMES = (".index.json", "config.json")  # files that readers trust to be written last
 RIGHTS = ("storage.objects.create", "storage.objects.get", "storage.objects.list", "storage.objects.delete")
 GET_BUCKET = "storage.buckets.get"  # which Orbax needs to delete a step
@@ -32,17 +33,19 @@ LAST_SECONDS = 600.0  # patience when there is no next time
 
 @dataclass
 class Mirror:
-    """The local copy ``root`` of the files of a run in ``bucket``."""
+    """The local copy ``root`` of the files of a run in ``bucket``, or of those called ``names`` in any folder."""
 
     bucket: Bucket
     root: Path
+    names: tuple[str, ...] = ()
     lock: BucketLock | None = None  # None on processes that do not write
     _pushed: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> size and time of the file in the bucket
     _mutex: threading.Lock = field(default_factory=threading.Lock)  # a signal may make two threads push
 
-    def pull(self, prefix: str = "") -> None:
-        """Download the run's files, or those of the folder ``prefix``."""
-        for name in self.bucket.walk(prefix, skip=CHECKPOINTS):
+    def pull(self) -> None:
+        """Download the files."""
+        stored = filter(self.bucket.stat, self.names) if self.names else self.bucket.walk(skip=CHECKPOINTS)
+        for name in stored:
             if not name.startswith(PROBE) and (self.lock is None or name != self.lock.name):
                 self.bucket.download(name, self.root / name)
                 self._pushed[name] = _version(self.root / name)
@@ -65,7 +68,9 @@ class Mirror:
             self.lock.renew()
             bucket = self.bucket.with_patience(patience)
             names = self._names()
-            for name in sorted(names, key=lambda name: (name.endswith(LAST_NAMES), name != EVENTS, name)):
+            for name in sorted(
+                names, key=lambda name: (name.endswith(LAST_NAMES), not name.endswith(FIRST_NAMES), name)
+            ):
                 version = _version(self.root / name)
                 if self._pushed.get(name) != version:
                     bucket.upload(self.root / name, name)
@@ -88,27 +93,32 @@ def _version(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def locked_mirror(
-    bucket: Bucket, root: Path, lock_name: str, has_run: Callable[[set[str]], bool], say: Callable[[str], None]
-) -> Iterator[Mirror]:
-    """Context manager that probes and locks a run in a bucket, and refills its local copy; at the end it is pushed.
+    mirror: Mirror, lock_name: str, say: Callable[[str], None], has_run: Callable[[set[str]], bool] | None = None
+) -> Iterator[None]:
+    """Context manager that probes and locks a folder in a bucket, and refills its local copy; at the end it is pushed.
 
     It is pushed too if the block ends with an error or by a signal, whatever the main thread does then.
 
-    ``has_run``: whether these names, directly in the folder, are those of a run. ``root`` exists, and this process has
-    locked ``lock_name`` there.
+    ``has_run``: whether these names, directly in the folder, are those of a run; None: ``mirror`` is of an output, next
+    to which there may be others. ``mirror.root`` exists, and this process has locked ``lock_name`` there.
 
     Raises:
         UserError: storage does not answer or a right is missing, or the folder has other files.
         InUse: another process holds the lock.
     """
-    server_time = probe(bucket)
-    objects, folders = bucket.entries()
-    names = {name for name in (*objects, *folders) if not name.startswith(PROBE)}
-    if names and not has_run(names):
-        raise UserError(f"run.dir: {bucket.url} has other files but no run of this program: choose an empty directory")
+    bucket = mirror.bucket
+    if has_run is None:
+        server_time = probe(bucket, "--output", RIGHTS)
+    else:
+        server_time = probe(bucket)
+        objects, folders = bucket.entries()
+        names = {name for name in (*objects, *folders) if not name.startswith(PROBE)}
+        if names and not has_run(names):
+            problem = f"{bucket.url} has other files but no run of this program"
+            raise UserError(f"run.dir: {problem}: choose an empty directory")
     with locked(bucket, lock_name, server_time, say) as lock:
-        empty(root, keep=lock_name)
-        mirror = Mirror(bucket, root, lock)
+        empty(mirror.root, keep=lock_name)
+        mirror.lock = lock
         mirror.pull()
 
         def close() -> None:
@@ -117,7 +127,7 @@ def locked_mirror(
 
         with closed_first(close):
             try:
-                yield mirror
+                yield
                 mirror.push(LAST_SECONDS)
             except BaseException:
                 _try_to_push(mirror, say)
@@ -130,7 +140,7 @@ def _try_to_push(mirror: Mirror, say: Callable[[str], None]) -> None:
         mirror.push()
     except UserError as error:
         if mirror.lock is None or mirror.lock.lost_to is None:
-            say(f"the last lines of the logs are not in the bucket: {error}")
+            say(f"the last lines are not in the bucket: {error}")
 
 
 def empty(root: Path, keep: str = "") -> None:

@@ -285,7 +285,8 @@ REFUSED = [
     ("--output {whole} --sampling.top_k 3", "made with other options: sampling.top_k: was 0, now 3: restore"),
     ("--output {whole} --prompts {fewer}", "has answers made with other options: prompts: was "),
     ("--output x.txt", "x.txt must end with .jsonl, as it has one JSON object per line"),
-    ("--output gs://bucket/x.jsonl", "is not a local path: mount the bucket"),
+    ("--output s3://bucket/a/x.jsonl", "--output: s3://bucket/a is neither a local path nor in a bucket of Google"),
+    ("--output gs://bucket/x.jsonl", "--output: gs://bucket names no folder in a bucket: give gs://BUCKET/FOLDER"),
     ("--loss.beta 1", "loss: belongs to `dpo-jax train`, not to `dpo-jax generate`: remove it"),
 ]
 

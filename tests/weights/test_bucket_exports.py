@@ -106,7 +106,8 @@ def test_adapters_are_exported_to_a_bucket(storage, model, tmp_path):
     assert written(storage) == ["adapter_model.safetensors", "adapter_config.json"]
 
 
-def test_an_export_that_storage_broke_off_is_written_again(storage, model, params, tmp_path, cache):
+def test_an_export_that_storage_broke_off_is_written_again(storage, model, params, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(output, "LAST_SECONDS", 30.0)
     storage.fail(503, kind="write", name="model-00003-of")
     with pytest.raises(StorageUnreachable, match=r"cannot write model-00003-of-.*: run the same command again"):
         export(params, model, URL)
