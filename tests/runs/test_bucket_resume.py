@@ -41,6 +41,14 @@ def config(shared, tmp_path):
     )  # fmt: skip
 
 
+@pytest.fixture
+def inputs(shared, fake) -> list[str]:
+    """Options that name the same model and data in the bucket."""
+    for path in (*(shared / "models" / "stories260K").iterdir(), shared / "reference_curves" / "pairs.jsonl"):
+        fake.put("bucket", f"inputs/{path.name}", path.read_bytes())
+    return ["--model.path", "gs://bucket/inputs", "--data.train.0.path", "gs://bucket/inputs/pairs.jsonl"]
+
+
 class Disks:
     """Empty disks, one a start, for runs in one bucket."""
 
@@ -98,9 +106,9 @@ def lines_of(said: str) -> list[str]:
     return [line for line in said.splitlines() if "GOOGLE_AUTH_TOKEN_FOR_TESTING" not in line]
 
 
-def resumed(config: Path, disks: Disks, tmp_path: Path) -> tuple[int, list[str]]:
+def resumed(config: Path, disks: Disks, tmp_path: Path, *options: str) -> tuple[int, list[str]]:
     """Exit code and lines of a start on an empty disk."""
-    code, said = ended("train", config, output=tmp_path / "said", env=disks.new())
+    code, said = ended("train", config, *options, output=tmp_path / "said", env=disks.new())
     return code, lines_of(said)
 
 
@@ -126,10 +134,11 @@ def test_killed_anywhere_and_started_on_an_empty_disk(config, fake, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_and_started_elsewhere(config, fake, tmp_path):
+def test_stopped_and_started_elsewhere(config, inputs, fake, tmp_path):
+    """Model and data are in the bucket, too; those of the whole run are on the disk."""
     whole, disks = tmp_path / "whole", Disks(fake, tmp_path)
     assert ended("train", config, "--run.dir", whole, output=tmp_path / "said") == (0, "")
-    with started("train", config, output=tmp_path / "said", env=disks.new()) as running:
+    with started("train", config, *inputs, output=tmp_path / "said", env=disks.new()) as running:
         running.wait_for(lambda: disks.lines() >= 3)
         code, said = ended("train", config, output=tmp_path / "second", env=disks.env())  # of the same disk
         assert (code, said.count("\n")) == (2, 1)
@@ -138,9 +147,10 @@ def test_stopped_and_started_elsewhere(config, fake, tmp_path):
         assert running.code() == 42
     assert f"{URL}: stopped after step" in running.said()
     (stopped,) = events(fake, "preempt")
-    assert resumed(config, disks, tmp_path) == (0, [])
+    assert resumed(config, disks, tmp_path, *inputs) == (0, [])
     assert events(fake, "restore")[-1]["step"] == stopped["step"]
     assert_same(fake, whole)
+    assert None not in {r.span for r in fake.requests if r.kind == "read" and r.name == "inputs/model.safetensors"}
 
 
 @pytest.mark.weekly
