@@ -9,11 +9,14 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from threading import BoundedSemaphore
+from typing import TypeVar
 
 from dpo_jax.bucket import PATIENCE, Blob, Bucket, Changed
 from dpo_jax.errors import UserError, reason
@@ -23,7 +26,10 @@ log = logging.getLogger(__name__)
 
 REFERRING = "models"  # kind of local copies that hold references
 UNFINISHED = ".fetching-"
-BLOCK_BYTES, CONNECTIONS = 2**24, 8  # of a range that is read
+BLOCK_BYTES, CONNECTIONS = 2**24, 8  # of a range that is read; at once, in all
+AHEAD_BYTES = BLOCK_BYTES * CONNECTIONS  # that `read_ahead` holds
+_connections = BoundedSemaphore(CONNECTIONS)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class RemoteFile:
 
         def fill(first: int) -> None:
             last = min(first + BLOCK_BYTES, end)
-            view[first - start : last - start] = bucket.read_range("", first, last, self.generation)
+            with _connections:
+                view[first - start : last - start] = bucket.read_range("", first, last, self.generation)
 
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             try:
@@ -54,6 +61,21 @@ class RemoteFile:
             except (Changed, FileNotFoundError) as error:
                 raise _changed(self.url) from error
         return data
+
+
+def read_ahead(reads: Iterable[tuple[int, Callable[[], Result]]]) -> Iterator[Result]:
+    """Yield the results of reads, each given with its size in bytes, and make the next ones meanwhile.
+
+    Many small reads then take as long as their bytes, not as their requests.
+    """
+    pending: deque[tuple[int, Future[Result]]] = deque()
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for size, read in reads:
+            while pending and size + sum(size for size, _ in pending) > AHEAD_BYTES:
+                yield pending.popleft()[1].result()
+            pending.append((size, pool.submit(read)))
+        while pending:
+            yield pending.popleft()[1].result()
 
 
 def remote_file(path: Path) -> RemoteFile | None:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError
+from dpo_jax.fetched import read_ahead
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.families import FAMILIES, tensor_name
 from dpo_jax.parallel.hosts import is_writer
@@ -86,19 +87,19 @@ def _load_leaf(
     }
     sizes = {span: tuple(stop - start for start, stop in span) for span in spans.values()}
     buffers = {span: _aligned(size, np.dtype(struct.dtype)) for span, size in sizes.items()}
-    for stored, part, tensor in sources:
-        num_dims = len(part.index)
-        targets = {
-            span: data
-            for span, data in buffers.items()
-            if all(start <= i < stop for i, (start, stop) in zip(part.index, span, strict=False))
-        }
-        if not targets:
-            continue
-        value = stored.read(tensor, part)
-        for span, buffer in targets.items():
-            index = tuple(i - start for i, (start, _) in zip(part.index, span, strict=False))
-            buffer[(*index, ...)] = value[tuple(slice(*s) for s in span[num_dims:])]
+
+    def holds(span: tuple[tuple[int, int], ...], part: Part) -> bool:
+        return all(start <= i < stop for i, (start, stop) in zip(part.index, span, strict=False))
+
+    needed = [(stored, part, tensor) for stored, part, tensor in sources if any(holds(span, part) for span in buffers)]
+    reads = ((tensor.end - tensor.start, partial(stored.read, tensor, part)) for stored, part, tensor in needed)
+    is_remote = any(tensor.remote for _, _, tensor in needed)
+    values = read_ahead(reads) if is_remote else (read() for _, read in reads)
+    for (_, part, _), value in zip(needed, values, strict=True):
+        for span, buffer in buffers.items():
+            if holds(span, part):
+                index = tuple(i - start for i, (start, _) in zip(part.index, span, strict=False))
+                buffer[(*index, ...)] = value[tuple(slice(*s) for s in span[len(part.index) :])]
     shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
 
