@@ -309,6 +309,7 @@ def _run(argv: list[str]) -> None:
     if command.config is not None:
         config_class = CONFIG_OF[arguments.pop("for")] if "for" in arguments else command.config
         path = namespace["config"]
+        require(path is None or not is_remote(path), "CONFIG.yaml", path, "give a local file")
         if path is None and overrides:
             raise UserError(f"--{next(iter(overrides))}: it sets an option of a config file: add --config CONFIG.yaml")
         arguments["config"] = None if path is None else parse_config(path, overrides, config_class)

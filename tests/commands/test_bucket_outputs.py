@@ -173,6 +173,7 @@ def test_a_file_of_another_command_is_refused_by_its_url(storage):
         ["quickstart", "--dir", "gs://bucket/run"],
         ["compare", "--dir", "gs://bucket/run"],
         ["plan", "configs/tiny_cpu.yaml", "--topology", "v5e:4x4", "--output", "gs://bucket/plan.json"],
+        ["train", "gs://bucket/config.yaml"],
         ["export", "s3://bucket/run", "out"],
         ["export", "gs://bucket/none", "out"],
     ],
