@@ -25,7 +25,7 @@ from dpo_jax.storage import claim, is_abandoned, list_files, local_copy
 log = logging.getLogger(__name__)
 
 REFERRING = "models"  # kind of local copies that hold references
-UNFINISHED = ".fetching-"
+UNFINISHED, SIZES = ".fetching-", ".sizes"
 BLOCK_BYTES, CONNECTIONS = 2**24, 8  # of a range that is read; at once, in all
 AHEAD_BYTES = BLOCK_BYTES * CONNECTIONS  # that `read_ahead` holds
 _connections = BoundedSemaphore(CONNECTIONS)
@@ -113,7 +113,7 @@ def fetch(
     identity = [bucket.url, {name: blob.generation for name, blob in blobs.items()}]
     folder = local_copy(kind, json.dumps(identity))
     copy = folder / PurePosixPath(bucket.url).name
-    if folder.is_dir():
+    if _is_whole(folder):
         return copy
     log.info(
         "fetching %s to %s, %.1f MB", bucket.url, copy, sum(b.size for n, b in blobs.items() if not refer(n)) / 1e6
@@ -125,9 +125,14 @@ def fetch(
         with temporary as name, claim(Path(name)):
             unfinished = Path(name) / folder.name
             _write(bucket, blobs, unfinished / copy.name, refer)
-            with suppress(OSError):  # another process may have been first
+            paths = [path for path in unfinished.rglob("*") if path.is_file()]
+            sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in paths}
+            (unfinished / SIZES).write_text(json.dumps(sizes))
+            if not _is_whole(folder):  # another process may have been first
+                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
                 os.rename(unfinished, folder)
-        if not folder.is_dir():
+        if not _is_whole(folder):
             raise OSError(f"{folder} cannot be created")
     except OSError as error:
         remedy = "free space, or set XDG_CACHE_HOME to a folder with more"
@@ -148,6 +153,15 @@ def _write(bucket: Bucket, blobs: Mapping[str, Blob], copy: Path, refer: Callabl
             bucket.download(name, path, blob.generation)
         except (Changed, FileNotFoundError) as error:
             raise _changed(url) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a copy has all its files, which a crash of the machine or a cleaning of the cache may have cut."""
+    try:
+        sizes = json.loads((folder / SIZES).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 
 def _changed(url: str) -> UserError:

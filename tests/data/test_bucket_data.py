@@ -14,6 +14,7 @@ from dpo_jax.data.sources import fingerprint, load_rows
 from dpo_jax.data.store import build_or_open_store
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import StorageUnreachable, UserError
+from dpo_jax.fetched import fetch_data
 
 TOKENIZER = make_tokenizer()
 PAIRS = [{"prompt": f"Q{i}?", "chosen": f"yes {i}", "rejected": f"no, no {i}"} for i in range(4)]
@@ -94,6 +95,23 @@ def test_a_copy_is_whole_or_not_there(storage, cache):
     with pytest.raises(StorageUnreachable, match=r"gs://bucket/files: cannot read b\.jsonl: storage does not answer"):
         rows_of("gs://bucket/files")
     assert list((cache / "dpo_jax" / "data").iterdir()) == []
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("harm", [cut, Path.unlink])
+@pytest.mark.parametrize("name", ["b.jsonl", ".sizes"])
+def test_a_copy_that_was_damaged_is_made_again(storage, cache, harm, name):
+    storage.put("bucket", "files/a.jsonl", LINES)
+    storage.put("bucket", "files/b.jsonl", LINES)
+    first = fetch_data("data", "gs://bucket/files")
+    (harmed,) = cache.rglob(name)
+    harm(harmed)
+    assert fetch_data("data", "gs://bucket/files") == first
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == {"a.jsonl": LINES, "b.jsonl": LINES}
+    assert num_reads(storage) == 4
 
 
 def test_a_template_in_a_bucket(storage, tmp_path):
