@@ -206,4 +206,5 @@ def device_checks(folder: str | None) -> Iterator[Callable[[], Finding | None]]:
 
 def _crash(code: int | None, log: Path) -> Finding:
     last_line = next(iter(log.read_text(errors="replace").splitlines()[-1:]), "no message")
-    return fail(f"the process that uses the devices ended with {code} ({last_line[:200]})", "see the line packages")
+    text = f"the process that uses the devices ended with {code} ({last_line[:200]})"
+    return fail(text, "correct XLA_FLAGS and LIBTPU_INIT_ARGS if they are set, else reinstall jax and jaxlib")

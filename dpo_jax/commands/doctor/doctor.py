@@ -7,7 +7,7 @@ from typing import Any
 
 import dpo_jax
 from dpo_jax.commands.doctor import devices, machine
-from dpo_jax.commands.doctor.findings import Finding, as_json, examine, line, ok
+from dpo_jax.commands.doctor.findings import Finding, as_json, examine, line, ok, size_text
 from dpo_jax.config import AnyConfig
 from dpo_jax.errors import UserError
 
@@ -96,7 +96,8 @@ def with_estimate(finding: Finding, save_bytes: int) -> Finding:
     if "bytes_per_second" not in finding.facts:
         return finding
     seconds = save_bytes / finding.facts["bytes_per_second"]
-    text = f"{finding.text}: {seconds:.3g} s for a checkpoint; plan shows the time at 100 MB/s and 1 GB/s"
+    estimate = "under 1 s" if seconds < 1 else f"about {seconds:.0f} s"
+    text = f"{finding.text}: {estimate} for a checkpoint of {size_text(save_bytes)}"
     return replace(finding, text=text, facts={**finding.facts, "save_seconds": seconds})
 
 

@@ -13,6 +13,7 @@ from dpo_jax.errors import UserError, reason
 Status = Literal["ok", "warn", "FAIL"]
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY", re.IGNORECASE)  # of environment variables
 SECRET_TEXTS = re.compile(r"\b(hf_|ya29\.|AIza|Bearer )[\w.-]+|(?<=://)[^/@\s]+(?=@)|[\w.+-]+@[\w-]+\.[\w.-]+")
+REPORT = "report it with the output of dpo-jax doctor --json"
 MIN_SECRET = 6  # characters; shorter values, such as 1, are no secrets
 
 
@@ -49,7 +50,7 @@ def examine(check: Callable[..., Finding | None], *arguments: Any) -> Finding | 
     except ImportError as error:
         return fail(reason(error), "pip install --force-reinstall dpo_jax")
     except Exception as error:  # noqa: BLE001 (a fault of one check must not hide the findings of the others)
-        return fail(f"the check ended with {type(error).__name__}: {reason(error)}", "report it with doctor's --json")
+        return fail(f"the check ended with {reason(error)}", REPORT)
 
 
 def line(name: str, finding: Finding, width: int) -> str:

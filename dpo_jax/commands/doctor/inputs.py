@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from dpo_jax.batching.sets import store_folder
-from dpo_jax.bucket import Bucket, is_remote
+from dpo_jax.bucket import SCHEME, Bucket
 from dpo_jax.commands.doctor import machine
 from dpo_jax.commands.doctor.findings import Finding, fail, ok, size_text, warn
 from dpo_jax.config import AnyConfig, PPOConfig, SourceConfig
@@ -30,7 +30,7 @@ from dpo_jax.methods.setup import abstract_state, with_head
 from dpo_jax.methods.value_model import value_model_of
 from dpo_jax.models.decoder import Model, count_params
 from dpo_jax.models.families import refuse_positions
-from dpo_jax.parallel.sharding import abstract_mesh
+from dpo_jax.parallel.sharding import abstract_mesh, sharded_structs
 from dpo_jax.plan.ahead_of_time import NUM_STEPS, num_bytes
 from dpo_jax.runs.directory import is_run_dir, run_at
 from dpo_jax.runs.mirror import PROBE, probe
@@ -61,6 +61,7 @@ class Job:
     memory: int | None = None  # bytes of a device
     opened: OpenModel | None = None
     model: Model | None = None
+    parameters: int = 0
     tokenizer: Any = None
     save_bytes: int | None = None  # of a checkpoint
     held_bytes: int | None = None  # on a device, at least, while a step runs
@@ -82,13 +83,14 @@ def model(job: Job) -> Finding:
         return Finding("FAIL", str(error)) if remedy is None else fail(str(error), remedy)
     job.model = with_head(job.opened.model, config)
     refuse_positions(job.model.config, config.data.max_length, "data.max_length", config.data.max_length)
-    source, text = job.opened.source, f"{config.model.path}: {count_params(job.model):,} parameters"
+    job.parameters = count_params(job.model)
+    source, text = job.opened.source, f"{config.model.path}: {job.parameters:,} parameters"
     if source.folder is not None and source.run is None:
         is_directory = Path(config.model.path).expanduser().is_dir()
         if not is_directory:
-            return ok(f"{text}, on the hub", parameters=count_params(job.model))
+            return ok(f"{text}, on the hub", parameters=job.parameters)
         find_tensors(source.folder)
-    return ok(text, parameters=count_params(job.model))
+    return ok(text, parameters=job.parameters)
 
 
 @contextmanager
@@ -166,13 +168,15 @@ def mesh(job: Job) -> Finding | None:
     if isinstance(config, PPOConfig):
         optimizer = make_optimizer(config.optimizer, NUM_STEPS, config.ppo.epochs)
         state = abstract_policy_state(trained, value_model_of(config, trained), devices, optimizer)
+        policy = state.params.policy
     else:
         state = abstract_state(config, trained, devices, make_optimizer(config.optimizer, NUM_STEPS))
+        policy = state.params
     job.save_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    has_frozen = trained.lora is not None or config.reference_mode == "live"
-    shapes, shardings = trained.param_shapes(), param_shardings(trained, devices)
-    weights = jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y), shapes, shardings)
-    job.held_bytes = num_bytes((state, state.params)) + has_frozen * num_bytes(weights)
+    frozen = policy if trained.lora is None and config.reference_mode == "live" else None
+    if trained.lora is not None:
+        frozen = sharded_structs(trained.param_shapes(), param_shardings(trained, devices))
+    job.held_bytes = num_bytes((state, state.params, frozen))  # the gradient is as large as what is trained
     axes = " x ".join(f"{axis} {size}" for axis, size in devices.shape.items())
     return ok(f"{axes}; a checkpoint is {size_text(job.save_bytes)}", save_bytes=job.save_bytes)
 
@@ -193,11 +197,9 @@ def run_dir(job: Job) -> Finding:
     config, run = job.config, run_at(job.config.run.dir)
     if run.mirror is None and run.root.is_dir() and any(run.root.iterdir()) and not is_run_dir(run.root):
         return fail(f"run.dir: {run.root} has other files but no run of this program", "choose an empty directory")
-    checkpoint, export, saves = config.checkpoint, 0, 0
-    if job.save_bytes is not None and job.model is not None:
-        copies = checkpoint.keep + checkpoint.keep_best + 1  # one more while it is written
-        saves = copies * job.save_bytes if run.mirror is None else 0
-        export = config.run.export * count_params(job.model) * (4 if job.model.param_dtype == "float32" else 2)
+    copies = config.checkpoint.keep + config.checkpoint.keep_best + 1  # one more while it is written
+    saves = copies * (job.save_bytes or 0) if run.mirror is None else 0
+    export = config.run.export * job.parameters * (4 if config.model.param_dtype == "float32" else 2)
     written = sum(path.stat().st_size for path in run.root.rglob("*") if path.is_file()) if run.root.is_dir() else 0
     needed = max(saves + export - written, 0)
     finding = _space("run.dir", run.root, needed, "lower checkpoint.keep, or choose another run.dir")
@@ -232,7 +234,7 @@ def _space(option: str, folder: Path, needed: int, remedy: str) -> Finding:
 
 def bucket(job: Job) -> Finding | None:
     """Try every right that a run in a bucket needs, and measure how fast it is written and read."""
-    if not is_remote(job.config.run.dir):
+    if not job.config.run.dir.startswith(SCHEME):
         return None
     folder = Bucket.named("run.dir", job.config.run.dir).with_patience(BUCKET_PATIENCE)
     folder.connect()

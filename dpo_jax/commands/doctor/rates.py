@@ -10,7 +10,16 @@ from dpo_jax.commands.doctor.machine import closest_folder
 
 MATRIX, PRODUCTS = 8192, 50  # size and number of the matrix products that are timed
 GATHERED_BYTES = 2**30
+SAVED_BYTES = 2**26  # on a CPU
+SAVED_FACTOR = 16  # on accelerators
 LOW_RATE = 0.5  # of the published rate
+
+
+def is_accelerator() -> bool:
+    """Return whether the devices are of the kind whose rates are published."""
+    import jax
+
+    return jax.default_backend() != "cpu"
 
 
 def matrix_product(folder: str | None) -> Finding | None:
@@ -20,9 +29,9 @@ def matrix_product(folder: str | None) -> Finding | None:
 
     from dpo_jax.parallel.chips import chip_of
 
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
+    if not is_accelerator():
         return None
+    device = jax.local_devices()[0]
     with jax.default_device(device):
         matrix = jax.random.normal(jax.random.key(0), (MATRIX, MATRIX), jnp.bfloat16) / MATRIX**0.5
         multiply = jax.jit(lambda x: jax.lax.fori_loop(0, PRODUCTS, lambda _, y: x @ y, x))
@@ -40,7 +49,7 @@ def all_gather(folder: str | None) -> Finding | None:
     from dpo_jax.parallel.chips import chip_of
 
     found, count = jax.devices(), jax.device_count()
-    if count == 1 or found[0].platform == "cpu":
+    if count == 1 or not is_accelerator():
         return None
     mesh = jax.make_mesh((count,), ("all",), axis_types=(AxisType.Auto,))
     sharded, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("all",), ()))
@@ -96,9 +105,10 @@ def save(folder: str | None) -> Finding | None:
         existing = folder
     else:
         existing = closest_folder(folder)
-    count, size = jax.device_count(), 2**24 if jax.default_backend() == "cpu" else 2**28  # numbers, of 4 bytes
+    count = jax.device_count()
     mesh = jax.make_mesh((count,), ("all",), axis_types=(AxisType.Auto,))
-    sharding, size = NamedSharding(mesh, PartitionSpec("all")), size // count * count
+    size = SAVED_BYTES * (SAVED_FACTOR if is_accelerator() else 1) // 4 // count * count  # numbers of 4 bytes
+    sharding = NamedSharding(mesh, PartitionSpec("all"))
     bits = jax.jit(lambda: jax.random.bits(jax.random.key(0), (size,), jnp.uint32), out_shardings=sharding)()
     jax.block_until_ready(bits)
     probe = epath.Path(existing) / hosts.gather(f"{PROBE}{secrets.token_hex(8)}", "trial save")[0]
