@@ -50,7 +50,13 @@ def devices(folder: str | None) -> Finding:
             return fail(f"JAX_PLATFORMS is {platforms}, but {cause}", f"{_remedy(platforms)}, or unset JAX_PLATFORMS")
         return fail(cause, "end other programs that use the device, or set JAX_PLATFORMS=cpu")
     first = found[0]
-    facts = {"platform": first.platform, "kind": first.device_kind, "devices": len(found), "memory": _memory(first)}
+    facts = {
+        "platform": first.platform,
+        "kind": first.device_kind,
+        "devices": len(found),
+        "local_devices": jax.local_device_count(),
+        "memory": _memory(jax.local_devices()[0]),
+    }
     unused = _attached() if first.platform == "cpu" else None
     if unused and "cpu" in (platforms or ""):
         return warn(f"a {unused} is attached, but JAX_PLATFORMS is {platforms}", "unset it to use the device", **facts)
@@ -113,11 +119,10 @@ def step(folder: str | None) -> Finding:
     import jax.numpy as jnp
     import optax
 
-    from dpo_jax import make_train_step
     from dpo_jax.batch import pad_pairs
     from dpo_jax.config import LossConfig
     from dpo_jax.logprobs import make_padded_logps_fn
-    from dpo_jax.step import init_state
+    from dpo_jax.step import init_state, make_train_step
 
     start, optimizer = time.perf_counter(), optax.sgd(1e-3)
     with jax.default_device(jax.local_devices()[0]):

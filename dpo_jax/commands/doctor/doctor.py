@@ -11,6 +11,7 @@ from dpo_jax.commands.doctor.findings import Finding, as_json, examine, line, ok
 from dpo_jax.config import AnyConfig
 from dpo_jax.errors import UserError
 
+DEVICE_FACTS = ("platform", "devices", "local_devices", "memory")  # of the check of the devices, that others use
 WIDTH = max(map(len, devices.CHECKS))
 
 
@@ -87,7 +88,7 @@ def examine_config(config: AnyConfig, devices_found: Mapping[str, Any]) -> Itera
         return
     from dpo_jax.commands.doctor.inputs import CHECKS, Job
 
-    job = Job(config, **{name: devices_found[name] for name in ("platform", "devices", "memory") if devices_found})
+    job = Job(config, **{name: devices_found[name] for name in DEVICE_FACTS if devices_found})
     yield from _examined({name: lambda check=check: check(job) for name, check in CHECKS.items()})
 
 

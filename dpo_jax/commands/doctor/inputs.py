@@ -58,6 +58,7 @@ class Job:
     config: AnyConfig
     platform: str = "cpu"
     devices: int | None = None  # None: unknown
+    local_devices: int = 1  # of this host
     memory: int | None = None  # bytes of a device
     opened: OpenModel | None = None
     model: Model | None = None
@@ -184,7 +185,7 @@ def mesh(job: Job) -> Finding | None:
 def memory(job: Job) -> Finding | None:
     """Compare free memory with what a step holds at least: state, gradient, and frozen weights."""
     if job.platform == "cpu":
-        return machine.memory(job.held_bytes and job.held_bytes * (job.devices or 1))
+        return machine.memory(job.held_bytes and job.held_bytes * job.local_devices)
     if job.held_bytes is not None and job.memory is not None and job.held_bytes > job.memory:
         text = f"each device has {size_text(job.memory)}, but weights, gradient, optimizer and reference need"
         remedy = "use more devices, set lora.rank, or ask dpo-jax plan --search"
