@@ -153,7 +153,7 @@ def test_a_fault_of_the_config_is_named(config, name):
 
 @pytest.mark.parametrize(
     ("tokenizer", "status", "text"),
-    [("right", "ok", "3 first rows of 1 data sets tokenized"),
+    [("right", "ok", "3 rows tokenized, the first of each data set"),
      ("plain", "FAIL", "the tokenizer has no chat template; set data.chat_template to a file with one"),
      ("torn", "warn", "template_not_prefix 3: dpo-jax data lists them")],
 )  # fmt: skip
@@ -392,7 +392,7 @@ def test_a_gpu_that_jax_does_not_use(monkeypatch, tmp_path):
         "warn", "a GPU is attached, but JAX_PLATFORMS is cpu: unset it to use the device"
     )  # fmt: skip
     monkeypatch.delenv("JAX_PLATFORMS")
-    text = "a GPU is attached, but JAX uses the CPU: on a machine with one, pip install 'dpo_jax[cuda]'"
+    text = "a GPU is attached, but JAX uses the CPU: pip install 'dpo_jax[cuda]'"
     assert (devices.devices(None).status, devices.devices(None).text) == ("FAIL", text)
 
 

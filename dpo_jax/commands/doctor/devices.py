@@ -47,7 +47,9 @@ def devices(folder: str | None) -> Finding:
     except (RuntimeError, AssertionError) as error:
         cause = f"JAX finds no device ({reason(error)})"
         if platforms:
-            return fail(f"JAX_PLATFORMS is {platforms}, but {cause}", f"{_remedy(platforms)}, or unset JAX_PLATFORMS")
+            return fail(
+                f"JAX_PLATFORMS is {platforms}, but {cause}", f"unset it, or where one is, {_remedy(platforms)}"
+            )
         return fail(cause, "end other programs that use the device, or set JAX_PLATFORMS=cpu")
     first = found[0]
     facts = {
@@ -72,7 +74,7 @@ def devices(folder: str | None) -> Finding:
 
 def _remedy(platforms: str) -> str:
     extra = "tpu" if "tpu" in platforms.lower() else "cuda"
-    return f"on a machine with one, pip install 'dpo_jax[{extra}]'"
+    return f"pip install 'dpo_jax[{extra}]'"
 
 
 def _attached() -> str | None:

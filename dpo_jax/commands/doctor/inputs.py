@@ -143,7 +143,7 @@ def data(job: Job) -> Finding | None:
     if job.tokenizer is None:
         return None
     note = f"; not opened: {', '.join(skipped)}" if skipped else ""
-    text, facts = f"{num_rows} first rows of {len(sources)} data sets tokenized", {"rows": num_rows, "causes": counts}
+    text, facts = f"{num_rows} rows tokenized, the first of each data set", {"rows": num_rows, "causes": counts}
     if counts:
         causes = ", ".join(f"{cause} {count}" for cause, count in counts.most_common())
         return warn(f"{text}: {causes}{note}", "dpo-jax data lists them", **facts)
@@ -230,7 +230,8 @@ def _space(option: str, folder: Path, needed: int, remedy: str) -> Finding:
     if free < needed:
         text = f"{option}: {folder} has {size_text(free)} free, but needs {size_text(needed)}"
         return fail(text, f"free space, {remedy}", **facts)
-    return ok(f"{folder}: {size_text(free)} free, {size_text(needed)} needed", **facts)
+    note = f", {size_text(needed)} needed" if needed else ""
+    return ok(f"{folder}: {size_text(free)} free{note}", **facts)
 
 
 def bucket(job: Job) -> Finding | None:

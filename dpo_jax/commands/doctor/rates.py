@@ -1,6 +1,7 @@
 """Checks that measure: a matrix product, an all-gather and a save, next to what ``plan`` takes for possible."""
 
 import secrets
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -100,14 +101,16 @@ def save(folder: str | None) -> Finding | None:
 
     if folder is None:
         return None
+    wanted = SAVED_BYTES * (SAVED_FACTOR if is_accelerator() else 1)
     if is_remote(folder):
         Bucket.named("run.dir", folder).with_patience(0).connect()
         existing = folder
     else:
         existing = closest_folder(folder)
+        wanted = min(wanted, shutil.disk_usage(existing).free // 8)
     count = jax.device_count()
     mesh = jax.make_mesh((count,), ("all",), axis_types=(AxisType.Auto,))
-    size = SAVED_BYTES * (SAVED_FACTOR if is_accelerator() else 1) // 4 // count * count  # numbers of 4 bytes
+    size = hosts.gather(wanted, "size of the trial save")[0] // 4 // count * count  # numbers of 4 bytes
     sharding = NamedSharding(mesh, PartitionSpec("all"))
     bits = jax.jit(lambda: jax.random.bits(jax.random.key(0), (size,), jnp.uint32), out_shardings=sharding)()
     jax.block_until_ready(bits)
