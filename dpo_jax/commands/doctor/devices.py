@@ -24,6 +24,15 @@ PATIENCE = 180.0  # seconds to wait for a check
 DEFINITE_LOSS = 0.6931472  # ln 2, of DPO at margin 0
 
 
+def import_jax(folder: str | None) -> Finding | None:
+    """Import jax, which fails with errors of many types if its packages do not fit each other."""
+    try:
+        import jax  # noqa: F401
+    except Exception as error:  # noqa: BLE001
+        return fail(f"jax cannot be imported ({reason(error)})", "pip install --force-reinstall jax jaxlib")
+    return None
+
+
 def processes(folder: str | None) -> Finding | None:
     """Connect the processes that the environment names, as a run does."""
     from jax._src import distributed
@@ -141,6 +150,7 @@ def step(folder: str | None) -> Finding:
 
 
 CHECKS: dict[str, Callable[[str | None], Finding | None]] = {
+    "jax": import_jax,
     "processes": processes,
     "devices": devices,
     "clocks": clocks,
@@ -149,9 +159,9 @@ CHECKS: dict[str, Callable[[str | None], Finding | None]] = {
     "all-gather": all_gather,
     "save": save,
 }
-BEFORE_CONFIG = ("processes", "devices", "clocks")
+BEFORE_CONFIG = ("jax", "processes", "devices", "clocks")
 AFTER_CONFIG = ("step", "matrix product", "all-gather", "save")
-NEEDED = ("processes", "devices")  # by all later checks
+NEEDED = ("jax", "processes", "devices")  # by all later checks
 HANGS = "end other programs that use the devices; on a slice of several hosts, run the same command on all of them"
 
 

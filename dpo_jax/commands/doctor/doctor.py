@@ -57,7 +57,7 @@ def examine_all(read_config: Callable[[], AnyConfig] | None) -> Iterator[tuple[s
         yield from _applying(early)
         facts, failed = _facts(early["devices"]), set()
         save_bytes = None
-        if config is None:
+        if config is None or early["jax"] is not None:
             yield from _examined({"memory": machine.memory})
         else:
             for name, finding in examine_config(config, facts):

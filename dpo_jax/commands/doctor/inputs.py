@@ -85,13 +85,23 @@ def model(job: Job) -> Finding:
     job.model = with_head(job.opened.model, config)
     refuse_positions(job.model.config, config.data.max_length, "data.max_length", config.data.max_length)
     job.parameters = count_params(job.model)
-    source, text = job.opened.source, f"{config.model.path}: {job.parameters:,} parameters"
-    if source.folder is not None and source.run is None:
-        is_directory = Path(config.model.path).expanduser().is_dir()
-        if not is_directory:
-            return ok(f"{text}, on the hub", parameters=job.parameters)
-        find_tensors(source.folder)
+    folder, text = job.opened.source.folder, f"{config.model.path}: {job.parameters:,} parameters"
+    if folder is None or job.opened.source.run is not None:
+        return ok(text, parameters=job.parameters)
+    if not Path(config.model.path).expanduser().is_dir():
+        return _on_hub(text, folder, job.parameters)
+    find_tensors(folder)
     return ok(text, parameters=job.parameters)
+
+
+def _on_hub(text: str, folder: Path, parameters: int) -> Finding:
+    """Check that there is room to download the weights of a hub model, in half precision, unless they are there."""
+    import huggingface_hub
+
+    needed = 0 if any(folder.glob("*.safetensors")) else 2 * parameters
+    room = _space("HF_HOME", Path(huggingface_hub.constants.HF_HUB_CACHE), needed, "set it to a larger disk")
+    token = "with a token" if huggingface_hub.get_token() else "without a token"
+    return room if room.status == "FAIL" else ok(f"{text}, on the hub, {token}", parameters=parameters)
 
 
 @contextmanager
