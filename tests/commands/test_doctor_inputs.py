@@ -15,8 +15,21 @@ from dpo_jax import bucket
 from dpo_jax.commands.doctor import inputs, machine
 from dpo_jax.commands.doctor.doctor import examine_config
 from dpo_jax.commands.doctor.findings import Finding, examine, ok
-from dpo_jax.config import CheckpointConfig, DataConfig, DPOConfig, MeshConfig, ModelConfig, RunConfig, SourceConfig
+from dpo_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    DPOConfig,
+    JudgeConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    PPOConfig,
+    RunConfig,
+    SourceConfig,
+)
+from dpo_jax.models.decoder import count_adapters
 from dpo_jax.weights.known import builtin_model
+from dpo_jax.weights.open import build_model, find_model
 
 PAIR = {"prompt": "question:", "chosen": "yes", "rejected": "no"}
 MESSAGES = {
@@ -74,6 +87,24 @@ def test_a_right_config_has_no_fault_and_leaves_nothing_behind(config, tmp_path)
     assert findings["data"].facts["rows"] == 3
     state, gradient, reference = 3 * weights, weights, weights
     assert findings["memory"].facts["needed"] == pytest.approx(state + gradient + reference, rel=1e-3)
+
+
+def test_adapters_alone_are_saved_and_the_base_is_held_beside_them(config):
+    findings = found(replace(config, lora=LoraConfig(rank=4)), CPU | {"devices": 1, "local_devices": 1})
+    assert faults(findings) == {}
+    adapters = count_adapters(build_model(find_model("builtin:tiny", None), config.model, "cpu", LoraConfig(rank=4)))
+    assert findings["mesh"].facts["save_bytes"] == pytest.approx(3 * 4 * adapters, rel=1e-3)
+    assert findings["memory"].facts["needed"] == pytest.approx(4 * (4 * adapters + 131392), rel=1e-3)
+
+
+def test_a_policy_gradient_saves_its_value_model_too(config):
+    reward = JudgeConfig(function="judge:score")
+    data = replace(config.data, max_length=512)
+    sampled = PPOConfig(model=config.model, data=data, run=config.run, reward=reward)
+    findings = found(sampled, CPU)
+    assert list(findings) == ["model", "tokenizer", "data", "mesh", "memory", "run.dir", "data.store"]
+    policy, value = 131392, 131392 + 64
+    assert findings["mesh"].facts["save_bytes"] == pytest.approx(3 * 4 * (policy + value), rel=1e-3)
 
 
 def test_what_is_saved_already_needs_no_more_space(config, tmp_path):
