@@ -184,7 +184,8 @@ def mesh(job: Job) -> Finding | None:
         state = abstract_state(config, trained, devices, make_optimizer(config.optimizer, NUM_STEPS))
         policy = state.params
     job.save_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    frozen = policy if trained.lora is None and config.reference_mode == "live" else None
+    has_copy = config.reference_mode == "live" and config.reference.sync_every == 0  # else it is in the state
+    frozen = policy if has_copy else None
     if trained.lora is not None:
         frozen = sharded_structs(trained.param_shapes(), param_shardings(trained, devices))
     job.held_bytes = num_bytes((state, state.params, frozen))  # the gradient is as large as what is trained
