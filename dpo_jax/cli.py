@@ -6,6 +6,7 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -138,6 +139,12 @@ def _compare(config: CompareConfig | None, dir: str | None) -> None:
     compare_methods(config)
 
 
+def _doctor(config: Callable[[], AnyConfig] | None, json: bool) -> None:
+    from dpo_jax.commands.doctor.doctor import doctor
+
+    doctor(config, as_object=json)
+
+
 @dataclass(frozen=True)
 class Command:
     """A subcommand: its function, summary, config class and arguments."""
@@ -146,11 +153,13 @@ class Command:
     summary: str
     config: type[Section] | None = None  # class of the config that the command reads, if it reads one
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> settings for argparse
+    usage: str = "CONFIG.yaml [options] [--section.key VALUE ...]"
+    reads_config: bool = True  # before it runs; else it gets a function that reads the config, or raises `UserError`
 
     @property
     def needs_config(self) -> bool:
-        """Whether the config file is a positional argument, rather than the value of ``--config``."""
-        return self.config is not None and "--config" not in self.arguments
+        """Whether the config file is a required argument, rather than one of its own ``arguments``."""
+        return self.config is not None and self.arguments.keys().isdisjoint({"config", "--config"})
 
     @property
     def names(self) -> dict[str, str]:
@@ -254,6 +263,19 @@ COMMANDS = {
             "--dir": {**TEXT, "help": "Folder for the page of the built-in task; default: runs/compare."},
             "--config": {**TEXT, "metavar": "CONFIG.yaml", "help": "Compare on your own model, pairs and judge."},
         },
+        usage="[--dir DIR | --config CONFIG.yaml [--section.key VALUE ...]]",
+    ),
+    "doctor": Command(
+        _doctor,
+        "Say what is wrong with this machine, its devices, the bucket or the config, each with a remedy.",
+        DPOConfig,
+        {
+            "config": {**TEXT, "nargs": "?", "metavar": "CONFIG.yaml", "help": "Check what a run of it needs, too."},
+            "--for": {"choices": [*CONFIG_OF], **FOR},
+            "--json": {**FLAG, "help": "Print one JSON object without secrets, for bug reports."},
+        },
+        usage="[CONFIG.yaml] [options] [--section.key VALUE ...]",
+        reads_config=False,
     ),
     "quickstart": Command(
         _quickstart,
@@ -311,8 +333,13 @@ def _run(argv: list[str]) -> None:
         path = namespace["config"]
         require(path is None or not is_remote(path), "CONFIG.yaml", path, "give a local file")
         if path is None and overrides:
-            raise UserError(f"--{next(iter(overrides))}: it sets an option of a config file: add --config CONFIG.yaml")
-        arguments["config"] = None if path is None else parse_config(path, overrides, config_class)
+            given = "--config CONFIG.yaml" if "--config" in command.arguments else "CONFIG.yaml"
+            raise UserError(f"--{next(iter(overrides))}: it sets an option of a config file: add {given}")
+        read_config = partial(parse_config, path, overrides, config_class)
+        if path is None:
+            arguments["config"] = None
+        else:
+            arguments["config"] = read_config() if command.reads_config else read_config
     command.run(**arguments)
 
 
@@ -356,11 +383,10 @@ def _parser(command_name: str) -> jsonargparse.ArgumentParser:
     for name, command in COMMANDS.items():
         subparser = _Parser(description=command.summary, allow_abbrev=False)
         subparser.command_name = name
+        if command.config is not None:
+            subparser.usage = f"dpo-jax {name} {command.usage}"
         if command.needs_config:
-            subparser.usage = f"dpo-jax {name} CONFIG.yaml [options] [--section.key VALUE ...]"
             subparser.add_argument("config", type=str, metavar="CONFIG.yaml", help="See docs/configuration.md.")
-        elif command.config is not None:
-            subparser.usage = f"dpo-jax {name} [--dir DIR | --config CONFIG.yaml [--section.key VALUE ...]]"
         for option, settings in command.arguments.items():
             subparser.add_argument(option, **settings)
         if command.config is not None and name == command_name:

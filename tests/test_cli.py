@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ WRONG = [
     ("data c.yaml --for pop", "invalid choice: 'pop' (choose from 'train', 'sft', 'reward', 'ppo')"),
     ("data c.yaml --for ppo --loss.beta 1", "loss: belongs to `dpo-jax train`, not to `dpo-jax ppo`: remove it"),
     ("data c.yaml --for sft --loss.beta 1", "loss: belongs to `dpo-jax train`, not to `dpo-jax sft`: remove it"),
+    ("doctor --run.steps 3", "--run.steps: it sets an option of a config file: add CONFIG.yaml"),
     ("quickstart here", "unrecognized arguments: here: see dpo-jax quickstart --help"),
 ]
 
@@ -73,6 +75,17 @@ def test_a_wrong_config_is_refused_before_jax_is_imported(config):
     assert done.stdout == "2 False\n"
     assert done.stderr == "dpo-jax: error: loss.beta must be positive, got -1.0\n"
     assert [path.name for path in Path.cwd().iterdir()] == ["c.yaml"]
+
+
+def test_doctor_reads_the_config_itself(config, monkeypatch):
+    given = []
+    monkeypatch.setitem(cli.COMMANDS, "doctor", replace(cli.COMMANDS["doctor"], run=lambda **all: given.append(all)))
+    assert cli.main(["doctor"]) == cli.main(["doctor", config, "--json", "--run.seed", "3"]) == 0
+    assert given[0] == {"config": None, "json": False}
+    assert (given[1]["config"]().run.seed, given[1]["json"]) == (3, True)
+    assert cli.main(["doctor", config, "--for", "sft", "--loss.beta", "3"]) == 0
+    with pytest.raises(UserError, match="loss: belongs to `dpo-jax train`"):
+        given[2]["config"]()
 
 
 @pytest.mark.parametrize("error", [UserError, Preempted, RunStopped])

@@ -5,10 +5,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 from jax.stages import Lowered
-from packaging.requirements import Requirement
 
 from dpo_jax.batch import BLOCK, PairLogps, PreferenceBatch, round_up
 from dpo_jax.batching.packing import BatchShape, empty_batch
@@ -32,6 +30,7 @@ from dpo_jax.models.projections import layer_projections
 from dpo_jax.parallel.chips import Topology
 from dpo_jax.parallel.compiler import compiler_options, no_cache_writes
 from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, replicated, row_devices, row_sharding, sharded_structs
+from dpo_jax.parallel.versions import mismatches
 from dpo_jax.plan.load import Load, PlannedConfig
 from dpo_jax.policy_gradient import Rollout
 from dpo_jax.step import Frozen, TrainState
@@ -43,25 +42,14 @@ WITHOUT_TPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TP
                "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
 
 
-def check_pair(requirements: Sequence[str], libtpu: str) -> None:
-    """Check that a libtpu version is one that the installed jax requires; others may fail on its programs.
-
-    ``requirements`` are those in jax's metadata; if libtpu is not among them, every version passes.
-    """
-    for requirement in map(Requirement, requirements):
-        if requirement.name == "libtpu" and not requirement.specifier.contains(libtpu, prereleases=True):
-            required_versions = requirement.specifier
-            remedy = f"jax {jax.__version__} requires {required_versions}; pip install 'libtpu{required_versions}'"
-            raise UserError(f"libtpu: {libtpu} cannot be used: {remedy}")
-
-
 def slice_devices(slice_: Topology, slices: int = 1) -> list[jax.Device]:
     """Return the devices of TPU slices, for which programs can be compiled but not run; libtpu must be installed.
 
     Raises:
-        UserError: libtpu does not match the installed jax.
+        UserError: jax, jaxlib and libtpu do not fit each other; the compiler may fail on programs of another jax.
     """
-    check_pair(metadata.requires("jax") or (), metadata.version("libtpu"))
+    if problems := mismatches("jax", ("tpu",)):
+        raise UserError("; ".join(problems))
     os.environ.update({name: value for name, value in WITHOUT_TPU.items() if name not in os.environ})
     from jax.experimental import topologies
 
