@@ -21,10 +21,11 @@ limited() { # SECONDS COMMAND...: in the background, so that Ctrl-C is heard at 
 rest() { limited 0 sleep "$1"; } # SECONDS
 
 look() { # sets state, slices, shown (why), step (the newest logged or saved), code (of the trainer, where it is final)
-  local line word status=0 words='' verdict=''
+  local line word status=0 words='' verdict='' fate
   slices=unknown step=0 shown='gcloud did not say' code=1
   limited "$ASK_SECONDS" "$here/status.sh" >"$said" || status=$?
   while IFS= read -r line; do
+    [[ $known || $line != "$url: "* || $line == *": cannot be read: "* ]] || known=$line
     case $line in
       "queued-resources $NAME: "*) slices=$(slices_are "${line##*: }") shown=$line ;;
       "tpu-vm $NAME"*": "*)
@@ -41,11 +42,11 @@ look() { # sets state, slices, shown (why), step (the newest logged or saved), c
           *) words+=" failed " ;;
         esac
         ;;
-      "$url: done at "*) verdict=finished bucket=$line ;;
+      "$url: done at "*) verdict=finished fate=$line ;;
       "$url: ended at "*" with exit code "*)
         word=${line#*with exit code } word=${word%%:*}
-        [[ $before != begin ]] || known=$line # whoever starts babysit.sh again has seen to that
-        [[ $line == "$known" || ! $word =~ ^(2|43)$ ]] || verdict=final code=$word bucket=$line
+        # whoever starts babysit.sh again has seen to what was known then
+        [[ $line == "$known" || ! $word =~ ^(2|43)$ ]] || verdict=final code=$word fate=$line
         ;;
       "$url: cannot be read: "*)
         [[ $line == "$unread" ]] || printf '%s\n' "$line" >&2
@@ -66,7 +67,7 @@ look() { # sets state, slices, shown (why), step (the newest logged or saved), c
   fi
   case $state in # workers know better, as long as any of them runs
     running | broken | finished | final) ;;
-    *) [[ -z $verdict ]] || state=$verdict shown=$bucket ;;
+    *) [[ -z $verdict ]] || state=$verdict shown=$fate ;;
   esac
 }
 

@@ -25,7 +25,7 @@ exec 9>"$lock"
 flock -n 9 || refuse NAME "$NAME" "another babysit.sh of this machine looks after it: end that one first"
 
 state=begin before=begin slices= # state: see babysit-lib.sh; before: the last that was told
-known='' unread=''               # of a bucket: the failure that was there at the start; why it could not be read
+known='' unread=''               # of a bucket: what it said first; why it could not be read
 requests=0                       # in a row that came to nothing
 starts=0 newest=0                # of the run since the newest step, and that step
 last=0 moved=0 heard=0           # the last step seen; seconds when it changed, and when ssh last answered

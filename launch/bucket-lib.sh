@@ -2,6 +2,7 @@
 # shellcheck shell=bash disable=SC2154
 
 url=$RUNS/$RUN_ID
+[[ ! $url =~ ^gs://[^/]+ ]] || bucket=${BASH_REMATCH[0]}
 roles='roles/storage.objectUser and roles/storage.legacyBucketReader'
 
 stored() { # VERB WORD...: what gcloud storage says of what is there; a failure if it could not look
@@ -16,7 +17,8 @@ remedy() { # WHAT GCLOUD SAID: its error in one line, with what to do about it; 
   line=${line%%$'\n'*} line=${line#(gcloud.*) }
   case $1 in
     *' 403'* | *'does not have'*) line="${line%.}: grant your account $roles on the bucket" ;;
-    *'not found: 404'*) line="${line%.}: gcloud storage buckets create --location=${ZONE%-*}, or correct it" ;;
+    *'not found: 404'*) line="${line%.}: gcloud storage buckets create $bucket --location=${ZONE%-*}" ;;
+    *'requester pays'*) line="${line%.}: another bucket, as the program names no project to bill" ;;
     *'auth login'*) line="${line%.}: gcloud auth login" ;;
     *) code=1 ;;
   esac
@@ -32,15 +34,16 @@ unread() { # WHAT GCLOUD SAID: end, as the bucket cannot be read
 }
 
 check_bucket() { # refuse one that no run can use, before a slice is paid for, and warn of what costs or deletes
-  local bucket=${RUNS#gs://} said location payer versions seconds rules
-  bucket=gs://${bucket%%/*}
+  local said location payer versions seconds rules
   local fields=location,requester_pays,versioning_enabled
   fields+=',soft_delete_policy.retentionDurationSeconds,lifecycle_config.rule.len()'
   set -- gcloud storage buckets describe "$bucket" --format="csv[no-heading]($fields)"
   [[ ${DRY_RUN:-} != 1 ]] || { run "$@" && return; }
   said=$("$@" 2>&1) || unread "$said"
-  IFS=, read -r location payer versions seconds rules <<<"${said##*$'\n'}"
-  [[ $payer != True ]] || refuse RUNS "$RUNS" "the requester pays there, which the program does not: another bucket"
+  # among what else gcloud has to say, such as that there is a newer one
+  IFS=, read -r location payer versions seconds rules < <(grep -E '^[A-Z0-9-]+(,[A-Za-z0-9]*){4}$' <<<"$said") ||
+    unread "$said"
+  [[ $payer != True ]] || refuse RUNS "$RUNS" "the requester pays there: another bucket, as the program names no payer"
   warn() { printf 'launch: RUNS: %s %s\n' "$bucket" "$1" >&2; }
   [[ ${location,,} == "${ZONE%-*}" ]] || warn "is in $location, not in ${ZONE%-*}: saves cross regions, at a price"
   [[ $versions != True ]] || warn "keeps and bills deleted checkpoints: gcloud storage buckets update --no-versioning"

@@ -136,6 +136,7 @@ def test_what_a_restart_will_not_cure_is_known_when_the_slice_is_gone(cloud):
     assert "with exit code 43: this is " in said
     assert '{"step": 3, "loss": 1}' in said  # logs.sh, from the bucket
     assert cloud.verbs("create") == ["create"]
+    cloud.next("describe", "1")  # nor does gcloud answer at first
     assert babysit(cloud)[0] == 0  # the cause is gone, as far as who starts it again knows
     assert cloud.verbs("create") == ["create", "create"]
 

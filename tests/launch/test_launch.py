@@ -150,7 +150,7 @@ def test_a_bucket_that_no_run_can_use_is_refused_before_a_slice_is_asked_for(clo
         return done.stderr
 
     cloud.set(RUNS="gs://other/runs")
-    absent = "gs://other not found: 404: gcloud storage buckets create --location=us-west4, or correct it"
+    absent = "gs://other not found: 404: gcloud storage buckets create gs://other --location=us-west4"
     assert absent in refused()
     cloud.set(RUNS="gs://bucket/runs")
     denied = cloud.storage.fail(403, kind="bucket")
