@@ -20,11 +20,12 @@ limited() { # SECONDS COMMAND...: in the background, so that Ctrl-C is heard at 
 
 rest() { limited 0 sleep "$1"; } # SECONDS
 
-look() { # sets state, shown (why), step (the newest logged or saved), code (of the trainer, where it is final)
-  local line word status=0 slices=unknown words=
-  step=0 shown='gcloud did not say' code=1
+look() { # sets state, slices, shown (why), step (the newest logged or saved), code (of the trainer, where it is final)
+  local line word status=0 words='' verdict='' fate
+  slices=unknown step=0 shown='gcloud did not say' code=1
   limited "$ASK_SECONDS" "$here/status.sh" >"$said" || status=$?
   while IFS= read -r line; do
+    [[ $known || $line != "$url: "* || $line == *": cannot be read: "* ]] || known=$line
     case $line in
       "queued-resources $NAME: "*) slices=$(slices_are "${line##*: }") shown=$line ;;
       "tpu-vm $NAME"*": "*)
@@ -41,18 +42,33 @@ look() { # sets state, shown (why), step (the newest logged or saved), code (of 
           *) words+=" failed " ;;
         esac
         ;;
-      *": newest step: logged "*", saved "*)
+      "$url: done at "*) verdict=finished fate=$line ;;
+      "$url: ended at "*" with exit code "*)
+        word=${line#*with exit code } word=${word%%:*}
+        # whoever starts babysit.sh again has seen to what was known then
+        [[ $line == "$known" || ! $word =~ ^(2|43)$ ]] || verdict=final code=$word fate=$line
+        ;;
+      "$url: cannot be read: "*)
+        [[ $line == "$unread" ]] || printf '%s\n' "$line" >&2
+        unread=$line
+        ;;
+      *": newest step: logged "*)
         line=${line##*logged }
         for word in "${line%%,*}" "${line##* }"; do ((word <= step)) || step=$word; done
         ;;
     esac
   done <"$said"
   state=$slices
-  [[ $slices == ready ]] || return 0
-  if ((status)); then words=; fi
-  state=$(run_is "$words")
-  words=${words//  /,} # " running  running " becomes " running,running "
-  shown="workers:${words:- do not answer }at step $step"
+  if [[ $slices == ready ]]; then
+    if ((status)); then words=; fi
+    state=$(run_is "$words")
+    words=${words//  /,} # " running  running " becomes " running,running "
+    shown="workers:${words:- do not answer }at step $step"
+  fi
+  case $state in # workers know better, as long as any of them runs
+    running | broken | finished | final) ;;
+    *) [[ -z $verdict ]] || state=$verdict shown=$fate ;;
+  esac
 }
 
 slices_are() { # STATE of a request or a slice, as Google names it

@@ -25,6 +25,7 @@ exec 9>"$lock"
 flock -n 9 || refuse NAME "$NAME" "another babysit.sh of this machine looks after it: end that one first"
 
 state=begin before=begin slices= # state: see babysit-lib.sh; before: the last that was told
+known='' unread=''               # of a bucket: what it said first; why it could not be read
 requests=0                       # in a row that came to nothing
 starts=0 newest=0                # of the run since the newest step, and that step
 last=0 moved=0 heard=0           # the last step seen; seconds when it changed, and when ssh last answered
@@ -76,7 +77,8 @@ start() { # SCRIPT...: that lead to a run
   done
 }
 
-ended() { # the run is done
+done_with() { # the run is done
+  [[ $slices != absent ]] || leave 0 deleted "the run is done, at step $newest"
   [[ ${DELETE_WHEN_DONE:-} == 1 ]] || leave 0 kept "the run is done, at step $newest"
   remove "the run is done" || leave 1 undeleted "the run is done"
   leave 0 deleted "the run is done, at step $newest"
@@ -98,7 +100,7 @@ while :; do
     broken | stalled) halt "$next: $shown" || rest "$POLL_SECONDS" ;;
     missing) start sync setup run ;;
     failed | saved) start run ;;
-    finished) ended ;;
+    finished) done_with ;;
     final)
       LINES=20 limited "$ASK_SECONDS" "$here/logs.sh" 0 >&2 || true
       leave "$code" stopped "the trainer's exit code is $code, which a restart will not cure"

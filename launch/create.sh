@@ -9,6 +9,7 @@ flags=(--accelerator-type="$TYPE")
 [[ $CAPACITY == on-demand ]] || flags+=("--$CAPACITY")
 for flag in ${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"}; do [[ -z $flag ]] || flags+=("$flag"); done
 
+[[ ${1:-} == wait ]] || ! in_bucket || check_bucket
 if [[ $REQUEST == direct ]]; then # answered at once: the slice, or that there is none
   [[ ${1:-} != wait ]] || refuse REQUEST direct "nothing waits in a queue: create.sh"
   run "${tpus[@]}" tpu-vm create "$NAME" "${where[@]}" --version="$RUNTIME" "${flags[@]}"

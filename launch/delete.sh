@@ -6,6 +6,7 @@
 no_arguments "$@"
 if [[ ${YES:-} != 1 && ${DRY_RUN:-} != 1 ]]; then
   printf 'This deletes %s in %s and its disks. A run there loses what it did since its last save.\n' "$NAME" "$ZONE" >&2
+  ! in_bucket || report_run >&2
   read -r -p "Type $NAME to delete it: " answer || true
   [[ ${answer:-} == "$NAME" ]] || refuse NAME "${answer:-}" "nothing was deleted: type $NAME, or set YES=1"
 fi
@@ -17,3 +18,4 @@ fi
 printf 'Still there in %s, and billed where it is up:\n' "$ZONE"
 run "${tpus[@]}" queued-resources list "${where[@]}"
 run "${tpus[@]}" tpu-vm list "${where[@]}"
+! in_bucket || printf '%s, billed by size until gcloud storage rm --recursive\n' "$url"

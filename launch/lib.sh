@@ -3,6 +3,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/settings.sh"
+. "$here/bucket-lib.sh"
 
 tpus=(gcloud compute tpus)
 where=(--project="$PROJECT" --zone="$ZONE")
@@ -66,6 +67,17 @@ call() { # WORKERS WORD...: the words reach the workers as they are here
   shift
   printf -v line '%q ' "$@"
   ssh_to "$workers" "${line% }"
+}
+
+state_of() { # KIND NAME FIELDS: its state, NOT_FOUND too; other failures of gcloud are failures
+  local told errors code=0
+  errors=$(mktemp)
+  told=$(run "${tpus[@]}" "$1" describe "$2" "${where[@]}" --format="value($3)" 2>"$errors") || code=$?
+  ! grep -q NOT_FOUND "$errors" || { told=NOT_FOUND && code=0; }
+  ((code == 0)) || cat "$errors" >&2
+  rm "$errors"
+  printf '%s\n' "$told"
+  return "$code"
 }
 
 commit_to_send() { # of the committed tree; with ALLOW_DIRTY=1 of one with the changes, that no branch holds

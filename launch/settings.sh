@@ -20,7 +20,7 @@ no_arguments() {
 # shellcheck source=env.example
 . "$settings"
 
-: "${NFS:=}" "${SECRETS:=}" "${SLICES:=1}" "${REQUEST:=queued}"
+: "${NFS:=}" "${MOUNT:=/mnt/dpo}" "${SECRETS:=}" "${SLICES:=1}" "${REQUEST:=queued}"
 
 # Seconds and counts that are rarely changed; set them in env.sh or in front of a command.
 : "${POLL_SECONDS:=30}"    # between two looks at a request or a run
@@ -42,7 +42,9 @@ need PROJECT '[a-z][-a-z0-9.:]*' "the id of your Google Cloud project"
 [[ $PROJECT != my-project ]] || refuse PROJECT "$PROJECT" "this is the example's: the id of your Google Cloud project"
 need ZONE '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone such as us-west4-a"
 need NAME '[a-z]([-a-z0-9]{0,60}[a-z0-9])?' "lower-case letters, digits and dashes, at most 62"
-need TYPE '(v4|v5litepod|v5p|v6e)-[1-9][0-9]{0,4}' "v4-N, v5litepod-N, v5p-N or v6e-N; newer TPUs are not known here"
+[[ ! ${TYPE:-} =~ ^(tpu|v)?([7-9]|[1-9][0-9])[a-z]*- ]] || refuse TYPE "$TYPE" \
+  "the TPU API, which these scripts use, ends at v6e: launch/gke/README.md, or a managed instance group"
+need TYPE '(v4|v5litepod|v5p|v6e)-[1-9][0-9]{0,4}' "v4-N, v5litepod-N, v5p-N or v6e-N"
 [[ $TYPE =~ ^(v4|v5p)- || " 1 4 8 16 32 64 128 256 " == *" ${TYPE#*-} "* ]] ||
   refuse TYPE "$TYPE" "there are slices of 1, 4, 8, 16, 32, 64, 128 and 256 chips"
 need RUNTIME '[a-z0-9][-a-z0-9.]*' "the image that belongs to TYPE, see launch/env.example"
@@ -55,14 +57,20 @@ need REQUEST 'queued|direct' "queued or direct"
   refuse CREATE_FLAGS "${CREATE_FLAGS[*]}" "with REQUEST=direct nothing waits in a queue: leave out --valid-..."
 need SLICES '[1-9][0-9]{0,2}' "the number of slices"
 [[ $SLICES == 1 || $REQUEST == queued ]] || refuse REQUEST "$REQUEST" "several slices come from a queued request only"
+in_bucket() { [[ $RUNS == gs://* ]]; }
+[[ ${RUNS:-} != gs://my-bucket* ]] || refuse RUNS "$RUNS" "this is the example's: a folder of your own bucket"
+need RUNS 'gs://[a-z0-9][-a-z0-9._]+[a-z0-9](/[-A-Za-z0-9_.=]+)*|/[^[:space:]]*' \
+  "gs://BUCKET/FOLDER, or an absolute path that every worker sees"
+[[ $RUNS != */../* && $RUNS != */.. ]] || refuse RUNS "$RUNS" "a path without .."
 need NFS '([^:[:space:]]+:/[^[:space:]]*)?' "host:/share, or nothing"
-[[ -n $NFS || ${RUNS_SHARED:-} == 1 ]] || ((SLICES == 1 && ${TYPE#*-} <= 8)) || # 8 of any TYPE are one host
-  refuse NFS "" "several hosts need host:/share, or RUNS_SHARED=1 if each sees the same files in RUNS without it"
-[[ -n $NFS || ${RUNS_SHARED:-} == 1 || ${DELETE_WHEN_DONE:-} != 1 ]] || refuse DELETE_WHEN_DONE 1 \
-  "RUNS is on the slice's own disk, and the result with it; name a share by NFS, or say RUNS_SHARED=1 if it is one"
+! in_bucket || [[ ${RUNS_SHARED:-} != 1 ]] || refuse RUNS_SHARED 1 "a bucket needs no share: leave it empty"
+in_bucket || [[ -n $NFS || ${RUNS_SHARED:-} == 1 ]] || ((SLICES == 1 && ${TYPE#*-} <= 8)) || # 8: one host
+  refuse NFS "" "RUNS is in no bucket: several hosts need host:/share, or RUNS_SHARED=1 if they share it otherwise"
+in_bucket || [[ -n $NFS || ${RUNS_SHARED:-} == 1 || ${DELETE_WHEN_DONE:-} != 1 ]] || refuse DELETE_WHEN_DONE 1 \
+  "RUNS is on the slice's own disk, and the result with it; name a bucket, or a share by NFS, or say RUNS_SHARED=1"
 need MOUNT '/[^[:space:]]*[^/[:space:]]' "an absolute path without spaces, and without / at its end"
-need RUNS '/[^[:space:]]*' "an absolute path that every worker sees; gs:// is not one: mount storage there"
-[[ -z $NFS || $RUNS/ == "$MOUNT"/* && $RUNS/ != */../* ]] || refuse RUNS "$RUNS" "with NFS it lies under MOUNT, $MOUNT"
+in_bucket || [[ -z $NFS || $RUNS/ == "$MOUNT"/* ]] ||
+  refuse RUNS "$RUNS" "with NFS it lies under MOUNT, $MOUNT, or in a bucket"
 need RUN_ID '[A-Za-z0-9][-A-Za-z0-9_.]*' "letters, digits, dashes, dots and underscores"
 need COMMAND 'train|sft' "train or sft"
 need PYTHON '3\.(1[1-9]|[2-9][0-9])' "3.11 or newer"

@@ -28,9 +28,13 @@ start() { # RUN_ID COMMAND CONFIG OVERRIDES...
     [[ ! -f $run/exit_code ]] || break
     sleep 0.1
   done
-  state "$run"
-  [[ ! -f $run/exit_code ]] || { tail -n 20 "$run/log" && exit "$(<"$run/exit_code")"; }
-  alive "$run" || { tail -n 20 "$run/log" >&2 && exit 1; } # neither started nor ended
+  line=$(state "$run")
+  printf '%s\n' "$line"
+  case $line in
+    *' runs, process '*) ;;
+    *' exit code '*) tail -n 20 "$run/log" && exit "${line##* }" ;;
+    *) tail -n 20 "$run/log" >&2 && exit 1 ;; # neither started nor ended
+  esac
 }
 
 supervise() { # RUN_FOLDER WORD...: the trainer's parent; it outlives the ssh that started it
@@ -56,13 +60,25 @@ unquoted() { # VALUE: without the one pair of quotes around it, if there is one
 }
 
 status() { # RUN_ID RUNS
-  local run=$2/$1 logged=0 saved=0 step
+  local run=$2/$1 logged=0 saved=0 step steps
   state "$base/launched/$1"
+  [[ $2 != gs://* ]] || run=$(local_copy "$2/$1")
   [[ ! -f $run/metrics.jsonl ]] || logged=$(tail -n 1 "$run/metrics.jsonl" | sed -n 's/.*"step": \([0-9]*\).*/\1/p')
   for step in "$run"/checkpoints/*; do
     [[ ! ${step##*/} =~ ^[0-9]+$ ]] || ((${step##*/} <= saved)) || saved=${step##*/}
   done
-  say "newest step: logged ${logged:-0}, saved $saved"
+  steps="newest step: logged ${logged:-0}"
+  [[ $2 == gs://* ]] || steps+=", saved $saved" # of a bucket, status.sh has seen that
+  say "$steps"
+}
+
+local_copy() { # URL: the folder here with the logs of a run in a bucket, which gets them before each save only
+  local copy newest=/nonexistent name
+  name=$(printf %s "$1" | sha256sum | head -c 16) # as local_copy in dpo_jax/storage.py says; one a process
+  for copy in "$HOME/.cache/dpo_jax/runs/$name"-*; do
+    [[ ! $copy/metrics.jsonl -nt $newest/metrics.jsonl ]] || newest=$copy
+  done
+  printf '%s\n' "$newest"
 }
 
 logs() { # RUN_ID LINES FOLLOW

@@ -19,10 +19,21 @@ setup() { # PYTHON NFS MOUNT
   readlink "$base/tree" >"$base/installed"
 }
 
-check() { # all workers together
+check() { # RUN: whether each worker may do in a bucket what a run does there; then JAX, all workers together
+  [[ $1 != gs://* ]] || try_bucket "$1"
   timeout 900 "$base/venv/bin/python" -c 'import jax; from dpo_jax.parallel.rendezvous import start_hosts; start_hosts()
 print(f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of {jax.device_count()} "
       f"devices, {jax.devices()[0].device_kind}")'
+}
+
+try_bucket() { # URL: in one line what is missing; a 2 says that asking again will not help
+  "$base/venv/bin/python" -c 'import sys; from dpo_jax.bucket import Bucket; from dpo_jax.runs.mirror import probe
+from dpo_jax.errors import StorageUnreachable, UserError
+try:
+    probe(Bucket.named("RUNS", sys.argv[1]))
+except UserError as error:
+    print(sys.argv[2], error, sep=": ", file=sys.stderr)
+    sys.exit(1 if isinstance(error, StorageUnreachable) else 2)' "$1" "$(hostname)"
 }
 
 "$@"

@@ -139,8 +139,7 @@ def empty_cloud(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def cloud(empty_cloud, tmp_path):
-    """A cloud without slices, whose settings keep runs on this machine."""
+    """A cloud without slices, whose settings keep runs in its bucket."""
     shutil.copytree(empty_cloud, tmp_path, dirs_exist_ok=True)
-    cloud = fake_cloud.Cloud(tmp_path)
-    yield cloud
-    cloud.clean()
+    with fake_cloud.Cloud(tmp_path) as cloud:
+        yield cloud

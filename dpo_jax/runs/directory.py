@@ -19,7 +19,7 @@ from dpo_jax.bucket import Bucket, is_remote
 from dpo_jax.errors import RunStopped, UserError, reason
 from dpo_jax.runs.mirror import CHECKPOINTS, EVENTS, PUSH_SECONDS, Mirror, locked_mirror
 
-Event = Literal["start", "data", "restore", "save", "save_failed", "preempt", "end"]
+Event = Literal["start", "data", "restore", "save", "save_failed", "preempt", "error", "end"]
 LOCK = "run.lock"
 
 

@@ -6,7 +6,7 @@ Every process makes the same calls; only the writer writes.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax
 from dpo_jax.bucket import RESUMES
 from dpo_jax.config import CheckpointConfig, RunConfig
 from dpo_jax.console import progress_line, say, warn
-from dpo_jax.errors import Preempted, StorageDenied, StorageUnreachable, UserError
+from dpo_jax.errors import Preempted, StorageDenied, StorageUnreachable, UserError, reason
 from dpo_jax.parallel import hosts
 from dpo_jax.runs.checkpoint import Checkpoints
 from dpo_jax.runs.directory import (
@@ -75,7 +75,21 @@ def lock_run(directory: str) -> Iterator[RunDir]:
         except UserError as user_error:
             error = user_error
         hosts.agree(error, "run directory")
-        yield run
+        with failure_logged(run):
+            yield run
+
+
+@contextmanager
+def failure_logged(run: RunDir) -> Iterator[None]:
+    """Context manager that logs the error a run ends with, for whoever looks when its machine is gone."""
+    try:
+        yield
+    except Exception as error:
+        if hosts.is_writer() and not isinstance(error, Preempted):
+            text = str(error) if isinstance(error, UserError) else reason(error)
+            with suppress(UserError):  # such as a full disk, of which the error itself may tell
+                log_event(run, "error", exit_code=getattr(error, "exit_code", 1), text=text)
+        raise
 
 
 @contextmanager

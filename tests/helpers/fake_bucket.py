@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 OBJECT = re.compile(r"(?:/upload|/download)?/storage/v1/b/([^/]+)(?:/(o|iam)(?:/(.+))?)?$")
 QUANTUM = 256 * 1024  # of which all parts of a resumable upload but the last are multiples
@@ -74,6 +74,7 @@ class FakeBucket:
         self.objects: dict[tuple[str, str], Object] = {}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.bucket_fields: dict[str, Any] = {}  # of all buckets, besides those that each one has
         self.clock_offset = 0.0  # seconds by which its clock is ahead
         self.lock = threading.RLock()
         self._generation = 1_700_000_000_000_000
@@ -146,6 +147,11 @@ class FakeBucket:
                     return fault
         return None
 
+    def bucket_resource(self, bucket: str) -> dict[str, Any]:
+        """The JSON resource of a bucket."""
+        fields = {"kind": "storage#bucket", "id": bucket, "name": bucket, "location": "US-CENTRAL1"}
+        return fields | self.bucket_fields
+
     def resource(self, bucket: str, name: str) -> dict[str, Any]:
         """The JSON resource of an object."""
         stored = self.found(bucket, name)
@@ -163,6 +169,7 @@ class FakeBucket:
             "timeCreated": _rfc3339(stored.created),
             "updated": _rfc3339(stored.updated),
             "contentType": "application/octet-stream",
+            "mediaLink": f"{self.url}/download/storage/v1/b/{bucket}/o/{quote(name, safe='')}?alt=media",
             **stored.fields,
         }
 
@@ -314,7 +321,7 @@ class _Handler(BaseHTTPRequestHandler):
         if bucket not in storage.buckets:
             raise Refused(404, "The specified bucket does not exist.")
         if request.kind == "bucket":
-            return _json({"kind": "storage#bucket", "id": bucket, "name": bucket, "location": "US-CENTRAL1"})
+            return _json(storage.bucket_resource(bucket))
         if request.kind == "list":
             return _json(storage.listing(bucket, params))
         if request.kind == "write":

@@ -10,15 +10,23 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from fake_bucket import FakeBucket
+from fake_gcloud_storage import GcloudStorage
 
 ROOT = Path(__file__).parents[2]
 
 # gcloud compute tpus KIND VERB ...: the next line of `next/VERB` says what comes of the call, if not what it should:
 # a number is its exit code at once; of create also `refuse`, `queue` and `fail`
 GCLOUD = r"""#!/usr/bin/env bash
+if [[ $1 == storage ]]; then
+  exec 3<>"/dev/tcp/127.0.0.1/$STORAGE_PORT"
+  printf '%s\n' $(($# - 1)) "${@:2}" >&3
+  eval "$(cat <&3)"
+fi
 printf '%s\n' "$*" >>"$CLOUD/calls"
 action=
 [[ ! -s $CLOUD/next/$4 ]] || { read -r action <"$CLOUD/next/$4" && sed -i 1d "$CLOUD/next/$4"; }
@@ -54,7 +62,8 @@ case "$3 $4" in
     ;;
   "tpu-vm describe")
     [[ -d $slices/$5 ]] || say "$3.$4" "NOT_FOUND: Resource '$5' was not found"
-    printf '%s\tHEALTHY\n' "$(<"$slices/$5/state")"
+    [[ $* == *health* ]] && health=$'\tHEALTHY'
+    printf '%s\n' "$(<"$slices/$5/state")${health:-}"
     ;;
   *" delete")
     [[ -e $request || -d $slices/$5 ]] || say "$3.$4" "NOT_FOUND: Resource '$5' was not found"
@@ -95,24 +104,57 @@ printf '%s-w-%s\n' "${slice##*/}" "${HOME##*/}"
 """
 
 # The next line of plan/WORKER says what it does; without one it waits until it is asked to stop. `preempt` takes
-# the slices away, this process with them.
+# the slices away, this process with them. A run in a bucket has local logs, which the first worker uploads as the real
+# trainer does; `end` and `error` upload the last, `ending` has not done all of it, a kill, 137, leaves its lock there.
 TRAINER = r"""#!/usr/bin/env bash
+shopt -s extglob
 slice=${HOME%/*} me=${HOME##*/}
 printf '%s\n' "$DPO_JAX_COORDINATOR $JAX_COORDINATOR_PORT" "$@" >"$HOME/called.new"
 mv "$HOME/called.new" "$HOME/called"
 env -0 >"$HOME/environment"
-echo "${slice##*/}/$me ${SECRET_WORD:-}" >>"$CLOUD/starts"
-trap 'sleep 0.1; echo saved; exit 42' TERM
-[[ $* != *no_such_option* ]] || { echo "dpo-jax: error: no_such_option" >&2; exit 2; }
-[[ "$*" =~ --run.dir\ ([^ ]+) ]] && run=${BASH_REMATCH[1]} && mkdir -p "$run/checkpoints"
 plan=wait
 [[ ! -s $CLOUD/plan/$me ]] || { read -r plan <"$CLOUD/plan/$me" && sed -i 1d "$CLOUD/plan/$me"; }
+echo "${slice##*/}/$me ${SECRET_WORD:-}" >>"$CLOUD/starts"
+[[ $* != *no_such_option* ]] || { echo "dpo-jax: error: no_such_option" >&2; exit 2; }
+[[ "$*" =~ --run.dir\ ([^ ]+) ]] && run=${BASH_REMATCH[1]} url=
+if [[ $run == gs://* ]]; then
+  url=$run run=$HOME/.cache/dpo_jax/runs/$(printf %s "$url" | sha256sum | head -c 16)-$me
+  rm -rf "$run"
+fi
+mkdir -p "$run/checkpoints"
+stored() { [[ -z $url || ${slice##*/}/$me != dpo?(-0)/0 ]] || "$CLOUD/bin/gcloud" storage "$@"; }
+push() { for log in "$run"/*.jsonl; do stored cp "$log" "$url/${log##*/}"; done; }
+log() { printf '{"event": "%s", "time": %s.5, "pid": 1%s}\n' "$1" "$EPOCHSECONDS" "${2:-}" >>"$run/events.jsonl"; }
+end() { log "$@" && push && stored rm "$url/run.lock"; }
+error() { end error ", \"exit_code\": $1, \"text\": \"this is \\\"planned\\\"\""; }
+for name in metrics events; do
+  touch "$run/$name.jsonl"
+  stored cat "$url/$name.jsonl" >>"$run/$name.jsonl" 2>/dev/null
+done
+echo "process $$ on $(hostname)" >"$HOME/lock" && stored cp "$HOME/lock" "$url/run.lock"
+log start
+trap 'sleep 0.1; echo saved; end preempt; exit 42' TERM
 for word in $plan; do
   case $word in
     step=*) printf '{"step": %s, "loss": 1}\n' "${word#*=}" >>"$run/metrics.jsonl" ;;
-    save=*) mkdir -p "$run/checkpoints/${word#*=}" ;;
+    save=*)
+      mkdir -p "$run/checkpoints/${word#*=}"
+      push && stored cp "$HOME/lock" "$url/checkpoints/${word#*=}/commit_success.txt"
+      ;;
     pause=*) sleep "${word#*=}" ;;
-    exit=*) echo "exit code ${word#*=} is planned"; exit "${word#*=}" ;;
+    exit=*)
+      code=${word#*=} && echo "exit code $code is planned"
+      case $code in
+        0) end end ;;
+        42) end preempt ;;
+        137) ;;
+        *) error "$code" ;;
+      esac
+      exit "$code"
+      ;;
+    end) end end ;;
+    ending) log end && push ;;
+    error=*) error "${word#*=}" ;;
     deaf) trap '' TERM ;;
     preempt)
       for state in "$CLOUD"/slices/*/state; do echo PREEMPTED >"$state"; done
@@ -131,9 +173,21 @@ QUICK = {
 
 @dataclass
 class Cloud:
-    """A checkout of its own, a gcloud of its own."""
+    """A checkout of its own, a gcloud and a bucket of its own; use it as a context manager."""
 
     root: Path
+    storage: FakeBucket = field(init=False)
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> "Cloud":
+        self.storage = self._open.enter_context(FakeBucket("bucket"))
+        self.storage.bucket_fields["location"] = "US-WEST4"  # of the example's zone
+        self._storage_port = self._open.enter_context(GcloudStorage(self.storage)).port
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.clean()
+        self._open.close()
 
     @property
     def repo(self) -> Path:
@@ -142,7 +196,7 @@ class Cloud:
 
     @property
     def runs(self) -> Path:
-        """What the workers share."""
+        """What the workers share, if they do."""
         return self.root / "runs"
 
     def home(self, worker: int, slice_name: str = "dpo") -> Path:
@@ -152,7 +206,8 @@ class Cloud:
     def environment(self, **more: str) -> dict[str, str]:
         """Nothing of this process's environment but the path."""
         path = f"{self.root / 'bin'}:{os.environ['PATH']}"
-        clean = {"PATH": path, "HOME": str(self.root), "TMPDIR": "/tmp", "CLOUD": str(self.root), "LC_ALL": "C"}
+        clean = {"PATH": path, "HOME": str(self.root), "TMPDIR": "/tmp", "CLOUD": str(self.root), "LC_ALL": "C",
+                 "STORAGE_PORT": str(self._storage_port)}  # fmt: skip
         return clean | QUICK | more
 
     def call(self, script: str, *args: str, given: str = "", **env: str) -> subprocess.CompletedProcess[str]:
@@ -184,7 +239,7 @@ class Cloud:
             file.writelines(f"{name}='{value}'\n" for name, value in settings.items())
 
     def share(self) -> None:
-        """Runs lie on this machine, which all workers see."""
+        """Runs lie on this machine, which all workers see, and in no bucket."""
         self.set(NFS="", RUNS=str(self.runs), RUNS_SHARED="1")
 
     def plan(self, worker: int, *lines: str) -> None:
@@ -196,8 +251,7 @@ class Cloud:
         (self.root / "next" / verb).write_text("".join(f"{action}\n" for action in actions))
 
     def install(self) -> None:
-        """Make the slices and install the stand-in of the trainer on them; runs lie on this machine."""
-        self.share()
+        """Make the slices and install the stand-in of the trainer on them."""
         for script in ("create.sh", "sync.sh", "setup.sh"):
             done = self.call(script)
             assert done.returncode == 0, done.stderr
@@ -250,7 +304,7 @@ class Cloud:
 
 
 def build(root: Path) -> Cloud:
-    """A cloud without slices, and a checkout with its settings filled in."""
+    """A cloud without slices, and a checkout with its settings filled in; still to be opened."""
     cloud = Cloud(root)
     for folder in ("bin", "worker", "next", "plan", "runs", "repo/configs"):
         (root / folder).mkdir(parents=True)
@@ -265,5 +319,6 @@ def build(root: Path) -> Cloud:
     cloud.git("commit", "-qm", "a")
     for name in ("env", "env.multislice"):
         example = (cloud.repo / "launch" / f"{name}.example").read_text()
-        (cloud.repo / "launch" / f"{name}.sh").write_text(example.replace("PROJECT=my-project", "PROJECT=a-project"))
+        settings = example.replace("PROJECT=my-project", "PROJECT=a-project").replace("gs://my-bucket", "gs://bucket")
+        (cloud.repo / "launch" / f"{name}.sh").write_text(settings)
     return cloud

@@ -1,4 +1,7 @@
-"""The real trainer, two processes of it on a slice that is taken away: babysit.sh brings it to the very same end."""
+"""The real trainer, two processes of it on a slice that is taken away: babysit.sh brings it to the very same end.
+
+The two share a bucket, and no disk.
+"""
 
 import json
 import os
@@ -9,9 +12,10 @@ import time
 
 import fake_cloud
 import pytest
-from runs import events, num_lines
+from runs import num_lines
 
 from dpo_jax.commands.task import write_task
+from dpo_jax.storage import local_copy
 
 STEPS = 30
 CONFIG = "configs/task.yaml"
@@ -21,7 +25,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 worker = os.environ["HOME"][-1]
 os.environ.update(DPO_JAX_COORDINATOR="localhost:{port}", DPO_JAX_NUM_PROCESSES="2", DPO_JAX_PROCESS_ID=worker,
-                  JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR={cache!r} + worker)
+                  JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR={cache!r} + worker, **{storage!r})
 from dpo_jax.cli import main
 sys.exit(main())
 """
@@ -30,12 +34,20 @@ sys.exit(main())
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory):
     """A cloud whose workers install the real trainer, and a run there to which nothing happened."""
-    cloud = fake_cloud.build(tmp_path_factory.mktemp("cloud"))
+    with fake_cloud.build(tmp_path_factory.mktemp("cloud")) as cloud:
+        install(cloud)
+        assert "-> kept" in babysit(cloud, "whole", lambda: None)
+        yield cloud
+
+
+def install(cloud) -> None:
+    """Put the real trainer, a task and its config into a cloud."""
     with socket.socket() as one:
         one.bind(("localhost", 0))
         port = one.getsockname()[1]
     cache = str(cloud.root / "cache")
-    trainer = TRAINER.format(python=sys.executable, root=str(fake_cloud.ROOT), port=port, cache=cache)
+    words = {"python": sys.executable, "root": str(fake_cloud.ROOT), "storage": cloud.storage.env}
+    trainer = TRAINER.format(port=port, cache=cache, **words)
     (cloud.root / "trainer").write_text(trainer)
     write_task(cloud.root / "task", 0)
     config = {
@@ -49,11 +61,6 @@ def cloud(tmp_path_factory):
     (cloud.repo / CONFIG).write_text(json.dumps(config))
     cloud.git("add", ".")
     cloud.git("commit", "-qm", "a config")
-    cloud.share()
-    done = babysit(cloud, "whole", lambda: None)
-    assert "-> kept" in done
-    yield cloud
-    cloud.clean()
 
 
 def babysit(cloud, run_id: str, meanwhile) -> str:
@@ -86,18 +93,24 @@ def one_worker_killed(cloud, number: signal.Signals) -> None:
 )
 def test_a_run_to_which_something_happened_is_as_if_it_had_not(cloud, accident, number):
     run_id = f"{accident.__name__}-{number.name}"
-    run, whole = cloud.runs / run_id, cloud.runs / "whole"
+    copy = local_copy("runs", f"gs://bucket/runs/{run_id}").name
+    local = cloud.home(0) / ".cache" / "dpo_jax" / "runs" / copy / "metrics.jsonl"
+
+    def stored(run: str, log: str) -> bytes:
+        return cloud.storage.data("bucket", f"runs/{run}/{log}.jsonl")
 
     def in_the_midst() -> None:
         deadline = time.monotonic() + 120
-        while num_lines(run / "metrics.jsonl") < 10:
+        while num_lines(local) < 10:
             assert time.monotonic() < deadline, cloud.said()
             time.sleep(0.01)
         accident(cloud, number)
 
     said = babysit(cloud, run_id, in_the_midst)
     assert ("-> deleting" in said) == (accident is preempted)
-    assert 0 < events(run, "restore")[0]["step"] < STEPS
-    assert bool(events(run, "preempt")) == (number == signal.SIGTERM)
-    assert num_lines(whole / "metrics.jsonl") == STEPS
-    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    events = [json.loads(line) for line in stored(run_id, "events").splitlines()]
+    restored = [event["step"] for event in events if event["event"] == "restore"]
+    assert 0 < restored[0] < STEPS
+    assert any(event["event"] == "preempt" for event in events) == (number == signal.SIGTERM)
+    assert stored("whole", "metrics").count(b"\n") == STEPS
+    assert stored(run_id, "metrics") == stored("whole", "metrics")

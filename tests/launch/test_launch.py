@@ -4,6 +4,7 @@ The stand-ins are in fake_cloud.py. `UPDATE_GOLDEN=1 pytest tests/launch` rewrit
 runs; read the difference before you commit it.
 """
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo_jax.storage import local_copy
+
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "launch"
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -20,6 +23,7 @@ EXAMPLES = sorted((ROOT / "launch").glob("env*.example"))
 
 RUN = ["configs/a.yaml", "--loss.beta", "0.05", "--data.train", "{path: /mnt/dpo/my pairs.jsonl}"]
 DIRECT = {"REQUEST": "direct", "CREATE_FLAGS": ""}
+NFS = {"NFS": "10.0.0.2:/dpo", "RUNS": "/mnt/dpo/runs"}
 TWO = {"LAUNCH_ENV": "launch/env.multislice.sh"}
 CASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "create": (["create.sh"], {}),
@@ -27,9 +31,12 @@ CASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "create_direct": (["create.sh"], DIRECT),
     "sync": (["sync.sh"], {}),
     "setup": (["setup.sh"], {}),
+    "setup_nfs": (["setup.sh"], NFS),
     "run": (["run.sh", *RUN], {}),
+    "run_nfs": (["run.sh", *RUN], NFS),
     "status": (["status.sh"], {}),
     "status_direct": (["status.sh"], DIRECT),
+    "status_nfs": (["status.sh"], NFS),
     "logs": (["logs.sh"], {}),
     "logs_all": (["logs.sh", "all"], {}),
     "logs_multislice": (["logs.sh", "3"], TWO | {"SLICE": "1"}),
@@ -45,8 +52,8 @@ CASES: dict[str, tuple[list[str], dict[str, str]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_dry_run_prints_the_stored_commands_and_runs_none(cloud, case):
     words, settings = CASES[case]
-    if settings is DIRECT:
-        cloud.set(**DIRECT)
+    if settings in (DIRECT, NFS):
+        cloud.set(**settings)
         settings = {}
     done = cloud.call(*words, DRY_RUN="1", **settings)
     assert (done.returncode, done.stderr) == (0, "")
@@ -62,7 +69,7 @@ def test_dry_run_prints_the_stored_commands_and_runs_none(cloud, case):
 @pytest.mark.parametrize(("capacity", "flag"), [("spot", "--spot"), ("reserved", "--reserved"), ("on-demand", "")])
 def test_capacity_becomes_its_flag(cloud, capacity, flag):
     cloud.set(CAPACITY=capacity)
-    command = cloud.call("create.sh", DRY_RUN="1").stdout.splitlines()[0]
+    command = cloud.call("create.sh", DRY_RUN="1").stdout.splitlines()[1]
     assert re.findall(r"--(?:spot|reserved|guaranteed)\S*|--on\S*", command) == [flag] * bool(flag)
 
 
@@ -82,12 +89,17 @@ def test_capacity_becomes_its_flag(cloud, capacity, flag):
         ("REQUEST", "now"),
         ("SLICES", "0"),
         ("NFS", "10.0.0.2"),
-        ("NFS", ""),
         ("RUNS_SHARED", "yes"),
+        ("RUNS_SHARED", "1"),
         ("MOUNT", "mnt"),
         ("MOUNT", "/mnt/dpo/"),
-        ("RUNS", "/mnt/dpo/../runs"),
-        ("RUNS", "/home/me/runs"),
+        ("RUNS", ""),
+        ("RUNS", "runs"),
+        ("RUNS", "s3://bucket/runs"),
+        ("RUNS", "gs://my-bucket/runs"),
+        ("RUNS", "gs://bucket/runs/"),
+        ("RUNS", "gs://bucket/a/../b"),
+        ("RUNS", "/mnt/dpo/.."),
         ("RUN_ID", "../other"),
         ("COMMAND", "eval"),
         ("PYTHON", "3.10"),
@@ -110,11 +122,64 @@ def test_a_wrong_setting_is_refused_in_one_line(cloud, name, value):
     assert cloud.calls == []
 
 
-def test_a_bucket_is_no_place_for_runs(cloud):
-    cloud.set(NFS="", RUNS_SHARED="1", RUNS="gs://bucket/runs")
-    done = cloud.call("run.sh", "configs/a.yaml")
-    assert done.returncode == 2
-    assert "RUNS: gs://bucket/runs cannot be used: an absolute path that every worker sees" in done.stderr
+@pytest.mark.parametrize("runs", ["/home/me/runs", "/mnt/dpo2/runs"])
+def test_on_a_share_runs_lie_below_it(cloud, runs):
+    cloud.set(**NFS)
+    cloud.set(RUNS=runs)
+    done = cloud.call("stop.sh")
+    assert (done.returncode, cloud.calls) == (2, [])
+    assert (
+        done.stderr == f"launch: RUNS: {runs} cannot be used: with NFS it lies under MOUNT, /mnt/dpo, or in a bucket\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["tpu7x-8", "v7x-16", "tpu8-4", "v10p-8"])
+def test_what_the_tpu_api_does_not_offer_is_refused_with_the_way_to_it(cloud, kind):
+    cloud.set(TYPE=kind)
+    why = "the TPU API, which these scripts use, ends at v6e: launch/gke/README.md, or a managed instance group"
+    assert cloud.call("create.sh").stderr == f"launch: TYPE: {kind} cannot be used: {why}\n"
+
+
+GRANT = "grant your account roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket"
+
+
+def test_a_bucket_that_no_run_can_use_is_refused_before_a_slice_is_asked_for(cloud):
+    def refused() -> str:
+        done = cloud.call("create.sh")
+        assert (done.returncode, done.stderr.count("\n"), cloud.calls) == (2, 1, []), done.stderr
+        return done.stderr
+
+    cloud.set(RUNS="gs://other/runs")
+    absent = "gs://other not found: 404: gcloud storage buckets create gs://other --location=us-west4"
+    assert absent in refused()
+    cloud.set(RUNS="gs://bucket/runs")
+    denied = cloud.storage.fail(403, kind="bucket")
+    assert refused().endswith(f": {GRANT}\n")
+    denied.times = 0
+    cloud.storage.bucket_fields["billing"] = {"requesterPays": True}
+    assert "the requester pays there" in refused()
+    del cloud.storage.bucket_fields["billing"]
+    cloud.storage.fail(503, kind="bucket", times=1)
+    unanswered = cloud.call("create.sh")
+    assert (unanswered.returncode, unanswered.stderr.count("\n"), cloud.calls) == (1, 1, [])  # ask again
+    assert "RUNS: gs://bucket/runs cannot be read: " in unanswered.stderr
+    assert cloud.call("create.sh").returncode == 0
+
+
+def test_what_costs_or_deletes_in_a_bucket_is_told(cloud):
+    assert cloud.call("create.sh").stderr == ""
+    rule = {"action": {"type": "Delete"}, "condition": {"age": 3}}
+    cloud.storage.bucket_fields |= {
+        "location": "EUROPE-WEST4", "softDeletePolicy": {"retentionDurationSeconds": "604800"},
+        "lifecycle": {"rule": [rule]}, "versioning": {"enabled": True}}  # fmt: skip
+    assert cloud.call("delete.sh", YES="1").returncode == 0
+    done = cloud.call("create.sh")
+    assert done.returncode == 0
+    told = [line.removeprefix("launch: RUNS: gs://bucket ") for line in done.stderr.splitlines()]
+    assert [line.split(":")[0] for line in told] == [
+        "is in EUROPE-WEST4, not in us-west4", "keeps and bills deleted checkpoints",
+        "bills deleted checkpoints for 7 days", "has lifecycle rules",
+    ]  # fmt: skip
 
 
 IMAGES = {
@@ -137,7 +202,9 @@ def test_an_image_of_another_chip_is_refused(cloud, chip):
 
 @pytest.mark.parametrize("chip", IMAGES)
 def test_only_one_host_needs_no_share(cloud, chip):
-    cloud.set(RUNTIME=IMAGES[chip], NFS="", RUNS="/var/tmp/dpo")
+    cloud.set(RUNTIME=IMAGES[chip], TYPE=f"{chip}-16", SLICES="2")
+    assert cloud.call("stop.sh", DRY_RUN="1").returncode == 0  # nor does a bucket
+    cloud.set(RUNS="/var/tmp/dpo")
     for number, slices, shared, code in (("8", "1", "", 0), ("16", "1", "", 2), ("8", "2", "", 2), ("16", "2", "1", 0)):
         cloud.set(TYPE=f"{chip}-{number}", SLICES=slices, RUNS_SHARED=shared)
         done = cloud.call("stop.sh", DRY_RUN="1")
@@ -251,11 +318,11 @@ def test_a_refused_request_is_not_repeated(cloud, request_by):
 
 def test_a_slice_by_direct_request(cloud):
     cloud.set(**DIRECT)
-    assert cloud.call("status.sh").stdout == "tpu-vm dpo: NOT_FOUND\n"
+    assert cloud.call("status.sh").stdout.splitlines()[0] == "tpu-vm dpo: NOT_FOUND"
     assert cloud.call("create.sh").returncode == 0
     assert cloud.call("status.sh").stdout.splitlines()[0] == "tpu-vm dpo: READY\tHEALTHY"
     assert cloud.call("delete.sh", YES="1").returncode == 0
-    assert cloud.call("status.sh").stdout == "tpu-vm dpo: NOT_FOUND\n"
+    assert cloud.call("status.sh").stdout.splitlines()[0] == "tpu-vm dpo: NOT_FOUND"
     assert not any("queued-resources" in call for call in cloud.calls if " list " not in call)
 
 
@@ -338,7 +405,7 @@ def test_a_run_on_two_workers_starts_once_and_stops_saved(cloud):
     assert started.stdout.count("first runs, process") == 2
     for home in (cloud.home(0), cloud.home(1)):
         config = (home / "dpo_jax" / "tree").resolve() / "configs" / "a.yaml"
-        own = ["--run.dir", str(cloud.runs / "first"), "--run.progress", "false"]
+        own = ["--run.dir", "gs://bucket/runs/first", "--run.progress", "false"]
         assert (home / "called").read_text().splitlines() == ["auto 8476", "train", str(config), *own, *words]
 
     pids = cloud.pids()
@@ -348,12 +415,11 @@ def test_a_run_on_two_workers_starts_once_and_stops_saved(cloud):
     assert (other.returncode, other.stderr.count("RUN_ID: first runs with other settings")) == (2, 2)
     assert cloud.pids() == pids
 
-    (cloud.runs / "first" / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 12, "loss": 1}\n')
-    for name in ("5", "10", "15.orbax-checkpoint-tmp", "11.damaged"):
-        (cloud.runs / "first" / "checkpoints" / name).mkdir()
     status = cloud.call("status.sh").stdout
-    assert status.startswith("queued-resources dpo: ACTIVE\ntpu-vm dpo: READY\tHEALTHY\n")
-    assert status.count("first runs, process") == status.count("newest step: logged 12, saved 10") == 2
+    assert status.startswith(
+        "queued-resources dpo: ACTIVE\ntpu-vm dpo: READY\tHEALTHY\ngs://bucket/runs/first: in use by "
+    )
+    assert status.count("first runs, process") == status.count("newest step: logged 0\n") == 2
 
     stopped = cloud.call("stop.sh")
     assert (stopped.returncode, stopped.stdout.count("first ended, exit code 42")) == (0, 2)
@@ -361,6 +427,98 @@ def test_a_run_on_two_workers_starts_once_and_stops_saved(cloud):
     assert cloud.call("logs.sh", "all").stdout.split() == ["saved", "saved"]
     assert cloud.call("stop.sh").stdout.count("exit code 42") == 2  # nothing left to stop
     assert cloud.call("run.sh", "configs/a.yaml", "--loss.beta", "0.1").stdout.count("first runs, process") == 2
+
+
+def test_a_run_on_a_share(cloud):
+    cloud.share()
+    cloud.install()
+    assert cloud.call("run.sh", "configs/a.yaml", WATCH_SECONDS="1").returncode == 0
+    assert f"--run.dir {cloud.runs / 'first'} " in " ".join((cloud.home(1) / "called").read_text().splitlines())
+    (cloud.runs / "first" / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 12, "loss": 1}\n')
+    for name in ("5", "10", "15.orbax-checkpoint-tmp", "11.damaged"):
+        (cloud.runs / "first" / "checkpoints" / name).mkdir()
+    status = cloud.call("status.sh").stdout
+    assert status.count("first runs, process") == status.count("newest step: logged 12, saved 10") == 2
+    assert "gs://" not in status + cloud.call("delete.sh", YES="1").stdout
+    assert cloud.storage.objects == {}
+
+
+URL = "gs://bucket/runs/first"
+NEWEST = f"{URL}: newest step: logged 12, saved 10\n"
+END = {"event": "end", "step": 12}
+ERROR = {"event": "error", "exit_code": 43, "text": 'a "quoted" cause: a remedy'}
+HELD = "in use by process 7 on w-0, or it was killed there"
+ENDS = {  # the last event, the lock, and what is said of them
+    "done": (END, "", "done at 2026-09-21T14:13:20Z"),
+    "stopped": ({"event": "preempt", "step": 12}, "", "stopped and saved at 2026-09-21T14:13:20Z"),
+    "refused": (ERROR, "", r"ended at 2026-09-21T14:13:20Z with exit code 43: a \"quoted\" cause: a remedy"),
+    "running": ({"event": "save", "step": 10}, "process 7 on w-0\n", HELD),
+    "killed while it wrote its end": (END, "process 7 on w-0\n", HELD),
+}
+
+
+def put_run(cloud, last: dict, holder: str = "", num_events: int = 1) -> None:
+    """A run in the bucket that has come to step 12."""
+    events = [{"event": "save", "time": 1.5, "pid": 1, "step": 999}] * num_events
+    events.append({"event": last["event"], "time": 1790000000.75, "pid": 1, **last})
+    cloud.storage.put("bucket", "runs/first/events.jsonl", "".join(f"{json.dumps(row)}\n" for row in events).encode())
+    cloud.storage.put("bucket", "runs/first/metrics.jsonl", b'{"step": 1, "loss": 1}\n{"step": 12, "loss": 1}\n')
+    for name in ("5/commit_success.txt", "10/commit_success.txt", "15/state/d", "11.damaged/commit_success.txt"):
+        cloud.storage.put("bucket", f"runs/first/checkpoints/{name}", b"x")
+    if holder:
+        cloud.storage.put("bucket", "runs/first/run.lock", holder.encode())
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("num_events", [1, 1000])  # of which not all are read
+def test_status_says_what_the_bucket_knows(cloud, end, num_events):
+    last, holder, line = ENDS[end]
+    put_run(cloud, last, holder, num_events)
+    done = cloud.call("status.sh")
+    expected = f"queued-resources dpo: NOT_FOUND\n{URL}: {line}\n{NEWEST}"
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
+
+
+def test_status_goes_on_where_the_bucket_cannot_be_read(cloud):
+    assert cloud.call("status.sh").stdout.splitlines()[1:] == [f"{URL}: no run was saved there so far"]
+    put_run(cloud, END)
+    cloud.storage.fail(403, kind="list", times=1)
+    fault = "[None] does not have permission to access b instance [bucket] (or it may not exist): an injected fault"
+    assert cloud.call("status.sh").stdout.splitlines()[1:] == [f"{URL}: cannot be read: {fault}: {GRANT}"]
+    cloud.storage.fail(503, kind="read")
+    cloud.call("create.sh")
+    done = cloud.call("status.sh")
+    assert f"{URL}: cannot be read: HTTPError 503: an injected fault.\n" in done.stdout
+    assert (done.returncode, done.stdout.count("first does not run: nothing was sent here")) == (0, 2)
+
+
+def test_a_worker_s_own_logs_are_ahead_of_the_bucket(cloud):
+    cloud.install()
+    for process, step in ((3, 20), (0, 14)):  # in the order in which they were written
+        copy = cloud.home(0) / ".cache" / "dpo_jax" / "runs" / local_copy("runs", URL, process).name
+        copy.mkdir(parents=True)
+        (copy / "metrics.jsonl").write_text(f'{{"step": {step}, "loss": 1}}\n')
+        os.utime(copy / "metrics.jsonl", (100 - process, 100 - process))
+    status = cloud.call("status.sh").stdout.splitlines()
+    assert sorted(line for line in status if "newest" in line) == [
+        "dpo-w-0: newest step: logged 14", "dpo-w-1: newest step: logged 0"]  # fmt: skip
+
+
+def test_logs_of_a_slice_that_is_gone_are_those_of_the_bucket(cloud):
+    put_run(cloud, ERROR)
+    done = cloud.call("logs.sh", "3", LINES="1")
+    assert (done.returncode, done.stderr) == (
+        0, "launch: dpo is NOT_FOUND, and its logs with it; this is in the bucket:\n")  # fmt: skip
+    assert done.stdout.splitlines() == [
+        f"==> {URL}/events.jsonl <==", json.dumps({"event": "error", "time": 1790000000.75, "pid": 1, **ERROR}),
+        f"==> {URL}/metrics.jsonl <==", '{"step": 12, "loss": 1}']  # fmt: skip
+    followed = cloud.call("logs.sh", FOLLOW="1")
+    assert (followed.returncode, followed.stdout) == (2, "")
+    assert followed.stderr == "launch: FOLLOW: 1 cannot be used: dpo is NOT_FOUND: there is nothing to follow\n"
+    cloud.storage.fail(403, kind="read")
+    denied = cloud.call("logs.sh")
+    assert (denied.returncode, denied.stdout, denied.stderr.count("\n")) == (2, "", 2)
+    assert denied.stderr.endswith(f": {GRANT}\n")
 
 
 def test_a_run_on_two_slices_is_one_run(cloud):
@@ -425,10 +583,12 @@ def test_a_package_index_that_fails_is_asked_again(cloud):
 
 def test_delete_asks_for_the_name(cloud):
     cloud.call("create.sh")
+    put_run(cloud, {"event": "save", "step": 10})
     before = len(cloud.calls)
     for answer in ("", "y\n", "other\n"):
         done = cloud.call("delete.sh", given=answer)
         assert done.returncode == 2
+        assert NEWEST in done.stderr
         assert "nothing was deleted" in done.stderr
     assert len(cloud.calls) == before
     assert cloud.call("delete.sh", given="dpo\n").returncode == 0
@@ -446,7 +606,7 @@ def test_scripts_parse_and_stay_small(script):
 
 def test_the_readme_knows_the_scripts_and_their_settings():
     readme = (ROOT / "launch" / "README.md").read_text()
-    helpers = ("worker-", "babysit-lib", "lib.sh")
+    helpers = ("worker-", "babysit-lib", "bucket-lib", "lib.sh")
     missing = [path.name for path in SCRIPTS if not path.name.startswith(helpers) and path.name not in readme]
     assert not missing
     scripts = "".join(path.read_text() for path in [*SCRIPTS, *EXAMPLES])

@@ -1,5 +1,6 @@
 """Run directories in a bucket: who holds one, what is where at any time, and storage that fails."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,13 +17,14 @@ import pytest
 from dpo_jax import signals
 from dpo_jax.bucket import Bucket, prepare_clients, split_url
 from dpo_jax.config import CheckpointConfig
-from dpo_jax.errors import RunStopped, StorageDenied, StorageUnreachable, Terminated, UserError
+from dpo_jax.errors import Preempted, RunStopped, StorageDenied, StorageUnreachable, Terminated, UserError
 from dpo_jax.runs import bucket_lock, checkpoint
 from dpo_jax.runs.bucket_lock import InUse, locked
 from dpo_jax.runs.checkpoint import Checkpoints
 from dpo_jax.runs.directory import append_json, locked_run, log_event
 from dpo_jax.runs.manifest import make_manifest
 from dpo_jax.runs.restore import restore_part
+from dpo_jax.runs.session import lock_run
 from dpo_jax.signals import ending_signals
 
 ROOT = str(Path(__file__).parents[2])
@@ -135,6 +137,23 @@ def test_what_says_that_files_are_whole_comes_last(storage):
             (run.root / "export" / name).write_text(name)
     written = [request.name for request in storage.requests if "/export/" in request.name]
     assert [name.rpartition("/")[2] for name in written[:2]] == ["a.safetensors", "z.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (RunStopped("loss: nan: a remedy"), 43, "loss: nan: a remedy"),
+        (StorageUnreachable("gone"), 1, "gone"),
+        (KeyError("x"), 1, "KeyError: 'x'"),
+        (Preempted("stopped"), None, None),
+    ],
+)
+def test_the_bucket_says_why_a_run_ended(storage, error, code, text):
+    with pytest.raises(type(error)), lock_run(URL):
+        raise error
+    last = json.loads(storage.data("bucket", f"{FOLDER}/events.jsonl").splitlines()[-1])
+    expected = ("start", None, None) if code is None else ("error", code, text)
+    assert (last["event"], last.get("exit_code"), last.get("text")) == expected
 
 
 def test_a_run_that_fails_leaves_its_logs_in_the_bucket(storage):

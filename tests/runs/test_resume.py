@@ -182,6 +182,8 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_step(config, t
     assert len(rows) == 4
     assert all(row.rpartition(":")[0].endswith("pairs.jsonl") and int(row.rpartition(":")[2]) < 80 for row in rows)
     assert read_json(run / "metrics.jsonl")[-1]["step"] == good
+    (failure,) = events(run, "error")
+    assert (failure["exit_code"], f"dpo-jax: error: {failure['text']}\n") == (43, said)
 
     free = ["--run.log_every", "2"]  # it goes on from there, and comes no further; config.yaml says how it runs now
     again = ended("train", config, *wild, *free, output=tmp_path / "said")
