@@ -28,7 +28,7 @@ from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import RunStopped, UserError
 from dpo_jax.inference.answer_scores import SCORE_DECIMALS, AnswerScores, make_answer_scores
 from dpo_jax.inference.generate import NO_END, Answer, generate, rollout_weights
-from dpo_jax.models.decoder import count_params
+from dpo_jax.models.decoder import count_params, refuse_expert_axis
 from dpo_jax.models.families import context_length, refuse_positions
 from dpo_jax.parallel import hosts
 from dpo_jax.parallel.rendezvous import start_hosts
@@ -122,10 +122,11 @@ def open_policy(config: GenerateConfig, mesh: Mesh) -> OpenModel:
     """Open the language model that generates the answers.
 
     Raises:
-        UserError: it is a reward model.
+        UserError: it is a reward model, or has no experts for mesh axis `expert`.
     """
     policy = open_model(config.model, platform_of(mesh))
     refuse_reward_model(policy.model, config.model.path)
+    refuse_expert_axis(policy.model.config, mesh)
     return policy
 
 

@@ -114,12 +114,14 @@ class MeshConfig(Section, name="mesh"):
     """Copies of the model, each with its own rows."""
     fsdp: int = ranged(-1, above=0, special=-1)
     """Devices that shard weights, optimizer state and rows."""
+    expert: int = ranged(1, above=0, special=-1)
+    """Devices that shard the experts of a mixture, and everything else as fsdp does."""
     tensor: int = ranged(1, above=0, special=-1)
     """Devices that shard each layer's heads and features."""
 
     def __post_init__(self):
         super().__post_init__()
-        flexible_axes = [f"mesh.{axis}" for axis in ("data", "fsdp", "tensor") if getattr(self, axis) == -1]
+        flexible_axes = [f"mesh.{axis}" for axis in ("data", "fsdp", "expert", "tensor") if getattr(self, axis) == -1]
         if len(flexible_axes) > 1:
             raise UserError(f"{' and '.join(flexible_axes)} cannot all be -1; give the size of all but one")
 

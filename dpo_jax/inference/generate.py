@@ -108,22 +108,14 @@ def answer_rows(
 
 
 def rollout_weights(model: Model, weights: Params | Adapted, mesh: Mesh) -> Any:
-    """Copy the weights to the `sampling_mesh` of ``mesh`` in the compute dtype, as each new token reads them all."""
-    return make_copy(model, sampling_mesh(model, mesh), isinstance(weights, Adapted))(weights)
-
-
-def sampling_mesh(model: Model, mesh: Any) -> Any:
-    """Return the mesh on which answers are sampled: a `rollout_mesh`, or for a mixture of experts the training mesh.
-
-    Its `fsdp` shards the experts, which no device can hold all of; a token goes to them, not they to the token.
-    """
-    return rollout_mesh(mesh) if model.config.experts is None else mesh
+    """Copy the weights to the `rollout_mesh` of ``mesh`` in the compute dtype, as each new token reads them all."""
+    return make_copy(model, rollout_mesh(mesh), isinstance(weights, Adapted))(weights)
 
 
 def rollout_shardings(model: Model, mesh: Mesh | AbstractMesh, has_adapters: bool) -> Any:
-    """Return the sharding, on a `sampling_mesh`, of each weight that `answer_rows` reads.
+    """Return the sharding, on a `rollout_mesh`, of each weight that `answer_rows` reads.
 
-    Only the experts are sharded over `fsdp`.
+    Only the experts are sharded over `expert`: a token goes to them, and no device need hold all of them.
     """
 
     def shardings(shapes: Any, axes: Any) -> Any:
@@ -146,7 +138,7 @@ def to_compute_dtype(model: Model, weights: Any) -> Any:
 
 @cache
 def make_copy(model: Model, mesh: Mesh, has_adapters: bool) -> Callable[[Any], Any]:
-    """Return the jitted function that copies weights to a `sampling_mesh`; ``plan`` compiles it ahead of time, too."""
+    """Return the jitted function that copies weights to a `rollout_mesh`; ``plan`` compiles it ahead of time, too."""
     return jax.jit(partial(to_compute_dtype, model), out_shardings=rollout_shardings(model, mesh, has_adapters))
 
 
@@ -179,7 +171,7 @@ def generate(
     ``step``, ``first_row`` + i) and the token's index.
     """
     assert all(len(prompt) > 0 for prompt in prompts), "a prompt must have at least one token"
-    mesh = sampling_mesh(model, mesh)
+    mesh = rollout_mesh(mesh)
     num_rows = round_up(len(prompts), row_devices(mesh))
     tokens = np.zeros((num_rows, prompt_bucket(max(map(len, prompts)))), np.int32)
     lengths = np.ones(num_rows, np.int32)  # of rows that only fill up the devices, too

@@ -26,7 +26,7 @@ from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
 from dpo_jax.inference.score import LogpsStep
 from dpo_jax.logprobs import LogpsFn, make_logps_fn
-from dpo_jax.models.decoder import Model, count_adapters, count_params
+from dpo_jax.models.decoder import Model, count_adapters, count_params, refuse_expert_axis
 from dpo_jax.models.families import context_length, refuse_positions
 from dpo_jax.models.heads import make_scores_fn
 from dpo_jax.parallel import hosts
@@ -82,6 +82,7 @@ def assemble(
     model, tokenizer = with_head(opened.model, config), opened.tokenizer(config.data.chat_template)
     max_length = config.data.max_length
     refuse_positions(model.config, max_length, "data.max_length", max_length)
+    refuse_expert_axis(model.config, mesh)
     sets = hosts.writer_first(partial(sets_of, config, tokenizer, train_set, eval_sets), "tokenized data")
     sets = sets.with_answers(config.planned)
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):

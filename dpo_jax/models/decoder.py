@@ -1,5 +1,6 @@
 """The decoder of all model families, as pure functions of its parameters. Shape letters as in ``layers.py``."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
@@ -8,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import Adapted, AnyArray, BalanceSums, Params, PreferenceBatch, RoutedHidden
@@ -17,7 +19,7 @@ from dpo_jax.errors import require
 from dpo_jax.models.layers import CacheInputs, DecoderModule, KeyValues, Layer, make_rotations, scaled
 from dpo_jax.models.options import DecoderConfig, Lora
 from dpo_jax.ops.attention import AttentionInputs, Implementation, choose, make_inputs
-from dpo_jax.parallel.sharding import constrain_rows, mesh_is_active
+from dpo_jax.parallel.sharding import EMBED, constrain_rows, mesh_is_active
 
 # What to save of a layer's forward pass for its backward pass; None: everything, without rematerialization. The indices
 # of a token's experts are always saved: a router recomputed with other rounding could choose others.
@@ -255,8 +257,9 @@ class Model:
 
 
 def _num_bias_dims() -> int:
-    """Return the number of dims that hold the unembedding's bias: the size of mesh axis `fsdp`, which shards dims."""
-    return jax.sharding.get_abstract_mesh().shape["fsdp"] if mesh_is_active() else 1
+    """Return the number of dims that hold the unembedding's bias: one for each shard of the matrix's hidden dim."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in EMBED) if mesh_is_active() else 1
 
 
 def _split(weights: Params | Adapted) -> Adapted:
@@ -298,6 +301,12 @@ def make_model(config: DecoderConfig, options: ModelConfig, platform: str, lora:
         matmul_precision=options.matmul_precision,
         lora=lora,
     )
+
+
+def refuse_expert_axis(config: DecoderConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raise ``UserError`` for a model without experts on a mesh whose axis `expert` has more than one device."""
+    size = mesh.shape["expert"]
+    require(config.experts is not None or size == 1, "mesh.expert", size, "the model has no experts; use mesh.fsdp")
 
 
 def with_balance(config: DecoderConfig, coef: float) -> DecoderConfig:

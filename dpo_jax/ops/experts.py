@@ -1,8 +1,9 @@
 """Mixture-of-experts feed-forward: routing, the experts' products, and the sums of the load-balancing loss.
 
-No token is dropped. On a mesh, `fsdp` shards the experts and `tensor` their features. Rows of tokens are sharded over
-`fsdp`, too, so the devices along it gather each other's tokens, each applies its own experts, and the sums return to
-the tokens' devices. No device ever holds another's experts.
+No token is dropped. On a mesh, `expert` shards the experts, `tensor` their features and `fsdp` the other dim of their
+matrices, which is gathered where it is needed. Rows of tokens are sharded over `expert`, too, so the devices along it
+gather each other's tokens, each applies its own experts, and the sums return to the tokens' devices. No expert ever
+travels along `expert`.
 
 Shape letters: R rows, T tokens per row, D model, F feed-forward, E experts, k experts per token, n tokens,
 m slots per token, L layers.
@@ -20,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.batch import AnyArray, BalanceSums
 from dpo_jax.ops import grouped
-from dpo_jax.parallel.sharding import AXES, EXPERT_AXIS, ROWS, mesh_is_active
+from dpo_jax.parallel.sharding import AXES, ROWS, mesh_is_active
 
 
 class Router(NamedTuple):
@@ -133,16 +134,16 @@ class ExpertWeights(NamedTuple):
 
 # How a mesh shards each array of `ExpertWeights`.
 _TO_FEATURES = {
-    "matrix": PartitionSpec(EXPERT_AXIS, None, "tensor"),
-    "bias": PartitionSpec(EXPERT_AXIS, "tensor"),
-    "a": PartitionSpec(EXPERT_AXIS, None, None),
-    "b": PartitionSpec(EXPERT_AXIS, "tensor", None),
+    "matrix": PartitionSpec("expert", "fsdp", "tensor"),
+    "bias": PartitionSpec("expert", "tensor"),
+    "a": PartitionSpec("expert", None, "fsdp"),
+    "b": PartitionSpec("expert", "tensor", None),
 }
 _FROM_FEATURES = {
-    "matrix": PartitionSpec(EXPERT_AXIS, "tensor", None),
-    "bias": PartitionSpec(EXPERT_AXIS, None),
-    "a": PartitionSpec(EXPERT_AXIS, None, "tensor"),
-    "b": PartitionSpec(EXPERT_AXIS, None, None),
+    "matrix": PartitionSpec("expert", "tensor", "fsdp"),
+    "bias": PartitionSpec("expert", "fsdp"),
+    "a": PartitionSpec("expert", None, "tensor"),
+    "b": PartitionSpec("expert", "fsdp", None),
 }
 SPECS = {"gate": _TO_FEATURES, "up": _TO_FEATURES, "down": _FROM_FEATURES}
 
@@ -217,26 +218,43 @@ def _shard(is_sharded: bool, experts: ExpertWeights) -> _Shard:
     if not is_sharded:
         return _Shard(0, 1.0)
     is_first = jax.lax.axis_index("tensor") == 0
-    return _Shard(jax.lax.axis_index(EXPERT_AXIS) * len(experts.gate.matrix), is_first.astype(jnp.float32))
+    return _Shard(jax.lax.axis_index("expert") * len(experts.gate.matrix), is_first.astype(jnp.float32))
 
 
 def _gather_tokens(is_sharded: bool, *arrays: AnyArray) -> list[AnyArray]:
     """Gather the rows of the devices that together hold all experts."""
-    return [jax.lax.all_gather(x, EXPERT_AXIS, tiled=True) if is_sharded else x for x in arrays]
+    return [jax.lax.all_gather(x, "expert", tiled=True) if is_sharded else x for x in arrays]
 
 
 def _return_tokens(is_sharded: bool, x: Array) -> Array:
     """Sum over devices and return the device's own rows; the inverse of `_gather_tokens`."""
     if not is_sharded:
         return x
-    return jax.lax.psum_scatter(jax.lax.psum(x, "tensor"), EXPERT_AXIS, tiled=True)
+    return jax.lax.psum_scatter(jax.lax.psum(x, "tensor"), "expert", tiled=True)
+
+
+def _gather_experts(is_sharded: bool, experts: ExpertWeights, dtype: Any) -> ExpertWeights:
+    """Gather a device's experts along `fsdp`: matrices in ``dtype``, that of the products, but biases as they are."""
+    if not is_sharded or jax.lax.axis_size("fsdp") == 1:
+        return experts
+
+    def gather(spec, x):
+        x = x if x.ndim == 2 else x.astype(dtype)
+        return jax.lax.all_gather(x, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else x
+
+    return jax.tree.map(gather, expert_specs(experts), experts)
 
 
 def _reduce_experts(is_sharded: bool, gradients: ExpertWeights) -> ExpertWeights:
-    """Sum gradients over the devices that hold the same shard."""
+    """Sum gradients over the devices that apply the same experts; return the device's own part."""
     if not is_sharded:
         return gradients
-    reduce = lambda spec, x: jax.lax.psum(x, [axis for axis in AXES if axis not in spec])  # noqa: E731
+
+    def reduce(spec, x):
+        if "fsdp" in spec:
+            x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
+        return jax.lax.psum(x, [axis for axis in AXES if axis not in spec])
+
     return jax.tree.map(reduce, expert_specs(gradients), gradients)
 
 
@@ -250,19 +268,21 @@ def _num_windows(is_sharded: bool, experts: ExpertWeights, per_token: int) -> in
     if not is_sharded:
         return 1
     num_slots = min(per_token, len(experts.gate.matrix))
-    return max(1, num_slots * jax.lax.axis_size(EXPERT_AXIS) // (2 * per_token))
+    return max(1, num_slots * jax.lax.axis_size("expert") // (2 * per_token))
 
 
 def _apply_shard(options, is_sharded, x, weights, experts, indices):
     tokens = _gather_tokens(is_sharded, x, weights, indices)
     apply = partial(_apply, options, _num_windows(is_sharded, experts, indices.shape[-1]))
-    return _return_tokens(is_sharded, _on_platform(apply, _shard(is_sharded, experts), experts, *tokens))
+    gathered = _gather_experts(is_sharded, experts, x.dtype)
+    return _return_tokens(is_sharded, _on_platform(apply, _shard(is_sharded, experts), gathered, *tokens))
 
 
 def _pull_shard(options, is_sharded, x, weights, experts, indices, g):
     tokens = _gather_tokens(is_sharded, x, weights, indices, g)
     pull = partial(_pull, options, _num_windows(is_sharded, experts, indices.shape[-1]))
-    gradients = _on_platform(pull, _shard(is_sharded, experts), experts, *tokens)
+    gathered = _gather_experts(is_sharded, experts, x.dtype)
+    gradients = _on_platform(pull, _shard(is_sharded, experts), gathered, *tokens)
     x_grad, weights_grad = (_return_tokens(is_sharded, grad) for grad in gradients[:2])
     experts_grad = _reduce_experts(is_sharded, gradients[2])
     return x_grad, weights_grad, jax.tree.map(lambda grad, w: grad.astype(w.dtype), experts_grad, experts)

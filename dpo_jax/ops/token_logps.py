@@ -1,7 +1,7 @@
 """Log-probs of tokens, computed in tiles of targets by vocabulary rows, on one device or on a mesh.
 
 Neither the logits of all targets over the whole vocabulary nor, on a mesh, the whole unembedding matrix ever exist at
-once: each block of vocabulary rows is all-gathered once (axis `fsdp`), and its gradient is reduce-scattered once. If
+once: each block of vocabulary rows is all-gathered once (axes `EMBED`), and its gradient is reduce-scattered once. If
 `tensor` shards the vocabulary, each device scores its shard, and the shards' normalizers are combined.
 
 Shape letters: R rows, M targets per row, C chunks of n targets, D model, V vocabulary, b vocabulary rows per block.
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.batch import AnyArray
 from dpo_jax.ops.softcap import soft_cap
-from dpo_jax.parallel.sharding import ROWS, mesh_is_active
+from dpo_jax.parallel.sharding import EMBED, ROWS, mesh_is_active
 
 MIN_SCORE = -1e30  # score of a masked vocabulary row; finite, so that 0 times it is 0
 
@@ -94,7 +94,7 @@ def _on_mesh(local: Callable[..., Any], input_kinds: str, output_kinds: str) -> 
     """Map ``local(is_sharded, *arrays)`` over devices: kind "r" is sharded by rows, kind "w" like the unembedding."""
     if not mesh_is_active():
         return partial(local, False)
-    specs = {"r": PartitionSpec(ROWS), "w": PartitionSpec("tensor", "fsdp")}
+    specs = {"r": PartitionSpec(ROWS), "w": PartitionSpec("tensor", EMBED)}
     outputs = tuple(specs[letter] for letter in output_kinds)
     in_specs, out_specs = tuple(specs[letter] for letter in input_kinds), outputs if len(outputs) > 1 else outputs[0]
     return jax.shard_map(partial(local, True), in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -138,7 +138,7 @@ class _Tiles:
         ids = offset + jnp.arange(self.block)
         is_new = ids >= i * self.block
         if self.is_sharded:
-            rows = jax.lax.all_gather(rows, "fsdp", axis=1, tiled=True)
+            rows = jax.lax.all_gather(rows, EMBED, axis=1, tiled=True)
             ids += jax.lax.axis_index("tensor") * len(self.unembedding)
         return rows, ids, is_new
 
@@ -227,7 +227,7 @@ def _mean_logit(sums: _Sums, states: Array, unembedding: Array, is_sharded: bool
         return sums.score_sum / (len(unembedding) * num_shards)
     mean_row = unembedding.mean(0, dtype=jnp.float32)
     if is_sharded:
-        mean_row = jax.lax.all_gather(jax.lax.pmean(mean_row, "tensor"), "fsdp", axis=0, tiled=True)
+        mean_row = jax.lax.all_gather(jax.lax.pmean(mean_row, "tensor"), EMBED, axis=0, tiled=True)
     return jnp.einsum("cnd,d->cn", states.astype(jnp.float32), mean_row, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -266,7 +266,7 @@ def _target_gradients(options, is_sharded, states, unembedding, labels, mask, no
         zeros = jnp.zeros(block[0].shape, jnp.float32)
         states_grad, rows_grad = jax.lax.fori_loop(0, tiles.num_used_chunks, visit_chunk, (states_grad, zeros))
         if is_sharded:
-            rows_grad = jax.lax.psum_scatter(rows_grad, "fsdp", scatter_dimension=1, tiled=True)
+            rows_grad = jax.lax.psum_scatter(rows_grad, EMBED, scatter_dimension=1, tiled=True)
         if tiles.num_blocks == 1:
             return states_grad, rows_grad
         offset = tiles.block_offset(i)

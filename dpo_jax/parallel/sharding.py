@@ -1,9 +1,10 @@
 """The mesh, the table from logical axes to mesh axes, and the shardings derived from it.
 
 `axis` is an axis of the mesh, `dim` a dimension of an array. Mesh axes: `data` replicates the model, `fsdp` shards
-weights and rows, `tensor` shards each layer's heads and features.
+weights and rows, `expert` does so with the experts of a mixture whole, `tensor` shards each layer's heads and features.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,27 +16,27 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from dpo_jax.config import MeshConfig
 from dpo_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # a batch is sharded by rows over both
-EXPERT_AXIS = "fsdp"  # mesh axis that shards the experts
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")  # a batch is sharded by rows over all three
+EMBED = ("fsdp", "expert")  # the hidden dim of dense weights is sharded over both
 
-# logical axis of a weight -> (mesh axis, whether a size that the mesh axis does not divide is replicated instead)
-RULES: dict[str, tuple[str | None, bool]] = {
-    "layers": (None, False),
-    "vocab": ("tensor", False),
-    "embed": ("fsdp", False),
-    "heads": ("tensor", False),
-    "kv_heads": ("tensor", True),  # replicated if the mesh axis does not divide the key/value heads
-    "head_dim": (None, False),
-    "ffn": ("tensor", False),
-    "experts": (EXPERT_AXIS, False),
-    "expert_embed": (None, False),  # of an expert's matrices, which are sharded by experts
-    "routes": (None, False),  # of the router's outputs, one for each expert
-    "shared_ffn": ("tensor", False),
-    "single": (None, False),
-    "rank": (None, False),  # of adapters
-    "scores": (None, False),
-    "learned_positions": (None, False),
+# logical axis of a weight -> (mesh axes, whether a size that they do not divide is replicated instead)
+RULES: dict[str, tuple[tuple[str, ...], bool]] = {
+    "layers": ((), False),
+    "vocab": (("tensor",), False),
+    "embed": (EMBED, False),
+    "heads": (("tensor",), False),
+    "kv_heads": (("tensor",), True),  # replicated if the mesh axis does not divide the key/value heads
+    "head_dim": ((), False),
+    "ffn": (("tensor",), False),
+    "experts": (("expert",), False),
+    "expert_embed": (("fsdp",), False),  # of an expert's matrices, which `expert` shards by experts
+    "routes": ((), False),  # of the router's outputs, one for each expert
+    "shared_ffn": (("tensor",), False),
+    "single": ((), False),
+    "rank": ((), False),  # of adapters
+    "scores": ((), False),
+    "learned_positions": ((), False),
 }
 
 
@@ -46,11 +47,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def rollout_mesh(mesh: Mesh | AbstractMesh) -> Any:
-    """Return a mesh over the same devices that shards rows over all axes but `tensor`, and weights over `tensor` only.
+    """Return a mesh over the same devices, on which `data` takes the place of `fsdp`.
 
     Weights sharded over `fsdp` would be gathered for every token that is generated.
     """
-    sizes, types = (row_devices(mesh), 1, mesh.shape["tensor"]), (AxisType.Auto,) * len(AXES)
+    sizes = (mesh.shape["data"] * mesh.shape["fsdp"], 1, mesh.shape["expert"], mesh.shape["tensor"])
+    types = (AxisType.Auto,) * len(AXES)
     if isinstance(mesh, AbstractMesh):
         return AbstractMesh(sizes, AXES, axis_types=types)
     return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=types)
@@ -111,19 +113,21 @@ def weight_spec(
     """Return the partition spec that ``RULES`` gives to a weight whose dims have these logical axes.
 
     Raises:
-        UserError: a mesh axis does not divide the size of a dim.
+        UserError: the mesh axes of a dim do not divide its size.
         ValueError: two dims map to the same mesh axis.
     """
-    spec: list[str | None] = []
+    spec: list[tuple[str, ...]] = []
     for dim, size in zip(dims, shape, strict=True):
-        axis, may_replicate = RULES[dim] if dim is not None else (None, False)
-        if axis is not None and size % mesh.shape[axis]:
+        axes, may_replicate = RULES[dim] if dim is not None else ((), False)
+        num_shards = math.prod(mesh.shape[axis] for axis in axes)
+        if size % num_shards:
             if not may_replicate:
-                raise UserError(f"mesh.{axis}", mesh.shape[axis], f"use a divisor of {size}, the {dim} size of {name}")
-            axis = None
-        if axis is not None and axis in spec:
-            raise ValueError(f"{name}: dims {tuple(dims)} map to mesh axis {axis!r} twice")
-        spec.append(axis)
+                option = " * ".join(f"mesh.{axis}" for axis in axes if mesh.shape[axis] > 1)
+                raise UserError(option, num_shards, f"use a divisor of {size}, the {dim} size of {name}")
+            axes = ()
+        if repeated := set(axes) & {axis for earlier in spec for axis in earlier}:
+            raise ValueError(f"{name}: dims {tuple(dims)} map to mesh axis {min(repeated)!r} twice")
+        spec.append(axes)
     return PartitionSpec(*spec)
 
 

@@ -255,9 +255,12 @@ def _min_temporaries(model: Model, mesh: Mesh | AbstractMesh, load: Load, traine
     tokens = load.rows // row_devices(mesh) * load.row_length
     gradient_bytes = trained * (2 if load.microbatches > 1 else 1)  # of one microbatch, and their sum
     activation_bytes = config.layers * tokens * config.hidden * itemsize
-    rows = layer_projections(config)  # experts stay where they are; of the other matrices a device gathers a layer's
+    rows, gathered_experts = layer_projections(config), 0  # a device gathers each of a layer's other matrices
+    if config.experts is not None and mesh.shape["fsdp"] > 1:
+        gathered_experts = config.experts.number // mesh.shape["expert"]
     layer_weights = sum(
-        inputs * outputs for name, (inputs, outputs) in projections(config).items() if not rows[name].stack
+        inputs * outputs * (gathered_experts if rows[name].stack else 1)
+        for name, (inputs, outputs) in projections(config).items()
     )
     features = (4 if config.gated else 2) * tokens * config.ffn
     return gradient_bytes + activation_bytes + itemsize * (layer_weights + features) // mesh.shape["tensor"]

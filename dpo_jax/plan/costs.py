@@ -60,18 +60,21 @@ def pair_stage(config: PairConfig, model: Model, mesh: Mesh | AbstractMesh, load
     has_live_reference, work = config.reference_mode == "live", rows_work(load, model)
     hardware_ops = step_flops(model.config, work, live_reference=has_live_reference, lora=model.lora)
     hardware_ops += recomputed_flops(model.config, work, model.remat)
-    tensor = mesh.shape["tensor"]
     tokens, targets = _per_microbatch(load, work, mesh)
     traffic = matrix_traffic(
         model,
         tokens,
         targets,
         microbatches=load.microbatches,
-        tensor=tensor,
         live_reference=has_live_reference,
-        fsdp=mesh.shape["fsdp"],
+        **_weight_shards(mesh),
     )
     return Stage("update", model_ops, hardware_ops, traffic, collectives(text, mesh.size))
+
+
+def _weight_shards(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Return how many devices share the matrices of a layer that they multiply by, and its experts."""
+    return {axis: mesh.shape[axis] for axis in ("tensor", "expert")}
 
 
 def _per_microbatch(load: Load, work: Work, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
@@ -89,7 +92,7 @@ def _forward(model: Model, work: Work) -> int:
 def sampled_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> list[Stage]:
     """Return the stages of a step on sampled answers; ``texts``: HLO texts of the compiled programs, by phase."""
     model, mesh, rollout, reward = plan.model, plan.mesh, plan.load, plan.reward_model
-    tensor, num_rows = mesh.shape["tensor"], rollout.rows // row_devices(mesh)
+    shards, num_rows = _weight_shards(mesh), rollout.rows // row_devices(mesh)
     prompt, answer = np.round(load.lengths[:2]).astype(int)
     lengths = np.tile([prompt, answer], (rollout.answers, 1))
     layout: Any = {"layout": "padded", "windows": model.config.windows}
@@ -105,8 +108,8 @@ def sampled_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> l
     sampling_ops = collectives(texts["sampling"], mesh.size)
     prefill_ops = [op for op in sampling_ops if not op.at_least]
     decode_ops = [op._replace(times=op.times * num_new, at_least=False) for op in sampling_ops if op.at_least]
-    token_traffic = forward_traffic(model, num_rows, num_rows, tensor=tensor) + cache_bytes(model, rollout, mesh)
-    prompt_traffic = forward_traffic(model, num_rows * slots, 0, tensor=tensor)
+    token_traffic = forward_traffic(model, num_rows, num_rows, **shards) + cache_bytes(model, rollout, mesh)
+    prompt_traffic = forward_traffic(model, num_rows * slots, 0, **shards)
     stages = [
         Stage("copy", 0, 0, 0, collectives(texts["copy"], mesh.size)),
         Stage("prompts", _forward(model, prefill_work), _forward(model, padded_prompts), prompt_traffic, prefill_ops),
@@ -116,7 +119,7 @@ def sampled_stages(plan: RolloutPlan, load: Load, texts: Mapping[str, str]) -> l
         length = plan.scored.length
         num_visible = int(causal_pairs(np.full(rollout.rows, length), reward.config.windows).sum())
         padded_work = Work(rollout.rows * length, num_visible, 0)
-        traffic = forward_traffic(reward, num_rows * length, 0, tensor=tensor, fsdp=mesh.shape["fsdp"])
+        traffic = forward_traffic(reward, num_rows * length, 0, **shards)
         score_ops = collectives(texts["scoring"], mesh.size)
         scored = pairs_work(lengths, lengths[:, 1:], **layout | {"windows": reward.config.windows})
         stages.append(Stage("scoring", _forward(reward, scored), _forward(reward, padded_work), traffic, score_ops))
@@ -133,7 +136,7 @@ def _updates_stage(plan: RolloutPlan, config: PPOConfig, load: Load, text: str) 
     """
     policy, value, mesh, epochs = plan.model, plan.value, plan.mesh, config.ppo.epochs
     lengths = np.tile(np.round(load.lengths).astype(int), (load.examples, 1))
-    shards = {axis: mesh.shape[axis] for axis in ("tensor", "fsdp")}
+    shards = _weight_shards(mesh)
     tokens, targets = _per_microbatch(load, rows_work(load, policy), mesh)
     trained = [policy] if value is None or value.shared else [policy, value.model]
     forward = [*trained, replace(policy, lora=None)]

@@ -65,13 +65,14 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
             if collective is None:
                 continue
             kind, num_bytes, groups = collective
-            channel = re.search(r"channel_id=(\d+)", line)
             operation = re.search(r'op_name="([^"]*)"', line)
             op = Collective(
                 kind, num_bytes, groups, times[name], operation[1] if operation else "", name in uncertain_names
             )
-            # an overlapped collective appears, with the same channel, in each piece of the overlapped work
-            key = f"{channel[1]} {kind} {op.num_bytes} {op.source}" if channel else f"{name} {line}"
+            # An overlapped collective appears, with the same chain or channel, in each piece of the overlapped work.
+            # Without a chain, channel 1 identifies nothing: JAX gives it to all collectives of a `shard_map`.
+            piece = re.search(r'chain_id="\d+"', line) or re.search(r"channel_id=(?!1\b)\d+", line)
+            key = f"{piece[0]} {kind} {op.num_bytes} {op.source}" if piece else f"{name} {line}"
             if key not in unique or op.times > unique[key].times:
                 unique[key] = op
     return list(unique.values())

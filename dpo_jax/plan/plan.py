@@ -21,7 +21,7 @@ from dpo_jax.errors import UserError, require
 from dpo_jax.methods.dpo import find_reference
 from dpo_jax.methods.setup import sets_of, with_head
 from dpo_jax.methods.value_model import value_model_of
-from dpo_jax.models.decoder import Model, count_adapters, count_params
+from dpo_jax.models.decoder import Model, count_adapters, count_params, refuse_expert_axis
 from dpo_jax.models.families import refuse_positions
 from dpo_jax.parallel.chips import GIB, Topology, parse_topology
 from dpo_jax.parallel.sharding import row_devices
@@ -70,6 +70,7 @@ def plan(config: PlannedConfig, source: ModelSource, slice_: Topology, inputs: I
     mesh = slice_mesh(config, slice_, inputs.slices)
     model, max_length = with_head(build_model(source, config.model, "tpu", config.lora), config), config.data.max_length
     refuse_positions(model.config, max_length, "data.max_length", max_length)
+    refuse_expert_axis(model.config, mesh)
     load, unit = find_load(config, mesh, inputs), config.batch.counts.removesuffix("s")
     rollout, reward = find_rollout_plan(config, model, mesh, inputs)
     value = None if rollout is None else rollout.value

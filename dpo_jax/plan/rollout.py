@@ -12,11 +12,11 @@ from jax.stages import Lowered
 from dpo_jax.batch import Adapted
 from dpo_jax.batching.packing import BatchShape
 from dpo_jax.inference.answer_scores import make_scores, scored_shape
-from dpo_jax.inference.generate import make_answer_rows, make_copy, rollout_shardings, sampling_mesh, to_compute_dtype
+from dpo_jax.inference.generate import make_answer_rows, make_copy, rollout_shardings, to_compute_dtype
 from dpo_jax.inference.sampling import row_keys
 from dpo_jax.methods.value_model import ValueModel
 from dpo_jax.models.decoder import Model
-from dpo_jax.parallel.sharding import replicated, row_devices, row_sharding, sharded_structs
+from dpo_jax.parallel.sharding import replicated, rollout_mesh, row_devices, row_sharding, sharded_structs
 from dpo_jax.plan.ahead_of_time import (
     Arguments,
     Compiled,
@@ -56,7 +56,7 @@ class RolloutPlan:
         """The copy of the policy's weights, as shapes and shardings."""
         model, has_adapters = self.model, self.model.lora is not None
         shapes = Adapted(model.adapter_shapes(), model.param_shapes()) if has_adapters else model.param_shapes()
-        shardings = rollout_shardings(model, sampling_mesh(model, self.mesh), has_adapters)
+        shardings = rollout_shardings(model, rollout_mesh(self.mesh), has_adapters)
         return sharded_structs(jax.eval_shape(partial(to_compute_dtype, model), shapes), shardings)
 
     @property
@@ -73,14 +73,14 @@ class RolloutPlan:
     def lower_copy(self, arguments: Arguments) -> Lowered:
         """Lower the program that copies the policy's weights."""
         assert isinstance(self.mesh, Mesh)
-        copy: Any = make_copy(self.model, sampling_mesh(self.model, self.mesh), self.model.lora is not None)
+        copy: Any = make_copy(self.model, rollout_mesh(self.mesh), self.model.lora is not None)
         with jax.set_mesh(self.mesh):
             return copy.lower(self.policy(arguments))
 
     def lower_sampler(self) -> Lowered:
         """Lower the program that samples all answers of a step."""
         assert isinstance(self.mesh, Mesh)
-        mesh, load = sampling_mesh(self.model, self.mesh), self.load
+        mesh, load = rollout_mesh(self.mesh), self.load
         integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding(mesh))  # noqa: E731
         keys = jax.eval_shape(lambda: row_keys(0, 0, jnp.arange(load.rows)))
         prompts, ends = integers(load.rows, load.prompt_slots), jax.ShapeDtypeStruct((NUM_ENDS,), jnp.int32)

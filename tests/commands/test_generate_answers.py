@@ -276,6 +276,7 @@ REFUSED = [
     ("--prompts.weight 1", "prompts.weight: 1.0 cannot be used: prompts are not drawn by weight; remove the option"),
     ("--reward {policy}", "reward.path: '{policy}' cannot be used: it is a language model, which has no score head"),
     ("--model.path {reward}", "model.path: '{reward}' cannot be used: it is a reward model, without an unembedding"),
+    ("--mesh.expert 8", "mesh.expert: 8 cannot be used: the model has no experts; use mesh.fsdp"),
     ("--reward {broken}", "reward.path: {broken}: its tokenizer cannot be loaded: "),
     ("--prompts {empty}", "the source has no rows; choose another"),
     ("--prompts {blank}", "row 1: missing field: prompt is absent or null, not text; fix or remove the row"),

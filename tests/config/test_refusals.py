@@ -340,7 +340,13 @@ BAD_MODELS = [
         "--lora.rank 4 --lora.path model",
         "lora.path: model contains no adapter_config.json; give a directory of adapters in PEFT's format",
     ),
-    ("devices", nothing, "--mesh.fsdp 3", "mesh: {'data': 1, 'fsdp': 3, 'tensor': 1} does not use 8 devices"),
+    (
+        "devices",
+        nothing,
+        "--mesh.fsdp 3",
+        "mesh: {'data': 1, 'fsdp': 3, 'expert': 1, 'tensor': 1} does not use 8 devices",
+    ),
+    ("experts", nothing, "--mesh.expert 2", "mesh.expert: 2 cannot be used: the model has no experts; use mesh.fsdp"),
 ]
 
 

@@ -11,11 +11,12 @@ from reward_models import save_reward_model
 from rewards import vowels
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.config import ModelConfig, PPOConfig
+from dpo_jax.config import MeshConfig, ModelConfig, PPOConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.inference import generate
 from dpo_jax.methods.rollouts import checked_scores
+from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.runs.directory import RunDir, read_json
 from dpo_jax.runs.session import Session
 from dpo_jax.train import train
@@ -90,7 +91,7 @@ def test_the_run_is_evaluated_reported_and_exported(run):
     assert "reference, and policy at step 0, score 0." in report
     exported = open_model(run.model.__class__(path=str(Path(run.run.dir) / "export")), "cpu")
     resaved = open_model(run.model.__class__(path=run.run.dir), "cpu")
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     first, second = exported.load(mesh), resaved.load(mesh)
     jax.tree.map(np.testing.assert_array_equal, first, second)
     start = open_model(run.model, "cpu").load(mesh)

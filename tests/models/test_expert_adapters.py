@@ -108,4 +108,4 @@ def test_a_step_on_a_mesh_and_alone_is_that_of_merged_weights(load, name):
     expected = by_merging(model, params, adapters, pack(pairs()))
     alone = partial(one_step, model, params, adapters)
     assert_equal(alone(make_mesh(MeshConfig(), jax.devices()[:1]), pack(pairs())), expected)
-    assert_equal(alone(make_mesh(MeshConfig(fsdp=4, tensor=2)), pack(pairs(), rows=4)), expected)
+    assert_equal(alone(make_mesh(MeshConfig(expert=2, tensor=2)), pack(pairs(), rows=4)), expected)

@@ -174,16 +174,33 @@ def gradient(model: Model, params: Any, batch: Any) -> Any:
     return sums, value, grads
 
 
-LAYOUTS = {
+PACKED = {
     "shared": ({}, {}, None),
     "repeated": ({}, {"layout": "repeated", "rows": 2}, None),
     "unrolled": ({"scan": False, "remat": "full"}, {}, None),
+}
+MESHES = {
     "fsdp 8": ({}, {"rows": 8}, MeshConfig(fsdp=8)),
     "fsdp 4, tensor 2": ({}, {"rows": 4}, MeshConfig(fsdp=4, tensor=2)),
 }
+EXPERT_MESHES = {  # experts on an axis of their own
+    "expert 8": ({}, {"rows": 8}, MeshConfig(expert=8)),
+    "data 2, fsdp 2, expert 2": ({}, {"rows": 8}, MeshConfig(data=2, expert=2)),
+    "fsdp 2, expert 4": ({}, {"rows": 8}, MeshConfig(expert=4)),
+    "expert 4, tensor 2": ({}, {"rows": 4}, MeshConfig(expert=4, tensor=2)),
+    "fsdp 2, expert 2, tensor 2": ({}, {"rows": 4}, MeshConfig(expert=2, tensor=2)),
+}
+LAYOUTS = PACKED | MESHES | EXPERT_MESHES
+SLOW_MIXTURES = {"qwen2_moe": list(EXPERT_MESHES)[:2], "gpt_oss": list(EXPERT_MESHES)[2:4]}  # the others have all
+
+
+def layouts_of(name: str) -> list[str]:
+    return [*PACKED, *(SLOW_MIXTURES.get(name, EXPERT_MESHES) if name in MIXTURES else MESHES)]
+
+
 QUICK = {
     "quick": ("gemma2", ["fsdp 4, tensor 2"]),  # caps of scores and logits, and windows in some layers
-    "quick mixture": ("qwen3_moe", ["fsdp 4, tensor 2"]),
+    "quick mixture": ("qwen3_moe", ["fsdp 2, expert 2, tensor 2"]),
 }
 
 
@@ -194,7 +211,7 @@ VARIED = {"gemma3_text", "olmo3", "gpt2", "phi", "cohere2", "gpt_oss", "qwen2_mo
 @pytest.mark.parametrize(
     ("name", "layouts"),
     [
-        pytest.param(name, LAYOUTS, marks=pytest.mark.slow if name in VARIED else pytest.mark.weekly, id=name)
+        pytest.param(name, layouts_of(name), marks=pytest.mark.slow if name in VARIED else pytest.mark.weekly, id=name)
         for name in NAMES
     ]
     + [pytest.param(*case, id=name) for name, case in QUICK.items()],

@@ -19,12 +19,12 @@ from dpo_jax.config import LossConfig, MeshConfig
 from dpo_jax.config.model import ModelConfig
 from dpo_jax.config.sampling import SamplingConfig
 from dpo_jax.errors import UserError
-from dpo_jax.inference.generate import generate, rollout_shardings, rollout_weights, sampling_mesh
+from dpo_jax.inference.generate import generate, rollout_shardings, rollout_weights
 from dpo_jax.logprobs import make_logps_fn
 from dpo_jax.losses import preference_metrics
 from dpo_jax.models.decoder import Model, count_answers, make_model, with_balance
 from dpo_jax.models.flops import Work, forward_flops, recomputed_projections
-from dpo_jax.parallel.sharding import make_mesh
+from dpo_jax.parallel.sharding import make_mesh, rollout_mesh
 from dpo_jax.step import Frozen, pair_gradient
 from dpo_jax.weights.open import param_shardings
 
@@ -120,7 +120,7 @@ def test_accumulation_changes_nothing(loaded, stepped):
 
 @pytest.mark.slow
 def test_accumulation_on_a_mesh_changes_nothing(loaded, stepped):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
     with jax.set_mesh(mesh):
         params = jax.device_put(loaded.params, param_shardings(loaded.model, mesh))
         batch = make_to_devices(mesh, leading=1)(pack(pairs(), rows=4, accumulation=2))
@@ -139,7 +139,7 @@ def test_tokens_sampled_by_sharded_experts_are_those_of_one_device(loaded):
     prompts = [x[:n].tolist() for x, n in zip(sequences(), (3, 17, 9, 12), strict=False)]
     options = SamplingConfig(temperature=0, max_tokens=6)
     answers = []
-    for sizes, devices in (({}, jax.devices()[:1]), ({"data": 2, "fsdp": 2, "tensor": 2}, None)):
+    for sizes, devices in (({}, jax.devices()[:1]), ({"fsdp": 2, "expert": 2, "tensor": 2}, None)):
         mesh = make_mesh(MeshConfig(**sizes), devices)
         weights = rollout_weights(loaded.model, jax.device_get(loaded.params), mesh)
         answers.append(generate(loaded.model, weights, prompts, options, mesh, end_ids=[-1]))
@@ -147,13 +147,14 @@ def test_tokens_sampled_by_sharded_experts_are_those_of_one_device(loaded):
     np.testing.assert_allclose([a.logps for a in answers[1]], [a.logps for a in answers[0]], atol=1e-5)
 
 
-def test_only_experts_are_sharded_over_fsdp_while_sampling(loaded):
-    mesh = sampling_mesh(loaded.model, make_mesh(MeshConfig(fsdp=4, tensor=2)))
+def test_only_experts_are_sharded_by_more_than_tensor_while_sampling(loaded):
+    mesh = rollout_mesh(make_mesh(MeshConfig(expert=2, tensor=2)))
+    assert tuple(mesh.shape.values()) == (2, 1, 2, 2)
     shardings = rollout_shardings(loaded.model, mesh, has_adapters=False)
     sharded = {
         jax.tree_util.keystr(path[-1:], simple=True)
         for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
-        if "fsdp" in sharding.spec
+        if "expert" in sharding.spec
     }
     assert sharded == {"gate", "up", "down"}
 

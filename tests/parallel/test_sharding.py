@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax.config import MeshConfig
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.sharding import (
+    EMBED,
     constrain_rows,
     local_row_shards,
     make_mesh,
@@ -26,19 +27,21 @@ MESH = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (MeshConfig(), (1, 8, 1)),
-        (MeshConfig(tensor=2), (1, 4, 2)),
-        (MeshConfig(data=-1, fsdp=2, tensor=2), (2, 2, 2)),
-        (MeshConfig(fsdp=1, tensor=-1), (1, 1, 8)),
-        (MeshConfig(data=8, fsdp=1), (8, 1, 1)),
+        (MeshConfig(), (1, 8, 1, 1)),
+        (MeshConfig(tensor=2), (1, 4, 1, 2)),
+        (MeshConfig(data=-1, fsdp=2, tensor=2), (2, 2, 1, 2)),
+        (MeshConfig(fsdp=1, tensor=-1), (1, 1, 1, 8)),
+        (MeshConfig(expert=4), (1, 2, 4, 1)),
+        (MeshConfig(fsdp=1, expert=-1, tensor=2), (1, 1, 4, 2)),
+        (MeshConfig(data=8, fsdp=1), (8, 1, 1, 1)),
     ],
 )
 def test_the_rest_of_the_devices_goes_where_minus_1_stands(config, shape):
     mesh = make_mesh(config)
     assert tuple(mesh.shape.values()) == shape
-    assert tuple(mesh.shape) == ("data", "fsdp", "tensor")
+    assert tuple(mesh.shape) == ("data", "fsdp", "expert", "tensor")
     assert set(mesh.axis_types) == {AxisType.Auto}
-    assert row_devices(mesh) == shape[0] * shape[1]
+    assert row_devices(mesh) == shape[0] * shape[1] * shape[2]
 
 
 def test_devices_in_hand_are_used_in_their_order():
@@ -82,17 +85,18 @@ def test_chips_of_a_layer_are_neighbors(tpus, tensor, block):
 
 
 def test_weights_lie_by_the_table():
-    assert spec(("layers", "heads", "head_dim", "embed"), (3, 4, 5, 6), MESH, "q") == P(None, "tensor", None, "fsdp")
-    assert spec(("vocab", "embed"), (8, 8), MESH, "embed") == P("tensor", "fsdp")
+    assert spec(("layers", "heads", "head_dim", "embed"), (3, 4, 5, 6), MESH, "q") == P(None, "tensor", None, EMBED)
+    assert spec(("vocab", "embed"), (8, 8), MESH, "embed") == P("tensor", EMBED)
     assert spec(("ffn",), (4,), MESH, "bias") == P(
         "tensor",
     )
-    assert spec((None, "embed"), (3, 4), MESH, "x") == P(None, "fsdp")
+    assert spec((None, "embed"), (3, 4), MESH, "x") == P(None, EMBED)
+    assert spec(("experts", "expert_embed", "ffn"), (2, 4, 4), MESH, "gate") == P("expert", "fsdp", "tensor")
 
 
 def test_few_key_heads_are_held_by_all():
-    assert spec(("kv_heads", "embed"), (1, 4), MESH, "k") == P(None, "fsdp")
-    assert spec(("kv_heads", "embed"), (2, 4), MESH, "k") == P("tensor", "fsdp")
+    assert spec(("kv_heads", "embed"), (1, 4), MESH, "k") == P(None, EMBED)
+    assert spec(("kv_heads", "embed"), (2, 4), MESH, "k") == P("tensor", EMBED)
 
 
 def test_sizes_that_do_not_divide_are_refused_by_name():
@@ -100,18 +104,22 @@ def test_sizes_that_do_not_divide_are_refused_by_name():
         spec(("heads", "embed"), (3, 4), MESH, "q")
     with pytest.raises(UserError, match=r"mesh.fsdp: 2 cannot be used: use a divisor of 5, the embed size of \['q'\]"):
         weight_shardings({"q": jax.ShapeDtypeStruct((5,), jnp.float32)}, {"q": ("embed",)}, MESH)
+    with pytest.raises(UserError, match=r"mesh.fsdp \* mesh.expert: 8 cannot be used: use a divisor of 4, the "):
+        spec(("embed",), (4,), make_mesh(MeshConfig(expert=4)), "x")
 
 
 def test_one_mesh_axis_twice_and_unknown_names_are_errors():
     with pytest.raises(ValueError, match="map to mesh axis 'tensor' twice"):
         spec(("heads", "ffn"), (4, 4), MESH, "x")
+    with pytest.raises(ValueError, match="map to mesh axis 'expert' twice"):
+        spec(("experts", "embed"), (4, 4), MESH, "x")
     with pytest.raises(KeyError, match="no_such_axis"):
         spec(("no_such_axis",), (4,), MESH, "x")
 
 
-def test_rows_are_spread_over_data_and_fsdp():
-    assert row_sharding(MESH).spec == P(("data", "fsdp"))
-    assert row_sharding(MESH, 1).spec == P(None, ("data", "fsdp"))
+def test_rows_are_spread_over_all_axes_but_tensor():
+    assert row_sharding(MESH).spec == P(("data", "fsdp", "expert"))
+    assert row_sharding(MESH, 1).spec == P(None, ("data", "fsdp", "expert"))
     x = jax.device_put(np.arange(8.0).reshape(4, 2), row_sharding(MESH))
     assert {shard.data.shape for shard in x.addressable_shards} == {(1, 2)}
     assert replicated(MESH).is_fully_replicated

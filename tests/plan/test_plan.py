@@ -128,7 +128,7 @@ def test_traffic_of_adapters_of_experts_is_that_of_the_experts_on_a_device():
     config = replace(decoder_config(builtin_model("builtin:tiny")), experts=experts)
     plain = make_model(config, ModelConfig(path="unused"), "tpu")
     lora = Lora(rank=2, scale=1.0, targets=frozenset({"gate", "up"}), shared=(("up", "gate"),))
-    traffic = partial(forward_traffic, tokens=7, targets=0, tensor=2, fsdp=4)
+    traffic = partial(forward_traffic, tokens=7, targets=0, tensor=2, expert=4)
     d, f, rows, matrices = config.hidden, config.ffn, 7 * 2, 8 / 4
     a = rows * (d + 2) + matrices * d * 2
     b = rows * (2 + f / 2) + matrices * 2 * f / 2

@@ -5,14 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from jax.sharding import AbstractMesh, AxisType
 
 from dpo_jax.config import DPOConfig, PPOConfig, RewardConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.parallel.chips import parse_topology
-from dpo_jax.parallel.sharding import AXES, row_devices, weight_shardings
+from dpo_jax.parallel.sharding import abstract_mesh, row_devices, weight_shardings
 from dpo_jax.weights.known import known_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -37,12 +36,7 @@ def test_a_recipe_fits_its_slice(name):
     assert config.batch.size == examples
 
     topology = parse_topology(kind)
-    fixed = config.mesh.data * config.mesh.tensor
-    sizes = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
-    if config.mesh.fsdp == -1:
-        sizes["fsdp"] = topology.devices // fixed
-    mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    assert mesh.size == topology.devices
+    mesh = abstract_mesh(config.mesh, topology.devices)
 
     hf = known_config(config.model.path)
     assert hf is not None
