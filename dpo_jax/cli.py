@@ -39,9 +39,20 @@ CheckpointChoice = Literal["newest", "best"]
 
 
 def _train(config: AnyConfig) -> None:
+    _refuse_missing(config)
     from dpo_jax.train import train
 
     train(config)
+
+
+def _refuse_missing(config: AnyConfig) -> None:
+    """Look at the paths that the config names, which takes less time than importing JAX."""
+    from dpo_jax.data import sources
+    from dpo_jax.weights import hub
+
+    hub.refuse_missing(config.model.path)
+    for source in (*config.data.train, *config.data.eval.values()):
+        sources.refuse_missing(source)
 
 
 def _eval(config: PairConfig, output: str, which: CheckpointChoice, per_token: bool) -> None:
@@ -111,6 +122,7 @@ def _sweep(config: DPOConfig, betas: str) -> None:
     except ValueError:
         raise UserError("--betas", betas, "write numbers separated by commas, such as 0.05,0.1,0.5") from None
     configs = [replace(config, loss=replace(config.loss, beta=value)) for value in values]  # checked before jax import
+    _refuse_missing(config)
     from dpo_jax.commands.sweep import render, sweep
     from dpo_jax.parallel.hosts import is_writer
 

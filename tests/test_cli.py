@@ -66,14 +66,22 @@ def test_wrong_usage_is_one_line(capsys, config, arguments, line):
     assert [path.name for path in Path.cwd().iterdir()] == ["c.yaml"]
 
 
-def test_a_wrong_config_is_refused_before_jax_is_imported(config):
+@pytest.mark.parametrize(
+    ("option", "value", "line"),
+    [
+        ("--loss.beta", "-1", "loss.beta must be positive, got -1.0"),
+        ("--model.path", "./no", "model.path: ./no does not exist; give a directory, a hub name or builtin:tiny"),
+        ("--data.train", "no.jsonl", "no.jsonl: no such file; the working directory is {}"),
+    ],
+)
+def test_a_wrong_config_is_refused_before_jax_is_imported(config, option, value, line):
     code = "import sys; from dpo_jax import cli; print(cli.main(sys.argv[1:]), 'jax' in sys.modules)"
-    command = [sys.executable, "-c", code, "train", config, "--loss.beta", "-1"]
+    command = [sys.executable, "-c", code, "train", config, option, value]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert done.stdout == "2 False\n"
-    assert done.stderr == "dpo-jax: error: loss.beta must be positive, got -1.0\n"
+    assert done.stderr == f"dpo-jax: error: {line.format(Path.cwd())}\n"
     assert [path.name for path in Path.cwd().iterdir()] == ["c.yaml"]
 
 

@@ -64,6 +64,12 @@ def load_rows(source: "SourceConfig | datasets.Dataset") -> Rows:
     return Rows(rows, source.columns, min(len(rows), source.limit or len(rows)))
 
 
+def refuse_missing(source: SourceConfig) -> None:
+    """Raise ``UserError`` if the source is a local path that does not exist, or an option does not apply to it."""
+    if not is_remote(source.path):
+        _kind(source)
+
+
 def fingerprint(source: "SourceConfig | datasets.Dataset") -> str:
     """Return a hexadecimal hash of the rows that ``load_rows`` returns, which does not depend on the source's path."""
     if not isinstance(source, SourceConfig):

@@ -39,9 +39,15 @@ def resolve_model(path: str, revision: str | None, weights: bool = True) -> Path
         return directory
     if directory.exists():
         raise UserError(f"model.path: {path} is a file; give the directory that contains config.json and the weights")
-    if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):
-        raise UserError(f"model.path: {path} does not exist; give a directory, a hub name or builtin:tiny")
+    refuse_missing(path)
     return _download(path, revision, _HUB_FILES + _HUB_WEIGHTS if weights else _HUB_FILES)
+
+
+def refuse_missing(path: str) -> None:
+    """Raise ``UserError`` if ``path`` can only be a local one, and does not exist."""
+    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
+    if is_local and not is_remote(path) and not Path(path).expanduser().exists():
+        raise UserError(f"model.path: {path} does not exist; give a directory, a hub name or builtin:tiny")
 
 
 def model_directory(option: str, path: str) -> Path:
