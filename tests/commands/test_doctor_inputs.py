@@ -161,9 +161,13 @@ CONFIG_FAULTS = {
         lambda c: replace(c, mesh=MeshConfig(fsdp=3)),
         "mesh", "does not use 8 devices: set one axis to -1, or change the sizes",
     ),
+    "a mesh for experts": (
+        lambda c: replace(c, mesh=MeshConfig(expert=8)),
+        "mesh", "mesh.expert: 8 cannot be used: the model has no experts; use mesh.fsdp",
+    ),
 }  # fmt: skip
 
-NEED_DEVICES = ("saves do not fit the disk", "a mesh of other devices")
+NEED_DEVICES = ("saves do not fit the disk", "a mesh of other devices", "a mesh for experts")
 
 
 @pytest.mark.parametrize("name", CONFIG_FAULTS)

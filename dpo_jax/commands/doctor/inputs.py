@@ -28,7 +28,7 @@ from dpo_jax.methods.optimizer import make_optimizer
 from dpo_jax.methods.ppo import abstract_policy_state
 from dpo_jax.methods.setup import abstract_state, with_head
 from dpo_jax.methods.value_model import value_model_of
-from dpo_jax.models.decoder import Model, count_params
+from dpo_jax.models.decoder import Model, count_params, refuse_expert_axis
 from dpo_jax.models.families import refuse_positions
 from dpo_jax.parallel.sharding import abstract_mesh, sharded_structs
 from dpo_jax.plan.ahead_of_time import NUM_STEPS, num_bytes
@@ -176,6 +176,7 @@ def mesh(job: Job) -> Finding | None:
     devices = abstract_mesh(config.mesh, job.devices)
     if trained is None:
         return None
+    refuse_expert_axis(trained.config, devices)
     if isinstance(config, PPOConfig):
         optimizer = make_optimizer(config.optimizer, NUM_STEPS, config.ppo.epochs)
         state = abstract_policy_state(trained, value_model_of(config, trained), devices, optimizer)
