@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from small import pack, random_pairs
 
+from dpo_jax.ops import blocks
 from dpo_jax.ops.attention import attend, make_inputs
 
 HEAD = 8
@@ -89,6 +90,15 @@ def test_gradients_of_blocks_are_those_of_the_dense_mask(name):
         assert np.isfinite(ours).all()
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
         assert np.abs(theirs).max() > 0.1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pairs_all_at_once_are_those_of_the_loop(name, monkeypatch):
+    """As on GPUs; a CPU visits one pair after another."""
+    monkeypatch.setattr(blocks, "_fold_each", blocks._fold_all)
+    (out, grads), (expected_out, expected) = computed.__wrapped__(name, "blocks"), computed(name, "xla")
+    for ours, theirs in zip((out, *grads), (expected_out, *expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "blocks"])
