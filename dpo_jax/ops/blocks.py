@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.ops.softcap import soft_cap
@@ -69,7 +70,9 @@ def _forward(q, k, v, sinks, pairs, options):
     softmax = _on_platform(partial(_softmax_of, options), q, k, v, sinks, pairs)
     total = jnp.where(softmax.total > 0, softmax.total, 1.0)
     out = (softmax.values / total[..., None]).astype(v.dtype)
-    return out, (q, k, v, sinks, pairs, out, softmax.largest, total)
+    # named, so that a layer that is rematerialized may keep them: the backward pass then skips the loop above
+    out, largest, total = (checkpoint_name(x, "attended") for x in (out, softmax.largest, total))
+    return out, (q, k, v, sinks, pairs, out, largest, total)
 
 
 def _backward(options, residuals, g):
