@@ -28,8 +28,9 @@ class ModelConfig(Section, name="model"):
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """Precision of float32 matrix products on TPU and GPU; use highest to compare with a CPU."""
     remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes, layer by layer: nothing, all but matrix products, or everything. Recomputing
-    saves memory; it makes a step up to a third slower on an accelerator, and hardly slower on a CPU."""
+    """What the backward pass recomputes, layer by layer: nothing, all but matrix products, or everything; the result of
+    attention over blocks is kept in any case. Recomputing saves memory; it makes a step up to a third slower on an
+    accelerator, and hardly slower on a CPU."""
     scan: bool = True
     """Compile one layer and loop over it; false unrolls the layers."""
     router_aux_loss_coef: float | None = ranged(None, at_least=0)

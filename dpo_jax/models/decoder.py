@@ -22,11 +22,12 @@ from dpo_jax.ops.attention import AttentionInputs, Implementation, choose, make_
 from dpo_jax.parallel.sharding import EMBED, constrain_rows, mesh_is_active
 
 # What to save of a layer's forward pass for its backward pass; None: everything, without rematerialization. The indices
-# of a token's experts are always saved: a router recomputed with other rounding could choose others.
+# of a token's experts are always saved: a router recomputed with other rounding could choose others. So is the result
+# of attention over blocks: it is as small as the layer's input, and computing it again is a loop.
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names("projected", "routed"),
-    "full": jax.checkpoint_policies.save_only_these_names("routed"),
+    "dots": jax.checkpoint_policies.save_only_these_names("projected", "attended", "routed"),
+    "full": jax.checkpoint_policies.save_only_these_names("attended", "routed"),
 }
 
 

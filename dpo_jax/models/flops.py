@@ -155,7 +155,7 @@ def recomputed_flops(config: DecoderConfig, work: Work, remat: Literal["none", "
     """Count the operations that the policy's backward pass recomputes; ``remat`` as in `config.ModelConfig`.
 
     Always: the logits, chunk by chunk, and the attention scores, which every kernel but ``xla`` recomputes.
-    ``dots``: also attention's forward pass. ``full``: also ``recomputed_projections``.
+    ``dots``: also attention's forward pass, which ``blocks`` keeps. ``full``: also ``recomputed_projections``.
     """
     forward = forward_flops(config, work)
     weights = active_weights(config)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.batch import BLOCK, PreferenceBatch
 from dpo_jax.errors import UserError
-from dpo_jax.ops import kernels
+from dpo_jax.ops import blocks, kernels
 from dpo_jax.ops.softcap import soft_cap
 from dpo_jax.ops.unpack import UnpackIndices, share, unpack_answers, unpack_branches, unshare
 from dpo_jax.parallel.sharding import ROWS, mesh_is_active
@@ -73,51 +73,7 @@ def _attention_scores(q, k, spec, scale, softcap):
     return soft_cap(scores, softcap)
 
 
-def _blocks_row(q, k, v, tokens, blocks, sinks, *, scale, window, softcap):
-    """Compute attention in one row over J block pairs; a query block's softmax is combined across its pairs.
-
-    Work and memory scale with the visible blocks, not with T^2: J * BLOCK^2 scores per head. Head dims precede token
-    dims, and the queries of a group are adjacent (X = G * BLOCK), so that each product is one plain matrix product per
-    key head. On a CPU this is several times faster than leaving the order to the compiler.
-    """
-    length, num_kv_heads, group_size, head_dim = q.shape
-    num_blocks = length // BLOCK
-    query_block, key_block = blocks[:, 0], blocks[:, 1]
-    is_used = query_block >= 0
-    segment = jnp.where(is_used, query_block, num_blocks)  # unused pairs go to an extra block that is dropped
-
-    q = q.reshape(num_blocks, BLOCK, num_kv_heads, group_size, head_dim).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(num_blocks, num_kv_heads, group_size * BLOCK, head_dim)
-    k, v = (x.reshape(num_blocks, BLOCK, num_kv_heads, head_dim).swapaxes(1, 2) for x in (k, v))
-    tokens = tokens.reshape(3, num_blocks, BLOCK)
-
-    scores = _attention_scores(q[query_block], k[key_block], "jkxh,jksh->jkxs", scale, softcap)
-    visible = attention_mask(tokens[:, query_block], tokens[:, key_block], window) & is_used[:, None, None]
-    visible = jnp.tile(visible, (1, group_size, 1))[:, None]  # [J, 1, X, s]
-    scores = jnp.where(visible, scores, -jnp.inf)
-
-    largest = jax.ops.segment_max(jax.lax.stop_gradient(scores.max(-1)), segment, num_blocks + 1)
-    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
-    if sinks is not None:
-        sinks = _sink_scores(sinks, num_kv_heads, BLOCK)
-        largest = jnp.maximum(largest, jax.lax.stop_gradient(sinks))
-    weights = jnp.exp(scores - largest[segment][..., None])
-    total = jax.ops.segment_sum(weights.sum(-1), segment, num_blocks + 1)[:num_blocks, ..., None]
-    if sinks is not None:
-        total += jnp.exp(sinks - largest[:num_blocks])[..., None]
-    values = jnp.einsum("jkxs,jksh->jkxh", weights.astype(v.dtype), v[key_block], preferred_element_type=jnp.float32)
-    values = jax.ops.segment_sum(values, segment, num_blocks + 1)[:num_blocks]
-    out = (values / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
-    out = out.reshape(num_blocks, num_kv_heads, group_size, BLOCK, head_dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(length, num_kv_heads, group_size, head_dim)
-
-
 # Each takes q, k, v and the inputs of the same rows and heads; only some use the bound `longest`.
-
-
-def _group_queries(q, num_kv_heads):
-    num_rows, length, num_heads, head_dim = q.shape
-    return q.reshape(num_rows, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
 
 
 def _sink_scores(sinks: Float[Array, " N"], num_kv_heads: int, num_queries: int) -> Float[Array, "K X"]:
@@ -129,16 +85,35 @@ def _dense(q, k, v, inputs, *, longest, **options):
     return attend_cached(q, k.swapaxes(1, 2), v.swapaxes(1, 2), inputs.tokens, inputs.tokens, **options)
 
 
-def _blocks(q, k, v, inputs, *, longest, sinks=None, **options):
-    # The backward pass recomputes the scores: they are many times larger than q, k and v, which are saved.
-    attend_row = jax.checkpoint(partial(_blocks_row, **options))
-    row_arguments = (_group_queries(q, k.shape[2]), k, v, inputs.tokens, inputs.blocks)
-    # vmap over a dim of size 1 makes the softmax gradient 30 times slower in XLA on a CPU
-    if len(q) > 1:
-        out = jax.vmap(attend_row, in_axes=(*[0] * 5, None))(*row_arguments, sinks)
-    else:
-        out = attend_row(*(x[0] for x in row_arguments), sinks)[None]
-    return out.reshape(q.shape)
+def _blocks(q, k, v, inputs, *, longest, scale, window, softcap, sinks=None):
+    num_rows, length, num_heads, head_dim = q.shape
+    num_kv_heads, num_blocks = k.shape[2], length // BLOCK  # per row
+    pairs = _block_pairs(inputs, num_blocks, window)
+    # Head dims precede token dims, and the queries of a group are adjacent (X = G * BLOCK), so that each product is one
+    # plain matrix product per key head: on a CPU several times faster than leaving the order to the compiler.
+    q = q.reshape(-1, BLOCK, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(len(q), num_kv_heads, -1, head_dim)
+    k, v = (x.reshape(-1, BLOCK, num_kv_heads, head_dim).swapaxes(1, 2) for x in (k, v))
+    if sinks is not None:
+        sinks = _sink_scores(sinks, num_kv_heads, BLOCK)
+    # read now, because the precision context is not active when the backward pass is traced
+    options = blocks.Options(scale, softcap, jax.config.values["jax_default_matmul_precision"])
+    out = blocks.attend_pairs(q, k, v, sinks, pairs, options)
+    out = out.reshape(len(q), num_kv_heads, -1, BLOCK, head_dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(num_rows, length, num_heads, head_dim)
+
+
+def _block_pairs(inputs: AttentionInputs, num_blocks: int, window: int | None) -> blocks.BlockPairs:
+    """Return the block pairs of all rows, whose blocks are numbered through, and their masks."""
+    is_used = (inputs.blocks[..., 0] >= 0).reshape(-1)
+    first_blocks = num_blocks * jnp.arange(len(inputs.blocks))
+    indices = (inputs.blocks + first_blocks[:, None, None]).reshape(-1, 2)
+    order = jnp.argsort(~is_used, stable=True)
+    query, key = jnp.where(is_used[:, None], indices, 0)[order].T
+    tokens = inputs.tokens.swapaxes(0, 1).reshape(3, -1, BLOCK)
+    # masks are computed here, all at once: within the loop they would take longer than all else
+    mask = attention_mask(tokens[:, query], tokens[:, key], window) & is_used[order, None, None]
+    return blocks.BlockPairs(query, key, mask, is_used.sum())
 
 
 def _splash(q, k, v, inputs, *, longest, scale, window, softcap, sinks=None):

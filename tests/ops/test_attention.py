@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from small import pack, random_pairs
 
+from dpo_jax.models.decoder import REMAT
+from dpo_jax.ops import blocks
 from dpo_jax.ops.attention import attend, make_inputs
 
 HEAD = 8
@@ -91,6 +94,15 @@ def test_gradients_of_blocks_are_those_of_the_dense_mask(name):
         assert np.abs(theirs).max() > 0.1
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_pairs_all_at_once_are_those_of_the_loop(name, monkeypatch):
+    """As on GPUs; a CPU visits one pair after another."""
+    monkeypatch.setattr(blocks, "_fold_each", blocks._fold_all)
+    (out, grads), (expected_out, expected) = computed.__wrapped__(name, "blocks"), computed(name, "xla")
+    for ours, theirs in zip((out, *grads), (expected_out, *expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "blocks"])
 def test_padding_yields_nothing_and_gets_nothing(implementation):
     assert PADDING.any(axis=1).all()  # every row has some
@@ -117,3 +129,17 @@ def test_extreme_scores_stay_finite():
         fn = attention(implementation, scale=1e6)
         grads = jax.jit(jax.grad(lambda *x, fn=fn: (fn(*x) ** 2).sum(), argnums=(0, 1, 2)))(*random_inputs(4, 4))
         assert all(np.isfinite(grad).all() for grad in grads)
+
+
+def num_loops(jaxpr) -> int:
+    """The loops of data-dependent length in a program, in whatever they are nested."""
+    nested = (inner for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params))
+    return sum(eqn.primitive.name == "while" for eqn in jaxpr.eqns) + sum(map(num_loops, nested))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_a_rematerialized_layer_does_not_attend_again(remat):
+    """A loop in the forward pass, and one in the backward pass."""
+    layer = jax.checkpoint(attention("blocks", scale=1.0), policy=REMAT[remat])
+    gradient = jax.grad(lambda *inputs: layer(*inputs).sum(), argnums=(0, 1, 2))
+    assert num_loops(jax.make_jaxpr(gradient)(*random_inputs(4, 4)).jaxpr) == 2
