@@ -116,7 +116,7 @@ def find_reference(
         source = find(path)
         reference_model = build_model(source, config.model, platform)
     except UserError as error:
-        raise UserError(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
+        raise type(error)(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
     without_balance = lambda m: replace(m, config=with_balance(m.config, 0.0))  # matters in training only  # noqa: E731
     if without_balance(reference_model) != without_balance(model):
         difference = f"differs from model.path {config.model.path} in architecture or vocabulary"

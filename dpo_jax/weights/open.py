@@ -192,7 +192,8 @@ def _load_merged(adapted: AdaptedRun, model: Model, config: ModelConfig, mesh: M
     try:
         source = find_model(adapted.base.path, adapted.base.revision)
     except UserError as error:
-        raise UserError(f"{adapted.run.config}: the base model of the adapters cannot be loaded: {error}") from error
+        problem = f"{adapted.run.config}: the base model of the adapters cannot be loaded"
+        raise type(error)(f"{problem}: {error}") from error
     model = replace(model, lora=make_lora(adapted.lora, model.config))
     adapters, manifest = restore_params(adapted.run, config.checkpoint, trained_shapes(model, mesh))
     base = load_weights(source, replace(model, param_dtype=adapted.base.param_dtype), adapted.base, mesh)

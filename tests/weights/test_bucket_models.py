@@ -1,5 +1,6 @@
 """Models and adapters in a bucket: equal to local ones, and their weight files are read in ranges."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -8,14 +9,16 @@ import pytest
 from small_tokenizer import make_tokenizer
 
 from dpo_jax.bucket import storage_error
-from dpo_jax.config import LoraConfig, MeshConfig, ModelConfig
+from dpo_jax.config import DPOConfig, LoraConfig, MeshConfig, ModelConfig
+from dpo_jax.config.file import parse_config
 from dpo_jax.data.tokenizer import tokenizer_hash
-from dpo_jax.errors import StorageDenied, UserError
+from dpo_jax.errors import StorageDenied, StorageUnreachable, UserError
+from dpo_jax.methods.dpo import find_reference
 from dpo_jax.models.adapters import start_adapters
 from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.weights.huggingface import export_params
 from dpo_jax.weights.known import builtin_model
-from dpo_jax.weights.open import load_start, open_model
+from dpo_jax.weights.open import find_model, load_start, open_model
 from dpo_jax.weights.peft import export_adapters
 
 TINY = builtin_model("builtin:tiny")
@@ -168,6 +171,16 @@ def test_adapters_and_tokenizers_are_taken_from_a_bucket(storage, tmp_path):
     config = LoraConfig(rank=2, targets=LORA.targets, path="gs://bucket/adapters")
     assert equal(load_start(config, opened.model, opened.load(mesh), 0, mesh), adapters)
     assert opened.tokenizer().eos_token_id == 1
+
+
+def test_a_reference_that_is_not_answered_for_asks_for_another_start(stored):
+    run = {"dir": "none", "steps": 1}
+    config = parse_config({"model": {"path": URL}, "data": {"train": "none.jsonl"}, "run": run}, {}, DPOConfig)
+    model = open_model(ModelConfig(path=URL), "cpu").model
+    stored.fail(503, kind="list")
+    with pytest.raises(StorageUnreachable, match=f"^reference.path: {URL}: cannot list: storage does not") as failed:
+        find_reference(config, URL, model, "cpu", partial(find_model, revision=None))
+    assert failed.value.exit_code == 1
 
 
 def test_requests_are_billed_to_the_project_that_a_variable_names(stored, monkeypatch):
