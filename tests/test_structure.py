@@ -86,6 +86,12 @@ def test_imports_point_down_the_floors():
     assert not wrong, wrong
 
 
+def test_the_map_has_these_floors():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = {name: int(floor) for floor, name in re.findall(r"^\| (\d+) \| `(\w+)(?:/|\.py)` \|", page, re.MULTILINE)}
+    assert rooms == {name: floor for name, floor in FLOOR_OF.items() if name != "__main__"}
+
+
 @pytest.mark.parametrize("module", FOREIGN_FREE)
 def test_what_foreign_programs_import_stands_alone(module):
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())

@@ -105,7 +105,7 @@ class Order:
         return ids
 
     def drawn_ids(self) -> np.ndarray:
-        """Return the ids of the examples that the run draws at all, each once, int64 [n]."""
+        """Return the sorted ids of the examples that the run draws, each once, int64 [n]."""
         cycles, rest = divmod(self.num_draws, len(self.cycle_sources))
         draws = cycles * self.cycle_counts + np.bincount(self.cycle_sources[:rest], minlength=len(self.groups))
         drawn = [group[self.arrange(i, 0)[: draws[i]]] for i, group in enumerate(self.groups)]

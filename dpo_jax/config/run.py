@@ -1,6 +1,6 @@
 """Options of the optimizer, the batch, the mesh, the run and its checkpoints."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 from dpo_jax.config.section import Section, ranged
@@ -115,13 +115,14 @@ class MeshConfig(Section, name="mesh"):
     fsdp: int = ranged(-1, above=0, special=-1)
     """Devices that shard weights, optimizer state and rows."""
     expert: int = ranged(1, above=0, special=-1)
-    """Devices that shard the experts of a mixture, and everything else as fsdp does."""
+    """Devices that shard the experts of a mixture; other weights, optimizer state and rows are sharded over fsdp and
+    expert."""
     tensor: int = ranged(1, above=0, special=-1)
     """Devices that shard each layer's heads and features."""
 
     def __post_init__(self):
         super().__post_init__()
-        flexible_axes = [f"mesh.{axis}" for axis in ("data", "fsdp", "expert", "tensor") if getattr(self, axis) == -1]
+        flexible_axes = [f"mesh.{axis}" for axis in (field.name for field in fields(self)) if getattr(self, axis) == -1]
         if len(flexible_axes) > 1:
             raise UserError(f"{' and '.join(flexible_axes)} cannot all be -1; give the size of all but one")
 

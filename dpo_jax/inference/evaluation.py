@@ -16,7 +16,7 @@ from dpo_jax.inference.reference import Reference
 from dpo_jax.inference.score import LogpsStep, dataset_logps
 from dpo_jax.losses import preference_metrics
 
-_metrics = jax.jit(preference_metrics, static_argnums=2)  # one program, where each operation would be one
+_metrics = jax.jit(preference_metrics, static_argnums=2)  # one compiled program instead of one per operation
 
 
 class ScoredSet(NamedTuple):

@@ -49,7 +49,7 @@ def cached_logps(
         report: called with a line for each file that cannot be used; default: prints to the writer's stderr.
 
     Raises:
-        RunStopped: ``compute`` did not return each row exactly once, or a log-prob is not finite.
+        RunStopped: ``compute`` did not return a needed row, or a log-prob is not finite.
     """
     report = report or warn
     store = batches.store
@@ -63,23 +63,23 @@ def cached_logps(
     if all(hosts.gather(logps is not None, "reference cache")):  # computing is collective: all processes or none
         assert logps is not None
         return logps
-    logps, times_computed = _load_parts(path, inputs, shape, report)
-    if len(set(hosts.gather(hashlib.sha256(times_computed.tobytes()).hexdigest(), "parts of the reference cache"))) > 1:
-        logps, times_computed = {}, np.zeros(len(store), int)  # without a shared disk, processes see different parts
+    logps, is_computed = _load_parts(path, inputs, shape, report)
+    if len(set(hosts.gather(hashlib.sha256(is_computed.tobytes()).hexdigest(), "parts of the reference cache"))) > 1:
+        logps, is_computed = {}, np.zeros(len(store), bool)  # without a shared disk, processes see different parts
     is_missing = np.zeros(len(store), bool)
-    is_missing[needed_ids] = times_computed[needed_ids] == 0
+    is_missing[needed_ids] = ~is_computed[needed_ids]
     step_ids = [ids[ids >= 0] for ids in map(batches.order.step_ids, range(batches.order.num_steps))]
     remaining_steps = [step for step, ids in enumerate(step_ids) if is_missing[ids].any()]
     for count, start in enumerate(range(0, len(remaining_steps), PART_STEPS)):
         ids, fields = compute(batches, remaining_steps[start : start + PART_STEPS])
-        is_new = times_computed[ids] == 0
+        is_new = ~is_computed[ids]
         _put(logps, ids[is_new], {field: np.asarray(values)[is_new] for field, values in fields.items()}, shape)
-        times_computed[ids[is_new]] += 1
+        is_computed[ids] = True
         if count % jax.process_count() == jax.process_index():
             with suppress(FileNotFoundError):  # another run has finished the cache and removed all parts
                 _write(_part_path(path, ids), inputs, {**fields, "ids": ids})
-    _refuse_gaps(logps, times_computed, needed_ids, path)
-    is_complete = bool(times_computed.all())
+    _refuse_gaps(logps, is_computed, needed_ids, path)
+    is_complete = bool(is_computed.all())
     if hosts.is_writer() and is_complete:
         _write(path, inputs, logps)
     hosts.barrier("reference cache")
@@ -113,9 +113,9 @@ def _load_complete(path: Path, inputs: Mapping, shape: tuple[int, int], report: 
 def _load_parts(
     path: Path, inputs: Mapping, shape: tuple[int, int], report: Callable[[str], None]
 ) -> tuple[Arrays, np.ndarray]:
-    """Load the rows that earlier builds completed: their log-probs, and an array with 1 for each such row."""
+    """Load the rows that earlier builds computed: their log-probs, and whether a row is one of them."""
     logps: Arrays = {}
-    times_computed = np.zeros(shape[0], int)
+    is_computed = np.zeros(shape[0], bool)
     for part in list_files(path.parent, f"{path.stem}.part-*.npz"):
         try:
             fields = _read(part, inputs)
@@ -127,10 +127,10 @@ def _load_parts(
         except Unusable as error:
             report(f"reference cache: {part} cannot be used ({error}): recomputing its rows")
             continue
-        is_new = times_computed[ids] == 0
+        is_new = ~is_computed[ids]
         _put(logps, ids[is_new], {field: values[is_new] for field, values in fields.items()}, shape)
-        times_computed[ids] = 1
-    return logps, times_computed
+        is_computed[ids] = True
+    return logps, is_computed
 
 
 def _put(logps: Arrays, ids: np.ndarray, fields: Mapping[str, np.ndarray], shape: tuple[int, int]) -> None:
@@ -143,14 +143,12 @@ def _part_path(path: Path, ids: np.ndarray) -> Path:
     return path.with_suffix(f".part-{int(ids[0]):08d}-{hashlib.sha256(ids.tobytes()).hexdigest()[:8]}.npz")
 
 
-def _refuse_gaps(logps: Arrays, counts: np.ndarray, needed_ids: np.ndarray, path: Path) -> None:
-    is_wrong = counts > 1
-    is_wrong[needed_ids] |= counts[needed_ids] == 0
-    rows = np.flatnonzero(is_wrong)
-    if len(rows):
-        raise RunStopped(f"reference cache: {path}: row {rows[0]} was computed {counts[rows[0]]} times, not once")
+def _refuse_gaps(logps: Arrays, is_computed: np.ndarray, needed_ids: np.ndarray, path: Path) -> None:
+    missing = needed_ids[~is_computed[needed_ids]]
+    if len(missing):
+        raise RunStopped(f"reference cache: {path}: row {missing[0]} was not computed")
     for values in logps.values():
-        rows = np.flatnonzero((counts > 0) & ~np.isfinite(values).all(1))
+        rows = np.flatnonzero(is_computed & ~np.isfinite(values).all(1))
         if len(rows):
             remedy = "check the reference's weights and model.dtype"
             problem = f"the reference log-prob of row {rows[0]} is not finite ({len(rows)} such rows in total)"

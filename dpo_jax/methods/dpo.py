@@ -11,7 +11,6 @@ from dpo_jax.batch import Adapted, PairLogps, Params
 from dpo_jax.batching.batches import Batches, set_batches
 from dpo_jax.config import AnyConfig, DPOConfig, ModelConfig
 from dpo_jax.config.generate import RewardModelConfig
-from dpo_jax.data.store import Store
 from dpo_jax.errors import UserError, require
 from dpo_jax.inference.reference import CachedReference, LiveReference, Reference, copy_weights
 from dpo_jax.inference.reference_cache import cached_logps
@@ -143,7 +142,7 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
     tail = setup.config.objective.ld_alpha is not None
     cache_inputs = {
         "format": 3,
-        "pairs": config.batch.size,  # of a batch; the last bits of a row depend on what it is computed with
+        "batch_size": config.batch.size,  # the last bits of a row depend on the batch in which it is computed
         "tail": tail,
         "weights": weights_id(weights),
         "decoder": asdict(with_balance(model.config, 0.0)),
@@ -164,9 +163,10 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
     for batches in (setup.batches, *setup.evals.values()):
         used.setdefault(batches.store.key, []).append(batches)
 
-    def logps_of(store: Store, needed_ids: np.ndarray) -> dict[str, np.ndarray]:
+    def logps_of(sets: Sequence[Batches]) -> dict[str, np.ndarray]:
+        """Return the log-probs of a store for the sets that are drawn from it."""
+        store, needed_ids = sets[0].store, np.unique(np.concatenate([batches.order.drawn_ids() for batches in sets]))
         all_batches = set_batches(store, np.arange(len(store)), config.batch, *row_split)
         return cached_logps(all_batches, needed_ids, cache_inputs, compute)
 
-    drawn = lambda sets: np.unique(np.concatenate([batches.order.drawn_ids() for batches in sets]))  # noqa: E731
-    return CachedReference({key: logps_of(sets[0].store, drawn(sets)) for key, sets in used.items()})
+    return CachedReference({key: logps_of(sets) for key, sets in used.items()})

@@ -43,7 +43,7 @@ def loss_at_start(loss: LossConfig) -> AtMarginZero | None:
     pair_loss = lambda sums: preference_loss(replace(zero_logps, sum=sums), zero_logps, loss)[0]  # noqa: E731
     points = 1e-4 * np.array([[[1, 0]], [[-1, 0]], [[0, 1]], [[0, -1]]], np.float32)  # losses may have a kink at 0
 
-    @jax.jit  # one program, where each operation would be one
+    @jax.jit  # one compiled program instead of one per operation
     def value_and_slope() -> tuple[jax.Array, jax.Array]:
         slopes = jnp.abs(jax.vmap(jax.grad(pair_loss))(points)).sum((1, 2))
         return pair_loss(zeros), slopes.max()

@@ -2,8 +2,8 @@
 
 No token is dropped. On a mesh, `expert` shards the experts, `tensor` their features and `fsdp` the other dim of their
 matrices, which is gathered where it is needed. Rows of tokens are sharded over `expert`, too, so the devices along it
-gather each other's tokens, each applies its own experts, and the sums return to the tokens' devices. No expert ever
-travels along `expert`.
+gather each other's tokens, each applies its own experts, and the sums return to the tokens' devices. Experts are never
+gathered along `expert`.
 
 Shape letters: R rows, T tokens per row, D model, F feed-forward, E experts, k experts per token, n tokens,
 m slots per token, L layers.
@@ -210,7 +210,7 @@ def _on_mesh(
 class _Shard(NamedTuple):
     """A device's shard of the experts."""
 
-    first_expert: Array | int  # of those that it holds
+    first_expert: Array | int  # index of the shard's first expert
     bias_scale: Array | float  # 1 on one of the devices along `tensor`, whose outputs are added; 0 on the others
 
 

@@ -1,11 +1,12 @@
 """The mesh, the table from logical axes to mesh axes, and the shardings derived from it.
 
-`axis` is an axis of the mesh, `dim` a dimension of an array. Mesh axes: `data` replicates the model, `fsdp` shards
-weights and rows, `expert` does so with the experts of a mixture whole, `tensor` shards each layer's heads and features.
+`axis` is an axis of the mesh, `dim` a dimension of an array. Mesh axes: `data` replicates the model; `fsdp` shards
+weights and rows; `expert` does too, but splits a mixture by experts; `tensor` shards each layer's heads and features.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from dpo_jax.config import MeshConfig
 from dpo_jax.errors import UserError
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = tuple(field.name for field in fields(MeshConfig))
 ROWS = ("data", "fsdp", "expert")  # a batch is sharded by rows over all three
 EMBED = ("fsdp", "expert")  # the hidden dim of dense weights is sharded over both
 
@@ -51,7 +52,8 @@ def rollout_mesh(mesh: Mesh | AbstractMesh) -> Any:
 
     Weights sharded over `fsdp` would be gathered for every token that is generated.
     """
-    sizes = (mesh.shape["data"] * mesh.shape["fsdp"], 1, mesh.shape["expert"], mesh.shape["tensor"])
+    shape = {**mesh.shape, "data": mesh.shape["data"] * mesh.shape["fsdp"], "fsdp": 1}
+    sizes = tuple(shape[axis] for axis in AXES)
     types = (AxisType.Auto,) * len(AXES)
     if isinstance(mesh, AbstractMesh):
         return AbstractMesh(sizes, AXES, axis_types=types)

@@ -24,7 +24,7 @@ class Plot:
     change: bool = False  # evaluations minus the first one; no training curve, since its pairs differ by step
 
 
-# CSS variables of html.py, and the placeholder with which each is drawn
+# CSS variable of html.py -> placeholder color, which `_svg` replaces by the variable
 LINES = ("accent", "purple", "gold", "cyan", "red", "olive")
 COLORS = {name: f"#0000{number:02x}" for number, name in enumerate(("ink", "line", "good", "bad", *LINES), 1)}
 NAMES = {color: name for name, color in COLORS.items()}
@@ -80,9 +80,8 @@ def draw(plot: Plot, curves: Sequence[Curve]) -> str:
     for key, name, steps, values in curves:
         branch = key.rpartition("/")[2]
         color = ANSWERS[branch] if branch in ANSWERS else COLORS[next(palette, "ink")]
-        label = "." + " ".join(
-            filter(None, (name or "training", branch if len(plot.keys) > 1 else ""))
-        )  # dot: see below
+        words = filter(None, (name or "training", branch if len(plot.keys) > 1 else ""))
+        label = "." + " ".join(words)  # leading dot, removed below: matplotlib hides labels that start with _
         if name:
             marker_style = {"linestyle": "--", "marker": "o", "markersize": 5, "markeredgecolor": "none"}
             axes.plot(steps, values, color=color, label=label, linewidth=1.2, zorder=3, **marker_style)
@@ -101,7 +100,7 @@ def draw(plot: Plot, curves: Sequence[Curve]) -> str:
     _style(axes, "step")
     if len(curves) > 1:
         legend = axes.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=min(len(curves), 2))
-        for text in legend.get_texts():  # matplotlib would hide labels with a leading _ and parse $ as math
+        for text in legend.get_texts():
             text.set(text=text.get_text().removeprefix("."), parse_math=False)
     return _svg(fig)
 
@@ -133,7 +132,9 @@ def _svg(fig: Any) -> str:
     svg = re.sub(r"<style.*?</style>|<!--.*?-->|\n\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     used_ids = set(re.findall(r"#(\w+)[\")]", svg))
     svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used_ids else "", svg)
-    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)  # a unit is a point
+    svg = re.sub(
+        r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg
+    )  # two decimals of a point suffice
     return re.sub("|".join(NAMES), lambda match: f"var(--{NAMES[match[0]]})", svg)
 
 
