@@ -97,7 +97,7 @@ def _blocks(q, k, v, inputs, *, longest, scale, window, softcap, sinks=None):
     if sinks is not None:
         sinks = _sink_scores(sinks, num_kv_heads, BLOCK)
     # read now, because the precision context is not active when the backward pass is traced
-    options = blocks.Options(scale, softcap, jax.config.values["jax_default_matmul_precision"])
+    options = blocks.BlockOptions(scale, softcap, jax.config.values["jax_default_matmul_precision"])
     out = blocks.attend_pairs(q, k, v, sinks, pairs, options)
     out = out.reshape(len(q), num_kv_heads, -1, BLOCK, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(num_rows, length, num_heads, head_dim)

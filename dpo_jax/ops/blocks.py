@@ -27,7 +27,7 @@ class BlockPairs(NamedTuple):
     count: Int[Array, ""] | None  # number of pairs in use; None: of pairs being visited, all
 
 
-class Options(NamedTuple):
+class BlockOptions(NamedTuple):
     """Static options; the precision of products is passed because its context is not active in the backward pass."""
 
     scale: float
@@ -54,7 +54,7 @@ def attend_pairs(
     v: Float[Array, "B K S H"],
     sinks: Float[Array, "K X"] | None,
     pairs: BlockPairs,
-    options: Options,
+    options: BlockOptions,
 ) -> Float[Array, "B K X H"]:
     """Compute softmax attention of the queries to the keys that their pairs' masks show them, 0 where there is none.
 
@@ -109,7 +109,7 @@ def _add(x: Array, blocks: Int[Array, " C"], values: Array) -> Array:
     return x.at[blocks].add(values, mode="promise_in_bounds")
 
 
-def _scores(options: Options, q: Array, k: Array) -> Float[Array, "C K X S"]:
+def _scores(options: BlockOptions, q: Array, k: Array) -> Float[Array, "C K X S"]:
     return soft_cap(options.product("ckxh,cksh->ckxs", q, k) * options.scale, options.softcap)
 
 
