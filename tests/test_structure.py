@@ -20,7 +20,7 @@ FLOORS = [
     {"errors", "batch"},
     {"config", "storage", "balance", "signals"},
     {"bucket"},
-    {"fetched"},
+    {"bucket_cache"},
     {"parallel", "data", "losses"},
     {"console", "ops", "batching"},
     {"models", "logprobs"},

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_jax.bucket import Bucket, is_remote
+from dpo_jax.bucket_cache import fetch_data
 from dpo_jax.config import SourceConfig
 from dpo_jax.data import files
 from dpo_jax.errors import UserError, from_outside
-from dpo_jax.fetched import fetch_data
 
 if TYPE_CHECKING:
     import datasets

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_jax.bucket import is_remote
+from dpo_jax.bucket_cache import fetch_data
 from dpo_jax.errors import UserError, from_outside, reason, shown
-from dpo_jax.fetched import fetch_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.bucket import Bucket, is_remote
+from dpo_jax.bucket_cache import MODELS, fetch
 from dpo_jax.errors import UserError, from_outside
-from dpo_jax.fetched import REFERRING, fetch
 from dpo_jax.models.options import DecoderConfig
 from dpo_jax.weights.known import builtin_model
 
@@ -69,7 +69,7 @@ def model_directory(option: str, path: str) -> Path:
     if not names:
         raise UserError(f"{option}: {path} has no files of a model or adapters; check the path")
     weight_files = lambda name: name.endswith(".safetensors")  # noqa: E731
-    return fetch(bucket, {name: blobs[name] for name in names}, REFERRING, weight_files)
+    return fetch(bucket, {name: blobs[name] for name in names}, MODELS, weight_files)
 
 
 def _download(name: str, revision: str | None, files: list[str]) -> Path:

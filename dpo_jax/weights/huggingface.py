@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dpo_jax.bucket_cache import read_ahead
 from dpo_jax.errors import UserError
-from dpo_jax.fetched import read_ahead
 from dpo_jax.models.decoder import Model, Params
 from dpo_jax.models.families import FAMILIES, tensor_name
 from dpo_jax.parallel.hosts import is_writer

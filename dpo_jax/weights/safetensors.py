@@ -1,4 +1,4 @@
-"""Read and write safetensors files, also in a bucket, tensor by tensor, so that only one is in memory at a time.
+"""Read and write safetensors files tensor by tensor, so that a model is never in memory as a whole.
 
 A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes:
 https://huggingface.co/docs/safetensors/index#format. The safetensors library validates the header; tensors are read
@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
+from dpo_jax.bucket_cache import RemoteFile, referenced_object
 from dpo_jax.errors import UserError, from_outside, shown
-from dpo_jax.fetched import RemoteFile, remote_file
 from dpo_jax.weights.hub import read_json
 
 DTYPES = {
@@ -86,7 +86,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the safetensors library rejects the file.
     """
-    remote = remote_file(path)
+    remote = referenced_object(path)
     with (
         _file_with_header(path, remote) as header_path,
         from_outside(f"{path}: this is not an intact safetensors file", COPY_AGAIN),
@@ -104,8 +104,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if math.prod(filter(None, entry["shape"])) >= MAX_ELEMENTS:
             raise UserError(f"{path}: tensor {name} has shape {entry['shape']}, too large for any array; {COPY_AGAIN}")
         start, end = entry["data_offsets"]
-        place = {"start": 8 + length + start, "end": 8 + length + end, "remote": remote}
-        tensors[name] = Tensor(path, name, entry["dtype"], tuple(entry["shape"]), **place)
+        location = {"start": 8 + length + start, "end": 8 + length + end, "remote": remote}
+        tensors[name] = Tensor(path, name, entry["dtype"], tuple(entry["shape"]), **location)
     return tensors
 
 

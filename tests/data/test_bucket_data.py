@@ -8,13 +8,13 @@ import datasets
 import pytest
 from small_tokenizer import make_tokenizer
 
+from dpo_jax.bucket_cache import fetch_data
 from dpo_jax.config import DataConfig, SourceConfig
 from dpo_jax.data import store
 from dpo_jax.data.sources import fingerprint, load_rows
 from dpo_jax.data.store import build_or_open_store
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import StorageUnreachable, UserError
-from dpo_jax.fetched import fetch_data
 
 TOKENIZER = make_tokenizer()
 PAIRS = [{"prompt": f"Q{i}?", "chosen": f"yes {i}", "rejected": f"no, no {i}"} for i in range(4)]
@@ -126,10 +126,10 @@ def test_a_template_in_a_bucket(storage, tmp_path):
     [
         ({"path": "s3://bucket/pairs.jsonl"}, "s3://bucket/pairs.jsonl is neither a local path nor in a bucket"),
         ({"path": "https://x.org/pairs.jsonl"}, "https://x.org/pairs.jsonl is neither a local path nor in a bucket"),
-        ({"path": "gs://bucket/none.jsonl"}, "there is neither a file nor a folder gs://bucket/none.jsonl"),
+        ({"path": "gs://bucket/none.jsonl"}, "gs://bucket/none.jsonl does not exist; check the path"),
         ({"path": "gs://bucket/rows.array_record"}, "gs://bucket/rows.array_record: unknown suffix '.array_record'"),
         ({"path": "tfds:set", "data_dir": "gs://bucket/tfds"}, "TFDS sets are read from a local disk; copy the dir"),
-        ({"path": "gs://bucket/up"}, "gs://bucket/up/../../x.jsonl: no file can have this name here"),
+        ({"path": "gs://bucket/up"}, "gs://bucket/up/../../x.jsonl: this is not a valid file name on this machine"),
         ({"path": "gs://bucket/up/../../x.jsonl", "split": "test"}, "split: 'test' does not apply to a file of JSON"),
     ],
 )

@@ -123,7 +123,7 @@ def test_what_changes_while_it_is_read_is_refused(stored, local):
     opened = open_model(ModelConfig(path=URL), "cpu")
     name = min(path.name for path in local.glob("*.safetensors"))
     stored.put("bucket", f"{FOLDER}/{name}", (local / name).read_bytes())
-    with pytest.raises(UserError, match=f"{URL}/{name}: it changed while it was read; start again once"):
+    with pytest.raises(UserError, match=f"{URL}/{name}: changed while it was being read; run again once"):
         opened.load(make_mesh(MeshConfig(), jax.devices()[:1]))
 
 

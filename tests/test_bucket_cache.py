@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 
-from dpo_jax import fetched
-from dpo_jax.fetched import RemoteFile, read_ahead
+from dpo_jax import bucket_cache
+from dpo_jax.bucket_cache import RemoteFile, read_ahead
 
 
 def test_small_reads_are_made_at_once_and_come_in_order():
@@ -20,7 +20,7 @@ def test_small_reads_are_made_at_once_and_come_in_order():
 
 
 def test_reads_ahead_hold_a_bounded_number_of_bytes(monkeypatch):
-    monkeypatch.setattr(fetched, "AHEAD_BYTES", 30)
+    monkeypatch.setattr(bucket_cache, "AHEAD_BYTES", 30)
     sizes, given, taken = [10, 10, 40, 20, 5, 10, 10], [], []
 
     def reads():
@@ -45,7 +45,7 @@ def test_a_read_that_fails_raises_in_its_turn():
 def test_a_large_range_is_read_in_blocks(storage, monkeypatch):
     data = bytes(range(256)) * 4
     blob = storage.put("bucket", "file", data)
-    monkeypatch.setattr(fetched, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(bucket_cache, "BLOCK_BYTES", 100)
     file = RemoteFile("gs://bucket/file", blob.generation, len(data))
     assert file.read(7, 512) == data[7:512]
     spans = {request.span for request in storage.requests if request.kind == "read"}

@@ -1,7 +1,7 @@
 """Files of a bucket in this machine's cache: small ones are copied, large ones only referred to and read in ranges.
 
-A copy is named by its url and the generations of its objects, so what changes in the bucket is another copy. A
-reference is a small file in the place of an object: which one, of which generation and size.
+A copy's folder is named after its url and the generations of its objects, so a change in the bucket makes a new copy. A
+reference is a small JSON file in place of an object, with its url, generation and size.
 """
 
 import json
@@ -24,7 +24,7 @@ from dpo_jax.storage import claim, is_abandoned, list_files, local_copy
 
 log = logging.getLogger(__name__)
 
-REFERRING = "models"  # kind of local copies that hold references
+MODELS = "models"  # kind of the local copies that hold references
 UNFINISHED, SIZES = ".fetching-", ".sizes"
 BLOCK_BYTES, CONNECTIONS = 2**24, 8  # of a range that is read; at once, in all
 AHEAD_BYTES = BLOCK_BYTES * CONNECTIONS  # that `read_ahead` holds
@@ -64,9 +64,9 @@ class RemoteFile:
 
 
 def read_ahead(reads: Iterable[tuple[int, Callable[[], Result]]]) -> Iterator[Result]:
-    """Yield the results of reads, each given with its size in bytes, and make the next ones meanwhile.
+    """Yield the results of ``reads``, pairs of (bytes, function), in order, while the next ones run in threads.
 
-    Many small reads then take as long as their bytes, not as their requests.
+    This hides the latency of small requests.
     """
     pending: deque[tuple[int, Future[Result]]] = deque()
     with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -78,9 +78,9 @@ def read_ahead(reads: Iterable[tuple[int, Callable[[], Result]]]) -> Iterator[Re
             yield pending.popleft()[1].result()
 
 
-def remote_file(path: Path) -> RemoteFile | None:
-    """Return the object that a file of the cache refers to; None for any other file."""
-    if path.parents[2:3] != (local_copy(REFERRING, "").parent,):
+def referenced_object(path: Path) -> RemoteFile | None:
+    """Return the object that a weight file refers to, or None if ``path`` is not in the cache of models."""
+    if path.parents[2:3] != (local_copy(MODELS, "").parent,):  # CACHE/models/HASH/NAME/file
         return None
     return RemoteFile(**json.loads(path.read_text()))
 
@@ -98,7 +98,7 @@ def fetch_data(option: str, url: str) -> Path:
     if blob is None:
         blobs.pop("", None)  # names the folder
     if not blobs:
-        raise UserError(f"{option}: there is neither a file nor a folder {url}; check the path")
+        raise UserError(f"{option}: {url} does not exist; check the path")
     return fetch(bucket, blobs, "data")
 
 
@@ -107,13 +107,13 @@ def fetch(
 ) -> Path:
     """Return the local copy of the objects ``blobs``, by their names in ``bucket``, made now if it is not there.
 
-    Those for whose names ``refer`` is true are not copied, but referred to; see `remote_file`.
+    Those for whose names ``refer`` is true are not copied, but referred to; see `referenced_object`.
     """
     blobs = {name: blob for name, blob in sorted(blobs.items()) if not name.endswith("/")}  # those only name folders
     identity = [bucket.url, {name: blob.generation for name, blob in blobs.items()}]
     folder = local_copy(kind, json.dumps(identity))
     copy = folder / PurePosixPath(bucket.url).name
-    if _is_whole(folder):
+    if _is_complete(folder):
         return copy
     log.info(
         "fetching %s to %s, %.1f MB", bucket.url, copy, sum(b.size for n, b in blobs.items() if not refer(n)) / 1e6
@@ -128,11 +128,11 @@ def fetch(
             paths = [path for path in unfinished.rglob("*") if path.is_file()]
             sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in paths}
             (unfinished / SIZES).write_text(json.dumps(sizes))
-            if not _is_whole(folder):  # another process may have been first
+            if not _is_complete(folder):  # another process may have been first
                 shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):
                 os.rename(unfinished, folder)
-        if not _is_whole(folder):
+        if not _is_complete(folder):
             raise OSError(f"{folder} cannot be created")
     except OSError as error:
         remedy = "free space, or set XDG_CACHE_HOME to a folder with more"
@@ -144,7 +144,7 @@ def _write(bucket: Bucket, blobs: Mapping[str, Blob], copy: Path, refer: Callabl
     for name, blob in blobs.items():
         path, url = copy / name, f"{bucket.url}/{name}".rstrip("/")
         if ".." in PurePosixPath(name).parts or not path.is_relative_to(copy):
-            raise UserError(f"{url}: no file can have this name here; rename the object")
+            raise UserError(f"{url}: this is not a valid file name on this machine; rename the object")
         path.parent.mkdir(parents=True, exist_ok=True)
         if refer(name):
             path.write_text(json.dumps(asdict(RemoteFile(url, blob.generation, blob.size))))
@@ -155,8 +155,8 @@ def _write(bucket: Bucket, blobs: Mapping[str, Blob], copy: Path, refer: Callabl
             raise _changed(url) from error
 
 
-def _is_whole(folder: Path) -> bool:
-    """Return whether a copy has all its files, which a crash of the machine or a cleaning of the cache may have cut."""
+def _is_complete(folder: Path) -> bool:
+    """Return whether a copy has all its files; a crash or a cache cleaner may have removed some."""
     try:
         sizes = json.loads((folder / SIZES).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -165,7 +165,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _changed(url: str) -> UserError:
-    return UserError(f"{url}: it changed while it was read; start again once no process is writing to it")
+    return UserError(f"{url}: changed while it was being read; run again once no process writes to it")
 
 
 def _remove_leftovers(folder: Path) -> None:
