@@ -15,7 +15,7 @@ class SourceConfig(Section):
     """A data set and how its rows are read."""
 
     path: str
-    """File (.json, .jsonl, .csv, also as .gz, .bz2 or .zst; .parquet) or folder, both also gs://..., hub name, or
+    """File (.json, .jsonl, .csv, also as .gz, .bz2 or .zst; .parquet) or folder, local or gs://..., hub name, or
     tfds:NAME."""
     split: str = "train"
     """Split of a hub, disk or TFDS data set."""

@@ -11,7 +11,7 @@ class ModelConfig(Section, name="model"):
     """The policy: where its weights come from and how it is computed."""
 
     path: str
-    """Hugging Face directory or hub name, run directory of this program (both also gs://...), or builtin:tiny."""
+    """Hugging Face directory or run directory of this program, local or gs://..., hub name, or builtin:tiny."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     checkpoint: Literal["newest", "best"] = "newest"
@@ -56,8 +56,7 @@ class LoraConfig(Section, name="lora"):
     """kaiming: A uniform within 1/sqrt(inputs), B zero; gaussian: A normal with standard deviation 1/rank, B zero;
     zero_a: A zero, B uniform within 1/sqrt(rank)."""
     path: str | None = None
-    """Directory of adapters in PEFT's format to start from, also gs://..., with the same rank, alpha, rslora and
-    targets."""
+    """Directory of PEFT adapters to start from, local or gs://..., with the same rank, alpha, rslora and targets."""
 
     def __post_init__(self):
         super().__post_init__()
