@@ -18,7 +18,7 @@ remedy() { # WHAT GCLOUD SAID: its error in one line, with what to do about it; 
   case $1 in
     *' 403'* | *'does not have'*) line="${line%.}: grant your account $roles on the bucket" ;;
     *'not found: 404'*) line="${line%.}: gcloud storage buckets create $bucket --location=${ZONE%-*}" ;;
-    *'requester pays'*) line="${line%.}: another bucket, as the program names no project to bill" ;;
+    *'requester pays'*) line="${line%.}: use a bucket without requester pays" ;;
     *'auth login'*) line="${line%.}: gcloud auth login" ;;
     *) code=1 ;;
   esac
@@ -43,7 +43,7 @@ check_bucket() { # refuse one that no run can use, before a slice is paid for, a
   # among what else gcloud has to say, such as that there is a newer one
   IFS=, read -r location payer versions seconds rules < <(grep -E '^[A-Z0-9-]+(,[A-Za-z0-9]*){4}$' <<<"$said") ||
     unread "$said"
-  [[ $payer != True ]] || refuse RUNS "$RUNS" "the requester pays there: another bucket, as the program names no payer"
+  [[ $payer != True ]] || refuse RUNS "$RUNS" "use a bucket without requester pays"
   warn() { printf 'launch: RUNS: %s %s\n' "$bucket" "$1" >&2; }
   [[ ${location,,} == "${ZONE%-*}" ]] || warn "is in $location, not in ${ZONE%-*}: saves cross regions, at a price"
   [[ $versions != True ]] || warn "keeps and bills deleted checkpoints: gcloud storage buckets update --no-versioning"

@@ -157,7 +157,7 @@ def test_a_bucket_that_no_run_can_use_is_refused_before_a_slice_is_asked_for(clo
     assert refused().endswith(f": {GRANT}\n")
     denied.times = 0
     cloud.storage.bucket_fields["billing"] = {"requesterPays": True}
-    assert "the requester pays there" in refused()
+    assert "use a bucket without requester pays" in refused()
     del cloud.storage.bucket_fields["billing"]
     cloud.storage.fail(503, kind="bucket", times=1)
     unanswered = cloud.call("create.sh")
