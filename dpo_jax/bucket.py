@@ -1,18 +1,19 @@
 """Read and write the objects of a folder in a Google Cloud Storage bucket, and tell faults of storage apart.
 
 The client libraries come with the extra ``gcs`` and are imported only once a ``gs://`` path is named. Requests are
-billed to the project that ``DPO_JAX_GCS_USER_PROJECT`` names, which a bucket whose requesters pay demands.
+billed to the project that ``DPO_JAX_GCS_USER_PROJECT`` names, as a requester-pays bucket demands.
 """
 
 import logging
 import os
 import re
+import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from dpo_jax.errors import StorageDenied, StorageUnreachable, UserError, reason
@@ -20,6 +21,7 @@ from dpo_jax.storage import partial_file
 
 SCHEME = "gs://"
 PATIENCE = 120.0  # seconds to repeat a request that storage does not answer
+LAST_SECONDS = 600.0  # the same when there is no next time
 TIMEOUT = 60.0  # seconds for one request; for a file, without progress
 UNANSWERED, REFUSED = (408, 429, *range(500, 600)), (401, 403)
 # Codes in the texts of tensorstore's errors, which have no types.
@@ -28,8 +30,12 @@ UNPAID = "requester pays bucket"
 DENIED_TEXTS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden: ", UNPAID)
 NETWORK_MODULES = ("aiohttp", "requests", "urllib3")
 USER_PROJECT = "DPO_JAX_GCS_USER_PROJECT"
-RESUMES = ": run the same command again to resume"
+RETRY = ": try again later"
 ROLES = "grant roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket"
+PROBE = ".probe-"  # objects that `probe` writes and deletes
+RIGHTS = ("storage.objects.create", "storage.objects.get", "storage.objects.list", "storage.objects.delete")
+GET_BUCKET = "storage.buckets.get"  # which Orbax needs to delete a step
+LAST_NAMES = ("adapter_config.json", "config.json", "model.safetensors.index.json")  # which readers ask for first
 
 Result = TypeVar("Result")
 
@@ -101,7 +107,7 @@ def storage_error(what: str, error: BaseException) -> UserError | None:
     if isinstance(error, UserError):
         return error
     if fault == "unreachable":
-        return StorageUnreachable(f"{what}: storage does not answer ({reason(error)}){RESUMES}")
+        return StorageUnreachable(f"{what}: storage does not answer ({reason(error)}){RETRY}")
     if fault == "denied":
         if type(error).__name__ == "DefaultCredentialsError":
             return StorageDenied(f"{what}: no credentials: run gcloud auth application-default login")
@@ -238,9 +244,10 @@ class Bucket:
         with suppress(FileNotFoundError):
             self._ask("delete", name, lambda: self._blob(name).delete(if_generation_match=generation, retry=None))
 
-    def get_bucket(self) -> None:
-        """Ask for the bucket itself, as Orbax does before it deletes."""
-        self._ask("get the bucket of", "", lambda: self._client.get_bucket(self._bucket.name, retry=None))
+    def requester_pays(self) -> bool:
+        """Ask for the bucket itself, as Orbax does before it deletes, and return whether it is a requester-pays one."""
+        bucket = self._ask("get the bucket of", "", lambda: self._client.get_bucket(self._bucket, retry=None))
+        return bucket.requester_pays
 
     @property
     def _client(self) -> Any:
@@ -290,3 +297,42 @@ class Bucket:
 
 def _blob_of(blob: Any) -> Blob:
     return Blob(int(blob.generation), blob.updated.timestamp(), blob.metadata or {}, int(blob.size))
+
+
+def upload_order(name: str) -> tuple[int, str]:
+    """Return the key by which files are sorted for upload, so that those that readers ask for first come last."""
+    base = PurePosixPath(name).name
+    return (1 + LAST_NAMES.index(base) if base in LAST_NAMES else 0), name
+
+
+def probe(bucket: Bucket, option: str = "run.dir", rights: Collection[str] = (*RIGHTS, GET_BUCKET)) -> float:
+    """Try each of the rights, by default all that a run needs, and return the server's clock.
+
+    ``option`` gives the folder.
+
+    Raises:
+        UserError: some are missing, each is named; storage does not answer; or a run's bucket is a requester-pays one.
+    """
+    name, missing, times, pays = f"{PROBE}{secrets.token_hex(8)}", [], [time.time()], []
+    requests = {
+        "storage.objects.create": lambda: times.append(bucket.write(name, b"probe").updated),
+        "storage.objects.get": lambda: bucket.read(name),
+        "storage.objects.list": bucket.entries,
+        "storage.objects.delete": lambda: bucket.delete(name),
+        GET_BUCKET: lambda: pays.append(bucket.requester_pays()),
+    }
+    for right in rights:
+        try:
+            requests[right]()
+        except StorageDenied as error:
+            missing.append((right, error))
+        except FileNotFoundError:
+            continue  # it could not be written
+    if GET_BUCKET in rights and (any(pays) or any(UNPAID in str(error) for _, error in missing)):
+        problem = f"{bucket.url} is in a requester-pays bucket, which checkpoints do not support"
+        raise UserError(f"{option}: {problem}: use another bucket")
+    if missing:
+        names = ", ".join(right for right, _ in missing)
+        listed = f"missing rights: {names}: " if len(missing) < len(rights) else ""  # all: no credentials, no bucket
+        raise UserError(f"{option}: {listed}{missing[0][1]}") from missing[0][1]
+    return times[-1]

@@ -102,9 +102,9 @@ def _plan(config: PairConfig | PPOConfig, topology: str, search: bool, output: s
         values = tuple(map(float, lengths.split(","))) if is_list else ()
         require(all((values, *values)), "--lengths", lengths, f"give mean tokens of {parts}, such as {example}")
         inputs["lengths"] = values
-    from dpo_jax.commands.evaluate import write_output
     from dpo_jax.plan.plan import Inputs, plan_slices
     from dpo_jax.plan.text import render, table
+    from dpo_jax.runs.output_file import write_output
 
     plans = []
     for plan in plan_slices(config, topology.split(","), Inputs(**inputs), search):
@@ -181,6 +181,7 @@ class Command:
 
 # Settings for argparse that several arguments share.
 TEXT: dict[str, Any] = {"type": str}
+REQUIRED: dict[str, Any] = {**TEXT, "required": True}
 COUNT: dict[str, Any] = {"type": PositiveInt}
 FLAG: dict[str, Any] = {"action": "store_true"}
 FOR: dict[str, Any] = {"default": "train", "help": "Command to which the config belongs."}
@@ -197,11 +198,7 @@ COMMANDS = {
         DPOConfig,
         {
             "--for": OF_PAIRS,
-            "--output": {
-                **TEXT,
-                "required": True,
-                "help": "File to write, also gs://..., with one JSON line per pair.",
-            },
+            "--output": {**REQUIRED, "help": "File to write, local or gs://..., with one JSON line per pair."},
             "--which": {**WHICH, "help": "Checkpoint to evaluate."},
             "--per-token": {**FLAG, "help": "Add each token's reward, and a page of colored answers."},
         },
@@ -210,20 +207,14 @@ COMMANDS = {
         _generate,
         "Generate answers to prompts; score them with a reward model, and make pairs of them, on request.",
         GenerateConfig,
-        {
-            "--output": {
-                **TEXT,
-                "required": True,
-                "help": "File to write, also gs://..., with one JSON line per prompt.",
-            }
-        },
+        {"--output": {**REQUIRED, "help": "File to write, local or gs://..., with one JSON line per prompt."}},
     ),
     "export": Command(
         _export,
         "Write a run's model as a Hugging Face directory.",
         arguments={
-            "run_dir": {**TEXT, "help": "Run directory, also gs://..."},
-            "out_dir": {**TEXT, "help": "Directory to create, also gs://..."},
+            "run_dir": {**TEXT, "help": "Run directory, local or gs://..."},
+            "out_dir": {**TEXT, "help": "Directory to create, local or gs://..."},
             "--which": {**WHICH, "help": "Checkpoint to export."},
             "--adapters": {**FLAG, "help": "Write only the adapters, in PEFT's format."},
         },
@@ -243,11 +234,7 @@ COMMANDS = {
         DPOConfig,
         {
             "--for": {"choices": ["train", "reward", "ppo"], **FOR},
-            "--topology": {
-                **TEXT,
-                "required": True,
-                "help": "TPU slice, as v5e:4x4 or v5litepod-16, or several: v5e:4x4,v6e:4x4.",
-            },
+            "--topology": {**REQUIRED, "help": "TPU slice, as v5e:4x4 or v5litepod-16, or several: v5e:4x4,v6e:4x4."},
             "--slices": {**COUNT, "default": 1, "help": "Number of slices, joined by mesh.data."},
             "--rows": {**COUNT, "help": "Rows of batch.row_length tokens per device."},
             "--lengths": {
@@ -265,7 +252,7 @@ COMMANDS = {
         _sweep,
         "Train once for each of several betas; print a table of accuracy, margin and KL.",
         DPOConfig,
-        {"--betas": {**TEXT, "required": True, "help": "Numbers separated by commas: 0.05,0.1,0.5."}},
+        {"--betas": {**REQUIRED, "help": "Numbers separated by commas: 0.05,0.1,0.5."}},
     ),
     "compare": Command(
         _compare,

@@ -43,7 +43,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class StorageUnreachable(UserError):
-    """A bucket's storage did not answer in time; running the same command again resumes the run."""
+    """A bucket's storage did not answer in time; it may later."""
 
     exit_code = 1
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from dpo_jax.bucket import LAST_SECONDS
 from dpo_jax.config import AnyConfig
 from dpo_jax.config.file import config_to_yaml
 from dpo_jax.console import lossy_streams, say
@@ -17,7 +18,6 @@ from dpo_jax.parallel.rendezvous import start_hosts
 from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.reports.run import report_done
 from dpo_jax.runs.directory import RunDir, last_metrics, log_event
-from dpo_jax.runs.mirror import LAST_SECONDS
 from dpo_jax.runs.profile import refuse_window
 from dpo_jax.runs.session import NotFinite, Session, lock_run, open_session
 from dpo_jax.step import recovered

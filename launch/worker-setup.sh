@@ -27,7 +27,7 @@ print(f"process {jax.process_index()} of {jax.process_count()}: {jax.local_devic
 }
 
 try_bucket() { # URL: in one line what is missing; a 2 says that asking again will not help
-  "$base/venv/bin/python" -c 'import sys; from dpo_jax.bucket import Bucket; from dpo_jax.runs.mirror import probe
+  "$base/venv/bin/python" -c 'import sys; from dpo_jax.bucket import Bucket, probe
 from dpo_jax.errors import StorageUnreachable, UserError
 try:
     probe(Bucket.named("RUNS", sys.argv[1]))

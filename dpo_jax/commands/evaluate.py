@@ -3,14 +3,13 @@
 import json
 import os
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from dpo_jax.batch import CHOSEN, REJECTED, Adapted, Params
-from dpo_jax.bucket import Bucket, is_remote
 from dpo_jax.config import DPOConfig, LossConfig, PairConfig
 from dpo_jax.console import say
 from dpo_jax.errors import UserError, require
@@ -28,9 +27,8 @@ from dpo_jax.parallel.sharding import make_mesh
 from dpo_jax.reports.tokens import token_page
 from dpo_jax.runs.checksums import weights_id
 from dpo_jax.runs.directory import find_run, is_run_dir
-from dpo_jax.runs.mirror import LAST_SECONDS
+from dpo_jax.runs.output_file import refuse_existing, write_output
 from dpo_jax.runs.restore import restore_part
-from dpo_jax.storage import local_copy
 from dpo_jax.weights.open import decoder_of, find_model, load_start, load_weights, lora_of, trained_shapes
 
 NO_TOKEN_REWARDS = {  # reference.mode -> why it does not allow --per-token
@@ -56,8 +54,7 @@ def evaluate(
     config = config.without_online()
     output, page = str(output), os.path.splitext(output)[0] + ".html"
     for path in (output, page) if per_token else (output,):
-        if Bucket.named("--output", path).stat("") is not None if is_remote(path) else os.path.exists(path):
-            raise UserError(f"--output: {path} already exists; choose another name or remove it first")
+        refuse_existing(path)
     if per_token:
         if config.scores:
             raise UserError("--per-token: a reward model scores whole answers; omit --per-token")
@@ -98,26 +95,6 @@ def evaluate(
             write_output(page, token_page(lines, config.objective.beta, policy_name))
             say(config.run.progress, f"tokens: {page}")
     return summary
-
-
-def write_output(name: str, text: str) -> None:
-    """Write ``text`` to the file that ``--output`` names; for one in a bucket, first to this machine's cache.
-
-    Raises:
-        UserError: the file cannot be written. If it is in a bucket, the text is kept in the cache.
-    """
-    path = local_copy("outputs", name) / PurePosixPath(name).name if is_remote(name) else Path(name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output: {path} cannot be written: {error.strerror}; choose another file") from error
-    if is_remote(name):
-        try:
-            Bucket(name, LAST_SECONDS).upload(path, "")
-        except UserError as error:
-            raise type(error)(f"--output: {error}; the file is kept at {path}") from error
-        path.unlink()
 
 
 def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) -> tuple[str, Params, Reference | None]:

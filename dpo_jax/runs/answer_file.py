@@ -1,7 +1,7 @@
 """A file of generated answers, one JSON line per prompt, that a stopped command can continue.
 
 Next to it lies a manifest of the options and models that made it, and a lock while a command writes to it. In a bucket
-all of them are objects, written on the disk and uploaded every ``PUSH_EVERY`` seconds and at the end.
+all of them are objects, written on the disk and uploaded every ``PUSH_INTERVAL`` seconds and at the end.
 """
 
 import json
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax import storage
-from dpo_jax.bucket import Bucket, is_remote
+from dpo_jax.bucket import RETRY, RIGHTS, Bucket, is_remote, probe
 from dpo_jax.console import warn
 from dpo_jax.errors import StorageUnreachable, UserError, reason
 from dpo_jax.runs.directory import append_json, writing
 from dpo_jax.runs.manifest import compare_manifest, rounding_changes
 from dpo_jax.runs.mirror import Mirror, locked_mirror
 
-PUSH_EVERY = 120.0
+PUSH_INTERVAL = 120.0
 Row = dict[str, Any]
 
 
@@ -30,7 +30,7 @@ class AnswerFile:
 
     path: Path
     mirror: Mirror | None = None  # of a file in a bucket
-    pushed: float = field(default_factory=time.monotonic)  # when it was last uploaded
+    last_push: float = field(default_factory=time.monotonic)
 
     @classmethod
     def named(cls, name: str) -> "AnswerFile":
@@ -65,7 +65,7 @@ class AnswerFile:
     def locked(self) -> Iterator[None]:
         """Context manager that keeps other processes from writing to the file.
 
-        Of one in a bucket, the local copy is made from what is there, and uploaded at the end, however it comes.
+        For a file in a bucket, the local copy is downloaded first and uploaded at the end, also after an error.
 
         Raises:
             UserError: another process writes to it, or its folder cannot be written.
@@ -78,7 +78,8 @@ class AnswerFile:
                 storage.sign(lock)
                 stack.callback(path.unlink, missing_ok=True)
                 if self.mirror is not None:
-                    stack.enter_context(locked_mirror(self.mirror, path.name, warn))
+                    server_time = probe(self.mirror.bucket, "--output", RIGHTS)
+                    stack.enter_context(locked_mirror(self.mirror, path.name, server_time, warn))
             except storage.InUse as error:
                 remedy = "wait for it, stop it, or choose another name"
                 raise UserError(f"--output: {name} is being written by {error}: {remedy}") from error
@@ -134,12 +135,12 @@ class AnswerFile:
         """Append rows; if the process is killed at any point, at most the last line is incomplete."""
         for row in rows:
             append_json(self.path, row)
-        if self.mirror is not None and time.monotonic() - self.pushed >= PUSH_EVERY:
+        if self.mirror is not None and time.monotonic() - self.last_push >= PUSH_INTERVAL:
             try:
                 self.mirror.push()
             except StorageUnreachable as error:
-                warn(f"--output: not uploaded, to be tried again: {error}")
-            self.pushed = time.monotonic()
+                warn(f"--output: upload failed, will be retried: {str(error).removesuffix(RETRY)}")
+            self.last_push = time.monotonic()
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows, one at a time."""

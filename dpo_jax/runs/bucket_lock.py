@@ -53,7 +53,7 @@ class BucketLock:
                 else:
                     self.generation = stored.generation
         if self.lost_to is not None:
-            remedy = "nothing more is written; it goes on with what was saved"
+            remedy = "nothing more is written; the other process continues from the last checkpoint"
             raise RunStopped(f"{self.bucket.url} was taken over by {self.lost_to} while this one paused: {remedy}")
 
     def release(self) -> None:

@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dpo_jax.bucket import RETRY
 from dpo_jax.config import CheckpointConfig
 from dpo_jax.console import warn
 from dpo_jax.errors import RunStopped, StorageDenied, StorageUnreachable, UserError, reason
@@ -225,7 +226,7 @@ def _read_patiently(directory: epath.Path, step: int, abstract_state: Any) -> tu
         try:
             return read_step(directory, step, abstract_state)
         except StorageUnreachable as error:
-            warn(f"{error}: trying again")
+            warn(f"{str(error).removesuffix(RETRY)}: trying again")
             time.sleep(READ_RETRY_SECONDS)
     return read_step(directory, step, abstract_state)
 

@@ -8,14 +8,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dpo_jax import storage
-from dpo_jax.bucket import Bucket, is_remote
+from dpo_jax.bucket import PROBE, Bucket, is_remote, probe
 from dpo_jax.errors import RunStopped, UserError, reason
 from dpo_jax.runs.mirror import CHECKPOINTS, EVENTS, PUSH_SECONDS, Mirror, locked_mirror
 
@@ -121,7 +121,9 @@ def locked_run(path: str | Path, say: Callable[[str], None] = lambda line: None)
         root = stack.enter_context(locked_directory(run.root, LOCK, has_ours, "run of this program", str(path)))
         if run.mirror is not None:
             with in_use(path):
-                stack.enter_context(locked_mirror(run.mirror, LOCK, say, _is_run))
+                server_time = probe(run.mirror.bucket)
+                _refuse_other_objects(run.mirror.bucket)
+                stack.enter_context(locked_mirror(run.mirror, LOCK, server_time, say))
         with writing(run.events):
             for folder in (root, *(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())):
                 storage.remove_partial_files(folder)
@@ -129,8 +131,11 @@ def locked_run(path: str | Path, say: Callable[[str], None] = lambda line: None)
         yield run
 
 
-def _is_run(names: Collection[str]) -> bool:
-    return EVENTS in names or LOCK in names
+def _refuse_other_objects(bucket: Bucket) -> None:
+    objects, folders = bucket.entries()
+    names = {name for name in (*objects, *folders) if not name.startswith(PROBE)}
+    if names and not names & {EVENTS, LOCK}:
+        raise UserError(f"run.dir: {bucket.url} has other files but no run of this program: choose an empty directory")
 
 
 @contextmanager

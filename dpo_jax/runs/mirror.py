@@ -5,35 +5,28 @@ whole: before each save begins, so that the bucket holds all that a checkpoint c
 ends. Local files of an earlier start are never trusted: a start empties the copy and fills it from the bucket.
 """
 
-import secrets
 import shutil
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpo_jax.bucket import Bucket
-from dpo_jax.errors import StorageDenied, UserError
+from dpo_jax.bucket import LAST_SECONDS, PROBE, Bucket, upload_order
+from dpo_jax.errors import UserError
 from dpo_jax.runs.bucket_lock import BucketLock, locked
 from dpo_jax.signals import closed_first
 
-PROBE = ".probe-"  # objects that a start writes and deletes
 CHECKPOINTS = "checkpoints/"  # written by Orbax straight to the bucket
 MODEL = "model/"  # config.json and tokenizer
 EVENTS = "events.jsonl"  # which makes a folder that of a run
 FIRST_NAMES = (EVENTS, ".manifest.json")  # without which the other files would be refused
-LAST_NAMES = (".index.json", "config.json")  # files that readers trust to be written last
-RIGHTS = ("storage.objects.create", "storage.objects.get", "storage.objects.list", "storage.objects.delete")
-GET_BUCKET = "storage.buckets.get"  # which Orbax needs to delete a step
 PUSH_SECONDS = 30.0  # patience before a save, which can be tried again at the next
-LAST_SECONDS = 600.0  # patience when there is no next time
 
 
 @dataclass
 class Mirror:
-    """The local copy ``root`` of the files of a run in ``bucket``, or of those called ``names`` in any folder."""
+    """Local copy ``root`` of a run in ``bucket``, or of its files ``names`` in a folder that may hold others."""
 
     bucket: Bucket
     root: Path
@@ -68,9 +61,7 @@ class Mirror:
             self.lock.renew()
             bucket = self.bucket.with_patience(patience)
             names = self._names()
-            for name in sorted(
-                names, key=lambda name: (name.endswith(LAST_NAMES), not name.endswith(FIRST_NAMES), name)
-            ):
+            for name in sorted(names, key=lambda name: (not name.endswith(FIRST_NAMES), upload_order(name))):
                 version = _version(self.root / name)
                 if self._pushed.get(name) != version:
                     bucket.upload(self.root / name, name)
@@ -92,31 +83,18 @@ def _version(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def locked_mirror(
-    mirror: Mirror, lock_name: str, say: Callable[[str], None], has_run: Callable[[set[str]], bool] | None = None
-) -> Iterator[None]:
-    """Context manager that probes and locks a folder in a bucket, and refills its local copy; at the end it is pushed.
+def locked_mirror(mirror: Mirror, lock_name: str, server_time: float, say: Callable[[str], None]) -> Iterator[None]:
+    """Context manager that locks a folder in a bucket, and refills its local copy; at the end it is pushed.
 
     It is pushed too if the block ends with an error or by a signal, whatever the main thread does then.
 
-    ``has_run``: whether these names, directly in the folder, are those of a run; None: ``mirror`` is of an output, next
-    to which there may be others. ``mirror.root`` exists, and this process has locked ``lock_name`` there.
+    ``mirror.root`` exists, and this process has locked ``lock_name`` there. ``server_time`` is what `probe` returned.
 
     Raises:
-        UserError: storage does not answer or a right is missing, or the folder has other files.
+        UserError: storage does not answer.
         InUse: another process holds the lock.
     """
-    bucket = mirror.bucket
-    if has_run is None:
-        server_time = probe(bucket, "--output", RIGHTS)
-    else:
-        server_time = probe(bucket)
-        objects, folders = bucket.entries()
-        names = {name for name in (*objects, *folders) if not name.startswith(PROBE)}
-        if names and not has_run(names):
-            problem = f"{bucket.url} has other files but no run of this program"
-            raise UserError(f"run.dir: {problem}: choose an empty directory")
-    with locked(bucket, lock_name, server_time, say) as lock:
+    with locked(mirror.bucket, lock_name, server_time, say) as lock:
         empty(mirror.root, keep=lock_name)
         mirror.lock = lock
         mirror.pull()
@@ -140,7 +118,7 @@ def _try_to_push(mirror: Mirror, say: Callable[[str], None]) -> None:
         mirror.push()
     except UserError as error:
         if mirror.lock is None or mirror.lock.lost_to is None:
-            say(f"the last lines are not in the bucket: {error}")
+            say(f"the last changes were not uploaded: {error}")
 
 
 def empty(root: Path, keep: str = "") -> None:
@@ -151,33 +129,3 @@ def empty(root: Path, keep: str = "") -> None:
             shutil.rmtree(path)
         elif path.name != keep:
             path.unlink()
-
-
-def probe(bucket: Bucket, option: str = "run.dir", rights: Collection[str] = (*RIGHTS, GET_BUCKET)) -> float:
-    """Try each of the rights, by default all that a run needs, and return the server's clock.
-
-    ``option`` gives the folder.
-
-    Raises:
-        UserError: some are missing, each is named; or storage does not answer.
-    """
-    name, missing, times = f"{PROBE}{secrets.token_hex(8)}", [], [time.time()]
-    requests = {
-        "storage.objects.create": lambda: times.append(bucket.write(name, b"probe").updated),
-        "storage.objects.get": lambda: bucket.read(name),
-        "storage.objects.list": bucket.entries,
-        "storage.objects.delete": lambda: bucket.delete(name),
-        GET_BUCKET: bucket.get_bucket,
-    }
-    for right in rights:
-        try:
-            requests[right]()
-        except StorageDenied as error:
-            missing.append((right, error))
-        except FileNotFoundError:
-            continue  # it could not be written
-    if missing:
-        names = ", ".join(right for right, _ in missing)
-        listed = f"missing rights: {names}: " if len(missing) < len(rights) else ""  # all: no credentials, no bucket
-        raise UserError(f"{option}: {listed}{missing[0][1]}") from missing[0][1]
-    return times[-1]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dpo_jax.bucket import RESUMES
+from dpo_jax.bucket import LAST_SECONDS, RETRY
 from dpo_jax.config import CheckpointConfig, RunConfig
 from dpo_jax.console import progress_line, say, warn
 from dpo_jax.errors import Preempted, StorageDenied, StorageUnreachable, UserError, reason
@@ -31,10 +31,11 @@ from dpo_jax.runs.directory import (
 )
 from dpo_jax.runs.logs import Evaluation, MetricsLog, peak_memory
 from dpo_jax.runs.manifest import refuse_changed, rounding_changes
-from dpo_jax.runs.mirror import LAST_SECONDS, empty
+from dpo_jax.runs.mirror import empty
 from dpo_jax.runs.profile import trace_edges, traced
 from dpo_jax.storage import write_atomically
 
+RESUME = "run the same command again to resume"
 RETRY_SECONDS = 5.0  # between attempts to write a save that must not fail
 
 Metrics = Mapping[str, float | int]
@@ -62,7 +63,7 @@ class NotFinite(Exception):
 @contextmanager
 def lock_run(directory: str) -> Iterator[RunDir]:
     """Context manager that locks the run directory on the writer process and yields its paths on all processes."""
-    with ExitStack() as stack:
+    with _resumable(), ExitStack() as stack:
         run, error = run_at(directory, jax.process_index()), None
         try:
             if run.mirror is not None:
@@ -77,6 +78,15 @@ def lock_run(directory: str) -> Iterator[RunDir]:
         hosts.agree(error, "run directory")
         with failure_logged(run):
             yield run
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Context manager that says of storage that does not answer how the run is resumed."""
+    try:
+        yield
+    except StorageUnreachable as error:
+        raise StorageUnreachable(f"{str(error).removesuffix(RETRY)}: {RESUME}") from error
 
 
 @contextmanager
@@ -269,7 +279,7 @@ class Session:
                 if is_last and not hosts.on_writer(lambda: time.monotonic() < deadline, "retry of a save"):
                     raise
                 plan = "trying again" if is_last else "training continues, and the next save is due as planned"
-                warn(f"the save after step {step} failed: {str(error).removesuffix(RESUMES)}: {plan}")
+                warn(f"the save after step {step} failed: {str(error).removesuffix(RETRY)}: {plan}")
                 if not is_last:
                     return None
                 time.sleep(RETRY_SECONDS)
@@ -294,7 +304,7 @@ class Session:
         except StorageUnreachable as error:
             if hosts.is_writer():
                 log_event(self.run, "save_failed")
-            warn(f"the last save failed: {str(error).removesuffix(RESUMES)}: training continues")
+            warn(f"the last save failed: {str(error).removesuffix(RETRY)}: training continues")
 
     def stop_if_asked(self, step: int) -> None:
         """Raise ``Preempted`` if a stop was requested; the caller has saved the state."""
@@ -303,8 +313,7 @@ class Session:
         if hosts.is_writer():
             log_event(self.run, "preempt", step=step)
         raise Preempted(
-            f"{self.run.location}: stopped after step {step} of {self._num_steps}, the state is saved: "
-            "run the same command again to resume"
+            f"{self.run.location}: stopped after step {step} of {self._num_steps}, the state is saved: {RESUME}"
         )
 
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from dpo_jax.bucket import Bucket, is_remote
+from dpo_jax.bucket import LAST_SECONDS, PROBE, RIGHTS, Bucket, is_remote, probe, upload_order
 from dpo_jax.console import say
 from dpo_jax.errors import UserError, reason
 from dpo_jax.runs.bucket_lock import locked
-from dpo_jax.runs.mirror import LAST_SECONDS, PROBE, RIGHTS, empty, probe
+from dpo_jax.runs.mirror import empty
 from dpo_jax.storage import InUse, claim, is_abandoned, local_copy
 from dpo_jax.weights.safetensors import INDEX, WEIGHTS
 
@@ -22,7 +22,6 @@ COMPANIONS = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
     "generation_config.json",
 )  # fmt: skip
-LAST = ("adapter_config.json", "config.json", INDEX)  # objects that readers ask for first are written last
 LOCK, MARKER = "export.lock", "export.unfinished"  # objects of an export that is being written, or was broken off
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -67,7 +66,7 @@ def export_directory(out_dir: str | Path, overwrite: bool) -> Iterator[tuple[Pat
     """Context manager that yields a directory to fill, and a function to call with each large file that is complete.
 
     A local ``out_dir`` appears when all is written. To a bucket, large files go as they are completed, so that the disk
-    holds one at a time; the others follow, ``LAST`` last. An export that was broken off there is replaced.
+    holds one at a time; the others follow, by `upload_order`. An export that was broken off there is replaced.
 
     Raises:
         UserError: ``out_dir`` is not empty and ``overwrite`` is false, another export to it is running, or it cannot
@@ -99,8 +98,8 @@ def _bucket_directory(bucket: Bucket) -> Iterator[tuple[Path, Callable[[Path], N
                 empty(staging)
                 try:
                     yield staging, upload
-                    paths = sorted(path for path in staging.rglob("*") if path.is_file())
-                    for path in sorted(paths, key=lambda path: LAST.index(path.name) if path.name in LAST else -1):
+                    paths = (path for path in staging.rglob("*") if path.is_file())
+                    for path in sorted(paths, key=lambda path: upload_order(path.relative_to(staging).as_posix())):
                         upload(path)
                 finally:
                     shutil.rmtree(staging, ignore_errors=True)

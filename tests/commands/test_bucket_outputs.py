@@ -10,11 +10,10 @@ from small import HF_CONFIG, random_params
 from small_tokenizer import make_tokenizer
 
 from dpo_jax import cli
-from dpo_jax.commands import evaluate
 from dpo_jax.errors import StorageUnreachable, UserError
 from dpo_jax.models.decoder import Model
 from dpo_jax.models.families import decoder_config
-from dpo_jax.runs import answer_file
+from dpo_jax.runs import answer_file, output_file
 from dpo_jax.runs.answer_file import AnswerFile
 from dpo_jax.weights.huggingface import export_params
 
@@ -76,7 +75,7 @@ def test_answers_are_those_of_a_local_file_and_a_stopped_command_continues(stora
     lines = files["answers.jsonl"].splitlines(keepends=True)
     storage.put("bucket", "out/answers.jsonl", b"".join(lines[:5]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another disk"))
-    monkeypatch.setattr(answer_file, "PUSH_EVERY", 0.0)
+    monkeypatch.setattr(answer_file, "PUSH_INTERVAL", 0.0)
     storage.requests.clear()
     run(made, "generate", URL)
     assert storage.data("bucket", "out/answers.jsonl") == files["answers.jsonl"]
@@ -93,10 +92,10 @@ def test_pairs_of_an_evaluation_are_those_of_a_local_file(storage, made, tmp_pat
 
 
 def test_an_output_that_cannot_be_uploaded_is_kept(storage, monkeypatch):
-    monkeypatch.setattr(evaluate, "LAST_SECONDS", 30.0)
+    monkeypatch.setattr(output_file, "LAST_SECONDS", 30.0)
     storage.fail(503, kind="write")
     with pytest.raises(StorageUnreachable, match=r"storage does not answer .*; the file is kept at (.*)") as failed:
-        evaluate.write_output("gs://bucket/pairs.jsonl", "pairs")
+        output_file.write_output("gs://bucket/pairs.jsonl", "pairs")
     assert Path(str(failed.value).rpartition(" ")[2]).read_text() == "pairs"
 
 
@@ -113,13 +112,13 @@ def test_rows_are_uploaded_before_the_end_and_whatever_ends_it(storage, monkeypa
     def stop(file: AnswerFile) -> None:
         file.append([{"row": 0}])
         assert "out/answers.jsonl" not in storage.names("bucket")
-        monkeypatch.setattr(answer_file, "PUSH_EVERY", 0.0)
+        monkeypatch.setattr(answer_file, "PUSH_INTERVAL", 0.0)
         storage.requests.clear()
         file.append([{"row": 1}])
         assert storage.data("bucket", "out/answers.jsonl") == b'{"row": 0}\n{"row": 1}\n'
         names = [request.name for request in storage.requests if request.kind == "write"]
         assert names == ["out/answers.lock", "out/answers.manifest.json", "out/answers.jsonl"]
-        monkeypatch.setattr(answer_file, "PUSH_EVERY", 120.0)
+        monkeypatch.setattr(answer_file, "PUSH_INTERVAL", 120.0)
         file.append([{"row": 2}])
         file.beside(".best.jsonl").write_text("best")
         raise ZeroDivisionError
@@ -138,7 +137,7 @@ def test_the_disk_is_not_trusted(storage, cache):
 
 
 def test_storage_that_does_not_answer_delays_an_upload(storage, monkeypatch, capfd):
-    monkeypatch.setattr(answer_file, "PUSH_EVERY", 0.0)
+    monkeypatch.setattr(answer_file, "PUSH_INTERVAL", 0.0)
 
     def append(file: AnswerFile) -> None:
         storage.fail(503, kind="write", name="answers.jsonl", times=100)
@@ -147,7 +146,7 @@ def test_storage_that_does_not_answer_delays_an_upload(storage, monkeypatch, cap
         file.append([{"row": 1}])
 
     opened(append)
-    assert "--output: not uploaded, to be tried again: " in capfd.readouterr().err
+    assert "--output: upload failed, will be retried: " in capfd.readouterr().err
     assert opened() == 2
 
 

@@ -320,6 +320,8 @@ class _Handler(BaseHTTPRequestHandler):
         storage, bucket, name = self.storage, request.bucket, request.name
         if bucket not in storage.buckets:
             raise Refused(404, "The specified bucket does not exist.")
+        if storage.bucket_fields.get("billing", {}).get("requesterPays") and "userProject" not in params:
+            raise Refused(400, "Bucket is a requester pays bucket but no user project provided.")
         if request.kind == "bucket":
             return _json(storage.bucket_resource(bucket))
         if request.kind == "list":

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from dpo_jax import signals
-from dpo_jax.bucket import Bucket, prepare_clients, split_url
+from dpo_jax.bucket import RIGHTS as OUTPUT_RIGHTS
+from dpo_jax.bucket import Bucket, prepare_clients, probe, split_url
 from dpo_jax.config import CheckpointConfig
 from dpo_jax.errors import Preempted, RunStopped, StorageDenied, StorageUnreachable, Terminated, UserError
 from dpo_jax.runs import bucket_lock, checkpoint
@@ -382,6 +383,20 @@ def test_each_right_is_asked_for_at_the_start(storage, kind):
     assert not storage.names("bucket", LOCK)
 
 
+@pytest.mark.parametrize("has_project", [True, False])
+def test_a_requester_pays_bucket_is_refused_for_a_run_alone(storage, has_project, monkeypatch):
+    monkeypatch.setattr(storage, "bucket_fields", {"billing": {"requesterPays": True}})
+    if has_project:
+        monkeypatch.setenv("DPO_JAX_GCS_USER_PROJECT", "payer")
+    problem = "gs://bucket/runs/one is in a requester-pays bucket, which checkpoints do not support: use another bucket"
+    with pytest.raises(UserError, match=f"^run.dir: {problem}$"):
+        opened()
+    assert storage.names("bucket") == []
+    if has_project:
+        probe(bucket(), "--output", OUTPUT_RIGHTS)
+    assert {request.params.get("userProject") for request in storage.requests} == {"payer" if has_project else None}
+
+
 def test_a_bucket_that_does_not_exist(storage):
     with pytest.raises(UserError, match=r"the bucket does not exist: create it, or correct its name") as refused:
         opened("gs://another/run")
@@ -395,8 +410,11 @@ def test_storage_that_does_not_answer_at_a_start_is_waited_for(storage, status):
         log_event(run, "start")
     assert storage.names("bucket") == [f"{FOLDER}/events.jsonl"]
     storage.fail(status)
-    with pytest.raises(StorageUnreachable, match=r"storage does not answer.*run the same command again") as refused:
-        opened()
+    with (
+        pytest.raises(StorageUnreachable, match=r"not answer.*\): run the same command again") as refused,
+        lock_run(URL),
+    ):
+        pass
     assert refused.value.exit_code == 1
 
 

@@ -109,7 +109,7 @@ def test_adapters_are_exported_to_a_bucket(storage, model, tmp_path):
 def test_an_export_that_storage_broke_off_is_written_again(storage, model, params, tmp_path, cache, monkeypatch):
     monkeypatch.setattr(output, "LAST_SECONDS", 30.0)
     storage.fail(503, kind="write", name="model-00003-of")
-    with pytest.raises(StorageUnreachable, match=r"cannot write model-00003-of-.*: run the same command again"):
+    with pytest.raises(StorageUnreachable, match=r"cannot write model-00003-of-.*: try again later"):
         export(params, model, URL)
     assert INDEX not in files_of(storage)
     assert "config.json" not in files_of(storage)

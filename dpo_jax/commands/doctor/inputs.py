@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from dpo_jax.batching.sets import store_folder
-from dpo_jax.bucket import SCHEME, Bucket
+from dpo_jax.bucket import PROBE, SCHEME, Bucket, probe
 from dpo_jax.commands.doctor import machine
 from dpo_jax.commands.doctor.findings import Finding, fail, ok, size_text, warn
 from dpo_jax.config import AnyConfig, PPOConfig, SourceConfig
@@ -33,7 +33,6 @@ from dpo_jax.models.families import refuse_positions
 from dpo_jax.parallel.sharding import abstract_mesh, sharded_structs
 from dpo_jax.plan.ahead_of_time import NUM_STEPS, num_bytes
 from dpo_jax.runs.directory import is_run_dir, run_at
-from dpo_jax.runs.mirror import PROBE, probe
 from dpo_jax.weights.open import OpenModel, find_model, open_model, param_shardings
 from dpo_jax.weights.safetensors import find_tensors
 

@@ -92,12 +92,11 @@ def save(folder: str | None) -> Finding | None:
     from etils import epath
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from dpo_jax.bucket import Bucket, is_remote
+    from dpo_jax.bucket import PROBE, Bucket, is_remote
     from dpo_jax.config import CheckpointConfig
     from dpo_jax.parallel import hosts
     from dpo_jax.runs.checkpoint import Checkpoints
     from dpo_jax.runs.manifest import make_manifest
-    from dpo_jax.runs.mirror import PROBE
 
     if folder is None:
         return None
