@@ -115,7 +115,7 @@ def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) ->
         if setup.model.lora is not None:
             adapters = load_start(config.lora, setup.model, model_weights, config.run.seed, setup.mesh)
             model_weights = Adapted(adapters, model_weights)
-        return config.model.path, model_weights, make_reference(setup, weights)
+        return config.model.path, model_weights, make_reference(setup, weights, setup.evals.values())
     shapes = {"params": trained_shapes(setup.model, setup.mesh)}
     if config.reference.sync_every:
         shapes["reference"] = shapes["params"]
@@ -136,8 +136,9 @@ def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) ->
         raise run_error(f"{difference}; use its config.yaml or another run.dir")
     params = saved_state["params"]
     policy = params if setup.model.lora is None else Adapted(params, model_weights)
+    is_saved = config.reference.sync_every
     reference = (
-        LiveReference(saved_state["reference"]) if config.reference.sync_every else make_reference(setup, weights)
+        LiveReference(saved_state["reference"]) if is_saved else make_reference(setup, weights, setup.evals.values())
     )
     return name, policy, reference
 

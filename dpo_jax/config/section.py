@@ -57,6 +57,9 @@ class Section:
     def __post_init__(self):
         for option in fields(self):
             value, allowed_range = getattr(self, option.name), option.metadata.get("range")
+            if isinstance(value, list):  # given in Python; sections are hashable
+                value = tuple(value)
+                object.__setattr__(self, option.name, value)
             null_prefix = "null or " if NoneType in get_args(option.type) else ""
             for index, entry in enumerate(value) if isinstance(value, tuple) else [("", value)]:
                 name = self._dotted(option.name, str(index))

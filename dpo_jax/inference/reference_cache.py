@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -49,7 +49,7 @@ def cached_logps(
         report: called with a line for each file that cannot be used; default: prints to the writer's stderr.
 
     Raises:
-        RunStopped: ``compute`` did not return a needed row, or a log-prob is not finite.
+        RunStopped: ``compute`` did not return a needed row, or a log-prob that it returned is not finite.
     """
     report = report or warn
     store = batches.store
@@ -60,16 +60,19 @@ def cached_logps(
     if hosts.is_writer():
         remove_partial_files(store.path)
     logps = _load_complete(path, inputs, shape, report)
-    if all(hosts.gather(logps is not None, "reference cache")):  # computing is collective: all processes or none
-        assert logps is not None
+    if _is_same_everywhere(logps, "reference cache"):  # computing is collective: all processes or none
+        if hosts.is_writer():
+            _remove_parts(path)
         return logps
     logps, is_computed = _load_parts(path, inputs, shape, report)
-    if len(set(hosts.gather(hashlib.sha256(is_computed.tobytes()).hexdigest(), "parts of the reference cache"))) > 1:
+    if not _is_same_everywhere({**logps, "is_computed": is_computed}, "parts of the reference cache"):
         logps, is_computed = {}, np.zeros(len(store), bool)  # without a shared disk, processes see different parts
     is_missing = np.zeros(len(store), bool)
     is_missing[needed_ids] = ~is_computed[needed_ids]
     step_ids = [ids[ids >= 0] for ids in map(batches.order.step_ids, range(batches.order.num_steps))]
     remaining_steps = [step for step, ids in enumerate(step_ids) if is_missing[ids].any()]
+    if remaining_steps and not path.is_file():
+        _report_others(path, inputs, report)
     for count, start in enumerate(range(0, len(remaining_steps), PART_STEPS)):
         ids, fields = compute(batches, remaining_steps[start : start + PART_STEPS])
         is_new = ~is_computed[ids]
@@ -84,17 +87,31 @@ def cached_logps(
         _write(path, inputs, logps)
     hosts.barrier("reference cache")
     if hosts.is_writer() and is_complete:
-        for part in list_files(path.parent, f"{path.stem}.part-*"):  # including partly written ones of killed runs
-            part.unlink(missing_ok=True)
+        _remove_parts(path)
     return logps
+
+
+def _is_same_everywhere(fields: Arrays | None, what: str) -> TypeGuard[Arrays]:
+    """Return whether every process has the same arrays; None is none."""
+    digests = hosts.gather(None if fields is None else _digest(fields), what)
+    return digests[0] is not None and len(set(digests)) == 1
+
+
+def _remove_parts(path: Path) -> None:
+    for part in list_files(path.parent, f"{path.stem}.part-*"):  # including partly written ones of killed runs
+        part.unlink(missing_ok=True)
+
+
+def _report_others(path: Path, inputs: Mapping, report: Callable[[str], None]) -> None:
+    """Report how the complete files of other inputs differ."""
+    for other in list_files(path.parent, "reference-*.npz"):
+        if ".part-" not in other.name:
+            report(f"reference cache: {other} {_difference(other, inputs)}: recomputing")
 
 
 def _load_complete(path: Path, inputs: Mapping, shape: tuple[int, int], report: Callable[[str], None]) -> Arrays | None:
     """Load the log-probs of a complete cache file; if it cannot be used, report why and return None."""
     if not path.is_file():
-        for sibling in list_files(path.parent, "reference-*.npz"):
-            if ".part-" not in sibling.name:
-                report(f"reference cache: {sibling} {_difference(sibling, inputs)}: recomputing")
         return None
     try:
         fields = _read(path, inputs)

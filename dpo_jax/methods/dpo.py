@@ -1,6 +1,6 @@
 """Direct Preference Optimization: training on pairs of answers, relative to a reference model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -39,7 +39,7 @@ def dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[Offline, Start]:
     policy = load_policy(setup)
     weights = reference_weights(setup, policy.weights)
     policy = policy._replace(ids=policy.ids | reward_ids | reference_ids(policy, weights))
-    reference = make_reference(setup, weights)
+    reference = make_reference(setup, weights, (setup.batches, *setup.evals.values()))
     method, start = make_offline(setup, policy, reference, flags, dpo_samples(setup, policy, reference, weights))
     return replace(method, scores=scores), start
 
@@ -123,8 +123,11 @@ def find_reference(
     return source
 
 
-def make_reference(setup: Setup, weights: Params) -> Reference | None:
-    """Return the reference, which shares no trained arrays with ``weights``, or None if the config uses none."""
+def make_reference(setup: Setup, weights: Params, sets: Iterable[Batches]) -> Reference | None:
+    """Return the reference, which shares no trained arrays with ``weights``, or None if the config uses none.
+
+    ``sets``: what it is used for; a cached one has the log-probs of no other examples.
+    """
     config = setup.config
     match config.reference_mode:
         case "none":
@@ -134,10 +137,10 @@ def make_reference(setup: Setup, weights: Params) -> Reference | None:
         case "live":
             dtype = None if config.reference.dtype == "auto" else config.reference.dtype
             return LiveReference(copy_weights(weights, dtype))
-    return _cached_reference(setup, weights)
+    return _cached_reference(setup, weights, sets)
 
 
-def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
+def _cached_reference(setup: Setup, weights: Params, sets: Iterable[Batches]) -> CachedReference:
     config, model, mesh = setup.config, setup.model, setup.mesh
     tail = setup.config.objective.ld_alpha is not None
     cache_inputs = {
@@ -159,9 +162,9 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
         return ids, {name: getattr(logps, name) for name in ("sum", "tail_sum") if getattr(logps, name) is not None}
 
     row_split = row_devices(mesh), local_row_shards(mesh)
-    used: dict[str, list[Batches]] = {}  # by the key of their store
-    for batches in (setup.batches, *setup.evals.values()):
-        used.setdefault(batches.store.key, []).append(batches)
+    by_store: dict[str, list[Batches]] = {}
+    for batches in sets:
+        by_store.setdefault(batches.store.key, []).append(batches)
 
     def logps_of(sets: Sequence[Batches]) -> dict[str, np.ndarray]:
         """Return the log-probs of a store for the sets that are drawn from it."""
@@ -169,4 +172,4 @@ def _cached_reference(setup: Setup, weights: Params) -> CachedReference:
         all_batches = set_batches(store, np.arange(len(store)), config.batch, *row_split)
         return cached_logps(all_batches, needed_ids, cache_inputs, compute)
 
-    return CachedReference({key: logps_of(sets) for key, sets in used.items()})
+    return CachedReference({key: logps_of(sets) for key, sets in by_store.items()})

@@ -132,7 +132,7 @@ def online_dpo(setup: Setup, flags: Mapping[str, str]) -> tuple[OnlineDPO, Start
     weights = reference_weights(setup, policy.weights)
     sampler, ids = make_sampler(setup, options.answers, options.reward)
     policy = policy._replace(ids=policy.ids | ids | reference_ids(policy, weights))
-    reference = make_reference(setup, weights)
+    reference = make_reference(setup, weights, ())
     start_reference = None if reference is None else sampling_weights(setup, reference, weights)
     evaluation = make_evaluation(setup, sampler, start_reference)
     samples = dpo_samples(setup, policy, reference, weights, sampler.judge)

@@ -17,6 +17,7 @@ from dpo_jax.batch import Adapted, Params
 from dpo_jax.batching.batches import Batches, StepData, set_batches, train_batches
 from dpo_jax.batching.sets import DataSets, open_sets
 from dpo_jax.batching.to_devices import ToDevices, make_to_devices
+from dpo_jax.bucket import is_remote
 from dpo_jax.config import LOSS_TRAITS, AnyConfig, LossConfig, TrainConfig
 from dpo_jax.config.idle import Facts, idle_options
 from dpo_jax.console import say
@@ -84,6 +85,7 @@ def assemble(
     refuse_positions(model.config, max_length, "data.max_length", max_length)
     refuse_expert_axis(model.config, mesh)
     sets = hosts.writer_first(partial(sets_of, config, tokenizer, train_set, eval_sets), "tokenized data")
+    _refuse_different_inputs(config, opened.source, sets)
     sets = sets.with_answers(config.planned)
     for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values())):
         refuse_weights(config.objective, store)
@@ -108,6 +110,17 @@ def assemble(
         logps_step=jax.jit(logps_fn, out_shardings=replicated(mesh)),  # every process gets all pairs' log-probs
         to_devices=make_to_devices(mesh),
     )
+
+
+def _refuse_different_inputs(config: AnyConfig, source: ModelSource, sets: DataSets) -> None:
+    """Raise ``UserError`` if hosts read different data, or different generations of a model in a bucket."""
+    copy = source.folder.name if source.folder is not None and is_remote(config.model.path) else None
+    stores = [store.key for store in (sets.train, *(eval_set.store for eval_set in sets.evals.values()))]
+    for name, value in (("data", stores), ("model.path", copy)):
+        values = hosts.gather(value, name)
+        others = [process for process, other in enumerate(values) if other != values[0]]
+        if others:
+            raise UserError(f"{name}: process {others[0]} reads other files than process 0: give all hosts the same")
 
 
 def longest_sample(config: AnyConfig, stores: Sequence[Store]) -> int:

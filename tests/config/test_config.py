@@ -332,6 +332,14 @@ def test_the_loss_is_settled_in_the_config_that_is_kept():
         assert parse_config(yaml.safe_load(config_to_yaml(config)), {}, DPOConfig) == config
 
 
+def test_lists_given_in_python_are_what_a_file_gives():
+    given = LossConfig(types=["sigmoid", "sft"], weights=[1.0, 0.5])
+    assert given == LossConfig(types=("sigmoid", "sft"), weights=(1.0, 0.5))
+    assert hash(given)
+    with pytest.raises(UserError, match=r"loss\.weights\.1 must be positive"):
+        LossConfig(types=["sigmoid", "sft"], weights=[1.0, -0.5])
+
+
 # (bounds, words, numbers inside, numbers outside)
 RANGES = [
     ({"above": 0}, "positive", [1, 1e-9], [0, -1]),

@@ -87,6 +87,35 @@ def test_runs_at_the_same_time_lose_nothing(batches):
     assert last.calls == []
 
 
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_processes_whose_files_have_other_values_compute_all_rows(batches, monkeypatch, is_complete):
+    """Without a shared disk, each process may have files of its own, with the same rows."""
+    cached_logps(batches, ALL if is_complete else np.array([0, 5]), MADE_BY, Computer())
+    differ = lambda value, *rest: [value, value if value is None else "another"]  # noqa: E731
+    monkeypatch.setattr(refcache.hosts, "gather", differ)
+    again = Computer()
+    assert run(batches, again) == []
+    assert sum(map(len, again.calls)) == 8
+
+
+def test_a_file_of_other_inputs_is_named_only_where_rows_are_missing(batches):
+    run(batches, Computer())
+    other = MADE_BY | {"weights": "b"}
+    needed = np.array([0])
+    lines = []
+    for _ in range(2):
+        cached_logps(batches, needed, other, Computer(), lines.append)
+    assert len(lines) == 1
+
+
+def test_parts_beside_a_complete_file_are_removed(batches):
+    run(batches, Computer())
+    (path,) = files(batches)
+    path.with_suffix(".part-00000000-0.npz").write_bytes(b"written late by another run")
+    assert run(batches, Computer()) == []
+    assert files(batches) == [path]
+
+
 DAMAGE = {
     "empty": (lambda good: b"", "truncated or damaged"),
     "one byte": (lambda good: good[:1], "truncated or damaged"),

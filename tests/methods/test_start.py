@@ -14,6 +14,7 @@ from small_tokenizer import make_tokenizer
 from dpo_jax.config import DPOConfig
 from dpo_jax.config.file import parse_config
 from dpo_jax.errors import UserError
+from dpo_jax.parallel import hosts
 from dpo_jax.runs.directory import read_json
 from dpo_jax.train import train
 
@@ -51,6 +52,15 @@ def test_the_steps_after_the_last_save_are_done_again_to_the_same_bytes(config, 
     train(replace(config, run=replace(config.run, dir=str(run))), devices=jax.devices()[:1])
     assert (run / "metrics.jsonl").read_bytes() == before
     assert [event["step"] for event in read_json(run / "events.jsonl") if event["event"] == "restore"] == [STEPS // 2]
+
+
+def test_hosts_that_read_other_data_are_refused(config, monkeypatch, tmp_path):
+    """As if a second process had other rows; with a live reference nothing else would tell."""
+    gather = hosts.gather
+    other = lambda value, what, *rest: [value, ["other"]] if what == "data" else gather(value, what, *rest)  # noqa: E731
+    monkeypatch.setattr(hosts, "gather", other)
+    with pytest.raises(UserError, match=r"^data: process 1 reads other files than process 0: give all hosts the same$"):
+        train(replace(config, run=replace(config.run, dir=str(tmp_path / "run"))), devices=jax.devices()[:1])
 
 
 def test_a_stale_cache_is_refused_before_the_first_step(config, tmp_path):
