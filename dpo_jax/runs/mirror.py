@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from dpo_jax.bucket import LAST_SECONDS, PROBE, Bucket, upload_order
+from dpo_jax.bucket import LAST_NAMES, LAST_SECONDS, PROBE, Bucket, upload_order
 from dpo_jax.errors import UserError
 from dpo_jax.runs.bucket_lock import BucketLock, locked
 from dpo_jax.signals import closed_first
@@ -60,15 +60,15 @@ class Mirror:
         with self._mutex:
             self.lock.renew()
             bucket = self.bucket.with_patience(patience)
-            names = self._names()
-            for name in sorted(names, key=lambda name: (not name.endswith(FIRST_NAMES), upload_order(name))):
-                version = _version(self.root / name)
-                if self._pushed.get(name) != version:
-                    bucket.upload(self.root / name, name)
-                    self._pushed[name] = version
-            for name in set(self._pushed) - names:
+            versions = {name: _version(self.root / name) for name in self._names()}
+            changed = [name for name, version in versions.items() if self._pushed.get(name) != version]
+            replaced = {name for name in changed if name in self._pushed and PurePosixPath(name).name in LAST_NAMES}
+            for name in (set(self._pushed) - set(versions)) | replaced:  # no old config.json stands next to new weights
                 bucket.delete(name)
                 del self._pushed[name]
+            for name in sorted(changed, key=lambda name: (not name.endswith(FIRST_NAMES), upload_order(name))):
+                bucket.upload(self.root / name, name)
+                self._pushed[name] = versions[name]
 
     def _names(self) -> set[str]:
         """Return the files that are there, but for unfinished ones and the lock."""

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
@@ -116,9 +116,12 @@ def _file_with_header(path: Path, remote: RemoteFile | None) -> Iterator[Path]:
         yield path
         return
     length = int.from_bytes(remote.read(0, min(8, remote.size)), "little")
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(remote.read(0, min(8 + length, 8 + MAX_HEADER_BYTES, remote.size)))
-        file.truncate(remote.size)
+    header = remote.read(0, min(8 + length, 8 + MAX_HEADER_BYTES, remote.size))
+    with ExitStack() as stack:
+        with from_outside(f"{remote.url}: its header cannot be written to {tempfile.gettempdir()}", "free space there"):
+            file = stack.enter_context(tempfile.NamedTemporaryFile())
+            file.write(header)
+            file.truncate(remote.size)
         yield Path(file.name)
 
 

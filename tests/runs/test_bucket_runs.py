@@ -134,10 +134,19 @@ def test_only_what_changed_is_uploaded(storage):
 def test_what_says_that_files_are_whole_comes_last(storage):
     with locked_run(URL) as run:
         (run.root / "export").mkdir()
-        for name in ("model.safetensors.index.json", "config.json", "a.safetensors", "z.safetensors"):
+        names = ("a.safetensors", "tokenizer_config.json", "config.json", "model.safetensors.index.json")
+        for name in names:
             (run.root / "export" / name).write_text(name)
-    written = [request.name for request in storage.requests if "/export/" in request.name]
-    assert [name.rpartition("/")[2] for name in written[:2]] == ["a.safetensors", "z.safetensors"]
+        run.push()
+        requests = [request for request in storage.requests if "/export/" in request.name]
+        assert [request.name.rpartition("/")[2] for request in requests] == [*names]
+        storage.requests.clear()
+        for name in names:
+            (run.root / "export" / name).write_text(f"new {name}")
+    requests = [request for request in storage.requests if "/export/" in request.name]
+    kinds = [(request.kind, request.name.rpartition("/")[2]) for request in requests]
+    assert sorted(kinds[:2]) == [("delete", "config.json"), ("delete", "model.safetensors.index.json")]
+    assert kinds[2:] == [("write", name) for name in names]
 
 
 @pytest.mark.parametrize(
