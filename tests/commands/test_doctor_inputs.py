@@ -8,7 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
+import safetensors.numpy
 from small_tokenizer import make_tokenizer
 
 from dpo_jax import bucket
@@ -196,6 +198,23 @@ def test_data_elsewhere_are_not_opened(config):
     finding = found(replace(config, data=replace(config.data, train=sources)))["data"]
     text = "3 rows tokenized, the first of each data set; not opened: owner/pairs, tfds:pairs"
     assert finding == ok(text, rows=3, causes={})
+
+
+def test_a_model_and_data_in_a_bucket_are_not_downloaded(config, storage, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    storage.put("bucket", "model/config.json", json.dumps(builtin_model("builtin:tiny")).encode())
+    storage.put("bucket", "model/model.safetensors", safetensors.numpy.save({"x": np.zeros(2**20)}))
+    storage.put("bucket", "pairs.jsonl", Path(config.data.train[0].path).read_bytes())
+    model = replace(config.model, path="gs://bucket/model")
+    sources = (*config.data.train, SourceConfig(path="gs://bucket/pairs.jsonl"))
+    findings = found(replace(config, model=model, data=replace(config.data, train=sources)))
+    assert findings["model"] == ok("gs://bucket/model: 131,392 parameters", parameters=131392)
+    text = "3 rows tokenized, the first of each data set; not opened: gs://bucket/pairs.jsonl"
+    assert findings["data"] == ok(text, rows=3, causes={})
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*")) < 2**20
+
+    storage.put("bucket", "model/model.safetensors", b"torn")
+    assert "this is not an intact safetensors file" in faults(found(replace(config, model=model)))["model"]
 
 
 def test_a_state_larger_than_the_device_or_the_machine(config, monkeypatch):

@@ -1,7 +1,6 @@
 """Checks of what a config names: model, tokenizer, data, mesh, memory, disk and bucket."""
 
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -16,12 +15,12 @@ from typing import Any
 import jax
 
 from dpo_jax.batching.sets import store_folder
-from dpo_jax.bucket import PROBE, SCHEME, Bucket, probe
+from dpo_jax.bucket import PROBE, SCHEME, Bucket, is_remote, probe, split_url
 from dpo_jax.commands.doctor import machine
 from dpo_jax.commands.doctor.findings import Finding, fail, ok, size_text, warn
 from dpo_jax.config import AnyConfig, PPOConfig, SourceConfig
 from dpo_jax.data.convert import ConvertJob, make_convert_rows
-from dpo_jax.data.files import file_suffix
+from dpo_jax.data.sources import kind_of
 from dpo_jax.data.store import open_source
 from dpo_jax.errors import UserError
 from dpo_jax.methods.optimizer import make_optimizer
@@ -38,7 +37,6 @@ from dpo_jax.weights.safetensors import find_tensors
 
 SAMPLE_ROWS = 64  # of each data set, to tokenize
 LARGE_FILE = 2**29  # bytes; opening a larger file takes too long
-ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 TRANSFER_BYTES = 2**25  # of the object that measures a bucket's rates
 BUCKET_PATIENCE = 10.0  # seconds
 HUB_REMEDIES = {  # type of the hub's error -> remedy
@@ -87,7 +85,7 @@ def model(job: Job) -> Finding:
     folder, text = job.opened.source.folder, f"{config.model.path}: {job.parameters:,} parameters"
     if folder is None or job.opened.source.run is not None:
         return ok(text, parameters=job.parameters)
-    if not Path(config.model.path).expanduser().is_dir():
+    if not is_remote(config.model.path) and not Path(config.model.path).expanduser().is_dir():
         return _on_hub(text, folder, job.parameters)
     find_tensors(folder)
     return ok(text, parameters=job.parameters)
@@ -160,11 +158,12 @@ def data(job: Job) -> Finding | None:
 
 
 def _is_small_local(source: SourceConfig) -> bool:
-    """Return whether a data set can be opened quickly; one that does not exist can, as the error comes at once."""
-    if os.path.exists(source.path):
-        return os.path.getsize(source.path) <= LARGE_FILE
-    is_elsewhere = source.path.startswith("tfds:") or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path)
-    return not is_elsewhere or file_suffix(source.path) in ROW_SUFFIXES
+    """Return whether a data set can be opened quickly; raise ``UserError`` if its path names nothing."""
+    if is_remote(source.path):
+        split_url("data", source.path)
+        return False
+    is_local = kind_of(source.path) not in ("TFDS set", "hub dataset")
+    return is_local and os.path.getsize(source.path) <= LARGE_FILE
 
 
 def mesh(job: Job) -> Finding | None:
