@@ -19,10 +19,9 @@ from jax.sharding import AbstractMesh, Mesh
 from dpo_jax.config import JudgeConfig, ModelConfig, PPOConfig
 from dpo_jax.errors import UserError, require
 from dpo_jax.methods.dpo import find_reference
-from dpo_jax.methods.setup import sets_of, with_head
+from dpo_jax.methods.setup import sets_of, trained_model
 from dpo_jax.methods.value_model import value_model_of
 from dpo_jax.models.decoder import Model, count_adapters, count_params, refuse_expert_axis
-from dpo_jax.models.families import refuse_positions
 from dpo_jax.parallel.chips import GIB, Topology, parse_topology
 from dpo_jax.parallel.sharding import row_devices
 from dpo_jax.plan.ahead_of_time import Phase, compile_step, slice_mesh, step_arguments, step_sizes
@@ -48,7 +47,7 @@ def plan_slices(
         find_reference(
             config,
             config.reference.path,
-            with_head(build_model(source, config.model, "tpu"), config),
+            trained_model(build_model(source, config.model, "tpu"), config),
             "tpu",
             find_config,
         )
@@ -68,8 +67,7 @@ def plan(config: PlannedConfig, source: ModelSource, slice_: Topology, inputs: I
         UserError: the config cannot run on that slice.
     """
     mesh = slice_mesh(config, slice_, inputs.slices)
-    model, max_length = with_head(build_model(source, config.model, "tpu", config.lora), config), config.data.max_length
-    refuse_positions(model.config, max_length, "data.max_length", max_length)
+    model = trained_model(build_model(source, config.model, "tpu", config.lora), config)
     refuse_expert_axis(model.config, mesh)
     load, unit = find_load(config, mesh, inputs), config.batch.counts.removesuffix("s")
     rollout, reward = find_rollout_plan(config, model, mesh, inputs)

@@ -25,10 +25,9 @@ from dpo_jax.data.store import open_source
 from dpo_jax.errors import UserError
 from dpo_jax.methods.optimizer import make_optimizer
 from dpo_jax.methods.ppo import abstract_policy_state
-from dpo_jax.methods.setup import abstract_state, with_head
+from dpo_jax.methods.setup import abstract_state, trained_model
 from dpo_jax.methods.value_model import value_model_of
 from dpo_jax.models.decoder import Model, count_params, refuse_expert_axis
-from dpo_jax.models.families import refuse_positions
 from dpo_jax.parallel.sharding import abstract_mesh, sharded_structs
 from dpo_jax.plan.ahead_of_time import NUM_STEPS, num_bytes
 from dpo_jax.runs.directory import is_run_dir, run_at
@@ -79,8 +78,7 @@ def model(job: Job) -> Finding:
     except UserError as error:
         remedy = _hub_remedy(error)
         return Finding("FAIL", str(error)) if remedy is None else fail(str(error), remedy)
-    job.model = with_head(job.opened.model, config)
-    refuse_positions(job.model.config, config.data.max_length, "data.max_length", config.data.max_length)
+    job.model = trained_model(job.opened.model, config)
     job.parameters = count_params(job.model)
     folder, text = job.opened.source.folder, f"{config.model.path}: {job.parameters:,} parameters"
     if folder is None or job.opened.source.run is not None:
