@@ -6,8 +6,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from dpo_jax.config import AnyConfig, PPOConfig, SourceConfig
 from dpo_jax.data.convert import ConvertJob, make_convert_rows
 from dpo_jax.data.sources import kind_of
 from dpo_jax.data.store import open_source
-from dpo_jax.errors import UserError
 from dpo_jax.methods.optimizer import make_optimizer
 from dpo_jax.methods.ppo import abstract_policy_state
 from dpo_jax.methods.setup import abstract_state, trained_model
@@ -31,6 +29,7 @@ from dpo_jax.models.decoder import Model, count_params, refuse_expert_axis
 from dpo_jax.parallel.sharding import abstract_mesh, sharded_structs
 from dpo_jax.plan.ahead_of_time import NUM_STEPS, num_bytes
 from dpo_jax.runs.directory import is_run_dir, run_at
+from dpo_jax.weights.hub import HubError
 from dpo_jax.weights.open import OpenModel, find_model, open_model, param_shardings
 from dpo_jax.weights.safetensors import find_tensors
 
@@ -66,18 +65,15 @@ class Job:
 
 def model(job: Job) -> Finding:
     """Find the models that the config names; of a hub model, only its config and tokenizer are downloaded."""
-    config = job.config
+    config, judge = job.config, job.config.judge
     try:
         job.opened = open_model(config.model, job.platform, config.lora, weights=False)
         if config.reference.path is not None:
-            with _naming("reference.path"):
-                find_model(config.reference.path, None, weights=False)
-        if config.judge is not None and config.judge.path is not None:
-            with _naming(f"{config.judge.section}.path"):
-                find_model(config.judge.path, config.judge.revision, config.judge.checkpoint, weights=False)
-    except UserError as error:
-        remedy = _hub_remedy(error)
-        return Finding("FAIL", str(error)) if remedy is None else fail(str(error), remedy)
+            find_model(config.reference.path, None, weights=False, section="reference")
+        if judge is not None and judge.path is not None:
+            find_model(judge.path, judge.revision, judge.checkpoint, weights=False, section=judge.section)
+    except HubError as error:
+        return fail(str(error), HUB_REMEDIES.get(type(error.__cause__).__name__, HUB_UNREACHABLE))
     job.model = trained_model(job.opened.model, config)
     job.parameters = count_params(job.model)
     folder, text = job.opened.source.folder, f"{config.model.path}: {job.parameters:,} parameters"
@@ -97,22 +93,6 @@ def _on_hub(text: str, folder: Path, parameters: int) -> Finding:
     room = _space("HF_HOME", Path(huggingface_hub.constants.HF_HUB_CACHE), needed, "set it to a larger disk")
     token = "with a token" if huggingface_hub.get_token() else "without a token"
     return room if room.status == "FAIL" else ok(f"{text}, on the hub, {token}", parameters=parameters)
-
-
-@contextmanager
-def _naming(option: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("model.path", option, 1)) from error.__cause__
-
-
-def _hub_remedy(error: UserError) -> str | None:
-    """Return the remedy for an error of the hub, or None if the error has another cause."""
-    cause = error.__cause__
-    if cause is None or "download" not in str(error):
-        return None
-    return HUB_REMEDIES.get(type(cause).__name__, HUB_UNREACHABLE)
 
 
 def tokenizer(job: Job) -> Finding | None:
