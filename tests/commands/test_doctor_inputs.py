@@ -16,7 +16,7 @@ from small_tokenizer import make_tokenizer
 from dpo_jax import bucket
 from dpo_jax.commands.doctor import inputs, machine
 from dpo_jax.commands.doctor.doctor import examine_config
-from dpo_jax.commands.doctor.findings import Finding, examine, ok
+from dpo_jax.commands.doctor.findings import Finding, ok, run_check
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -326,7 +326,7 @@ def test_a_bucket_is_written_read_and_left_as_it_was(storage, bucket_job):
 )  # fmt: skip
 def test_a_missing_right_is_named(storage, bucket_job, kind, right):
     storage.fail(403, kind=kind)
-    finding = examine(inputs.bucket, bucket_job)
+    finding = run_check(inputs.bucket, bucket_job)
     assert finding is not None
     assert finding.status == "FAIL"
     assert f"missing rights: {right}" in finding.text
@@ -335,7 +335,7 @@ def test_a_missing_right_is_named(storage, bucket_job, kind, right):
 
 def test_storage_that_does_not_answer(storage, bucket_job):
     storage.fail(503)
-    finding = examine(inputs.bucket, bucket_job)
+    finding = run_check(inputs.bucket, bucket_job)
     assert finding is not None
     assert finding.status == "FAIL"
     assert "storage does not answer" in finding.text
@@ -347,7 +347,7 @@ def test_no_credentials(bucket_job, monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
-    finding = examine(inputs.bucket, bucket_job)
+    finding = run_check(inputs.bucket, bucket_job)
     assert finding is not None
     assert finding.status == "FAIL"
     assert finding.text.endswith("no credentials: run gcloud auth application-default login")
@@ -356,7 +356,7 @@ def test_no_credentials(bucket_job, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("offset", "status"), [(20.0, "warn"), (-400.0, "FAIL"), (0.5, "ok")])
 def test_a_clock_unlike_the_storages(storage, bucket_job, offset, status):
     storage.clock_offset = offset
-    finding = examine(inputs.bucket, bucket_job)
+    finding = run_check(inputs.bucket, bucket_job)
     assert finding is not None
     assert finding.status == status
     if status != "ok":
