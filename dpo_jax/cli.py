@@ -166,7 +166,7 @@ class Command:
     config: type[Section] | None = None  # class of the config that the command reads, if it reads one
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> settings for argparse
     usage: str = "CONFIG.yaml [options] [--section.key VALUE ...]"
-    reads_config: bool = True  # before it runs; else it gets a function that reads the config, or raises `UserError`
+    lazy_config: bool = False  # pass `run` a function that reads the config
 
     @property
     def needs_config(self) -> bool:
@@ -266,7 +266,7 @@ COMMANDS = {
     ),
     "doctor": Command(
         _doctor,
-        "Say what is wrong with this machine, its devices, the bucket or the config, each with a remedy.",
+        "Check this machine, its devices, bucket and config; print each problem with a remedy.",
         DPOConfig,
         {
             "config": {**TEXT, "nargs": "?", "metavar": "CONFIG.yaml", "help": "Check what a run of it needs, too."},
@@ -274,7 +274,7 @@ COMMANDS = {
             "--json": {**FLAG, "help": "Print one JSON object without secrets, for bug reports."},
         },
         usage="[CONFIG.yaml] [options] [--section.key VALUE ...]",
-        reads_config=False,
+        lazy_config=True,
     ),
     "quickstart": Command(
         _quickstart,
@@ -338,7 +338,7 @@ def _run(argv: list[str]) -> None:
         if path is None:
             arguments["config"] = None
         else:
-            arguments["config"] = read_config() if command.reads_config else read_config
+            arguments["config"] = read_config if command.lazy_config else read_config()
     command.run(**arguments)
 
 

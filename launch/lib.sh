@@ -70,13 +70,13 @@ call() { # WORKERS WORD...: the words reach the workers as they are here
 }
 
 state_of() { # KIND NAME FIELDS: its state, NOT_FOUND too; other failures of gcloud are failures
-  local told errors code=0
+  local state errors code=0
   errors=$(mktemp)
-  told=$(run "${tpus[@]}" "$1" describe "$2" "${where[@]}" --format="value($3)" 2>"$errors") || code=$?
-  ! grep -q NOT_FOUND "$errors" || { told=NOT_FOUND && code=0; }
+  state=$(run "${tpus[@]}" "$1" describe "$2" "${where[@]}" --format="value($3)" 2>"$errors") || code=$?
+  ! grep -q NOT_FOUND "$errors" || { state=NOT_FOUND && code=0; }
   ((code == 0)) || cat "$errors" >&2
   rm "$errors"
-  printf '%s\n' "$told"
+  printf '%s\n' "$state"
   return "$code"
 }
 

@@ -8,10 +8,10 @@ no_arguments "$@"
 ready=1
 
 ask() { # KIND NAME FIELDS
-  local told
-  told=$(state_of "$@")
-  if [[ ${DRY_RUN:-} == 1 ]]; then printf '%s\n' "$told"; else printf '%s %s: %s\n' "$1" "$2" "$told"; fi
-  [[ ${DRY_RUN:-} == 1 || $told =~ ^(ACTIVE|READY) ]] || ready=0
+  local state
+  state=$(state_of "$@")
+  if [[ ${DRY_RUN:-} == 1 ]]; then printf '%s\n' "$state"; else printf '%s %s: %s\n' "$1" "$2" "$state"; fi
+  [[ ${DRY_RUN:-} == 1 || $state =~ ^(ACTIVE|READY) ]] || ready=0
 }
 
 [[ $REQUEST == direct ]] || ask queued-resources "$NAME" state.state

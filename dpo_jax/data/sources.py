@@ -102,7 +102,7 @@ class _Kind:
 
 
 def _kind(source: SourceConfig) -> _Kind:
-    name = _kind_name(source.path)
+    name = kind_of(source.path)
     kind = _KINDS[name]
     for option in ("split", "name", "revision", "data_dir"):
         value = getattr(source, option)
@@ -111,7 +111,8 @@ def _kind(source: SourceConfig) -> _Kind:
     return kind
 
 
-def _kind_name(path: str) -> str:
+def kind_of(path: str) -> str:
+    """Return the kind of the source at a path outside buckets; raise ``UserError`` if there is none."""
     if path.startswith("tfds:"):
         return "TFDS set"
     if os.path.isdir(path):

@@ -93,7 +93,8 @@ def reference_weights(setup: Setup, start: Params) -> Params:
     path = config.reference.path
     if path is None:
         return start
-    source = find_reference(config, path, setup.model, platform_of(setup.mesh), partial(find_model, revision=None))
+    find = partial(find_model, revision=None, section="reference")
+    source = find_reference(config, path, setup.model, platform_of(setup.mesh), find)
     options = ModelConfig(path=path, param_dtype=config.model.param_dtype)
     return load_weights(source, setup.model, options, setup.mesh)
 
@@ -111,11 +112,11 @@ def find_reference(
     Raises:
         UserError: the model does not exist, or differs in architecture or vocabulary.
     """
+    source = find(path)
     try:
-        source = find(path)
         reference_model = build_model(source, config.model, platform)
     except UserError as error:
-        raise type(error)(f"reference.path: {str(error).removeprefix('model.path: ')}") from error
+        raise UserError(f"reference.path: {error}") from error
     without_balance = lambda m: replace(m, config=with_balance(m.config, 0.0))  # matters in training only  # noqa: E731
     if without_balance(reference_model) != without_balance(model):
         difference = f"differs from model.path {config.model.path} in architecture or vocabulary"

@@ -80,9 +80,7 @@ def assemble(
 ) -> Setup:
     """Find the model, tokenize the data and assign it to steps; nothing is compiled and no weights are loaded."""
     opened = open_model(config.model, platform_of(mesh), config.lora)
-    model, tokenizer = with_head(opened.model, config), opened.tokenizer(config.data.chat_template)
-    max_length = config.data.max_length
-    refuse_positions(model.config, max_length, "data.max_length", max_length)
+    model, tokenizer = trained_model(opened.model, config), opened.tokenizer(config.data.chat_template)
     refuse_expert_axis(model.config, mesh)
     sets = hosts.writer_first(partial(sets_of, config, tokenizer, train_set, eval_sets), "tokenized data")
     _refuse_different_inputs(config, opened.source, sets)
@@ -128,14 +126,17 @@ def longest_sample(config: AnyConfig, stores: Sequence[Store]) -> int:
     return max(int(store.lengths[:, 0].max()) for store in stores) + config.sampling.max_tokens
 
 
-def with_head(model: Model, config: TrainConfig) -> Model:
+def trained_model(model: Model, config: TrainConfig) -> Model:
     """Return the model of ``model.path`` with the head that the config trains.
 
     Raises:
-        UserError: the config needs a language model, but ``model.path`` is a reward model.
+        UserError: the config needs a language model, but ``model.path`` is a reward model, or the model has fewer
+            positions than ``data.max_length``.
     """
     if not config.scores:
         refuse_reward_model(model, config.model.path)
+    max_length = config.data.max_length
+    refuse_positions(model.config, max_length, "data.max_length", max_length)
     return replace(model, config=replace(model.config, scores=config.scores))
 
 

@@ -137,6 +137,15 @@ class Topology(NamedTuple):
         return {"chip_config_name": self.chip.compiler_name, "chips_per_host_bounds": bounds}
 
 
+def attached_accelerator() -> Literal["TPU", "GPU"] | None:
+    """Return the kind of accelerator that this machine has, whether or not JAX can use it."""
+    from jax._src import hardware_utils  # no public API looks for devices without taking them
+
+    if hardware_utils.num_available_tpu_chips_and_device_id()[0]:
+        return "TPU"
+    return "GPU" if hardware_utils.has_visible_nvidia_gpu() else None
+
+
 def parse_topology(text: str) -> Topology:
     """Parse a TPU slice name: a chip and shape, ``v5e:4x4``, or Google Cloud's accelerator type, ``v5litepod-16``.
 

@@ -58,6 +58,12 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
+def connected_process() -> tuple[int, int] | None:
+    """Return this process's id and the number of processes, or None if it was not connected to others."""
+    state = distributed.global_state
+    return None if state.client is None else (state.process_id, state.num_processes)
+
+
 def gather(value: Any, what: str, timeout: int = TIMEOUT) -> list[Any]:
     """Return one JSON value per process, in process order. All processes must make the same calls in the same order.
 

@@ -15,9 +15,9 @@ def installed_version(package: str) -> str | None:
 
 
 def mismatches(package: str, extras: Collection[str] = ()) -> list[str]:
-    """Describe what an installed package needs and has not, each with the command that installs it.
+    """Return a message for each requirement that is missing or has an unsupported version.
 
-    What it needs only for ``extras`` may be absent, but must be of a right version if it is there.
+    Each ends with the command that installs it. Requirements of ``extras`` may be missing.
     """
     version = installed_version(package)
     if version is None:
@@ -29,7 +29,7 @@ def mismatches(package: str, extras: Collection[str] = ()) -> list[str]:
         if actual is None and not is_optional:
             problems[requirement.name] = f"{package} {version} needs {requirement.name}, which is missing: {install}"
         elif actual is not None and not requirement.specifier.contains(actual, prereleases=True):
-            problem = f"{requirement.name} {actual} does not fit {package} {version}, which needs {needed}"
+            problem = f"{requirement.name} {actual} is incompatible with {package} {version}, which requires {needed}"
             problems.setdefault(requirement.name, f"{problem}: {install}")
     return list(problems.values())
 

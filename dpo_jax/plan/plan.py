@@ -19,10 +19,9 @@ from jax.sharding import AbstractMesh, Mesh
 from dpo_jax.config import JudgeConfig, ModelConfig, PPOConfig
 from dpo_jax.errors import UserError, require
 from dpo_jax.methods.dpo import find_reference
-from dpo_jax.methods.setup import sets_of, with_head
+from dpo_jax.methods.setup import sets_of, trained_model
 from dpo_jax.methods.value_model import value_model_of
 from dpo_jax.models.decoder import Model, count_adapters, count_params, refuse_expert_axis
-from dpo_jax.models.families import refuse_positions
 from dpo_jax.parallel.chips import GIB, Topology, parse_topology
 from dpo_jax.parallel.sharding import row_devices
 from dpo_jax.plan.ahead_of_time import Phase, compile_step, slice_mesh, step_arguments, step_sizes
@@ -31,7 +30,7 @@ from dpo_jax.plan.load import Inputs, Load, PlannedConfig, find_load, find_rollo
 from dpo_jax.plan.rollout import RolloutPlan, rollout_phases
 from dpo_jax.weights.known import known_config
 from dpo_jax.weights.open import ModelSource, OpenModel, build_model, find_model, find_tokenizer
-from dpo_jax.weights.reward_model import naming_reward, refuse_language_model, reward_model_config
+from dpo_jax.weights.reward_model import refuse_language_model, reward_model_config
 
 
 def plan_slices(
@@ -44,11 +43,11 @@ def plan_slices(
         require(inputs.slices == 1 or slice_.chip.dcn_bandwidth is not None, "--slices", inputs.slices, remedy)
     source = _source(config.model, tokenizer=inputs.data)
     if config.reference.path is not None:
-        find_config = lambda path: _source(ModelConfig(path=path), tokenizer=False)  # noqa: E731
+        find_config = lambda path: _source(ModelConfig(path=path), tokenizer=False, section="reference")  # noqa: E731
         find_reference(
             config,
             config.reference.path,
-            with_head(build_model(source, config.model, "tpu"), config),
+            trained_model(build_model(source, config.model, "tpu"), config),
             "tpu",
             find_config,
         )
@@ -68,8 +67,7 @@ def plan(config: PlannedConfig, source: ModelSource, slice_: Topology, inputs: I
         UserError: the config cannot run on that slice.
     """
     mesh = slice_mesh(config, slice_, inputs.slices)
-    model, max_length = with_head(build_model(source, config.model, "tpu", config.lora), config), config.data.max_length
-    refuse_positions(model.config, max_length, "data.max_length", max_length)
+    model = trained_model(build_model(source, config.model, "tpu", config.lora), config)
     refuse_expert_axis(model.config, mesh)
     load, unit = find_load(config, mesh, inputs), config.batch.counts.removesuffix("s")
     rollout, reward = find_rollout_plan(config, model, mesh, inputs)
@@ -181,15 +179,14 @@ def find_reward_model(
     if judge.path is None:
         return None, None
     options = reward_model_config(judge, config.model)
-    with naming_reward(judge.section):
-        try:
-            source = _source(options, tokenizer=False)
-        except UserError:
-            if Path(judge.path).expanduser().exists():
-                raise
-            return replace(policy, lora=None, config=replace(policy.config, scores=1)), None
-        opened = OpenModel(source, options, "tpu", None)
-        refuse_language_model(opened.model, judge)
+    try:
+        source = _source(options, tokenizer=False, section=judge.section)
+    except UserError:
+        if Path(judge.path).expanduser().exists():
+            raise
+        return replace(policy, lora=None, config=replace(policy.config, scores=1)), None
+    opened = OpenModel(source, options, "tpu", None)
+    refuse_language_model(opened.model, judge)
     return opened.model, opened
 
 
@@ -264,13 +261,13 @@ def _measured_inputs(config: PlannedConfig, source: ModelSource, inputs: Inputs)
     return replace(inputs, lengths=tuple(lengths[:2] if config.planned.per_prompt else lengths), sets=sets)
 
 
-def _source(config: ModelConfig, *, tokenizer: bool) -> ModelSource:
+def _source(config: ModelConfig, *, tokenizer: bool, section: str = "model") -> ModelSource:
     """Find a model's config: in local files, in the table of known models if no tokenizer is needed, or on the hub."""
     known_hf_config = known_config(config.path)
     reads_files = os.path.isdir(os.path.expanduser(config.path)) or (tokenizer and config.tokenizer is None)
     if known_hf_config is not None and not reads_files:
         return ModelSource(known_hf_config, None, None)
-    return find_model(config.path, config.revision, config.checkpoint, weights=False)
+    return find_model(config.path, config.revision, config.checkpoint, weights=False, section=section)
 
 
 def _memory(phases: Sequence[Phase], slice_: Topology) -> dict[str, Any]:

@@ -18,36 +18,43 @@ _HUB_WEIGHTS = ["*.safetensors"]
 _HUB_IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
 
 
-def resolve_model(path: str, revision: str | None, weights: bool = True) -> Path:
+class HubError(UserError):
+    """A hub model could not be downloaded; the cause is the error of ``huggingface_hub``."""
+
+
+def resolve_model(path: str, revision: str | None, weights: bool = True, section: str = "model") -> Path:
     """Return the local directory of a Hugging Face model: ``path`` itself, or a copy of one on the hub or in a bucket.
 
     If ``weights`` is false, only config and tokenizer of a hub model are downloaded. Weights in a bucket never are.
+    ``section`` has the options ``path`` and ``revision``, for messages.
 
     Raises:
-        UserError: the directory or hub model does not exist or contains no model, or the hub cannot be reached.
+        UserError: the directory or hub model does not exist or contains no model.
+        HubError: the hub refuses the model, does not have it, or cannot be reached.
     """
+    option = f"{section}.path"
     if path.startswith("builtin:"):
-        builtin_model(path)  # an unknown name raises an error that lists the built-in models
-        raise UserError(f"model.path: {path} is built in and has no directory; give a directory or a hub name")
-    directory = model_directory("model.path", path)
+        builtin_model(path, option)  # an unknown name raises an error that lists the built-in models
+        raise UserError(f"{option}: {path} is built in and has no directory; give a directory or a hub name")
+    directory = model_directory(option, path)
     if directory.is_dir():
         if revision is not None:
             remedy = f"{path} is {'in a bucket' if is_remote(path) else 'a local directory'}; remove this option"
-            raise UserError(f"model.revision: {revision!r} cannot be used: {remedy}")
+            raise UserError(f"{section}.revision: {revision!r} cannot be used: {remedy}")
         if not (directory / "config.json").is_file():
-            raise UserError(f"model.path: {path} holds neither config.json nor checkpoints/; give a model or a run")
+            raise UserError(f"{option}: {path} holds neither config.json nor checkpoints/; give a model or a run")
         return directory
     if directory.exists():
-        raise UserError(f"model.path: {path} is a file; give the directory that contains config.json and the weights")
-    refuse_missing(path)
-    return _download(path, revision, _HUB_FILES + _HUB_WEIGHTS if weights else _HUB_FILES)
+        raise UserError(f"{option}: {path} is a file; give the directory that contains config.json and the weights")
+    refuse_missing(path, option)
+    return _download(option, path, revision, _HUB_FILES + _HUB_WEIGHTS if weights else _HUB_FILES)
 
 
-def refuse_missing(path: str) -> None:
-    """Raise ``UserError`` if ``path`` can only be a local one, and does not exist."""
+def refuse_missing(path: str, option: str = "model.path") -> None:
+    """Raise ``UserError`` if ``path``, the value of ``option``, can only be a local one, and does not exist."""
     is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
     if is_local and not is_remote(path) and not Path(path).expanduser().exists():
-        raise UserError(f"model.path: {path} does not exist; give a directory, a hub name or builtin:tiny")
+        raise UserError(f"{option}: {path} does not exist; give a directory, a hub name or builtin:tiny")
 
 
 def model_directory(option: str, path: str) -> Path:
@@ -72,7 +79,7 @@ def model_directory(option: str, path: str) -> Path:
     return fetch(bucket, {name: blobs[name] for name in names}, MODELS, weight_files)
 
 
-def _download(name: str, revision: str | None, files: list[str]) -> Path:
+def _download(option: str, name: str, revision: str | None, files: list[str]) -> Path:
     # imported here, because the import takes a quarter of a second and local models do not need it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -82,9 +89,9 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         suffix = "" if revision is None else f" at revision {revision}"
-        raise UserError(f"model.path: {name} is not a directory, and its download{suffix} failed: {cause}") from error
+        raise HubError(f"{option}: {name} is not a directory, and its download{suffix} failed: {cause}") from error
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"model.path: hub model {name} has no config.json; give a model in the transformers format")
+        raise UserError(f"{option}: hub model {name} has no config.json; give a model in the transformers format")
     return Path(folder)
 
 

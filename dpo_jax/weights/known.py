@@ -212,8 +212,8 @@ def known_config(name: str) -> HFConfig | None:
     return dict(KNOWN[name]) if name in KNOWN else None
 
 
-def builtin_model(name: str) -> HFConfig:
-    """Return a copy of a built-in model's ``config.json``."""
+def builtin_model(name: str, option: str = "model.path") -> HFConfig:
+    """Return a copy of a built-in model's ``config.json``; ``option`` gives its name."""
     if name not in BUILTIN:
-        raise UserError("model.path", name, f"the built-in models are {', '.join(BUILTIN)}")
+        raise UserError(option, name, f"the built-in models are {', '.join(BUILTIN)}")
     return dict(BUILTIN[name])

@@ -45,31 +45,34 @@ class ModelSource:
     run: RunDir | None  # whose checkpoints hold the weights; None: the model is not a run
 
 
-def find_model(path: str, revision: str | None, checkpoint: str = "newest", *, weights: bool = True) -> ModelSource:
+def find_model(
+    path: str, revision: str | None, checkpoint: str = "newest", *, weights: bool = True, section: str = "model"
+) -> ModelSource:
     """Find the model that ``model.path`` names; a hub model is downloaded, its weights only if ``weights`` is true.
 
-    Of a model in a bucket, the files next to the weights are downloaded.
+    Of a model in a bucket, the files next to the weights are downloaded. ``section`` has the options ``path``,
+    ``revision`` and ``checkpoint``, for messages.
 
     Raises:
         UserError: the model does not exist, or ``revision`` or ``checkpoint`` does not apply to it.
     """
     if is_remote(path):
-        split_url("model.path", path)
+        split_url(f"{section}.path", path)
     is_run, is_builtin = is_run_dir(path), path.startswith("builtin:")
     remedy = f"{path} is not a run directory, so it has no saved steps; leave it at newest"
-    require(is_run or checkpoint == "newest", "model.checkpoint", checkpoint, remedy)
-    kind = "a run directory; choose its step with model.checkpoint" if is_run else "built in"
+    require(is_run or checkpoint == "newest", f"{section}.checkpoint", checkpoint, remedy)
+    kind = f"a run directory; choose its step with {section}.checkpoint" if is_run else "built in"
     remedy = f"{path} is {kind}; remove this option"
-    require(revision is None or not (is_run or is_builtin), "model.revision", revision, remedy)
+    require(revision is None or not (is_run or is_builtin), f"{section}.revision", revision, remedy)
     if is_builtin:
-        return ModelSource(builtin_model(path), None, None)
+        return ModelSource(builtin_model(path, f"{section}.path"), None, None)
     if is_run:
         run = find_run(path)
         folder = run.root / MODEL_FILES
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.path: the run {path} stopped before it saved a model; choose another")
+            raise UserError(f"{section}.path: the run {path} stopped before it saved a model; choose another")
         return ModelSource(read_hf_config(folder), folder, run)
-    folder = resolve_model(path, revision, weights)
+    folder = resolve_model(path, revision, weights, section)
     return ModelSource(read_hf_config(folder), folder, None)
 
 
@@ -114,9 +117,15 @@ class OpenModel:
         return load_weights(self.source, self.model, self.config, mesh)
 
 
-def open_model(config: ModelConfig, platform: str, lora: LoraConfig | None = None, weights: bool = True) -> OpenModel:
-    """Open the model of ``model.path`` for ``platform``; ``weights`` as in `find_model`."""
-    source = find_model(config.path, config.revision, config.checkpoint, weights=weights)
+def open_model(
+    config: ModelConfig,
+    platform: str,
+    lora: LoraConfig | None = None,
+    weights: bool = True,
+    section: str = "model",
+) -> OpenModel:
+    """Open the model of ``model.path`` for ``platform``; ``weights`` and ``section`` as in `find_model`."""
+    source = find_model(config.path, config.revision, config.checkpoint, weights=weights, section=section)
     return OpenModel(source, config, platform, lora)
 
 

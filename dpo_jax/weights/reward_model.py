@@ -1,8 +1,7 @@
 """The tokens that end a policy's answers, and the reward model that scores the answers at their end."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -73,18 +72,7 @@ def reward_model_config(config: RewardModelConfig, policy: ModelConfig) -> Model
 def refuse_language_model(model: Model, config: RewardModelConfig) -> None:
     """Raise ``UserError`` if the model at ``config.path`` gives no scores."""
     remedy = "it is a language model, which has no score head; train a reward model with dpo-jax reward"
-    require(model.config.scores == 1, "model.path", config.path, remedy)
-
-
-@contextmanager
-def naming_reward(section: str) -> Iterator[None]:
-    """Context manager that names options of ``section`` in errors of a reward model's path, revision or checkpoint."""
-    try:
-        yield
-    except UserError as error:
-        if not str(error).startswith(("model.path", "model.revision", "model.checkpoint")):
-            raise
-        raise UserError(f"{section}.{str(error).removeprefix('model.')}") from error
+    require(model.config.scores == 1, f"{config.section}.path", config.path, remedy)
 
 
 def open_reward_model(
@@ -97,9 +85,8 @@ def open_reward_model(
     """
     assert config.path is not None
     section = config.section
-    with naming_reward(section):
-        opened = open_model(reward_model_config(config, policy), platform)
-        refuse_language_model(opened.model, config)
+    opened = open_model(reward_model_config(config, policy), platform, section=section)
+    refuse_language_model(opened.model, config)
     try:
         reward_tokenizer = opened.tokenizer(None)
     except UserError as error:

@@ -16,7 +16,7 @@ from small_tokenizer import make_tokenizer
 from dpo_jax.commands.doctor import devices, machine, rates
 from dpo_jax.commands.doctor.devices import compare_clocks, device_checks
 from dpo_jax.commands.doctor.doctor import examine_all, with_estimate
-from dpo_jax.commands.doctor.findings import Finding, as_json, examine, line, ok, redacted
+from dpo_jax.commands.doctor.findings import Finding, as_json, as_line, ok, redacted, run_check
 from dpo_jax.config import DPOConfig
 from dpo_jax.config.file import parse_config
 
@@ -28,8 +28,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("package", "version", "remedy"),
-    [("jaxlib", "0.9.0", r"jaxlib 0.9.0 does not fit jax \S+, which needs (\S+): pip install 'jaxlib(\S+)'"),
-     ("libtpu", "0.0.1", r"libtpu 0.0.1 does not fit jax \S+, which needs (\S+): pip install 'libtpu(\S+)'")],
+    [("jaxlib", "0.9.0",
+      r"jaxlib 0.9.0 is incompatible with jax \S+, which requires (\S+): pip install 'jaxlib(\S+)'"),
+     ("libtpu", "0.0.1",
+      r"libtpu 0.0.1 is incompatible with jax \S+, which requires (\S+): pip install 'libtpu(\S+)'")],
 )  # fmt: skip
 def test_versions_that_do_not_fit(tmp_path, monkeypatch, package, version, remedy):
     install_metadata(tmp_path, package, version)
@@ -79,7 +81,7 @@ def test_a_coordinator_that_nobody_reaches(monkeypatch):
     for name, value in (("COORDINATOR", f"localhost:{port}"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "1")):
         monkeypatch.setenv(f"DPO_JAX_{name}", value)
     monkeypatch.setenv("DPO_JAX_START_TIMEOUT", "1")
-    finding = examine(devices.processes, None)
+    finding = run_check(devices.processes)
     assert finding is not None
     assert finding.status == "FAIL"
     text = f"process 1 timed out after 1 s waiting for process 0 of 2 at localhost:{port}: start every process"
@@ -87,9 +89,9 @@ def test_a_coordinator_that_nobody_reaches(monkeypatch):
 
 
 def test_a_jax_that_cannot_be_imported(monkeypatch):
-    assert devices.import_jax(None) is None
+    assert devices.import_jax() is None
     monkeypatch.setitem(sys.modules, "jax", None)
-    finding = devices.import_jax(None)
+    finding = devices.import_jax()
     assert finding is not None
     assert finding.status == "FAIL"
     assert finding.text.startswith("jax cannot be imported (")
@@ -97,8 +99,8 @@ def test_a_jax_that_cannot_be_imported(monkeypatch):
 
 
 def test_a_single_process_has_no_others():
-    assert devices.processes(None) is None
-    assert devices.clocks(None) is None
+    assert devices.processes() is None
+    assert devices.clocks() is None
 
 
 @pytest.mark.parametrize(
@@ -118,26 +120,26 @@ def test_a_gpu_that_jax_does_not_use(monkeypatch, tmp_path):
 
     monkeypatch.setattr(hardware_utils, "_NVIDIA_GPU_DEVICES", [str(tmp_path)])
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    chosen = devices.devices(None)
+    chosen = devices.devices()
     assert (chosen.status, chosen.text) == (
         "warn", "a GPU is attached, but JAX_PLATFORMS is cpu: unset it to use the device"
     )  # fmt: skip
     monkeypatch.delenv("JAX_PLATFORMS")
     text = "a GPU is attached, but JAX uses the CPU: pip install 'dpo_jax[cuda]'"
-    assert (devices.devices(None).status, devices.devices(None).text) == ("FAIL", text)
+    assert (devices.devices().status, devices.devices().text) == ("FAIL", text)
 
 
 def test_the_devices_of_this_machine():
-    finding = devices.devices(None)
+    finding = devices.devices()
     assert (finding.status, finding.text) == ("ok", "8 x cpu (cpu)")
     expected = {"platform": "cpu", "kind": "cpu", "devices": 8, "local_devices": 8, "memory": None}
     assert finding.facts == expected
 
 
 def test_a_step_is_compiled_and_its_loss_known(monkeypatch):
-    assert devices.step(None).facts["loss"] == pytest.approx(0.6931472, abs=1e-6)
-    monkeypatch.setattr(devices, "DEFINITE_LOSS", 0.7)
-    assert devices.step(None).status == "FAIL"
+    assert devices.step().facts["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    monkeypatch.setattr(devices, "EXPECTED_LOSS", 0.7)
+    assert devices.step().status == "FAIL"
 
 
 def test_rates_are_compared_with_what_plan_assumes():
@@ -153,7 +155,7 @@ def test_products_and_gathers_are_measured_on_accelerators_only(monkeypatch, pla
         monkeypatch.setattr(rates, "MATRIX", 128)
         monkeypatch.setattr(rates, "GATHERED_BYTES", 2**20)
     for check in (rates.matrix_product, rates.all_gather):
-        finding = check(None)
+        finding = check()
         assert (finding is not None) == (platform == "accelerator")
         assert finding is None or finding.facts["measured"] > 0
 
@@ -190,11 +192,11 @@ def test_a_check_that_breaks_is_a_fault_of_one_line():
     def check():
         raise ZeroDivisionError("a\nb")
 
-    finding = examine(check)
+    finding = run_check(check)
     assert finding == Finding(
         "FAIL", "the check ended with ZeroDivisionError: a b: report it with the output of dpo-jax doctor --json"
     )
-    assert line("data", Finding("ok", "a\nb"), 6) == "ok    data    a b"
+    assert as_line("data", Finding("ok", "a\nb"), 6) == "ok    data    a b"
 
 
 def test_json_has_no_secrets(monkeypatch):

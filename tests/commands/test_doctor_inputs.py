@@ -8,13 +8,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
+import safetensors.numpy
 from small_tokenizer import make_tokenizer
 
 from dpo_jax import bucket
 from dpo_jax.commands.doctor import inputs, machine
 from dpo_jax.commands.doctor.doctor import examine_config
-from dpo_jax.commands.doctor.findings import Finding, examine, ok
+from dpo_jax.commands.doctor.findings import Finding, ok, run_check
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -198,6 +200,23 @@ def test_data_elsewhere_are_not_opened(config):
     assert finding == ok(text, rows=3, causes={})
 
 
+def test_a_model_and_data_in_a_bucket_are_not_downloaded(config, storage, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    storage.put("bucket", "model/config.json", json.dumps(builtin_model("builtin:tiny")).encode())
+    storage.put("bucket", "model/model.safetensors", safetensors.numpy.save({"x": np.zeros(2**20)}))
+    storage.put("bucket", "pairs.jsonl", Path(config.data.train[0].path).read_bytes())
+    model = replace(config.model, path="gs://bucket/model")
+    sources = (*config.data.train, SourceConfig(path="gs://bucket/pairs.jsonl"))
+    findings = found(replace(config, model=model, data=replace(config.data, train=sources)))
+    assert findings["model"] == ok("gs://bucket/model: 131,392 parameters", parameters=131392)
+    text = "3 rows tokenized, the first of each data set; not opened: gs://bucket/pairs.jsonl"
+    assert findings["data"] == ok(text, rows=3, causes={})
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*")) < 2**20
+
+    storage.put("bucket", "model/model.safetensors", b"torn")
+    assert "this is not an intact safetensors file" in faults(found(replace(config, model=model)))["model"]
+
+
 def test_a_state_larger_than_the_device_or_the_machine(config, monkeypatch):
     accelerator = {"platform": "gpu", "devices": 1, "local_devices": 1, "memory": 2**20}
     text = "each device has 1 MiB, but weights, gradient, optimizer and reference need 2.51 MiB: use more devices"
@@ -307,7 +326,7 @@ def test_a_bucket_is_written_read_and_left_as_it_was(storage, bucket_job):
 )  # fmt: skip
 def test_a_missing_right_is_named(storage, bucket_job, kind, right):
     storage.fail(403, kind=kind)
-    finding = examine(inputs.bucket, bucket_job)
+    finding = run_check(inputs.bucket, bucket_job)
     assert finding is not None
     assert finding.status == "FAIL"
     assert f"missing rights: {right}" in finding.text
@@ -316,7 +335,7 @@ def test_a_missing_right_is_named(storage, bucket_job, kind, right):
 
 def test_storage_that_does_not_answer(storage, bucket_job):
     storage.fail(503)
-    finding = examine(inputs.bucket, bucket_job)
+    finding = run_check(inputs.bucket, bucket_job)
     assert finding is not None
     assert finding.status == "FAIL"
     assert "storage does not answer" in finding.text
@@ -328,7 +347,7 @@ def test_no_credentials(bucket_job, monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
-    finding = examine(inputs.bucket, bucket_job)
+    finding = run_check(inputs.bucket, bucket_job)
     assert finding is not None
     assert finding.status == "FAIL"
     assert finding.text.endswith("no credentials: run gcloud auth application-default login")
@@ -337,7 +356,7 @@ def test_no_credentials(bucket_job, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("offset", "status"), [(20.0, "warn"), (-400.0, "FAIL"), (0.5, "ok")])
 def test_a_clock_unlike_the_storages(storage, bucket_job, offset, status):
     storage.clock_offset = offset
-    finding = examine(inputs.bucket, bucket_job)
+    finding = run_check(inputs.bucket, bucket_job)
     assert finding is not None
     assert finding.status == status
     if status != "ok":

@@ -14,11 +14,12 @@ FITS = {"jaxlib": "0.12.0"}
     [(FITS | {"libtpu": "0.0.50.1"}, None),
      (FITS | {"libtpu": "0.0.50.2.dev20260101"}, None),
      (FITS | {"libtpu": "0.0.42.1"},
-      "libtpu 0.0.42.1 does not fit a_jax 0.12.0, which needs ==0.0.50.*: pip install 'libtpu==0.0.50.*'"),
+      "libtpu 0.0.42.1 is incompatible with a_jax 0.12.0, which requires ==0.0.50.*: pip install 'libtpu==0.0.50.*'"),
      (FITS | {"libtpu": "0.0.500"},
-      "libtpu 0.0.500 does not fit a_jax 0.12.0, which needs ==0.0.50.*: pip install 'libtpu==0.0.50.*'"),
+      "libtpu 0.0.500 is incompatible with a_jax 0.12.0, which requires ==0.0.50.*: pip install 'libtpu==0.0.50.*'"),
      ({"libtpu": "0.0.50.1", "jaxlib": "0.11"},
-      "jaxlib 0.11 does not fit a_jax 0.12.0, which needs <=0.12.0,>=0.12.0: pip install 'jaxlib<=0.12.0,>=0.12.0'")],
+      ("jaxlib 0.11 is incompatible with a_jax 0.12.0, which requires <=0.12.0,>=0.12.0: "
+       "pip install 'jaxlib<=0.12.0,>=0.12.0'"))],
     ids=str,
 )  # fmt: skip
 def test_a_version_outside_of_what_is_required_is_named(tmp_path, monkeypatch, packages, problem):

@@ -139,7 +139,8 @@ def test_traffic_of_adapters_of_experts_is_that_of_the_experts_on_a_device():
 def test_a_libtpu_of_another_jax_is_refused(tmp_path, monkeypatch):
     install_metadata(tmp_path, "libtpu", "0.0.1")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match=r"^libtpu 0\.0\.1 does not fit jax \S+, which needs .*: pip install 'libtpu"):
+    problem = r"^libtpu 0\.0\.1 is incompatible with jax \S+, which requires .*: pip install 'libtpu"
+    with pytest.raises(UserError, match=problem):
         aot.slice_devices(parse_topology("v5e:1x1"))
 
 

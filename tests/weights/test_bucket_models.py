@@ -178,8 +178,8 @@ def test_a_reference_that_is_not_answered_for_asks_for_another_start(stored):
     config = parse_config({"model": {"path": URL}, "data": {"train": "none.jsonl"}, "run": run}, {}, DPOConfig)
     model = open_model(ModelConfig(path=URL), "cpu").model
     stored.fail(503, kind="list")
-    with pytest.raises(StorageUnreachable, match=f"^reference.path: {URL}: cannot list: storage does not") as failed:
-        find_reference(config, URL, model, "cpu", partial(find_model, revision=None))
+    with pytest.raises(StorageUnreachable, match=f"^{URL}: cannot list: storage does not") as failed:
+        find_reference(config, URL, model, "cpu", partial(find_model, revision=None, section="reference"))
     assert failed.value.exit_code == 1
 
 

@@ -1,30 +1,32 @@
 """Checks that use the devices, in a process of their own: one that crashes or hangs there ends no other check.
 
-The process sends its findings in the order of ``CHECKS``. Nothing here imports jax before a check is made.
+The process sends its findings in the order of ``CHECKS``. Nothing here imports jax before a check runs.
 """
 
+import math
 import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dpo_jax.commands.doctor.findings import Finding, examine, fail, ok, size_text, warn
+from dpo_jax.commands.doctor.findings import Finding, fail, ok, run_check, size_text, warn
 from dpo_jax.commands.doctor.machine import clock
 from dpo_jax.commands.doctor.rates import all_gather, matrix_product, save
 from dpo_jax.errors import reason
 
 START_SECONDS = 60  # for the processes of a slice to connect, unless DPO_JAX_START_TIMEOUT is set
 PATIENCE = 180.0  # seconds to wait for a check
-DEFINITE_LOSS = 0.6931472  # ln 2, of DPO at margin 0
+EXPECTED_LOSS = math.log(2)  # of DPO at margin 0
 
 
-def import_jax(folder: str | None) -> Finding | None:
+def import_jax() -> Finding | None:
     """Import jax, which fails with errors of many types if its packages do not fit each other."""
     try:
         import jax  # noqa: F401
@@ -33,66 +35,58 @@ def import_jax(folder: str | None) -> Finding | None:
     return None
 
 
-def processes(folder: str | None) -> Finding | None:
+def processes() -> Finding | None:
     """Connect the processes that the environment names, as a run does."""
-    from jax._src import distributed
-
+    from dpo_jax.parallel.hosts import connected_process
     from dpo_jax.parallel.rendezvous import START_TIMEOUT, start_hosts
 
     start_hosts(timeout=None if os.environ.get(START_TIMEOUT) else START_SECONDS)
-    state = distributed.global_state
-    if state.client is None:
+    connected = connected_process()
+    if connected is None:
         return None
-    return ok(f"process {state.process_id} of {state.num_processes} connected", processes=state.num_processes)
+    process, count = connected
+    return ok(f"process {process} of {count} connected", processes=count)
 
 
-def devices(folder: str | None) -> Finding:
+def devices() -> Finding:
     """Find the devices, and accelerators that JAX does not use."""
     import jax
 
+    from dpo_jax.parallel.chips import attached_accelerator
+
     platforms = os.environ.get("JAX_PLATFORMS")
     try:
-        found = jax.devices()
+        all_devices = jax.devices()
     except (RuntimeError, AssertionError) as error:
         cause = f"JAX finds no device ({reason(error)})"
         if platforms:
-            return fail(
-                f"JAX_PLATFORMS is {platforms}, but {cause}", f"unset it, or where one is, {_remedy(platforms)}"
-            )
+            remedy = f"unset it, or where one is, {_install_command(platforms)}"
+            return fail(f"JAX_PLATFORMS is {platforms}, but {cause}", remedy)
         return fail(cause, "end other programs that use the device, or set JAX_PLATFORMS=cpu")
-    first = found[0]
+    first = all_devices[0]
     facts = {
         "platform": first.platform,
         "kind": first.device_kind,
-        "devices": len(found),
+        "devices": len(all_devices),
         "local_devices": jax.local_device_count(),
         "memory": _memory(jax.local_devices()[0]),
     }
-    unused = _attached() if first.platform == "cpu" else None
+    unused = attached_accelerator() if first.platform == "cpu" else None
     if unused and "cpu" in (platforms or ""):
         return warn(f"a {unused} is attached, but JAX_PLATFORMS is {platforms}", "unset it to use the device", **facts)
     if unused:
-        return fail(f"a {unused} is attached, but JAX uses the CPU", _remedy(unused), **facts)
+        return fail(f"a {unused} is attached, but JAX uses the CPU", _install_command(unused), **facts)
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         text = f"this is one of {jax.process_count()} hosts of a slice, which must start together"
         return fail(text, "run the same command on all of them, with DPO_JAX_COORDINATOR=auto", **facts)
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     memory = f", {size_text(facts['memory'])} each" if facts["memory"] else ""
-    return ok(f"{len(found)} x {first.device_kind} ({first.platform}){hosts}{memory}", **facts)
+    return ok(f"{len(all_devices)} x {first.device_kind} ({first.platform}){hosts}{memory}", **facts)
 
 
-def _remedy(platforms: str) -> str:
+def _install_command(platforms: str) -> str:
     extra = "tpu" if "tpu" in platforms.lower() else "cuda"
     return f"pip install 'dpo_jax[{extra}]'"
-
-
-def _attached() -> str | None:
-    """Return the kind of accelerator that this machine has, whether or not JAX can use it."""
-    from jax._src import hardware_utils
-
-    if hardware_utils.num_available_tpu_chips_and_device_id()[0]:
-        return "TPU"
-    return "GPU" if hardware_utils.has_visible_nvidia_gpu() else None
 
 
 def _memory(device: Any) -> int | None:
@@ -105,7 +99,7 @@ def _memory(device: Any) -> int | None:
         return None
 
 
-def clocks(folder: str | None) -> Finding | None:
+def clocks() -> Finding | None:
     """Compare the clocks of all hosts."""
     import jax
 
@@ -124,7 +118,7 @@ def compare_clocks(times: list[float]) -> Finding:
     return clock(times[worst] - middle, f"the clock of process {worst}", "that of the others")
 
 
-def step(folder: str | None) -> Finding:
+def step() -> Finding:
     """Compile and run one step of DPO on a tiny model, whose loss is known."""
     import jax
     import jax.numpy as jnp
@@ -144,34 +138,26 @@ def step(folder: str | None) -> Finding:
         _, metrics = train(init_state(params, optimizer), reference, pad_pairs([[1, 2]], [[3, 4]], [[5]]))
         loss = float(metrics["loss"])
     seconds = time.perf_counter() - start
-    if not abs(loss - DEFINITE_LOSS) < 1e-5:
-        return fail(f"a step has loss {loss:.7f}, which is {DEFINITE_LOSS} where devices work", "replace the device")
+    if not abs(loss - EXPECTED_LOSS) < 1e-5:
+        return fail(f"a step has loss {loss:.7f}, expected {EXPECTED_LOSS:.7f}", "replace the device")
     return ok(f"compiled and run in {seconds:.1f} s", seconds=seconds, loss=loss)
 
 
-CHECKS: dict[str, Callable[[str | None], Finding | None]] = {
-    "jax": import_jax,
-    "processes": processes,
-    "devices": devices,
-    "clocks": clocks,
-    "step": step,
-    "matrix product": matrix_product,
-    "all-gather": all_gather,
-    "save": save,
-}
-BEFORE_CONFIG = ("jax", "processes", "devices", "clocks")
-AFTER_CONFIG = ("step", "matrix product", "all-gather", "save")
+Checks = dict[str, Callable[..., Finding | None]]
+BEFORE_CONFIG: Checks = {"jax": import_jax, "processes": processes, "devices": devices, "clocks": clocks}
+AFTER_CONFIG: Checks = {"step": step, "matrix product": matrix_product, "all-gather": all_gather, "save": save}
+CHECKS = BEFORE_CONFIG | AFTER_CONFIG
 NEEDED = ("jax", "processes", "devices")  # by all later checks
-HANGS = "end other programs that use the devices; on a slice of several hosts, run the same command on all of them"
+HANG_REMEDY = "end other programs that use the devices; on a slice of several hosts, run the same command on each"
 
 
 def _serve(sender: Connection, log: str, folder: str | None) -> None:
-    """Make the checks in a new process, whose output goes to the file ``log``, and end it."""
+    """Run the checks in a new process, whose output goes to the file ``log``, and end it."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(descriptor, number)
-    for name, check in CHECKS.items():
-        finding = examine(check, folder)
+    for name, check in (CHECKS | {"save": partial(save, folder)}).items():
+        finding = run_check(check)
         sender.send(finding)
         if name in NEEDED and finding is not None and finding.status == "FAIL":
             break
@@ -187,7 +173,7 @@ def device_checks(folder: str | None) -> Iterator[Callable[[], Finding | None]]:
     """Context manager that starts the process and yields a function that returns the finding of its next check.
 
     After a crash or a timeout, and after a fault that all later checks would meet again, there are no more findings.
-    ``folder``: directory or url for a trial save; None: none is made.
+    ``folder``: directory or url for a trial save; None: there is none.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -206,7 +192,7 @@ def device_checks(folder: str | None) -> Iterator[Callable[[], Finding | None]]:
                 if receiver.poll(PATIENCE):
                     return receiver.recv()
                 has_ended = True
-                return fail(f"no answer within {PATIENCE:g} s", HANGS)
+                return fail(f"no answer within {PATIENCE:g} s", HANG_REMEDY)
             except EOFError:
                 has_ended = True
                 process.join()

@@ -1,4 +1,4 @@
-"""The command ``doctor``: make all checks and print what they find."""
+"""The command ``doctor``: run all checks and print what they find."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 import dpo_jax
 from dpo_jax.commands.doctor import devices, machine
-from dpo_jax.commands.doctor.findings import Finding, as_json, examine, line, ok, size_text
+from dpo_jax.commands.doctor.findings import Finding, as_json, as_line, ok, run_check, size_text
 from dpo_jax.config import AnyConfig
 from dpo_jax.errors import UserError
 
@@ -33,7 +33,7 @@ def doctor(read_config: Callable[[], AnyConfig] | None, as_object: bool) -> None
     for name, finding in examine_all(read_config):
         findings[name] = finding
         if not as_object:
-            print(line(name, finding, WIDTH), flush=True)
+            print(as_line(name, finding, WIDTH), flush=True)
     failed = [name for name, finding in findings.items() if finding.status == "FAIL"]
     if as_object:
         report = {"dpo_jax": dpo_jax.__version__, "passed": not failed, "checks": as_json(findings)}
@@ -51,17 +51,18 @@ def examine_all(read_config: Callable[[], AnyConfig] | None) -> Iterator[tuple[s
         config = None if read_config is None else read_config()
         return None if config is None else ok(f"{type(config).__name__} for {config.run.dir}")
 
-    yield from _examined({"config": read, "python": machine.python, "packages": machine.packages})
+    yield from _run_checks({"config": read, "python": machine.python, "packages": machine.packages})
     with devices.device_checks(None if config is None else config.run.dir) as next_finding:
         early = {name: next_finding() for name in devices.BEFORE_CONFIG}
-        yield from _applying(early)
-        facts, failed = _facts(early["devices"]), set()
+        yield from _without_skipped(early)
+        facts, failed = _facts_of(early["devices"]), set()
         save_bytes = None
         if config is None or early["jax"] is not None:
-            yield from _examined({"memory": machine.memory})
+            yield from _run_checks({"memory": machine.memory})
         else:
             for name, finding in examine_config(config, facts):
-                failed |= {name} if finding.status == "FAIL" else set()
+                if finding.status == "FAIL":
+                    failed.add(name)
                 save_bytes = finding.facts.get("save_bytes", save_bytes)
                 yield name, finding
         late = {name: next_finding() for name in devices.AFTER_CONFIG}
@@ -69,7 +70,7 @@ def examine_all(read_config: Callable[[], AnyConfig] | None) -> Iterator[tuple[s
             late["save"] = with_estimate(late["save"], save_bytes)
         if failed & {"run.dir", "bucket"}:
             del late["save"]  # it failed for the same reason
-        yield from _applying(late)
+        yield from _without_skipped(late)
 
 
 def examine_config(config: AnyConfig, devices_found: Mapping[str, Any]) -> Iterator[tuple[str, Finding]]:
@@ -82,14 +83,14 @@ def examine_config(config: AnyConfig, devices_found: Mapping[str, Any]) -> Itera
 
         jax.config.update("jax_platforms", "cpu")  # the devices belong to the other process
 
-    fault = examine(load)
+    fault = run_check(load)
     if fault is not None:
         yield "libraries", fault
         return
     from dpo_jax.commands.doctor.inputs import CHECKS, Job
 
     job = Job(config, **{name: devices_found[name] for name in DEVICE_FACTS if devices_found})
-    yield from _examined({name: lambda check=check: check(job) for name, check in CHECKS.items()})
+    yield from _run_checks({name: lambda check=check: check(job) for name, check in CHECKS.items()})
 
 
 def with_estimate(finding: Finding, save_bytes: int) -> Finding:
@@ -102,16 +103,16 @@ def with_estimate(finding: Finding, save_bytes: int) -> Finding:
     return replace(finding, text=text, facts={**finding.facts, "save_seconds": seconds})
 
 
-def _facts(finding: Finding | None) -> Mapping[str, Any]:
+def _facts_of(finding: Finding | None) -> Mapping[str, Any]:
     return {} if finding is None or finding.status == "FAIL" else finding.facts
 
 
-def _examined(checks: Mapping[str, Callable[[], Finding | None]]) -> Iterator[tuple[str, Finding]]:
+def _run_checks(checks: Mapping[str, Callable[[], Finding | None]]) -> Iterator[tuple[str, Finding]]:
     for name, check in checks.items():
-        yield from _applying({name: examine(check)})
+        yield from _without_skipped({name: run_check(check)})
 
 
-def _applying(findings: Mapping[str, Finding | None]) -> Iterator[tuple[str, Finding]]:
+def _without_skipped(findings: Mapping[str, Finding | None]) -> Iterator[tuple[str, Finding]]:
     for name, finding in findings.items():
         if finding is not None:
             yield name, finding

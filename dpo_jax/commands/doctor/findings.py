@@ -23,7 +23,7 @@ class Finding:
 
     status: Status
     text: str
-    facts: Mapping[str, Any] = field(default_factory=dict)  # the numbers in the text, for JSON
+    facts: Mapping[str, Any] = field(default_factory=dict)  # values for JSON
 
 
 def ok(text: str, **facts: Any) -> Finding:
@@ -41,8 +41,8 @@ def fail(text: str, remedy: str, **facts: Any) -> Finding:
     return Finding("FAIL", f"{text}: {remedy}", facts)
 
 
-def examine(check: Callable[..., Finding | None], *arguments: Any) -> Finding | None:
-    """Make a check; an error, of whatever type, is a fault. None: there is nothing to check here."""
+def run_check(check: Callable[..., Finding | None], *arguments: Any) -> Finding | None:
+    """Run a check; an error, of whatever type, is a fault. None: there is nothing to check here."""
     try:
         return check(*arguments)
     except UserError as error:
@@ -53,7 +53,7 @@ def examine(check: Callable[..., Finding | None], *arguments: Any) -> Finding | 
         return fail(f"the check ended with {reason(error)}", REPORT)
 
 
-def line(name: str, finding: Finding, width: int) -> str:
+def as_line(name: str, finding: Finding, width: int) -> str:
     """Return a finding as one line; ``width``: that of the longest name."""
     return f"{finding.status:<4}  {name:<{width}}  {' '.join(finding.text.split())}"
 

@@ -1,14 +1,12 @@
 """Checks of what a config names: model, tokenizer, data, mesh, memory, disk and bucket."""
 
 import os
-import re
 import secrets
 import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,29 +14,27 @@ from typing import Any
 import jax
 
 from dpo_jax.batching.sets import store_folder
-from dpo_jax.bucket import PROBE, SCHEME, Bucket, probe
+from dpo_jax.bucket import PROBE, SCHEME, Bucket, is_remote, probe, split_url
 from dpo_jax.commands.doctor import machine
 from dpo_jax.commands.doctor.findings import Finding, fail, ok, size_text, warn
 from dpo_jax.config import AnyConfig, PPOConfig, SourceConfig
 from dpo_jax.data.convert import ConvertJob, make_convert_rows
-from dpo_jax.data.files import file_suffix
+from dpo_jax.data.sources import kind_of
 from dpo_jax.data.store import open_source
-from dpo_jax.errors import UserError
 from dpo_jax.methods.optimizer import make_optimizer
 from dpo_jax.methods.ppo import abstract_policy_state
-from dpo_jax.methods.setup import abstract_state, with_head
+from dpo_jax.methods.setup import abstract_state, trained_model
 from dpo_jax.methods.value_model import value_model_of
 from dpo_jax.models.decoder import Model, count_params, refuse_expert_axis
-from dpo_jax.models.families import refuse_positions
 from dpo_jax.parallel.sharding import abstract_mesh, sharded_structs
 from dpo_jax.plan.ahead_of_time import NUM_STEPS, num_bytes
 from dpo_jax.runs.directory import is_run_dir, run_at
+from dpo_jax.weights.hub import HubError
 from dpo_jax.weights.open import OpenModel, find_model, open_model, param_shardings
 from dpo_jax.weights.safetensors import find_tensors
 
 SAMPLE_ROWS = 64  # of each data set, to tokenize
 LARGE_FILE = 2**29  # bytes; opening a larger file takes too long
-ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 TRANSFER_BYTES = 2**25  # of the object that measures a bucket's rates
 BUCKET_PATIENCE = 10.0  # seconds
 HUB_REMEDIES = {  # type of the hub's error -> remedy
@@ -69,25 +65,21 @@ class Job:
 
 def model(job: Job) -> Finding:
     """Find the models that the config names; of a hub model, only its config and tokenizer are downloaded."""
-    config = job.config
+    config, judge = job.config, job.config.judge
     try:
         job.opened = open_model(config.model, job.platform, config.lora, weights=False)
         if config.reference.path is not None:
-            with _naming("reference.path"):
-                find_model(config.reference.path, None, weights=False)
-        if config.judge is not None and config.judge.path is not None:
-            with _naming(f"{config.judge.section}.path"):
-                find_model(config.judge.path, config.judge.revision, config.judge.checkpoint, weights=False)
-    except UserError as error:
-        remedy = _hub_remedy(error)
-        return Finding("FAIL", str(error)) if remedy is None else fail(str(error), remedy)
-    job.model = with_head(job.opened.model, config)
-    refuse_positions(job.model.config, config.data.max_length, "data.max_length", config.data.max_length)
+            find_model(config.reference.path, None, weights=False, section="reference")
+        if judge is not None and judge.path is not None:
+            find_model(judge.path, judge.revision, judge.checkpoint, weights=False, section=judge.section)
+    except HubError as error:
+        return fail(str(error), HUB_REMEDIES.get(type(error.__cause__).__name__, HUB_UNREACHABLE))
+    job.model = trained_model(job.opened.model, config)
     job.parameters = count_params(job.model)
     folder, text = job.opened.source.folder, f"{config.model.path}: {job.parameters:,} parameters"
     if folder is None or job.opened.source.run is not None:
         return ok(text, parameters=job.parameters)
-    if not Path(config.model.path).expanduser().is_dir():
+    if not is_remote(config.model.path) and not Path(config.model.path).expanduser().is_dir():
         return _on_hub(text, folder, job.parameters)
     find_tensors(folder)
     return ok(text, parameters=job.parameters)
@@ -101,22 +93,6 @@ def _on_hub(text: str, folder: Path, parameters: int) -> Finding:
     room = _space("HF_HOME", Path(huggingface_hub.constants.HF_HUB_CACHE), needed, "set it to a larger disk")
     token = "with a token" if huggingface_hub.get_token() else "without a token"
     return room if room.status == "FAIL" else ok(f"{text}, on the hub, {token}", parameters=parameters)
-
-
-@contextmanager
-def _naming(option: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("model.path", option, 1)) from error.__cause__
-
-
-def _hub_remedy(error: UserError) -> str | None:
-    """Return the remedy for an error of the hub, or None if the error has another cause."""
-    cause = error.__cause__
-    if cause is None or "download" not in str(error):
-        return None
-    return HUB_REMEDIES.get(type(cause).__name__, HUB_UNREACHABLE)
 
 
 def tokenizer(job: Job) -> Finding | None:
@@ -160,11 +136,12 @@ def data(job: Job) -> Finding | None:
 
 
 def _is_small_local(source: SourceConfig) -> bool:
-    """Return whether a data set can be opened quickly; one that does not exist can, as the error comes at once."""
-    if os.path.exists(source.path):
-        return os.path.getsize(source.path) <= LARGE_FILE
-    is_elsewhere = source.path.startswith("tfds:") or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path)
-    return not is_elsewhere or file_suffix(source.path) in ROW_SUFFIXES
+    """Return whether a data set can be opened quickly; raise ``UserError`` if its path names nothing."""
+    if is_remote(source.path):
+        split_url("data", source.path)
+        return False
+    is_local = kind_of(source.path) not in ("TFDS set", "hub dataset")
+    return is_local and os.path.getsize(source.path) <= LARGE_FILE
 
 
 def mesh(job: Job) -> Finding | None:

@@ -1,4 +1,4 @@
-"""Checks that measure: a matrix product, an all-gather and a save, next to what ``plan`` takes for possible."""
+"""Checks that measure: a matrix product, an all-gather and a save, compared with what ``plan`` assumes."""
 
 import secrets
 import shutil
@@ -17,13 +17,13 @@ LOW_RATE = 0.5  # of the published rate
 
 
 def is_accelerator() -> bool:
-    """Return whether the devices are of the kind whose rates are published."""
+    """Return whether JAX runs on a GPU or TPU."""
     import jax
 
     return jax.default_backend() != "cpu"
 
 
-def matrix_product(folder: str | None) -> Finding | None:
+def matrix_product() -> Finding | None:
     """Measure the rate of a large bfloat16 matrix product on one accelerator."""
     import jax
     import jax.numpy as jnp
@@ -41,7 +41,7 @@ def matrix_product(folder: str | None) -> Finding | None:
     return compare_rate(flops / 1e12, None if chip is None else chip.device_peak_flops / 1e12, "TFLOP/s")
 
 
-def all_gather(folder: str | None) -> Finding | None:
+def all_gather() -> Finding | None:
     """Measure the rate at which each accelerator receives the shards of all others."""
     import jax
     import jax.numpy as jnp
@@ -49,17 +49,18 @@ def all_gather(folder: str | None) -> Finding | None:
 
     from dpo_jax.parallel.chips import chip_of
 
-    found, count = jax.devices(), jax.device_count()
+    all_devices = jax.devices()
+    count = len(all_devices)
     if count == 1 or not is_accelerator():
         return None
     mesh = jax.make_mesh((count,), ("all",), axis_types=(AxisType.Auto,))
-    sharded, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("all",), ()))
+    sharded, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("all",), ()))
     size = GATHERED_BYTES // 4 // count * count
     shards = jax.jit(lambda: jnp.ones(size, jnp.float32), out_shardings=sharded)()
-    gather = jax.jit(lambda x: x, out_shardings=whole)
+    gather = jax.jit(lambda x: x, out_shardings=replicated)
     rate = 4 * size * (count - 1) / count / _seconds(gather, shards)
-    chip = chip_of(found[0].device_kind)
-    is_one_slice = len({getattr(device, "slice_index", 0) for device in found}) == 1
+    chip = chip_of(all_devices[0].device_kind)
+    is_one_slice = len({getattr(device, "slice_index", 0) for device in all_devices}) == 1
     published = chip.ici_bandwidth / chip.devices / 1e9 if chip is not None and is_one_slice else None
     return compare_rate(rate / 1e9, published, "GB/s per device")
 
@@ -75,7 +76,7 @@ def _seconds(program: Callable[[Any], Any], argument: Any) -> float:
 
 
 def compare_rate(measured: float, published: float | None, unit: str) -> Finding:
-    """Compare a measured rate with the published one, which ``plan`` takes for possible."""
+    """Compare a measured rate with the published one, which ``plan`` assumes."""
     facts = {"measured": measured, "published": published, "unit": unit}
     if published is None:
         return ok(f"{measured:,.0f} {unit}", **facts)
