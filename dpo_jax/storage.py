@@ -113,6 +113,11 @@ def sync(file: IO) -> None:
     os.fsync(file.fileno())
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home directory in place of ``~``; one of an unknown user is left as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def list_files(folder: Path, pattern: str) -> list[Path]:
     """Return the sorted paths in a folder whose names match a glob pattern."""
     return sorted(folder.glob(pattern))

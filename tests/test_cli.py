@@ -72,6 +72,11 @@ def test_wrong_usage_is_one_line(capsys, config, arguments, line):
         ("--loss.beta", "-1", "loss.beta must be positive, got -1.0"),
         ("--model.path", "./no", "model.path: ./no does not exist; give a directory, a hub name or builtin:tiny"),
         ("--data.train", "no.jsonl", "no.jsonl: no such file; the working directory is {}"),
+        (
+            "--model.path",
+            "~no/m",
+            "model.path: ~no/m does not exist; give a directory, a hub name or builtin:tiny",
+        ),
     ],
 )
 def test_a_wrong_config_is_refused_before_jax_is_imported(config, option, value, line):

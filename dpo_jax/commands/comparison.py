@@ -48,7 +48,7 @@ def compare_methods(config: CompareConfig, devices: Sequence[jax.Device] | None 
     """
     start_hosts()
     hosts.cache_compilations()
-    mesh, root = make_mesh(config.mesh, devices), Path(config.run.dir).expanduser().absolute()
+    mesh, root = make_mesh(config.mesh, devices), storage.expanded(config.run.dir).absolute()
     runs = list(config.runs)
     with ExitStack() as stack:
         stack.enter_context(lossy_streams())

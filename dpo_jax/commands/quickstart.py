@@ -26,7 +26,7 @@ from dpo_jax.reports.charts import plots
 from dpo_jax.reports.html import cards, code, heading, page, paragraph, table
 from dpo_jax.reports.run import PLOTS
 from dpo_jax.runs.directory import RunDir, read_json
-from dpo_jax.storage import write_atomically
+from dpo_jax.storage import expanded, write_atomically
 
 SEED = 0
 SHOWN_VISITS = (1, 26, 35, 60)  # held-out visits whose answers are printed: sea and land, by day and by night
@@ -75,7 +75,7 @@ def quickstart(directory: Path) -> None:
         UserError: the directory cannot be written, or holds another run.
     """
     start_time = time.perf_counter()
-    directory = directory.expanduser()
+    directory = expanded(directory)
     print(f"An invented language: visitors of a shop ask for goods. The rule to learn:\n{RULE}.\n", flush=True)
     write_task(directory, SEED)
 

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from dpo_jax.plan.ahead_of_time import Phase, compile_step, slice_mesh, step_arg
 from dpo_jax.plan.costs import pair_stage, run_costs, sampled_stages, step_costs
 from dpo_jax.plan.load import Inputs, Load, PlannedConfig, find_load, find_rollout
 from dpo_jax.plan.rollout import RolloutPlan, rollout_phases
+from dpo_jax.storage import expanded
 from dpo_jax.weights.known import known_config
 from dpo_jax.weights.open import ModelSource, OpenModel, build_model, find_model, find_tokenizer
 from dpo_jax.weights.reward_model import refuse_language_model, reward_model_config
@@ -182,7 +182,7 @@ def find_reward_model(
     try:
         source = _source(options, tokenizer=False, section=judge.section)
     except UserError:
-        if Path(judge.path).expanduser().exists():
+        if os.path.exists(expanded(judge.path)):
             raise
         return replace(policy, lora=None, config=replace(policy.config, scores=1)), None
     opened = OpenModel(source, options, "tpu", None)
@@ -264,7 +264,7 @@ def _measured_inputs(config: PlannedConfig, source: ModelSource, inputs: Inputs)
 def _source(config: ModelConfig, *, tokenizer: bool, section: str = "model") -> ModelSource:
     """Find a model's config: in local files, in the table of known models if no tokenizer is needed, or on the hub."""
     known_hf_config = known_config(config.path)
-    reads_files = os.path.isdir(os.path.expanduser(config.path)) or (tokenizer and config.tokenizer is None)
+    reads_files = os.path.isdir(expanded(config.path)) or (tokenizer and config.tokenizer is None)
     if known_hf_config is not None and not reads_files:
         return ModelSource(known_hf_config, None, None)
     return find_model(config.path, config.revision, config.checkpoint, weights=False, section=section)

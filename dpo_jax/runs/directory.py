@@ -162,7 +162,8 @@ def locked_directory(
     """
     root, path = _local(path), shown or path
     try:
-        if root.is_dir() and any(root.iterdir()) and not has_ours(root):
+        others = [path for path in root.iterdir() if not path.name.startswith(PROBE)] if root.is_dir() else []
+        if others and not has_ours(root):
             raise UserError(f"run.dir: {path} has other files but no {ours}: choose an empty directory")
         root.mkdir(parents=True, exist_ok=True)
         with in_use(path):
@@ -179,7 +180,7 @@ def locked_directory(
 def _local(path: str | Path) -> Path:
     if "://" in str(path):
         raise UserError(f"run.dir: {path} is not a local path: mount the bucket, or copy the directory afterwards")
-    return Path(path).expanduser().absolute()
+    return storage.expanded(path).absolute()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Resolve ``model.path`` to a local directory and read its JSON files, such as ``config.json``."""
 
 import json
+import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from dpo_jax.bucket import Bucket, is_remote
 from dpo_jax.bucket_cache import MODELS, fetch
 from dpo_jax.errors import UserError, from_outside
 from dpo_jax.models.options import DecoderConfig
+from dpo_jax.storage import expanded
 from dpo_jax.weights.known import builtin_model
 
 # Download only what this program reads from a hub repository: no PyTorch pickles, copies in other formats, or code.
@@ -37,14 +39,14 @@ def resolve_model(path: str, revision: str | None, weights: bool = True, section
         builtin_model(path, option)  # an unknown name raises an error that lists the built-in models
         raise UserError(f"{option}: {path} is built in and has no directory; give a directory or a hub name")
     directory = model_directory(option, path)
-    if directory.is_dir():
+    if os.path.isdir(directory):
         if revision is not None:
             remedy = f"{path} is {'in a bucket' if is_remote(path) else 'a local directory'}; remove this option"
             raise UserError(f"{section}.revision: {revision!r} cannot be used: {remedy}")
         if not (directory / "config.json").is_file():
             raise UserError(f"{option}: {path} holds neither config.json nor checkpoints/; give a model or a run")
         return directory
-    if directory.exists():
+    if os.path.exists(directory):
         raise UserError(f"{option}: {path} is a file; give the directory that contains config.json and the weights")
     refuse_missing(path, option)
     return _download(option, path, revision, _HUB_FILES + _HUB_WEIGHTS if weights else _HUB_FILES)
@@ -53,7 +55,7 @@ def resolve_model(path: str, revision: str | None, weights: bool = True, section
 def refuse_missing(path: str, option: str = "model.path") -> None:
     """Raise ``UserError`` if ``path``, the value of ``option``, can only be a local one, and does not exist."""
     is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
-    if is_local and not is_remote(path) and not Path(path).expanduser().exists():
+    if is_local and not is_remote(path) and not os.path.exists(expanded(path)):
         raise UserError(f"{option}: {path} does not exist; give a directory, a hub name or builtin:tiny")
 
 
@@ -66,7 +68,7 @@ def model_directory(option: str, path: str) -> Path:
         UserError: there is no such directory in the bucket, or it is in other storage.
     """
     if not is_remote(path):
-        return Path(path).expanduser()
+        return expanded(path)
     bucket = Bucket.named(option, path)
     blobs, folders = bucket.entries()
     if _TEMPLATES in folders:

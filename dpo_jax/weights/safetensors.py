@@ -87,15 +87,14 @@ def read_header(path: Path) -> dict[str, Tensor]:
         UserError: the safetensors library rejects the file.
     """
     remote = referenced_object(path)
-    with (
-        _file_with_header(path, remote) as header_path,
-        from_outside(f"{path}: this is not an intact safetensors file", COPY_AGAIN),
-    ):
-        with safe_open(header_path, "numpy"):  # checks that types, shapes and offsets cover the file exactly
-            pass
-        with header_path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+    with ExitStack() as stack:
+        header_path = stack.enter_context(_file_with_header(path, remote))
+        with from_outside(f"{path}: this is not an intact safetensors file", COPY_AGAIN):
+            with safe_open(header_path, "numpy"):  # checks that types, shapes and offsets cover the file exactly
+                pass
+            with header_path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():

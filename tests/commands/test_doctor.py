@@ -162,7 +162,7 @@ def test_products_and_gathers_are_measured_on_accelerators_only(monkeypatch, pla
 
 def test_a_trial_save_is_measured_and_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(rates, "SAVED_BYTES", 2**20)
-    finding = rates.save(str(tmp_path / "runs" / "one"))
+    finding = rates.save(str(tmp_path / "runs" / "one"), ".probe-1")
     assert finding is not None
     assert re.fullmatch(r"1 MiB in \d+\.\d s, \S+ MB/s", finding.text)
     assert list(tmp_path.iterdir()) == []
@@ -172,7 +172,7 @@ def test_a_trial_save_is_measured_and_removed(tmp_path, monkeypatch):
 
 def test_a_trial_save_in_a_bucket_is_removed(storage, monkeypatch):
     monkeypatch.setattr(rates, "SAVED_BYTES", 2**20)
-    assert rates.save("gs://bucket/runs/one") is not None
+    assert rates.save("gs://bucket/runs/one", ".probe-1") is not None
     assert [name for name in storage.names("bucket") if not name.endswith("/")] == []
 
 
@@ -210,6 +210,23 @@ def test_json_has_no_secrets(monkeypatch):
     assert as_json({"model": ok(text, path=text, size=1)}) == {
         "model": {"status": "ok", "text": clean, "facts": {"path": clean, "size": 1}}
     }
+    assert as_json({"data": ok("", files=[{"/home/alice/x": ["hf_AbC"]}])})["data"]["facts"] == {
+        "files": [{"~/x": ["REMOVED"]}]
+    }
+    monkeypatch.setenv("DB_PASS", "correct horse")
+    for secret in (
+        "token=abc",
+        "X-Sig=0a&b=c",
+        "ghp_Ab1",
+        "sk-ab1",
+        "AKIA01",
+        "Basic YTpi",
+        "me@here",
+        "correct horse",
+    ):
+        assert redacted(f"a disk-full?{secret} b") == "a disk-full?REMOVED b"
+    monkeypatch.setenv("HOME", "/")
+    assert redacted("gs://b/c") == "gs://b/c"
 
 
 # The command

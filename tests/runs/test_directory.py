@@ -63,6 +63,7 @@ def test_a_run_is_made_held_and_reopened(tmp_path):
 
 
 def test_an_empty_directory_becomes_a_run(tmp_path):
+    (tmp_path / ".probe-1").mkdir()  # of a doctor that was killed
     with locked_run(tmp_path):
         assert is_run_dir(tmp_path)
 

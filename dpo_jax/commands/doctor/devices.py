@@ -6,6 +6,8 @@ The process sends its findings in the order of ``CHECKS``. Nothing here imports 
 import math
 import multiprocessing
 import os
+import secrets
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dpo_jax.bucket import PROBE, is_remote
 from dpo_jax.commands.doctor.findings import Finding, fail, ok, run_check, size_text, warn
-from dpo_jax.commands.doctor.machine import clock
+from dpo_jax.commands.doctor.machine import clock, closest_folder
 from dpo_jax.commands.doctor.rates import all_gather, matrix_product, save
 from dpo_jax.errors import reason
 
@@ -151,12 +154,12 @@ NEEDED = ("jax", "processes", "devices")  # by all later checks
 HANG_REMEDY = "end other programs that use the devices; on a slice of several hosts, run the same command on each"
 
 
-def _serve(sender: Connection, log: str, folder: str | None) -> None:
+def _serve(sender: Connection, log: str, folder: str | None, probe: str) -> None:
     """Run the checks in a new process, whose output goes to the file ``log``, and end it."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(descriptor, number)
-    for name, check in (CHECKS | {"save": partial(save, folder)}).items():
+    for name, check in (CHECKS | {"save": partial(save, folder, probe)}).items():
         finding = run_check(check)
         sender.send(finding)
         if name in NEEDED and finding is not None and finding.status == "FAIL":
@@ -179,7 +182,8 @@ def device_checks(folder: str | None) -> Iterator[Callable[[], Finding | None]]:
     receiver, sender = context.Pipe(duplex=False)
     with TemporaryDirectory(prefix="dpo-jax-doctor-") as temporary:
         log = Path(temporary) / "output"
-        process = context.Process(target=_serve, args=(sender, str(log), folder), daemon=True)
+        probe = f"{PROBE}{secrets.token_hex(8)}"
+        process = context.Process(target=_serve, args=(sender, str(log), folder, probe), daemon=True)
         process.start()
         sender.close()
         has_ended = False
@@ -205,6 +209,8 @@ def device_checks(folder: str | None) -> Iterator[Callable[[], Finding | None]]:
         finally:
             process.kill()
             process.join()
+            if folder is not None and not is_remote(folder):
+                shutil.rmtree(closest_folder(folder) / probe, ignore_errors=True)
 
 
 def _crash(code: int | None, log: Path) -> Finding:

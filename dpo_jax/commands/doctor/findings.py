@@ -11,8 +11,12 @@ from typing import Any, Literal
 from dpo_jax.errors import UserError, reason
 
 Status = Literal["ok", "warn", "FAIL"]
-SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY", re.IGNORECASE)  # of environment variables
-SECRET_TEXTS = re.compile(r"\b(hf_|ya29\.|AIza|Bearer )[\w.-]+|(?<=://)[^/@\s]+(?=@)|[\w.+-]+@[\w-]+\.[\w.-]+")
+SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASS|_PWD|AUTH|SIGNATURE|CREDENTIAL|KEY", re.IGNORECASE)  # of variables
+SECRET_TEXTS = re.compile(
+    r"\b(?:hf_|gh[a-z]_|sk-|AKIA|ya29\.|AIza|(?:Bearer|Basic) )[\w.=+/-]+"  # tokens
+    r"|(?<=://)[^/@\s]+(?=@)|[\w.+-]+@[\w-]+(?:\.[\w-]+)*"  # passwords in urls, mail addresses
+    r"|(?<=\?)[\w.-]+=\S+"  # signatures in urls
+)
 REPORT = "report it with the output of dpo-jax doctor --json"
 MIN_SECRET = 6  # characters; shorter values, such as 1, are no secrets
 
@@ -68,7 +72,9 @@ def as_json(findings: Mapping[str, Finding]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     return redacted(value) if isinstance(value, str) else value
 
 
@@ -77,7 +83,8 @@ def redacted(text: str) -> str:
     for name, value in os.environ.items():
         if SECRET_NAMES.search(name) and len(value) >= MIN_SECRET:
             text = text.replace(value, "REMOVED")
-    text = SECRET_TEXTS.sub("REMOVED", text).replace(str(Path.home()), "~")
+    text, home = SECRET_TEXTS.sub("REMOVED", text), str(Path.home())
+    text = text if home == "/" else text.replace(home, "~")
     return re.sub(rf"(?<=/){re.escape(_user())}(?=/|\b)", "USER", text)
 
 

@@ -29,6 +29,7 @@ from dpo_jax.models.decoder import Model, count_params, refuse_expert_axis
 from dpo_jax.parallel.sharding import abstract_mesh, sharded_structs
 from dpo_jax.plan.ahead_of_time import NUM_STEPS, num_bytes
 from dpo_jax.runs.directory import is_run_dir, run_at
+from dpo_jax.storage import expanded
 from dpo_jax.weights.hub import HubError
 from dpo_jax.weights.open import OpenModel, find_model, open_model, param_shardings
 from dpo_jax.weights.safetensors import find_tensors
@@ -79,7 +80,7 @@ def model(job: Job) -> Finding:
     folder, text = job.opened.source.folder, f"{config.model.path}: {job.parameters:,} parameters"
     if folder is None or job.opened.source.run is not None:
         return ok(text, parameters=job.parameters)
-    if not is_remote(config.model.path) and not Path(config.model.path).expanduser().is_dir():
+    if not is_remote(config.model.path) and not os.path.isdir(expanded(config.model.path)):
         return _on_hub(text, folder, job.parameters)
     find_tensors(folder)
     return ok(text, parameters=job.parameters)

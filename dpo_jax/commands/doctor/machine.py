@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dpo_jax.commands.doctor.findings import Finding, fail, ok, size_text, warn
 from dpo_jax.parallel.versions import installed_version, mismatches
+from dpo_jax.storage import expanded
 
 MIN_PYTHON = (3, 11)
 # Package whose requirements are checked -> its extras that are installed as packages of their own.
@@ -83,7 +84,7 @@ def _number(pattern: str, path: Path) -> int:
 
 def closest_folder(path: str | Path) -> Path:
     """Return a path itself, or else the closest one above it that exists."""
-    absolute = Path(path).expanduser().absolute()
+    absolute = expanded(path).absolute()
     return next(folder for folder in (absolute, *absolute.parents) if folder.exists())
 
 

@@ -1,6 +1,5 @@
 """Checks that measure: a matrix product, an all-gather and a save, compared with what ``plan`` assumes."""
 
-import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -86,14 +85,17 @@ def compare_rate(measured: float, published: float | None, unit: str) -> Finding
     return ok(text, **facts)
 
 
-def save(folder: str | None) -> Finding | None:
-    """Measure the rate of a checkpoint of random bytes in the run directory, which is removed again."""
+def save(folder: str | None, name: str) -> Finding | None:
+    """Measure the rate of a checkpoint of random bytes in the run directory, which is removed again.
+
+    ``name``: that of the checkpoint; process 0's is taken.
+    """
     import jax
     import jax.numpy as jnp
     from etils import epath
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from dpo_jax.bucket import PROBE, Bucket, is_remote
+    from dpo_jax.bucket import Bucket, is_remote
     from dpo_jax.config import CheckpointConfig
     from dpo_jax.parallel import hosts
     from dpo_jax.runs.checkpoint import Checkpoints
@@ -114,7 +116,7 @@ def save(folder: str | None) -> Finding | None:
     sharding = NamedSharding(mesh, PartitionSpec("all"))
     bits = jax.jit(lambda: jax.random.bits(jax.random.key(0), (size,), jnp.uint32), out_shardings=sharding)()
     jax.block_until_ready(bits)
-    probe = epath.Path(existing) / hosts.gather(f"{PROBE}{secrets.token_hex(8)}", "trial save")[0]
+    probe = epath.Path(existing) / hosts.gather(name, "trial save")[0]
     seconds = 0.0
     try:
         with Checkpoints(probe, CheckpointConfig(keep=1)) as checkpoints:
