@@ -97,5 +97,6 @@ def _user() -> str:
 
 def size_text(num_bytes: float) -> str:
     """Return a size for people."""
-    power = 3 if num_bytes >= 2**30 else 2 if num_bytes >= 2**20 else 1
-    return f"{num_bytes / 2 ** (10 * power):.3g} {('KiB', 'MiB', 'GiB')[power - 1]}"
+    units = ("KiB", "MiB", "GiB", "TiB")
+    power = next(power for power in range(1, 5) if num_bytes < 1000 * 2 ** (10 * power) or power == len(units))
+    return f"{num_bytes / 2 ** (10 * power):.3g} {units[power - 1]}"
