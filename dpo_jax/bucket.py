@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -297,6 +297,15 @@ class Bucket:
 
 def _blob_of(blob: Any) -> Blob:
     return Blob(int(blob.generation), blob.updated.timestamp(), blob.metadata or {}, int(blob.size))
+
+
+@contextmanager
+def denied_as_usage(option: str) -> Iterator[None]:
+    """Context manager that turns `StorageDenied` into a plain `UserError` of ``option``, as nothing has begun yet."""
+    try:
+        yield
+    except StorageDenied as error:
+        raise UserError(f"{option}: {error}") from error
 
 
 def upload_order(name: str) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from threading import BoundedSemaphore
 from typing import TypeVar
 
-from dpo_jax.bucket import PATIENCE, Blob, Bucket, Changed
+from dpo_jax.bucket import PATIENCE, Blob, Bucket, Changed, denied_as_usage
 from dpo_jax.errors import UserError, reason
 from dpo_jax.storage import claim, is_abandoned, list_files, local_copy
 
@@ -89,17 +89,19 @@ def fetch_data(option: str, url: str) -> Path:
     """Return a local copy of a file or folder of a bucket; ``option`` gives its url.
 
     Raises:
-        UserError: there is no such file or folder, it changes meanwhile, or the cache cannot be written.
-        StorageUnreachable, StorageDenied: storage does not answer, or a right is missing.
+        UserError: there is no such file or folder, it changes meanwhile, a right is missing, or the cache cannot be
+            written.
+        StorageUnreachable: storage does not answer.
     """
     bucket = Bucket.named(option, url)
-    blob = None if url.endswith("/") else bucket.stat("")
-    blobs = {"": blob} if blob is not None else bucket.walk()
-    if blob is None:
-        blobs.pop("", None)  # names the folder
-    if not blobs:
-        raise UserError(f"{option}: {url} does not exist; check the path")
-    return fetch(bucket, blobs, "data")
+    with denied_as_usage(option):
+        blob = None if url.endswith("/") else bucket.stat("")
+        blobs = {"": blob} if blob is not None else bucket.walk()
+        if blob is None:
+            blobs.pop("", None)  # names the folder
+        if not blobs:
+            raise UserError(f"{option}: {url} does not exist; check the path")
+        return fetch(bucket, blobs, "data")
 
 
 def fetch(

@@ -305,9 +305,10 @@ def make_model(config: DecoderConfig, options: ModelConfig, platform: str, lora:
 
 
 def refuse_expert_axis(config: DecoderConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raise ``UserError`` for a model without experts on a mesh whose axis `expert` has more than one device."""
-    size = mesh.shape["expert"]
-    require(config.experts is not None or size == 1, "mesh.expert", size, "the model has no experts; use mesh.fsdp")
+    """Raise ``UserError`` if the size of the mesh axis `expert` does not divide the number of the model's experts."""
+    size, number = mesh.shape["expert"], config.experts.number if config.experts is not None else 0
+    require(number > 0 or size == 1, "mesh.expert", size, "the model has no experts; use mesh.fsdp")
+    require(number % size == 0, "mesh.expert", size, f"the model has {number} experts; use a divisor of it")
 
 
 def with_balance(config: DecoderConfig, coef: float) -> DecoderConfig:

@@ -73,7 +73,8 @@ def _sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
         remedy = "set one axis to -1, or change the sizes"
         if -1 in requested_sizes.values():
             remedy = f"{product} does not divide {num_devices}; change the sizes"
-        raise UserError(f"mesh: {requested_sizes} does not use {num_devices} devices: {remedy}")
+        shape = " x ".join(f"{name} {size}" for name, size in requested_sizes.items())
+        raise UserError(f"mesh: {shape} does not use {num_devices} devices: {remedy}")
     return tuple(sizes.values())
 
 

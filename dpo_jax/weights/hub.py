@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.bucket import Bucket, is_remote
+from dpo_jax.bucket import Bucket, denied_as_usage, is_remote
 from dpo_jax.bucket_cache import MODELS, fetch
 from dpo_jax.errors import UserError, from_outside
 from dpo_jax.models.options import DecoderConfig
@@ -70,15 +70,17 @@ def model_directory(option: str, path: str) -> Path:
     if not is_remote(path):
         return expanded(path)
     bucket = Bucket.named(option, path)
-    blobs, folders = bucket.entries()
-    if _TEMPLATES in folders:
-        blobs |= bucket.entries(_TEMPLATES)[0]
+    with denied_as_usage(option):
+        blobs, folders = bucket.entries()
+        if _TEMPLATES in folders:
+            blobs |= bucket.entries(_TEMPLATES)[0]
     read = [name for name in blobs if any(fnmatchcase(name, pattern) for pattern in _HUB_FILES + _HUB_WEIGHTS)]
     names = [name for name in read if not any(fnmatchcase(name, pattern) for pattern in _HUB_IGNORED)]
     if not names:
         raise UserError(f"{option}: {path} has no files of a model or adapters; check the path")
     weight_files = lambda name: name.endswith(".safetensors")  # noqa: E731
-    return fetch(bucket, {name: blobs[name] for name in names}, MODELS, weight_files)
+    with denied_as_usage(option):
+        return fetch(bucket, {name: blobs[name] for name in names}, MODELS, weight_files)
 
 
 def _download(option: str, name: str, revision: str | None, files: list[str]) -> Path:

@@ -344,7 +344,7 @@ BAD_MODELS = [
         "devices",
         nothing,
         "--mesh.fsdp 3",
-        "mesh: {'data': 1, 'fsdp': 3, 'expert': 1, 'tensor': 1} does not use 8 devices",
+        "mesh: data 1 x fsdp 3 x expert 1 x tensor 1 does not use 8 devices",
     ),
     ("experts", nothing, "--mesh.expert 2", "mesh.expert: 2 cannot be used: the model has no experts; use mesh.fsdp"),
 ]

@@ -145,7 +145,7 @@ def test_storage_that_does_not_answer_at_once_is_asked_again(stored, local):
 
 def test_a_right_that_is_missing_is_named(stored):
     stored.fail(403, kind="read", name="config.json")
-    with pytest.raises(StorageDenied, match=f"{URL}: cannot read config.json: access is denied"):
+    with pytest.raises(UserError, match=f"^model.path: {URL}: cannot read config.json: access is denied"):
         open_model(ModelConfig(path=URL), "cpu")
 
 

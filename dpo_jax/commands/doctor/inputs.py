@@ -194,6 +194,7 @@ def run_dir(job: Job) -> Finding:
     needed = max(saves + export - written, 0)
     finding = _space("run.dir", run.root, needed, "lower checkpoint.keep, or choose another run.dir")
     parts = [f"{size_text(size)} for {name}" for name, size in (("saves", saves), ("the export", export)) if size]
+    parts += [f"for what is uploaded to {config.run.dir}"] if run.mirror is not None else []
     return replace(finding, text=f"{finding.text} ({', '.join(parts)})") if parts else finding
 
 
