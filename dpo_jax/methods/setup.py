@@ -27,7 +27,7 @@ from dpo_jax.data.tokenizer import tokenizer_hash
 from dpo_jax.errors import UserError
 from dpo_jax.inference.score import LogpsStep
 from dpo_jax.logprobs import LogpsFn, make_logps_fn
-from dpo_jax.models.decoder import Model, count_adapters, count_params, refuse_expert_axis
+from dpo_jax.models.decoder import Model, count_adapters, count_params, gathers_all_experts, refuse_expert_axis
 from dpo_jax.models.families import context_length, refuse_positions
 from dpo_jax.models.heads import make_scores_fn
 from dpo_jax.parallel import hosts
@@ -226,6 +226,8 @@ def notes_of(setup: Setup) -> list[str]:
             )
     if setup.config.scores and setup.batches.store.margins.any():
         notes.append("the loss subtracts the data's column margin from the score differences")
+    if gathers_all_experts(setup.model.config, setup.mesh):
+        notes.append("every device gathers all experts of each layer: set mesh.expert to keep them where they are")
     if order.batch > order.epoch_draws:
         excess_note = f"more than the {order.epoch_draws} of an epoch, so some appear twice in a step"
         notes.append(f"a batch has {order.batch} examples, {excess_note}: use a smaller batch")

@@ -311,6 +311,11 @@ def refuse_expert_axis(config: DecoderConfig, mesh: Mesh | AbstractMesh) -> None
     require(number % size == 0, "mesh.expert", size, f"the model has {number} experts; use a divisor of it")
 
 
+def gathers_all_experts(config: DecoderConfig, mesh: Mesh | AbstractMesh) -> bool:
+    """Return whether each device gathers all experts of a layer, which `fsdp` shards but `expert` does not."""
+    return config.experts is not None and mesh.shape["expert"] == 1 < mesh.shape["fsdp"]
+
+
 def with_balance(config: DecoderConfig, coef: float) -> DecoderConfig:
     """Return the config with a new coefficient for the load-balancing loss, if it has experts."""
     if config.experts is None:

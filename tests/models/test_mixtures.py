@@ -22,7 +22,14 @@ from dpo_jax.errors import UserError
 from dpo_jax.inference.generate import generate, rollout_shardings, rollout_weights
 from dpo_jax.logprobs import make_logps_fn
 from dpo_jax.losses import preference_metrics
-from dpo_jax.models.decoder import Model, count_answers, make_model, refuse_expert_axis, with_balance
+from dpo_jax.models.decoder import (
+    Model,
+    count_answers,
+    gathers_all_experts,
+    make_model,
+    refuse_expert_axis,
+    with_balance,
+)
 from dpo_jax.models.flops import Work, forward_flops, recomputed_projections
 from dpo_jax.parallel.sharding import abstract_mesh, make_mesh, rollout_mesh
 from dpo_jax.step import Frozen, pair_gradient
@@ -162,7 +169,9 @@ def test_only_experts_are_sharded_by_more_than_tensor_while_sampling(loaded):
 def test_the_expert_axis_divides_the_number_of_experts(loaded):
     number = loaded.model.config.experts.number
     for size in (1, number):
-        refuse_expert_axis(loaded.model.config, abstract_mesh(MeshConfig(expert=size), size))
+        mesh = abstract_mesh(MeshConfig(expert=size), 2 * number)
+        refuse_expert_axis(loaded.model.config, mesh)
+        assert gathers_all_experts(loaded.model.config, mesh) == (size == 1)
     refusal = f"^mesh.expert: {2 * number} cannot be used: the model has {number} experts; use a divisor of it$"
     with pytest.raises(UserError, match=refusal):
         refuse_expert_axis(loaded.model.config, abstract_mesh(MeshConfig(expert=2 * number), 2 * number))
