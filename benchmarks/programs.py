@@ -136,23 +136,26 @@ def run_dpo_jax(folder: Path, job: dict[str, Any], num_steps: int, reference: st
 def jax_reference_seconds(config: Any) -> float:
     """Seconds a pair to build the cached reference again, once its program is compiled."""
     import jax
+    import numpy as np
 
+    from dpo_jax.batching.batches import set_batches
     from dpo_jax.methods.dpo import make_reference
     from dpo_jax.methods.setup import assemble
-    from dpo_jax.parallel.sharding import make_mesh
+    from dpo_jax.parallel.sharding import make_mesh, row_devices
     from dpo_jax.weights.open import load_weights
 
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         setup = assemble(config, mesh)
         store = setup.batches.store
+        every_pair = set_batches(store, np.arange(len(store)), config.batch, row_devices(mesh))
         weights = load_weights(setup.source, setup.model, config.model, mesh)
         seconds = 0.0
         for _ in range(2):  # the first compiles
             for old in store.path.glob("reference-*"):
                 old.unlink()
             started = time.perf_counter()
-            make_reference(setup, weights)
+            make_reference(setup, weights, [every_pair])
             seconds = time.perf_counter() - started
     return seconds / len(store)
 

@@ -46,9 +46,10 @@ check_bucket() { # refuse one that no run can use, before a slice is paid for, a
   [[ $payer != True ]] || refuse RUNS "$RUNS" "use a bucket without requester pays"
   warn() { printf 'launch: RUNS: %s %s\n' "$bucket" "$1" >&2; }
   [[ ${location,,} == "${ZONE%-*}" ]] || warn "is in $location, not in ${ZONE%-*}: saves cross regions, at a price"
-  [[ $versions != True ]] || warn "keeps and bills deleted checkpoints: gcloud storage buckets update --no-versioning"
+  local update="gcloud storage buckets update $bucket"
+  [[ $versions != True ]] || warn "keeps and bills deleted checkpoints: $update --no-versioning"
   ((${seconds:-0} == 0)) ||
-    warn "bills deleted checkpoints for $((seconds / 86400)) days: gcloud storage buckets update --clear-soft-delete"
+    warn "bills deleted checkpoints for $((seconds / 86400)) days: $update --clear-soft-delete"
   ((${rules:-0} == 0)) || warn "has lifecycle rules: none may delete what is below $RUNS, however old it is"
 }
 

@@ -18,4 +18,4 @@ fi
 printf 'Still there in %s, and billed where it is up:\n' "$ZONE"
 run "${tpus[@]}" queued-resources list "${where[@]}"
 run "${tpus[@]}" tpu-vm list "${where[@]}"
-! in_bucket || printf '%s, billed by size until gcloud storage rm --recursive\n' "$url"
+! in_bucket || printf '%s, billed by size until you delete it: gcloud storage rm --recursive %s\n' "$url" "$url"

@@ -72,7 +72,7 @@ need MOUNT '/[^[:space:]]*[^/[:space:]]' "an absolute path without spaces, and w
 in_bucket || [[ -z $NFS || $RUNS/ == "$MOUNT"/* ]] ||
   refuse RUNS "$RUNS" "with NFS it lies under MOUNT, $MOUNT, or in a bucket"
 need RUN_ID '[A-Za-z0-9][-A-Za-z0-9_.]*' "letters, digits, dashes, dots and underscores"
-need COMMAND 'train|sft' "train or sft"
+need COMMAND 'train|sft|reward|ppo' "train, sft, reward or ppo"
 need PYTHON '3\.(1[1-9]|[2-9][0-9])' "3.11 or newer"
 need COORDINATOR_PORT '[1-9][0-9]{0,4}' "the number of a port"
 ((COORDINATOR_PORT < 65536)) || refuse COORDINATOR_PORT "$COORDINATOR_PORT" "ports end at 65535"

@@ -3,12 +3,23 @@
 # shellcheck source=worker-lib.sh
 . "$(dirname "$0")/worker-lib.sh"
 
-start() { # RUN_ID COMMAND CONFIG OVERRIDES...
-  local run=$base/launched/$1 config=$base/tree/$3 line
-  [[ -f $config ]] || refuse "CONFIG: $3 is not in the tree that was sent: commit it, then launch/sync.sh"
+check_sent() { # CONFIG
+  [[ -f $base/tree/$1 ]] || refuse "CONFIG: $1 is not in the tree that was sent: commit it, then launch/sync.sh"
   [[ $(cat "$base/installed" 2>&1) == "$(readlink "$base/tree")" ]] ||
     refuse "$base/tree: what was sent last is not installed: launch/setup.sh"
-  set -- "$2" "$(readlink -f "$config")" "${@:4}"
+}
+
+doctor() { # COMMAND CONFIG OVERRIDES...: each line after the worker's name. A run has the devices and the port.
+  idle
+  check_sent "$2"
+  cd "$base"
+  with_secrets venv/bin/dpo-jax doctor "$(readlink -f "tree/$2")" --for "$1" "${@:3}" 2>&1 | sed -u "s/^/$(hostname): /"
+}
+
+start() { # RUN_ID COMMAND CONFIG OVERRIDES...
+  local run=$base/launched/$1 line
+  check_sent "$3"
+  set -- "$2" "$(readlink -f "$base/tree/$3")" "${@:4}"
   printf -v line '%q ' "$@"
   if alive "$run"; then # ssh may have been lost and tried again
     [[ $(<"$run/command") == "$line" ]] || refuse "RUN_ID: ${run##*/} runs with other settings: launch/stop.sh"

@@ -91,7 +91,8 @@ class DataConfig(Section, name="data"):
     shuffle: bool = True
     """Draw in an order derived from run.seed; false: in file order."""
     chat_template: str | None = None
-    """Jinja chat template to use instead of the tokenizer's default: a file, or the name of one of its templates."""
+    """Jinja chat template to use instead of the tokenizer's default: a file, local or gs://..., or the name of one of
+    its templates."""
     template_date: str = TEMPLATE_DATE
     """Date, YYYY-MM-DD, given to chat templates instead of today's; Llama 3's write it into the system turn."""
     append_eos: bool = True
@@ -99,7 +100,8 @@ class DataConfig(Section, name="data"):
     invalid_rows: InvalidRowsConfig = field(default_factory=InvalidRowsConfig)
     """How invalid rows are handled."""
     store: str | None = None
-    """Folder for tokenized data and cached log-probs; default: `store` in the parent folder of the run."""
+    """Local folder for tokenized data and cached log-probs; default: `store` next to the run, or in the machine's cache
+    for a run in a bucket."""
     workers: int | None = ranged(None, above=0)
     """Processes that tokenize; default: one per core."""
 

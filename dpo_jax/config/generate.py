@@ -15,8 +15,9 @@ class RewardModelConfig(Section, name="reward"):
     """The reward model that scores the answers; if reward.path is not set, answers are not scored."""
 
     path: str | None = None
-    """Run directory of `dpo-jax reward`, or Hugging Face directory or hub name of a sequence-classification
-    model. If its tokenizer or chat template is not the policy's, it reads the text of the answers."""
+    """Run directory of `dpo-jax reward` or Hugging Face directory, local or gs://..., or hub name of a
+    sequence-classification model. If its tokenizer or chat template is not the policy's, it reads the text of the
+    answers."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     checkpoint: Literal["newest", "best"] = "newest"
@@ -36,8 +37,8 @@ class ComparedRewardConfig(RewardModelConfig, name="eval.reward"):
     """
 
     path: str | None = None
-    """Run directory of `dpo-jax reward`, or Hugging Face directory or hub name of a model for sequence
-    classification, with the policy's tokenizer and chat template."""
+    """Run directory of `dpo-jax reward` or Hugging Face directory, local or gs://..., or hub name of a model for
+    sequence classification, with the policy's tokenizer and chat template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ class TemplateConfig(Section, name="data"):
     """How prompts given as messages are rendered; prompts given as text are used unchanged."""
 
     chat_template: str | None = None
-    """Jinja chat template to use instead of the tokenizer's default: a file, or the name of one of its templates."""
+    """Jinja chat template to use instead of the tokenizer's default: a file, local or gs://..., or the name of one of
+    its templates."""
     template_date: str = TEMPLATE_DATE
     """Date, YYYY-MM-DD, given to chat templates instead of today's; Llama 3's write it into the system turn."""
 

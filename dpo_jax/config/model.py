@@ -17,7 +17,7 @@ class ModelConfig(Section, name="model"):
     checkpoint: Literal["newest", "best"] = "newest"
     """Checkpoint to load if path is a run directory."""
     tokenizer: str | None = None
-    """Directory or hub name of the tokenizer, if it is not next to the weights."""
+    """Directory, local or gs://..., or hub name of the tokenizer, if it is not next to the weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto: bfloat16 on TPU and GPU, float32 on CPU. Log-probs are always float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -79,7 +79,7 @@ class ReferenceConfig(Section, name="reference"):
     """live: a forward pass in every step; cached: log-probs computed once and kept on disk; none: no reference; auto:
     live if the loss needs one, else none."""
     path: str | None = None
-    """Model to use instead of the policy's initial weights, with the same vocabulary."""
+    """Model, named as in model.path, to use instead of the policy's initial weights, with the same vocabulary."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of a live reference; auto: that of the policy's weights."""
     sync_every: int = ranged(0, at_least=0)

@@ -132,7 +132,7 @@ class RunConfig(Section, name="run"):
     """The run: directory, length, logs and output."""
 
     dir: str
-    """Run directory; starting again with the same one resumes the run."""
+    """Run directory, local or gs://...; starting again with the same one resumes the run."""
     steps: int | None = ranged(None, above=0)
     """Length in steps; or give epochs."""
     epochs: float | None = ranged(None, above=0)

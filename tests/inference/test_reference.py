@@ -79,6 +79,11 @@ def setup_of(folder, **overrides):
     return setup, load_weights(setup.source, setup.model, config.model, mesh)
 
 
+def reference_of(setup, weights):
+    """The reference of a run, which uses it for all its sets."""
+    return make_reference(setup, weights, (setup.batches, *setup.evals.values()))
+
+
 def evaluated(setup, weights, reference):
     scored = score_sets(setup.evals, setup.logps_step, setup.to_devices, weights, reference, {})
     return evaluation_of(scored, setup.config.objective)
@@ -100,7 +105,7 @@ def cached(folder):
 
 def test_a_live_reference_is_a_copy_of_the_start(live):
     setup, start = live
-    reference = make_reference(setup, reference_weights(setup, start))
+    reference = reference_of(setup, reference_weights(setup, start))
     assert not pointers(reference.weights) & pointers(start)
     jax.tree.map(np.testing.assert_array_equal, reference.weights, start)
     assert weights_id(reference.weights) == weights_id(start)
@@ -108,9 +113,9 @@ def test_a_live_reference_is_a_copy_of_the_start(live):
 
 def test_cached_log_probs_are_the_live_ones(live, cached):
     """In every step, empty slots of the last one included, and for the held-out set."""
-    live_reference = make_reference(live[0], live[1])
+    live_reference = reference_of(live[0], live[1])
     setup, start = cached
-    reference = make_reference(setup, start)
+    reference = reference_of(setup, start)
     for step in range(setup.batches.order.num_steps):
         data = setup.batches(step)
         batch = setup.to_devices(data.batch)
@@ -134,7 +139,7 @@ def test_cached_log_probs_are_the_live_ones(live, cached):
 
 def test_cached_log_probs_of_an_accumulated_step_lie_in_its_parts(folder, cached):
     setup, _ = setup_of(folder, reference__mode="cached", batch__pairs=4, batch__accumulation=2)
-    reference = make_reference(cached[0], cached[1])
+    reference = reference_of(cached[0], cached[1])
     for step in range(2):
         data = setup.batches(step)
         found = reference.of(data, setup.batches.store)
@@ -147,7 +152,7 @@ def test_cached_log_probs_of_an_accumulated_step_lie_in_its_parts(folder, cached
 def test_a_cached_reference_runs_no_forward_pass(cached, live):
     """Counted: a live reference is a second pass in the step and in evaluation, a cached one is none."""
     setup, start = cached
-    reference = make_reference(setup, start)
+    reference = reference_of(setup, start)
     passes = []
 
     def counted(params, batch):
@@ -174,7 +179,7 @@ def test_a_cached_reference_runs_no_forward_pass(cached, live):
     assert scored
     assert all(params is moved for params in scored)
     num_batches = len(scored)
-    evaluated(replace(setup, logps_step=counting_step), moved, make_reference(*live))
+    evaluated(replace(setup, logps_step=counting_step), moved, reference_of(*live))
     assert len(scored) == 3 * num_batches
 
 
@@ -183,12 +188,12 @@ def test_a_cached_reference_runs_no_forward_pass(cached, live):
 
 def test_a_start_that_is_its_own_reference_is_proven_bit_for_bit(live):
     setup, start = live
-    policy, fixed = start_logps(setup, make_reference(setup, start), start)
+    policy, fixed = start_logps(setup, reference_of(setup, start), start)
     np.testing.assert_array_equal(policy, fixed)
     assert policy.shape == (3, 2)
     prove_start(setup, policy, fixed)
     other = jax.tree.map(lambda x: x * (1 + 1e-6), start)
-    policy, _ = start_logps(setup, make_reference(setup, start), other)
+    policy, _ = start_logps(setup, reference_of(setup, start), other)
     with pytest.raises(UserError, match=r"step 0: policy and reference have the same weights, .* \(tolerance: 0\)"):
         prove_start(setup, policy, fixed)
     with pytest.raises(UserError, match="differ by nan"):
@@ -197,7 +202,7 @@ def test_a_start_that_is_its_own_reference_is_proven_bit_for_bit(live):
 
 def test_a_cached_start_is_proven_within_a_bound(cached):
     setup, start = cached
-    policy, fixed = start_logps(setup, make_reference(setup, start), start)
+    policy, fixed = start_logps(setup, reference_of(setup, start), start)
     prove_start(setup, policy, fixed)
     with pytest.raises(UserError, match=r"the cache in data\.store is stale or damaged"):
         prove_start(setup, policy, fixed * (1 + 3e-5))

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "sync": (["sync.sh"], {}),
     "setup": (["setup.sh"], {}),
     "setup_nfs": (["setup.sh"], NFS),
+    "doctor": (["doctor.sh", *RUN], {}),
     "run": (["run.sh", *RUN], {}),
     "run_nfs": (["run.sh", *RUN], NFS),
     "status": (["status.sh"], {}),
@@ -180,6 +181,10 @@ def test_what_costs_or_deletes_in_a_bucket_is_told(cloud):
         "is in EUROPE-WEST4, not in us-west4", "keeps and bills deleted checkpoints",
         "bills deleted checkpoints for 7 days", "has lifecycle rules",
     ]  # fmt: skip
+    remedies = [line.partition(": ")[2] for line in told[1:3]]
+    assert remedies == [
+        f"gcloud storage buckets update gs://bucket {flag}" for flag in ("--no-versioning", "--clear-soft-delete")
+    ]
 
 
 IMAGES = {
@@ -221,7 +226,7 @@ def test_a_direct_request_does_not_lapse(cloud, flag):
 
 
 @pytest.mark.parametrize("dry", ["", "1"])
-@pytest.mark.parametrize("script", ["run.sh", "babysit.sh"])
+@pytest.mark.parametrize("script", ["doctor.sh", "run.sh", "babysit.sh"])
 def test_a_run_that_cannot_be_is_refused_before_anything_is_called(cloud, script, dry):
     (cloud.repo / "configs" / "here_only.yaml").touch()
     configs = ("configs/no.yaml", "configs/here_only.yaml", "configs", "-", "/a", "../a")
@@ -385,6 +390,25 @@ def test_secrets_are_data(cloud):
     refused = cloud.call("sync.sh")
     assert (refused.returncode, refused.stderr) == (
         2, f"launch: SECRETS: {secrets} cannot be used: line 2 is not NAME=value\n")  # fmt: skip
+
+
+def test_doctor_runs_on_all_workers_as_the_run_would(cloud):
+    secrets = cloud.root / "secrets"
+    secrets.write_text("SECRET_WORD=hush\n")
+    cloud.set(SECRETS=str(secrets), COMMAND="reward")
+    cloud.install()
+    done = cloud.call("doctor.sh", "configs/a.yaml", "--loss.beta", "0.05")
+    assert done.returncode == 1, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"dpo-w-{worker}: FAIL  a check: hush" for worker in (0, 1)]
+    options = ["--for", "reward", "--run.dir", "gs://bucket/runs/first", "--loss.beta", "0.05"]
+    for home in (cloud.home(0), cloud.home(1)):
+        config = (home / "dpo_jax" / "tree").resolve() / "configs" / "a.yaml"
+        assert (home / "called").read_text().splitlines() == ["auto 8476", "doctor", str(config), *options]
+    assert cloud.starts == []
+
+    assert cloud.call("run.sh", "configs/a.yaml").returncode == 0
+    refused = cloud.call("doctor.sh", "configs/a.yaml")
+    assert (refused.returncode, refused.stderr.count("RUN_ID: first runs here: launch/stop.sh first")) == (2, 2)
 
 
 def test_a_trainer_that_never_starts_is_a_failure(cloud):
