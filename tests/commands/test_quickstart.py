@@ -119,7 +119,7 @@ def test_quickstart_teaches_the_rule(tmp_path):
     assert evaluations[-1]["eval_held_out_rewards/accuracies"] >= 0.95
     before, after = map(float, re.search(r"obey the rule +([\d.]+)% +([\d.]+)%", done.stdout).groups())
     assert after - before >= 30
-    assert "<img" in (tmp_path / "quickstart" / "report.html").read_text()
+    assert "<svg " in (tmp_path / "quickstart" / "report.html").read_text()
     (suggested,) = [line.split() for line in done.stdout.splitlines() if line.startswith("dpo-jax train")]
     rest, overrides = split_overrides(suggested[2:], ())
     assert parse_config(rest[0], overrides, DPOConfig).loss.type == "ipo"

@@ -16,7 +16,7 @@ FORMAT = (
     "location,requester_pays,versioning_enabled,soft_delete_policy.retentionDurationSeconds,lifecycle_config.rule.len()"
 )
 FULL = {
-    "location": "US", "billing": {"requesterPays": True}, "softDeletePolicy": {"retentionDurationSeconds": "604800"},
+    "location": "US", "billing": {"requesterPays": False}, "softDeletePolicy": {"retentionDurationSeconds": "604800"},
     "lifecycle": {"rule": [{"action": {"type": "Delete"}, "condition": {"age": 3}}]}, "versioning": {"enabled": True},
 }  # fmt: skip
 
