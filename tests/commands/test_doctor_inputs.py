@@ -121,7 +121,7 @@ def test_what_is_saved_already_needs_no_more_space(config, tmp_path):
 CONFIG_FAULTS = {
     "saves do not fit the disk": (
         lambda c: replace(c, checkpoint=CheckpointConfig(keep=10**9)),
-        "run.dir", r"GiB free, but needs \S+ GiB: free space, lower checkpoint.keep, or choose another run.dir",
+        "run.dir", r"GiB free, but needs \S+ TiB: free space, lower checkpoint.keep, or choose another run.dir",
     ),
     "a directory of others": (
         lambda c: replace(c, run=replace(c.run, dir=str(Path(c.run.dir).parents[1]))),
@@ -297,7 +297,7 @@ def test_weights_on_the_hub_need_room_in_its_cache(config, monkeypatch, tmp_path
     if status == "ok":
         assert finding.text.endswith(" parameters, on the hub, with a token")
     else:
-        text = rf"HF_HOME: {tmp_path}/hub has \S+ GiB free, but needs \S+ GiB: free space, set it to a larger disk"
+        text = rf"HF_HOME: {tmp_path}/hub has \S+ GiB free, but needs \S+ TiB: free space, set it to a larger disk"
         assert re.fullmatch(text, finding.text)
 
 
