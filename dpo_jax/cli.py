@@ -46,7 +46,7 @@ def _train(config: AnyConfig) -> None:
 
 
 def _refuse_missing(config: AnyConfig) -> None:
-    """Look at the paths that the config names, which takes less time than importing JAX."""
+    """Refuse local paths that do not exist before JAX is imported, which takes longer."""
     from dpo_jax.data import sources
     from dpo_jax.weights import hub
 

@@ -131,6 +131,13 @@ def default_handlers():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The folder of local copies of what is in a bucket."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def empty_cloud(tmp_path_factory) -> Path:
     """A cloud as it is at the start, to be copied."""

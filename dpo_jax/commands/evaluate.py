@@ -136,7 +136,7 @@ def load_policy_and_reference(setup: Setup, which: Literal["newest", "best"]) ->
         raise run_error(f"{difference}; use its config.yaml or another run.dir")
     params = saved_state["params"]
     policy = params if setup.model.lora is None else Adapted(params, model_weights)
-    is_saved = config.reference.sync_every
+    is_saved = config.reference.sync_every > 0
     reference = (
         LiveReference(saved_state["reference"]) if is_saved else make_reference(setup, weights, setup.evals.values())
     )

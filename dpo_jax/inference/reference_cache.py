@@ -69,8 +69,7 @@ def cached_logps(
         logps, is_computed = {}, np.zeros(len(store), bool)  # without a shared disk, processes see different parts
     is_missing = np.zeros(len(store), bool)
     is_missing[needed_ids] = ~is_computed[needed_ids]
-    step_ids = [ids[ids >= 0] for ids in map(batches.order.step_ids, range(batches.order.num_steps))]
-    remaining_steps = [step for step, ids in enumerate(step_ids) if is_missing[ids].any()]
+    remaining_steps = np.unique(np.flatnonzero(is_missing) // batches.order.batch).tolist()
     if remaining_steps and not path.is_file():
         _report_others(path, inputs, report)
     for count, start in enumerate(range(0, len(remaining_steps), PART_STEPS)):

@@ -148,6 +148,11 @@ def in_use(path: str | Path) -> Iterator[None]:
         raise UserError(f"run.dir: {path} is in use by {error}: {remedy}") from error
 
 
+def holds_files(folder: Path) -> bool:
+    """Return whether a folder exists and holds more than what a stopped ``dpo-jax doctor`` tried there."""
+    return folder.is_dir() and any(not path.name.startswith(PROBE) for path in folder.iterdir())
+
+
 @contextmanager
 def locked_directory(
     path: str | Path, lock_name: str, has_ours: Callable[[Path], bool], ours: str, shown: str | None = None
@@ -162,8 +167,7 @@ def locked_directory(
     """
     root, path = _local(path), shown or path
     try:
-        others = [path for path in root.iterdir() if not path.name.startswith(PROBE)] if root.is_dir() else []
-        if others and not has_ours(root):
+        if holds_files(root) and not has_ours(root):
             raise UserError(f"run.dir: {path} has other files but no {ours}: choose an empty directory")
         root.mkdir(parents=True, exist_ok=True)
         with in_use(path):

@@ -13,11 +13,11 @@ Plain data, without jax. A manifest is a dictionary of JSON values:
 import json
 import os
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from types import NoneType
 from typing import Any
 
 from dpo_jax.errors import UserError
+from dpo_jax.parallel.versions import installed_version
 from dpo_jax.storage import check_entries, check_fields
 
 # Since 2 a manifest is sealed, since 3 the state holds a reference that follows the policy, since 4 a decoder has kinds
@@ -75,7 +75,7 @@ def make_manifest(config: Mapping[str, Any], identity: Mapping[str, Any], enviro
             Additional entries, such as the compute dtype that ``auto`` chose, are compared too.
         environment: devices, processes and the like; versions and XLA flags are added.
     """
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: installed_version(name) for name in PACKAGES}
     flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     environment = {**environment, **flags, **versions}
     return json.loads(json.dumps({"format": FORMAT, "config": config, "identity": identity, "place": environment}))
@@ -90,13 +90,6 @@ def check_shape(manifest: Mapping[str, Any]) -> None:
     check_fields(manifest, FIELDS)
     check_entries(manifest["leaves"], LEAF_FIELDS)
     check_entries(manifest["offsets"], OFFSET_FIELDS)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # running from a source checkout
-        return None
 
 
 def compare_manifest(old: Mapping, new: Mapping) -> list[str]:

@@ -21,13 +21,7 @@ SIZES = HF_CONFIG | {"vocab_size": 264}
 PAIRS = [{"prompt": f"{'so ' * (5 + i % 4)}{i}", "chosen": f"yes {i}", "rejected": "no, no"} for i in range(10)]
 URL = "gs://bucket/out/answers.jsonl"
 MANIFEST = {"config": {}, "identity": {}, "place": {}}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The folder of local copies."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

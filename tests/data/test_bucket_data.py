@@ -19,13 +19,7 @@ from dpo_jax.errors import StorageUnreachable, UserError
 TOKENIZER = make_tokenizer()
 PAIRS = [{"prompt": f"Q{i}?", "chosen": f"yes {i}", "rejected": f"no, no {i}"} for i in range(4)]
 LINES = "".join(json.dumps(row) + "\n" for row in PAIRS).encode()
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The folder of local copies."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def rows_of(path: str, **options) -> list[dict]:

@@ -32,13 +32,7 @@ ROOT = str(Path(__file__).parents[2])
 URL = "gs://bucket/runs/one"
 FOLDER = "runs/one"
 LOCK = f"{FOLDER}/run.lock"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The folder of local copies."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def bucket() -> Bucket:

@@ -21,13 +21,7 @@ from dpo_jax.weights.safetensors import INDEX
 
 URL, FOLDER = "gs://bucket/out/tiny", "out/tiny"
 LORA = LoraConfig(rank=2, targets=("q_proj", "down_proj"))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The folder of local copies."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

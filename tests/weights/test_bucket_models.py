@@ -24,13 +24,7 @@ from dpo_jax.weights.peft import export_adapters
 TINY = builtin_model("builtin:tiny")
 URL, FOLDER = "gs://bucket/models/tiny", "models/tiny"
 LORA = LoraConfig(rank=2, targets=("q_proj", "down_proj"))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The folder of local copies."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def put(storage, folder: Path, name: str = FOLDER) -> None:

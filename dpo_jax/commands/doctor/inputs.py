@@ -28,7 +28,7 @@ from dpo_jax.methods.value_model import value_model_of
 from dpo_jax.models.decoder import Model, count_params, refuse_expert_axis
 from dpo_jax.parallel.sharding import abstract_mesh, sharded_structs
 from dpo_jax.plan.ahead_of_time import NUM_STEPS, num_bytes
-from dpo_jax.runs.directory import is_run_dir, run_at
+from dpo_jax.runs.directory import holds_files, is_run_dir, run_at
 from dpo_jax.storage import expanded
 from dpo_jax.weights.hub import HubError
 from dpo_jax.weights.open import OpenModel, find_model, open_model, param_shardings
@@ -88,11 +88,11 @@ def model(job: Job) -> Finding:
 
 def _on_hub(text: str, folder: Path, parameters: int) -> Finding:
     """Check that there is room to download the weights of a hub model, in half precision, unless they are there."""
-    import huggingface_hub
+    from huggingface_hub import constants, get_token
 
     needed = 0 if any(folder.glob("*.safetensors")) else 2 * parameters
-    room = _space("HF_HOME", Path(huggingface_hub.constants.HF_HUB_CACHE), needed, "set it to a larger disk")
-    token = "with a token" if huggingface_hub.get_token() else "without a token"
+    room = _space("HF_HOME", Path(constants.HF_HUB_CACHE), needed, "set it to a larger disk")
+    token = "with a token" if get_token() else "without a token"
     return room if room.status == "FAIL" else ok(f"{text}, on the hub, {token}", parameters=parameters)
 
 
@@ -185,7 +185,7 @@ def memory(job: Job) -> Finding | None:
 def run_dir(job: Job) -> Finding:
     """Check that the run directory can be written, and that its disk has room for all saves and the export."""
     config, run = job.config, run_at(job.config.run.dir)
-    if run.mirror is None and run.root.is_dir() and any(run.root.iterdir()) and not is_run_dir(run.root):
+    if run.mirror is None and holds_files(run.root) and not is_run_dir(run.root):
         return fail(f"run.dir: {run.root} has other files but no run of this program", "choose an empty directory")
     copies = config.checkpoint.keep + config.checkpoint.keep_best + 1  # one more while it is written
     saves = copies * (job.save_bytes or 0) if run.mirror is None else 0
